@@ -1,0 +1,252 @@
+"""UNITER: names and padding; the shipped weights reach what their report says."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlattn_fast.lab import digit_scenes, load_uniter, matching_accuracy, matching_score, winoground_scores
+from vlattn_fast.lab.processor import DigitProcessor
+from vlattn_fast.lab.uniter import CONFIG, DATA, WEIGHTS
+from vlattn_fast.models import UNITER, UNITERConfig
+
+SMALL = UNITERConfig(
+    vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+    max_position_embeddings=9, region_dim=5, initializer_range=0.5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_uniter()[0]
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return UNITER(replace(SMALL, **changes)).eval()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": torch.randint(1, 11, (3, 6), generator=generator),
+        "region_features": torch.randn(3, 4, 5, generator=generator),
+        "region_positions": torch.rand(3, 4, 7, generator=generator),
+        "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 3 + [0] * 3], dtype=torch.bool),
+        "region_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0]], dtype=torch.bool),
+    }
+
+
+def test_parameters_are_named_and_shaped_as_published():
+    linear = {name: shape for name, shape in [
+        *[(f"attention.self.{part}", (16, 16)) for part in ("query", "key", "value")],
+        ("attention.output.dense", (16, 16)), ("intermediate.dense", (24, 16)), ("output.dense", (16, 24)),
+    ]}  # fmt: skip
+    wanted = {
+        "embeddings.word_embeddings.weight": (11, 16),
+        "embeddings.position_embeddings.weight": (9, 16),
+        "embeddings.token_type_embeddings.weight": (2, 16),
+        "img_embeddings.mask_embedding.weight": (2, 5),
+    }
+    linear = {f"encoder.layer.{layer}.{name}": shape for layer in range(2) for name, shape in linear.items()}
+    linear |= {"img_embeddings.img_linear": (16, 5), "img_embeddings.pos_linear": (16, 7), "pooler.dense": (16, 16)}
+    for name, shape in linear.items():
+        wanted |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    norms = ["embeddings.LayerNorm", *(f"img_embeddings.{norm}" for norm in ("img_layer_norm", "pos_layer_norm", "LayerNorm"))]
+    norms += [f"encoder.layer.{layer}.{part}.LayerNorm" for layer in range(2) for part in ("attention.output", "output")]
+    for name in norms:
+        wanted |= {f"{name}.weight": (16,), f"{name}.bias": (16,)}
+    wanted = {f"uniter.{name}": shape for name, shape in wanted.items()} | {"itm_output.weight": (2, 16), "itm_output.bias": (2,)}
+    assert {name: tuple(tensor.shape) for name, tensor in small().state_dict().items()} == wanted
+
+
+def test_a_published_state_dict_loads_other_heads_aside():
+    model = small()
+    state = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in model.state_dict().items()}
+    state |= {"cls.predictions.bias": torch.zeros(11), "region_classifier.net.0.bias": torch.zeros(16)}
+    loaded = UNITER.from_published(state, num_attention_heads=2)
+    assert replace(loaded.config, initializer_range=0.5) == SMALL and not loaded.training
+    assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+    for name in ("itm_output.bias", "uniter.img_embeddings.img_linear.weight"):
+        with pytest.raises(ValueError, match=name):
+            UNITER.from_published({key: tensor for key, tensor in state.items() if key != name}, num_attention_heads=2)
+
+
+def test_forward_is_the_formula_of_the_published_code():
+    """BERT's post-norm layers over LayerNorm(word + position + type) and LayerNorm(LN(features) + LN(box) + type)."""
+    model = small().double()
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in batch().items()}
+    state = model.state_dict()
+
+    def linear(name, x):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name, x):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    words, image, types = "uniter.embeddings", "uniter.img_embeddings", state["uniter.embeddings.token_type_embeddings.weight"]
+    text = state[f"{words}.word_embeddings.weight"][inputs["input_ids"]] + state[f"{words}.position_embeddings.weight"][:6]
+    regions = norm(f"{image}.img_layer_norm", linear(f"{image}.img_linear", inputs["region_features"]))
+    regions = regions + norm(f"{image}.pos_layer_norm", linear(f"{image}.pos_linear", inputs["region_positions"]))
+    x = torch.cat([norm(f"{words}.LayerNorm", text + types[0]), norm(f"{image}.LayerNorm", regions + types[1])], dim=1)
+    hidden = ~torch.cat([inputs["attention_mask"], inputs["region_mask"]], dim=1)[:, None, None]
+    for layer in ("uniter.encoder.layer.0", "uniter.encoder.layer.1"):
+        q, k, v = (linear(f"{layer}.attention.self.{part}", x) for part in ("query", "key", "value"))
+        q, k, v = (projected.view(3, 10, 2, 8).transpose(1, 2) for projected in (q, k, v))
+        attention = (q @ k.mT / 8**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+        out = (attention @ v).transpose(1, 2).reshape(3, 10, 16)
+        x = norm(f"{layer}.attention.output.LayerNorm", linear(f"{layer}.attention.output.dense", out) + x)
+        branch = linear(f"{layer}.output.dense", F.gelu(linear(f"{layer}.intermediate.dense", x)))
+        x = norm(f"{layer}.output.LayerNorm", branch + x)
+    logits = linear("itm_output", torch.tanh(linear("uniter.pooler.dense", x[:, 0])))
+    torch.testing.assert_close(model(**inputs).logits, logits)
+
+
+def test_what_stands_in_padding_changes_nothing():
+    model, inputs = small(), batch()
+    plain = model(**inputs)
+    garbage = dict(inputs)
+    garbage["input_ids"] = torch.where(inputs["attention_mask"], inputs["input_ids"], 9)
+    for name, filling in (("region_features", torch.nan), ("region_positions", 1e30)):
+        garbage[name] = torch.where(inputs["region_mask"][..., None], inputs[name], filling)
+    assert torch.equal(model(**garbage).logits, plain.logits)
+    alone = model(inputs["input_ids"][2:, :3], inputs["region_features"][2:, [0, 2]], inputs["region_positions"][2:, [0, 2]])
+    torch.testing.assert_close(alone.logits, plain.logits[2:])
+    ones = {name: inputs[name] for name in ("input_ids", "region_features", "region_positions")}
+    torch.testing.assert_close(
+        model(**ones, attention_mask=torch.ones(3, 6, dtype=torch.long)).logits, model(**ones).logits
+    )
+
+
+def test_attention_function_is_called_as_hugging_face_calls_it():
+    model, inputs, calls = small(attention_probs_dropout_prob=0.3), batch(), []
+
+    def record(module, query, key, value, attention_mask, *, scaling, dropout):
+        calls.append((module, query.shape, key.shape, value.shape, attention_mask, scaling, dropout))
+        scores = (query @ key.mT * scaling).masked_fill(~attention_mask, -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    wanted = model(**inputs)
+    real = torch.cat([inputs["attention_mask"], inputs["region_mask"]], dim=1)
+    attentions = [layer.attention.self for layer in model.uniter.encoder.layer]
+    for attention in attentions:
+        attention.attention_function = record
+        assert attention.is_causal is False
+    got = model(**inputs)
+    torch.testing.assert_close(got.logits, wanted.logits)
+    assert got.last_hidden_state.shape == (3, 10, 16)
+    assert [call[0] for call in calls] == attentions
+    for _, *shapes, mask, scaling, dropout in calls:
+        assert shapes == [(3, 2, 10, 8)] * 3 and scaling == 8**-0.5 and dropout == 0.0
+        assert mask.dtype == torch.bool and torch.equal(mask, real[:, None, None])
+    model.train()(**inputs)
+    assert calls[-1][-1] == 0.3
+
+
+def test_masked_regions_take_the_mask_embedding():
+    model, inputs = small(), batch()
+    masked = torch.zeros(3, 4, dtype=torch.bool)
+    masked[:, 0] = True
+    replaced = inputs["region_features"].clone()
+    replaced[:, 0] = model.uniter.img_embeddings.mask_embedding.weight[1]
+    wanted = model(**{**inputs, "region_features": replaced})
+    assert torch.equal(model(**inputs, masked_regions=masked).logits, wanted.logits)
+
+
+def test_compiles_to_one_graph():
+    model, inputs = small(), batch()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"input_ids": [[1, 2]]}, TypeError),
+        ({"input_ids": torch.ones(3, 6)}, ValueError),
+        ({"input_ids": torch.full((3, 6), 11)}, ValueError),
+        ({"input_ids": torch.ones(3, 10, dtype=torch.long)}, ValueError),
+        ({"region_features": torch.zeros(3, 4, 6)}, ValueError),
+        ({"region_features": torch.zeros(2, 4, 5)}, ValueError),
+        ({"region_positions": torch.zeros(3, 3, 7)}, ValueError),
+        ({"region_positions": None}, TypeError),
+        ({"attention_mask": torch.ones(3, 5, dtype=torch.bool)}, ValueError),
+        ({"attention_mask": torch.ones(3, 6)}, ValueError),
+        ({"region_mask": [True]}, TypeError),
+        ({"masked_regions": torch.ones(3, 5, dtype=torch.bool)}, ValueError),
+    ],
+)
+def test_wrong_input_is_named(changes, error):
+    with pytest.raises(error, match=f"^{next(iter(changes))}: got .* want "):
+        small()(**{**batch(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"hidden_size": 17}, ValueError),
+        ({"hidden_act": "tanh"}, ValueError),
+        ({"num_hidden_layers": 0}, ValueError),
+        ({"vocab_size": 1.5}, TypeError),
+        ({"hidden_dropout_prob": 1.0}, ValueError),
+    ],
+)
+def test_wrong_config_is_named(changes, error):
+    with pytest.raises(error, match=f"^{next(iter(changes))}: got"):
+        replace(SMALL, **changes)
+
+
+def test_shipped_weights_are_small_and_their_report_is_theirs(shipped):
+    weights = DATA / WEIGHTS
+    report = json.loads(weights.with_suffix(".json").read_text())
+    assert weights.stat().st_size <= 4_000_000
+    assert report["config"] == asdict(shipped.config) == asdict(CONFIG)
+    for measure in ("matching_accuracy", "winoground_scores"):
+        assert report["test"][measure].keys() == {"all", "seen", "held_out"}
+    assert report["seconds"] < 15 * 60 and report["steps"] > 0 and report["command"].startswith("python -m vlattn_fast.lab.train")
+
+
+@pytest.mark.parametrize("pairs", ["all", "seen", "held_out"])
+def test_stored_accuracies_are_reproduced_on_other_test_scenes(shipped, pairs):
+    stored = json.loads((DATA / WEIGHTS).with_suffix(".json").read_text())["test"]
+    accuracy = matching_accuracy(shipped, count=1000, seed=1, pairs=pairs)
+    swapped = winoground_scores(shipped, count=1000, seed=1, pairs=pairs)
+    # 1,000 fresh scenes against 5,000 stored ones: 0.015 is more than three standard errors at 0.98
+    assert accuracy == pytest.approx(stored["matching_accuracy"][pairs], abs=0.015)
+    assert swapped == pytest.approx(stored["winoground_scores"][pairs], abs=0.025)
+    if pairs != "held_out":
+        assert accuracy["digit"] >= 0.97 and accuracy["relation"] >= 0.95 and accuracy["order"] >= 0.95
+
+
+def test_swapped_pair_scores_of_a_blind_model_are_zero(shipped):
+    """Ties are not hits: a model that sees no image scores both images of a pair alike."""
+
+    class Blind(torch.nn.Module):
+        def forward(self, **inputs):
+            hidden = torch.zeros_like(inputs["region_mask"])
+            return shipped(**{**inputs, "region_mask": hidden})
+
+    assert winoground_scores(Blind(), count=100) == {"text": 0.0, "image": 0.0, "group": 0.0}
+
+
+def test_matching_score_follows_the_caption(shipped):
+    scenes = digit_scenes(64, seed=2)
+    swapped = digit_scenes(64, seed=2, negative="order")
+    other = matching_score(shipped, scenes, input_ids=swapped.input_ids)
+    assert (matching_score(shipped, scenes) > other).double().mean() > 0.9
+    assert torch.equal(other, matching_score(shipped, swapped))
+
+
+def test_a_caption_padded_to_a_longer_one_scores_as_alone(shipped):
+    scenes, processor = digit_scenes(2, seed=3), DigitProcessor()
+    longer = [scenes.captions[0], scenes.captions[1] + " of a"]
+    together = shipped(**processor(longer, scenes.images, scenes.boxes)).logits[:1]
+    torch.testing.assert_close(together, shipped(**scenes.inputs()).logits[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_directory_without_weights_is_named(tmp_path):
+    with pytest.raises(ValueError, match="directory"):
+        load_uniter(tmp_path)

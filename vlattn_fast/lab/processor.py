@@ -1,0 +1,80 @@
+"""From captions, images and boxes of DigitScenes to the inputs of `UNITER`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+RELATIONS = ("left of", "right of", "up above", "down below")
+VOCABULARY = (
+    "[PAD]", "[CLS]", "[SEP]", "[MASK]", *DIGIT_WORDS, "left", "right", "up", "down", "of", "above", "below", "a",
+)  # fmt: skip
+FREQUENCIES = 4  # sine and cosine pairs per coordinate of a box centre
+POSITION_DIM = 7 + 4 * FREQUENCIES
+REGION_DIM = 64
+_IDS = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+class DigitProcessor:
+    """Words to ids and boxes to region features, without parameters.
+
+    `processor(captions, images, boxes)` gives the keyword arguments of `UNITER.forward`.
+    """
+
+    def __call__(self, captions: Sequence[str], images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """captions: B strings; images (B,H,W) float in [0,1]; boxes (B,R,4) as in `Scenes`."""
+        if len(captions) != len(images):
+            raise ValueError(f"captions: got {len(captions)} for {len(images)} images, want one each")
+        return {**self.words(captions), **self.regions(images, boxes)}
+
+    def words(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """B captions -> input_ids int64 (B,L), attention_mask bool (B,L); shorter captions are padded."""
+        if isinstance(captions, str):
+            raise TypeError(f"captions: got the string {captions!r}, want a sequence of strings")
+        rows = []
+        for caption in captions:
+            words = ["[CLS]", *caption.split(), "[SEP]"]
+            if unknown := [word for word in words if word not in _IDS]:
+                raise ValueError(f"captions: got the words {unknown} in {caption!r}, want words of {VOCABULARY[4:]}")
+            rows.append([_IDS[word] for word in words])
+        length = max(map(len, rows), default=0)
+        input_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64)
+        return {"input_ids": input_ids, "attention_mask": input_ids != 0}
+
+    def regions(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """images (B,H,W), boxes (B,R,4) of 8 x 8 pixels -> region_features (B,R,64): the pixels in the box;
+        region_positions (B,R,23): UNITER's seven box features and sines of the centre; region_mask bool (B,R)."""
+        if images.ndim != 3:
+            raise ValueError(f"images: got {tuple(images.shape)}, want (B,H,W)")
+        if boxes.ndim != 3 or boxes.shape[::2] != (len(images), 4):
+            raise ValueError(f"boxes: got {tuple(boxes.shape)}, want ({len(images)}, R, 4)")
+        height, width = images.shape[1:]
+        corners = boxes.long()
+        size = corners[..., 2:] - corners[..., :2]
+        limit = torch.tensor([width, height], device=boxes.device)
+        if bool((corners != boxes).any() | (size != 8).any() | (corners[..., :2] < 0).any() | (corners[..., 2:] > limit).any()):
+            raise ValueError(f"boxes: want whole pixels, 8 x 8, inside {width} x {height}")
+        span = torch.arange(8, device=boxes.device)
+        x, y = (corners[..., axis, None] + span for axis in (0, 1))
+        rows = torch.arange(len(images), device=boxes.device)[:, None, None, None]
+        features = images[rows, y[..., :, None], x[..., None, :]].flatten(2)
+
+        x1, y1, x2, y2 = (boxes / torch.cat([limit, limit])).unbind(-1)
+        positions = [x1, y1, x2, y2, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)]
+        for centre in ((x1 + x2) / 2, (y1 + y2) / 2):
+            for frequency in range(1, FREQUENCIES + 1):
+                angle = math.pi * frequency * centre
+                positions += [angle.sin(), angle.cos()]
+        return {
+            "region_features": features,
+            "region_positions": torch.stack(positions, dim=-1),
+            "region_mask": torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device),
+        }
+
+    def convert_ids_to_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
+        """Ids (L) -> the L words they stand for."""
+        return [VOCABULARY[i] for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]

@@ -1,0 +1,235 @@
+"""DigitScenes: handwritten digits on a canvas, captions that name two of them and their relation, boxes as ground truth.
+
+Digits are scikit-learn's `load_digits` scans (1,797, 8 x 8 pixels), split by scan into train and test. Some pairs of
+digits are held out from training captions, as in Winoground (Thrush et al., CVPR 2022) a swapped pair of scenes has two
+captions made of the same words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS, DigitProcessor
+
+CANVAS = 32  # pixels, both sides
+DIGIT = 8  # pixels, both sides of a scan and of its box
+REGIONS = 4  # digits a scene
+CLEARANCE = 4  # pixels between two centres from which on a relation is said to hold
+NEGATIVES = ("digit", "relation", "order")
+PAIRS = ("all", "seen", "held_out")
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A batch of B scenes, each with R = 4 digits, no two alike, and one caption.
+
+    images: float32 (B,32,32), ink in [0,1].
+    boxes: float32 (B,R,4), x1, y1, x2, y2 in pixels, the second corner exclusive.
+    digits: int64 (B,R), 0 to 9.
+    captions: B strings of five words, such as "three left of a seven".
+    input_ids: int64 (B,7), [CLS] five words [SEP].
+    label: int64 (B), 1 = the caption is true of its scene.
+    named: bool (B,R), the regions whose digit the caption names.
+    """
+
+    images: Tensor
+    boxes: Tensor
+    digits: Tensor
+    captions: tuple[str, ...]
+    input_ids: Tensor
+    label: Tensor
+    named: Tensor
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of `UNITER.forward`: `model(**scenes.inputs())`."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": torch.ones_like(self.input_ids, dtype=torch.bool),
+            **DigitProcessor().regions(self.images, self.boxes),
+        }
+
+    def render(self, index: int = 0, *, scale: int = 8, boxes: bool = False) -> Tensor:
+        """Scene `index` for a plot: uint8 (32*scale, 32*scale, 3), dark ink on white; boxes=True frames the named digits
+        red and the others grey."""
+        if not 0 <= index < len(self):
+            raise ValueError(f"index: got {index}, want 0 to {len(self) - 1}")
+        if scale < 1:
+            raise ValueError(f"scale: got {scale}, want at least 1")
+        image = self.images[index].repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        picture = ((1.0 - image) * 255).round().to(torch.uint8)[..., None].repeat(1, 1, 3)
+        if boxes:
+            for box, named in zip((self.boxes[index] * scale).long().tolist(), self.named[index].tolist(), strict=True):
+                x1, y1, x2, y2 = box
+                frame = picture[y1:y2, x1:x2]
+                inside = frame[1:-1, 1:-1].clone()
+                frame[:] = torch.tensor([220, 30, 30] if named else [160, 160, 160], dtype=torch.uint8)
+                frame[1:-1, 1:-1] = inside
+        return picture
+
+
+@cache
+def digit_scans(split: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(scans float32 (S,8,8) in [0,1], digits int64 (S), index int64 (S) into `load_digits`) of split "train" or "test":
+    every fifth scan of each digit is a test scan."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split: got {split!r}, want 'train' or 'test'")
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    digits = torch.from_numpy(data.target).long()
+    rank = torch.nn.functional.one_hot(digits, 10).cumsum(0).gather(1, digits[:, None]).squeeze(1) - 1
+    index = torch.nonzero((rank % 5 == 0) == (split == "test")).squeeze(1)
+    return torch.from_numpy(data.images).float()[index] / 16.0, digits[index], index
+
+
+def held_out_captions() -> Tensor:
+    """bool (10,10,4): [first digit, second digit, relation] that no training caption says, true or false.
+
+    The nine pairs whose sum is a multiple of five are never named together; the nine whose sum leaves one over are
+    related by "left of" and "right of" only.
+    """
+    digit = torch.arange(10)
+    rest = (digit[:, None] + digit) % 5
+    vertical = torch.tensor([False, False, True, True])
+    return (rest == 0)[..., None] | ((rest == 1)[..., None] & vertical)
+
+
+def digit_scenes(
+    count: int, *, split: str = "test", seed: int = 0, negative: str | None = None, pairs: str | None = None
+) -> Scenes:
+    """`count` scenes with a caption each; the same arguments give the same tensors.
+
+    Args:
+        count: how many, at least 1.
+        split: "train" or "test": whose scans are drawn.
+        seed: of the generator; scenes and true captions depend on it, on count, split and pairs only.
+        negative: None = every caption is true (label 1). Otherwise every caption is false (label 0), because it names
+            "digit": a digit that is not in the scene in place of one that is; "relation": another relation;
+            "order": the two digits in the wrong order (the words are those of the true caption).
+        pairs: which captions (see `held_out_captions`): "seen" in training, "held_out", or "all" of them; None = "seen"
+            for the train split and "all" for the test split.
+    """
+    for name, value in (("count", count), ("seed", seed)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}, want an int")
+    if count < 1:
+        raise ValueError(f"count: got {count}, want at least 1")
+    if negative is not None and negative not in NEGATIVES:
+        raise ValueError(f"negative: got {negative!r}, want None or one of {NEGATIVES}")
+    if pairs is not None and pairs not in PAIRS:
+        raise ValueError(f"pairs: got {pairs!r}, want None or one of {PAIRS}")
+    kind = 0 if negative is None else 1 + NEGATIVES.index(negative)
+    return sample_scenes(torch.full((count,), kind), split, pairs, torch.Generator().manual_seed(seed))
+
+
+def sample_scenes(kind: Tensor, split: str, pairs: str | None, generator: torch.Generator) -> Scenes:
+    """As `digit_scenes`, one scene per entry of kind int64 (B): 0 = true caption, 1 + i = false as in NEGATIVES[i]."""
+    pairs = ("seen" if split == "train" else "all") if pairs is None else pairs
+    held_out = held_out_captions()
+    sayable = {"all": torch.ones_like(held_out), "seen": ~held_out, "held_out": held_out}[pairs]
+    scan, corners, chosen = _draw(kind.numel(), split, sayable, generator)
+    scans, scan_digits, _ = digit_scans(split)
+    digits = scan_digits[scan]
+    first, second, relation = (chosen // 16, chosen // 4 % 4, chosen % 4)
+    wrong = ~held_out if pairs == "seen" else torch.ones_like(held_out)
+    words, named = _caption(kind, digits, corners, first, second, relation, wrong, generator)
+
+    rows = torch.arange(kind.numel())[:, None, None, None]
+    span = torch.arange(DIGIT)
+    y, x = (corners[..., axis, None] + span for axis in (1, 0))
+    images = torch.zeros(kind.numel(), CANVAS, CANVAS)
+    images[rows, y[..., :, None], x[..., None, :]] = scans[scan]
+
+    captions = tuple(f"{DIGIT_WORDS[a]} {RELATIONS[r]} a {DIGIT_WORDS[b]}" for a, r, b in words.tolist())
+    return Scenes(
+        images=images,
+        boxes=torch.cat([corners, corners + DIGIT], dim=-1).float(),
+        digits=digits,
+        captions=captions,
+        input_ids=DigitProcessor().words(captions)["input_ids"],
+        label=(kind == 0).long(),
+        named=named,
+    )
+
+
+def swapped_pairs(count: int, *, split: str = "test", seed: int = 0, pairs: str | None = None) -> tuple[Scenes, Scenes]:
+    """`count` pairs of scenes as in Winoground: the second scene has the same scans, the two named ones having changed
+    places, and its caption has the same words, the digits in the other order. Each caption is true of its own scene and
+    false of the other. Arguments as in `digit_scenes`."""
+    true = digit_scenes(count, split=split, seed=seed, pairs=pairs)
+    other = digit_scenes(count, split=split, seed=seed, pairs=pairs, negative="order")
+    region = torch.arange(REGIONS).expand(count, -1).clone()
+    region[true.named] = torch.nonzero(true.named)[:, 1].view(-1, 2).flip(1).reshape(-1)
+    boxes = true.boxes.gather(1, region[..., None].expand(-1, -1, 4))
+    crops = DigitProcessor().regions(true.images, true.boxes)["region_features"]
+    rows = torch.arange(count)[:, None, None, None]
+    span = torch.arange(DIGIT)
+    images = torch.zeros_like(true.images)
+    y, x = (boxes[..., axis, None].long() + span for axis in (1, 0))
+    images[rows, y[..., :, None], x[..., None, :]] = crops.unflatten(-1, (DIGIT, DIGIT))
+    swapped = Scenes(images, boxes, true.digits, other.captions, other.input_ids, true.label, true.named)
+    return true, swapped
+
+
+def _displacement(corners: Tensor) -> Tensor:
+    """corners (B,R,2) x, y -> (B,R,R,4): by how many pixels i lies left of, right of, above, below j."""
+    right, down = (corners[:, None, :, :] - corners[:, :, None, :]).unbind(-1)
+    return torch.stack([right, -right, down, -down], dim=-1)
+
+
+def _draw(count: int, split: str, sayable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws scenes until `count` have no overlapping digits and something to say: (scan (B,R), corners (B,R,2), caption
+    (B) = 16 * first region + 4 * second region + relation)."""
+    _, scan_digits, _ = digit_scans(split)
+    per_digit = torch.bincount(scan_digits, minlength=10)
+    order, start = scan_digits.argsort(stable=True), per_digit.cumsum(0) - per_digit
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    while sum(len(part[0]) for part in kept) < count:
+        trials = 10 * count + 64
+        corners = torch.randint(0, CANVAS - DIGIT + 1, (trials, REGIONS, 2), generator=generator)
+        distance = (corners[:, :, None] - corners[:, None]).abs().amax(-1)
+        apart = ((distance >= DIGIT) | torch.eye(REGIONS, dtype=torch.bool)).flatten(1).all(1)
+        corners = corners[apart]
+        digits = torch.rand(len(corners), 10, generator=generator).argsort(1)[:, :REGIONS]
+        pick = (torch.rand(digits.shape, generator=generator) * per_digit[digits]).long()
+        true = (_displacement(corners) >= CLEARANCE) & sayable[digits[:, :, None], digits[:, None, :]]
+        true = true.flatten(1)
+        told = true.any(1)
+        caption = torch.multinomial(true[told].float(), 1, generator=generator).squeeze(1)
+        kept.append((order[start[digits] + pick][told], corners[told], caption))
+    scan, corners, caption = (torch.cat(part)[:count] for part in zip(*kept, strict=True))
+    return scan, corners, caption
+
+
+def _caption(
+    kind: Tensor, digits: Tensor, corners: Tensor, first: Tensor, second: Tensor, relation: Tensor, sayable: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """(words int64 (B,3) = first digit, relation, second digit; named bool (B,R)), made false where kind asks for it."""
+    rows = torch.arange(len(kind))
+    a, b = digits[rows, first], digits[rows, second]
+
+    absent = torch.ones(len(kind), 10, dtype=torch.bool).scatter_(1, digits, False)
+    replace_first = torch.rand(len(kind), generator=generator) < 0.5
+    kept = torch.where(replace_first, b, a)
+    allowed = torch.where(replace_first[:, None], sayable[:, kept, relation].T, sayable[kept, :, relation])
+    stranger = torch.multinomial((absent & allowed).float(), 1, generator=generator).squeeze(1)
+
+    false_relations = (_displacement(corners)[rows, first, second] <= 0) & sayable[a, b]
+    other_relation = torch.multinomial(false_relations.float(), 1, generator=generator).squeeze(1)
+
+    wrong_digit, wrong_relation, wrong_order = (kind == 1 + i for i in range(3))
+    words = torch.stack([
+        torch.where(wrong_digit & replace_first, stranger, torch.where(wrong_order, b, a)),
+        torch.where(wrong_relation, other_relation, relation),
+        torch.where(wrong_digit & ~replace_first, stranger, torch.where(wrong_order, a, b)),
+    ], dim=1)  # fmt: skip
+    named = (digits[..., None] == words[:, None, ::2]).any(-1)
+    return words, named

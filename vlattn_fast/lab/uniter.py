@@ -1,0 +1,75 @@
+"""The small UNITER trained on DigitScenes: its sizes, its shipped weights, how it is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.lab.processor import POSITION_DIM, REGION_DIM, VOCABULARY, DigitProcessor
+from vlattn_fast.lab.scenes import NEGATIVES, Scenes, digit_scenes, swapped_pairs
+from vlattn_fast.models.uniter import UNITER, UNITERConfig
+
+WEIGHTS = "uniter_digitscenes.safetensors"
+DATA = Path(__file__).parent / "data"
+CONFIG = UNITERConfig(
+    vocab_size=len(VOCABULARY),
+    hidden_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    intermediate_size=384,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    max_position_embeddings=16,
+    initializer_range=0.1,
+    region_dim=REGION_DIM,
+    position_dim=POSITION_DIM,
+)
+
+
+def load_uniter(directory: str | Path = DATA) -> tuple[UNITER, DigitProcessor]:
+    """The UNITER trained on DigitScenes, in eval mode, and its processor; by default with the shipped weights, otherwise
+    with those `python -m vlattn_fast.lab.train --output DIR` left in a directory."""
+    from safetensors.torch import load_file
+
+    weights = Path(directory) / WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"directory: no {WEIGHTS} in {directory}, want one written by python -m vlattn_fast.lab.train")
+    model = UNITER(UNITERConfig(**json.loads(weights.with_suffix(".json").read_text())["config"]))
+    model.load_state_dict(load_file(weights))
+    return model.eval(), DigitProcessor()
+
+
+@torch.no_grad()
+def matching_score(model: UNITER, scenes: Scenes, *, input_ids: Tensor | None = None) -> Tensor:
+    """(B): log odds that each scene's caption is true of it; input_ids (B,7) puts other captions in their place."""
+    inputs = scenes.inputs()
+    if input_ids is not None:
+        inputs["input_ids"] = input_ids
+    logits = model(**inputs).logits
+    return logits[:, 1] - logits[:, 0]
+
+
+def matching_accuracy(model: UNITER, *, count: int = 1000, seed: int = 0, pairs: str | None = None) -> dict[str, float]:
+    """Accuracy on test scenes for each kind of wrong caption: "digit", "relation", "order". Each is over `count` scenes
+    with their true caption and the same scenes with a false one. pairs as in `digit_scenes`."""
+    true = (matching_score(model, digit_scenes(count, seed=seed, pairs=pairs)) > 0).double().mean()
+    accuracy = {}
+    for negative in NEGATIVES:
+        false = (matching_score(model, digit_scenes(count, seed=seed, pairs=pairs, negative=negative)) <= 0).double().mean()
+        accuracy[negative] = float(true + false) / 2
+    return accuracy
+
+
+def winoground_scores(model: UNITER, *, count: int = 1000, seed: int = 0, pairs: str | None = None) -> dict[str, float]:
+    """Text, image and group score over `count` swapped pairs of test scenes (Thrush et al., "Winoground", CVPR 2022,
+    equations 1 to 3); chance is 1/4, 1/4 and 1/6."""
+    one, two = swapped_pairs(count, seed=seed, pairs=pairs)
+    own_one, own_two = matching_score(model, one), matching_score(model, two)
+    crossed_one = matching_score(model, one, input_ids=two.input_ids)
+    crossed_two = matching_score(model, two, input_ids=one.input_ids)
+    text = (own_one > crossed_one) & (own_two > crossed_two)
+    image = (own_one > crossed_two) & (own_two > crossed_one)
+    return {name: float(hit.double().mean()) for name, hit in (("text", text), ("image", image), ("group", text & image))}

@@ -1,0 +1,345 @@
+"""UNITER: one transformer over words and image regions (Chen et al., "UNITER: UNiversal Image-TExt Representation
+Learning", ECCV 2020). Parameters are named as in the checkpoints the authors published (ChenRocks/UNITER)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-12  # of the published models
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class UNITERConfig:
+    """Sizes of a `UNITER`; the defaults are UNITER-base. Names as in the published JSON where it has one.
+
+    region_dim: features per region (2048, the detector's); position_dim: box features per region (7: x1, y1, x2, y2,
+    width, height and area, all relative to the image); initializer_range: standard deviation of all initial weights.
+    """
+
+    vocab_size: int = 28996
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    region_dim: int = 2048
+    position_dim: int = 7
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                     "max_position_embeddings", "type_vocab_size", "region_dim", "position_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: got {value!r}, want an int")
+            if value < (2 if name == "type_vocab_size" else 1):
+                raise ValueError(f"{name}: got {value}, want at least {2 if name == 'type_vocab_size' else 1}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size: got {self.hidden_size}, want a multiple of num_attention_heads "
+                             f"({self.num_attention_heads})")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act: got {self.hidden_act!r}, want one of {sorted(ACTIVATIONS)}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want a probability in [0, 1)")
+
+
+@dataclass(frozen=True)
+class UNITEROutput:
+    """logits (B,2): image-text matching, class 1 = the text matches the image; last_hidden_state (B,L+R,C): words, then
+    regions."""
+
+    logits: Tensor
+    last_hidden_state: Tensor
+
+
+def sdpa_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    scaling: float, dropout: float = 0.0,
+) -> tuple[Tensor, None]:
+    """torch's SDPA under the Hugging Face attention interface.
+
+    query, key, value (B,H,N,D); attention_mask None or bool (B,1,1,N), True = may be attended; returns
+    (out (B,N,H,D), None): the weights are not kept.
+    """
+    out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, bool(module.is_causal), scale=scaling)
+    return out.transpose(1, 2), None
+
+
+class UNITERSelfAttention(nn.Module):
+    """Multi-head self-attention whose core, `attention_function`, can be replaced on the instance."""
+
+    is_causal = False
+
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.attention_function: AttentionFunction = sdpa_attention
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """hidden_states (B,N,C), attention_mask None or bool (B,1,1,N) -> (B,N,C)."""
+        query, key, value = (
+            linear(hidden_states).unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        out, _ = self.attention_function(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=self.dropout if self.training else 0.0
+        )
+        return out.flatten(2)
+
+
+class UNITERResidual(nn.Module):
+    """Linear, dropout, residual sum, LayerNorm: what ends both halves of a post-norm layer."""
+
+    def __init__(self, in_features: int, config: UNITERConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, branch: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(branch)))
+
+
+class UNITERAttention(nn.Module):
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.self = UNITERSelfAttention(config)
+        self.output = UNITERResidual(config.hidden_size, config)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.output(self.self(hidden_states, attention_mask), hidden_states)
+
+
+class UNITERIntermediate(nn.Module):
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.hidden_act = config.hidden_act
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return ACTIVATIONS[self.hidden_act](self.dense(hidden_states))
+
+
+class UNITERLayer(nn.Module):
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.attention = UNITERAttention(config)
+        self.intermediate = UNITERIntermediate(config)
+        self.output = UNITERResidual(config.intermediate_size, config)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        hidden_states = self.attention(hidden_states, attention_mask)
+        return self.output(self.intermediate(hidden_states), hidden_states)
+
+
+class UNITEREncoder(nn.Module):
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(UNITERLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask)
+        return hidden_states
+
+
+class UNITERTextEmbeddings(nn.Module):
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeddings = self.word_embeddings(input_ids) + self.position_embeddings.weight[: input_ids.shape[1]]
+        return self.dropout(self.LayerNorm(embeddings + self.token_type_embeddings.weight[0]))
+
+
+class UNITERImageEmbeddings(nn.Module):
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.img_linear = nn.Linear(config.region_dim, config.hidden_size)
+        self.img_layer_norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.pos_layer_norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.pos_linear = nn.Linear(config.position_dim, config.hidden_size)
+        self.mask_embedding = nn.Embedding(2, config.region_dim, padding_idx=0)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, features: Tensor, positions: Tensor, type_embedding: Tensor, masked: Tensor | None) -> Tensor:
+        if masked is not None:
+            features = torch.where(masked.bool()[..., None], self.mask_embedding.weight[1], features)
+        image = self.img_layer_norm(self.img_linear(features))
+        position = self.pos_layer_norm(self.pos_linear(positions))
+        return self.dropout(self.LayerNorm(image + position + type_embedding))
+
+
+class UNITERPooler(nn.Module):
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.tanh(self.dense(hidden_states[:, 0]))
+
+
+class UNITERModel(nn.Module):
+    """The encoder without a task head: what the published names prefix with `uniter.`."""
+
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.embeddings = UNITERTextEmbeddings(config)
+        self.img_embeddings = UNITERImageEmbeddings(config)
+        self.encoder = UNITEREncoder(config)
+        self.pooler = UNITERPooler(config)
+
+
+class UNITER(nn.Module):
+    """UNITER with its image-text matching head (Chen et al., ECCV 2020, sections 3.1 and 3.2).
+
+    Words and regions form one sequence, the words first. A published checkpoint loads through `from_published`.
+    Each layer's `uniter.encoder.layer[i].attention.self.attention_function` is called as Hugging Face calls its
+    attention functions and may be replaced on the instance.
+    """
+
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        if not isinstance(config, UNITERConfig):
+            raise TypeError(f"config: got {type(config).__name__}, want a UNITERConfig")
+        self.config = config
+        self.uniter = UNITERModel(config)
+        self.itm_output = nn.Linear(config.hidden_size, 2)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    @classmethod
+    def from_published(cls, state_dict: Mapping[str, Tensor], *, num_attention_heads: int | None = None) -> UNITER:
+        """A model in eval mode from the state dict of a published checkpoint (`torch.load("uniter-base.pt")`).
+
+        Sizes are read off the tensors; num_attention_heads cannot be and defaults to hidden_size // 64, as published.
+        Heads of other pre-training tasks are left out; a missing tensor of this model is a ValueError.
+        """
+        state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in state_dict.items()}
+        try:
+            vocab_size, hidden_size = state["uniter.embeddings.word_embeddings.weight"].shape
+            config = UNITERConfig(
+                vocab_size=vocab_size,
+                hidden_size=hidden_size,
+                num_hidden_layers=1 + max(int(name.split(".")[3]) for name in state if name.startswith("uniter.encoder.layer.")),
+                num_attention_heads=hidden_size // 64 if num_attention_heads is None else num_attention_heads,
+                intermediate_size=state["uniter.encoder.layer.0.intermediate.dense.weight"].shape[0],
+                max_position_embeddings=state["uniter.embeddings.position_embeddings.weight"].shape[0],
+                type_vocab_size=state["uniter.embeddings.token_type_embeddings.weight"].shape[0],
+                region_dim=state["uniter.img_embeddings.img_linear.weight"].shape[1],
+                position_dim=state["uniter.img_embeddings.pos_linear.weight"].shape[1],
+            )
+        except KeyError as error:
+            raise ValueError(f"state_dict: lacks {error.args[0]!r}, want the names of a published UNITER checkpoint") from None
+        model = cls(config)
+        wanted = model.state_dict().keys()
+        if missing := sorted(wanted - state.keys()):
+            raise ValueError(f"state_dict: lacks {missing}, want the names of a published UNITER checkpoint")
+        model.load_state_dict({name: state[name] for name in wanted})
+        return model.eval()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        region_features: Tensor,
+        region_positions: Tensor,
+        attention_mask: Tensor | None = None,
+        region_mask: Tensor | None = None,
+        masked_regions: Tensor | None = None,
+    ) -> UNITEROutput:
+        """Scores how well texts and images match.
+
+        Args:
+            input_ids: int64 (B,L), [CLS] w1 .. wn [SEP] then padding.
+            region_features: float (B,R,region_dim).
+            region_positions: float (B,R,position_dim), box features, those of `UNITERConfig` in the published models.
+            attention_mask: (B,L), bool or 0/1, True = a real word; None = all are.
+            region_mask: (B,R), bool or 0/1, True = a real region; None = all are.
+            masked_regions: bool (B,R), True = the features are replaced by the mask embedding (masked-region modelling).
+
+        What stands in padded words and regions never reaches the logits.
+        """
+        self._check(input_ids, region_features, region_positions, attention_mask, region_mask, masked_regions)
+        text_mask = None if attention_mask is None else attention_mask.bool()
+        image_mask = None if region_mask is None else region_mask.bool()
+        mask = None
+        if text_mask is not None or image_mask is not None:
+            text_mask = torch.ones_like(input_ids, dtype=torch.bool) if text_mask is None else text_mask
+            if image_mask is None:
+                image_mask = torch.ones(region_features.shape[:2], dtype=torch.bool, device=input_ids.device)
+            # 0 x NaN is NaN inside attention, so hidden regions are emptied and not only masked
+            region_features = region_features.masked_fill(~image_mask[..., None], 0.0)
+            region_positions = region_positions.masked_fill(~image_mask[..., None], 0.0)
+            mask = torch.cat([text_mask, image_mask], dim=1)[:, None, None, :]
+        words = self.uniter.embeddings(input_ids)
+        image_type = self.uniter.embeddings.token_type_embeddings.weight[1]
+        regions = self.uniter.img_embeddings(region_features, region_positions, image_type, masked_regions)
+        hidden_states = self.uniter.encoder(torch.cat([words, regions], dim=1), mask)
+        return UNITEROutput(self.itm_output(self.uniter.pooler(hidden_states)), hidden_states)
+
+    def _check(
+        self, input_ids: Tensor, region_features: Tensor, region_positions: Tensor,
+        attention_mask: Tensor | None, region_mask: Tensor | None, masked_regions: Tensor | None,
+    ) -> None:
+        config = self.config
+        for name, tensor in (("input_ids", input_ids), ("region_features", region_features),
+                             ("region_positions", region_positions)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: got {type(tensor).__name__}, want a tensor")
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids: got {input_ids.dtype} {tuple(input_ids.shape)}, want int64 (B,L)")
+        batch, words = input_ids.shape
+        if not 1 <= words <= config.max_position_embeddings:
+            raise ValueError(f"input_ids: got {words} words, want 1 to {config.max_position_embeddings}")
+        if region_features.ndim != 3 or region_features.shape[::2] != (batch, config.region_dim):
+            raise ValueError(f"region_features: got {tuple(region_features.shape)}, want ({batch}, R, {config.region_dim})")
+        regions = region_features.shape[1]
+        if region_positions.shape != (batch, regions, config.position_dim):
+            raise ValueError(f"region_positions: got {tuple(region_positions.shape)}, "
+                             f"want ({batch}, {regions}, {config.position_dim})")
+        for name, mask, shape in (("attention_mask", attention_mask, (batch, words)),
+                                  ("region_mask", region_mask, (batch, regions)),
+                                  ("masked_regions", masked_regions, (batch, regions))):
+            if mask is None:
+                continue
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"{name}: got {type(mask).__name__}, want a tensor or None")
+            if mask.shape != shape or mask.is_floating_point():
+                raise ValueError(f"{name}: got {mask.dtype} {tuple(mask.shape)}, want bool {shape}")
+        # values are looked at on the CPU only: elsewhere it would cost a synchronisation
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+            low, high = input_ids.min().item(), input_ids.max().item()
+            if low < 0 or high >= config.vocab_size:
+                raise ValueError(f"input_ids: got ids from {low} to {high}, want 0 to {config.vocab_size - 1}")

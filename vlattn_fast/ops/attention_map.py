@@ -1,0 +1,160 @@
+"""One (B,N,M) map for all heads of an attention layer: A, or relu(A * dA) (Chefer et al., ICCV 2021, eq. 5).
+
+Formula: reference/attention_map.py. Heads reduced while streaming: streaming/attention_map.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import scores
+from ._checks import (
+    autocast,
+    check_bool,
+    check_choice,
+    check_floating,
+    check_grad_output,
+    check_heads,
+    check_masks,
+    check_tensor,
+    check_value,
+    describe,
+    hide,
+    resolve_scale,
+    scaled_dot_default,
+)
+from ._dispatch import Call, load, select, table
+from ._library import define, not_differentiable
+
+BACKENDS = table("attention_map")
+RULES = ("attention", "gradient")
+HEAD_REDUCTIONS = ("mean", "max", "min")
+
+
+def attention_map(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    rule: str = "attention",
+    head_reduction: str = "mean",
+    row_normalize: bool = False,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Abar_ij = reduce_h A_hij with A = softmax(scale * q k^T + mask), or reduce_h relu(A_hij dA_hij) with dA = dO V^T.
+
+    The head mean of the second is Abar of eq. 5 of Chefer et al., "Generic Attention-Model Explainability", ICCV 2021.
+    To multiply by Abar use relevancy_step, which never stores it.
+
+    Args:
+        query: (B,H,N,D) float16, bfloat16, float32 or float64, H >= 1.
+        key: (B,Hkv,M,D), Hkv = H, or a divisor of H with enable_gqa.
+        value: (B,Hkv,M,Dv), for rule="gradient" only.
+        grad_output: (B,H,N,Dv), for rule="gradient" only: the gradient of the explained score at the attention's output A V.
+        rule: "attention" (A) or "gradient" (relu(A * dA), clamped per head before the heads are reduced).
+        head_reduction: "mean", "max" or "min" over the heads.
+        row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
+        attn_mask: bool (True = may attend) or float (added), broadcastable to (B,H,N,M); a constant.
+        key_mask: bool (B,M), True = a real token. What stands in hidden keys and values reaches nothing.
+        is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
+        scale: multiplies the scores; default 1/sqrt(D).
+        backend: "auto", "reference", "streaming", "triton" or "cuda". Only "reference" is differentiable.
+
+    Returns:
+        Abar (B,N,M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The
+        row of a query without a visible key is zero.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        RuntimeError: in a backward pass through the map (under torch.compile: when it is compiled).
+
+    >>> query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 7, 8)
+    >>> abar = attention_map(query, key)
+    >>> abar.shape, torch.allclose(abar.sum(-1), torch.ones(1, 5))
+    (torch.Size([1, 5, 7]), True)
+    >>> value, grad_output = torch.randn(1, 4, 7, 16), torch.randn(1, 4, 5, 16)
+    >>> attention_map(query, key, value, grad_output, rule="gradient", head_reduction="max").shape
+    torch.Size([1, 5, 7])
+    """
+    call = _check(
+        query, key, value, grad_output, rule, head_reduction, row_normalize, attn_mask, key_mask, is_causal, enable_gqa
+    )
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    chosen = select(BACKENDS, call, backend)
+    if chosen == "reference":
+        return load(BACKENDS, chosen).attention_map(
+            query, key, value, grad_output, rule=rule, head_reduction=head_reduction, row_normalize=row_normalize,
+            attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    key, value = hide(key_mask, key, value)
+    query, key, value, grad_output = autocast(query, key, value, grad_output)
+    return _forward_op(
+        query, key, value, grad_output, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, chosen
+    )
+
+
+def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, head_reduction: Any, row_normalize: Any,
+           attn_mask: Any, key_mask: Any, is_causal: Any, enable_gqa: Any) -> Call:  # fmt: skip
+    check_tensor("query", query, rank=4, shape="(B, H, N, D)")
+    check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
+    check_choice("rule", rule, RULES)
+    check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
+    check_bool(row_normalize=row_normalize, enable_gqa=enable_gqa)
+    given = {"value": value, "grad_output": grad_output}
+    if rule == "gradient":
+        for name, x in given.items():
+            if x is None:
+                raise ValueError(f"{name} must be given for rule='gradient'; got None")
+        check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
+        check_tensor("grad_output", grad_output, rank=4, shape="(B, H, N, Dv)")
+        check_floating(query=query, key=key, value=value, grad_output=grad_output)
+        check_value(value, key)
+        check_grad_output(grad_output, query, value)
+    else:
+        for name, x in given.items():
+            if x is not None:
+                raise ValueError(f"{name} must not be given for rule='attention', which does not use it; got {describe(x)}")
+        check_floating(query=query, key=key)
+    check_heads(query, key, enable_gqa)
+    if query.shape[1] == 0:
+        raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
+    scores.ScaledDot().check(query, key)
+    check_masks(query, key, attn_mask, key_mask, is_causal)
+    return Call(
+        "attention_map", query.dtype, query.device.type,
+        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3],
+         "value_size": 0 if value is None else value.shape[3]},
+        {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize},
+    )  # fmt: skip
+
+
+def _forward(*args: Any) -> Tensor:
+    *inputs, backend = args
+    return load(BACKENDS, backend).forward(*inputs)
+
+
+def _forward_fake(query: Tensor, key: Tensor, *_: Any) -> Tensor:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=dtype)
+
+
+_forward_op = define(
+    "attention_map(Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? attn_mask, Tensor? key_mask, "
+    "str rule, str head_reduction, bool row_normalize, float scale, bool is_causal, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+not_differentiable(
+    "attention_map",
+    "attention_map has no gradient; detach query, key, value and grad_output, and to train on attention use "
+    "attention_statistics or score_attention, which have one (backend='reference' differentiates the whole map)",
+)

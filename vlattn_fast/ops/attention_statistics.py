@@ -1,0 +1,235 @@
+"""What probes and losses read off A = softmax(scale * q k^T + mask) row by row, without the map (VALUE, ECCV 2020).
+
+Formula: reference/attention_statistics.py. O(N + M) memory: streaming/attention_statistics.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import scores
+from ._checks import (
+    FLOAT_DTYPES,
+    autocast,
+    check_bool,
+    check_device,
+    check_floating,
+    check_heads,
+    check_masks,
+    check_tensor,
+    describe,
+    hide,
+    resolve_scale,
+    scaled_dot_default,
+)
+from ._dispatch import Call, load, select, table
+from ._library import define, differentiable, once_differentiable
+
+BACKENDS = table("attention_statistics")
+
+
+class AttentionStatistics(NamedTuple):
+    """Statistics of A (B,H,N,M), float32 (float64 for float64 input) but argmax."""
+
+    mass: Tensor
+    """(B,H,N,G): the attention of a query on each group of keys, sum_{j in g} A_ij."""
+    entropy: Tensor
+    """(B,H,N): -sum_j A_ij log A_ij in nats."""
+    maximum: Tensor
+    """(B,H,N): max_j A_ij."""
+    argmax: Tensor
+    """(B,H,N) int64: the first key with that weight; -1 for a query without a visible key."""
+    received: Tensor
+    """(B,H,M): the attention a key receives, sum_i row_weight_i A_ij."""
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    key_groups: Tensor | None = None,
+    num_groups: int | None = None,
+    row_weight: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> AttentionStatistics:
+    """Mass per group of keys, entropy, largest weight and received attention of A = softmax(scale * q k^T + mask).
+
+    The attention statistics of Cao et al., "Behind the Scene", ECCV 2020 (VALUE): with the tokens of each modality as a
+    group, mass is their modality importance and their cross-modal heads; maximum and argmax serve their linked tokens.
+    Differentiable in query, key and row_weight, all but argmax; once.
+
+    Args:
+        query: (B,H,N,D) float16, bfloat16, float32 or float64.
+        key: (B,Hkv,M,D), Hkv = H, or a divisor of H with enable_gqa.
+        key_groups: int64 (M) or (B,M), the group of each key, -1 = none. The values are checked, which on a GPU waits for
+            it; not under torch.compile and CUDA graph capture, where a value out of range counts as none.
+        num_groups: G; default the largest value of key_groups + 1 (to be given under torch.compile); 0 without key_groups.
+        row_weight: (N) or (B,N) floating point, the weight of each query in `received`; default 1.
+        attn_mask: bool (True = may attend) or float (added), broadcastable to (B,H,N,M); a constant.
+        key_mask: bool (B,M), True = a real token. What stands in hidden keys reaches nothing, their gradient is 0.
+        is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
+        scale: multiplies the scores; default 1/sqrt(D).
+        backend: "auto", "reference", "streaming", "triton" or "cuda".
+
+    Returns:
+        AttentionStatistics(mass (B,H,N,G), entropy (B,H,N) in nats, maximum (B,H,N), argmax (B,H,N), received (B,H,M)).
+        A query without a visible key has mass, entropy and maximum 0, argmax -1 and zero gradients.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+
+    >>> query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
+    >>> text_or_image = torch.tensor([0, 0, 0, 1, 1, 1, -1])
+    >>> statistics = attention_statistics(query, key, key_groups=text_or_image, num_groups=2)
+    >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
+    (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
+    """
+    call = _check(query, key, key_groups, num_groups, row_weight, attn_mask, key_mask, is_causal, enable_gqa)
+    num_groups = _resolve_groups(key_groups, num_groups)
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    chosen = select(BACKENDS, call, backend)
+    if chosen == "reference":
+        return load(BACKENDS, chosen).attention_statistics(
+            query, key, key_groups=key_groups, num_groups=num_groups, row_weight=row_weight, attn_mask=attn_mask,
+            key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    query, key = autocast(query, *hide(key_mask, key))
+    if key_groups is not None:
+        key_groups = key_groups.expand(key.shape[0], -1)
+    if row_weight is not None:
+        row_weight = row_weight.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[0], -1)
+    *statistics, _ = _forward_op(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal, chosen)
+    return AttentionStatistics(*statistics)
+
+
+def _check(query: Any, key: Any, key_groups: Any, num_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any,
+           is_causal: Any, enable_gqa: Any) -> Call:  # fmt: skip
+    check_tensor("query", query, rank=4, shape="(B, H, N, D)")
+    check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
+    check_floating(query=query, key=key)
+    check_bool(enable_gqa=enable_gqa)
+    check_heads(query, key, enable_gqa)
+    scores.ScaledDot().check(query, key)
+    check_masks(query, key, attn_mask, key_mask, is_causal)
+    if key_groups is not None:
+        check_tensor("key_groups", key_groups, shape="(M) or (B, M)")
+        if key_groups.dtype != torch.int64:
+            raise TypeError(f"key_groups must be int64 (-1 = no group); got {describe(key_groups)}")
+        _check_rows("key_groups", key_groups, query, (key.shape[0], key.shape[2]), "(M) or (B, M)")
+    if num_groups is not None:
+        if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+            raise TypeError(f"num_groups must be an integer or None; got {describe(num_groups)}")
+        if num_groups < 0:
+            raise ValueError(f"num_groups must not be negative; got {num_groups}")
+        if key_groups is None and num_groups > 0:
+            raise ValueError(f"num_groups must be 0 or None where key_groups is not given; got {num_groups}")
+    if row_weight is not None:
+        check_tensor("row_weight", row_weight, shape="(N) or (B, N)")
+        if row_weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(row_weight)}")
+        _check_rows("row_weight", row_weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
+    return Call(
+        "attention_statistics", query.dtype, query.device.type,
+        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3]},
+        {"key_groups": key_groups is not None, "row_weight": row_weight is not None},
+    )  # fmt: skip
+
+
+def _check_rows(name: str, x: Tensor, query: Tensor, full: tuple[int, int], legend: str) -> None:
+    """`x` has the shape full[1:] or full."""
+    check_device(name, x, "query", query)
+    if x.dim() not in (1, 2) or tuple(x.shape) != full[2 - x.dim() :]:
+        raise ValueError(f"{name} must have shape {legend} with (B, {legend[1]}) = {full}; got {describe(x)}")
+
+
+def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
+    """The number of groups; looks at the values of key_groups wherever they can be read."""
+    if key_groups is None:
+        return 0
+    if torch.compiler.is_compiling() or (key_groups.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if num_groups is None:
+            raise ValueError(
+                "num_groups must be given under torch.compile and CUDA graph capture, where the values of key_groups cannot "
+                "be read; got None"
+            )
+        return num_groups
+    low, high = (int(x) for x in key_groups.aminmax()) if key_groups.numel() else (-1, -1)
+    if low < -1 or (num_groups is not None and high >= num_groups):
+        limit = "the number of groups" if num_groups is None else f"num_groups = {num_groups}"
+        raise ValueError(f"key_groups must hold values from -1 (no group) to below {limit}; got values from {low} to {high}")
+    return high + 1 if num_groups is None else num_groups
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, backend = args
+    return load(BACKENDS, backend).forward(*inputs)
+
+
+def _forward_fake(query: Tensor, key: Tensor, key_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any,
+                  num_groups: int, *_: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype, rows = torch.promote_types(query.dtype, torch.float32), query.shape[:3]
+    entropy, maximum, lse = (query.new_empty(rows, dtype=dtype) for _ in range(3))
+    received = query.new_empty(*rows[:2], key.shape[2], dtype=dtype)
+    argmax = query.new_empty(rows, dtype=torch.int64)
+    return query.new_empty(*rows, num_groups, dtype=dtype), entropy, maximum, argmax, received, lse
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, backend = args
+    grad_q, grad_k, grad_weight = load(BACKENDS, backend).backward(*inputs)
+    return grad_q, grad_k, grad_q.new_empty(0) if grad_weight is None else grad_weight
+
+
+def _backward_fake(grad_mass: Any, grad_entropy: Any, grad_maximum: Any, grad_received: Any, query: Tensor, key: Tensor,
+                   argmax: Tensor, lse: Tensor, key_groups: Any, row_weight: Tensor | None,
+                   *_: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_weight = query.new_empty(0) if row_weight is None else row_weight.new_empty(row_weight.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), grad_weight
+
+
+_CONSTANTS = (
+    "Tensor? key_groups, Tensor? row_weight, Tensor? attn_mask, Tensor? key_mask, SymInt num_groups, float scale, "
+    "bool is_causal, str backend"
+)
+_forward_op = define(
+    f"attention_statistics(Tensor query, Tensor key, {_CONSTANTS}) "
+    "-> (Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor lse)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "attention_statistics_backward(Tensor? grad_mass, Tensor? grad_entropy, Tensor? grad_maximum, Tensor? grad_received, "
+    f"Tensor query, Tensor key, Tensor argmax, Tensor lse, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.num_groups, ctx.scale, ctx.is_causal, ctx.backend = inputs
+    argmax, lse = output[3], output[5]
+    ctx.save_for_backward(*tensors, argmax, lse)
+    ctx.mark_non_differentiable(argmax, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any,
+              __: Any) -> tuple[Any, ...]:  # fmt: skip
+    query, key, key_groups, row_weight, attn_mask, key_mask, argmax, lse = ctx.saved_tensors
+    grad_q, grad_k, grad_weight = _backward_op(
+        grad_mass, grad_entropy, grad_maximum, grad_received, query, key, argmax, lse,
+        key_groups, row_weight, attn_mask, key_mask, ctx.num_groups, ctx.scale, ctx.is_causal, ctx.backend,
+    )  # fmt: skip
+    return grad_q, grad_k, None, None if row_weight is None else grad_weight, *(None,) * 6
+
+
+differentiable("attention_statistics", _autograd, _setup_context)
+once_differentiable("attention_statistics_backward")

@@ -1,0 +1,394 @@
+"""Relevancy as one more cotangent: r <- r * a + (r * b) Abar in the backward pass of attention.
+
+Chefer et al., ICCV 2021, eq. 5-6 in row form; weighted as in Huang et al. 2023. Formula with whole maps:
+reference/relevancy_attention.py. O(N) memory: streaming/relevancy_attention.py.
+B batch, H heads, N queries, M keys, D head size, T carried rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import (
+    FLOAT_DTYPES,
+    autocast,
+    check_bool,
+    check_choice,
+    check_device,
+    check_floating,
+    check_grad_output,
+    check_heads,
+    check_masks,
+    check_number,
+    check_tensor,
+    check_value,
+    describe,
+    hide,
+    resolve_scale,
+    scaled_dot_default,
+)
+from ._dispatch import Call, load, select, table
+from ._library import define, differentiable, not_differentiable, once_differentiable
+
+BACKENDS = table("relevancy_attention")
+RULES = ("gradient", "attention")
+
+
+def relevancy_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    carrier: Tensor,
+    *,
+    rule: str = "gradient",
+    row_normalize: bool = False,
+    residual_weight: Tensor | float | None = None,
+    attention_weight: Tensor | float | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Self-attention that carries relevancy rows through its backward pass.
+
+    Forward: scaled_dot_product_attention, and the carrier unchanged. Backward: with r the cotangent of the returned carrier,
+    that of `carrier` is r * a + (r * b) @ Abar, where Abar = mean_h relu(A * dA) with dA = grad_out @ value^T
+    (rule="gradient", eq. 5), or mean_h A (rule="attention"; rollout is a = b = 0.5). Threaded through every layer,
+    `torch.autograd.grad([score, carrier_L], [carrier_0], [1, rows])` gives rows of (I + Abar_L) ... (I + Abar_1) (eq. 6).
+
+    Args:
+        query: (B,H,N,D). key: (B,Hkv,N,D). value: (B,Hkv,N,Dv). One floating dtype; Hkv divides H under enable_gqa.
+        carrier: (B,T,N) float32 (float64 where query is float64).
+        row_normalize: divide each row of Abar by its sum; zero rows stay zero.
+        residual_weight, attention_weight: a and b, (B,N) or a number, default 1; constants without a gradient.
+        attn_mask, key_mask, is_causal, scale, enable_gqa, backend: as in score_attention; scale defaults to 1/sqrt(D).
+
+    Returns:
+        out (B,H,N,Dv) and the carrier (B,T,N).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+
+    >>> query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    >>> start = torch.zeros(1, 1, 5, requires_grad=True)
+    >>> out, carrier = relevancy_attention(query, key, value, start)
+    >>> row = torch.zeros(1, 1, 5).index_fill(2, torch.tensor(0), 1.0)
+    >>> relevancy, = torch.autograd.grad([out.sum(), carrier], [start], [torch.tensor(1.0), row])
+    >>> relevancy.shape
+    torch.Size([1, 1, 5])
+    """
+    check_tensor("value", value, rank=4, shape="(B, Hkv, N, Dv)")
+    call = _check(query, key, value, None, rule, row_normalize, attn_mask, key_mask, is_causal, enable_gqa)
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"key must be as long as query ({query.shape[2]}): relevancy_attention is self-attention, relevancy_step "
+            f"takes others; got {describe(key)}"
+        )
+    _check_rows("carrier", carrier, query)
+    if carrier.dtype != _carrier_dtype(query):
+        raise TypeError(f"carrier must be {_carrier_dtype(query)} for {query.dtype} attention; got {describe(carrier)}")
+    weights = [
+        _weight("residual_weight", residual_weight, carrier), _weight("attention_weight", attention_weight, carrier)
+    ]  # fmt: skip
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    chosen = select(BACKENDS, call, backend)
+    query, key, value = autocast(query, key, value)
+    if chosen == "reference":
+        out, moved = load(BACKENDS, chosen).relevancy_attention(
+            query, key, value, carrier, rule=rule, row_normalize=row_normalize, residual_weight=residual_weight,
+            attention_weight=attention_weight, attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal, scale=scale,
+            enable_gqa=enable_gqa,
+        )  # fmt: skip
+        return out, moved
+    key, value = hide(key_mask, key, value)
+    out, moved, _ = _forward_op(
+        query, key, value, carrier, *weights, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
+    )
+    return out, moved
+
+
+def relevancy_step(
+    relevancy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    rule: str = "gradient",
+    row_normalize: bool = False,
+    lse: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """relevancy @ Abar by itself, behind any attention: (B,T,N) -> (B,T,M); Abar as in relevancy_attention.
+
+    Args:
+        relevancy: (B,T,N) floating point.
+        query: (B,H,N,D). key: (B,Hkv,M,D). value: (B,Hkv,M,Dv) and grad_output: (B,H,N,Dv), the gradient of the attention's
+            output, for rule="gradient" only.
+        lse: (B,H,N) natural log-sum-exp of the attention's rows, where the attention that ran returned it; -inf or +inf
+            marks a row without visible keys. Recomputed where it is None.
+
+    Returns:
+        (B,T,M) in relevancy's dtype. It has no gradient: a backward pass through it raises.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+    """
+    call = _check(query, key, value, grad_output, rule, row_normalize, attn_mask, key_mask, is_causal, enable_gqa)
+    if rule == "gradient" and (value is None or grad_output is None):
+        raise ValueError("value and grad_output must be given for rule='gradient'; got None")
+    _check_rows("relevancy", relevancy, query)
+    if lse is not None:
+        check_tensor("lse", lse, rank=3, shape="(B, H, N)")
+        check_device("lse", lse, "query", query)
+        if lse.shape != query.shape[:3] or lse.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"lse must be floating point of shape (B, H, N) = {tuple(query.shape[:3])}; got {describe(lse)}")
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    chosen = select(BACKENDS, call, backend)
+    query, key, value, grad_output = autocast(query, key, value, grad_output)
+    if chosen == "reference":
+        return load(BACKENDS, chosen).relevancy_step(
+            relevancy, query, key, value, grad_output, rule=rule, row_normalize=row_normalize, lse=lse,
+            attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # type: ignore[no-any-return]  # fmt: skip
+    key, value = hide(key_mask, key, value)
+    return _step_op(  # type: ignore[no-any-return]
+        relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
+    )
+
+
+Weighting = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def relevancy_residual(
+    residual: Tensor,
+    branch: Tensor,
+    residual_carrier: Tensor,
+    branch_carrier: Tensor,
+    *,
+    weighting: str | Weighting = "contribution",
+) -> tuple[Tensor, Tensor]:
+    """The residual sum y = x + o with relevancy weighted by what each term brings (our reading of Huang et al. 2023).
+
+    Forward: (residual + branch, residual_carrier). Backward: the cotangent g of the sum flows to both terms; the cotangent r
+    of the carrier becomes r * a for residual_carrier and r * b for branch_carrier, with a, b (B,N) by `weighting`:
+
+    - "contribution": c_x = |sum_c g x|, c_o = |sum_c g o|, a = c_x / (c_x + c_o), b = 1 - a; 1/2 each where both are zero.
+    - "norm": the same with the L2 norms |x| and |o|.
+    - "equal": a = b = 1, Chefer's rule.
+    - a callable (residual, branch, g) -> (a, b).
+
+    With relevancy_attention(..., residual_weight=0.0) giving branch_carrier this is weighted relevancy,
+    R <- diag(a) R + diag(b) Abar R.
+
+    Args:
+        residual, branch: (B,N,C). residual_carrier, branch_carrier: (B,T,N).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named).
+    """
+    check_tensor("residual", residual, rank=3, shape="(B, N, C)")
+    check_tensor("branch", branch, rank=3, shape="(B, N, C)")
+    check_floating(residual=residual, branch=branch)
+    if branch.shape != residual.shape:
+        raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}; got {describe(branch)}")
+    for name, carrier in (("residual_carrier", residual_carrier), ("branch_carrier", branch_carrier)):
+        check_tensor(name, carrier, rank=3, shape="(B, T, N)")
+        check_device(name, carrier, "residual", residual)
+        if (carrier.shape[0], carrier.shape[2]) != (residual.shape[0], residual.shape[1]):
+            raise ValueError(f"{name} must have shape (B, T, N) with residual's B and N; got {describe(carrier)}")
+    if branch_carrier.shape != residual_carrier.shape or branch_carrier.dtype != residual_carrier.dtype:
+        raise ValueError(
+            f"branch_carrier must have residual_carrier's shape and dtype; got {describe(residual_carrier)} and "
+            f"{describe(branch_carrier)}"
+        )
+    if not callable(weighting):
+        check_choice("weighting", weighting, ("contribution", "norm", "equal"))
+    total, moved = _Residual.apply(residual, branch, residual_carrier, branch_carrier, weighting)
+    return total, moved
+
+
+class _Residual(torch.autograd.Function):
+    """An autograd.Function, since a weighting may be any callable; torch.compile traces into it and fuses it."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor,
+                weighting: str | Weighting) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(residual, branch)
+        ctx.weighting = weighting
+        return residual + branch, residual_carrier.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        residual, branch = ctx.saved_tensors
+        a, b = _residual_weights(residual, branch, grad, ctx.weighting)
+        return grad, grad, r * a[:, None].to(r.dtype), r * b[:, None].to(r.dtype), None
+
+
+def _residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: str | Weighting) -> tuple[Tensor, Tensor]:
+    if callable(weighting):
+        return weighting(residual, branch, grad)
+    dtype = _carrier_dtype(residual)
+    if weighting == "equal":
+        ones = residual.new_ones(residual.shape[:2], dtype=dtype)
+        return ones, ones
+    x, o, g = residual.to(dtype), branch.to(dtype), grad.to(dtype)
+    if weighting == "contribution":
+        by_residual, by_branch = (g * x).sum(-1).abs(), (g * o).sum(-1).abs()
+    else:
+        by_residual, by_branch = x.norm(dim=-1), o.norm(dim=-1)
+    total = by_residual + by_branch
+    a = torch.where(total > 0, by_residual / torch.where(total > 0, total, 1.0), 0.5)
+    return a, 1 - a
+
+
+def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, row_normalize: Any, attn_mask: Any,
+           key_mask: Any, is_causal: Any, enable_gqa: Any) -> Call:  # fmt: skip
+    check_tensor("query", query, rank=4, shape="(B, H, N, D)")
+    check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
+    check_floating(query=query, key=key)
+    check_bool(row_normalize=row_normalize, enable_gqa=enable_gqa)
+    check_choice("rule", rule, RULES)
+    check_heads(query, key, enable_gqa)
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key must have query's head size {query.shape[3]}; got {describe(key)}")
+    if value is not None:
+        check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
+        check_floating(query=query, value=value)
+        check_value(value, key)
+    if grad_output is not None:
+        check_tensor("grad_output", grad_output, rank=4, shape="(B, H, N, Dv)")
+        check_floating(query=query, grad_output=grad_output)
+        if value is None:
+            raise ValueError("value must be given with grad_output; got None")
+        check_grad_output(grad_output, query, value)
+    check_masks(query, key, attn_mask, key_mask, is_causal)
+    return Call(
+        "relevancy_attention", query.dtype, query.device.type,
+        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3]},
+        {"rule": rule, "row_normalize": row_normalize},
+    )  # fmt: skip
+
+
+def _check_rows(name: str, x: Any, query: Tensor) -> None:
+    check_tensor(name, x, rank=3, shape="(B, T, N)")
+    check_device(name, x, "query", query)
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be floating point; got {describe(x)}")
+    if x.shape[0] != query.shape[0] or x.shape[2] != query.shape[2]:
+        raise ValueError(f"{name} must have shape (B, T, N) with query's B={query.shape[0]} and N={query.shape[2]}; "
+                         f"got {describe(x)}")  # fmt: skip
+
+
+def _carrier_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
+    """A weight as the operator takes it: None for 1, else broadcastable to (B,N) in the carrier's dtype."""
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        check_number(name, weight)
+        return torch.full((1, 1), float(weight), dtype=carrier.dtype, device=carrier.device)
+    check_device(name, weight, "carrier", carrier)
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be floating point; got {describe(weight)}")
+    if weight.shape[0:1] != carrier.shape[0:1] or weight.shape[1:] != carrier.shape[2:]:
+        raise ValueError(f"{name} must be a number or have shape (B, N) = {(carrier.shape[0], carrier.shape[2])}; "
+                         f"got {describe(weight)}")  # fmt: skip
+    if weight.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: it is a constant of the rule; pass {name}.detach()")
+    return weight.to(carrier.dtype)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, backend = args
+    return load(BACKENDS, backend).forward(*inputs)  # type: ignore[no-any-return]
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
+    return out, torch.empty_like(carrier), query.new_empty(query.shape[:3], dtype=_carrier_dtype(query))
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, backend = args
+    grads = load(BACKENDS, backend).backward(*inputs)
+    return tuple(inputs[2].new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+                   *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    wanted = rest[-2] and grad_out is not None
+    grads = [x.new_empty(x.shape if wanted else 0) for x in (query, key, value)]
+    return *grads, query.new_empty(0) if grad_carrier is None else grad_carrier.new_empty(grad_carrier.shape)
+
+
+def _step(*args: Any) -> Tensor:
+    *inputs, backend = args
+    return load(BACKENDS, backend).step(*inputs)  # type: ignore[no-any-return]
+
+
+def _step_fake(relevancy: Tensor, query: Tensor, key: Tensor, *_: Any) -> Tensor:
+    return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], key.shape[2])
+
+
+_MASKS = "Tensor? attn_mask, Tensor? key_mask"
+_OPTIONS = "str rule, bool row_normalize, float scale, bool is_causal"
+_WEIGHTS = "Tensor? residual_weight, Tensor? attention_weight"
+_forward_op = define(
+    f"relevancy_attention(Tensor query, Tensor key, Tensor value, Tensor carrier, {_WEIGHTS}, {_MASKS}, {_OPTIONS}, "
+    "str backend) -> (Tensor out, Tensor carrier_out, Tensor lse)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "relevancy_attention_backward(Tensor? grad_out, Tensor? grad_carrier, Tensor query, Tensor key, Tensor value, "
+    f"Tensor out, Tensor lse, {_WEIGHTS}, {_MASKS}, {_OPTIONS}, bool need_inputs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_step_op = define(
+    "relevancy_step(Tensor relevancy, Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, "
+    f"{_MASKS}, {_OPTIONS}, str backend) -> Tensor",
+    _step,
+    _step_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, _, *tensors, ctx.rule, ctx.row_normalize, ctx.scale, ctx.is_causal, ctx.backend = inputs
+    out, _, lse = output
+    ctx.save_for_backward(query, key, value, out, lse, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    need_inputs = any(ctx.needs_input_grad[:3])
+    if not ctx.needs_input_grad[3]:
+        grad_carrier = None
+    *grads, moved = _backward_op(
+        grad_out, grad_carrier, *ctx.saved_tensors,
+        ctx.rule, ctx.row_normalize, ctx.scale, ctx.is_causal, need_inputs, ctx.backend,
+    )  # fmt: skip
+    wanted = need_inputs and grad_out is not None
+    return *(grads if wanted else (None,) * 3), None if grad_carrier is None else moved, *(None,) * 9
+
+
+differentiable("relevancy_attention", _autograd, _setup_context)
+once_differentiable("relevancy_attention_backward")
+not_differentiable("relevancy_step", "relevancy has no gradient; pass tensors that do not require one (x.detach())")

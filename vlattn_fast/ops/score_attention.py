@@ -1,0 +1,199 @@
+"""softmax(scale * score(q, k) + mask) v for the score functions of vlattn_fast.scores (Cao et al., COLING 2022, Table 1).
+
+Formula: reference/score_attention.py. O(N) memory: streaming/score_attention.py. Features and core scores: scores.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import scores
+from ._checks import (
+    autocast,
+    check_bool,
+    check_floating,
+    check_heads,
+    check_masks,
+    check_number,
+    check_tensor,
+    check_value,
+    hide,
+    resolve_scale,
+)
+from ._dispatch import Call, load, select, table
+from ._library import define, differentiable, once_differentiable
+
+BACKENDS = table("score_attention")
+
+
+def score_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    score: str | scores.Score = "scaled_dot",
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Attention with any score function: out_i = sum_j softmax_j(scale * score(q_i, k_j) + mask_ij) v_j.
+
+    Args:
+        query: (B,H,N,Dq) float16, bfloat16, float32 or float64.
+        key: (B,Hkv,M,Dk). value: (B,Hkv,M,Dv). Hkv = H, or a divisor of H with enable_gqa.
+        score: "dot", "scaled_dot", "cosine", or an object of vlattn_fast.scores. Its tensors are differentiable.
+        attn_mask: bool (True = may attend) or float (added), broadcastable to (B,H,N,M); a constant.
+        key_mask: bool (B,M), True = a real token. What stands in hidden keys and values reaches nothing, their gradient is 0.
+        dropout_p: probability in [0, 1) of dropping an attention weight; drawn from torch's generator at each call.
+        is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
+        scale: multiplies the finished score, after an activation; default 1/sqrt(D) for scaled_dot, else 1.
+        return_lse: also return the natural log-sum-exp of each row.
+        backend: "auto", "reference", "streaming", "triton" or "cuda".
+
+    Returns:
+        out (B,H,N,Dv), or (out, lse) with lse (B,H,N) float32 (float64 for float64 input). A row without a visible key gives
+        zeros, lse -inf and zero gradients.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+
+    >>> query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    >>> additive = scores.Additive(torch.randn(8))
+    >>> score_attention(query, key, value, score=additive).shape
+    torch.Size([1, 2, 5, 8])
+    """
+    score = scores.resolve(score)
+    call = _check(query, key, value, score, attn_mask, key_mask, dropout_p, is_causal, enable_gqa, return_lse)
+    scale = resolve_scale(scale, score.default_scale(query.shape[-1]))
+    chosen = select(BACKENDS, call, backend)
+    if chosen == "reference":
+        return load(BACKENDS, chosen).score_attention(
+            query, key, value, score=score, attn_mask=attn_mask, key_mask=key_mask, dropout_p=dropout_p,
+            is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
+        )  # fmt: skip
+    out_dtype = torch.get_autocast_dtype(call.device_type) if torch.is_autocast_enabled(call.device_type) else query.dtype
+    key, value = hide(key_mask, key, value)
+    core = score.core(query, key)
+    query, key, value, vector = autocast(core.query, core.key, value, core.vector)
+    value = value.to(query.dtype)  # a sine series keeps float32 features
+    masks = (attn_mask is not None) + (key_mask is not None) + is_causal
+    if chosen == "streaming" and core.kind == "dot" and not return_lse and dropout_p == 0.0 and masks <= 1:
+        return _sdpa(query, key, value, attn_mask, key_mask, is_causal, scale).to(out_dtype)
+    seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
+    out, lse = _forward_op(
+        query, key, value, vector, attn_mask, key_mask, seed,
+        core.kind, core.parameter, scale, float(dropout_p), is_causal, chosen,
+    )  # fmt: skip
+    out = out.to(out_dtype)
+    return (out, lse + scale * core.offset) if return_lse else out
+
+
+def _check(query: Any, key: Any, value: Any, score: scores.Score, attn_mask: Any, key_mask: Any, dropout_p: Any,
+           is_causal: Any, enable_gqa: Any, return_lse: Any) -> Call:  # fmt: skip
+    check_tensor("query", query, rank=4, shape="(B, H, N, D)")
+    check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
+    check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
+    check_floating(query=query, key=key, value=value)
+    check_bool(enable_gqa=enable_gqa, return_lse=return_lse)
+    check_heads(query, key, enable_gqa)
+    check_value(value, key)
+    check_masks(query, key, attn_mask, key_mask, is_causal)
+    check_number("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
+    score.check(query, key)
+    return Call(
+        "score_attention", query.dtype, query.device.type,
+        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3], "value_size": value.shape[3]},
+        {"score": type(score).__name__, "dropout": dropout_p > 0.0},
+    )  # fmt: skip
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None,
+          is_causal: bool, scale: float) -> Tensor:  # fmt: skip
+    """A dot-product core in torch's SDPA with its own backward pass: the fastest there is for it."""
+    mask = attn_mask if key_mask is None else key_mask[:, None, None, :]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    if mask is not None and mask.dim() < 2:
+        mask = mask.expand(query.shape[2], key.shape[2])
+    size = value.shape[3]
+    if query.device.type == "cpu":
+        # the fused CPU kernel wants equal head counts, one head size and a last stride of 1, and falls back to whole maps
+        widest = max(query.shape[3], size)
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) if x.shape[1] != query.shape[1] else x
+                      for x in (key, value))  # fmt: skip
+        query, key, value = (F.pad(x, (0, widest - x.shape[3])).contiguous() if x.shape[3] != widest or x.stride(3) != 1
+                             else x for x in (query, key, value))  # fmt: skip
+    elif key.shape[1] != value.shape[1]:
+        value = value.repeat_interleave(key.shape[1] // value.shape[1], dim=1)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+    )
+    return out[..., :size]
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, backend = args
+    return load(BACKENDS, backend).forward(*inputs)
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, backend = args
+    grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, backend).backward(*inputs)
+    return grad_q, grad_k, grad_v, grad_q.new_empty(0) if grad_vector is None else grad_vector
+
+
+def _backward_fake(grad_out: Tensor, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+                   vector: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = [x.new_empty(x.shape) for x in (query, key, value)]
+    return grads[0], grads[1], grads[2], query.new_empty(0 if vector is None else vector.shape)
+
+
+_OPTIONS = "str score, float parameter, float scale, float dropout_p, bool is_causal, str backend"
+_forward_op = define(
+    "score_attention(Tensor query, Tensor key, Tensor value, Tensor? vector, Tensor? attn_mask, Tensor? key_mask, "
+    f"Tensor? seed, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "score_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    f"Tensor lse, Tensor? vector, Tensor? attn_mask, Tensor? key_mask, Tensor? seed, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.score, ctx.parameter, ctx.scale, ctx.dropout_p, ctx.is_causal, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, vector, attn_mask, key_mask, seed, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grad_q, grad_k, grad_v, grad_vector = _backward_op(
+        grad_out, grad_lse, query, key, value, out, lse, vector, attn_mask, key_mask, seed,
+        ctx.score, ctx.parameter, ctx.scale, ctx.dropout_p, ctx.is_causal, ctx.backend,
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v, None if vector is None else grad_vector, *(None,) * 9
+
+
+differentiable("score_attention", _autograd, _setup_context)
+once_differentiable("score_attention_backward")

@@ -1,0 +1,45 @@
+"""The masked softmax that every reference formula shares, with the whole map in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend(
+    score: Tensor, attn_mask: Tensor | None = None, key_mask: Tensor | None = None, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the keys of `score` (B,H,N,M): (probabilities, natural log-sum-exp).
+
+    Hidden pairs get exactly 0; a row without a visible key gives zeros and lse -inf, without a NaN in any gradient.
+    """
+    visible = torch.ones_like(score, dtype=torch.bool)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = visible & attn_mask
+    elif attn_mask is not None:
+        visible = visible & ~torch.isneginf(attn_mask)
+        score = score + torch.where(torch.isneginf(attn_mask), 0.0, attn_mask).to(score.dtype)
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+    if is_causal:
+        visible = visible & torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    if score.shape[-1] == 0:
+        return score, score.new_full(score.shape[:-1], -torch.inf)
+    score = torch.where(visible, score, -torch.inf)
+    empty = ~visible.any(-1, keepdim=True)
+    score = torch.where(empty, 0.0, score)  # keeps softmax and its gradient finite; the row is set to zero below
+    prob = torch.where(empty, 0.0, torch.softmax(score, dim=-1))
+    lse = torch.where(empty[..., 0], -torch.inf, torch.logsumexp(score, dim=-1))
+    return prob, lse
+
+
+def hide(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(B,Hkv,M,*) tensors with padding rows set to zero, so that NaN there stays there."""
+    if key_mask is None:
+        return tensors
+    return tuple(torch.where(key_mask[:, None, :, None], x, 0.0) for x in tensors)
+
+
+def share_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B,Hkv,M,D) repeated to (B,H,M,D): query head h reads key head h // (H / Hkv)."""
+    return x.repeat_interleave(num_heads // x.shape[1], dim=1) if x.shape[1] != num_heads else x

@@ -1,0 +1,49 @@
+"""One map for all heads of an attention layer: A, or relu(A * dA) of Chefer et al., ICCV 2021, eq. 5, reduced over heads.
+
+Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
+M keys; query (B,H,N,D), key (B,Hkv,M,D), value (B,Hkv,M,Dv), grad_output (B,H,N,Dv).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops._checks import resolve_scale, scaled_dot_default
+from ._softmax import attend, hide, share_heads
+
+
+def attention_map(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    rule: str = "attention",
+    head_reduction: str = "mean",
+    row_normalize: bool = False,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The formula behind vlattn_fast.attention_map; the same arguments and shapes, without `backend`."""
+    key = share_heads(*hide(key_mask, key), query.shape[1])
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    per_head, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B,H,N,M)
+    if rule == "gradient":
+        assert value is not None and grad_output is not None
+        value = share_heads(*hide(key_mask, value), query.shape[1])
+        per_head = torch.relu(per_head * (grad_output @ value.mT))  # dA = dO V^T
+    match head_reduction:
+        case "mean":
+            abar = per_head.mean(1)
+        case "max":
+            abar = per_head.amax(1)
+        case _:
+            abar = per_head.amin(1)
+    if row_normalize:
+        total = abar.sum(-1, keepdim=True)
+        abar = abar / torch.where(total == 0, 1.0, total)  # a zero row stays zero
+    return abar.to(torch.promote_types(abar.dtype, torch.float32))

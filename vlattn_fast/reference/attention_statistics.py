@@ -1,0 +1,50 @@
+"""What probes read off an attention map A = softmax(scale * q k^T + mask): Cao et al., "Behind the Scene", ECCV 2020 (VALUE).
+
+Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
+M keys, G groups of keys; query (B,H,N,D), key (B,Hkv,M,D).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops._checks import resolve_scale, scaled_dot_default
+from ..ops.attention_statistics import AttentionStatistics
+from ._softmax import attend, hide, share_heads
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    key_groups: Tensor | None = None,
+    num_groups: int | None = None,
+    row_weight: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionStatistics:
+    """The formulas behind vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
+    key = share_heads(*hide(key_mask, key), query.shape[1])
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B,H,N,M)
+    if key_groups is None:
+        key_groups, num_groups = key.new_full((key.shape[2],), -1, dtype=torch.int64), 0
+    elif num_groups is None:
+        num_groups = int(key_groups.max()) + 1 if key_groups.numel() else 0
+    member = key_groups[..., None] == torch.arange(num_groups, device=key.device)  # (M,G) or (B,M,G)
+    weight = query.new_ones(query.shape[2]) if row_weight is None else row_weight.to(prob.dtype)  # (N) or (B,N)
+
+    mass = prob @ member.expand(query.shape[0], -1, -1)[:, None].to(prob.dtype)  # sum_{j in g} A_ij
+    entropy = -(prob * torch.where(prob > 0, prob, 1.0).log()).sum(-1)  # -sum_j A_ij log A_ij, 0 log 0 = 0
+    received = (weight.expand(query.shape[0], -1)[:, None, :, None] * prob).sum(2)  # sum_i w_i A_ij
+    if prob.shape[-1] > 0:
+        maximum, argmax = prob.max(-1)
+        argmax = torch.where(maximum > 0, argmax, -1)
+    else:
+        maximum, argmax = prob.sum(-1), torch.full_like(prob.sum(-1), -1, dtype=torch.int64)
+    dtype = torch.promote_types(prob.dtype, torch.float32)
+    return AttentionStatistics(mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype))

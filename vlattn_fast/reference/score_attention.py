@@ -1,0 +1,84 @@
+"""softmax(scale * score(q, k) + mask) v with every score function written out (Cao et al., COLING 2022, Table 1).
+
+Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
+M keys, D head size; query (B,H,N,Dq), key (B,Hkv,M,Dk), value (B,Hkv,M,Dv).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import scores
+from ..ops._checks import resolve_scale
+from ._softmax import attend, hide, share_heads
+
+
+def score_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    score: Any = "scaled_dot",
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+) -> Any:
+    """The formula behind vlattn_fast.score_attention; the same arguments and shapes, without `backend`."""
+    num_heads = query.shape[1]
+    key, value = (share_heads(x, num_heads) for x in hide(key_mask, key, value))
+    score = scores.resolve(score)
+    logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score_map(score, query, key)
+    prob, lse = attend(logits, attn_mask, key_mask, is_causal)
+    out = F.dropout(prob, dropout_p) @ value
+    return (out, lse.to(torch.promote_types(lse.dtype, torch.float32))) if return_lse else out
+
+
+def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
+    """Every score before scale and masks, (B,H,N,M)."""
+    match score:
+        case scores.ScaledDot() | scores.Dot():
+            return q @ k.mT
+        case scores.Cosine(eps=eps):
+            return (q @ k.mT) / (q.norm(dim=-1)[..., :, None] * k.norm(dim=-1)[..., None, :]).clamp(min=eps)
+        case scores.General(projects="key"):
+            return _activate(score, q @ _affine(score, k).mT)
+        case scores.General(projects="query"):
+            return _activate(score, _affine(score, q) @ k.mT)
+        case scores.Additive():
+            a = q if score.query_weight is None else q @ score.query_weight.mT
+            b = k if score.key_weight is None else k @ score.key_weight.mT
+            hidden = a[..., :, None, :] + b[..., None, :, :]
+            if score.bias is not None:
+                hidden = hidden + score.bias[..., None, None, :]
+            return (torch.tanh(hidden) * score.vector[..., None, None, :]).sum(-1)
+        case scores.Hadamard(projects=projects):
+            a, b = (q, _affine(score, k)) if projects == "key" else (_affine(score, q), k)
+            product = _activate(score, a[..., :, None, :] * b[..., None, :, :])
+            return (product * score.vector[..., None, None, :]).sum(-1) + score.offset
+    raise TypeError(f"score must be a va.scores object; got {score!r}")
+
+
+def _affine(score: Any, x: Tensor) -> Tensor:
+    y = x if score.weight is None else x @ score.weight.mT
+    return y if score.bias is None else y + score.bias[..., None, :]
+
+
+def _activate(score: Any, x: Tensor) -> Tensor:
+    match score.activation:
+        case "relu":
+            return torch.relu(x)
+        case "leaky_relu":
+            return F.leaky_relu(x, score.negative_slope)
+        case "tanh":
+            return torch.tanh(x)
+        case "sigmoid":
+            return torch.sigmoid(x)
+    return x

@@ -1,0 +1,296 @@
+"""Attention score functions (Cao et al., COLING 2022, Table 1): their parameters, and how each is brought to a core score.
+
+A score is features plus an activation, score(q, k) = act(phi(q) . psi(k)). Every class here says which core score it is
+and what it makes of query and key; the operator then knows only the core scores:
+
+    dot               phi . psi                      plain attention on features: takes the fastest SDPA there is
+    cosine            q . k / max(|q| |k|, eps)      only where the clamp acts, or may act
+    dot_<activation>  act(phi . psi)
+    additive          sum_a u_a tanh(q_a + k_a)
+    hadamard_<activation>  sum_a u_a act(q_a k_a), for tanh and sigmoid (relu and leaky relu are exactly rank two)
+
+Shapes: query (B,H,N,Dq), key (B,Hkv,M,Dk). A parameter with a leading (H, ...) is per query head, otherwise shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .ops._checks import check_choice, check_floating, check_number, check_tensor, describe, scaled_dot_default
+from .streaming._series import sine_series
+
+__all__ = ["Additive", "Cosine", "Dot", "General", "Hadamard", "ScaledDot", "Score"]
+
+ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "sigmoid")
+
+
+class Core(NamedTuple):
+    """A score brought to a core score: features (B,H,N,A), (B,Hkv or H,M,A), the vector (H,A) and what is added."""
+
+    kind: str
+    query: Tensor
+    key: Tensor
+    vector: Tensor | None = None
+    parameter: float = 0.0  # cosine: eps; leaky_relu: the slope
+    offset: float | Tensor = 0.0  # cancels in the softmax, stays in the log-sum-exp
+
+
+class Score(Protocol):
+    """What score_attention asks of a score function."""
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        """Raises ValueError or TypeError where parameters, query and key do not fit."""
+
+    def core(self, query: Tensor, key: Tensor) -> Core:
+        """The same score as a core score on features; differentiable in query, key and every parameter."""
+
+    def default_scale(self, head_size: int) -> float:
+        """What multiplies the score where the caller gives no scale."""
+
+
+class _Unscaled:
+    def default_scale(self, head_size: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Dot(_Unscaled):
+    """s = q . k"""
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        _check_same_size(query, key)
+
+    def core(self, query: Tensor, key: Tensor) -> Core:
+        return Core("dot", query, key)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledDot(Dot):
+    """s = q . k / sqrt(D) (Vaswani et al. 2017)"""
+
+    def default_scale(self, head_size: int) -> float:
+        return scaled_dot_default(head_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Cosine(_Unscaled):
+    """s = q . k / max(|q| |k|, eps). The clamp is on the product of the norms, as in SCAN and AttnGAN."""
+
+    eps: float = 1e-8
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        check_number("eps", self.eps, low=0.0)
+        _check_same_size(query, key)
+
+    def core(self, query: Tensor, key: Tensor) -> Core:
+        # Unit vectors are exact only if no product of norms is below eps: that is looked up on the data, where looking
+        # costs no device synchronisation and no graph break.
+        if torch.compiler.is_compiling() or query.device.type != "cpu" or query.numel() == 0 or key.numel() == 0:
+            return Core("cosine", query, key, parameter=self.eps)
+        norm_q, norm_k = query.norm(dim=-1, keepdim=True), key.norm(dim=-1, keepdim=True)
+        smallest = norm_q.min() * norm_k.min()
+        if smallest > 0 and smallest >= self.eps:
+            return Core("dot", query / norm_q, key / norm_k)
+        return Core("cosine", query, key, parameter=self.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class General(_Unscaled):
+    """Bilinear scores: general, biased general and activated general.
+
+    projects="key":   s = act(q . (W k + b)), weight (Dq,Dk) or (H,Dq,Dk), bias (Dq) or (H,Dq)   [*_qwk]
+    projects="query": s = act(k . (W q + b)), weight (Dk,Dq) or (H,Dk,Dq), bias (Dk) or (H,Dk)   [*_kwq]
+
+    activation in {None, "relu", "leaky_relu", "tanh", "sigmoid"} acts on the finished score, before scale and masks.
+    Without an activation, the bias of projects="key" cancels in the softmax: its gradient is zero.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    projects: str = field(default="key", kw_only=True)
+    activation: str | None = field(default=None, kw_only=True)
+    negative_slope: float = field(default=0.01, kw_only=True)
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        _check_projection(self, query, key)
+        source, target = (key, query) if self.projects == "key" else (query, key)
+        _check_parameter("weight", self.weight, (target.shape[-1], source.shape[-1]), query)
+        if self.bias is not None:
+            _check_parameter("bias", self.bias, (target.shape[-1],), query)
+
+    def core(self, query: Tensor, key: Tensor) -> Core:
+        query, key = _project(self.weight, self.bias, query, key, self.projects)
+        kind = "dot" if self.activation is None else f"dot_{self.activation}"
+        return Core(kind, query, key, parameter=self.negative_slope)
+
+
+@dataclass(frozen=True, eq=False)
+class Additive(_Unscaled):
+    """s = u . tanh(Wq q + Wk k + b) (Bahdanau et al. 2015).
+
+    vector (A), query_weight (A,Dq), key_weight (A,Dk), bias (A), each also with a leading (H, ...). A weight of None says
+    that query or key already has size A. method="series" replaces tanh by a sine series, which makes the score a dot
+    product of features: the score is then wrong by at most `tolerance` (absolute). The range of Wq q + Wk k + b is read
+    from the data; a tolerance that no series of at most 64 terms reaches there raises ValueError and names the attainable.
+    """
+
+    vector: Tensor
+    query_weight: Tensor | None = None
+    key_weight: Tensor | None = None
+    bias: Tensor | None = None
+    method: str = field(default="exact", kw_only=True)
+    tolerance: float | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def concat(cls, vector: Tensor, weight: Tensor, bias: Tensor | None = None, *, query_size: int | None = None,
+               **options: Any) -> Additive:
+        """s = u . tanh(W [q; k] + b), weight (A, Dq + Dk) or (H, A, Dq + Dk): the same family of functions.
+
+        query_size is Dq; by default half of the weight's columns.
+        """
+        check_tensor("weight", weight, shape="(A, D_q + D_k)")
+        columns = weight.shape[-1]
+        if query_size is None and columns % 2 != 0:
+            raise ValueError(f"query_size must be given where weight has an odd number of columns; got {describe(weight)}")
+        size = columns // 2 if query_size is None else query_size
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= columns:
+            raise ValueError(f"query_size must be an integer in [0, {columns}]; got {query_size!r}")
+        return cls(vector, weight[..., :size], weight[..., size:], bias, **options)
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        check_choice("method", self.method, ("exact", "series"))
+        if self.method == "series":
+            if self.tolerance is None:
+                raise ValueError("tolerance must be given with method='series': the allowed error of the score; got None")
+            check_number("tolerance", self.tolerance, low=0.0)
+        elif self.tolerance is not None:
+            raise ValueError(f"tolerance belongs to method='series'; method is {self.method!r} and tolerance {self.tolerance!r}")
+        check_tensor("vector", self.vector, shape="(A) or (H, A)")
+        size = self.vector.shape[-1] if self.vector.dim() else 0
+        _check_parameter("vector", self.vector, (size,), query)
+        for name, weight, x in (("query", self.query_weight, query), ("key", self.key_weight, key)):
+            if weight is not None:
+                _check_parameter(f"{name}_weight", weight, (size, x.shape[-1]), query)
+            elif x.shape[-1] != size:
+                raise ValueError(f"{name} must have vector's size {size} where {name}_weight is None; got {describe(x)}")
+        if self.bias is not None:
+            _check_parameter("bias", self.bias, (size,), query)
+
+    def core(self, query: Tensor, key: Tensor) -> Core:
+        if self.query_weight is not None or self.bias is not None:
+            query = _affine(query, self.query_weight, self.bias)
+        if self.key_weight is not None:
+            key = _affine(_per_head(key, query.shape[1], self.key_weight, None), self.key_weight, None)
+        vector = self.vector.expand(query.shape[1], -1)
+        if self.method == "exact":
+            return Core("additive", query, key, vector)
+        assert self.tolerance is not None  # check() saw to it
+        return Core("dot", *sine_series(query, key, vector, self.tolerance))
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard(_Unscaled):
+    """s = u . act(q * (W k + b)) + c (projects="key"; MAC), or u . act((W q + b) * k) + c (projects="query").
+
+    vector (A), weight (A,D) or None for the identity, bias (A), each also with a leading (H, ...); offset c a number or a
+    tensor of one element. The activation acts on the product vector. The offset cancels in the softmax.
+    """
+
+    vector: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    projects: str = field(default="key", kw_only=True)
+    activation: str | None = field(default=None, kw_only=True)
+    negative_slope: float = field(default=0.01, kw_only=True)
+    offset: float | Tensor = field(default=0.0, kw_only=True)
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        _check_projection(self, query, key)
+        source, target = (key, query) if self.projects == "key" else (query, key)
+        size = target.shape[-1]
+        _check_parameter("vector", self.vector, (size,), query)
+        if self.weight is not None:
+            _check_parameter("weight", self.weight, (size, source.shape[-1]), query)
+        elif source.shape[-1] != size:
+            raise ValueError(f"query and key must have one size where weight is None; got {describe(query)} and {describe(key)}")
+        if self.bias is not None:
+            _check_parameter("bias", self.bias, (size,), query)
+        if isinstance(self.offset, Tensor):
+            check_floating(query=query, offset=self.offset)
+            if self.offset.numel() != 1:
+                raise ValueError(f"offset must be a number or a tensor of one element; got {describe(self.offset)}")
+        else:
+            check_number("offset", self.offset)
+
+    def core(self, query: Tensor, key: Tensor) -> Core:
+        query, key = _project(self.weight, self.bias, query, key, self.projects)
+        heads = query.shape[1]
+        vector = self.vector.expand(heads, -1)
+        if self.activation in ("tanh", "sigmoid"):
+            return Core(f"hadamard_{self.activation}", query, key, vector, offset=self.offset)
+        if self.activation is None:
+            return Core("dot", query * vector[:, None], key, offset=self.offset)
+        # relu(qk) = relu(q) relu(k) + relu(-q) relu(-k); leaky: q+ (k+ - a k-) + q- (k- - a k+), a = 0 gives relu.
+        slope = self.negative_slope if self.activation == "leaky_relu" else 0.0
+        key_pos, key_neg = key.relu(), (-key).relu()
+        phi = torch.cat([query.relu() * vector[:, None], (-query).relu() * vector[:, None]], dim=-1)
+        psi = torch.cat([key_pos - slope * key_neg, key_neg - slope * key_pos], dim=-1)
+        return Core("dot", phi, psi, offset=self.offset)
+
+
+_BY_NAME: dict[str, Score] = {"dot": Dot(), "scaled_dot": ScaledDot(), "cosine": Cosine()}
+
+
+def resolve(score: Any) -> Score:
+    """A score function as given, or by its name."""
+    if isinstance(score, str):
+        if score not in _BY_NAME:
+            raise ValueError(f"score must be one of {tuple(_BY_NAME)} or a va.scores object; got {score!r}")
+        return _BY_NAME[score]
+    if not isinstance(score, (Dot, Cosine, General, Additive, Hadamard)):
+        raise TypeError(f"score must be one of {tuple(_BY_NAME)} or a va.scores object; got {describe(score)}")
+    return score
+
+
+def _check_same_size(query: Tensor, key: Tensor) -> None:
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"key must have query's head size {query.shape[-1]}; got {describe(key)}")
+
+
+def _check_projection(score: General | Hadamard, query: Tensor, key: Tensor) -> None:
+    check_choice("projects", score.projects, ("key", "query"))
+    check_choice("activation", score.activation, ACTIVATIONS)
+    check_number("negative_slope", score.negative_slope)
+
+
+def _check_parameter(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -> None:
+    """`x` has `shape`, or (H, *shape) for one per query head."""
+    check_tensor(name, x, shape=f"of shape {shape} or (H, ...)")
+    per_head = (query.shape[1], *shape)
+    if tuple(x.shape) != shape and tuple(x.shape) != per_head:
+        raise ValueError(f"{name} must have shape {shape}, or {per_head} for one per head; got {describe(x)}")
+    check_floating(**{"query": query, name: x})
+
+
+def _per_head(x: Tensor, num_heads: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Key with as many heads as the query where a parameter is per query head and key heads are shared."""
+    per_head = (weight is not None and weight.dim() == 3) or (bias is not None and bias.dim() == 2)
+    return x.repeat_interleave(num_heads // x.shape[1], dim=1) if per_head and x.shape[1] != num_heads else x
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """W x + b on the last axis of (B,H,N,D); weight (A,D) or (H,A,D), bias (A) or (H,A)."""
+    y = x if weight is None else x @ weight.mT
+    return y if bias is None else y + bias[..., None, :]
+
+
+def _project(weight: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, projects: str) -> tuple[Tensor, Tensor]:
+    if weight is None and bias is None:
+        return query, key
+    if projects == "query":
+        return _affine(query, weight, bias), key
+    return query, _affine(_per_head(key, query.shape[1], weight, bias), weight, bias)

@@ -1,0 +1,53 @@
+"""One tile of Abar, the head-reduced map of A or of relu(A * dA): what relevancy and attention maps consume."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._tiles import Masks, Tiling, compute_dtype, probabilities
+
+
+def abar_tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    lse: Tensor | None,
+    masks: Masks,
+    rule: str,
+    row_normalize: bool,
+    scale: float,
+    b: slice,
+    i: slice,
+    head_reduction: str = "mean",
+) -> Tensor:
+    """Rows i of Abar, (b,i,M), from heads-expanded query, key, value; lse (B,H,N) as `probabilities` takes it.
+
+    rule "attention": A; "gradient": relu(A * dA), dA = grad_output @ value^T. row_normalize divides each row by its sum; a
+    zero row stays zero.
+    """
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    dtype = compute_dtype(query)
+    abar: Tensor | None = None
+    for h in Tiling(*shape).heads():
+        logits = masks.apply((query[b, h, i].to(dtype) * scale) @ key[b, h].to(dtype).mT, shape, b, h, i)
+        tile = probabilities(logits, None if lse is None else lse[b, h, i].to(dtype))
+        if rule == "gradient":
+            assert value is not None and grad_output is not None
+            tile = tile.mul_(grad_output[b, h, i].to(dtype) @ value[b, h].to(dtype).mT).clamp_min_(0.0)
+        if head_reduction == "mean":
+            tile = tile.sum(1)
+            abar = tile if abar is None else abar.add_(tile)
+        else:
+            reduce, combine = (torch.amax, torch.maximum) if head_reduction == "max" else (torch.amin, torch.minimum)
+            tile = reduce(tile, 1)
+            abar = tile if abar is None else combine(abar, tile)
+    if abar is None:  # no heads
+        return query.new_zeros((b.stop - b.start, i.stop - i.start, key.shape[2]), dtype=dtype)
+    if head_reduction == "mean" and not row_normalize:
+        abar = abar.mul_(1.0 / shape[1])
+    if row_normalize:
+        total = abar.sum(-1, keepdim=True)
+        abar = abar / torch.where(total > 0, total, 1.0)
+    return abar

@@ -1,0 +1,31 @@
+"""Dropout by counter: whether a pair is kept depends on the seed and on (b, h, i, j) alone, never on the tiling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK_32 = 0xFFFFFFFF
+
+
+def keep_factor(
+    seed: Tensor | None, dropout_p: float, heads_queries: tuple[int, ...], num_keys: int, b: slice, h: slice, i: slice,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """1/(1-p) for the pairs of a tile (b,h,i,M) that are kept, 0 for the others; the seed stays on its device."""
+    assert seed is not None
+    num_heads, num_queries = heads_queries
+    o_b, o_h, o_i = (torch.arange(s.start, s.stop, device=seed.device) for s in (b, h, i))
+    row = (o_b[:, None, None] * num_heads + o_h[:, None]) * num_queries + o_i
+    row_key = _mix(_mix(row & _MASK_32) ^ _mix((row >> 32) + (seed & _MASK_32)) ^ _mix((seed >> 32) & _MASK_32))
+    word = _mix(row_key[..., None] ^ _mix(torch.arange(num_keys, device=seed.device) + 0x9E3779B9))
+    keep = word >= int(dropout_p * 2**32)
+    return keep.to(dtype) / (1.0 - dropout_p)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finaliser (xor-shift, multiply) on int64 tensors: every output bit depends on every input bit."""
+    x = x & _MASK_32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK_32
+    return x ^ (x >> 16)
