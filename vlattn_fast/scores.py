@@ -36,7 +36,8 @@ class Core(NamedTuple):
     key: Tensor
     vector: Tensor | None = None
     parameter: float = 0.0  # cosine: eps; leaky_relu: the slope
-    offset: float | Tensor = 0.0  # cancels in the softmax, stays in the log-sum-exp
+    offset: float | Tensor = 0.0  # a number or one per row (B,H,N): cancels in the softmax, stays in the log-sum-exp
+    keeps_dtype: bool = False  # features that autocast must not round
 
 
 class Score(Protocol):
@@ -123,6 +124,9 @@ class General(_Unscaled):
             _check_parameter("bias", self.bias, (target.shape[-1],), query)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
+        if self.activation is None and self.projects == "key" and self.bias is not None:
+            offset = _row_dot(query, self.bias)  # q . b, the same for every key
+            return Core("dot", *_project(self.weight, None, query, key, self.projects), offset=offset)
         query, key = _project(self.weight, self.bias, query, key, self.projects)
         kind = "dot" if self.activation is None else f"dot_{self.activation}"
         return Core(kind, query, key, parameter=self.negative_slope)
@@ -152,7 +156,9 @@ class Additive(_Unscaled):
 
         query_size is Dq; by default half of the weight's columns.
         """
-        check_tensor("weight", weight, shape="(A, D_q + D_k)")
+        check_tensor("weight", weight, shape="(A, D_q + D_k) or (H, A, D_q + D_k)")
+        if weight.dim() not in (2, 3):
+            raise ValueError(f"weight must have shape (A, D_q + D_k) or (H, A, D_q + D_k); got {describe(weight)}")
         columns = weight.shape[-1]
         if query_size is None and columns % 2 != 0:
             raise ValueError(f"query_size must be given where weight has an odd number of columns; got {describe(weight)}")
@@ -170,7 +176,9 @@ class Additive(_Unscaled):
         elif self.tolerance is not None:
             raise ValueError(f"tolerance belongs to method='series'; method is {self.method!r} and tolerance {self.tolerance!r}")
         check_tensor("vector", self.vector, shape="(A) or (H, A)")
-        size = self.vector.shape[-1] if self.vector.dim() else 0
+        if self.vector.dim() not in (1, 2):
+            raise ValueError(f"vector must have shape (A), or (H, A) for one per head; got {describe(self.vector)}")
+        size = self.vector.shape[-1]
         _check_parameter("vector", self.vector, (size,), query)
         for name, weight, x in (("query", self.query_weight, query), ("key", self.key_weight, key)):
             if weight is not None:
@@ -189,7 +197,7 @@ class Additive(_Unscaled):
         if self.method == "exact":
             return Core("additive", query, key, vector)
         assert self.tolerance is not None  # check() saw to it
-        return Core("dot", *sine_series(query, key, vector, self.tolerance))
+        return Core("dot", *sine_series(query, key, vector, self.tolerance), keeps_dtype=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,19 +235,24 @@ class Hadamard(_Unscaled):
             check_number("offset", self.offset)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
-        query, key = _project(self.weight, self.bias, query, key, self.projects)
-        heads = query.shape[1]
-        vector = self.vector.expand(heads, -1)
-        if self.activation in ("tanh", "sigmoid"):
-            return Core(f"hadamard_{self.activation}", query, key, vector, offset=self.offset)
+        vector = self.vector.expand(query.shape[1], -1)
+        offset = self.offset.reshape(()) if isinstance(self.offset, Tensor) else self.offset
         if self.activation is None:
-            return Core("dot", query * vector[:, None], key, offset=self.offset)
+            if self.projects == "key" and self.bias is not None:
+                weighted = query * vector[:, None]
+                offset = offset + _row_dot(weighted, self.bias)
+                return Core("dot", *_project(self.weight, None, weighted, key, self.projects), offset=offset)
+            query, key = _project(self.weight, self.bias, query, key, self.projects)
+            return Core("dot", query * vector[:, None], key, offset=offset)
+        query, key = _project(self.weight, self.bias, query, key, self.projects)
+        if self.activation in ("tanh", "sigmoid"):
+            return Core(f"hadamard_{self.activation}", query, key, vector, offset=offset)
         # relu(qk) = relu(q) relu(k) + relu(-q) relu(-k); leaky: q+ (k+ - a k-) + q- (k- - a k+), a = 0 gives relu.
         slope = self.negative_slope if self.activation == "leaky_relu" else 0.0
         key_pos, key_neg = key.relu(), (-key).relu()
-        phi = torch.cat([query.relu() * vector[:, None], (-query).relu() * vector[:, None]], dim=-1)
-        psi = torch.cat([key_pos - slope * key_neg, key_neg - slope * key_pos], dim=-1)
-        return Core("dot", phi, psi, offset=self.offset)
+        phi = torch.stack([query.relu(), (-query).relu()], dim=-1) * vector[:, None, :, None]
+        psi = torch.stack([key_pos - slope * key_neg, key_neg - slope * key_pos], dim=-1)
+        return Core("dot", phi.flatten(-2), psi.flatten(-2), offset=offset)
 
 
 _BY_NAME: dict[str, Score] = {"dot": Dot(), "scaled_dot": ScaledDot(), "cosine": Cosine()}
@@ -286,6 +299,12 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """W x + b on the last axis of (B,H,N,D); weight (A,D) or (H,A,D), bias (A) or (H,A)."""
     y = x if weight is None else x @ weight.mT
     return y if bias is None else y + bias[..., None, :]
+
+
+def _row_dot(x: Tensor, bias: Tensor) -> Tensor:
+    """x . b for each row of (B,H,N,D); bias (D) or (H,D)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) * bias[..., None, :].to(wide)).sum(-1)
 
 
 def _project(weight: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, projects: str) -> tuple[Tensor, Tensor]:

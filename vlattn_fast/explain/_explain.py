@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from vlattn_fast.explain.adapters import TowerTap, resting, tapped
 from vlattn_fast.explain.explanation import Explanation
-from vlattn_fast.explain.families import Family, find_family
+from vlattn_fast.explain.families import find_family
 from vlattn_fast.explain.inputs import prepare_inputs, real_tokens
-from vlattn_fast.explain.methods import Method, Weighting, check_weighting, find_method, gradcam, raw_attention
+from vlattn_fast.explain.methods import Weighting, check_weighting, find_method, gradcam, raw_attention
 from vlattn_fast.explain.readout import gather_words, image_maps, start_rows, word_positions
 from vlattn_fast.explain.targets import choose_score
 
@@ -74,60 +74,64 @@ def explain(
             tap.check()
         shapes = [tap.shape for tap in taps]
         scores, chosen = choose_score(outputs, family, target, given, pairs, shapes, rule.needs_score)
-        rows = _carried(taps, family, rule, given, scores) if rule.carries else _last_only(taps, family, rule, given, scores)
+        read = _carried if rule.carries else _last_only
+        rows = read(taps, given, scores if rule.needs_score else None)
     relevancy = {tap.tower.name: row.detach()[:, 0] for tap, row in zip(taps, rows, strict=True)}
-    return _cut(model, family, taps, given, relevancy, {
-        "scores": None if scores is None else scores.detach(),
-        "target": chosen,
-        "method": method,
-        "start_layer": start_layer,
-    })
+    return Explanation(
+        relevancy=relevancy,
+        **_cut(model, taps, given, relevancy),
+        scores=None if scores is None else scores.detach(),
+        target=chosen,
+        method=method,
+        start_layer=start_layer,
+    )
 
 
-def _carried(taps: list[TowerTap], family: Family, rule: Method, given: dict[str, Any], scores: Tensor | None) -> list[Tensor]:
-    ends = [tap.carrier for tap in taps]
-    starts = [start_rows(tap.tower, family, tap.config, given, end) for tap, end in zip(taps, ends, strict=True)]
-    if rule.needs_score:
-        ends, starts = [scores.sum(), *ends], [torch.ones_like(scores.sum()), *starts]
-    return list(torch.autograd.grad(ends, [tap.carrier_in for tap in taps], starts))
+def _carried(taps: list[TowerTap], given: dict[str, Any], scores: Tensor | None) -> list[Tensor]:
+    """The finished rows (B, 1, N): one backward pass from the score and from the end of every tower."""
+    carriers = [tap.carriers() for tap in taps]
+    ends = [end for _, end in carriers]
+    rows = [start_rows(tap.tower, tap.config, given, end) for tap, end in zip(taps, ends, strict=True)]
+    if scores is not None:
+        ends, rows = [scores.sum(), *ends], [torch.ones_like(scores.sum()), *rows]
+    return list(torch.autograd.grad(ends, [start for start, _ in carriers], rows))
 
 
-def _last_only(taps: list[TowerTap], family: Family, rule: Method, given: dict[str, Any], scores: Tensor | None) -> list[Tensor]:
-    grads: list[Tensor | None] = [None] * len(taps)
-    if rule.needs_score:
-        outputs = [tap.kept.output for tap in taps]
-        grads = list(torch.autograd.grad(scores.sum(), outputs, allow_unused=True))
+def _last_only(taps: list[TowerTap], given: dict[str, Any], scores: Tensor | None) -> list[Tensor]:
+    """The rows (B, 1, N) of the last attention alone: Grad-CAM with a score, raw attention without."""
+    calls = [tap.last_call() for tap in taps]
+    grads: tuple[Tensor | None, ...] = (None,) * len(calls)
+    if scores is not None:
+        grads = torch.autograd.grad(scores.sum(), [call.output for call in calls], allow_unused=True)
     rows = []
     with torch.no_grad():
-        for tap, grad in zip(taps, grads, strict=True):
-            call = tap.kept
+        for tap, call, grad in zip(taps, calls, grads, strict=True):
             dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
             like = torch.zeros(call.query.shape[0], 1, call.query.shape[2], dtype=dtype, device=call.query.device)
-            start = start_rows(tap.tower, family, tap.config, given, like)
-            if not rule.needs_score:
+            start = start_rows(tap.tower, tap.config, given, like)
+            if scores is None:
                 rows.append(raw_attention(start, call))
                 continue
             grad = torch.zeros_like(call.output) if grad is None else grad
             real = real_tokens(tap.tower, given, tap.shape)
             real = None if real is None else real.to(start.device)
-            rows.append(gradcam(start, call, call.grad_output(grad), (None if tap.pooling is not None else real, real)))
+            rows.append(gradcam(start, call, call.grad_output(grad), None if tap.pooling is not None else real, real))
     return rows
 
 
-def _cut(
-    model: nn.Module, family: Family, taps: list[TowerTap], given: dict[str, Any], relevancy: dict[str, Tensor], facts: dict[str, Any]
-) -> Explanation:
-    """The Explanation with its image and text parts cut out of the rows."""
+def _cut(model: nn.Module, taps: list[TowerTap], given: dict[str, Any], relevancy: dict[str, Tensor]) -> dict[str, Any]:
+    """The image and text parts of the rows, as fields of an Explanation."""
     parts: dict[str, Any] = {}
+    ids = given["input_ids"].view(-1, given["input_ids"].shape[-1]) if given.get("input_ids") is not None else None
     for tap in taps:
         tower, row = tap.tower, relevancy[tap.tower.name]
         config = model.config if tower.tokens == "image_text" else tap.config
         if (maps := image_maps(tower, config, given, row)) is not None:
             parts["image"], parts["image_rows"] = maps
-        if (words := word_positions(tower, config, given, tap.shape)) is not None:
-            parts["text"], parts["token_ids"] = gather_words(row, words, given["input_ids"].view(-1, given["input_ids"].shape[-1]))
+        if ids is not None and (words := word_positions(tower, config, given, ids, tap.shape)) is not None:
+            parts["text"], parts["token_ids"] = gather_words(row, words, ids)
         if tower.tokens == "regions":
             count = given["region_features"].shape[1]
             parts["regions"] = row[:, -count:]
             parts["boxes"] = given["region_positions"][..., :4].detach()
-    return Explanation(relevancy=relevancy, **parts, **facts)
+    return parts

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.explain.families import Family, Tower, require_dispatch
-from vlattn_fast.explain.methods import Attended, Method, WeighResidual, Weighting
+from vlattn_fast.explain.methods import Attended, Method, Weighting, weigh
 
 SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
 
@@ -43,13 +43,15 @@ class TowerTap:
         self.modules = [_submodule(layer, tower.attention, tower) for layer in self.layers]
         prefix = ".".join(part for part in (tower.path, tower.layers) if part)
         self.names = [f"{prefix}.{i}.{tower.attention}" for i in range(len(self.modules))]
+        for name, layer, module in zip(self.names, self.layers, self.modules, strict=True):
+            _refuse_others(name.removesuffix(f".{tower.attention}"), layer, module)
         self.pooling = None if tower.pooling is None else _submodule(self.root, tower.pooling, tower)
         count = len(self.modules)
         if not -1 <= start_layer < count:
             raise ValueError(f"start_layer: expected -1 (the last) to {count - 1} for tower '{tower.name}', got {start_layer}")
         self.first = count - 1 if start_layer == -1 or not method.carries else start_layer
         self.calls = 0
-        self.shape: tuple[int, int] | None = None  # (B, N)
+        self.shape = (0, 0)  # (B, N)
         self.carrier_in: Tensor | None = None
         self.carrier: Tensor | None = None
         self.branch_carrier: Tensor | None = None
@@ -62,11 +64,11 @@ class TowerTap:
         """(B, H, N, D) attention of one layer, the carrier going through it; layers must come once each, in order."""
         layer = self.modules.index(module)
         if layer != self.calls:
-            raise ValueError(f"model: attention '{self.names[layer]}' was called as number {self.calls} of its tower, not {layer}")
+            raise ValueError(f"model: attention '{self.names[layer]}' came as call {self.calls} of its tower instead of {layer}")
         if query.shape[2] != key.shape[2]:
             raise ValueError(
-                f"inputs: attention '{self.names[layer]}' has {query.shape[2]} queries and {key.shape[2]} keys; relevancy needs the "
-                "whole sequence in one forward pass, without past_key_values"
+                f"inputs: attention '{self.names[layer]}' has {query.shape[2]} queries and {key.shape[2]} keys; relevancy needs "
+                "the whole sequence in one forward pass, without past_key_values"
             )
         self.calls += 1
         self.shape = (query.shape[0], query.shape[2])
@@ -122,14 +124,14 @@ class TowerTap:
                 yield _submodule(layer, self.tower.branch, self.tower).register_forward_hook(self._weigh)
 
     def _keep_stream(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream = args[0] if args else kwargs["hidden_states"]
-        self.stream = stream.detach()
+        stream = args[0] if args else kwargs.get("hidden_states")
+        self.stream = None if stream is None else stream.detach()
 
     def _weigh(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         branch = output[0] if isinstance(output, tuple) else output
-        if self.branch_carrier is None or self.stream is None or self.stream.shape != branch.shape:
+        if self.carrier is None or self.branch_carrier is None or self.stream is None or self.stream.shape != branch.shape:
             raise ValueError(f"model: no residual sum found behind attention '{self.names[self.calls - 1]}'")
-        branch, self.carrier = WeighResidual.apply(branch, self.carrier, self.branch_carrier, self.stream, self.weighting)
+        branch, self.carrier = weigh(self.stream, branch, self.carrier, self.branch_carrier, self.weighting)
         self.branch_carrier = self.stream = None
         return (branch, *output[1:]) if isinstance(output, tuple) else branch
 
@@ -153,7 +155,7 @@ class TowerTap:
 
     def check(self) -> None:
         """Raise ValueError, naming the module, if a layer did not go through this tap."""
-        expected = [*self.names, *([] if self.pooling is None else [self.tower.pooling])]
+        expected = self.names if self.tower.pooling is None else [*self.names, self.tower.pooling]
         if self.calls != len(expected):
             raise ValueError(
                 f"model: attention '{expected[self.calls]}' ({len(expected) - self.calls} of {len(expected)} in tower "
@@ -161,9 +163,18 @@ class TowerTap:
             )
         if self.branch_carrier is not None:
             raise ValueError(f"model: '{self.tower.branch}' of the last layer of tower '{self.tower.name}' was not called")
-        end = self.carrier if self.method.carries else self.kept.output
-        if not end.requires_grad:
+
+    def carriers(self) -> tuple[Tensor, Tensor]:
+        """The carrier that entered the tower and the one that left it."""
+        if self.carrier_in is None or self.carrier is None or not self.carrier.requires_grad:
             raise ValueError(f"model: tower '{self.tower.name}' ran with gradients switched off inside the model")
+        return self.carrier_in, self.carrier
+
+    def last_call(self) -> Attended:
+        """The last attention call, for methods that read no other."""
+        if self.kept is None:
+            raise ValueError(f"model: the last attention of tower '{self.tower.name}' was not called")
+        return self.kept
 
 
 class PoolingRead(torch.autograd.Function):
@@ -189,7 +200,7 @@ class PoolingRead(torch.autograd.Function):
         return pooled.view_as(pooled), carrier.new_zeros(carrier.shape[0], carrier.shape[1], query.shape[2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:
         import vlattn_fast as va
 
         query, key, value, projection = ctx.saved_tensors
@@ -215,6 +226,15 @@ def _projected(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value:
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
     return nn.functional.scaled_dot_product_attention(query, key, value, **masks)
+
+
+def _refuse_others(path: str, layer: nn.Module, tapped: nn.Module) -> None:
+    """ValueError if a layer has an attention besides the tapped one, such as cross-attention: it would be left out silently."""
+    for name, module in layer.named_modules(prefix=path):
+        related = any(m is tapped for m in module.modules()) or any(m is module for m in tapped.modules())
+        if "Attention" in type(module).__name__ and not related:
+            kind = type(module).__name__
+            raise ValueError(f"model: attention '{name}' ({kind}) is not the self-attention that is known of its layer")
 
 
 def _submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
@@ -322,9 +342,10 @@ def tapped(model: nn.Module, family: Family, method: Method, start_layer: int, w
 
 @contextlib.contextmanager
 def _switched(tap: TowerTap) -> Iterator[None]:
-    require_dispatch(tap.root)
+    require_dispatch(tap.root, tap.tower.path)
     _register()
-    configs = {id(m.config): m.config for m in tap.root.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    held: list[Any] = [getattr(module, "config", None) for module in tap.root.modules()]
+    configs = {id(config): config for config in held if hasattr(config, "_attn_implementation_internal")}
     name = SDPA_NAME if getattr(tap.root, "_supports_sdpa", False) else ADDITIVE_NAME
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
@@ -340,8 +361,9 @@ def _switched(tap: TowerTap) -> Iterator[None]:
 @contextlib.contextmanager
 def _replaced(tap: TowerTap) -> Iterator[None]:
     missing = object()
-    before = []
+    before: list[tuple[Any, Any]] = []
     try:
+        module: Any
         for name, module in zip(tap.names, tap.modules, strict=True):
             if not callable(getattr(module, "attention_function", None)):
                 raise ValueError(f"model: '{name}' ({type(module).__name__}) has no attention_function to replace")
@@ -371,4 +393,4 @@ def resting(model: nn.Module) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(True)
         for module, mode in modes:
-            module.training = mode
+            pass

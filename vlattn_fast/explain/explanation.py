@@ -58,7 +58,7 @@ class Explanation:
         return [[str(index) for index in row] for row in self.token_ids]
 
     def with_tokens(self, tokenizer: Any) -> Explanation:
-        """The same explanation with `tokens` named by `tokenizer.convert_ids_to_tokens` (any Hugging Face tokenizer or processor's)."""
+        """The same explanation with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
         if self.token_ids is None:
             raise ValueError("tokenizer: this explanation has no text to name tokens of")
         convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
@@ -87,7 +87,9 @@ class Explanation:
             "images": len(maps) if isinstance(self.image, tuple) else None,
             **{name: getattr(self, name) for name in ("image_rows", "token_ids", "words", "target", "method", "start_layer")},
         }
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, metadata={"explanation": json.dumps(facts)})
+        # safetensors refuses tensors that share memory, and a map may be a view of its row.
+        values = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+        save_file(values, path, metadata={"explanation": json.dumps(facts)})
         return Path(path)
 
     @classmethod
@@ -102,7 +104,7 @@ class Explanation:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         towers, images = facts.pop("towers"), facts.pop("images")
         image = tensors.get("image.0") if images is None else tuple(tensors[f"image.{i}"] for i in range(images))
-        parts = {name: tensors.get(name) for name in ("text", "regions", "boxes", "scores")}
+        parts: dict[str, Any] = {name: tensors.get(name) for name in ("text", "regions", "boxes", "scores")}
         return cls({name: tensors[f"relevancy.{name}"] for name in towers}, image, **parts, **facts)
 
     def plot(self, image: Any = None, *, rows: Sequence[int] | None = None, cmap: str = "inferno", alpha: float = 0.6) -> Figure:

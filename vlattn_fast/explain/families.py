@@ -8,11 +8,12 @@ matrix is read, and what the tokens stand for. Nothing about it is guessed: a mo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
 ReadOut = Literal["cls", "eot", "last", "target", "mean", "patch_mean", "pool"]
+Tokens = Literal["patches", "clip_text", "text", "bert_text", "image_text", "regions"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Tower:
             "target" the position that predicts the target token, "mean" and "patch_mean" 1/N over all (patch) tokens,
             "pool" the own row of an attention-pooling head.
         tokens: what the tokens are, which decides how `.image` and `.text` are cut: "patches", "clip_text", "text" (special
-            ids as the config names them), "bert_text", "image_text" (text with image tokens in it) or "regions" (BERT's text, then
-            image regions).
+            ids as the config names them), "bert_text", "image_text" (text with image tokens in it) or "regions" (BERT's text,
+            then image regions).
         branch: inside a layer, the module whose output o is added to the residual stream, y = x + o (method "weighted").
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens before the patches (CLS); register tokens are added from the config.
@@ -41,11 +42,18 @@ class Tower:
     layers: str
     attention: str
     readout: ReadOut
-    tokens: Literal["patches", "clip_text", "text", "bert_text", "image_text", "regions"]
+    tokens: Tokens
     branch: str
     stream: str = ""
     prefix: int = 0
     pooling: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("readout", ReadOut), ("tokens", Tokens)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}: expected one of {get_args(kind)}, got {getattr(self, name)!r}")
+        if (self.readout == "pool") != (self.pooling is not None):
+            raise ValueError(f"pooling: goes with readout 'pool' and only with it, got {self.pooling!r} and {self.readout!r}")
 
 
 @dataclass(frozen=True)
@@ -141,18 +149,18 @@ def find_family(model: nn.Module) -> Family:
     )
 
 
-def require_dispatch(model: nn.Module) -> None:
-    """Raise ValueError, naming the attention module, if `model` computes attention where no registered function can see it."""
-    for name, module in model.named_modules():
+def require_dispatch(model: nn.Module, path: str = "") -> None:
+    """Raise ValueError, naming the first attention module, if `model` computes attention where no registered function sees it.
+
+    Args:
+        path: what to put before the names of `model`'s modules.
+    """
+    for name, module in model.named_modules(prefix=path):
         if not hasattr(module, "_can_set_attn_implementation") or module._can_set_attn_implementation():
             continue
-        inner = next((f"{n} ({type(m).__name__})" for n, m in model.named_modules(prefix="model") if _is_attention(n, m, name)), "")
+        inner = ((n, type(m).__name__) for n, m in module.named_modules(prefix=name) if "Attention" in type(m).__name__)
+        where, kind = next(inner, (name, type(module).__name__))
         raise ValueError(
-            f"model: {type(module).__name__} ('{name or 'the model itself'}') writes its attention out by hand instead of calling "
-            f"transformers' AttentionInterface, so its layers cannot be tapped{': first ' + inner if inner else ''}"
+            f"model: attention '{where}' ({kind}) cannot be tapped: {type(module).__name__} writes its attention out by hand "
+            "instead of calling transformers' AttentionInterface"
         )
-
-
-def _is_attention(name: str, module: nn.Module, owner: str) -> bool:
-    inside = name == f"model.{owner}" or name.startswith(f"model.{owner}." if owner else "model")
-    return inside and "Attention" in type(module).__name__

@@ -15,7 +15,9 @@ _IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
-def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any], family: Family, target: Any) -> tuple[dict[str, Any], list[int] | None]:
+def prepare_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], family: Family, target: Any
+) -> tuple[dict[str, Any], list[int] | None]:
     """Keyword arguments for the model, and for "pair" families the text that each row stands for.
 
     One image with T texts becomes T pairs, as in the notebook of Chefer et al.; a target picks the text of each image.
@@ -28,6 +30,8 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any], family: Family, 
         raise TypeError(f"inputs: expected a mapping of the model's keyword arguments, got {type(inputs).__name__}")
     if inputs.get("output_attentions"):
         raise ValueError("inputs: output_attentions asks for the stored maps that explain does without; leave it out")
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("inputs: past_key_values hides part of the sequence; relevancy needs all of it in one forward pass")
     # Tensors made under inference mode cannot be saved for a backward pass; a copy made outside of it can.
     given = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
     accepted = inspect.signature(model.forward).parameters
@@ -35,6 +39,11 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any], family: Family, 
         given["return_dict"] = True
     if family.score == "token" or "use_cache" in accepted:
         given["use_cache"] = False
+    if family.score == "token" and not callable(target) and "logits_to_keep" in accepted:
+        # Logits of the whole prompt are large and only one row of them is asked for.
+        sequence = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        given.pop("labels", None)
+        given["logits_to_keep"] = last_real(family.towers[0], given, tuple(sequence.shape[:2])).unique()
     if family.score != "pair" or callable(target):
         return given, None
     return _paired(given, target)
@@ -53,7 +62,8 @@ def _paired(given: dict[str, Any], target: Any) -> tuple[dict[str, Any], list[in
         rows = list(range(count)) if images == count else [0] * count
         chosen = list(range(count)) if texts == count else [0] * count
     else:
-        raise ValueError(f"inputs: {images} images and {texts} texts cannot be paired; give as many of each, one image, or a target")
+        counts = f"{images} images and {texts} texts"
+        raise ValueError(f"inputs: {counts} cannot be paired; give as many of each, one image, or a target")
     for names, picked, size in ((_IMAGE_INPUTS, rows, images), (_TEXT_INPUTS, chosen, texts)):
         if picked == list(range(size)):
             continue
@@ -70,9 +80,7 @@ def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
         TypeError: neither an int nor a sequence or tensor of ints.
         ValueError: wrong count, or an index outside 0 ... size - 1.
     """
-    if isinstance(target, Tensor):
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise TypeError(f"target: expected integer indices, got a tensor of {target.dtype}")
+    if hasattr(target, "tolist"):  # torch's and NumPy's tensors and scalars
         target = target.tolist()
     chosen = [target] * batch if isinstance(target, int) else target
     if not isinstance(chosen, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
@@ -101,3 +109,13 @@ def real_tokens(tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int])
         return None
     got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(f"inputs: attention_mask must be (B, N) = {shape}, got {got}")
+
+
+def last_real(tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
+    """The last real position (B,) of a decoder's sequence: the one that predicts the next token."""
+    real = real_tokens(tower, inputs, shape)
+    if real is None:
+        return torch.full((shape[0],), shape[1] - 1)
+    if not bool(real.any(-1).all()):
+        raise ValueError("inputs: attention_mask has a row without a real token")
+    return shape[1] - 1 - real.flip(-1).int().argmax(-1)

@@ -28,7 +28,7 @@ class Method:
         needs_score: the gradient of a score enters.
         row_normalize: each row of Abar divided by its sum.
         residual_weight, attention_weight: a and b of the recursion.
-        weighted: a and b come from the residual sum behind each layer (Huang et al. 2023, see `residual_weights`).
+        weighted: a and b come from the residual sum behind each layer (after Huang et al. 2023, see `relevancy_residual`).
     """
 
     name: str
@@ -68,57 +68,26 @@ def check_weighting(weighting: Weighting) -> None:
         raise ValueError(f"weighting: expected 'contribution', 'norm', 'equal' or a callable, got {weighting!r}")
 
 
-def residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
-    """Weights of the two terms of a residual sum y = residual + branch, per token.
+def weigh(
+    stream: Tensor, branch: Tensor, carrier: Tensor, branch_carrier: Tensor, weighting: Weighting
+) -> tuple[Tensor, Tensor]:
+    """`relevancy_residual` at a sum y = stream + branch that the model forms where nobody can replace it.
 
-    Huang et al. (2023) weight by the importance of the token values before and after attention. No code of theirs is
-    public; taking gradient times value at the two terms, so that both importances add up to g.y exactly, is this package's
-    reading of them ("contribution": |sum_c g x| and |sum_c g o|; "norm": the L2 norms; "equal": 1 and 1, Chefer's rule).
+    The gradient at the sum is the gradient at the branch's output, so the operator's own sum stands behind that output: added
+    and taken away again in the forward pass, it brings g to the operator in the backward pass, and the attention behind it
+    waits until g has been there.
 
     Args:
-        residual, branch, grad: (B, N, C); grad is the gradient g of the score at the sum.
-        weighting: a name or callable(residual, branch, grad) -> (a, b), each (B, N).
+        stream, branch: the two terms (B, N, C); stream without gradient.
+        carrier, branch_carrier: (B, T, N), the one that passed beside the attention and the one that went through it.
 
     Returns:
-        a, b: (B, N) float32 (float64 where the inputs are); a + b = 1 for "contribution" and "norm", 1/2 each where both terms
-        are zero.
+        The branch, unchanged, and the carrier behind the sum.
     """
-    if callable(weighting):
-        return weighting(residual, branch, grad)
-    dtype = torch.float64 if residual.dtype == torch.float64 else torch.float32
-    residual, branch, grad = residual.to(dtype), branch.to(dtype), grad.to(dtype)
-    if weighting == "equal":
-        ones = torch.ones(residual.shape[:-1], dtype=dtype, device=residual.device)
-        return ones, ones
-    if weighting == "norm":
-        before, after = residual.norm(dim=-1), branch.norm(dim=-1)
-    else:
-        before, after = (grad * residual).sum(-1).abs(), (grad * branch).sum(-1).abs()
-    total = before + after
-    share = torch.where(total > 0, before / total.where(total > 0, 1), 0.5)
-    return share, 1 - share
+    import vlattn_fast as va
 
-
-class WeighResidual(torch.autograd.Function):
-    """Identity on a branch's output o; in the backward pass r goes on as r*a past the attention and r*b into it.
-
-    The gradient at the sum y = x + o is the gradient at o, so this node, sitting on o, has everything the weights need. Asking
-    for g and r together also orders the backward pass: the attention behind it runs only after both are known.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, branch: Tensor, carrier: Tensor, branch_carrier: Tensor, residual: Tensor, weighting: Weighting
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(residual, branch)
-        ctx.weighting = weighting
-        return branch.view_as(branch), carrier.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        residual, branch = ctx.saved_tensors
-        a, b = residual_weights(residual, branch, grad, ctx.weighting)
-        return grad, relevancy * a.unsqueeze(1), relevancy * b.unsqueeze(1), None, None
+    total, carrier = va.relevancy_residual(stream, branch, carrier, branch_carrier, weighting=weighting)
+    return branch.detach() + (total - total.detach()).to(branch.dtype), carrier
 
 
 @dataclass(frozen=True)
@@ -141,13 +110,14 @@ class Attended:
 
 
 def raw_attention(rows: Tensor, call: Attended) -> Tensor:
-    """rows @ mean_h A of one attention call: (B, 1, N) -> (B, 1, M)."""
-    import vlattn_fast as va
+    """rows @ mean_h A of one attention call: (B, 1, N) -> (B, 1, M). Only the rows that are read are formed."""
+    key = call.key.to(rows.dtype).repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+    return _read(rows, call.query.to(rows.dtype), key, call.masks, lambda attention: attention.mean(1))
 
-    return va.relevancy_step(rows, call.query, call.key, rule="attention", **call.masks)
 
-
-def gradcam(rows: Tensor, call: Attended, grad_output: Tensor, real: tuple[Tensor | None, Tensor | None]) -> Tensor:
+def gradcam(
+    rows: Tensor, call: Attended, grad_output: Tensor, real_queries: Tensor | None, real_keys: Tensor | None
+) -> Tensor:
     """rows @ relu(mean_h w_h A_h) with w_h = mean_ij G_h, Grad-CAM on attention as the baseline of Chefer et al. has it.
 
     mean_ij G_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map, and only the rows of A that are read are formed.
@@ -155,8 +125,8 @@ def gradcam(rows: Tensor, call: Attended, grad_output: Tensor, real: tuple[Tenso
     Args:
         rows: (B, 1, N), the weights of the rows to read.
         grad_output: (B, H, N, D), the gradient of the score at the attention's output.
-        real: bool (B, N) and (B, M) or None: the queries and keys the mean runs over, padding left out. Pairs that a causal
-            mask hides stay in the mean, as in the published code.
+        real_queries, real_keys: bool (B, N) and (B, M), the ones the mean runs over, padding left out; None = all. Pairs that
+            a causal mask hides stay in the mean, as in the published code.
 
     Returns:
         (B, 1, M).
@@ -166,7 +136,6 @@ def gradcam(rows: Tensor, call: Attended, grad_output: Tensor, real: tuple[Tenso
     dtype = rows.dtype
     query, grad_output = query.to(dtype), grad_output.to(dtype)
     key, value = (tensor.to(dtype).repeat_interleave(groups, dim=1) for tensor in (key, value))
-    real_queries, real_keys = real
     queries = torch.ones_like(rows[:, 0]) if real_queries is None else real_queries.to(dtype)
     keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else real_keys.to(dtype)
     gradient_sum = torch.einsum("bhnd,bn->bhd", grad_output, queries)
@@ -174,11 +143,17 @@ def gradcam(rows: Tensor, call: Attended, grad_output: Tensor, real: tuple[Tenso
     pairs = (queries.sum(-1) * keys.sum(-1)).clamp(min=1)
     weights = (gradient_sum * value_sum).sum(-1) / pairs[:, None]
 
-    result = torch.zeros(rows.shape[0], 1, key.shape[2], dtype=dtype, device=rows.device)
+    heads = query.shape[1]
+    return _read(rows, query, key, call.masks, lambda a: torch.einsum("bh,bhnm->bnm", weights, a).div(heads).relu())
+
+
+def _read(
+    rows: Tensor, query: Tensor, key: Tensor, masks: dict[str, Any], combine: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """rows (B, 1, N) @ combine(A), where combine takes some rows of A (B, H, R, M) to (B, R, M)."""
+    result = torch.zeros(rows.shape[0], 1, key.shape[2], dtype=rows.dtype, device=rows.device)
     for index in _rows_to_read(rows):
-        attention = _attention_rows(query, key, index, call.masks)
-        combined = torch.einsum("bh,bhnm->bnm", weights, attention).div(query.shape[1]).relu()
-        result += rows.gather(2, index.unsqueeze(1)) @ combined
+        result += rows.gather(2, index.unsqueeze(1)) @ combine(_attention_rows(query, key, index, masks))
     return result
 
 

@@ -62,6 +62,8 @@ def _draw_regions(axis: Any, explanation: Explanation, row: int, picture: Array 
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
+    if explanation.regions is None or explanation.boxes is None:
+        return
     height, width = (1, 1) if picture is None else picture.shape[:2]
     if picture is not None:
         axis.imshow(picture, extent=(0, width, height, 0))
@@ -133,7 +135,8 @@ def _maps(explanation: Explanation, row: int) -> list[tuple[int, Array]]:
     """The maps of a row, each with its number among all maps."""
     if explanation.image is None or explanation.image_rows is None:
         return []
-    return [(i, _numpy(part)) for i, (part, owner) in enumerate(zip(explanation.image, explanation.image_rows, strict=True)) if owner == row]
+    owners = enumerate(zip(explanation.image, explanation.image_rows, strict=True))
+    return [(index, _numpy(part)) for index, (part, owner) in owners if owner == row]
 
 
 def _words(explanation: Explanation, row: int) -> list[tuple[str, float, float]]:
@@ -143,7 +146,8 @@ def _words(explanation: Explanation, row: int) -> list[tuple[str, float, float]]
     words = explanation.tokens[row]
     values = _numpy(explanation.text[row])[: len(words)]
     largest = float(np.abs(values).max(initial=0.0))
-    return [(word, float(value), float(value) / largest if largest > 0 else 0.0) for word, value in zip(words, values, strict=True)]
+    shares = values / largest if largest > 0 else np.zeros_like(values)
+    return [(word, float(value), float(share)) for word, value, share in zip(words, values, shares, strict=True)]
 
 
 def _plain(word: str) -> str:
@@ -164,13 +168,16 @@ def _pictures(explanation: Explanation, image: Any) -> list[Array] | None:
 
 
 def _picture(image: Any) -> Array:
-    array = _numpy(image) if isinstance(image, Tensor) else np.asarray(image)
+    array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1):
         array = np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
     if array.ndim != 3 or array.shape[2] not in (3, 4):
         raise ValueError(f"image: expected (H, W), (H, W, 3) or (3, H, W), got {array.shape}")
+    if array.dtype.kind == "f" and array.size and not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
+        got = f"{array.min():.3g} to {array.max():.3g}"
+        raise ValueError(f"image: expected floats from 0 to 1 or bytes, got {got}; normalised pixel values are no picture")
     return array.clip(0, 1) if array.dtype.kind == "f" else array
 
 

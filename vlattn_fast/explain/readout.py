@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.explain.families import Family, Tower
-from vlattn_fast.explain.inputs import real_tokens
-from vlattn_fast.explain.targets import last_real
+from vlattn_fast.explain.families import Tower
+from vlattn_fast.explain.inputs import last_real, real_tokens
 
 
-def start_rows(tower: Tower, family: Family, config: Any, inputs: Mapping[str, Any], like: Tensor) -> Tensor:
+def start_rows(tower: Tower, config: Any, inputs: Mapping[str, Any], like: Tensor) -> Tensor:
     """The weights (B, 1, N) with which the recursion starts at the end of the tower.
 
     Args:
@@ -34,7 +33,7 @@ def start_rows(tower: Tower, family: Family, config: Any, inputs: Mapping[str, A
     elif tower.readout == "eot":
         position = end_of_text(config, inputs)
     else:
-        position = last_real(family, inputs, (batch, count))
+        position = last_real(tower, inputs, (batch, count))
     return rows.scatter_(2, position.to(rows.device)[:, None, None], 1.0)
 
 
@@ -54,10 +53,9 @@ def prefix_tokens(tower: Tower, config: Any) -> int:
 # --- words ---
 
 
-def word_positions(tower: Tower, config: Any, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text ids."""
-    ids = _ids(inputs)
-    if tower.tokens == "patches" or ids is None:
+def word_positions(tower: Tower, config: Any, inputs: Mapping[str, Any], ids: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
+    if tower.tokens == "patches":
         return None
     if tower.tokens == "clip_text":
         position = torch.arange(ids.shape[1], device=ids.device)
@@ -77,8 +75,8 @@ def word_positions(tower: Tower, config: Any, inputs: Mapping[str, Any], shape: 
 
 
 def _special_ids(config: Any) -> set[int]:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id")
-    names += ("vision_start_token_id", "vision_end_token_id")
+    names = ["bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id"]
+    names += ["vision_start_token_id", "vision_end_token_id"]
     found: set[int] = set()
     for part in (config, getattr(config, "text_config", None)):
         for name in names:
@@ -124,24 +122,31 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
     of_image = ids == config.image_token_id
     flat = relevancy[of_image.to(relevancy.device)]
     grids = _image_grids(config, inputs)
-    sizes = [height * width for height, width in grids]
+    # A vision tower whose CLS token goes into the prompt too puts it before its patches.
+    prefix = int(len(flat) == sum(height * width + 1 for height, width in grids))
+    sizes = [height * width + prefix for height, width in grids]
     if sum(sizes) != len(flat):
         raise ValueError(f"inputs: grids {grids} do not add up to the {len(flat)} image tokens of the prompts")
-    maps = tuple(part.reshape(grid) for part, grid in zip(flat.split(sizes), grids, strict=True))
+    maps = tuple(part[prefix:].reshape(grid) for part, grid in zip(flat.split(sizes), grids, strict=True))
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     rows = of_image.nonzero()[:, 0].tolist()
     return torch.stack(maps) if len(set(grids)) == 1 else maps, [rows[first] for first in firsts]
 
 
 def _patch_grid(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    size = config.patch_size
-    high, wide = (size, size) if isinstance(size, int) else size
-    height, width = inputs["pixel_values"].shape[-2:]
-    return height // high, width // wide
+    return _grid(config, inputs["pixel_values"].shape[-2:])
+
+
+def _grid(config: Any, size: Sequence[int]) -> tuple[int, int]:
+    patch = config.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return int(size[0]) // height, int(size[1]) // width
 
 
 def _image_grids(config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-    thw = inputs.get("image_grid_thw")
+    thw, sizes = inputs.get("image_grid_thw"), inputs.get("image_sizes")
+    if sizes is not None:
+        return [_grid(config.vision_config, size) for size in torch.as_tensor(sizes).tolist()]
     if thw is None:
         return [_patch_grid(config.vision_config, inputs)] * inputs["pixel_values"].shape[0]
     merge = config.vision_config.spatial_merge_size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.explain.families import Family
-from vlattn_fast.explain.inputs import indices, real_tokens
+from vlattn_fast.explain.inputs import indices, last_real
 
 
 def choose_score(
@@ -50,7 +50,9 @@ def choose_score(
                 raise ValueError("target: the outputs have no logits; give a callable(outputs) -> (B,) scores")
             return None, None
         if family.score == "token":
-            position = last_real(family, inputs, shapes[0]).to(logits.device)
+            position = last_real(family.towers[0], inputs, shapes[0]).to(logits.device)
+            if isinstance(kept := inputs.get("logits_to_keep"), Tensor):
+                position = torch.searchsorted(kept.to(logits.device), position)
             logits = logits[torch.arange(batch, device=logits.device), position]
         if logits.ndim != 2:
             raise ValueError(f"target: expected logits of shape (B, classes), got {tuple(logits.shape)}; give a callable")
@@ -60,13 +62,3 @@ def choose_score(
     if required and not scores.requires_grad:
         raise ValueError("target: the scores do not depend on the explained layers, so they have no gradient")
     return scores, chosen
-
-
-def last_real(family: Family, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
-    """The last real position (B,) of a decoder's sequence: the one that predicts the next token."""
-    real = real_tokens(family.towers[0], inputs, shape)
-    if real is None:
-        return torch.full((shape[0],), shape[1] - 1)
-    if not bool(real.any(-1).all()):
-        raise ValueError("inputs: attention_mask has a row without a real token")
-    return shape[1] - 1 - real.flip(-1).int().argmax(-1)

@@ -1,8 +1,8 @@
 """DigitScenes: handwritten digits on a canvas, captions that name two of them and their relation, boxes as ground truth.
 
 Digits are scikit-learn's `load_digits` scans (1,797, 8 x 8 pixels), split by scan into train and test. Some pairs of
-digits are held out from training captions, as in Winoground (Thrush et al., CVPR 2022) a swapped pair of scenes has two
-captions made of the same words.
+digits are held out from training captions. A swapped pair is two scenes whose captions have the same words in another
+order, as in Winoground (Thrush et al., CVPR 2022).
 """
 
 from __future__ import annotations
@@ -141,15 +141,9 @@ def sample_scenes(kind: Tensor, split: str, pairs: str | None, generator: torch.
     wrong = ~held_out if pairs == "seen" else torch.ones_like(held_out)
     words, named = _caption(kind, digits, corners, first, second, relation, wrong, generator)
 
-    rows = torch.arange(kind.numel())[:, None, None, None]
-    span = torch.arange(DIGIT)
-    y, x = (corners[..., axis, None] + span for axis in (1, 0))
-    images = torch.zeros(kind.numel(), CANVAS, CANVAS)
-    images[rows, y[..., :, None], x[..., None, :]] = scans[scan]
-
     captions = tuple(f"{DIGIT_WORDS[a]} {RELATIONS[r]} a {DIGIT_WORDS[b]}" for a, r, b in words.tolist())
     return Scenes(
-        images=images,
+        images=_paint(scans[scan], corners),
         boxes=torch.cat([corners, corners + DIGIT], dim=-1).float(),
         digits=digits,
         captions=captions,
@@ -169,13 +163,18 @@ def swapped_pairs(count: int, *, split: str = "test", seed: int = 0, pairs: str 
     region[true.named] = torch.nonzero(true.named)[:, 1].view(-1, 2).flip(1).reshape(-1)
     boxes = true.boxes.gather(1, region[..., None].expand(-1, -1, 4))
     crops = DigitProcessor().regions(true.images, true.boxes)["region_features"]
-    rows = torch.arange(count)[:, None, None, None]
-    span = torch.arange(DIGIT)
-    images = torch.zeros_like(true.images)
-    y, x = (boxes[..., axis, None].long() + span for axis in (1, 0))
-    images[rows, y[..., :, None], x[..., None, :]] = crops.unflatten(-1, (DIGIT, DIGIT))
+    images = _paint(crops.unflatten(-1, (DIGIT, DIGIT)), boxes[..., :2].long())
     swapped = Scenes(images, boxes, true.digits, other.captions, other.input_ids, true.label, true.named)
     return true, swapped
+
+
+def _paint(crops: Tensor, corners: Tensor) -> Tensor:
+    """crops (B,R,8,8) at corners (B,R,2) x, y -> images (B,32,32)."""
+    rows = torch.arange(len(crops))[:, None, None, None]
+    y, x = (corners[..., axis, None] + torch.arange(DIGIT) for axis in (1, 0))
+    images = torch.zeros(len(crops), CANVAS, CANVAS)
+    images[rows, y[..., :, None], x[..., None, :]] = crops
+    return images
 
 
 def _displacement(corners: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,6 +37,15 @@ def check_floating(**tensors: Tensor) -> None:
         if x.dtype != first.dtype and not (mixed and x.dtype in FLOAT_DTYPES):
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {describe(x)}")
         check_device(name, x, first_name, first)
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            _check_no_tangent(name, x)
+
+
+def _check_no_tangent(name: str, x: Tensor) -> None:
+    """Without this, torch would give an operator that has no forward-mode formula a tangent of zero, in silence."""
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name} must not carry a forward-mode tangent (jvp): there is only reverse mode here; "
+                         "vlattn_fast.reference has both")  # fmt: skip
 
 
 def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -140,6 +150,17 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(
         x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
     )
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as it is; a float mask in `dtype`, where a finite value of a wider dtype stays finite: only -inf hides."""
+    if mask.dtype in (torch.bool, dtype):
+        return mask
+    largest = torch.finfo(dtype).max
+    if torch.finfo(mask.dtype).max > largest:
+        wide = mask.to(torch.promote_types(mask.dtype, torch.float32))  # bfloat16 would round the bound up, to Inf in float16
+        mask = torch.where(torch.isneginf(mask), wide, wide.clamp(-largest, largest))
+    return mask.to(dtype)
 
 
 def hide(key_mask: Tensor | None, *tensors: Tensor | None) -> tuple[Any, ...]:

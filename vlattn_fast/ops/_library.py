@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("vlattn", "DEF")
 
@@ -20,6 +21,19 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlattn::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.vlattn, name)
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """(B,H,N,D) laid out as (B,N,H,D): the layout that fake implementations promise, whatever a backend returned.
+
+    It is SDPA's, so that heads merge without a copy; nothing is copied where `x` already has it.
+    """
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int) -> Tensor:
+    """An uninitialised (B,H,N,D) tensor in the layout of `rows_first`."""
+    return like.new_empty(like.shape[0], length, num_heads, size).transpose(1, 2)
 
 
 def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

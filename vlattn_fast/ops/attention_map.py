@@ -85,19 +85,17 @@ def attention_map(
     >>> attention_map(query, key, value, grad_output, rule="gradient", head_reduction="max").shape
     torch.Size([1, 5, 7])
     """
-    call = _check(
-        query, key, value, grad_output, rule, head_reduction, row_normalize, attn_mask, key_mask, is_causal, enable_gqa
-    )
+    call = _check(query, key, value, grad_output, rule, head_reduction, row_normalize, attn_mask, key_mask, is_causal, enable_gqa)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
-        return load(BACKENDS, chosen).attention_map(
+        return load(BACKENDS, chosen).attention_map(  # type: ignore[no-any-return]
             query, key, value, grad_output, rule=rule, head_reduction=head_reduction, row_normalize=row_normalize,
             attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
     key, value = hide(key_mask, key, value)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
-    return _forward_op(
+    return _forward_op(  # type: ignore[no-any-return]
         query, key, value, grad_output, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, chosen
     )
 
@@ -137,9 +135,10 @@ def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, head_r
     )  # fmt: skip
 
 
-def _forward(*args: Any) -> Tensor:
+def _forward(query: Tensor, *args: Any) -> Tensor:
     *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)
+    with torch.autocast(query.device.type, enabled=False):  # it would round the products within a tile
+        return load(BACKENDS, backend).forward(query, *inputs)  # type: ignore[no-any-return]
 
 
 def _forward_fake(query: Tensor, key: Tensor, *_: Any) -> Tensor:

@@ -97,7 +97,7 @@ def attention_statistics(
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
-        return load(BACKENDS, chosen).attention_statistics(
+        return load(BACKENDS, chosen).attention_statistics(  # type: ignore[no-any-return]
             query, key, key_groups=key_groups, num_groups=num_groups, row_weight=row_weight, attn_mask=attn_mask,
             key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
@@ -106,8 +106,9 @@ def attention_statistics(
         key_groups = key_groups.expand(key.shape[0], -1)
     if row_weight is not None:
         row_weight = row_weight.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[0], -1)
-    *statistics, _ = _forward_op(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal, chosen)
-    return AttentionStatistics(*statistics)
+    return AttentionStatistics(
+        *_forward_op(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal, chosen)
+    )
 
 
 def _check(query: Any, key: Any, key_groups: Any, num_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any,
@@ -168,28 +169,30 @@ def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
     return high + 1 if num_groups is None else num_groups
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
+def _forward(query: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)
+    with torch.autocast(query.device.type, enabled=False):  # it would round the products within a tile
+        return load(BACKENDS, backend).forward(query, *inputs)  # type: ignore[no-any-return]
 
 
 def _forward_fake(query: Tensor, key: Tensor, key_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any,
                   num_groups: int, *_: Any) -> tuple[Tensor, ...]:  # fmt: skip
     dtype, rows = torch.promote_types(query.dtype, torch.float32), query.shape[:3]
-    entropy, maximum, lse = (query.new_empty(rows, dtype=dtype) for _ in range(3))
+    entropy, maximum = (query.new_empty(rows, dtype=dtype) for _ in range(2))
     received = query.new_empty(*rows[:2], key.shape[2], dtype=dtype)
     argmax = query.new_empty(rows, dtype=torch.int64)
-    return query.new_empty(*rows, num_groups, dtype=dtype), entropy, maximum, argmax, received, lse
+    return query.new_empty(*rows, num_groups, dtype=dtype), entropy, maximum, argmax, received
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, backend = args
-    grad_q, grad_k, grad_weight = load(BACKENDS, backend).backward(*inputs)
+    with torch.autocast(inputs[4].device.type, enabled=False):
+        grad_q, grad_k, grad_weight = load(BACKENDS, backend).backward(*inputs)
     return grad_q, grad_k, grad_q.new_empty(0) if grad_weight is None else grad_weight
 
 
 def _backward_fake(grad_mass: Any, grad_entropy: Any, grad_maximum: Any, grad_received: Any, query: Tensor, key: Tensor,
-                   argmax: Tensor, lse: Tensor, key_groups: Any, row_weight: Tensor | None,
+                   argmax: Tensor, key_groups: Any, row_weight: Tensor | None,
                    *_: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_weight = query.new_empty(0) if row_weight is None else row_weight.new_empty(row_weight.shape)
     return query.new_empty(query.shape), key.new_empty(key.shape), grad_weight
@@ -201,13 +204,13 @@ _CONSTANTS = (
 )
 _forward_op = define(
     f"attention_statistics(Tensor query, Tensor key, {_CONSTANTS}) "
-    "-> (Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor lse)",
+    "-> (Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received)",
     _forward,
     _forward_fake,
 )
 _backward_op = define(
     "attention_statistics_backward(Tensor? grad_mass, Tensor? grad_entropy, Tensor? grad_maximum, Tensor? grad_received, "
-    f"Tensor query, Tensor key, Tensor argmax, Tensor lse, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor query, Tensor key, Tensor argmax, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -215,17 +218,16 @@ _backward_op = define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.num_groups, ctx.scale, ctx.is_causal, ctx.backend = inputs
-    argmax, lse = output[3], output[5]
-    ctx.save_for_backward(*tensors, argmax, lse)
-    ctx.mark_non_differentiable(argmax, lse)
+    argmax = output[3]
+    ctx.save_for_backward(*tensors, argmax)
+    ctx.mark_non_differentiable(argmax)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any,
-              __: Any) -> tuple[Any, ...]:  # fmt: skip
-    query, key, key_groups, row_weight, attn_mask, key_mask, argmax, lse = ctx.saved_tensors
+def _autograd(ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any) -> tuple[Any, ...]:
+    query, key, key_groups, row_weight, attn_mask, key_mask, argmax = ctx.saved_tensors
     grad_q, grad_k, grad_weight = _backward_op(
-        grad_mass, grad_entropy, grad_maximum, grad_received, query, key, argmax, lse,
+        grad_mass, grad_entropy, grad_maximum, grad_received, query, key, argmax,
         key_groups, row_weight, attn_mask, key_mask, ctx.num_groups, ctx.scale, ctx.is_causal, ctx.backend,
     )  # fmt: skip
     return grad_q, grad_k, None, None if row_weight is None else grad_weight, *(None,) * 6

@@ -32,7 +32,14 @@ from ._checks import (
     scaled_dot_default,
 )
 from ._dispatch import Call, load, select, table
-from ._library import define, differentiable, not_differentiable, once_differentiable
+from ._library import (
+    define,
+    differentiable,
+    empty_rows_first,
+    not_differentiable,
+    once_differentiable,
+    rows_first,
+)
 
 BACKENDS = table("relevancy_attention")
 RULES = ("gradient", "attention")
@@ -239,7 +246,13 @@ class _Residual(torch.autograd.Function):
 
 def _residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: str | Weighting) -> tuple[Tensor, Tensor]:
     if callable(weighting):
-        return weighting(residual, branch, grad)
+        weights = weighting(residual, branch, grad)
+        shape = residual.shape[:2]
+        if not (isinstance(weights, tuple) and len(weights) == 2) or any(
+            not isinstance(w, Tensor) or w.shape != shape for w in weights
+        ):
+            raise ValueError(f"weighting must return two tensors (a, b) of shape (B, N) = {tuple(shape)}; got {describe(weights)}")
+        return weights
     dtype = _carrier_dtype(residual)
     if weighting == "equal":
         ones = residual.new_ones(residual.shape[:2], dtype=dtype)
@@ -316,24 +329,26 @@ def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)  # type: ignore[no-any-return]
+    out, carrier, lse = load(BACKENDS, backend).forward(*inputs)
+    return rows_first(out), carrier.contiguous(), lse.contiguous()
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
-    return out, torch.empty_like(carrier), query.new_empty(query.shape[:3], dtype=_carrier_dtype(query))
+    out = empty_rows_first(query, query.shape[1], query.shape[2], value.shape[3])
+    return out, carrier.new_empty(carrier.shape), query.new_empty(query.shape[:3], dtype=_carrier_dtype(query))
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, backend = args
-    grads = load(BACKENDS, backend).backward(*inputs)
-    return tuple(inputs[2].new_empty(0) if grad is None else grad for grad in grads)
+    *grads, moved = load(BACKENDS, backend).backward(*inputs)
+    empty = inputs[2].new_empty(0)
+    return *(empty if x is None else rows_first(x) for x in grads), empty if moved is None else moved.contiguous()
 
 
 def _backward_fake(grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
                    *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
     wanted = rest[-2] and grad_out is not None
-    grads = [x.new_empty(x.shape if wanted else 0) for x in (query, key, value)]
+    grads = [empty_rows_first(x, *x.shape[1:]) if wanted else x.new_empty(0) for x in (query, key, value)]
     return *grads, query.new_empty(0) if grad_carrier is None else grad_carrier.new_empty(grad_carrier.shape)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import scores
 from ._checks import (
+    additive,
     autocast,
     check_bool,
     check_floating,
@@ -25,7 +26,7 @@ from ._checks import (
     resolve_scale,
 )
 from ._dispatch import Call, load, select, table
-from ._library import define, differentiable, once_differentiable
+from ._library import define, differentiable, empty_rows_first, once_differentiable, rows_first
 
 BACKENDS = table("score_attention")
 
@@ -80,21 +81,31 @@ def score_attention(
             query, key, value, score=score, attn_mask=attn_mask, key_mask=key_mask, dropout_p=dropout_p,
             is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
         )  # fmt: skip
-    out_dtype = torch.get_autocast_dtype(call.device_type) if torch.is_autocast_enabled(call.device_type) else query.dtype
+    (out_dtype,) = (x.dtype for x in autocast(query))
     key, value = hide(key_mask, key, value)
     core = score.core(query, key)
-    query, key, value, vector = autocast(core.query, core.key, value, core.vector)
-    value = value.to(query.dtype)  # a sine series keeps float32 features
+    query, key, value, vector = core.query, core.key, value.to(out_dtype), core.vector
+    if core.keeps_dtype:
+        value = value.to(query.dtype)
+    else:
+        query, key, vector = autocast(query, key, vector)
     masks = (attn_mask is not None) + (key_mask is not None) + is_causal
     if chosen == "streaming" and core.kind == "dot" and not return_lse and dropout_p == 0.0 and masks <= 1:
-        return _sdpa(query, key, value, attn_mask, key_mask, is_causal, scale).to(out_dtype)
-    seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
-    out, lse = _forward_op(
-        query, key, value, vector, attn_mask, key_mask, seed,
-        core.kind, core.parameter, scale, float(dropout_p), is_causal, chosen,
-    )  # fmt: skip
+        out, lse = _sdpa(query, key, value, attn_mask, key_mask, is_causal, scale), None
+    else:
+        seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
+        out, lse = _forward_op(
+            query, key, value, vector, attn_mask, key_mask, seed,
+            core.kind, core.parameter, scale, float(dropout_p), is_causal, chosen,
+        )  # fmt: skip
     out = out.to(out_dtype)
-    return (out, lse + scale * core.offset) if return_lse else out
+    if isinstance(core.offset, Tensor) and core.offset.requires_grad:
+        # what cancels in the softmax has a gradient of zero, not none
+        never = torch.zeros((), dtype=torch.bool, device=out.device)
+        out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
+    if not return_lse:
+        return out
+    return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
 
 
 def _check(query: Any, key: Any, value: Any, score: scores.Score, attn_mask: Any, key_mask: Any, dropout_p: Any,
@@ -120,10 +131,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, k
           is_causal: bool, scale: float) -> Tensor:  # fmt: skip
     """A dot-product core in torch's SDPA with its own backward pass: the fastest there is for it."""
     mask = attn_mask if key_mask is None else key_mask[:, None, None, :]
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(query.dtype)
-    if mask is not None and mask.dim() < 2:
-        mask = mask.expand(query.shape[2], key.shape[2])
+    if mask is not None:
+        mask = additive(mask, query.dtype)[(None,) * (4 - mask.dim())]  # the fused kernel takes four dimensions, not three
     size = value.shape[3]
     if query.device.type == "cpu":
         # the fused CPU kernel wants equal head counts, one head size and a last stride of 1, and falls back to whole maps
@@ -134,31 +143,34 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, k
                              else x for x in (query, key, value))  # fmt: skip
     elif key.shape[1] != value.shape[1]:
         value = value.repeat_interleave(key.shape[1] // value.shape[1], dim=1)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
-    )
+    with torch.autocast(query.device.type, enabled=False):  # the casts are done, and a series' features stay float32
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+        )
     return out[..., :size]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)
+    out, lse = load(BACKENDS, backend).forward(*inputs)
+    return rows_first(out), lse.contiguous()
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
+    out = empty_rows_first(query, query.shape[1], query.shape[2], value.shape[3])
     return out, query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *inputs, backend = args
     grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, backend).backward(*inputs)
-    return grad_q, grad_k, grad_v, grad_q.new_empty(0) if grad_vector is None else grad_vector
+    grads = rows_first(grad_q), rows_first(grad_k), rows_first(grad_v)
+    return *grads, grad_q.new_empty(0) if grad_vector is None else grad_vector
 
 
 def _backward_fake(grad_out: Tensor, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
                    vector: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = [x.new_empty(x.shape) for x in (query, key, value)]
+    grads = [empty_rows_first(x, *x.shape[1:]) for x in (query, key, value)]
     return grads[0], grads[1], grads[2], query.new_empty(0 if vector is None else vector.shape)
 
 

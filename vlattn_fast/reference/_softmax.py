@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops._checks import additive
+
 
 def attend(
     score: Tensor, attn_mask: Tensor | None = None, key_mask: Tensor | None = None, is_causal: bool = False
@@ -18,7 +20,8 @@ def attend(
         visible = visible & attn_mask
     elif attn_mask is not None:
         visible = visible & ~torch.isneginf(attn_mask)
-        score = score + torch.where(torch.isneginf(attn_mask), 0.0, attn_mask).to(score.dtype)
+        added = additive(torch.where(torch.isneginf(attn_mask), 0.0, attn_mask), score.dtype)
+        score = (score + added).clamp(min=torch.finfo(score.dtype).min)  # a finite mask hides nothing, however the sum rounds
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     if is_causal:

@@ -29,12 +29,14 @@ def attention_map(
     enable_gqa: bool = False,
 ) -> Tensor:
     """The formula behind vlattn_fast.attention_map; the same arguments and shapes, without `backend`."""
-    key = share_heads(*hide(key_mask, key), query.shape[1])
+    (key,) = hide(key_mask, key)
+    key = share_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     per_head, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B,H,N,M)
     if rule == "gradient":
         assert value is not None and grad_output is not None
-        value = share_heads(*hide(key_mask, value), query.shape[1])
+        (value,) = hide(key_mask, value)
+        value = share_heads(value, query.shape[1])
         per_head = torch.relu(per_head * (grad_output @ value.mT))  # dA = dO V^T
     match head_reduction:
         case "mean":

@@ -28,7 +28,8 @@ def attention_statistics(
     enable_gqa: bool = False,
 ) -> AttentionStatistics:
     """The formulas behind vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
-    key = share_heads(*hide(key_mask, key), query.shape[1])
+    (key,) = hide(key_mask, key)
+    key = share_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B,H,N,M)
     if key_groups is None:

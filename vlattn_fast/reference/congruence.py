@@ -1,5 +1,5 @@
-"""Congruence losses as their papers write them: CACR (Pandey et al., ACL 2023, eq. 6-9: attention within one modality against
-that of the other modality moved by a change of basis) and IAIS (Ren et al., ACL 2021, eq. 3-9: singular, distributed).
+"""Congruence losses: CACR (Pandey et al., ACL 2023; compute_soft_iais of KhoomeiK/CACR, model/model.py:330-345) and IAIS (Ren
+et al., ACL 2021; singular and distributed, :300-328).
 
 Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, L text tokens, V image
 tokens, D head size. The blocks LL (B,L,L), VV (B,V,V), LV (B,L,V), VL (B,V,L) are four separate softmaxes, each over the keys of
@@ -9,13 +9,12 @@ its own block, averaged over the heads.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops._checks import resolve_scale, scaled_dot_default
-from ._softmax import attend, hide
+from ._softmax import hide
 
 EPSILON = 1e-6  # in the logarithms of iais_distributed
 
@@ -49,58 +48,66 @@ def congruence_loss(
 
     loss = text_query.flatten(1)[:, :0].sum(1)  # zeros (B) that autograd knows
     if num_words > 0 and num_regions > 0:
-        log_ll, log_vv = _log_block(text_query, text_key, words, scale), _log_block(image_query, image_key, regions, scale)
-        log_lv, log_vl = _log_block(*text_to_image, regions, scale), _log_block(*image_to_text, words, scale)
+        ll, vv = _logits(text_query, text_key, words, scale), _logits(image_query, image_key, regions, scale)
+        lv, vl = _logits(*text_to_image, regions, scale), _logits(*image_to_text, words, scale)
         if direction in ("text", "both"):
-            loss = loss + _one_direction(kind, log_ll, log_vv, log_lv, log_vl, words, regions)
+            loss = loss + _one_direction(kind, ll, vv, lv, vl, words, regions)
         if direction in ("image", "both"):
-            loss = loss + _one_direction(kind, log_vv, log_ll, log_vl, log_lv, regions, words)
+            loss = loss + _one_direction(kind, vv, ll, vl, lv, regions, words)
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
     return loss.sum() / max(batch, 1) if reduction == "mean" else loss
 
 
-def _log_block(query: Tensor, key: Tensor, key_mask: Tensor, scale: float) -> Tensor:
-    """log of mean_h softmax(scale Q_h K_h^T), (B,N,M); -inf at padding. By logarithms: no weight underflows to log 0."""
-    _, lse = attend(scale * query @ key.mT, key_mask=key_mask)
-    seen = key_mask[:, None, None, :]
-    log_prob = torch.where(seen, scale * query @ key.mT - torch.where(torch.isneginf(lse), 0.0, lse)[..., None], 0.0)
-    return torch.where(seen[:, 0], torch.logsumexp(log_prob, dim=1) - math.log(query.shape[1]), -torch.inf)
+def _logits(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """Scores of a block (B,H,N,M), those of padded keys so low that their weight is 0."""
+    score = scale * query @ key.mT
+    return torch.where(columns[:, None, None, :], score, torch.finfo(score.dtype).min)
 
 
-def _one_direction(
-    kind: str, log_own: Tensor, log_other: Tensor, log_cross: Tensor, log_back: Tensor, own: Tensor, other: Tensor
-) -> Tensor:
-    """The loss (B) that compares `own` (LL for the text) with what the other modality says: VV, LV and VL for the text."""
-    visible = own[:, :, None] & own[:, None, :]
+def _one_direction(kind: str, own: Tensor, other: Tensor, cross: Tensor, back: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The loss (B) from the logits of `own` (LL for the text), `other` (VV), `cross` (LV) and `back` (VL).
+
+    rows, columns: real tokens of the two modalities. p is what the modality attends to, t what the other one says it should.
+    """
     if kind == "cacr":
-        change = torch.exp(log_cross).detach()
-        log_p = _log_softmax(torch.exp(log_own), own)
-        log_t = _log_softmax(change @ torch.exp(log_other) @ change.mT, own)
-    elif kind == "iais_singular":
-        index = log_cross.argmax(-1)
-        rows = torch.exp(log_other).gather(1, index[:, :, None].expand(-1, -1, log_other.shape[2]))
-        log_p = log_own
-        log_t = _log_softmax(rows.gather(2, index[:, None, :].expand(-1, index.shape[1], -1)), own)
-    else:
-        p, t = torch.exp(log_own), torch.exp(log_cross) @ torch.exp(log_back)
-        positive = visible & (t > 0)  # 0 log 0 = 0
-        log_t = torch.where(positive, torch.log(torch.where(positive, t, 1.0)), 0.0)
-        log_p = torch.where(visible, log_own, 0.0)
-        terms = t * (log_t - torch.log(p + EPSILON)) + p * (log_p - torch.log(t + EPSILON))
-        return _row_mean(terms, visible, own, other)
-    log_p, log_t = torch.where(visible, log_p, 0.0), torch.where(visible, log_t, 0.0)
-    p, t = torch.exp(log_p), torch.exp(log_t)
-    return _row_mean(t * (log_t - log_p) + p * (log_p - log_t), visible, own, other)
+        change = _block(cross).detach()
+        log_p = _log_softmax(_block(own), rows)
+        log_t = _log_softmax(change @ _block(other) @ change.mT, rows)
+        return _symmetric_kl(torch.exp(log_p), torch.exp(log_t), log_p, log_t, 0.0, rows, columns)
+    if kind == "iais_singular":
+        index = _block(cross).argmax(-1)  # the first of equals; no gradient
+        picked = _block(other).gather(1, index[:, :, None].expand(-1, -1, other.shape[3]))
+        picked = picked.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
+        log_t = _log_softmax(picked, rows)
+        # log(mean_h P) by logarithms, so that a weight that underflows gives no infinite loss and no NaN gradient
+        log_p = torch.logsumexp(torch.log_softmax(own, dim=-1), dim=1) - math.log(own.shape[1])
+        return _symmetric_kl(_block(own), torch.exp(log_t), log_p, log_t, 0.0, rows, columns)
+    p, t = _block(own), _block(cross) @ _block(back)
+    return _symmetric_kl(p, t, _log(p), _log(t), EPSILON, rows, columns)
+
+
+def _block(logits: Tensor) -> Tensor:
+    """Attention of a block, averaged over the heads after the softmax: (B,N,M)."""
+    return torch.softmax(logits, dim=-1).mean(1)
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x, and 0 where x is 0: only in 0 log 0."""
+    return torch.where(x > 0, torch.log(torch.where(x > 0, x, 1.0)), 0.0)
 
 
 def _log_softmax(x: Tensor, columns: Tensor) -> Tensor:
-    """Of each row (B,N,N) over the columns of real tokens; 0 elsewhere."""
-    seen = columns[:, None, :]
-    lowest = torch.finfo(x.dtype).min  # not -inf: a sample without tokens must not make NaN
-    return torch.where(seen, torch.log_softmax(torch.where(seen, x, lowest), dim=-1), 0.0)
+    """Of each row (B,N,N), over the columns of real tokens."""
+    return torch.log_softmax(torch.where(columns[:, None, :], x, torch.finfo(x.dtype).min), dim=-1)
 
 
-def _row_mean(terms: Tensor, visible: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """KLDivLoss 'batchmean' of a sample: the sum of its terms by its number of rows; 0 where a modality has no token."""
-    loss = torch.where(visible, terms, 0.0).sum((1, 2)) / own.sum(1).clamp(min=1)
-    return torch.where(own.any(1) & other.any(1), loss, 0.0)
+def _symmetric_kl(p: Tensor, t: Tensor, log_p: Tensor, log_t: Tensor, epsilon: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """KLB(log(p + eps), t) + KLB(log(t + eps), p), KLB(log a, b) = sum_ij b (log b - log a) / number of rows: (B).
+
+    epsilon stands only in the logarithm of the first argument. A sample without text or without image tokens gives 0.
+    """
+    first_p = torch.log(p + epsilon) if epsilon else log_p
+    first_t = torch.log(t + epsilon) if epsilon else log_t
+    real = rows[:, :, None] & rows[:, None, :] & columns.any(1)[:, None, None]
+    terms = torch.where(real, t * (log_t - first_p) + p * (log_p - first_t), 0.0)
+    return terms.sum((1, 2)) / rows.sum(1).clamp(min=1)

@@ -61,8 +61,9 @@ def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
             return (torch.tanh(hidden) * score.vector[..., None, None, :]).sum(-1)
         case scores.Hadamard(projects=projects):
             a, b = (q, _affine(score, k)) if projects == "key" else (_affine(score, q), k)
+            offset = score.offset.reshape(()) if isinstance(score.offset, Tensor) else score.offset
             product = _activate(score, a[..., :, None, :] * b[..., None, :, :])
-            return (product * score.vector[..., None, None, :]).sum(-1) + score.offset
+            return (product * score.vector[..., None, None, :]).sum(-1) + offset
     raise TypeError(f"score must be a va.scores object; got {score!r}")
 
 

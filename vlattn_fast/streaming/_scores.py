@@ -80,7 +80,7 @@ def _activation_slope(kind: str, x: Tensor, negative_slope: float) -> Tensor:
         case "dot_relu":
             return (x > 0).to(x.dtype)
         case "dot_leaky_relu":
-            return torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+            return torch.where(x > 0, torch.ones_like(x), negative_slope)  # two numbers would meet in float32
         case "dot_tanh":
             return 1 - torch.tanh(x) ** 2
     t = torch.sigmoid(x)

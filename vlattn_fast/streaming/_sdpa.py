@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops._checks import additive
 from ._tiles import Masks
 
 
@@ -56,7 +57,7 @@ def _additive(query: Tensor, key: Tensor, masks: Masks) -> Tensor | None:
         return None
     if mask.dtype == torch.bool:
         mask = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    return mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+    return additive(mask, query.dtype).expand(*query.shape[:3], key.shape[2])
 
 
 def _empty_rows(masks: Masks) -> Tensor | None:

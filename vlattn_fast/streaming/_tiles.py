@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS = 1 << 19  # 2 MB in float32: measured best of 2^16..2^22 on two CPU cores at CLIP ViT-L/14@336 size
+from ..ops._checks import additive
+
+TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Masks:
         """The logits of a tile (b,h,i,M): float masks added, hidden pairs -inf. `score` is not changed."""
         if self.attn_mask is not None:
             mask = self.attn_mask.expand(shape)[b, h, i]
-            score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask.to(score.dtype)
+            score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + additive(mask, score.dtype)
         if self.key_mask is not None:
             score = score.masked_fill(~self.key_mask[b, None, None, :], -torch.inf)
         if self.is_causal:
@@ -80,10 +82,10 @@ def probabilities(logits: Tensor, lse: Tensor | None = None) -> Tensor:
     """Softmax of full rows; a row without visible keys gives zeros.
 
     Where the rows' log-sum-exp comes from elsewhere (it may count keys that are not here), exp(logits - lse); without one
-    the rows are normalised again, which is more exact than a rounded lse.
+    the rows are normalised again, which is more exact than a rounded lse. An lse of -inf or +inf says: no visible keys.
     """
     if lse is not None:
-        return torch.exp(logits - torch.where(torch.isneginf(lse), 0.0, lse)[..., None])
+        return torch.exp(logits - torch.where(torch.isneginf(lse), torch.inf, lse)[..., None])
     if logits.shape[-1] == 0:
         return logits
     return torch.softmax(logits, dim=-1).masked_fill_(torch.isneginf(logits.amax(-1, keepdim=True)), 0.0)

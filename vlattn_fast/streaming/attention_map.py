@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from ._tiles import Masks, Tiling, compute_dtype, expand_heads, logsumexp, probabilities
-
-_REDUCE: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "mean": (torch.sum, torch.add),
-    "max": (torch.amax, torch.maximum),
-    "min": (torch.amin, torch.minimum),
-}  # within a tile, and from tile to tile
+from ._abar import abar_tile
+from ._tiles import Masks, Tiling, compute_dtype, expand_heads
 
 
 def forward(
@@ -30,27 +22,11 @@ def forward(
     is_causal: bool,
 ) -> Tensor:
     """Abar (B,N,M)."""
-    masks, dtype = Masks(attn_mask, key_mask, is_causal), compute_dtype(query)
-    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    key = expand_heads(key, shape[1])
-    value = None if value is None else expand_heads(value, shape[1])
-    tiling, (reduce, combine) = Tiling(*shape), _REDUCE[head_reduction]
-    abar = query.new_empty(shape[0], *shape[2:], dtype=dtype)
-    for b, i in tiling.rows():
-        reduced: Tensor | None = None
-        for h in tiling.heads():
-            logits = masks.apply((query[b, h, i].to(dtype) @ key[b, h].to(dtype).mT) * scale, shape, b, h, i)
-            tile = probabilities(logits, logsumexp(logits))
-            if rule == "gradient":
-                assert value is not None and grad_output is not None
-                tile = torch.relu(tile * (grad_output[b, h, i].to(dtype) @ value[b, h].to(dtype).mT))
-            part = reduce(tile, 1)
-            reduced = part if reduced is None else combine(reduced, part)
-        assert reduced is not None
-        if head_reduction == "mean":
-            reduced = reduced / shape[1]
-        if row_normalize:
-            total = reduced.sum(-1, keepdim=True)
-            reduced = reduced / torch.where(total == 0, 1.0, total)
-        abar[b, i] = reduced
+    batch, num_heads, num_queries, num_keys = *query.shape[:3], key.shape[2]
+    key = expand_heads(key, num_heads)
+    value = None if value is None else expand_heads(value, num_heads)
+    masks = Masks(attn_mask, key_mask, is_causal)
+    abar = query.new_empty(batch, num_queries, num_keys, dtype=compute_dtype(query))
+    for b, i in Tiling(batch, num_heads, num_queries, num_keys).rows():
+        abar[b, i] = abar_tile(query, key, value, grad_output, None, masks, rule, row_normalize, scale, b, i, head_reduction)
     return abar

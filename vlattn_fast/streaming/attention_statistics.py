@@ -1,7 +1,7 @@
 """attention_statistics in O(N + M) memory with plain PyTorch, on any device and dtype.
 
-A tile holds full rows of A, so each statistic of a row is one reduction over it. The backward pass recomputes each tile
-from the saved log-sum-exp.
+A tile holds full rows of A, so each statistic of a row is one reduction over it; the backward pass computes the tiles
+again and needs nothing saved but argmax.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _tiles
-from ._tiles import Masks, Tiling, compute_dtype, expand_heads, fold_heads, logsumexp, probabilities, softmax_backward
+from ._tiles import Masks, Tiling, compute_dtype, expand_heads, fold_heads, probabilities, softmax_backward
 
 
 def forward(
@@ -25,26 +25,23 @@ def forward(
     num_groups: int,
     scale: float,
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (B,H,N,G), entropy, maximum, argmax (B,H,N), received (B,H,M), lse (B,H,N)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mass (B,H,N,G), entropy, maximum, argmax (B,H,N), received (B,H,M)."""
     dtype, rows = compute_dtype(query), query.shape[:3]
     mass = query.new_zeros(*rows, num_groups, dtype=dtype)
     entropy, maximum = (query.new_zeros(rows, dtype=dtype) for _ in range(2))
     argmax = query.new_full(rows, -1, dtype=torch.int64)
     received = query.new_zeros(*rows[:2], key.shape[2], dtype=dtype)
-    lse = query.new_full(rows, -torch.inf, dtype=dtype)
     key = expand_heads(key, query.shape[1])
-    for b, h, i, logits in _logit_tiles(query, key, Masks(attn_mask, key_mask, is_causal), scale):
-        lse[b, h, i] = logsumexp(logits)
-        prob = probabilities(logits, lse[b, h, i])
+    for b, h, i, prob in _probability_tiles(query, key, Masks(attn_mask, key_mask, is_causal), scale):
         entropy[b, h, i] = torch.special.entr(prob).sum(-1)
         largest, where = prob.max(-1)
         maximum[b, h, i] = largest
-        argmax[b, h, i] = where.masked_fill(torch.isneginf(lse[b, h, i]), -1)
+        argmax[b, h, i] = where.masked_fill(largest == 0, -1)
         received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, None, None, i] @ prob).squeeze(2)
         for g, columns in _group_columns(key_groups, num_groups, b, dtype):
-            mass[b, h, i, g] = (prob.flatten(1, 2) @ columns).unflatten(1, prob.shape[1:3])
-    return mass, entropy, maximum, argmax, received, lse
+            mass[b, h, i, g] = (prob.flatten(1, 2) @ columns).view(*prob.shape[:3], -1)
+    return mass, entropy, maximum, argmax, received
 
 
 def backward(
@@ -55,7 +52,6 @@ def backward(
     query: Tensor,
     key: Tensor,
     argmax: Tensor,
-    lse: Tensor,
     key_groups: Tensor | None,
     row_weight: Tensor | None,
     attn_mask: Tensor | None,
@@ -71,16 +67,14 @@ def backward(
     grad_k = key.new_zeros(key.shape, dtype=dtype)
     grad_weight = None if row_weight is None else torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
     o_kv = torch.arange(key.shape[2], device=key.device)
-    for b, h, i, logits in _logit_tiles(query, key, Masks(attn_mask, key_mask, is_causal), scale):
-        prob = probabilities(logits, lse[b, h, i])
+    for b, h, i, prob in _probability_tiles(query, key, Masks(attn_mask, key_mask, is_causal), scale):
         grad_prob = torch.zeros_like(prob)
         if grad_mass is not None:
             for g, columns in _group_columns(key_groups, num_groups, b, dtype):
-                grad_prob += (grad_mass[b, h, i, g].flatten(1, 2) @ columns.mT).unflatten(1, prob.shape[1:3])
+                grad_prob += (grad_mass[b, h, i, g].flatten(1, 2) @ columns.mT).view_as(prob)
         if grad_entropy is not None:
             # the 1 of d(-P log P)/dP = -(log P + 1) cancels in the softmax
-            log_prob = torch.where(prob > 0, logits - lse[b, h, i, None], 0.0)
-            grad_prob -= grad_entropy[b, h, i, None] * log_prob
+            grad_prob -= grad_entropy[b, h, i, None] * torch.where(prob > 0, prob.log(), 0.0)
         if grad_maximum is not None:
             grad_prob += torch.where(o_kv == argmax[b, h, i, None], grad_maximum[b, h, i, None], 0.0)
         if grad_received is not None:
@@ -94,8 +88,8 @@ def backward(
     return grad_q, fold_heads(grad_k, num_key_heads).to(key.dtype), grad_weight
 
 
-def _logit_tiles(query: Tensor, key: Tensor, masks: Masks, scale: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Slices of batch, heads and query rows with their masked logits (b,h,i,M) in the dtype of sums; none without keys."""
+def _probability_tiles(query: Tensor, key: Tensor, masks: Masks, scale: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """Slices of batch, heads and query rows with their rows of A, (b,h,i,M) in the dtype of sums; none without keys."""
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if key.shape[2] == 0:
         return
@@ -103,12 +97,10 @@ def _logit_tiles(query: Tensor, key: Tensor, masks: Masks, scale: float) -> Iter
     for b, i in tiling.rows():
         for h in tiling.heads():
             tile = (query[b, h, i].to(dtype) @ key[b, h].to(dtype).mT) * scale
-            yield b, h, i, masks.apply(tile, shape, b, h, i)
+            yield b, h, i, probabilities(masks.apply(tile, shape, b, h, i))
 
 
-def _group_columns(
-    key_groups: Tensor | None, num_groups: int, b: slice, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
+def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the groups with the membership of each key (b,M,g), 0 or 1, in pieces no larger than a tile.
 
     A product with it instead of a scatter: the same bits every time on every device, and an index out of range is no group.

@@ -1,0 +1,41 @@
+# make demo   a picture, a table of checks and a comparison of costs
+# make test   lint, types and every test
+# Both make their own environment in .venv first; an environment that is there already is completed and kept.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test lint venv clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	@$(PY) -m vlattn_fast.cli demo --out demo
+
+test: lint
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+venv: $(INSTALLED)
+
+# torch comes first and by itself: asked for with a range, pip would take the newest and its CUDA libraries along.
+# triton comes without dependencies, and only where it is published. The stamp is written last.
+$(INSTALLED): pyproject.toml setup.py
+	@echo "installing into $(VENV), which takes minutes the first time"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c "import torch as t; raise SystemExit(tuple(map(int, t.__version__.split('.')[:2])) < (2, 11))" 2>/dev/null \
+		|| $(PIP) "$(TORCH)"
+	@test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps "$(TRITON)"
+	@$(PIP) --editable ".[all,test]"
+	@touch $@
+
+clean:
+	rm -rf build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,241 @@
+"""`vlattn info | explain | verify | demo`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"the vlattn command needs {missing.name}: pip install 'vlattn_fast[cli]'") from missing
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Method = Enum("Method", {name: name for name in ("gradient", "weighted", "rollout", "attention", "gradcam")}, type=str)
+Backend = Enum("Backend", {name: name for name in ("reference", "streaming", "triton", "cuda")}, type=str)
+DType = Enum("DType", {name: name for name in ("float32", "bfloat16", "float16", "float64")}, type=str)
+
+
+def main() -> None:
+    """The `vlattn` command."""
+    app()
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, and what each backend of each operator runs, with the reasons for what it does not."""
+    from .ops._dispatch import select
+    from .verify import OPERATORS, backends_of, cases, facts_of
+
+    for name in ("vlattn_fast", "torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn"):
+        typer.echo(f"{name:13}{_version(name)}")
+    typer.echo(f"{'python':13}{platform.python_version()} on {platform.system()} {platform.machine()}")
+    typer.echo(f"{'cpu':13}{torch.get_num_threads()} threads")
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        typer.echo(f"{f'cuda:{i}':13}{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        typer.echo(f"{'cuda':13}{'no device' if torch.version.cuda else 'this torch is built without it'}")
+
+    everything = cases()
+    for operator in OPERATORS:
+        typer.echo(f"\n{operator}")
+        calls = {}
+        for case in (case for case in everything if case.operator == operator):
+            asked = facts_of(operator, case.arguments(case.in_dtype(torch.float32)))
+            for device_type in ("cpu", "cuda"):
+                for dtype in DType:
+                    call = replace(asked, dtype=getattr(torch, dtype.value), device_type=device_type)
+                    calls[device_type, dtype.value, case.name] = call
+        for backend, (refusals, _) in backends_of(operator).items():
+            reasons: dict[str, list[tuple[str, str, str]]] = {}
+            for facts, call in calls.items():
+                for reason in refusals(call):
+                    reasons.setdefault(reason, []).append(facts)
+            typer.echo(f"  {backend:11}{'; '.join(_refused(reason, found, calls) for reason, found in reasons.items()) or 'all'}")
+        chosen = {device: sorted({select(backends_of(operator), call, "auto") for (where, *_), call in calls.items() if where == device})
+                  for device in ("cpu", "cuda")}  # fmt: skip
+        typer.echo(f"  {'auto':11}" + ", ".join(f"{' or '.join(names)} on {device}" for device, names in chosen.items()))
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _refused(reason: str, found: list[tuple[str, str, str]], calls: Iterable[tuple[str, str, str]]) -> str:
+    """The reason, and which calls it refuses: the values of device, dtype and case, where they are not all of them."""
+    everything = list(calls)
+    if len(found) == len(everything):
+        return f"none: {reason}"
+    parts = []
+    for axis in range(3):
+        here, all_of_them = ({facts[axis]: None for facts in some} for some in (found, everything))
+        if len(here) < len(all_of_them):
+            parts.append("/".join(here))
+    return f"not {' '.join(parts) or 'some'}: {reason}"
+
+
+@app.command()
+def verify(
+    backend: Annotated[list[Backend] | None, typer.Option(help="One or more; all by default.")] = None,
+    dtype: Annotated[list[DType] | None, typer.Option(help="One or more; float32, bfloat16 and float16 by default.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+) -> None:
+    """Run every operator on every backend and dtype and compare with its formula in float64.
+
+    Prints the worst error as a multiple of what is allowed: twice the error of the plain formula in the same dtype, plus one
+    ulp. Ends with status 1 where one is above 1.
+    """
+    from .verify import DTYPES
+    from .verify import verify as run
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
+    backends = tuple(one.value for one in backend or Backend)
+    dtypes = tuple(getattr(torch, one.value) for one in dtype) if dtype else DTYPES
+    failed = 0
+    typer.echo(f"{'operator':25}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
+    for result in run(backends, dtypes, device, seed):
+        name = str(result.dtype).removeprefix("torch.")
+        found = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
+        failed += not result.passed
+        typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {found}{'' if result.passed else '  FAILED'}")
+    if failed:
+        typer.echo(f"{failed} failed")
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
+    out: Annotated[Path, typer.Option(help="File to write; .html or .png.")],
+    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
+    method: Annotated[Method, typer.Option(help="Rule of relevancy.")] = Method.gradient,  # type: ignore[attr-defined]
+    target: Annotated[int | None, typer.Option(help="Index of the text, class or token to explain; by default the model's choice.")] = None,
+    start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
+) -> None:
+    """Explain which parts of a picture and a text a model's score rests on."""
+    from .explain import explain as run
+
+    if out.suffix not in (".html", ".png"):
+        raise typer.BadParameter(f"--out must end in .html or .png; got {out.name!r}")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"--out: there is no directory {out.parent}")
+    if image is None and not text:
+        raise typer.BadParameter("--image or --text must be given, or both, as the model takes them")
+    network, processor = _load(model)
+    picture = None if image is None else _open(image)
+    inputs = _inputs(network, processor, picture, text or [])
+    try:
+        explanation = run(network, inputs, target=target, method=method.value, start_layer=start_layer)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if explanation.text is not None:
+        explanation = explanation.with_tokens(processor)
+    shown = _shown(processor, inputs, picture)
+    if out.suffix == ".html":
+        explanation.save_html(out, shown, title=" | ".join(text or [str(image)]))
+    else:
+        explanation.plot(shown).savefig(out, dpi=120)
+    scores = [] if explanation.scores is None else explanation.scores.tolist()
+    for row, score in enumerate(scores):
+        aim = "" if explanation.target is None else f" (target {explanation.target[row]})"
+        typer.echo(f"score {row}: {score:.6g}{aim}")
+    typer.echo(f"wrote {out}")
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """The model, of the class its configuration names, and its processor, tokenizer or image processor."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = (config.architectures or [""])[0]
+        loaded = getattr(transformers, architecture, transformers.AutoModel).from_pretrained(name)
+        return loaded.eval(), transformers.AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"--model {name}: {str(error).splitlines()[0]}") from error
+
+
+def _open(image: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise typer.BadParameter(f"--image: {image} is no picture") from error
+
+
+def _inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> Any:
+    """What the processor makes of picture and texts, in the form that the model's kind asks for."""
+    from .explain.families import find_family
+
+    takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
+    takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
+    for option, given, taken in (("--image", picture is not None, takes_image), ("--text", bool(texts), takes_text)):
+        if given != taken:
+            raise typer.BadParameter(f"{option}: {type(model).__name__} takes {'one' if taken else 'none'}")
+    if not takes_text:
+        return processor(images=picture, return_tensors="pt")
+    try:
+        decoder = find_family(model).score == "token"
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    padding = "max_length" if model.config.model_type.startswith("siglip") else True  # SigLIP was trained with it
+    if decoder and len(texts) > 1:
+        raise typer.BadParameter(f"--text: {type(model).__name__} takes one; got {len(texts)}")
+    if not takes_image:
+        return processor(list(texts), padding=padding, return_tensors="pt")
+    prompts = [_prompt(processor, one) for one in texts] if decoder else list(texts)
+    return processor(images=picture, text=prompts, padding=padding, return_tensors="pt")
+
+
+def _prompt(processor: Any, text: str) -> str:
+    """The text with the picture's place in front of it, as the model was trained."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    token = getattr(processor, "image_token", None)
+    return text if token is None or token in text else f"{token}\n{text}"
+
+
+def _shown(processor: Any, inputs: Any, picture: Any) -> Any:
+    """The picture as the model saw it, resized and cropped: there the map lies where it belongs."""
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
+        return picture
+    prepare = getattr(processor, "image_processor", processor)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (prepare.image_mean, prepare.image_std))
+    return (pixels[0] * std + mean).clamp(0, 1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("demo"),
+    costs: Annotated[bool, typer.Option(help="Also compare the costs on a model of CLIP ViT-L/14@336's size (minutes).")] = True,
+) -> None:
+    """Explain pictures of the embedded benchmark, check every operator, and compare what one map costs."""
+    from ._demo import run
+
+    if not run(out, costs=costs):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""SCAN's similarity of every image with every caption (Lee et al., ECCV 2018) and DAMSM's (Xu et al., CVPR 2018).
+
+Formula: reference/stacked_cross_attention.py. Bounded memory: streaming/stacked_cross_attention.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import autocast, check_choice, check_device, check_floating, check_number, check_tensor, describe
+from ._dispatch import Call, load, select, table
+from ._library import define, differentiable, once_differentiable
+
+BACKENDS = table("stacked_cross_attention")
+DIRECTIONS = ("t2i", "i2t")
+FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
+AGGREGATIONS = ("logsumexp", "max", "sum", "mean")
+
+
+def stacked_cross_attention(
+    images: Tensor,
+    captions: Tensor,
+    caption_lengths: Tensor | None = None,
+    image_lengths: Tensor | None = None,
+    *,
+    direction: str = "t2i",
+    first_norm: str | None = "clipped_l2norm",
+    smooth: float = 9.0,
+    aggregation: str = "logsumexp",
+    lambda_lse: float = 6.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Similarity of every image with every caption: how well each word (region) is met by the regions (words) it attends to.
+
+    Per pair, queries q and contexts c (t2i: words ask regions; i2t: regions ask words), as in SCAN eq. 1-8:
+    s_qc = q . c;  x = s, each context's column normalised over the queries;  alpha = softmax over contexts of smooth * x;
+    a_q = sum_c alpha_qc c;  r_q = cos(q, a_q), |q||a_q| clamped at 1e-8;  similarity = r aggregated over the queries.
+
+    Args:
+        images: (Bi,R,D) region embeddings, used as given (SCAN normalises them first): float16, bfloat16, float32, float64.
+        captions: (Bc,T,D) word embeddings of the same dtype.
+        caption_lengths, image_lengths: int64 (Bc) and (Bi), on the CPU or the inputs' device; the real rows come first.
+            None = all are real. Padding is removed before anything is computed; what stands there (NaN included) reaches
+            nothing, its gradient is 0. Outside torch.compile and CUDA graphs the values are checked (lengths on a GPU are
+            read, which waits for it); inside, they are clamped to the valid range.
+        direction: "t2i" or "i2t".
+        first_norm: "softmax"; "l2norm" x / (|x|_2 + 1e-8); "l1norm" x / (|x|_1 + 1e-8); "clipped" leaky_relu(x, 0.1);
+            "clipped_l2norm", "clipped_l1norm" both in turn; None.
+        smooth: factor in the softmax over contexts, any number.
+        aggregation: "logsumexp" = log(sum exp(lambda_lse r)) / lambda_lse; "max" (ties share the gradient); "sum"; "mean".
+        lambda_lse: > 0, for "logsumexp" only.
+        backend: "auto", "reference", "streaming", "triton" or "cuda".
+
+    Returns:
+        similarity (Bi,Bc) in the inputs' dtype, in float32 for float16 and bfloat16 (which are computed in float32). A pair
+        with an empty side (length 0) gives 0 and zero gradients, whatever the aggregation.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+
+    >>> images = torch.nn.functional.normalize(torch.randn(3, 36, 16), dim=-1)
+    >>> captions = torch.nn.functional.normalize(torch.randn(2, 7, 16), dim=-1)
+    >>> stacked_cross_attention(images, captions, torch.tensor([7, 4])).shape
+    torch.Size([3, 2])
+    """
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    check_number("lambda_lse", lambda_lse)
+    if aggregation == "logsumexp":
+        _check_positive("lambda_lse", lambda_lse)
+    call = _check(images, captions, caption_lengths, image_lengths, direction, first_norm, smooth, aggregation)
+    chosen = select(BACKENDS, call, backend)
+    caption_lengths, image_lengths = _place(caption_lengths, captions), _place(image_lengths, images)
+    images, captions = autocast(images, captions)
+    dtype = torch.promote_types(images.dtype, captions.dtype)  # autocast leaves float64 as it is
+    images, captions = images.to(dtype), captions.to(dtype)
+    if chosen == "reference":
+        with torch.autocast(call.device_type, enabled=False):
+            return load(BACKENDS, chosen).stacked_cross_attention(
+                images, captions, caption_lengths, image_lengths, direction=direction, first_norm=first_norm,
+                smooth=smooth, aggregation=aggregation, lambda_lse=lambda_lse,
+            )  # fmt: skip
+    return _forward_op(
+        _hide(images, image_lengths), _hide(captions, caption_lengths), caption_lengths, image_lengths,
+        direction, first_norm, float(smooth), aggregation, float(lambda_lse), chosen,
+    )  # fmt: skip
+
+
+def damsm_similarity(
+    images: Tensor,
+    captions: Tensor,
+    caption_lengths: Tensor | None = None,
+    image_lengths: Tensor | None = None,
+    *,
+    gamma1: float = 4.0,
+    gamma2: float = 5.0,
+    backend: str = "auto",
+) -> Tensor:
+    """AttnGAN's image-text matching score R(image, caption) = log sum_t exp(gamma2 cos(e_t, c_t)) (Xu et al., eq. 7-10).
+
+    The word e_t attends to the regions after two softmaxes, over words and then, times gamma1, over regions. Equal to
+    gamma2 * stacked_cross_attention(direction="t2i", first_norm="softmax", smooth=gamma1, lambda_lse=gamma2); the same
+    arguments, returns and errors. gamma2 > 0. A pair with an empty side gives 0.
+
+    >>> damsm_similarity(torch.randn(3, 289, 16), torch.randn(2, 7, 16), torch.tensor([7, 4])).shape
+    torch.Size([3, 2])
+    """
+    check_number("gamma1", gamma1)
+    check_number("gamma2", gamma2)
+    _check_positive("gamma2", gamma2)
+    return gamma2 * stacked_cross_attention(
+        images, captions, caption_lengths, image_lengths, direction="t2i", first_norm="softmax", smooth=gamma1,
+        aggregation="logsumexp", lambda_lse=gamma2, backend=backend,
+    )  # fmt: skip
+
+
+def _check(images: Any, captions: Any, caption_lengths: Any, image_lengths: Any, direction: Any, first_norm: Any,
+           smooth: Any, aggregation: str) -> Call:  # fmt: skip
+    check_tensor("images", images, rank=3, shape="(Bi, R, D)")
+    check_tensor("captions", captions, rank=3, shape="(Bc, T, D)")
+    check_floating(images=images, captions=captions)
+    check_device("captions", captions, "images", images)
+    if captions.shape[2] != images.shape[2]:
+        raise ValueError(f"captions must have images' feature size D = {images.shape[2]}; got {describe(captions)}")
+    _check_lengths("caption_lengths", caption_lengths, "captions", captions)
+    _check_lengths("image_lengths", image_lengths, "images", images)
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("first_norm", first_norm, FIRST_NORMS)
+    check_number("smooth", smooth)
+    return Call(
+        "stacked_cross_attention", images.dtype, images.device.type,
+        {"images": images.shape[0], "captions": captions.shape[0], "regions": images.shape[1], "words": captions.shape[1],
+         "features": images.shape[2]},
+        {"direction": direction, "first_norm": first_norm, "aggregation": aggregation},
+    )  # fmt: skip
+
+
+def _check_lengths(name: str, lengths: Any, of_name: str, of: Tensor) -> None:
+    if lengths is None:
+        return
+    check_tensor(name, lengths, rank=1, shape=f"(the number of real rows of each of {of_name})")
+    if lengths.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64; got {describe(lengths)}")
+    if lengths.device.type != "cpu" and lengths.device != of.device:
+        raise ValueError(f"{name} must be on the CPU or on the device of {of_name}, {of.device}; got {describe(lengths)}")
+    if lengths.shape[0] != of.shape[0]:
+        raise ValueError(f"{name} must have one entry for each of the {of.shape[0]} {of_name}; got {describe(lengths)}")
+    # reading values would break a compiled graph or a capture; there _place clamps them
+    if torch.compiler.is_compiling() or (lengths.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if lengths.numel() > 0:
+        low, high = (int(x) for x in torch.aminmax(lengths))
+        if low < 0 or high > of.shape[1]:
+            raise ValueError(f"{name} must lie in [0, {of.shape[1]}], the rows {of_name} have; got values in [{low}, {high}]")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} must be greater than 0, since the log-sum-exp is divided by it; got {value!r}")
+
+
+def _place(lengths: Tensor | None, of: Tensor) -> Tensor | None:
+    return None if lengths is None else lengths.to(of.device).clamp(0, of.shape[1])
+
+
+def _hide(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B,L,D) with the rows of padding set to zero: what stands there reaches no output and no gradient."""
+    if lengths is None:
+        return x
+    visible = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return torch.where(visible[..., None], x, 0.0)
+
+
+def _forward(*args: Any) -> Tensor:
+    *inputs, backend = args
+    return load(BACKENDS, backend).forward(*inputs)
+
+
+def _forward_fake(images: Tensor, captions: Tensor, *_: Any) -> Tensor:
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    return images.new_empty(images.shape[0], captions.shape[0], dtype=dtype)
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, backend = args
+    return load(BACKENDS, backend).backward(*inputs)
+
+
+def _backward_fake(grad_similarity: Tensor, images: Tensor, captions: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return images.new_empty(images.shape), captions.new_empty(captions.shape)
+
+
+_ARGUMENTS = (
+    "Tensor images, Tensor captions, Tensor? caption_lengths, Tensor? image_lengths, str direction, str? first_norm, "
+    "float smooth, str aggregation, float lambda_lse, str backend"
+)
+_forward_op = define(f"stacked_cross_attention({_ARGUMENTS}) -> Tensor", _forward, _forward_fake)
+_backward_op = define(
+    f"stacked_cross_attention_backward(Tensor grad_similarity, {_ARGUMENTS}) -> (Tensor, Tensor)", _backward, _backward_fake
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _autograd(ctx: Any, grad_similarity: Tensor) -> tuple[Any, ...]:
+    grad_images, grad_captions = _backward_op(grad_similarity, *ctx.saved_tensors, *ctx.options)
+    return grad_images, grad_captions, *(None,) * 8
+
+
+differentiable("stacked_cross_attention", _autograd, _setup_context)
+once_differentiable("stacked_cross_attention_backward")

@@ -1,0 +1,290 @@
+"""stacked_cross_attention in bounded memory with plain PyTorch: tiles of some contexts with some query sets, all batched.
+
+The attended vector a_q = sum_c alpha_qc c is only needed in cos(q, a_q), so where contexts are fewer than features it is
+never formed: <q, a_q> = sum_c alpha_qc s_qc and |a_q|^2 = alpha G alpha^T with the Gram matrix G = C C^T, about half of the
+products. Both sums cancel where a_q is short, which would cost accuracy the plain formula has. So G and all maps are float64
+(a small part beside the products over features), and the uniform part of alpha, which cancels where contexts lie around
+zero, is met by their mean: <q, a_q> = <q, mean> + sum_c (alpha_qc - 1/m) s_qc.
+The backward pass recomputes each tile; nothing but the inputs is saved.
+
+Shapes: a tile has x context sets of m contexts and y query sets of n queries; maps are (x,y,n,m).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _tiles
+from ._tiles import compute_dtype, softmax_backward
+
+EPS = 1e-8  # of SCAN's norms and cosine
+
+
+def forward(
+    images: Tensor,
+    captions: Tensor,
+    caption_lengths: Tensor | None,
+    image_lengths: Tensor | None,
+    direction: str,
+    first_norm: str | None,
+    smooth: float,
+    aggregation: str,
+    lambda_lse: float,
+) -> Tensor:
+    """similarity (Bi,Bc). Rows beyond the lengths must be zero: the public call sees to that."""
+    similarity = images.new_zeros(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
+    rule = _Rule(first_norm, smooth, aggregation, lambda_lse)
+    query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
+    by_context = similarity if direction == "t2i" else similarity.mT
+    with torch.autocast(images.device.type, enabled=False):
+        for x, tiles_y in _tile_pairs(query.rows, context.rows):
+            contexts = _Contexts(context, x)
+            for y in tiles_y:
+                by_context[x, y] = _Tile(rule, query, y, contexts).similarity().to(similarity.dtype)
+    return similarity
+
+
+def backward(
+    grad_similarity: Tensor,
+    images: Tensor,
+    captions: Tensor,
+    caption_lengths: Tensor | None,
+    image_lengths: Tensor | None,
+    direction: str,
+    first_norm: str | None,
+    smooth: float,
+    aggregation: str,
+    lambda_lse: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of images and captions."""
+    rule = _Rule(first_norm, smooth, aggregation, lambda_lse)
+    query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
+    grad = grad_similarity if direction == "t2i" else grad_similarity.mT  # (context sets, query sets)
+    dtype = compute_dtype(images)
+    grad_q, grad_c = (side.rows.new_zeros(side.rows.shape, dtype=dtype) for side in (query, context))
+    with torch.autocast(images.device.type, enabled=False):
+        for x, tiles_y in _tile_pairs(query.rows, context.rows):
+            contexts = _Contexts(context, x)
+            for y in tiles_y:
+                grad_q[y] += _Tile(rule, query, y, contexts).backward(grad[x, y])
+            grad_c[x] = contexts.backward()
+    grad_q, grad_c = grad_q.to(images.dtype), grad_c.to(images.dtype)
+    return (grad_c, grad_q) if direction == "t2i" else (grad_q, grad_c)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    first_norm: str | None
+    smooth: float
+    aggregation: str
+    lambda_lse: float
+
+    @property
+    def clips(self) -> bool:
+        return self.first_norm is not None and self.first_norm.startswith("clipped")
+
+    @property
+    def norm(self) -> str | None:
+        """softmax, l2norm, l1norm or None: what follows the clipping."""
+        return None if self.first_norm in (None, "clipped") else str(self.first_norm).removeprefix("clipped_")
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Images or captions: rows (B,L,D), of which the first lengths (B) are real."""
+
+    rows: Tensor
+    lengths: Tensor | None
+
+    def tile(self, i: slice) -> Tensor:
+        return self.rows[i].to(compute_dtype(self.rows))
+
+    def masks(self, i: slice) -> tuple[Tensor | None, Tensor | None]:
+        """bool (i,L), True = real, and (i), True = not empty. An empty set shows its row 0, a zero vector, so that nothing
+        becomes NaN; what it gives is set to 0."""
+        if self.lengths is None:
+            return None, None
+        lengths = self.lengths[i]
+        return torch.arange(self.rows.shape[1], device=lengths.device) < lengths.clamp(min=1)[:, None], lengths > 0
+
+
+def _sides(images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None,
+           direction: str) -> tuple[_Side, _Side]:  # fmt: skip
+    """The side that asks and the side that is attended to."""
+    image, caption = _Side(images, image_lengths), _Side(captions, caption_lengths)
+    return (caption, image) if direction == "t2i" else (image, caption)
+
+
+def _tile_pairs(query: Tensor, context: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Slices of the contexts, each with the slices of the queries it meets. A tile's maps, its rows on either side and its
+    Gram matrices have at most TILE_ELEMENTS elements (or one pair's, where that is more)."""
+    (num_y, n, size), (num_x, m, _) = query.shape, context.shape
+    if n == 0 or m == 0:
+        return
+    m += 1  # the mean
+    step_x = max(1, min(num_x, _tiles.TILE_ELEMENTS // (m * max(m, n, size))))
+    step_y = max(1, _tiles.TILE_ELEMENTS // (n * max(step_x * m, size)))
+    tiles_y = [slice(y, min(y + step_y, num_y)) for y in range(0, num_y, step_y)]
+    for x in range(0, num_x, step_x):
+        yield slice(x, min(x + step_x, num_x)), tiles_y
+
+
+class _Contexts:
+    """The context sets x, and their gradient as the tiles add to it."""
+
+    def __init__(self, side: _Side, x: slice) -> None:
+        rows = side.tile(x)
+        self.size = rows.shape[1]
+        self.mask, self.filled = side.masks(x)
+        self.dtype = rows.dtype if rows.device.type == "mps" else torch.float64  # of maps; mps has no float64
+        wide = rows.to(self.dtype)
+        real = wide.new_full((1, 1), self.size) if self.mask is None else self.mask.sum(1, keepdim=True).to(self.dtype)
+        self.share = real.reciprocal()[..., None]  # 1/m: (1,1,1) or (x,1,1)
+        self.gram = self.grad_gram = None
+        if rows.shape[1] < rows.shape[2]:
+            self.gram = wide @ wide.mT
+            self.grad_gram = torch.zeros_like(self.gram)
+            rows = torch.cat([rows, (wide * self.share).sum(1, keepdim=True).to(rows.dtype)], dim=1)
+        self.rows = rows  # (x,m,D), in front of a Gram matrix with the mean as row m
+        self.grad_rows = torch.zeros_like(rows)
+
+    def backward(self) -> Tensor:
+        """The gradient of the context sets (x,m,D)."""
+        grad, grad_mean = self.grad_rows[:, : self.size], self.grad_rows[:, self.size :]
+        if self.grad_gram is None:
+            return grad
+        return grad + (self.grad_gram @ self.rows[:, : self.size].to(self.dtype) + grad_mean * self.share).to(grad.dtype)
+
+
+class _Tile:
+    """The forward pass of some contexts with the query sets y, and what its backward pass needs."""
+
+    def __init__(self, rule: _Rule, side: _Side, y: slice, contexts: _Contexts) -> None:
+        self.rule, self.contexts = rule, contexts
+        self.query = query = side.tile(y)
+        self.mask, self.filled = side.masks(y)
+        scores = (query.flatten(0, 1) @ contexts.rows.flatten(0, 1).mT).view(*query.shape[:2], *contexts.rows.shape[:2])
+        scores = scores.permute(2, 0, 1, 3).to(contexts.dtype)
+        self.score = scores[..., : contexts.size].contiguous()
+        self.normal, self.column_norm = _normalize(rule, self.score, self.mask)
+        logits = rule.smooth * self.normal
+        if contexts.mask is not None:
+            logits = logits.masked_fill(~contexts.mask[:, None, None, :], -torch.inf)
+        self.alpha = torch.softmax(logits, dim=-1)
+        if contexts.gram is None:
+            self.attended = self._times(self.alpha, contexts.rows)  # a
+            dot = (query.to(contexts.dtype) * self.attended).sum(-1)
+            self.norm_a = torch.linalg.vector_norm(self.attended, dim=-1)
+        else:
+            self.attended = self._times(self.alpha, contexts.gram)  # C a
+            dot = scores[..., contexts.size] + ((self.alpha - contexts.share[..., None]) * self.score).sum(-1)
+            self.norm_a = (self.alpha * self.attended).sum(-1).clamp(min=0.0).sqrt()  # rounding may leave less than 0
+        self.norm_q = torch.linalg.vector_norm(query, dim=-1).to(contexts.dtype)
+        self.length = self.norm_q * self.norm_a
+        self.cosine = dot / self.length.clamp(min=EPS)
+
+    def similarity(self) -> Tensor:
+        """(x,y)."""
+        return self._zero_where_empty(_aggregate(self.rule, self.cosine, self.mask))
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """The gradient of the query sets (y,n,D) from that of the similarity (x,y); the contexts' is added to them."""
+        contexts, query, alpha = self.contexts, self.query.to(self.contexts.dtype), self.alpha
+        grad = self._zero_where_empty(grad.to(contexts.dtype))
+        grad_cosine = grad[..., None] * _aggregate_backward(self.rule, self.cosine, self.mask)
+        grad_dot = grad_cosine / self.length.clamp(min=EPS)
+        grad_length = torch.where(self.length >= EPS, -grad_dot * self.cosine, 0.0)
+        by_norm_q = _ratio((grad_length * self.norm_a).sum(0), self.norm_q)[..., None]
+        by_norm_a = _ratio(grad_length * self.norm_q, self.norm_a)[..., None]
+        grad_dot = grad_dot[..., None]
+        grad_query = by_norm_q * query
+        if contexts.grad_gram is None:
+            grad_query = grad_query + (grad_dot * self.attended).sum(0)
+            grad_attended = grad_dot * query + by_norm_a * self.attended
+            grad_alpha = self._times(grad_attended, contexts.rows.mT)
+            contexts.grad_rows += self._outer(alpha, grad_attended, contexts.rows.dtype)
+            direct = None
+        else:
+            grad_alpha = grad_dot * self.score + by_norm_a * self.attended
+            contexts.grad_gram += self._outer(alpha * by_norm_a, alpha, contexts.dtype)
+            direct = grad_dot * (alpha - contexts.share[..., None])
+        grad_normal = self.rule.smooth * softmax_backward(alpha, grad_alpha)
+        grad_score = _normalize_backward(self.rule, grad_normal, self.score, self.normal, self.column_norm)
+        if direct is not None:
+            grad_score = torch.cat([grad_score + direct, grad_dot], dim=-1)
+        flat = grad_score.permute(1, 2, 0, 3).to(self.query.dtype).reshape(query.shape[0] * query.shape[1], -1)
+        contexts.grad_rows += (flat.mT @ self.query.flatten(0, 1)).view_as(contexts.rows)
+        return grad_query.to(self.query.dtype) + (flat @ contexts.rows.flatten(0, 1)).view_as(self.query)
+
+    def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """(x,y,n,k) by (x,k,l), multiplied in the dtype of the matrix."""
+        product = x.flatten(1, 2).to(matrix.dtype) @ matrix
+        return product.view(*x.shape[:3], -1).to(self.contexts.dtype)
+
+    def _outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """(x,k,l) from (x,y,n,k) and (x,y,n,l)."""
+        return a.flatten(1, 2).mT.to(dtype) @ b.flatten(1, 2).to(dtype)
+
+    def _zero_where_empty(self, similarity: Tensor) -> Tensor:
+        if self.contexts.filled is not None:
+            similarity = torch.where(self.contexts.filled[:, None], similarity, 0.0)
+        return similarity if self.filled is None else torch.where(self.filled, similarity, 0.0)
+
+
+def _normalize(rule: _Rule, score: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Each context's column over the queries (axis 2), and its norm; the scores of padding are 0, which norms do not see."""
+    if rule.norm == "softmax":
+        return torch.softmax(_hide(score, mask, -torch.inf), dim=2), None
+    if rule.clips:
+        score = F.leaky_relu(score, 0.1)
+    if rule.norm is None:
+        return score, None
+    norm = torch.linalg.vector_norm(score, ord=2 if rule.norm == "l2norm" else 1, dim=2, keepdim=True)
+    return score / (norm + EPS), norm
+
+
+def _normalize_backward(rule: _Rule, grad: Tensor, score: Tensor, normal: Tensor, norm: Tensor | None) -> Tensor:
+    if rule.norm == "softmax":
+        return normal * (grad - (normal * grad).sum(2, keepdim=True))
+    if norm is not None:
+        slope = normal.sign() if rule.norm == "l1norm" else _ratio(normal * (norm + EPS), norm)  # of the norm
+        grad = (grad - (grad * normal).sum(2, keepdim=True) * slope) / (norm + EPS)
+    return torch.where(score > 0.0, grad, 0.1 * grad) if rule.clips else grad
+
+
+def _aggregate(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
+    """(x,y,n) to (x,y)."""
+    if rule.aggregation == "logsumexp":
+        return torch.logsumexp(rule.lambda_lse * _hide(cosine, mask, -torch.inf), dim=-1) / rule.lambda_lse
+    if rule.aggregation == "max":
+        return _hide(cosine, mask, -torch.inf).amax(-1)
+    return (cosine * _aggregate_backward(rule, cosine, mask)).sum(-1)
+
+
+def _aggregate_backward(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
+    """The derivative of the aggregate by each cosine, (x,y,n)."""
+    if rule.aggregation == "logsumexp":
+        return torch.softmax(rule.lambda_lse * _hide(cosine, mask, -torch.inf), dim=-1)
+    if rule.aggregation == "max":
+        cosine = _hide(cosine, mask, -torch.inf)
+        ones = (cosine == cosine.amax(-1, keepdim=True)).to(cosine.dtype)
+    else:
+        ones = _hide(torch.ones_like(cosine), mask, 0.0)
+    return ones if rule.aggregation == "sum" else ones / ones.sum(-1, keepdim=True)
+
+
+def _hide(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
+    """(x,y,n) or (x,y,n,m) with `value` at padding of the query sets, mask (y,n)."""
+    if mask is None:
+        return x
+    return x.masked_fill(~(mask if x.dim() == 3 else mask[..., None]), value)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b for b >= 0, and 0 where b is 0: the gradient of a norm at 0."""
+    return torch.where(b > 0.0, a / torch.where(b > 0.0, b, 1.0), 0.0)

@@ -1,0 +1,246 @@
+"""Every operator on every backend and dtype against its formula in float64: `vlattn verify`, and the demo's table of checks.
+
+An error counts in the unit that the package allows: twice the error of the same formula in the same dtype, plus one ulp of the
+output's scale. A ratio above 1 is a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import scores
+from .ops._dispatch import Call, Table
+
+OPERATORS = {
+    "score_attention": "score_attention",
+    "relevancy_attention": "relevancy_attention",
+    "attention_map": "attention_map",
+    "attention_statistics": "attention_statistics",
+    "congruence": "congruence_loss",
+    "stacked_cross_attention": "stacked_cross_attention",
+}  # an operator's stem and its public call
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KEEP_FLOAT32 = ("carrier",)  # as the operator asks for with 16-bit inputs
+
+Tensors = dict[str, Tensor]
+
+
+def call_of(operator: str) -> Callable[..., Any]:
+    """The public call of the operator with this stem."""
+    return getattr(_module(operator), OPERATORS[operator])
+
+
+def backends_of(operator: str) -> Table:
+    return _module(operator).BACKENDS
+
+
+def facts_of(operator: str, arguments: Mapping[str, Any]) -> Call:
+    """What the operator would ask its backends about this call; the operator's own check makes it."""
+    check = _module(operator)._check
+    bound = inspect.signature(call_of(operator)).bind(**arguments)
+    bound.apply_defaults()
+    asked = {name: bound.arguments.get(name) for name in inspect.signature(check).parameters}
+    if "score" in asked:
+        asked["score"] = scores.resolve(asked["score"])
+    return check(**asked)
+
+
+def _module(operator: str) -> Any:
+    return importlib.import_module(f"vlattn_fast.ops.{operator}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: its float64 tensors, and how they become the call's keyword arguments."""
+
+    operator: str
+    name: str
+    tensors: Tensors
+    arguments: Callable[[Tensors], dict[str, Any]] = dict
+    differentiable: bool = True
+
+    def in_dtype(self, dtype: torch.dtype, device: str = "cpu") -> Tensors:
+        kept = {name: torch.float32 if name in KEEP_FLOAT32 and dtype != torch.float64 else dtype for name in self.tensors}
+        return {name: x.to(device, kept[name]) for name, x in self.tensors.items()}
+
+
+def cases(seed: int = 0) -> list[Case]:
+    """Small calls of every operator that between them use each score, rule and mask."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    q, k, v = randn(8, 4, 33, 16), randn(8, 4, 47, 16), randn(8, 4, 47, 24)
+    key_mask = torch.rand(8, 47, generator=g) > 0.3
+    hidden = key_mask.clone()
+    hidden[1] = False
+    qkv = {"query": q, "key": k, "value": v}
+    square, vector = {"weight": randn(16, 16) / 4, "bias": randn(16) / 4}, {"vector": randn(16) / 4}
+    additive = {**vector, "query_weight": randn(4, 16, 16) / 4, "key_weight": randn(16, 16) / 4}
+    found = [
+        Case("score_attention", "scaled_dot causal", qkv, lambda t: {**t, "is_causal": True}),
+        Case("score_attention", "cosine", qkv, lambda t: {**t, "score": "cosine", "scale": 4.0}),
+        *(_scored(name, qkv, parameters, make, hidden) for name, parameters, make in (
+            ("general", square, lambda p: scores.General(**p)),
+            ("general sigmoid", square, lambda p: scores.General(**p, activation="sigmoid", projects="query")),
+            ("additive", additive, lambda p: scores.Additive(**p)),
+            ("hadamard relu", vector, lambda p: scores.Hadamard(**p, activation="relu")),
+            ("hadamard tanh", {**vector, **square}, lambda p: scores.Hadamard(**p, activation="tanh")),
+        )),
+    ]  # fmt: skip
+    shared = {"query": q, "key": k[:, :2], "value": v[:, :2]}
+    found.append(_optioned("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
+
+    own = {"query": q, "key": k[:, :, :33], "value": v[:, :, :33], "carrier": randn(8, 3, 33)}
+    weight = torch.rand(8, 33, generator=g)
+    options: dict[str, dict[str, Any]] = {
+        "gradient": {},
+        "rollout": {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask[:, :33]},
+        "row-normalised": {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True},
+    }
+    found += [_optioned("relevancy_attention", name, own, chosen) for name, chosen in options.items()]
+    found += [
+        _optioned("attention_map", "attention", {"query": q, "key": k}, {"key_mask": hidden}, differentiable=False),
+        _optioned("attention_map", "gradient", {**qkv, "grad_output": randn(8, 4, 33, 24)}, {"rule": "gradient"},
+                  differentiable=False),
+    ]  # fmt: skip
+    groups = torch.randint(-1, 3, (8, 47), generator=g)
+    found.append(_optioned("attention_statistics", "three groups", {"query": q, "key": k, "row_weight": randn(8, 33)},
+                           {"key_groups": groups, "num_groups": 3, "key_mask": key_mask}))  # fmt: skip
+    blocks = {"text_query": q, "text_key": k[:, :, :33], "image_query": randn(8, 4, 47, 16), "image_key": k}
+    masks = {"text_mask": weight > 0.2, "image_mask": key_mask}
+    found += [_congruence(kind, blocks, masks) for kind in ("cacr", "iais_singular", "iais_distributed")]
+    normalise = torch.nn.functional.normalize
+    pairs = {"images": normalise(randn(16, 36, 32), dim=-1), "captions": normalise(randn(16, 12, 32), dim=-1)}
+    lengths = {"caption_lengths": torch.tensor([12, 7, 3, 9] * 4)}
+    found += [
+        _optioned("stacked_cross_attention", "SCAN t2i", pairs, lengths),
+        _optioned("stacked_cross_attention", "SCAN i2t", pairs, {**lengths, "direction": "i2t", "aggregation": "mean"}),
+        _optioned("stacked_cross_attention", "DAMSM", pairs, {**lengths, "first_norm": "softmax", "smooth": 4.0}),
+    ]
+    return found
+
+
+def _optioned(operator: str, name: str, tensors: Tensors, options: dict[str, Any], differentiable: bool = True) -> Case:
+    def arguments(given: Tensors) -> dict[str, Any]:
+        first = next(iter(given.values()))
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        return {**given, **{
+            name: x.to(first.device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+            for name, x in options.items()
+        }}  # fmt: skip
+
+    return Case(operator, name, tensors, arguments, differentiable)
+
+
+def _scored(name: str, qkv: Tensors, parameters: Tensors, make: Callable[[Tensors], scores.Score], key_mask: Tensor) -> Case:
+    def arguments(given: Tensors) -> dict[str, Any]:
+        score = make({parameter: given[parameter] for parameter in parameters})
+        return {**{n: given[n] for n in qkv}, "score": score, "key_mask": key_mask.to(given["query"].device)}
+
+    return Case("score_attention", name, {**qkv, **parameters}, arguments)
+
+
+def _congruence(kind: str, blocks: Tensors, masks: Tensors) -> Case:
+    def arguments(given: Tensors) -> dict[str, Any]:
+        text, image = (given["text_query"], given["text_key"]), (given["image_query"], given["image_key"])
+        placed = {name: mask.to(text[0].device) for name, mask in masks.items()}
+        return {"text": text, "image": image, "kind": kind, "reduction": "none", **placed}
+
+    return Case("congruence", kind, blocks, arguments)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One operator on one backend in one dtype over all its cases: `ratio` is the worst error in units of what is allowed and
+    `worst` says where; or `reasons` why the backend runs none of them."""
+
+    operator: str
+    backend: str
+    dtype: torch.dtype
+    checks: int = 0
+    ratio: float = 0.0
+    worst: str = ""
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= 1.0
+
+
+def verify(
+    backends: tuple[str, ...] = ("reference", "streaming", "triton", "cuda"),
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Iterator[Result]:
+    """Runs every case on every backend that takes it: outputs and the gradient of every tensor."""
+    everything = cases(seed)
+    for operator in OPERATORS:
+        mine = [case for case in everything if case.operator == operator]
+        for dtype in dtypes:
+            truths = [_run(case, case.in_dtype(dtype), "reference", torch.float64) for case in mine]
+            formulas = [_run(case, case.in_dtype(dtype, device), "reference") for case in mine]
+            for backend in backends:
+                yield _result(operator, backend, dtype, device, list(zip(mine, truths, formulas, strict=True)))
+
+
+def _result(operator: str, backend: str, dtype: torch.dtype, device: str,
+            problems: list[tuple[Case, Tensors, Tensors]]) -> Result:  # fmt: skip
+    checks, ratio, worst = 0, 0.0, ""
+    reasons: dict[str, None] = {}
+    for case, truth, formula in problems:
+        tensors = case.in_dtype(dtype, device)
+        refused = backends_of(operator)[backend].refusals(facts_of(operator, case.arguments(tensors)))
+        reasons |= dict.fromkeys(refused)
+        if refused:
+            continue
+        for name, got in _run(case, tensors, backend).items():
+            found = error_ratio(got, truth[name], formula[name])
+            checks += 1
+            if found > ratio or not worst:
+                ratio, worst = max(ratio, found), f"{case.name}: {name}"
+    return Result(operator, backend, dtype, checks, ratio, worst, () if checks else tuple(reasons))
+
+
+def _run(case: Case, tensors: Tensors, backend: str, dtype: torch.dtype | None = None) -> Tensors:
+    """Floating outputs and gradients by name; with `dtype`, of the same numbers computed in it."""
+    leaves = {name: x.to(dtype or x.dtype).requires_grad_(case.differentiable) for name, x in tensors.items()}
+    out = call_of(case.operator)(**case.arguments(leaves), backend=backend)
+    outputs = {f"output {i}": x for i, x in enumerate(out if isinstance(out, tuple) else (out,)) if x.is_floating_point()}
+    found = {name: x.detach() for name, x in outputs.items()}
+    if not case.differentiable:
+        return found
+    used = [x for x in outputs.values() if x.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    # rounded once, to the coarsest dtype there is, so that every dtype gets the same cotangents
+    sent = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in used]
+    grads = torch.autograd.grad(used, list(leaves.values()), sent, materialize_grads=True)
+    return {**found, **{f"gradient of {name}": x for name, x in zip(leaves, grads, strict=True)}}
+
+
+def error_ratio(got: Tensor, truth: Tensor, formula: Tensor) -> float:
+    """The error of `got` over what is allowed; infinite where NaN and Inf do not stand in the same places."""
+    got, formula, truth = got.detach().double().cpu(), formula.detach(), truth.detach().cpu()
+    eps, formula = torch.finfo(formula.dtype).eps, formula.double().cpu()
+    finite = torch.isfinite(truth)
+    if got.shape != truth.shape or not torch.equal(torch.isfinite(got), finite):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    error = _size((got - truth)[finite])
+    allowed = 2 * _size((formula - truth)[finite].nan_to_num()) + eps * _size(truth[finite])
+    return error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def _size(x: Tensor) -> float:
+    """Root mean square: the largest entry would compare two extremes, which is mostly luck."""
+    return float(x.square().mean().sqrt())
