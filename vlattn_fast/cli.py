@@ -6,9 +6,8 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +19,9 @@ except ModuleNotFoundError as missing:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-Method = Enum("Method", {name: name for name in ("gradient", "weighted", "rollout", "attention", "gradcam")}, type=str)
-Backend = Enum("Backend", {name: name for name in ("reference", "streaming", "triton", "cuda")}, type=str)
-DType = Enum("DType", {name: name for name in ("float32", "bfloat16", "float16", "float64")}, type=str)
+Method = Literal["gradient", "weighted", "rollout", "attention", "gradcam"]
+Backend = Literal["reference", "streaming", "triton", "cuda"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def main() -> None:
@@ -53,18 +52,19 @@ def info() -> None:
         for case in (case for case in everything if case.operator == operator):
             asked = facts_of(operator, case.arguments(case.in_dtype(torch.float32)))
             for device_type in ("cpu", "cuda"):
-                for dtype in DType:
-                    call = replace(asked, dtype=getattr(torch, dtype.value), device_type=device_type)
-                    calls[device_type, dtype.value, case.name] = call
+                for dtype in get_args(DType):
+                    call = replace(asked, dtype=getattr(torch, dtype), device_type=device_type)
+                    calls[device_type, dtype, case.name] = call
         for backend, (refusals, _) in backends_of(operator).items():
             reasons: dict[str, list[tuple[str, str, str]]] = {}
             for facts, call in calls.items():
                 for reason in refusals(call):
                     reasons.setdefault(reason, []).append(facts)
             typer.echo(f"  {backend:11}{'; '.join(_refused(reason, found, calls) for reason, found in reasons.items()) or 'all'}")
-        chosen = {device: sorted({select(backends_of(operator), call, "auto") for (where, *_), call in calls.items() if where == device})
-                  for device in ("cpu", "cuda")}  # fmt: skip
-        typer.echo(f"  {'auto':11}" + ", ".join(f"{' or '.join(names)} on {device}" for device, names in chosen.items()))
+        chosen: dict[str, dict[str, None]] = {}
+        for (device_type, *_), call in calls.items():
+            chosen.setdefault(device_type, {})[select(backends_of(operator), call, "auto")] = None
+        typer.echo(f"  {'auto':11}" + ", ".join(f"{' or '.join(names)} on {where}" for where, names in chosen.items()))
 
 
 def _version(name: str) -> str:
@@ -106,15 +106,16 @@ def verify(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
-    backends = tuple(one.value for one in backend or Backend)
-    dtypes = tuple(getattr(torch, one.value) for one in dtype) if dtype else DTYPES
+    backends = tuple(backend or get_args(Backend))
+    dtypes = tuple(getattr(torch, one) for one in dtype) if dtype else DTYPES
     failed = 0
     typer.echo(f"{'operator':25}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
     for result in run(backends, dtypes, device, seed):
         name = str(result.dtype).removeprefix("torch.")
         found = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
+        verdict = "" if result.passed else "  FAILED"
         failed += not result.passed
-        typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {found}{'' if result.passed else '  FAILED'}")
+        typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {found}{verdict}")
     if failed:
         typer.echo(f"{failed} failed")
         raise typer.Exit(1)
@@ -126,8 +127,8 @@ def explain(
     out: Annotated[Path, typer.Option(help="File to write; .html or .png.")],
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
-    method: Annotated[Method, typer.Option(help="Rule of relevancy.")] = Method.gradient,  # type: ignore[attr-defined]
-    target: Annotated[int | None, typer.Option(help="Index of the text, class or token to explain; by default the model's choice.")] = None,
+    method: Annotated[Method, typer.Option(help="Rule of relevancy.")] = "gradient",
+    target: Annotated[int | None, typer.Option(help="Index of the text, class or token; by default the model's choice.")] = None,
     start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
 ) -> None:
     """Explain which parts of a picture and a text a model's score rests on."""
@@ -143,7 +144,7 @@ def explain(
     picture = None if image is None else _open(image)
     inputs = _inputs(network, processor, picture, text or [])
     try:
-        explanation = run(network, inputs, target=target, method=method.value, start_layer=start_layer)
+        explanation = run(network, inputs, target=target, method=method, start_layer=start_layer)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if explanation.text is not None:

@@ -83,7 +83,7 @@ def cases(seed: int = 0) -> list[Case]:
     hidden = key_mask.clone()
     hidden[1] = False
     qkv = {"query": q, "key": k, "value": v}
-    square, vector = {"weight": randn(16, 16) / 4, "bias": randn(16) / 4}, {"vector": randn(16) / 4}
+    square, vector = {"weight": randn(16, 16) / 4, "bias": randn(4, 16) / 4}, {"vector": randn(4, 16) / 4}
     additive = {**vector, "query_weight": randn(4, 16, 16) / 4, "key_weight": randn(16, 16) / 4}
     found = [
         Case("score_attention", "scaled_dot causal", qkv, lambda t: {**t, "is_causal": True}),

@@ -7,7 +7,9 @@ import torch
 import transformers
 
 from tests.explain.cases import (
+    LLAMA,
     TEXT,
+    VISION,
     Case,
     TowerCase,
     attention_mask,
@@ -17,6 +19,7 @@ from tests.explain.cases import (
     lively,
     next_token,
     published,
+    qwen2_5_vl,
 )
 from vlattn_fast.explain import FAMILIES, Family, Tower, explain
 
@@ -189,6 +192,58 @@ def test_cls_token_of_the_vision_tower_in_the_prompt(case):
     ids[0, 19] = 7
     with pytest.raises(ValueError, match="do not add up|do not match"):
         explain(case.model, {"input_ids": ids, "pixel_values": torch.randn(1, 3, 24, 24)})
+
+
+def others():
+    t = transformers
+    ids, pixels = torch.randint(3, 50, (2, 6)), torch.randn(2, 3, 24, 24)
+    ids[:, -1] = 58
+    text, image, prompt = {"input_ids": ids}, {"pixel_values": pixels}, qwen2_5_vl().inputs
+    clip_text = t.CLIPTextConfig(**TEXT, max_position_embeddings=12, bos_token_id=57, eos_token_id=58, pad_token_id=0)
+    siglip_text = t.SiglipTextConfig(**TEXT, max_position_embeddings=8, bos_token_id=57, eos_token_id=58, pad_token_id=1)
+    registers = t.Dinov2WithRegistersConfig(**VISION, num_labels=3, num_register_tokens=2)
+    qwen2_vl = t.Qwen2VLConfig(
+        text_config=dict(LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
+        vision_config=dict(
+            depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=4, spatial_merge_size=2,
+            temporal_patch_size=2,
+        ),
+        image_token_id=55,
+        video_token_id=56,
+        vision_start_token_id=53,
+        vision_end_token_id=54,
+    )
+    return [
+        (t.CLIPTextModel(clip_text), text, "text", 4),
+        (t.CLIPTextModelWithProjection(clip_text), text, "text", 4),
+        (t.SiglipTextModel(siglip_text), text, "text", 5),
+        (t.SiglipVisionModel(t.SiglipVisionConfig(**VISION)), image, "image", 4),
+        (t.ViTModel(t.ViTConfig(**VISION)), image, "image", 4),
+        (t.Dinov2Model(t.Dinov2Config(**VISION)), image, "image", 4),
+        (t.Dinov2WithRegistersModel(registers), image, "image", 4),
+        (t.Dinov2WithRegistersForImageClassification(registers), image, "image", 4),
+        (t.BertModel(t.BertConfig(**TEXT)), text, "text", 4),
+        (t.BertForNextSentencePrediction(t.BertConfig(**TEXT)), text, "text", 4),
+        (t.LlamaForCausalLM(t.LlamaConfig(**LLAMA)), text, "text", 6),
+        (t.Qwen2VLForConditionalGeneration(qwen2_vl), prompt, "text", 6),
+    ]
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_every_other_record_fits_its_model(index):
+    """All methods reach all layers of the classes that share a tower with a tested family."""
+    torch.manual_seed(0)
+    model, inputs, part, length = others()[index]
+    lively(model)
+
+    def score(outputs):
+        return next(outputs[name] for name in ("logits", "pooler_output", "text_embeds") if name in outputs).flatten(1)[:, 0]
+
+    for method in METHODS:
+        got = explain(model, inputs, method=method, target=score)
+        assert getattr(got, part).shape[:2] == (2, length)
+        assert all(row.isfinite().all() and row.shape[0] == 2 for row in got.relevancy.values())
+        assert method == "gradcam" or all(row.count_nonzero() > 0 for row in got.relevancy.values())
 
 
 @pytest.mark.parametrize("method", ["gradient", "weighted", "gradcam"])

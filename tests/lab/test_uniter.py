@@ -206,7 +206,9 @@ def test_shipped_weights_are_small_and_their_report_is_theirs(shipped):
     assert report["config"] == asdict(shipped.config) == asdict(CONFIG)
     for measure in ("matching_accuracy", "winoground_scores"):
         assert report["test"][measure].keys() == {"all", "seen", "held_out"}
-    assert report["cpu_seconds"] < 15 * 60 and report["steps"] > 0 and report["command"].startswith("python -m vlattn_fast.lab.train")
+    steps, seed, threads = (report[name] for name in ("steps", "seed", "threads"))
+    assert report["command"] == f"python -m vlattn_fast.lab.train --steps {steps} --seed {seed} --threads {threads}"
+    assert report["cpu_seconds"] < 15 * 60
 
 
 @pytest.mark.parametrize("pairs", ["all", "seen", "held_out"])

@@ -388,14 +388,14 @@ def test_compiles_to_two_graphs_over_ten_lengths() -> None:
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
-    def compiled(query: Tensor, key: Tensor, groups: Tensor) -> tuple[Tensor, ...]:
-        return attention_statistics(query, key, key_groups=groups, num_groups=G, is_causal=True)
+    def compiled(query: Tensor, key: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+        return attention_statistics(query, key, key_groups=groups, num_groups=num_groups, is_causal=True)
 
     for length in range(7, 17):
         query, key = (double(1, 2, length + extra, 4).requires_grad_() for extra in (0, 3))
-        groups = torch.randint(-1, G, (length + 3,))
-        found = compiled(query, key, groups)
-        want = attention_statistics(query, key, key_groups=groups, num_groups=G, is_causal=True)
+        groups, num_groups = torch.randint(-1, G, (length + 3,)), length - 4
+        found = compiled(query, key, groups, num_groups)
+        want = attention_statistics(query, key, key_groups=groups, num_groups=num_groups, is_causal=True)
         assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
         got, wanted = (torch.autograd.grad(x[0].sum() + x[1].sum(), [query, key]) for x in (found, want))
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

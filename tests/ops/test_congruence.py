@@ -324,8 +324,8 @@ def test_strided_inputs_are_read_and_not_written(kind: str) -> None:
 
 
 def op_arguments(kind: str, masks: bool, grad: bool) -> tuple[Any, ...]:
-    x = {key: value.requires_grad_(grad) for key, value in make((2, 2, 3, 4, 2), cross=True, dtype=torch.float32).items()}
-    tail = (prefix([3, 1], 3), prefix([4, 2], 4)) if masks else (None, None)
+    x = {key: value.requires_grad_(grad) for key, value in make((2, 3, 5, 4, 6), cross=True, dtype=torch.float32).items()}
+    tail = (prefix([5, 1], 5), prefix([4, 2], 4)) if masks else (None, None)
     return *(x[name] for name in NAMES + CROSS), *tail, kind, "both", 0.5, "streaming"
 
 
@@ -355,7 +355,7 @@ def test_fullgraph_ten_lengths_two_graphs(kind: str) -> None:
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)
     for n in range(10):
-        x = {key: value.requires_grad_() for key, value in make((2, 2, 5 + n, 7 + 2 * n, 4)).items()}
+        x = {key: value.requires_grad_() for key, value in make((2, 3, 5 + n, 7 + 2 * n, 4)).items()}
         arguments = (x["text_query"], x["text_key"]), (x["image_query"], x["image_key"]), prefix([5, 3], 5 + n)
         got, want = (f(*arguments) for f in (compiled, step))
         torch.testing.assert_close(got, want)

@@ -393,4 +393,4 @@ def resting(model: nn.Module) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(True)
         for module, mode in modes:
-            pass
+            module.training = mode

@@ -89,7 +89,6 @@ def congruence_loss(
         return loss
     text_query, text_key = hide(text_mask, *autocast(*text))
     image_query, image_key = hide(image_mask, *autocast(*image))
-    blocks: tuple[Tensor, ...]
     if cross is None:
         blocks = (text_query, image_key, image_query, text_key)
     else:
@@ -97,8 +96,6 @@ def congruence_loss(
         cross_text_query, cross_text_key = hide(text_mask, *autocast(cross_text_query, cross_text_key))
         cross_image_query, cross_image_key = hide(image_mask, *autocast(cross_image_query, cross_image_key))
         blocks = (cross_text_query, cross_image_key, cross_image_query, cross_text_key)
-    if kind != "iais_distributed":
-        blocks = tuple(x.detach() for x in blocks)
     loss = _forward_op(
         text_query, text_key, image_query, image_key, *blocks, text_mask, image_mask, kind, direction, scale, chosen
     )

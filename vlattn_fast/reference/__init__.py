@@ -1,6 +1,13 @@
 """The formulas as the papers write them: whole maps, plain autograd, any device and floating dtype. The truth of the tests."""
 
+from .attention_map import attention_map
+from .attention_statistics import attention_statistics
+from .congruence import congruence_loss
 from .relevancy_attention import relevancy_attention, relevancy_step
 from .score_attention import score_attention
+from .stacked_cross_attention import damsm_similarity, stacked_cross_attention
 
-__all__ = ["relevancy_attention", "relevancy_step", "score_attention"]
+__all__ = [
+    "attention_map", "attention_statistics", "congruence_loss", "damsm_similarity", "relevancy_attention", "relevancy_step",
+    "score_attention", "stacked_cross_attention",
+]  # fmt: skip
