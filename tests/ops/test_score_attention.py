@@ -125,7 +125,7 @@ SCORES: dict[str, Case] = {
     "hadamard-weight=none": Case(hadamard, {"weight": False, "bias": False, "activation": "relu"}, same_size=True),
     "hadamard-offset=tensor": Case(hadamard, {"offset": "tensor", "activation": "sigmoid"}),
     "hadamard-none-offset=tensor": Case(hadamard, {"offset": "tensor"}),
-    "hadamard-leaky=1.5": Case(hadamard, {"activation": "leaky_relu", "negative_slope": 1.5}),
+    "hadamard-leaky=0.5": Case(hadamard, {"activation": "leaky_relu", "negative_slope": 0.5}),
 }  # fmt: skip
 
 B, H, HKV, N, M, D, DV = 2, 4, 2, 5, 7, 6, 3

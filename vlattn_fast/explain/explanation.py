@@ -107,7 +107,7 @@ class Explanation:
         parts: dict[str, Any] = {name: tensors.get(name) for name in ("text", "regions", "boxes", "scores")}
         return cls({name: tensors[f"relevancy.{name}"] for name in towers}, image, **parts, **facts)
 
-    def plot(self, image: Any = None, *, rows: Sequence[int] | None = None, cmap: str = "inferno", alpha: float = 0.6) -> Figure:
+    def plot(self, image: Any = None, *, rows: Sequence[int] | None = None, cmap: str = "turbo", alpha: float = 0.6) -> Figure:
         """Draw maps and words, each scaled to its own smallest and largest value (words: to the largest magnitude).
 
         Args:
@@ -123,7 +123,7 @@ class Explanation:
 
         return draw(self, image, rows, cmap, alpha)
 
-    def save_html(self, path: str | Path, image: Any = None, *, title: str = "Relevancy", cmap: str = "inferno") -> Path:
+    def save_html(self, path: str | Path, image: Any = None, *, title: str = "Relevancy", cmap: str = "turbo") -> Path:
         """Write one self-contained page: maps as inline PNG, words coloured by relevancy; no script, nothing from a network.
 
         Args:

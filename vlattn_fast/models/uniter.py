@@ -248,12 +248,13 @@ class UNITER(nn.Module):
         Heads of other pre-training tasks are left out; a missing tensor of this model is a ValueError.
         """
         state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in state_dict.items()}
+        layers = {int(name.split(".")[3]) for name in state if name.startswith("uniter.encoder.layer.")}
         try:
             vocab_size, hidden_size = state["uniter.embeddings.word_embeddings.weight"].shape
             config = UNITERConfig(
                 vocab_size=vocab_size,
                 hidden_size=hidden_size,
-                num_hidden_layers=1 + max(int(name.split(".")[3]) for name in state if name.startswith("uniter.encoder.layer.")),
+                num_hidden_layers=len(layers),
                 num_attention_heads=hidden_size // 64 if num_attention_heads is None else num_attention_heads,
                 intermediate_size=state["uniter.encoder.layer.0.intermediate.dense.weight"].shape[0],
                 max_position_embeddings=state["uniter.embeddings.position_embeddings.weight"].shape[0],

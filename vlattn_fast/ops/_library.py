@@ -15,10 +15,21 @@ _LIBRARY = torch.library.Library("vlattn", "DEF")
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers `name(args) -> outputs` for every device and returns the callable operator."""
+    """Registers `name(args) -> outputs` for every device and returns the callable operator.
+
+    Autocast is off inside: the public calls cast their arguments, and it would round the float32 products of a tile.
+    """
     name = schema.split("(", 1)[0]
+
+    def run(*args: Any) -> Any:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return implementation(*args)
+        with torch.autocast(device, enabled=False):
+            return implementation(*args)
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlattn::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.vlattn, name)
 

@@ -83,7 +83,8 @@ def fit(radius: float, terms: int) -> tuple[np.ndarray, np.ndarray, float]:
         for bend in (0.0, 0.15, 0.3, 0.4, 0.5, 0.65)
     ]
     x = radius * np.sin(np.linspace(0, np.pi / 2, 16 * terms + 100))
-    best = min(candidates, key=lambda frequencies: _minimax(x, frequencies, rounds=3)[1])
+    coarse = x[::4]  # ranks the candidates as well as x does, in a fraction of the time: long series took minutes
+    best = min(candidates, key=lambda frequencies: _minimax(coarse, frequencies, rounds=2)[1])
     coefficients, _ = _minimax(x, best, rounds=25)
     fine = np.linspace(0, radius, 400 * terms)
     error = np.abs(np.sin(np.outer(fine, best)) @ coefficients - np.tanh(fine)).max()

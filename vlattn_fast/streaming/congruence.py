@@ -1,8 +1,9 @@
 """congruence_loss in plain PyTorch without per-head maps: blocks of attention come as row tiles, averaged over the heads.
 
-What is held whole is O(L V) of a few samples (the cross block and the change of basis), never anything with a head axis. The
-backward pass recomputes every tile. Sums of both passes are those of the symmetric KL divergence written without cancellation:
-with d = log p - log t, sum (p - t) d = sum t expm1(d) d has no negative term.
+What is held whole is O(L V) of a few samples (the cross block and the change of basis); what has a head axis is one tile of a
+block, at most TILE_ELEMENTS. Nothing is saved for the backward pass but the inputs. Sums of both passes are those of the
+symmetric KL divergence written without cancellation: with d = log p - log t, sum (p - t) d = sum t expm1(d) d has no negative
+term.
 """
 
 from __future__ import annotations
