@@ -168,5 +168,3 @@ def _storage(x: Tensor) -> int:
 def bytes_of(*tensors: Tensor) -> int:
     """The bytes of the tensors' elements."""
     return sum(x.numel() * x.element_size() for x in tensors)
-
-

@@ -427,11 +427,11 @@ GROUPS = torch.zeros(M, dtype=torch.int64)
 BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": [1.0]}, TypeError, "query must be a torch.Tensor"),
     ({"key": double(B, H, M, D + 1)}, ValueError, "key must have query's (head )?size"),
-    ({"key_groups": [0] * M}, TypeError, "key_groups must be a torch.Tensor"),
     ({"key_groups": GROUPS.int()}, TypeError, "key_groups must be int64"),
     ({"key_groups": GROUPS[1:]}, ValueError, r"key_groups must have shape \(M\) or \(B, M\)"),
     ({"key_groups": GROUPS + 7, "num_groups": 2}, ValueError, "key_groups must hold values .* num_groups = 2; got values from 7"),
     ({"key_groups": GROUPS - 2}, ValueError, "key_groups must hold values from -1"),
+    ({"key_groups": GROUPS + 2, "num_groups": 2}, ValueError, "below num_groups = 2; got values from 2 to 2"),
     ({"key_groups": GROUPS, "num_groups": -1}, ValueError, "num_groups must not be negative"),
     ({"key_groups": GROUPS, "num_groups": 2.0}, TypeError, "num_groups must be an integer"),
     ({"num_groups": 3}, ValueError, "num_groups must be 0 or None where key_groups is not given"),

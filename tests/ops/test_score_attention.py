@@ -52,9 +52,7 @@ def additive(H: int, Dq: int, Dk: int, *, per_head: bool = False, weights: str =
         params["key_weight"] = leaf(*head, A, Dk)
     if bias:
         params["bias"] = leaf(*head, A)
-    return params, lambda p: S.Additive(
-        p["vector"], p.get("query_weight"), p.get("key_weight"), p.get("bias"), **options
-    )
+    return params, lambda p: S.Additive(p["vector"], p.get("query_weight"), p.get("key_weight"), p.get("bias"), **options)
 
 
 def concat(H: int, Dq: int, Dk: int) -> tuple[Params, Callable[[Params], Any]]:
@@ -221,7 +219,9 @@ def test_low_precision_is_as_good_as_the_formula(score: str, dtype: torch.dtype)
             for name, x in found.items():
                 runs.setdefault(name, []).append([x.flatten(), exact[name].flatten(), low[name].flatten()])
         for name, three in runs.items():
-            assert_close_to(*map(torch.cat, zip(*three, strict=True)), what=f"lse={lse} {name}", times=times(make(inputs), inputs, dtype))
+            assert_close_to(
+                *map(torch.cat, zip(*three, strict=True)), what=f"lse={lse} {name}", times=times(make(inputs), inputs, dtype)
+            )
 
 
 @pytest.mark.parametrize("kv_heads", (1, 2))
@@ -318,9 +318,7 @@ def test_a_large_finite_mask_is_no_infinity(query_dtype: torch.dtype, mask_dtype
     mask[1, 2:] = torch.finfo(mask_dtype).min
     for score, lse in itertools.product(("dot", "general-tanh-key"), (True, False)):
         inputs, make = attention_inputs(SCORES[score])
-        found = outputs_and_grads(
-            call(va.score_attention, make, attn_mask=mask, return_lse=lse), as_dtype(inputs, query_dtype)
-        )
+        found = outputs_and_grads(call(va.score_attention, make, attn_mask=mask, return_lse=lse), as_dtype(inputs, query_dtype))
         assert not any(torch.isnan(x).any() for x in found.values())
         value = inputs["value"]
         out = found["out0"].double()
@@ -336,8 +334,12 @@ def test_causal_is_top_left_for_unequal_lengths() -> None:
     for score, n, m in itertools.product(("dot", "additive"), (3, 9), (5, 1)):
         inputs, make = attention_inputs(SCORES[score], n=n, m=m)
         options = {"is_causal": True, "return_lse": True}
-        assert_all_close_to(call(va.score_attention, make, **options), call(va.reference.score_attention, make, **options), inputs,
-                            scales={"grad query": 1.0, "grad query_weight": 1.0, "grad bias": 1.0, "grad vector": 1.0})  # fmt: skip
+        assert_all_close_to(
+            call(va.score_attention, make, **options),
+            call(va.reference.score_attention, make, **options),
+            inputs,
+            scales={"grad query": 1.0, "grad query_weight": 1.0, "grad bias": 1.0, "grad vector": 1.0},
+        )
         first = va.score_attention(*(inputs[x] for x in ("query", "key", "value")), score=make(inputs), is_causal=True)[:, :, 0]
         torch.testing.assert_close(first, inputs["value"][:, :, 0])
 
@@ -379,28 +381,39 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
         there = [lay_out(cotangents[0], layout), *cotangents[1:]]
         plain = {name: x.contiguous() for name, x in given.items()}
         wanted = outputs_and_grads(
-            call(va.score_attention, make, attn_mask=lay_out(mask, layout).contiguous(), return_lse=lse), plain,
+            call(va.score_attention, make, attn_mask=lay_out(mask, layout).contiguous(), return_lse=lse),
+            plain,
             [x.contiguous() for x in there],
-        )  # fmt: skip
-        found = outputs_and_grads(
-            call(va.score_attention, make, attn_mask=lay_out(mask, layout), return_lse=lse), given, there
         )
+        found = outputs_and_grads(call(va.score_attention, make, attn_mask=lay_out(mask, layout), return_lse=lse), given, there)
         for name, x in found.items():
-            assert_close_to(x.double(), wanted[name].double(), None, what=f"{score} {name}",
-                            scale=1e10 * torch.finfo(dtype).eps * float(1 + wanted[name].nan_to_num(0, 0, 0).abs().max()))  # fmt: skip
+            assert_close_to(
+                x.double(),
+                wanted[name].double(),
+                None,
+                what=f"{score} {name}",
+                scale=1e10 * torch.finfo(dtype).eps * float(1 + wanted[name].nan_to_num(0, 0, 0).abs().max()),
+            )
 
 
 @pytest.mark.parametrize("empty", ("B", "H", "N", "M", "D", "Dv", "A"))
 def test_empty_sizes(empty: str) -> None:
     """Shapes are kept and gradients are zeros; without keys every row is a row without visible keys."""
-    b, h, n, m, d, dv, a = (0 if empty == name else size for name, size in zip("B H N M D Dv A".split(), (2, 3, 4, 5, 6, 2, 4), strict=True))
+    b, h, n, m, d, dv, a = (
+        0 if empty == name else size for name, size in zip("B H N M D Dv A".split(), (2, 3, 4, 5, 6, 2, 4), strict=True)
+    )
     kinds = {
-        "dot": ({}, lambda p: "dot"), "scaled": ({}, lambda p: "scaled_dot"), "cosine": ({}, lambda p: "cosine"),
+        "dot": ({}, lambda p: "dot"),
+        "scaled": ({}, lambda p: "scaled_dot"),
+        "cosine": ({}, lambda p: "cosine"),
         "tanh": ({"weight": leaf(d, d)}, lambda p: S.General(p["weight"], activation="tanh")),
-        "additive": ({"vector": leaf(a), "wq": leaf(a, d), "wk": leaf(a, d)}, lambda p: S.Additive(p["vector"], p["wq"], p["wk"])),
+        "additive": (
+            {"vector": leaf(a), "wq": leaf(a, d), "wk": leaf(a, d)},
+            lambda p: S.Additive(p["vector"], p["wq"], p["wk"]),
+        ),
         "hadamard": ({"vector": leaf(d)}, lambda p: S.Hadamard(p["vector"], activation="relu")),
         "series": ({"vector": leaf(d)}, lambda p: S.Additive(p["vector"], method="series", tolerance=0.1)),
-    }  # fmt: skip
+    }
     for (name, (params, make)), lse in itertools.product(kinds.items(), (False, True)):
         inputs = {"query": leaf(b, h, n, d), "key": leaf(b, h, m, d), "value": leaf(b, h, m, dv), **params}
         for options in ({}, {"attn_mask": torch.ones(n, m, dtype=torch.bool)}, {"key_mask": torch.ones(b, m, dtype=torch.bool)},
@@ -439,11 +452,16 @@ def test_tiling_changes_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) 
     for score in ("cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key"):
         inputs, make = attention_inputs(SCORES[score])
         options = {"attn_mask": float_mask(B, H, N, M), "is_causal": True, "return_lse": True}
-        assert_all_close_to(call(va.score_attention, make, **options), call(va.reference.score_attention, make, **options), inputs,
-                            scales={f"grad {name}": 1.0 for name in inputs})  # fmt: skip
+        assert_all_close_to(
+            call(va.score_attention, make, **options),
+            call(va.reference.score_attention, make, **options),
+            inputs,
+            scales={f"grad {name}": 1.0 for name in inputs},
+        )
 
 
 # ------------------------------------------------------------------------------------------------- values
+
 
 @pytest.mark.parametrize("dtype", (F64, torch.float32), ids=str)
 @pytest.mark.parametrize("score", ("dot", "cosine", "general-key-bias", "general-tanh-key", "additive", "hadamard-relu-key"))
@@ -462,17 +480,37 @@ def test_large_and_constant_values(score: str, dtype: torch.dtype) -> None:
         assert all(torch.isfinite(x).all() for x in found.values())
 
 
-@pytest.mark.parametrize("score", ("scaled_dot", "cosine", "general-tanh-key", "additive", "hadamard-tanh-key", "hadamard-none-offset=tensor"))
+@pytest.mark.parametrize(
+    "score", ("scaled_dot", "cosine", "general-tanh-key", "additive", "hadamard-tanh-key", "hadamard-none-offset=tensor")
+)
 @pytest.mark.parametrize("scale", (0.0, -1.3, 0.25, 2))
 def test_scale(score: str, scale: float) -> None:
     inputs, make = attention_inputs(SCORES[score])
     options = {"scale": scale, "return_lse": True}
-    found = assert_all_close_to(call(va.score_attention, make, **options), call(va.reference.score_attention, make, **options), inputs,
-                                [torch.randn(B, H, N, DV, dtype=F64), torch.randn(B, H, N, dtype=F64)],
-                                scales={f"grad {name}": 1.0 for name in inputs})  # fmt: skip
+    found = assert_all_close_to(
+        call(va.score_attention, make, **options),
+        call(va.reference.score_attention, make, **options),
+        inputs,
+        [torch.randn(B, H, N, DV, dtype=F64), torch.randn(B, H, N, dtype=F64)],
+        scales={f"grad {name}": 1.0 for name in inputs},
+    )
     if scale == 0.0:
         torch.testing.assert_close(found["out0"], inputs["value"].mean(2, keepdim=True).expand(B, H, N, DV))
         torch.testing.assert_close(found["out1"], torch.full((B, H, N), math.log(M), dtype=F64))
+
+
+@pytest.mark.parametrize("scale", (0.0, -1.3))
+def test_scale_of_either_sign_under_causal(scale: float) -> None:
+    """torch's fused CPU kernel multiplies its causal -inf by the scale: +inf, or NaN."""
+    inputs, make = attention_inputs(SCORES["dot"])
+    for lse in (False, True):
+        options = {"scale": scale, "is_causal": True, "return_lse": lse}
+        assert_all_close_to(
+            call(va.score_attention, make, **options),
+            call(va.reference.score_attention, make, **options),
+            inputs,
+            scales={f"grad {name}": 1.0 for name in inputs},
+        )
 
 
 def test_default_scale_belongs_to_scaled_dot_alone() -> None:
@@ -493,14 +531,24 @@ def test_gradient_through_lse_alone() -> None:
 
 
 def test_lse_dtype() -> None:
-    for dtype, wanted in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (F64, F64)):
+    for dtype, wanted in (
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (F64, F64),
+    ):
         x = torch.randn(1, 1, 3, 4, dtype=dtype)
-        for score in ("dot", S.Additive(torch.ones(4, dtype=dtype)), S.General(torch.eye(4, dtype=dtype), torch.ones(4, dtype=dtype))):
+        for score in (
+            "dot",
+            S.Additive(torch.ones(4, dtype=dtype)),
+            S.General(torch.eye(4, dtype=dtype), torch.ones(4, dtype=dtype)),
+        ):
             out, lse = va.score_attention(x, x, x, score=score, return_lse=True)
             assert (out.dtype, lse.dtype) == (dtype, wanted)
 
 
 # ------------------------------------------------------------------------------------------------- dropout
+
 
 def _recover(p: float, n: int = 40, m: int = 50, score: Any = "dot", seed: int = 3) -> Tensor:
     """A with dropout, by value = I."""
@@ -560,10 +608,27 @@ def test_dropout_gradient_uses_the_forward_mask(score: str, monkeypatch: pytest.
 
 # ------------------------------------------------------------------------------------------------- autograd hygiene
 
-@pytest.mark.parametrize("score", ("dot", "scaled_dot", "cosine", "cosine-eps=5", "general-tanh-key", "general-leaky=0.3", "additive-per_head",
-                                   "hadamard-sigmoid-per_head", "hadamard-leaky_relu-key"))  # fmt: skip
+
+@pytest.mark.parametrize(
+    "score",
+    (
+        "dot",
+        "scaled_dot",
+        "cosine",
+        "cosine-eps=5",
+        "general-tanh-key",
+        "general-leaky=0.3",
+        "additive-per_head",
+        "hadamard-sigmoid-per_head",
+        "hadamard-leaky_relu-key",
+    ),
+)
 def test_gradcheck(score: str) -> None:
-    case = Case(SCORES[score].build, SCORES[score].options, SCORES[score].same_size) if score in SCORES else SCORES["hadamard-tanh-per_head"]
+    case = (
+        Case(SCORES[score].build, SCORES[score].options, SCORES[score].same_size)
+        if score in SCORES
+        else SCORES["hadamard-tanh-per_head"]
+    )
     torch.manual_seed(1)
     inputs, make = attention_inputs(case, n=3, m=4)
     leaves = {name: x[:1].detach().requires_grad_() if x.dim() == 4 else x.requires_grad_() for name, x in inputs.items()}
@@ -603,7 +668,9 @@ def test_backward_twice_and_partial_gradients() -> None:
         torch.testing.assert_close(grad, first[list(leaves).index(name)])
 
 
-@pytest.mark.parametrize("score, words", (("general-tanh-key", "score_attention has no second derivative"), ("dot", "is not implemented")))
+@pytest.mark.parametrize(
+    "score, words", (("general-tanh-key", "score_attention has no second derivative"), ("dot", "is not implemented"))
+)
 def test_second_derivative_is_refused(score: str, words: str) -> None:
     inputs, make = attention_inputs(SCORES[score])
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
@@ -641,12 +708,15 @@ def test_offset_of_any_rank(shape: tuple[int, ...]) -> None:
 
 # ------------------------------------------------------------------------------------------------- autocast
 
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("score", ("dot", "cosine", "general-tanh-key", "additive", "hadamard-relu-key", "general-key-bias"))
 def test_autocast_does_as_sdpa(score: str, dtype: torch.dtype) -> None:
     inputs, make = attention_inputs(SCORES[score])
     inputs = as_dtype(inputs, torch.float32)
-    exact = va.reference.score_attention(*(inputs[x].double() for x in ("query", "key", "value")), score=make(as_dtype(inputs, F64)))
+    exact = va.reference.score_attention(
+        *(inputs[x].double() for x in ("query", "key", "value")), score=make(as_dtype(inputs, F64))
+    )
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     for lse in (False, True):
         with torch.autocast("cpu", dtype):
@@ -695,8 +765,19 @@ def test_opcheck(kind: str, layout: str) -> None:
         )
 
 
-@pytest.mark.parametrize("score", ("scaled_dot", "cosine", "general-key-bias", "general-tanh-per_head", "additive", "concat-unequal",
-                                   "hadamard-leaky_relu-key", "hadamard-offset=tensor"))  # fmt: skip
+@pytest.mark.parametrize(
+    "score",
+    (
+        "scaled_dot",
+        "cosine",
+        "general-key-bias",
+        "general-tanh-per_head",
+        "additive",
+        "concat-unequal",
+        "hadamard-leaky_relu-key",
+        "hadamard-offset=tensor",
+    ),
+)
 def test_fullgraph_equals_eager_in_two_graphs_over_ten_lengths(score: str) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -751,6 +832,7 @@ def test_dropout_under_compile() -> None:
 
 # ------------------------------------------------------------------------------------------------- properties
 
+
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
     size = st.integers(0, 6)
@@ -772,7 +854,10 @@ def test_any_problem_matches_the_formula(problem: dict[str, Any]) -> None:
     h = kv * group
     torch.manual_seed(problem["seed"])
     shapes = {"query": (b, h, n, d), "key": (b, kv, m, d), "value": (b, kv, m, dv)}
-    inputs = {name: lay_out(torch.randn(shape), layout) for (name, shape), layout in zip(shapes.items(), problem["layouts"], strict=False)}
+    inputs = {
+        name: lay_out(torch.randn(shape), layout)
+        for (name, shape), layout in zip(shapes.items(), problem["layouts"], strict=False)
+    }
     inputs |= {"weight": torch.randn(d, d), "vector": torch.randn(h, d)}
     make: Callable[[Params], Any] = {
         "dot": lambda p: "dot", "cosine": lambda p: S.Cosine(eps=0.5),
@@ -782,7 +867,9 @@ def test_any_problem_matches_the_formula(problem: dict[str, Any]) -> None:
         "hadamard": lambda p: S.Hadamard(p["vector"], p["weight"], activation="sigmoid"),
         "hadamard_relu": lambda p: S.Hadamard(p["vector"], activation="relu"),
     }[problem["score"]]  # fmt: skip
-    mask = {"none": None, "bool": torch.rand(b, 1, n, m) > 0.4, "float": torch.randn(h, n, m), "rank1": torch.rand(m) > 0.4}[problem["mask"]]
+    mask = {"none": None, "bool": torch.rand(b, 1, n, m) > 0.4, "float": torch.randn(h, n, m), "rank1": torch.rand(m) > 0.4}[
+        problem["mask"]
+    ]
     options = {"attn_mask": mask, "key_mask": torch.rand(b, m) > 0.4 if problem["key_mask"] else None,
                "is_causal": problem["causal"], "enable_gqa": True, "return_lse": problem["lse"]}  # fmt: skip
     if kv == 0:

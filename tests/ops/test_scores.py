@@ -109,9 +109,7 @@ def test_reference_gradients_by_finite_differences(name: str) -> None:
     score = BY_HAND[name][0]
     mask = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])
     inputs = [torch.randn(1, 2, 3, 2, dtype=F64, requires_grad=True) for _ in range(3)]
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: va.reference.score_attention(q, k, v, score=score, attn_mask=mask), inputs
-    )
+    assert torch.autograd.gradcheck(lambda q, k, v: va.reference.score_attention(q, k, v, score=score, attn_mask=mask), inputs)
 
 
 def inputs(n: int = 5, m: int = 7, d: int = 4) -> list[Tensor]:
@@ -164,7 +162,9 @@ def test_fact_5_the_offset_cancels() -> None:
     offset = torch.tensor([3.0], dtype=F64, requires_grad=True)
     for activation in (None, "relu", "tanh"):
         vector = torch.randn(4, dtype=F64)
-        out, lse = va.score_attention(query, key, value, score=S.Hadamard(vector, activation=activation, offset=offset), return_lse=True)
+        out, lse = va.score_attention(
+            query, key, value, score=S.Hadamard(vector, activation=activation, offset=offset), return_lse=True
+        )
         plain, plain_lse = va.score_attention(query, key, value, score=S.Hadamard(vector, activation=activation), return_lse=True)
         torch.testing.assert_close(out, plain)
         torch.testing.assert_close(lse, plain_lse + 3.0)
@@ -232,6 +232,7 @@ def test_bounded_scores_bound_the_ratio() -> None:
 
 # ------------------------------------------------------------------------------------------------- the sine series
 
+
 @pytest.mark.parametrize("dtype", (F64, torch.float32), ids=str)
 @pytest.mark.parametrize("spread, tolerance", ((0.1, 1e-2), (1.0, 1e-2), (1.0, 1e-4), (3.0, 1e-2), (6.0, 5e-2), (0.0, 1e-3)))
 def test_series_keeps_its_tolerance(spread: float, tolerance: float, dtype: torch.dtype) -> None:
@@ -247,7 +248,15 @@ def test_series_keeps_its_tolerance(spread: float, tolerance: float, dtype: torc
 
 def test_series_with_weights_equals_exact_within_tolerance() -> None:
     query, key, value = (x.detach() for x in inputs())
-    params = [x.requires_grad_() for x in (torch.rand(3, 5, dtype=F64) / 5, torch.randn(5, 4, dtype=F64), torch.randn(3, 5, 4, dtype=F64), torch.randn(5, dtype=F64))]
+    params = [
+        x.requires_grad_()
+        for x in (
+            torch.rand(3, 5, dtype=F64) / 5,
+            torch.randn(5, 4, dtype=F64),
+            torch.randn(3, 5, 4, dtype=F64),
+            torch.randn(5, dtype=F64),
+        )
+    ]
     exact, series = (
         va.score_attention(query, key, value, score=S.Additive(*params, **options), return_lse=True)
         for options in ({}, {"method": "series", "tolerance": 1e-5})
@@ -274,11 +283,15 @@ def test_series_of_half_precision_keeps_float32_features() -> None:
     """Under autocast too: rounding a feature to 8 bits would cost more than the series does."""
     query, key, value = (x.detach().float() for x in inputs())
     score = S.Additive(torch.full((4,), 0.5), method="series", tolerance=1e-4)
-    exact = va.reference.score_attention(*(x.double() for x in (query, key, value)), score=S.Additive(torch.full((4,), 0.5, dtype=F64)))
+    exact = va.reference.score_attention(
+        *(x.double() for x in (query, key, value)), score=S.Additive(torch.full((4,), 0.5, dtype=F64))
+    )
     low = [x.bfloat16() for x in (query, key, value)]
     rounded = va.reference.score_attention(*(x.double() for x in low), score=S.Additive(torch.full((4,), 0.5, dtype=F64)))
     for lse in (False, True):
-        out = va.score_attention(*low, score=S.Additive(torch.full((4,), 0.5, dtype=torch.bfloat16), method="series", tolerance=1e-4), return_lse=lse)
+        out = va.score_attention(
+            *low, score=S.Additive(torch.full((4,), 0.5, dtype=torch.bfloat16), method="series", tolerance=1e-4), return_lse=lse
+        )
         out = out[0] if lse else out
         assert out.dtype == torch.bfloat16 and (out.double() - rounded).abs().max() < 2**-8 * rounded.abs().max()
         with torch.autocast("cpu", torch.bfloat16):
@@ -299,7 +312,9 @@ def test_series_refusals() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("radius, terms, bound", ((4, 4, 6.6e-4), (4, 8, 5.7e-5), (6, 5, 1.4e-3), (6, 8, 4.2e-4), (8, 8, 9e-4), (8, 12, 2e-4)))
+@pytest.mark.parametrize(
+    "radius, terms, bound", ((4, 4, 6.6e-4), (4, 8, 5.7e-5), (6, 5, 1.4e-3), (6, 8, 4.2e-4), (8, 8, 9e-4), (8, 12, 2e-4))
+)
 def test_series_fit_reaches_the_known_errors(radius: float, terms: int, bound: float) -> None:
     """DESIGN.md, kernel notes: within 2.5 times the best errors known for (range, terms), measured on a grid of its own."""
     frequencies, coefficients, error = _series.fit(float(radius), terms)

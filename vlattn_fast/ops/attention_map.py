@@ -135,10 +135,9 @@ def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, head_r
     )  # fmt: skip
 
 
-def _forward(query: Tensor, *args: Any) -> Tensor:
+def _forward(*args: Any) -> Tensor:
     *inputs, backend = args
-    with torch.autocast(query.device.type, enabled=False):  # it would round the products within a tile
-        return load(BACKENDS, backend).forward(query, *inputs)  # type: ignore[no-any-return]
+    return load(BACKENDS, backend).forward(*inputs)  # type: ignore[no-any-return]
 
 
 def _forward_fake(query: Tensor, key: Tensor, *_: Any) -> Tensor:

@@ -169,10 +169,9 @@ def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
     return high + 1 if num_groups is None else num_groups
 
 
-def _forward(query: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _forward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, backend = args
-    with torch.autocast(query.device.type, enabled=False):  # it would round the products within a tile
-        return load(BACKENDS, backend).forward(query, *inputs)  # type: ignore[no-any-return]
+    return load(BACKENDS, backend).forward(*inputs)  # type: ignore[no-any-return]
 
 
 def _forward_fake(query: Tensor, key: Tensor, key_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any,
@@ -186,8 +185,7 @@ def _forward_fake(query: Tensor, key: Tensor, key_groups: Any, row_weight: Any, 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, backend = args
-    with torch.autocast(inputs[4].device.type, enabled=False):
-        grad_q, grad_k, grad_weight = load(BACKENDS, backend).backward(*inputs)
+    grad_q, grad_k, grad_weight = load(BACKENDS, backend).backward(*inputs)
     return grad_q, grad_k, grad_q.new_empty(0) if grad_weight is None else grad_weight
 
 

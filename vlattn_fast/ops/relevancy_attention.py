@@ -168,9 +168,9 @@ def relevancy_step(
         return load(BACKENDS, chosen).relevancy_step(
             relevancy, query, key, value, grad_output, rule=rule, row_normalize=row_normalize, lse=lse,
             attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-        )  # type: ignore[no-any-return]  # fmt: skip
+        )  # fmt: skip
     key, value = hide(key_mask, key, value)
-    return _step_op(  # type: ignore[no-any-return]
+    return _step_op(
         relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
     )
 
@@ -251,7 +251,8 @@ def _residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting:
         if not (isinstance(weights, tuple) and len(weights) == 2) or any(
             not isinstance(w, Tensor) or w.shape != shape for w in weights
         ):
-            raise ValueError(f"weighting must return two tensors (a, b) of shape (B, N) = {tuple(shape)}; got {describe(weights)}")
+            wanted = f"two tensors (a, b) of shape (B, N) = {tuple(shape)}"
+            raise ValueError(f"weighting must return {wanted}; got {describe(weights)}")
         return weights
     dtype = _carrier_dtype(residual)
     if weighting == "equal":
@@ -341,8 +342,8 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, *_
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, backend = args
     *grads, moved = load(BACKENDS, backend).backward(*inputs)
-    empty = inputs[2].new_empty(0)
-    return *(empty if x is None else rows_first(x) for x in grads), empty if moved is None else moved.contiguous()
+    sent = [inputs[2].new_empty(0) if x is None else rows_first(x) for x in grads]
+    return *sent, inputs[2].new_empty(0) if moved is None else moved.contiguous()
 
 
 def _backward_fake(grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
@@ -354,7 +355,7 @@ def _backward_fake(grad_out: Tensor | None, grad_carrier: Tensor | None, query: 
 
 def _step(*args: Any) -> Tensor:
     *inputs, backend = args
-    return load(BACKENDS, backend).step(*inputs)  # type: ignore[no-any-return]
+    return load(BACKENDS, backend).step(*inputs)
 
 
 def _step_fake(relevancy: Tensor, query: Tensor, key: Tensor, *_: Any) -> Tensor:

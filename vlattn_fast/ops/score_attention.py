@@ -90,8 +90,9 @@ def score_attention(
     else:
         query, key, vector = autocast(query, key, vector)
     masks = (attn_mask is not None) + (key_mask is not None) + is_causal
-    if chosen == "streaming" and core.kind == "dot" and not return_lse and dropout_p == 0.0 and masks <= 1:
-        out, lse = _sdpa(query, key, value, attn_mask, key_mask, is_causal, scale), None
+    one_mask = masks <= 1 and (scale > 0.0 or not is_causal)  # torch's SDPA scales its causal -inf too: +inf, or NaN
+    if chosen == "streaming" and core.kind == "dot" and not return_lse and dropout_p == 0.0 and one_mask:
+        out = _sdpa(query, key, value, attn_mask, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
         out, lse = _forward_op(
@@ -105,7 +106,8 @@ def score_attention(
         out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
     if not return_lse:
         return out
-    return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
+    moved = lse + scale * core.offset
+    return out, torch.where(torch.isneginf(lse), lse, moved)  # no gradient from a row without keys
 
 
 def _check(query: Any, key: Any, value: Any, score: scores.Score, attn_mask: Any, key_mask: Any, dropout_p: Any,

@@ -36,7 +36,7 @@ def relevancy_attention(
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
     return _Carry.apply(
         prob @ value, carrier, prob.detach(), value.detach(), rule, row_normalize, residual_weight, attention_weight
-    )  # type: ignore[no-any-return]
+    )
 
 
 def relevancy_step(
@@ -61,6 +61,8 @@ def relevancy_step(
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
     grad_prob = None
     if rule == "gradient":
+        if value is None or grad_output is None:
+            raise ValueError("value and grad_output must be given for rule='gradient'; got None")
         (value,) = (share_heads(x, query.shape[1]) for x in hide(key_mask, value))
         grad_prob = grad_output @ value.mT
     return (relevancy.to(prob.dtype) @ head_mean(prob, grad_prob, row_normalize)).to(relevancy.dtype)

@@ -13,8 +13,10 @@ from ..ops._checks import additive
 from ._tiles import Masks
 
 
-def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: float) -> bool:
+def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: float, scale: float) -> bool:
     """Whether the fused kernel computes this dot-product attention."""
+    if masks.is_causal and scale <= 0.0:  # it scales its causal -inf too: +inf, or NaN
+        return False
     kinds = (masks.attn_mask is not None) + (masks.key_mask is not None) + masks.is_causal
     sizes = (*query.shape, *key.shape[1:3], value.shape[3])
     return query.device.type == "cpu" and kinds <= 1 and dropout_p == 0.0 and all(size > 0 for size in sizes)

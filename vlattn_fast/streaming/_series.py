@@ -31,7 +31,7 @@ def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) ->
         query, key, vector = query.float(), key.float(), vector.float()
     radius, weight = _range(query.detach(), key.detach()), float(vector.detach().abs().sum(-1).max()) if vector.numel() else 0.0
     if not math.isfinite(radius * weight):
-        raise ValueError("query, key and vector must be finite for Additive(method='series'): the series is fitted to their range")
+        raise ValueError("query, key and vector must be finite for Additive(method='series'): it is fitted to their range")
     frequencies, coefficients = _choose(radius, weight, tolerance, torch.finfo(query.dtype).eps)
     omega = query.new_tensor(frequencies)
     amplitude = query.new_tensor(coefficients)

@@ -35,7 +35,7 @@ def forward(
     masks = Masks(attn_mask, key_mask, is_causal)
     num_heads = query.shape[1]
     key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
-    if score == "dot" and _sdpa.runs(query, key, value, masks, dropout_p):
+    if score == "dot" and _sdpa.runs(query, key, value, masks, dropout_p, scale):
         return _sdpa.forward(query, key, value, masks, scale)
     out = query.new_empty(query.shape[0], query.shape[2], num_heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
@@ -70,7 +70,7 @@ def backward(
     masks = Masks(attn_mask, key_mask, is_causal)
     num_heads, num_key_heads, num_value_heads = query.shape[1], key.shape[1], value.shape[1]
     key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
-    if score == "dot" and grad_lse is None and _sdpa.runs(query, key, value, masks, dropout_p):
+    if score == "dot" and grad_lse is None and _sdpa.runs(query, key, value, masks, dropout_p, scale):
         grad_q, grad_k, grad_v = _sdpa.backward(grad_out, query, key, value, out, lse, masks, scale)
         return grad_q, fold_heads(grad_k, num_key_heads), fold_heads(grad_v, num_value_heads), None
     dtype = compute_dtype(query)

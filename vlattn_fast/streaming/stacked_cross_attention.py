@@ -41,11 +41,10 @@ def forward(
     rule = _Rule(first_norm, smooth, aggregation, lambda_lse)
     query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
     by_context = similarity if direction == "t2i" else similarity.mT
-    with torch.autocast(images.device.type, enabled=False):
-        for x, tiles_y in _tile_pairs(query.rows, context.rows):
-            contexts = _Contexts(context, x)
-            for y in tiles_y:
-                by_context[x, y] = _Tile(rule, query, y, contexts).similarity().to(similarity.dtype)
+    for x, tiles_y in _tile_pairs(query.rows, context.rows):
+        contexts = _Contexts(context, x)
+        for y in tiles_y:
+            by_context[x, y] = _Tile(rule, query, y, contexts).similarity().to(similarity.dtype)
     return similarity
 
 
@@ -67,12 +66,11 @@ def backward(
     grad = grad_similarity if direction == "t2i" else grad_similarity.mT  # (context sets, query sets)
     dtype = compute_dtype(images)
     grad_q, grad_c = (side.rows.new_zeros(side.rows.shape, dtype=dtype) for side in (query, context))
-    with torch.autocast(images.device.type, enabled=False):
-        for x, tiles_y in _tile_pairs(query.rows, context.rows):
-            contexts = _Contexts(context, x)
-            for y in tiles_y:
-                grad_q[y] += _Tile(rule, query, y, contexts).backward(grad[x, y])
-            grad_c[x] = contexts.backward()
+    for x, tiles_y in _tile_pairs(query.rows, context.rows):
+        contexts = _Contexts(context, x)
+        for y in tiles_y:
+            grad_q[y] += _Tile(rule, query, y, contexts).backward(grad[x, y])
+        grad_c[x] = contexts.backward()
     grad_q, grad_c = grad_q.to(images.dtype), grad_c.to(images.dtype)
     return (grad_c, grad_q) if direction == "t2i" else (grad_q, grad_c)
 

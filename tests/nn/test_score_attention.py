@@ -1,0 +1,138 @@
+"""ScoreAttention against the formula with the layer's own weights, and against torch's own layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from vlattn_fast import scores
+from vlattn_fast.nn import ScoreAttention
+from vlattn_fast.nn.score_attention import FIXED, LEARNED, LearnedScore
+
+CASES = [
+    *((name, False, {}) for name in FIXED),
+    *((name, per_head, {}) for name in LEARNED for per_head in (False, True)),
+    ("general", False, {"projects": "query"}),
+    ("activated_general", True, {"activation": "leaky_relu"}),
+    ("hadamard", True, {"activation": "tanh"}),
+]
+
+
+def written_out(layer: ScoreAttention, query, key, value, visible, is_causal):
+    """The layer head by head and pair by pair, with nothing of the package but the layer's weights."""
+    batch, size = query.shape[0], layer.embed_dim // layer.num_heads
+    rows = []
+    for b in range(batch):
+        heads = []
+        for h in range(layer.num_heads):
+            part = slice(h * size, (h + 1) * size)
+            q, k, v = ((x[b] @ p.weight.mT + p.bias)[:, part] for x, p in (
+                (query, layer.q_proj), (key, layer.k_proj), (value, layer.v_proj)
+            ))  # fmt: skip
+            s = torch.stack([torch.stack([pair_score(layer, h, q_i, k_j) for k_j in k]) for q_i in q])
+            hidden = ~visible[b].expand_as(s)
+            if is_causal:
+                hidden = hidden | torch.ones_like(s, dtype=torch.bool).triu(1)
+            heads.append(s.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
+        rows.append(torch.cat(heads, -1) @ layer.out_proj.weight.mT + layer.out_proj.bias)
+    return torch.stack(rows)
+
+
+def pair_score(layer: ScoreAttention, head: int, q, k):
+    if isinstance(layer.score, str):
+        dot = q @ k
+        return {"dot": dot, "scaled_dot": dot / len(q) ** 0.5, "cosine": dot / (q.norm() * k.norm())}[layer.score]
+    p = {name: x[head] if x.dim() == (1 if name in ("vector", "bias") else 2) + 1 else x
+         for name, x in layer.score.named_parameters()}  # fmt: skip
+    options = layer.score.options
+    if layer.score.make is scores.Additive:
+        return p["vector"] @ torch.tanh(p["query_weight"] @ q + p["key_weight"] @ k + p["bias"])
+    act = {None: lambda x: x, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+           "leaky_relu": lambda x: nn.functional.leaky_relu(x, 0.01)}[options.get("activation")]  # fmt: skip
+    moved, other = (q, k) if options.get("projects") == "query" else (k, q)
+    moved = p["weight"] @ moved + p.get("bias", 0.0)
+    return p["vector"] @ act(other * moved) if layer.score.make is scores.Hadamard else act(other @ moved)
+
+
+@pytest.mark.parametrize(("name", "per_head", "options"), CASES)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_equals_the_formula(name, per_head, options, is_causal):
+    layer = ScoreAttention(12, 3, name, per_head=per_head, kdim=10, vdim=7, score_options=options).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)  # biases too
+    query, key, value = (torch.randn(2, n, c, dtype=torch.float64) for n, c in ((4, 12), (5, 10), (5, 7)))
+    visible = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    leaves = [x.requires_grad_() for x in (query, key, value)] + list(layer.parameters())
+    got = layer(query, key, value, key_mask=visible, is_causal=is_causal)
+    wanted = written_out(layer, query, key, value, visible, is_causal)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+    cotangent = torch.randn_like(got)
+    grads = (torch.autograd.grad(x, leaves, cotangent, materialize_grads=True, allow_unused=True) for x in (got, wanted))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_scaled_dot_is_torchs_layer():
+    layer, theirs = ScoreAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_()
+        for part, weight, bias in zip((layer.q_proj, layer.k_proj, layer.v_proj), theirs.in_proj_weight.chunk(3),
+                                      theirs.in_proj_bias.chunk(3), strict=True):  # fmt: skip
+            part.weight.copy_(weight)
+            part.bias.copy_(bias)
+        layer.out_proj.load_state_dict(theirs.out_proj.state_dict())
+    x, padding = torch.randn(2, 6, 16), torch.zeros(2, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    torch.testing.assert_close(layer(x, key_mask=~padding), theirs(x, x, x, key_padding_mask=padding)[0])
+
+
+def test_defaults_and_dropout():
+    layer = ScoreAttention(8, 2, "additive", dropout=0.5)
+    x = torch.randn(2, 5, 8)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x, x, x))
+
+
+def test_a_factory_makes_the_score():
+    class Slope(nn.Module):
+        def __init__(self, num_heads, head_dim):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(head_dim).expand(num_heads, -1, -1).clone())
+
+        def forward(self):
+            return scores.General(self.weight)
+
+    made, plain = ScoreAttention(8, 2, Slope), ScoreAttention(8, 2, "dot")
+    made.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(1, 4, 8)
+    torch.testing.assert_close(made(x), plain(x))
+    made(x).sum().backward()
+    assert made.score.weight.grad is not None
+
+
+def test_parameters_are_those_of_the_score():
+    shapes = {name: tuple(x.shape) for name, x in LearnedScore("additive", 2, 4, per_head=True).named_parameters()}
+    assert shapes == {"vector": (2, 4), "query_weight": (2, 4, 4), "key_weight": (2, 4, 4), "bias": (2, 4)}
+
+
+@pytest.mark.parametrize(("arguments", "options", "words"), [
+    ((10, 3), {}, "num_heads must divide"),
+    ((0, 1), {}, "embed_dim must be a positive"),
+    ((8, 2, "bilinear"), {}, "score must be one of"),
+    ((8, 2, "dot"), {"per_head": True}, "belong to scores with parameters"),
+    ((8, 2), {"dropout": 1.0}, "dropout must be"),
+])  # fmt: skip
+def test_bad_arguments(arguments, options, words):
+    with pytest.raises(ValueError, match=words):
+        ScoreAttention(*arguments, **options)
+
+
+def test_bad_input():
+    layer = ScoreAttention(8, 2)
+    with pytest.raises(ValueError, match="query must have 3 dimensions"):
+        layer(torch.randn(5, 8))
+    with pytest.raises(ValueError, match="key must have 8 features"):
+        layer(torch.randn(1, 5, 8), torch.randn(1, 5, 6))
+    with pytest.raises(TypeError, match="must make a torch.nn.Module"):
+        ScoreAttention(8, 2, lambda num_heads, head_dim: scores.Dot())

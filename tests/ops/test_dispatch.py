@@ -1,0 +1,314 @@
+"""Which backend runs, how a refusal reads, and what wrong input is told: the argument, what came, what is wanted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from vlattn_fast import scores as S
+from vlattn_fast.ops import _dispatch, relevancy_attention, score_attention
+
+Q, K, V = torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 6)
+C = torch.zeros(2, 1, 3)
+W, U = torch.zeros(6, 6), torch.zeros(6)
+TABLES = {"score_attention": score_attention.BACKENDS, "relevancy_attention": relevancy_attention.BACKENDS}
+
+
+def attend(*args: Any, **options: Any) -> Callable[[], Any]:
+    return lambda: va.score_attention(*(args or (Q, K, V)), **options)
+
+
+def scored(score: Any, query: Tensor = Q, key: Tensor = K) -> Callable[[], Any]:
+    return lambda: va.score_attention(query, key, V, score=score)
+
+
+def relevancy(*args: Any, **options: Any) -> Callable[[], Any]:
+    return lambda: va.relevancy_attention(*(args or (Q, Q, Q, C)), **options)
+
+
+def step(*args: Any, **options: Any) -> Callable[[], Any]:
+    return lambda: va.relevancy_step(*(args or (C, Q, K, V, Q)), **options)
+
+
+# name: the call, the exception, the words
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "query is a list": (attend([1.0], K, V), TypeError, "query must be a torch.Tensor (B, H, N, D); got list [1.0]"),
+    "query rank": (
+        attend(Q[0], K, V),
+        ValueError,
+        "query must have 4 dimensions (B, H, N, D); got a torch.float32 tensor of shape (4, 3, 6)",
+    ),
+    "key rank": (attend(Q, K[0], V), ValueError, "key must have 4 dimensions"),
+    "value is None": (attend(Q, K, None), TypeError, "value must be a torch.Tensor (B, Hkv, M, Dv); got NoneType None"),
+    "head size": (
+        attend(Q, K[..., :5], V),
+        ValueError,
+        "key must have query's head size 6; got a torch.float32 tensor of shape (2, 4, 5, 5)",
+    ),
+    "batch": (attend(Q, K[:1], V), ValueError, "key must have query's batch size 2"),
+    "heads": (attend(Q, K[:, :2], V[:, :2]), ValueError, "key must have query's 4 heads (enable_gqa=True allows fewer)"),
+    "gqa divides": (attend(Q, K[:, :3], V[:, :3], enable_gqa=True), ValueError, "key's number of heads must divide query's 4"),
+    "gqa, no key heads": (
+        attend(Q, K[:, :0], V[:, :0], enable_gqa=True),
+        ValueError,
+        "key's number of heads must divide query's 4",
+    ),
+    "value length": (attend(Q, K, V[:, :, :4]), ValueError, "value must have key's batch, heads and length (2, 4, 5)"),
+    "integers": (
+        attend(Q.long(), K.long(), V.long()),
+        TypeError,
+        "query must be float16, bfloat16, float32 or float64; got a torch.int64",
+    ),
+    "complex": (attend(Q.cfloat(), K.cfloat(), V.cfloat()), TypeError, "query must be float16"),
+    "mixed dtypes": (attend(Q, K.double(), V), TypeError, "key must have the dtype of query, torch.float32; got a torch.float64"),
+    "another device": (
+        attend(Q, K.to("meta"), V),
+        ValueError,
+        "key must be on the device of query, cpu; got a torch.float32 tensor",
+    ),
+    "mask dtype": (
+        attend(attn_mask=torch.ones(3, 5, dtype=torch.int64)),
+        TypeError,
+        "attn_mask must be bool (True = may attend) or floating",
+    ),
+    "mask shape": (
+        attend(attn_mask=torch.ones(5, 3)),
+        ValueError,
+        "attn_mask must broadcast to (B, H, N, M) = (2, 4, 3, 5); got",
+    ),
+    "mask rank": (attend(attn_mask=torch.ones(1, 2, 4, 3, 5)), ValueError, "attn_mask must broadcast to"),
+    "mask is a list": (attend(attn_mask=[True]), TypeError, "attn_mask must be a torch.Tensor"),
+    "mask device": (attend(attn_mask=torch.ones(3, 5, device="meta")), ValueError, "attn_mask must be on the device of query"),
+    "mask gradient": (
+        attend(attn_mask=torch.ones(3, 5, requires_grad=True)),
+        ValueError,
+        "attn_mask must not require a gradient",
+    ),
+    "key_mask shape": (
+        attend(key_mask=torch.ones(2, 4, dtype=torch.bool)),
+        ValueError,
+        "key_mask must have shape (B, M) = (2, 5)",
+    ),
+    "key_mask rank": (attend(key_mask=torch.ones(5, dtype=torch.bool)), ValueError, "key_mask must have 2 dimensions (B, M)"),
+    "key_mask dtype": (attend(key_mask=torch.ones(2, 5)), TypeError, "key_mask must be bool (True = a real token)"),
+    "dropout over 1": (attend(dropout_p=1.5), ValueError, "dropout_p must be a finite number in [0.0, 1.0); got 1.5"),
+    "dropout of 1": (attend(dropout_p=1.0), ValueError, "dropout_p must be a finite number in [0.0, 1.0)"),
+    "dropout below 0": (attend(dropout_p=-0.1), ValueError, "dropout_p must be a finite number"),
+    "dropout is text": (attend(dropout_p="0.1"), TypeError, "dropout_p must be a real number; got str '0.1'"),
+    "dropout is None": (attend(dropout_p=None), TypeError, "dropout_p must be a real number; got NoneType None"),
+    "scale is NaN": (attend(scale=float("nan")), ValueError, "scale must be a finite number"),
+    "scale is text": (attend(scale="1"), TypeError, "scale must be a real number"),
+    "scale is True": (attend(scale=True), TypeError, "scale must be a real number; got bool True"),
+    "is_causal is 1": (attend(is_causal=1), TypeError, "is_causal must be True or False; got int 1"),
+    "enable_gqa is None": (attend(enable_gqa=None), TypeError, "enable_gqa must be True or False; got NoneType None"),
+    "return_lse is 0": (attend(return_lse=0), TypeError, "return_lse must be True or False; got int 0"),
+    "score name": (
+        attend(score="softmax"),
+        ValueError,
+        "score must be one of ('dot', 'scaled_dot', 'cosine') or a va.scores object; got 'softmax'",
+    ),
+    "score is a class": (attend(score=S.Dot), TypeError, "score must be one of"),
+    "score is None": (attend(score=None), TypeError, "score must be one of"),
+    "backend name": (
+        attend(backend="flash"),
+        ValueError,
+        "backend must be one of ('auto', 'reference', 'streaming', 'triton', 'cuda'); got 'flash'",
+    ),
+    "backend is None": (attend(backend=None), ValueError, "backend must be one of"),
+    "backend is a number": (attend(backend=1), TypeError, "backend must be one of"),
+    "weight shape": (
+        scored(S.General(torch.zeros(6, 5))),
+        ValueError,
+        "weight must have shape (6, 6), or (4, 6, 6) for one per head; got",
+    ),
+    "weight heads": (
+        scored(S.General(torch.zeros(3, 6, 6))),
+        ValueError,
+        "weight must have shape (6, 6), or (4, 6, 6) for one per head",
+    ),
+    "weight is None": (scored(S.General(None)), TypeError, "weight must be a torch.Tensor"),
+    "weight dtype": (scored(S.General(W.double())), TypeError, "weight must have the dtype of query"),
+    "bias shape": (scored(S.General(W, torch.zeros(5))), ValueError, "bias must have shape (6,), or (4, 6) for one per head"),
+    "projects": (scored(S.General(W, projects="both")), ValueError, "projects must be one of ('key', 'query'); got 'both'"),
+    "activation": (scored(S.General(W, activation="gelu")), ValueError, "activation must be one of"),
+    "slope": (
+        scored(S.General(W, activation="leaky_relu", negative_slope=None)),
+        TypeError,
+        "negative_slope must be a real number",
+    ),
+    "eps": (scored(S.Cosine(-1.0)), ValueError, "eps must be a finite number in [0.0, inf]; got -1.0"),
+    "vector rank": (
+        scored(S.Additive(torch.zeros(()))),
+        ValueError,
+        "vector must have shape (A), or (H, A) for one per head; got",
+    ),
+    "vector size": (
+        scored(S.Additive(torch.zeros(5))),
+        ValueError,
+        "query must have vector's size 5 where query_weight is None; got",
+    ),
+    "key weight": (scored(S.Additive(U, key_weight=torch.zeros(6, 5))), ValueError, "key_weight must have shape (6, 6)"),
+    "method": (scored(S.Additive(U, method="fast")), ValueError, "method must be one of ('exact', 'series'); got 'fast'"),
+    "no tolerance": (scored(S.Additive(U, method="series")), ValueError, "tolerance must be given with method='series'"),
+    "idle tolerance": (scored(S.Additive(U, tolerance=0.1)), ValueError, "tolerance belongs to method='series'"),
+    "tolerance of text": (
+        scored(S.Additive(U, method="series", tolerance="small")),
+        TypeError,
+        "tolerance must be a real number",
+    ),
+    "concat, odd": (
+        lambda: S.Additive.concat(U, torch.zeros(6, 11)),
+        ValueError,
+        "query_size must be given where weight has an odd number",
+    ),
+    "concat, size": (
+        lambda: S.Additive.concat(U, torch.zeros(6, 12), query_size=13),
+        ValueError,
+        "query_size must be an integer in [0, 12]; got 13",
+    ),
+    "concat, rank": (lambda: S.Additive.concat(U, torch.zeros(())), ValueError, "weight must have shape (A, D_q + D_k) or"),
+    "hadamard, vector": (
+        scored(S.Hadamard(torch.zeros(5))),
+        ValueError,
+        "vector must have shape (6,), or (4, 6) for one per head",
+    ),
+    "hadamard, sizes": (
+        scored(S.Hadamard(U), key=K[..., :4]),
+        ValueError,
+        "query and key must have one size where weight is None",
+    ),
+    "offset": (scored(S.Hadamard(U, offset=torch.zeros(2))), ValueError, "offset must be a number or a tensor of one element"),
+    "offset of text": (scored(S.Hadamard(U, offset="0")), TypeError, "offset must be a real number"),
+    "carrier rank": (relevancy(Q, Q, Q, C[0]), ValueError, "carrier must have 3 dimensions (B, T, N)"),
+    "carrier length": (relevancy(Q, Q, Q, C[..., :2]), ValueError, "carrier must have shape (B, T, N) with query's B=2 and N=3"),
+    "carrier dtype": (relevancy(Q, Q, Q, C.double()), TypeError, "carrier must be torch.float32 for torch.float32 attention"),
+    "carrier of float16": (
+        relevancy(Q.half(), Q.half(), Q.half(), C.half()),
+        TypeError,
+        "carrier must be torch.float32 for torch.float16 attention",
+    ),
+    "carrier is None": (relevancy(Q, Q, Q, None), TypeError, "carrier must be a torch.Tensor (B, T, N)"),
+    "self attention": (
+        relevancy(Q, K, V, C),
+        ValueError,
+        "key must be as long as query (3): relevancy_attention is self-attention",
+    ),
+    "rule": (relevancy(rule="rollout"), ValueError, "rule must be one of ('gradient', 'attention'); got 'rollout'"),
+    "row_normalize": (relevancy(row_normalize="yes"), TypeError, "row_normalize must be True or False"),
+    "weight is text": (relevancy(residual_weight="a"), TypeError, "residual_weight must be a real number"),
+    "weight's shape": (
+        relevancy(attention_weight=torch.zeros(2, 4)),
+        ValueError,
+        "attention_weight must be a number or have shape (B, N) = (2, 3)",
+    ),
+    "weight's gradient": (
+        relevancy(residual_weight=torch.zeros(2, 3, requires_grad=True)),
+        ValueError,
+        "residual_weight must not require a gradient",
+    ),
+    "weight's dtype": (
+        relevancy(residual_weight=torch.zeros(2, 3, dtype=torch.int64)),
+        TypeError,
+        "residual_weight must be floating point",
+    ),
+    "no grad_output": (step(C, Q, K, V), ValueError, "value and grad_output must be given for rule='gradient'"),
+    "grad_output alone": (step(C, Q, K, None, Q, rule="attention"), ValueError, "value must be given with grad_output"),
+    "grad_output shape": (
+        step(C, Q, K, V, Q[:, :, :2]),
+        ValueError,
+        "grad_output must have the shape (2, 4, 3, 6) of the attention's output",
+    ),
+    "lse shape": (step(lse=torch.zeros(2, 4, 5)), ValueError, "lse must be floating point of shape (B, H, N) = (2, 4, 3)"),
+    "lse dtype": (step(lse=torch.zeros(2, 4, 3, dtype=torch.int64)), ValueError, "lse must be floating point of shape"),
+    "relevancy of integers": (step(C.long(), Q, K, V, Q), TypeError, "relevancy must be floating point"),
+    "relevancy length": (step(torch.zeros(2, 1, 5), Q, K, V, Q), ValueError, "relevancy must have shape (B, T, N)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    call, error, words = BAD[name]
+    with pytest.raises(error, match=re.escape(words)):
+        call()
+
+
+@pytest.mark.parametrize(
+    "name", ("head size", "mask shape", "dropout over 1", "score name", "backend name", "weight shape", "carrier length", "rule")
+)
+def test_words_are_kept_under_fullgraph(name: str) -> None:
+    torch._dynamo.reset()
+    call, _, words = BAD[name]
+    with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
+        torch.compile(call, backend="eager", fullgraph=True)()
+    assert words.split(" tensor of shape")[0].split("; got")[0] in str(caught.value)
+    torch._dynamo.reset()
+
+
+def test_the_error_arrives_as_raised_without_fullgraph() -> None:
+    torch._dynamo.reset()
+    call, error, words = BAD["mask shape"]
+    with pytest.raises(error, match=re.escape(words)):
+        torch.compile(call, backend="eager")()
+    torch._dynamo.reset()
+
+
+def a_call(operator: str, device: str = "cpu") -> _dispatch.Call:
+    return _dispatch.Call(operator, torch.bfloat16, device, {"queries": 577}, {})
+
+
+@pytest.mark.parametrize("operator", TABLES)
+def test_asking_needs_no_tensor_and_no_device(operator: str) -> None:
+    """A laptop can ask what an H200 would refuse; reasons are constant words (a printed size costs a graph per size)."""
+    for name, backend in TABLES[operator].items():
+        for device in ("cpu", "cuda", "xpu"):
+            reasons = backend.refusals(a_call(operator, device))
+            assert isinstance(reasons, list) and all(isinstance(reason, str) and reason for reason in reasons), name
+            assert not any("577" in reason for reason in reasons)
+    assert TABLES[operator].keys() == {"reference", "streaming", "triton", "cuda"}
+
+
+@pytest.mark.parametrize("operator", TABLES)
+def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: str) -> None:
+    backends, call = TABLES[operator], a_call(operator)
+    able = [name for name, backend in backends.items() if not backend.refusals(call)]
+    assert _dispatch.select(backends, call, "auto") == able[0] == "streaming"
+    for name, backend in backends.items():
+        reasons = backend.refusals(call)
+        if not reasons:
+            assert _dispatch.select(backends, call, name) == name
+            continue
+        with pytest.raises(ValueError, match=f"backend='{name}' cannot run {operator}") as caught:
+            _dispatch.select(backends, call, name)
+        assert all(reason in str(caught.value) for reason in reasons) and "queries=577" in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ("triton", "cuda"))
+def test_a_backend_that_cannot_run_is_refused_at_the_public_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing falls back silently from what the caller named."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for call in (attend(backend=backend), relevancy(backend=backend), step(backend=backend)):
+        with pytest.raises(ValueError, match=f"backend='{backend}' cannot run .*: .+"):
+            call()
+
+
+@pytest.mark.parametrize("backend", ("reference", "streaming", "auto"))
+def test_each_backend_gives_the_formula(backend: str) -> None:
+    q, k, v, c = torch.randn(2, 4, 3, 6), torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 5), torch.rand(2, 1, 3)
+    options: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "scale": 0.3, "key_mask": torch.rand(2, 3) > 0.2}
+    for score in ("dot", S.General(torch.randn(6, 6), activation="tanh")):
+        got = va.score_attention(q, k, v, score=score, return_lse=True, backend=backend, **options)
+        torch.testing.assert_close(got, va.reference.score_attention(q, k, v, score=score, return_lse=True, **options))
+    torch.testing.assert_close(
+        va.relevancy_attention(q, k, v, c, backend=backend, **options)[0],
+        va.reference.relevancy_attention(q, k, v, c, **options)[0],
+    )
+    grad = torch.randn(2, 4, 3, 5)
+    torch.testing.assert_close(
+        va.relevancy_step(c, q, k, v, grad, backend=backend, **options), va.reference.relevancy_step(c, q, k, v, grad, **options)
+    )

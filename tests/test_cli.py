@@ -1,0 +1,202 @@
+"""The vlattn command, on small random Hugging Face models saved to a temporary folder."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+typer_testing = pytest.importorskip("typer.testing")
+transformers = pytest.importorskip("transformers")
+
+from vlattn_fast import cli, verify  # noqa: E402
+from vlattn_fast.ops import _dispatch  # noqa: E402
+
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24,
+          "patch_size": 6}  # fmt: skip
+WORDS = ["<start>", "<end>", "<pad>", "a", "red", "blue", "square", "circle"]
+
+
+def vlattn(*arguments):
+    # wide, so that no message is broken into lines
+    return typer_testing.CliRunner().invoke(cli.app, [str(x) for x in arguments], env={"COLUMNS": "400", "TERM": "dumb"})
+
+
+def said(result) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", "", result.output))
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<start>", eos_token="<end>", pad_token="<pad>", model_max_length=8
+    )
+
+
+def image_processor():
+    return transformers.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "vocab_size": len(WORDS), "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}  # fmt: skip
+    transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
+    transformers.CLIPProcessor(image_processor(), tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vit")
+    transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=5)).save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.effect_noise((40, 30), 80).convert("RGB").save(path)
+    return path
+
+
+def test_explain_several_texts_as_html(clip, picture, tmp_path):
+    out = tmp_path / "out.html"
+    texts = ("--text", "a red square", "--text", "a blue circle")
+    result = vlattn("explain", "--model", clip, "--image", picture, *texts, "--out", out)
+    assert result.exit_code == 0, result.output
+    page = out.read_text()
+    assert page.count("data:image/png;base64") == 2 and "square" in page and "circle" in page
+    assert "score 0:" in result.output and "score 1:" in result.output
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted", "rollout", "attention", "gradcam"])
+def test_explain_a_classifier_as_png(vit, picture, tmp_path, method):
+    out = tmp_path / "out.png"
+    result = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--method", method, "--target", 3)
+    assert result.exit_code == 0, result.output
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_target_is_the_one_asked_for(vit, picture, tmp_path):
+    """Another class, another score: the option reaches the model."""
+    scores = set()
+    for target in (0, 1):
+        result = vlattn("explain", "--model", vit, "--image", picture, "--out", tmp_path / "x.png", "--target", target)
+        assert f"(target {target})" in result.output
+        scores.add(re.search(r"score 0: (\S+)", result.output).group(1))
+    assert len(scores) == 2
+
+
+def test_the_picture_shown_is_the_one_the_model_saw(vit, picture):
+    from PIL import Image
+
+    processor = transformers.AutoProcessor.from_pretrained(vit)
+    seen = Image.open(picture)
+    shown = cli._shown(processor, processor(images=seen, return_tensors="pt"), seen)
+    assert shown.shape == (3, 24, 24)
+    middle = np.asarray(seen.resize((32, 24), Image.Resampling.BICUBIC).crop((4, 0, 28, 24))) / 255
+    torch.testing.assert_close(shown.permute(1, 2, 0), torch.from_numpy(middle).float(), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--out", "x.pdf"], "must end in .html or .png"),
+    (["--out", "nowhere/x.png"], "there is no directory"),
+    (["--out", "x.png"], "--image or --text must be given"),
+    (["--out", "x.png", "--text", "a"], "--image: ViTForImageClassification takes one"),
+    (["--out", "x.png", "--image", "PICTURE", "--text", "a"], "--text: ViTForImageClassification takes none"),
+    (["--out", "x.png", "--image", "PICTURE", "--target", "7"], "indices from 0 to 4"),
+    (["--out", "x.png", "--image", "PICTURE", "--method", "magic"], "magic"),
+    (["--out", "x.png", "--image", __file__], "is no picture"),
+    (["--out", "x.png", "--image", "missing.png"], "missing.png"),
+])  # fmt: skip
+def test_explain_refuses(vit, picture, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    result = vlattn("explain", "--model", vit, *(picture if option == "PICTURE" else option for option in options))
+    assert result.exit_code == 2
+    assert words in said(result)
+
+
+def test_a_folder_without_a_model(picture, tmp_path):
+    result = vlattn("explain", "--model", tmp_path, "--image", picture, "--out", tmp_path / "x.png")
+    assert result.exit_code == 2
+    assert f"--model {tmp_path}" in said(result)
+
+
+def test_info_names_every_operator_and_backend():
+    result = vlattn("info")
+    assert result.exit_code == 0, result.output
+    for name in (*verify.OPERATORS, "torch", "reference", "streaming", "triton", "cuda"):
+        assert name in result.output
+
+
+def test_info_prints_the_reasons_of_the_table(monkeypatch):
+    def refusals(call):
+        wide = call.dtype == torch.float64
+        return (["no float64"] if wide else []) + (["a CUDA device is needed"] if call.device_type != "cuda" else [])
+
+    table = {**verify.backends_of("congruence"), "triton": _dispatch.Backend(refusals, "")}
+    monkeypatch.setattr("vlattn_fast.ops.congruence.BACKENDS", table)
+    result = vlattn("info")
+    assert "not float64: no float64" in result.output
+    assert "not cpu: a CUDA device is needed" in result.output
+
+
+def test_verify_passes_and_counts():
+    result = vlattn("verify", "--backend", "streaming", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    for operator in verify.OPERATORS:
+        assert re.search(rf"^{operator} +streaming +float32 +[1-9]", result.output, re.M), result.output
+
+
+def test_verify_fails_on_a_wrong_backend(monkeypatch):
+    from vlattn_fast.streaming import attention_map
+
+    right = attention_map.forward
+    monkeypatch.setattr(attention_map, "forward", lambda *inputs: right(*inputs) * 1.001)
+    result = vlattn("verify", "--backend", "streaming", "--dtype", "float32")
+    assert result.exit_code == 1
+    assert re.search(r"^attention_map .* FAILED$", result.output, re.M)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--dtype", "float8"], "--dtype must be one of"),
+    (["--backend", "auto"], "--backend must be one of"),
+    (["--device", "nowhere"], "--device nowhere"),
+])  # fmt: skip
+def test_verify_refuses(options, words):
+    result = vlattn("verify", *options)
+    assert result.exit_code == 2
+    assert words in said(result)
+
+
+def test_demo_writes_its_pictures(tmp_path):
+    result = vlattn("demo", "--out", tmp_path / "demo", "--no-costs")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "demo" / "digitscenes.png").read_bytes().startswith(b"\x89PNG")
+    assert "base64" in (tmp_path / "demo" / "digitscenes.html").read_text()
+    assert re.search(r"^gradient +\d", result.output, re.M)
+
+
+def test_the_costs_are_of_the_same_map():
+    """On a small tower: every variant runs in its process, and all maps agree with the published procedure's."""
+    from vlattn_fast import _cost
+
+    small = {**_cost.VIT_L_14_336, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "image_size": 56}  # fmt: skip
+    costs = _cost.compare(small, rounds=1)
+    assert list(costs) == list(_cost.VARIANTS)
+    assert costs["plain forward+backward"].difference is None
+    for name in ("vlattn_fast", "maps stored, one backward", "published, one per layer"):
+        assert costs[name].difference < 1e-4
+        assert costs[name].seconds > 0 and costs[name].memory >= 0

@@ -1,0 +1,95 @@
+"""`make demo`: every operator checked, a picture of the embedded benchmark explained, and the costs of one map compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+METHODS = ("gradient", "weighted", "rollout", "attention", "gradcam")
+SEED = 1  # of the scenes
+SCENES = 200
+
+
+def run(out: Path, *, costs: bool = True) -> bool:
+    """Prints the tables and writes the pictures into `out`; whether every check passed."""
+    out.mkdir(parents=True, exist_ok=True)
+    passed = check()
+    picture(out)
+    pointing()
+    if costs:
+        compare()
+    return passed
+
+
+def check() -> bool:
+    from .verify import verify
+
+    print("Checks: outputs and gradients of the streaming backend against the formula in float64.")
+    print("Error as a multiple of what is allowed: twice that of the formula in the same dtype, plus one ulp.\n")
+    print(f"{'operator':25}{'dtype':10}{'checks':>6}{'worst':>7}")
+    results = list(verify(("streaming",)))
+    for result in results:
+        dtype = str(result.dtype).removeprefix("torch.")
+        verdict = "passed" if result.passed else f"FAILED at {result.worst}"
+        print(f"{result.operator:25}{dtype:10}{result.checks:6}{result.ratio:7.2f}  {verdict}")
+    good = sum(result.passed for result in results)
+    print(f"\n{good} of {len(results)} passed\n", flush=True)
+    return good == len(results)
+
+
+def log_odds(outputs: Any) -> Tensor:
+    """(B): that the caption is true of the picture."""
+    logits: Tensor = outputs.logits
+    return logits[:, 1] - logits[:, 0]
+
+
+def picture(out: Path) -> None:
+    """The first scene and its caption, as PNG and as a page."""
+    from . import lab
+    from .explain import explain
+
+    model, processor = lab.load_uniter()
+    scene = lab.digit_scenes(1, seed=SEED)
+    explanation = explain(model, scene.inputs(), target=log_odds, method="gradient").with_tokens(processor)
+    caption, pixels = scene.captions[0], scene.render()
+    figure = explanation.plot(pixels)
+    figure.suptitle(caption)
+    figure.savefig(out / "digitscenes.png", dpi=80, metadata={"Software": None})
+    explanation.save_html(out / "digitscenes.html", pixels, title=caption)
+    print(f'Relevancy of a picture to its caption "{caption}": {out / "digitscenes.png"}, {out / "digitscenes.html"}\n')
+
+
+def pointing() -> None:
+    from . import lab
+    from .explain import explain
+
+    model, _ = lab.load_uniter()
+    scenes = lab.digit_scenes(SCENES, seed=SEED)
+    print(f"Pointing game over {SCENES} scenes of digits not trained on, each with two named digits among four:\n")
+    print(f"{'method':12}{'top region is named':>22}{'top two are the named':>24}")
+    for method in METHODS:
+        regions = explain(model, scenes.inputs(), target=log_odds, method=method).regions
+        assert regions is not None  # UNITER has them
+        hit = scenes.named.gather(1, regions.topk(2).indices).double()
+        print(f"{method:12}{hit[:, 0].mean():22.1%}{hit.prod(1).mean():24.1%}")
+    print(f"{'chance':12}{1 / 2:22.1%}{1 / 6:24.1%}\n", flush=True)
+
+
+def compare() -> None:
+    from . import _cost
+
+    print("Cost of one relevancy map on a vision tower of CLIP ViT-L/14@336's size (24 layers, width 1024, 16 heads, N = 577),")
+    print("random weights, float32, one picture; in turns, each variant in a process of its own; takes minutes\n", flush=True)
+    costs = _cost.compare()
+    bare = costs["plain forward+backward"]
+    print(f"{'variant':28}{'seconds':>8}{'of plain':>10}{'peak MiB':>10}{'of plain':>10}{'runs':>6}  map differs by")
+    for name, cost in costs.items():
+        difference = "" if cost.difference is None else f"{cost.difference:.1e}"
+        print(
+            f"{name:28}{cost.seconds:8.2f}{cost.seconds / bare.seconds:10.2f}{cost.memory:10.0f}{cost.memory / bare.memory:10.2f}"
+            f"{cost.runs:6}  {difference}"
+        )
+    faster = costs["published, one per layer"].seconds / costs["vlattn_fast"].seconds
+    print(f"\nvlattn_fast is {faster:.1f} times faster than the published procedure", flush=True)
