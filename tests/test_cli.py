@@ -46,7 +46,8 @@ def clip(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "vocab_size": len(WORDS), "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}  # fmt: skip
+            "vocab_size": len(WORDS),
+            "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}  # fmt: skip
     transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
     transformers.CLIPProcessor(image_processor(), tokenizer()).save_pretrained(folder)
     return folder

@@ -123,6 +123,8 @@ class _Worker:
             [sys.executable, "-m", "vlattn_fast._cost", variant, json.dumps(sizes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+
+    def ready(self) -> None:
         self._answer()
 
     def run(self) -> dict[str, Any]:
@@ -132,6 +134,7 @@ class _Worker:
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
+        """The next line the process prints: the first says that it is ready, the others answer a run."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -151,6 +154,8 @@ def compare(sizes: dict[str, int] | None = None, *, rounds: int = 2) -> dict[str
     try:
         for name in VARIANTS:
             workers[name] = _Worker(name, sizes)
+        for worker in workers.values():
+            worker.ready()
         for number in range(rounds):
             for name, worker in workers.items():
                 if VARIANTS[name] is not published or number == 0:

@@ -1,7 +1,8 @@
 """Trains the small UNITER of DigitScenes: python -m vlattn_fast.lab.train [--steps N] [--seed S] [--threads T] [--output DIR].
 
-Three losses: image-text matching, masked words, and the centre of the digit each digit word names, read off the word's
-final state. Without the last one, relations take about twice as many steps to be learnt.
+Four losses: image-text matching, masked words, the class of each region (UNITER's masked region classification, nothing
+masked), and the centre of the digit each digit word names, read off the word's final state. Without the last one, relations
+take about twice as many steps to be learnt.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ FIRST, RELATION, SECOND = (1,), (2, 3), (5,)  # where a caption has its words
 
 
 class TrainingHeads(nn.Module):
-    """What training needs beside the model: a masked-word classifier and a regression of box centres."""
+    """What training needs beside the model: classifiers of masked words and of regions, a regression of box centres."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.word = nn.Linear(hidden_size, len(VOCABULARY))
+        self.region = nn.Linear(hidden_size, 10)
         self.centre = nn.Linear(hidden_size, 2)
 
 
@@ -51,14 +53,14 @@ def mask_words(input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def losses(model: UNITER, heads: TrainingHeads, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
-    """The three losses on scenes of which the first MASKED have true captions and get a word masked."""
+    """The four losses on scenes of which the first MASKED have true captions and get a word masked."""
     inputs = scenes.inputs()
     masked_ids, where = mask_words(scenes.input_ids[:MASKED], generator)
     inputs["input_ids"] = torch.cat([masked_ids, scenes.input_ids[MASKED:]])
     features = inputs["region_features"]
     inputs["region_features"] = features + NOISE * torch.randn(features.shape, generator=generator)
     output = model(**inputs)
-    words = output.last_hidden_state[:, : scenes.input_ids.shape[1]]
+    words, regions = output.last_hidden_state.split([scenes.input_ids.shape[1], scenes.digits.shape[1]], dim=1)
 
     names = scenes.input_ids[:, [*FIRST, *SECOND], None] - ZERO_ID == scenes.digits[:, None, :]
     centres = (scenes.boxes[..., :2] + scenes.boxes[..., 2:]) / (2 * CANVAS)
@@ -67,6 +69,7 @@ def losses(model: UNITER, heads: TrainingHeads, scenes: Scenes, generator: torch
     return {
         "matching": F.cross_entropy(output.logits[MASKED:], scenes.label[MASKED:]),
         "word": F.cross_entropy(heads.word(words[:MASKED][where]), scenes.input_ids[:MASKED][where]),
+        "region": F.cross_entropy(heads.region(regions).flatten(0, 1), scenes.digits.flatten()),
         "box": F.smooth_l1_loss(predicted[present], (names.float() @ centres)[present], beta=0.1),
     }
 
@@ -85,7 +88,7 @@ def train(steps: int = 3000, *, seed: int = 0, log_every: int = 100) -> UNITER:
     for step in range(1, steps + 1):
         parts = losses(model, heads, sample_scenes(KINDS, "train", None, generator), generator)
         optimizer.zero_grad(set_to_none=True)
-        (parts["matching"] + parts["word"] + 10 * parts["box"]).backward()
+        (parts["matching"] + parts["word"] + parts["region"] + 10 * parts["box"]).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

@@ -62,9 +62,10 @@ def _choose(radius: float, weight: float, tolerance: float, eps: float) -> tuple
         if reached <= tolerance:
             return frequencies, coefficients
         attainable = min(attainable, reached)
+    # 6 % more, so that the two digits shown are never rounded below what is reached
     raise ValueError(
         f"tolerance={tolerance:g} is out of reach for |Wq q + Wk k + b| up to {radius:.3g} and ||u||_1 = {weight:.3g}: "
-        f"{attainable:.2g} is attainable with up to {TERMS[-1]} sine terms; raise the tolerance or use method='exact'"
+        f"{1.06 * attainable:.2g} is attainable with up to {TERMS[-1]} sine terms; raise the tolerance or use method='exact'"
     )
 
 
