@@ -146,7 +146,7 @@ class _Worker:
         self.process.communicate()
 
 
-def compare(sizes: dict[str, int] | None = None, *, rounds: int = 2) -> dict[str, Cost]:
+def compare(sizes: dict[str, int] | None = None, *, rounds: int = 3) -> dict[str, Cost]:
     """The cost of each of VARIANTS; all run `rounds` times in turns, the published procedure once, in the middle."""
     sizes = VIT_L_14_336 if sizes is None else sizes
     workers: dict[str, _Worker] = {}
