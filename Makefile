@@ -12,7 +12,6 @@ INSTALLED := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint venv clean
-.DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -27,15 +26,22 @@ lint: $(INSTALLED)
 venv: $(INSTALLED)
 
 # torch comes first and by itself: asked for with a range, pip would take the newest and its CUDA libraries along.
-# triton comes without dependencies, and only where it is published. The stamp is written last.
+# triton comes without dependencies, and only where it is published. The stamp is written last; two makes take turns.
+define INSTALL
+set -e
+if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ]; then exit 0; fi
+echo "installing into $(VENV), which takes minutes the first time"
+test -x $(PY) || $(PYTHON) -m venv $(VENV)
+$(PY) -c "import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))" 2>/dev/null || $(PIP) "$(TORCH)"
+test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps "$(TRITON)"
+$(PIP) --editable ".[all,test]"
+touch $(INSTALLED)
+endef
+export INSTALL
+
 $(INSTALLED): pyproject.toml setup.py
-	@echo "installing into $(VENV), which takes minutes the first time"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -c "import torch as t; raise SystemExit(tuple(map(int, t.__version__.split('.')[:2])) < (2, 11))" 2>/dev/null \
-		|| $(PIP) "$(TORCH)"
-	@test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps "$(TRITON)"
-	@$(PIP) --editable ".[all,test]"
-	@touch $@
+	@mkdir -p $(VENV)
+	@if command -v flock >/dev/null; then flock $(VENV)/.lock sh -c "$$INSTALL"; else sh -c "$$INSTALL"; fi
 
 clean:
 	rm -rf build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

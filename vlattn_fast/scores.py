@@ -15,7 +15,7 @@ Shapes: query (B,H,N,Dq), key (B,Hkv,M,Dk). A parameter with a leading (H, ...) 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,9 @@ class Core(NamedTuple):
 
 
 class Score(Protocol):
-    """What score_attention asks of a score function."""
+    """What score_attention asks of a score function; `hidden_key` is what it sets the keys of padding to."""
+
+    hidden_key: ClassVar[float]
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Raises ValueError or TypeError where parameters, query and key do not fit."""
@@ -54,6 +56,8 @@ class Score(Protocol):
 
 
 class _Unscaled:
+    hidden_key: ClassVar[float] = 0.0
+
     def default_scale(self, head_size: int) -> float:
         return 1.0
 
@@ -82,6 +86,7 @@ class Cosine(_Unscaled):
     """s = q . k / max(|q| |k|, eps). The clamp is on the product of the norms, as in SCAN and AttnGAN."""
 
     eps: float = 1e-8
+    hidden_key: ClassVar[float] = 1.0  # a zero vector would look like one that the clamp acts on
 
     def check(self, query: Tensor, key: Tensor) -> None:
         check_number("eps", self.eps, low=0.0)

@@ -37,7 +37,7 @@ def check_floating(**tensors: Tensor) -> None:
         if x.dtype != first.dtype and not (mixed and x.dtype in FLOAT_DTYPES):
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {describe(x)}")
         check_device(name, x, first_name, first)
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:  # private: may go away
             _check_no_tangent(name, x)
 
 
@@ -163,9 +163,9 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
-def hide(key_mask: Tensor | None, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """(B,Hkv,M,*) tensors with rows of padding set to zero: what stands there (NaN, Inf) reaches no output, no gradient."""
+def hide(key_mask: Tensor | None, *tensors: Tensor | None, fill: float = 0.0) -> tuple[Any, ...]:
+    """(B,Hkv,M,*) tensors with rows of padding set to `fill`: what stands there (NaN, Inf) reaches no output, no gradient."""
     if key_mask is None:
         return tensors
     visible = key_mask[:, None, :, None]
-    return tuple(None if x is None else torch.where(visible, x, 0.0) for x in tensors)
+    return tuple(None if x is None else torch.where(visible, x, fill) for x in tensors)

@@ -89,13 +89,13 @@ def attention_map(
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
-        return load(BACKENDS, chosen).attention_map(  # type: ignore[no-any-return]
+        return load(BACKENDS, chosen).attention_map(
             query, key, value, grad_output, rule=rule, head_reduction=head_reduction, row_normalize=row_normalize,
             attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
     key, value = hide(key_mask, key, value)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
-    return _forward_op(  # type: ignore[no-any-return]
+    return _forward_op(
         query, key, value, grad_output, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, chosen
     )
 
@@ -137,7 +137,7 @@ def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, head_r
 
 def _forward(*args: Any) -> Tensor:
     *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)  # type: ignore[no-any-return]
+    return load(BACKENDS, backend).forward(*inputs)
 
 
 def _forward_fake(query: Tensor, key: Tensor, *_: Any) -> Tensor:

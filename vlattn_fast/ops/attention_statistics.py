@@ -97,7 +97,7 @@ def attention_statistics(
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
-        return load(BACKENDS, chosen).attention_statistics(  # type: ignore[no-any-return]
+        return load(BACKENDS, chosen).attention_statistics(
             query, key, key_groups=key_groups, num_groups=num_groups, row_weight=row_weight, attn_mask=attn_mask,
             key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
@@ -171,7 +171,7 @@ def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)  # type: ignore[no-any-return]
+    return load(BACKENDS, backend).forward(*inputs)
 
 
 def _forward_fake(query: Tensor, key: Tensor, key_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any,

@@ -82,7 +82,7 @@ def score_attention(
             is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
         )  # fmt: skip
     (out_dtype,) = (x.dtype for x in autocast(query))
-    key, value = hide(key_mask, key, value)
+    (key,), (value,) = hide(key_mask, key, fill=score.hidden_key), hide(key_mask, value)
     core = score.core(query, key)
     query, key, value, vector = core.query, core.key, value.to(out_dtype), core.vector
     if core.keeps_dtype:

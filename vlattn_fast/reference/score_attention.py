@@ -47,7 +47,9 @@ def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
         case scores.ScaledDot() | scores.Dot():
             return q @ k.mT
         case scores.Cosine(eps=eps):
-            return (q @ k.mT) / (q.norm(dim=-1)[..., :, None] * k.norm(dim=-1)[..., None, :]).clamp(min=eps)
+            norms = q.norm(dim=-1)[..., :, None] * k.norm(dim=-1)[..., None, :]
+            wide = torch.promote_types(q.dtype, torch.float32)  # float16 would round eps to 0
+            return ((q @ k.mT).to(wide) / norms.to(wide).clamp(min=eps)).to(q.dtype)
         case scores.General(projects="key"):
             return _activate(score, q @ _affine(score, k).mT)
         case scores.General(projects="query"):
