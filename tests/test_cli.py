@@ -63,6 +63,40 @@ def vit(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llava")
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": len(words), "max_position_embeddings": 64, "bos_token_id": 0,
+            "eos_token_id": 1, "pad_token_id": 2, "model_type": "llama"}  # fmt: skip
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config={**VISION, "model_type": "clip_vision_model"}, image_token_id=len(words) - 1,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    transformers.LlavaProcessor(
+        image_processor(), words, patch_size=6, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bert")
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(WORDS), pad_token_id=2,
+        num_labels=3,
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     from PIL import Image
 
@@ -79,6 +113,22 @@ def test_explain_several_texts_as_html(clip, picture, tmp_path):
     page = out.read_text()
     assert page.count("data:image/png;base64") == 2 and "square" in page and "circle" in page
     assert "score 0:" in result.output and "score 1:" in result.output
+
+
+def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
+    out = tmp_path / "out.html"
+    result = vlattn("explain", "--model", llava, "--image", picture, "--text", "a red square", "--out", out, "--target", 5)
+    assert result.exit_code == 0, result.output
+    assert "(target 5)" in result.output and "square" in out.read_text() and "data:image/png" in out.read_text()
+    refused = vlattn("explain", "--model", llava, "--image", picture, "--text", "a", "--text", "red", "--out", out)
+    assert refused.exit_code == 2 and "takes one; got 2" in said(refused)
+
+
+def test_explain_texts_alone(bert, tmp_path):
+    out = tmp_path / "out.png"
+    result = vlattn("explain", "--model", bert, "--text", "a red square", "--text", "a circle", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert out.exists() and "score 1:" in result.output
 
 
 @pytest.mark.parametrize("method", ["gradient", "weighted", "rollout", "attention", "gradcam"])

@@ -15,7 +15,7 @@ def text(name: str) -> str:
 
 
 def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text(name), re.M | re.S)
+    return [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", text(name), re.M | re.S) if kind == language]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -7,6 +7,7 @@ memory is its own; the parent starts the runs in turns, so that a busy moment of
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -122,6 +123,7 @@ class _Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vlattn_fast._cost", variant, json.dumps(sizes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={"OMP_WAIT_POLICY": "passive", **os.environ},  # threads that wait must not take a core from who is measured
         )  # fmt: skip
 
     def ready(self) -> None:
