@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import scores
+from ..streaming import _tiles
 from ._checks import (
     additive,
     autocast,
@@ -134,9 +135,12 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, k
     """A dot-product core in torch's SDPA with its own backward pass: the fastest there is for it."""
     mask = attn_mask if key_mask is None else key_mask[:, None, None, :]
     if mask is not None:
-        mask = additive(mask, query.dtype)[(None,) * (4 - mask.dim())]  # the fused kernel takes four dimensions, not three
-    size = value.shape[3]
+        mask = mask[(None,) * (4 - mask.dim())]  # the fused kernel takes four dimensions, not three
+    size, dtype = value.shape[3], query.dtype
     if query.device.type == "cpu":
+        if dtype == torch.float32 and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _tiles.TILE_ELEMENTS:
+            # cheap at this size, and the fused kernel's float32 gradients had up to 3.3 times the formula's error
+            query, key, value = query.double(), key.double(), value.double()
         # the fused CPU kernel wants equal head counts, one head size and a last stride of 1, and falls back to whole maps
         widest = max(query.shape[3], size)
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) if x.shape[1] != query.shape[1] else x
@@ -147,9 +151,10 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, k
         value = value.repeat_interleave(key.shape[1] // value.shape[1], dim=1)
     with torch.autocast(query.device.type, enabled=False):  # the casts are done, and a series' features stay float32
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
-        )
-    return out[..., :size]
+            query, key, value, attn_mask=None if mask is None else additive(mask, query.dtype), is_causal=is_causal, scale=scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )  # fmt: skip
+    return out[..., :size].to(dtype)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
