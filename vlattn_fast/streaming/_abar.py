@@ -37,7 +37,7 @@ def abar_tile(
             assert value is not None and grad_output is not None
             tile = tile.mul_(grad_output[b, h, i].to(dtype) @ value[b, h].to(dtype).mT).clamp_min_(0.0)
         if head_reduction == "mean":
-            tile = tile.sum(1)
+            tile = tile[:, 0] if tile.shape[1] == 1 else tile.sum(1)
             abar = tile if abar is None else abar.add_(tile)
         else:
             reduce, combine = (torch.amax, torch.maximum) if head_reduction == "max" else (torch.amin, torch.minimum)

@@ -88,7 +88,10 @@ def probabilities(logits: Tensor, lse: Tensor | None = None) -> Tensor:
         return torch.exp(logits - torch.where(torch.isneginf(lse), torch.inf, lse)[..., None])
     if logits.shape[-1] == 0:
         return logits
-    return torch.softmax(logits, dim=-1).masked_fill_(torch.isneginf(logits.amax(-1, keepdim=True)), 0.0)
+    prob, empty = torch.softmax(logits, dim=-1), torch.isneginf(logits.amax(-1, keepdim=True))
+    if empty.device.type == "cpu" and not empty.any():  # filling costs more than the softmax, looking costs nothing here
+        return prob
+    return prob.masked_fill_(empty, 0.0)
 
 
 def softmax_backward(prob: Tensor, grad_prob: Tensor) -> Tensor:
