@@ -1,0 +1,196 @@
+"""The score functions, masks and layouts that the tests of score_attention run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlattn_fast import scores as S
+
+F64 = torch.float64
+TORCH_JIT = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own use of it
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+Params = dict[str, Tensor]
+Build = Callable[..., tuple[Params, Callable[[Params], Any]]]
+
+
+def leaf(*shape: int) -> Tensor:
+    return 0.5 * torch.randn(*shape, dtype=F64)
+
+
+def general(H: int, Dq: int, Dk: int, *, per_head: bool = False, bias: bool = True, projects: str = "key",
+            **options: Any) -> tuple[Params, Callable[[Params], Any]]:  # fmt: skip
+    rows, columns = (Dq, Dk) if projects == "key" else (Dk, Dq)
+    head = (H,) if per_head else ()
+    params = {"weight": leaf(*head, rows, columns)}
+    if bias:
+        params["bias"] = leaf(*head, rows)
+    return params, lambda p: S.General(p["weight"], p.get("bias"), projects=projects, **options)
+
+
+def additive(H: int, Dq: int, Dk: int, *, per_head: bool = False, weights: str = "qk", bias: bool = True,
+             **options: Any) -> tuple[Params, Callable[[Params], Any]]:  # fmt: skip
+    head = (H,) if per_head else ()
+    A = 5 if weights == "qk" else Dq if weights == "k" else Dk
+    params = {"vector": leaf(*head, A)}
+    if "q" in weights:
+        params["query_weight"] = leaf(*head, A, Dq)
+    if "k" in weights:
+        params["key_weight"] = leaf(*head, A, Dk)
+    if bias:
+        params["bias"] = leaf(*head, A)
+    return params, lambda p: S.Additive(p["vector"], p.get("query_weight"), p.get("key_weight"), p.get("bias"), **options)
+
+
+def concat(H: int, Dq: int, Dk: int) -> tuple[Params, Callable[[Params], Any]]:
+    params = {"vector": leaf(5), "weight": leaf(H, 5, Dq + Dk), "bias": leaf(5)}
+    return params, lambda p: S.Additive.concat(p["vector"], p["weight"], p["bias"], query_size=Dq)
+
+
+def hadamard(H: int, Dq: int, Dk: int, *, per_head: bool = False, weight: bool = True, bias: bool = True,
+             projects: str = "key", offset: Any = 0.7, **options: Any) -> tuple[Params, Callable[[Params], Any]]:  # fmt: skip
+    size, source = (Dq, Dk) if projects == "key" else (Dk, Dq)
+    head = (H,) if per_head else ()
+    params = {"vector": leaf(*head, size)}
+    if weight:
+        params["weight"] = leaf(*head, size, source)
+    if bias:
+        params["bias"] = leaf(*head, size)
+    if offset == "tensor":
+        params["offset"] = leaf(1)
+    return params, lambda p: S.Hadamard(
+        p["vector"], p.get("weight"), p.get("bias"), projects=projects, offset=p.get("offset", offset), **options
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Build
+    options: dict[str, Any] = field(default_factory=dict)
+    same_size: bool = False  # Dq == Dk is required
+
+
+SCORES: dict[str, Case] = {
+    "dot": Case(lambda *_: ({}, lambda p: "dot"), same_size=True),
+    "scaled_dot": Case(lambda *_: ({}, lambda p: S.ScaledDot()), same_size=True),
+    "cosine": Case(lambda *_: ({}, lambda p: "cosine"), same_size=True),
+    # the clamp acts on most pairs, on some only
+    "cosine-eps=5": Case(lambda *_: ({}, lambda p: S.Cosine(eps=5.0)), same_size=True),
+    "general-key": Case(general, {"bias": False}),
+    "general-query": Case(general, {"bias": False, "projects": "query"}),
+    # q . b cancels in the softmax, stays in the lse
+    "general-key-bias": Case(general),
+    "general-key-bias-per_head": Case(general, {"per_head": True}),
+    "general-query-bias": Case(general, {"projects": "query"}),
+    "general-query-bias-per_head": Case(general, {"per_head": True, "projects": "query"}),
+    **{
+        f"general-{activation}-{projects}": Case(general, {"activation": activation, "projects": projects})
+        for activation in ("relu", "leaky_relu", "tanh", "sigmoid") for projects in ("key", "query")
+    },
+    "general-tanh-per_head": Case(general, {"activation": "tanh", "per_head": True}),
+    # a slope other than the default, negative too
+    "general-leaky=0.3": Case(general, {"activation": "leaky_relu", "negative_slope": 0.3}),
+    "general-leaky=-0.5": Case(general, {"activation": "leaky_relu", "negative_slope": -0.5}),
+    "additive": Case(additive),
+    "additive-per_head": Case(additive, {"per_head": True}),
+    # query or key already has size A
+    "additive-weights=none": Case(additive, {"weights": "", "bias": False}, same_size=True),
+    "additive-weights=q": Case(additive, {"weights": "q"}),
+    "additive-weights=k": Case(additive, {"weights": "k"}),
+    "additive-bias_per_head-weights=none": Case(additive, {"weights": "", "per_head": True}, same_size=True),
+    "concat-unequal": Case(concat),
+    **{
+        f"hadamard-{activation}-{projects}": Case(hadamard, {"activation": activation, "projects": projects})
+        for activation in (None, "relu", "leaky_relu", "tanh", "sigmoid") for projects in ("key", "query")
+    },
+    **{
+        f"hadamard-{activation}-per_head": Case(hadamard, {"activation": activation, "per_head": True})
+        for activation in (None, "leaky_relu", "tanh")
+    },
+    "hadamard-weight=none": Case(hadamard, {"weight": False, "bias": False, "activation": "relu"}, same_size=True),
+    "hadamard-offset=tensor": Case(hadamard, {"offset": "tensor", "activation": "sigmoid"}),
+    "hadamard-none-offset=tensor": Case(hadamard, {"offset": "tensor"}),
+    "hadamard-leaky=0.5": Case(hadamard, {"activation": "leaky_relu", "negative_slope": 0.5}),
+}  # fmt: skip
+
+B, H, HKV, N, M, D, DV = 2, 4, 2, 5, 7, 6, 3
+
+
+def attention_inputs(case: Case, *, kv_heads: int = H, n: int = N, m: int = M, dv: int = DV) -> tuple[Params, Callable[..., Any]]:
+    """query, key, value and the score's parameters in float64; and the score as a function of them."""
+    dk = D if case.same_size else 4
+    params, make = case.build(H, D, dk, **case.options)
+    inputs = {
+        "query": torch.randn(B, H, n, D, dtype=F64), "key": torch.randn(B, kv_heads, m, dk, dtype=F64),
+        "value": torch.randn(B, kv_heads, m, dv, dtype=F64),
+    }  # fmt: skip
+    return {**inputs, **params}, make
+
+
+def call(operator: Callable[..., Any], make: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The operator as a function of named tensors alone."""
+    return lambda query, key, value, **params: operator(query, key, value, score=make(params), **options)
+
+
+def times(score: Any, *, fused: bool = False) -> float:
+    """How often the formula's error is allowed: twice; three times for rank-two features, whose gradients are rounded one by
+    one before they are joined (measured at up to 2.7 times); four times for float32 gradients of torch's own fused CPU
+    kernel, which takes calls of more than one tile (measured at up to 3.3 times)."""
+    rank_two = isinstance(score, S.Hadamard) and score.activation in ("relu", "leaky_relu")
+    return (3.0 if rank_two else 2.0) * (2.0 if fused else 1.0)
+
+
+def bool_mask(*shape: int) -> Tensor:
+    """About two thirds visible, the first query row of the first batch and head not at all."""
+    mask = torch.rand(*shape) > 0.35
+    mask.view(-1, shape[-1])[0] = False
+    return mask
+
+
+def float_mask(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64).masked_fill(~bool_mask(*shape), -torch.inf)
+
+
+def padding(m: int = M) -> Tensor:
+    """(B,M): two tokens of the first sample are padding, all of the second are."""
+    mask = torch.ones(B, m, dtype=torch.bool)
+    mask[0, -2:] = False
+    mask[1] = False
+    return mask
+
+
+MASKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "none": dict,
+    "bool": lambda: {"attn_mask": bool_mask(B, 1, N, M)},
+    "float": lambda: {"attn_mask": float_mask(1, H, N, M)},
+    "key": lambda: {"key_mask": padding()},
+    "causal": lambda: {"is_causal": True},
+    "all": lambda: {"attn_mask": float_mask(N, M), "key_mask": padding(), "is_causal": True},
+}
+
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded", "offset", "reversed")
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """A tensor of x's shape and values in another layout (for "expanded", one batch's values for all)."""
+    match layout:
+        case "transposed":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        case "sliced":
+            return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
+        case "strided":
+            return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+        case "expanded":
+            return x[:1].expand(x.shape)
+        case "offset":
+            room = x.new_full((x.numel() + 1,), torch.nan)
+            return room[1:].view(x.shape).copy_(x)
+        case "reversed":
+            return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    return x

@@ -1,0 +1,221 @@
+"""score_attention: dropout, what autograd may ask, autocast."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from compare import as_dtype, assert_all_close_to, outputs_and_grads
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.ops.score_cases import (
+    F64,
+    SCORES,
+    TORCH_JIT,
+    B,
+    Case,
+    H,
+    M,
+    N,
+    attention_inputs,
+    bool_mask,
+    call,
+    float_mask,
+    padding,
+)
+from vlattn_fast import scores as S
+from vlattn_fast.streaming import _tiles
+
+# ------------------------------------------------------------------------------------------------- dropout
+
+
+def _recover(p: float, n: int = 40, m: int = 50, score: Any = "dot", seed: int = 3) -> Tensor:
+    """A with dropout, by value = I."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, n, 8, dtype=F64), torch.randn(2, 3, m, 8, dtype=F64)
+    torch.manual_seed(seed)
+    return va.score_attention(query, key, torch.eye(m, dtype=F64).expand(2, 3, m, m), score=score, dropout_p=p)
+
+
+def test_dropout_keeps_the_expected_share_and_scales_it() -> None:
+    whole = _recover(0.0)
+    for p in (0.1, 0.9, 0.5):
+        dropped = _recover(p)
+        kept = dropped != 0
+        assert abs(kept.double().mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
+        torch.testing.assert_close(dropped[kept], whole[kept] / (1 - p))
+        for axis in range(4):  # no batch, head, row or column is treated otherwise
+            others = [d for d in range(4) if d != axis]
+            spread = 5 * math.sqrt(p * (1 - p) / (kept.numel() / kept.shape[axis]))
+            assert (kept.double().mean(others) - (1 - p)).abs().max() < spread
+    for lines in (kept.flatten(0, 2), kept.flatten(0, 2).T):  # no two rows and no two columns have to do with each other
+        signs = 2.0 * lines.double() - 1
+        assert ((signs @ signs.T) / signs.shape[1]).fill_diagonal_(0.0).abs().max() < 6 / math.sqrt(signs.shape[1])
+
+
+def test_dropout_is_reproducible_and_tile_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _recover(0.3)
+    assert torch.equal(first, _recover(0.3))
+    assert not torch.equal(first, _recover(0.3, seed=4))
+    for elements in (1, 100, 3000):
+        monkeypatch.setattr(_tiles, "TILE_ELEMENTS", elements)
+        assert torch.equal(first != 0, _recover(0.3) != 0)
+    torch.manual_seed(3)
+    x = torch.randn(1, 1, 8, 4)
+    two = [va.score_attention(x, x, x, dropout_p=0.5) for _ in range(2)]
+    assert not torch.equal(*two)  # drawn anew at each call
+
+
+@pytest.mark.parametrize("score", ("dot", "additive", "general-tanh-key"))
+def test_dropout_gradient_uses_the_forward_mask(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 20)
+    inputs, make = attention_inputs(SCORES[score], dv=M)
+    identity = {**inputs, "value": torch.eye(M, dtype=F64).expand(B, H, M, M)}
+    operator = call(va.score_attention, make, dropout_p=0.4, return_lse=True)
+    torch.manual_seed(5)
+    factor = (operator(**identity)[0] != 0).double() / 0.6
+
+    def explicit(query: Tensor, key: Tensor, value: Tensor, **params: Tensor) -> tuple[Tensor, Tensor]:
+        eye = torch.eye(M, dtype=F64).expand(B, H, M, M)
+        prob, lse = va.reference.score_attention(query, key, eye, score=make(params), return_lse=True)
+        return (prob * factor) @ value, lse
+
+    cotangents = [torch.randn(B, H, N, M, dtype=F64), torch.randn(B, H, N, dtype=F64)]
+    torch.manual_seed(5)
+    assert_all_close_to(operator, explicit, inputs, cotangents)
+
+
+# ------------------------------------------------------------------------------------------------- autograd hygiene
+
+
+@pytest.mark.parametrize(
+    "score",
+    (
+        "dot",
+        "scaled_dot",
+        "cosine",
+        "cosine-eps=5",
+        "general-tanh-key",
+        "general-leaky=0.3",
+        "additive-per_head",
+        "hadamard-sigmoid-per_head",
+        "hadamard-leaky_relu-key",
+    ),
+)
+def test_gradcheck(score: str) -> None:
+    case = (
+        Case(SCORES[score].build, SCORES[score].options, SCORES[score].same_size)
+        if score in SCORES
+        else SCORES["hadamard-tanh-per_head"]
+    )
+    torch.manual_seed(1)
+    inputs, make = attention_inputs(case, n=3, m=4)
+    leaves = {name: x[:1].detach().requires_grad_() if x.dim() == 4 else x.requires_grad_() for name, x in inputs.items()}
+    mask = bool_mask(1, 1, 3, 4)
+
+    def fn(*xs: Tensor) -> Any:
+        out, lse = call(va.score_attention, make, attn_mask=mask, return_lse=True)(**dict(zip(leaves, xs, strict=True)))
+        return out, lse[:, :, 1:]  # the first row is -inf
+
+    assert torch.autograd.gradcheck(fn, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("score", ("dot", "cosine", "general-relu-key", "additive", "hadamard-tanh-key"))
+def test_inputs_are_never_written_and_runs_are_bit_equal(score: str) -> None:
+    inputs, make = attention_inputs(SCORES[score], n=33, m=70)
+    options = {"attn_mask": float_mask(33, 70), "key_mask": padding(70), "return_lse": True}
+    watched = {**inputs, **{k: x for k, x in options.items() if isinstance(x, Tensor)}}
+    before = {name: (x.clone(), x._version) for name, x in watched.items()}
+    first = outputs_and_grads(call(va.score_attention, make, **options), inputs)
+    second = outputs_and_grads(call(va.score_attention, make, **options), inputs)
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+    for name, (copy, version) in before.items():
+        assert watched[name]._version == version and torch.equal(watched[name].nan_to_num(), copy.nan_to_num()), name
+
+
+def test_backward_twice_and_partial_gradients() -> None:
+    inputs, make = attention_inputs(SCORES["additive"])
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    out = call(va.score_attention, make)(**leaves)
+    first = torch.autograd.grad(out.sum(), list(leaves.values()), retain_graph=True)
+    second = torch.autograd.grad(out.sum(), list(leaves.values()))
+    assert all(map(torch.equal, first, second))
+    for name in leaves:  # each alone
+        alone = {k: x.detach().requires_grad_(k == name) for k, x in leaves.items()}
+        (grad,) = torch.autograd.grad(call(va.score_attention, make)(**alone).sum(), alone[name])
+        torch.testing.assert_close(grad, first[list(leaves).index(name)])
+
+
+@pytest.mark.parametrize(
+    "score, words", (("general-tanh-key", "score_attention has no second derivative"), ("dot", "is not implemented"))
+)
+def test_second_derivative_is_refused(score: str, words: str) -> None:
+    inputs, make = attention_inputs(SCORES[score])
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    (grad,) = torch.autograd.grad(call(va.score_attention, make)(**leaves).pow(2).sum(), leaves["query"], create_graph=True)
+    with pytest.raises(RuntimeError, match=words):
+        torch.autograd.grad(grad.sum(), leaves["key"])
+
+
+@TORCH_JIT
+def test_forward_mode_is_refused() -> None:
+    x = torch.randn(1, 1, 3, 4)
+    for score in ("dot", S.General(torch.eye(4), activation="tanh")):
+        with pytest.raises(ValueError, match="query must not carry a forward-mode tangent"):
+            torch.func.jvp(lambda q, score=score: va.score_attention(q, x, x, score=score), (x,), (x,))
+
+
+def test_what_cancels_has_a_gradient_of_zero_not_none() -> None:
+    inputs, make = attention_inputs(SCORES["hadamard-none-offset=tensor"])
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    for grad in torch.autograd.grad(call(va.score_attention, make)(**leaves).sum(), [leaves["bias"], leaves["offset"]]):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("shape", ((), (1,), (1, 1, 1, 1), (1, 1, 1, 1, 1)), ids=str)
+def test_offset_of_any_rank(shape: tuple[int, ...]) -> None:
+    x = torch.randn(2, 1, 3, 4)
+    for activation in (None, "relu", "tanh"):
+        for operator in (va.score_attention, va.reference.score_attention):
+            score = S.Hadamard(torch.ones(4), offset=torch.full(shape, 2.0), activation=activation)
+            plain = operator(x, x, x, score=S.Hadamard(torch.ones(4), activation=activation), return_lse=True)
+            out, lse = operator(x, x, x, score=score, return_lse=True)
+            torch.testing.assert_close(out, plain[0])
+            torch.testing.assert_close(lse, plain[1] + 2.0)
+
+
+# ------------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("score", ("dot", "cosine", "general-tanh-key", "additive", "hadamard-relu-key", "general-key-bias"))
+def test_autocast_does_as_sdpa(score: str, dtype: torch.dtype) -> None:
+    inputs, make = attention_inputs(SCORES[score])
+    inputs = as_dtype(inputs, torch.float32)
+    exact = va.reference.score_attention(
+        *(inputs[x].double() for x in ("query", "key", "value")), score=make(as_dtype(inputs, F64))
+    )
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    for lse in (False, True):
+        with torch.autocast("cpu", dtype):
+            out = call(va.score_attention, make, return_lse=lse)(**leaves)
+            sdpa = torch.nn.functional.scaled_dot_product_attention(*(torch.randn(1, 1, 2, 4) for _ in range(3)))
+        out = out[0] if lse else out
+        assert out.dtype == sdpa.dtype == dtype
+        assert (out.double() - exact).abs().max() < 64 * torch.finfo(dtype).eps * exact.abs().max()
+        for name, grad in zip(leaves, torch.autograd.grad(out.sum(), list(leaves.values())), strict=True):
+            assert grad.dtype == torch.float32 and torch.isfinite(grad).all(), name
+
+
+def test_autocast_leaves_float64_and_takes_mixed_dtypes() -> None:
+    x = torch.randn(1, 2, 3, 4, dtype=F64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for score in ("dot", S.Additive(torch.ones(4, dtype=F64))):
+            assert va.score_attention(x, x, x, score=score).dtype == F64
+            assert va.score_attention(x, x, x, score=score, return_lse=True)[0].dtype == F64
+        out = va.score_attention(x.float(), x.bfloat16(), x.half(), score=S.General(torch.eye(4)))
+        assert out.dtype == torch.bfloat16
