@@ -17,6 +17,8 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the vlattn command needs {missing.name}: pip install 'vlattn_fast[cli]'") from missing
 
+from ._extras import extra
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Method = Literal["gradient", "weighted", "rollout", "attention", "gradcam"]
@@ -164,7 +166,8 @@ def explain(
 
 def _load(name: str) -> tuple[Any, Any]:
     """The model, of the class its configuration names, and its processor, tokenizer or image processor."""
-    import transformers
+    with extra("explain"):
+        import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(name)
@@ -176,7 +179,8 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _open(image: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    with extra("viz"):
+        from PIL import Image, UnidentifiedImageError
 
     try:
         return Image.open(image).convert("RGB")

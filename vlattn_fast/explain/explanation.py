@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlattn_fast._extras import extra
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
@@ -75,7 +77,8 @@ class Explanation:
 
     def save(self, path: str | Path) -> Path:
         """Write values (safetensors) and facts (JSON in its metadata) to `path`; `Explanation.load` reads them back."""
-        from safetensors.torch import save_file
+        with extra("explain"):
+            from safetensors.torch import save_file
 
         tensors = {f"relevancy.{name}": value for name, value in self.relevancy.items()}
         maps = self.image if isinstance(self.image, tuple) else () if self.image is None else (self.image,)
@@ -95,7 +98,8 @@ class Explanation:
     @classmethod
     def load(cls, path: str | Path) -> Explanation:
         """Read what `save` wrote. ValueError where `path` holds something else."""
-        from safetensors import safe_open
+        with extra("explain"):
+            from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
@@ -121,7 +125,8 @@ class Explanation:
         """
         from vlattn_fast.explain.pictures import draw
 
-        return draw(self, image, rows, cmap, alpha)
+        with extra("viz"):
+            return draw(self, image, rows, cmap, alpha)
 
     def save_html(self, path: str | Path, image: Any = None, *, title: str = "Relevancy", cmap: str = "turbo") -> Path:
         """Write one self-contained page: maps as inline PNG, words coloured by relevancy; no script, nothing from a network.
@@ -133,7 +138,9 @@ class Explanation:
         """
         from vlattn_fast.explain.pictures import render_html
 
-        Path(path).write_text(render_html(self, image, title, cmap), encoding="utf-8")
+        with extra("viz"):
+            page = render_html(self, image, title, cmap)
+        Path(path).write_text(page, encoding="utf-8")
         return Path(path)
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vlattn_fast._extras import extra
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS, DigitProcessor
 
 CANVAS = 32  # pixels, both sides
@@ -80,7 +81,8 @@ def digit_scans(split: str) -> tuple[Tensor, Tensor, Tensor]:
     every fifth scan of each digit is a test scan."""
     if split not in ("train", "test"):
         raise ValueError(f"split: got {split!r}, want 'train' or 'test'")
-    from sklearn.datasets import load_digits
+    with extra("lab"):
+        from sklearn.datasets import load_digits
 
     data = load_digits()
     digits = torch.from_numpy(data.target).long()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vlattn_fast._extras import extra
 from vlattn_fast.lab.processor import POSITION_DIM, REGION_DIM, VOCABULARY, DigitProcessor
 from vlattn_fast.lab.scenes import NEGATIVES, Scenes, digit_scenes, swapped_pairs
 from vlattn_fast.models.uniter import UNITER, UNITERConfig
@@ -32,7 +33,8 @@ CONFIG = UNITERConfig(
 def load_uniter(directory: str | Path = DATA) -> tuple[UNITER, DigitProcessor]:
     """The UNITER trained on DigitScenes, in eval mode, and its processor; by default with the shipped weights, otherwise
     with those `python -m vlattn_fast.lab.train --output DIR` left in a directory."""
-    from safetensors.torch import load_file
+    with extra("lab"):
+        from safetensors.torch import load_file
 
     weights = Path(directory) / WEIGHTS
     if not weights.is_file():

@@ -1,0 +1,20 @@
+"""Optional packages: what is missing, and which extra brings it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Within it, a package that is not installed is reported with the extra of vlattn_fast that has it.
+
+    Raises:
+        ModuleNotFoundError: naming the package and the command that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        command = f"pip install 'vlattn_fast[{name}]'"
+        raise ModuleNotFoundError(f"{missing.name} is needed here and not installed: {command}", name=missing.name) from missing
