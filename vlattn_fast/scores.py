@@ -20,7 +20,15 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .ops._checks import check_choice, check_floating, check_number, check_tensor, describe, scaled_dot_default
+from .ops._checks import (
+    check_choice,
+    check_floating,
+    check_head_size,
+    check_number,
+    check_tensor,
+    describe,
+    scaled_dot_default,
+)
 from .streaming._series import sine_series
 
 __all__ = ["Additive", "Cosine", "Dot", "General", "Hadamard", "ScaledDot", "Score"]
@@ -67,7 +75,7 @@ class Dot(_Unscaled):
     """s = q . k"""
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        _check_same_size(query, key)
+        check_head_size(query, key)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
         return Core("dot", query, key)
@@ -90,7 +98,7 @@ class Cosine(_Unscaled):
 
     def check(self, query: Tensor, key: Tensor) -> None:
         check_number("eps", self.eps, low=0.0)
-        _check_same_size(query, key)
+        check_head_size(query, key)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
         # Unit vectors are exact only if no product of norms is below eps: that is looked up on the data, where looking
@@ -272,11 +280,6 @@ def resolve(score: Any) -> Score:
     if not isinstance(score, (Dot, Cosine, General, Additive, Hadamard)):
         raise TypeError(f"score must be one of {tuple(_BY_NAME)} or a va.scores object; got {describe(score)}")
     return score
-
-
-def _check_same_size(query: Tensor, key: Tensor) -> None:
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key must have query's head size {query.shape[-1]}; got {describe(key)}")
 
 
 def _check_projection(score: General | Hadamard, query: Tensor, key: Tensor) -> None:

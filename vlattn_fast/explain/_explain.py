@@ -15,6 +15,7 @@ from vlattn_fast.explain.inputs import prepare_inputs, real_tokens
 from vlattn_fast.explain.methods import Weighting, check_weighting, find_method, gradcam, raw_attention
 from vlattn_fast.explain.readout import gather_words, image_maps, start_rows, word_positions
 from vlattn_fast.explain.targets import choose_score
+from vlattn_fast.streaming._tiles import compute_dtype
 
 
 def explain(
@@ -106,7 +107,7 @@ def _last_only(taps: list[TowerTap], given: dict[str, Any], scores: Tensor | Non
     rows = []
     with torch.no_grad():
         for tap, call, grad in zip(taps, calls, grads, strict=True):
-            dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+            dtype = compute_dtype(call.query)
             like = torch.zeros(call.query.shape[0], 1, call.query.shape[2], dtype=dtype, device=call.query.device)
             start = start_rows(tap.tower, tap.config, given, like)
             if scores is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.explain.families import Family, Tower, require_dispatch
 from vlattn_fast.explain.methods import Attended, Method, Weighting, weigh
+from vlattn_fast.streaming._tiles import compute_dtype
 
 SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
 
@@ -87,9 +88,8 @@ class TowerTap:
 
         method = self.method
         if self.carrier is None:
-            dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
             shape = (query.shape[0], 1, query.shape[2])
-            self.carrier_in = torch.zeros(shape, dtype=dtype, device=query.device, requires_grad=True)
+            self.carrier_in = torch.zeros(shape, dtype=compute_dtype(query), device=query.device, requires_grad=True)
             self.carrier = self.carrier_in
         output, carrier = va.relevancy_attention(
             query,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast.streaming._tiles import expand_heads
+
 Weighting = str | Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -111,7 +113,7 @@ class Attended:
 
 def raw_attention(rows: Tensor, call: Attended) -> Tensor:
     """rows @ mean_h A of one attention call: (B, 1, N) -> (B, 1, M). Only the rows that are read are formed."""
-    key = call.key.to(rows.dtype).repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+    key = expand_heads(call.key.to(rows.dtype), call.query.shape[1])
     return _read(rows, call.query.to(rows.dtype), key, call.masks, lambda attention: attention.mean(1))
 
 
@@ -132,10 +134,9 @@ def gradcam(
         (B, 1, M).
     """
     query, key, value = call.query, call.key, call.value
-    groups = query.shape[1] // key.shape[1]
     dtype = rows.dtype
     query, grad_output = query.to(dtype), grad_output.to(dtype)
-    key, value = (tensor.to(dtype).repeat_interleave(groups, dim=1) for tensor in (key, value))
+    key, value = (expand_heads(tensor.to(dtype), query.shape[1]) for tensor in (key, value))
     queries = torch.ones_like(rows[:, 0]) if real_queries is None else real_queries.to(dtype)
     keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else real_keys.to(dtype)
     gradient_sum = torch.einsum("bhnd,bn->bhd", grad_output, queries)

@@ -89,6 +89,12 @@ def check_heads(query: Tensor, key: Tensor, enable_gqa: bool, *, key_name: str =
         )
 
 
+def check_head_size(query: Tensor, key: Tensor) -> None:
+    """query (B,H,N,D) and key (B,Hkv,M,D) have one head size."""
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"key must have query's head size {query.shape[-1]}; got {describe(key)}")
+
+
 def check_value(value: Tensor, key: Tensor) -> None:
     """value (B,Hkv,M,Dv) has key's batch, heads and length."""
     if value.shape[:3] != key.shape[:3]:

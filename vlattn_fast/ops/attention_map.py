@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import scores
 from ._checks import (
     autocast,
     check_bool,
     check_choice,
     check_floating,
     check_grad_output,
+    check_head_size,
     check_heads,
     check_masks,
     check_tensor,
@@ -125,7 +125,7 @@ def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, head_r
     check_heads(query, key, enable_gqa)
     if query.shape[1] == 0:
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
-    scores.ScaledDot().check(query, key)
+    check_head_size(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     return Call(
         "attention_map", query.dtype, query.device.type,

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import scores
 from ._checks import (
     FLOAT_DTYPES,
     autocast,
     check_bool,
     check_device,
     check_floating,
+    check_head_size,
     check_heads,
     check_masks,
     check_tensor,
@@ -118,7 +118,7 @@ def _check(query: Any, key: Any, key_groups: Any, num_groups: Any, row_weight: A
     check_floating(query=query, key=key)
     check_bool(enable_gqa=enable_gqa)
     check_heads(query, key, enable_gqa)
-    scores.ScaledDot().check(query, key)
+    check_head_size(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     if key_groups is not None:
         check_tensor("key_groups", key_groups, shape="(M) or (B, M)")

@@ -149,9 +149,7 @@ def _check_pair(name: str, x: Any, legend: str) -> None:
 
 def _forward(*args: Any) -> Tensor:
     *inputs, backend = args
-    with torch.autocast(inputs[0].device.type, enabled=False):  # it would cast the products that need float32
-        loss: Tensor = load(BACKENDS, backend).forward(*inputs)
-    return loss
+    return load(BACKENDS, backend).forward(*inputs)
 
 
 def _forward_fake(text_query: Tensor, *_: Any) -> Tensor:
@@ -160,8 +158,7 @@ def _forward_fake(text_query: Tensor, *_: Any) -> Tensor:
 
 def _backward(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, backend = args
-    with torch.autocast(grad_loss.device.type, enabled=False):
-        grads = load(BACKENDS, backend).backward(grad_loss, *inputs)
+    grads = load(BACKENDS, backend).backward(grad_loss, *inputs)
     return tuple(grad_loss.new_empty(0) if grad is None else grad for grad in grads)
 
 

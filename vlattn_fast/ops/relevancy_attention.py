@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..streaming._tiles import compute_dtype
 from ._checks import (
     FLOAT_DTYPES,
     autocast,
@@ -21,6 +22,7 @@ from ._checks import (
     check_device,
     check_floating,
     check_grad_output,
+    check_head_size,
     check_heads,
     check_masks,
     check_number,
@@ -98,8 +100,8 @@ def relevancy_attention(
             f"takes others; got {describe(key)}"
         )
     _check_rows("carrier", carrier, query)
-    if carrier.dtype != _carrier_dtype(query):
-        raise TypeError(f"carrier must be {_carrier_dtype(query)} for {query.dtype} attention; got {describe(carrier)}")
+    if carrier.dtype != compute_dtype(query):
+        raise TypeError(f"carrier must be {compute_dtype(query)} for {query.dtype} attention; got {describe(carrier)}")
     weights = [
         _weight("residual_weight", residual_weight, carrier), _weight("attention_weight", attention_weight, carrier)
     ]  # fmt: skip
@@ -254,7 +256,7 @@ def _residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting:
             wanted = f"two tensors (a, b) of shape (B, N) = {tuple(shape)}"
             raise ValueError(f"weighting must return {wanted}; got {describe(weights)}")
         return weights
-    dtype = _carrier_dtype(residual)
+    dtype = compute_dtype(residual)
     if weighting == "equal":
         ones = residual.new_ones(residual.shape[:2], dtype=dtype)
         return ones, ones
@@ -276,8 +278,7 @@ def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, row_no
     check_bool(row_normalize=row_normalize, enable_gqa=enable_gqa)
     check_choice("rule", rule, RULES)
     check_heads(query, key, enable_gqa)
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key must have query's head size {query.shape[3]}; got {describe(key)}")
+    check_head_size(query, key)
     if value is not None:
         check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
         check_floating(query=query, value=value)
@@ -306,10 +307,6 @@ def _check_rows(name: str, x: Any, query: Tensor) -> None:
                          f"got {describe(x)}")  # fmt: skip
 
 
-def _carrier_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
     """A weight as the operator takes it: None for 1, else broadcastable to (B,N) in the carrier's dtype."""
     if weight is None:
@@ -336,7 +333,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = empty_rows_first(query, query.shape[1], query.shape[2], value.shape[3])
-    return out, carrier.new_empty(carrier.shape), query.new_empty(query.shape[:3], dtype=_carrier_dtype(query))
+    return out, carrier.new_empty(carrier.shape), query.new_empty(query.shape[:3], dtype=compute_dtype(query))
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import scores
-from ..streaming import _tiles
+from ..streaming import _sdpa
+from ..streaming._tiles import Masks
 from ._checks import (
-    additive,
     autocast,
     check_bool,
     check_floating,
@@ -90,10 +89,10 @@ def score_attention(
         value = value.to(query.dtype)
     else:
         query, key, vector = autocast(query, key, vector)
-    masks = (attn_mask is not None) + (key_mask is not None) + is_causal
-    one_mask = masks <= 1 and (scale > 0.0 or not is_causal)  # torch's SDPA scales its causal -inf too: +inf, or NaN
-    if chosen == "streaming" and core.kind == "dot" and not return_lse and dropout_p == 0.0 and one_mask:
-        out = _sdpa(query, key, value, attn_mask, key_mask, is_causal, scale)
+    masks = Masks(attn_mask, key_mask, is_causal)
+    if chosen == "streaming" and core.kind == "dot" and not return_lse and dropout_p == 0.0 and _sdpa.takes(masks, scale):
+        with torch.autocast(query.device.type, enabled=False):  # the casts are done, and a series' features stay float32
+            out = _sdpa.attention(query, key, value, masks, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
         out, lse = _forward_op(
@@ -128,33 +127,6 @@ def _check(query: Any, key: Any, value: Any, score: scores.Score, attn_mask: Any
         {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3], "value_size": value.shape[3]},
         {"score": type(score).__name__, "dropout": dropout_p > 0.0},
     )  # fmt: skip
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None,
-          is_causal: bool, scale: float) -> Tensor:  # fmt: skip
-    """A dot-product core in torch's SDPA with its own backward pass: the fastest there is for it."""
-    mask = attn_mask if key_mask is None else key_mask[:, None, None, :]
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]  # the fused kernel takes four dimensions, not three
-    size, dtype = value.shape[3], query.dtype
-    if query.device.type == "cpu":
-        if dtype == torch.float32 and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _tiles.TILE_ELEMENTS:
-            # cheap at this size, and the fused kernel's float32 gradients had up to 3.3 times the formula's error
-            query, key, value = query.double(), key.double(), value.double()
-        # the fused CPU kernel wants equal head counts, one head size and a last stride of 1, and falls back to whole maps
-        widest = max(query.shape[3], size)
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) if x.shape[1] != query.shape[1] else x
-                      for x in (key, value))  # fmt: skip
-        query, key, value = (F.pad(x, (0, widest - x.shape[3])).contiguous() if x.shape[3] != widest or x.stride(3) != 1
-                             else x for x in (query, key, value))  # fmt: skip
-    elif key.shape[1] != value.shape[1]:
-        value = value.repeat_interleave(key.shape[1] // value.shape[1], dim=1)
-    with torch.autocast(query.device.type, enabled=False):  # the casts are done, and a series' features stay float32
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=None if mask is None else additive(mask, query.dtype), is_causal=is_causal, scale=scale,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )  # fmt: skip
-    return out[..., :size].to(dtype)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
