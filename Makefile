@@ -1,6 +1,11 @@
 # make demo   a picture, a table of checks and a comparison of costs
 # make test   lint, types and every test
-# Both make their own environment in .venv first; an environment that is there already is completed and kept.
+# make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
+# make report benchmarks/REPORT.md from the stored rows
+# These make their own environment in .venv first; an environment that is there already is completed and kept.
+# make oldest the tests of the Triton kernels with the oldest Triton that is supported, in an environment of its own
+# make gate   what the Triton kernels compile to, stored anew in tests/compile_gate.json
+# make gpu    on a machine with a GPU, torch, triton and pytest: tests, sanitizer, benchmarks; PARTS="..." for some; installs nothing
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +16,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test lint venv bench report oldest gate gpu clean
 
 demo: $(INSTALLED)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -24,6 +29,21 @@ lint: $(INSTALLED)
 	@$(PY) -m mypy
 
 venv: $(INSTALLED)
+
+bench: $(INSTALLED)
+	@$(PY) -m vlattn_fast.benchmarks $(ARGS)
+
+report: $(INSTALLED)
+	@$(PY) -m vlattn_fast.benchmarks report
+
+oldest:
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest TRITON=triton==3.6.0 ARGS="tests/kernels $(ARGS)"
+
+gate: $(INSTALLED)
+	@$(PY) tests/kernels/compile_gate.py --write
+
+gpu:
+	@$(PYTHON) tests/gpu.py $(PARTS)
 
 # torch comes first and by itself: asked for with a range, pip would take the newest and its CUDA libraries along.
 # triton comes without dependencies, and only where it is published. The stamp is written last; two makes take turns.

@@ -8,22 +8,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
 
+try:
+    import hypothesis
+except ModuleNotFoundError:  # `make gpu`, whose tests do not use it, asks for no more than pytest
+    hypothesis = None
+
 sys.path.insert(0, str(Path(__file__).parent))  # compare.py, in every import mode of pytest
 
-hypothesis.settings.register_profile(
-    "vlattn",
-    derandomize=True,  # a red test is red for everyone
-    deadline=None,
-    database=None,
-    max_examples=40,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("vlattn")
+if hypothesis is not None:
+    hypothesis.settings.register_profile(
+        "vlattn",
+        derandomize=True,  # a red test is red for everyone
+        deadline=None,
+        database=None,
+        max_examples=40,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("vlattn")
 
 
 @pytest.fixture(autouse=True)

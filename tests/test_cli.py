@@ -208,6 +208,10 @@ def test_verify_passes_and_counts():
     assert result.exit_code == 0, result.output
     for operator in verify.OPERATORS:
         assert re.search(rf"^{operator} +streaming +float32 +[1-9]", result.output, re.M), result.output
+    again = re.search(r"^the worst again: vlattn (verify .*)$", result.output, re.M)
+    repeated = vlattn(*again[1].split())
+    (row,) = re.findall(r"^\w+ +streaming .*$", repeated.output, re.M)
+    assert row in result.output and row.split()[0] == again[1].split()[1]
 
 
 def test_verify_fails_on_a_wrong_backend(monkeypatch):
@@ -224,6 +228,7 @@ def test_verify_fails_on_a_wrong_backend(monkeypatch):
     (["--dtype", "float8"], "--dtype must be one of"),
     (["--backend", "auto"], "--backend must be one of"),
     (["--device", "nowhere"], "--device nowhere"),
+    (["softmax"], "OPERATOR must be one of score_attention"),
 ])  # fmt: skip
 def test_verify_refuses(options, words):
     result = vlattn("verify", *options)

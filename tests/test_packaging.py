@@ -1,5 +1,6 @@
 """What is installed: the wheel's contents, and an import of it from elsewhere."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+MAPPED = ("kernels", "benchmarks")  # folders at the top that are installed inside of the package
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def wheel(tmp_path_factory) -> Path:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("vlattn_fast", "kernels"):
+    for name in ("vlattn_fast", *MAPPED):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source],
@@ -43,8 +45,8 @@ def test_nothing_but_the_package_at_the_top_level(names):
 
 
 def test_every_module_and_kernel_is_in_it(names):
-    for folder, inside in ((ROOT / "vlattn_fast", "vlattn_fast"), (ROOT / "kernels", "vlattn_fast/kernels")):
-        wanted = {f"{inside}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
+    for folder, inside in (("vlattn_fast", "vlattn_fast"), *((name, f"vlattn_fast/{name}") for name in MAPPED)):
+        wanted = {f"{inside}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
         assert wanted <= names, sorted(wanted - names)
 
 
@@ -64,17 +66,17 @@ def test_it_works_from_where_it_was_unpacked(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = (
-        "import importlib.util, pathlib, vlattn_fast, vlattn_fast.kernels\n"
+        "import importlib.util, pathlib, vlattn_fast, vlattn_fast.benchmarks, vlattn_fast.kernels\n"
         "from vlattn_fast import lab\n"
         f"assert pathlib.Path(vlattn_fast.__file__).is_relative_to({str(tmp_path)!r}), vlattn_fast.__file__\n"
         f"assert pathlib.Path(vlattn_fast.kernels.__file__).is_relative_to({str(tmp_path)!r})\n"
-        "assert importlib.util.find_spec('kernels') is None\n"
+        "assert not any(map(importlib.util.find_spec, ('kernels', 'benchmarks')))\n"
         "lab.load_uniter()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
 
 
-def test_kernels_are_found_where_the_tests_run():
-    import vlattn_fast.kernels
-
-    assert Path(vlattn_fast.kernels.__file__).is_relative_to(ROOT / "kernels")
+@pytest.mark.parametrize("name", MAPPED)
+def test_mapped_folders_are_found_where_the_tests_run(name):
+    module = importlib.import_module(f"vlattn_fast.{name}")
+    assert Path(module.__file__).is_relative_to(ROOT / name)

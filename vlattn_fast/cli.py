@@ -1,9 +1,11 @@
-"""`vlattn info | explain | verify | demo`."""
+"""`vlattn info | explain | verify | bench | demo`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +93,7 @@ def _refused(reason: str, found: list[tuple[str, str, str]], calls: Iterable[tup
 
 @app.command()
 def verify(
+    operator: Annotated[list[str] | None, typer.Argument(help="Operators by the names that `vlattn info` shows; all.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(BACKENDS)}; all by default.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(DTYPES)}; all by default.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
@@ -99,11 +102,14 @@ def verify(
     """Run every operator on every backend and dtype and compare with its formula in float64.
 
     Prints the worst error as a multiple of what is allowed: twice the error of the plain formula in the same dtype, plus one
-    ulp. Ends with status 1 where one is above 1.
+    ulp; and the command that repeats the worst row. Ends with status 1 where one is above 1. TRITON_INTERPRET=1 in the
+    environment runs the Triton kernels without a GPU, in Triton's interpreter.
     """
+    from .verify import OPERATORS
     from .verify import verify as run
 
-    for option, given, known in (("--backend", backend, BACKENDS), ("--dtype", dtype, DTYPES)):
+    chosen = (("OPERATOR", operator, tuple(OPERATORS)), ("--backend", backend, BACKENDS), ("--dtype", dtype, DTYPES))
+    for option, given, known in chosen:
         if unknown := set(given or ()) - set(known):
             raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
     try:
@@ -111,16 +117,45 @@ def verify(
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
     dtypes = tuple(getattr(torch, one) for one in dtype or DTYPES)
-    failed = 0
+    failed, worst = 0, None
     typer.echo(f"{'operator':25}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
-    for result in run(tuple(backend or BACKENDS), dtypes, device, seed):
+    for result in run(tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or OPERATORS)):
+        worst = result if result.checks and (worst is None or result.ratio > worst.ratio) else worst
         name = str(result.dtype).removeprefix("torch.")
         found = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
         verdict = "" if result.passed else "  FAILED"
         failed += not result.passed
         typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {found}{verdict}")
+    if worst is not None:
+        interpreted = "TRITON_INTERPRET=1 " if worst.backend == "triton" and device == "cpu" else ""
+        name = str(worst.dtype).removeprefix("torch.")
+        typer.echo(f"the worst again: {interpreted}vlattn verify {worst.operator} --backend {worst.backend} --dtype {name} "
+                   f"--device {device} --seed {seed}")  # fmt: skip
     if failed:
         typer.echo(f"{failed} failed")
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Operators, tasks or single benchmarks; all by default.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, and nothing under torch.compile but one.")] = False,
+    rounds: Annotated[int | None, typer.Option(help="Calls of each variant.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file that rows are added to, or a folder for <device>.json.")] = None,
+) -> None:
+    """Time operators and whole tasks beside plain SDPA, the plain formula and the published procedures.
+
+    Prints and stores time, peak memory and the error against float64. Ends with status 1 where one of our backends failed.
+    """
+    from .benchmarks._run import run
+
+    command = shlex.join(["vlattn", *sys.argv[1:]])
+    try:
+        passed = run(names or (), device=device, quick=quick, rounds=rounds, out=out, command=command)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not passed:
         raise typer.Exit(1)
 
 

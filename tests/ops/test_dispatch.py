@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from torch import Tensor
 
 import vlattn_fast as va
 from vlattn_fast import scores as S
-from vlattn_fast.ops import _dispatch, relevancy_attention, score_attention
+from vlattn_fast import verify
+from vlattn_fast.ops import _dispatch
 
 Q, K, V = torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 6)
 C = torch.zeros(2, 1, 3)
 W, U = torch.zeros(6, 6), torch.zeros(6)
-TABLES = {"score_attention": score_attention.BACKENDS, "relevancy_attention": relevancy_attention.BACKENDS}
+TABLES = {operator: verify.backends_of(operator) for operator in verify.OPERATORS}
 
 
 def attend(*args: Any, **options: Any) -> Callable[[], Any]:
@@ -259,7 +261,9 @@ def test_the_error_arrives_as_raised_without_fullgraph() -> None:
 
 
 def a_call(operator: str, device: str = "cpu") -> _dispatch.Call:
-    return _dispatch.Call(operator, torch.bfloat16, device, {"queries": 577}, {})
+    case = next(case for case in verify.cases() if case.operator == operator)
+    call = verify.facts_of(operator, case.arguments(case.in_dtype(torch.bfloat16)))
+    return replace(call, device_type=device, sizes={**call.sizes, "queries": 577})
 
 
 @pytest.mark.parametrize("operator", TABLES)
@@ -278,6 +282,7 @@ def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: s
     backends, call = TABLES[operator], a_call(operator)
     able = [name for name, backend in backends.items() if not backend.refusals(call)]
     assert _dispatch.select(backends, call, "auto") == able[0] == "streaming"
+    assert _dispatch.select(backends, a_call(operator, "cuda"), "auto") == "triton"
     for name, backend in backends.items():
         reasons = backend.refusals(call)
         if not reasons:
@@ -288,10 +293,30 @@ def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: s
         assert all(reason in str(caught.value) for reason in reasons) and "queries=577" in str(caught.value)
 
 
+def test_auto_leaves_the_interpreter_to_those_who_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "INTERPRETED", True)
+    for operator, backends in TABLES.items():
+        assert backends["triton"].refusals(a_call(operator)) == []
+        assert _dispatch.select(backends, a_call(operator), "auto") == "streaming"
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"dtype": torch.float64}, "float16, bfloat16 and float32"), ({"sizes": {"head_size": 257}}, "at most 256"),
+    ({"device_type": "xpu"}, "CUDA devices"),
+])  # fmt: skip
+def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_size": 256}, {})
+    assert _dispatch.triton_refusals(call) == []
+    (reason,) = _dispatch.triton_refusals(replace(call, **change))
+    assert words in reason
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
+    assert _dispatch.triton_refusals(call) == ["triton is not installed"]
+
+
 @pytest.mark.parametrize("backend", ("triton", "cuda"))
 def test_a_backend_that_cannot_run_is_refused_at_the_public_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing falls back silently from what the caller named."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     for call in (attend(backend=backend), relevancy(backend=backend), step(backend=backend)):
         with pytest.raises(ValueError, match=f"backend='{backend}' cannot run .*: .+"):
             call()

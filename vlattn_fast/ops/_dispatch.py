@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -46,33 +48,49 @@ def accept(call: Call) -> list[str]:
     return []
 
 
-def no_triton_kernel(call: Call) -> list[str]:
-    return ["this version has no Triton kernel for this operator"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def triton_refusals(call: Call) -> list[str]:
+    """What no Triton kernel here can run."""
+    reasons = []
+    if not _HAS_TRITON:
+        reasons.append("triton is not installed")
+    if call.device_type != "cuda" and not (INTERPRETED and call.device_type == "cpu"):
+        reasons.append("Triton kernels run on CUDA devices (on CPU tensors in Triton's interpreter, TRITON_INTERPRET=1)")
+    if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append("Triton kernels take float16, bfloat16 and float32")
+    if max(call.sizes.get("head_size", 0), call.sizes.get("value_size", 0)) > 256:
+        reasons.append("Triton kernels take head sizes of at most 256")
+    return reasons
 
 
 def no_cuda_kernel(call: Call) -> list[str]:
     return ["this version has no CUDA C++ kernel for this operator"]
 
 
-def table(stem: str) -> Table:
-    """The backends of the operator `stem`, best first. 'reference' is only used where a caller names it."""
+def table(stem: str, triton: Callable[[Call], list[str]] = triton_refusals) -> Table:
+    """The backends of the operator `stem`, best first; `triton` gives the refusals of its Triton kernels. 'reference' is only
+    used where a caller names it."""
     return {
         "cuda": Backend(no_cuda_kernel, ""),
-        "triton": Backend(no_triton_kernel, f"vlattn_fast.kernels.{stem}"),
+        "triton": Backend(triton, f"vlattn_fast.kernels.{stem}"),
         "streaming": Backend(accept, f"vlattn_fast.streaming.{stem}"),
         "reference": Backend(accept, f"vlattn_fast.reference.{stem}"),
     }
 
 
 def select(backends: Table, call: Call, backend: Any) -> str:
-    """The name of the backend that runs `call`: the one asked for, or the first without refusals for "auto".
+    """The name of the backend that runs `call`: the one asked for, or the first without refusals for "auto", which leaves
+    Triton's interpreter, made for tests, to those who name it.
 
     Raises ValueError with all reasons where the backend asked for cannot run the call.
     """
     check_choice("backend", backend, BACKEND_NAMES)
     if backend == "auto":
         for name, candidate in backends.items():
-            if not candidate.refusals(call):
+            if not candidate.refusals(call) and not (name == "triton" and call.device_type == "cpu"):
                 return name
     reasons = backends[backend].refusals(call)
     if reasons:

@@ -22,10 +22,18 @@ from ._checks import (
     resolve_scale,
     scaled_dot_default,
 )
-from ._dispatch import Call, load, select, table
+from ._dispatch import Call, load, select, table, triton_refusals
 from ._library import define, differentiable, once_differentiable
 
-BACKENDS = table("congruence")
+
+def _triton_refusals(call: Call) -> list[str]:
+    reasons = triton_refusals(call)
+    if max(call.sizes["words"], call.sizes["regions"]) > 16384:
+        reasons.append("Triton kernels take at most 16384 tokens of each modality")
+    return reasons
+
+
+BACKENDS = table("congruence", _triton_refusals)
 KINDS = ("cacr", "iais_singular", "iais_distributed")
 DIRECTIONS = ("text", "image", "both")
 REDUCTIONS = ("mean", "none")

@@ -292,7 +292,8 @@ def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, row_no
     check_masks(query, key, attn_mask, key_mask, is_causal)
     return Call(
         "relevancy_attention", query.dtype, query.device.type,
-        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3]},
+        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3],
+         "value_size": 0 if value is None else value.shape[3]},
         {"rule": rule, "row_normalize": row_normalize},
     )  # fmt: skip
 

@@ -25,10 +25,22 @@ from ._checks import (
     hide,
     resolve_scale,
 )
-from ._dispatch import Call, load, select, table
+from ._dispatch import Call, load, select, table, triton_refusals
 from ._library import define, differentiable, empty_rows_first, once_differentiable, rows_first
 
-BACKENDS = table("score_attention")
+
+def _triton_refusals(call: Call) -> list[str]:
+    return triton_refusals(call) + [
+        reason
+        for reason, holds in (
+            ("Triton kernels take scores of at most 256 features", call.sizes["features"] > 256),
+            ("beyond what SDPA takes, a sine series has more features than a Triton kernel", call.flags["wide_series"]),
+        )
+        if holds
+    ]
+
+
+BACKENDS = table("score_attention", _triton_refusals)
 
 
 def score_attention(
@@ -73,7 +85,7 @@ def score_attention(
     torch.Size([1, 2, 5, 8])
     """
     score = scores.resolve(score)
-    call = _check(query, key, value, score, attn_mask, key_mask, dropout_p, is_causal, enable_gqa, return_lse)
+    call = _check(query, key, value, score, attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
     scale = resolve_scale(scale, score.default_scale(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
@@ -90,7 +102,9 @@ def score_attention(
     else:
         query, key, vector = autocast(query, key, vector)
     masks = Masks(attn_mask, key_mask, is_causal)
-    if chosen == "streaming" and core.kind == "dot" and not return_lse and dropout_p == 0.0 and _sdpa.takes(masks, scale):
+    # SDPA is the fastest there is for what it takes; who names "triton" gets its kernel, but for the many features of a series
+    linear = core.kind == "dot" and not return_lse and dropout_p == 0.0 and _sdpa.takes(masks, scale)
+    if linear and (backend == "auto" or chosen == "streaming" or core.keeps_dtype):
         with torch.autocast(query.device.type, enabled=False):  # the casts are done, and a series' features stay float32
             out = _sdpa.attention(query, key, value, masks, scale)
     else:
@@ -111,7 +125,7 @@ def score_attention(
 
 
 def _check(query: Any, key: Any, value: Any, score: scores.Score, attn_mask: Any, key_mask: Any, dropout_p: Any,
-           is_causal: Any, enable_gqa: Any, return_lse: Any) -> Call:  # fmt: skip
+           is_causal: Any, scale: Any, enable_gqa: Any, return_lse: Any) -> Call:  # fmt: skip
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
@@ -122,10 +136,16 @@ def _check(query: Any, key: Any, value: Any, score: scores.Score, attn_mask: Any
     check_masks(query, key, attn_mask, key_mask, is_causal)
     check_number("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
     score.check(query, key)
+    vector = getattr(score, "vector", None)
+    features = max(query.shape[3], key.shape[3]) if vector is None else vector.shape[-1]
+    masks = Masks(attn_mask, key_mask, is_causal)
+    plain = not return_lse and dropout_p == 0.0 and _sdpa.takes(masks, resolve_scale(scale, 1.0))
+    series = getattr(score, "method", None) == "series"
     return Call(
         "score_attention", query.dtype, query.device.type,
-        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3], "value_size": value.shape[3]},
-        {"score": type(score).__name__, "dropout": dropout_p > 0.0},
+        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3], "value_size": value.shape[3],
+         "features": 2 * features if isinstance(score, scores.Hadamard) else features},
+        {"score": type(score).__name__, "wide_series": series and not plain, "dropout": dropout_p > 0.0},
     )  # fmt: skip
 
 

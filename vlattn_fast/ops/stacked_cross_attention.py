@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from ._checks import autocast, check_choice, check_device, check_floating, check_number, check_tensor, describe
-from ._dispatch import Call, load, select, table
+from ._dispatch import Call, load, select, table, triton_refusals
 from ._library import define, differentiable, once_differentiable
 
-BACKENDS = table("stacked_cross_attention")
+
+def _triton_refusals(call: Call) -> list[str]:
+    reasons = triton_refusals(call)
+    if call.sizes["regions" if call.flags["direction"] == "t2i" else "words"] > 4096:
+        reasons.append("the Triton kernels attend to at most 4096 contexts, whose weights of one query they hold in registers")
+    return reasons
+
+
+BACKENDS = table("stacked_cross_attention", _triton_refusals)
 DIRECTIONS = ("t2i", "i2t")
 FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
 AGGREGATIONS = ("logsumexp", "max", "sum", "mean")

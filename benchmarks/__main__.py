@@ -1,0 +1,53 @@
+"""python -m vlattn_fast.benchmarks: measure, or draw the report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from ._measure import HERE, RESULTS
+from ._run import choose, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["report"]:
+        return _report(given[1:])
+    parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help="files or single benchmarks (--list); all by default; or `report`")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help="few rounds, and nothing under torch.compile but one")
+    parser.add_argument("--no-compile", action="store_true", help="nothing under torch.compile")
+    parser.add_argument("--rounds", type=int, help="calls of each variant")
+    parser.add_argument("--out", type=Path, help="JSON file that rows are added to, or a folder for <device>.json")
+    parser.add_argument("--list", action="store_true", help="only name the benchmarks")
+    options = parser.parse_args(given)
+    try:
+        if options.list:
+            print("\n".join(benchmark.name for benchmark in choose(options.names)))
+            return 0
+        passed = run(
+            options.names, device=options.device, quick=options.quick, rounds=options.rounds, out=options.out,
+            compiled=not options.no_compile, command=shlex.join(["python", "-m", "vlattn_fast.benchmarks", *given]),
+        )  # fmt: skip
+    except ValueError as error:
+        parser.error(str(error))
+    return 0 if passed else 1
+
+
+def _report(arguments: list[str]) -> int:
+    from ._report import write
+
+    parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks report")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows; the plots go there too")
+    parser.add_argument("--out", type=Path, default=HERE / "REPORT.md" if RESULTS.parent == HERE else Path("REPORT.md"))
+    options = parser.parse_args(arguments)
+    for path in write(options.results, options.out):
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,422 @@
+"""How a benchmark is declared and measured, and the row that comes out.
+
+Every variant of a benchmark runs once a round, in turns, in one process, so that a busy moment, a clock change and the caches hit
+all of them. On a GPU a call is timed by events behind a backlog that keeps the stream busy while the host prepares the call: an
+event pair on a starved stream would time the host. Percentiles are of the single calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from vlattn_fast import verify
+
+from ._workloads import Sizes, Workload
+
+HERE = Path(__file__).parent
+# beside this file in a checkout; an installed package is no place to write to
+RESULTS = (HERE if (HERE.parent / "pyproject.toml").exists() else Path("benchmarks")) / "results"
+ROUNDS = {"cpu": 7, "cuda": 50}
+QUICK_ROUNDS = {"cpu": 3, "cuda": 10}
+SECONDS_A_VARIANT = {"cpu": 4.0, "cuda": 4.0}  # a slower variant runs in fewer rounds, but in
+LEAST_ROUNDS = 3
+LONGEST_BACKLOG = 0.05  # seconds
+TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 3.86e12  # of an H200: bf16 FLOP/s, bytes/s, exponentials/s (PERFORMANCE section 2)
+
+PACKAGES = ("vlattn_fast", "torch", "triton")
+
+Tensors = dict[str, Tensor]
+Run = Callable[[Tensors], Tensors]  # inputs by name -> what can be compared, by name
+
+
+class Pass(NamedTuple):
+    """What one pass must do at least."""
+
+    flops: float
+    bytes: float = 0.0
+    exps: float = 0.0
+
+    def seconds(self) -> float:
+        return max(self.flops / TENSOR, self.bytes / MEMORY, self.exps / SPECIAL)
+
+
+class Variant(NamedTuple):
+    run: Run
+    maps: float = 0.0  # whole maps (Problem.map_elements) that it holds at once
+    compiled: bool = False
+
+
+class Problem(NamedTuple):
+    """A benchmark at a size: its inputs and who runs on them. `bound` is a variant that does the least there is to do."""
+
+    tensors: Tensors
+    variants: Mapping[str, Variant]
+    bound: str
+    truth: Run  # the formula; it runs in float64 on `part` of the inputs, and its outputs are those `part` of the others'
+    part: Callable[[str, Tensor], Tensor]
+    map_elements: int
+    floor: Sequence[Pass]
+    not_run: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    module: str
+    what: str
+    workload: Workload
+    build: Callable[[Sizes, torch.device, torch.dtype], Problem]
+    cuda_dtype: torch.dtype = torch.bfloat16
+    compile_when_quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.module.rpartition('.')[2]}/{self.what}/{self.workload.key}"
+
+
+# --- variants of an operator ---
+
+
+def forward(call: Callable[[Tensors], Any]) -> Run:
+    def run(tensors: Tensors) -> Tensors:
+        with torch.no_grad():
+            return _named(call(tensors))
+
+    return run
+
+
+def backward(wanted: Sequence[str], sent: Sequence[str], hidden: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Run]:
+    """Forward and backward: gradients of the inputs `wanted` for the cotangents `sent`; those of `hidden` are not compared."""
+
+    def wrap(call: Callable[[Tensors], Any]) -> Run:
+        def run(tensors: Tensors) -> Tensors:
+            leaves = {name: tensors[name].detach().requires_grad_() for name in wanted}
+            outputs = _named(call({**tensors, **leaves}))
+            used = [x for x in outputs.values() if x.requires_grad]
+            grads = torch.autograd.grad(used, list(leaves.values()), [tensors[name] for name in sent])
+            found = {f"gradient of {name}": x for name, x in zip(wanted, grads, strict=True) if name not in hidden}
+            return {name: x.detach() for name, x in outputs.items()} | found
+
+        return run
+
+    return wrap
+
+
+def without_output(run: Run) -> Run:
+    """A bound: its result is another than the benchmark's."""
+
+    def silent(tensors: Tensors) -> Tensors:
+        run(tensors)
+        return {}
+
+    return silent
+
+
+def operator_variants(operator: str, arguments: Callable[[Tensors], dict[str, Any]], tensors: Tensors,
+                      finish: Callable[[Callable[[Tensors], Any]], Run], maps: float) -> dict[str, Variant]:  # fmt: skip
+    """Ours on every backend that takes the call, the formula, and the formula under torch.compile."""
+    call = verify.OPERATORS[operator]
+    return call_variants(call, arguments, backends(operator, arguments(tensors)), finish, maps)
+
+
+def call_variants(call: str, arguments: Callable[[Tensors], dict[str, Any]], names: Iterable[str],
+                  finish: Callable[[Callable[[Tensors], Any]], Run], maps: float) -> dict[str, Variant]:  # fmt: skip
+    public, formula = getattr(va, call), getattr(va.reference, call)
+    found = {name: Variant(finish(lambda t, name=name: public(**arguments(t), backend=name))) for name in names}
+    found["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
+    found["reference compiled"] = Variant(finish(compile_later(lambda t: formula(**arguments(t)))), maps, compiled=True)
+    return found
+
+
+def compile_later(call: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
+    """torch.compile, which loads much, at the first call."""
+    made = functools.cache(lambda: torch.compile(call, dynamic=False))
+    return lambda tensors: made()(tensors)
+
+
+def backends(operator: str, arguments: Mapping[str, Any]) -> list[str]:
+    """The backends that run this call; the reference is no competitor, and nobody times Triton's interpreter."""
+    facts, table = verify.facts_of(operator, arguments), verify.backends_of(operator)
+    left_out = ("reference", "triton") if facts.device_type == "cpu" else ("reference",)
+    return [name for name, backend in table.items() if name not in left_out and not backend.refusals(facts)]
+
+
+def randoms(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Standard normal tensors, the same at each call of this function."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape, std=1.0: (std * torch.randn(*shape, generator=generator, device=device)).to(dtype)
+
+
+def _named(outputs: Any) -> Tensors:
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    if isinstance(outputs, dict):
+        return outputs
+    names = getattr(outputs, "_fields", [f"output {i}" for i in range(len(outputs))])
+    return dict(zip(names, outputs, strict=True))
+
+
+# --- measuring ---
+
+
+class _Standing:
+    """A variant while it is measured."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.host: list[float] = []
+        self.stride = 1
+        self.backlog = 0.0
+        self.peak: int | None = None
+        self.error: float | None = None
+        self.not_run = ""
+
+
+class Measurement:
+    """A benchmark made ready: every variant compiled, warmed up, its memory and its error taken; then rounds."""
+
+    def __init__(self, benchmark: Benchmark, device: torch.device, *, quick: bool = False, rounds: int | None = None,
+                 overrides: Sizes | None = None, compiled: bool = True, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+        torch._dynamo.reset()  # its limit of compilations counts per function, and would fall back to eager silently
+        self.benchmark, self.device, self.quick = benchmark, device, quick
+        self.dtype = dtype or (torch.float32 if device.type == "cpu" else benchmark.cuda_dtype)
+        self.rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)[device.type]
+        self.sizes = benchmark.workload.sizes(device, overrides)
+        self.problem = benchmark.build(self.sizes, device, self.dtype)
+        compiled = compiled and (not quick or benchmark.compile_when_quick)
+        self.standing = {name: _Standing() for name, x in self.problem.variants.items() if compiled or not x.compiled}
+        truth = self._truth()
+        gc.collect()
+        for name, standing in self.standing.items():
+            standing.not_run = self._too_large(self.problem.variants[name])
+            if not standing.not_run:
+                self._try(name, lambda name=name: self._warm_up(name, truth))
+
+    def _truth(self) -> Tensors | None:
+        """None where the formula in float64 needs more memory than there is."""
+        part, inputs = self.problem.part, {}
+        for name, x in self.problem.tensors.items():
+            small = part(name, x.detach())
+            inputs[name] = (small.double() if small.is_floating_point() else small).requires_grad_(x.requires_grad)
+        try:
+            return {name: x.double() for name, x in self.problem.truth(inputs).items() if x.is_floating_point()}
+        except torch.OutOfMemoryError:
+            return None
+
+    def _too_large(self, variant: Variant) -> str:
+        free = _free_memory(self.device)
+        needed = variant.maps * self.problem.map_elements * self.dtype.itemsize
+        if free is None or needed <= free / 2:
+            return ""
+        return f"its whole maps need {needed / 2**30:.0f} GiB, over half of the memory that is free"
+
+    def _try(self, name: str, step: Callable[[], None]) -> None:
+        """A variant that fails is a result: the row says why."""
+        try:
+            step()
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            self.standing[name].not_run = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+            gc.collect()
+
+    def _warm_up(self, name: str, truth: Tensors | None) -> None:
+        run, standing = functools.partial(self.problem.variants[name].run, self.problem.tensors), self.standing[name]
+        standing.error = largest_error({n: self.problem.part(n, x) for n, x in run().items()}, truth)
+        standing.peak, spent, host = _peak_of(run, self.device)
+        standing.backlog = min(1.5 * host + 5e-5, LONGEST_BACKLOG)
+        affordable = max(LEAST_ROUNDS, int(SECONDS_A_VARIANT[self.device.type] / (10 if self.quick else 1) / spent))
+        standing.stride = math.ceil(self.rounds / affordable)
+
+    def round(self, number: int = 0) -> None:
+        """One call of each variant; a slow one sits out some rounds."""
+        for name, standing in self.standing.items():
+            if not standing.not_run and number % standing.stride == 0:
+                self._try(name, lambda name=name: self._timed(name))
+
+    def _timed(self, name: str) -> None:
+        run, standing = self.problem.variants[name].run, self.standing[name]
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            run(self.problem.tensors)
+            standing.seconds.append(time.perf_counter() - start)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(standing.backlog * _clock(self.device)))
+        begin.record()
+        start = time.perf_counter()
+        run(self.problem.tensors)
+        standing.host.append(time.perf_counter() - start)
+        end.record()
+        end.synchronize()
+        standing.seconds.append(begin.elapsed_time(end) / 1e3)
+
+    def run(self) -> list[dict[str, Any]]:
+        for number in range(self.rounds):
+            self.round(number)
+        return self.rows()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One per variant. Times are in microseconds; without a time, `not_run` says why."""
+        bound = self.standing[self.problem.bound].seconds
+        floor = sum(one.seconds() for one in self.problem.floor) if "H200" in device_name(self.device) else None
+        shared = {
+            "benchmark": self.benchmark.name, "workload": self.benchmark.workload.title, "sizes": self.sizes,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }  # fmt: skip
+        found = []
+        for name, x in self.standing.items():
+            row: dict[str, Any] = {**shared, "variant": name, "is_bound": name == self.problem.bound}
+            if x.seconds and not x.not_run:
+                p20, p50, p80 = (float(p) for p in np.percentile(x.seconds, (20, 50, 80)))
+                row |= {f"p{n}_us": round(p * 1e6, 3) for n, p in ((20, p20), (50, p50), (80, p80))}
+                row |= {
+                    "host_p50_us": round(float(np.median(x.host)) * 1e6, 3) if x.host else None, "rounds": len(x.seconds),
+                    "peak_bytes": x.peak, "memory_by": MEMORY_BY[self.device.type], "error": x.error,
+                    "ratio_to_bound": p50 / float(np.median(bound)) if bound else None,
+                    "ratio_to_floor": p50 / floor if floor else None,
+                }  # fmt: skip
+            found.append(row if "p50_us" in row else {**row, "not_run": x.not_run or "no round was left for it"})
+        return found + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]
+
+
+def largest_error(got: Tensors, truth: Tensors | None) -> float | None:
+    """The largest error of any output over that output's largest magnitude; None where nothing can be compared."""
+    errors = []
+    for name, x in got.items():
+        if truth is not None and name in truth:
+            wanted = truth[name]
+            size = float(wanted.abs().max())
+            errors.append(float((x.detach().double() - wanted).abs().max()) / (size or 1.0))
+    return max(errors) if errors else None
+
+
+MEMORY_BY = {
+    "cuda": "torch.cuda.max_memory_allocated above the level before the call",
+    "cpu": "the process's largest resident set (VmHWM) above the level before the call",
+}
+
+
+def _peak_of(run: Callable[[], Any], device: torch.device) -> tuple[int | None, float, float]:
+    """Bytes at the peak of one call, its seconds, and those that the host was busy with it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        run()
+        host = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held, time.perf_counter() - start, host
+    linux = Path("/proc/self/clear_refs").exists()
+    held = 0
+    if linux:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not to serve this one unseen
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        held = _status("VmRSS")
+    start = time.perf_counter()
+    run()
+    spent = time.perf_counter() - start
+    return _status("VmHWM") - held if linux else None, spent, spent
+
+
+def _status(name: str) -> int:
+    return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M).group(1)) * 1024
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    meminfo = Path("/proc/meminfo")
+    return int(re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M).group(1)) * 1024 if meminfo.exists() else None
+
+
+@functools.cache
+def _clock(device: torch.device) -> float:
+    """Cycles a second that torch.cuda._sleep waits by, measured."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1000)
+    begin.record()
+    torch.cuda._sleep(10_000_000)
+    end.record()
+    end.synchronize()
+    return 1e7 / (begin.elapsed_time(end) / 1e3)
+
+
+# --- rows ---
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else None
+    return f"CPU: {model.group(1).strip() if model else platform.machine()}"
+
+
+def slug(device: torch.device) -> str:
+    """cpu, h200, ...: the name of the device's file of rows."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower().replace("nvidia", "")).strip("-")
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What every row of a run says about where it came from. VLATTN_COMMIT names the commit of a copy without git."""
+    return {
+        "commit": os.environ.get("VLATTN_COMMIT") or _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "threads": torch.get_num_threads(), "command": command,
+        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    """Of the checkout that this file is in, or was copied within; +dirty: it differs from the commit, in more than results."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        top = git("rev-parse", "--show-toplevel")
+        if not (Path(top) / "benchmarks" / Path(__file__).name).exists():
+            return "unknown"  # a repository that the package is only installed in
+        changes = git("-C", top, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/REPORT.md")
+        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return torch.__version__ if name == "torch" else None
+
+
+def append(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Adds rows to the JSON list in `path`: written beside it and moved there, so that a stopped run leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else []
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*known, *rows]) + "\n]\n")
+    os.replace(beside, path)

@@ -1,0 +1,45 @@
+"""The sizes that everything is measured at: DESIGN section 6 on a GPU, and what two CPU cores can do beside it.
+
+B batch, H heads, N tokens, D head size; L text tokens, V image tokens; on a CPU only batch and heads (the number of pairs, for
+SCAN; the depth and width, for whole models) are smaller, and the longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+Sizes = Mapping[str, int]
+
+
+class Workload(NamedTuple):
+    key: str
+    title: str
+    full: Sizes
+    cpu: Sizes  # what differs on a CPU
+
+    def sizes(self, device: torch.device, overrides: Sizes | None = None) -> dict[str, int]:
+        """overrides: the largest value by name, for a trial at small sizes."""
+        found = {**self.full, **(self.cpu if device.type == "cpu" else {})}
+        return {name: min(size, (overrides or {}).get(name, size)) for name, size in found.items()}
+
+
+CLIP = Workload("clip", "CLIP ViT-L/14@336", {"B": 64, "H": 16, "N": 577, "D": 64}, {"B": 1, "H": 4})
+UNITER = Workload("uniter", "UNITER/LXMERT", {"B": 256, "H": 12, "L": 60, "V": 100, "D": 64}, {"B": 4})
+LLAVA = Workload("llava", "LLaVA-7B", {"B": 4, "H": 32, "N": 704, "D": 128, "causal": 1}, {"B": 1, "H": 4})
+HIGHRES = Workload(
+    "highres", "high-resolution VLM", {"B": 1, "H": 32, "N": 16384, "D": 128, "causal": 1}, {"H": 1, "N": 4096}
+)  # fmt: skip
+SCAN = Workload("scan", "SCAN", {"images": 128, "captions": 128, "R": 36, "T": 20, "D": 1024}, {"images": 32, "captions": 32})
+DAMSM = Workload("damsm", "DAMSM", {"images": 128, "captions": 128, "R": 289, "T": 18, "D": 256}, {"images": 16, "captions": 16})
+
+# Whole models: C width, `every`: the loss on every so many samples, as IAIS takes the matched pairs among hard negatives.
+CLIP_TOWER = Workload("clip-tower", "CLIP ViT-L/14@336's tower", {"layers": 24, **CLIP.full, "C": 1024},
+                      {"layers": 6, "B": 1})  # fmt: skip
+LLAVA_DECODER = Workload("llava-decoder", "LLaVA-7B's decoder", {"layers": 32, **LLAVA.full, "C": 4096},
+                         {"layers": 4, "B": 1, "H": 4, "C": 512})  # fmt: skip
+UNITER_ENCODER = Workload("uniter-encoder", "UNITER-base", {"layers": 12, **UNITER.full, "C": 768, "every": 3},
+                          {"layers": 3, "B": 6})  # fmt: skip
+SCAN_BATCH = Workload("scan-batch", "SCAN, a training batch", SCAN.full, {})

@@ -1,0 +1,118 @@
+"""score_attention with the score functions that SDPA has not.
+
+The published procedure is the plain formula in eager mode, which is the reference. FlexAttention expresses the activated score;
+cosine, additive and Hadamard scores are no function of a dot product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from vlattn_fast import scores
+
+from ._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, tokens
+from ._measure import (
+    Benchmark,
+    Problem,
+    Tensors,
+    Variant,
+    backward,
+    compile_later,
+    forward,
+    operator_variants,
+    randoms,
+    without_output,
+)
+from ._workloads import CLIP, LLAVA, UNITER, Sizes
+
+ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
+
+
+def _score(kind: str) -> Callable[[Tensors], scores.Score]:
+    def make(t: Tensors) -> scores.Score:
+        match kind:
+            case "cosine":
+                return scores.Cosine()
+            case "additive":
+                return scores.Additive(t["vector"], t["query_weight"], t["key_weight"])
+            case "hadamard relu" | "hadamard tanh":
+                return scores.Hadamard(t["vector"], activation=kind.split()[1])
+        return scores.General(t["key_weight"], t["vector"], activation=kind.split()[1])
+
+    return make
+
+
+def _floor(kind: str, size: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Forward and backward as in PERFORMANCE 2: an activation is one exponential more; a tanh per feature is one each (two
+    share a reciprocal in the additive forward pass, where the scores need no matrix product either)."""
+    match kind:
+        case "additive":
+            return (1, 4, 1 + size / 2), (2, 8, 1 + size)
+        case "hadamard tanh":
+            return (1, 4, 1 + size), (2, 8, 1 + size)
+        case "hadamard relu":
+            return (3, 4, 1), (8, 8, 1)  # twice the features
+        case "cosine":
+            return SDPA_FORWARD, SDPA_BACKWARD
+    return (2, 4, 2), (5, 8, 2)
+
+
+def _build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    b, h, n, d = sizes["B"], sizes["H"], tokens(sizes), sizes["D"]
+    randn, causal = randoms(device, dtype), bool(sizes.get("causal"))
+    tensors = {name: randn(b, h, n, d) for name in ("query", "key", "value", "grad_output")}
+    tensors |= {"vector": randn(d, std=d**-0.5), **{name: randn(d, d, std=d**-0.5) for name in ("query_weight", "key_weight")}}
+    used = {"cosine": (), "additive": ("vector", "query_weight", "key_weight"), "hadamard relu": ("vector",),
+            "hadamard tanh": ("vector",)}.get(kind, ("key_weight", "vector"))  # fmt: skip
+    make = _score(kind)
+
+    def arguments(t: Tensors) -> dict[str, Any]:
+        return {"query": t["query"], "key": t["key"], "value": t["value"], "score": make(t), "is_causal": causal}
+
+    # the gradients of shared parameters are sums over the batch, of which only a part is compared
+    finish = backward(("query", "key", "value", *used), ("grad_output",), used) if both else forward
+    plain = backward(("query", "key", "value"), ("grad_output",)) if both else forward
+    features = d if kind in ("additive", "hadamard relu", "hadamard tanh") else 1  # the formula holds them for every pair
+    variants = operator_variants("score_attention", arguments, tensors, finish, (4 if both else 2) * features)
+    truth = variants["reference"].run
+    if kind in ACTIVATIONS:
+        variants["FlexAttention"] = Variant(finish(_flex(ACTIVATIONS[kind], causal, n, device)), compiled=True)
+    variants["SDPA"] = Variant(without_output(plain(partial(sdpa, is_causal=causal))))
+    floor = passes(sizes, dtype, *_floor(kind, d)[: 2 if both else 1])
+    return Problem(tensors, variants, "SDPA", truth, _part, pairs(sizes), floor)
+
+
+def _part(name: str, x: Tensor) -> Tensor:
+    return x[:1, :2] if x.dim() == 4 else x
+
+
+def _flex(activation: Callable[[Tensor], Tensor], causal: bool, n: int, device: torch.device) -> Callable[[Tensors], Tensor]:
+    """The projection of the keys, and the activation as score_mod."""
+    block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=device.type) if causal else None
+
+    def call(t: Tensors) -> Tensor:
+        key = t["key"] @ t["key_weight"].mT + t["vector"]
+        modified = {"score_mod": lambda score, b, h, i, j: activation(score), "block_mask": block_mask, "scale": 1.0}
+        return flex_attention(t["query"], key, t["value"], **modified)
+
+    return compile_later(call)
+
+
+BENCHMARKS = [
+    Benchmark(__name__, f"{kind}, {'forward+backward' if both else 'forward'}", workload, partial(_build, kind, both),
+              compile_when_quick=kind == "general tanh" and both and workload is CLIP)
+    for workload, kinds in (
+        (CLIP, ("cosine", "general tanh", "additive", "hadamard relu", "hadamard tanh")),
+        (UNITER, ("general tanh", "additive")),
+        (LLAVA, ("general sigmoid",)),
+    )
+    for kind in kinds
+    for both in (False, True)
+    if both or workload is CLIP
+]  # fmt: skip

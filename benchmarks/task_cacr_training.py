@@ -1,0 +1,82 @@
+"""A training step of a UNITER-size encoder: forward, matching loss plus the congruence loss of the last layer, backward, AdamW.
+
+The congruence loss is on every third sample, the matched pairs among hard negatives. Bound: the same step without it. Published:
+the loss as a Python loop over samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vlattn_fast as va
+
+from . import _models
+from ._bounds import pairs
+from ._measure import Benchmark, Pass, Problem, Tensors, Variant, backends, randoms, without_output
+from ._workloads import UNITER_ENCODER, Sizes
+from .congruence import masks, published_loss
+
+Blocks = dict[str, Tensor]
+
+
+def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    b, h, words, c, every = sizes["B"], sizes["H"], sizes["L"], sizes["C"], sizes["every"]
+    randn, last = randoms(device, dtype), sizes["layers"] - 1
+    parameters = {name: x.requires_grad_() for name, x in _models.weights(sizes, device, dtype).items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0)  # costs the same, and every variant sees the same weights
+    tensors = {"tokens": randn(b, words + sizes["V"], c), "aim": randn(c, std=c**-0.5), **parameters, **masks(sizes, b, device)}
+
+    def step(congruence: Callable[[Blocks], Tensor] | None, t: Tensors) -> Tensors:
+        x = t["tokens"].detach().requires_grad_()
+        hidden, loss = x, x.new_zeros(())
+        for number in range(last + 1):
+            if number == last and congruence is not None:
+                query, key, _ = _models.project(t, last, hidden[::every], h)
+                blocks = {"text_query": query[:, :, :words], "text_key": key[:, :, :words],
+                          "image_query": query[:, :, words:], "image_key": key[:, :, words:],
+                          **{name: t[name][::every] for name in ("text_mask", "image_mask")}}  # fmt: skip
+                loss = congruence(blocks)
+            hidden = _models.layer(t, number, hidden, h, _models.Plain(False))
+        matching = F.softplus(-(hidden[:, 0] @ t["aim"]))
+        total = matching.sum() / b + loss.sum() * every / b
+        names = [name for name in parameters if name in t]
+        grad, *grads = torch.autograd.grad(total, [x, *(t[name] for name in names)])
+        if t["0.qkv"] is parameters["0.qkv"]:  # not on the copies in float64
+            for parameter, found in zip(parameters.values(), grads, strict=True):
+                parameter.grad = found
+            optimizer.step()
+        return {"loss": loss.detach(), "gradient of tokens": grad}
+
+    def ours(backend: str) -> Variant:
+        return Variant(lambda t: step(lambda blocks: va.congruence_loss(**_arguments(blocks), backend=backend), t))
+
+    positives = -(-b // every)
+    empty = torch.zeros(positives, h, words + sizes["V"], c // h, device=device, dtype=dtype)
+    example = {"text_query": empty[:, :, :words], "text_key": empty[:, :, :words], "image_query": empty[:, :, words:],
+               "image_key": empty[:, :, words:], **masks(sizes, positives, device)}  # fmt: skip
+    variants = {name: ours(name) for name in [*backends("congruence", _arguments(example)), "reference"]}
+    variants["published"] = Variant(lambda t: step(lambda blocks: published_loss(blocks, "cacr"), t))
+    variants["no congruence loss"] = Variant(without_output(lambda t: step(None, t)))
+    forward = _models.flops(sizes)
+    floor = [forward, Pass(2 * forward.flops)]
+    return Problem(
+        tensors, variants, "no congruence loss", variants["reference"].run, _part, pairs(sizes), floor
+    )  # fmt: skip
+
+
+def _arguments(blocks: Blocks) -> dict[str, object]:
+    return {
+        "text": (blocks["text_query"], blocks["text_key"]), "image": (blocks["image_query"], blocks["image_key"]),
+        "text_mask": blocks["text_mask"], "image_mask": blocks["image_mask"], "reduction": "none",
+    }  # fmt: skip
+
+
+def _part(name: str, x: Tensor) -> Tensor:
+    return x[:1] if name in ("tokens", "text_mask", "image_mask", "loss", "gradient of tokens") else x
+
+
+BENCHMARKS = [Benchmark(__name__, "step", UNITER_ENCODER, _build)]

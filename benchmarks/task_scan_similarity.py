@@ -1,0 +1,62 @@
+"""A SCAN training batch: the similarity of 128 images with 128 captions, the triplet loss with its hardest negatives, backward.
+
+Bound: SDPA over the same pairs, forward and backward. Published: a Python loop over the captions.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+
+from ._measure import Benchmark, Problem, Tensors, Variant, backends, backward, without_output
+from ._workloads import SCAN_BATCH, Sizes
+from .stacked_cross_attention import OPTIONS, all_pairs, floor, inputs, packed, published_similarity
+
+MARGIN = 0.2
+
+
+def triplet_loss(similarity: Tensor) -> Tensor:
+    """Hinge in both directions against the hardest negative."""
+    matched = similarity.diagonal()
+    own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    captions, images = ((MARGIN + similarity - x).clamp(min=0).masked_fill(own, 0.0) for x in (matched[:, None], matched))
+    return captions.amax(1).sum() + images.amax(0).sum()
+
+
+def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    tensors, lengths = inputs(sizes, device, dtype)
+    words = packed(tensors, lengths)
+    arguments = {"caption_lengths": lengths, **OPTIONS["SCAN"]}
+
+    def step(similarity: Any, t: Tensors) -> Tensors:
+        leaves = {name: x.detach().requires_grad_() for name, x in t.items()}
+        found = similarity(leaves["images"], leaves["captions"])
+        torch.autograd.grad(triplet_loss(found), list(leaves.values()))
+        return {"similarity": found.detach()}
+
+    def truth(t: Tensors) -> Tensors:  # of a few images: the loss couples all pairs
+        return {"similarity": va.reference.stacked_cross_attention(**t, **arguments)}
+
+    def published(images: Tensor, captions: Tensor) -> Tensor:
+        return published_similarity(images, captions, lengths, OPTIONS["SCAN"])
+
+    variants = {
+        name: Variant(partial(step, partial(va.stacked_cross_attention, **arguments, backend=name)))
+        for name in backends("stacked_cross_attention", {**tensors, **arguments})
+    }
+    variants["published"] = Variant(partial(step, published))
+    plain = backward(("images", "words"), ("grad_output",))(all_pairs)
+    variants["SDPA"] = Variant(without_output(lambda _: plain(words)))
+    return Problem(tensors, variants, "SDPA", truth, _part, 0, floor(sizes, len(words["words"]), dtype, both=True))
+
+
+def _part(name: str, x: Tensor) -> Tensor:
+    return x if name == "captions" else x[:2]
+
+
+BENCHMARKS = [Benchmark(__name__, "similarity, triplet loss, backward", SCAN_BATCH, _build, torch.float32)]

@@ -1,0 +1,33 @@
+"""The benchmarks under pytest-benchmark, which drives the rounds; each round runs every variant once.
+
+    pytest benchmarks/test_benchmarks.py [-k scan]
+
+VLATTN_BENCH_DEVICE (cpu), VLATTN_BENCH_QUICK (unset) and VLATTN_BENCH_OUT (a JSON file; unset: no rows are stored) choose.
+"""
+
+import itertools
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from vlattn_fast.benchmarks._measure import Measurement, append, device_name, provenance
+from vlattn_fast.benchmarks._run import check_device, declared, show
+
+pytest.importorskip("pytest_benchmark")
+pytestmark = pytest.mark.filterwarnings("default")  # torch.compile warns of what is not ours
+DEVICE = check_device(os.environ.get("VLATTN_BENCH_DEVICE", "cpu"))
+OUT = os.environ.get("VLATTN_BENCH_OUT")
+
+
+@pytest.mark.parametrize("declaration", declared(), ids=lambda declaration: declaration.name)
+def test_benchmark(benchmark, declaration):
+    measurement, number = Measurement(declaration, DEVICE, quick="VLATTN_BENCH_QUICK" in os.environ), itertools.count()
+    benchmark.pedantic(lambda: measurement.round(next(number)), rounds=measurement.rounds, iterations=1)
+    origin = {"device": device_name(DEVICE), **provenance(shlex.join(["pytest", *sys.argv[1:]]))}
+    rows = [{**row, **origin} for row in measurement.rows()]
+    benchmark.extra_info["rows"] = rows
+    show(rows)
+    if OUT:
+        append(rows, Path(OUT))

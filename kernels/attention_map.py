@@ -1,0 +1,221 @@
+"""attention_map in Triton: one (B,N,M) map for all heads, A or relu(A * dA), reduced over the heads in registers.
+
+Shapes: query (B,H,N,D), key (B,Hk,M,D), value (B,Hk,M,Dv), grad_output (B,H,N,Dv), Hk a divisor of H; map (B,N,M) float32.
+Roofline: HBM for short sequences (every input once, the map once); for long ones two exponentials (MUFU) and two matrix
+products a pair and head, three for the gradient rule.
+Trick: the heads are the inner loop, so no map of one head exists, and padding and the causal mask, alike in all heads, are
+applied once to the reduced tile. Up to 256 keys a tile holds whole rows and one kernel does it all; beyond, a first pass
+leaves each row's maximum and 1/sum, two numbers rather than their logarithm, which would be rounded. The maximum of a row
+without keys is +inf: exp2(s - max) is 0 and no one needs to ask. Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tiles import (
+    LOG2_E,
+    below_max,
+    block_and_head,
+    block_size,
+    dot,
+    input_precision,
+    key_range,
+    load_tile,
+    mask_arguments,
+    mask_logits,
+    store_tile,
+    unit_stride,
+)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    head_reduction: str,
+    row_normalize: bool,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    """Abar (B,N,M) float32."""
+    batch, heads, num_q, size = query.shape
+    num_kv = key.shape[2]
+    abar = query.new_empty((batch, num_q, num_kv), dtype=torch.float32)
+    if abar.numel() == 0:
+        return abar
+    query, key = unit_stride(query), unit_stride(key)
+    gradient = rule == "gradient"
+    value = unit_stride(value) if gradient and value is not None else key
+    grad_output = unit_stride(grad_output) if gradient and grad_output is not None else query
+    size_v = value.shape[3] if gradient else 0
+    masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, num_kv)
+    sizes = (heads, heads // key.shape[1], num_q, num_kv, size)
+    strides = (*query.stride()[:3], *key.stride()[:3], *strides_mask)
+    constants = {
+        **mask_constants, "CAUSAL": is_causal, "PRECISION": input_precision(), "BLOCK_D": block_size(size),
+        "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
+    }  # fmt: skip
+    config = _config(num_kv, max(size, size_v), query.dtype, gradient, attn_mask is not None)
+    one_tile = num_kv <= config["BLOCK_KV"]
+    row_max = row_inverse = abar  # stands in where one tile holds whole rows
+    if not one_tile:
+        row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
+        rows_config = _rows_config(size, query.dtype, attn_mask is not None)
+        _rows_kernel[(triton.cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
+            query, key, *masks, row_max, row_inverse, *sizes, scale * LOG2_E, *strides, **constants, **rows_config
+        )
+    grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * triton.cdiv(num_kv, config["BLOCK_KV"]) * batch,)
+    _map_kernel[grid](
+        query, key, value, grad_output, *masks, row_max, row_inverse, abar, *sizes, size_v, scale * LOG2_E, *strides,
+        *value.stride()[:3], *grad_output.stride()[:3], **constants, GRADIENT=gradient, REDUCTION=head_reduction,
+        NORMALIZE=row_normalize, ONE_TILE=one_tile, BLOCK_DV=block_size(size_v), **config,
+    )  # fmt: skip
+    if row_normalize and not one_tile:
+        total = abar.sum(-1, keepdim=True)
+        abar.div_(torch.where(total > 0, total, 1.0))
+    return abar
+
+
+def _config(num_kv: int, size: int, dtype: torch.dtype, gradient: bool, masked: bool) -> dict[str, int]:
+    """Tiles of the map. Not measured: the largest of those tried that compile for sm_90 without spills in 99 KB. Each tile
+    reads its rows and keys of all heads, so it should be large, and whole rows save the other kernel. A tile of attn_mask
+    takes registers for its addresses."""
+    stages = 2 if size <= 64 else 1
+    if dtype == torch.float32 or size > 128:
+        return {"BLOCK_Q": 32, "BLOCK_KV": 64, "num_warps": 8, "num_stages": 1}
+    if num_kv <= 64:
+        return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": stages}
+    if masked:
+        return {"BLOCK_Q": 128, "BLOCK_KV": 64, "num_warps": 8, "num_stages": 1}
+    if num_kv <= 128:
+        return {"BLOCK_Q": 64, "BLOCK_KV": 128, "num_warps": 8 if gradient else 4, "num_stages": stages}
+    if gradient:
+        return {"BLOCK_Q": 128, "BLOCK_KV": 64, "num_warps": 8, "num_stages": stages}
+    if num_kv <= 256:
+        return {"BLOCK_Q": 64, "BLOCK_KV": 256, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_warps": 8, "num_stages": stages}
+
+
+def _rows_config(size: int, dtype: torch.dtype, masked: bool) -> dict[str, int]:
+    """Tiles of the rows' statistics; not measured, as above."""
+    if dtype == torch.float32 or size > 128:
+        return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_Q": 64 if masked else 128, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
+
+
+@triton.jit
+def _rows_kernel(
+    p_q, p_k, p_mask, p_key_mask, p_max, p_inverse, H, GROUP, N, M, D, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FOLDED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Of each row of a head: its largest logit (+inf where all keys are hidden) and 1 / sum exp2(base-2 logit - largest)."""
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_mask += i_b * stride_mb + i_h * stride_mh
+    p_key_mask += i_b * M
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, BLOCK_D)
+    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for PART in tl.static_range(2):  # keys that need no mask, then the others
+        for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_KV)
+            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+            if FOLDED:
+                b_s *= scale_log2
+            if PART == 1:
+                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+            b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_alpha = tl.exp2(b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2)
+            b_sum = b_sum * b_alpha + tl.sum(tl.exp2(below_max(b_s, b_safe, scale_log2, FOLDED)), axis=1)
+            b_max = b_new
+    empty = b_sum == 0.0
+    o_row = i_bh * N + o_q
+    tl.store(p_max + o_row, tl.where(empty, float("inf"), b_max), mask=o_q < N)
+    tl.store(p_inverse + o_row, 1.0 / tl.where(empty, 1.0, b_sum), mask=o_q < N)
+
+
+@triton.jit
+def _map_kernel(
+    p_q, p_k, p_v, p_do, p_mask, p_key_mask, p_max, p_inverse, p_map, H, GROUP, N, M, D, DV, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
+    stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FOLDED: tl.constexpr,
+    BLOCK_D: tl.constexpr, GRADIENT: tl.constexpr, REDUCTION: tl.constexpr, NORMALIZE: tl.constexpr, ONE_TILE: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """One tile of the map. Neighbouring programs share query rows, and those of one batch all keys: they stay in the cache."""
+    num_q, num_kv = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV)
+    i = tl.program_id(0).to(tl.int64)
+    i_b = i // (num_q * num_kv)
+    i_q = ((i // num_kv) % num_q).to(tl.int32)
+    i_kv = (i % num_kv).to(tl.int32)
+    p_mask += i_b * stride_mb
+    p_key_mask += i_b * M
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    b_map = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if REDUCTION == "min" else 0.0, dtype=tl.float32)
+    # above the diagonal no head has anything
+    heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if CAUSAL else H
+    for h in range(0, heads):
+        i_h = tl.full([], 0, dtype=tl.int64) + h
+        i_hk = i_h // GROUP
+        b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+        b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+        if FOLDED:
+            b_s *= scale_log2
+        if ONE_TILE:
+            b_s = mask_logits(
+                b_s, p_mask + i_h * stride_mh, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL
+            )
+            b_max = tl.max(b_s, axis=1)
+            b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
+            b_p = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
+            b_sum = tl.sum(b_p, axis=1)
+            b_inverse = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+        else:
+            if MASK != 0:  # what is hidden in all heads is taken out after the loop
+                b_s = mask_logits(
+                    b_s, p_mask + i_h * stride_mh, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, False
+                )
+            o_row = (i_b * H + i_h) * N + o_q
+            b_max = tl.load(p_max + o_row, mask=o_q < N, other=float("inf"))
+            b_p = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
+            b_inverse = tl.load(p_inverse + o_row, mask=o_q < N, other=0.0)
+        if GRADIENT:
+            b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+            b_v = load_tile(p_v + i_b * stride_vb + i_hk * stride_vh, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_p = tl.maximum(b_p * dot(b_do, tl.trans(b_v), PRECISION), 0.0)
+        if REDUCTION == "mean":
+            b_map += b_p * b_inverse[:, None]
+        elif REDUCTION == "max":
+            b_map = tl.maximum(b_map, b_p * b_inverse[:, None])
+        else:
+            b_map = tl.minimum(b_map, b_p * b_inverse[:, None])
+    if KEY_MASK:
+        b_map = tl.where((tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[None, :], b_map, 0.0)
+    if CAUSAL:
+        b_map = tl.where(o_kv[None, :] <= o_q[:, None], b_map, 0.0)
+    if NORMALIZE and ONE_TILE:
+        b_total = tl.sum(b_map, axis=1)
+        b_map /= tl.where(b_total > 0.0, b_total, 1.0)[:, None]
+    elif REDUCTION == "mean" and not NORMALIZE:
+        b_map /= H
+    store_tile(p_map + i_b * N * M, M, o_q, o_kv, N, M, b_map)

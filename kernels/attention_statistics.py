@@ -1,0 +1,511 @@
+"""attention_statistics in Triton: mass by key group, entropy, maximum, argmax and received attention; forward and backward.
+
+Shapes: query (B,H,N,D), key (B,Hk,M,D), Hk a divisor of H; mass (B,H,N,G), entropy, maximum, argmax (B,H,N), received (B,H,M).
+Roofline: HBM for short sequences; for long ones a matrix product and an exponential a pair in each of two passes, and the
+dozen instructions a pair that maximum, entropy and argmax take beside them (issue-bound at head size 64). Backward: five
+matrix products and three exponentials a pair.
+Trick: everything of a row comes from one pass over its keys: the entropy is ln l - sum e x / l with x = logit - maximum and
+l = sum e, two terms of one sign; the mass of the groups is a product with 0s and 1s, the weights in two halves so that
+16-bit products keep 24 bits of them. received is key-major: no atomics, the same bits each time. Backward needs one number a
+row more, sum P dP, which the query-major kernel finds before its second loop. Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tiles import (
+    LOG2_E,
+    below_max,
+    block_and_head,
+    block_size,
+    dot,
+    input_precision,
+    key_range,
+    load_tile,
+    mask_arguments,
+    mask_logits,
+    store_tile,
+    unit_stride,
+)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    key_groups: Tensor | None,
+    row_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    num_groups: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mass (B,H,N,G), entropy, maximum, argmax (B,H,N), received (B,H,M)."""
+    rows = query.shape[:3]
+    mass = query.new_empty((*rows, num_groups), dtype=torch.float32)
+    entropy, maximum, row_max = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    argmax = query.new_empty(rows, dtype=torch.int64)
+    received = query.new_empty((*rows[:2], key.shape[2]), dtype=torch.float32)
+    tensors, numbers, constants = _arguments(
+        query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal
+    )
+    if maximum.numel() > 0:
+        config = _rows_config(query.shape[3], query.dtype, attn_mask is not None, num_groups)
+        grid = (triton.cdiv(rows[2], config["BLOCK_Q"]) * max(1, triton.cdiv(num_groups, config["BLOCK_G"])) * rows[0] * rows[1],)
+        _rows_kernel[grid](
+            *tensors, mass, entropy, maximum, argmax, row_max, *numbers, **constants, GROUPS=num_groups > 0, **config
+        )
+    if received.numel() > 0:
+        config = _received_config(query.shape[3], query.dtype)
+        grid = (triton.cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
+        _received_kernel[grid](*tensors, maximum, row_max, received, *numbers, **constants, **config)
+    return mass, entropy, maximum, argmax, received
+
+
+def backward(
+    grad_mass: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_maximum: Tensor | None,
+    grad_received: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    argmax: Tensor,
+    key_groups: Tensor | None,
+    row_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    num_groups: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key and row_weight."""
+    batch, heads, num_q, _ = query.shape
+    grad_q, grad_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key))
+    row_max, inverse, shift, sent = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(4))
+    if key_groups is None or num_groups == 0:
+        grad_mass = None
+    grads = tuple(query if x is None else x.contiguous() for x in (grad_mass, grad_entropy, grad_maximum, grad_received))
+    tensors, numbers, constants = _arguments(
+        query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal
+    )
+    few = num_groups if num_groups <= 4 else 0
+    constants |= {
+        "MASS": grad_mass is not None, "ENTROPY": grad_entropy is not None, "MAXIMUM": grad_maximum is not None,
+        "RECEIVED": grad_received is not None, "FEW": few,
+        **_backward_config(query.shape[3], query.dtype, attn_mask is not None or (grad_mass is not None and few == 0)),
+    }  # fmt: skip
+    tensors += (*grads, argmax.contiguous(), row_max, inverse, shift)
+    if row_max.numel() > 0:
+        grid = (triton.cdiv(num_q, constants["BLOCK_Q"]) * batch * heads,)
+        _backward_q_kernel[grid](*tensors, sent, grad_q, *numbers, scale, **constants)
+    if grad_k.numel() > 0:
+        grid = (triton.cdiv(key.shape[2], constants["BLOCK_KV"]) * batch * key.shape[1],)
+        _backward_kv_kernel[grid](*tensors, grad_k, *numbers, scale, **constants)
+    if row_weight is None:
+        return grad_q, grad_k, None
+    return grad_q, grad_k, sent.sum(1) if grad_received is not None else torch.zeros_like(row_weight)
+
+
+def _arguments(
+    query: Tensor, key: Tensor, key_groups: Tensor | None, row_weight: Tensor | None, attn_mask: Tensor | None,
+    key_mask: Tensor | None, num_groups: int, scale: float, is_causal: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """What every kernel here takes: tensors (the query stands in for absent ones), sizes and strides in elements, constants."""
+    query, key = unit_stride(query), unit_stride(key)
+    masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
+    groups = query if key_groups is None else unit_stride(key_groups)
+    weight = query if row_weight is None else unit_stride(row_weight)
+    numbers = (
+        query.shape[1], query.shape[1] // max(1, key.shape[1]), query.shape[2], key.shape[2], query.shape[3], num_groups,
+        scale * LOG2_E, *query.stride()[:3], *key.stride()[:3], *strides_mask, groups.stride(0), weight.stride(0),
+    )  # fmt: skip
+    constants = {
+        **mask_constants, "CAUSAL": is_causal, "WEIGHT": row_weight is not None,
+        "PRECISION": input_precision(), "SPLIT": query.dtype != torch.float32, "BLOCK_D": block_size(query.shape[3]),
+        "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
+    }  # fmt: skip
+    return (query, key, groups, weight, *masks), numbers, constants
+
+
+def _rows_config(size: int, dtype: torch.dtype, masked: bool, num_groups: int) -> dict[str, int]:
+    """Tiles of the forward pass. Not measured: the largest of those tried that compile for sm_90 without spills; a tile of
+    attn_mask takes registers for its addresses. Groups beyond BLOCK_G take programs of their own, which compute the row again."""
+    groups = {"BLOCK_G": min(64, block_size(num_groups))}
+    if dtype == torch.float32 and size > 64:
+        return {"BLOCK_Q": 16, "BLOCK_KV": 32, **groups, "num_warps": 8, "num_stages": 1}
+    if dtype == torch.float32 or size > 128:
+        return {"BLOCK_Q": 32, "BLOCK_KV": 32, **groups, "num_warps": 4, "num_stages": 1}
+    warps = 4 if num_groups <= 32 else 8
+    return {"BLOCK_Q": 64, "BLOCK_KV": 32 if masked and size > 64 else 64, **groups, "num_warps": warps, "num_stages": 2}
+
+
+def _received_config(size: int, dtype: torch.dtype) -> dict[str, int]:
+    """As above, key-major."""
+    if dtype == torch.float32 or size > 128:
+        return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 8 if dtype == torch.float32 and size > 64 else 4, "num_stages": 1}
+    return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
+
+
+def _backward_config(size: int, dtype: torch.dtype, crowded: bool) -> dict[str, int]:
+    """As above; crowded: attn_mask or a product with grad_mass takes registers, too."""
+    if dtype == torch.float32 or size > 128:
+        return {"BLOCK_Q": 16 if dtype == torch.float32 and size > 64 else 32, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
+    if crowded:
+        return {"BLOCK_Q": 64, "BLOCK_KV": 64 if size <= 64 else 32, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2 if size <= 64 else 1}
+
+
+@triton.jit
+def _rows_kernel(
+    p_q, p_k, p_groups, p_weight, p_mask, p_key_mask, p_mass, p_entropy, p_maximum, p_argmax, p_row_max,
+    H, GROUP, N, M, D, G, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
+    stride_groups, stride_weight,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_D: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """All statistics of a block of rows, the mass of BLOCK_G groups; and each row's largest logit, +inf where all keys are
+    hidden: exp2(logit - it) is then 0 without asking."""
+    blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
+    i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP)
+    i_q, i_g = i // blocks_g, i % blocks_g
+    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_mask += i_b * stride_mb + i_h * stride_mh
+    p_key_mask += i_b * M
+    p_groups += i_b * stride_groups
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, BLOCK_D)
+    o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
+    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_first = tl.full([BLOCK_Q], -1, dtype=tl.int32)
+    b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
+    free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for PART in tl.static_range(2):  # keys that need no mask, then the others
+        for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_KV)
+            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+            if FOLDED:
+                b_s *= scale_log2
+            if PART == 1:
+                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+            b_new, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED)
+            b_here = tl.min(tl.where(b_s == b_new[:, None], o_kv[None, :], 2147483647), axis=1)
+            b_first = tl.where(b_new == b_max, b_first, b_here)
+            b_max = b_new
+            if GROUPS:
+                b_member = _groups(p_groups, o_kv, M, G)[:, None] == o_g[None, :]  # [kv,G]
+                b_mass = b_mass * b_alpha[:, None] + _dot_members(b_e, b_member, tl.float16, SPLIT, PRECISION)
+    b_empty = b_sum == 0.0
+    b_total = tl.where(b_empty, 1.0, b_sum)
+    b_inverse = 1.0 / b_total
+    o_row = i_bh * N + o_q
+    if i_g == 0:
+        m_row = o_q < N
+        b_entropy = 0.6931471805599453 * (tl.log2(b_total) - b_log * b_inverse)
+        tl.store(p_entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
+        tl.store(p_maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
+        tl.store(p_argmax + o_row, tl.where(b_empty, -1, b_first).to(tl.int64), mask=m_row)
+        tl.store(p_row_max + o_row, tl.where(b_empty, float("inf"), b_max), mask=m_row)
+    if GROUPS:
+        store_tile(p_mass + i_bh * N * G, G, o_q, o_g, N, G, b_mass * b_inverse[:, None])
+
+
+@triton.jit
+def _received_kernel(
+    p_q, p_k, p_groups, p_weight, p_mask, p_key_mask, p_maximum, p_row_max, p_received,
+    H, GROUP, N, M, D, G, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
+    stride_groups, stride_weight,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """sum_i w_i P_ij of a block of keys; 1 / sum exp2(logit - row_max) of a row is its `maximum`."""
+    i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP)
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_mask += i_b * stride_mb + i_h * stride_mh
+    p_key_mask += i_b * M
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_d = tl.arange(0, BLOCK_D)
+    b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+    b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over its rows once, at the end
+    begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
+    for start in range(begin, N, BLOCK_Q):
+        o_q = start + tl.arange(0, BLOCK_Q)
+        b_q = load_tile(p_q, stride_qn, o_q, o_d, N, D)  # [q,D]
+        b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+        if FOLDED:
+            b_s *= scale_log2
+        if MASK != 0 or CAUSAL:  # a hidden key is taken out after the loop
+            b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
+        b_max, b_weight = _row(p_row_max, i_bh, o_q, N, float("inf")), _row(p_maximum, i_bh, o_q, N, 0.0)
+        if WEIGHT:
+            b_weight *= tl.load(p_weight + i_b * stride_weight + o_q, mask=o_q < N, other=0.0)
+        b_sum += tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED)) * b_weight[:, None]
+    b_received = tl.sum(b_sum, axis=0)
+    if KEY_MASK:
+        b_received = tl.where(tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0, b_received, 0.0)
+    tl.store(p_received + i_bh * M + o_kv, b_received, mask=o_kv < M)
+
+
+@triton.jit
+def _backward_q_kernel(
+    p_q, p_k, p_groups, p_weight, p_mask, p_key_mask, p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received, p_argmax,
+    p_row_max, p_inverse, p_shift, p_sent, p_grad_q,
+    H, GROUP, N, M, D, G, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
+    stride_groups, stride_weight, scale,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
+    MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the query, and by row, for the other kernel: the largest logit, 1 / sum, and `shift`, -sum P dP
+    less what cancels in `_grad_score`; `sent` = sum_j P_ij grad_received_j."""
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_mask += i_b * stride_mb + i_h * stride_mh
+    p_key_mask += i_b * M
+    p_groups += i_b * stride_groups
+    p_weight += i_b * stride_weight
+    p_grad_mass += i_bh * N * G
+    p_grad_received += i_bh * M
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, BLOCK_D)
+    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_ge, b_gm, b_first, b_w = _grad_rows(
+        p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
+    )
+    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_sent = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for PART in tl.static_range(2):
+        for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_KV)
+            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+            if FOLDED:
+                b_s *= scale_log2
+            if PART == 1:
+                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+            b_max, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED)
+            if MASS or MAXIMUM or RECEIVED:
+                b_terms = _grad_terms(
+                    b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv, N, M, G,
+                    MASS, MAXIMUM, RECEIVED, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV,
+                )  # fmt: skip
+                b_sum_terms = b_sum_terms * b_alpha + tl.sum(b_e * b_terms, axis=1)
+            if WEIGHT and RECEIVED:
+                b_sent = b_sent * b_alpha + tl.sum(b_e * _column(p_grad_received, o_kv, M)[None, :], axis=1)
+    b_empty = b_sum == 0.0
+    b_inverse = 1.0 / tl.where(b_empty, 1.0, b_sum)
+    b_max = tl.where(b_empty, float("inf"), b_max)
+    # log P = x - log sum, and the second cancels in dP - sum P dP
+    b_shift = (b_ge * 0.6931471805599453 * b_log - b_sum_terms) * b_inverse
+    for PART in tl.static_range(2):
+        for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_KV)
+            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+            if FOLDED:
+                b_s *= scale_log2
+            if PART == 1:
+                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+            b_ds = _grad_score(
+                b_s, b_max, b_inverse, b_shift, b_ge, b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv,
+                N, M, G, scale_log2, FOLDED, MASS, ENTROPY, MAXIMUM, RECEIVED, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV,
+            )  # fmt: skip
+            b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
+    m_row = o_q < N
+    o_row = i_bh * N + o_q
+    tl.store(p_row_max + o_row, b_max, mask=m_row)
+    tl.store(p_inverse + o_row, b_inverse, mask=m_row)
+    tl.store(p_shift + o_row, b_shift, mask=m_row)
+    if WEIGHT and RECEIVED:
+        tl.store(p_sent + o_row, b_sent * b_inverse, mask=m_row)
+    store_tile(p_grad_q + i_bh * N * D, D, o_q, o_d, N, D, b_dq * scale)
+
+
+@triton.jit
+def _backward_kv_kernel(
+    p_q, p_k, p_groups, p_weight, p_mask, p_key_mask, p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received, p_argmax,
+    p_row_max, p_inverse, p_shift, p_grad_k,
+    H, GROUP, N, M, D, G, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
+    stride_groups, stride_weight, scale,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
+    MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a block of keys, the query heads that share it in turn."""
+    i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP, 1)
+    p_key_mask += i_b * M
+    p_groups += i_b * stride_groups
+    p_weight += i_b * stride_weight
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_d = tl.arange(0, BLOCK_D)
+    b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+    b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
+    begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
+    for head in range(0, GROUP):
+        i_h = i_hk * GROUP + head
+        i_bh = i_b * H + i_h
+        for start in range(begin, N, BLOCK_Q):
+            o_q = start + tl.arange(0, BLOCK_Q)
+            b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+            if FOLDED:
+                b_s *= scale_log2
+            if MASK != 0 or CAUSAL:  # a hidden key is taken out after the loop
+                p_head = p_mask + i_b * stride_mb + i_h * stride_mh
+                b_s = mask_logits(b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
+            b_ge, b_gm, b_first, b_w = _grad_rows(
+                p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
+            )
+            b_ds = _grad_score(
+                b_s, _row(p_row_max, i_bh, o_q, N, float("inf")), _row(p_inverse, i_bh, o_q, N, 0.0),
+                _row(p_shift, i_bh, o_q, N, 0.0), b_ge, b_gm, b_first, b_w,
+                p_grad_mass + i_bh * N * G, p_grad_received + i_bh * M, p_groups, o_q, o_kv,
+                N, M, G, scale_log2, FOLDED, MASS, ENTROPY, MAXIMUM, RECEIVED, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV,
+            )  # fmt: skip
+            b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, PRECISION)
+    b_dk *= scale
+    if KEY_MASK:
+        b_dk = tl.where((tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
+    store_tile(p_grad_k + (i_b * (H // GROUP) + i_hk) * M * D, D, o_kv, o_d, M, D, b_dk)
+
+
+@triton.jit
+def _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED: tl.constexpr):
+    """After a tile b_s [q,kv]: the largest logit, e = 2^x of the tile with x = logit - largest in base 2, the factor alpha for
+    sums so far, sum e, sum e x. x ends where e is 0 in float32, so that e x is a number."""
+    b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_x = tl.maximum(below_max(b_s, b_safe, scale_log2, FOLDED), -160.0)
+    b_e = tl.exp2(b_x)
+    b_moved = tl.maximum(b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2, -160.0)
+    b_alpha = tl.exp2(b_moved)
+    b_log = b_alpha * (b_log + b_sum * b_moved) + tl.sum(b_e * b_x, axis=1)
+    b_sum = b_alpha * b_sum + tl.sum(b_e, axis=1)
+    return b_new, b_e, b_alpha, b_sum, b_log
+
+
+@triton.jit
+def _grad_rows(
+    p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N,
+    ENTROPY: tl.constexpr, MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """grad_entropy, grad_maximum, argmax and the weight of rows, zeros for what is absent."""
+    b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0
+    b_first = o_q * 0 - 1
+    if ENTROPY:
+        b_ge = _row(p_grad_entropy, i_bh, o_q, N, 0.0)
+    if MAXIMUM:
+        b_gm = _row(p_grad_maximum, i_bh, o_q, N, 0.0)
+        b_first = tl.load(p_argmax + i_bh * N + o_q, mask=o_q < N, other=-1).to(tl.int32)
+    if RECEIVED:
+        b_w = b_w + 1.0
+        if WEIGHT:
+            b_w = tl.load(p_weight + o_q, mask=o_q < N, other=0.0)
+    return b_ge, b_gm, b_first, b_w
+
+
+@triton.jit
+def _grad_score(
+    b_s, b_max, b_inverse, b_shift, b_ge, b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv, N, M, G,
+    scale_log2, FOLDED: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr, MAXIMUM: tl.constexpr,
+    RECEIVED: tl.constexpr, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """dS / scale = P (dP - sum P dP) of a tile [q,kv] of logits."""
+    b_x = tl.maximum(below_max(b_s, b_max, scale_log2, FOLDED), -160.0)
+    b_dp = b_shift[:, None]
+    if MASS or MAXIMUM or RECEIVED:
+        b_dp = b_dp + _grad_terms(
+            b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv, N, M, G,
+            MASS, MAXIMUM, RECEIVED, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV,
+        )  # fmt: skip
+    if ENTROPY:
+        b_dp = b_dp - (b_ge * 0.6931471805599453)[:, None] * b_x
+    return tl.exp2(b_x) * b_inverse[:, None] * b_dp
+
+
+@triton.jit
+def _grad_terms(
+    b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv, N, M, G,
+    MASS: tl.constexpr, MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, FEW: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """dP [q,kv] but for the entropy's term. One function for its sum and its use: what cancels in a row cancels exactly."""
+    b_dp = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+    if MASS:
+        b_dp = _grad_mass(p_grad_mass, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV)
+    if RECEIVED:
+        b_dp += b_w[:, None] * _column(p_grad_received, o_kv, M)[None, :]
+    if MAXIMUM:
+        b_dp += tl.where(o_kv[None, :] == b_first[:, None], b_gm[:, None], 0.0)
+    return b_dp
+
+
+@triton.jit
+def _grad_mass(
+    p_grad_mass, p_groups, o_q, o_kv, N, M, G,
+    FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """[q,kv]: grad_mass of each query for the group of each key, 0 for none. FEW groups are chosen from one by one."""
+    b_group = _groups(p_groups, o_kv, M, G)
+    b_tile = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+    if FEW > 0:
+        for g in tl.static_range(FEW):
+            b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0)
+            b_tile = tl.where((b_group == g)[None, :], b_one[:, None], b_tile)
+    else:
+        for start in range(0, G, 16):
+            o_g = start + tl.arange(0, 16)
+            b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
+            b_tile += _dot_members(b_some, o_g[:, None] == b_group[None, :], tl.bfloat16, SPLIT, PRECISION)
+    return b_tile
+
+
+@triton.jit
+def _dot_members(b_x, b_member, HALF: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """b_x @ b_member for float32 b_x and true or false; SPLIT into two HALF numbers: exact to 2^-24 for weights in [0, 1] in
+    float16, to 2^-17 of any number in bfloat16."""
+    b_ones = b_member.to(tl.float32)
+    if SPLIT:
+        b_high = b_x.to(HALF)
+        b_low = (b_x - b_high.to(tl.float32)).to(HALF)
+        b_ones = b_ones.to(HALF)
+        return dot(b_high, b_ones, PRECISION) + dot(b_low, b_ones, PRECISION)
+    else:
+        return dot(b_x, b_ones, PRECISION)
+
+
+@triton.jit
+def _groups(p_groups, o_kv, M, G):
+    """The group of each key, -1 for none and for what is no group."""
+    b_group = tl.load(p_groups + o_kv, mask=o_kv < M, other=-1)
+    return tl.where((b_group >= 0) & (b_group < G), b_group, -1).to(tl.int32)
+
+
+@triton.jit
+def _row(p, i_bh, o_q, N, outside):
+    return tl.load(p + i_bh * N + o_q, mask=o_q < N, other=outside)
+
+
+@triton.jit
+def _column(p, o_kv, M):
+    return tl.load(p + o_kv, mask=o_kv < M, other=0.0)

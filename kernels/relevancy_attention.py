@@ -1,0 +1,519 @@
+"""relevancy_attention in Triton: a flash backward that also gives r Abar, and r Abar alone behind any attention.
+
+Shapes: query (B,H,N,D), key (B,Hk,M,D), value (B,Hk,M,Dv), relevancy (B,T,N) -> (B,T,M); Hk divides H.
+Roofline: the tensor cores, 7 matrix products a pair in the backward's two passes, 2 (rule "gradient") in r Abar alone, where the
+exponential (MUFU) ties with them at D = 64. r Abar within the backward adds none: a maximum and two multiply-adds a pair.
+Trick: r Abar is a sum over queries, and the key-major pass, which owns its keys, has P and dP in registers anyway; tiles lie
+[kv,q] there, so that P and dS feed the next product, and r Abar is summed, without leaving registers. The query-major pass comes
+first and brings what that needs of a row: sum(grad_out * out), Abar's row sum, and in float32 the sum of exp(logit - lse), which
+undoes the rounding of lse. No atomics: one partial sum of r Abar a key head, added in order. Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import score_attention
+from ._tiles import (
+    LOG2_E,
+    block_and_head,
+    block_size,
+    dot,
+    input_precision,
+    load_tile,
+    mask_arguments,
+    mask_logits,
+    store_tile,
+    unit_stride,
+)
+
+MAX_T = 64  # carried rows of one program
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    carrier: Tensor,
+    residual_weight: Tensor | None,
+    attention_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B,H,N,Dv), the carrier's copy (B,T,N), lse (B,H,N)."""
+    out, lse = score_attention.forward(
+        query, key, value, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal
+    )
+    return out, carrier.clone(), lse
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_carrier: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    residual_weight: Tensor | None,
+    attention_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+    scale: float,
+    is_causal: bool,
+    need_inputs: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing asked."""
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    sent = moved = None
+    if grad_carrier is not None and (grad_out is not None or rule == "attention"):
+        sent = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
+    if need_inputs and grad_out is not None:
+        call = _describe(query, key, value, grad_out, attn_mask, key_mask, rule, scale, is_causal)
+        grad_q, rows, sums = _backward_q(call, out, lse.contiguous(), sent is not None and row_normalize)
+        grad_k, grad_v, moved = _backward_kv(call, rows, sent, sums)
+        grads = (grad_q, grad_k, grad_v)
+    elif sent is not None:
+        # the rounding of lse is half of the error of r Abar in float32: its rows are summed again there, as step does
+        given = None if query.dtype == torch.float32 else lse
+        moved = step(sent, query, key, value, grad_out, given, attn_mask, key_mask, rule, row_normalize, scale, is_causal)
+    if grad_carrier is None:
+        return grads[0], grads[1], grads[2], None
+    kept = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
+    return grads[0], grads[1], grads[2], kept.clone() if moved is None else kept + moved
+
+
+def step(
+    relevancy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    lse: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    """relevancy @ Abar, (B,T,N) -> (B,T,M). A given lse may count keys that are not here: it is taken as it is."""
+    if rule == "attention":
+        value = grad_output = None
+    call = _describe(query, key, value, grad_output, attn_mask, key_mask, rule, scale, is_causal)
+    given = None if lse is None else lse.to(torch.float32).contiguous()
+    rows, sums = _statistics(call, given, row_normalize) if given is None or row_normalize else (_Rows(given), None)
+    return _backward_kv(call, rows, relevancy, sums)[2].to(relevancy.dtype)
+
+
+class _Call(NamedTuple):
+    """What every kernel here takes: tensors (the query stands in for absent ones), sizes and strides in elements, constants."""
+
+    tensors: tuple[Tensor, ...]  # query, key, value, grad_out, attn_mask, key_mask
+    numbers: tuple[Any, ...]
+    constants: dict[str, Any]
+    scale: float
+
+    @property
+    def empty(self) -> bool:
+        query, key = self.tensors[:2]
+        return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] == 0
+
+    def present(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(self.tensors[0] if x is None else x for x in tensors)
+
+    def new_row(self) -> Tensor:
+        """(B,H,N)"""
+        return self.tensors[0].new_empty(self.tensors[0].shape[:3], dtype=torch.float32)
+
+
+class _Rows(NamedTuple):
+    """What is known of each row, (B,H,N) float32: the natural lse; or, with `total`, any lse in base 2: probabilities are then
+    exp2(logit - lse) / total. An infinite lse marks an empty row. delta = sum(grad_out * out)."""
+
+    lse: Tensor
+    total: Tensor | None = None
+    delta: Tensor | None = None
+
+
+def _describe(query: Tensor, key: Tensor, value: Tensor | None, grad_out: Tensor | None, attn_mask: Tensor | None,
+              key_mask: Tensor | None, rule: str, scale: float, is_causal: bool) -> _Call:  # fmt: skip
+    query, key = unit_stride(query), unit_stride(key)
+    value, grad_out = (query if x is None else unit_stride(x) for x in (value, grad_out))
+    heads, num_q, size = query.shape[1:]
+    masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
+    numbers = (
+        heads, heads // max(1, key.shape[1]), num_q, key.shape[2], size, value.shape[3], scale * LOG2_E,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *strides_mask,
+    )  # fmt: skip
+    constants = {
+        **mask_constants, "CAUSAL": is_causal, "BY_GRADIENT": rule == "gradient", "PRECISION": input_precision(),
+        "BLOCK_D": block_size(size), "BLOCK_DV": block_size(value.shape[3]),
+    }  # fmt: skip
+    return _Call((query, key, value, grad_out, *masks), numbers, constants, scale)
+
+
+def _statistics(call: _Call, lse: Tensor | None, summed: bool) -> tuple[_Rows, Tensor | None]:
+    """The rows, with the log-sum-exp recomputed where none is given; each head's row sums of A or relu(A * dA), if asked for."""
+    query = call.tensors[0]
+    exact = lse is None and query.dtype == torch.float32
+    found = call.new_row() if lse is None else lse
+    total, sums = (call.new_row() if asked else None for asked in (exact, summed))
+    if not call.empty:
+        config = _config("statistics", call)
+        _statistics_kernel[(triton.cdiv(query.shape[2], config["BLOCK_Q"]) * query.shape[0] * query.shape[1],)](
+            *call.tensors, *call.present(found, total, sums), *call.numbers,
+            **call.constants, EXACT=exact, GIVEN=lse is not None, SUMS=summed, **config,
+        )  # fmt: skip
+    return _Rows(found, total), sums
+
+
+def _backward_q(call: _Call, out: Tensor, lse: Tensor, summed: bool) -> tuple[Tensor, _Rows, Tensor | None]:
+    """The query's gradient, and the rows as _statistics gives them, with delta."""
+    query = call.tensors[0]
+    batch, heads, num_q, size = query.shape
+    grad_q = query.new_empty(batch, num_q, heads, size).transpose(1, 2)
+    exact = query.dtype == torch.float32
+    delta = call.new_row()
+    shift, total, sums = (call.new_row() if asked else None for asked in (exact, exact, summed))
+    if call.empty:
+        grad_q.zero_()
+    else:
+        out, config = unit_stride(out), _config("backward_q", call)
+        _backward_q_kernel[(triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
+            *call.tensors, out, *call.present(lse, delta, shift, total, sums), grad_q,
+            *call.numbers, *out.stride()[:3], call.scale, **call.constants, EXACT=exact, SUMS=summed, **config,
+        )  # fmt: skip
+    return grad_q, _Rows(lse if shift is None else shift, total, delta), sums
+
+
+def _backward_kv(
+    call: _Call, rows: _Rows, relevancy: Tensor | None, sums: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of key and value where delta is known; relevancy @ Abar (B,T,M) where relevancy is given, Abar over `sums`."""
+    num_t = 0 if relevancy is None else relevancy.shape[1]
+    if rows.delta is not None and num_t > MAX_T:
+        grad_k, grad_v, _ = _backward_kv(call, rows, None, None)
+        return grad_k, grad_v, _backward_kv(call, rows._replace(delta=None), relevancy, sums)[2]
+    query, key, value = call.tensors[:3]
+    batch, num_heads, num_kv = query.shape[0], query.shape[1], key.shape[2]
+    grad_k = grad_v = moved = None
+    if rows.delta is not None:
+        grad_k, grad_v = (x.new_empty(batch, num_kv, *x.shape[1:4:2]).transpose(1, 2) for x in (key, value))
+    # a program takes one key head, and all of them where there are many carried rows: partial sums stay O(B H N)
+    key_heads = max(1, key.shape[1]) if num_t > MAX_T else 1
+    parts = key.shape[1] // key_heads
+    if relevancy is not None:
+        moved = query.new_empty((batch, max(1, parts), num_t, num_kv), dtype=torch.float32)
+    if call.empty:
+        for x in (grad_k, grad_v, moved):
+            if x is not None:
+                x.zero_()
+    elif rows.delta is not None or num_t > 0:
+        factor = 1.0 / num_heads
+        sent = query if relevancy is None else relevancy.to(torch.float32).contiguous()
+        if sums is not None:
+            total, factor = sums.sum(1, keepdim=True), 1.0
+            sent = sent / torch.where(total > 0.0, total, 1.0)  # where it is zero, so is Abar's row
+        block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
+        config = _config("backward_kv", call, block_t)
+        precision = input_precision() if query.dtype == torch.float32 or input_precision() == "widen" else "tf32"
+        blocks = triton.cdiv(num_kv, config["BLOCK_KV"]) * max(1, triton.cdiv(num_t, MAX_T))
+        _backward_kv_kernel[(blocks * batch * parts,)](
+            *call.tensors, *call.present(*rows, sent, grad_k, grad_v, moved), *call.numbers, key_heads, call.scale, num_t, factor,
+            **call.constants, EXACT=rows.total is not None, GRADS=rows.delta is not None, BLOCK_T=block_t,
+            PRECISION_T=precision, ROUND=query.dtype != torch.float32 or precision == "tf32", **config,
+        )  # fmt: skip
+    return grad_k, grad_v, None if moved is None else moved[:, 0] if moved.shape[1] == 1 else moved.sum(1)
+
+
+def _config(kernel: str, call: _Call, block_t: int = 0) -> dict[str, int]:
+    """Tiles by kernel, dtype, head sizes, masks and carried rows. Not measured: the largest of those tried that compile for
+    sm_90 without spills and within 99 KB of shared memory."""
+    query, _, value = call.tensors[:3]
+    size = max(query.shape[3], value.shape[3])
+    plain = call.constants["MASK"] == 0
+    if query.dtype == torch.float32:
+        block_q, block_kv, warps, stages = (32, 32, 8, 1) if size <= 64 else (16, 16, 8, 1)
+    elif size > 128:
+        block_q, block_kv, warps, stages = (32, 32, 8, 1) if block_t <= 16 else (16, 32, 8, 1)
+    elif kernel == "backward_kv" and size > 64:
+        block_q, block_kv, warps, stages = (32, 64, 4, 2) if plain and block_t <= 1 else (32, 64, 8, 2)
+    elif kernel == "backward_kv":
+        block_q, block_kv, warps, stages = (64, 128, 8, 2) if plain and block_t <= 16 else (32, 128, 8, 2)
+    else:
+        block_q, block_kv, warps, stages = (64, 64, 4, 2) if size <= 64 else (64, 32, 4, 2)
+    return {"BLOCK_Q": block_q, "BLOCK_KV": block_kv, "num_warps": warps, "num_stages": stages}
+
+
+@triton.jit
+def _statistics_kernel(
+    p_q, p_k, p_v, p_do, p_mask, p_key_mask, p_lse, p_total, p_sums,
+    H, GROUP: tl.constexpr, N, M, D, DV, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gn, stride_mb, stride_mh, stride_mn, stride_mm,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, BY_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, GIVEN: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """lse, unless GIVEN, with EXACT as the pair (largest logit, sum); with SUMS the row sums of this head's share of Abar."""
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    if CAUSAL:
+        i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
+    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_v += i_b * stride_vb + i_hk * stride_vh
+    p_mask += i_b * stride_mb + i_h * stride_mh
+    p_key_mask += i_b * M
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    if SUMS and BY_GRADIENT:
+        b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    full, end = _bounds(i_q, M, MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for PART in tl.static_range(1 if MASK != 0 else 0, 2):
+        for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_KV)
+            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
+            b_s = _hide(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
+            b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_alpha = tl.exp2(b_max - b_safe)
+            b_p = tl.exp2(b_s - b_safe[:, None])
+            b_total = b_total * b_alpha + tl.sum(b_p, axis=1)
+            if SUMS and BY_GRADIENT:
+                b_v = load_tile(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+                b_dp = dot(b_do, tl.trans(b_v), PRECISION)
+                b_sums = b_sums * b_alpha + tl.sum(tl.maximum(b_p * b_dp, 0.0), axis=1)
+            b_max = b_new
+    m_q = o_q < N
+    empty = b_total == 0.0
+    b_one = tl.where(empty, 1.0, b_total)
+    if GIVEN:
+        b_weight = tl.exp2(b_max - _shift(p_lse + i_bh * N, o_q, N, True))  # of what is summed here
+    else:
+        b_weight = 1.0 / b_one
+        if EXACT:
+            tl.store(p_lse + i_bh * N + o_q, b_max, mask=m_q)
+            tl.store(p_total + i_bh * N + o_q, b_one, mask=m_q)
+        else:
+            tl.store(p_lse + i_bh * N + o_q, (b_max + tl.log2(b_one)) * 0.6931471805599453, mask=m_q)
+    if SUMS:
+        tl.store(p_sums + i_bh * N + o_q, (b_sums if BY_GRADIENT else b_total) * b_weight, mask=m_q)
+
+
+@triton.jit
+def _backward_q_kernel(
+    p_q, p_k, p_v, p_do, p_mask, p_key_mask, p_out, p_lse, p_delta, p_shift, p_total, p_sums, p_dq,
+    H, GROUP: tl.constexpr, N, M, D, DV, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gn, stride_mb, stride_mh, stride_mn, stride_mm, stride_ob, stride_oh, stride_on, scale,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, BY_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """dQ and delta; with EXACT the pair that gives P better than a rounded lse; with SUMS as _statistics_kernel."""
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    if CAUSAL:
+        i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
+    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_v += i_b * stride_vb + i_hk * stride_vh
+    p_mask += i_b * stride_mb + i_h * stride_mh
+    p_key_mask += i_b * M
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+    b_o = load_tile(p_out + i_b * stride_ob + i_h * stride_oh, stride_on, o_q, o_dv, N, DV)  # [q,Dv]
+    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
+    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_shift = _shift(p_lse + i_bh * N, o_q, N, True)
+    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if EXACT:
+        # sum(dS) is 0 but for the rounding of `out` in delta: what is left of it corrects delta, and dQ through sum(P K)
+        b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        b_mean = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    full, end = _bounds(i_q, M, MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for PART in tl.static_range(1 if MASK != 0 else 0, 2):
+        for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_KV)
+            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_v = load_tile(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
+            b_s = _hide(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
+            b_p = tl.exp2(b_s - b_shift[:, None])
+            b_dp = dot(b_do, tl.trans(b_v), PRECISION)
+            if EXACT or (SUMS and not BY_GRADIENT):
+                b_total += tl.sum(b_p, axis=1)
+            if SUMS and BY_GRADIENT:
+                b_sums += tl.sum(tl.maximum(b_p * b_dp, 0.0), axis=1)
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
+            if EXACT:
+                b_rest += tl.sum(b_ds, axis=1)
+                b_mean += dot(b_p, b_k, PRECISION)
+    m_q = o_q < N
+    if not BY_GRADIENT:
+        b_sums = b_total
+    if EXACT:
+        b_total = tl.where(b_total > 0.0, b_total, 1.0)
+        b_rest /= b_total
+        b_delta += b_rest
+        b_dq = (b_dq - b_rest[:, None] * b_mean) / b_total[:, None]
+        b_sums /= b_total
+        tl.store(p_shift + i_bh * N + o_q, b_shift, mask=m_q)
+        tl.store(p_total + i_bh * N + o_q, b_total, mask=m_q)
+    if SUMS:
+        tl.store(p_sums + i_bh * N + o_q, b_sums, mask=m_q)
+    tl.store(p_delta + i_bh * N + o_q, b_delta, mask=m_q)
+    store_tile(p_dq + (i_b * N * H + i_h) * D, H * D, o_q, o_d, N, D, b_dq * scale)
+
+
+@triton.jit
+def _backward_kv_kernel(
+    p_q, p_k, p_v, p_do, p_mask, p_key_mask, p_lse, p_total, p_delta, p_r, p_dk, p_dv, p_moved,
+    H, GROUP: tl.constexpr, N, M, D, DV, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gn, stride_mb, stride_mh, stride_mn, stride_mm, KEY_HEADS, scale, T, factor,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, BY_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, GRADS: tl.constexpr, PRECISION_T: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Of one tile of keys in KEY_HEADS heads: with GRADS (one head then) dK and dV; r Abar of BLOCK_T carried rows (0: none)."""
+    num_kv = tl.cdiv(M, BLOCK_KV)
+    num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
+    i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * num_t, H // (GROUP * KEY_HEADS), 1)
+    i_kv = i_block % num_kv
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T if BLOCK_T > 0 else 1)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    p_r += i_b * T * N
+    m_kv = o_kv < M
+    if KEY_MASK:
+        # keys are columns of all that follows: what stands in the hidden ones is dropped at the end
+        m_key = tl.load(p_key_mask + i_b * M + o_kv, mask=m_kv, other=0) != 0
+    else:
+        m_key = m_kv
+    if GRADS:
+        b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
+        b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
+    if BLOCK_T == 1:
+        b_moved = tl.zeros([BLOCK_KV], dtype=tl.float32)
+    elif BLOCK_T > 1:
+        b_moved = tl.zeros([BLOCK_KV, BLOCK_T], dtype=tl.float32)
+    # causal rows before `begin` see none of these keys, those from `full` on all of them
+    begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
+    full = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q) if CAUSAL and MASK == 0 else N
+    for i in range(KEY_HEADS):
+        i_hk = i_p * KEY_HEADS + i
+        b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        if GRADS or BY_GRADIENT:
+            b_v = load_tile(p_v + i_b * stride_vb + i_hk * stride_vh, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+        for PART in tl.static_range(0 if CAUSAL or MASK != 0 else 1, 1 if MASK != 0 else 2):
+            first = full if CAUSAL and PART == 1 else begin
+            num_q = tl.cdiv((full if PART == 0 else N) - first, BLOCK_Q)
+            for j in range(GROUP * num_q):  # one loop over tiles and the query heads of this key head: nested ones spill
+                i_h = i_hk if GROUP == 1 else i_hk * GROUP + j // num_q
+                i_bh = i_b * H + i_h
+                o_q = first + (j if GROUP == 1 else j % num_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                m_q = o_q < N
+                b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+                b_s = dot(b_k, tl.trans(b_q), PRECISION) * scale_log2  # [kv,q]
+                if MASK != 0:
+                    b_s = mask_logits(
+                        b_s, p_mask + i_b * stride_mb + i_h * stride_mh, stride_mm, stride_mn, p_key_mask, o_kv, o_q, M, N,
+                        MASK, False, False,
+                    )  # fmt: skip
+                if CAUSAL and PART == 0:
+                    b_s = tl.where(o_kv[:, None] <= o_q[None, :], b_s, float("-inf"))
+                b_p = tl.exp2(b_s - _shift(p_lse + i_bh * N, o_q, N, not EXACT)[None, :])
+                if EXACT:
+                    b_p = tl.div_rn(b_p, tl.load(p_total + i_bh * N + o_q, mask=m_q, other=1.0)[None, :])
+                if GRADS or BY_GRADIENT:
+                    b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+                    b_dp = dot(b_v, tl.trans(b_do), PRECISION)
+                if BLOCK_T > 0:
+                    b_map = tl.maximum(b_p * b_dp, 0.0) if BY_GRADIENT else b_p
+                    if BLOCK_T == 1:
+                        b_r = tl.load(p_r + o_q, mask=m_q, other=0.0)
+                        b_moved += tl.sum(b_map * b_r[None, :], axis=1)
+                    else:
+                        b_r = tl.load(p_r + o_t[None, :].to(tl.int64) * N + o_q[:, None],
+                                      mask=m_q[:, None] & (o_t < T)[None, :], other=0.0)  # [q,T]
+                        if ROUND:
+                            b_map, b_r = _round_tf32(b_map), _round_tf32(b_r)
+                        b_moved += dot(b_map, b_r, PRECISION_T)
+                if GRADS:
+                    b_dv += dot(b_p.to(b_do.dtype), b_do, PRECISION)
+                    b_delta = tl.load(p_delta + i_bh * N + o_q, mask=m_q, other=0.0)
+                    b_ds = b_p * (b_dp - b_delta[None, :])
+                    b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
+    if GRADS:
+        Hk = H // GROUP
+        store_tile(p_dk + (i_b * M * Hk + i_p) * D, Hk * D, o_kv, o_d, M, D, tl.where(m_key[:, None], b_dk * scale, 0.0))
+        store_tile(p_dv + (i_b * M * Hk + i_p) * DV, Hk * DV, o_kv, o_dv, M, DV, tl.where(m_key[:, None], b_dv, 0.0))
+    if BLOCK_T == 1:
+        tl.store(p_moved + i_bp * M + o_kv, tl.where(m_key, b_moved * factor, 0.0), mask=m_kv)
+    elif BLOCK_T > 1:
+        offsets = (i_bp * T + o_t[None, :]) * M + o_kv[:, None]
+        b_moved = tl.where(m_key[:, None], b_moved * factor, 0.0)
+        tl.store(p_moved + offsets, b_moved, mask=m_kv[:, None] & (o_t < T)[None, :])
+
+
+@triton.jit
+def _bounds(i_q, M, MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """Where a tile of rows stops seeing whole tiles of keys, and where it stops seeing any."""
+    end = M
+    full = M // BLOCK_KV * BLOCK_KV
+    if CAUSAL:
+        end = tl.minimum(M, (i_q + 1) * BLOCK_Q)
+        full = tl.minimum(M, i_q * BLOCK_Q) // BLOCK_KV * BLOCK_KV
+    if MASK != 0:
+        full = 0
+    return full, end
+
+
+@triton.jit
+def _hide(
+    b_s, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Base-2 logits [q,kv] with what is hidden at -inf; tiles of PART 0 lie within the map and below its diagonal."""
+    if PART == 1:
+        b_s = mask_logits(b_s, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+    elif KEY_MASK:
+        b_s = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def _shift(p_lse, o_q, N, NATURAL: tl.constexpr):
+    """[q] in base 2, +inf for rows that are empty or not there: exp2(logit - inf) is the zero that such a row has."""
+    b = tl.load(p_lse + o_q, mask=o_q < N, other=float("inf"))
+    if NATURAL:
+        b *= 1.4426950408889634
+    return tl.where(b == float("-inf"), float("inf"), b)
+
+
+@triton.jit
+def _round_tf32(b):
+    """To the nearest of 10 mantissa bits, where the matrix unit would cut off: a bias that no sum over queries averages out."""
+    return ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)

@@ -1,0 +1,732 @@
+"""score_attention in Triton: one flash skeleton, the score tile chosen at compile time; forward and backward.
+
+Shapes: query (B,H,N,A), key (B,Hk,M,A), value (B,Hv,M,Dv), vector (H,A); out (B,H,N,Dv), lse (B,H,N). Hk and Hv divide H.
+Roofline: tensor cores for the dot kinds (2 matrix products a pair forward, 7 backward, in two passes), MUFU for the unit kinds
+(additive, Hadamard; 16 results a clock and SM; per hidden unit and pair 0.5 forward and 3 backward for additive).
+Trick: tanh(a+b) = 2/(1 + e^-2a e^-2b) - 1 has its exponentials once per row and once per key (`_prepare_kernel`), and two hidden
+units share one reciprocal. Backward: query-major for the query, key-major for the rest, no atomics, the same bits each time; the
+gradient of a hidden unit is summed with rows and units in registers, pair after pair, so that nothing is reduced across threads.
+In float32 a first sweep of the query-major pass sums P and P dP: they undo what the rounding of lse and out would cost.
+Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tiles import (
+    LOG2_E,
+    block_and_head,
+    block_size,
+    dot,
+    input_precision,
+    keep_factor,
+    load_tile,
+    mask_arguments,
+    mask_logits,
+    store_tile,
+    unit_stride,
+)
+
+UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    vector: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    score: str,
+    parameter: float,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """out (B,H,N,Dv), laid out (B,N,H,Dv) as SDPA does, and lse (B,H,N)."""
+    batch, heads, num_q, _ = query.shape
+    out = _rows_first(query, heads, num_q, value.shape[3])
+    lse = query.new_empty((batch, heads, num_q), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    tensors, numbers, constants = _arguments(
+        query, key, value, vector, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal
+    )
+    config = _config("forward", score, query, value, attn_mask is not None)
+    grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
+    _forward_kernel[grid](*tensors, out, lse, *numbers, **constants, NEGATIVE=scale < 0.0, **config)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    vector: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    score: str,
+    parameter: float,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and vector."""
+    batch, heads, num_q, size = query.shape
+    num_kv, heads_kv = key.shape[2], max(key.shape[1], value.shape[1])
+    tensors, numbers, constants = _arguments(
+        query, key, value, vector, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal
+    )
+    config_q, config_kv = (_config(name, score, query, value, attn_mask is not None) for name in ("backward_q", "backward_kv"))
+    blocks_q, blocks_kv = triton.cdiv(num_q, config_q["BLOCK_Q"]), triton.cdiv(num_kv, config_kv["BLOCK_KV"])
+    grad_q = _rows_first(query, heads, num_q, size)
+    # per-head weights can give the key more heads than the value has: both are then written with as many, and summed outside
+    grad_k, grad_v = (
+        _rows_first(x, heads_kv, num_kv, x.shape[3], x.dtype if x.shape[1] == heads_kv else torch.float32) for x in (key, value)
+    )
+    units = score in UNIT_KINDS
+    grad_u = query.new_empty((batch, heads, blocks_kv, size) if units else 0, dtype=torch.float32)
+    tiles_q, tiles_kv = (batch * heads * blocks_q, batch * heads_kv * blocks_kv) if units else (0, 0)
+    scratch = query.new_empty(
+        max(tiles * config["BLOCK_Q"] * config["BLOCK_KV"] for tiles, config in ((tiles_q, config_q), (tiles_kv, config_kv))),
+        dtype=torch.float32,
+    )
+    delta, total = torch.empty_like(lse), torch.empty_like(lse)
+    grad_out = unit_stride(grad_out)
+    sent = (grad_out, lse.contiguous(), delta, total, scratch)
+    strides = (*grad_out.stride()[:3], scale)
+    if lse.numel() > 0:
+        out = out.transpose(1, 2).contiguous()  # (B,N,H,Dv), as forward lays it out
+        sent_lse = lse if grad_lse is None else grad_lse.contiguous()
+        _backward_q_kernel[(blocks_q * batch * heads,)](
+            *tensors, *sent, out, sent_lse, grad_q, *numbers, *strides, **constants, LSE=grad_lse is not None, **config_q
+        )
+    if grad_k.numel() + grad_v.numel() > 0:
+        _backward_kv_kernel[(blocks_kv * batch * heads_kv,)](
+            *tensors, *sent, grad_k, grad_v, grad_u, *numbers, *strides, heads_kv, heads // heads_kv, **constants, **config_kv
+        )
+    grad_k, grad_v = (
+        grad if grad.shape[1] == x.shape[1] else grad.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
+        for grad, x in ((grad_k, key), (grad_v, value))
+    )
+    return grad_q, grad_k, grad_v, None if vector is None else grad_u.sum((0, 2)).to(vector.dtype)
+
+
+def _rows_first(like: Tensor, heads: int, rows: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (B,heads,rows,size) tensor laid out (B,rows,heads,size), as `_own_rows` writes it."""
+    return like.new_empty((like.shape[0], rows, heads, size), dtype=dtype or like.dtype).transpose(1, 2)
+
+
+def _arguments(
+    query: Tensor, key: Tensor, value: Tensor, vector: Tensor | None, attn_mask: Tensor | None, key_mask: Tensor | None,
+    seed: Tensor | None, score: str, parameter: float, scale: float, dropout_p: float, is_causal: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """What every kernel here takes: tensors (the query stands in for absent ones), sizes and strides in elements, constants."""
+    batch, heads, num_q, size = query.shape
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
+    precision, units = input_precision(), score in UNIT_KINDS
+    ready_q = ready_k = query
+    if units or score == "cosine":
+        # logistic(y) = 1 / (1 + 2^(y * factor)): of a product, the factor goes to the query
+        factor = {"hadamard_tanh": -2.0 * LOG2_E, "hadamard_sigmoid": -LOG2_E}.get(score, 1.0)
+        ready_q, ready_k = _prepare(query, score, factor), _prepare(key, score, 1.0)
+    if score == "cosine":
+        parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
+    tensors = (
+        query, key, value, query if vector is None else vector.contiguous(), ready_q, ready_k, *masks,
+        query if seed is None else seed,
+    )  # fmt: skip
+    numbers = (
+        heads, heads // max(1, key.shape[1]), heads // max(1, value.shape[1]), num_q, key.shape[2], size, value.shape[3],
+        scale * LOG2_E, parameter, dropout_p, int(dropout_p * 2**32),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides_mask,
+    )  # fmt: skip
+    constants = {
+        "SCORE": score, "UNITS": units, **mask_constants, "CAUSAL": is_causal, "DROPOUT": dropout_p > 0.0,
+        "EXACT": query.dtype == torch.float32, "FAST": query.dtype == torch.bfloat16, "PRECISION": precision,
+        "BLOCK_A": block_size(size), "BLOCK_DV": block_size(value.shape[3]),
+    }  # fmt: skip
+    return tensors, numbers, constants
+
+
+def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
+    """What a score takes from the rows of x (B,H,N,A) alone: 1 / |x| (B,H,N) for cosine; for units (B,H,A,N), A made even."""
+    batch, heads, rows, size = x.shape
+    shape = (batch, heads, rows) if score == "cosine" else (batch, heads, size + size % 2, triton.cdiv(rows, 16) * 16)
+    ready = x.new_empty(shape, dtype=torch.float32)
+    if ready.numel() > 0:
+        grid = (triton.cdiv(rows, 32) * batch * heads,)
+        _prepare_kernel[grid](
+            x, ready, heads, rows, size, *x.stride()[:3], factor, SCORE=score, BLOCK_A=block_size(size), BLOCK_N=32, num_warps=4
+        )
+    return ready
+
+
+def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool) -> dict[str, int]:
+    """Tiles by kernel, kind, feature size and dtype. Not measured: of those tried the largest that compile for sm_90 without
+    spills into 99 KB of shared memory; 64 rows in short sequences, where 128 would be padding, and with tiles of attn_mask."""
+    size, wide, kv = block_size(max(query.shape[3], value.shape[3])), query.dtype == torch.float32, kernel == "backward_kv"
+    plain = score == "dot" and not masked
+    if score in UNIT_KINDS:
+        if wide or size > 128:
+            tile = (32, 16, 4, 1) if size <= 64 else (32, 16, 8, 1)
+        else:
+            tile = (64, 64, 8, 1) if kv and size > 64 else (64, 32, 4, 1)
+    elif wide:
+        tile = (32, 32, 8, 1) if size <= 64 else (16, 32, 4, 1) if size <= 128 else (16, 16, 4, 1)
+    elif kernel == "forward":
+        rows = 128 if query.shape[2] > 512 and size <= 128 and not masked else 64
+        keys = 32 if size > 128 or (masked and size > 64) else 64
+        tile = (rows, keys, rows // 16, 1 if masked or size > 128 else 3 if size <= 64 else 2)
+    elif size > 128:
+        tile = (32, 32, 4, 1)
+    elif kv:
+        tile = (64, 64, 4 if plain else 8, 2) if size <= 64 else (32, 64, 8, 2)
+    else:
+        tile = (64, 64, 4, 3) if plain and size <= 64 else (64, 64, 8, 1) if size <= 64 else (64, 32, 8 if masked else 4, 2)
+    return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
+
+
+@triton.jit
+def _prepare_kernel(
+    p_x, p_ready, H, N, A, stride_b, stride_h, stride_n, factor, SCORE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(N, BLOCK_N), H, 1)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_a = tl.arange(0, BLOCK_A)
+    b_x = load_tile(p_x + i_b * stride_b + i_h * stride_h, stride_n, o_n, o_a, N, A).to(tl.float32)  # [n,A]
+    if SCORE == "cosine":
+        b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))
+        b_inverse = tl.where(b_norm > 0.0, tl.div_rn(1.0, tl.where(b_norm > 0.0, b_norm, 1.0)), float("inf"))
+        tl.store(p_ready + i_bh * N + o_n, tl.where(b_norm == b_norm, b_inverse, b_norm), mask=o_n < N)
+    else:
+        if SCORE == "additive":
+            # e^-2x: 2^n e^rest, since the rounding of a large exponent would show in what cancels; `_farthest` tells of the clamp
+            b_y = tl.clamp(b_x, -22.0, 22.0) * -2.0
+            b_power = tl.floor(b_y * 1.4426950408889634 + 0.5)
+            b_rest = (b_y - b_power * 0.693145751953125) - b_power * 1.42860682030941723212e-6
+            b_y = tl.exp2(b_rest * 1.4426950408889634) * tl.exp2(b_power)
+        else:
+            b_y = b_x * factor
+        length = (N + 15) // 16 * 16
+        m_y = (o_n < length)[:, None] & (o_a < (A + 1) // 2 * 2)[None, :]
+        tl.store(_ready(p_ready, i_bh, N, A, True) + o_a.to(tl.int64)[None, :] * length + o_n[:, None], b_y, mask=m_y)
+
+
+@triton.jit
+def _forward_kernel(
+    p_q, p_k, p_v, p_u, p_ready_q, p_ready_k, p_mask, p_key_mask, p_seed, p_out, p_lse,
+    H, GROUP_K, GROUP_V, N, M, A, DV, scale_log2, parameter, dropout_p, threshold,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mn, stride_mm,
+    SCORE: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_DV: tl.constexpr, NEGATIVE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_v += i_b * stride_vb + (i_h // GROUP_V) * stride_vh
+    p_mask += i_b * stride_mb + i_h * stride_mh
+    p_key_mask += i_b * M
+    p_u += i_h * A
+    p_ready_q, p_ready_k = _ready(p_ready_q, i_bh, N, A, UNITS), _ready(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_a = tl.arange(0, BLOCK_A)
+    o_d = tl.arange(0, BLOCK_DV)
+    b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
+    b_row, far_q = _row(b_q, p_ready_q, o_q, N, SCORE)
+    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
+    # keys of the first tiles are visible to every row here: no masks; whoever masks tiles anyway has one loop
+    SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
+    end = tl.minimum(M, (i_q + 1) * BLOCK_Q) if CAUSAL else M
+    whole = 0
+    if SPLIT:
+        whole = (tl.minimum(M, i_q * BLOCK_Q + 1) if CAUSAL else M) // BLOCK_KV * BLOCK_KV
+    for EDGE in tl.static_range(0 if SPLIT else 1, 2):
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_KV)
+            b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+            if UNITS:
+                b_s = _sum_units(
+                    p_q, p_k, p_ready_q, p_ready_k, p_u, o_q, o_kv, stride_qn, stride_kn, N, M, A, far_q + _farthest(b_k, SCORE),
+                    SCORE, EXACT, FAST, PRECISION,
+                )  # fmt: skip
+            else:
+                b_column, _ = _row(b_k, p_ready_k, o_kv, M, SCORE)
+                b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+                b_s, _ = _activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+            if EDGE:
+                b_s = mask_logits(
+                    b_s * scale_log2, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL
+                )
+                b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+                b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_p = tl.exp2(b_s - b_safe[:, None])
+            else:
+                # the largest first, then one multiply-add a pair
+                b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * scale_log2)
+                b_new = b_safe
+                b_p = tl.exp2(b_s * scale_log2 - b_safe[:, None])
+            b_alpha = tl.exp2(b_max - b_safe)
+            b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
+            if DROPOUT:
+                b_p *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
+            b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+            b_o = b_o * b_alpha[:, None] + dot(_pin(b_p, UNITS, PRECISION).to(b_v.dtype), b_v, PRECISION)
+            b_max = b_new
+    empty = b_sum == 0.0
+    b_o = b_o / tl.where(empty, 1.0, b_sum)[:, None]
+    b_lse = (b_max + tl.log2(tl.where(empty, 1.0, b_sum))) * 0.6931471805599453
+    store_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV, b_o)
+    tl.store(p_lse + i_bh * N + o_q, tl.where(empty, float("-inf"), b_lse), mask=o_q < N)
+
+
+@triton.jit
+def _backward_q_kernel(
+    p_q, p_k, p_v, p_u, p_ready_q, p_ready_k, p_mask, p_key_mask, p_seed,
+    p_grad, p_lse, p_delta, p_total, p_scratch, p_out, p_grad_lse, p_grad_q,
+    H, GROUP_K, GROUP_V, N, M, A, DV, scale_log2, parameter, dropout_p, threshold,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mn, stride_mm,
+    stride_gb, stride_gh, stride_gn, scale,
+    SCORE: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LSE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_v += i_b * stride_vb + (i_h // GROUP_V) * stride_vh
+    p_mask += i_b * stride_mb + i_h * stride_mh
+    p_key_mask += i_b * M
+    p_u += i_h * A
+    p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
+    p_ready_q, p_ready_k = _ready(p_ready_q, i_bh, N, A, UNITS), _ready(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_a = tl.arange(0, BLOCK_A)
+    o_d = tl.arange(0, BLOCK_DV)
+    b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
+    b_do = load_tile(p_grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
+    b_out = load_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
+    b_row, far_q = _row(b_q, p_ready_q, o_q, N, SCORE)
+    b_lse = _lse_log2(p_lse + i_bh * N, o_q, N)
+    b_sent = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if LSE:
+        b_sent = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_sent
+    b_dq = tl.zeros([BLOCK_Q, BLOCK_A], dtype=tl.float32)
+    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
+    end = tl.minimum(M, (i_q + 1) * BLOCK_Q) if CAUSAL else M
+    whole = 0
+    if SPLIT:
+        whole = (tl.minimum(M, i_q * BLOCK_Q + 1) if CAUSAL else M) // BLOCK_KV * BLOCK_KV
+    # EXACT: rounded lse and out would cost gradients half a digit in float32, so a sweep takes the sums of P and P dP first
+    for SWEEP in tl.static_range(0 if EXACT else 1, 2):
+        for EDGE in tl.static_range(0 if SPLIT else 1, 2):
+            for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
+                o_kv = start + tl.arange(0, BLOCK_KV)
+                b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+                b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+                b_column, far_k = _row(b_k, p_ready_k, o_kv, M, SCORE)
+                if UNITS:
+                    b_s = _sum_units(
+                        p_q, p_k, p_ready_q, p_ready_k, p_u, o_q, o_kv, stride_qn, stride_kn, N, M, A, far_q + far_k,
+                        SCORE, EXACT, FAST, PRECISION,
+                    )  # fmt: skip
+                    b_slope = b_s
+                else:
+                    b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+                    b_s, b_slope = _activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+                b_logit = b_s * scale_log2
+                if EDGE:
+                    b_logit = mask_logits(
+                        b_logit, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL
+                    )
+                b_p = tl.exp2(b_logit - b_lse[:, None])
+                b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
+                if DROPOUT:
+                    b_dp *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
+                if SWEEP == 0:
+                    b_total += tl.sum(b_p, axis=1)
+                    b_mean += tl.sum(b_p * b_dp, axis=1)
+                else:
+                    b_ds = b_p * (b_dp - b_delta[:, None]) * scale
+                    if UNITS:
+                        b_dq, _ = _through_units(
+                            b_dq, b_dq, b_ds, b_q, p_scratch, p_k, stride_kn, o_a, start, M, A,
+                            SCORE, FAST, False, PRECISION, BLOCK_Q, BLOCK_KV,
+                        )  # fmt: skip
+                    else:
+                        if SCORE == "cosine":
+                            m_free = b_row[:, None] * b_column[None, :] <= parameter
+                            b_along += tl.sum(tl.where(m_free, b_ds * b_s, 0.0), axis=1)
+                        if SCORE != "dot":
+                            b_ds *= b_slope
+                        b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
+        if SWEEP == 0:
+            b_total = tl.where(b_total > 0.0, b_total, 1.0)
+            b_delta = b_mean / b_total - b_sent
+    if UNITS:
+        b_dq *= tl.load(p_u + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
+    if SCORE == "cosine":
+        b_dq -= _by_norm(b_q, b_row, b_along)
+    if EXACT:
+        b_dq /= b_total[:, None]
+        tl.store(p_total + i_bh * N + o_q, b_total, mask=o_q < N)
+    tl.store(p_delta + i_bh * N + o_q, b_delta, mask=o_q < N)
+    store_tile(p_grad_q + (i_b * N * H + i_h) * A, H * A, o_q, o_a, N, A, b_dq)
+
+
+@triton.jit
+def _backward_kv_kernel(
+    p_q, p_k, p_v, p_u, p_ready_q, p_ready_k, p_mask, p_key_mask, p_seed,
+    p_grad, p_lse, p_delta, p_total, p_scratch, p_grad_k, p_grad_v, p_grad_u,
+    H, GROUP_K, GROUP_V, N, M, A, DV, scale_log2, parameter, dropout_p, threshold,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mn, stride_mm,
+    stride_gb, stride_gh, stride_gn, scale, HEADS_KV, GROUP,
+    SCORE: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    # tiles are [kv,q]: what meets dO and q in a product comes as its left operand
+    num_kv = tl.cdiv(M, BLOCK_KV)
+    i_kv, _, i_b, i_hkv, _ = block_and_head(num_kv, HEADS_KV, 1)
+    i_hk = i_hkv * GROUP // GROUP_K
+    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_v += i_b * stride_vb + (i_hkv * GROUP // GROUP_V) * stride_vh
+    p_key_mask += i_b * M
+    p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
+    p_ready_k = _ready(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_a = tl.arange(0, BLOCK_A)
+    o_d = tl.arange(0, BLOCK_DV)
+    b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+    b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+    b_row, far_k = _row(b_k, p_ready_k, o_kv, M, SCORE)
+    b_dk = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
+    b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
+    b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
+    # rows from `whole` on see every key of this block; neither rows beyond N (their P is 0) nor keys beyond M need masks
+    SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
+    begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
+    whole = begin
+    if SPLIT and CAUSAL:
+        whole = tl.minimum(tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q, tl.cdiv(N, BLOCK_Q) * BLOCK_Q)
+    for i_g in range(0, GROUP):
+        i_h = i_hkv * GROUP + i_g
+        i_bh = i_b * H + i_h
+        p_q_h = p_q + i_b * stride_qb + i_h * stride_qh
+        p_grad_h = p_grad + i_b * stride_gb + i_h * stride_gh
+        p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
+        p_u_h = p_u + i_h * A
+        p_ready_h = _ready(p_ready_q, i_bh, N, A, UNITS)
+        if UNITS:
+            b_units = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
+            b_du = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
+        for EDGE in tl.static_range(0 if SPLIT else 1, 2 if CAUSAL or not SPLIT else 1):
+            for start in range(begin if EDGE else whole, whole if SPLIT and EDGE else N, BLOCK_Q):
+                o_q = start + tl.arange(0, BLOCK_Q)
+                b_q = load_tile(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
+                b_do = load_tile(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
+                b_column, far_q = _row(b_q, p_ready_h, o_q, N, SCORE)
+                if UNITS:
+                    b_s = _sum_units(
+                        p_k, p_q_h, p_ready_k, p_ready_h, p_u_h, o_kv, o_q, stride_kn, stride_qn, M, N, A, far_q + far_k,
+                        SCORE, EXACT, FAST, PRECISION,
+                    )  # fmt: skip
+                    b_slope = b_s
+                else:
+                    b_x = dot(b_k, tl.trans(b_q), PRECISION)  # [kv,q]
+                    b_s, b_slope = _activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+                b_logit = b_s * scale_log2
+                if EDGE:
+                    b_logit = mask_logits(
+                        b_logit, p_mask_h, stride_mm, stride_mn, p_key_mask, o_kv, o_q, M, N, MASK, False, False
+                    )
+                    if CAUSAL:
+                        b_logit = tl.where(o_kv[:, None] <= o_q[None, :], b_logit, float("-inf"))
+                    if KEY_MASK:
+                        m_kv = tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0
+                        b_logit = tl.where(m_kv[:, None], b_logit, float("-inf"))
+                b_lse = _lse_log2(p_lse + i_bh * N, o_q, N)
+                b_p = tl.exp2(b_logit - b_lse[None, :])
+                if EXACT:
+                    b_p /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[None, :]
+                b_dp = dot(b_v, tl.trans(b_do), PRECISION)  # [kv,q]
+                b_kept = b_p
+                if DROPOUT:
+                    b_factor = tl.trans(keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N))
+                    b_kept = b_p * b_factor
+                    b_dp *= b_factor
+                b_dv += dot(_pin(b_kept, UNITS, PRECISION).to(b_do.dtype), b_do, PRECISION)
+                b_delta = tl.load(p_delta + i_bh * N + o_q, mask=o_q < N, other=0.0)
+                b_ds = b_p * (b_dp - b_delta[None, :]) * scale
+                if UNITS:
+                    b_units, b_du = _through_units(
+                        b_units, b_du, b_ds, b_k, p_scratch, p_q_h, stride_qn, o_a, start, N, A,
+                        SCORE, FAST, True, PRECISION, BLOCK_KV, BLOCK_Q,
+                    )  # fmt: skip
+                else:
+                    if SCORE == "cosine":
+                        b_along += tl.sum(tl.where(b_row[:, None] * b_column[None, :] <= parameter, b_ds * b_s, 0.0), axis=1)
+                    if SCORE != "dot":
+                        b_ds *= b_slope
+                    b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
+        if UNITS:
+            b_dk += b_units * tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
+            tl.store(p_grad_u + (i_bh * num_kv + i_kv) * A + o_a, tl.sum(b_du, axis=0), mask=o_a < A)
+    if SCORE == "cosine":
+        b_dk -= _by_norm(b_k, b_row, b_along)
+    i_row = i_b * M * HEADS_KV + i_hkv
+    store_tile(p_grad_k + i_row * A, HEADS_KV * A, o_kv, o_a, M, A, b_dk)
+    store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
+
+
+@triton.jit
+def _lse_log2(p_lse, o_q, N):
+    """[q] in base 2; +inf, which makes every probability 0, for rows without a key and for those beyond N."""
+    b_lse = tl.load(p_lse + o_q, mask=o_q < N, other=float("-inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
+
+
+@triton.jit
+def _ready(p, i_bh, rows, A, UNITS: tl.constexpr):
+    """`_prepare`'s output at its batch and head: (an even number of units, a multiple of 16 rows) for units."""
+    if UNITS:
+        return p + i_bh * ((A + 1) // 2 * 2) * ((rows + 15) // 16 * 16)
+    else:
+        return p + i_bh * rows
+
+
+@triton.jit
+def _row(b_x, p_ready, o_row, num_rows, SCORE: tl.constexpr):
+    """Of a tile [row,A]: 1 / |x| for cosine, and `_farthest`."""
+    if SCORE == "cosine":
+        b_row = tl.load(p_ready + o_row, mask=o_row < num_rows, other=1.0)
+    else:
+        b_row = tl.zeros_like(o_row).to(tl.float32)
+    return b_row, _farthest(b_x, SCORE)
+
+
+@triton.jit
+def _farthest(b_x, SCORE: tl.constexpr):
+    """The largest |x| of a tile; inf where one is over the 22 up to which e^2x is finite and so is its product with another, or
+    NaN."""
+    if SCORE == "additive":
+        b_x = tl.abs(b_x.to(tl.float32))
+        return tl.max(tl.max(tl.where(b_x <= 22.0, b_x, float("inf")), axis=1), axis=0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _by_norm(b_x, b_inverse, b_along):
+    """What |x| sends to x: x / |x|^2 sum_j grad_ij score_ij, [row,A]; nothing to a zero vector, as autograd takes it."""
+    b_inverse = tl.where(b_inverse == float("inf"), 0.0, b_inverse)
+    return b_x.to(tl.float32) * (b_along * b_inverse * b_inverse)[:, None]
+
+
+@triton.jit
+def _reciprocal(x, PRECISION: tl.constexpr):
+    """1 / x for x in [1, 2^126]: one instruction, where a division takes several; an ulp off at most."""
+    if PRECISION == "widen":
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _pin(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
+    """b; of unit kinds held where it is: for the product that follows, the compiler would compute the tile in a second layout
+    from its masks on, and fails at their single bits."""
+    if UNITS and PRECISION != "widen":
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return b
+
+
+@triton.jit
+def _sigmoid(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
+    """The logistic function and its slope. FAST: with tanh in one instruction, whose error of 2^-11 is a quarter of what
+    bfloat16 rounds."""
+    if FAST:
+        s = 0.5 + 0.5 * _fast_tanh(0.5 * x, PRECISION)
+        slope = s - s * s
+    else:
+        e = tl.exp2(tl.abs(x) * -1.4426950408889634)  # at most 1: nothing overflows, nothing cancels
+        r = _reciprocal(1.0 + e, PRECISION)
+        s = tl.where(x < 0.0, e * r, r)
+        slope = e * r * r
+    return s, slope
+
+
+@triton.jit
+def _tanh(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
+    """tanh and its slope."""
+    if FAST:
+        t = _fast_tanh(x, PRECISION)
+        slope = 1.0 - t * t
+    else:
+        e = tl.exp2(tl.abs(x) * -2.8853900817779268)
+        r = _reciprocal(1.0 + e, PRECISION)
+        t = (1.0 - e) * r
+        t = tl.where(x < 0.0, -t, t)
+        slope = 4.0 * e * r * r
+    return t, slope
+
+
+@triton.jit
+def _fast_tanh(x, PRECISION: tl.constexpr):
+    if PRECISION == "widen":
+        return 2.0 / (1.0 + tl.exp(tl.clamp(-2.0 * x, -80.0, 80.0))) - 1.0
+    else:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _activate(b_x, b_row, b_column, parameter, SCORE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of a tile of dot products and the slope by which their gradient is multiplied."""
+    b_s, b_slope = b_x, b_x
+    if SCORE == "cosine":
+        b_slope = tl.minimum(b_row[:, None] * b_column[None, :], parameter)
+        b_s = b_x * b_slope
+    if SCORE == "dot_relu":
+        b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        b_slope = tl.where(b_x > 0.0, 1.0, 0.0)
+    if SCORE == "dot_leaky_relu":
+        b_s = tl.where(b_x >= 0.0, b_x, parameter * b_x)
+        b_slope = tl.where(b_x > 0.0, 1.0, parameter)
+    if SCORE == "dot_tanh":
+        b_s, b_slope = _tanh(b_x, FAST, PRECISION)
+    if SCORE == "dot_sigmoid":
+        b_s, b_slope = _sigmoid(b_x, FAST, PRECISION)
+    return b_s, b_slope
+
+
+@triton.jit
+def _sum_units(
+    p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, far,
+    SCORE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [x,y] that are sums over hidden units; which rows are queries makes no difference. far: the sum of both sides'
+    `_farthest`, which says how the exponentials of additive scores are to be met."""
+    if SCORE == "additive":
+        if far <= 20.0:
+            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+                             SCORE, "product", EXACT, FAST, PRECISION)  # fmt: skip
+        elif far < float("inf"):
+            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+                             SCORE, "clamped product", EXACT, FAST, PRECISION)  # fmt: skip
+        else:
+            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+                             SCORE, "sum", EXACT, FAST, PRECISION)  # fmt: skip
+    else:
+        b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+                         SCORE, "", EXACT, FAST, PRECISION)  # fmt: skip
+    return b_s
+
+
+@triton.jit
+def _sum_pairs(
+    p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+    SCORE: tl.constexpr, WAY: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2): one reciprocal for two hidden units; denominators are at most 1 + e^40.
+    tanh is 2/d - 1, its constant summed apart; EXACT: (2 - d)/d, since the constant may be much larger than the score."""
+    # zeros from the tensor cores lie in registers as the products do that follow: each thread loads few rows and columns of the
+    # units, and the tile is never moved between threads
+    b_s = tl.dot(tl.zeros([o_x.shape[0], 16], dtype=tl.float16), tl.zeros([16, o_y.shape[0]], dtype=tl.float16))
+    constant = 0.0
+    for a in range(0, A, 2):
+        w1 = tl.load(p_u + a).to(tl.float32)
+        w2 = tl.load(p_u + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
+        b_d1 = _denominator(p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE, WAY)
+        b_d2 = _denominator(p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, SCORE, WAY)
+        b_r = _reciprocal(b_d1 * b_d2, PRECISION)
+        if EXACT and SCORE != "hadamard_sigmoid":
+            b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
+        else:
+            b_s += (w1 * b_d2 + w2 * b_d1) * b_r
+            constant += w1 + w2
+    if SCORE != "hadamard_sigmoid" and not EXACT:
+        b_s = 2.0 * b_s - constant
+    return b_s
+
+
+@triton.jit
+def _denominator(
+    p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE: tl.constexpr, WAY: tl.constexpr
+):
+    """1 / logistic [x,y] of hidden unit a."""
+    i_a = tl.full([], a, tl.int64)
+    if WAY == "sum":
+        b_x = tl.load(p_x + o_x.to(tl.int64) * stride_x + i_a, mask=o_x < tl.where(i_a < A, X, 0), other=0.0).to(tl.float32)
+        b_y = tl.load(p_y + o_y.to(tl.int64) * stride_y + i_a, mask=o_y < tl.where(i_a < A, Y, 0), other=0.0).to(tl.float32)
+        b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
+        b_d = 1.0 + tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        length_x, length_y = (X + 15) // 16 * 16, (Y + 15) // 16 * 16
+        b_x = tl.load(p_ready_x + i_a * length_x + o_x, mask=o_x < length_x, other=0.0)
+        b_y = tl.load(p_ready_y + i_a * length_y + o_y, mask=o_y < length_y, other=0.0)
+        b_d = b_x[:, None] * b_y[None, :]
+        if SCORE == "additive":
+            b_d += 1.0
+            if WAY == "clamped product":
+                b_d = tl.minimum(b_d, 2.3538526683701998e17)  # e^40
+        else:
+            b_d = 1.0 + tl.exp2(tl.minimum(b_d, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+    return b_d
+
+
+@triton.jit
+def _through_units(
+    b_dx, b_du, b_ds, b_x, p_scratch, p_y, stride_y, o_a, start, Y, A,
+    SCORE: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+):  # fmt: skip
+    """b_dx [x,A] and sum_y b_ds [x,y] slope(x,y) before the unit's weight; with VECTOR also b_du and sum_y b_ds act(x,y).
+
+    Column after column of b_ds meets a row of y, all units at once in registers. Triton cannot index registers: the columns
+    pass through scratch [y,x] in global memory, which only this program uses and which stays in its cache.
+    """
+    o_x = tl.arange(0, BLOCK_X)
+    o_y = tl.arange(0, BLOCK_Y)
+    tl.debug_barrier()  # the tile before has been read
+    tl.store(p_scratch + o_y[None, :] * BLOCK_X + o_x[:, None], b_ds)
+    tl.debug_barrier()
+    b_x = b_x.to(tl.float32)
+    for i_y in range(start, tl.minimum(Y, start + BLOCK_Y)):
+        b_y = tl.load(p_y + tl.full([], i_y, tl.int64) * stride_y + o_a, mask=o_a < A, other=0.0).to(tl.float32)  # [A]
+        b_g = tl.load(p_scratch + (i_y - start) * BLOCK_X + o_x)  # [x]
+        if SCORE == "hadamard_sigmoid":
+            b_t, b_slope = _sigmoid(b_x * b_y[None, :], FAST, PRECISION)
+        else:
+            b_z = b_x + b_y[None, :] if SCORE == "additive" else b_x * b_y[None, :]
+            b_t, b_slope = _tanh(b_z, FAST, PRECISION)
+        if SCORE != "additive":
+            b_slope *= b_y[None, :]
+        b_dx += b_g[:, None] * b_slope
+        if VECTOR:
+            b_du += b_g[:, None] * b_t
+    return b_dx, b_du

@@ -1,0 +1,188 @@
+"""`make gpu`: what only a machine with a GPU can say, in at most eight minutes and without downloading anything.
+
+    python tests/gpu.py [PART ...] [--device cuda] [--out benchmarks/results]
+
+correctness: the tests of tests/kernels/ with the kernels compiled and run on the device, and those that need one
+             (tests/kernels/device_only.py), in as many processes as there are cores.
+sanitizer:   compute-sanitizer's memcheck and racecheck over every operator's cases of `vlattn verify`, where it is installed.
+benchmarks:  `python -m vlattn_fast.benchmarks --quick`.
+
+It needs torch >= 2.11, triton >= 3.6, numpy and pytest. What was found is added to OUT/checks.json, a row per part with commit,
+versions and device; benchmarks add their own rows beside it. Ends with status 1 where a part failed or ran out of time. With
+--device cpu all of it runs in Triton's interpreter: a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ROOT / "build" / "gpu"
+SECONDS = {"correctness": 220, "sanitizer": 80, "benchmarks": 170}  # together with starting, eight minutes
+
+Found = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where rows are added")
+    parser.add_argument("--select", default="", help="correctness: pytest's -k")
+    parser.add_argument("--operators", nargs="*", default=[], help="sanitizer and benchmarks: only these")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.parts) - set(PARTS)):
+        parser.error(f"PART must be one of {', '.join(PARTS)}; got {', '.join(unknown)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    lay_out_tree()
+    failed = False
+    for part in options.parts or PARTS:
+        start = time.monotonic()
+        found = PARTS[part](options)
+        found["seconds"] = round(time.monotonic() - start, 1)
+        add_row(options.out / "checks.json", {"part": part, **found, **facts(options.device)})
+        failed |= not found["passed"]
+        print(f"{part}: {'passed' if found['passed'] else 'FAILED'} in {found['seconds']} s: {found['summary']}", flush=True)
+        for line in found.get("failures", [])[:40]:
+            print(f"  {line}")
+    sys.exit(1 if failed else 0)
+
+
+def lay_out_tree() -> None:
+    """The package as an installation has it, with kernels/ and benchmarks/ inside, since nothing may be installed here."""
+    shutil.rmtree(TREE, ignore_errors=True)
+    ignore = shutil.ignore_patterns("__pycache__", "results")
+    shutil.copytree(ROOT / "vlattn_fast", TREE / "vlattn_fast", ignore=ignore)
+    for inside in ("kernels", "benchmarks"):
+        shutil.copytree(ROOT / inside, TREE / "vlattn_fast" / inside, ignore=ignore)
+    shutil.copytree(ROOT / "tests", TREE / "tests", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", TREE)
+
+
+def environment(device: str, **more: str) -> dict[str, str]:
+    interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    return {**os.environ, "PYTHONPATH": str(TREE), "VLATTN_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", **interpret, **more}
+
+
+def run(commands: list[list[str]], environments: list[dict[str, str]], seconds: float) -> list[tuple[int | None, str]]:
+    """All at once: the exit status of each (None: out of time) and what it printed."""
+    end = time.monotonic() + seconds
+    started = [
+        subprocess.Popen(command, cwd=TREE, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command, env in zip(commands, environments, strict=True)
+    ]
+    done: list[tuple[int | None, str]] = []
+    for process in started:
+        try:
+            said, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
+            done.append((process.returncode, said))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            done.append((None, process.communicate()[0]))
+    return done
+
+
+def correctness(options: argparse.Namespace) -> Found:
+    shards = os.cpu_count() or 1
+    reports = [TREE / f"report{i}.xml" for i in range(shards)]
+    device_only = ["tests/kernels/device_only.py"] if options.device == "cuda" else []
+    commands = [
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "minversion=1", "-o", "filterwarnings=default",
+            f"--junitxml={report}", "--deselect", "tests/kernels/test_compile_gate.py", "-k", options.select,
+            "tests/kernels", *device_only,
+        ]
+        for report in reports
+    ]  # fmt: skip
+    environments = [environment(options.device, VLATTN_SHARD=f"{i}/{shards}") for i in range(shards)]
+    done = run(commands, environments, SECONDS["correctness"])
+    ran, failures = 0, []
+    for i, ((status, said), report) in enumerate(zip(done, reports, strict=True)):
+        if status is None or not report.exists():
+            failures.append(f"shard {i} {'ran out of time' if status is None else f'ended with {status}'}: {said[-2000:]}")
+            continue
+        for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+            ran += 1
+            problem = next((child for child in case if child.tag in ("failure", "error")), None)
+            if problem is not None:
+                failures.append(f"{case.get('classname')}::{case.get('name')}: {(problem.get('message') or '')[:300]}")
+    return {"passed": ran > 0 and not failures, "summary": f"{ran} tests, {len(failures)} failed", "failures": failures}
+
+
+def sanitizer(options: argparse.Namespace) -> Found:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return {"passed": True, "summary": "not run: compute-sanitizer is not installed"}
+    names = options.operators or operators()
+    child = [sys.executable, str(TREE / "tests" / "gpu_launch.py"), options.device]
+    tasks = [(tool, name) for name in names for tool in ("memcheck", "racecheck")]
+    commands = [[program, "--tool", tool, "--error-exitcode", "9", *child, name] for tool, name in tasks]
+    # memcheck sees an access beyond a tensor only where tensors do not share one allocation
+    environments = [environment(options.device, PYTORCH_NO_CUDA_MEMORY_CACHING="1")] * len(tasks)
+    done = run(commands, environments, SECONDS["sanitizer"])
+    failures = [
+        f"{tool} {name} {'ran out of time' if status is None else f'ended with {status}'}: {said[-1500:]}"
+        for (tool, name), (status, said) in zip(tasks, done, strict=True) if status != 0
+    ]  # fmt: skip
+    return {"passed": not failures, "summary": f"{len(tasks)} runs, {len(failures)} failed", "failures": failures}
+
+
+def benchmarks(options: argparse.Namespace) -> Found:
+    command = [sys.executable, "-m", "vlattn_fast.benchmarks", *options.operators, "--device", options.device, "--quick",
+               "--out", str(options.out.resolve())]  # fmt: skip
+    interpreted = {"TRITON_INTERPRET": "0"}  # nobody times the interpreter
+    ((status, said),) = run([command], [environment(options.device, **interpreted)], SECONDS["benchmarks"])
+    print(said, flush=True)
+    outcome = "ran out of time" if status is None else f"ended with {status}"
+    return {"passed": status == 0, "summary": outcome, "failures": [] if status == 0 else [said[-2000:]]}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
+    "correctness": correctness, "sanitizer": sanitizer, "benchmarks": benchmarks,
+}  # fmt: skip
+
+
+def operators() -> list[str]:
+    return sorted(file.stem for file in (TREE / "vlattn_fast" / "kernels").glob("[a-z]*.py"))
+
+
+def facts(device: str) -> Found:
+    """Where and with what this was found."""
+    import torch
+    import triton
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu, Triton's interpreter"
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {
+        "device": name, "commit": commit(), "torch": torch.__version__, "triton": triton.__version__, "time": now,
+        "command": " ".join(["python", "tests/gpu.py", *sys.argv[1:]]),
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """Of the working tree; VLATTN_COMMIT where it was copied without its history."""
+    if given := os.environ.get("VLATTN_COMMIT"):
+        return given
+    found = subprocess.run(["git", "describe", "--always", "--dirty=+dirty"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def add_row(path: Path, row: Found) -> None:
+    rows = json.loads(path.read_text()) if path.exists() else []
+    fresh = path.with_suffix(".new")
+    fresh.write_text("[\n" + ",\n".join(json.dumps(one) for one in [*rows, row]) + "\n]\n")
+    fresh.replace(path)
+
+
+if __name__ == "__main__":
+    main()

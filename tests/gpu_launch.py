@@ -1,0 +1,17 @@
+"""Runs an operator's cases of `vlattn verify` on its Triton kernels, forward and backward: what `make gpu` sanitizes.
+
+usage: python tests/gpu_launch.py DEVICE OPERATOR
+"""
+
+import sys
+
+import torch
+
+from vlattn_fast import verify
+
+device, operator = sys.argv[1:]
+for dtype in (torch.bfloat16, torch.float32):
+    for case in verify.cases():
+        if case.operator == operator:
+            verify._run(case, case.in_dtype(dtype, device), "triton")
+            print(f"{operator} {dtype} {case.name}", flush=True)

@@ -1,0 +1,32 @@
+"""Calls of congruence_loss to compile: short rows and long, every kind, dtype, head sizes 64 and 128, masked and not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from vlattn_fast.kernels import congruence
+
+UNITER, LONG = (60, 100), (160, 400)  # words and regions
+
+
+def calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    yield "cacr masked bf16 64", lambda: run("cacr", torch.bfloat16, 64, masked=True)
+    yield "cacr bf16 128", lambda: run("cacr", torch.bfloat16, 128)
+    yield "cacr masked fp16 64", lambda: run("cacr", torch.float16, 64, masked=True)
+    yield "cacr masked fp32 64", lambda: run("cacr", torch.float32, 64, masked=True)
+    yield "iais_distributed masked bf16 64", lambda: run("iais_distributed", torch.bfloat16, 64, masked=True)
+    yield "iais_singular masked bf16 64", lambda: run("iais_singular", torch.bfloat16, 64, masked=True)
+    yield "iais_singular long bf16 64", lambda: run("iais_singular", torch.bfloat16, 64, LONG)
+    yield "cacr long masked bf16 128", lambda: run("cacr", torch.bfloat16, 128, LONG, masked=True)
+    yield "cacr long masked fp32 64", lambda: run("cacr", torch.float32, 64, LONG, masked=True)
+
+
+def run(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int] = UNITER, masked: bool = False) -> None:
+    """Forward and backward, both directions."""
+    text = [torch.empty(1, 12, lengths[0], size, dtype=dtype) for _ in range(2)]
+    image = [torch.empty(1, 12, lengths[1], size, dtype=dtype) for _ in range(2)]
+    masks = [torch.ones(1, length, dtype=torch.bool) if masked else None for length in lengths]
+    inputs = (*text, *image, text[0], image[1], image[0], text[1], *masks, kind, "both", size**-0.5)
+    congruence.forward(*inputs)
+    congruence.backward(torch.ones(1), *inputs)

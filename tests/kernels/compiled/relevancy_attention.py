@@ -1,0 +1,42 @@
+"""Calls of relevancy_attention's backward and of relevancy_step to compile; the forward pass is score_attention's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from vlattn_fast.kernels import relevancy_attention
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    for dtype, name, size in ((BF16, "bf16", 64), (BF16, "bf16", 128), (FP16, "fp16", 64), (FP32, "fp32", 64)):
+        yield f"backward {name} {size}", lambda dtype=dtype, size=size: backward(dtype, size, 1)
+    for size, rows in ((64, 16), (64, 64), (128, 16), (128, 64)):
+        yield f"backward {rows} rows bf16 {size}", lambda size=size, rows=rows: backward(BF16, size, rows)
+    yield "backward 16 rows fp32 64", lambda: backward(FP32, 64, 16)
+    yield "backward 64 rows bf16 256", lambda: backward(BF16, 256, 64)
+    yield "backward masked normalized bf16 64", lambda: backward(BF16, 64, 1, masked=True, row_normalize=True)
+    yield "backward causal grouped bf16 128", lambda: backward(BF16, 128, 1, key_heads=4, causal=True)
+    for dtype, name, size in ((BF16, "bf16", 64), (BF16, "bf16", 128), (FP32, "fp32", 64)):
+        yield f"step {name} {size}", lambda dtype=dtype, size=size: step(dtype, size, 1, "gradient")
+    yield "step 577 rows bf16 64", lambda: step(BF16, 64, 577, "gradient")
+    yield "step attention bf16 64", lambda: step(BF16, 64, 1, "attention")
+
+
+def backward(dtype: torch.dtype, size: int, rows: int, *, key_heads: int = 16, masked: bool = False, causal: bool = False,
+             row_normalize: bool = False) -> None:  # fmt: skip
+    """At the sizes of CLIP ViT-L/14@336."""
+    query = torch.empty(1, 16, 577, size, dtype=dtype)
+    key = torch.empty(1, key_heads, 577, size, dtype=dtype)
+    carrier, lse = torch.empty(1, rows, 577), torch.empty(1, 16, 577)
+    masks = (torch.zeros(577, 577), torch.ones(1, 577, dtype=torch.bool)) if masked else (None, None)
+    options = ("gradient", row_normalize, 0.125, masked or causal, True)
+    relevancy_attention.backward(query, carrier, query, key, key, query, lse, None, None, *masks, *options)
+
+
+def step(dtype: torch.dtype, size: int, rows: int, rule: str) -> None:
+    """Without an lse: with the kernel that recomputes it."""
+    query = torch.empty(1, 16, 577, size, dtype=dtype)
+    relevancy_attention.step(torch.empty(1, rows, 577), query, query, query, query, None, None, None, rule, True, 0.125, False)

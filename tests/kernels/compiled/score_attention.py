@@ -1,0 +1,31 @@
+"""Calls of score_attention to compile: every core score, every dtype, head sizes 64 and 128, masks and dropout together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from vlattn_fast.kernels import score_attention
+
+# dot_leaky_relu compiles as dot_relu does, hadamard_sigmoid as hadamard_tanh
+KINDS = ("dot", "cosine", "dot_relu", "dot_tanh", "dot_sigmoid", "additive", "hadamard_tanh")
+
+
+def calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    for kind in KINDS:
+        yield f"{kind} bf16 64", lambda kind=kind: run(kind, torch.bfloat16, 64)
+    for kind in ("dot", "additive"):
+        yield f"{kind} bf16 128", lambda kind=kind: run(kind, torch.bfloat16, 128)
+        yield f"{kind} fp32 64", lambda kind=kind: run(kind, torch.float32, 64)
+        yield f"{kind} masked fp16 64", lambda kind=kind: run(kind, torch.float16, 64, masked=True)
+
+
+def run(kind: str, dtype: torch.dtype, size: int, masked: bool = False) -> None:
+    """Forward and backward at the sizes of CLIP ViT-L/14@336."""
+    q, k, v = (torch.empty(1, 16, 577, size, dtype=dtype) for _ in range(3))
+    vector = torch.empty(16, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
+    masks = (torch.zeros(577, 577), torch.ones(1, 577, dtype=torch.bool), torch.zeros((), dtype=torch.int64))
+    absent = masks if masked else (None, None, None)
+    options = (kind, 0.5, 0.125, 0.1 if masked else 0.0, masked)
+    out, lse = score_attention.forward(q, k, v, vector, *absent, *options)
+    score_attention.backward(out, None, q, k, v, out, lse, vector, *absent, *options)

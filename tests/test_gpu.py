@@ -1,0 +1,96 @@
+"""`make gpu` rehearsed without one: the parts run in Triton's interpreter, and a failure is seen and stored."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("gpu", ROOT / "tests" / "gpu.py")
+gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+
+SANITIZER = """#!/bin/sh
+echo "$@" >> "{log}"
+test "$1" = --tool || exit 5
+shift 4
+"$@" || exit $?
+exit {status}
+"""
+
+
+@pytest.fixture
+def rehearse(tmp_path):
+    """Runs parts with --device cpu: exit status, what was printed, the stored rows."""
+
+    def run(*arguments: str, status: int | None = None) -> tuple[int, str, list[dict]]:
+        tools = tmp_path / "tools"
+        tools.mkdir(exist_ok=True)
+        if status is not None:
+            program = tools / "compute-sanitizer"
+            program.write_text(SANITIZER.format(log=tmp_path / "log", status=status))
+            program.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "VLATTN_COMMIT": "abc123"}
+        command = [sys.executable, ROOT / "tests" / "gpu.py", *arguments, "--device", "cpu", "--out", tmp_path]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        checks = tmp_path / "checks.json"
+        return done.returncode, done.stdout + done.stderr, json.loads(checks.read_text()) if checks.exists() else []
+
+    return run
+
+
+def test_correctness_runs_the_chosen_tests(rehearse):
+    status, said, (row,) = rehearse("correctness", "--select", "test_attention_map and empty")
+    assert status == 0 and row["passed"], said
+    assert int(row["summary"].split()[0]) > 0 and row["part"] == "correctness" and row["commit"] == "abc123"
+    assert {"device", "torch", "triton", "time", "command", "seconds"} <= row.keys()
+
+
+def test_no_test_is_no_success(rehearse):
+    status, said, (row,) = rehearse("correctness", "--select", "no_such_test")
+    assert status == 1 and not row["passed"], said
+
+
+def test_without_a_sanitizer_it_says_so(rehearse):
+    status, said, (row,) = rehearse("sanitizer")
+    assert status == 0 and row["summary"] == "not run: compute-sanitizer is not installed", said
+
+
+def test_the_sanitizer_runs_an_operator_under_both_tools(rehearse, tmp_path):
+    status, said, (row,) = rehearse("sanitizer", "--operators", "attention_map", status=0)
+    assert status == 0 and row["passed"] and row["summary"] == "2 runs, 0 failed", said
+    calls = (tmp_path / "log").read_text().splitlines()
+    assert sorted(call.split()[1] for call in calls) == ["memcheck", "racecheck"]
+    assert all(call.endswith("cpu attention_map") for call in calls)
+
+
+def test_what_the_sanitizer_finds_is_a_failure(rehearse):
+    status, said, (row,) = rehearse("sanitizer", "--operators", "attention_map", status=9)
+    assert status == 1 and not row["passed"] and len(row["failures"]) == 2, said
+    assert "FAILED" in said and "ended with 9" in said
+
+
+def test_an_unknown_part_is_refused(rehearse):
+    status, said, rows = rehearse("measure")
+    assert status == 2 and "PART must be one of correctness, sanitizer, benchmarks; got measure" in said and rows == []
+
+
+def test_who_runs_out_of_time_is_stopped():
+    assert gpu.run([["sleep", "60"], ["true"]], [dict(os.environ)] * 2, 0.5) == [(None, ""), (0, "")]
+
+
+def test_rows_are_added_and_none_is_lost(tmp_path):
+    for number in range(3):
+        gpu.add_row(tmp_path / "checks.json", {"number": number})
+    assert json.loads((tmp_path / "checks.json").read_text()) == [{"number": number} for number in range(3)]
+
+
+def test_the_parts_fit_in_eight_minutes():
+    assert gpu.SECONDS.keys() == gpu.PARTS.keys()
+    assert sum(gpu.SECONDS.values()) <= 8 * 60 - 10
