@@ -90,7 +90,7 @@ def _config(num_kv: int, size: int, dtype: torch.dtype, gradient: bool, masked: 
     takes registers for its addresses."""
     stages = 2 if size <= 64 else 1
     if dtype == torch.float32 or size > 128:
-        return {"BLOCK_Q": 32, "BLOCK_KV": 64, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
     if num_kv <= 64:
         return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": stages}
     if masked:

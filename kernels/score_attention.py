@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._scores import activate, farthest, pin, ready_at, row_facts, sum_units, through_norm, through_units
 from ._tiles import (
     LOG2_E,
     block_and_head,
@@ -215,7 +216,7 @@ def _prepare_kernel(
         tl.store(p_ready + i_bh * N + o_n, tl.where(b_norm == b_norm, b_inverse, b_norm), mask=o_n < N)
     else:
         if SCORE == "additive":
-            # e^-2x: 2^n e^rest, since the rounding of a large exponent would show in what cancels; `_farthest` tells of the clamp
+            # e^-2x: 2^n e^rest, since the rounding of a large exponent would show in what cancels; `farthest` tells of the clamp
             b_y = tl.clamp(b_x, -22.0, 22.0) * -2.0
             b_power = tl.floor(b_y * 1.4426950408889634 + 0.5)
             b_rest = (b_y - b_power * 0.693145751953125) - b_power * 1.42860682030941723212e-6
@@ -224,7 +225,7 @@ def _prepare_kernel(
             b_y = b_x * factor
         length = (N + 15) // 16 * 16
         m_y = (o_n < length)[:, None] & (o_a < (A + 1) // 2 * 2)[None, :]
-        tl.store(_ready(p_ready, i_bh, N, A, True) + o_a.to(tl.int64)[None, :] * length + o_n[:, None], b_y, mask=m_y)
+        tl.store(ready_at(p_ready, i_bh, N, A, True) + o_a.to(tl.int64)[None, :] * length + o_n[:, None], b_y, mask=m_y)
 
 
 @triton.jit
@@ -244,12 +245,12 @@ def _forward_kernel(
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_u += i_h * A
-    p_ready_q, p_ready_k = _ready(p_ready_q, i_bh, N, A, UNITS), _ready(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    p_ready_q, p_ready_k = ready_at(p_ready_q, i_bh, N, A, UNITS), ready_at(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
     b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-    b_row, far_q = _row(b_q, p_ready_q, o_q, N, SCORE)
+    b_row, far_q = row_facts(b_q, p_ready_q, o_q, N, SCORE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
@@ -264,18 +265,21 @@ def _forward_kernel(
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
             if UNITS:
-                b_s = _sum_units(
-                    p_q, p_k, p_ready_q, p_ready_k, p_u, o_q, o_kv, stride_qn, stride_kn, N, M, A, far_q + _farthest(b_k, SCORE),
+                b_s = sum_units(
+                    p_q, p_k, p_ready_q, p_ready_k, p_u, o_q, o_kv, stride_qn, stride_kn, N, M, A, far_q + farthest(b_k, SCORE),
                     SCORE, EXACT, FAST, PRECISION,
                 )  # fmt: skip
             else:
-                b_column, _ = _row(b_k, p_ready_k, o_kv, M, SCORE)
+                b_column, _ = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-                b_s, _ = _activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+                b_s, _ = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
             if EDGE:
-                b_s = mask_logits(
-                    b_s * scale_log2, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL
-                )
+                b_s *= scale_log2
+                b_masked = mask_logits(
+                    tl.zeros_like(b_s) if UNITS and MASK != 0 else b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M,
+                    MASK, KEY_MASK, CAUSAL,
+                )  # fmt: skip
+                b_s = b_s + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
                 b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
                 b_p = tl.exp2(b_s - b_safe[:, None])
@@ -289,7 +293,7 @@ def _forward_kernel(
             if DROPOUT:
                 b_p *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
             b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-            b_o = b_o * b_alpha[:, None] + dot(_pin(b_p, UNITS, PRECISION).to(b_v.dtype), b_v, PRECISION)
+            b_o = b_o * b_alpha[:, None] + dot(pin(b_p, UNITS, PRECISION).to(b_v.dtype), b_v, PRECISION)
             b_max = b_new
     empty = b_sum == 0.0
     b_o = b_o / tl.where(empty, 1.0, b_sum)[:, None]
@@ -318,14 +322,14 @@ def _backward_q_kernel(
     p_key_mask += i_b * M
     p_u += i_h * A
     p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
-    p_ready_q, p_ready_k = _ready(p_ready_q, i_bh, N, A, UNITS), _ready(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    p_ready_q, p_ready_k = ready_at(p_ready_q, i_bh, N, A, UNITS), ready_at(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
     b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
     b_do = load_tile(p_grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
     b_out = load_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
-    b_row, far_q = _row(b_q, p_ready_q, o_q, N, SCORE)
+    b_row, far_q = row_facts(b_q, p_ready_q, o_q, N, SCORE)
     b_lse = _lse_log2(p_lse + i_bh * N, o_q, N)
     b_sent = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if LSE:
@@ -347,21 +351,23 @@ def _backward_q_kernel(
                 o_kv = start + tl.arange(0, BLOCK_KV)
                 b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
                 b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-                b_column, far_k = _row(b_k, p_ready_k, o_kv, M, SCORE)
+                b_column, far_k = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
                 if UNITS:
-                    b_s = _sum_units(
+                    b_s = sum_units(
                         p_q, p_k, p_ready_q, p_ready_k, p_u, o_q, o_kv, stride_qn, stride_kn, N, M, A, far_q + far_k,
                         SCORE, EXACT, FAST, PRECISION,
                     )  # fmt: skip
                     b_slope = b_s
                 else:
                     b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-                    b_s, b_slope = _activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+                    b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
                 b_logit = b_s * scale_log2
                 if EDGE:
-                    b_logit = mask_logits(
-                        b_logit, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL
-                    )
+                    b_masked = mask_logits(
+                        tl.zeros_like(b_logit) if UNITS and MASK != 0 else b_logit, p_mask, stride_mn, stride_mm, p_key_mask,
+                        o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL,
+                    )  # fmt: skip
+                    b_logit = b_logit + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_p = tl.exp2(b_logit - b_lse[:, None])
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
                 if DROPOUT:
@@ -372,7 +378,7 @@ def _backward_q_kernel(
                 else:
                     b_ds = b_p * (b_dp - b_delta[:, None]) * scale
                     if UNITS:
-                        b_dq, _ = _through_units(
+                        b_dq, _ = through_units(
                             b_dq, b_dq, b_ds, b_q, p_scratch, p_k, stride_kn, o_a, start, M, A,
                             SCORE, FAST, False, PRECISION, BLOCK_Q, BLOCK_KV,
                         )  # fmt: skip
@@ -389,7 +395,7 @@ def _backward_q_kernel(
     if UNITS:
         b_dq *= tl.load(p_u + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
     if SCORE == "cosine":
-        b_dq -= _by_norm(b_q, b_row, b_along)
+        b_dq -= through_norm(b_q, b_row, b_along)
     if EXACT:
         b_dq /= b_total[:, None]
         tl.store(p_total + i_bh * N + o_q, b_total, mask=o_q < N)
@@ -417,13 +423,13 @@ def _backward_kv_kernel(
     p_v += i_b * stride_vb + (i_hkv * GROUP // GROUP_V) * stride_vh
     p_key_mask += i_b * M
     p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
-    p_ready_k = _ready(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    p_ready_k = ready_at(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
     b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
     b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-    b_row, far_k = _row(b_k, p_ready_k, o_kv, M, SCORE)
+    b_row, far_k = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
     b_dk = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
@@ -440,7 +446,7 @@ def _backward_kv_kernel(
         p_grad_h = p_grad + i_b * stride_gb + i_h * stride_gh
         p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
         p_u_h = p_u + i_h * A
-        p_ready_h = _ready(p_ready_q, i_bh, N, A, UNITS)
+        p_ready_h = ready_at(p_ready_q, i_bh, N, A, UNITS)
         if UNITS:
             b_units = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
             b_du = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
@@ -449,26 +455,28 @@ def _backward_kv_kernel(
                 o_q = start + tl.arange(0, BLOCK_Q)
                 b_q = load_tile(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
                 b_do = load_tile(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-                b_column, far_q = _row(b_q, p_ready_h, o_q, N, SCORE)
+                b_column, far_q = row_facts(b_q, p_ready_h, o_q, N, SCORE)
                 if UNITS:
-                    b_s = _sum_units(
+                    b_s = sum_units(
                         p_k, p_q_h, p_ready_k, p_ready_h, p_u_h, o_kv, o_q, stride_kn, stride_qn, M, N, A, far_q + far_k,
                         SCORE, EXACT, FAST, PRECISION,
                     )  # fmt: skip
                     b_slope = b_s
                 else:
                     b_x = dot(b_k, tl.trans(b_q), PRECISION)  # [kv,q]
-                    b_s, b_slope = _activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+                    b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
                 b_logit = b_s * scale_log2
                 if EDGE:
-                    b_logit = mask_logits(
-                        b_logit, p_mask_h, stride_mm, stride_mn, p_key_mask, o_kv, o_q, M, N, MASK, False, False
-                    )
+                    b_masked = mask_logits(
+                        tl.zeros_like(b_logit) if UNITS and MASK != 0 else b_logit, p_mask_h, stride_mm, stride_mn, p_key_mask,
+                        o_kv, o_q, M, N, MASK, False, False,
+                    )  # fmt: skip
                     if CAUSAL:
-                        b_logit = tl.where(o_kv[:, None] <= o_q[None, :], b_logit, float("-inf"))
+                        b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
                     if KEY_MASK:
                         m_kv = tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0
-                        b_logit = tl.where(m_kv[:, None], b_logit, float("-inf"))
+                        b_masked = tl.where(m_kv[:, None], b_masked, float("-inf"))
+                    b_logit = b_logit + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_lse = _lse_log2(p_lse + i_bh * N, o_q, N)
                 b_p = tl.exp2(b_logit - b_lse[None, :])
                 if EXACT:
@@ -479,11 +487,11 @@ def _backward_kv_kernel(
                     b_factor = tl.trans(keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N))
                     b_kept = b_p * b_factor
                     b_dp *= b_factor
-                b_dv += dot(_pin(b_kept, UNITS, PRECISION).to(b_do.dtype), b_do, PRECISION)
+                b_dv += dot(pin(b_kept, UNITS, PRECISION).to(b_do.dtype), b_do, PRECISION)
                 b_delta = tl.load(p_delta + i_bh * N + o_q, mask=o_q < N, other=0.0)
                 b_ds = b_p * (b_dp - b_delta[None, :]) * scale
                 if UNITS:
-                    b_units, b_du = _through_units(
+                    b_units, b_du = through_units(
                         b_units, b_du, b_ds, b_k, p_scratch, p_q_h, stride_qn, o_a, start, N, A,
                         SCORE, FAST, True, PRECISION, BLOCK_KV, BLOCK_Q,
                     )  # fmt: skip
@@ -497,7 +505,7 @@ def _backward_kv_kernel(
             b_dk += b_units * tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
             tl.store(p_grad_u + (i_bh * num_kv + i_kv) * A + o_a, tl.sum(b_du, axis=0), mask=o_a < A)
     if SCORE == "cosine":
-        b_dk -= _by_norm(b_k, b_row, b_along)
+        b_dk -= through_norm(b_k, b_row, b_along)
     i_row = i_b * M * HEADS_KV + i_hkv
     store_tile(p_grad_k + i_row * A, HEADS_KV * A, o_kv, o_a, M, A, b_dk)
     store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
@@ -508,225 +516,3 @@ def _lse_log2(p_lse, o_q, N):
     """[q] in base 2; +inf, which makes every probability 0, for rows without a key and for those beyond N."""
     b_lse = tl.load(p_lse + o_q, mask=o_q < N, other=float("-inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
-
-
-@triton.jit
-def _ready(p, i_bh, rows, A, UNITS: tl.constexpr):
-    """`_prepare`'s output at its batch and head: (an even number of units, a multiple of 16 rows) for units."""
-    if UNITS:
-        return p + i_bh * ((A + 1) // 2 * 2) * ((rows + 15) // 16 * 16)
-    else:
-        return p + i_bh * rows
-
-
-@triton.jit
-def _row(b_x, p_ready, o_row, num_rows, SCORE: tl.constexpr):
-    """Of a tile [row,A]: 1 / |x| for cosine, and `_farthest`."""
-    if SCORE == "cosine":
-        b_row = tl.load(p_ready + o_row, mask=o_row < num_rows, other=1.0)
-    else:
-        b_row = tl.zeros_like(o_row).to(tl.float32)
-    return b_row, _farthest(b_x, SCORE)
-
-
-@triton.jit
-def _farthest(b_x, SCORE: tl.constexpr):
-    """The largest |x| of a tile; inf where one is over the 22 up to which e^2x is finite and so is its product with another, or
-    NaN."""
-    if SCORE == "additive":
-        b_x = tl.abs(b_x.to(tl.float32))
-        return tl.max(tl.max(tl.where(b_x <= 22.0, b_x, float("inf")), axis=1), axis=0)
-    else:
-        return 0.0
-
-
-@triton.jit
-def _by_norm(b_x, b_inverse, b_along):
-    """What |x| sends to x: x / |x|^2 sum_j grad_ij score_ij, [row,A]; nothing to a zero vector, as autograd takes it."""
-    b_inverse = tl.where(b_inverse == float("inf"), 0.0, b_inverse)
-    return b_x.to(tl.float32) * (b_along * b_inverse * b_inverse)[:, None]
-
-
-@triton.jit
-def _reciprocal(x, PRECISION: tl.constexpr):
-    """1 / x for x in [1, 2^126]: one instruction, where a division takes several; an ulp off at most."""
-    if PRECISION == "widen":
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _pin(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
-    """b; of unit kinds held where it is: for the product that follows, the compiler would compute the tile in a second layout
-    from its masks on, and fails at their single bits."""
-    if UNITS and PRECISION != "widen":
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
-    else:
-        return b
-
-
-@triton.jit
-def _sigmoid(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
-    """The logistic function and its slope. FAST: with tanh in one instruction, whose error of 2^-11 is a quarter of what
-    bfloat16 rounds."""
-    if FAST:
-        s = 0.5 + 0.5 * _fast_tanh(0.5 * x, PRECISION)
-        slope = s - s * s
-    else:
-        e = tl.exp2(tl.abs(x) * -1.4426950408889634)  # at most 1: nothing overflows, nothing cancels
-        r = _reciprocal(1.0 + e, PRECISION)
-        s = tl.where(x < 0.0, e * r, r)
-        slope = e * r * r
-    return s, slope
-
-
-@triton.jit
-def _tanh(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
-    """tanh and its slope."""
-    if FAST:
-        t = _fast_tanh(x, PRECISION)
-        slope = 1.0 - t * t
-    else:
-        e = tl.exp2(tl.abs(x) * -2.8853900817779268)
-        r = _reciprocal(1.0 + e, PRECISION)
-        t = (1.0 - e) * r
-        t = tl.where(x < 0.0, -t, t)
-        slope = 4.0 * e * r * r
-    return t, slope
-
-
-@triton.jit
-def _fast_tanh(x, PRECISION: tl.constexpr):
-    if PRECISION == "widen":
-        return 2.0 / (1.0 + tl.exp(tl.clamp(-2.0 * x, -80.0, 80.0))) - 1.0
-    else:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _activate(b_x, b_row, b_column, parameter, SCORE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores of a tile of dot products and the slope by which their gradient is multiplied."""
-    b_s, b_slope = b_x, b_x
-    if SCORE == "cosine":
-        b_slope = tl.minimum(b_row[:, None] * b_column[None, :], parameter)
-        b_s = b_x * b_slope
-    if SCORE == "dot_relu":
-        b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        b_slope = tl.where(b_x > 0.0, 1.0, 0.0)
-    if SCORE == "dot_leaky_relu":
-        b_s = tl.where(b_x >= 0.0, b_x, parameter * b_x)
-        b_slope = tl.where(b_x > 0.0, 1.0, parameter)
-    if SCORE == "dot_tanh":
-        b_s, b_slope = _tanh(b_x, FAST, PRECISION)
-    if SCORE == "dot_sigmoid":
-        b_s, b_slope = _sigmoid(b_x, FAST, PRECISION)
-    return b_s, b_slope
-
-
-@triton.jit
-def _sum_units(
-    p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, far,
-    SCORE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores [x,y] that are sums over hidden units; which rows are queries makes no difference. far: the sum of both sides'
-    `_farthest`, which says how the exponentials of additive scores are to be met."""
-    if SCORE == "additive":
-        if far <= 20.0:
-            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-                             SCORE, "product", EXACT, FAST, PRECISION)  # fmt: skip
-        elif far < float("inf"):
-            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-                             SCORE, "clamped product", EXACT, FAST, PRECISION)  # fmt: skip
-        else:
-            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-                             SCORE, "sum", EXACT, FAST, PRECISION)  # fmt: skip
-    else:
-        b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-                         SCORE, "", EXACT, FAST, PRECISION)  # fmt: skip
-    return b_s
-
-
-@triton.jit
-def _sum_pairs(
-    p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-    SCORE: tl.constexpr, WAY: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2): one reciprocal for two hidden units; denominators are at most 1 + e^40.
-    tanh is 2/d - 1, its constant summed apart; EXACT: (2 - d)/d, since the constant may be much larger than the score."""
-    # zeros from the tensor cores lie in registers as the products do that follow: each thread loads few rows and columns of the
-    # units, and the tile is never moved between threads
-    b_s = tl.dot(tl.zeros([o_x.shape[0], 16], dtype=tl.float16), tl.zeros([16, o_y.shape[0]], dtype=tl.float16))
-    constant = 0.0
-    for a in range(0, A, 2):
-        w1 = tl.load(p_u + a).to(tl.float32)
-        w2 = tl.load(p_u + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
-        b_d1 = _denominator(p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE, WAY)
-        b_d2 = _denominator(p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, SCORE, WAY)
-        b_r = _reciprocal(b_d1 * b_d2, PRECISION)
-        if EXACT and SCORE != "hadamard_sigmoid":
-            b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
-        else:
-            b_s += (w1 * b_d2 + w2 * b_d1) * b_r
-            constant += w1 + w2
-    if SCORE != "hadamard_sigmoid" and not EXACT:
-        b_s = 2.0 * b_s - constant
-    return b_s
-
-
-@triton.jit
-def _denominator(
-    p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE: tl.constexpr, WAY: tl.constexpr
-):
-    """1 / logistic [x,y] of hidden unit a."""
-    i_a = tl.full([], a, tl.int64)
-    if WAY == "sum":
-        b_x = tl.load(p_x + o_x.to(tl.int64) * stride_x + i_a, mask=o_x < tl.where(i_a < A, X, 0), other=0.0).to(tl.float32)
-        b_y = tl.load(p_y + o_y.to(tl.int64) * stride_y + i_a, mask=o_y < tl.where(i_a < A, Y, 0), other=0.0).to(tl.float32)
-        b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
-        b_d = 1.0 + tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
-    else:
-        length_x, length_y = (X + 15) // 16 * 16, (Y + 15) // 16 * 16
-        b_x = tl.load(p_ready_x + i_a * length_x + o_x, mask=o_x < length_x, other=0.0)
-        b_y = tl.load(p_ready_y + i_a * length_y + o_y, mask=o_y < length_y, other=0.0)
-        b_d = b_x[:, None] * b_y[None, :]
-        if SCORE == "additive":
-            b_d += 1.0
-            if WAY == "clamped product":
-                b_d = tl.minimum(b_d, 2.3538526683701998e17)  # e^40
-        else:
-            b_d = 1.0 + tl.exp2(tl.minimum(b_d, 57.7078, propagate_nan=tl.PropagateNan.ALL))
-    return b_d
-
-
-@triton.jit
-def _through_units(
-    b_dx, b_du, b_ds, b_x, p_scratch, p_y, stride_y, o_a, start, Y, A,
-    SCORE: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
-):  # fmt: skip
-    """b_dx [x,A] and sum_y b_ds [x,y] slope(x,y) before the unit's weight; with VECTOR also b_du and sum_y b_ds act(x,y).
-
-    Column after column of b_ds meets a row of y, all units at once in registers. Triton cannot index registers: the columns
-    pass through scratch [y,x] in global memory, which only this program uses and which stays in its cache.
-    """
-    o_x = tl.arange(0, BLOCK_X)
-    o_y = tl.arange(0, BLOCK_Y)
-    tl.debug_barrier()  # the tile before has been read
-    tl.store(p_scratch + o_y[None, :] * BLOCK_X + o_x[:, None], b_ds)
-    tl.debug_barrier()
-    b_x = b_x.to(tl.float32)
-    for i_y in range(start, tl.minimum(Y, start + BLOCK_Y)):
-        b_y = tl.load(p_y + tl.full([], i_y, tl.int64) * stride_y + o_a, mask=o_a < A, other=0.0).to(tl.float32)  # [A]
-        b_g = tl.load(p_scratch + (i_y - start) * BLOCK_X + o_x)  # [x]
-        if SCORE == "hadamard_sigmoid":
-            b_t, b_slope = _sigmoid(b_x * b_y[None, :], FAST, PRECISION)
-        else:
-            b_z = b_x + b_y[None, :] if SCORE == "additive" else b_x * b_y[None, :]
-            b_t, b_slope = _tanh(b_z, FAST, PRECISION)
-        if SCORE != "additive":
-            b_slope *= b_y[None, :]
-        b_dx += b_g[:, None] * b_slope
-        if VECTOR:
-            b_du += b_g[:, None] * b_t
-    return b_dx, b_du

@@ -1,0 +1,231 @@
+"""The core scores of one tile in Triton, and their gradients: what streaming/_scores.py is in PyTorch.
+
+Scores over hidden units (additive, tanh and sigmoid Hadamard) are loops of outer products into a tile of registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def ready_at(p, i_bh, rows, A, UNITS: tl.constexpr):
+    """`_prepare`'s output at its batch and head: (an even number of units, a multiple of 16 rows) for units."""
+    if UNITS:
+        return p + i_bh * ((A + 1) // 2 * 2) * ((rows + 15) // 16 * 16)
+    else:
+        return p + i_bh * rows
+
+
+@triton.jit
+def row_facts(b_x, p_ready, o_row, num_rows, SCORE: tl.constexpr):
+    """Of a tile [row,A]: 1 / |x| for cosine, and `farthest`."""
+    if SCORE == "cosine":
+        b_row = tl.load(p_ready + o_row, mask=o_row < num_rows, other=1.0)
+    else:
+        b_row = tl.zeros_like(o_row).to(tl.float32)
+    return b_row, farthest(b_x, SCORE)
+
+
+@triton.jit
+def farthest(b_x, SCORE: tl.constexpr):
+    """The largest |x| of a tile; inf where one is over the 22 up to which e^2x is finite and so is its product with another, or
+    NaN."""
+    if SCORE == "additive":
+        b_x = tl.abs(b_x.to(tl.float32))
+        return tl.max(tl.max(tl.where(b_x <= 22.0, b_x, float("inf")), axis=1), axis=0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def through_norm(b_x, b_inverse, b_along):
+    """What |x| sends to x: x / |x|^2 sum_j grad_ij score_ij, [row,A]; nothing to a zero vector, as autograd takes it."""
+    b_inverse = tl.where(b_inverse == float("inf"), 0.0, b_inverse)
+    return b_x.to(tl.float32) * (b_along * b_inverse * b_inverse)[:, None]
+
+
+@triton.jit
+def _reciprocal(x, PRECISION: tl.constexpr):
+    """1 / x for x in [1, 2^126]: one instruction, where a division takes several; an ulp off at most."""
+    if PRECISION == "widen":
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def pin(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
+    """b; of unit kinds held where it is: for what follows, the compiler would compute the tile in further layouts from its masks
+    on, and fails at their single bits (Triton 3.6 and 3.9). Their masks are therefore made apart, pinned and added."""
+    if UNITS and PRECISION != "widen":
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return b
+
+
+@triton.jit
+def _sigmoid(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
+    """The logistic function and its slope. FAST: with tanh in one instruction, whose error of 2^-11 is a quarter of what
+    bfloat16 rounds."""
+    if FAST:
+        s = 0.5 + 0.5 * _fast_tanh(0.5 * x, PRECISION)
+        slope = s - s * s
+    else:
+        e = tl.exp2(tl.abs(x) * -1.4426950408889634)  # at most 1: nothing overflows, nothing cancels
+        r = _reciprocal(1.0 + e, PRECISION)
+        s = tl.where(x < 0.0, e * r, r)
+        slope = e * r * r
+    return s, slope
+
+
+@triton.jit
+def _tanh(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
+    """tanh and its slope."""
+    if FAST:
+        t = _fast_tanh(x, PRECISION)
+        slope = 1.0 - t * t
+    else:
+        e = tl.exp2(tl.abs(x) * -2.8853900817779268)
+        r = _reciprocal(1.0 + e, PRECISION)
+        t = (1.0 - e) * r
+        t = tl.where(x < 0.0, -t, t)
+        slope = 4.0 * e * r * r
+    return t, slope
+
+
+@triton.jit
+def _fast_tanh(x, PRECISION: tl.constexpr):
+    if PRECISION == "widen":
+        return 2.0 / (1.0 + tl.exp(tl.clamp(-2.0 * x, -80.0, 80.0))) - 1.0
+    else:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def activate(b_x, b_row, b_column, parameter, SCORE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of a tile of dot products and the slope by which their gradient is multiplied."""
+    b_s, b_slope = b_x, b_x
+    if SCORE == "cosine":
+        b_slope = tl.minimum(b_row[:, None] * b_column[None, :], parameter)
+        b_s = b_x * b_slope
+    if SCORE == "dot_relu":
+        b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        b_slope = tl.where(b_x > 0.0, 1.0, 0.0)
+    if SCORE == "dot_leaky_relu":
+        b_s = tl.where(b_x >= 0.0, b_x, parameter * b_x)
+        b_slope = tl.where(b_x > 0.0, 1.0, parameter)
+    if SCORE == "dot_tanh":
+        b_s, b_slope = _tanh(b_x, FAST, PRECISION)
+    if SCORE == "dot_sigmoid":
+        b_s, b_slope = _sigmoid(b_x, FAST, PRECISION)
+    return b_s, b_slope
+
+
+@triton.jit
+def sum_units(
+    p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, far,
+    SCORE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [x,y] that are sums over hidden units; which rows are queries makes no difference. far: the sum of both sides'
+    `farthest`, which says how the exponentials of additive scores are to be met."""
+    if SCORE == "additive":
+        if far <= 20.0:
+            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+                             SCORE, "product", EXACT, FAST, PRECISION)  # fmt: skip
+        elif far < float("inf"):
+            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+                             SCORE, "clamped product", EXACT, FAST, PRECISION)  # fmt: skip
+        else:
+            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+                             SCORE, "sum", EXACT, FAST, PRECISION)  # fmt: skip
+    else:
+        b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+                         SCORE, "", EXACT, FAST, PRECISION)  # fmt: skip
+    return b_s
+
+
+@triton.jit
+def _sum_pairs(
+    p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
+    SCORE: tl.constexpr, WAY: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2): one reciprocal for two hidden units; denominators are at most 1 + e^40.
+    tanh is 2/d - 1, its constant summed apart; EXACT: (2 - d)/d, since the constant may be much larger than the score."""
+    # zeros from the tensor cores lie in registers as the products do that follow: each thread loads few rows and columns of the
+    # units, and the tile is never moved between threads
+    b_s = tl.dot(tl.zeros([o_x.shape[0], 16], dtype=tl.float16), tl.zeros([16, o_y.shape[0]], dtype=tl.float16))
+    constant = 0.0
+    for a in range(0, A, 2):
+        w1 = tl.load(p_u + a).to(tl.float32)
+        w2 = tl.load(p_u + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
+        b_d1 = _denominator(p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE, WAY)
+        b_d2 = _denominator(p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, SCORE, WAY)
+        b_r = _reciprocal(b_d1 * b_d2, PRECISION)
+        if EXACT and SCORE != "hadamard_sigmoid":
+            b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
+        else:
+            b_s += (w1 * b_d2 + w2 * b_d1) * b_r
+            constant += w1 + w2
+    if SCORE != "hadamard_sigmoid" and not EXACT:
+        b_s = 2.0 * b_s - constant
+    return b_s
+
+
+@triton.jit
+def _denominator(
+    p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE: tl.constexpr, WAY: tl.constexpr
+):
+    """1 / logistic [x,y] of hidden unit a."""
+    i_a = tl.full([], a, tl.int64)
+    if WAY == "sum":
+        b_x = tl.load(p_x + o_x.to(tl.int64) * stride_x + i_a, mask=o_x < tl.where(i_a < A, X, 0), other=0.0).to(tl.float32)
+        b_y = tl.load(p_y + o_y.to(tl.int64) * stride_y + i_a, mask=o_y < tl.where(i_a < A, Y, 0), other=0.0).to(tl.float32)
+        b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
+        b_d = 1.0 + tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        length_x, length_y = (X + 15) // 16 * 16, (Y + 15) // 16 * 16
+        b_x = tl.load(p_ready_x + i_a * length_x + o_x, mask=o_x < length_x, other=0.0)
+        b_y = tl.load(p_ready_y + i_a * length_y + o_y, mask=o_y < length_y, other=0.0)
+        b_d = b_x[:, None] * b_y[None, :]
+        if SCORE == "additive":
+            b_d += 1.0
+            if WAY == "clamped product":
+                b_d = tl.minimum(b_d, 2.3538526683701998e17)  # e^40
+        else:
+            b_d = 1.0 + tl.exp2(tl.minimum(b_d, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+    return b_d
+
+
+@triton.jit
+def through_units(
+    b_dx, b_du, b_ds, b_x, p_scratch, p_y, stride_y, o_a, start, Y, A,
+    SCORE: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+):  # fmt: skip
+    """b_dx [x,A] and sum_y b_ds [x,y] slope(x,y) before the unit's weight; with VECTOR also b_du and sum_y b_ds act(x,y).
+
+    Column after column of b_ds meets a row of y, all units at once in registers. Triton cannot index registers: the columns
+    pass through scratch [y,x] in global memory, which only this program uses and which stays in its cache.
+    """
+    o_x = tl.arange(0, BLOCK_X)
+    o_y = tl.arange(0, BLOCK_Y)
+    tl.debug_barrier()  # the tile before has been read
+    tl.store(p_scratch + o_y[None, :] * BLOCK_X + o_x[:, None], b_ds)
+    tl.debug_barrier()
+    b_x = b_x.to(tl.float32)
+    for i_y in range(start, tl.minimum(Y, start + BLOCK_Y)):
+        b_y = tl.load(p_y + tl.full([], i_y, tl.int64) * stride_y + o_a, mask=o_a < A, other=0.0).to(tl.float32)  # [A]
+        b_g = tl.load(p_scratch + (i_y - start) * BLOCK_X + o_x)  # [x]
+        if SCORE == "hadamard_sigmoid":
+            b_t, b_slope = _sigmoid(b_x * b_y[None, :], FAST, PRECISION)
+        else:
+            b_z = b_x + b_y[None, :] if SCORE == "additive" else b_x * b_y[None, :]
+            b_t, b_slope = _tanh(b_z, FAST, PRECISION)
+        if SCORE != "additive":
+            b_slope *= b_y[None, :]
+        b_dx += b_g[:, None] * b_slope
+        if VECTOR:
+            b_du += b_g[:, None] * b_t
+    return b_dx, b_du
