@@ -89,8 +89,10 @@ def _config(num_kv: int, size: int, dtype: torch.dtype, gradient: bool, masked: 
     reads its rows and keys of all heads, so it should be large, and whole rows save the other kernel. A tile of attn_mask
     takes registers for its addresses."""
     stages = 2 if size <= 64 else 1
-    if dtype == torch.float32 or size > 128:
+    if dtype == torch.float32:
         return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
+    if size > 128:
+        return {"BLOCK_Q": 32, "BLOCK_KV": 64, "num_warps": 8, "num_stages": 1}
     if num_kv <= 64:
         return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": stages}
     if masked:
