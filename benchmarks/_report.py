@@ -147,6 +147,6 @@ def _plot(rows: Sequence[Row], path: Path, name: str) -> Path:
     axes.set_title(rows[0]["device"] if rows else name)
     axes.legend(handles=[pyplot.Rectangle((0, 0), 1, 1, color=color, label=x) for x, color in colors.items()], fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    figure.savefig(path, dpi=90, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
     return path
