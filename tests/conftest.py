@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,16 @@ try:
     import hypothesis
 except ModuleNotFoundError:  # `make gpu`, whose tests do not use it, asks for no more than pytest
     hypothesis = None
+
+if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
+    # Triton decides at its import whether its own functions are interpreted, as tests/kernels/ wants them, and other packages
+    # import it, too. The variable must not reach what tests start.
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import triton.language  # noqa: F401
+    except ModuleNotFoundError:
+        pass
+    del os.environ["TRITON_INTERPRET"]
 
 sys.path.insert(0, str(Path(__file__).parent))  # compare.py, in every import mode of pytest
 
