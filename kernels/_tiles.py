@@ -15,7 +15,6 @@ from torch import Tensor
 from ..ops._checks import additive
 
 LOG2_E = 1.4426950408889634
-MAX_FEATURES = 256
 
 
 def block_size(size: int, smallest: int = 16) -> int:

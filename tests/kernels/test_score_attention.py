@@ -228,12 +228,3 @@ def test_a_series_runs_in_sdpa() -> None:
     q, k, v = (torch.randn(1, 2, n, 6) for n in (9, 20, 20))
     exact = va.reference.score_attention(q, k, v, score=S.Additive(series.vector))
     torch.testing.assert_close(va.score_attention(q, k, v, score=series, backend="triton"), exact, rtol=0.0, atol=1e-2)
-
-
-def test_auto_leaves_the_interpreter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vlattn_fast.kernels.score_attention as kernels
-
-    monkeypatch.setattr(kernels, "forward", None)
-    q = torch.randn(1, 1, 3, 4)
-    if q.device.type == "cpu":
-        assert va.score_attention(q, q, q, score=S.General(torch.eye(4), activation="tanh")).shape == q.shape

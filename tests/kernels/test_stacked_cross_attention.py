@@ -175,8 +175,3 @@ def test_what_it_cannot_run_is_refused(dtype: torch.dtype, regions: int, directi
     images, captions = torch.randn(1, regions, 4, dtype=dtype), torch.randn(1, 3, 4, dtype=dtype)
     with pytest.raises(ValueError, match=words):
         va.stacked_cross_attention(images, captions, direction=direction, backend="triton")
-
-
-def test_auto_leaves_the_interpreter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "forward", None)
-    assert va.stacked_cross_attention(**tensors((2, 3), 4, 5)).shape == (2, 3)

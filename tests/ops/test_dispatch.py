@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -293,11 +294,18 @@ def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: s
         assert all(reason in str(caught.value) for reason in reasons) and "queries=577" in str(caught.value)
 
 
-def test_auto_leaves_the_interpreter_to_those_who_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("operator", TABLES)
+def test_auto_leaves_the_interpreter_to_those_who_name_it(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "INTERPRETED", True)
-    for operator, backends in TABLES.items():
-        assert backends["triton"].refusals(a_call(operator)) == []
-        assert _dispatch.select(backends, a_call(operator), "auto") == "streaming"
+    triton, call = TABLES[operator]["triton"], a_call(operator)
+    assert triton.refusals(call) == []
+    assert _dispatch.select(TABLES[operator], call, "auto") == "streaming"
+    monkeypatch.setitem(sys.modules, triton.module, object())  # whoever takes it finds no `forward`
+    for case in verify.cases():
+        if case.operator == operator:
+            arguments = case.arguments(case.in_dtype(torch.float32))
+            auto, streaming = verify.call_of(operator)(**arguments), verify.call_of(operator)(**arguments, backend="streaming")
+            torch.testing.assert_close(auto, streaming, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.parametrize("change, words", [
