@@ -15,7 +15,7 @@ versions and device; benchmarks add their own rows beside it. Ends with status 1
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import os
 import shutil
 import subprocess
@@ -45,12 +45,12 @@ def main() -> None:
         parser.error(f"PART must be one of {', '.join(PARTS)}; got {', '.join(unknown)}")
     options.out.mkdir(parents=True, exist_ok=True)
     lay_out_tree()
-    failed = False
+    measure, failed = measuring(), False
     for part in options.parts or PARTS:
         start = time.monotonic()
         found = PARTS[part](options)
         found["seconds"] = round(time.monotonic() - start, 1)
-        add_row(options.out / "checks.json", {"part": part, **found, **facts(options.device)})
+        measure.append([{"part": part, **found, **facts(measure, options.device)}], options.out / "checks.json")
         failed |= not found["passed"]
         print(f"{part}: {'passed' if found['passed'] else 'FAILED'} in {found['seconds']} s: {found['summary']}", flush=True)
         for line in found.get("failures", [])[:40]:
@@ -156,32 +156,19 @@ def operators() -> list[str]:
     return sorted(file.stem for file in (TREE / "vlattn_fast" / "kernels").glob("[a-z]*.py"))
 
 
-def facts(device: str) -> Found:
+def measuring() -> Any:
+    """The module of benchmarks that knows where a row comes from and how it is stored; it lies in the tree."""
+    sys.path.insert(0, str(TREE))
+    return importlib.import_module("vlattn_fast.benchmarks._measure")
+
+
+def facts(measure: Any, device: str) -> Found:
     """Where and with what this was found."""
     import torch
-    import triton
 
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu, Triton's interpreter"
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {
-        "device": name, "commit": commit(), "torch": torch.__version__, "triton": triton.__version__, "time": now,
-        "command": " ".join(["python", "tests/gpu.py", *sys.argv[1:]]),
-    }  # fmt: skip
-
-
-def commit() -> str:
-    """Of the working tree; VLATTN_COMMIT where it was copied without its history."""
-    if given := os.environ.get("VLATTN_COMMIT"):
-        return given
-    found = subprocess.run(["git", "describe", "--always", "--dirty=+dirty"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
-def add_row(path: Path, row: Found) -> None:
-    rows = json.loads(path.read_text()) if path.exists() else []
-    fresh = path.with_suffix(".new")
-    fresh.write_text("[\n" + ",\n".join(json.dumps(one) for one in [*rows, row]) + "\n]\n")
-    fresh.replace(path)
+    name = measure.device_name(torch.device(device)) + (", Triton's interpreter" if device == "cpu" else "")
+    origin = measure.provenance(" ".join(["python", "tests/gpu.py", *sys.argv[1:]]))
+    return {"device": name, **origin.pop("versions"), **origin}
 
 
 if __name__ == "__main__":

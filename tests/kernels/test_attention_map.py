@@ -10,12 +10,12 @@ from compare import LargestAllocation, as_dtype, assert_close_to, bytes_of
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.kernels.map_cases import B, H, M, N, bool_mask, float_mask, key_mask
 from tests.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES
 
 # the interpreter's numpy tells of Inf on its way, of which nothing arrives
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
-B, H, N, M = 2, 4, 6, 9
 
 
 def tensors(
@@ -25,24 +25,6 @@ def tensors(
     if rule == "gradient":
         shapes |= {"value": (b, kv, m, dv), "grad_output": (b, h, n, dv)}
     return {name: 1.5 * torch.randn(shape) for name, shape in shapes.items()}
-
-
-def bool_mask(n: int, m: int) -> Tensor:
-    mask = torch.rand(B, 1, n, m) > 0.4
-    mask[0, :, n // 2] = False  # a query without a visible key
-    return mask
-
-
-def float_mask(m: int, h: int = 2) -> Tensor:
-    """With -inf, and with the most negative finite value, which hides nothing."""
-    mask = torch.randn(h, 1, m).masked_fill(torch.rand(h, 1, m) > 0.7, -torch.inf)
-    return mask.masked_fill(torch.rand(h, 1, m) > 0.9, torch.finfo(torch.float32).min)
-
-
-def key_mask(m: int) -> Tensor:
-    mask = torch.rand(B, m) > 0.3
-    mask[1] = False
-    return mask
 
 
 MASKS: dict[str, Any] = {

@@ -10,35 +10,18 @@ from compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, 
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.kernels.map_cases import B, H, M, N, bool_mask, float_mask, key_mask
 from tests.ops.score_cases import LAYOUTS, lay_out
 
 # the interpreter's numpy tells of Inf on its way, of which nothing arrives
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
-B, H, N, M, G = 2, 4, 6, 9, 3
+G = 3
 DIFFERENTIABLE = ("mass", "entropy", "maximum", "received")
 
 
 def tensors(n: int = N, m: int = M, d: int = 5, *, b: int = B, h: int = H, kv: int = 2) -> dict[str, Tensor]:
     shapes = {"query": (b, h, n, d), "key": (b, kv, m, d)}
     return {name: 1.5 * torch.randn(shape) for name, shape in shapes.items()} | {"row_weight": torch.randn(b, n)}
-
-
-def bool_mask(n: int, m: int) -> Tensor:
-    mask = torch.rand(B, 1, n, m) > 0.4
-    mask[0, :, n // 2] = False  # a query without a visible key
-    return mask
-
-
-def float_mask(m: int) -> Tensor:
-    """With -inf, and with the most negative finite value, which hides nothing."""
-    mask = torch.randn(2, 1, m).masked_fill(torch.rand(2, 1, m) > 0.7, -torch.inf)
-    return mask.masked_fill(torch.rand(2, 1, m) > 0.9, torch.finfo(torch.float32).min)
-
-
-def key_mask(m: int) -> Tensor:
-    mask = torch.rand(B, m) > 0.3
-    mask[1] = False
-    return mask
 
 
 MASKS: dict[str, Any] = {
