@@ -25,6 +25,7 @@ from ._tiles import (
     block_size,
     dot,
     input_precision,
+    key_range,
     load_tile,
     mask_arguments,
     mask_logits,
@@ -284,7 +285,7 @@ def _statistics_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    full, end = _bounds(i_q, M, MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
+    full, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -350,7 +351,7 @@ def _backward_q_kernel(
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    full, end = _bounds(i_q, M, MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
+    full, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -476,19 +477,6 @@ def _backward_kv_kernel(
         offsets = (i_bp * T + o_t[None, :]) * M + o_kv[:, None]
         b_moved = tl.where(m_key[:, None], b_moved * factor, 0.0)
         tl.store(p_moved + offsets, b_moved, mask=m_kv[:, None] & (o_t < T)[None, :])
-
-
-@triton.jit
-def _bounds(i_q, M, MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """Where a tile of rows stops seeing whole tiles of keys, and where it stops seeing any."""
-    end = M
-    full = M // BLOCK_KV * BLOCK_KV
-    if CAUSAL:
-        end = tl.minimum(M, (i_q + 1) * BLOCK_Q)
-        full = tl.minimum(M, i_q * BLOCK_Q) // BLOCK_KV * BLOCK_KV
-    if MASK != 0:
-        full = 0
-    return full, end
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from ._tiles import (
     dot,
     input_precision,
     keep_factor,
+    key_range,
     load_tile,
     mask_arguments,
     mask_logits,
@@ -256,10 +257,7 @@ def _forward_kernel(
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
     # keys of the first tiles are visible to every row here: no masks; whoever masks tiles anyway has one loop
     SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
-    end = tl.minimum(M, (i_q + 1) * BLOCK_Q) if CAUSAL else M
-    whole = 0
-    if SPLIT:
-        whole = (tl.minimum(M, i_q * BLOCK_Q + 1) if CAUSAL else M) // BLOCK_KV * BLOCK_KV
+    whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(0 if SPLIT else 1, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -340,10 +338,7 @@ def _backward_q_kernel(
     b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
     SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
-    end = tl.minimum(M, (i_q + 1) * BLOCK_Q) if CAUSAL else M
-    whole = 0
-    if SPLIT:
-        whole = (tl.minimum(M, i_q * BLOCK_Q + 1) if CAUSAL else M) // BLOCK_KV * BLOCK_KV
+    whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
     # EXACT: rounded lse and out would cost gradients half a digit in float32, so a sweep takes the sums of P and P dP first
     for SWEEP in tl.static_range(0 if EXACT else 1, 2):
         for EDGE in tl.static_range(0 if SPLIT else 1, 2):
