@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..cuda import _library
 from ._checks import check_choice
 
 BACKEND_NAMES = ("auto", "reference", "streaming", "triton", "cuda")
@@ -66,16 +67,32 @@ def triton_refusals(call: Call) -> list[str]:
     return reasons
 
 
+def cuda_refusals(call: Call) -> list[str]:
+    """What no CUDA C++ kernel here can run."""
+    reasons = []
+    if not _library.path.exists():
+        reasons.append("the CUDA C++ kernels are not built (`vlattn info` says why)")
+    if call.device_type != _library.device_type():
+        reasons.append("the CUDA C++ kernels run on CUDA devices (on CPU tensors where they are built for the host, for tests)")
+    if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")
+    return reasons
+
+
 def no_cuda_kernel(call: Call) -> list[str]:
-    return ["this version has no CUDA C++ kernel for this operator"]
+    return ["there is no CUDA C++ kernel for this operator"]
 
 
-def table(stem: str, triton: Callable[[Call], list[str]] = triton_refusals) -> Table:
-    """The backends of the operator `stem`, best first; `triton` gives the refusals of its Triton kernels. 'reference' is only
-    used where a caller names it."""
+def table(
+    stem: str,
+    triton: Callable[[Call], list[str]] = triton_refusals,
+    cuda: Callable[[Call], list[str]] = no_cuda_kernel,
+) -> Table:
+    """The backends of the operator `stem` in the order in which "auto" takes them; `triton` and `cuda` give the refusals of its
+    kernels. CUDA C++ comes after Triton until it has been measured; 'reference' is only used where a caller names it."""
     return {
-        "cuda": Backend(no_cuda_kernel, ""),
         "triton": Backend(triton, f"vlattn_fast.kernels.{stem}"),
+        "cuda": Backend(cuda, f"vlattn_fast.cuda.{stem}"),
         "streaming": Backend(accept, f"vlattn_fast.streaming.{stem}"),
         "reference": Backend(accept, f"vlattn_fast.reference.{stem}"),
     }
@@ -83,14 +100,14 @@ def table(stem: str, triton: Callable[[Call], list[str]] = triton_refusals) -> T
 
 def select(backends: Table, call: Call, backend: Any) -> str:
     """The name of the backend that runs `call`: the one asked for, or the first without refusals for "auto", which leaves
-    Triton's interpreter, made for tests, to those who name it.
+    kernels on the CPU (Triton's interpreter, the host build of CUDA C++: made for tests) to those who name them.
 
     Raises ValueError with all reasons where the backend asked for cannot run the call.
     """
     check_choice("backend", backend, BACKEND_NAMES)
     if backend == "auto":
         for name, candidate in backends.items():
-            if not candidate.refusals(call) and not (name == "triton" and call.device_type == "cpu"):
+            if not candidate.refusals(call) and not (name in ("triton", "cuda") and call.device_type == "cpu"):
                 return name
     reasons = backends[backend].refusals(call)
     if reasons:

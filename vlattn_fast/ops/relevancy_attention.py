@@ -33,7 +33,7 @@ from ._checks import (
     resolve_scale,
     scaled_dot_default,
 )
-from ._dispatch import Call, load, select, table
+from ._dispatch import Call, cuda_refusals, load, select, table
 from ._library import (
     define,
     differentiable,
@@ -43,7 +43,25 @@ from ._library import (
     rows_first,
 )
 
-BACKENDS = table("relevancy_attention")
+
+def _cuda_refusals(call: Call) -> list[str]:
+    sizes, width = call.sizes, 64 if max(call.sizes["head_size"], call.sizes["value_size"]) <= 64 else 128
+    row = 2 * (width * call.dtype.itemsize + 16)  # two tiles lie in the 99 KB of shared memory that every GPU since Ampere has
+    longest = max(sizes["queries"], sizes["keys"])
+    return cuda_refusals(call) + [
+        reason
+        for reason, holds in (
+            ("the CUDA C++ kernel takes at most 256 queries and keys", longest > 256),
+            ("the CUDA C++ kernel takes head sizes of at most 128", max(sizes["head_size"], sizes["value_size"]) > 128),
+            ("the CUDA C++ kernel takes no more rows than fit into shared memory at this head size and dtype",
+             -(-longest // 16) * 16 * row > 96 * 1024),
+            ("the CUDA C++ kernel takes at most 64 carried rows", sizes["rows"] > 64),
+        )
+        if holds
+    ]  # fmt: skip
+
+
+BACKENDS = table("relevancy_attention", cuda=_cuda_refusals)
 RULES = ("gradient", "attention")
 
 
@@ -93,13 +111,12 @@ def relevancy_attention(
     torch.Size([1, 1, 5])
     """
     check_tensor("value", value, rank=4, shape="(B, Hkv, N, Dv)")
-    call = _check(query, key, value, None, rule, row_normalize, attn_mask, key_mask, is_causal, enable_gqa)
+    call = _check(query, key, value, None, rule, row_normalize, attn_mask, key_mask, is_causal, enable_gqa, carrier)
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"key must be as long as query ({query.shape[2]}): relevancy_attention is self-attention, relevancy_step "
             f"takes others; got {describe(key)}"
         )
-    _check_rows("carrier", carrier, query)
     if carrier.dtype != compute_dtype(query):
         raise TypeError(f"carrier must be {compute_dtype(query)} for {query.dtype} attention; got {describe(carrier)}")
     weights = [
@@ -154,10 +171,11 @@ def relevancy_step(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
     """
-    call = _check(query, key, value, grad_output, rule, row_normalize, attn_mask, key_mask, is_causal, enable_gqa)
+    call = _check(
+        query, key, value, grad_output, rule, row_normalize, attn_mask, key_mask, is_causal, enable_gqa, relevancy, "relevancy"
+    )
     if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-    _check_rows("relevancy", relevancy, query)
     if lse is not None:
         check_tensor("lse", lse, rank=3, shape="(B, H, N)")
         check_device("lse", lse, "query", query)
@@ -271,7 +289,7 @@ def _residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting:
 
 
 def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, row_normalize: Any, attn_mask: Any,
-           key_mask: Any, is_causal: Any, enable_gqa: Any) -> Call:  # fmt: skip
+           key_mask: Any, is_causal: Any, enable_gqa: Any, carrier: Any, carrier_name: str | None = None) -> Call:  # fmt: skip
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_floating(query=query, key=key)
@@ -290,10 +308,11 @@ def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, row_no
             raise ValueError("value must be given with grad_output; got None")
         check_grad_output(grad_output, query, value)
     check_masks(query, key, attn_mask, key_mask, is_causal)
+    _check_rows(carrier_name or "carrier", carrier, query)
     return Call(
         "relevancy_attention", query.dtype, query.device.type,
         {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3],
-         "value_size": 0 if value is None else value.shape[3]},
+         "value_size": 0 if value is None else value.shape[3], "rows": carrier.shape[1]},
         {"rule": rule, "row_normalize": row_normalize},
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from ._checks import (
     hide,
     resolve_scale,
 )
-from ._dispatch import Call, load, select, table, triton_refusals
+from ._dispatch import Call, cuda_refusals, load, select, table, triton_refusals
 from ._library import define, differentiable, empty_rows_first, once_differentiable, rows_first
 
 
@@ -40,7 +40,20 @@ def _triton_refusals(call: Call) -> list[str]:
     ]
 
 
-BACKENDS = table("score_attention", _triton_refusals)
+def _cuda_refusals(call: Call) -> list[str]:
+    return cuda_refusals(call) + [
+        reason
+        for reason, holds in (
+            ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "Additive" or call.flags["series"]),
+            ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
+            ("the CUDA C++ kernel takes at most 128 hidden units", call.sizes["features"] > 128),
+            ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_size"] > 128),
+        )
+        if holds
+    ]
+
+
+BACKENDS = table("score_attention", _triton_refusals, _cuda_refusals)
 
 
 def score_attention(
@@ -145,7 +158,7 @@ def _check(query: Any, key: Any, value: Any, score: scores.Score, attn_mask: Any
         "score_attention", query.dtype, query.device.type,
         {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3], "value_size": value.shape[3],
          "features": 2 * features if isinstance(score, scores.Hadamard) else features},
-        {"score": type(score).__name__, "wide_series": series and not plain, "dropout": dropout_p > 0.0},
+        {"score": type(score).__name__, "series": series, "wide_series": series and not plain, "dropout": dropout_p > 0.0},
     )  # fmt: skip
 
 

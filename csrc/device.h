@@ -1,0 +1,110 @@
+// What a kernel takes from CUDA, or from its stand-in for the host, and the few instructions that C++ cannot name.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "host/emulation.h"
+#endif
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace vlattn {
+
+enum class DType { FLOAT32, FLOAT16, BFLOAT16 };
+
+// use(T()) with the type of that name.
+template <class Use>
+auto with_type(DType dtype, Use use) {
+    if (dtype == DType::FLOAT16) return use(__half());
+    if (dtype == DType::BFLOAT16) return use(__nv_bfloat16());
+    return use(float());
+}
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+#ifdef __CUDACC__
+
+inline const char* error_string(cudaError_t status) { return cudaGetErrorString(status); }
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ void* shared_memory() {
+    extern __shared__ __align__(16) unsigned char bytes[];
+    return bytes;
+}
+
+// 2^x in one instruction; about 2 ulp, results below 2^-126 are 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x in one instruction for x in [1, 2^126]; an ulp off at most.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Starts `kernel`, unless it would have no blocks; `shared` bytes of dynamic shared memory a block. The status is the launch's own: an error left behind by
+// somebody else is neither taken for ours nor cleared.
+template <class... Params>
+cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream, Params... args) {
+    if (blocks == 0) return cudaSuccess;
+    if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+    if (shared > 48 * 1024) {
+        cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        if (status != cudaSuccess) return status;
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+#else
+
+inline const char* error_string(cudaError_t status) { return emulation::error_string(status); }
+inline void* shared_memory() { return emulation::shared_memory(); }
+inline float fast_exp2(float x) { return exp2f(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+
+template <class... Params>
+cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t, Params... args) {
+    return blocks == 0 ? cudaSuccess : emulation::run(blocks, threads, shared, [=] { kernel(args...); });
+}
+
+#endif
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+__host__ __device__ constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
+__host__ __device__ constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+}  // namespace vlattn

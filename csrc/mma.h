@@ -1,0 +1,239 @@
+// Products of tiles by one warp: the tensor cores' mma.sync for the 16-bit types, fused multiply-adds for float32, with the same
+// distribution over the lanes. The two instructions have a scalar stand-in for the host here.
+//
+// Lanes: g = lane / 4, t = lane % 4. A result of 16 rows and 8 columns lies in float c[4] of each lane: c[0] and c[1] in row g,
+// columns 2t and 2t+1; c[2] and c[3] in row g+8.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "device.h"
+
+namespace vlattn {
+
+__device__ __forceinline__ int warp_index() { return threadIdx.x / WARP; }
+__device__ __forceinline__ int lane_index() { return threadIdx.x % WARP; }
+__device__ __forceinline__ int lane_row() { return lane_index() / 4; }   // g
+__device__ __forceinline__ int lane_column() { return lane_index() % 4; }  // t
+
+// Over the four lanes that hold one row of a result.
+__device__ __forceinline__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+// A tile in shared memory has K columns, a power of two that is at least 16, and rows so far apart that what the lanes of a
+// warp read together lies in different banks.
+template <class T, int K>
+__host__ __device__ constexpr int tile_stride() {
+    return K + 16 / static_cast<int>(sizeof(T));
+}
+template <class T, int K>
+__host__ __device__ constexpr size_t tile_bytes(int rows) {
+    return sizeof(T) * tile_stride<T, K>() * static_cast<size_t>(rows);
+}
+
+// Rows first .. first+rows-1 of a matrix (num_rows, num_cols) in global memory, its columns contiguous, to a tile, by all
+// threads of the block; zeros outside of the matrix. The caller has the barriers.
+template <class T, int K>
+__device__ void stage(T* tile, const T* p, int64_t stride, int64_t first, int rows, int64_t num_rows, int num_cols) {
+    constexpr int VECTOR = 16 / sizeof(T), VECTORS = K / VECTOR;
+    const bool aligned = num_cols % VECTOR == 0 && stride % VECTOR == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+    for (int i = threadIdx.x; i < rows * VECTORS; i += blockDim.x) {
+        const int row = i / VECTORS, col = i % VECTORS * VECTOR;
+        uint4 bits = {0, 0, 0, 0};
+        if (first + row < num_rows && col < num_cols) {
+            const T* from = p + (first + row) * stride + col;
+            if (aligned) {
+                bits = *reinterpret_cast<const uint4*>(from);
+            } else {
+                T values[VECTOR];
+                for (int e = 0; e < VECTOR; ++e) values[e] = col + e < num_cols ? from[e] : from_float<T>(0.0f);
+                memcpy(&bits, values, sizeof(bits));
+            }
+        }
+        *reinterpret_cast<uint4*>(tile + row * tile_stride<T, K>() + col) = bits;
+    }
+}
+
+// Two 16-bit numbers as a matrix instruction takes them, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(T low, T high) {
+    const T both[2] = {low, high};
+    uint32_t bits;
+    memcpy(&bits, both, sizeof(bits));
+    return bits;
+}
+
+// c (16,8) += a (16,16) b (16,8). a[0], a[1]: rows g, g+8 at columns 2t, 2t+1; a[2], a[3]: at columns 2t+8, 2t+9. b[0]: rows
+// 2t, 2t+1 of column g; b[1]: rows 2t+8, 2t+9.
+template <class T>
+__device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        static_assert(std::is_same_v<T, __nv_bfloat16>, "16-bit types");
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+#else
+    struct Given {
+        float c[4];
+        T a[8], b[4];
+    } mine;
+    struct Got {
+        float c[4];
+    };
+    memcpy(mine.c, c, sizeof(c));
+    memcpy(mine.a, a, sizeof(a));
+    memcpy(mine.b, b, sizeof(b));
+    Got result = emulation::warp_wide<Given, Got>(mine, [](const Given* given, Got* got) {
+        for (int lane = 0; lane < WARP; ++lane) {
+            for (int i = 0; i < 4; ++i) {
+                const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                float sum = given[lane].c[i];
+                for (int k = 0; k < 16; ++k) {
+                    const T x = given[row % 8 * 4 + k % 8 / 2].a[k / 8 * 4 + row / 8 * 2 + k % 2];
+                    const T y = given[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
+                    sum = fmaf(to_float(x), to_float(y), sum);
+                }
+                got[lane].c[i] = sum;
+            }
+        }
+    });
+    memcpy(c, result.c, sizeof(c));
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory, transposed: lane i gives the address of row i % 8 of matrix i / 8 (8
+// numbers, 16-byte aligned) and gets of each matrix rows 2t, 2t+1 at column g.
+__device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* row) {
+#ifdef __CUDACC__
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "memory");
+#else
+    using Row = const uint16_t*;
+    struct Got {
+        uint16_t x[8];
+    };
+    Got result = emulation::warp_wide<Row, Got>(static_cast<Row>(row), [](const Row* rows, Got* got) {
+        for (int lane = 0; lane < WARP; ++lane)
+            for (int i = 0; i < 8; ++i) got[lane].x[i] = rows[i / 2 * 8 + lane % 4 * 2 + i % 2][lane / 4];
+    });
+    memcpy(x, result.x, sizeof(x));
+#endif
+}
+
+// Which row of a tile is the i-th of a product.
+struct InOrder {
+    __device__ static int row(int i) { return i; }
+};
+
+// Sixteen rows of a matrix in global memory as the left operand of products over its columns, of which at most K exist. Of
+// 16-bit types they lie in registers; of float32, which would need too many, the addresses of rows g and g+8 do.
+template <class T, int K>
+struct Rows16 {
+    uint32_t a[K / 16][4];
+
+    __device__ void load(const T* p, int64_t stride, int64_t first, int64_t num_rows, int num_cols) {
+#pragma unroll
+        for (int s = 0; s < K / 16; ++s) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int64_t row = first + lane_row() + i % 2 * 8;
+                const int col = s * 16 + i / 2 * 8 + lane_column() * 2;
+                T low = from_float<T>(0.0f), high = low;
+                if (row < num_rows && col < num_cols) low = p[row * stride + col];
+                if (row < num_rows && col + 1 < num_cols) high = p[row * stride + col + 1];
+                a[s][i] = pack(low, high);
+            }
+        }
+    }
+};
+
+template <int K>
+struct Rows16<float, K> {
+    const float* row[2];  // null: a row of zeros
+    int num_cols;
+
+    __device__ void load(const float* p, int64_t stride, int64_t first, int64_t num_rows, int columns) {
+        for (int i = 0; i < 2; ++i) {
+            const int64_t at = first + lane_row() + i * 8;
+            row[i] = at < num_rows ? p + at * stride : nullptr;
+        }
+        num_cols = columns;
+    }
+};
+
+// c (16,8) += left (16,K) tile^T: the dot products of 16 rows with rows n .. n+7 of a tile.
+template <class T, int K, class Order = InOrder>
+__device__ __forceinline__ void product_with_rows(float (&c)[4], const Rows16<T, K>& left, const T* tile, int n) {
+    constexpr int LD = tile_stride<T, K>();
+    if constexpr (std::is_same_v<T, float>) {
+        const float* x = tile + Order::row(n + lane_column() * 2) * LD;
+        const float* y = tile + Order::row(n + lane_column() * 2 + 1) * LD;
+#pragma unroll 4
+        for (int k = 0; k < left.num_cols; ++k) {
+            const float upper = left.row[0] ? left.row[0][k] : 0.0f, lower = left.row[1] ? left.row[1][k] : 0.0f;
+            c[0] = fmaf(upper, x[k], c[0]);
+            c[1] = fmaf(upper, y[k], c[1]);
+            c[2] = fmaf(lower, x[k], c[2]);
+            c[3] = fmaf(lower, y[k], c[3]);
+        }
+    } else {
+        const T* row = tile + Order::row(n + lane_row()) * LD + lane_column() * 2;
+#pragma unroll
+        for (int s = 0; s < K / 16; ++s) {
+            const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(row + s * 16),
+                                   *reinterpret_cast<const uint32_t*>(row + s * 16 + 8)};
+            mma_16x8x16<T>(c, left.a[s], b);
+        }
+    }
+}
+
+// out (16,N) += left (16,16) times rows k .. k+15 of a tile; the left operand is two results side by side, rounded to T.
+template <class T, int N, class Order = InOrder>
+__device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], const float (&left)[2][4], const T* tile, int k) {
+    constexpr int LD = tile_stride<T, N>();
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const int source = lane_row() * 4 + i % 8 / 2;
+            const float upper = __shfl_sync(ALL_LANES, left[i / 8][i % 2], source);
+            const float lower = __shfl_sync(ALL_LANES, left[i / 8][2 + i % 2], source);
+            const float* row = tile + Order::row(k + i) * LD + lane_column() * 2;
+#pragma unroll
+            for (int n = 0; n < N / 8; ++n) {
+                out[n][0] = fmaf(upper, row[n * 8], out[n][0]);
+                out[n][1] = fmaf(upper, row[n * 8 + 1], out[n][1]);
+                out[n][2] = fmaf(lower, row[n * 8], out[n][2]);
+                out[n][3] = fmaf(lower, row[n * 8 + 1], out[n][3]);
+            }
+        }
+    } else {
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = pack(from_float<T>(left[i / 2][i % 2 * 2]), from_float<T>(left[i / 2][i % 2 * 2 + 1]));
+        const T* row = tile + Order::row(k + lane_index() % 16) * LD + lane_index() / 16 * 8;
+#pragma unroll
+        for (int n = 0; n < N / 8; n += 2) {
+            uint32_t x[4];
+            load_transposed(x, row + n * 8);
+            mma_16x8x16<T>(out[n], a, {x[0], x[1]});
+            mma_16x8x16<T>(out[n + 1], a, {x[2], x[3]});
+        }
+    }
+}
+
+}  // namespace vlattn

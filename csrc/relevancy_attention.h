@@ -1,0 +1,38 @@
+// Attention over short sequences, its backward pass and r Abar; Abar = mean_h relu(A * dA) or mean_h A.
+#pragma once
+
+#include "attention.h"
+
+namespace vlattn {
+
+// A weight of each row (B,N), strides in elements; null: 1.
+struct RowWeight {
+    const float* data;
+    int64_t batch, row;
+};
+
+struct Relevancy {
+    DType dtype;
+    int64_t B, H, key_heads, N, M, T;
+    int D, DV;
+    Rows query, key, value;  // (B,H,N,D), (B,key_heads,M,D), (B,key_heads,M,DV); value absent where nothing needs it
+    Masks masks;
+    float scale;
+    Rows out;    // (B,H,N,DV)
+    float* lse;  // (B,H,N), natural; null in a backward pass: recomputed
+    // backward
+    bool by_gradient, row_normalize;
+    Rows grad_out;                                // (B,H,N,DV)
+    Rows grad_query, grad_key, grad_value;        // absent: not wanted
+    const float* relevancy;                       // r (B,T,N), contiguous; null: only gradients are wanted
+    RowWeight residual_weight, attention_weight;  // a, b
+    bool residual;                                // moved = r * a + (r * b) Abar, or without the first term
+    float* moved;                                 // (B,T,M)
+    float* workspace;
+};
+
+int64_t relevancy_workspace(const Relevancy& call);  // of a backward pass, in floats
+cudaError_t relevancy_forward(const Relevancy& call, cudaStream_t stream);
+cudaError_t relevancy_backward(const Relevancy& call, cudaStream_t stream);
+
+}  // namespace vlattn

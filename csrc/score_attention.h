@@ -1,0 +1,32 @@
+// score_attention with exact additive scores: s_ij = sum_a u_a tanh(x_ia + y_ja).
+#pragma once
+
+#include "attention.h"
+
+namespace vlattn {
+
+struct ScoreAttention {
+    DType dtype;
+    int64_t B, H, key_heads, value_heads, N, M;
+    int A, DV;               // hidden units, value size
+    Rows query, key, value;  // x (B,H,N,A), y (B,key_heads,M,A), (B,value_heads,M,DV)
+    const void* vector;      // u (H,A), contiguous
+    Masks masks;
+    float scale;
+    Rows out;    // (B,H,N,DV)
+    float* lse;  // (B,H,N), natural
+    // backward
+    Rows grad_out;                          // (B,H,N,DV)
+    const float* grad_lse;                  // (B,H,N), contiguous; null: zero
+    Rows grad_query, grad_key, grad_value;  // heads: H, and as many key heads as max(key_heads, value_heads) for both
+    bool wide_grad_key, wide_grad_value;    // grad_key, grad_value in float32, to be summed over heads outside
+    float* grad_vector;                     // (B,H,score_attention_blocks(M),A), to be summed over the first and third
+    float* workspace;
+};
+
+int64_t score_attention_blocks(int64_t M);
+int64_t score_attention_workspace(const ScoreAttention& call, bool backward);  // in floats
+cudaError_t score_attention_forward(const ScoreAttention& call, cudaStream_t stream);
+cudaError_t score_attention_backward(const ScoreAttention& call, cudaStream_t stream);
+
+}  // namespace vlattn

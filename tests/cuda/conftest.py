@@ -1,0 +1,72 @@
+"""The CUDA C++ kernels built for the host and run on CPU tensors (csrc/host/emulation.h), through the public calls.
+
+build/host is made by CMake and kept. VLATTN_CUDA_LIBRARY names another library: a sanitized build, a broken one, or with
+VLATTN_TEST_DEVICE=cuda (`make gpu`) that for the GPU. The tests name no device: what they make lies on the default one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils.deterministic
+
+from vlattn_fast.cuda import _library
+
+ROOT = Path(__file__).parents[2]
+DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
+
+
+def build(name: str, *options: str, source: Path = ROOT) -> Path:
+    """The folder build/`name` with the library, built where something changed; skips where a tool is missing."""
+    folder = ROOT / "build" / name
+    for tool in ("cmake", "ninja", "c++"):
+        if shutil.which(tool, path=_path()) is None:
+            pytest.skip(f"the CUDA C++ kernels are not tested: {tool} is not installed")
+    torch_folder = f"-DVLATTN_TORCH={Path(torch.__file__).parent}"
+    configured = _run("cmake", "-G", "Ninja", "-S", source, "-B", folder, torch_folder, *options)
+    if configured.returncode != 0 and "CUDAToolkit" in configured.stdout:
+        pytest.skip("the CUDA C++ kernels are not tested: the CUDA toolkit, whose headers they need, is not installed")
+    assert configured.returncode == 0, configured.stdout
+    built = _run("cmake", "--build", folder)
+    assert built.returncode == 0, built.stdout
+    return folder
+
+
+def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": _path()}
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _path() -> str:
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja comes with the tests' environment
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    if given := os.environ.get("VLATTN_CUDA_LIBRARY"):
+        return Path(given)
+    return build("host", "-DVLATTN_HOST=ON") / "libvlattn_host.so"
+
+
+@pytest.fixture(autouse=True)
+def _on_device(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(_library, "path", library)
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def _poison_in_the_binding() -> Iterator[None]:
+    """What the binding allocates, outputs and workspaces, comes full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,54 @@
+"""relevancy_attention and relevancy_step by csrc/relevancy_attention.cu: short sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._library import masks, operators, unit_strides
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, residual_weight: Tensor | None,
+            attention_weight: Tensor | None, attn_mask: Tensor | None, key_mask: Tensor | None,
+            *options: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out (B,H,N,Dv), the carrier's copy (B,T,N), lse (B,H,N)."""
+    query, key, value = unit_strides(query, key, value)
+    return operators().relevancy_attention(
+        query, key, value, carrier, residual_weight, attention_weight, *masks(attn_mask, key_mask, query, key), *options
+    )
+
+
+def backward(grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+             lse: Tensor, residual_weight: Tensor | None, attention_weight: Tensor | None, attn_mask: Tensor | None,
+             key_mask: Tensor | None, rule: str, row_normalize: bool, scale: float, is_causal: bool,
+             need_inputs: bool) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing asked."""
+    kept = None
+    if grad_carrier is not None and grad_out is None and rule == "gradient":  # Abar is zero
+        kept = grad_carrier.clone() if residual_weight is None else grad_carrier * residual_weight[:, None]
+        grad_carrier = None
+    wanted = need_inputs and grad_out is not None
+    if not wanted and grad_carrier is None:
+        return None, None, None, kept
+    grad_out, query, key, value, out = unit_strides(grad_out, query, key, value, out)
+    *grads, moved = operators().relevancy_attention_backward(
+        grad_out, None if grad_carrier is None else grad_carrier.contiguous(), query, key, value, out, lse.contiguous(),
+        residual_weight, attention_weight, *masks(attn_mask, key_mask, query, key),
+        rule, row_normalize, scale, is_causal, need_inputs,
+    )  # fmt: skip
+    return *(grads if wanted else (None,) * 3), kept if grad_carrier is None else moved
+
+
+def step(relevancy: Tensor, query: Tensor, key: Tensor, value: Tensor | None, grad_output: Tensor | None, lse: Tensor | None,
+         attn_mask: Tensor | None, key_mask: Tensor | None, rule: str, *options: Any) -> Tensor:  # fmt: skip
+    """relevancy @ Abar, (B,T,N) -> (B,T,M). A given lse may count keys that are not here: it is taken as it is."""
+    if rule == "attention":
+        value = grad_output = None
+    query, key, value, grad_output = unit_strides(query, key, value, grad_output)
+    moved = operators().relevancy_step(
+        relevancy.to(torch.float32).contiguous(), query, key, value, grad_output,
+        None if lse is None else lse.to(torch.float32).contiguous(), *masks(attn_mask, key_mask, query, key), rule, *options,
+    )  # fmt: skip
+    return moved.to(relevancy.dtype)
