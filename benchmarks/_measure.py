@@ -154,9 +154,9 @@ def compile_later(call: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
 
 
 def backends(operator: str, arguments: Mapping[str, Any]) -> list[str]:
-    """The backends that run this call; the reference is no competitor, and nobody times Triton's interpreter."""
+    """The backends that run this call; the reference is no competitor, and nobody times kernels that are emulated on a CPU."""
     facts, table = verify.facts_of(operator, arguments), verify.backends_of(operator)
-    left_out = ("reference", "triton") if facts.device_type == "cpu" else ("reference",)
+    left_out = ("reference", "triton", "cuda") if facts.device_type == "cpu" else ("reference",)
     return [name for name, backend in table.items() if name not in left_out and not backend.refusals(facts)]
 
 

@@ -2,9 +2,11 @@
 
     python tests/gpu.py [PART ...] [--device cuda] [--out benchmarks/results]
 
-correctness: the tests of tests/kernels/ with the kernels compiled and run on the device, and those that need one
+build:       the CUDA C++ kernels by CMake into build/cuda, where nvcc is installed; without it the parts below leave them out.
+correctness: the tests of tests/kernels/ and tests/cuda/ with the kernels compiled and run on the device, and those that need one
              (tests/kernels/device_only.py), in as many processes as there are cores.
-sanitizer:   compute-sanitizer's memcheck and racecheck over every operator's cases of `vlattn verify`, where it is installed.
+sanitizer:   compute-sanitizer over every operator's cases of `vlattn verify`, where it is installed: memcheck and racecheck,
+             and for CUDA C++ initcheck and synccheck.
 benchmarks:  `python -m vlattn_fast.benchmarks --quick`.
 
 It needs torch >= 2.11, triton >= 3.6, numpy and pytest. What was found is added to OUT/checks.json, a row per part with commit,
@@ -28,7 +30,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ROOT / "build" / "gpu"
-SECONDS = {"correctness": 220, "sanitizer": 80, "benchmarks": 170}  # together with starting, eight minutes
+SECONDS = {"build": 90, "correctness": 160, "sanitizer": 70, "benchmarks": 150}  # together with starting, eight minutes
+TOOLS = {"triton": ("memcheck", "racecheck"), "cuda": ("memcheck", "racecheck", "initcheck", "synccheck")}
+
+BUILDS = ("tests/kernels/test_compile_gate.py", "tests/cuda/test_build.py", "tests/cuda/test_emulation.py")  # run no kernel there
 
 Found = dict[str, Any]
 
@@ -71,7 +76,14 @@ def lay_out_tree() -> None:
 
 def environment(device: str, **more: str) -> dict[str, str]:
     interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
-    return {**os.environ, "PYTHONPATH": str(TREE), "VLATTN_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", **interpret, **more}
+    return {
+        **os.environ, "PYTHONPATH": str(TREE), "VLATTN_TEST_DEVICE": device, "VLATTN_CUDA_LIBRARY": str(cuda_library(device)),
+        "OMP_NUM_THREADS": "1", **interpret, **more,
+    }  # fmt: skip
+
+
+def cuda_library(device: str) -> Path:
+    return ROOT / "build" / ("host/libvlattn_host.so" if device == "cpu" else "cuda/libvlattn_cuda.so")
 
 
 def run(commands: list[list[str]], environments: list[dict[str, str]], seconds: float) -> list[tuple[int | None, str]]:
@@ -92,15 +104,34 @@ def run(commands: list[list[str]], environments: list[dict[str, str]], seconds: 
     return done
 
 
+def build(options: argparse.Namespace) -> Found:
+    library = cuda_library(options.device)
+    if missing := [tool for tool in ("nvcc", "cmake", "ninja") if shutil.which(tool) is None]:
+        library.unlink(missing_ok=True)  # an older one would be taken for this commit's
+        return {"passed": True, "summary": f"not run: {', '.join(missing)} not installed"}
+    import torch
+
+    folder, torch_folder = str(library.parent), Path(torch.__file__).parent
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", folder, f"-DVLATTN_TORCH={torch_folder}"]
+    if options.device == "cpu":
+        configure.append("-DVLATTN_HOST=ON")
+    for command in (configure, ["cmake", "--build", folder]):
+        ((status, said),) = run([command], [dict(os.environ)], SECONDS["build"])
+        if status != 0:
+            library.unlink(missing_ok=True)
+            return {"passed": False, "summary": f"{' '.join(command[:2])} ended with {status}", "failures": [said[-2000:]]}
+    return {"passed": True, "summary": f"{library.name}, {library.stat().st_size / 2**20:.1f} MiB"}
+
+
 def correctness(options: argparse.Namespace) -> Found:
     shards = os.cpu_count() or 1
     reports = [TREE / f"report{i}.xml" for i in range(shards)]
+    folders = ["tests/kernels", *(["tests/cuda"] if cuda_library(options.device).exists() else [])]
     device_only = ["tests/kernels/device_only.py"] if options.device == "cuda" else []
     commands = [
         [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "minversion=1", "-o", "filterwarnings=default",
-            f"--junitxml={report}", "--deselect", "tests/kernels/test_compile_gate.py", "-k", options.select,
-            "tests/kernels", *device_only,
+            f"--junitxml={report}", "-k", options.select, *(f"--deselect={file}" for file in BUILDS), *folders, *device_only,
         ]
         for report in reports
     ]  # fmt: skip
@@ -125,14 +156,18 @@ def sanitizer(options: argparse.Namespace) -> Found:
         return {"passed": True, "summary": "not run: compute-sanitizer is not installed"}
     names = options.operators or operators()
     child = [sys.executable, str(TREE / "tests" / "gpu_launch.py"), options.device]
-    tasks = [(tool, name) for name in names for tool in ("memcheck", "racecheck")]
-    commands = [[program, "--tool", tool, "--error-exitcode", "9", *child, name] for tool, name in tasks]
+    written = {"triton": "kernels", "cuda": "cuda"} if cuda_library(options.device).exists() else {"triton": "kernels"}
+    tasks = [
+        (tool, backend, name) for backend, folder in written.items() for name in names if name in operators(folder)
+        for tool in TOOLS[backend]
+    ]  # fmt: skip
+    commands = [[program, "--tool", tool, "--error-exitcode", "9", *child, backend, name] for tool, backend, name in tasks]
     # memcheck sees an access beyond a tensor only where tensors do not share one allocation
     environments = [environment(options.device, PYTORCH_NO_CUDA_MEMORY_CACHING="1")] * len(tasks)
     done = run(commands, environments, SECONDS["sanitizer"])
     failures = [
-        f"{tool} {name} {'ran out of time' if status is None else f'ended with {status}'}: {said[-1500:]}"
-        for (tool, name), (status, said) in zip(tasks, done, strict=True) if status != 0
+        f"{tool} {backend} {name} {'ran out of time' if status is None else f'ended with {status}'}: {said[-1500:]}"
+        for (tool, backend, name), (status, said) in zip(tasks, done, strict=True) if status != 0
     ]  # fmt: skip
     return {"passed": not failures, "summary": f"{len(tasks)} runs, {len(failures)} failed", "failures": failures}
 
@@ -148,12 +183,12 @@ def benchmarks(options: argparse.Namespace) -> Found:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
-    "correctness": correctness, "sanitizer": sanitizer, "benchmarks": benchmarks,
+    "build": build, "correctness": correctness, "sanitizer": sanitizer, "benchmarks": benchmarks,
 }  # fmt: skip
 
 
-def operators() -> list[str]:
-    return sorted(file.stem for file in (TREE / "vlattn_fast" / "kernels").glob("[a-z]*.py"))
+def operators(folder: str = "kernels") -> list[str]:
+    return sorted(file.stem for file in (TREE / "vlattn_fast" / folder).glob("[a-z]*.py"))
 
 
 def measuring() -> Any:

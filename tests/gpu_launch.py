@@ -1,6 +1,6 @@
-"""Runs an operator's cases of `vlattn verify` on its Triton kernels, forward and backward: what `make gpu` sanitizes.
+"""Runs an operator's cases of `vlattn verify` on its kernels of one backend, forward and backward: what `make gpu` sanitizes.
 
-usage: python tests/gpu_launch.py DEVICE OPERATOR
+usage: python tests/gpu_launch.py DEVICE BACKEND OPERATOR
 """
 
 import sys
@@ -10,11 +10,13 @@ import torch
 from vlattn_fast import verify
 
 
-def main(device: str, operator: str) -> None:
+def main(device: str, backend: str, operator: str) -> None:
+    refusals = verify.backends_of(operator)[backend].refusals
     for dtype in (torch.bfloat16, torch.float32):
         for case in verify.cases():
-            if case.operator == operator:
-                verify._run(case, case.in_dtype(dtype, device), "triton")
+            tensors = case.in_dtype(dtype, device)
+            if case.operator == operator and not refusals(verify.facts_of(operator, case.arguments(tensors))):
+                verify._run(case, tensors, backend)
                 print(f"{operator} {dtype} {case.name}", flush=True)
 
 

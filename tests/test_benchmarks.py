@@ -50,18 +50,21 @@ def test_what_the_published_procedures_compute_in_float64():
 def test_a_backend_joins_by_itself_when_it_refuses_no_longer(monkeypatch):
     from vlattn_fast.ops import _dispatch, attention_map
 
-    table = {**attention_map.BACKENDS, "cuda": _dispatch.Backend(_dispatch.accept, "vlattn_fast.streaming.attention_map")}
+    table = {**attention_map.BACKENDS, "new": _dispatch.Backend(_dispatch.accept, "vlattn_fast.streaming.attention_map")}
     monkeypatch.setattr(attention_map, "BACKENDS", table)
+    monkeypatch.setattr(_dispatch, "BACKEND_NAMES", (*_dispatch.BACKEND_NAMES, "new"))
     (benchmark,) = _run.choose(["attention_map/attention/clip"])
-    assert {row["variant"] for row in measured(benchmark)} >= {"cuda", "streaming"}
+    assert {row["variant"] for row in measured(benchmark)} >= {"new", "streaming"}
 
 
-def test_the_interpreter_of_triton_is_not_timed(monkeypatch):
-    from vlattn_fast.ops import _dispatch
+def test_what_is_emulated_on_a_cpu_is_not_timed(monkeypatch):
+    from vlattn_fast.ops import _dispatch, congruence
 
     monkeypatch.setattr(_dispatch, "INTERPRETED", True)
-    (benchmark,) = _run.choose(["attention_map/attention/clip"])
-    assert "triton" not in {row["variant"] for row in measured(benchmark)}
+    table = {**congruence.BACKENDS, "cuda": congruence.BACKENDS["cuda"]._replace(refusals=_dispatch.accept)}
+    monkeypatch.setattr(congruence, "BACKENDS", table)
+    (benchmark,) = _run.choose(["congruence/cacr, forward+backward/uniter"])
+    assert not {"triton", "cuda"} & {row["variant"] for row in measured(benchmark)}
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own use of it

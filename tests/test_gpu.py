@@ -68,7 +68,7 @@ def test_the_sanitizer_runs_an_operator_under_both_tools(rehearse, tmp_path):
     assert status == 0 and row["passed"] and row["summary"] == "2 runs, 0 failed", said
     calls = (tmp_path / "log").read_text().splitlines()
     assert sorted(call.split()[1] for call in calls) == ["memcheck", "racecheck"]
-    assert all(call.endswith("cpu attention_map") for call in calls)
+    assert all(call.endswith("cpu triton attention_map") for call in calls)
 
 
 def test_what_the_sanitizer_finds_is_a_failure(rehearse):
@@ -79,7 +79,7 @@ def test_what_the_sanitizer_finds_is_a_failure(rehearse):
 
 def test_an_unknown_part_is_refused(rehearse):
     status, said, rows = rehearse("measure")
-    assert status == 2 and "PART must be one of correctness, sanitizer, benchmarks; got measure" in said and rows == []
+    assert status == 2 and "PART must be one of build, correctness, sanitizer, benchmarks; got measure" in said and rows == []
 
 
 def test_who_runs_out_of_time_is_stopped():

@@ -23,18 +23,18 @@ ROOT = Path(__file__).parents[2]
 DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
 
 
-def build(name: str, *options: str, source: Path = ROOT) -> Path:
+def build(name: str, *options: str, target: str = "all") -> Path:
     """The folder build/`name` with the library, built where something changed; skips where a tool is missing."""
     folder = ROOT / "build" / name
     for tool in ("cmake", "ninja", "c++"):
         if shutil.which(tool, path=_path()) is None:
             pytest.skip(f"the CUDA C++ kernels are not tested: {tool} is not installed")
     torch_folder = f"-DVLATTN_TORCH={Path(torch.__file__).parent}"
-    configured = _run("cmake", "-G", "Ninja", "-S", source, "-B", folder, torch_folder, *options)
+    configured = _run("cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, torch_folder, *options)
     if configured.returncode != 0 and "CUDAToolkit" in configured.stdout:
         pytest.skip("the CUDA C++ kernels are not tested: the CUDA toolkit, whose headers they need, is not installed")
     assert configured.returncode == 0, configured.stdout
-    built = _run("cmake", "--build", folder)
+    built = _run("cmake", "--build", folder, "--target", target)
     assert built.returncode == 0, built.stdout
     return folder
 
@@ -48,11 +48,23 @@ def _path() -> str:
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja comes with the tests' environment
 
 
+HOST, SANITIZED = ("-DVLATTN_HOST=ON",), ("-DVLATTN_HOST=ON", "-DVLATTN_SANITIZE=ON")
+
+
+def sanitizing() -> dict[str, str]:
+    """The environment in which Python loads a sanitized library."""
+    libraries = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return {**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
 @pytest.fixture(scope="session")
 def library() -> Path:
     if given := os.environ.get("VLATTN_CUDA_LIBRARY"):
         return Path(given)
-    return build("host", "-DVLATTN_HOST=ON") / "libvlattn_host.so"
+    return build("host", *HOST) / "libvlattn_host.so"
 
 
 @pytest.fixture(autouse=True)

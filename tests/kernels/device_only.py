@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,24 +12,29 @@ from torch import Tensor
 import vlattn_fast as va
 from vlattn_fast import verify
 
-CASES = verify.cases()
+
+def runs(backend: str, case: verify.Case) -> bool:
+    call = verify.facts_of(case.operator, case.arguments(case.in_dtype(torch.bfloat16)))
+    return not verify.backends_of(case.operator)[backend].refusals(replace(call, device_type="cuda"))
 
 
-def ids(case: verify.Case) -> str:
-    return f"{case.operator}-{case.name}"
+CASES = [
+    pytest.param(backend, case, id=f"{backend}-{case.operator}-{case.name}")
+    for case in verify.cases() for backend in ("triton", "cuda") if runs(backend, case)
+]  # fmt: skip
 
 
 def cuda(x: Tensor) -> Tensor:
     return x.cuda() if isinstance(x, Tensor) else x
 
 
-def on_device(case: verify.Case) -> Callable[[], dict[str, Tensor]]:
+def on_device(backend: str, case: verify.Case) -> Callable[[], dict[str, Tensor]]:
     tensors = case.in_dtype(torch.bfloat16, "cuda")
-    return lambda: verify._run(case, tensors, "triton")
+    return lambda: verify._run(case, tensors, backend)
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids)
-def test_capture_in_a_cuda_graph(case: verify.Case) -> None:
+@pytest.mark.parametrize("backend, case", CASES)
+def test_capture_in_a_cuda_graph(backend: str, case: verify.Case) -> None:
     """Forward and backward replay to the same bits: no host synchronisation, no address that goes away."""
     torch.set_default_device(None)
     tensors = case.in_dtype(torch.bfloat16, "cuda")
@@ -36,7 +42,7 @@ def test_capture_in_a_cuda_graph(case: verify.Case) -> None:
     arguments = {name: cuda(x) for name, x in arguments.items()}
 
     def run() -> list[Tensor]:
-        out = verify.call_of(case.operator)(**arguments, backend="triton")
+        out = verify.call_of(case.operator)(**arguments, backend=backend)
         outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
         if not case.differentiable:
             return outputs
@@ -59,10 +65,10 @@ def test_capture_in_a_cuda_graph(case: verify.Case) -> None:
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids)
-def test_the_same_bits_each_time(case: verify.Case) -> None:
+@pytest.mark.parametrize("backend, case", CASES)
+def test_the_same_bits_each_time(backend: str, case: verify.Case) -> None:
     torch.set_default_device(None)
-    run = on_device(case)
+    run = on_device(backend, case)
     first, second = run(), run()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -1,0 +1,130 @@
+// Small kernels for tests/cuda/test_emulation.py: each right one has a wrong twin that the emulation must tell apart.
+#include "mma.h"
+
+namespace vlattn {
+namespace {
+
+// sums[b] = the sum of the block's numbers; without BARRIER a thread may read what another has not written yet.
+template <bool BARRIER>
+__global__ void block_sum(const float* x, float* sums) {
+    float* shared = static_cast<float*>(shared_memory());
+    shared[threadIdx.x] = x[blockIdx.x * blockDim.x + threadIdx.x];
+    for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+        if constexpr (BARRIER) __syncthreads();
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) sums[blockIdx.x] = shared[0];
+}
+
+// Every lane takes its right neighbour's number out of shared memory.
+template <bool BARRIER>
+__global__ void neighbours(float* x) {
+    float* shared = static_cast<float*>(shared_memory());
+    shared[threadIdx.x] = x[threadIdx.x];
+    if constexpr (BARRIER) __syncwarp();
+    x[threadIdx.x] = shared[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32];
+}
+
+__global__ void barrier_for_some(int threads) {
+    if (threadIdx.x < static_cast<unsigned>(threads)) __syncthreads();
+}
+
+__global__ void shuffle_for_some(int* x) {
+    if (threadIdx.x % 32 < 16) x[threadIdx.x] = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x), 0);
+}
+
+__global__ void shuffles(int* x) {
+    const int lane = threadIdx.x;
+    x[lane] = __shfl_xor_sync(ALL_LANES, lane, 5) + 100 * __shfl_sync(ALL_LANES, lane, (lane * 7 + 3) % 32);
+}
+
+// What a block finds in shared memory.
+__global__ void uninitialised(float* x) {
+    float* shared = static_cast<float*>(shared_memory());
+    x[blockIdx.x * blockDim.x + threadIdx.x] = shared[threadIdx.x];
+    shared[threadIdx.x] = 1.0f;
+}
+
+__global__ void write_shared(int at) {
+    float* shared = static_cast<float*>(shared_memory());
+    if (threadIdx.x == 0) shared[at] = 1.0f;
+}
+
+__global__ void write_global(float* x, int at) {
+    if (threadIdx.x == 0) x[at] = 1.0f;
+}
+
+struct Reversed {
+    __device__ static int row(int i) { return 31 - i; }
+};
+
+// scores (rows,32) = x (rows,columns) y^T and out (rows,columns) = scores z, 16 rows a warp.
+template <class T, int K, class Order>
+__global__ void products(const T* x, const T* y, const T* z, float* scores, float* out, int rows, int columns) {
+    T* y_tile = static_cast<T*>(shared_memory());
+    T* z_tile = y_tile + 32 * tile_stride<T, K>();
+    stage<T, K>(y_tile, y, columns, 0, 32, 32, columns);
+    stage<T, K>(z_tile, z, columns, 0, 32, 32, columns);
+    __syncthreads();
+    Rows16<T, K> left;
+    left.load(x, columns, warp_index() * 16, rows, columns);
+    float sums[K / 8][4] = {};
+    for (int k = 0; k < 32; k += 16) {
+        float c[2][4] = {};
+        for (int n = 0; n < 2; ++n) {
+            product_with_rows<T, K, Order>(c[n], left, y_tile, k + n * 8);
+            for (int e = 0; e < 4; ++e) {
+                const int row = warp_index() * 16 + lane_row() + e / 2 * 8;
+                c[n][e] = to_float(from_float<T>(c[n][e]));
+                if (row < rows) scores[row * 32 + Order::row(k + n * 8 + lane_column() * 2 + e % 2)] = c[n][e];
+            }
+        }
+        product_with_columns<T, K, Order>(sums, c, z_tile, k);
+    }
+    for (int n = 0; n < K / 8; ++n) {
+        for (int e = 0; e < 4; ++e) {
+            const int row = warp_index() * 16 + lane_row() + e / 2 * 8, column = n * 8 + lane_column() * 2 + e % 2;
+            if (row < rows && column < columns) out[row * columns + column] = sums[n][e];
+        }
+    }
+}
+
+template <class T, int K>
+int run_products(const void* x, const void* y, const void* z, float* scores, float* out, int rows, int columns, bool reversed) {
+    auto kernel = reversed ? products<T, K, Reversed> : products<T, K, InOrder>;
+    const int threads = static_cast<int>(divide_up(rows, 16)) * WARP;
+    return launch(kernel, 1, threads, 2 * tile_bytes<T, K>(32), cudaStream_t(), static_cast<const T*>(x),
+                  static_cast<const T*>(y), static_cast<const T*>(z), scores, out, rows, columns);
+}
+
+}  // namespace
+}  // namespace vlattn
+
+using namespace vlattn;
+
+#pragma GCC visibility push(default)
+extern "C" {
+int run_block_sum(const float* x, float* sums, int blocks, int threads, bool barrier) {
+    return launch(barrier ? block_sum<true> : block_sum<false>, blocks, threads, threads * sizeof(float), cudaStream_t(), x, sums);
+}
+int run_neighbours(float* x, bool barrier) {
+    return launch(barrier ? neighbours<true> : neighbours<false>, 1, 64, 64 * sizeof(float), cudaStream_t(), x);
+}
+int run_barrier_for_some(int threads) { return launch(barrier_for_some, 1, 64, 0, cudaStream_t(), threads); }
+int run_shuffle_for_some(int* x) { return launch(shuffle_for_some, 1, 64, 0, cudaStream_t(), x); }
+int run_shuffles(int* x) { return launch(shuffles, 1, 32, 0, cudaStream_t(), x); }
+int run_uninitialised(float* x) { return launch(uninitialised, 2, 32, 32 * sizeof(float), cudaStream_t(), x); }
+int run_write_shared(int at) { return launch(write_shared, 1, 32, 32 * sizeof(float), cudaStream_t(), at); }
+int run_write_global(float* x, int at) { return launch(write_global, 1, 32, 0, cudaStream_t(), x, at); }
+int run_empty(int64_t blocks, int threads, int64_t shared) {
+    return launch(barrier_for_some, blocks, threads, shared, cudaStream_t(), 0);
+}
+int run_products(int type, int width, const void* x, const void* y, const void* z, float* scores, float* out, int rows, int columns,
+                 bool reversed) {
+    return with_type(static_cast<DType>(type), [&](auto one) {
+        using T = decltype(one);
+        return width == 64 ? run_products<T, 64>(x, y, z, scores, out, rows, columns, reversed)
+                           : run_products<T, 128>(x, y, z, scores, out, rows, columns, reversed);
+    });
+}
+}

@@ -1,0 +1,128 @@
+"""The emulation itself (csrc/host/emulation.h, the stand-ins in csrc/mma.h): what it runs is right, what is wrong it shows."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda.conftest import HOST, SANITIZED, build, sanitizing
+
+SEEDS = range(1, 6)
+FAILED = 719  # cudaErrorLaunchFailure
+INVALID = 9  # cudaErrorInvalidConfiguration
+Small = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def small() -> Small:
+    """run(name, arguments...): the status; tensors are passed by address."""
+    loaded = ctypes.CDLL(str(build("host", *HOST, target="emulation") / "libemulation.so"))
+
+    def run(name: str, *arguments: Tensor | int | bool) -> int:
+        given = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int64(x) for x in arguments]
+        return getattr(loaded, f"run_{name}")(*given)
+
+    return run
+
+
+@pytest.fixture(params=SEEDS)
+def seed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setenv("VLATTN_EMULATION_SEED", str(request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("threads", (32, 256, 1024))
+def test_blocks_with_barriers(small: Small, seed: int, threads: int) -> None:
+    x, sums = torch.randint(0, 9, (3, threads)).float(), torch.full((3,), torch.nan)
+    assert small("block_sum", x, sums, 3, threads, True) == 0
+    assert torch.equal(sums, x.sum(1))
+
+
+def test_a_missing_barrier_shows(small: Small, seed: int) -> None:
+    x, sums = torch.randint(1, 9, (3, 256)).float(), torch.full((3,), torch.nan)
+    assert small("block_sum", x, sums, 3, 256, False) == 0
+    assert not torch.equal(sums, x.sum(1))
+
+
+def test_a_missing_barrier_of_a_warp_shows(small: Small, seed: int) -> None:
+    x = torch.arange(64.0)
+    right = x.view(2, 32).roll(-1, 1).flatten()
+    with_barrier, without = x.clone(), x.clone()
+    assert small("neighbours", with_barrier, True) == small("neighbours", without, False) == 0
+    assert torch.equal(with_barrier, right) and not torch.equal(without, right)
+
+
+def test_the_order_of_threads_depends_on_the_seed_alone(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(seed: int) -> list[bool]:
+        monkeypatch.setenv("VLATTN_EMULATION_SEED", str(seed))
+        x = torch.arange(64.0)
+        small("neighbours", x, False)
+        return x.isnan().tolist()  # whose neighbour came later
+
+    assert wrong(1) == wrong(1)
+    assert len({str(wrong(seed)) for seed in SEEDS}) > 1
+
+
+def test_waiting_for_what_cannot_come_is_an_error(small: Small, seed: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert small("barrier_for_some", 64) == 0
+    assert small("barrier_for_some", 33) == FAILED
+    assert "of 64 threads 31 returned, 33 wait at a barrier" in capfd.readouterr().err
+    assert small("shuffle_for_some", torch.zeros(64, dtype=torch.int32)) == FAILED
+    assert small("barrier_for_some", 0) == 0  # and the next launch is none the worse
+
+
+def test_launches_that_cannot_be(small: Small) -> None:
+    assert small("empty", 0, 32, 0) == 0
+    for blocks, threads, shared in ((2**31, 32, 0), (1, 0, 0), (1, 33, 0), (1, 2048, 0), (1, 32, 228 * 1024)):
+        assert small("empty", blocks, threads, shared) == INVALID
+
+
+def test_shared_memory_comes_full_of_nan(small: Small) -> None:
+    x = torch.zeros(64)
+    assert small("uninitialised", x) == 0
+    assert x.isnan().all()
+
+
+def test_shuffles(small: Small, seed: int) -> None:
+    x, lanes = torch.zeros(32, dtype=torch.int32), torch.arange(32)
+    assert small("shuffles", x) == 0
+    assert torch.equal(x.long(), (lanes ^ 5) + 100 * ((lanes * 7 + 3) % 32))
+
+
+@pytest.mark.parametrize("in_order", (True, False))
+@pytest.mark.parametrize("rows, columns", [(32, 64), (17, 50), (64, 128), (40, 97), (1, 1)])
+@pytest.mark.parametrize("kind, dtype", [(0, torch.float32), (1, torch.float16), (2, torch.bfloat16)])
+def test_products_of_tiles(small: Small, kind: int, dtype: torch.dtype, rows: int, columns: int, in_order: bool) -> None:
+    """Small integers: sums are exact in float32, so that nothing but the right numbers at the right places passes."""
+    x, y, z = (torch.randint(-2, 3, (n, columns)).to(dtype) for n in (rows, 32, 32))
+    scores, out = torch.full((rows, 32), torch.nan), torch.full((rows, columns), torch.nan)
+    assert small("products", kind, 64 if columns <= 64 else 128, x, y, z, scores, out, rows, columns, not in_order) == 0
+    exact = (x.float() @ y.float().mT).to(dtype).float()
+    assert torch.equal(scores, exact)
+    assert torch.equal(out, exact @ z.float())
+
+
+@pytest.mark.parametrize("call, words", [
+    ("write_shared(31)", None), ("write_shared(32)", "heap-buffer-overflow"), ("write_shared(-1)", "heap-buffer-overflow"),
+    ("write_global(buffer, 9)", None), ("write_global(buffer, 10)", "heap-buffer-overflow"),
+])  # fmt: skip
+def test_the_sanitizer_sees_what_lies_outside(call: str, words: str | None) -> None:
+    sanitized = build("asan", *SANITIZED, target="emulation") / "libemulation.so"
+    code = (
+        "import ctypes\n"
+        "malloc = ctypes.CDLL(None).malloc\n"
+        "malloc.restype = ctypes.c_void_p\n"
+        "buffer = ctypes.c_void_p(malloc(40))\n"
+        f"assert ctypes.CDLL({str(sanitized)!r}).run_{call} == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=sanitizing(), capture_output=True, text=True)
+    if words is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode != 0 and words in done.stderr, done.stderr

@@ -1,0 +1,19 @@
+"""`vlattn verify` for the CUDA C++ kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cuda.conftest import DEVICE
+from vlattn_fast.verify import OPERATORS, backends_of, verify
+
+WITH_KERNELS = [operator for operator in OPERATORS if backends_of(operator)["cuda"].refusals.__name__ != "no_cuda_kernel"]
+
+
+@pytest.mark.parametrize("operator", WITH_KERNELS)
+def test_verify_passes(operator: str) -> None:
+    torch.set_default_device(None)  # verify places its tensors itself
+    for result in verify(("cuda",), device=DEVICE, operators=(operator,)):
+        assert result.checks > 0, result.reasons
+        assert result.passed, f"{result.dtype}: {result.ratio:.2f} of what is allowed in {result.worst}"
