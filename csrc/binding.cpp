@@ -88,11 +88,13 @@ class Launch {
 #endif
 
     template <class Call>
-    void operator()(const char* kernel, cudaError_t (*run)(const Call&, cudaStream_t), const Call& call, const Facts& facts) const {
+    void operator()(const char* kernel, cudaError_t (*run)(const Call&, cudaStream_t), const Call& call,
+                    const Facts& facts) const {
         const cudaError_t status = run(call, stream_);
         if (status == cudaSuccess) return;
         std::string sizes;
-        for (const auto& [name, size] : facts) sizes += (sizes.empty() ? "" : ", ") + std::string(name) + "=" + std::to_string(size);
+        for (const auto& [name, size] : facts)
+            sizes += (sizes.empty() ? "" : ", ") + std::string(name) + "=" + std::to_string(size);
         STD_TORCH_CHECK(false, kernel, "(", sizes, ") on ", DEVICE, " ", device_, ": ", error_string(status));
     }
 
@@ -154,8 +156,8 @@ std::tuple<Tensor, Tensor> score_attention(Tensor query, Tensor key, Tensor valu
 // A gradient with more heads than its tensor, summed over the heads that share one.
 Tensor sum_heads(const Tensor& grad, const Tensor& like) {
     if (grad.size(1) == like.size(1)) return grad;
-    Tensor parts = torch::stable::view(torch::stable::transpose(grad, 1, 2),
-                                       Sizes{grad.size(0), grad.size(2), like.size(1), grad.size(1) / like.size(1), grad.size(3)});
+    const Sizes sizes = {grad.size(0), grad.size(2), like.size(1), grad.size(1) / like.size(1), grad.size(3)};
+    Tensor parts = torch::stable::view(torch::stable::transpose(grad, 1, 2), sizes);
     Tensor sum = torch::stable::sum(parts, Sizes{3});
     return torch::stable::transpose(torch::stable::to(sum, like.scalar_type()), 1, 2);
 }
@@ -289,7 +291,9 @@ struct Blocks {
                         const std::string& direction, double scale) const {
         Congruence call = {};
         call.dtype = dtype_of(text_query);
-        call.kind = kind == "cacr" ? Congruence::CACR : kind == "iais_singular" ? Congruence::IAIS_SINGULAR : Congruence::IAIS_DISTRIBUTED;
+        call.kind = kind == "cacr"            ? Congruence::CACR
+                    : kind == "iais_singular" ? Congruence::IAIS_SINGULAR
+                                              : Congruence::IAIS_DISTRIBUTED;
         call.text = direction != "image";
         call.image = direction != "text";
         call.B = text_query.size(0);

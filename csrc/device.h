@@ -53,8 +53,8 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
     return y;
 }
 
-// Starts `kernel`, unless it would have no blocks; `shared` bytes of dynamic shared memory a block. The status is the launch's own: an error left behind by
-// somebody else is neither taken for ours nor cleared.
+// Starts `kernel`, unless it would have no blocks; `shared` bytes of dynamic shared memory a block. The status is the launch's
+// own: an error left behind by somebody else is neither taken for ours nor cleared.
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream, Params... args) {
     if (blocks == 0) return cudaSuccess;

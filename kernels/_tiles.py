@@ -86,7 +86,8 @@ def mask_logits(
         else:
             b_mask = tl.load(p_mask + offsets, mask=m_pair, other=0.0)
             visible = visible & (b_mask != float("-inf"))
-            b_log2 = tl.maximum(b_log2 + tl.maximum(b_mask, -2.3e38) * 1.4426950408889634, -3.4028234e38)
+            b_log2 += tl.maximum(b_mask, -2.3e38) * 1.4426950408889634
+            b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)  # not a maximum, which would lose NaN
     if KEY_MASK:
         visible = visible & (tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[None, :]
     if CAUSAL:

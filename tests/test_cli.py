@@ -1,5 +1,6 @@
 """The vlattn command, on small random Hugging Face models saved to a temporary folder."""
 
+import json
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ typer_testing = pytest.importorskip("typer.testing")
 transformers = pytest.importorskip("transformers")
 
 from vlattn_fast import cli, verify  # noqa: E402
+from vlattn_fast.cuda import _library  # noqa: E402
 from vlattn_fast.ops import _dispatch  # noqa: E402
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24,
@@ -201,6 +203,37 @@ def test_info_prints_the_reasons_of_the_table(monkeypatch):
     result = vlattn("info")
     assert "not float64: no float64" in result.output
     assert "not cpu: a CUDA device is needed" in result.output
+
+
+BUILT = {"targets": ["80-real", "90a-real", "100-virtual"], "nvcc": "13.0", "torch": "2.13.0+cu130", "seconds": 61}
+
+
+@pytest.mark.parametrize(("library", "record", "words"), [
+    (True, BUILT, "built for sm_80, sm_90a, PTX of compute_100, with nvcc 13.0 and the headers of torch 2.13.0+cu130"),
+    (True, None, "built by hand"),
+    (False, {"reason": "nvcc was not found (...)"}, "not built: nvcc was not found (...)"),
+    (False, None, "not built: no `pip install` of this copy has tried"),
+    (False, BUILT, "not built: it was, but libvlattn_cuda.so is gone"),
+])  # fmt: skip
+def test_info_says_how_the_cuda_library_was_built(library, record, words, tmp_path, monkeypatch):
+    file = tmp_path / "libvlattn_cuda.so"
+    if library:
+        file.touch()
+    if record:
+        (tmp_path / "build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(_library, "INSTALLED", file)
+    monkeypatch.setattr(_library, "path", file)
+    result = vlattn("info")
+    assert f"\nCUDA C++     {words}\n" in result.output
+    assert ("the CUDA C++ kernels are not built (`vlattn info` says why)" in result.output) == (not library)
+
+
+def test_info_names_a_library_of_ones_own(tmp_path, monkeypatch):
+    file = tmp_path / "libvlattn_host.so"
+    monkeypatch.setattr(_library, "path", file)
+    assert f"\nCUDA C++     {file}, named by VLATTN_CUDA_LIBRARY, is not there\n" in vlattn("info").output
+    file.touch()
+    assert f"\nCUDA C++     {file}, named by VLATTN_CUDA_LIBRARY\n" in vlattn("info").output
 
 
 def test_verify_passes_and_counts():

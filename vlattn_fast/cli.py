@@ -36,6 +36,7 @@ def main() -> None:
 @app.command()
 def info() -> None:
     """Versions, devices, and what each backend of each operator runs, with the reasons for what it does not."""
+    from .cuda import _library
     from .ops._dispatch import select
     from .verify import OPERATORS, backends_of, cases, facts_of
 
@@ -48,6 +49,7 @@ def info() -> None:
         typer.echo(f"{f'cuda:{i}':13}{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         typer.echo(f"{'cuda':13}{'no device' if torch.version.cuda else 'this torch is built without it'}")
+    typer.echo(f"{'CUDA C++':13}{_library.state()}")
 
     everything = cases()
     for operator in OPERATORS:

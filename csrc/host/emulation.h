@@ -90,7 +90,8 @@ inline void yield(State state) {
     Fiber* self = m.current;
     self->state = state;
 #if VLATTN_ASAN
-    __sanitizer_start_switch_fiber(state == State::done ? nullptr : &self->asan_stack, m.scheduler_stack, m.scheduler_stack_bytes);
+    void** kept = state == State::done ? nullptr : &self->asan_stack;
+    __sanitizer_start_switch_fiber(kept, m.scheduler_stack, m.scheduler_stack_bytes);
 #endif
     if (_setjmp(self->context) == 0) _longjmp(m.scheduler, 1);
 #if VLATTN_ASAN

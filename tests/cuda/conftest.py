@@ -27,7 +27,7 @@ def build(name: str, *options: str, target: str = "all") -> Path:
     """The folder build/`name` with the library, built where something changed; skips where a tool is missing."""
     folder = ROOT / "build" / name
     for tool in ("cmake", "ninja", "c++"):
-        if shutil.which(tool, path=_path()) is None:
+        if shutil.which(tool, path=tools()["PATH"]) is None:
             pytest.skip(f"the CUDA C++ kernels are not tested: {tool} is not installed")
     torch_folder = f"-DVLATTN_TORCH={Path(torch.__file__).parent}"
     configured = _run("cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, torch_folder, *options)
@@ -40,12 +40,12 @@ def build(name: str, *options: str, target: str = "all") -> Path:
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": _path()}
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.run(command, env=tools(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _path() -> str:
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja comes with the tests' environment
+def tools() -> dict[str, str]:
+    """The environment with ninja, which the tests' own brings along, on the path."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 HOST, SANITIZED = ("-DVLATTN_HOST=ON",), ("-DVLATTN_HOST=ON", "-DVLATTN_SANITIZE=ON")

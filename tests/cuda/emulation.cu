@@ -105,7 +105,8 @@ using namespace vlattn;
 #pragma GCC visibility push(default)
 extern "C" {
 int run_block_sum(const float* x, float* sums, int blocks, int threads, bool barrier) {
-    return launch(barrier ? block_sum<true> : block_sum<false>, blocks, threads, threads * sizeof(float), cudaStream_t(), x, sums);
+    auto kernel = barrier ? block_sum<true> : block_sum<false>;
+    return launch(kernel, blocks, threads, threads * sizeof(float), cudaStream_t(), x, sums);
 }
 int run_neighbours(float* x, bool barrier) {
     return launch(barrier ? neighbours<true> : neighbours<false>, 1, 64, 64 * sizeof(float), cudaStream_t(), x);
@@ -119,8 +120,8 @@ int run_write_global(float* x, int at) { return launch(write_global, 1, 32, 0, c
 int run_empty(int64_t blocks, int threads, int64_t shared) {
     return launch(barrier_for_some, blocks, threads, shared, cudaStream_t(), 0);
 }
-int run_products(int type, int width, const void* x, const void* y, const void* z, float* scores, float* out, int rows, int columns,
-                 bool reversed) {
+int run_products(int type, int width, const void* x, const void* y, const void* z, float* scores, float* out, int rows,
+                 int columns, bool reversed) {
     return with_type(static_cast<DType>(type), [&](auto one) {
         using T = decltype(one);
         return width == 64 ? run_products<T, 64>(x, y, z, scores, out, rows, columns, reversed)

@@ -123,15 +123,17 @@ def test_additive_scores_of_any_range(offset: float, dtype: torch.dtype) -> None
         check(as_dtype(inputs, dtype), KINDS["additive"])
 
 
-def test_nan_and_infinity_are_not_hidden() -> None:
-    inputs = tensors(5, 6)
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum
+@pytest.mark.parametrize("masked", (False, True))
+def test_nan_and_infinity_are_not_hidden(masked: bool) -> None:
+    inputs, mask = tensors(5, 6), torch.randn(5, 6) if masked else None
     inputs["query"][0, 0, 1, 2] = math.nan
     inputs["query"][0, 1, 2] = math.inf
     for kind in ("additive", "hadamard_tanh", "tanh"):
         if kind != "additive":
             inputs["query"][0, 1, 2] = 1.0  # a sum of products of infinities
         ours, formula = (
-            function(inputs["query"], inputs["key"], inputs["value"], score=KINDS[kind](inputs), **more)
+            function(inputs["query"], inputs["key"], inputs["value"], score=KINDS[kind](inputs), attn_mask=mask, **more)
             for function, more in ((va.score_attention, {"backend": "triton"}), (va.reference.score_attention, {}))
         )
         torch.testing.assert_close(ours, formula, equal_nan=True)

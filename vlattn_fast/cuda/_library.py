@@ -8,6 +8,7 @@ same sources for CPU tensors, for tests (see CMakeLists.txt).
 from __future__ import annotations
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,33 @@ from torch import Tensor
 
 from ..ops._checks import additive
 
-path = Path(os.environ.get("VLATTN_CUDA_LIBRARY") or Path(__file__).parent / "libvlattn_cuda.so")
+INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
+path = Path(os.environ.get("VLATTN_CUDA_LIBRARY") or INSTALLED)
 
 
 def device_type() -> str:
     """What the library runs on."""
     return "cpu" if path.name.startswith("libvlattn_host") else "cuda"
+
+
+def state() -> str:
+    """What is known of the library, for `vlattn info`: how it was built, or why it was not. setup.py wrote it down."""
+    if path != INSTALLED:
+        return f"{path}, named by VLATTN_CUDA_LIBRARY{'' if path.exists() else ', is not there'}"
+    record = path.with_name("build.json")
+    found = json.loads(record.read_text()) if record.exists() else {}
+    if not path.exists():
+        unknown = f"it was, but {path.name} is gone" if found else "no `pip install` of this copy has tried"
+        return f"not built: {found.get('reason', unknown)}"
+    if "targets" not in found:
+        return "built by hand"
+    targets = ", ".join(map(_target, found["targets"]))
+    return f"built for {targets}, with nvcc {found['nvcc']} and the headers of torch {found['torch']}"
+
+
+def _target(name: str) -> str:
+    number, _, kind = name.partition("-")  # as CMake writes it: 90a-real
+    return f"PTX of compute_{number}" if kind == "virtual" else f"sm_{number}"
 
 
 @functools.cache

@@ -1,0 +1,54 @@
+"""Kernels broken on purpose: the tests of this folder must catch every one of them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.cuda.conftest import HOST, ROOT, build, tools
+
+
+class Break(NamedTuple):
+    operator: str
+    what: str
+    old: str
+    new: str
+    tests: str  # pytest's -k
+
+
+BREAKS: list[Break] = []
+
+
+def broken_library(change: Break, folder: Path) -> Path:
+    """build/host's library with one kernel compiled from a changed copy, by the commands that CMake made."""
+    host, file = build("host", *HOST), f"{change.operator}.cu"
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    source = (folder / "csrc" / file).read_text()
+    assert source.count(change.old) == 1, f"{source.count(change.old)} times in {file}: {change.old}"
+    (folder / "csrc" / file).write_text(source.replace(change.old, change.new))
+    listed = subprocess.run(["ninja", "-t", "commands"], cwd=host, env=tools(), capture_output=True, text=True, check=True).stdout
+    library, made = folder / "libvlattn_host.so", f"CMakeFiles/vlattn_host.dir/csrc/{file}.o"
+    for command in listed.splitlines():
+        if made in command:
+            command = command.replace(made, str(folder / "kernel.o"))
+            command = command.replace(str(ROOT / "csrc" / file), str(folder / "csrc" / file))
+            command = command.replace("-o libvlattn_host.so", f"-o {shlex.quote(str(library))}")
+            done = subprocess.run(command, shell=True, cwd=host, env=tools(), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    return library
+
+
+@pytest.mark.parametrize("change", BREAKS, ids=lambda change: f"{change.operator}: {change.what}")
+def test_a_broken_kernel_is_caught(change: Break, tmp_path: Path) -> None:
+    library = broken_library(change, tmp_path)
+    tests = ["-q", "-x", "-p", "no:cacheprovider", f"tests/cuda/test_{change.operator}.py", "-k", change.tests]
+    environment = {**os.environ, "VLATTN_CUDA_LIBRARY": str(library)}
+    done = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and " failed" in done.stdout, done.stdout
