@@ -4,7 +4,7 @@
 # make report benchmarks/REPORT.md from the stored rows
 # These make their own environment in .venv first; an environment that is there already is completed and kept.
 # make oldest the tests of the Triton kernels with the oldest Triton that is supported, in an environment of its own
-# make gate   what the Triton kernels compile to, stored anew in tests/compile_gate.json
+# make gate   what the Triton and CUDA C++ kernels compile to, stored anew in tests/compile_gate.json, tests/cuda_compile_table.json
 # make gpu    on a machine with a GPU, torch, triton and pytest: tests, sanitizer, benchmarks; PARTS="..." for some; installs nothing
 
 PYTHON ?= python3
@@ -44,6 +44,7 @@ oldest:
 
 gate: $(INSTALLED)
 	@$(PY) tests/kernels/compile_gate.py --write
+	@$(PY) tests/cuda/compile_table.py --write
 
 gpu:
 	@$(PYTHON) tests/gpu.py $(PARTS)
