@@ -1,6 +1,498 @@
+// Attention over short sequences, and its gradients together with r Abar; Abar = mean_h relu(A * dA) or mean_h A.
+//
+// Shapes: query (B,H,N,D), key (B,key_heads,M,D), value (B,key_heads,M,DV), r (B,T,N) -> moved (B,T,M); N, M <= 256.
+// Roofline: of 16-bit types memory and the tensor cores about evenly at N = M = 200 and D = 64 (7 products of 2 N M D operations
+// against 8 tensors of N D numbers in the backward pass), memory below that; where there are few samples, the launch itself.
+// Trick: all keys of a head, and later all queries, fit into shared memory. So one block takes a sample through both passes of
+// the gradient, first with queries as rows (dQ and what is known of a row), then with keys as rows (dK, dV), and r Abar, a sum
+// over queries and heads, is made by the lanes that own the keys: only T numbers a key and head go to memory and back.
+// Why CUDA C++: a block that goes through both layouts of the work, head after head, with barriers between them; our Triton
+// kernels take a launch for each layout and one more to add a partial sum of r Abar a key head. Few samples are cut into ranges
+// of heads to fill the GPU; only then r Abar has partial sums here, added in order by a second kernel, and row sums over all
+// heads, where they are asked for, a launch of their own. No atomics. Not measured on a GPU.
 #include "relevancy_attention.h"
+
+#include <algorithm>
+
+#include "mma.h"
+
 namespace vlattn {
-int64_t relevancy_workspace(const Relevancy&) { return 0; }
-cudaError_t relevancy_forward(const Relevancy&, cudaStream_t) { return cudaErrorNotSupported; }
-cudaError_t relevancy_backward(const Relevancy&, cudaStream_t) { return cudaErrorNotSupported; }
+namespace {
+
+constexpr int SLAB = 16;  // rows that a warp takes at once, and the columns of one step
+constexpr int MAX_WARPS = 8;
+constexpr int64_t MANY_SAMPLES = 132, MANY_BLOCKS = 264;  // what occupies a large GPU's multiprocessors once, and twice
+enum Passes { QUERY_ROWS = 1, KEY_ROWS = 2 };
+
+// Rows of r that one sweep carries: as many as registers and the 99 KB of shared memory leave room for.
+template <class T, int WIDTH>
+constexpr int CARRIED = sizeof(T) * WIDTH <= 128 ? 8 : 4;
+
+// ---- what the passes share
+
+// A head's rows to a tile; those that fill it up to whole slabs are zeros.
+template <class T, int WIDTH>
+__device__ __forceinline__ void stage_head(T* tile, const Rows& from, int b, int h, int64_t rows, int columns) {
+    stage<T, WIDTH>(tile, from.at<T>(b, h), from.row, 0, round_up(static_cast<int>(rows), SLAB), rows, columns);
 }
+
+// Of the two tiles of a block the second.
+template <class T, int WIDTH>
+__device__ __forceinline__ T* next_tile(T* tile, int64_t rows) {
+    return tile + round_up(static_cast<int>(rows), SLAB) * tile_stride<T, WIDTH>();
+}
+
+// Dot products of 16 rows with rows first .. first+15 of a tile.
+template <class T, int WIDTH>
+__device__ __forceinline__ void products(float (&x)[2][4], const Rows16<T, WIDTH>& left, const T* tile, int first) {
+    for (int half = 0; half < 2; ++half) {
+        for (float& value : x[half]) value = 0.0f;
+        product_with_rows<T, WIDTH>(x[half], left, tile, first + half * 8);
+    }
+}
+
+// The number e of half `half` of a lane's 16 x 16 products stands in this row and column.
+__device__ __forceinline__ int row_of(int e) { return lane_row() + e / 2 * 8; }
+__device__ __forceinline__ int column_of(int half, int e) { return half * 8 + lane_column() * 2 + e % 2; }
+
+// Base-2 logits from products, -inf where a pair is hidden or does not exist.
+template <bool KEYS_ARE_ROWS>
+__device__ __forceinline__ void to_logits(float (&x)[2][4], const Relevancy& call, int b, int h, int row, int column) {
+    const float scale = call.scale * LOG2_E;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const int first = row + row_of(n % 4), second = column + column_of(n / 4, n % 4);
+        const int i = KEYS_ARE_ROWS ? second : first, j = KEYS_ARE_ROWS ? first : second;
+        float& y = x[n / 4][n % 4];
+        y = i < call.N && j < call.M ? call.masks.apply(y * scale, b, h, i, j) : -INFINITY;
+    }
+}
+
+// Of rows g and g+8: the largest logit so far and this lane's sum of 2^(logit - largest); a row that is given has its log-sum-exp
+// for the largest.
+struct Softmax {
+    bool given = false;
+    float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+
+    // What is subtracted from logits. It is finite but for a given row without keys, which has +inf: its probabilities are 0.
+    __device__ __forceinline__ float shift(int r) const { return top[r] == -INFINITY ? 0.0f : top[r]; }
+
+    // From logits to powers; what was summed of earlier ones is to be multiplied by `shrink`.
+    __device__ __forceinline__ void add(float (&x)[2][4], float (&shrink)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            shrink[r] = 1.0f;
+            if (given) continue;
+            const float before = top[r];
+            const float here = fmaxf(fmaxf(x[0][2 * r], x[0][2 * r + 1]), fmaxf(x[1][2 * r], x[1][2 * r + 1]));
+            top[r] = fmaxf(before, row_max(here));
+            shrink[r] = fast_exp2(before - shift(r));
+            total[r] *= shrink[r];
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            float& y = x[i / 4][i % 4];
+            y = fast_exp2(y - shift(i % 4 / 2));
+            total[i % 4 / 2] += y;
+        }
+    }
+};
+
+// Rows first .. first+15 of a head, each times its factor; a factor of 0 makes zeros even of NaN.
+template <class T, int WIDTH>
+__device__ __forceinline__ void store(const float (&x)[WIDTH / 8][4], const float (&factor)[2], const Rows& to, int b, int h,
+                                      int first, int64_t num_rows, int num_cols) {
+    T* p = to.at<T>(b, h);
+    const bool pairs = num_cols % 2 == 0 && to.row % 2 == 0 && reinterpret_cast<uintptr_t>(p) % (2 * sizeof(T)) == 0;
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; ++n) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = first + lane_row() + 8 * r, col = n * 8 + lane_column() * 2;
+            if (row >= num_rows || col >= num_cols) continue;
+            struct alignas(2 * sizeof(T)) Pair {
+                T x, y;
+            } pair = {from_float<T>(factor[r] == 0.0f ? 0.0f : x[n][2 * r] * factor[r]),
+                      from_float<T>(factor[r] == 0.0f ? 0.0f : x[n][2 * r + 1] * factor[r])};
+            T* at = p + row * to.row + col;
+            if (pairs) {
+                *reinterpret_cast<Pair*>(at) = pair;
+            } else {
+                at[0] = pair.x;
+                if (col + 1 < num_cols) at[1] = pair.y;
+            }
+        }
+    }
+}
+
+// The first of the 16 rows of this warp, and how far it is to its next ones.
+__device__ __forceinline__ int first_row() { return warp_index() * SLAB; }
+__device__ __forceinline__ int next_rows() { return blockDim.x / WARP * SLAB; }
+
+// Keys from here on are seen by none of 16 queries.
+__device__ __forceinline__ int key_end(const Relevancy& call, int first) {
+    const int end = static_cast<int>(call.M);
+    return call.masks.causal && first + SLAB < end ? first + SLAB : end;
+}
+
+// ---- forward: a block takes a head
+
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(MAX_WARPS* WARP) forward_kernel(Relevancy call) {
+    const int heads = static_cast<int>(call.H), b = blockIdx.x / heads, h = blockIdx.x % heads;
+    const int key_head = h / (heads / static_cast<int>(call.key_heads));
+    T* keys = static_cast<T*>(shared_memory());
+    T* values = next_tile<T, WIDTH>(keys, call.M);
+    stage_head<T, WIDTH>(keys, call.key, b, key_head, call.M, call.D);
+    stage_head<T, WIDTH>(values, call.value, b, key_head, call.M, call.DV);
+    __syncthreads();
+    for (int first = first_row(); first < call.N; first += next_rows()) {
+        Rows16<T, WIDTH> query;
+        query.load(call.query.at<const T>(b, h), call.query.row, first, call.N, call.D);
+        float out[WIDTH / 8][4] = {};
+        Softmax softmax;
+        for (int k = 0; k < key_end(call, first); k += SLAB) {
+            float p[2][4], shrink[2];
+            products<T, WIDTH>(p, query, keys, k);
+            to_logits<false>(p, call, b, h, first, k);
+            softmax.add(p, shrink);
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
+            }
+            product_with_columns<T, WIDTH>(out, p, values, k);
+        }
+        float factor[2];
+        for (int r = 0; r < 2; ++r) {
+            const float total = row_sum(softmax.total[r]);
+            factor[r] = total == 0.0f ? 0.0f : 1.0f / total;
+            const int row = first + row_of(2 * r);
+            const float lse = total == 0.0f ? -INFINITY : (softmax.shift(r) + log2f(total)) * LN_2;
+            if (lane_column() == 0 && row < call.N) call.lse[(b * call.H + h) * call.N + row] = lse;
+        }
+        store<T, WIDTH>(out, factor, call.out, b, h, first, call.N, call.DV);
+    }
+}
+
+// ---- backward: a block takes a sample, or a range of its heads
+
+// The workspace: of each query's row of P = 2^(logit - SHIFT) * WEIGHT those, DELTA = sum(P dP) and SUM, that of the row of this
+// head's A or relu(A * dA), (B,H,N) each; then the PARTIAL sums of r Abar of all ranges of heads but the first, (B,T,M) each.
+enum Known { SHIFT, WEIGHT, DELTA, SUM, PARTIAL };
+__device__ __forceinline__ float* known(const Relevancy& call, Known what) {
+    return call.workspace + what * call.B * call.H * call.N;
+}
+
+// An empty tensor has no data either: of head size 0 values alone have a gradient.
+__device__ __forceinline__ bool with_gradients(const Relevancy& call) { return call.grad_query.data || call.grad_value.data; }
+__host__ __device__ inline bool with_sums(const Relevancy& call) { return call.row_normalize && call.T > 0; }
+
+// Whether a row of these 16 lies so far from 0 that the rounding of its lse would show in P: added masks of -1e38 do that.
+__device__ __forceinline__ bool is_coarse(const Softmax& rows) {
+    float farthest = 0.0f;
+    for (float top : rows.top) farthest = fmaxf(farthest, top == INFINITY ? 0.0f : fabsf(top));
+    for (int lanes = 4; lanes < WARP; lanes *= 2) farthest = fmaxf(farthest, __shfl_xor_sync(ALL_LANES, farthest, lanes));
+    return farthest > 4096.0f;
+}
+
+// sum(grad_out * out) of rows g and g+8, in 16-bit types as the operands of products have them.
+template <class T, int WIDTH>
+__device__ __forceinline__ void dot_rows(float (&sum)[2], const Rows16<T, WIDTH>& x, const Rows16<T, WIDTH>& y) {
+    if constexpr (sizeof(T) == 2) {
+        sum[0] = sum[1] = 0.0f;
+#pragma unroll
+        for (int s = 0; s < WIDTH / 16; ++s) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                T a[2], b[2];
+                memcpy(static_cast<void*>(a), &x.a[s][i], sizeof(a));
+                memcpy(static_cast<void*>(b), &y.a[s][i], sizeof(b));
+                sum[i % 2] = fmaf(to_float(a[0]), to_float(b[0]), sum[i % 2]);
+                sum[i % 2] = fmaf(to_float(a[1]), to_float(b[1]), sum[i % 2]);
+            }
+        }
+        for (float& x : sum) x = row_sum(x);
+    }
+}
+
+// Queries as rows: what is known of them, and dQ.
+template <class T, int WIDTH>
+__device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, T* values) {
+    const bool gradients = with_gradients(call), sums = with_sums(call), dp_of_sums = sums && call.by_gradient;
+    const bool own_lse = gradients || call.out.data;  // otherwise it may count keys that are not here
+    if (!call.lse || own_lse || sums) {               // otherwise it says all
+        __syncthreads();
+        stage_head<T, WIDTH>(keys, call.key, b, key_head, call.M, call.D);
+        if (gradients || dp_of_sums) stage_head<T, WIDTH>(values, call.value, b, key_head, call.M, call.DV);
+        __syncthreads();
+    }
+    const int group = static_cast<int>(call.H / call.key_heads);
+    for (int h = key_head * group; h < (key_head + 1) * group; ++h) {
+        for (int first = first_row(); first < call.N; first += next_rows()) {
+            const int64_t at = (static_cast<int64_t>(b) * call.H + h) * call.N + first;
+            Rows16<T, WIDTH> query, grad;
+            query.load(call.query.at<const T>(b, h), call.query.row, first, call.N, call.D);
+            const int64_t grad_end = gradients || dp_of_sums ? call.N : 0;
+            grad.load(call.grad_out.at<const T>(b, h), call.grad_out.row, first, grad_end, call.DV);
+            Softmax rows;
+            float shift[2], weight[2] = {1.0f, 1.0f}, delta[2] = {0.0f, 0.0f}, scale[2];
+            if (call.lse) {
+                for (int r = 0; r < 2; ++r) {
+                    const float lse = first + row_of(2 * r) < call.N ? call.lse[at + row_of(2 * r)] * LOG2_E : INFINITY;
+                    rows.top[r] = shift[r] = lse == -INFINITY ? INFINITY : lse;
+                }
+                rows.given = !own_lse || (sizeof(T) == 2 && !is_coarse(rows));  // in float32 its rounding always shows
+                if (!rows.given) rows.top[0] = rows.top[1] = -INFINITY;
+            }
+            if (gradients && rows.given) {
+                Rows16<T, WIDTH> out;
+                out.load(call.out.at<const T>(b, h), call.out.row, first, call.N, call.DV);
+                dot_rows<T, WIDTH>(delta, grad, out);
+            }
+            float grad_query[WIDTH / 8][4] = {};
+            // the first sweep over the keys learns what is not known of the rows, the second makes dQ
+            for (int sweep = sums || !rows.given ? 0 : 1; sweep < (gradients ? 2 : 1); ++sweep) {
+                const bool with_dp = sweep == 1 || dp_of_sums || (gradients && !rows.given);
+                float moment[2] = {0.0f, 0.0f}, positive[2] = {0.0f, 0.0f};  // sums of P dP and of relu(P dP)
+                for (int k = 0; k < key_end(call, first); k += SLAB) {
+                    float p[2][4], dp[2][4] = {}, shrink[2];
+                    products<T, WIDTH>(p, query, keys, k);
+                    to_logits<false>(p, call, b, h, first, k);
+                    if (with_dp) products<T, WIDTH>(dp, grad, values, k);
+                    if (sweep == 0) {
+                        rows.add(p, shrink);
+                        for (int r = 0; r < 2; ++r) moment[r] *= shrink[r], positive[r] *= shrink[r];
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) {
+                            const float product = p[i / 4][i % 4] * dp[i / 4][i % 4];
+                            moment[i % 4 / 2] += product;
+                            positive[i % 4 / 2] += product < 0.0f ? 0.0f : product;  // a maximum would hide NaN
+                        }
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) {
+                            const int r = i % 4 / 2;
+                            float& x = p[i / 4][i % 4];
+                            x = fast_exp2(x - shift[r]) * weight[r] * (dp[i / 4][i % 4] - delta[r]);
+                        }
+                        product_with_columns<T, WIDTH>(grad_query, p, keys, k);
+                    }
+                }
+                for (int r = 0; r < 2 && sweep == 0; ++r) {
+                    const float total = row_sum(rows.total[r]);
+                    if (!rows.given) {
+                        shift[r] = total == 0.0f ? INFINITY : rows.shift(r);
+                        weight[r] = total == 0.0f ? 1.0f : 1.0f / total;
+                        delta[r] = row_sum(moment[r]) * weight[r];
+                    }
+                    const float sum = (call.by_gradient ? row_sum(positive[r]) : total) * weight[r];
+                    if (lane_column() == 0 && first + row_of(2 * r) < call.N) known(call, SUM)[at + row_of(2 * r)] = sum;
+                }
+            }
+            for (int r = 0; r < 2; ++r) scale[r] = shift[r] == INFINITY ? 0.0f : call.scale;
+            if (gradients) store<T, WIDTH>(grad_query, scale, call.grad_query, b, h, first, call.N, call.D);
+            for (int r = 0; r < 2; ++r) {
+                if (lane_column() != 0 || first + row_of(2 * r) >= call.N) continue;
+                known(call, SHIFT)[at + row_of(2 * r)] = shift[r];
+                known(call, WEIGHT)[at + row_of(2 * r)] = weight[r];
+                known(call, DELTA)[at + row_of(2 * r)] = delta[r];
+            }
+        }
+    }
+}
+
+// What the keys' pass reads of each query of a head, to shared memory: SHIFT, WEIGHT, DELTA, then rows first .. of r times what
+// makes of Abar's sum over heads the mean, or the normalized row; `length` numbers each, N and what fills the last slab.
+__device__ void stage_columns(float* columns, int length, const Relevancy& call, int b, int h, int first, int num_rows) {
+    for (int i = threadIdx.x; i < length; i += blockDim.x) {
+        const bool exists = i < call.N;
+        const int64_t at = (static_cast<int64_t>(b) * call.H + h) * call.N + i;
+        columns[SHIFT * length + i] = exists ? known(call, SHIFT)[at] : INFINITY;
+        columns[WEIGHT * length + i] = exists ? known(call, WEIGHT)[at] : 1.0f;
+        columns[DELTA * length + i] = exists ? known(call, DELTA)[at] : 0.0f;
+        float factor = 1.0f / static_cast<float>(call.H);
+        if (exists && with_sums(call)) {
+            float sum = 0.0f;
+            for (int64_t head = 0; head < call.H; ++head) sum += known(call, SUM)[(b * call.H + head) * call.N + i];
+            factor = sum < 1.17549435e-38f ? 0.0f : 1.0f / sum;  // the reciprocal of less than a normal number overflows
+        }
+        if (exists && call.attention_weight.data)
+            factor *= call.attention_weight.data[b * call.attention_weight.batch + i * call.attention_weight.row];
+        for (int t = 0; t < num_rows; ++t)
+            columns[(3 + t) * length + i] = exists ? call.relevancy[(b * call.T + first + t) * call.N + i] * factor : 0.0f;
+    }
+}
+
+// Keys as rows: with `gradients` one key head's dK and dV; its share of rows carried .. of r Abar, added to `moved` (T,M).
+template <class T, int WIDTH>
+__device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_head, T* queries, T* grads, float* columns,
+                         int carried, float* moved) {
+    const int group = static_cast<int>(call.H / call.key_heads), length = round_up(static_cast<int>(call.N), SLAB);
+    const int left = static_cast<int>(call.T) - carried, num_rows = left < CARRIED<T, WIDTH> ? left : CARRIED<T, WIDTH>;
+    const bool with_dp = gradients || call.by_gradient;
+    for (int round = 0; round < call.M; round += next_rows()) {
+        const int first = round + first_row();
+        Rows16<T, WIDTH> key, value;
+        key.load(call.key.at<const T>(b, key_head), call.key.row, first, call.M, call.D);
+        value.load(call.value.at<const T>(b, key_head), call.value.row, first, with_dp ? call.M : 0, call.DV);
+        float grad_key[WIDTH / 8][4] = {}, grad_value[WIDTH / 8][4] = {}, sums[CARRIED<T, WIDTH>][2] = {};
+        for (int h = key_head * group; h < (key_head + 1) * group; ++h) {
+            if (round == 0 || group > 1) {
+                __syncthreads();
+                stage_head<T, WIDTH>(queries, call.query, b, h, call.N, call.D);
+                if (with_dp) stage_head<T, WIDTH>(grads, call.grad_out, b, h, call.N, call.DV);
+                stage_columns(columns, length, call, b, h, carried, num_rows);
+                __syncthreads();
+            }
+            if (first >= call.M) continue;
+            for (int q = call.masks.causal ? first : 0; q < call.N; q += SLAB) {  // earlier queries see none of these keys
+                float p[2][4], dp[2][4] = {};
+                products<T, WIDTH>(p, key, queries, q);
+                to_logits<true>(p, call, b, h, first, q);
+                if (with_dp) products<T, WIDTH>(dp, value, grads, q);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int column = q + column_of(i / 4, i % 4);
+                    float& x = p[i / 4][i % 4];
+                    x = fast_exp2(x - columns[SHIFT * length + column]) * columns[WEIGHT * length + column];
+                }
+                if (gradients) product_with_columns<T, WIDTH>(grad_value, p, grads, q);
+#pragma unroll
+                for (int t = 0; t < CARRIED<T, WIDTH>; ++t) {
+                    if (t >= num_rows) continue;
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        const float x = p[i / 4][i % 4], product = x * dp[i / 4][i % 4];
+                        const float share = !call.by_gradient ? x : product < 0.0f ? 0.0f : product;
+                        float& sum = sums[t][i % 4 / 2];
+                        sum = fmaf(share, columns[(3 + t) * length + q + column_of(i / 4, i % 4)], sum);
+                    }
+                }
+                if (!gradients) continue;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float delta = columns[DELTA * length + q + column_of(i / 4, i % 4)];
+                    p[i / 4][i % 4] *= dp[i / 4][i % 4] - delta;
+                }
+                product_with_columns<T, WIDTH>(grad_key, p, queries, q);
+            }
+        }
+        float scale[2], one[2];
+        for (int r = 0; r < 2; ++r) {
+            const int row = first + row_of(2 * r);
+            const bool seen = row < call.M && (!call.masks.keys || call.masks.keys[b * call.M + row]);
+            scale[r] = seen ? call.scale : 0.0f;
+            one[r] = seen ? 1.0f : 0.0f;
+#pragma unroll
+            for (int t = 0; t < CARRIED<T, WIDTH>; ++t) {
+                const float sum = row_sum(sums[t][r]);
+                if (t < num_rows && lane_column() == t % 4 && seen) moved[(carried + t) * call.M + row] += sum;
+            }
+        }
+        if (gradients) {
+            store<T, WIDTH>(grad_key, scale, call.grad_key, b, key_head, first, call.M, call.D);
+            store<T, WIDTH>(grad_value, one, call.grad_value, b, key_head, first, call.M, call.DV);
+        }
+    }
+}
+
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(MAX_WARPS* WARP) backward_kernel(Relevancy call, int parts, int passes) {
+    const int b = blockIdx.x / parts, part = blockIdx.x % parts, key_heads = static_cast<int>(call.key_heads);
+    const int begin = part * key_heads / parts, end = (part + 1) * key_heads / parts;
+    const int64_t rows = call.N > call.M ? call.N : call.M, size = call.T * call.M;
+    T* first = static_cast<T*>(shared_memory());
+    T* second = next_tile<T, WIDTH>(first, rows);
+    float* columns = reinterpret_cast<float*>(next_tile<T, WIDTH>(second, rows));
+    float* moved = (part == 0 ? call.moved : known(call, PARTIAL) + (part - 1) * call.B * size) + b * size;
+    if (passes & KEY_ROWS) {
+        for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
+            float kept = 0.0f;
+            if (call.residual && part == 0) {
+                const RowWeight& weight = call.residual_weight;
+                kept = call.relevancy[b * call.T * call.N + i];
+                if (weight.data) kept *= weight.data[b * weight.batch + i % call.M * weight.row];
+            }
+            moved[i] = kept;
+        }
+    }
+    // row sums are over all heads; otherwise a head's keys follow its queries, while both are in the cache
+    const int together = with_sums(call) ? end - begin : 1;
+    for (int head = begin; head < end; head += together) {
+        for (int i = head; passes & QUERY_ROWS && i < head + together; ++i) query_rows<T, WIDTH>(call, b, i, first, second);
+        for (int i = head; passes & KEY_ROWS && i < head + together; ++i) {
+            bool gradients = with_gradients(call);
+            for (int t = 0; gradients || t < call.T; t += CARRIED<T, WIDTH>, gradients = false)
+                key_rows<T, WIDTH>(call, gradients, b, i, first, second, columns, t, moved);
+        }
+    }
+}
+
+__global__ void add_parts_kernel(Relevancy call, int parts) {
+    const int64_t size = call.B * call.T * call.M, i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    float sum = call.moved[i];
+    for (int part = 1; part < parts; ++part) sum += known(call, PARTIAL)[(part - 1) * size + i];
+    call.moved[i] = sum;
+}
+
+// ---- launches
+
+// Ranges of key heads that a sample is cut into.
+int parts_of(const Relevancy& call) {
+    if (call.B == 0 || call.B >= MANY_SAMPLES) return 1;
+    return static_cast<int>(std::max<int64_t>(1, std::min(call.key_heads, divide_up(MANY_BLOCKS, call.B))));
+}
+
+// As few warps as need no more rounds over these rows than MAX_WARPS do.
+int threads_for(int64_t rows) {
+    const int64_t slabs = std::max<int64_t>(1, divide_up(rows, SLAB));
+    return static_cast<int>(divide_up(slabs, divide_up(slabs, MAX_WARPS))) * WARP;
+}
+
+// use(T(), width) with the tiles' width as a constant.
+template <class Use>
+cudaError_t with_shape(const Relevancy& call, Use use) {
+    return with_type(call.dtype, [&](auto type) {
+        return std::max(call.D, call.DV) <= 64 ? use(type, std::integral_constant<int, 64>())
+                                                : use(type, std::integral_constant<int, 128>());
+    });
+}
+
+}  // namespace
+
+int64_t relevancy_workspace(const Relevancy& call) {
+    return 4 * call.B * call.H * call.N + (parts_of(call) - 1) * call.B * call.T * call.M;
+}
+
+cudaError_t relevancy_forward(const Relevancy& call, cudaStream_t stream) {
+    return with_shape(call, [&](auto type, auto width) {
+        using T = decltype(type);
+        constexpr int WIDTH = decltype(width)::value;
+        const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(call.M), SLAB));
+        return launch(forward_kernel<T, WIDTH>, call.B * call.H, threads_for(call.N), shared, stream, call);
+    });
+}
+
+cudaError_t relevancy_backward(const Relevancy& call, cudaStream_t stream) {
+    const int parts = parts_of(call);
+    const int64_t longest = std::max(call.N, call.M);
+    const cudaError_t status = with_shape(call, [&](auto type, auto width) {
+        using T = decltype(type);
+        constexpr int WIDTH = decltype(width)::value;
+        const size_t of_queries = sizeof(float) * (3 + std::min<int64_t>(call.T, CARRIED<T, WIDTH>));
+        const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(longest), SLAB)) +
+                              of_queries * round_up(static_cast<int>(call.N), SLAB);
+        const auto run = [&](int passes) {
+            return launch(backward_kernel<T, WIDTH>, call.B * parts, threads_for(longest), shared, stream, call, parts, passes);
+        };
+        if (parts == 1 || !with_sums(call)) return run(QUERY_ROWS | KEY_ROWS);
+        const cudaError_t first = run(QUERY_ROWS);  // the row sums of one range of heads are divisors in the others
+        return first == cudaSuccess ? run(KEY_ROWS) : first;
+    });
+    if (status != cudaSuccess || parts == 1) return status;
+    return launch(add_parts_kernel, divide_up(call.B * call.T * call.M, 256), 256, size_t{0}, stream, call, parts);
+}
+
+}  // namespace vlattn
