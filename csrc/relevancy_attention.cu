@@ -138,7 +138,7 @@ __device__ __forceinline__ int key_end(const Relevancy& call, int first) {
 // ---- forward: a block takes a head
 
 template <class T, int WIDTH>
-__global__ void __launch_bounds__(MAX_WARPS* WARP) forward_kernel(Relevancy call) {
+__global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(Relevancy call) {
     const int heads = static_cast<int>(call.H), b = blockIdx.x / heads, h = blockIdx.x % heads;
     const int key_head = h / (heads / static_cast<int>(call.key_heads));
     T* keys = static_cast<T*>(shared_memory());
@@ -398,7 +398,7 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
 }
 
 template <class T, int WIDTH>
-__global__ void __launch_bounds__(MAX_WARPS* WARP) backward_kernel(Relevancy call, int parts, int passes) {
+__global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(Relevancy call, int parts, int passes) {
     const int b = blockIdx.x / parts, part = blockIdx.x % parts, key_heads = static_cast<int>(call.key_heads);
     const int begin = part * key_heads / parts, end = (part + 1) * key_heads / parts;
     const int64_t rows = call.N > call.M ? call.N : call.M, size = call.T * call.M;
@@ -471,7 +471,7 @@ cudaError_t relevancy_forward(const Relevancy& call, cudaStream_t stream) {
         using T = decltype(type);
         constexpr int WIDTH = decltype(width)::value;
         const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(call.M), SLAB));
-        return launch(forward_kernel<T, WIDTH>, call.B * call.H, threads_for(call.N), shared, stream, call);
+        return launch(relevancy_forward_kernel<T, WIDTH>, call.B * call.H, threads_for(call.N), shared, stream, call);
     });
 }
 
@@ -485,7 +485,8 @@ cudaError_t relevancy_backward(const Relevancy& call, cudaStream_t stream) {
         const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(longest), SLAB)) +
                               of_queries * round_up(static_cast<int>(call.N), SLAB);
         const auto run = [&](int passes) {
-            return launch(backward_kernel<T, WIDTH>, call.B * parts, threads_for(longest), shared, stream, call, parts, passes);
+            return launch(relevancy_backward_kernel<T, WIDTH>, call.B * parts, threads_for(longest), shared, stream, call, parts,
+                          passes);
         };
         if (parts == 1 || !with_sums(call)) return run(QUERY_ROWS | KEY_ROWS);
         const cudaError_t first = run(QUERY_ROWS);  // the row sums of one range of heads are divisors in the others

@@ -49,7 +49,7 @@ template <class T, int SIZE>
 constexpr int FORWARD_TILES = SIZE == 64 && !std::is_same_v<T, float> ? 2 : 1;
 
 template <class T, int SIZE>
-__global__ void __launch_bounds__(THREADS, 3) forward_kernel(ScoreAttention call) {
+__global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAttention call) {
     constexpr int MT = FORWARD_TILES<T, SIZE>, ROWS = WARPS * 16 * MT;
     const int64_t num_q = divide_up(call.N, ROWS), i_bh = blockIdx.x / num_q, b = i_bh / call.H, h = i_bh % call.H;
     const int64_t first = blockIdx.x % num_q * ROWS, warp_first = first + warp_index() * 16 * MT, row = warp_first + lane_row();
@@ -139,7 +139,7 @@ __device__ __forceinline__ float lse_log2(const float* lse, int64_t q, int64_t N
 // walks over the keys, and leaves each query's delta = sum(grad_out out) - grad_lse for the other pass.
 template <class T, int SIZE, bool KEY_MAJOR>
 __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
-    backward_kernel(ScoreAttention call, float* p_delta, float* p_parts) {
+    additive_backward_kernel(ScoreAttention call, float* p_delta, float* p_parts) {
     constexpr int ROWS = BACKWARD_ROWS, CHUNKS = SIZE / 64;
     constexpr bool EXACT = std::is_same_v<T, float>;
     const int64_t heads = !KEY_MAJOR ? call.H : call.key_heads > call.value_heads ? call.key_heads : call.value_heads;
@@ -314,7 +314,7 @@ template <class T, int SIZE>
 cudaError_t forward(const ScoreAttention& call, cudaStream_t stream) {
     constexpr int ROWS = WARPS * 16 * FORWARD_TILES<T, SIZE>;
     const size_t shared = Shared::bytes(call.A, ROWS) + tile_bytes<T, SIZE>(COLUMNS);
-    return launch(forward_kernel<T, SIZE>, divide_up(call.N, ROWS) * call.B * call.H, THREADS, shared, stream, call);
+    return launch(additive_forward_kernel<T, SIZE>, divide_up(call.N, ROWS) * call.B * call.H, THREADS, shared, stream, call);
 }
 
 template <class T, int SIZE>
@@ -325,9 +325,9 @@ cudaError_t backward(const ScoreAttention& call, cudaStream_t stream) {
     float *delta = call.workspace, *parts = delta + 2 * call.B * call.H * call.N;
     const int64_t blocks_q = divide_up(call.N, BACKWARD_ROWS) * call.B * call.H;
     const int64_t blocks_kv = score_attention_blocks(call.M) * call.B * heads;
-    cudaError_t status = launch(backward_kernel<T, SIZE, false>, blocks_q, THREADS, shared, stream, call, delta, parts);
+    cudaError_t status = launch(additive_backward_kernel<T, SIZE, false>, blocks_q, THREADS, shared, stream, call, delta, parts);
     if (status != cudaSuccess) return status;
-    return launch(backward_kernel<T, SIZE, true>, blocks_kv, THREADS, shared, stream, call, delta, parts);
+    return launch(additive_backward_kernel<T, SIZE, true>, blocks_kv, THREADS, shared, stream, call, delta, parts);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // CUDA's execution model on one CPU thread, so that the kernels themselves can be tested without a GPU.
 //
 // Blocks run one after the other. The threads of a block are fibers: each runs until it waits for others (a barrier, or an
-// instruction of the whole warp), and then another goes on. Who goes on is drawn anew in every round, from a seed
-// (VLATTN_EMULATION_SEED): threads that do not wait for each other where they should then see each other's past or future.
+// instruction of the whole warp), and then another goes on. From one barrier to the next a warp runs as far as it can before
+// another starts; the order of warps, and of the lanes of a warp, is drawn anew each time, from a seed (VLATTN_EMULATION_SEED):
+// threads that do not wait for each other where they should then see each other's past or future.
 // Shared memory has exactly the size asked for and is full of NaN when a block starts. A block whose threads wait for
 // something that cannot come (some have returned, or are at another barrier) ends with cudaErrorLaunchFailure.
 #pragma once
@@ -18,6 +19,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -84,6 +86,10 @@ inline uint64_t draw() {
     return x;
 }
 
+inline void shuffle(std::vector<unsigned>& order) {
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
+}
+
 // To the scheduler, until it comes back here.
 inline void yield(State state) {
     Machine& m = machine();
@@ -130,7 +136,6 @@ inline bool run_block(size_t shared) {
     m.shared.reset(new unsigned char[shared]);
     memset(m.shared.get(), 0xff, shared);
     for (Warp& warp : m.warps) warp.arrived = 0;
-    std::vector<Fiber*> order;
     for (Fiber& fiber : m.fibers) {
         getcontext(&fiber.entry);
         fiber.entry.uc_stack.ss_sp = fiber.stack.get();
@@ -139,30 +144,37 @@ inline bool run_block(size_t shared) {
         makecontext(&fiber.entry, enter, 0);
         fiber.started = false;
         fiber.state = State::ready;
-        order.push_back(&fiber);
     }
+    std::vector<unsigned> warps(m.warps.size()), lanes(LANES);
+    std::iota(warps.begin(), warps.end(), 0u);
+    std::iota(lanes.begin(), lanes.end(), 0u);
     for (;;) {
-        for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
-        size_t done = 0, waiting = 0;
-        bool moved = false;
-        for (Fiber* fiber : order) {
-            if (fiber->state == State::ready) {
-                resume(*fiber);
-                moved = true;
+        shuffle(warps);
+        for (unsigned warp : warps) {
+            bool moved = true;
+            while (moved) {
+                moved = false;
+                shuffle(lanes);
+                for (unsigned lane : lanes) {
+                    Fiber& fiber = m.fibers[warp * LANES + lane];
+                    if (fiber.state != State::ready) continue;
+                    resume(fiber);
+                    moved = true;
+                }
             }
         }
-        for (Fiber* fiber : order) {
-            done += fiber->state == State::done;
-            waiting += fiber->state == State::at_barrier;
+        size_t done = 0, waiting = 0;
+        for (const Fiber& fiber : m.fibers) {
+            done += fiber.state == State::done;
+            waiting += fiber.state == State::at_barrier;
         }
-        if (done == order.size()) return true;
-        if (waiting == order.size()) {
-            for (Fiber* fiber : order) fiber->state = State::ready;
-        } else if (!moved) {
+        if (done == m.fibers.size()) return true;
+        if (waiting != m.fibers.size()) {
             fprintf(stderr, "block %u: of %zu threads %zu returned, %zu wait at a barrier, the others for their warp\n",
-                    m.block.x, order.size(), done, waiting);
+                    m.block.x, m.fibers.size(), done, waiting);
             return false;
         }
+        for (Fiber& fiber : m.fibers) fiber.state = State::ready;
     }
 }
 

@@ -84,9 +84,9 @@ def write(table: dict[str, dict[str, Row]]) -> None:
 
 
 def built() -> Path:
-    from tests.cuda.conftest import build
+    from tests.cuda.conftest import CUDA, build
 
-    return build("cuda", "-UVLATTN_TARGETS") / "libvlattn_cuda.so"  # the targets of CMakeLists.txt, not those of the last build
+    return build("cuda", *CUDA) / "libvlattn_cuda.so"
 
 
 def main() -> None:

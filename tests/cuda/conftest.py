@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +22,20 @@ import torch.utils.deterministic
 from vlattn_fast.cuda import _library
 
 ROOT = Path(__file__).parents[2]
+HOST, SANITIZED = ("-DVLATTN_HOST=ON",), ("-DVLATTN_HOST=ON", "-DVLATTN_SANITIZE=ON")
+CUDA = ("-UVLATTN_TARGETS",)  # the targets of CMakeLists.txt, not those of the last build
+LATE = {"test_build.py": ("cuda", *CUDA), "test_sanitized.py": ("asan", *SANITIZED)}
+LOCKS: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
 
 
 def build(name: str, *options: str, target: str = "all") -> Path:
     """The folder build/`name` with the library, built where something changed; skips where a tool is missing."""
+    with LOCKS[name]:
+        return _build(name, options, target)
+
+
+def _build(name: str, options: tuple[str, ...], target: str) -> Path:
     folder = ROOT / "build" / name
     for tool in ("cmake", "ninja", "c++"):
         if shutil.which(tool, path=tools()["PATH"]) is None:
@@ -48,7 +59,23 @@ def tools() -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-HOST, SANITIZED = ("-DVLATTN_HOST=ON",), ("-DVLATTN_HOST=ON", "-DVLATTN_SANITIZE=ON")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of what takes minutes to build come last: until then it is built beside the others."""
+    late = {item.path.name for item in items} & LATE.keys()
+    if not late or len(late) == len({item.path.name for item in items}):
+        return
+    items.sort(key=lambda item: item.path.name in late)
+    threading.Thread(target=_build_early, args=(sorted(late),), daemon=True).start()
+
+
+def _build_early(late: list[str]) -> None:
+    for name in late:
+        try:
+            build(*LATE[name])
+        except (pytest.skip.Exception, AssertionError):
+            pass  # the test that needs it says so
+
+
 
 
 def sanitizing() -> dict[str, str]:

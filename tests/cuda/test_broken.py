@@ -18,21 +18,32 @@ from tests.cuda.conftest import HOST, ROOT, build, tools
 class Break(NamedTuple):
     operator: str
     what: str
+    file: str
     old: str
     new: str
     tests: str  # pytest's -k
 
 
-BREAKS: list[Break] = []
+BARRIER = "__syncthreads();"
+BREAKS = [
+    Break("score_attention", "an odd hidden unit left out", "additive_scores.h", "pairs = (A + 1) / 2;", "pairs = A / 2;",
+          "feature_sizes"),
+    Break("relevancy_attention", "no barrier after staging", "relevancy_attention.cu",
+          f"carried, num_rows);\n                {BARRIER}", "carried, num_rows);", "number_of_rows"),
+    Break("relevancy_attention", "a key too many", "relevancy_attention.cu", "y = i < call.N && j < call.M ?",
+          "y = i < call.N && j <= call.M ?", "sizes"),
+    Break("congruence", "no barrier before the divergence", "congruence.cu",
+          f"{BARRIER}\n        const float loss = divergence(", "const float loss = divergence(", "kinds_and_directions"),
+]  # fmt: skip
 
 
 def broken_library(change: Break, folder: Path) -> Path:
     """build/host's library with one kernel compiled from a changed copy, by the commands that CMake made."""
     host, file = build("host", *HOST), f"{change.operator}.cu"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    source = (folder / "csrc" / file).read_text()
-    assert source.count(change.old) == 1, f"{source.count(change.old)} times in {file}: {change.old}"
-    (folder / "csrc" / file).write_text(source.replace(change.old, change.new))
+    source = (folder / "csrc" / change.file).read_text()
+    assert source.count(change.old) == 1, f"{source.count(change.old)} times in {change.file}: {change.old}"
+    (folder / "csrc" / change.file).write_text(source.replace(change.old, change.new))
     listed = subprocess.run(["ninja", "-t", "commands"], cwd=host, env=tools(), capture_output=True, text=True, check=True).stdout
     library, made = folder / "libvlattn_host.so", f"CMakeFiles/vlattn_host.dir/csrc/{file}.o"
     for command in listed.splitlines():

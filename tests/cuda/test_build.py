@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,7 +17,6 @@ from tests.cuda.compile_table import complaints, cuobjdump, nvcc_version, read, 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 BINDING = (CSRC / "binding.cpp").read_text()
-SECONDS = 180  # a build from nothing on two cores
 BACKWARD = r"backward|grad"  # in the name of every kernel that is not a forward pass's
 ROW = {"registers": 100, "shared": 1024, "stack": 0}
 TINY = """
@@ -63,32 +61,22 @@ def nvcc() -> str:
 
 
 @pytest.fixture(scope="module")
-def built(nvcc: str) -> tuple[Path, float]:
-    """The library, and the seconds that compilers worked; fewer where build/cuda was there before."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    library = compile_table.built()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return library, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def built(nvcc: str) -> Path:
+    return compile_table.built()
 
 
-def test_it_is_built_in_minutes(built: tuple[Path, float]) -> None:
-    """In seconds of the processors, as the machine may have other work to do."""
-    library, seconds = built
-    assert library.exists() and seconds < 2 * SECONDS
-
-
-def test_it_has_its_targets(built: tuple[Path, float]) -> None:
+def test_it_has_its_targets(built: Path) -> None:
     kernels = len(list(CSRC.glob("*.cu")))
-    machine_code = re.findall(r"\.(sm_\w+)\.cubin$", cuobjdump("--list-elf", built[0]), re.M)
+    machine_code = re.findall(r"\.(sm_\w+)\.cubin$", cuobjdump("--list-elf", built), re.M)
     assert sorted(machine_code) == sorted(["sm_80", "sm_90a", "sm_100"] * kernels)
-    assert re.findall(r"\.(sm_\w+)\.ptx$", cuobjdump("--list-ptx", built[0]), re.M) == ["sm_100"] * kernels
+    assert re.findall(r"\.(sm_\w+)\.ptx$", cuobjdump("--list-ptx", built), re.M) == ["sm_100"] * kernels
 
 
-def test_kernels_compile_as_stored(built: tuple[Path, float], nvcc: str) -> None:
+def test_kernels_compile_as_stored(built: Path, nvcc: str) -> None:
     table = read()
     if table and nvcc not in table:
         pytest.skip(f"the table has no nvcc {nvcc}, only {', '.join(table)}: python tests/cuda/compile_table.py --write adds it")
-    assert complaints(rows_of(built[0]), table.get(nvcc, {})) == []
+    assert complaints(rows_of(built), table.get(nvcc, {})) == []
 
 
 def test_forward_kernels_have_no_stack_on_sm_90() -> None:

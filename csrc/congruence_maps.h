@@ -1,0 +1,201 @@
+// Products and divergences of float32 maps, by all threads of a block, for congruence.cu. What is neither templated nor in a loop
+// over the heads is not inlined: it would be compiled anew for every type and size.
+#pragma once
+
+#include "congruence.h"
+#include "mma.h"
+
+namespace vlattn {
+
+constexpr int TOKENS = 128;                  // of a modality, at most
+constexpr int STRIP = 16;                    // rows that a warp holds
+constexpr int LANE_COLUMNS = TOKENS / WARP;  // of a row that a warp holds
+constexpr int CHUNK = 32;                    // of the inner dimension of a product
+constexpr int CHUNK_STRIDE = TOKENS + 4;
+constexpr size_t PRODUCT_BYTES = 2 * CHUNK * CHUNK_STRIDE * sizeof(float);
+constexpr float EPSILON = 1e-6f;  // in the logarithms of iais_distributed
+constexpr float TINY = 1.1754944e-38f;
+
+// A float32 matrix in the workspace.
+struct Matrix {
+    float* p;
+    int row, column;  // strides
+
+    __device__ Matrix transposed() const { return {p, column, row}; }
+    __device__ float& operator()(int i, int j) const { return p[i * row + j * column]; }
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int bits = WARP / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(ALL_LANES, x, bits);
+    return x;
+}
+
+// Rows k .. k+CHUNK-1 of m (inner,width) to a chunk, zeros outside.
+static __device__ void stage_chunk(float* chunk, Matrix m, int k, int inner, int width) {
+    const int warps = blockDim.x / WARP, wide = round_up(width, WARP);
+    auto copy = [&](int i, int j) {
+        chunk[i * CHUNK_STRIDE + j] = k + i < inner && j < width ? m(k + i, j) : 0.0f;
+    };
+    if (m.column == 1) {
+        for (int i = warp_index(); i < CHUNK; i += warps)
+            for (int j = lane_index(); j < wide; j += WARP) copy(i, j);
+    } else {
+        for (int j = warp_index(); j < wide; j += warps) copy(lane_index(), j);
+    }
+}
+
+// c (rows,columns) = a (rows,inner) b (inner,columns), or with `add` +=; begins with a barrier. `chunks`: PRODUCT_BYTES of shared
+// memory.
+static __device__ __attribute__((noinline)) void product(Matrix c, Matrix a, Matrix b, int rows, int inner, int columns, bool add,
+                                                         float* chunks) {
+    float *left = chunks, *right = chunks + CHUNK * CHUNK_STRIDE;
+    const int first = warp_index() * STRIP + lane_index() / 8 * 4, at = lane_index() % 8 * 4;
+    float sum[LANE_COLUMNS][4][4] = {};  // of columns 32 n + at + j, rows first + i: [n][i][j]
+    for (int k = 0; k < inner; k += CHUNK) {
+        __syncthreads();
+        stage_chunk(left, a.transposed(), k, inner, rows);
+        stage_chunk(right, b, k, inner, columns);
+        __syncthreads();
+        if (warp_index() * STRIP >= rows) continue;
+#pragma unroll 2
+        for (int i = 0; i < CHUNK; ++i) {
+            const float4 x = *reinterpret_cast<const float4*>(left + i * CHUNK_STRIDE + first);
+#pragma unroll
+            for (int n = 0; n < LANE_COLUMNS; ++n) {
+                if (n * WARP >= columns) continue;
+                const float4 y = *reinterpret_cast<const float4*>(right + i * CHUNK_STRIDE + n * WARP + at);
+                const float xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+                for (int e = 0; e < 16; ++e) sum[n][e / 4][e % 4] = fmaf(xs[e / 4], ys[e % 4], sum[n][e / 4][e % 4]);
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; ++n) {
+#pragma unroll
+        for (int e = 0; e < 16; ++e) {
+            const int row = first + e / 4, column = n * WARP + at + e % 4;
+            if (row < rows && column < columns) c(row, column) = sum[n][e / 4][e % 4] + (add ? c(row, column) : 0.0f);
+        }
+    }
+}
+
+// Each row of x becomes 1 at its greatest entry, the first of equals, and 0 elsewhere.
+static __device__ __attribute__((noinline)) void pick(Matrix x, int rows, int columns) {
+    for (int i = warp_index(); i < rows; i += blockDim.x / WARP) {
+        float best = -1.0f;
+        int index = 0;
+        for (int j = lane_index(); j < columns; j += WARP) {
+            if (x(i, j) > best) {
+                best = x(i, j);
+                index = j;
+            }
+        }
+        for (int bits = WARP / 2; bits > 0; bits /= 2) {
+            const float other = __shfl_xor_sync(ALL_LANES, best, bits);
+            const int its = __shfl_xor_sync(ALL_LANES, index, bits);
+            if (other > best || (other == best && its < index)) {
+                best = other;
+                index = its;
+            }
+        }
+        for (int j = lane_index(); j < columns; j += WARP) x(i, j) = j == index ? 1.0f : 0.0f;
+    }
+}
+
+using Part = float (&)[LANE_COLUMNS];  // of a row, columns lane + 32 k
+using Pairs = const bool (&)[LANE_COLUMNS];
+
+    // Of a row: the loss over this lane's columns, and the gradients at p and t.
+    static __device__ float distributed(Part p, Part t, Pairs pair, Part by_p, Part by_t) {
+        float loss = 0.0f;
+#pragma unroll
+        for (int k = 0; k < LANE_COLUMNS; ++k) {
+            if (!pair[k]) continue;
+            // t (log t - log(p + eps)) + p (log p - log(t + eps)), with log x - log(x + eps) = -log1p(eps / x) and 0 log 0 = 0
+            const float safe_p = fmaxf(p[k], TINY), safe_t = fmaxf(t[k], TINY);
+            const float log_p = logf(p[k] + EPSILON), log_t = logf(t[k] + EPSILON);
+            loss += (t[k] - p[k]) * (log_t - log_p) - t[k] * log1pf(EPSILON / safe_t) - p[k] * log1pf(EPSILON / safe_p);
+            // log p - log(t + eps) + 1 - t / (p + eps), small where p is near t
+            by_p[k] = logf(safe_p) - log_t + (p[k] - t[k] + EPSILON) / (p[k] + EPSILON);
+            by_t[k] = logf(safe_t) - log_p + (t[k] - p[k] + EPSILON) / (t[k] + EPSILON);
+        }
+        return loss;
+    }
+
+    // The same for softmax(t) against softmax(p), or with `singular` against 2^p.
+    static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singular, Part by_p, Part by_t) {
+        float power[LANE_COLUMNS], sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < LANE_COLUMNS; ++k) sum += power[k] = pair[k] ? expf(t[k]) : 0.0f;  // t is in [0, 1]
+        sum = warp_sum(sum);
+        if (sum == 0.0f) return 0.0f;  // the row of a padded token
+        float moved = 0.0f;
+#pragma unroll
+        for (int k = 0; k < LANE_COLUMNS; ++k) {
+            power[k] /= sum;
+            if (!singular) moved += power[k] * expm1f(p[k] - t[k]);
+        }
+        // log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
+        const float less = singular ? 0.0f : log1pf(warp_sum(moved)), log_sum = logf(sum);
+        float loss = 0.0f, sum_p = 0.0f, sum_t = 0.0f;
+#pragma unroll
+        for (int k = 0; k < LANE_COLUMNS; ++k) {
+            if (!pair[k]) continue;
+            const float d = singular ? p[k] * LN_2 - (t[k] - log_sum) : p[k] - t[k] - less;
+            const float difference = power[k] * expm1f(d);  // p - t
+            loss += difference * d;
+            p[k] = power[k] + difference;
+            by_p[k] = p[k] * d + difference;  // at log p
+            by_t[k] = -(power[k] * d + difference);
+            sum_p += by_p[k];
+            sum_t += by_t[k];
+        }
+        sum_p = warp_sum(sum_p);
+        sum_t = warp_sum(sum_t);
+#pragma unroll
+        for (int k = 0; k < LANE_COLUMNS; ++k) {
+            if (!singular) by_p[k] -= p[k] * sum_p;
+            by_t[k] -= power[k] * sum_t;
+        }
+        return loss;
+    }
+
+// One direction's symmetric divergence of `own`, for iais_singular a base-2 logarithm, from what the target says, both
+// (size,size): the loss over this lane's columns, and with `gradient` also, over the number of heads, the gradients at both, to
+// `by_own` (added to it with `add`) and to the target's place. Written without cancellation: with d = log p - log t,
+// sum (p - t) d = sum t expm1(d) d has no negative term.
+static __device__ __attribute__((noinline)) float divergence(Congruence::Kind kind, Matrix own, Matrix target, const bool* real,
+                                                             int size, float weight, float heads, bool gradient, Matrix by_own,
+                                                             bool add) {
+    float loss = 0.0f;
+    for (int i = warp_index(); i < size; i += blockDim.x / WARP) {
+        float p[LANE_COLUMNS] = {}, t[LANE_COLUMNS] = {}, by_p[LANE_COLUMNS] = {}, by_t[LANE_COLUMNS] = {};
+        bool pair[LANE_COLUMNS];
+#pragma unroll
+        for (int k = 0; k < LANE_COLUMNS; ++k) {
+            const int j = lane_index() + k * WARP;
+            pair[k] = real[i] && real[j];
+            if (pair[k]) {
+                p[k] = own(i, j);
+                t[k] = target(i, j);
+            }
+        }
+        if (kind == Congruence::IAIS_DISTRIBUTED) {
+            loss += weight * distributed(p, t, pair, by_p, by_t);
+        } else {
+            loss += weight * against_softmax(p, t, pair, kind == Congruence::IAIS_SINGULAR, by_p, by_t);
+        }
+        if (!gradient) continue;
+#pragma unroll
+        for (int k = 0; k < LANE_COLUMNS; ++k) {
+            const int j = lane_index() + k * WARP;
+            if (j >= size) continue;
+            by_own(i, j) = (add ? by_own(i, j) : 0.0f) + weight / heads * by_p[k];
+            target(i, j) = weight / heads * by_t[k];
+        }
+    }
+    return loss;
+}
+
+}  // namespace vlattn

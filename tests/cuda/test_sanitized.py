@@ -1,0 +1,24 @@
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which guard every tensor and shared memory on both sides,
+and with threads in another order than in the other tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.cuda.conftest import ROOT, SANITIZED, build, sanitizing
+
+
+@pytest.mark.parametrize("operator, chosen", [
+    ("score_attention", "feature_sizes or empty or grouped or layouts"),
+    ("relevancy_attention", "head_sizes or empty or number_of_rows or layouts"),
+    ("congruence", "either_side or head_sizes or empty or padding or layouts"),
+])  # fmt: skip
+def test_nothing_outside_is_touched(operator: str, chosen: str) -> None:
+    library = build("asan", *SANITIZED) / "libvlattn_host.so"
+    environment = {**sanitizing(), "VLATTN_CUDA_LIBRARY": str(library), "VLATTN_EMULATION_SEED": "3"}
+    tests = ["-q", "-x", "-p", "no:cacheprovider", f"tests/cuda/test_{operator}.py", "-k", chosen]
+    done = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
