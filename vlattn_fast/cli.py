@@ -105,8 +105,10 @@ def verify(
 
     Prints the worst error as a multiple of what is allowed: twice the error of the plain formula in the same dtype, plus one
     ulp; and the command that repeats the worst row. Ends with status 1 where one is above 1. TRITON_INTERPRET=1 in the
-    environment runs the Triton kernels without a GPU, in Triton's interpreter.
+    environment runs the Triton kernels without a GPU, in Triton's interpreter; VLATTN_CUDA_LIBRARY=build/host/libvlattn_host.so
+    those in CUDA C++, built for the CPU (CMakeLists.txt).
     """
+    from .cuda import _library
     from .verify import OPERATORS
     from .verify import verify as run
 
@@ -129,10 +131,10 @@ def verify(
         failed += not result.passed
         typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {found}{verdict}")
     if worst is not None:
-        interpreted = "TRITON_INTERPRET=1 " if worst.backend == "triton" and device == "cpu" else ""
+        emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_library.path} "} if device == "cpu" else {}
         name = str(worst.dtype).removeprefix("torch.")
-        typer.echo(f"the worst again: {interpreted}vlattn verify {worst.operator} --backend {worst.backend} --dtype {name} "
-                   f"--device {device} --seed {seed}")  # fmt: skip
+        typer.echo(f"the worst again: {emulated.get(worst.backend, '')}vlattn verify {worst.operator} --backend {worst.backend} "
+                   f"--dtype {name} --device {device} --seed {seed}")  # fmt: skip
     if failed:
         typer.echo(f"{failed} failed")
         raise typer.Exit(1)
