@@ -222,7 +222,7 @@ def test_info_says_how_the_cuda_library_was_built(library, record, words, tmp_pa
     if record:
         (tmp_path / "build.json").write_text(json.dumps(record))
     monkeypatch.setattr(_library, "INSTALLED", file)
-    monkeypatch.setattr(_library, "path", file)
+    monkeypatch.setattr(_library, "library", _library.find(file))
     result = vlattn("info")
     assert f"\nCUDA C++     {words}\n" in result.output
     assert ("the CUDA C++ kernels are not built (`vlattn info` says why)" in result.output) == (not library)
@@ -230,9 +230,10 @@ def test_info_says_how_the_cuda_library_was_built(library, record, words, tmp_pa
 
 def test_info_names_a_library_of_ones_own(tmp_path, monkeypatch):
     file = tmp_path / "libvlattn_host.so"
-    monkeypatch.setattr(_library, "path", file)
+    monkeypatch.setattr(_library, "library", _library.find(file))
     assert f"\nCUDA C++     {file}, named by VLATTN_CUDA_LIBRARY, is not there\n" in vlattn("info").output
     file.touch()
+    monkeypatch.setattr(_library, "library", _library.find(file))
     assert f"\nCUDA C++     {file}, named by VLATTN_CUDA_LIBRARY\n" in vlattn("info").output
 
 

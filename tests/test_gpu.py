@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -51,6 +52,31 @@ def test_correctness_runs_the_chosen_tests(rehearse):
     assert status == 0 and row["passed"], said
     assert int(row["summary"].split()[0]) > 0 and row["part"] == "correctness" and row["commit"] == "abc123"
     assert {"device", "torch", "triton", "time", "command", "seconds"} <= row.keys()
+
+
+def test_without_a_compiler_it_says_so(rehearse):
+    status, said, (row,) = rehearse("build")
+    assert status == 0 and row["summary"].startswith("not run: nvcc"), said
+
+
+def test_it_builds_by_cmake_and_says_what_went_wrong(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    for tool, status in (("nvcc", 0), ("ninja", 0), ("cmake", 3)):
+        (tmp_path / tool).write_text(f"#!/bin/sh\necho {tool} $@ >> {log}\necho what it said\nexit {status}\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    library = tmp_path / "build/cuda/libvlattn_cuda.so"
+    library.parent.mkdir(parents=True)
+    monkeypatch.setattr(gpu, "TREE", tmp_path)
+    library.write_text("old")
+    found = gpu.build(argparse.Namespace(device="cuda"))
+    assert not found["passed"] and found["summary"] == "cmake -G ended with 3" and found["failures"] == ["what it said\n"]
+    assert not library.exists()
+    (tmp_path / "cmake").write_text(f"#!/bin/sh\necho cmake $@ >> {log}\necho new > {library}\n")
+    assert gpu.build(argparse.Namespace(device="cuda")) == {"passed": True, "summary": "libvlattn_cuda.so, 0.0 MiB"}
+    configure, make = log.read_text().splitlines()[-2:]
+    assert f"-S {tmp_path} -B {library.parent} -DVLATTN_TORCH=" in configure and make == f"cmake --build {library.parent}"
 
 
 def test_no_test_is_no_success(rehearse):

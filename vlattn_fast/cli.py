@@ -131,9 +131,10 @@ def verify(
         failed += not result.passed
         typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {found}{verdict}")
     if worst is not None:
-        emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_library.path} "} if device == "cpu" else {}
+        emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_library.library.path} "}
+        prefix = emulated.get(worst.backend, "") if device == "cpu" else ""
         name = str(worst.dtype).removeprefix("torch.")
-        typer.echo(f"the worst again: {emulated.get(worst.backend, '')}vlattn verify {worst.operator} --backend {worst.backend} "
+        typer.echo(f"the worst again: {prefix}vlattn verify {worst.operator} --backend {worst.backend} "
                    f"--dtype {name} --device {device} --seed {seed}")  # fmt: skip
     if failed:
         typer.echo(f"{failed} failed")

@@ -96,7 +96,7 @@ def library() -> Path:
 
 @pytest.fixture(autouse=True)
 def _on_device(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_library, "path", library)
+    monkeypatch.setattr(_library, "library", _library.find(library))
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)

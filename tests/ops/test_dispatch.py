@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import vlattn_fast as va
 from vlattn_fast import scores as S
@@ -306,6 +307,18 @@ def test_auto_leaves_the_interpreter_to_those_who_name_it(operator: str, monkeyp
             arguments = case.arguments(case.in_dtype(torch.float32))
             auto, streaming = verify.call_of(operator)(**arguments), verify.call_of(operator)(**arguments, backend="streaming")
             torch.testing.assert_close(auto, streaming, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:
+    """Lengths on both sides of what the CUDA C++ kernels take."""
+    for run in (lambda x, r: va.relevancy_attention(x, x, x, r)[0], lambda x, r: va.congruence_loss((x, x), (x, x))):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(run, backend=counter, fullgraph=True)
+        for n in (20, 40, 100, 150, 300, 577):
+            compiled(torch.zeros(1, 1, n, 4), torch.zeros(1, 1, n))
+        assert counter.frame_count <= 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("change, words", [

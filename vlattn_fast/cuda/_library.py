@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,21 +19,31 @@ from torch import Tensor
 from ..ops._checks import additive
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
-path = Path(os.environ.get("VLATTN_CUDA_LIBRARY") or INSTALLED)
 
 
-def device_type() -> str:
-    """What the library runs on."""
-    return "cpu" if path.name.startswith("libvlattn_host") else "cuda"
+class Library(NamedTuple):
+    """A file, with what refusals ask of it: torch.compile traces them, and could not look at a disk then."""
+
+    path: Path
+    exists: bool
+    device_type: str  # what it runs on
+
+
+def find(path: Path) -> Library:
+    return Library(path, path.exists(), "cpu" if path.name.startswith("libvlattn_host") else "cuda")
+
+
+library = find(Path(os.environ.get("VLATTN_CUDA_LIBRARY") or INSTALLED))
 
 
 def state() -> str:
     """What is known of the library, for `vlattn info`: how it was built, or why it was not. setup.py wrote it down."""
+    path, exists, _ = library
     if path != INSTALLED:
-        return f"{path}, named by VLATTN_CUDA_LIBRARY{'' if path.exists() else ', is not there'}"
+        return f"{path}, named by VLATTN_CUDA_LIBRARY{'' if exists else ', is not there'}"
     record = path.with_name("build.json")
     found = json.loads(record.read_text()) if record.exists() else {}
-    if not path.exists():
+    if not exists:
         unknown = f"it was, but {path.name} is gone" if found else "no `pip install` of this copy has tried"
         return f"not built: {found.get('reason', unknown)}"
     if "targets" not in found:
@@ -55,7 +65,7 @@ def _load(file: Path) -> Any:
 
 def operators() -> Any:
     """torch.ops.vlattn_cuda"""
-    return _load(path)
+    return _load(library.path)
 
 
 def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -67,32 +68,34 @@ def triton_refusals(call: Call) -> list[str]:
     return reasons
 
 
-def cuda_refusals(call: Call) -> list[str]:
-    """What no CUDA C++ kernel here can run."""
+Limits = Callable[[Call], list[tuple[str, bool]]]  # reasons, and whether each holds
+
+
+def cuda_refusals(call: Call, limits: Limits) -> list[str]:
+    """What a CUDA C++ kernel with these `limits` cannot run."""
     reasons = []
-    if not _library.path.exists():
+    if not _library.library.exists:
         reasons.append("the CUDA C++ kernels are not built (`vlattn info` says why)")
-    if call.device_type != _library.device_type():
+    if call.device_type != _library.library.device_type:
         reasons.append("the CUDA C++ kernels run on CUDA devices (on CPU tensors where they are built for the host, for tests)")
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")
-    return reasons
+    if reasons and torch.compiler.is_compiling():
+        return reasons  # to compare sizes would cost a graph for each outcome
+    return reasons + [reason for reason, holds in limits(call) if holds]
 
 
 def no_cuda_kernel(call: Call) -> list[str]:
     return ["there is no CUDA C++ kernel for this operator"]
 
 
-def table(
-    stem: str,
-    triton: Callable[[Call], list[str]] = triton_refusals,
-    cuda: Callable[[Call], list[str]] = no_cuda_kernel,
-) -> Table:
-    """The backends of the operator `stem` in the order in which "auto" takes them; `triton` and `cuda` give the refusals of its
-    kernels. CUDA C++ comes after Triton until it has been measured; 'reference' is only used where a caller names it."""
+def table(stem: str, triton: Callable[[Call], list[str]] = triton_refusals, cuda: Limits | None = None) -> Table:
+    """The backends of the operator `stem` in the order in which "auto" takes them; `triton` gives the refusals of its Triton
+    kernels, `cuda` the limits of those in CUDA C++, which come after Triton until they have been measured. 'reference' is only
+    used where a caller names it."""
     return {
         "triton": Backend(triton, f"vlattn_fast.kernels.{stem}"),
-        "cuda": Backend(cuda, f"vlattn_fast.cuda.{stem}"),
+        "cuda": Backend(no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), f"vlattn_fast.cuda.{stem}"),
         "streaming": Backend(accept, f"vlattn_fast.streaming.{stem}"),
         "reference": Backend(accept, f"vlattn_fast.reference.{stem}"),
     }

@@ -22,7 +22,7 @@ from ._checks import (
     resolve_scale,
     scaled_dot_default,
 )
-from ._dispatch import Call, cuda_refusals, load, select, table, triton_refusals
+from ._dispatch import Call, load, select, table, triton_refusals
 from ._library import define, differentiable, once_differentiable
 
 
@@ -33,16 +33,15 @@ def _triton_refusals(call: Call) -> list[str]:
     return reasons
 
 
-def _cuda_refusals(call: Call) -> list[str]:
-    reasons = cuda_refusals(call)
-    if max(call.sizes["words"], call.sizes["regions"]) > 128:
-        reasons.append("the CUDA C++ kernel takes at most 128 tokens of each modality")
-    if call.sizes["head_size"] > 128:
-        reasons.append("the CUDA C++ kernel takes head sizes of at most 128")
-    return reasons
+def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
+    longest = max(call.sizes["words"], call.sizes["regions"])
+    return [
+        ("the CUDA C++ kernel takes at most 128 tokens of each modality", longest > 128),
+        ("the CUDA C++ kernel takes head sizes of at most 128", call.sizes["head_size"] > 128),
+    ]
 
 
-BACKENDS = table("congruence", _triton_refusals, _cuda_refusals)
+BACKENDS = table("congruence", _triton_refusals, _cuda_limits)
 KINDS = ("cacr", "iais_singular", "iais_distributed")
 DIRECTIONS = ("text", "image", "both")
 REDUCTIONS = ("mean", "none")

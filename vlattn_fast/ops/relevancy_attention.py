@@ -33,7 +33,7 @@ from ._checks import (
     resolve_scale,
     scaled_dot_default,
 )
-from ._dispatch import Call, cuda_refusals, load, select, table
+from ._dispatch import Call, load, select, table
 from ._library import (
     define,
     differentiable,
@@ -44,24 +44,20 @@ from ._library import (
 )
 
 
-def _cuda_refusals(call: Call) -> list[str]:
-    sizes, width = call.sizes, 64 if max(call.sizes["head_size"], call.sizes["value_size"]) <= 64 else 128
-    row = 2 * (width * call.dtype.itemsize + 16)  # two tiles lie in the 99 KB of shared memory that every GPU since Ampere has
+def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
+    sizes, size = call.sizes, max(call.sizes["head_size"], call.sizes["value_size"])
+    row = 2 * ((64 if size <= 64 else 128) * call.dtype.itemsize + 16)  # bytes of shared memory, in two tiles
     longest = max(sizes["queries"], sizes["keys"])
-    return cuda_refusals(call) + [
-        reason
-        for reason, holds in (
-            ("the CUDA C++ kernel takes at most 256 queries and keys", longest > 256),
-            ("the CUDA C++ kernel takes head sizes of at most 128", max(sizes["head_size"], sizes["value_size"]) > 128),
-            ("the CUDA C++ kernel takes no more rows than fit into shared memory at this head size and dtype",
-             -(-longest // 16) * 16 * row > 96 * 1024),
-            ("the CUDA C++ kernel takes at most 64 carried rows", sizes["rows"] > 64),
-        )
-        if holds
+    return [
+        ("the CUDA C++ kernel takes at most 256 queries and keys", longest > 256),
+        ("the CUDA C++ kernel takes head sizes of at most 128", size > 128),
+        ("the CUDA C++ kernel takes no more rows than fit into shared memory at this head size and dtype",
+         -(-longest // 16) * 16 * row > 96 * 1024),  # every GPU since Ampere has 99 KB
+        ("the CUDA C++ kernel takes at most 64 carried rows", sizes["rows"] > 64),
     ]  # fmt: skip
 
 
-BACKENDS = table("relevancy_attention", cuda=_cuda_refusals)
+BACKENDS = table("relevancy_attention", cuda=_cuda_limits)
 RULES = ("gradient", "attention")
 
 

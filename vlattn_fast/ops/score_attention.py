@@ -25,7 +25,7 @@ from ._checks import (
     hide,
     resolve_scale,
 )
-from ._dispatch import Call, cuda_refusals, load, select, table, triton_refusals
+from ._dispatch import Call, load, select, table, triton_refusals
 from ._library import define, differentiable, empty_rows_first, once_differentiable, rows_first
 
 
@@ -40,20 +40,16 @@ def _triton_refusals(call: Call) -> list[str]:
     ]
 
 
-def _cuda_refusals(call: Call) -> list[str]:
-    return cuda_refusals(call) + [
-        reason
-        for reason, holds in (
-            ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "Additive" or call.flags["series"]),
-            ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
-            ("the CUDA C++ kernel takes at most 128 hidden units", call.sizes["features"] > 128),
-            ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_size"] > 128),
-        )
-        if holds
+def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
+    return [
+        ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "Additive" or call.flags["series"]),
+        ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
+        ("the CUDA C++ kernel takes at most 128 hidden units", call.sizes["features"] > 128),
+        ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_size"] > 128),
     ]
 
 
-BACKENDS = table("score_attention", _triton_refusals, _cuda_refusals)
+BACKENDS = table("score_attention", _triton_refusals, _cuda_limits)
 
 
 def score_attention(
