@@ -30,8 +30,6 @@ BREAKS = [
           "feature_sizes"),
     Break("relevancy_attention", "no barrier after staging", "relevancy_attention.cu",
           f"carried, num_rows);\n                {BARRIER}", "carried, num_rows);", "number_of_rows"),
-    Break("relevancy_attention", "a key too many", "relevancy_attention.cu", "y = i < call.N && j < call.M ?",
-          "y = i < call.N && j <= call.M ?", "sizes"),
     Break("congruence", "no barrier before the divergence", "congruence.cu",
           f"{BARRIER}\n        const float loss = divergence(", "const float loss = divergence(", "kinds_and_directions"),
 ]  # fmt: skip

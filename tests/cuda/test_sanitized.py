@@ -12,7 +12,7 @@ from tests.cuda.conftest import ROOT, SANITIZED, build, sanitizing
 
 
 @pytest.mark.parametrize("operator, chosen", [
-    ("score_attention", "feature_sizes or empty or grouped or layouts"),
+    ("score_attention", "feature_sizes or empty or grouped"),
     ("relevancy_attention", "head_sizes or empty or number_of_rows or layouts"),
     ("congruence", "either_side or head_sizes or empty or padding or layouts"),
 ])  # fmt: skip
