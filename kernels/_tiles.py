@@ -30,11 +30,6 @@ def input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied where neighbours in the last dimension are not neighbours in memory: no kernel takes a last stride."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def mask_arguments(
     attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], dict[str, int | bool]]:

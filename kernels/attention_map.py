@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._checks import unit_stride
 from ._tiles import (
     LOG2_E,
     below_max,
@@ -28,7 +29,6 @@ from ._tiles import (
     mask_arguments,
     mask_logits,
     store_tile,
-    unit_stride,
 )
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._checks import unit_stride
 from ._tiles import (
     LOG2_E,
     below_max,
@@ -31,7 +32,6 @@ from ._tiles import (
     mask_arguments,
     mask_logits,
     store_tile,
-    unit_stride,
 )
 
 

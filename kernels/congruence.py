@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._checks import unit_stride
 from ..reference.congruence import EPSILON
 from ._blocks import gradient_kernel, gradient_q_kernel, map_kernel, real_tokens, statistics_kernel
-from ._tiles import LOG2_E, block_size, dot, input_precision, load_tile, store_tile, unit_stride
+from ._tiles import LOG2_E, block_size, dot, input_precision, load_tile, store_tile
 
 _CHUNK_BYTES, _MAPS = 1 << 28, 6  # samples are taken in chunks that hold about so many maps of so many bytes in all
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._checks import unit_stride
 from . import score_attention
 from ._tiles import (
     LOG2_E,
@@ -30,7 +31,6 @@ from ._tiles import (
     mask_arguments,
     mask_logits,
     store_tile,
-    unit_stride,
 )
 
 MAX_T = 64  # carried rows of one program

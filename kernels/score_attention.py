@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._checks import unit_stride
 from ._scores import activate, farthest, pin, ready_at, row_facts, sum_units, through_norm, through_units
 from ._tiles import (
     LOG2_E,
@@ -33,7 +34,6 @@ from ._tiles import (
     mask_arguments,
     mask_logits,
     store_tile,
-    unit_stride,
 )
 
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._checks import additive
+from ..ops._checks import additive, unit_stride
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
 
@@ -69,8 +69,8 @@ def operators() -> Any:
 
 
 def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors, copied where neighbours in the last dimension are not neighbours in memory: no kernel takes a last stride."""
-    return tuple(x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors)
+    """`unit_stride` of those that are there."""
+    return tuple(None if x is None else unit_stride(x) for x in tensors)
 
 
 def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -169,6 +169,11 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied where neighbours in the last dimension are not neighbours in memory: no kernel takes a last stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
 def hide(key_mask: Tensor | None, *tensors: Tensor | None, fill: float = 0.0) -> tuple[Any, ...]:
     """(B,Hkv,M,*) tensors with rows of padding set to `fill`: what stands there (NaN, Inf) reaches no output, no gradient."""
     if key_mask is None:
