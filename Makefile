@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint venv bench report oldest gate gpu clean
+.PHONY: demo test format lint venv bench report oldest gate gpu clean
 
 demo: $(INSTALLED)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -24,8 +24,13 @@ demo: $(INSTALLED)
 test: lint
 	@$(PY) -m pytest $(ARGS)
 
+format: $(INSTALLED)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet .
 	@$(PY) -m mypy
 
 venv: $(INSTALLED)

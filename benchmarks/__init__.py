@@ -1,6 +1,6 @@
 """Benchmarks: one file per operator and one per whole task. Installed as `vlattn_fast.benchmarks`.
 
-    python -m vlattn_fast.benchmarks [names] [--device cuda] [--quick]     measure, print, append rows to results/
-    python -m vlattn_fast.benchmarks report                                tables and plots from the rows, REPORT.md
-    pytest benchmarks/test_benchmarks.py                                   the same under pytest-benchmark
+python -m vlattn_fast.benchmarks [names] [--device cuda] [--quick]     measure, print, append rows to results/
+python -m vlattn_fast.benchmarks report                                tables and plots from the rows, REPORT.md
+pytest benchmarks/test_benchmarks.py                                   the same under pytest-benchmark
 """

@@ -29,9 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(benchmark.name for benchmark in choose(options.names)))
             return 0
         passed = run(
-            options.names, device=options.device, quick=options.quick, rounds=options.rounds, out=options.out,
-            compiled=not options.no_compile, command=shlex.join(["python", "-m", "vlattn_fast.benchmarks", *given]),
-        )  # fmt: skip
+            options.names,
+            device=options.device,
+            quick=options.quick,
+            rounds=options.rounds,
+            out=options.out,
+            compiled=not options.no_compile,
+            command=shlex.join(["python", "-m", "vlattn_fast.benchmarks", *given]),
+        )
     except ValueError as error:
         parser.error(str(error))
     return 0 if passed else 1

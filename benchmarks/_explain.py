@@ -69,9 +69,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     variants["plain forward+backward"] = Variant(without_output(plain))
     forward = _models.flops(sizes)
     floor = [forward, forward]  # frozen weights: the backward pass has as many products
-    return Problem(
-        tensors, variants, "plain forward+backward", variants["reference"].run, _part, pairs(sizes), floor
-    )  # fmt: skip
+    return Problem(tensors, variants, "plain forward+backward", variants["reference"].run, _part, pairs(sizes), floor)
 
 
 def _product(maps: Sequence[Tensor], grads: Iterable[Tensor]) -> Tensor:

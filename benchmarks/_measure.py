@@ -131,15 +131,25 @@ def without_output(run: Run) -> Run:
     return silent
 
 
-def operator_variants(operator: str, arguments: Callable[[Tensors], dict[str, Any]], tensors: Tensors,
-                      finish: Callable[[Callable[[Tensors], Any]], Run], maps: float) -> dict[str, Variant]:  # fmt: skip
+def operator_variants(
+    operator: str,
+    arguments: Callable[[Tensors], dict[str, Any]],
+    tensors: Tensors,
+    finish: Callable[[Callable[[Tensors], Any]], Run],
+    maps: float,
+) -> dict[str, Variant]:
     """Ours on every backend that takes the call, the formula, and the formula under torch.compile."""
     call = verify.OPERATORS[operator]
     return call_variants(call, arguments, backends(operator, arguments(tensors)), finish, maps)
 
 
-def call_variants(call: str, arguments: Callable[[Tensors], dict[str, Any]], names: Iterable[str],
-                  finish: Callable[[Callable[[Tensors], Any]], Run], maps: float) -> dict[str, Variant]:  # fmt: skip
+def call_variants(
+    call: str,
+    arguments: Callable[[Tensors], dict[str, Any]],
+    names: Iterable[str],
+    finish: Callable[[Callable[[Tensors], Any]], Run],
+    maps: float,
+) -> dict[str, Variant]:
     public, formula = getattr(va, call), getattr(va.reference, call)
     found = {name: Variant(finish(lambda t, name=name: public(**arguments(t), backend=name))) for name in names}
     found["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
@@ -194,8 +204,17 @@ class _Standing:
 class Measurement:
     """A benchmark made ready: every variant compiled, warmed up, its memory and its error taken; then rounds."""
 
-    def __init__(self, benchmark: Benchmark, device: torch.device, *, quick: bool = False, rounds: int | None = None,
-                 overrides: Sizes | None = None, compiled: bool = True, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        device: torch.device,
+        *,
+        quick: bool = False,
+        rounds: int | None = None,
+        overrides: Sizes | None = None,
+        compiled: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         torch._dynamo.reset()  # its limit of compilations counts per function, and would fall back to eager silently
         self.benchmark, self.device, self.quick = benchmark, device, quick
         self.dtype = dtype or (torch.float32 if device.type == "cpu" else benchmark.cuda_dtype)
@@ -279,9 +298,11 @@ class Measurement:
         bound = self.standing[self.problem.bound].seconds
         floor = sum(one.seconds() for one in self.problem.floor) if "H200" in device_name(self.device) else None
         shared = {
-            "benchmark": self.benchmark.name, "workload": self.benchmark.workload.title, "sizes": self.sizes,
+            "benchmark": self.benchmark.name,
+            "workload": self.benchmark.workload.title,
+            "sizes": self.sizes,
             "dtype": str(self.dtype).removeprefix("torch."),
-        }  # fmt: skip
+        }
         found = []
         for name, x in self.standing.items():
             row: dict[str, Any] = {**shared, "variant": name, "is_bound": name == self.problem.bound}
@@ -289,11 +310,14 @@ class Measurement:
                 p20, p50, p80 = (float(p) for p in np.percentile(x.seconds, (20, 50, 80)))
                 row |= {f"p{n}_us": round(p * 1e6, 3) for n, p in ((20, p20), (50, p50), (80, p80))}
                 row |= {
-                    "host_p50_us": round(float(np.median(x.host)) * 1e6, 3) if x.host else None, "rounds": len(x.seconds),
-                    "peak_bytes": x.peak, "memory_by": MEMORY_BY[self.device.type], "error": x.error,
+                    "host_p50_us": round(float(np.median(x.host)) * 1e6, 3) if x.host else None,
+                    "rounds": len(x.seconds),
+                    "peak_bytes": x.peak,
+                    "memory_by": MEMORY_BY[self.device.type],
+                    "error": x.error,
                     "ratio_to_bound": p50 / float(np.median(bound)) if bound else None,
                     "ratio_to_floor": p50 / floor if floor else None,
-                }  # fmt: skip
+                }
             found.append(row if "p50_us" in row else {**row, "not_run": x.not_run or "no round was left for it"})
         return found + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]
 
@@ -385,9 +409,10 @@ def provenance(command: str) -> dict[str, Any]:
     return {
         "commit": os.environ.get("VLATTN_COMMIT") or _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "threads": torch.get_num_threads(), "command": command,
+        "threads": torch.get_num_threads(),
+        "command": command,
         "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }  # fmt: skip
+    }
 
 
 def _commit() -> str:

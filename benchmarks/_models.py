@@ -56,7 +56,7 @@ class Carried(Plain):
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output, self.carrier = va.relevancy_attention(
             query, key, value, self.carrier, is_causal=self.causal, backend=self.backend
-        )  # fmt: skip
+        )
         return output
 
 

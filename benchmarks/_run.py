@@ -12,9 +12,17 @@ import torch
 from ._measure import RESULTS, Benchmark, Measurement, append, device_name, provenance, slug
 
 MODULES = (
-    "score_attention", "relevancy_attention", "attention_map", "attention_statistics", "congruence", "stacked_cross_attention",
-    "task_explain_clip", "task_explain_decoder", "task_cacr_training", "task_scan_similarity",
-)  # fmt: skip
+    "score_attention",
+    "relevancy_attention",
+    "attention_map",
+    "attention_statistics",
+    "congruence",
+    "stacked_cross_attention",
+    "task_explain_clip",
+    "task_explain_decoder",
+    "task_cacr_training",
+    "task_scan_similarity",
+)
 OURS = ("cuda", "triton", "streaming")
 
 
@@ -45,8 +53,16 @@ def check_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def run(names: Sequence[str] = (), *, device: str = "cpu", quick: bool = False, rounds: int | None = None,
-        out: Path | None = None, compiled: bool = True, command: str = "") -> bool:  # fmt: skip
+def run(
+    names: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    quick: bool = False,
+    rounds: int | None = None,
+    out: Path | None = None,
+    compiled: bool = True,
+    command: str = "",
+) -> bool:
     """Measures, prints and adds to `out`, a JSON file or a folder for <device>.json; False where one of our backends failed."""
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}")

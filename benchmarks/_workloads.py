@@ -29,17 +29,16 @@ class Workload(NamedTuple):
 CLIP = Workload("clip", "CLIP ViT-L/14@336", {"B": 64, "H": 16, "N": 577, "D": 64}, {"B": 1, "H": 4})
 UNITER = Workload("uniter", "UNITER/LXMERT", {"B": 256, "H": 12, "L": 60, "V": 100, "D": 64}, {"B": 4})
 LLAVA = Workload("llava", "LLaVA-7B", {"B": 4, "H": 32, "N": 704, "D": 128, "causal": 1}, {"B": 1, "H": 4})
-HIGHRES = Workload(
-    "highres", "high-resolution VLM", {"B": 1, "H": 32, "N": 16384, "D": 128, "causal": 1}, {"H": 1, "N": 4096}
-)  # fmt: skip
+HIGHRES = Workload("highres", "high-resolution VLM", {"B": 1, "H": 32, "N": 16384, "D": 128, "causal": 1}, {"H": 1, "N": 4096})
 SCAN = Workload("scan", "SCAN", {"images": 128, "captions": 128, "R": 36, "T": 20, "D": 1024}, {"images": 32, "captions": 32})
 DAMSM = Workload("damsm", "DAMSM", {"images": 128, "captions": 128, "R": 289, "T": 18, "D": 256}, {"images": 16, "captions": 16})
 
 # Whole models: C width, `every`: the loss on every so many samples, as IAIS takes the matched pairs among hard negatives.
-CLIP_TOWER = Workload("clip-tower", "CLIP ViT-L/14@336's tower", {"layers": 24, **CLIP.full, "C": 1024},
-                      {"layers": 6, "B": 1})  # fmt: skip
-LLAVA_DECODER = Workload("llava-decoder", "LLaVA-7B's decoder", {"layers": 32, **LLAVA.full, "C": 4096},
-                         {"layers": 4, "B": 1, "H": 4, "C": 512})  # fmt: skip
-UNITER_ENCODER = Workload("uniter-encoder", "UNITER-base", {"layers": 12, **UNITER.full, "C": 768, "every": 3},
-                          {"layers": 3, "B": 6})  # fmt: skip
+CLIP_TOWER = Workload("clip-tower", "CLIP ViT-L/14@336's tower", {"layers": 24, **CLIP.full, "C": 1024}, {"layers": 6, "B": 1})
+LLAVA_DECODER = Workload(
+    "llava-decoder", "LLaVA-7B's decoder", {"layers": 32, **LLAVA.full, "C": 4096}, {"layers": 4, "B": 1, "H": 4, "C": 512}
+)
+UNITER_ENCODER = Workload(
+    "uniter-encoder", "UNITER-base", {"layers": 12, **UNITER.full, "C": 768, "every": 3}, {"layers": 3, "B": 6}
+)
 SCAN_BATCH = Workload("scan-batch", "SCAN, a training batch", SCAN.full, {})

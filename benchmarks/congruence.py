@@ -75,8 +75,14 @@ def _build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
 
     def arguments(t: Tensors) -> dict[str, Any]:
         text, image = (t["text_query"], t["text_key"]), (t["image_query"], t["image_key"])
-        return {"text": text, "image": image, "kind": kind, "reduction": "none",
-                "text_mask": t["text_mask"], "image_mask": t["image_mask"]}  # fmt: skip
+        return {
+            "text": text,
+            "image": image,
+            "kind": kind,
+            "reduction": "none",
+            "text_mask": t["text_mask"],
+            "image_mask": t["image_mask"],
+        }
 
     def loop(t: Tensors) -> Tensor:
         return published_loss(t, kind).to(t["grad_loss"].dtype)
@@ -87,7 +93,7 @@ def _build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     variants["SDPA"] = Variant(without_output(lambda _: bound(whole)))
     return Problem(
         tensors, variants, "SDPA", variants["reference"].run, lambda name, x: x[:1], pairs(sizes), _floor(sizes, dtype)
-    )  # fmt: skip
+    )
 
 
 def _floor(sizes: Sizes, dtype: torch.dtype) -> tuple[Pass, Pass]:

@@ -68,8 +68,12 @@ def _build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: tor
     randn, causal = randoms(device, dtype), bool(sizes.get("causal"))
     tensors = {name: randn(b, h, n, d) for name in ("query", "key", "value", "grad_output")}
     tensors |= {"vector": randn(d, std=d**-0.5), **{name: randn(d, d, std=d**-0.5) for name in ("query_weight", "key_weight")}}
-    used = {"cosine": (), "additive": ("vector", "query_weight", "key_weight"), "hadamard relu": ("vector",),
-            "hadamard tanh": ("vector",)}.get(kind, ("key_weight", "vector"))  # fmt: skip
+    used = {
+        "cosine": (),
+        "additive": ("vector", "query_weight", "key_weight"),
+        "hadamard relu": ("vector",),
+        "hadamard tanh": ("vector",),
+    }.get(kind, ("key_weight", "vector"))
     make = _score(kind)
 
     def arguments(t: Tensors) -> dict[str, Any]:
@@ -105,8 +109,13 @@ def _flex(activation: Callable[[Tensor], Tensor], causal: bool, n: int, device: 
 
 
 BENCHMARKS = [
-    Benchmark(__name__, f"{kind}, {'forward+backward' if both else 'forward'}", workload, partial(_build, kind, both),
-              compile_when_quick=kind == "general tanh" and both and workload is CLIP)
+    Benchmark(
+        __name__,
+        f"{kind}, {'forward+backward' if both else 'forward'}",
+        workload,
+        partial(_build, kind, both),
+        compile_when_quick=kind == "general tanh" and both and workload is CLIP,
+    )
     for workload, kinds in (
         (CLIP, ("cosine", "general tanh", "additive", "hadamard relu", "hadamard tanh")),
         (UNITER, ("general tanh", "additive")),
@@ -115,4 +124,4 @@ BENCHMARKS = [
     for kind in kinds
     for both in (False, True)
     if both or workload is CLIP
-]  # fmt: skip
+]

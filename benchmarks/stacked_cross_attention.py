@@ -15,18 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._measure import (
-    Benchmark,
-    Pass,
-    Problem,
-    Tensors,
-    Variant,
-    backward,
-    forward,
-    operator_variants,
-    randoms,
-    without_output,
-)
+from ._measure import Benchmark, Pass, Problem, Tensors, Variant, backward, forward, operator_variants, randoms, without_output
 from ._workloads import DAMSM, SCAN, Sizes
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -36,9 +36,13 @@ def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         for number in range(last + 1):
             if number == last and congruence is not None:
                 query, key, _ = _models.project(t, last, hidden[::every], h)
-                blocks = {"text_query": query[:, :, :words], "text_key": key[:, :, :words],
-                          "image_query": query[:, :, words:], "image_key": key[:, :, words:],
-                          **{name: t[name][::every] for name in ("text_mask", "image_mask")}}  # fmt: skip
+                blocks = {
+                    "text_query": query[:, :, :words],
+                    "text_key": key[:, :, :words],
+                    "image_query": query[:, :, words:],
+                    "image_key": key[:, :, words:],
+                    **{name: t[name][::every] for name in ("text_mask", "image_mask")},
+                }
                 loss = congruence(blocks)
             hidden = _models.layer(t, number, hidden, h, _models.Plain(False))
         matching = F.softplus(-(hidden[:, 0] @ t["aim"]))
@@ -56,23 +60,29 @@ def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
 
     positives = -(-b // every)
     empty = torch.zeros(positives, h, words + sizes["V"], c // h, device=device, dtype=dtype)
-    example = {"text_query": empty[:, :, :words], "text_key": empty[:, :, :words], "image_query": empty[:, :, words:],
-               "image_key": empty[:, :, words:], **masks(sizes, positives, device)}  # fmt: skip
+    example = {
+        "text_query": empty[:, :, :words],
+        "text_key": empty[:, :, :words],
+        "image_query": empty[:, :, words:],
+        "image_key": empty[:, :, words:],
+        **masks(sizes, positives, device),
+    }
     variants = {name: ours(name) for name in [*backends("congruence", _arguments(example)), "reference"]}
     variants["published"] = Variant(lambda t: step(lambda blocks: published_loss(blocks, "cacr"), t))
     variants["no congruence loss"] = Variant(without_output(lambda t: step(None, t)))
     forward = _models.flops(sizes)
     floor = [forward, Pass(2 * forward.flops)]
-    return Problem(
-        tensors, variants, "no congruence loss", variants["reference"].run, _part, pairs(sizes), floor
-    )  # fmt: skip
+    return Problem(tensors, variants, "no congruence loss", variants["reference"].run, _part, pairs(sizes), floor)
 
 
 def _arguments(blocks: Blocks) -> dict[str, object]:
     return {
-        "text": (blocks["text_query"], blocks["text_key"]), "image": (blocks["image_query"], blocks["image_key"]),
-        "text_mask": blocks["text_mask"], "image_mask": blocks["image_mask"], "reduction": "none",
-    }  # fmt: skip
+        "text": (blocks["text_query"], blocks["text_key"]),
+        "image": (blocks["image_query"], blocks["image_key"]),
+        "text_mask": blocks["text_mask"],
+        "image_mask": blocks["image_mask"],
+        "reduction": "none",
+    }
 
 
 def _part(name: str, x: Tensor) -> Tensor:

@@ -24,9 +24,13 @@ def _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k):
     p_q = _of_block(i_r, i_c, p_qs, 0, 1) + i_b * _of_block(i_r, i_c, strides_q, 0, 3)
     p_k = _of_block(i_r, i_c, p_ks, 0, 1) + i_b * _of_block(i_r, i_c, strides_k, 0, 3)
     return (
-        p_q, p_k, _of_block(i_r, i_c, strides_q, 1, 3), _of_block(i_r, i_c, strides_q, 2, 3),
-        _of_block(i_r, i_c, strides_k, 1, 3), _of_block(i_r, i_c, strides_k, 2, 3),
-    )  # fmt: skip
+        p_q,
+        p_k,
+        _of_block(i_r, i_c, strides_q, 1, 3),
+        _of_block(i_r, i_c, strides_q, 2, 3),
+        _of_block(i_r, i_c, strides_k, 1, 3),
+        _of_block(i_r, i_c, strides_k, 2, 3),
+    )
 
 
 @triton.jit
@@ -55,10 +59,33 @@ def _top_and_sum(b_s):
 
 @triton.jit
 def _map_tile(
-    p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn, p_mask, p_top, p_sum, p_out, p_log, o_q, start, H, N, M, D, S,
-    scale_log2, MASKED: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    stride_qh,
+    stride_qn,
+    stride_kh,
+    stride_kn,
+    p_mask,
+    p_top,
+    p_sum,
+    p_out,
+    p_log,
+    o_q,
+    start,
+    H,
+    N,
+    M,
+    D,
+    S,
+    scale_log2,
+    MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LOG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     o_kv = start + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
     m_kv = real_tokens(p_mask, o_kv, M, MASKED)
@@ -91,10 +118,30 @@ def _map_tile(
 
 @triton.jit
 def map_kernel(
-    p_qs, p_ks, strides_q, strides_k, p_words, p_regions, H, L, V, D, scale_log2, p_top, p_sum, p_out, p_log,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    p_qs,
+    p_ks,
+    strides_q,
+    strides_k,
+    p_words,
+    p_regions,
+    H,
+    L,
+    V,
+    D,
+    scale_log2,
+    p_top,
+    p_sum,
+    p_out,
+    p_log,
+    MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LOG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """A program per sample, tile of rows and tile of columns; with WHOLE, one tile of columns for each modality."""
     rows_l, columns_l = tl.cdiv(L, BLOCK_Q), tl.cdiv(L, BLOCK_L)
     columns = columns_l + tl.cdiv(V, BLOCK_V)
@@ -117,21 +164,85 @@ def map_kernel(
         p_sum += offset
     if i_c == 0:
         _map_tile(
-            p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn, p_words + i_b * L, p_top, p_sum, p_out, p_log, o_q,
-            i_kv * BLOCK_L, H, N, L, D, S, scale_log2, MASKED, WHOLE, LOG, PRECISION, BLOCK_D, BLOCK_Q, BLOCK_L,
-        )  # fmt: skip
+            p_q,
+            p_k,
+            stride_qh,
+            stride_qn,
+            stride_kh,
+            stride_kn,
+            p_words + i_b * L,
+            p_top,
+            p_sum,
+            p_out,
+            p_log,
+            o_q,
+            i_kv * BLOCK_L,
+            H,
+            N,
+            L,
+            D,
+            S,
+            scale_log2,
+            MASKED,
+            WHOLE,
+            LOG,
+            PRECISION,
+            BLOCK_D,
+            BLOCK_Q,
+            BLOCK_L,
+        )
     else:
         _map_tile(
-            p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn, p_regions + i_b * V, p_top, p_sum, p_out, p_log, o_q,
-            (i_kv - columns_l) * BLOCK_V, H, N, V, D, S, scale_log2, MASKED, WHOLE, LOG, PRECISION, BLOCK_D, BLOCK_Q, BLOCK_V,
-        )  # fmt: skip
+            p_q,
+            p_k,
+            stride_qh,
+            stride_qn,
+            stride_kh,
+            stride_kn,
+            p_regions + i_b * V,
+            p_top,
+            p_sum,
+            p_out,
+            p_log,
+            o_q,
+            (i_kv - columns_l) * BLOCK_V,
+            H,
+            N,
+            V,
+            D,
+            S,
+            scale_log2,
+            MASKED,
+            WHOLE,
+            LOG,
+            PRECISION,
+            BLOCK_D,
+            BLOCK_Q,
+            BLOCK_V,
+        )
 
 
 @triton.jit
 def statistics_kernel(
-    p_qs, p_ks, strides_q, strides_k, p_words, p_regions, H, L, V, D, scale_log2, p_top, p_sum,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    p_qs,
+    p_ks,
+    strides_q,
+    strides_k,
+    p_words,
+    p_regions,
+    H,
+    L,
+    V,
+    D,
+    scale_log2,
+    p_top,
+    p_sum,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """A program per sample, head, keys of text or image, and tile of rows."""
     rows_l = tl.cdiv(L, BLOCK_Q)
     rows = rows_l + tl.cdiv(V, BLOCK_Q)
@@ -184,11 +295,34 @@ def _dot_small(b_a, b_b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _gradient_tile(
-    p_q, p_k, stride_qn, stride_kn, p_mask, p_by_map, p_by_log, p_log, p_top, p_sum, p_delta, p_grad_q, p_grad_k, start,
-    N, M, D, S, scale_log2, factor,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    stride_qn,
+    stride_kn,
+    p_mask,
+    p_by_map,
+    p_by_log,
+    p_log,
+    p_top,
+    p_sum,
+    p_delta,
+    p_grad_q,
+    p_grad_k,
+    start,
+    N,
+    M,
+    D,
+    S,
+    scale_log2,
+    factor,
+    MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LOG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     o_kv = start + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
     m_kv = real_tokens(p_mask, o_kv, M, MASKED)
@@ -225,11 +359,39 @@ def _gradient_block(i, tiles, H, DIAGONAL: tl.constexpr):
 
 @triton.jit
 def gradient_kernel(
-    p_qs, p_ks, strides_q, strides_k, p_words, p_regions, H, L, V, D, scale_log2,
-    p_by_map, p_by_log, p_log, p_top, p_sum, p_grad_loss, p_delta, p_grad_qs, p_grad_ks, scale, tiles,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, LOG: tl.constexpr, PRECISION: tl.constexpr, DIAGONAL: tl.constexpr,
-    UNREAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    p_qs,
+    p_ks,
+    strides_q,
+    strides_k,
+    p_words,
+    p_regions,
+    H,
+    L,
+    V,
+    D,
+    scale_log2,
+    p_by_map,
+    p_by_log,
+    p_log,
+    p_top,
+    p_sum,
+    p_grad_loss,
+    p_delta,
+    p_grad_qs,
+    p_grad_ks,
+    scale,
+    tiles,
+    MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LOG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    UNREAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """A program per sample, head, block and tile of keys, over all queries; with WHOLE it has all keys, and so gives the gradient
     of the queries too."""
     i_kv, i_b, i_h, i_r, i_c = _gradient_block(tl.program_id(0), tiles, H, DIAGONAL)
@@ -256,26 +418,99 @@ def gradient_kernel(
         if i_c == 0:
             if i_kv * BLOCK_L < L:
                 _gradient_tile(
-                    p_q, p_k, stride_qn, stride_kn, p_words + i_b * L, p_by_map, p_by_log, p_log, p_top, p_sum, p_delta,
-                    p_grad_q, p_grad_k, i_kv * BLOCK_L, N, L, D, S, scale_log2, factor,
-                    MASKED, WHOLE, LOG, PRECISION, BLOCK_D, BLOCK_Q, BLOCK_L,
-                )  # fmt: skip
+                    p_q,
+                    p_k,
+                    stride_qn,
+                    stride_kn,
+                    p_words + i_b * L,
+                    p_by_map,
+                    p_by_log,
+                    p_log,
+                    p_top,
+                    p_sum,
+                    p_delta,
+                    p_grad_q,
+                    p_grad_k,
+                    i_kv * BLOCK_L,
+                    N,
+                    L,
+                    D,
+                    S,
+                    scale_log2,
+                    factor,
+                    MASKED,
+                    WHOLE,
+                    LOG,
+                    PRECISION,
+                    BLOCK_D,
+                    BLOCK_Q,
+                    BLOCK_L,
+                )
         else:
             if i_kv * BLOCK_V < V:
                 _gradient_tile(
-                    p_q, p_k, stride_qn, stride_kn, p_regions + i_b * V, p_by_map, p_by_log, p_log, p_top, p_sum, p_delta,
-                    p_grad_q, p_grad_k, i_kv * BLOCK_V, N, V, D, S, scale_log2, factor,
-                    MASKED, WHOLE, LOG, PRECISION, BLOCK_D, BLOCK_Q, BLOCK_V,
-                )  # fmt: skip
+                    p_q,
+                    p_k,
+                    stride_qn,
+                    stride_kn,
+                    p_regions + i_b * V,
+                    p_by_map,
+                    p_by_log,
+                    p_log,
+                    p_top,
+                    p_sum,
+                    p_delta,
+                    p_grad_q,
+                    p_grad_k,
+                    i_kv * BLOCK_V,
+                    N,
+                    V,
+                    D,
+                    S,
+                    scale_log2,
+                    factor,
+                    MASKED,
+                    WHOLE,
+                    LOG,
+                    PRECISION,
+                    BLOCK_D,
+                    BLOCK_Q,
+                    BLOCK_V,
+                )
 
 
 @triton.jit
 def gradient_q_kernel(
-    p_qs, p_ks, strides_q, strides_k, p_words, p_regions, H, L, V, D, scale_log2,
-    p_by_map, p_by_log, p_log, p_top, p_sum, p_grad_loss, p_delta, p_grad_qs, scale, tiles,
-    MASKED: tl.constexpr, LOG: tl.constexpr, PRECISION: tl.constexpr, DIAGONAL: tl.constexpr,
-    UNREAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    p_qs,
+    p_ks,
+    strides_q,
+    strides_k,
+    p_words,
+    p_regions,
+    H,
+    L,
+    V,
+    D,
+    scale_log2,
+    p_by_map,
+    p_by_log,
+    p_log,
+    p_top,
+    p_sum,
+    p_grad_loss,
+    p_delta,
+    p_grad_qs,
+    scale,
+    tiles,
+    MASKED: tl.constexpr,
+    LOG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    UNREAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """For long rows: a program per sample, head, block and tile of queries; twice over the keys, first for the row's sum of
     probability times gradient, which it stores."""
     i_q, i_b, i_h, i_r, i_c = _gradient_block(tl.program_id(0), tiles, H, DIAGONAL)

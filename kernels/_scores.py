@@ -125,32 +125,98 @@ def activate(b_x, b_row, b_column, parameter, SCORE: tl.constexpr, FAST: tl.cons
 
 @triton.jit
 def sum_units(
-    p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, far,
-    SCORE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_y,
+    p_ready_x,
+    p_ready_y,
+    p_u,
+    o_x,
+    o_y,
+    stride_x,
+    stride_y,
+    X,
+    Y,
+    A,
+    far,
+    SCORE: tl.constexpr,
+    EXACT: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Scores [x,y] that are sums over hidden units; which rows are queries makes no difference. far: the sum of both sides'
     `farthest`, which says how the exponentials of additive scores are to be met."""
     if SCORE == "additive":
         if far <= 20.0:
-            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-                             SCORE, "product", EXACT, FAST, PRECISION)  # fmt: skip
+            b_s = _sum_pairs(
+                p_x,
+                p_y,
+                p_ready_x,
+                p_ready_y,
+                p_u,
+                o_x,
+                o_y,
+                stride_x,
+                stride_y,
+                X,
+                Y,
+                A,
+                SCORE,
+                "product",
+                EXACT,
+                FAST,
+                PRECISION,
+            )
         elif far < float("inf"):
-            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-                             SCORE, "clamped product", EXACT, FAST, PRECISION)  # fmt: skip
+            b_s = _sum_pairs(
+                p_x,
+                p_y,
+                p_ready_x,
+                p_ready_y,
+                p_u,
+                o_x,
+                o_y,
+                stride_x,
+                stride_y,
+                X,
+                Y,
+                A,
+                SCORE,
+                "clamped product",
+                EXACT,
+                FAST,
+                PRECISION,
+            )
         else:
-            b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-                             SCORE, "sum", EXACT, FAST, PRECISION)  # fmt: skip
+            b_s = _sum_pairs(
+                p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "sum", EXACT, FAST, PRECISION
+            )
     else:
-        b_s = _sum_pairs(p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-                         SCORE, "", EXACT, FAST, PRECISION)  # fmt: skip
+        b_s = _sum_pairs(
+            p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "", EXACT, FAST, PRECISION
+        )
     return b_s
 
 
 @triton.jit
 def _sum_pairs(
-    p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A,
-    SCORE: tl.constexpr, WAY: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_y,
+    p_ready_x,
+    p_ready_y,
+    p_u,
+    o_x,
+    o_y,
+    stride_x,
+    stride_y,
+    X,
+    Y,
+    A,
+    SCORE: tl.constexpr,
+    WAY: tl.constexpr,
+    EXACT: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2): one reciprocal for two hidden units; denominators are at most 1 + e^40.
     tanh is 2/d - 1, its constant summed apart; EXACT: (2 - d)/d, since the constant may be much larger than the score."""
     # zeros from the tensor cores lie in registers as the products do that follow: each thread loads few rows and columns of the
@@ -200,10 +266,24 @@ def _denominator(
 
 @triton.jit
 def through_units(
-    b_dx, b_du, b_ds, b_x, p_scratch, p_y, stride_y, o_a, start, Y, A,
-    SCORE: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
-):  # fmt: skip
+    b_dx,
+    b_du,
+    b_ds,
+    b_x,
+    p_scratch,
+    p_y,
+    stride_y,
+    o_a,
+    start,
+    Y,
+    A,
+    SCORE: tl.constexpr,
+    FAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+):
     """b_dx [x,A] and sum_y b_ds [x,y] slope(x,y) before the unit's weight; with VECTOR also b_du and sum_y b_ds act(x,y).
 
     Column after column of b_ds meets a row of y, all units at once in registers. Triton cannot index registers: the columns

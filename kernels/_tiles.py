@@ -67,9 +67,19 @@ def store_tile(p, stride_row, o_row, o_col, num_rows, num_cols, b):
 
 @triton.jit
 def mask_logits(
-    b_log2, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
+    b_log2,
+    p_mask,
+    stride_mask_q,
+    stride_mask_kv,
+    p_key_mask,
+    o_q,
+    o_kv,
+    N,
+    M,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
     """Base-2 logits [q,kv] with hidden pairs, and those outside of N x M, at -inf; both pointers already at their batch and
     head. MASK: 0 none, 1 bool, 2 float32 (added, natural), whose -inf alone hides: a finite value never does."""
     m_pair = (o_q < N)[:, None] & (o_kv < M)[None, :]
@@ -93,7 +103,7 @@ def mask_logits(
 @triton.jit
 def key_range(
     i_q, M, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
-):  # fmt: skip
+):
     """Of the i_q-th block of queries: keys below the first number need no `mask_logits`, a multiple of BLOCK_KV, and none from
     the second on is seen."""
     end = tl.minimum(M, (i_q + 1) * BLOCK_Q) if CAUSAL else M

@@ -60,9 +60,12 @@ def forward(
     sizes = (heads, heads // key.shape[1], num_q, num_kv, size)
     strides = (*query.stride()[:3], *key.stride()[:3], *strides_mask)
     constants = {
-        **mask_constants, "CAUSAL": is_causal, "PRECISION": input_precision(), "BLOCK_D": block_size(size),
+        **mask_constants,
+        "CAUSAL": is_causal,
+        "PRECISION": input_precision(),
+        "BLOCK_D": block_size(size),
         "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
-    }  # fmt: skip
+    }
     config = _config(num_kv, max(size, size_v), query.dtype, gradient, attn_mask is not None)
     one_tile = num_kv <= config["BLOCK_KV"]
     row_max = row_inverse = abar  # stands in where one tile holds whole rows
@@ -74,10 +77,28 @@ def forward(
         )
     grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * triton.cdiv(num_kv, config["BLOCK_KV"]) * batch,)
     _map_kernel[grid](
-        query, key, value, grad_output, *masks, row_max, row_inverse, abar, *sizes, size_v, scale * LOG2_E, *strides,
-        *value.stride()[:3], *grad_output.stride()[:3], **constants, GRADIENT=gradient, REDUCTION=head_reduction,
-        NORMALIZE=row_normalize, ONE_TILE=one_tile, BLOCK_DV=block_size(size_v), **config,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        grad_output,
+        *masks,
+        row_max,
+        row_inverse,
+        abar,
+        *sizes,
+        size_v,
+        scale * LOG2_E,
+        *strides,
+        *value.stride()[:3],
+        *grad_output.stride()[:3],
+        **constants,
+        GRADIENT=gradient,
+        REDUCTION=head_reduction,
+        NORMALIZE=row_normalize,
+        ONE_TILE=one_tile,
+        BLOCK_DV=block_size(size_v),
+        **config,
+    )
     if row_normalize and not one_tile:
         total = abar.sum(-1, keepdim=True)
         abar.div_(torch.where(total > 0, total, 1.0))
@@ -115,11 +136,37 @@ def _rows_config(size: int, dtype: torch.dtype, masked: bool) -> dict[str, int]:
 
 @triton.jit
 def _rows_kernel(
-    p_q, p_k, p_mask, p_key_mask, p_max, p_inverse, H, GROUP, N, M, D, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_mask,
+    p_key_mask,
+    p_max,
+    p_inverse,
+    H,
+    GROUP,
+    N,
+    M,
+    D,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """Of each row of a head: its largest logit (+inf where all keys are hidden) and 1 / sum exp2(base-2 logit - largest)."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     p_k += i_b * stride_kb + i_hk * stride_kh
@@ -153,13 +200,52 @@ def _rows_kernel(
 
 @triton.jit
 def _map_kernel(
-    p_q, p_k, p_v, p_do, p_mask, p_key_mask, p_max, p_inverse, p_map, H, GROUP, N, M, D, DV, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
-    stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr, GRADIENT: tl.constexpr, REDUCTION: tl.constexpr, NORMALIZE: tl.constexpr, ONE_TILE: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_mask,
+    p_key_mask,
+    p_max,
+    p_inverse,
+    p_map,
+    H,
+    GROUP,
+    N,
+    M,
+    D,
+    DV,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """One tile of the map. Neighbouring programs share query rows, and those of one batch all keys: they stay in the cache."""
     num_q, num_kv = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV)
     i = tl.program_id(0).to(tl.int64)

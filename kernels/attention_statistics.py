@@ -96,10 +96,13 @@ def backward(
     )
     few = num_groups if num_groups <= 4 else 0
     constants |= {
-        "MASS": grad_mass is not None, "ENTROPY": grad_entropy is not None, "MAXIMUM": grad_maximum is not None,
-        "RECEIVED": grad_received is not None, "FEW": few,
+        "MASS": grad_mass is not None,
+        "ENTROPY": grad_entropy is not None,
+        "MAXIMUM": grad_maximum is not None,
+        "RECEIVED": grad_received is not None,
+        "FEW": few,
         **_backward_config(query.shape[3], query.dtype, attn_mask is not None or (grad_mass is not None and few == 0)),
-    }  # fmt: skip
+    }
     tensors += (*grads, argmax.contiguous(), row_max, inverse, shift)
     if row_max.numel() > 0:
         grid = (triton.cdiv(num_q, constants["BLOCK_Q"]) * batch * heads,)
@@ -113,23 +116,44 @@ def backward(
 
 
 def _arguments(
-    query: Tensor, key: Tensor, key_groups: Tensor | None, row_weight: Tensor | None, attn_mask: Tensor | None,
-    key_mask: Tensor | None, num_groups: int, scale: float, is_causal: bool,
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    key_groups: Tensor | None,
+    row_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    num_groups: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:
     """What every kernel here takes: tensors (the query stands in for absent ones), sizes and strides in elements, constants."""
     query, key = unit_stride(query), unit_stride(key)
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     groups = query if key_groups is None else unit_stride(key_groups)
     weight = query if row_weight is None else unit_stride(row_weight)
     numbers = (
-        query.shape[1], query.shape[1] // max(1, key.shape[1]), query.shape[2], key.shape[2], query.shape[3], num_groups,
-        scale * LOG2_E, *query.stride()[:3], *key.stride()[:3], *strides_mask, groups.stride(0), weight.stride(0),
-    )  # fmt: skip
+        query.shape[1],
+        query.shape[1] // max(1, key.shape[1]),
+        query.shape[2],
+        key.shape[2],
+        query.shape[3],
+        num_groups,
+        scale * LOG2_E,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *strides_mask,
+        groups.stride(0),
+        weight.stride(0),
+    )
     constants = {
-        **mask_constants, "CAUSAL": is_causal, "WEIGHT": row_weight is not None,
-        "PRECISION": input_precision(), "SPLIT": query.dtype != torch.float32, "BLOCK_D": block_size(query.shape[3]),
+        **mask_constants,
+        "CAUSAL": is_causal,
+        "WEIGHT": row_weight is not None,
+        "PRECISION": input_precision(),
+        "SPLIT": query.dtype != torch.float32,
+        "BLOCK_D": block_size(query.shape[3]),
         "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
-    }  # fmt: skip
+    }
     return (query, key, groups, weight, *masks), numbers, constants
 
 
@@ -163,14 +187,49 @@ def _backward_config(size: int, dtype: torch.dtype, crowded: bool) -> dict[str, 
 
 @triton.jit
 def _rows_kernel(
-    p_q, p_k, p_groups, p_weight, p_mask, p_key_mask, p_mass, p_entropy, p_maximum, p_argmax, p_row_max,
-    H, GROUP, N, M, D, G, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
-    stride_groups, stride_weight,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_D: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_groups,
+    p_weight,
+    p_mask,
+    p_key_mask,
+    p_mass,
+    p_entropy,
+    p_maximum,
+    p_argmax,
+    p_row_max,
+    H,
+    GROUP,
+    N,
+    M,
+    D,
+    G,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    stride_groups,
+    stride_weight,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
     """All statistics of a block of rows, the mass of BLOCK_G groups; and each row's largest logit, +inf where all keys are
     hidden: exp2(logit - it) is then 0 without asking."""
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
@@ -223,13 +282,45 @@ def _rows_kernel(
 
 @triton.jit
 def _received_kernel(
-    p_q, p_k, p_groups, p_weight, p_mask, p_key_mask, p_maximum, p_row_max, p_received,
-    H, GROUP, N, M, D, G, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
-    stride_groups, stride_weight,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_groups,
+    p_weight,
+    p_mask,
+    p_key_mask,
+    p_maximum,
+    p_row_max,
+    p_received,
+    H,
+    GROUP,
+    N,
+    M,
+    D,
+    G,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    stride_groups,
+    stride_weight,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """sum_i w_i P_ij of a block of keys; 1 / sum exp2(logit - row_max) of a row is its `maximum`."""
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP)
     p_q += i_b * stride_qb + i_h * stride_qh
@@ -260,15 +351,58 @@ def _received_kernel(
 
 @triton.jit
 def _backward_q_kernel(
-    p_q, p_k, p_groups, p_weight, p_mask, p_key_mask, p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received, p_argmax,
-    p_row_max, p_inverse, p_shift, p_sent, p_grad_q,
-    H, GROUP, N, M, D, G, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
-    stride_groups, stride_weight, scale,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
-    MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_groups,
+    p_weight,
+    p_mask,
+    p_key_mask,
+    p_grad_mass,
+    p_grad_entropy,
+    p_grad_maximum,
+    p_grad_received,
+    p_argmax,
+    p_row_max,
+    p_inverse,
+    p_shift,
+    p_sent,
+    p_grad_q,
+    H,
+    GROUP,
+    N,
+    M,
+    D,
+    G,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    stride_groups,
+    stride_weight,
+    scale,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    RECEIVED: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """Gradient of the query, and by row, for the other kernel: the largest logit, 1 / sum, and `shift`, -sum P dP
     less what cancels in `_grad_score`; `sent` = sum_j P_ij grad_received_j."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
@@ -304,9 +438,26 @@ def _backward_q_kernel(
             b_max, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED)
             if MASS or MAXIMUM or RECEIVED:
                 b_terms = _grad_terms(
-                    b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv, N, M, G,
-                    MASS, MAXIMUM, RECEIVED, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV,
-                )  # fmt: skip
+                    b_gm,
+                    b_first,
+                    b_w,
+                    p_grad_mass,
+                    p_grad_received,
+                    p_groups,
+                    o_q,
+                    o_kv,
+                    N,
+                    M,
+                    G,
+                    MASS,
+                    MAXIMUM,
+                    RECEIVED,
+                    FEW,
+                    SPLIT,
+                    PRECISION,
+                    BLOCK_Q,
+                    BLOCK_KV,
+                )
                 b_sum_terms = b_sum_terms * b_alpha + tl.sum(b_e * b_terms, axis=1)
             if WEIGHT and RECEIVED:
                 b_sent = b_sent * b_alpha + tl.sum(b_e * _column(p_grad_received, o_kv, M)[None, :], axis=1)
@@ -325,9 +476,34 @@ def _backward_q_kernel(
             if PART == 1:
                 b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
             b_ds = _grad_score(
-                b_s, b_max, b_inverse, b_shift, b_ge, b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv,
-                N, M, G, scale_log2, FOLDED, MASS, ENTROPY, MAXIMUM, RECEIVED, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV,
-            )  # fmt: skip
+                b_s,
+                b_max,
+                b_inverse,
+                b_shift,
+                b_ge,
+                b_gm,
+                b_first,
+                b_w,
+                p_grad_mass,
+                p_grad_received,
+                p_groups,
+                o_q,
+                o_kv,
+                N,
+                M,
+                G,
+                scale_log2,
+                FOLDED,
+                MASS,
+                ENTROPY,
+                MAXIMUM,
+                RECEIVED,
+                FEW,
+                SPLIT,
+                PRECISION,
+                BLOCK_Q,
+                BLOCK_KV,
+            )
             b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
     m_row = o_q < N
     o_row = i_bh * N + o_q
@@ -341,15 +517,57 @@ def _backward_q_kernel(
 
 @triton.jit
 def _backward_kv_kernel(
-    p_q, p_k, p_groups, p_weight, p_mask, p_key_mask, p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received, p_argmax,
-    p_row_max, p_inverse, p_shift, p_grad_k,
-    H, GROUP, N, M, D, G, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn, stride_mm,
-    stride_groups, stride_weight, scale,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
-    MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_groups,
+    p_weight,
+    p_mask,
+    p_key_mask,
+    p_grad_mass,
+    p_grad_entropy,
+    p_grad_maximum,
+    p_grad_received,
+    p_argmax,
+    p_row_max,
+    p_inverse,
+    p_shift,
+    p_grad_k,
+    H,
+    GROUP,
+    N,
+    M,
+    D,
+    G,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    stride_groups,
+    stride_weight,
+    scale,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    RECEIVED: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """Gradient of a block of keys, the query heads that share it in turn."""
     i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP, 1)
     p_key_mask += i_b * M
@@ -376,11 +594,34 @@ def _backward_kv_kernel(
                 p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
             )
             b_ds = _grad_score(
-                b_s, _row(p_row_max, i_bh, o_q, N, float("inf")), _row(p_inverse, i_bh, o_q, N, 0.0),
-                _row(p_shift, i_bh, o_q, N, 0.0), b_ge, b_gm, b_first, b_w,
-                p_grad_mass + i_bh * N * G, p_grad_received + i_bh * M, p_groups, o_q, o_kv,
-                N, M, G, scale_log2, FOLDED, MASS, ENTROPY, MAXIMUM, RECEIVED, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV,
-            )  # fmt: skip
+                b_s,
+                _row(p_row_max, i_bh, o_q, N, float("inf")),
+                _row(p_inverse, i_bh, o_q, N, 0.0),
+                _row(p_shift, i_bh, o_q, N, 0.0),
+                b_ge,
+                b_gm,
+                b_first,
+                b_w,
+                p_grad_mass + i_bh * N * G,
+                p_grad_received + i_bh * M,
+                p_groups,
+                o_q,
+                o_kv,
+                N,
+                M,
+                G,
+                scale_log2,
+                FOLDED,
+                MASS,
+                ENTROPY,
+                MAXIMUM,
+                RECEIVED,
+                FEW,
+                SPLIT,
+                PRECISION,
+                BLOCK_Q,
+                BLOCK_KV,
+            )
             b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, PRECISION)
     b_dk *= scale
     if KEY_MASK:
@@ -405,9 +646,18 @@ def _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED: tl.constexpr):
 
 @triton.jit
 def _grad_rows(
-    p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N,
-    ENTROPY: tl.constexpr, MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, WEIGHT: tl.constexpr,
-):  # fmt: skip
+    p_grad_entropy,
+    p_grad_maximum,
+    p_argmax,
+    p_weight,
+    i_bh,
+    o_q,
+    N,
+    ENTROPY: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    RECEIVED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
     """grad_entropy, grad_maximum, argmax and the weight of rows, zeros for what is absent."""
     b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0
     b_first = o_q * 0 - 1
@@ -425,19 +675,59 @@ def _grad_rows(
 
 @triton.jit
 def _grad_score(
-    b_s, b_max, b_inverse, b_shift, b_ge, b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv, N, M, G,
-    scale_log2, FOLDED: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr, MAXIMUM: tl.constexpr,
-    RECEIVED: tl.constexpr, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    b_s,
+    b_max,
+    b_inverse,
+    b_shift,
+    b_ge,
+    b_gm,
+    b_first,
+    b_w,
+    p_grad_mass,
+    p_grad_received,
+    p_groups,
+    o_q,
+    o_kv,
+    N,
+    M,
+    G,
+    scale_log2,
+    FOLDED: tl.constexpr,
+    MASS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    RECEIVED: tl.constexpr,
+    FEW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """dS / scale = P (dP - sum P dP) of a tile [q,kv] of logits."""
     b_x = tl.maximum(below_max(b_s, b_max, scale_log2, FOLDED), -160.0)
     b_dp = b_shift[:, None]
     if MASS or MAXIMUM or RECEIVED:
         b_dp = b_dp + _grad_terms(
-            b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv, N, M, G,
-            MASS, MAXIMUM, RECEIVED, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV,
-        )  # fmt: skip
+            b_gm,
+            b_first,
+            b_w,
+            p_grad_mass,
+            p_grad_received,
+            p_groups,
+            o_q,
+            o_kv,
+            N,
+            M,
+            G,
+            MASS,
+            MAXIMUM,
+            RECEIVED,
+            FEW,
+            SPLIT,
+            PRECISION,
+            BLOCK_Q,
+            BLOCK_KV,
+        )
     if ENTROPY:
         b_dp = b_dp - (b_ge * 0.6931471805599453)[:, None] * b_x
     return tl.exp2(b_x) * b_inverse[:, None] * b_dp
@@ -445,10 +735,26 @@ def _grad_score(
 
 @triton.jit
 def _grad_terms(
-    b_gm, b_first, b_w, p_grad_mass, p_grad_received, p_groups, o_q, o_kv, N, M, G,
-    MASS: tl.constexpr, MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, FEW: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    b_gm,
+    b_first,
+    b_w,
+    p_grad_mass,
+    p_grad_received,
+    p_groups,
+    o_q,
+    o_kv,
+    N,
+    M,
+    G,
+    MASS: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    RECEIVED: tl.constexpr,
+    FEW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """dP [q,kv] but for the entropy's term. One function for its sum and its use: what cancels in a row cancels exactly."""
     b_dp = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
     if MASS:
@@ -462,9 +768,19 @@ def _grad_terms(
 
 @triton.jit
 def _grad_mass(
-    p_grad_mass, p_groups, o_q, o_kv, N, M, G,
-    FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_grad_mass,
+    p_groups,
+    o_q,
+    o_kv,
+    N,
+    M,
+    G,
+    FEW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """[q,kv]: grad_mass of each query for the group of each key, 0 for none. FEW groups are chosen from one by one."""
     b_group = _groups(p_groups, o_kv, M, G)
     b_tile = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)

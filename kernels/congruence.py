@@ -160,10 +160,26 @@ class _Chunk:
         if self.fused:
             tiles = {"BLOCK_Q": 32, "num_warps": 8}
         _divergence_kernel[(triton.cdiv(size, tiles["BLOCK_Q"]) * self.batch,)](
-            own, target, basis, *masks, out, own if by_own is None else self._part(by_own, side, side), size, other,
-            *own.stride()[:2], *target.stride()[:2], 1.0 / self.heads, EPSILON, KIND=self.kind, MASKED=self.masks is not None,
-            GRAD=grad, FUSED=self.fused, BLOCK_KV=block, BLOCK_M=block_size(other), **tiles,
-        )  # fmt: skip
+            own,
+            target,
+            basis,
+            *masks,
+            out,
+            own if by_own is None else self._part(by_own, side, side),
+            size,
+            other,
+            *own.stride()[:2],
+            *target.stride()[:2],
+            1.0 / self.heads,
+            EPSILON,
+            KIND=self.kind,
+            MASKED=self.masks is not None,
+            GRAD=grad,
+            FUSED=self.fused,
+            BLOCK_KV=block,
+            BLOCK_M=block_size(other),
+            **tiles,
+        )
         return out
 
     def _spread(self, side: int, basis: Tensor, by_target: Tensor, by_map: Tensor, add: bool) -> None:
@@ -175,9 +191,21 @@ class _Chunk:
         back, out = self._part(self.map, other, side), self._part(by_map, other, side if distributed else other)
         tiles = triton.cdiv(across, 32) + (triton.cdiv(size, 32) if distributed else 0)
         _spread_kernel[(tiles * self.batch,)](
-            by_target, basis, back, self._part(by_map, side, other), out, size, across, *back.stride()[:2],
-            KIND=self.kind, ADD=add, BLOCK_Q=32, BLOCK_N=block_size(size), BLOCK_M=block_size(across), num_warps=8,
-        )  # fmt: skip
+            by_target,
+            basis,
+            back,
+            self._part(by_map, side, other),
+            out,
+            size,
+            across,
+            *back.stride()[:2],
+            KIND=self.kind,
+            ADD=add,
+            BLOCK_Q=32,
+            BLOCK_N=block_size(size),
+            BLOCK_M=block_size(across),
+            num_warps=8,
+        )
 
     def _spread_long(self, side: int, basis: Tensor, by_target: Tensor, by_map: Tensor, add: bool) -> None:
         """As `_spread`, by torch's products, and always added."""
@@ -230,10 +258,13 @@ class _Chunk:
         strides = tuple(tuple(stride for x in xs for stride in x.stride()[:3]) for xs in (self.queries, self.keys))
         masks = self.queries[:2] if self.masks is None else self.masks
         constants = {
-            "MASKED": self.masks is not None, "WHOLE": self.whole, "LOG": self.kind == "iais_singular",
-            "BLOCK_D": block_size(self.features), "PRECISION": input_precision(),
+            "MASKED": self.masks is not None,
+            "WHOLE": self.whole,
+            "LOG": self.kind == "iais_singular",
+            "BLOCK_D": block_size(self.features),
+            "PRECISION": input_precision(),
             **_config(self.sizes, self.features, self.queries[0].dtype, kernel, self.kind),
-        }  # fmt: skip
+        }
         return (self.queries, self.keys, *strides, *masks, self.heads, *self.sizes, self.features, self.scale * LOG2_E), constants
 
     def _empty(self, *shape: int) -> Tensor:
@@ -295,11 +326,29 @@ def _log1p(x):
 
 @triton.jit
 def _divergence_kernel(
-    p_own, p_target, p_basis, p_rows, p_others, p_out, p_by_own, N, M, stride_ob, stride_on, stride_tb, stride_tn,
-    per_head, EPSILON,
-    KIND: tl.constexpr, MASKED: tl.constexpr, GRAD: tl.constexpr, FUSED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    p_own,
+    p_target,
+    p_basis,
+    p_rows,
+    p_others,
+    p_out,
+    p_by_own,
+    N,
+    M,
+    stride_ob,
+    stride_on,
+    stride_tb,
+    stride_tn,
+    per_head,
+    EPSILON,
+    KIND: tl.constexpr,
+    MASKED: tl.constexpr,
+    GRAD: tl.constexpr,
+    FUSED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """sym(p, t) of whole rows, or its gradients at own block and target over the number of heads. Written without cancellation:
     with d = log p - log t, sum (p - t) d = sum t expm1(d) d has no negative term."""
     tiles = tl.cdiv(N, BLOCK_Q)
@@ -386,9 +435,21 @@ def _store_or_add(p, stride, o_row, o_col, num_rows, num_cols, b, ADD: tl.conste
 
 @triton.jit
 def _spread_kernel(
-    p_by_target, p_basis, p_back, p_by_basis, p_out, N, M, stride_b, stride_n,
-    KIND: tl.constexpr, ADD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    p_by_target,
+    p_basis,
+    p_back,
+    p_by_basis,
+    p_out,
+    N,
+    M,
+    stride_b,
+    stride_n,
+    KIND: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """With the gradient G (N,N) at the target and the basis X (N,M): X^T G X, a program per sample and tile of rows; for
     iais_distributed X^T G and, in programs of their own, G Y^T at the basis, Y the block that leads back."""
     tiles = tl.cdiv(M, BLOCK_Q)

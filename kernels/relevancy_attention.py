@@ -51,9 +51,7 @@ def forward(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B,H,N,Dv), the carrier's copy (B,T,N), lse (B,H,N)."""
-    out, lse = score_attention.forward(
-        query, key, value, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal
-    )
+    out, lse = score_attention.forward(query, key, value, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal)
     return out, carrier.clone(), lse
 
 
@@ -148,20 +146,43 @@ class _Rows(NamedTuple):
     delta: Tensor | None = None
 
 
-def _describe(query: Tensor, key: Tensor, value: Tensor | None, grad_out: Tensor | None, attn_mask: Tensor | None,
-              key_mask: Tensor | None, rule: str, scale: float, is_causal: bool) -> _Call:  # fmt: skip
+def _describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grad_out: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    scale: float,
+    is_causal: bool,
+) -> _Call:
     query, key = unit_stride(query), unit_stride(key)
     value, grad_out = (query if x is None else unit_stride(x) for x in (value, grad_out))
     heads, num_q, size = query.shape[1:]
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     numbers = (
-        heads, heads // max(1, key.shape[1]), num_q, key.shape[2], size, value.shape[3], scale * LOG2_E,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *strides_mask,
-    )  # fmt: skip
+        heads,
+        heads // max(1, key.shape[1]),
+        num_q,
+        key.shape[2],
+        size,
+        value.shape[3],
+        scale * LOG2_E,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *grad_out.stride()[:3],
+        *strides_mask,
+    )
     constants = {
-        **mask_constants, "CAUSAL": is_causal, "BY_GRADIENT": rule == "gradient", "PRECISION": input_precision(),
-        "BLOCK_D": block_size(size), "BLOCK_DV": block_size(value.shape[3]),
-    }  # fmt: skip
+        **mask_constants,
+        "CAUSAL": is_causal,
+        "BY_GRADIENT": rule == "gradient",
+        "PRECISION": input_precision(),
+        "BLOCK_D": block_size(size),
+        "BLOCK_DV": block_size(value.shape[3]),
+    }
     return _Call((query, key, value, grad_out, *masks), numbers, constants, scale)
 
 
@@ -174,9 +195,15 @@ def _statistics(call: _Call, lse: Tensor | None, summed: bool) -> tuple[_Rows, T
     if not call.empty:
         config = _config("statistics", call)
         _statistics_kernel[(triton.cdiv(query.shape[2], config["BLOCK_Q"]) * query.shape[0] * query.shape[1],)](
-            *call.tensors, *call.present(found, total, sums), *call.numbers,
-            **call.constants, EXACT=exact, GIVEN=lse is not None, SUMS=summed, **config,
-        )  # fmt: skip
+            *call.tensors,
+            *call.present(found, total, sums),
+            *call.numbers,
+            **call.constants,
+            EXACT=exact,
+            GIVEN=lse is not None,
+            SUMS=summed,
+            **config,
+        )
     return _Rows(found, total), sums
 
 
@@ -193,9 +220,18 @@ def _backward_q(call: _Call, out: Tensor, lse: Tensor, summed: bool) -> tuple[Te
     else:
         out, config = unit_stride(out), _config("backward_q", call)
         _backward_q_kernel[(triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
-            *call.tensors, out, *call.present(lse, delta, shift, total, sums), grad_q,
-            *call.numbers, *out.stride()[:3], call.scale, **call.constants, EXACT=exact, SUMS=summed, **config,
-        )  # fmt: skip
+            *call.tensors,
+            out,
+            *call.present(lse, delta, shift, total, sums),
+            grad_q,
+            *call.numbers,
+            *out.stride()[:3],
+            call.scale,
+            **call.constants,
+            EXACT=exact,
+            SUMS=summed,
+            **config,
+        )
     return grad_q, _Rows(lse if shift is None else shift, total, delta), sums
 
 
@@ -232,10 +268,21 @@ def _backward_kv(
         precision = input_precision() if query.dtype == torch.float32 or input_precision() == "widen" else "tf32"
         blocks = triton.cdiv(num_kv, config["BLOCK_KV"]) * max(1, triton.cdiv(num_t, MAX_T))
         _backward_kv_kernel[(blocks * batch * parts,)](
-            *call.tensors, *call.present(*rows, sent, grad_k, grad_v, moved), *call.numbers, key_heads, call.scale, num_t, factor,
-            **call.constants, EXACT=rows.total is not None, GRADS=rows.delta is not None, BLOCK_T=block_t,
-            PRECISION_T=precision, ROUND=query.dtype != torch.float32 or precision == "tf32", **config,
-        )  # fmt: skip
+            *call.tensors,
+            *call.present(*rows, sent, grad_k, grad_v, moved),
+            *call.numbers,
+            key_heads,
+            call.scale,
+            num_t,
+            factor,
+            **call.constants,
+            EXACT=rows.total is not None,
+            GRADS=rows.delta is not None,
+            BLOCK_T=block_t,
+            PRECISION_T=precision,
+            ROUND=query.dtype != torch.float32 or precision == "tf32",
+            **config,
+        )
     return grad_k, grad_v, None if moved is None else moved[:, 0] if moved.shape[1] == 1 else moved.sum(1)
 
 
@@ -260,14 +307,51 @@ def _config(kernel: str, call: _Call, block_t: int = 0) -> dict[str, int]:
 
 @triton.jit
 def _statistics_kernel(
-    p_q, p_k, p_v, p_do, p_mask, p_key_mask, p_lse, p_total, p_sums,
-    H, GROUP: tl.constexpr, N, M, D, DV, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_gb, stride_gh, stride_gn, stride_mb, stride_mh, stride_mn, stride_mm,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, BY_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, GIVEN: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_mask,
+    p_key_mask,
+    p_lse,
+    p_total,
+    p_sums,
+    H,
+    GROUP: tl.constexpr,
+    N,
+    M,
+    D,
+    DV,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BY_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """lse, unless GIVEN, with EXACT as the pair (largest logit, sum); with SUMS the row sums of this head's share of Abar."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     if CAUSAL:
@@ -320,14 +404,58 @@ def _statistics_kernel(
 
 @triton.jit
 def _backward_q_kernel(
-    p_q, p_k, p_v, p_do, p_mask, p_key_mask, p_out, p_lse, p_delta, p_shift, p_total, p_sums, p_dq,
-    H, GROUP: tl.constexpr, N, M, D, DV, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_gb, stride_gh, stride_gn, stride_mb, stride_mh, stride_mn, stride_mm, stride_ob, stride_oh, stride_on, scale,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, BY_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_mask,
+    p_key_mask,
+    p_out,
+    p_lse,
+    p_delta,
+    p_shift,
+    p_total,
+    p_sums,
+    p_dq,
+    H,
+    GROUP: tl.constexpr,
+    N,
+    M,
+    D,
+    DV,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    scale,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BY_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """dQ and delta; with EXACT the pair that gives P better than a rounded lse; with SUMS as _statistics_kernel."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     if CAUSAL:
@@ -389,14 +517,61 @@ def _backward_q_kernel(
 
 @triton.jit
 def _backward_kv_kernel(
-    p_q, p_k, p_v, p_do, p_mask, p_key_mask, p_lse, p_total, p_delta, p_r, p_dk, p_dv, p_moved,
-    H, GROUP: tl.constexpr, N, M, D, DV, scale_log2,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_gb, stride_gh, stride_gn, stride_mb, stride_mh, stride_mn, stride_mm, KEY_HEADS, scale, T, factor,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, BY_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, GRADS: tl.constexpr, PRECISION_T: tl.constexpr, ROUND: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_mask,
+    p_key_mask,
+    p_lse,
+    p_total,
+    p_delta,
+    p_r,
+    p_dk,
+    p_dv,
+    p_moved,
+    H,
+    GROUP: tl.constexpr,
+    N,
+    M,
+    D,
+    DV,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    KEY_HEADS,
+    scale,
+    T,
+    factor,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BY_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    GRADS: tl.constexpr,
+    PRECISION_T: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """Of one tile of keys in KEY_HEADS heads: with GRADS (one head then) dK and dV; r Abar of BLOCK_T carried rows (0: none)."""
     num_kv = tl.cdiv(M, BLOCK_KV)
     num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
@@ -440,9 +615,19 @@ def _backward_kv_kernel(
                 b_s = dot(b_k, tl.trans(b_q), PRECISION) * scale_log2  # [kv,q]
                 if MASK != 0:
                     b_s = mask_logits(
-                        b_s, p_mask + i_b * stride_mb + i_h * stride_mh, stride_mm, stride_mn, p_key_mask, o_kv, o_q, M, N,
-                        MASK, False, False,
-                    )  # fmt: skip
+                        b_s,
+                        p_mask + i_b * stride_mb + i_h * stride_mh,
+                        stride_mm,
+                        stride_mn,
+                        p_key_mask,
+                        o_kv,
+                        o_q,
+                        M,
+                        N,
+                        MASK,
+                        False,
+                        False,
+                    )
                 if CAUSAL and PART == 0:
                     b_s = tl.where(o_kv[:, None] <= o_q[None, :], b_s, float("-inf"))
                 b_p = tl.exp2(b_s - _shift(p_lse + i_bh * N, o_q, N, not EXACT)[None, :])
@@ -457,8 +642,9 @@ def _backward_kv_kernel(
                         b_r = tl.load(p_r + o_q, mask=m_q, other=0.0)
                         b_moved += tl.sum(b_map * b_r[None, :], axis=1)
                     else:
-                        b_r = tl.load(p_r + o_t[None, :].to(tl.int64) * N + o_q[:, None],
-                                      mask=m_q[:, None] & (o_t < T)[None, :], other=0.0)  # [q,T]
+                        b_r = tl.load(
+                            p_r + o_t[None, :].to(tl.int64) * N + o_q[:, None], mask=m_q[:, None] & (o_t < T)[None, :], other=0.0
+                        )  # [q,T]
                         if ROUND:
                             b_map, b_r = _round_tf32(b_map), _round_tf32(b_r)
                         b_moved += dot(b_map, b_r, PRECISION_T)
@@ -481,9 +667,20 @@ def _backward_kv_kernel(
 
 @triton.jit
 def _hide(
-    b_s, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
+    b_s,
+    p_mask,
+    stride_mask_q,
+    stride_mask_kv,
+    p_key_mask,
+    o_q,
+    o_kv,
+    N,
+    M,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PART: tl.constexpr,
+):
     """Base-2 logits [q,kv] with what is hidden at -inf; tiles of PART 0 lie within the map and below its diagonal."""
     if PART == 1:
         b_s = mask_logits(b_s, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)

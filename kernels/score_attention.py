@@ -133,9 +133,19 @@ def _rows_first(like: Tensor, heads: int, rows: int, size: int, dtype: torch.dty
 
 
 def _arguments(
-    query: Tensor, key: Tensor, value: Tensor, vector: Tensor | None, attn_mask: Tensor | None, key_mask: Tensor | None,
-    seed: Tensor | None, score: str, parameter: float, scale: float, dropout_p: float, is_causal: bool,
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    vector: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    score: str,
+    parameter: float,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:
     """What every kernel here takes: tensors (the query stands in for absent ones), sizes and strides in elements, constants."""
     batch, heads, num_q, size = query.shape
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
@@ -149,19 +159,44 @@ def _arguments(
     if score == "cosine":
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
     tensors = (
-        query, key, value, query if vector is None else vector.contiguous(), ready_q, ready_k, *masks,
+        query,
+        key,
+        value,
+        query if vector is None else vector.contiguous(),
+        ready_q,
+        ready_k,
+        *masks,
         query if seed is None else seed,
-    )  # fmt: skip
+    )
     numbers = (
-        heads, heads // max(1, key.shape[1]), heads // max(1, value.shape[1]), num_q, key.shape[2], size, value.shape[3],
-        scale * LOG2_E, parameter, dropout_p, int(dropout_p * 2**32),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides_mask,
-    )  # fmt: skip
+        heads,
+        heads // max(1, key.shape[1]),
+        heads // max(1, value.shape[1]),
+        num_q,
+        key.shape[2],
+        size,
+        value.shape[3],
+        scale * LOG2_E,
+        parameter,
+        dropout_p,
+        int(dropout_p * 2**32),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *strides_mask,
+    )
     constants = {
-        "SCORE": score, "UNITS": units, **mask_constants, "CAUSAL": is_causal, "DROPOUT": dropout_p > 0.0,
-        "EXACT": query.dtype == torch.float32, "FAST": query.dtype == torch.bfloat16, "PRECISION": precision,
-        "BLOCK_A": block_size(size), "BLOCK_DV": block_size(value.shape[3]),
-    }  # fmt: skip
+        "SCORE": score,
+        "UNITS": units,
+        **mask_constants,
+        "CAUSAL": is_causal,
+        "DROPOUT": dropout_p > 0.0,
+        "EXACT": query.dtype == torch.float32,
+        "FAST": query.dtype == torch.bfloat16,
+        "PRECISION": precision,
+        "BLOCK_A": block_size(size),
+        "BLOCK_DV": block_size(value.shape[3]),
+    }
     return tensors, numbers, constants
 
 
@@ -231,14 +266,56 @@ def _prepare_kernel(
 
 @triton.jit
 def _forward_kernel(
-    p_q, p_k, p_v, p_u, p_ready_q, p_ready_k, p_mask, p_key_mask, p_seed, p_out, p_lse,
-    H, GROUP_K, GROUP_V, N, M, A, DV, scale_log2, parameter, dropout_p, threshold,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mn, stride_mm,
-    SCORE: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_DV: tl.constexpr, NEGATIVE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_v,
+    p_u,
+    p_ready_q,
+    p_ready_k,
+    p_mask,
+    p_key_mask,
+    p_seed,
+    p_out,
+    p_lse,
+    H,
+    GROUP_K,
+    GROUP_V,
+    N,
+    M,
+    A,
+    DV,
+    scale_log2,
+    parameter,
+    dropout_p,
+    threshold,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    SCORE: tl.constexpr,
+    UNITS: tl.constexpr,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_hk * stride_kh
@@ -264,9 +341,24 @@ def _forward_kernel(
             b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
             if UNITS:
                 b_s = sum_units(
-                    p_q, p_k, p_ready_q, p_ready_k, p_u, o_q, o_kv, stride_qn, stride_kn, N, M, A, far_q + farthest(b_k, SCORE),
-                    SCORE, EXACT, FAST, PRECISION,
-                )  # fmt: skip
+                    p_q,
+                    p_k,
+                    p_ready_q,
+                    p_ready_k,
+                    p_u,
+                    o_q,
+                    o_kv,
+                    stride_qn,
+                    stride_kn,
+                    N,
+                    M,
+                    A,
+                    far_q + farthest(b_k, SCORE),
+                    SCORE,
+                    EXACT,
+                    FAST,
+                    PRECISION,
+                )
             else:
                 b_column, _ = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
@@ -274,9 +366,19 @@ def _forward_kernel(
             if EDGE:
                 b_s *= scale_log2
                 b_masked = mask_logits(
-                    tl.zeros_like(b_s) if UNITS and MASK != 0 else b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M,
-                    MASK, KEY_MASK, CAUSAL,
-                )  # fmt: skip
+                    tl.zeros_like(b_s) if UNITS and MASK != 0 else b_s,
+                    p_mask,
+                    stride_mn,
+                    stride_mm,
+                    p_key_mask,
+                    o_q,
+                    o_kv,
+                    N,
+                    M,
+                    MASK,
+                    KEY_MASK,
+                    CAUSAL,
+                )
                 b_s = b_s + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
                 b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -302,16 +404,66 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_q_kernel(
-    p_q, p_k, p_v, p_u, p_ready_q, p_ready_k, p_mask, p_key_mask, p_seed,
-    p_grad, p_lse, p_delta, p_total, p_scratch, p_out, p_grad_lse, p_grad_q,
-    H, GROUP_K, GROUP_V, N, M, A, DV, scale_log2, parameter, dropout_p, threshold,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mn, stride_mm,
-    stride_gb, stride_gh, stride_gn, scale,
-    SCORE: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_DV: tl.constexpr, LSE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_v,
+    p_u,
+    p_ready_q,
+    p_ready_k,
+    p_mask,
+    p_key_mask,
+    p_seed,
+    p_grad,
+    p_lse,
+    p_delta,
+    p_total,
+    p_scratch,
+    p_out,
+    p_grad_lse,
+    p_grad_q,
+    H,
+    GROUP_K,
+    GROUP_V,
+    N,
+    M,
+    A,
+    DV,
+    scale_log2,
+    parameter,
+    dropout_p,
+    threshold,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    scale,
+    SCORE: tl.constexpr,
+    UNITS: tl.constexpr,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    LSE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_hk * stride_kh
@@ -349,9 +501,24 @@ def _backward_q_kernel(
                 b_column, far_k = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
                 if UNITS:
                     b_s = sum_units(
-                        p_q, p_k, p_ready_q, p_ready_k, p_u, o_q, o_kv, stride_qn, stride_kn, N, M, A, far_q + far_k,
-                        SCORE, EXACT, FAST, PRECISION,
-                    )  # fmt: skip
+                        p_q,
+                        p_k,
+                        p_ready_q,
+                        p_ready_k,
+                        p_u,
+                        o_q,
+                        o_kv,
+                        stride_qn,
+                        stride_kn,
+                        N,
+                        M,
+                        A,
+                        far_q + far_k,
+                        SCORE,
+                        EXACT,
+                        FAST,
+                        PRECISION,
+                    )
                     b_slope = b_s
                 else:
                     b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
@@ -359,9 +526,19 @@ def _backward_q_kernel(
                 b_logit = b_s * scale_log2
                 if EDGE:
                     b_masked = mask_logits(
-                        tl.zeros_like(b_logit) if UNITS and MASK != 0 else b_logit, p_mask, stride_mn, stride_mm, p_key_mask,
-                        o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL,
-                    )  # fmt: skip
+                        tl.zeros_like(b_logit) if UNITS and MASK != 0 else b_logit,
+                        p_mask,
+                        stride_mn,
+                        stride_mm,
+                        p_key_mask,
+                        o_q,
+                        o_kv,
+                        N,
+                        M,
+                        MASK,
+                        KEY_MASK,
+                        CAUSAL,
+                    )
                     b_logit = b_logit + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_p = tl.exp2(b_logit - b_lse[:, None])
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
@@ -374,9 +551,24 @@ def _backward_q_kernel(
                     b_ds = b_p * (b_dp - b_delta[:, None]) * scale
                     if UNITS:
                         b_dq, _ = through_units(
-                            b_dq, b_dq, b_ds, b_q, p_scratch, p_k, stride_kn, o_a, start, M, A,
-                            SCORE, FAST, False, PRECISION, BLOCK_Q, BLOCK_KV,
-                        )  # fmt: skip
+                            b_dq,
+                            b_dq,
+                            b_ds,
+                            b_q,
+                            p_scratch,
+                            p_k,
+                            stride_kn,
+                            o_a,
+                            start,
+                            M,
+                            A,
+                            SCORE,
+                            FAST,
+                            False,
+                            PRECISION,
+                            BLOCK_Q,
+                            BLOCK_KV,
+                        )
                     else:
                         if SCORE == "cosine":
                             m_free = b_row[:, None] * b_column[None, :] <= parameter
@@ -400,16 +592,67 @@ def _backward_q_kernel(
 
 @triton.jit
 def _backward_kv_kernel(
-    p_q, p_k, p_v, p_u, p_ready_q, p_ready_k, p_mask, p_key_mask, p_seed,
-    p_grad, p_lse, p_delta, p_total, p_scratch, p_grad_k, p_grad_v, p_grad_u,
-    H, GROUP_K, GROUP_V, N, M, A, DV, scale_log2, parameter, dropout_p, threshold,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_mb, stride_mh, stride_mn, stride_mm,
-    stride_gb, stride_gh, stride_gn, scale, HEADS_KV, GROUP,
-    SCORE: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_k,
+    p_v,
+    p_u,
+    p_ready_q,
+    p_ready_k,
+    p_mask,
+    p_key_mask,
+    p_seed,
+    p_grad,
+    p_lse,
+    p_delta,
+    p_total,
+    p_scratch,
+    p_grad_k,
+    p_grad_v,
+    p_grad_u,
+    H,
+    GROUP_K,
+    GROUP_V,
+    N,
+    M,
+    A,
+    DV,
+    scale_log2,
+    parameter,
+    dropout_p,
+    threshold,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    scale,
+    HEADS_KV,
+    GROUP,
+    SCORE: tl.constexpr,
+    UNITS: tl.constexpr,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     # tiles are [kv,q]: what meets dO and q in a product comes as its left operand
     num_kv = tl.cdiv(M, BLOCK_KV)
     i_kv, _, i_b, i_hkv, _ = block_and_head(num_kv, HEADS_KV, 1)
@@ -453,9 +696,24 @@ def _backward_kv_kernel(
                 b_column, far_q = row_facts(b_q, p_ready_h, o_q, N, SCORE)
                 if UNITS:
                     b_s = sum_units(
-                        p_k, p_q_h, p_ready_k, p_ready_h, p_u_h, o_kv, o_q, stride_kn, stride_qn, M, N, A, far_q + far_k,
-                        SCORE, EXACT, FAST, PRECISION,
-                    )  # fmt: skip
+                        p_k,
+                        p_q_h,
+                        p_ready_k,
+                        p_ready_h,
+                        p_u_h,
+                        o_kv,
+                        o_q,
+                        stride_kn,
+                        stride_qn,
+                        M,
+                        N,
+                        A,
+                        far_q + far_k,
+                        SCORE,
+                        EXACT,
+                        FAST,
+                        PRECISION,
+                    )
                     b_slope = b_s
                 else:
                     b_x = dot(b_k, tl.trans(b_q), PRECISION)  # [kv,q]
@@ -463,9 +721,19 @@ def _backward_kv_kernel(
                 b_logit = b_s * scale_log2
                 if EDGE:
                     b_masked = mask_logits(
-                        tl.zeros_like(b_logit) if UNITS and MASK != 0 else b_logit, p_mask_h, stride_mm, stride_mn, p_key_mask,
-                        o_kv, o_q, M, N, MASK, False, False,
-                    )  # fmt: skip
+                        tl.zeros_like(b_logit) if UNITS and MASK != 0 else b_logit,
+                        p_mask_h,
+                        stride_mm,
+                        stride_mn,
+                        p_key_mask,
+                        o_kv,
+                        o_q,
+                        M,
+                        N,
+                        MASK,
+                        False,
+                        False,
+                    )
                     if CAUSAL:
                         b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
                     if KEY_MASK:
@@ -487,9 +755,24 @@ def _backward_kv_kernel(
                 b_ds = b_p * (b_dp - b_delta[None, :]) * scale
                 if UNITS:
                     b_units, b_du = through_units(
-                        b_units, b_du, b_ds, b_k, p_scratch, p_q_h, stride_qn, o_a, start, N, A,
-                        SCORE, FAST, True, PRECISION, BLOCK_KV, BLOCK_Q,
-                    )  # fmt: skip
+                        b_units,
+                        b_du,
+                        b_ds,
+                        b_k,
+                        p_scratch,
+                        p_q_h,
+                        stride_qn,
+                        o_a,
+                        start,
+                        N,
+                        A,
+                        SCORE,
+                        FAST,
+                        True,
+                        PRECISION,
+                        BLOCK_KV,
+                        BLOCK_Q,
+                    )
                 else:
                     if SCORE == "cosine":
                         b_along += tl.sum(tl.where(b_row[:, None] * b_column[None, :] <= parameter, b_ds * b_s, 0.0), axis=1)

@@ -55,9 +55,18 @@ def forward(
             cosine, _ = _attend(parts, queries, contexts)
             out = by_context[x, y]
             _aggregate_kernel[(queries.sets * contexts.sets,)](
-                cosine, queries.start, contexts.lengths, out, contexts.sets, len(queries.rows), *out.stride(), lambda_lse,
-                AGGREGATION=aggregation, BLOCK_N=128, num_warps=1,
-            )  # fmt: skip
+                cosine,
+                queries.start,
+                contexts.lengths,
+                out,
+                contexts.sets,
+                len(queries.rows),
+                *out.stride(),
+                lambda_lse,
+                AGGREGATION=aggregation,
+                BLOCK_N=128,
+                num_warps=1,
+            )
     return similarity
 
 
@@ -124,8 +133,9 @@ def backward(
 Side = tuple[Tensor, Tensor | None]  # rows (B,L,D), and how many of each are real
 
 
-def _sides(images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None,
-           direction: str) -> tuple[Side, Side]:  # fmt: skip
+def _sides(
+    images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None, direction: str
+) -> tuple[Side, Side]:
     """The side that asks and the side that is attended to."""
     image, caption = (images.contiguous(), image_lengths), (captions.contiguous(), caption_lengths)
     return (caption, image) if direction == "t2i" else (image, caption)
@@ -217,13 +227,27 @@ def _matmul(a: Tensor, b: Tensor, total: Tensor, out: Tensor, inner: bool, add: 
     grid = (triton.cdiv(num_i, meta["BLOCK_I"]) * triton.cdiv(num_j, meta["BLOCK_J"]),)
     if grid[0] > 0:
         _matmul_kernel[grid](
-            a, b, total, out, num_i, num_j, num_k, *a.stride(), *b.stride(), out.stride(0),
-            PARTS=parts, INNER=inner, ADD=add, PRECISION=input_precision(), **meta,
-        )  # fmt: skip
+            a,
+            b,
+            total,
+            out,
+            num_i,
+            num_j,
+            num_k,
+            *a.stride(),
+            *b.stride(),
+            out.stride(0),
+            PARTS=parts,
+            INNER=inner,
+            ADD=add,
+            PRECISION=input_precision(),
+            **meta,
+        )
 
 
-def _weights(scores: Tensor, queries: _Queries, contexts: _Contexts, rule: dict[str, Any], smooth: float,
-             keep: torch.dtype | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _weights(
+    scores: Tensor, queries: _Queries, contexts: _Contexts, rule: dict[str, Any], smooth: float, keep: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """alpha (L,X,M) in the dtype `keep` (None: only what the parts need), its parts (parts,L,X,M) in the inputs', M padded."""
     dtype = queries.rows.dtype
     count, factor = _parts(dtype)
@@ -232,10 +256,22 @@ def _weights(scores: Tensor, queries: _Queries, contexts: _Contexts, rule: dict[
     alpha = scores if split and keep is None else queries.new_map(*shape, dtype=keep or torch.float32)
     parts = queries.new_map(count, *shape, dtype=dtype) if split else alpha[None]
     _weights_kernel[(queries.sets * contexts.sets,)](
-        scores, alpha, parts, queries.start, contexts.lengths,
-        contexts.sets, contexts.size, scores.stride(0), *parts.stride()[:3], smooth, factor,
-        **rule, PARTS=count if split else 0, KEEP=not split or keep is not None, **_config_maps(contexts.size, 2048),
-    )  # fmt: skip
+        scores,
+        alpha,
+        parts,
+        queries.start,
+        contexts.lengths,
+        contexts.sets,
+        contexts.size,
+        scores.stride(0),
+        *parts.stride()[:3],
+        smooth,
+        factor,
+        **rule,
+        PARTS=count if split else 0,
+        KEEP=not split or keep is not None,
+        **_config_maps(contexts.size, 2048),
+    )
     return alpha[..., : contexts.size], parts
 
 
@@ -246,16 +282,41 @@ def _attend(parts: Tensor, queries: _Queries, contexts: _Contexts) -> tuple[Tens
     norm_a = torch.empty_like(cosine)
     meta = _config_attend(contexts.size, queries.rows.dtype)
     _attend_kernel[(contexts.sets * triton.cdiv(length, meta["BLOCK_N"]),)](
-        queries.rows, contexts.rows, parts, queries.norms, queries.start[-1:], contexts.lengths, cosine, norm_a,
-        length, contexts.size, features, *parts.stride()[:3], 1.0 / _parts(queries.rows.dtype)[1],
-        PARTS=len(parts), ONE_BLOCK=contexts.size <= meta["BLOCK_M"], PRECISION=input_precision(), **meta,
-    )  # fmt: skip
+        queries.rows,
+        contexts.rows,
+        parts,
+        queries.norms,
+        queries.start[-1:],
+        contexts.lengths,
+        cosine,
+        norm_a,
+        length,
+        contexts.size,
+        features,
+        *parts.stride()[:3],
+        1.0 / _parts(queries.rows.dtype)[1],
+        PARTS=len(parts),
+        ONE_BLOCK=contexts.size <= meta["BLOCK_M"],
+        PRECISION=input_precision(),
+        **meta,
+    )
     return cosine, norm_a
 
 
-def _maps(scores: Tensor, alpha: Tensor, along: Tensor, cosine: Tensor, norm_a: Tensor, grad: Tensor, queries: _Queries,
-          contexts: _Contexts, rule: dict[str, Any], smooth: float, aggregation: str, lambda_lse: float,
-          ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _maps(
+    scores: Tensor,
+    alpha: Tensor,
+    along: Tensor,
+    cosine: Tensor,
+    norm_a: Tensor,
+    grad: Tensor,
+    queries: _Queries,
+    contexts: _Contexts,
+    rule: dict[str, Any],
+    smooth: float,
+    aggregation: str,
+    lambda_lse: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W (parts,L,X*M), V = diag(by_norm_a) alpha (L,X,M), grad_dot and by_norm_q (X,L) from `along` (X,L,M), `grad` (X,Y)."""
     split = queries.rows.dtype == torch.bfloat16
     count = _parts(torch.bfloat16)[0] if split else 1
@@ -263,11 +324,34 @@ def _maps(scores: Tensor, alpha: Tensor, along: Tensor, cosine: Tensor, norm_a: 
     v = queries.new_map(*alpha.shape, dtype=along.dtype)
     grad_dot, by_norm_q = torch.zeros_like(cosine), torch.zeros_like(cosine)
     _maps_kernel[(queries.sets * contexts.sets,)](
-        scores, alpha, along, cosine, norm_a, queries.norms, grad, queries.start, contexts.lengths, w, v, grad_dot, by_norm_q,
-        contexts.sets, len(queries.rows), contexts.size, scores.stride(0), *alpha.stride()[:2], *along.stride()[:2], w.stride(0),
-        *grad.stride(), smooth, lambda_lse, **rule, AGGREGATION=aggregation, PARTS=count if split else 0,
+        scores,
+        alpha,
+        along,
+        cosine,
+        norm_a,
+        queries.norms,
+        grad,
+        queries.start,
+        contexts.lengths,
+        w,
+        v,
+        grad_dot,
+        by_norm_q,
+        contexts.sets,
+        len(queries.rows),
+        contexts.size,
+        scores.stride(0),
+        *alpha.stride()[:2],
+        *along.stride()[:2],
+        w.stride(0),
+        *grad.stride(),
+        smooth,
+        lambda_lse,
+        **rule,
+        AGGREGATION=aggregation,
+        PARTS=count if split else 0,
         **_config_maps(contexts.size, 1024),
-    )  # fmt: skip
+    )
     return w, v, grad_dot, by_norm_q
 
 
@@ -288,10 +372,27 @@ def _config_attend(size: int, dtype: torch.dtype) -> dict[str, int]:
 
 @triton.jit
 def _matmul_kernel(
-    p_a, p_b, p_total, p_out, num_rows, num_cols, num_inner, stride_part, stride_ai, stride_ak, stride_bk, stride_bj, stride_oi,
-    PARTS: tl.constexpr, INNER: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    p_a,
+    p_b,
+    p_total,
+    p_out,
+    num_rows,
+    num_cols,
+    num_inner,
+    stride_part,
+    stride_ai,
+    stride_ak,
+    stride_bk,
+    stride_bj,
+    stride_oi,
+    PARTS: tl.constexpr,
+    INNER: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """out (i,j), or out +, is the sum of the parts of a (parts,i,k) times b (k,j); rows (INNER: inner indices) of a from `total`
     on are zero, and skipped."""
     num_i = tl.cdiv(num_rows, BLOCK_I)
@@ -317,10 +418,26 @@ def _matmul_kernel(
 
 @triton.jit
 def _weights_kernel(
-    p_s, p_alpha, p_parts, p_start, p_lengths, X, M, stride_row, stride_part, stride_alpha_row, stride_alpha_x, smooth, factor,
-    NORM: tl.constexpr, CLIP: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    p_s,
+    p_alpha,
+    p_parts,
+    p_start,
+    p_lengths,
+    X,
+    M,
+    stride_row,
+    stride_part,
+    stride_alpha_row,
+    stride_alpha_x,
+    smooth,
+    factor,
+    NORM: tl.constexpr,
+    CLIP: tl.constexpr,
+    PARTS: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """The softmax over contexts of one pair's normalised scores."""
     i_x, i_y, begin, end, num = _pair(p_start, p_lengths, X)
     o_m = tl.arange(0, BLOCK_M)
@@ -345,11 +462,28 @@ def _weights_kernel(
 
 @triton.jit
 def _attend_kernel(
-    p_q, p_c, p_parts, p_norm_q, p_total, p_lengths, p_cosine, p_norm_a,
-    L, M, D, stride_part, stride_row, stride_x, unscale,
-    PARTS: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_c,
+    p_parts,
+    p_norm_q,
+    p_total,
+    p_lengths,
+    p_cosine,
+    p_norm_a,
+    L,
+    M,
+    D,
+    stride_part,
+    stride_row,
+    stride_x,
+    unscale,
+    PARTS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """cos(q, a) and |a| of some query rows and one context set, which neighbouring programs share; a = alpha C, block by block
     of features."""
     i = tl.program_id(0).to(tl.int64)
@@ -413,12 +547,39 @@ def _aggregate_kernel(
 
 @triton.jit
 def _maps_kernel(
-    p_s, p_alpha, p_along, p_cosine, p_norm_a, p_norm_q, p_grad, p_start, p_lengths, p_w, p_v, p_grad_dot, p_by_norm_q,
-    X, L, M, stride_row, stride_alpha_row, stride_alpha_x, stride_along_x, stride_along_row, stride_part,
-    stride_grad_x, stride_grad_y, smooth, sharpness,
-    NORM: tl.constexpr, CLIP: tl.constexpr, AGGREGATION: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    p_s,
+    p_alpha,
+    p_along,
+    p_cosine,
+    p_norm_a,
+    p_norm_q,
+    p_grad,
+    p_start,
+    p_lengths,
+    p_w,
+    p_v,
+    p_grad_dot,
+    p_by_norm_q,
+    X,
+    L,
+    M,
+    stride_row,
+    stride_alpha_row,
+    stride_alpha_x,
+    stride_along_x,
+    stride_along_row,
+    stride_part,
+    stride_grad_x,
+    stride_grad_y,
+    smooth,
+    sharpness,
+    NORM: tl.constexpr,
+    CLIP: tl.constexpr,
+    AGGREGATION: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """One pair's W, V, grad_dot and by_norm_q, through aggregation, cosine, softmax and first norm."""
     i_x, i_y, begin, end, num = _pair(p_start, p_lengths, X)
     o_m = tl.arange(0, BLOCK_M)
@@ -436,17 +597,51 @@ def _maps_kernel(
         for n in range(begin, end, BLOCK_N):
             o_n = n + tl.arange(0, BLOCK_N)
             b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(
-                p_s, p_alpha, p_along, p_cosine, p_norm_a, p_norm_q, grad, top, total, sharpness, smooth,
-                stride_row, stride_alpha_row, stride_along_row, o_n, o_m, end, num, AGGREGATION,
-            )  # fmt: skip
+                p_s,
+                p_alpha,
+                p_along,
+                p_cosine,
+                p_norm_a,
+                p_norm_q,
+                grad,
+                top,
+                total,
+                sharpness,
+                smooth,
+                stride_row,
+                stride_alpha_row,
+                stride_along_row,
+                o_n,
+                o_m,
+                end,
+                num,
+                AGGREGATION,
+            )
             b_normal = _normal(b_s, b_shift, b_norm, NORM, CLIP)
             b_column += tl.sum(tl.where((o_n < end)[:, None], b_normal * b_grad, 0.0), axis=0)
     for n in range(begin, end, BLOCK_N):
         o_n = n + tl.arange(0, BLOCK_N)
         b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(
-            p_s, p_alpha, p_along, p_cosine, p_norm_a, p_norm_q, grad, top, total, sharpness, smooth,
-            stride_row, stride_alpha_row, stride_along_row, o_n, o_m, end, num, AGGREGATION,
-        )  # fmt: skip
+            p_s,
+            p_alpha,
+            p_along,
+            p_cosine,
+            p_norm_a,
+            p_norm_q,
+            grad,
+            top,
+            total,
+            sharpness,
+            smooth,
+            stride_row,
+            stride_alpha_row,
+            stride_along_row,
+            o_n,
+            o_m,
+            end,
+            num,
+            AGGREGATION,
+        )
         if NORM == "softmax":
             b_grad = _normal(b_s, b_shift, b_norm, NORM, CLIP) * (b_grad - b_column[None, :])
         elif NORM != "none":
@@ -494,8 +689,19 @@ def _clip(b_s, CLIP: tl.constexpr):
 
 
 @triton.jit
-def _columns(p_s, stride_row, begin, end, o_m, num, dtype: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-             BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+def _columns(
+    p_s,
+    stride_row,
+    begin,
+    end,
+    o_m,
+    num,
+    dtype: tl.constexpr,
+    NORM: tl.constexpr,
+    CLIP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """What `_normal` subtracts and divides by, [m] each: maximum and sum of exponentials, or 0 and the norm."""
     b_shift = tl.full([BLOCK_M], float("-inf") if NORM == "softmax" else 0.0, dtype=dtype)
     b_sum = tl.zeros([BLOCK_M], dtype=dtype)
@@ -554,9 +760,26 @@ def _pool(p_cosine, begin, end, sharpness, AGGREGATION: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def _grad_normal(
-    p_s, p_alpha, p_along, p_cosine, p_norm_a, p_norm_q, grad, top, total, sharpness, smooth,
-    stride_row, stride_alpha_row, stride_along_row, o_n, o_m, end, num, AGGREGATION: tl.constexpr,
-):  # fmt: skip
+    p_s,
+    p_alpha,
+    p_along,
+    p_cosine,
+    p_norm_a,
+    p_norm_q,
+    grad,
+    top,
+    total,
+    sharpness,
+    smooth,
+    stride_row,
+    stride_alpha_row,
+    stride_along_row,
+    o_n,
+    o_m,
+    end,
+    num,
+    AGGREGATION: tl.constexpr,
+):
     """Of a tile [n,m]: scores and alpha; by_norm_a, by_norm_q and the gradient at q . a, [n] each; and the gradient at the
     normalised scores."""
     b_s = load_tile(p_s, stride_row, o_n, o_m, end, num).to(p_along.dtype.element_ty)

@@ -64,9 +64,13 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     An output that is not written everywhere then fails the comparison instead of passing on fresh, zeroed pages.
     """
     for owner, name in (
-        (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch, "empty_permuted"),
-        (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided"),
-    ):  # fmt: skip
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch, "empty_permuted"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 

@@ -78,9 +78,14 @@ def lay_out_tree() -> None:
 def environment(device: str, **more: str) -> dict[str, str]:
     interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     return {
-        **os.environ, "PYTHONPATH": str(TREE), "VLATTN_TEST_DEVICE": device, "VLATTN_CUDA_LIBRARY": str(cuda_library(device)),
-        "OMP_NUM_THREADS": "1", **interpret, **more,
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(TREE),
+        "VLATTN_TEST_DEVICE": device,
+        "VLATTN_CUDA_LIBRARY": str(cuda_library(device)),
+        "OMP_NUM_THREADS": "1",
+        **interpret,
+        **more,
+    }
 
 
 def cuda_library(device: str) -> Path:
@@ -131,12 +136,25 @@ def correctness(options: argparse.Namespace) -> Found:
     device_only = ["tests/kernels/device_only.py"] if options.device == "cuda" else []
     commands = [
         [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "minversion=1", "-o", "filterwarnings=default",
-            f"--junitxml={report}", "-k", options.select, *(f"--ignore=tests/{name}.py" for name in LEFT_OUT), *folders,
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "minversion=1",
+            "-o",
+            "filterwarnings=default",
+            f"--junitxml={report}",
+            "-k",
+            options.select,
+            *(f"--ignore=tests/{name}.py" for name in LEFT_OUT),
+            *folders,
             *device_only,
         ]
         for report in reports
-    ]  # fmt: skip
+    ]
     environments = [environment(options.device, VLATTN_SHARD=f"{i}/{shards}") for i in range(shards)]
     done = run(commands, environments, SECONDS["correctness"])
     ran, failures = 0, []
@@ -160,23 +178,36 @@ def sanitizer(options: argparse.Namespace) -> Found:
     child = [sys.executable, str(TREE / "tests" / "gpu_launch.py"), options.device]
     written = {"triton": "kernels", "cuda": "cuda"} if cuda_library(options.device).exists() else {"triton": "kernels"}
     tasks = [
-        (tool, backend, name) for backend, folder in written.items() for name in names if name in operators(folder)
+        (tool, backend, name)
+        for backend, folder in written.items()
+        for name in names
+        if name in operators(folder)
         for tool in TOOLS[backend]
-    ]  # fmt: skip
+    ]
     commands = [[program, "--tool", tool, "--error-exitcode", "9", *child, backend, name] for tool, backend, name in tasks]
     # memcheck sees an access beyond a tensor only where tensors do not share one allocation
     environments = [environment(options.device, PYTORCH_NO_CUDA_MEMORY_CACHING="1")] * len(tasks)
     done = run(commands, environments, SECONDS["sanitizer"])
     failures = [
         f"{tool} {backend} {name} {'ran out of time' if status is None else f'ended with {status}'}: {said[-1500:]}"
-        for (tool, backend, name), (status, said) in zip(tasks, done, strict=True) if status != 0
-    ]  # fmt: skip
+        for (tool, backend, name), (status, said) in zip(tasks, done, strict=True)
+        if status != 0
+    ]
     return {"passed": not failures, "summary": f"{len(tasks)} runs, {len(failures)} failed", "failures": failures}
 
 
 def benchmarks(options: argparse.Namespace) -> Found:
-    command = [sys.executable, "-m", "vlattn_fast.benchmarks", *options.operators, "--device", options.device, "--quick",
-               "--out", str(options.out.resolve())]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "vlattn_fast.benchmarks",
+        *options.operators,
+        "--device",
+        options.device,
+        "--quick",
+        "--out",
+        str(options.out.resolve()),
+    ]
     interpreted = {"TRITON_INTERPRET": "0"}  # nobody times the interpreter
     ((status, said),) = run([command], [environment(options.device, **interpreted)], SECONDS["benchmarks"])
     print(said, flush=True)
@@ -185,8 +216,11 @@ def benchmarks(options: argparse.Namespace) -> Found:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
-    "build": build, "correctness": correctness, "sanitizer": sanitizer, "benchmarks": benchmarks,
-}  # fmt: skip
+    "build": build,
+    "correctness": correctness,
+    "sanitizer": sanitizer,
+    "benchmarks": benchmarks,
+}
 
 
 def operators(folder: str = "kernels") -> list[str]:

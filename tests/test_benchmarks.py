@@ -116,9 +116,13 @@ def test_a_gpu_is_timed_by_events_behind_a_backlog(monkeypatch):
             return 2.0
 
     fakes = {
-        "Event": Event, "_sleep": asked.append, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
-        "max_memory_allocated": lambda: 700, "memory_allocated": lambda: 500,
-    }  # fmt: skip
+        "Event": Event,
+        "_sleep": asked.append,
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "max_memory_allocated": lambda: 700,
+        "memory_allocated": lambda: 500,
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(_measure, "_clock", lambda device: 1e9)
@@ -194,12 +198,30 @@ def test_wrong_options_are_refused(capsys):
 
 def made_up(**changes):
     return {
-        "benchmark": "attention_map/attention/clip", "workload": "CLIP", "sizes": {"B": 2, "N": 577}, "dtype": "bfloat16",
-        "variant": "triton", "is_bound": False, "p20_us": 1000.0, "p50_us": 1234.0, "p80_us": 1500.0, "host_p50_us": 20.0,
-        "rounds": 50, "peak_bytes": 3 * 2**20, "memory_by": "", "error": 1.5e-3, "ratio_to_bound": 1.75, "ratio_to_floor": 2.5,
-        "device": "NVIDIA H200", "commit": "abc", "versions": {"torch": "2.13.0", "triton": None}, "threads": 16,
-        "command": "python -m vlattn_fast.benchmarks", "time": "2026-01-01T00:00:00Z", **changes,
-    }  # fmt: skip
+        "benchmark": "attention_map/attention/clip",
+        "workload": "CLIP",
+        "sizes": {"B": 2, "N": 577},
+        "dtype": "bfloat16",
+        "variant": "triton",
+        "is_bound": False,
+        "p20_us": 1000.0,
+        "p50_us": 1234.0,
+        "p80_us": 1500.0,
+        "host_p50_us": 20.0,
+        "rounds": 50,
+        "peak_bytes": 3 * 2**20,
+        "memory_by": "",
+        "error": 1.5e-3,
+        "ratio_to_bound": 1.75,
+        "ratio_to_floor": 2.5,
+        "device": "NVIDIA H200",
+        "commit": "abc",
+        "versions": {"torch": "2.13.0", "triton": None},
+        "threads": 16,
+        "command": "python -m vlattn_fast.benchmarks",
+        "time": "2026-01-01T00:00:00Z",
+        **changes,
+    }
 
 
 def test_the_report_shows_the_newest_rows(tmp_path):

@@ -14,8 +14,14 @@ from vlattn_fast import cli, verify  # noqa: E402
 from vlattn_fast.cuda import _library  # noqa: E402
 from vlattn_fast.ops import _dispatch  # noqa: E402
 
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24,
-          "patch_size": 6}  # fmt: skip
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 6,
+}
 WORDS = ["<start>", "<end>", "<pad>", "a", "red", "blue", "square", "circle"]
 
 
@@ -47,9 +53,17 @@ def image_processor():
 def clip(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "vocab_size": len(WORDS),
-            "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}  # fmt: skip
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": len(WORDS),
+        "max_position_embeddings": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
     transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
     transformers.CLIPProcessor(image_processor(), tokenizer()).save_pretrained(folder)
     return folder
@@ -70,18 +84,34 @@ def llava(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     words = tokenizer()
     words.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "vocab_size": len(words), "max_position_embeddings": 64, "bos_token_id": 0,
-            "eos_token_id": 1, "pad_token_id": 2, "model_type": "llama"}  # fmt: skip
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(words),
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "model_type": "llama",
+    }
     config = transformers.LlavaConfig(
-        text_config=text, vision_config={**VISION, "model_type": "clip_vision_model"}, image_token_id=len(words) - 1,
+        text_config=text,
+        vision_config={**VISION, "model_type": "clip_vision_model"},
+        image_token_id=len(words) - 1,
         vision_feature_layer=-1,
-    )  # fmt: skip
+    )
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
     transformers.LlavaProcessor(
-        image_processor(), words, patch_size=6, vision_feature_select_strategy="default", image_token="<image>",
+        image_processor(),
+        words,
+        patch_size=6,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
         num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 
@@ -90,9 +120,14 @@ def bert(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("bert")
     config = transformers.BertConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(WORDS), pad_token_id=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=len(WORDS),
+        pad_token_id=2,
         num_labels=3,
-    )  # fmt: skip
+    )
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -162,17 +197,20 @@ def test_the_picture_shown_is_the_one_the_model_saw(vit, picture):
     torch.testing.assert_close(shown.permute(1, 2, 0), torch.from_numpy(middle).float(), atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (["--out", "x.pdf"], "must end in .html or .png"),
-    (["--out", "nowhere/x.png"], "there is no directory"),
-    (["--out", "x.png"], "--image or --text must be given"),
-    (["--out", "x.png", "--text", "a"], "--image: ViTForImageClassification takes one"),
-    (["--out", "x.png", "--image", "PICTURE", "--text", "a"], "--text: ViTForImageClassification takes none"),
-    (["--out", "x.png", "--image", "PICTURE", "--target", "7"], "indices from 0 to 4"),
-    (["--out", "x.png", "--image", "PICTURE", "--method", "magic"], "magic"),
-    (["--out", "x.png", "--image", __file__], "is no picture"),
-    (["--out", "x.png", "--image", "missing.png"], "missing.png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "x.pdf"], "must end in .html or .png"),
+        (["--out", "nowhere/x.png"], "there is no directory"),
+        (["--out", "x.png"], "--image or --text must be given"),
+        (["--out", "x.png", "--text", "a"], "--image: ViTForImageClassification takes one"),
+        (["--out", "x.png", "--image", "PICTURE", "--text", "a"], "--text: ViTForImageClassification takes none"),
+        (["--out", "x.png", "--image", "PICTURE", "--target", "7"], "indices from 0 to 4"),
+        (["--out", "x.png", "--image", "PICTURE", "--method", "magic"], "magic"),
+        (["--out", "x.png", "--image", __file__], "is no picture"),
+        (["--out", "x.png", "--image", "missing.png"], "missing.png"),
+    ],
+)
 def test_explain_refuses(vit, picture, tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
     result = vlattn("explain", "--model", vit, *(picture if option == "PICTURE" else option for option in options))
@@ -208,13 +246,16 @@ def test_info_prints_the_reasons_of_the_table(monkeypatch):
 BUILT = {"targets": ["80-real", "90a-real", "100-virtual"], "nvcc": "13.0", "torch": "2.13.0+cu130", "seconds": 61}
 
 
-@pytest.mark.parametrize(("library", "record", "words"), [
-    (True, BUILT, "built for sm_80, sm_90a, PTX of compute_100, with nvcc 13.0 and the headers of torch 2.13.0+cu130"),
-    (True, None, "built by hand"),
-    (False, {"reason": "nvcc was not found (...)"}, "not built: nvcc was not found (...)"),
-    (False, None, "not built: no `pip install` of this copy has tried"),
-    (False, BUILT, "not built: it was, but libvlattn_cuda.so is gone"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("library", "record", "words"),
+    [
+        (True, BUILT, "built for sm_80, sm_90a, PTX of compute_100, with nvcc 13.0 and the headers of torch 2.13.0+cu130"),
+        (True, None, "built by hand"),
+        (False, {"reason": "nvcc was not found (...)"}, "not built: nvcc was not found (...)"),
+        (False, None, "not built: no `pip install` of this copy has tried"),
+        (False, BUILT, "not built: it was, but libvlattn_cuda.so is gone"),
+    ],
+)
 def test_info_says_how_the_cuda_library_was_built(library, record, words, tmp_path, monkeypatch):
     file = tmp_path / "libvlattn_cuda.so"
     if library:
@@ -258,12 +299,15 @@ def test_verify_fails_on_a_wrong_backend(monkeypatch):
     assert re.search(r"^attention_map .* FAILED$", result.output, re.M)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (["--dtype", "float8"], "--dtype must be one of"),
-    (["--backend", "auto"], "--backend must be one of"),
-    (["--device", "nowhere"], "--device nowhere"),
-    (["softmax"], "OPERATOR must be one of score_attention"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dtype", "float8"], "--dtype must be one of"),
+        (["--backend", "auto"], "--backend must be one of"),
+        (["--device", "nowhere"], "--device nowhere"),
+        (["softmax"], "OPERATOR must be one of score_attention"),
+    ],
+)
 def test_verify_refuses(options, words):
     result = vlattn("verify", *options)
     assert result.exit_code == 2
@@ -282,8 +326,14 @@ def test_the_costs_are_of_the_same_map():
     """On a small tower: every variant runs in its process, and all maps agree with the published procedure's."""
     from vlattn_fast import _cost
 
-    small = {**_cost.VIT_L_14_336, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "image_size": 56}  # fmt: skip
+    small = {
+        **_cost.VIT_L_14_336,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 56,
+    }
     costs = _cost.compare(small, rounds=1)
     assert list(costs) == list(_cost.VARIANTS)
     assert costs["plain forward+backward"].difference is None

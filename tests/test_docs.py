@@ -68,8 +68,10 @@ def test_the_picture_is_the_demos(tmp_path):
     from vlattn_fast import _demo
 
     _demo.picture(tmp_path)
-    shown, made = (np.asarray(image.open(path).convert("RGB"), dtype=float)
-                   for path in (ROOT / "docs" / "digitscenes.png", tmp_path / "digitscenes.png"))  # fmt: skip
+    shown, made = (
+        np.asarray(image.open(path).convert("RGB"), dtype=float)
+        for path in (ROOT / "docs" / "digitscenes.png", tmp_path / "digitscenes.png")
+    )
     assert shown.shape == made.shape
     assert abs(shown - made).mean() < 2
 

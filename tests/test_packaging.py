@@ -49,8 +49,14 @@ def copied(source: Path) -> Path:
     return source
 
 
-def machine(folder: Path, tools: tuple[str, ...] = ("nvcc", "cmake", "ninja"), nvcc: str = "release 13.0, V13.0.88",
-            cmake: str = CMAKE, version: str = "2.13.0+cu130", cuda: str = "'13.0'") -> dict[str, str]:  # fmt: skip
+def machine(
+    folder: Path,
+    tools: tuple[str, ...] = ("nvcc", "cmake", "ninja"),
+    nvcc: str = "release 13.0, V13.0.88",
+    cmake: str = CMAKE,
+    version: str = "2.13.0+cu130",
+    cuda: str = "'13.0'",
+) -> dict[str, str]:
     """The environment of a machine that has these tools and this torch, and nothing on PATH besides."""
     scripts = {"nvcc": f"print({nvcc!r})", "cmake": cmake, "ninja": ""}
     (folder / "bin").mkdir(parents=True)
@@ -78,8 +84,10 @@ def wheel(tmp_path_factory) -> Path:
     source, target = copied(tmp_path_factory.mktemp("source") / "copy"), tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source],
-        check=True, capture_output=True, env=machine(tmp_path_factory.mktemp("machine") / "without", tools=()),
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        env=machine(tmp_path_factory.mktemp("machine") / "without", tools=()),
+    )
     (built,) = target.iterdir()
     return built
 
@@ -196,13 +204,24 @@ def test_an_editable_install_has_it_in_the_tree(tmp_path):
     assert json.loads((source / RECORD).read_text()) == {"reason": "VLATTN_CUDA=0 left it out"}
 
 
-@pytest.mark.parametrize(("asked", "machinery", "words"), [
-    ("1", {"tools": ("cmake", "ninja")}, "VLATTN_CUDA=1: the CUDA C++ library cannot be built: nvcc was not found (of the CUDA "
-     "toolkit, on PATH or in $CUDA_HOME/bin). VLATTN_CUDA=0 installs without it."),
-    ("1", {"cmake": FAILING}, "no such compiler\nVLATTN_CUDA=1: the CUDA C++ library cannot be built: the build failed (an "
-     "install with VLATTN_CUDA=1 shows how). VLATTN_CUDA=0 installs without it."),
-    ("yes", {}, "VLATTN_CUDA must be 0, 1 or unset; got 'yes'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "machinery", "words"),
+    [
+        (
+            "1",
+            {"tools": ("cmake", "ninja")},
+            "VLATTN_CUDA=1: the CUDA C++ library cannot be built: nvcc was not found (of the CUDA "
+            "toolkit, on PATH or in $CUDA_HOME/bin). VLATTN_CUDA=0 installs without it.",
+        ),
+        (
+            "1",
+            {"cmake": FAILING},
+            "no such compiler\nVLATTN_CUDA=1: the CUDA C++ library cannot be built: the build failed (an "
+            "install with VLATTN_CUDA=1 shows how). VLATTN_CUDA=0 installs without it.",
+        ),
+        ("yes", {}, "VLATTN_CUDA must be 0, 1 or unset; got 'yes'"),
+    ],
+)
 def test_an_install_that_cannot_obey_fails(asked, machinery, words, tmp_path):
     environment = {**machine(tmp_path / "machine", **machinery), "VLATTN_CUDA": asked}
     done = build(copied(tmp_path / "source"), tmp_path, environment)
@@ -234,21 +253,24 @@ def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     return module
 
 
-@pytest.mark.parametrize(("asked", "machinery", "reason"), [
-    ("", {}, None),
-    ("1", {}, None),
-    ("0", {}, "VLATTN_CUDA=0 left it out"),
-    ("", {"tools": ()}, "nvcc was not found (of the CUDA toolkit, on PATH or in $CUDA_HOME/bin)"),
-    ("", {"tools": ("nvcc", "ninja")}, "cmake was not found (pip install cmake)"),
-    ("1", {"tools": ("nvcc", "cmake")}, "ninja was not found (pip install ninja)"),
-    ("1", {"nvcc": "release 12.6, V12.6.20"}, "nvcc 12.6 was found, and sm_100 needs 12.8 or newer"),
-    ("", {"nvcc": "release 12.8, V12.8.61"}, None),
-    ("", {"nvcc": "Segmentation fault"}, "nvcc of unknown version was found, and sm_100 needs 12.8 or newer"),
-    ("1", {"version": "2.9.1+cu130"}, "torch 2.9.1+cu130 was found, and 2.11 or newer is needed"),
-    ("", {"version": "2.11.0a0+git0"}, None),
-    ("", {"cuda": "None"}, "this torch is not built for CUDA; VLATTN_CUDA=1 builds anyway"),
-    ("1", {"cuda": "None"}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "machinery", "reason"),
+    [
+        ("", {}, None),
+        ("1", {}, None),
+        ("0", {}, "VLATTN_CUDA=0 left it out"),
+        ("", {"tools": ()}, "nvcc was not found (of the CUDA toolkit, on PATH or in $CUDA_HOME/bin)"),
+        ("", {"tools": ("nvcc", "ninja")}, "cmake was not found (pip install cmake)"),
+        ("1", {"tools": ("nvcc", "cmake")}, "ninja was not found (pip install ninja)"),
+        ("1", {"nvcc": "release 12.6, V12.6.20"}, "nvcc 12.6 was found, and sm_100 needs 12.8 or newer"),
+        ("", {"nvcc": "release 12.8, V12.8.61"}, None),
+        ("", {"nvcc": "Segmentation fault"}, "nvcc of unknown version was found, and sm_100 needs 12.8 or newer"),
+        ("1", {"version": "2.9.1+cu130"}, "torch 2.9.1+cu130 was found, and 2.11 or newer is needed"),
+        ("", {"version": "2.11.0a0+git0"}, None),
+        ("", {"cuda": "None"}, "this torch is not built for CUDA; VLATTN_CUDA=1 builds anyway"),
+        ("1", {"cuda": "None"}, None),
+    ],
+)
 def test_what_stands_in_the_way(asked, machinery, reason, tmp_path, monkeypatch):
     assert setup_module_of(machine(tmp_path / "machine", **machinery), monkeypatch).obstacle(asked) == reason
 

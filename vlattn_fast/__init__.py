@@ -10,7 +10,21 @@ from .ops.score_attention import score_attention
 from .ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
 
 __all__ = [
-    "AttentionStatistics", "Explanation", "attention_map", "attention_statistics", "congruence_loss", "damsm_similarity",
-    "explain", "lab", "models", "nn", "reference", "relevancy_attention", "relevancy_residual", "relevancy_step",
-    "score_attention", "scores", "stacked_cross_attention",
-]  # fmt: skip
+    "AttentionStatistics",
+    "Explanation",
+    "attention_map",
+    "attention_statistics",
+    "congruence_loss",
+    "damsm_similarity",
+    "explain",
+    "lab",
+    "models",
+    "nn",
+    "reference",
+    "relevancy_attention",
+    "relevancy_residual",
+    "relevancy_step",
+    "score_attention",
+    "scores",
+    "stacked_cross_attention",
+]

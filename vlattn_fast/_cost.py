@@ -20,9 +20,14 @@ import torch
 from torch import Tensor
 
 VIT_L_14_336 = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
-    "patch_size": 14, "projection_dim": 768,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
 
 
 def vision_model(sizes: dict[str, int]) -> Any:
@@ -122,9 +127,11 @@ class _Worker:
     def __init__(self, variant: str, sizes: dict[str, int]) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vlattn_fast._cost", variant, json.dumps(sizes)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={"OMP_WAIT_POLICY": "passive", **os.environ},  # threads that wait must not take a core from who is measured
-        )  # fmt: skip
+        )
 
     def ready(self) -> None:
         self._answer()

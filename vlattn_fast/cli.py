@@ -134,8 +134,10 @@ def verify(
         emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_library.library.path} "}
         prefix = emulated.get(worst.backend, "") if device == "cpu" else ""
         name = str(worst.dtype).removeprefix("torch.")
-        typer.echo(f"the worst again: {prefix}vlattn verify {worst.operator} --backend {worst.backend} "
-                   f"--dtype {name} --device {device} --seed {seed}")  # fmt: skip
+        typer.echo(
+            f"the worst again: {prefix}vlattn verify {worst.operator} --backend {worst.backend} "
+            f"--dtype {name} --device {device} --seed {seed}"
+        )
     if failed:
         typer.echo(f"{failed} failed")
         raise typer.Exit(1)

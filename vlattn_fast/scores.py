@@ -20,15 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .ops._checks import (
-    check_choice,
-    check_floating,
-    check_head_size,
-    check_number,
-    check_tensor,
-    describe,
-    scaled_dot_default,
-)
+from .ops._checks import check_choice, check_floating, check_head_size, check_number, check_tensor, describe, scaled_dot_default
 from .streaming._series import sine_series
 
 __all__ = ["Additive", "Cosine", "Dot", "General", "Hadamard", "ScaledDot", "Score"]
@@ -163,8 +155,9 @@ class Additive(_Unscaled):
     tolerance: float | None = field(default=None, kw_only=True)
 
     @classmethod
-    def concat(cls, vector: Tensor, weight: Tensor, bias: Tensor | None = None, *, query_size: int | None = None,
-               **options: Any) -> Additive:
+    def concat(
+        cls, vector: Tensor, weight: Tensor, bias: Tensor | None = None, *, query_size: int | None = None, **options: Any
+    ) -> Additive:
         """s = u . tanh(W [q; k] + b), weight (A, Dq + Dk) or (H, A, Dq + Dk): the same family of functions.
 
         query_size is Dq; by default half of the weight's columns.

@@ -88,14 +88,17 @@ def cases(seed: int = 0) -> list[Case]:
     found = [
         Case("score_attention", "scaled_dot causal", qkv, lambda t: {**t, "is_causal": True}),
         Case("score_attention", "cosine", qkv, lambda t: {**t, "score": "cosine", "scale": 4.0}),
-        *(_scored(name, qkv, parameters, make, hidden) for name, parameters, make in (
-            ("general", square, lambda p: scores.General(**p)),
-            ("general sigmoid", square, lambda p: scores.General(**p, activation="sigmoid", projects="query")),
-            ("additive", additive, lambda p: scores.Additive(**p)),
-            ("hadamard relu", vector, lambda p: scores.Hadamard(**p, activation="relu")),
-            ("hadamard tanh", {**vector, **square}, lambda p: scores.Hadamard(**p, activation="tanh")),
-        )),
-    ]  # fmt: skip
+        *(
+            _scored(name, qkv, parameters, make, hidden)
+            for name, parameters, make in (
+                ("general", square, lambda p: scores.General(**p)),
+                ("general sigmoid", square, lambda p: scores.General(**p, activation="sigmoid", projects="query")),
+                ("additive", additive, lambda p: scores.Additive(**p)),
+                ("hadamard relu", vector, lambda p: scores.Hadamard(**p, activation="relu")),
+                ("hadamard tanh", {**vector, **square}, lambda p: scores.Hadamard(**p, activation="tanh")),
+            )
+        ),
+    ]
     shared = {"query": q, "key": k[:, :2], "value": v[:, :2]}
     found.append(_optioned("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
 
@@ -109,12 +112,19 @@ def cases(seed: int = 0) -> list[Case]:
     found += [_optioned("relevancy_attention", name, own, chosen) for name, chosen in options.items()]
     found += [
         _optioned("attention_map", "attention", {"query": q, "key": k}, {"key_mask": hidden}, differentiable=False),
-        _optioned("attention_map", "gradient", {**qkv, "grad_output": randn(4, 4, 33, 24)}, {"rule": "gradient"},
-                  differentiable=False),
-    ]  # fmt: skip
+        _optioned(
+            "attention_map", "gradient", {**qkv, "grad_output": randn(4, 4, 33, 24)}, {"rule": "gradient"}, differentiable=False
+        ),
+    ]
     groups = torch.randint(-1, 3, (4, 47), generator=g)
-    found.append(_optioned("attention_statistics", "three groups", {"query": q, "key": k, "row_weight": randn(4, 33)},
-                           {"key_groups": groups, "num_groups": 3, "key_mask": key_mask}))  # fmt: skip
+    found.append(
+        _optioned(
+            "attention_statistics",
+            "three groups",
+            {"query": q, "key": k, "row_weight": randn(4, 33)},
+            {"key_groups": groups, "num_groups": 3, "key_mask": key_mask},
+        )
+    )
     blocks = {"text_query": q, "text_key": k[:, :, :33], "image_query": randn(4, 4, 47, 16), "image_key": k}
     masks = {"text_mask": weight > 0.2, "image_mask": key_mask}
     found += [_congruence(kind, blocks, masks) for kind in ("cacr", "iais_singular", "iais_distributed")]
@@ -133,10 +143,13 @@ def _optioned(operator: str, name: str, tensors: Tensors, options: dict[str, Any
     def arguments(given: Tensors) -> dict[str, Any]:
         first = next(iter(given.values()))
         dtype = torch.promote_types(first.dtype, torch.float32)
-        return {**given, **{
-            name: x.to(first.device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
-            for name, x in options.items()
-        }}  # fmt: skip
+        return {
+            **given,
+            **{
+                name: x.to(first.device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+                for name, x in options.items()
+            },
+        }
 
     return Case(operator, name, tensors, arguments, differentiable)
 
@@ -194,8 +207,9 @@ def verify(
                 yield _result(operator, backend, dtype, device, list(zip(mine, truths, formulas, strict=True)))
 
 
-def _result(operator: str, backend: str, dtype: torch.dtype, device: str,
-            problems: list[tuple[Case, Tensors, Tensors]]) -> Result:  # fmt: skip
+def _result(
+    operator: str, backend: str, dtype: torch.dtype, device: str, problems: list[tuple[Case, Tensors, Tensors]]
+) -> Result:
     checks, ratio, worst = 0, 0.0, ""
     reasons: dict[str, None] = {}
     for case, truth, formula in problems:

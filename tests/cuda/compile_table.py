@@ -59,8 +59,11 @@ def readable(mangled: list[str]) -> list[str]:
 
 def complaints(found: dict[str, Row], stored: dict[str, Row]) -> list[str]:
     """What is not as stored, a line each."""
-    lines = [f"{key}: {row['shared']} bytes of shared memory, more than {SHARED_LIMIT}" for key, row in found.items()
-             if row["shared"] > SHARED_LIMIT]  # fmt: skip
+    lines = [
+        f"{key}: {row['shared']} bytes of shared memory, more than {SHARED_LIMIT}"
+        for key, row in found.items()
+        if row["shared"] > SHARED_LIMIT
+    ]
     for key in sorted(found.keys() | stored.keys()):
         if key not in stored or key not in found:
             lines.append(f"{key}: {'not in the table' if key in found else 'in the table, but not in the library'}")

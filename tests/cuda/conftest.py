@@ -76,8 +76,6 @@ def _build_early(late: list[str]) -> None:
             pass  # the test that needs it says so
 
 
-
-
 def sanitizing() -> dict[str, str]:
     """The environment in which Python loads a sanitized library."""
     libraries = [

@@ -26,13 +26,31 @@ class Break(NamedTuple):
 
 BARRIER = "__syncthreads();"
 BREAKS = [
-    Break("score_attention", "an odd hidden unit left out", "additive_scores.h", "pairs = (A + 1) / 2;", "pairs = A / 2;",
-          "feature_sizes"),
-    Break("relevancy_attention", "no barrier after staging", "relevancy_attention.cu",
-          f"carried, num_rows);\n                {BARRIER}", "carried, num_rows);", "number_of_rows"),
-    Break("congruence", "no barrier before the divergence", "congruence.cu",
-          f"{BARRIER}\n        const float loss = divergence(", "const float loss = divergence(", "kinds_and_directions"),
-]  # fmt: skip
+    Break(
+        "score_attention",
+        "an odd hidden unit left out",
+        "additive_scores.h",
+        "pairs = (A + 1) / 2;",
+        "pairs = A / 2;",
+        "feature_sizes",
+    ),
+    Break(
+        "relevancy_attention",
+        "no barrier after staging",
+        "relevancy_attention.cu",
+        f"carried, num_rows);\n                {BARRIER}",
+        "carried, num_rows);",
+        "number_of_rows",
+    ),
+    Break(
+        "congruence",
+        "no barrier before the divergence",
+        "congruence.cu",
+        f"{BARRIER}\n        const float loss = divergence(",
+        "const float loss = divergence(",
+        "kinds_and_directions",
+    ),
+]
 
 
 def broken_library(change: Break, folder: Path) -> Path:

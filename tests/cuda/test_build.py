@@ -122,11 +122,14 @@ def test_the_table_is_written_and_read(tiny: Path, nvcc: str, tmp_path: Path, mo
     assert read() == {"1.0": {"old sm_80": ROW}, nvcc: rows_of(tiny)}
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"stack": 8}, ["k: stack 0 -> 8"]),
-    ({"registers": 101}, ["k: registers 100 -> 101"]),
-    ({"shared": 200_000}, ["k: 200000 bytes of shared memory, more than 101376", "k: shared 1024 -> 200000"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stack": 8}, ["k: stack 0 -> 8"]),
+        ({"registers": 101}, ["k: registers 100 -> 101"]),
+        ({"shared": 200_000}, ["k: 200000 bytes of shared memory, more than 101376", "k: shared 1024 -> 200000"]),
+    ],
+)
 def test_the_table_sees_changes(change: dict[str, int], words: list[str]) -> None:
     assert complaints({"k": ROW}, {"k": ROW}) == []
     assert complaints({"k": {**ROW, **change}}, {"k": ROW}) == words

@@ -28,19 +28,38 @@ def test_real_sizes(kind: str) -> None:
     check(make(40, 70, h=2, d=16), 2.0, kind=kind, text_mask=prefix(40, 31), image_mask=prefix(70, 57))
 
 
-@pytest.mark.parametrize("kind, words, regions", [
-    ("cacr", 1, 1), ("cacr", 17, 63), ("cacr", 65, 1), ("cacr", 128, 127), ("iais_singular", 1, 15), ("iais_singular", 64, 16),
-    ("iais_singular", 127, 17), ("iais_distributed", 63, 65), ("iais_distributed", 1, 16), ("iais_distributed", 3, 128),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, words, regions",
+    [
+        ("cacr", 1, 1),
+        ("cacr", 17, 63),
+        ("cacr", 65, 1),
+        ("cacr", 128, 127),
+        ("iais_singular", 1, 15),
+        ("iais_singular", 64, 16),
+        ("iais_singular", 127, 17),
+        ("iais_distributed", 63, 65),
+        ("iais_distributed", 1, 16),
+        ("iais_distributed", 3, 128),
+    ],
+)
 def test_sizes_either_side_of_a_strip(kind: str, words: int, regions: int) -> None:
     check(make(words, regions, h=1, d=5), kind=kind)
 
 
-@pytest.mark.parametrize("kind, d, dtype", [
-    ("cacr", 1, torch.float32), ("iais_singular", 17, torch.float32), ("iais_distributed", 65, torch.float32),
-    ("iais_singular", 128, torch.float32), ("cacr", 5, torch.float16), ("iais_distributed", 64, torch.float16),
-    ("iais_singular", 65, torch.bfloat16), ("cacr", 128, torch.float16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, d, dtype",
+    [
+        ("cacr", 1, torch.float32),
+        ("iais_singular", 17, torch.float32),
+        ("iais_distributed", 65, torch.float32),
+        ("iais_singular", 128, torch.float32),
+        ("cacr", 5, torch.float16),
+        ("iais_distributed", 64, torch.float16),
+        ("iais_singular", 65, torch.bfloat16),
+        ("cacr", 128, torch.float16),
+    ],
+)
 def test_head_sizes(kind: str, d: int, dtype: torch.dtype) -> None:
     check(as_dtype(make(9, 20, d=d), dtype), kind=kind, scale=0.1)
 
@@ -51,10 +70,17 @@ def test_scale(kind: str, scale: float) -> None:
     check(make(15, 12, cross=True), kind=kind, scale=scale)
 
 
-@pytest.mark.parametrize("kind, dtype, words, regions", [
-    ("cacr", torch.bfloat16, 40, 70), ("iais_singular", torch.bfloat16, 40, 70), ("iais_distributed", torch.bfloat16, 40, 70),
-    ("cacr", torch.float16, 70, 20), ("iais_singular", torch.float16, 20, 70), ("iais_distributed", torch.float16, 70, 33),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, dtype, words, regions",
+    [
+        ("cacr", torch.bfloat16, 40, 70),
+        ("iais_singular", torch.bfloat16, 40, 70),
+        ("iais_distributed", torch.bfloat16, 40, 70),
+        ("cacr", torch.float16, 70, 20),
+        ("iais_singular", torch.float16, 20, 70),
+        ("iais_distributed", torch.float16, 70, 33),
+    ],
+)
 def test_half_precision(kind: str, dtype: torch.dtype, words: int, regions: int) -> None:
     x = as_dtype(make(words, regions, d=16, cross=True), dtype)
     check(x, kind=kind, text_mask=prefix(words, words - 9), image_mask=prefix(regions, regions - 3))
@@ -78,10 +104,17 @@ def test_small_gradients_in_float16(kind: str) -> None:
         assert float((grad - wanted).abs().max()) < 4e-3 * float(wanted.abs().max()), name
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("cacr", "text only"), ("cacr", "empty samples"), ("iais_singular", "ragged"), ("iais_singular", "scattered"),
-    ("iais_distributed", "scattered"), ("iais_distributed", "empty samples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("cacr", "text only"),
+        ("cacr", "empty samples"),
+        ("iais_singular", "ragged"),
+        ("iais_singular", "scattered"),
+        ("iais_distributed", "scattered"),
+        ("iais_distributed", "empty samples"),
+    ],
+)
 def test_padding_reaches_nothing(kind: str, name: str) -> None:
     x, given = make(15, 20, b=3, d=4, cross=name == "scattered"), masks(name)
     check(x, kind=kind, **given)
@@ -169,10 +202,14 @@ def test_runs_are_bit_equal_whoever_goes_first_and_write_no_input(kind: str, mon
     assert all(torch.equal(x[name], before[name]) for name in x)
 
 
-@pytest.mark.parametrize("dtype, d, words, expected", [
-    (torch.float64, 4, 3, "float16, bfloat16 and float32"), (torch.float32, 130, 3, "head sizes of at most 128"),
-    (torch.float32, 1, 129, "at most 128 tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, d, words, expected",
+    [
+        (torch.float64, 4, 3, "float16, bfloat16 and float32"),
+        (torch.float32, 130, 3, "head sizes of at most 128"),
+        (torch.float32, 1, 129, "at most 128 tokens"),
+    ],
+)
 def test_what_it_cannot_run_is_refused(dtype: torch.dtype, d: int, words: int, expected: str) -> None:
     text, image = torch.zeros(1, 1, words, d, dtype=dtype), torch.zeros(1, 1, 2, d, dtype=dtype)
     with pytest.raises(ValueError, match=expected):

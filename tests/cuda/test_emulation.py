@@ -108,10 +108,16 @@ def test_products_of_tiles(small: Small, kind: int, dtype: torch.dtype, rows: in
     assert torch.equal(out, exact @ z.float())
 
 
-@pytest.mark.parametrize("call, words", [
-    ("write_shared(31)", None), ("write_shared(32)", "heap-buffer-overflow"), ("write_shared(-1)", "heap-buffer-overflow"),
-    ("write_global(buffer, 9)", None), ("write_global(buffer, 10)", "heap-buffer-overflow"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        ("write_shared(31)", None),
+        ("write_shared(32)", "heap-buffer-overflow"),
+        ("write_shared(-1)", "heap-buffer-overflow"),
+        ("write_global(buffer, 9)", None),
+        ("write_global(buffer, 10)", "heap-buffer-overflow"),
+    ],
+)
 def test_the_sanitizer_sees_what_lies_outside(call: str, words: str | None) -> None:
     sanitized = build("asan", *SANITIZED, target="emulation") / "libemulation.so"
     code = (

@@ -22,8 +22,9 @@ RULES = list(itertools.product(("gradient", "attention"), (False, True)))
 MANY = 132  # from so many samples on, a block takes all heads of one
 
 
-def tensors(n: int, *, b: int = 1, h: int = 2, kv: int = 2, d: int = 6, dv: int = 5, rows: int = 2,
-            dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:  # fmt: skip
+def tensors(
+    n: int, *, b: int = 1, h: int = 2, kv: int = 2, d: int = 6, dv: int = 5, rows: int = 2, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """The carrier stays float32."""
     shapes = {"query": (b, h, n, d), "key": (b, kv, n, d), "value": (b, kv, n, dv)}
     return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()} | {"carrier": torch.rand(b, rows, n)}
@@ -42,9 +43,12 @@ def check(inputs: dict[str, Tensor], sent: list[Tensor | None] | None = None, **
     """Queries and keys have gradients that cancel: they are held to the size of what was summed."""
     options["enable_gqa"] = inputs["key"].shape[1] != inputs["query"].shape[1]
     return assert_all_close_to(
-        call(va.relevancy_attention, backend="cuda", **options), call(va.reference.relevancy_attention, **options),
-        inputs, cotangents(inputs) if sent is None else sent, scales={"grad query": 1.0, "grad key": 1.0},
-    )  # fmt: skip
+        call(va.relevancy_attention, backend="cuda", **options),
+        call(va.reference.relevancy_attention, **options),
+        inputs,
+        cotangents(inputs) if sent is None else sent,
+        scales={"grad query": 1.0, "grad key": 1.0},
+    )
 
 
 def some(n: int, m: int | None = None) -> Tensor:
@@ -200,10 +204,16 @@ def test_frozen_inputs(dtype: torch.dtype, rule: str, row_normalize: bool) -> No
     assert_close_to(got[3], run(F64, va.reference.relevancy_step), formula, what="frozen")
 
 
-@pytest.mark.parametrize("rule, row_normalize, weighted", [
-    ("gradient", False, False), ("gradient", True, True), ("gradient", False, True), ("attention", True, False),
-    ("attention", False, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule, row_normalize, weighted",
+    [
+        ("gradient", False, False),
+        ("gradient", True, True),
+        ("gradient", False, True),
+        ("attention", True, False),
+        ("attention", False, True),
+    ],
+)
 def test_rows_of_the_full_product_over_layers(rule: str, row_normalize: bool, weighted: bool) -> None:
     """R = (a_L + b_L Abar_L) ... (a_1 + b_1 Abar_1) from stored maps; one backward pass gives its rows."""
     layers, b, h, n, d, rows = 3, 1, 2, 40, 8, 3
@@ -215,9 +225,14 @@ def test_rows_of_the_full_product_over_layers(rule: str, row_normalize: bool, we
     carrier: Tensor = start
     for projection, (a, c) in zip(projections, weights, strict=True):
         out, carrier = va.relevancy_attention(
-            *(x @ w for w in projection), carrier, rule=rule, row_normalize=row_normalize,
-            residual_weight=a, attention_weight=c, backend="cuda",
-        )  # fmt: skip
+            *(x @ w for w in projection),
+            carrier,
+            rule=rule,
+            row_normalize=row_normalize,
+            residual_weight=a,
+            attention_weight=c,
+            backend="cuda",
+        )
         x = x + out
     (got,) = torch.autograd.grad([(x * readout).sum(), carrier], [start], [torch.tensor(1.0), seed])
 
@@ -252,10 +267,14 @@ def lse_of(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("given", ("none", "float32", "float64"))
-@pytest.mark.parametrize("h, kv, n, m, rows, options", [
-    (4, 2, 17, 36, 3, dict), (2, 1, 20, 20, 9, lambda: {"is_causal": True}),
-    (2, 2, 40, 17, 1, lambda: {"key_mask": padding(17)[:1], "attn_mask": some(40, 17), "is_causal": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "h, kv, n, m, rows, options",
+    [
+        (4, 2, 17, 36, 3, dict),
+        (2, 1, 20, 20, 9, lambda: {"is_causal": True}),
+        (2, 2, 40, 17, 1, lambda: {"key_mask": padding(17)[:1], "attn_mask": some(40, 17), "is_causal": True}),
+    ],
+)
 @pytest.mark.parametrize("rule, row_normalize", RULES)
 def test_step(rule: str, row_normalize: bool, h: int, kv: int, n: int, m: int, rows: int, options: Any, given: str) -> None:
     """Cross attention, grouped heads, with the attention's own lse, its empty rows -inf or +inf, or without."""
@@ -439,26 +458,34 @@ def test_opcheck() -> None:
     checks = ("test_schema", "test_faketensor")
     masks, options = (None, padding(20)), ("gradient", True, 0.5, False)
     torch.library.opcheck(
-        torch.ops.vlattn.relevancy_attention, (query, key, value, carrier, None, None, *masks, *options, "cuda"),
+        torch.ops.vlattn.relevancy_attention,
+        (query, key, value, carrier, None, None, *masks, *options, "cuda"),
         test_utils=checks,
-    )  # fmt: skip
+    )
     out, _, lse = torch.ops.vlattn.relevancy_attention(query, key, value, carrier, None, None, *masks, *options, "cuda")
     for rows in (carrier, None):
         torch.library.opcheck(
             torch.ops.vlattn.relevancy_attention_backward,
-            (out, rows, query, key, value, out, lse, None, None, *masks, *options, True, "cuda"), test_utils=checks,
-        )  # fmt: skip
+            (out, rows, query, key, value, out, lse, None, None, *masks, *options, True, "cuda"),
+            test_utils=checks,
+        )
     torch.library.opcheck(
         torch.ops.vlattn.relevancy_step, (carrier, query, key, value, out, lse, *masks, *options, "cuda"), test_utils=checks
     )
 
 
-@pytest.mark.parametrize("n, d, dv, rows, dtype, words", [
-    (257, 8, 8, 1, torch.float16, "at most 256 queries and keys"), (3, 130, 8, 1, torch.float16, "head sizes of at most 128"),
-    (3, 8, 130, 1, torch.float32, "head sizes of at most 128"), (200, 64, 8, 1, torch.float32, "shared memory"),
-    (200, 8, 65, 1, torch.bfloat16, "shared memory"), (3, 8, 8, 65, torch.float32, "at most 64 carried rows"),
-    (3, 8, 8, 1, F64, "float16, bfloat16 and float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, d, dv, rows, dtype, words",
+    [
+        (257, 8, 8, 1, torch.float16, "at most 256 queries and keys"),
+        (3, 130, 8, 1, torch.float16, "head sizes of at most 128"),
+        (3, 8, 130, 1, torch.float32, "head sizes of at most 128"),
+        (200, 64, 8, 1, torch.float32, "shared memory"),
+        (200, 8, 65, 1, torch.bfloat16, "shared memory"),
+        (3, 8, 8, 65, torch.float32, "at most 64 carried rows"),
+        (3, 8, 8, 1, F64, "float16, bfloat16 and float32"),
+    ],
+)
 def test_what_it_cannot_run_is_refused(n: int, d: int, dv: int, rows: int, dtype: torch.dtype, words: str) -> None:
     inputs = as_dtype(tensors(n, d=d, dv=dv, rows=rows), dtype)
     inputs["carrier"] = inputs["carrier"].to(F64 if dtype == F64 else torch.float32)

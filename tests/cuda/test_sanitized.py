@@ -11,11 +11,14 @@ import pytest
 from tests.cuda.conftest import ROOT, SANITIZED, build, sanitizing
 
 
-@pytest.mark.parametrize("operator, chosen", [
-    ("score_attention", "feature_sizes or empty or grouped"),
-    ("relevancy_attention", "head_sizes or empty or number_of_rows or layouts"),
-    ("congruence", "either_side or head_sizes or empty or padding or layouts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "operator, chosen",
+    [
+        ("score_attention", "feature_sizes or empty or grouped"),
+        ("relevancy_attention", "head_sizes or empty or number_of_rows or layouts"),
+        ("congruence", "either_side or head_sizes or empty or padding or layouts"),
+    ],
+)
 def test_nothing_outside_is_touched(operator: str, chosen: str) -> None:
     library = build("asan", *SANITIZED) / "libvlattn_host.so"
     environment = {**sanitizing(), "VLATTN_CUDA_LIBRARY": str(library), "VLATTN_EMULATION_SEED": "3"}

@@ -31,16 +31,32 @@ def check(inputs: dict[str, torch.Tensor], make: Any = additive, *, lse: bool = 
     assert_all_close_to(
         call(va.score_attention, make, return_lse=True, backend="cuda", **options),
         call(va.reference.score_attention, make, return_lse=True, **options),
-        inputs, sent, times=4.0 if inputs["query"].dtype == torch.float32 else 2.0,
+        inputs,
+        sent,
+        times=4.0 if inputs["query"].dtype == torch.float32 else 2.0,
         scales={f"grad {name}": 1.0 for name in inputs},  # a row with one key has gradients of zero
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("n, m", [
-    (1, 1), (15, 17), (16, 31), (17, 32), (31, 33), (32, 63), (33, 64), (63, 65), (64, 16), (65, 1), (100, 15),
-    (160, 40), (40, 160),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, m",
+    [
+        (1, 1),
+        (15, 17),
+        (16, 31),
+        (17, 32),
+        (31, 33),
+        (32, 63),
+        (33, 64),
+        (63, 65),
+        (64, 16),
+        (65, 1),
+        (100, 15),
+        (160, 40),
+        (40, 160),
+    ],
+)
 def test_sizes_either_side_of_a_tile(n: int, m: int, dtype: torch.dtype) -> None:
     check(as_dtype(tensors(n, m, h=2, kv=2), dtype), is_causal=m == 160 or m == 33)
 
@@ -128,8 +144,10 @@ def test_garbage_in_padding_stays_there(dtype: torch.dtype) -> None:
 def test_either_gradient_alone(dtype: torch.dtype) -> None:
     inputs = as_dtype(tensors(20, 40), dtype)
     check(inputs, lse=False)
-    ours, formula = (call(f, additive, return_lse=True, **more) for f, more in ((va.score_attention, {"backend": "cuda"}),
-                                                                               (va.reference.score_attention, {})))  # fmt: skip
+    ours, formula = (
+        call(f, additive, return_lse=True, **more)
+        for f, more in ((va.score_attention, {"backend": "cuda"}), (va.reference.score_attention, {}))
+    )
     assert_all_close_to(ours, formula, inputs, [None, torch.randn(1, 1, 20)], times=4.0, scales={"grad value": 1.0})
 
 
@@ -171,8 +189,9 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     inputs = as_dtype(tensors(9, 40, 8, 8, b=B, h=2, kv=2), dtype)
     inputs |= {name: lay_out(inputs[name], layout) for name in ("query", "key", "value")}
     check(inputs, attn_mask=lay_out(torch.randn(B, 2, 9, 40), layout))
-    ours, formula = (call(f, additive, **more) for f, more in ((va.score_attention, {"backend": "cuda"}),
-                                                              (va.reference.score_attention, {})))  # fmt: skip
+    ours, formula = (
+        call(f, additive, **more) for f, more in ((va.score_attention, {"backend": "cuda"}), (va.reference.score_attention, {}))
+    )
     assert_all_close_to(ours, formula, inputs, times=4.0)  # summed: gradients of stride 0
 
 
@@ -189,9 +208,11 @@ def test_small_gradients_of_float16_survive() -> None:
     inputs = as_dtype(tensors(160, 33), torch.float16)
     inputs["vector"] *= 1e-3
     assert_all_close_to(
-        call(va.score_attention, additive, backend="cuda"), call(va.reference.score_attention, additive), inputs,
+        call(va.score_attention, additive, backend="cuda"),
+        call(va.reference.score_attention, additive),
+        inputs,
         [1e-3 * torch.randn(1, 1, 160, 5)],
-    )  # fmt: skip
+    )
     grads = outputs_and_grads(call(va.score_attention, additive, backend="cuda"), inputs, [1e-3 * torch.randn(1, 1, 160, 5)])
     assert (grads["grad key"] != 0.0).float().mean() > 0.5
 
@@ -206,15 +227,19 @@ def test_runs_are_bit_equal_and_write_no_input(dtype: torch.dtype) -> None:
     assert all(torch.equal(x, before[name]) for name, x in inputs.items())
 
 
-@pytest.mark.parametrize("score, dtype, dv, options, words", [
-    (S.Additive(torch.randn(8).double()), torch.float64, 8, {}, "float16, bfloat16 and float32"),
-    (S.Additive(torch.randn(129)), torch.float32, 8, {}, "at most 128 hidden units"),
-    (S.Additive(torch.randn(8)), torch.float32, 129, {}, "value sizes of at most 128"),
-    (S.Additive(torch.randn(8)), torch.float32, 8, {"dropout_p": 0.1}, "no dropout"),
-    (S.Additive(torch.randn(8), method="series", tolerance=0.1), torch.float32, 8, {}, "exact additive scores"),
-    (S.Hadamard(torch.randn(8), activation="tanh"), torch.float32, 8, {}, "exact additive scores"),
-    ("dot", torch.float32, 8, {}, "exact additive scores"),
-], ids=("float64", "A=129", "DV=129", "dropout", "series", "hadamard", "dot"))  # fmt: skip
+@pytest.mark.parametrize(
+    "score, dtype, dv, options, words",
+    [
+        (S.Additive(torch.randn(8).double()), torch.float64, 8, {}, "float16, bfloat16 and float32"),
+        (S.Additive(torch.randn(129)), torch.float32, 8, {}, "at most 128 hidden units"),
+        (S.Additive(torch.randn(8)), torch.float32, 129, {}, "value sizes of at most 128"),
+        (S.Additive(torch.randn(8)), torch.float32, 8, {"dropout_p": 0.1}, "no dropout"),
+        (S.Additive(torch.randn(8), method="series", tolerance=0.1), torch.float32, 8, {}, "exact additive scores"),
+        (S.Hadamard(torch.randn(8), activation="tanh"), torch.float32, 8, {}, "exact additive scores"),
+        ("dot", torch.float32, 8, {}, "exact additive scores"),
+    ],
+    ids=("float64", "A=129", "DV=129", "dropout", "series", "hadamard", "dot"),
+)
 def test_what_it_cannot_run_is_refused(score: Any, dtype: torch.dtype, dv: int, options: dict[str, Any], words: str) -> None:
     size = 8 if isinstance(score, str) else score.vector.shape[0]
     q, k, v = (torch.randn(1, 1, rows, columns, dtype=dtype) for rows, columns in ((3, size), (4, size), (4, dv)))

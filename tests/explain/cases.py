@@ -182,8 +182,16 @@ def qwen2_5_vl() -> Case:
     config = transformers.Qwen2_5_VLConfig(
         text_config=dict(LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
         vision_config=dict(
-            depth=2, hidden_size=32, intermediate_size=48, num_heads=4, patch_size=4, spatial_merge_size=2, window_size=16,
-            out_hidden_size=32, fullatt_block_indexes=[1], temporal_patch_size=2,
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=4,
+            patch_size=4,
+            spatial_merge_size=2,
+            window_size=16,
+            out_hidden_size=32,
+            fullatt_block_indexes=[1],
+            temporal_patch_size=2,
         ),
         image_token_id=55,
         video_token_id=56,
@@ -217,9 +225,7 @@ def qwen2_5_vl() -> Case:
 def uniter() -> Case:
     from vlattn_fast.models.uniter import UNITER, UNITERConfig
 
-    config = UNITERConfig(
-        **dict(TEXT, vocab_size=50), max_position_embeddings=12, region_dim=10, position_dim=7
-    )
+    config = UNITERConfig(**dict(TEXT, vocab_size=50), max_position_embeddings=12, region_dim=10, position_dim=7)
     case = bert()
     ids, mask = case.inputs["input_ids"].clamp(max=49), case.inputs["attention_mask"].bool()
     regions = torch.ones(3, 5, dtype=torch.bool)
@@ -232,7 +238,11 @@ def uniter() -> Case:
         "region_mask": regions,
     }
     tower = TowerCase(
-        "uniter.encoder.layer", "attention.self", "attention", "attention.output.LayerNorm", first_row,
+        "uniter.encoder.layer",
+        "attention.self",
+        "attention",
+        "attention.output.LayerNorm",
+        first_row,
         real=lambda i: torch.cat([i["attention_mask"], i["region_mask"]], 1),
     )
     words = [ids[0, 1:9].tolist(), ids[1, 1:5].tolist(), ids[2, 1:7].tolist()]

@@ -144,8 +144,11 @@ def test_additive_masks():
 def test_sliding_window(padded):
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        **TEXT, num_key_value_heads=2,
-        use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **TEXT,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     )
     model = lively(transformers.Qwen2ForCausalLM(config)).eval()
     ids = torch.randint(3, 50, (2, 12))
@@ -205,7 +208,13 @@ def others():
     qwen2_vl = t.Qwen2VLConfig(
         text_config=dict(LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
         vision_config=dict(
-            depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=4, spatial_merge_size=2,
+            depth=2,
+            embed_dim=32,
+            hidden_size=32,
+            num_heads=4,
+            mlp_ratio=2,
+            patch_size=4,
+            spatial_merge_size=2,
             temporal_patch_size=2,
         ),
         image_token_id=55,

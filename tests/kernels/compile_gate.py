@@ -76,8 +76,10 @@ def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
     assert launched, f"{operator} {name}: no kernel was launched"
     return {
         f"{operator} {name} {kernel}{f' launch {n + 1}' if n else ''} sm_{architecture}": row
-        for kernel, rows in launched.items() for n, row in enumerate(rows) if row not in rows[:n]
-    }  # fmt: skip
+        for kernel, rows in launched.items()
+        for n, row in enumerate(rows)
+        if row not in rows[:n]
+    }
 
 
 def _row(kernel: Any) -> Row:
@@ -104,8 +106,11 @@ def compile_all(chosen: list[str]) -> dict[str, Row]:
 
 def complaints(found: dict[str, Row], stored: dict[str, Row]) -> list[str]:
     """What is not as stored, a line each."""
-    lines = [f"{key}: {row['shared']} bytes of shared memory, more than {SHARED_LIMIT}" for key, row in found.items()
-             if row["shared"] > SHARED_LIMIT]  # fmt: skip
+    lines = [
+        f"{key}: {row['shared']} bytes of shared memory, more than {SHARED_LIMIT}"
+        for key, row in found.items()
+        if row["shared"] > SHARED_LIMIT
+    ]
     for key in sorted(found.keys() | stored.keys()):
         if key not in stored or key not in found:
             lines.append(f"{key}: {'not in the table' if key in found else 'in the table, but no call compiles it'}")

@@ -20,8 +20,10 @@ def runs(backend: str, case: verify.Case) -> bool:
 
 CASES = [
     pytest.param(backend, case, id=f"{backend}-{case.operator}-{case.name}")
-    for case in verify.cases() for backend in ("triton", "cuda") if runs(backend, case)
-]  # fmt: skip
+    for case in verify.cases()
+    for backend in ("triton", "cuda")
+    if runs(backend, case)
+]
 
 
 def cuda(x: Tensor) -> Tensor:

@@ -57,9 +57,14 @@ def check(given: dict[str, Tensor], only: str | None = None, times: float = 2.0,
     want = va.reference.attention_statistics(**given, **fixed)
     sent = [torch.randn(getattr(want, name).shape) if only in (None, name) else None for name in DIFFERENTIABLE]
     assert_all_close_to(
-        but_argmax(va.attention_statistics, backend="triton", **fixed), but_argmax(va.reference.attention_statistics, **fixed),
-        given, sent, what=f"{only}", times=times, scales={"grad query": 0.1, "grad key": 0.1},
-    )  # fmt: skip
+        but_argmax(va.attention_statistics, backend="triton", **fixed),
+        but_argmax(va.reference.attention_statistics, **fixed),
+        given,
+        sent,
+        what=f"{only}",
+        times=times,
+        scales={"grad query": 0.1, "grad key": 0.1},
+    )
     if given["query"].dtype == torch.float32:  # in halves many weights of the formula tie
         assert torch.equal(va.attention_statistics(**given, **fixed, backend="triton").argmax, want.argmax)
 
@@ -98,12 +103,7 @@ def test_any_number_of_groups(num_groups: int, dtype: torch.dtype) -> None:
     """Chosen one by one up to four, beyond as a product, from 64 on in more than one program."""
     given = as_dtype(tensors(9, 40, b=2, h=1, kv=1), dtype)
     check(given, key_groups=torch.randint(-1, num_groups, (2, 40)), num_groups=num_groups)
-    check(
-        given,
-        "mass",
-        key_groups=torch.arange(40) % (num_groups + 1) - 1,
-        num_groups=num_groups,
-    )
+    check(given, "mass", key_groups=torch.arange(40) % (num_groups + 1) - 1, num_groups=num_groups)
 
 
 def test_no_groups_and_no_weight() -> None:

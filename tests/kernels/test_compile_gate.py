@@ -44,12 +44,15 @@ def test_16_bit_products_run_on_tensor_cores() -> None:
     assert [key for key, row in products if not row["tensor_cores"]] == []
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"spills": 8}, ["k: spills 0 -> 8"]),
-    ({"registers": 101}, ["k: registers 100 -> 101"]),
-    ({"tensor_cores": ""}, ["k: tensor_cores wgmma -> "]),
-    ({"shared": 200_000}, ["k: 200000 bytes of shared memory, more than 101376", "k: shared 1024 -> 200000"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"spills": 8}, ["k: spills 0 -> 8"]),
+        ({"registers": 101}, ["k: registers 100 -> 101"]),
+        ({"tensor_cores": ""}, ["k: tensor_cores wgmma -> "]),
+        ({"shared": 200_000}, ["k: 200000 bytes of shared memory, more than 101376", "k: shared 1024 -> 200000"]),
+    ],
+)
 def test_the_gate_sees_changes(change: dict[str, object], words: list[str]) -> None:
     assert complaints({"k": ROW}, {"k": ROW}) == []
     assert complaints({"k": {**ROW, **change}}, {"k": ROW}) == words

@@ -29,18 +29,33 @@ def test_real_sizes(kind: str) -> None:
     check(make(40, 70, h=2, d=16), 2.0, kind=kind, text_mask=prefix(40, 31), image_mask=prefix(70, 57))
 
 
-@pytest.mark.parametrize("kind, words, regions", [
-    ("cacr", 1, 1), ("cacr", 17, 63), ("cacr", 65, 1), ("iais_singular", 1, 15), ("iais_singular", 100, 17),
-    ("iais_distributed", 63, 65), ("iais_distributed", 1, 16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, words, regions",
+    [
+        ("cacr", 1, 1),
+        ("cacr", 17, 63),
+        ("cacr", 65, 1),
+        ("iais_singular", 1, 15),
+        ("iais_singular", 100, 17),
+        ("iais_distributed", 63, 65),
+        ("iais_distributed", 1, 16),
+    ],
+)
 def test_sizes_either_side_of_a_tile(kind: str, words: int, regions: int) -> None:
     check(make(words, regions, h=1, d=5), kind=kind)
 
 
-@pytest.mark.parametrize("kind, words, regions, direction", [
-    ("cacr", 5, 130, "both"), ("cacr", 160, 9, "image"), ("iais_singular", 9, 257, "text"), ("iais_singular", 129, 7, "both"),
-    ("iais_distributed", 130, 15, "both"), ("iais_distributed", 3, 193, "text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, words, regions, direction",
+    [
+        ("cacr", 5, 130, "both"),
+        ("cacr", 160, 9, "image"),
+        ("iais_singular", 9, 257, "text"),
+        ("iais_singular", 129, 7, "both"),
+        ("iais_distributed", 130, 15, "both"),
+        ("iais_distributed", 3, 193, "text"),
+    ],
+)
 def test_rows_longer_than_a_tile(kind: str, words: int, regions: int, direction: str) -> None:
     x = make(words, regions, h=1 if words + regions > 200 else 2, d=4, cross=kind == "iais_distributed")
     check(x, kind=kind, direction=direction, text_mask=prefix(words, words - 2), image_mask=prefix(regions, regions - 2))
@@ -57,11 +72,20 @@ def test_scale(kind: str, scale: float) -> None:
     check(make(15, 12, cross=True), kind=kind, scale=scale)
 
 
-@pytest.mark.parametrize("kind, dtype, words, regions", [
-    ("cacr", torch.bfloat16, 40, 70), ("iais_singular", torch.bfloat16, 40, 70), ("iais_distributed", torch.bfloat16, 40, 70),
-    ("cacr", torch.float16, 70, 20), ("iais_singular", torch.float16, 20, 70), ("iais_distributed", torch.float16, 70, 33),
-    ("cacr", torch.float16, 140, 36), ("iais_singular", torch.bfloat16, 140, 36), ("iais_distributed", torch.float16, 140, 36),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, dtype, words, regions",
+    [
+        ("cacr", torch.bfloat16, 40, 70),
+        ("iais_singular", torch.bfloat16, 40, 70),
+        ("iais_distributed", torch.bfloat16, 40, 70),
+        ("cacr", torch.float16, 70, 20),
+        ("iais_singular", torch.float16, 20, 70),
+        ("iais_distributed", torch.float16, 70, 33),
+        ("cacr", torch.float16, 140, 36),
+        ("iais_singular", torch.bfloat16, 140, 36),
+        ("iais_distributed", torch.float16, 140, 36),
+    ],
+)
 def test_half_precision(kind: str, dtype: torch.dtype, words: int, regions: int) -> None:
     x = as_dtype(make(words, regions, d=16, cross=True), dtype)
     check(x, kind=kind, text_mask=prefix(words, words - 9), image_mask=prefix(regions, regions - 3))
@@ -85,10 +109,16 @@ def test_small_gradients_in_float16(kind: str) -> None:
         assert float((grad - wanted).abs().max()) < 4e-3 * float(wanted.abs().max()), name
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("cacr", "text only"), ("cacr", "empty samples"), ("iais_singular", "ragged"), ("iais_distributed", "scattered"),
-    ("iais_distributed", "empty samples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("cacr", "text only"),
+        ("cacr", "empty samples"),
+        ("iais_singular", "ragged"),
+        ("iais_distributed", "scattered"),
+        ("iais_distributed", "empty samples"),
+    ],
+)
 def test_padding_reaches_nothing(kind: str, name: str) -> None:
     x, given = make(15, 20, b=3, d=4, cross=name == "scattered"), masks(name)
     check(x, kind=kind, **given)
@@ -167,10 +197,14 @@ def test_runs_are_bit_equal_and_write_no_input() -> None:
     assert all(torch.equal(x[name], before[name]) for name in x)
 
 
-@pytest.mark.parametrize("dtype, d, words, expected", [
-    (torch.float64, 4, 3, "float16, bfloat16 and float32"), (torch.float32, 300, 3, "head sizes of at most 256"),
-    (torch.float32, 1, 16385, "at most 16384 tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, d, words, expected",
+    [
+        (torch.float64, 4, 3, "float16, bfloat16 and float32"),
+        (torch.float32, 300, 3, "head sizes of at most 256"),
+        (torch.float32, 1, 16385, "at most 16384 tokens"),
+    ],
+)
 def test_what_it_cannot_run_is_refused(dtype: torch.dtype, d: int, words: int, expected: str) -> None:
     text, image = torch.zeros(1, 1, words, d, dtype=dtype), torch.zeros(1, 1, 2, d, dtype=dtype)
     with pytest.raises(ValueError, match=expected):

@@ -21,8 +21,9 @@ F64 = torch.float64
 RULES = list(itertools.product(("gradient", "attention"), (False, True)))
 
 
-def tensors(n: int, *, b: int = 1, h: int = 2, kv: int = 2, d: int = 6, dv: int = 5, rows: int = 2,
-            dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:  # fmt: skip
+def tensors(
+    n: int, *, b: int = 1, h: int = 2, kv: int = 2, d: int = 6, dv: int = 5, rows: int = 2, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """The carrier stays float32."""
     shapes = {"query": (b, h, n, d), "key": (b, kv, n, d), "value": (b, kv, n, dv)}
     return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()} | {"carrier": torch.rand(b, rows, n)}
@@ -41,9 +42,12 @@ def check(inputs: dict[str, Tensor], sent: list[Tensor | None] | None = None, **
     """Queries and keys have gradients that cancel: they are held to the size of what was summed."""
     options["enable_gqa"] = inputs["key"].shape[1] != inputs["query"].shape[1]
     return assert_all_close_to(
-        call(va.relevancy_attention, backend="triton", **options), call(va.reference.relevancy_attention, **options),
-        inputs, cotangents(inputs) if sent is None else sent, scales={"grad query": 1.0, "grad key": 1.0},
-    )  # fmt: skip
+        call(va.relevancy_attention, backend="triton", **options),
+        call(va.reference.relevancy_attention, **options),
+        inputs,
+        cotangents(inputs) if sent is None else sent,
+        scales={"grad query": 1.0, "grad key": 1.0},
+    )
 
 
 def some(n: int, m: int | None = None) -> Tensor:
@@ -191,10 +195,16 @@ def test_frozen_inputs(dtype: torch.dtype, rule: str, row_normalize: bool) -> No
     assert_close_to(got[3], run(F64, va.reference.relevancy_step), formula, what="frozen")
 
 
-@pytest.mark.parametrize("rule, row_normalize, weighted", [
-    ("gradient", False, False), ("gradient", True, True), ("gradient", False, True), ("attention", True, False),
-    ("attention", False, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule, row_normalize, weighted",
+    [
+        ("gradient", False, False),
+        ("gradient", True, True),
+        ("gradient", False, True),
+        ("attention", True, False),
+        ("attention", False, True),
+    ],
+)
 def test_rows_of_the_full_product_over_layers(rule: str, row_normalize: bool, weighted: bool) -> None:
     """R = (a_L + b_L Abar_L) ... (a_1 + b_1 Abar_1) from stored maps; one backward pass gives its rows."""
     layers, b, h, n, d, rows = 3, 1, 2, 40, 8, 3
@@ -206,9 +216,14 @@ def test_rows_of_the_full_product_over_layers(rule: str, row_normalize: bool, we
     carrier: Tensor = start
     for projection, (a, c) in zip(projections, weights, strict=True):
         out, carrier = va.relevancy_attention(
-            *(x @ w for w in projection), carrier, rule=rule, row_normalize=row_normalize,
-            residual_weight=a, attention_weight=c, backend="triton",
-        )  # fmt: skip
+            *(x @ w for w in projection),
+            carrier,
+            rule=rule,
+            row_normalize=row_normalize,
+            residual_weight=a,
+            attention_weight=c,
+            backend="triton",
+        )
         x = x + out
     (got,) = torch.autograd.grad([(x * readout).sum(), carrier], [start], [torch.tensor(1.0), seed])
 
@@ -243,10 +258,14 @@ def lse_of(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("given", ("none", "float32", "float64"))
-@pytest.mark.parametrize("h, kv, n, m, rows, options", [
-    (4, 2, 33, 70, 3, dict), (2, 1, 40, 40, 70, lambda: {"is_causal": True}),
-    (2, 2, 40, 33, 1, lambda: {"key_mask": padding(33)[:1], "attn_mask": some(40, 33), "is_causal": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "h, kv, n, m, rows, options",
+    [
+        (4, 2, 33, 70, 3, dict),
+        (2, 1, 40, 40, 70, lambda: {"is_causal": True}),
+        (2, 2, 40, 33, 1, lambda: {"key_mask": padding(33)[:1], "attn_mask": some(40, 33), "is_causal": True}),
+    ],
+)
 @pytest.mark.parametrize("rule, row_normalize", RULES)
 def test_step(rule: str, row_normalize: bool, h: int, kv: int, n: int, m: int, rows: int, options: Any, given: str) -> None:
     """Cross attention, grouped heads, with the attention's own lse, its empty rows -inf or +inf, or without."""
@@ -364,9 +383,15 @@ def test_empty_sizes(empty: str) -> None:
         for keys in (0, 3):
             key, value = key[:, :, :keys], value[:, :, :keys]
             moved = va.relevancy_step(
-                r, query, key, value, torch.zeros(*query.shape[:3], value.shape[3]), rule=rule, row_normalize=row_normalize,
+                r,
+                query,
+                key,
+                value,
+                torch.zeros(*query.shape[:3], value.shape[3]),
+                rule=rule,
+                row_normalize=row_normalize,
                 backend="triton",
-            )  # fmt: skip
+            )
             assert moved.shape == (*r.shape[:2], key.shape[2]) and torch.isfinite(moved).all()
 
 
@@ -388,24 +413,30 @@ def test_opcheck() -> None:
     checks = ("test_schema", "test_faketensor")
     masks, options = (None, padding(20)), ("gradient", True, 0.5, False)
     torch.library.opcheck(
-        torch.ops.vlattn.relevancy_attention, (query, key, value, carrier, None, None, *masks, *options, "triton"),
+        torch.ops.vlattn.relevancy_attention,
+        (query, key, value, carrier, None, None, *masks, *options, "triton"),
         test_utils=checks,
-    )  # fmt: skip
+    )
     out, _, lse = torch.ops.vlattn.relevancy_attention(query, key, value, carrier, None, None, *masks, *options, "triton")
     for rows in (carrier, None, torch.rand(2, 70, 20)):
         torch.library.opcheck(
             torch.ops.vlattn.relevancy_attention_backward,
-            (out, rows, query, key, value, out, lse, None, None, *masks, *options, True, "triton"), test_utils=checks,
-        )  # fmt: skip
+            (out, rows, query, key, value, out, lse, None, None, *masks, *options, True, "triton"),
+            test_utils=checks,
+        )
     torch.library.opcheck(
         torch.ops.vlattn.relevancy_step, (carrier, query, key, value, out, lse, *masks, *options, "triton"), test_utils=checks
     )
 
 
-@pytest.mark.parametrize("d, dv, dtype, words", [
-    (8, 8, F64, "float16, bfloat16 and float32"), (257, 8, torch.float32, "head sizes of at most 256"),
-    (8, 257, torch.float32, "head sizes of at most 256"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "d, dv, dtype, words",
+    [
+        (8, 8, F64, "float16, bfloat16 and float32"),
+        (257, 8, torch.float32, "head sizes of at most 256"),
+        (8, 257, torch.float32, "head sizes of at most 256"),
+    ],
+)
 def test_what_it_cannot_run_is_refused(d: int, dv: int, dtype: torch.dtype, words: str) -> None:
     inputs = as_dtype(tensors(3, d=d, dv=dv), dtype)
     with pytest.raises(ValueError, match=words):

@@ -23,11 +23,20 @@ KINDS = {  # one score for each core score of the kernels
     "additive": lambda p: S.Additive(p["vector"]),
     "hadamard_tanh": lambda p: S.Hadamard(p["vector"], activation="tanh"),
     "hadamard_sigmoid": lambda p: S.Hadamard(p["vector"], activation="sigmoid"),
-}  # fmt: skip
+}
 PUBLIC = (  # what stands between a public score and its kernel: features, weights per head, biases, offsets
-    "scaled_dot", "cosine-eps=5", "general-key-bias", "general-leaky=-0.5", "general-tanh-per_head", "additive-per_head",
-    "concat-unequal", "hadamard-None-per_head", "hadamard-relu-key", "hadamard-tanh-query", "hadamard-offset=tensor",
-)  # fmt: skip
+    "scaled_dot",
+    "cosine-eps=5",
+    "general-key-bias",
+    "general-leaky=-0.5",
+    "general-tanh-per_head",
+    "additive-per_head",
+    "concat-unequal",
+    "hadamard-None-per_head",
+    "hadamard-relu-key",
+    "hadamard-tanh-query",
+    "hadamard-offset=tensor",
+)
 
 
 def check(inputs: dict[str, torch.Tensor], make: Any, **options: Any) -> None:
@@ -40,9 +49,11 @@ def check(inputs: dict[str, torch.Tensor], make: Any, **options: Any) -> None:
     assert_all_close_to(
         call(va.score_attention, make, return_lse=True, backend="triton", **options),
         call(va.reference.score_attention, make, return_lse=True, **options),
-        inputs, sent, times=4.0 if units and inputs["query"].dtype == torch.float32 else times(score),
+        inputs,
+        sent,
+        times=4.0 if units and inputs["query"].dtype == torch.float32 else times(score),
         scales={f"grad {name}": 1.0 for name in inputs},  # a row with one key has gradients of zero
-    )  # fmt: skip
+    )
 
 
 def tensors(n: int, m: int, d: int = 6, dv: int = 5, *, b: int = 1, h: int = 2, kv: int = 2) -> dict[str, torch.Tensor]:
@@ -56,9 +67,9 @@ def test_public_scores(score: str) -> None:
     check(as_dtype(inputs, torch.float32), make)
 
 
-@pytest.mark.parametrize("kind, mask", [
-    *((kind, mask) for kind in ("dot", "additive") for mask in MASKS), *((kind, "all") for kind in KINDS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, mask", [*((kind, mask) for kind in ("dot", "additive") for mask in MASKS), *((kind, "all") for kind in KINDS)]
+)
 def test_masks(kind: str, mask: str) -> None:
     inputs, _ = attention_inputs(SCORES["dot"])
     d = inputs["query"].shape[3]
@@ -152,8 +163,10 @@ def test_either_gradient_alone(kind: str) -> None:
     for sent in ([None, torch.randn(1, 2, 20)], [torch.randn(1, 2, 20, 5), None]):
         assert_all_close_to(
             call(va.score_attention, KINDS[kind], return_lse=True, backend="triton"),
-            call(va.reference.score_attention, KINDS[kind], return_lse=True), tensors(20, 40), sent,
-        )  # fmt: skip
+            call(va.reference.score_attention, KINDS[kind], return_lse=True),
+            tensors(20, 40),
+            sent,
+        )
 
 
 @pytest.mark.parametrize("kv", (1, 2, 4))
@@ -176,8 +189,10 @@ def test_layouts(layout: str) -> None:
     inputs |= {name: lay_out(inputs[name], layout) for name in ("query", "key", "value")}
     mask = lay_out(torch.randn(B, 2, 9, 11), layout)
     check(inputs, KINDS["tanh"], attn_mask=mask)
-    ours, formula = (call(f, KINDS["additive"], **more) for f, more in ((va.score_attention, {"backend": "triton"}),
-                                                                       (va.reference.score_attention, {})))  # fmt: skip
+    ours, formula = (
+        call(f, KINDS["additive"], **more)
+        for f, more in ((va.score_attention, {"backend": "triton"}), (va.reference.score_attention, {}))
+    )
     assert_all_close_to(ours, formula, inputs)  # summed: gradients of stride 0
 
 
@@ -213,11 +228,14 @@ def test_runs_are_bit_equal_and_write_no_input(kind: str) -> None:
     assert all(torch.equal(x, before[name]) for name, x in inputs.items())
 
 
-@pytest.mark.parametrize("score, dtype, words", [
-    ("dot", torch.float64, "float16, bfloat16 and float32"),
-    (S.Additive(torch.randn(300)), torch.float32, "at most 256 features"),
-    (S.Additive(torch.randn(8), method="series", tolerance=0.1), torch.float32, "sine series"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "score, dtype, words",
+    [
+        ("dot", torch.float64, "float16, bfloat16 and float32"),
+        (S.Additive(torch.randn(300)), torch.float32, "at most 256 features"),
+        (S.Additive(torch.randn(8), method="series", tolerance=0.1), torch.float32, "sine series"),
+    ],
+)
 def test_what_it_cannot_run_is_refused(score: Any, dtype: torch.dtype, words: str) -> None:
     size = 8 if isinstance(score, str) else score.vector.shape[0]
     q, k = torch.randn(1, 1, 3, size, dtype=dtype), torch.randn(1, 1, 4, size, dtype=dtype)

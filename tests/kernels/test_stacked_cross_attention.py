@@ -33,8 +33,9 @@ def check(inputs: dict[str, Tensor], similarity: str = "stacked_cross_attention"
     return assert_all_close_to(
         partial(getattr(va, similarity), **options, backend="triton"),
         partial(getattr(va.reference, similarity), **options),
-        inputs, [torch.randn(len(inputs["images"]), len(inputs["captions"]))],
-    )  # fmt: skip
+        inputs,
+        [torch.randn(len(inputs["images"]), len(inputs["captions"]))],
+    )
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -51,9 +52,20 @@ def test_aggregations(aggregation: str, direction: str) -> None:
 
 
 # one block of rows, contexts or features, and several; 289 regions are AttnGAN's
-@pytest.mark.parametrize("queries, contexts, size", [
-    (1, 1, 1), (15, 17, 3), (33, 63, 17), (63, 65, 64), (17, 100, 70), (100, 33, 65), (160, 20, 5), (64, 289, 20), (289, 64, 20),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "queries, contexts, size",
+    [
+        (1, 1, 1),
+        (15, 17, 3),
+        (33, 63, 17),
+        (63, 65, 64),
+        (17, 100, 70),
+        (100, 33, 65),
+        (160, 20, 5),
+        (64, 289, 20),
+        (289, 64, 20),
+    ],
+)
 def test_sizes_either_side_of_a_tile(queries: int, contexts: int, size: int) -> None:
     check(tensors((1, 2), contexts, queries, size), caption_lengths=(queries, queries // 2))
     words = (max(1, contexts - 3),)
@@ -146,8 +158,10 @@ def test_layouts(layout: str) -> None:
     inputs = {name: lay_out(x[:, None], layout)[:, 0] for name, x in tensors((3, 4), 5, 6).items()}
     check(inputs)
     run = partial(assert_all_close_to, inputs=inputs)  # summed: gradients of stride 0
-    run(partial(va.stacked_cross_attention, direction="i2t", backend="triton"),
-        partial(va.reference.stacked_cross_attention, direction="i2t"))  # fmt: skip
+    run(
+        partial(va.stacked_cross_attention, direction="i2t", backend="triton"),
+        partial(va.reference.stacked_cross_attention, direction="i2t"),
+    )
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 3, 0, 4, 5), (2, 3, 4, 0, 5), (2, 3, 4, 5, 0)])
@@ -168,9 +182,10 @@ def test_runs_are_bit_equal_and_write_no_input() -> None:
     assert all(torch.equal(x, before[name]) for name, x in inputs.items()) and lengths.tolist() == [9, 1, 0, 5]
 
 
-@pytest.mark.parametrize("dtype, regions, direction, words", [
-    (torch.float64, 3, "t2i", "float16, bfloat16 and float32"), (torch.float32, 4097, "t2i", "at most 4096 contexts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, regions, direction, words",
+    [(torch.float64, 3, "t2i", "float16, bfloat16 and float32"), (torch.float32, 4097, "t2i", "at most 4096 contexts")],
+)
 def test_what_it_cannot_run_is_refused(dtype: torch.dtype, regions: int, direction: str, words: str) -> None:
     images, captions = torch.randn(1, regions, 4, dtype=dtype), torch.randn(1, 3, 4, dtype=dtype)
     with pytest.raises(ValueError, match=words):

@@ -13,9 +13,15 @@ from vlattn_fast.lab.uniter import CONFIG, DATA, WEIGHTS
 from vlattn_fast.models import UNITER, UNITERConfig
 
 SMALL = UNITERConfig(
-    vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-    max_position_embeddings=9, region_dim=5, initializer_range=0.5,
-)  # fmt: skip
+    vocab_size=11,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=9,
+    region_dim=5,
+    initializer_range=0.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +46,15 @@ def batch():
 
 
 def test_parameters_are_named_and_shaped_as_published():
-    linear = {name: shape for name, shape in [
-        *[(f"attention.self.{part}", (16, 16)) for part in ("query", "key", "value")],
-        ("attention.output.dense", (16, 16)), ("intermediate.dense", (24, 16)), ("output.dense", (16, 24)),
-    ]}  # fmt: skip
+    linear = {
+        name: shape
+        for name, shape in [
+            *[(f"attention.self.{part}", (16, 16)) for part in ("query", "key", "value")],
+            ("attention.output.dense", (16, 16)),
+            ("intermediate.dense", (24, 16)),
+            ("output.dense", (16, 24)),
+        ]
+    }
     wanted = {
         "embeddings.word_embeddings.weight": (11, 16),
         "embeddings.position_embeddings.weight": (9, 16),
@@ -117,9 +128,7 @@ def test_what_stands_in_padding_changes_nothing():
     alone = model(inputs["input_ids"][2:, :3], inputs["region_features"][2:, [0, 2]], inputs["region_positions"][2:, [0, 2]])
     torch.testing.assert_close(alone.logits, plain.logits[2:])
     ones = {name: inputs[name] for name in ("input_ids", "region_features", "region_positions")}
-    torch.testing.assert_close(
-        model(**ones, attention_mask=torch.ones(3, 6, dtype=torch.long)).logits, model(**ones).logits
-    )
+    torch.testing.assert_close(model(**ones, attention_mask=torch.ones(3, 6, dtype=torch.long)).logits, model(**ones).logits)
 
 
 def test_attention_function_is_called_as_hugging_face_calls_it():

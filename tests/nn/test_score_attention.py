@@ -25,9 +25,10 @@ def written_out(layer: ScoreAttention, query, key, value, visible, is_causal):
         heads = []
         for h in range(layer.num_heads):
             part = slice(h * size, (h + 1) * size)
-            q, k, v = ((x[b] @ p.weight.mT + p.bias)[:, part] for x, p in (
-                (query, layer.q_proj), (key, layer.k_proj), (value, layer.v_proj)
-            ))  # fmt: skip
+            q, k, v = (
+                (x[b] @ p.weight.mT + p.bias)[:, part]
+                for x, p in ((query, layer.q_proj), (key, layer.k_proj), (value, layer.v_proj))
+            )
             s = torch.stack([torch.stack([pair_score(layer, h, q_i, k_j) for k_j in k]) for q_i in q])
             hidden = ~visible[b].expand_as(s)
             if is_causal:
@@ -41,13 +42,19 @@ def pair_score(layer: ScoreAttention, head: int, q, k):
     if isinstance(layer.score, str):
         dot = q @ k
         return {"dot": dot, "scaled_dot": dot / len(q) ** 0.5, "cosine": dot / (q.norm() * k.norm())}[layer.score]
-    p = {name: x[head] if x.dim() == (1 if name in ("vector", "bias") else 2) + 1 else x
-         for name, x in layer.score.named_parameters()}  # fmt: skip
+    p = {
+        name: x[head] if x.dim() == (1 if name in ("vector", "bias") else 2) + 1 else x
+        for name, x in layer.score.named_parameters()
+    }
     options = layer.score.options
     if layer.score.make is scores.Additive:
         return p["vector"] @ torch.tanh(p["query_weight"] @ q + p["key_weight"] @ k + p["bias"])
-    act = {None: lambda x: x, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
-           "leaky_relu": lambda x: nn.functional.leaky_relu(x, 0.01)}[options.get("activation")]  # fmt: skip
+    act = {
+        None: lambda x: x,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "leaky_relu": lambda x: nn.functional.leaky_relu(x, 0.01),
+    }[options.get("activation")]
     moved, other = (q, k) if options.get("projects") == "query" else (k, q)
     moved = p["weight"] @ moved + p.get("bias", 0.0)
     return p["vector"] @ act(other * moved) if layer.score.make is scores.Hadamard else act(other @ moved)
@@ -76,8 +83,9 @@ def test_scaled_dot_is_torchs_layer():
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_()
-        for part, weight, bias in zip((layer.q_proj, layer.k_proj, layer.v_proj), theirs.in_proj_weight.chunk(3),
-                                      theirs.in_proj_bias.chunk(3), strict=True):  # fmt: skip
+        for part, weight, bias in zip(
+            (layer.q_proj, layer.k_proj, layer.v_proj), theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3), strict=True
+        ):
             part.weight.copy_(weight)
             part.bias.copy_(bias)
         layer.out_proj.load_state_dict(theirs.out_proj.state_dict())
@@ -116,13 +124,16 @@ def test_parameters_are_those_of_the_score():
     assert shapes == {"vector": (2, 4), "query_weight": (2, 4, 4), "key_weight": (2, 4, 4), "bias": (2, 4)}
 
 
-@pytest.mark.parametrize(("arguments", "options", "words"), [
-    ((10, 3), {}, "num_heads must divide"),
-    ((0, 1), {}, "embed_dim must be a positive"),
-    ((8, 2, "bilinear"), {}, "score must be one of"),
-    ((8, 2, "dot"), {"per_head": True}, "belong to scores with parameters"),
-    ((8, 2), {"dropout": 1.0}, "dropout must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((10, 3), {}, "num_heads must divide"),
+        ((0, 1), {}, "embed_dim must be a positive"),
+        ((8, 2, "bilinear"), {}, "score must be one of"),
+        ((8, 2, "dot"), {"per_head": True}, "belong to scores with parameters"),
+        ((8, 2), {"dropout": 1.0}, "dropout must be"),
+    ],
+)
 def test_bad_arguments(arguments, options, words):
     with pytest.raises(ValueError, match=words):
         ScoreAttention(*arguments, **options)

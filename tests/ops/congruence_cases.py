@@ -15,9 +15,7 @@ CROSS = ("cross_text_query", "cross_image_key", "cross_image_query", "cross_text
 
 
 def make(words: int, regions: int, *, b: int = 1, h: int = 2, d: int = 8, cross: bool = False) -> dict[str, Tensor]:
-    return {
-        name: 1.5 * torch.randn(b, h, words if "text" in name else regions, d) for name in NAMES + (CROSS if cross else ())
-    }
+    return {name: 1.5 * torch.randn(b, h, words if "text" in name else regions, d) for name in NAMES + (CROSS if cross else ())}
 
 
 def call(fn: Any, **options: Any) -> Any:

@@ -23,8 +23,9 @@ def leaf(*shape: int) -> Tensor:
     return 0.5 * torch.randn(*shape, dtype=F64)
 
 
-def general(H: int, Dq: int, Dk: int, *, per_head: bool = False, bias: bool = True, projects: str = "key",
-            **options: Any) -> tuple[Params, Callable[[Params], Any]]:  # fmt: skip
+def general(
+    H: int, Dq: int, Dk: int, *, per_head: bool = False, bias: bool = True, projects: str = "key", **options: Any
+) -> tuple[Params, Callable[[Params], Any]]:
     rows, columns = (Dq, Dk) if projects == "key" else (Dk, Dq)
     head = (H,) if per_head else ()
     params = {"weight": leaf(*head, rows, columns)}
@@ -33,8 +34,9 @@ def general(H: int, Dq: int, Dk: int, *, per_head: bool = False, bias: bool = Tr
     return params, lambda p: S.General(p["weight"], p.get("bias"), projects=projects, **options)
 
 
-def additive(H: int, Dq: int, Dk: int, *, per_head: bool = False, weights: str = "qk", bias: bool = True,
-             **options: Any) -> tuple[Params, Callable[[Params], Any]]:  # fmt: skip
+def additive(
+    H: int, Dq: int, Dk: int, *, per_head: bool = False, weights: str = "qk", bias: bool = True, **options: Any
+) -> tuple[Params, Callable[[Params], Any]]:
     head = (H,) if per_head else ()
     A = 5 if weights == "qk" else Dq if weights == "k" else Dk
     params = {"vector": leaf(*head, A)}
@@ -52,8 +54,18 @@ def concat(H: int, Dq: int, Dk: int) -> tuple[Params, Callable[[Params], Any]]:
     return params, lambda p: S.Additive.concat(p["vector"], p["weight"], p["bias"], query_size=Dq)
 
 
-def hadamard(H: int, Dq: int, Dk: int, *, per_head: bool = False, weight: bool = True, bias: bool = True,
-             projects: str = "key", offset: Any = 0.7, **options: Any) -> tuple[Params, Callable[[Params], Any]]:  # fmt: skip
+def hadamard(
+    H: int,
+    Dq: int,
+    Dk: int,
+    *,
+    per_head: bool = False,
+    weight: bool = True,
+    bias: bool = True,
+    projects: str = "key",
+    offset: Any = 0.7,
+    **options: Any,
+) -> tuple[Params, Callable[[Params], Any]]:
     size, source = (Dq, Dk) if projects == "key" else (Dk, Dq)
     head = (H,) if per_head else ()
     params = {"vector": leaf(*head, size)}
@@ -90,7 +102,8 @@ SCORES: dict[str, Case] = {
     "general-query-bias-per_head": Case(general, {"per_head": True, "projects": "query"}),
     **{
         f"general-{activation}-{projects}": Case(general, {"activation": activation, "projects": projects})
-        for activation in ("relu", "leaky_relu", "tanh", "sigmoid") for projects in ("key", "query")
+        for activation in ("relu", "leaky_relu", "tanh", "sigmoid")
+        for projects in ("key", "query")
     },
     "general-tanh-per_head": Case(general, {"activation": "tanh", "per_head": True}),
     # a slope other than the default, negative too
@@ -106,7 +119,8 @@ SCORES: dict[str, Case] = {
     "concat-unequal": Case(concat),
     **{
         f"hadamard-{activation}-{projects}": Case(hadamard, {"activation": activation, "projects": projects})
-        for activation in (None, "relu", "leaky_relu", "tanh", "sigmoid") for projects in ("key", "query")
+        for activation in (None, "relu", "leaky_relu", "tanh", "sigmoid")
+        for projects in ("key", "query")
     },
     **{
         f"hadamard-{activation}-per_head": Case(hadamard, {"activation": activation, "per_head": True})
@@ -116,7 +130,7 @@ SCORES: dict[str, Case] = {
     "hadamard-offset=tensor": Case(hadamard, {"offset": "tensor", "activation": "sigmoid"}),
     "hadamard-none-offset=tensor": Case(hadamard, {"offset": "tensor"}),
     "hadamard-leaky=0.5": Case(hadamard, {"activation": "leaky_relu", "negative_slope": 0.5}),
-}  # fmt: skip
+}
 
 B, H, HKV, N, M, D, DV = 2, 4, 2, 5, 7, 6, 3
 
@@ -126,9 +140,10 @@ def attention_inputs(case: Case, *, kv_heads: int = H, n: int = N, m: int = M, d
     dk = D if case.same_size else 4
     params, make = case.build(H, D, dk, **case.options)
     inputs = {
-        "query": torch.randn(B, H, n, D, dtype=F64), "key": torch.randn(B, kv_heads, m, dk, dtype=F64),
+        "query": torch.randn(B, H, n, D, dtype=F64),
+        "key": torch.randn(B, kv_heads, m, dk, dtype=F64),
         "value": torch.randn(B, kv_heads, m, dv, dtype=F64),
-    }  # fmt: skip
+    }
     return {**inputs, **params}, make
 
 

@@ -71,8 +71,17 @@ def compare(got: Tensor, tensors: dict[str, Tensor], what: str, **fixed: Any) ->
     assert_close_to(got, exact, formula(**tensors, **fixed), what=what)
 
 
-def by_loops(query: Any, key: Any, value: Any, grad_output: Any, visible: Any, scale: float, rule: str,
-             head_reduction: str, row_normalize: bool) -> Any:  # fmt: skip
+def by_loops(
+    query: Any,
+    key: Any,
+    value: Any,
+    grad_output: Any,
+    visible: Any,
+    scale: float,
+    rule: str,
+    head_reduction: str,
+    row_normalize: bool,
+) -> Any:
     """The definition, entry by entry: query (B,H,N,D), key (B,H,M,D), visible (B,H,N,M)."""
     (b, h, n, _), m = query.shape, key.shape[2]
     abar = np.zeros((b, n, m))
@@ -120,9 +129,11 @@ def test_by_hand(rule: str, head_reduction: str, backend: str) -> None:
         tensors["grad_output"] = torch.tensor([[[[2.0], [4.0], [5.0]], [[1.0], [-1.0], [5.0]]]])
     tensors = {name: x.double() for name, x in tensors.items()}
     fixed: dict[str, Any] = {
-        "rule": rule, "head_reduction": head_reduction, "attn_mask": LOGITS.masked_fill(~VISIBLE, -torch.inf),
+        "rule": rule,
+        "head_reduction": head_reduction,
+        "attn_mask": LOGITS.masked_fill(~VISIBLE, -torch.inf),
         "backend": backend,
-    }  # fmt: skip
+    }
     want = torch.tensor(BY_HAND[rule, head_reduction], dtype=torch.float64)
     torch.testing.assert_close(attention_map(**tensors, **fixed)[0], want, rtol=0, atol=1e-15)
     total = want.sum(-1, keepdim=True)
@@ -147,14 +158,26 @@ def test_gradient_rule_is_the_published_procedure() -> None:
 sizes = st.integers(0, 4)
 
 
-@given(shape=st.tuples(st.integers(0, 2), st.integers(1, 3), sizes, sizes, st.integers(0, 3), st.integers(0, 3)),
-       seed=st.integers(0, 2**31), rule=st.sampled_from(RULES), head_reduction=st.sampled_from(HEAD_REDUCTIONS),
-       row_normalize=st.booleans(), is_causal=st.booleans(), masks=st.sets(st.sampled_from(["attn_mask", "key_mask"])),
-       backend=st.sampled_from(RUNNING))  # fmt: skip
+@given(
+    shape=st.tuples(st.integers(0, 2), st.integers(1, 3), sizes, sizes, st.integers(0, 3), st.integers(0, 3)),
+    seed=st.integers(0, 2**31),
+    rule=st.sampled_from(RULES),
+    head_reduction=st.sampled_from(HEAD_REDUCTIONS),
+    row_normalize=st.booleans(),
+    is_causal=st.booleans(),
+    masks=st.sets(st.sampled_from(["attn_mask", "key_mask"])),
+    backend=st.sampled_from(RUNNING),
+)
 def test_against_loops_whatever_the_shape(
-    shape: tuple[int, ...], seed: int, rule: str, head_reduction: str, row_normalize: bool, is_causal: bool, masks: set[str],
+    shape: tuple[int, ...],
+    seed: int,
+    rule: str,
+    head_reduction: str,
+    row_normalize: bool,
+    is_causal: bool,
+    masks: set[str],
     backend: str,
-) -> None:  # fmt: skip
+) -> None:
     b, h, n, m, d, dv = shape
     random = torch.Generator().manual_seed(seed)
     query, key, value, grad_output = (

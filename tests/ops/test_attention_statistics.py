@@ -31,11 +31,7 @@ def double(*shape: int, scale: float = 1.0) -> Tensor:
 def inputs(dtype: torch.dtype = torch.float64, *, heads: int = H, scale: float = 1.5) -> dict[str, Tensor]:
     """query and key as a model lays them out, (B,N,H,D), and a row_weight of both signs."""
     query, key = double(B, N, H, D, scale=scale), double(B, M, heads, D, scale=scale)
-    return {
-        "query": query.to(dtype).transpose(1, 2),
-        "key": key.to(dtype).transpose(1, 2),
-        "row_weight": double(B, N).to(dtype),
-    }
+    return {"query": query.to(dtype).transpose(1, 2), "key": key.to(dtype).transpose(1, 2), "row_weight": double(B, N).to(dtype)}
 
 
 def bool_mask() -> Tensor:
@@ -92,14 +88,18 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, elements: int = 4 * M) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", elements)
 
 
-def by_loops(query: Any, key: Any, visible: Any, bias: Any, groups: Any, num_groups: int, weight: Any,
-             scale: float) -> dict[str, Any]:  # fmt: skip
+def by_loops(
+    query: Any, key: Any, visible: Any, bias: Any, groups: Any, num_groups: int, weight: Any, scale: float
+) -> dict[str, Any]:
     """The definitions, entry by entry: query (B,H,N,D), key (B,H,M,D), visible and bias (B,H,N,M), groups (B,M)."""
     (b, h, n, _), m = query.shape, key.shape[2]
     found = {
-        "mass": np.zeros((b, h, n, num_groups)), "entropy": np.zeros((b, h, n)), "maximum": np.zeros((b, h, n)),
-        "argmax": np.full((b, h, n), -1), "received": np.zeros((b, h, m)),
-    }  # fmt: skip
+        "mass": np.zeros((b, h, n, num_groups)),
+        "entropy": np.zeros((b, h, n)),
+        "maximum": np.zeros((b, h, n)),
+        "argmax": np.full((b, h, n), -1),
+        "received": np.zeros((b, h, m)),
+    }
     for row in np.ndindex(b, h, n):
         keys = [j for j in range(m) if visible[row][j]]
         score = {j: scale * float(query[row] @ key[row[0], row[1], j]) + bias[row][j] for j in keys}
@@ -125,9 +125,14 @@ def test_by_hand(backend: str) -> None:
     logits = torch.tensor([[LOG2, 0.0, 0.0], [0.0, 0.0, 0.0], [hidden, 9.0, hidden], [hidden] * 3], dtype=torch.float64)
     query, key = torch.zeros(1, 1, 4, 1, dtype=torch.float64), torch.zeros(1, 1, 3, 1, dtype=torch.float64)
     found = attention_statistics(
-        query, key, attn_mask=logits, key_groups=torch.tensor([1, -1, 1]), num_groups=2,
-        row_weight=torch.tensor([1.0, 3.0, 2.0, 5.0]), backend=backend,
-    )  # fmt: skip
+        query,
+        key,
+        attn_mask=logits,
+        key_groups=torch.tensor([1, -1, 1]),
+        num_groups=2,
+        row_weight=torch.tensor([1.0, 3.0, 2.0, 5.0]),
+        backend=backend,
+    )
     want = AttentionStatistics(
         mass=torch.tensor([[0, 3 / 4], [0, 2 / 3], [0, 0], [0, 0]]),
         entropy=torch.tensor([1.5 * LOG2, LOG3, 0, 0]),
@@ -151,8 +156,11 @@ def test_gradients_by_hand(backend: str) -> None:
     )
     slope = 3 / 4 * 1 / 4
     for value, wanted in (
-        (found.mass, -slope), (found.entropy, -slope * LOG3), (found.maximum, slope), (found.received[..., 0], 2 * slope),
-    ):  # fmt: skip
+        (found.mass, -slope),
+        (found.entropy, -slope * LOG3),
+        (found.maximum, slope),
+        (found.received[..., 0], 2 * slope),
+    ):
         (grad,) = torch.autograd.grad(value.sum(), query, retain_graph=True)
         assert float(grad) == pytest.approx(wanted, abs=1e-14)
     (grad,) = torch.autograd.grad(found.received[..., 0].sum(), weight)
@@ -170,9 +178,12 @@ def test_first_of_equal_keys_is_the_maximum_and_takes_its_gradient(backend: str)
     assert key.grad is not None and key.grad.flatten().tolist() == pytest.approx([-a * (1 - 2 * a), a * (1 - a), -a * a])
 
 
-@given(shape=st.tuples(st.integers(0, 2), *[st.integers(0, n) for n in (2, 4, 4)], st.integers(0, 3), st.integers(0, 4)),
-       seed=st.integers(0, 2**31), masked=st.sampled_from(["none", "bool", "float", "key", "causal", "all"]),
-       backend=st.sampled_from(RUNNING))  # fmt: skip
+@given(
+    shape=st.tuples(st.integers(0, 2), *[st.integers(0, n) for n in (2, 4, 4)], st.integers(0, 3), st.integers(0, 4)),
+    seed=st.integers(0, 2**31),
+    masked=st.sampled_from(["none", "bool", "float", "key", "causal", "all"]),
+    backend=st.sampled_from(RUNNING),
+)
 def test_against_loops_whatever_the_shape(shape: tuple[int, ...], seed: int, masked: str, backend: str) -> None:
     b, h, n, m, d, num_groups = shape
     random = torch.Generator().manual_seed(seed)
@@ -197,9 +208,14 @@ def test_against_loops_whatever_the_shape(shape: tuple[int, ...], seed: int, mas
         query, key, key_groups=groups, num_groups=num_groups, row_weight=weight, scale=0.8, backend=backend, **given_masks
     )
     want = by_loops(
-        *(x.detach().numpy() for x in (query, key)), visible.numpy(), bias.numpy(), groups.numpy(), num_groups,
-        weight.detach().numpy(), 0.8,
-    )  # fmt: skip
+        *(x.detach().numpy() for x in (query, key)),
+        visible.numpy(),
+        bias.numpy(),
+        groups.numpy(),
+        num_groups,
+        weight.detach().numpy(),
+        0.8,
+    )
     for name, got in found._asdict().items():
         np.testing.assert_allclose(got.detach().numpy(), want[name], rtol=0, atol=1e-12, err_msg=name)
     sum(getattr(found, name).sum() for name in DIFFERENTIABLE).backward()
@@ -318,9 +334,13 @@ def test_autocast_computes_in_its_dtype() -> None:
 def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
     query, key, row_weight = (x.requires_grad_() for x in inputs(dtype).values())
     given_tensors = {
-        "query": query, "key": key, "key_groups": torch.randint(-1, G, (B, M)), "row_weight": row_weight,
-        "attn_mask": bool_mask(), "key_mask": key_mask(),
-    }  # fmt: skip
+        "query": query,
+        "key": key,
+        "key_groups": torch.randint(-1, G, (B, M)),
+        "row_weight": row_weight,
+        "attn_mask": bool_mask(),
+        "key_mask": key_mask(),
+    }
     arguments = (*(given_tensors | dict.fromkeys(without)).values(), 0 if without else G, 0.5, True, "streaming")
     torch.library.opcheck(torch.ops.vlattn.attention_statistics, arguments)
     mass, entropy, maximum, argmax, received = (x.detach() for x in torch.ops.vlattn.attention_statistics(*arguments))

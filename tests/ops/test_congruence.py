@@ -78,9 +78,18 @@ def case(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 CASES = (
-    "plain", "cross, scale", "ragged", "scattered, cross", "one modality empty", "text mask only", "ones", "one word",
-    "scale 0", "length 0", "batch 0",
-)  # fmt: skip
+    "plain",
+    "cross, scale",
+    "ragged",
+    "scattered, cross",
+    "one modality empty",
+    "text mask only",
+    "ones",
+    "one word",
+    "scale 0",
+    "length 0",
+    "batch 0",
+)
 
 
 def by_hand() -> dict[str, Tensor]:
@@ -209,8 +218,10 @@ def test_backend_matches_reference(
     # with one word p = t = 1: gradients are zero but for rounding, and what cancels is of size 1
     scales = {f"grad {key}": 1.0 for key in x} if name in ("ones", "one word") else None
     for direction in DIRECTIONS:
-        run, plain = (call(f, kind=kind, direction=direction, **options, **more) for f, more in
-                      ((congruence_loss, {"backend": backend}), (reference, {})))  # fmt: skip
+        run, plain = (
+            call(f, kind=kind, direction=direction, **options, **more)
+            for f, more in ((congruence_loss, {"backend": backend}), (reference, {}))
+        )
         assert_all_close_to(run, plain, x, [cotangent], what=direction, scales=scales)
 
 

@@ -13,10 +13,14 @@ from vlattn_fast import scores as S
 
 MB = 1 << 20
 KINDS: dict[str, Any] = {
-    "dot": "dot", "dot-lse": "dot", "cosine": S.Cosine(eps=1e9), "dot_tanh": S.General(torch.eye(4), activation="tanh"),
-    "additive": S.Additive(torch.ones(1)), "hadamard_sigmoid": S.Hadamard(torch.ones(1), activation="sigmoid"),
+    "dot": "dot",
+    "dot-lse": "dot",
+    "cosine": S.Cosine(eps=1e9),
+    "dot_tanh": S.General(torch.eye(4), activation="tanh"),
+    "additive": S.Additive(torch.ones(1)),
+    "hadamard_sigmoid": S.Hadamard(torch.ones(1), activation="sigmoid"),
     "hadamard_relu": S.Hadamard(torch.ones(4), activation="relu"),
-}  # fmt: skip
+}
 
 
 def of_score(kind: str, n: int) -> LargestAllocation:

@@ -54,8 +54,11 @@ def test_by_hand(name: str, operator: Callable[..., Any]) -> None:
     start = torch.zeros(1, 1, 2, dtype=F64, requires_grad=True)
     out, carrier = operator(ZEROS, ZEROS, VALUE, start, **options)
     assert torch.equal(carrier, start)
-    (moved,) = torch.autograd.grad([out, carrier], [start], [GRAD, t([1, 10])[None]]) if out.requires_grad else \
-        torch.autograd.grad([carrier], [start], [t([1, 10])[None]])  # fmt: skip
+    (moved,) = (
+        torch.autograd.grad([out, carrier], [start], [GRAD, t([1, 10])[None]])
+        if out.requires_grad
+        else torch.autograd.grad([carrier], [start], [t([1, 10])[None]])
+    )
     if not out.requires_grad and options.get("rule", "gradient") == "gradient":
         wanted = None  # without an output gradient rule 5 has nothing to take; the next test sends one
         value = VALUE.clone().requires_grad_()
@@ -75,9 +78,11 @@ def test_step_by_hand(operator: Callable[..., Any]) -> None:
 
 def tensors(*, kv: int = H, rows: int = T, n: int = N, dv: int = DV) -> dict[str, Tensor]:
     return {
-        "query": torch.randn(B, H, n, D, dtype=F64), "key": torch.randn(B, kv, n, D, dtype=F64),
-        "value": torch.randn(B, kv, n, dv, dtype=F64), "carrier": torch.rand(B, rows, n, dtype=F64),
-    }  # fmt: skip
+        "query": torch.randn(B, H, n, D, dtype=F64),
+        "key": torch.randn(B, kv, n, D, dtype=F64),
+        "value": torch.randn(B, kv, n, dv, dtype=F64),
+        "carrier": torch.rand(B, rows, n, dtype=F64),
+    }
 
 
 def visible() -> Tensor:
@@ -123,9 +128,12 @@ def test_matches_formula_in_float64(name: str, rule: str, kv: int, monkeypatch: 
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 20)
     options = {"rule": rule, "enable_gqa": kv != H, **OPTIONS[name]()}
     found = assert_all_close_to(
-        call(va.relevancy_attention, **options), call(va.reference.relevancy_attention, **options), tensors(kv=kv), cotangents(),
+        call(va.relevancy_attention, **options),
+        call(va.reference.relevancy_attention, **options),
+        tensors(kv=kv),
+        cotangents(),
         scales={"grad query": 1.0, "grad key": 1.0},
-    )  # fmt: skip
+    )
     assert not any(torch.isnan(x).any() for x in found.values())
 
 
@@ -380,8 +388,10 @@ def test_empty_sizes(empty: str) -> None:
     b, h, n, d, dv, rows = (
         0 if empty == name else size for name, size in zip(("B", "H", "N", "D", "Dv", "T"), (2, 3, 4, 5, 2, 2), strict=True)
     )
-    inputs = {name: torch.randn(shape, dtype=F64) for name, shape in
-              {"query": (b, h, n, d), "key": (b, h, n, d), "value": (b, h, n, dv), "carrier": (b, rows, n)}.items()}  # fmt: skip
+    inputs = {
+        name: torch.randn(shape, dtype=F64)
+        for name, shape in {"query": (b, h, n, d), "key": (b, h, n, d), "value": (b, h, n, dv), "carrier": (b, rows, n)}.items()
+    }
     for rule, row_normalize in itertools.product(("gradient", "attention"), (False, True)):
         found = outputs_and_grads(call(va.relevancy_attention, rule=rule, row_normalize=row_normalize), inputs)
         assert found["out0"].shape == (b, h, n, dv)

@@ -47,8 +47,11 @@ def test_matches_formula_in_float64(score: str, mask: str, monkeypatch: pytest.M
         found = assert_all_close_to(
             call(va.score_attention, make, return_lse=lse, **options),
             call(va.reference.score_attention, make, return_lse=lse, **options),
-            inputs, cotangents, what=f"lse={lse}", scales=sizes,
-        )  # fmt: skip
+            inputs,
+            cotangents,
+            what=f"lse={lse}",
+            scales=sizes,
+        )
         assert not any(torch.isnan(x).any() for x in found.values())
 
 
@@ -70,9 +73,7 @@ def test_low_precision_is_as_good_as_the_formula(score: str, dtype: torch.dtype)
             for name, x in found.items():
                 runs.setdefault(name, []).append([x.flatten(), exact[name].flatten(), low[name].flatten()])
         for name, three in runs.items():
-            assert_close_to(
-                *map(torch.cat, zip(*three, strict=True)), what=f"lse={lse} {name}", times=times(make(inputs))
-            )
+            assert_close_to(*map(torch.cat, zip(*three, strict=True)), what=f"lse={lse} {name}", times=times(make(inputs)))
 
 
 @pytest.mark.parametrize("kv_heads", (1, 2))
@@ -83,8 +84,9 @@ def test_grouped_heads(score: str, kv_heads: int) -> None:
         assert_all_close_to(
             call(va.score_attention, make, return_lse=lse, enable_gqa=True),
             call(va.reference.score_attention, make, return_lse=lse, enable_gqa=True),
-            inputs, scales={f"grad {name}": 1.0 for name in ("bias", "offset")},
-        )  # fmt: skip
+            inputs,
+            scales={f"grad {name}": 1.0 for name in ("bias", "offset")},
+        )
 
 
 @pytest.mark.parametrize("lse", (False, True))
@@ -102,8 +104,23 @@ def test_grouped_heads_map_one_to_one(score: str, lse: bool) -> None:
 
 # ------------------------------------------------------------------------------------------------- masks
 
-BROADCASTS = ((), (1,), (M,), (N, 1), (1, M), (N, M), (1, N, M), (H, 1, M), (H, N, 1), (H, N, M), (B, 1, 1, M), (B, 1, N, 1),
-              (1, H, N, M), (B, H, N, M), (1, 1, 1, 1))  # fmt: skip
+BROADCASTS = (
+    (),
+    (1,),
+    (M,),
+    (N, 1),
+    (1, M),
+    (N, M),
+    (1, N, M),
+    (H, 1, M),
+    (H, N, 1),
+    (H, N, M),
+    (B, 1, 1, M),
+    (B, 1, N, 1),
+    (1, H, N, M),
+    (B, H, N, M),
+    (1, 1, 1, 1),
+)
 
 
 @pytest.mark.parametrize("kind", ("bool", "float"))
@@ -115,10 +132,13 @@ def test_mask_broadcasts(shape: tuple[int, ...], kind: str) -> None:
         inputs, make = attention_inputs(SCORES[score])
         options = {"attn_mask": mask, "return_lse": lse}
         assert_all_close_to(
-            call(va.score_attention, make, **options), call(va.reference.score_attention, make, **options), inputs,
-            [torch.randn(B, H, N, DV, dtype=F64), None][: 1 + lse], what=f"{score} lse={lse}",
+            call(va.score_attention, make, **options),
+            call(va.reference.score_attention, make, **options),
+            inputs,
+            [torch.randn(B, H, N, DV, dtype=F64), None][: 1 + lse],
+            what=f"{score} lse={lse}",
             scales={"grad query": 1.0, "grad key": 1.0, "grad weight": 1.0, "grad bias": 1.0},
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("score", ("dot", "cosine", "general-tanh-key", "additive", "hadamard-sigmoid-key"))
@@ -149,9 +169,10 @@ def test_row_without_keys_is_zero(score: str, hide: str, dtype: torch.dtype) -> 
     if hide == "key":
         visible[0] = False
     options = {
-        "bool": {"attn_mask": visible}, "key": {"key_mask": visible[:, 0, 0]},
+        "bool": {"attn_mask": visible},
+        "key": {"key_mask": visible[:, 0, 0]},
         "float": {"attn_mask": torch.zeros(B, 1, N, M).masked_fill(~visible, -torch.inf)},
-    }[hide]  # fmt: skip
+    }[hide]
     for lse in (True, False):
         found = outputs_and_grads(call(va.score_attention, make, return_lse=lse, **options), inputs)
         assert not found["out0"][0, :, 2].any() and not found["grad query"][0, :, 2].any()
@@ -212,6 +233,7 @@ def test_no_mask_brings_a_whole_map(shape: tuple[int, ...], monkeypatch: pytest.
 
 # ------------------------------------------------------------------------------------------------- layouts and sizes
 
+
 @pytest.mark.parametrize("dtype", (F64, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, dtype: torch.dtype) -> None:
@@ -260,8 +282,12 @@ def test_empty_sizes(empty: str) -> None:
     }
     for (name, (params, make)), lse in itertools.product(kinds.items(), (False, True)):
         inputs = {"query": leaf(b, h, n, d), "key": leaf(b, h, m, d), "value": leaf(b, h, m, dv), **params}
-        for options in ({}, {"attn_mask": torch.ones(n, m, dtype=torch.bool)}, {"key_mask": torch.ones(b, m, dtype=torch.bool)},
-                        {"is_causal": True}):  # fmt: skip
+        for options in (
+            {},
+            {"attn_mask": torch.ones(n, m, dtype=torch.bool)},
+            {"key_mask": torch.ones(b, m, dtype=torch.bool)},
+            {"is_causal": True},
+        ):
             found = outputs_and_grads(call(va.score_attention, make, return_lse=lse, **options), inputs)
             assert found["out0"].shape == (b, h, n, dv)
             for key, x in inputs.items():
@@ -273,8 +299,9 @@ def test_empty_sizes(empty: str) -> None:
                 assert found["out1"].shape == (b, h, n)
                 assert torch.isneginf(found["out1"]).all() if empty == "M" else torch.isfinite(found["out1"]).all()
             if empty in "D A" and "M" != empty and name in ("dot", "cosine"):
-                torch.testing.assert_close(found["out0"], inputs["value"].mean(2, keepdim=True).expand(b, h, n, dv)) \
-                    if not options and empty == "D" else None  # fmt: skip
+                torch.testing.assert_close(
+                    found["out0"], inputs["value"].mean(2, keepdim=True).expand(b, h, n, dv)
+                ) if not options and empty == "D" else None
 
 
 @pytest.mark.parametrize("n", (1, 15, 17, 577))
@@ -285,10 +312,13 @@ def test_sizes_of_real_sequences(n: int) -> None:
         params = SCORES[score].build(2, 8, 8, **SCORES[score].options)[0]
         inputs = {x: torch.randn(1, 2, n, 8) for x in ("query", "key", "value")} | as_dtype(params, torch.float32)
         assert_all_close_to(
-            call(va.score_attention, make, return_lse=True), call(va.reference.score_attention, make, return_lse=True), inputs,
-            [torch.randn(1, 2, n, 8), torch.randn(1, 2, n)], what=score,
+            call(va.score_attention, make, return_lse=True),
+            call(va.reference.score_attention, make, return_lse=True),
+            inputs,
+            [torch.randn(1, 2, n, 8), torch.randn(1, 2, n)],
+            what=score,
             times=times(make(inputs), fused=2 * n * n > _tiles.TILE_ELEMENTS),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("elements", (1, 8, 64, 10**6))
@@ -318,10 +348,13 @@ def test_large_and_constant_values(score: str, dtype: torch.dtype) -> None:
             inputs[name] = inputs[name] * factor if factor else torch.full_like(inputs[name], 30.0)
         inputs = as_dtype(inputs, dtype)
         found = assert_all_close_to(
-            call(va.score_attention, make, return_lse=True), call(va.reference.score_attention, make, return_lse=True), inputs,
-            [torch.randn(B, H, N, DV), None], times=times(make(inputs)),
+            call(va.score_attention, make, return_lse=True),
+            call(va.reference.score_attention, make, return_lse=True),
+            inputs,
+            [torch.randn(B, H, N, DV), None],
+            times=times(make(inputs)),
             scales={"out0": 1e3} | {f"grad {name}": 1e5 for name in inputs},  # a logit of 1e3 is known to an ulp of 1e3
-        )  # fmt: skip
+        )
         assert all(torch.isfinite(x).all() for x in found.values())
 
 
@@ -370,8 +403,12 @@ def test_gradient_through_lse_alone() -> None:
     for score in ("scaled_dot", "additive", "general-key-bias"):
         inputs, make = attention_inputs(SCORES[score])
         sent = [None, torch.randn(B, H, N, dtype=F64)]
-        found = assert_all_close_to(call(va.score_attention, make, return_lse=True),
-                                    call(va.reference.score_attention, make, return_lse=True), inputs, sent)  # fmt: skip
+        found = assert_all_close_to(
+            call(va.score_attention, make, return_lse=True),
+            call(va.reference.score_attention, make, return_lse=True),
+            inputs,
+            sent,
+        )
         assert not found["grad value"].any()
 
 

@@ -11,21 +11,7 @@ from compare import as_dtype, assert_all_close_to, outputs_and_grads
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.score_cases import (
-    F64,
-    SCORES,
-    TORCH_JIT,
-    B,
-    Case,
-    H,
-    M,
-    N,
-    attention_inputs,
-    bool_mask,
-    call,
-    float_mask,
-    padding,
-)
+from tests.ops.score_cases import F64, SCORES, TORCH_JIT, B, Case, H, M, N, attention_inputs, bool_mask, call, float_mask, padding
 from vlattn_fast import scores as S
 from vlattn_fast.streaming import _tiles
 

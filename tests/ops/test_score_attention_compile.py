@@ -14,25 +14,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.score_cases import (
-    F64,
-    LAYOUTS,
-    SCORES,
-    TORCH_JIT,
-    Params,
-    attention_inputs,
-    call,
-    lay_out,
-    padding,
-    times,
-)
+from tests.ops.score_cases import F64, LAYOUTS, SCORES, TORCH_JIT, Params, attention_inputs, call, lay_out, padding, times
 from vlattn_fast import scores as S
 from vlattn_fast.streaming import _tiles
 
 # ------------------------------------------------------------------------------------------------- registration and compile
 
-KINDS = {"dot": 0.0, "cosine": 1e-8, "dot_relu": 0.0, "dot_leaky_relu": 0.1, "dot_tanh": 0.0, "dot_sigmoid": 0.0, "additive": 0.0,
-         "hadamard_tanh": 0.0, "hadamard_sigmoid": 0.0}  # fmt: skip
+KINDS = {
+    "dot": 0.0,
+    "cosine": 1e-8,
+    "dot_relu": 0.0,
+    "dot_leaky_relu": 0.1,
+    "dot_tanh": 0.0,
+    "dot_sigmoid": 0.0,
+    "additive": 0.0,
+    "hadamard_tanh": 0.0,
+    "hadamard_sigmoid": 0.0,
+}
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "transposed", "strided"))
@@ -132,10 +130,13 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "layouts": tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(4)),
         "score": draw(st.sampled_from(("dot", "cosine", "tanh", "relu", "additive", "hadamard", "hadamard_relu"))),
         "mask": draw(st.sampled_from(("none", "bool", "float", "rank1"))),
-        "key_mask": draw(st.booleans()), "causal": draw(st.booleans()), "lse": draw(st.booleans()),
-        "dtype": draw(st.sampled_from((F64, torch.float32))), "tile": draw(st.sampled_from((1, 7, 1 << 19))),
+        "key_mask": draw(st.booleans()),
+        "causal": draw(st.booleans()),
+        "lse": draw(st.booleans()),
+        "dtype": draw(st.sampled_from((F64, torch.float32))),
+        "tile": draw(st.sampled_from((1, 7, 1 << 19))),
         "seed": draw(st.integers(0, 99)),
-    }  # fmt: skip
+    }
 
 
 @given(problems())
@@ -150,18 +151,24 @@ def test_any_problem_matches_the_formula(problem: dict[str, Any]) -> None:
     }
     inputs |= {"weight": torch.randn(d, d), "vector": torch.randn(h, d)}
     make: Callable[[Params], Any] = {
-        "dot": lambda p: "dot", "cosine": lambda p: S.Cosine(eps=0.5),
+        "dot": lambda p: "dot",
+        "cosine": lambda p: S.Cosine(eps=0.5),
         "tanh": lambda p: S.General(p["weight"], activation="tanh"),
         "relu": lambda p: S.General(p["weight"], activation="relu", projects="query"),
         "additive": lambda p: S.Additive(p["vector"], p["weight"]) if d else "dot",
         "hadamard": lambda p: S.Hadamard(p["vector"], p["weight"], activation="sigmoid"),
         "hadamard_relu": lambda p: S.Hadamard(p["vector"], activation="relu"),
-    }[problem["score"]]  # fmt: skip
+    }[problem["score"]]
     mask = {"none": None, "bool": torch.rand(b, 1, n, m) > 0.4, "float": torch.randn(h, n, m), "rank1": torch.rand(m) > 0.4}[
         problem["mask"]
     ]
-    options = {"attn_mask": mask, "key_mask": torch.rand(b, m) > 0.4 if problem["key_mask"] else None,
-               "is_causal": problem["causal"], "enable_gqa": True, "return_lse": problem["lse"]}  # fmt: skip
+    options = {
+        "attn_mask": mask,
+        "key_mask": torch.rand(b, m) > 0.4 if problem["key_mask"] else None,
+        "is_causal": problem["causal"],
+        "enable_gqa": True,
+        "return_lse": problem["lse"],
+    }
     if kv == 0:
         options["enable_gqa"] = False
     inputs = as_dtype(inputs, problem["dtype"])
@@ -170,9 +177,12 @@ def test_any_problem_matches_the_formula(problem: dict[str, Any]) -> None:
     _tiles.TILE_ELEMENTS = problem["tile"]
     try:
         assert_all_close_to(
-            call(va.score_attention, make, **options), call(va.reference.score_attention, make, **options), inputs,
-            [cotangent, None][: 1 + problem["lse"]], scales={f"grad {name}": 4.0 for name in inputs},
+            call(va.score_attention, make, **options),
+            call(va.reference.score_attention, make, **options),
+            inputs,
+            [cotangent, None][: 1 + problem["lse"]],
+            scales={f"grad {name}": 4.0 for name in inputs},
             times=times(make(inputs), fused=problem["dtype"] == torch.float32 and b * h * n * m > problem["tile"]),
-        )  # fmt: skip
+        )
     finally:
         _tiles.TILE_ELEMENTS = before

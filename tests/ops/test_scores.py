@@ -43,31 +43,39 @@ BY_HAND: dict[str, tuple[S.Score, Tensor]] = {
     "general-tanh": (S.General(WEIGHT, BIAS, activation="tanh"), t([12, -1], [18, -5]).tanh()),
     "general-sigmoid": (S.General(WEIGHT, BIAS, activation="sigmoid"), t([12, -1], [18, -5]).sigmoid()),
     # q + k = [4, 4], [1, -1] and [4, 6], [1, 1]; + b = [5, 3], [2, -2] and [5, 5], [2, 0]
-    "additive": (S.Additive(VECTOR, bias=BIAS), t(
-        [2 * math.tanh(5) - math.tanh(3), 2 * math.tanh(2) + math.tanh(2)],
-        [2 * math.tanh(5) - math.tanh(5), 2 * math.tanh(2) - math.tanh(0)],
-    )),
+    "additive": (
+        S.Additive(VECTOR, bias=BIAS),
+        t(
+            [2 * math.tanh(5) - math.tanh(3), 2 * math.tanh(2) + math.tanh(2)],
+            [2 * math.tanh(5) - math.tanh(5), 2 * math.tanh(2) - math.tanh(0)],
+        ),
+    ),
     # W q + k = [4, 4], [1, -1] and [8, 6], [5, 1]
-    "additive-query": (S.Additive(VECTOR, query_weight=WEIGHT), t(
-        [2 * math.tanh(4) - math.tanh(4), 2 * math.tanh(1) + math.tanh(1)],
-        [2 * math.tanh(8) - math.tanh(6), 2 * math.tanh(5) - math.tanh(1)],
-    )),
+    "additive-query": (
+        S.Additive(VECTOR, query_weight=WEIGHT),
+        t(
+            [2 * math.tanh(4) - math.tanh(4), 2 * math.tanh(1) + math.tanh(1)],
+            [2 * math.tanh(8) - math.tanh(6), 2 * math.tanh(5) - math.tanh(1)],
+        ),
+    ),
     # W [q; k] with W = [[1, 0, 0, 1], [0, 1, 1, 0]]: [q0 + k1, q1 + k0] = [5, 3], [0, 0] and [5, 5], [0, 2]
-    "concat": (S.Additive.concat(VECTOR, t([1, 0, 0, 1], [0, 1, 1, 0])), t(
-        [2 * math.tanh(5) - math.tanh(3), 0], [2 * math.tanh(5) - math.tanh(5), -math.tanh(2)],
-    )),
+    "concat": (
+        S.Additive.concat(VECTOR, t([1, 0, 0, 1], [0, 1, 1, 0])),
+        t([2 * math.tanh(5) - math.tanh(3), 0], [2 * math.tanh(5) - math.tanh(5), -math.tanh(2)]),
+    ),
     # q * k = [3, 0], [0, 0] and [3, 8], [0, -2]
     "hadamard": (S.Hadamard(VECTOR, offset=0.5), t([6.5, 0.5], [-1.5, 2.5])),
     "hadamard-relu": (S.Hadamard(VECTOR, activation="relu"), t([6, 0], [-2, 0])),
     "hadamard-leaky=0.5": (S.Hadamard(VECTOR, activation="leaky_relu", negative_slope=0.5), t([6, 0], [-2, 1])),
     # q * (W k + b) = [12, 0], [-1, 0] and [12, 6], [-1, -4]
     "hadamard-key": (S.Hadamard(VECTOR, WEIGHT, BIAS, activation="relu"), t([24, 0], [18, 0])),
-    "hadamard-tanh": (S.Hadamard(VECTOR, WEIGHT, BIAS, activation="tanh"), t(
-        [2 * math.tanh(12), -2 * math.tanh(1)], [2 * math.tanh(12) - math.tanh(6), -2 * math.tanh(1) + math.tanh(4)],
-    )),
+    "hadamard-tanh": (
+        S.Hadamard(VECTOR, WEIGHT, BIAS, activation="tanh"),
+        t([2 * math.tanh(12), -2 * math.tanh(1)], [2 * math.tanh(12) - math.tanh(6), -2 * math.tanh(1) + math.tanh(4)]),
+    ),
     # (W q + b) * k = [2, -1] * k = [6, -4], [0, 1] and [6, 1] * k = [18, 4], [0, -1]
     "hadamard-query": (S.Hadamard(VECTOR, WEIGHT, BIAS, projects="query"), t([16, -1], [32, 1])),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BY_HAND)

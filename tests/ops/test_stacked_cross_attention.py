@@ -83,8 +83,12 @@ def naive(images, captions, words, regions, direction, first_norm, smooth, aggre
             weight = np.exp(smooth * x[k]) / sum(np.exp(smooth * x[k]))
             a = sum(weight[p] * c[p] for p in range(len(c)))
             r.append(np.dot(q[k], a) / max(math.sqrt(np.dot(q[k], q[k])) * math.sqrt(np.dot(a, a)), 1e-8))
-        out[i, j] = {"logsumexp": math.log(sum(math.exp(lambda_lse * v) for v in r)) / lambda_lse, "max": max(r),
-                     "sum": sum(r), "mean": sum(r) / len(r)}[aggregation]  # fmt: skip
+        out[i, j] = {
+            "logsumexp": math.log(sum(math.exp(lambda_lse * v) for v in r)) / lambda_lse,
+            "max": max(r),
+            "sum": sum(r),
+            "mean": sum(r) / len(r),
+        }[aggregation]
     return out
 
 
@@ -97,8 +101,10 @@ def small_tiles(monkeypatch):
 # ------------------------------------------------------------------------------------------------ the reference
 
 
-@pytest.mark.parametrize("aggregation, pooled", [("sum", 6 / 10**0.5), ("mean", 3 / 10**0.5), ("max", 3 / 10**0.5),
-                                                  ("logsumexp", 3 / 10**0.5 + math.log(2) / 6)])  # fmt: skip
+@pytest.mark.parametrize(
+    "aggregation, pooled",
+    [("sum", 6 / 10**0.5), ("mean", 3 / 10**0.5), ("max", 3 / 10**0.5), ("logsumexp", 3 / 10**0.5 + math.log(2) / 6)],
+)
 @pytest.mark.parametrize("first_norm, smooth", [(None, 5), ("clipped", 5), ("l2norm", 5), ("l1norm", 7)])
 def test_reference_by_hand(first_norm, smooth, aggregation, pooled):
     # regions are the axes, words (3/5, 4/5) and (4/5, 3/5): s is the words themselves. Its columns have l2 norm 1 and l1
@@ -164,8 +170,10 @@ def test_tiles_cover_every_pair_once(budget, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("first_norm, smooth, direction", [("clipped_l2norm", 9.0, "t2i"), ("softmax", 4.0, "t2i"),
-                                                           ("l1norm", 9.0, "i2t"), (None, 2.0, "i2t")])  # fmt: skip
+@pytest.mark.parametrize(
+    "first_norm, smooth, direction",
+    [("clipped_l2norm", 9.0, "t2i"), ("softmax", 4.0, "t2i"), ("l1norm", 9.0, "i2t"), (None, 2.0, "i2t")],
+)
 def test_as_accurate_as_the_plain_formula(first_norm, smooth, direction, dtype):
     for sizes in ((4, 4, 36, 20, 64), (3, 3, 40, 45, 16)):
         images, captions = make(sizes, dtype)
@@ -205,10 +213,13 @@ def test_damsm_is_a_stacked_cross_attention():
 
 
 @given(
-    sizes=st.tuples(*(st.integers(0, 3),) * 2, *(st.integers(0, 5),) * 3), seed=st.integers(0, 99),
-    direction=st.sampled_from(DIRECTIONS), first_norm=st.sampled_from(FIRST_NORMS),
-    aggregation=st.sampled_from(AGGREGATIONS), use_lengths=st.booleans(),
-)  # fmt: skip
+    sizes=st.tuples(*(st.integers(0, 3),) * 2, *(st.integers(0, 5),) * 3),
+    seed=st.integers(0, 99),
+    direction=st.sampled_from(DIRECTIONS),
+    first_norm=st.sampled_from(FIRST_NORMS),
+    aggregation=st.sampled_from(AGGREGATIONS),
+    use_lengths=st.booleans(),
+)
 def test_any_shape(sizes, seed, direction, first_norm, aggregation, use_lengths):
     images, captions = make(sizes, seed=seed)
     lengths = (make_lengths(sizes[1], sizes[3], seed, 0), make_lengths(sizes[0], sizes[2], seed, 0)) if use_lengths else ()

@@ -10,9 +10,17 @@ from torch import Tensor
 from ._library import masks, operators, unit_strides
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, residual_weight: Tensor | None,
-            attention_weight: Tensor | None, attn_mask: Tensor | None, key_mask: Tensor | None,
-            *options: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    carrier: Tensor,
+    residual_weight: Tensor | None,
+    attention_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     """out (B,H,N,Dv), the carrier's copy (B,T,N), lse (B,H,N)."""
     query, key, value = unit_strides(query, key, value)
     return operators().relevancy_attention(
@@ -20,10 +28,24 @@ def forward(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, residual
     )
 
 
-def backward(grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
-             lse: Tensor, residual_weight: Tensor | None, attention_weight: Tensor | None, attn_mask: Tensor | None,
-             key_mask: Tensor | None, rule: str, row_normalize: bool, scale: float, is_causal: bool,
-             need_inputs: bool) -> tuple[Tensor | None, ...]:  # fmt: skip
+def backward(
+    grad_out: Tensor | None,
+    grad_carrier: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    residual_weight: Tensor | None,
+    attention_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+    scale: float,
+    is_causal: bool,
+    need_inputs: bool,
+) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing asked."""
     kept = None
     if grad_carrier is not None and grad_out is None and rule == "gradient":  # Abar is zero
@@ -34,21 +56,50 @@ def backward(grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor
         return None, None, None, kept
     grad_out, query, key, value, out = unit_strides(grad_out, query, key, value, out)
     *grads, moved = operators().relevancy_attention_backward(
-        grad_out, None if grad_carrier is None else grad_carrier.contiguous(), query, key, value, out, lse.contiguous(),
-        residual_weight, attention_weight, *masks(attn_mask, key_mask, query, key),
-        rule, row_normalize, scale, is_causal, need_inputs,
-    )  # fmt: skip
+        grad_out,
+        None if grad_carrier is None else grad_carrier.contiguous(),
+        query,
+        key,
+        value,
+        out,
+        lse.contiguous(),
+        residual_weight,
+        attention_weight,
+        *masks(attn_mask, key_mask, query, key),
+        rule,
+        row_normalize,
+        scale,
+        is_causal,
+        need_inputs,
+    )
     return *(grads if wanted else (None,) * 3), kept if grad_carrier is None else moved
 
 
-def step(relevancy: Tensor, query: Tensor, key: Tensor, value: Tensor | None, grad_output: Tensor | None, lse: Tensor | None,
-         attn_mask: Tensor | None, key_mask: Tensor | None, rule: str, *options: Any) -> Tensor:  # fmt: skip
+def step(
+    relevancy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    lse: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    *options: Any,
+) -> Tensor:
     """relevancy @ Abar, (B,T,N) -> (B,T,M). A given lse may count keys that are not here: it is taken as it is."""
     if rule == "attention":
         value = grad_output = None
     query, key, value, grad_output = unit_strides(query, key, value, grad_output)
     moved = operators().relevancy_step(
-        relevancy.to(torch.float32).contiguous(), query, key, value, grad_output,
-        None if lse is None else lse.to(torch.float32).contiguous(), *masks(attn_mask, key_mask, query, key), rule, *options,
-    )  # fmt: skip
+        relevancy.to(torch.float32).contiguous(),
+        query,
+        key,
+        value,
+        grad_output,
+        None if lse is None else lse.to(torch.float32).contiguous(),
+        *masks(attn_mask, key_mask, query, key),
+        rule,
+        *options,
+    )
     return moved.to(relevancy.dtype)

@@ -206,9 +206,7 @@ class PoolingRead(torch.autograd.Function):
         query, key, value, projection = ctx.saved_tensors
         call = Attended(query, key, value, {}, grad, projection)
         grad_output = call.grad_output(grad) if ctx.rule == "gradient" else None
-        sent = va.relevancy_step(
-            relevancy, query, key, value, grad_output, rule=ctx.rule, row_normalize=ctx.row_normalize
-        )
+        sent = va.relevancy_step(relevancy, query, key, value, grad_output, rule=ctx.rule, row_normalize=ctx.row_normalize)
         return grad, sent, None, None, None, None, None, None
 
 
@@ -292,12 +290,7 @@ def attention_function(
         causal = getattr(module, "is_causal", True) if is_causal is None and causal_by_module else bool(is_causal)
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal), False
-    masks = {
-        "attn_mask": attention_mask,
-        "is_causal": causal,
-        "scale": scaling,
-        "enable_gqa": key.shape[1] != query.shape[1],
-    }
+    masks = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     output = tap.attend(module, query, key, value, masks)
     return output.transpose(1, 2).contiguous(), None
 

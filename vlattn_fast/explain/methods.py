@@ -70,9 +70,7 @@ def check_weighting(weighting: Weighting) -> None:
         raise ValueError(f"weighting: expected 'contribution', 'norm', 'equal' or a callable, got {weighting!r}")
 
 
-def weigh(
-    stream: Tensor, branch: Tensor, carrier: Tensor, branch_carrier: Tensor, weighting: Weighting
-) -> tuple[Tensor, Tensor]:
+def weigh(stream: Tensor, branch: Tensor, carrier: Tensor, branch_carrier: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
     """`relevancy_residual` at a sum y = stream + branch that the model forms where nobody can replace it.
 
     The gradient at the sum is the gradient at the branch's output, so the operator's own sum stands behind that output: added
@@ -117,9 +115,7 @@ def raw_attention(rows: Tensor, call: Attended) -> Tensor:
     return _read(rows, call.query.to(rows.dtype), key, call.masks, lambda attention: attention.mean(1))
 
 
-def gradcam(
-    rows: Tensor, call: Attended, grad_output: Tensor, real_queries: Tensor | None, real_keys: Tensor | None
-) -> Tensor:
+def gradcam(rows: Tensor, call: Attended, grad_output: Tensor, real_queries: Tensor | None, real_keys: Tensor | None) -> Tensor:
     """rows @ relu(mean_h w_h A_h) with w_h = mean_ij G_h, Grad-CAM on attention as the baseline of Chefer et al. has it.
 
     mean_ij G_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map, and only the rows of A that are read are formed.
@@ -148,9 +144,7 @@ def gradcam(
     return _read(rows, query, key, call.masks, lambda a: torch.einsum("bh,bhnm->bnm", weights, a).div(heads).relu())
 
 
-def _read(
-    rows: Tensor, query: Tensor, key: Tensor, masks: dict[str, Any], combine: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _read(rows: Tensor, query: Tensor, key: Tensor, masks: dict[str, Any], combine: Callable[[Tensor], Tensor]) -> Tensor:
     """rows (B, 1, N) @ combine(A), where combine takes some rows of A (B, H, R, M) to (B, R, M)."""
     result = torch.zeros(rows.shape[0], 1, key.shape[2], dtype=rows.dtype, device=rows.device)
     for index in _rows_to_read(rows):

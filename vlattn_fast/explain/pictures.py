@@ -53,7 +53,12 @@ def _draw_map(axis: Any, values: Array, picture: Array | None, cmap: str, alpha:
     if picture is not None:
         axis.imshow(picture, extent=extent)
     axis.imshow(
-        scaled(values), cmap=cmap, vmin=0, vmax=1, extent=extent, alpha=None if picture is None else alpha,
+        scaled(values),
+        cmap=cmap,
+        vmin=0,
+        vmax=1,
+        extent=extent,
+        alpha=None if picture is None else alpha,
         interpolation="nearest" if picture is None else "bilinear",
     )
 
@@ -92,13 +97,17 @@ def render_html(explanation: Explanation, image: Any, title: str, cmap: str) -> 
     rows = []
     for row in range(len(explanation)):
         words = _words(explanation, row)
-        rows.append({
-            "index": row,
-            "score": None if explanation.scores is None else f"{float(explanation.scores[row]):.4g}",
-            "target": None if explanation.target is None else explanation.target[row],
-            "pngs": _pngs(explanation, row, pictures, cmap),
-            "words": [{"text": word, "value": f"{value:.4g}", "share": f"{max(share, 0):.3f}"} for word, value, share in words],
-        })
+        rows.append(
+            {
+                "index": row,
+                "score": None if explanation.scores is None else f"{float(explanation.scores[row]):.4g}",
+                "target": None if explanation.target is None else explanation.target[row],
+                "pngs": _pngs(explanation, row, pictures, cmap),
+                "words": [
+                    {"text": word, "value": f"{value:.4g}", "share": f"{max(share, 0):.3f}"} for word, value, share in words
+                ],
+            }
+        )
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = (Path(__file__).parent / "templates" / "explanation.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(title=title, explanation=explanation, rows=rows)

@@ -8,6 +8,14 @@ from vlattn_fast.lab.scenes import Scenes, digit_scans, digit_scenes, held_out_c
 from vlattn_fast.lab.uniter import load_uniter, matching_accuracy, matching_score, winoground_scores
 
 __all__ = [
-    "DigitProcessor", "Scenes", "digit_scans", "digit_scenes", "held_out_captions", "load_uniter", "matching_accuracy",
-    "matching_score", "swapped_pairs", "winoground_scores",
-]  # fmt: skip
+    "DigitProcessor",
+    "Scenes",
+    "digit_scans",
+    "digit_scenes",
+    "held_out_captions",
+    "load_uniter",
+    "matching_accuracy",
+    "matching_score",
+    "swapped_pairs",
+    "winoground_scores",
+]

@@ -10,9 +10,7 @@ from torch import Tensor
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATIONS = ("left of", "right of", "up above", "down below")
-VOCABULARY = (
-    "[PAD]", "[CLS]", "[SEP]", "[MASK]", *DIGIT_WORDS, "left", "right", "up", "down", "of", "above", "below", "a",
-)  # fmt: skip
+VOCABULARY = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", *DIGIT_WORDS, "left", "right", "up", "down", "of", "above", "below", "a")
 FREQUENCIES = 4  # sine and cosine pairs per coordinate of a box centre
 POSITION_DIM = 7 + 4 * FREQUENCIES
 REGION_DIM = 64

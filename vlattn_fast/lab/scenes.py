@@ -210,7 +210,13 @@ def _draw(count: int, split: str, sayable: Tensor, generator: torch.Generator) -
 
 
 def _caption(
-    kind: Tensor, digits: Tensor, corners: Tensor, first: Tensor, second: Tensor, relation: Tensor, sayable: Tensor,
+    kind: Tensor,
+    digits: Tensor,
+    corners: Tensor,
+    first: Tensor,
+    second: Tensor,
+    relation: Tensor,
+    sayable: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """(words int64 (B,3) = first digit, relation, second digit; named bool (B,R)), made false where kind asks for it."""
@@ -227,10 +233,13 @@ def _caption(
     other_relation = torch.multinomial(false_relations.float(), 1, generator=generator).squeeze(1)
 
     wrong_digit, wrong_relation, wrong_order = (kind == 1 + i for i in range(3))
-    words = torch.stack([
-        torch.where(wrong_digit & replace_first, stranger, torch.where(wrong_order, b, a)),
-        torch.where(wrong_relation, other_relation, relation),
-        torch.where(wrong_digit & ~replace_first, stranger, torch.where(wrong_order, a, b)),
-    ], dim=1)  # fmt: skip
+    words = torch.stack(
+        [
+            torch.where(wrong_digit & replace_first, stranger, torch.where(wrong_order, b, a)),
+            torch.where(wrong_relation, other_relation, relation),
+            torch.where(wrong_digit & ~replace_first, stranger, torch.where(wrong_order, a, b)),
+        ],
+        dim=1,
+    )
     named = (digits[..., None] == words[:, None, ::2]).any(-1)
     return words, named

@@ -39,16 +39,26 @@ class UNITERConfig:
     position_dim: int = 7
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "max_position_embeddings", "type_vocab_size", "region_dim", "position_dim"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+            "region_dim",
+            "position_dim",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}: got {value!r}, want an int")
             if value < (2 if name == "type_vocab_size" else 1):
                 raise ValueError(f"{name}: got {value}, want at least {2 if name == 'type_vocab_size' else 1}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size: got {self.hidden_size}, want a multiple of num_attention_heads "
-                             f"({self.num_attention_heads})")
+            raise ValueError(
+                f"hidden_size: got {self.hidden_size}, want a multiple of num_attention_heads ({self.num_attention_heads})"
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act: got {self.hidden_act!r}, want one of {sorted(ACTIVATIONS)}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -66,8 +76,14 @@ class UNITEROutput:
 
 
 def sdpa_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float, dropout: float = 0.0,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, None]:
     """torch's SDPA under the Hugging Face attention interface.
 
@@ -311,12 +327,20 @@ class UNITER(nn.Module):
         return UNITEROutput(self.itm_output(self.uniter.pooler(hidden_states)), hidden_states)
 
     def _check(
-        self, input_ids: Tensor, region_features: Tensor, region_positions: Tensor,
-        attention_mask: Tensor | None, region_mask: Tensor | None, masked_regions: Tensor | None,
+        self,
+        input_ids: Tensor,
+        region_features: Tensor,
+        region_positions: Tensor,
+        attention_mask: Tensor | None,
+        region_mask: Tensor | None,
+        masked_regions: Tensor | None,
     ) -> None:
         config = self.config
-        for name, tensor in (("input_ids", input_ids), ("region_features", region_features),
-                             ("region_positions", region_positions)):
+        for name, tensor in (
+            ("input_ids", input_ids),
+            ("region_features", region_features),
+            ("region_positions", region_positions),
+        ):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: got {type(tensor).__name__}, want a tensor")
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -328,11 +352,14 @@ class UNITER(nn.Module):
             raise ValueError(f"region_features: got {tuple(region_features.shape)}, want ({batch}, R, {config.region_dim})")
         regions = region_features.shape[1]
         if region_positions.shape != (batch, regions, config.position_dim):
-            raise ValueError(f"region_positions: got {tuple(region_positions.shape)}, "
-                             f"want ({batch}, {regions}, {config.position_dim})")
-        for name, mask, shape in (("attention_mask", attention_mask, (batch, words)),
-                                  ("region_mask", region_mask, (batch, regions)),
-                                  ("masked_regions", masked_regions, (batch, regions))):
+            raise ValueError(
+                f"region_positions: got {tuple(region_positions.shape)}, want ({batch}, {regions}, {config.position_dim})"
+            )
+        for name, mask, shape in (
+            ("attention_mask", attention_mask, (batch, words)),
+            ("region_mask", region_mask, (batch, regions)),
+            ("masked_regions", masked_regions, (batch, regions)),
+        ):
             if mask is None:
                 continue
             if not isinstance(mask, Tensor):

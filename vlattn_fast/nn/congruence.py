@@ -47,9 +47,17 @@ class CongruenceLoss(nn.Module):
         image_mask: Tensor | None = None,
     ) -> Tensor:
         return congruence_loss(
-            text, image, cross, kind=self.kind, direction=self.direction, text_mask=text_mask, image_mask=image_mask,
-            scale=self.scale, reduction=self.reduction, backend=self.backend,
-        )  # fmt: skip
+            text,
+            image,
+            cross,
+            kind=self.kind,
+            direction=self.direction,
+            text_mask=text_mask,
+            image_mask=image_mask,
+            scale=self.scale,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.kind!r}, direction={self.direction!r}, scale={self.scale}, reduction={self.reduction!r}"

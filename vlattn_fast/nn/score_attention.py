@@ -143,10 +143,17 @@ class ScoreAttention(nn.Module):
         q = self._heads("query", query, self.q_proj)
         k, v = self._heads("key", key, self.k_proj), self._heads("value", value, self.v_proj)
         out = score_attention(
-            q, k, v, score=self.score() if isinstance(self.score, nn.Module) else self.score, attn_mask=attn_mask,
-            key_mask=key_mask, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal, scale=self.scale,
+            q,
+            k,
+            v,
+            score=self.score() if isinstance(self.score, nn.Module) else self.score,
+            attn_mask=attn_mask,
+            key_mask=key_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            scale=self.scale,
             backend=self.backend,
-        )  # fmt: skip
+        )
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, name: str, x: Tensor, project: nn.Linear) -> Tensor:

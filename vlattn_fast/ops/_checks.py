@@ -44,8 +44,9 @@ def check_floating(**tensors: Tensor) -> None:
 def _check_no_tangent(name: str, x: Tensor) -> None:
     """Without this, torch would give an operator that has no forward-mode formula a tangent of zero, in silence."""
     if forward_ad.unpack_dual(x).tangent is not None:
-        raise ValueError(f"{name} must not carry a forward-mode tangent (jvp): there is only reverse mode here; "
-                         "vlattn_fast.reference has both")  # fmt: skip
+        raise ValueError(
+            f"{name} must not carry a forward-mode tangent (jvp): there is only reverse mode here; vlattn_fast.reference has both"
+        )
 
 
 def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -153,9 +154,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
-    )
+    return tuple(x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -90,9 +90,19 @@ def attention_map(
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
         return load(BACKENDS, chosen).attention_map(
-            query, key, value, grad_output, rule=rule, head_reduction=head_reduction, row_normalize=row_normalize,
-            attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            grad_output,
+            rule=rule,
+            head_reduction=head_reduction,
+            row_normalize=row_normalize,
+            attn_mask=attn_mask,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
     key, value = hide(key_mask, key, value)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
     return _forward_op(
@@ -100,8 +110,19 @@ def attention_map(
     )
 
 
-def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, head_reduction: Any, row_normalize: Any,
-           attn_mask: Any, key_mask: Any, is_causal: Any, enable_gqa: Any) -> Call:  # fmt: skip
+def _check(
+    query: Any,
+    key: Any,
+    value: Any,
+    grad_output: Any,
+    rule: Any,
+    head_reduction: Any,
+    row_normalize: Any,
+    attn_mask: Any,
+    key_mask: Any,
+    is_causal: Any,
+    enable_gqa: Any,
+) -> Call:
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_choice("rule", rule, RULES)
@@ -128,11 +149,17 @@ def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, head_r
     check_head_size(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     return Call(
-        "attention_map", query.dtype, query.device.type,
-        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3],
-         "value_size": 0 if value is None else value.shape[3]},
+        "attention_map",
+        query.dtype,
+        query.device.type,
+        {
+            "queries": query.shape[2],
+            "keys": key.shape[2],
+            "head_size": query.shape[3],
+            "value_size": 0 if value is None else value.shape[3],
+        },
         {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize},
-    )  # fmt: skip
+    )
 
 
 def _forward(*args: Any) -> Tensor:

@@ -98,9 +98,17 @@ def attention_statistics(
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
         return load(BACKENDS, chosen).attention_statistics(
-            query, key, key_groups=key_groups, num_groups=num_groups, row_weight=row_weight, attn_mask=attn_mask,
-            key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-        )  # fmt: skip
+            query,
+            key,
+            key_groups=key_groups,
+            num_groups=num_groups,
+            row_weight=row_weight,
+            attn_mask=attn_mask,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
     query, key = autocast(query, *hide(key_mask, key))
     if key_groups is not None:
         key_groups = key_groups.expand(key.shape[0], -1)
@@ -111,8 +119,17 @@ def attention_statistics(
     )
 
 
-def _check(query: Any, key: Any, key_groups: Any, num_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any,
-           is_causal: Any, enable_gqa: Any) -> Call:  # fmt: skip
+def _check(
+    query: Any,
+    key: Any,
+    key_groups: Any,
+    num_groups: Any,
+    row_weight: Any,
+    attn_mask: Any,
+    key_mask: Any,
+    is_causal: Any,
+    enable_gqa: Any,
+) -> Call:
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_floating(query=query, key=key)
@@ -138,10 +155,12 @@ def _check(query: Any, key: Any, key_groups: Any, num_groups: Any, row_weight: A
             raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(row_weight)}")
         _check_rows("row_weight", row_weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
     return Call(
-        "attention_statistics", query.dtype, query.device.type,
+        "attention_statistics",
+        query.dtype,
+        query.device.type,
         {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3]},
         {"key_groups": key_groups is not None, "row_weight": row_weight is not None},
-    )  # fmt: skip
+    )
 
 
 def _check_rows(name: str, x: Tensor, query: Tensor, full: tuple[int, int], legend: str) -> None:
@@ -174,8 +193,9 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     return load(BACKENDS, backend).forward(*inputs)
 
 
-def _forward_fake(query: Tensor, key: Tensor, key_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any,
-                  num_groups: int, *_: Any) -> tuple[Tensor, ...]:  # fmt: skip
+def _forward_fake(
+    query: Tensor, key: Tensor, key_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any, num_groups: int, *_: Any
+) -> tuple[Tensor, ...]:
     dtype, rows = torch.promote_types(query.dtype, torch.float32), query.shape[:3]
     entropy, maximum = (query.new_empty(rows, dtype=dtype) for _ in range(2))
     received = query.new_empty(*rows[:2], key.shape[2], dtype=dtype)
@@ -189,9 +209,18 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return grad_q, grad_k, grad_q.new_empty(0) if grad_weight is None else grad_weight
 
 
-def _backward_fake(grad_mass: Any, grad_entropy: Any, grad_maximum: Any, grad_received: Any, query: Tensor, key: Tensor,
-                   argmax: Tensor, key_groups: Any, row_weight: Tensor | None,
-                   *_: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward_fake(
+    grad_mass: Any,
+    grad_entropy: Any,
+    grad_maximum: Any,
+    grad_received: Any,
+    query: Tensor,
+    key: Tensor,
+    argmax: Tensor,
+    key_groups: Any,
+    row_weight: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_weight = query.new_empty(0) if row_weight is None else row_weight.new_empty(row_weight.shape)
     return query.new_empty(query.shape), key.new_empty(key.shape), grad_weight
 
@@ -225,9 +254,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any) -> tuple[Any, ...]:
     query, key, key_groups, row_weight, attn_mask, key_mask, argmax = ctx.saved_tensors
     grad_q, grad_k, grad_weight = _backward_op(
-        grad_mass, grad_entropy, grad_maximum, grad_received, query, key, argmax,
-        key_groups, row_weight, attn_mask, key_mask, ctx.num_groups, ctx.scale, ctx.is_causal, ctx.backend,
-    )  # fmt: skip
+        grad_mass,
+        grad_entropy,
+        grad_maximum,
+        grad_received,
+        query,
+        key,
+        argmax,
+        key_groups,
+        row_weight,
+        attn_mask,
+        key_mask,
+        ctx.num_groups,
+        ctx.scale,
+        ctx.is_causal,
+        ctx.backend,
+    )
     return grad_q, grad_k, None, None if row_weight is None else grad_weight, *(None,) * 6
 
 

@@ -99,9 +99,16 @@ def congruence_loss(
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
         loss: Tensor = load(BACKENDS, chosen).congruence_loss(
-            text, image, cross, kind=kind, direction=direction, text_mask=text_mask, image_mask=image_mask, scale=scale,
+            text,
+            image,
+            cross,
+            kind=kind,
+            direction=direction,
+            text_mask=text_mask,
+            image_mask=image_mask,
+            scale=scale,
             reduction=reduction,
-        )  # fmt: skip
+        )
         return loss
     text_query, text_key = hide(text_mask, *autocast(*text))
     image_query, image_key = hide(image_mask, *autocast(*image))
@@ -118,8 +125,7 @@ def congruence_loss(
     return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss
 
 
-def _check(text: Any, image: Any, cross: Any, kind: Any, direction: Any, text_mask: Any, image_mask: Any,
-           reduction: Any) -> Call:  # fmt: skip
+def _check(text: Any, image: Any, cross: Any, kind: Any, direction: Any, text_mask: Any, image_mask: Any, reduction: Any) -> Call:
     check_choice("kind", kind, KINDS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -131,9 +137,11 @@ def _check(text: Any, image: Any, cross: Any, kind: Any, direction: Any, text_ma
         _check_pair("cross[0]", cross[0], "(text query, image key)")
         _check_pair("cross[1]", cross[1], "(image query, text key)")
         tensors |= {
-            "cross text query": cross[0][0], "cross image key": cross[0][1],
-            "cross image query": cross[1][0], "cross text key": cross[1][1],
-        }  # fmt: skip
+            "cross text query": cross[0][0],
+            "cross image key": cross[0][1],
+            "cross image query": cross[1][0],
+            "cross text key": cross[1][1],
+        }
     for name, x in tensors.items():
         check_tensor(name, x, rank=4, shape="(B, H, L, D)" if "text" in name else "(B, H, V, D)")
     check_floating(**tensors)
@@ -152,10 +160,12 @@ def _check(text: Any, image: Any, cross: Any, kind: Any, direction: Any, text_ma
             if mask.shape != (batch, length):
                 raise ValueError(f"{name} must have shape {(batch, length)}; got {describe(mask)}")
     return Call(
-        "congruence_loss", text[0].dtype, text[0].device.type,
+        "congruence_loss",
+        text[0].dtype,
+        text[0].device.type,
         {"words": num_words, "regions": num_regions, "head_size": head_size, "num_heads": num_heads},
         {"kind": kind, "direction": direction},
-    )  # fmt: skip
+    )
 
 
 def _check_pair(name: str, x: Any, legend: str) -> None:

@@ -34,14 +34,7 @@ from ._checks import (
     scaled_dot_default,
 )
 from ._dispatch import Call, load, select, table
-from ._library import (
-    define,
-    differentiable,
-    empty_rows_first,
-    not_differentiable,
-    once_differentiable,
-    rows_first,
-)
+from ._library import define, differentiable, empty_rows_first, not_differentiable, once_differentiable, rows_first
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -51,10 +44,12 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     return [
         ("the CUDA C++ kernel takes at most 256 queries and keys", longest > 256),
         ("the CUDA C++ kernel takes head sizes of at most 128", size > 128),
-        ("the CUDA C++ kernel takes no more rows than fit into shared memory at this head size and dtype",
-         -(-longest // 16) * 16 * row > 96 * 1024),  # every GPU since Ampere has 99 KB
+        (
+            "the CUDA C++ kernel takes no more rows than fit into shared memory at this head size and dtype",
+            -(-longest // 16) * 16 * row > 96 * 1024,
+        ),  # every GPU since Ampere has 99 KB
         ("the CUDA C++ kernel takes at most 64 carried rows", sizes["rows"] > 64),
-    ]  # fmt: skip
+    ]
 
 
 BACKENDS = table("relevancy_attention", cuda=_cuda_limits)
@@ -115,18 +110,26 @@ def relevancy_attention(
         )
     if carrier.dtype != compute_dtype(query):
         raise TypeError(f"carrier must be {compute_dtype(query)} for {query.dtype} attention; got {describe(carrier)}")
-    weights = [
-        _weight("residual_weight", residual_weight, carrier), _weight("attention_weight", attention_weight, carrier)
-    ]  # fmt: skip
+    weights = [_weight("residual_weight", residual_weight, carrier), _weight("attention_weight", attention_weight, carrier)]
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     query, key, value = autocast(query, key, value)
     if chosen == "reference":
         out, moved = load(BACKENDS, chosen).relevancy_attention(
-            query, key, value, carrier, rule=rule, row_normalize=row_normalize, residual_weight=residual_weight,
-            attention_weight=attention_weight, attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal, scale=scale,
+            query,
+            key,
+            value,
+            carrier,
+            rule=rule,
+            row_normalize=row_normalize,
+            residual_weight=residual_weight,
+            attention_weight=attention_weight,
+            attn_mask=attn_mask,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            scale=scale,
             enable_gqa=enable_gqa,
-        )  # fmt: skip
+        )
         return out, moved
     key, value = hide(key_mask, key, value)
     out, moved, _ = _forward_op(
@@ -182,9 +185,20 @@ def relevancy_step(
     query, key, value, grad_output = autocast(query, key, value, grad_output)
     if chosen == "reference":
         return load(BACKENDS, chosen).relevancy_step(
-            relevancy, query, key, value, grad_output, rule=rule, row_normalize=row_normalize, lse=lse,
-            attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-        )  # fmt: skip
+            relevancy,
+            query,
+            key,
+            value,
+            grad_output,
+            rule=rule,
+            row_normalize=row_normalize,
+            lse=lse,
+            attn_mask=attn_mask,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
     key, value = hide(key_mask, key, value)
     return _step_op(
         relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
@@ -246,8 +260,9 @@ class _Residual(torch.autograd.Function):
     """An autograd.Function, since a weighting may be any callable; torch.compile traces into it and fuses it."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor,
-                weighting: str | Weighting) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any, residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(residual, branch)
         ctx.weighting = weighting
         return residual + branch, residual_carrier.clone()
@@ -284,8 +299,20 @@ def _residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting:
     return a, 1 - a
 
 
-def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, row_normalize: Any, attn_mask: Any,
-           key_mask: Any, is_causal: Any, enable_gqa: Any, carrier: Any, carrier_name: str | None = None) -> Call:  # fmt: skip
+def _check(
+    query: Any,
+    key: Any,
+    value: Any,
+    grad_output: Any,
+    rule: Any,
+    row_normalize: Any,
+    attn_mask: Any,
+    key_mask: Any,
+    is_causal: Any,
+    enable_gqa: Any,
+    carrier: Any,
+    carrier_name: str | None = None,
+) -> Call:
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_floating(query=query, key=key)
@@ -306,11 +333,18 @@ def _check(query: Any, key: Any, value: Any, grad_output: Any, rule: Any, row_no
     check_masks(query, key, attn_mask, key_mask, is_causal)
     _check_rows(carrier_name or "carrier", carrier, query)
     return Call(
-        "relevancy_attention", query.dtype, query.device.type,
-        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3],
-         "value_size": 0 if value is None else value.shape[3], "rows": carrier.shape[1]},
+        "relevancy_attention",
+        query.dtype,
+        query.device.type,
+        {
+            "queries": query.shape[2],
+            "keys": key.shape[2],
+            "head_size": query.shape[3],
+            "value_size": 0 if value is None else value.shape[3],
+            "rows": carrier.shape[1],
+        },
         {"rule": rule, "row_normalize": row_normalize},
-    )  # fmt: skip
+    )
 
 
 def _check_rows(name: str, x: Any, query: Tensor) -> None:
@@ -319,8 +353,9 @@ def _check_rows(name: str, x: Any, query: Tensor) -> None:
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be floating point; got {describe(x)}")
     if x.shape[0] != query.shape[0] or x.shape[2] != query.shape[2]:
-        raise ValueError(f"{name} must have shape (B, T, N) with query's B={query.shape[0]} and N={query.shape[2]}; "
-                         f"got {describe(x)}")  # fmt: skip
+        raise ValueError(
+            f"{name} must have shape (B, T, N) with query's B={query.shape[0]} and N={query.shape[2]}; got {describe(x)}"
+        )
 
 
 def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
@@ -334,8 +369,9 @@ def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be floating point; got {describe(weight)}")
     if weight.shape[0:1] != carrier.shape[0:1] or weight.shape[1:] != carrier.shape[2:]:
-        raise ValueError(f"{name} must be a number or have shape (B, N) = {(carrier.shape[0], carrier.shape[2])}; "
-                         f"got {describe(weight)}")  # fmt: skip
+        raise ValueError(
+            f"{name} must be a number or have shape (B, N) = {(carrier.shape[0], carrier.shape[2])}; got {describe(weight)}"
+        )
     if weight.requires_grad:
         raise ValueError(f"{name} must not require a gradient: it is a constant of the rule; pass {name}.detach()")
     return weight.to(carrier.dtype)
@@ -359,8 +395,9 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return *sent, inputs[2].new_empty(0) if moved is None else moved.contiguous()
 
 
-def _backward_fake(grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-                   *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward_fake(
+    grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     wanted = rest[-2] and grad_out is not None
     grads = [empty_rows_first(x, *x.shape[1:]) if wanted else x.new_empty(0) for x in (query, key, value)]
     return *grads, query.new_empty(0) if grad_carrier is None else grad_carrier.new_empty(grad_carrier.shape)
@@ -411,9 +448,16 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _:
     if not ctx.needs_input_grad[3]:
         grad_carrier = None
     *grads, moved = _backward_op(
-        grad_out, grad_carrier, *ctx.saved_tensors,
-        ctx.rule, ctx.row_normalize, ctx.scale, ctx.is_causal, need_inputs, ctx.backend,
-    )  # fmt: skip
+        grad_out,
+        grad_carrier,
+        *ctx.saved_tensors,
+        ctx.rule,
+        ctx.row_normalize,
+        ctx.scale,
+        ctx.is_causal,
+        need_inputs,
+        ctx.backend,
+    )
     wanted = need_inputs and grad_out is not None
     return *(grads if wanted else (None,) * 3), None if grad_carrier is None else moved, *(None,) * 9
 

@@ -99,9 +99,18 @@ def score_attention(
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
         return load(BACKENDS, chosen).score_attention(
-            query, key, value, score=score, attn_mask=attn_mask, key_mask=key_mask, dropout_p=dropout_p,
-            is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            score=score,
+            attn_mask=attn_mask,
+            key_mask=key_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            return_lse=return_lse,
+        )
     (out_dtype,) = (x.dtype for x in autocast(query))
     (key,), (value,) = hide(key_mask, key, fill=score.hidden_key), hide(key_mask, value)
     core = score.core(query, key)
@@ -119,9 +128,20 @@ def score_attention(
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
         out, lse = _forward_op(
-            query, key, value, vector, attn_mask, key_mask, seed,
-            core.kind, core.parameter, scale, float(dropout_p), is_causal, chosen,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            vector,
+            attn_mask,
+            key_mask,
+            seed,
+            core.kind,
+            core.parameter,
+            scale,
+            float(dropout_p),
+            is_causal,
+            chosen,
+        )
     out = out.to(out_dtype)
     if isinstance(core.offset, Tensor) and core.offset.requires_grad:
         # what cancels in the softmax has a gradient of zero, not none
@@ -133,8 +153,19 @@ def score_attention(
     return out, torch.where(torch.isneginf(lse), lse, moved)  # no gradient from a row without keys
 
 
-def _check(query: Any, key: Any, value: Any, score: scores.Score, attn_mask: Any, key_mask: Any, dropout_p: Any,
-           is_causal: Any, scale: Any, enable_gqa: Any, return_lse: Any) -> Call:  # fmt: skip
+def _check(
+    query: Any,
+    key: Any,
+    value: Any,
+    score: scores.Score,
+    attn_mask: Any,
+    key_mask: Any,
+    dropout_p: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+    return_lse: Any,
+) -> Call:
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
@@ -151,11 +182,18 @@ def _check(query: Any, key: Any, value: Any, score: scores.Score, attn_mask: Any
     plain = not return_lse and dropout_p == 0.0 and _sdpa.takes(masks, resolve_scale(scale, 1.0))
     series = getattr(score, "method", None) == "series"
     return Call(
-        "score_attention", query.dtype, query.device.type,
-        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3], "value_size": value.shape[3],
-         "features": 2 * features if isinstance(score, scores.Hadamard) else features},
+        "score_attention",
+        query.dtype,
+        query.device.type,
+        {
+            "queries": query.shape[2],
+            "keys": key.shape[2],
+            "head_size": query.shape[3],
+            "value_size": value.shape[3],
+            "features": 2 * features if isinstance(score, scores.Hadamard) else features,
+        },
         {"score": type(score).__name__, "series": series, "wide_series": series and not plain, "dropout": dropout_p > 0.0},
-    )  # fmt: skip
+    )
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -176,8 +214,17 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *grads, grad_q.new_empty(0) if grad_vector is None else grad_vector
 
 
-def _backward_fake(grad_out: Tensor, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-                   vector: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    vector: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [empty_rows_first(x, *x.shape[1:]) for x in (query, key, value)]
     return grads[0], grads[1], grads[2], query.new_empty(0 if vector is None else vector.shape)
 
@@ -209,9 +256,24 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grad_q, grad_k, grad_v, grad_vector = _backward_op(
-        grad_out, grad_lse, query, key, value, out, lse, vector, attn_mask, key_mask, seed,
-        ctx.score, ctx.parameter, ctx.scale, ctx.dropout_p, ctx.is_causal, ctx.backend,
-    )  # fmt: skip
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        vector,
+        attn_mask,
+        key_mask,
+        seed,
+        ctx.score,
+        ctx.parameter,
+        ctx.scale,
+        ctx.dropout_p,
+        ctx.is_causal,
+        ctx.backend,
+    )
     return grad_q, grad_k, grad_v, None if vector is None else grad_vector, *(None,) * 9
 
 

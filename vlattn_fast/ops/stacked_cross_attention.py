@@ -87,13 +87,28 @@ def stacked_cross_attention(
     if chosen == "reference":
         with torch.autocast(call.device_type, enabled=False):
             return load(BACKENDS, chosen).stacked_cross_attention(
-                images, captions, caption_lengths, image_lengths, direction=direction, first_norm=first_norm,
-                smooth=smooth, aggregation=aggregation, lambda_lse=lambda_lse,
-            )  # fmt: skip
+                images,
+                captions,
+                caption_lengths,
+                image_lengths,
+                direction=direction,
+                first_norm=first_norm,
+                smooth=smooth,
+                aggregation=aggregation,
+                lambda_lse=lambda_lse,
+            )
     return _forward_op(
-        _hide(images, image_lengths), _hide(captions, caption_lengths), caption_lengths, image_lengths,
-        direction, first_norm, float(smooth), aggregation, float(lambda_lse), chosen,
-    )  # fmt: skip
+        _hide(images, image_lengths),
+        _hide(captions, caption_lengths),
+        caption_lengths,
+        image_lengths,
+        direction,
+        first_norm,
+        float(smooth),
+        aggregation,
+        float(lambda_lse),
+        chosen,
+    )
 
 
 def damsm_similarity(
@@ -119,13 +134,29 @@ def damsm_similarity(
     check_number("gamma2", gamma2)
     _check_positive("gamma2", gamma2)
     return gamma2 * stacked_cross_attention(
-        images, captions, caption_lengths, image_lengths, direction="t2i", first_norm="softmax", smooth=gamma1,
-        aggregation="logsumexp", lambda_lse=gamma2, backend=backend,
-    )  # fmt: skip
+        images,
+        captions,
+        caption_lengths,
+        image_lengths,
+        direction="t2i",
+        first_norm="softmax",
+        smooth=gamma1,
+        aggregation="logsumexp",
+        lambda_lse=gamma2,
+        backend=backend,
+    )
 
 
-def _check(images: Any, captions: Any, caption_lengths: Any, image_lengths: Any, direction: Any, first_norm: Any,
-           smooth: Any, aggregation: str) -> Call:  # fmt: skip
+def _check(
+    images: Any,
+    captions: Any,
+    caption_lengths: Any,
+    image_lengths: Any,
+    direction: Any,
+    first_norm: Any,
+    smooth: Any,
+    aggregation: str,
+) -> Call:
     check_tensor("images", images, rank=3, shape="(Bi, R, D)")
     check_tensor("captions", captions, rank=3, shape="(Bc, T, D)")
     check_floating(images=images, captions=captions)
@@ -138,11 +169,18 @@ def _check(images: Any, captions: Any, caption_lengths: Any, image_lengths: Any,
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_number("smooth", smooth)
     return Call(
-        "stacked_cross_attention", images.dtype, images.device.type,
-        {"images": images.shape[0], "captions": captions.shape[0], "regions": images.shape[1], "words": captions.shape[1],
-         "features": images.shape[2]},
+        "stacked_cross_attention",
+        images.dtype,
+        images.device.type,
+        {
+            "images": images.shape[0],
+            "captions": captions.shape[0],
+            "regions": images.shape[1],
+            "words": captions.shape[1],
+            "features": images.shape[2],
+        },
         {"direction": direction, "first_norm": first_norm, "aggregation": aggregation},
-    )  # fmt: skip
+    )
 
 
 def _check_lengths(name: str, lengths: Any, of_name: str, of: Tensor) -> None:

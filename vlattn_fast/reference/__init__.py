@@ -8,6 +8,12 @@ from .score_attention import score_attention
 from .stacked_cross_attention import damsm_similarity, stacked_cross_attention
 
 __all__ = [
-    "attention_map", "attention_statistics", "congruence_loss", "damsm_similarity", "relevancy_attention", "relevancy_step",
-    "score_attention", "stacked_cross_attention",
-]  # fmt: skip
+    "attention_map",
+    "attention_statistics",
+    "congruence_loss",
+    "damsm_similarity",
+    "relevancy_attention",
+    "relevancy_step",
+    "score_attention",
+    "stacked_cross_attention",
+]

@@ -81,8 +81,17 @@ class _Carry(torch.autograd.Function):
     """Identity on (out, carrier); the carrier's cotangent moves by Abar, made from A and the cotangent of out."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, carrier: Tensor, prob: Tensor, value: Tensor, rule: str, row_normalize: bool,
-                residual_weight: Any, attention_weight: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        carrier: Tensor,
+        prob: Tensor,
+        value: Tensor,
+        rule: str,
+        row_normalize: bool,
+        residual_weight: Any,
+        attention_weight: Any,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(prob, value)
         ctx.rule, ctx.row_normalize, ctx.weights = rule, row_normalize, (residual_weight, attention_weight)
         ctx.set_materialize_grads(False)

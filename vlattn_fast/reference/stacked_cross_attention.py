@@ -51,9 +51,16 @@ def damsm_similarity(
 ) -> Tensor:
     """The formula behind vlattn_fast.damsm_similarity (AttnGAN eq. 7-10): log sum_t exp(gamma2 cos(e_t, c_t))."""
     return gamma2 * stacked_cross_attention(
-        images, captions, caption_lengths, image_lengths, direction="t2i", first_norm="softmax", smooth=gamma1,
-        aggregation="logsumexp", lambda_lse=gamma2,
-    )  # fmt: skip
+        images,
+        captions,
+        caption_lengths,
+        image_lengths,
+        direction="t2i",
+        first_norm="softmax",
+        smooth=gamma1,
+        aggregation="logsumexp",
+        lambda_lse=gamma2,
+    )
 
 
 def _relevance(q: Tensor, c: Tensor, first_norm: str | None, smooth: float) -> Tensor:

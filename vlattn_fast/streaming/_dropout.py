@@ -9,9 +9,15 @@ _MASK_32 = 0xFFFFFFFF
 
 
 def keep_factor(
-    seed: Tensor | None, dropout_p: float, heads_queries: tuple[int, ...], num_keys: int, b: slice, h: slice, i: slice,
+    seed: Tensor | None,
+    dropout_p: float,
+    heads_queries: tuple[int, ...],
+    num_keys: int,
+    b: slice,
+    h: slice,
+    i: slice,
     dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """1/(1-p) for the pairs of a tile (b,h,i,M) that are kept, 0 for the others; the seed stays on its device."""
     assert seed is not None
     num_heads, num_queries = heads_queries

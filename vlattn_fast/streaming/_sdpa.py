@@ -66,9 +66,17 @@ def backward(
     q, k, v = _same_size(query, key, value)
     grad_out, out = (F.pad(x, (0, v.shape[3] - x.shape[3])) for x in (grad_out, out))
     grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, torch.where(torch.isneginf(lse), 0.0, lse), 0.0, masks.is_causal,
-        attn_mask=_additive(query, key, masks), scale=scale,
-    )  # fmt: skip
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        torch.where(torch.isneginf(lse), 0.0, lse),
+        0.0,
+        masks.is_causal,
+        attn_mask=_additive(query, key, masks),
+        scale=scale,
+    )
     return grad_q[..., : query.shape[3]], grad_k[..., : key.shape[3]], grad_v[..., : value.shape[3]]
 
 

@@ -28,9 +28,7 @@ def forward(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B,H,N,Dv), the carrier's copy (B,T,N), lse (B,H,N)."""
-    out, lse = score_attention.forward(
-        query, key, value, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal
-    )
+    out, lse = score_attention.forward(query, key, value, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal)
     return out, carrier.clone(), lse
 
 
@@ -56,18 +54,15 @@ def backward(
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if need_inputs and grad_out is not None:
         grads = score_attention.backward(
-            grad_out, None, query, key, value, out, lse, None, attn_mask, key_mask, None,
-            "dot", 0.0, scale, 0.0, is_causal,
-        )[:3]  # fmt: skip
+            grad_out, None, query, key, value, out, lse, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal
+        )[:3]
     if grad_carrier is None:
         return grads[0], grads[1], grads[2], None
     kept = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
     if grad_out is None and rule == "gradient":
         return grads[0], grads[1], grads[2], kept.clone()
     sent = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
-    moved = step(
-        sent, query, key, value, grad_out, None, attn_mask, key_mask, rule, row_normalize, scale, is_causal
-    )
+    moved = step(sent, query, key, value, grad_out, None, attn_mask, key_mask, rule, row_normalize, scale, is_causal)
     return grads[0], grads[1], grads[2], kept + moved
 
 

@@ -111,8 +111,9 @@ class _Side:
         return torch.arange(self.rows.shape[1], device=lengths.device) < lengths.clamp(min=1)[:, None], lengths > 0
 
 
-def _sides(images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None,
-           direction: str) -> tuple[_Side, _Side]:  # fmt: skip
+def _sides(
+    images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None, direction: str
+) -> tuple[_Side, _Side]:
     """The side that asks and the side that is attended to."""
     image, caption = _Side(images, image_lengths), _Side(captions, caption_lengths)
     return (caption, image) if direction == "t2i" else (image, caption)

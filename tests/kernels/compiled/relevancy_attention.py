@@ -25,8 +25,16 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "step attention bf16 64", lambda: step(BF16, 64, 1, "attention")
 
 
-def backward(dtype: torch.dtype, size: int, rows: int, *, key_heads: int = 16, masked: bool = False, causal: bool = False,
-             row_normalize: bool = False) -> None:  # fmt: skip
+def backward(
+    dtype: torch.dtype,
+    size: int,
+    rows: int,
+    *,
+    key_heads: int = 16,
+    masked: bool = False,
+    causal: bool = False,
+    row_normalize: bool = False,
+) -> None:
     """At the sizes of CLIP ViT-L/14@336."""
     query = torch.empty(1, 16, 577, size, dtype=dtype)
     key = torch.empty(1, key_heads, 577, size, dtype=dtype)
