@@ -2,7 +2,7 @@
 
 VLATTN_CUDA=1 builds it or fails, VLATTN_CUDA=0 leaves it out. Without the variable it is built where nvcc, cmake, ninja and a
 torch for CUDA are found; elsewhere the install goes on without it. CMakeLists.txt alone says how it is built. What was built, or
-why nothing was, is written beside it: `vlattn info` reads that (vlattn_fast/cuda/_library.py).
+why nothing was, is written beside it: `vlattn info` reads that (vlattn_fast/cuda/_shared_library.py).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from ._measure import HERE, RESULTS
-from ._run import choose, run
+from vlattn_fast.benchmarks._measure import HERE, RESULTS
+from vlattn_fast.benchmarks._run import choose, run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    from ._report import write
+    from vlattn_fast.benchmarks._report import write
 
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks report")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows; the plots go there too")

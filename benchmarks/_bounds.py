@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ._measure import Pass, Tensors
-from ._workloads import Sizes
+from vlattn_fast.benchmarks._measure import Pass, Tensors
+from vlattn_fast.benchmarks._workloads import Sizes
 
 
 def sdpa(tensors: Tensors, is_causal: bool = False) -> Tensor:

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from . import _models
-from ._bounds import pairs, tokens
-from ._measure import Problem, Tensors, Variant, backends, randoms, without_output
-from ._workloads import Sizes
+from vlattn_fast.benchmarks import _models
+from vlattn_fast.benchmarks._bounds import pairs, tokens
+from vlattn_fast.benchmarks._measure import Problem, Tensors, Variant, backends, randoms, without_output
+from vlattn_fast.benchmarks._workloads import Sizes
 
 
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:

@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from vlattn_fast.benchmarks._workloads import Sizes, Workload
 
 import vlattn_fast as va
 from vlattn_fast import verify
-
-from ._workloads import Sizes, Workload
 
 HERE = Path(__file__).parent
 # beside this file in a checkout; an installed package is no place to write to
@@ -139,8 +138,7 @@ def operator_variants(
     maps: float,
 ) -> dict[str, Variant]:
     """Ours on every backend that takes the call, the formula, and the formula under torch.compile."""
-    call = verify.OPERATORS[operator]
-    return call_variants(call, arguments, backends(operator, arguments(tensors)), finish, maps)
+    return call_variants(operator, arguments, backends(operator, arguments(tensors)), finish, maps)
 
 
 def call_variants(

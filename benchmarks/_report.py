@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast._extras import extra
+from vlattn_fast.benchmarks._run import declared
 
-from ._run import declared
+from vlattn_fast._extras import extra
 
 Row = dict[str, Any]
 

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from ._measure import RESULTS, Benchmark, Measurement, append, device_name, provenance, slug
+from vlattn_fast.benchmarks._measure import RESULTS, Benchmark, Measurement, append, device_name, provenance, slug
 
 MODULES = (
     "score_attention",
     "relevancy_attention",
     "attention_map",
     "attention_statistics",
-    "congruence",
+    "congruence_loss",
     "stacked_cross_attention",
     "task_explain_clip",
     "task_explain_decoder",

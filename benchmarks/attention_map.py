@@ -10,10 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
-
-from ._bounds import pairs, passes, sdpa, softmax_map, tokens
-from ._measure import Benchmark, Problem, Tensors, Variant, forward, operator_variants, randoms, without_output
-from ._workloads import CLIP, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, tokens
+from vlattn_fast.benchmarks._measure import (
+    Benchmark,
+    Problem,
+    Tensors,
+    Variant,
+    forward,
+    operator_variants,
+    randoms,
+    without_output,
+)
+from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
 
 
 def _build(rule: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:

@@ -11,10 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from ._bounds import pairs, passes, sdpa, softmax_map, tokens
-from ._measure import Benchmark, Problem, Tensors, Variant, backward, forward, operator_variants, randoms, without_output
-from ._workloads import CLIP, UNITER, Sizes
+from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, tokens
+from vlattn_fast.benchmarks._measure import (
+    Benchmark,
+    Problem,
+    Tensors,
+    Variant,
+    backward,
+    forward,
+    operator_variants,
+    randoms,
+    without_output,
+)
+from vlattn_fast.benchmarks._workloads import CLIP, UNITER, Sizes
 
 STATISTICS = ("mass", "entropy", "maximum", "received")
 

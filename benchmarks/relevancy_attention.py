@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from ._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, softmax_map, tokens
-from ._measure import (
+from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, softmax_map, tokens
+from vlattn_fast.benchmarks._measure import (
     Benchmark,
     Problem,
     Tensors,
@@ -26,7 +25,7 @@ from ._measure import (
     randoms,
     without_output,
 )
-from ._workloads import CLIP, HIGHRES, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import CLIP, HIGHRES, LLAVA, UNITER, Sizes
 
 INPUTS = ("query", "key", "value")
 

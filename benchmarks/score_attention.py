@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-from vlattn_fast import scores
-
-from ._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, tokens
-from ._measure import (
+from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, tokens
+from vlattn_fast.benchmarks._measure import (
     Benchmark,
     Problem,
     Tensors,
@@ -29,7 +26,9 @@ from ._measure import (
     randoms,
     without_output,
 )
-from ._workloads import CLIP, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
+
+from vlattn_fast import scores
 
 ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
 

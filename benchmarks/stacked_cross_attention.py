@@ -14,9 +14,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ._measure import Benchmark, Pass, Problem, Tensors, Variant, backward, forward, operator_variants, randoms, without_output
-from ._workloads import DAMSM, SCAN, Sizes
+from vlattn_fast.benchmarks._measure import (
+    Benchmark,
+    Pass,
+    Problem,
+    Tensors,
+    Variant,
+    backward,
+    forward,
+    operator_variants,
+    randoms,
+    without_output,
+)
+from vlattn_fast.benchmarks._workloads import DAMSM, SCAN, Sizes
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "SCAN": {"first_norm": "clipped_l2norm", "smooth": 9.0, "lambda_lse": 6.0},

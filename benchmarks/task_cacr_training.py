@@ -11,14 +11,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vlattn_fast.benchmarks import _models
+from vlattn_fast.benchmarks._bounds import pairs
+from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, backends, randoms, without_output
+from vlattn_fast.benchmarks._workloads import UNITER_ENCODER, Sizes
+from vlattn_fast.benchmarks.congruence_loss import masks, published_loss
 
 import vlattn_fast as va
-
-from . import _models
-from ._bounds import pairs
-from ._measure import Benchmark, Pass, Problem, Tensors, Variant, backends, randoms, without_output
-from ._workloads import UNITER_ENCODER, Sizes
-from .congruence import masks, published_loss
 
 Blocks = dict[str, Tensor]
 
@@ -67,7 +66,7 @@ def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         "image_key": empty[:, :, words:],
         **masks(sizes, positives, device),
     }
-    variants = {name: ours(name) for name in [*backends("congruence", _arguments(example)), "reference"]}
+    variants = {name: ours(name) for name in [*backends("congruence_loss", _arguments(example)), "reference"]}
     variants["published"] = Variant(lambda t: step(lambda blocks: published_loss(blocks, "cacr"), t))
     variants["no congruence loss"] = Variant(without_output(lambda t: step(None, t)))
     forward = _models.flops(sizes)

@@ -1,7 +1,7 @@
 """Explain the next token of a causal decoder of LLaVA-7B's size: see _explain.py."""
 
-from ._explain import build
-from ._measure import Benchmark
-from ._workloads import LLAVA_DECODER
+from vlattn_fast.benchmarks._explain import build
+from vlattn_fast.benchmarks._measure import Benchmark
+from vlattn_fast.benchmarks._workloads import LLAVA_DECODER
 
 BENCHMARKS = [Benchmark(__name__, "relevancy", LLAVA_DECODER, build)]

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "congruence.h"
+#include "congruence_loss.h"
 #include "relevancy_attention.h"
 #include "score_attention.h"
 
@@ -326,10 +326,10 @@ Tensor congruence_loss(Tensor text_query, Tensor text_key, Tensor image_query, T
     Congruence call = blocks.describe(text_mask, image_mask, kind, direction, scale);
     Launch launch(text_query);
     Tensor loss = make_float(text_query, {call.B});
-    Tensor workspace = make_float(text_query, {congruence_workspace(call, false)});
+    Tensor workspace = make_float(text_query, {congruence_loss_workspace(call, false)});
     call.loss = data<float>(loss);
     call.workspace = data<float>(workspace);
-    launch("congruence_loss", vlattn::congruence_forward, call, facts(call));
+    launch("congruence_loss", vlattn::congruence_loss_forward, call, facts(call));
     return loss;
 }
 
@@ -355,10 +355,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> congr
         call.grad_query[i] = rows(grads[queries[i]]);
         call.grad_key[i] = rows(grads[keys[i]]);
     }
-    Tensor workspace = make_float(text_query, {congruence_workspace(call, true)});
+    Tensor workspace = make_float(text_query, {congruence_loss_workspace(call, true)});
     call.grad_loss = data<float>(grad_loss);
     call.workspace = data<float>(workspace);
-    launch("congruence_loss_backward", vlattn::congruence_backward, call, facts(call));
+    launch("congruence_loss_backward", vlattn::congruence_loss_backward, call, facts(call));
     return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6], grads[7]};
 }
 

@@ -1,8 +1,8 @@
-// Products and divergences of float32 maps, by all threads of a block, for congruence.cu. What is neither templated nor in a loop
+// Products and divergences of float32 maps, by all threads of a block, for congruence_loss.cu. What is neither templated nor in a loop
 // over the heads is not inlined: it would be compiled anew for every type and size.
 #pragma once
 
-#include "congruence.h"
+#include "congruence_loss.h"
 #include "mma.h"
 
 namespace vlattn {

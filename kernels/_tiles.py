@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops._checks import additive
+from vlattn_fast._tensors import additive
 
 LOG2_E = 1.4426950408889634
 

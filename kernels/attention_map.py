@@ -15,9 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ..ops._checks import unit_stride
-from ._tiles import (
+from vlattn_fast.kernels._tiles import (
     LOG2_E,
     below_max,
     block_and_head,
@@ -30,6 +28,8 @@ from ._tiles import (
     mask_logits,
     store_tile,
 )
+
+from vlattn_fast._tensors import unit_stride
 
 
 def forward(

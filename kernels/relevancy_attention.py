@@ -17,10 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ..ops._checks import unit_stride
-from . import score_attention
-from ._tiles import (
+from vlattn_fast.kernels import score_attention
+from vlattn_fast.kernels._tiles import (
     LOG2_E,
     block_and_head,
     block_size,
@@ -32,6 +30,8 @@ from ._tiles import (
     mask_logits,
     store_tile,
 )
+
+from vlattn_fast._tensors import unit_stride
 
 MAX_T = 64  # carried rows of one program
 
@@ -375,7 +375,7 @@ def _statistics_kernel(
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
-            b_s = _hide(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
+            b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_alpha = tl.exp2(b_max - b_safe)
@@ -486,7 +486,7 @@ def _backward_q_kernel(
             b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_v = load_tile(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
             b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
-            b_s = _hide(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
+            b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
             b_p = tl.exp2(b_s - b_shift[:, None])
             b_dp = dot(b_do, tl.trans(b_v), PRECISION)
             if EXACT or (SUMS and not BY_GRADIENT):
@@ -666,7 +666,7 @@ def _backward_kv_kernel(
 
 
 @triton.jit
-def _hide(
+def _mask_padding(
     b_s,
     p_mask,
     stride_mask_q,

@@ -19,10 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ..ops._checks import unit_stride
-from ._scores import activate, farthest, pin, ready_at, row_facts, sum_units, through_norm, through_units
-from ._tiles import (
+from vlattn_fast.kernels._scores import activate, farthest, pin, ready_at, row_facts, sum_units, through_norm, through_units
+from vlattn_fast.kernels._tiles import (
     LOG2_E,
     block_and_head,
     block_size,
@@ -35,6 +33,8 @@ from ._tiles import (
     mask_logits,
     store_tile,
 )
+
+from vlattn_fast._tensors import unit_stride
 
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 

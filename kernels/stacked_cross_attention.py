@@ -21,8 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ._tiles import block_size, dot, input_precision, load_tile, store_tile
+from vlattn_fast.kernels._tiles import block_size, dot, input_precision, load_tile, store_tile
 
 MAP_ELEMENTS = 1 << 22  # of each of a chunk's maps (or one pair's, where that is more); backward holds about twelve
 EPS = tl.constexpr(1e-8)  # of SCAN's norms and cosine

@@ -58,12 +58,12 @@ def test_a_backend_joins_by_itself_when_it_refuses_no_longer(monkeypatch):
 
 
 def test_what_is_emulated_on_a_cpu_is_not_timed(monkeypatch):
-    from vlattn_fast.ops import _dispatch, congruence
+    from vlattn_fast.ops import _dispatch, congruence_loss
 
     monkeypatch.setattr(_dispatch, "INTERPRETED", True)
-    table = {**congruence.BACKENDS, "cuda": congruence.BACKENDS["cuda"]._replace(refusals=_dispatch.accept)}
-    monkeypatch.setattr(congruence, "BACKENDS", table)
-    (benchmark,) = _run.choose(["congruence/cacr, forward+backward/uniter"])
+    table = {**congruence_loss.BACKENDS, "cuda": congruence_loss.BACKENDS["cuda"]._replace(refusals=_dispatch.accept)}
+    monkeypatch.setattr(congruence_loss, "BACKENDS", table)
+    (benchmark,) = _run.choose(["congruence_loss/cacr, forward+backward/uniter"])
     assert not {"triton", "cuda"} & {row["variant"] for row in measured(benchmark)}
 
 
@@ -149,7 +149,7 @@ def test_peak_memory_is_what_the_call_holds():
 @pytest.fixture
 def only_congruence(monkeypatch):
     """The runs of a test have one tiny benchmark."""
-    (found,) = _run.choose(["congruence/cacr, forward+backward"])
+    (found,) = _run.choose(["congruence_loss/cacr, forward+backward"])
     tiny = replace(found, workload=found.workload._replace(cpu=TINY))
     monkeypatch.setattr(_run, "choose", lambda names: [tiny])
     return tiny.name
@@ -162,7 +162,7 @@ def test_rows_are_added_and_say_where_they_come_from(only_congruence, tmp_path, 
         assert command.main([only_congruence, "--quick", "--rounds", "1", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())
     assert len(rows) == 2 * len({row["variant"] for row in rows}) and list(tmp_path.iterdir()) == [out]
-    assert rows[0]["command"].startswith("python -m vlattn_fast.benchmarks 'congruence/cacr, ")
+    assert rows[0]["command"].startswith("python -m vlattn_fast.benchmarks 'congruence_loss/cacr, ")
     assert rows[0]["commit"] == "abc" and rows[0]["versions"]["torch"] == torch.__version__
     assert rows[0]["device"].startswith("CPU: ") and rows[0]["threads"] == torch.get_num_threads()
     assert "streaming" in capsys.readouterr().out
@@ -180,7 +180,7 @@ def test_vlattn_bench(only_congruence, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "rows" / "cpu.json").read_text())[0]["command"].split()[0] == "vlattn"
     assert "streaming" in result.output and vlattn("--device", "tpu").exit_code == 2
-    monkeypatch.setattr("vlattn_fast.streaming.congruence.forward", lambda *inputs: 1 / 0)
+    monkeypatch.setattr("vlattn_fast.streaming.congruence_loss.forward", lambda *inputs: 1 / 0)
     assert vlattn().exit_code == 1
 
 
@@ -188,9 +188,9 @@ def test_wrong_options_are_refused(capsys):
     with pytest.raises(ValueError, match="there is no benchmark 'flash'; there are\n  score_attention"):
         _run.run(["flash"])
     with pytest.raises(ValueError, match="rounds must be at least 1; got 0"):
-        _run.run(["congruence"], rounds=0)
+        _run.run(["congruence_loss"], rounds=0)
     with pytest.raises(ValueError, match="device must be cpu or cuda; got 'tpu'"):
-        _run.run(["congruence"], device="tpu")
+        _run.run(["congruence_loss"], device="tpu")
     with pytest.raises(SystemExit) as end:
         command.main(["flash"])
     assert end.value.code == 2 and "task_scan_similarity" in capsys.readouterr().err

@@ -11,7 +11,7 @@ typer_testing = pytest.importorskip("typer.testing")
 transformers = pytest.importorskip("transformers")
 
 from vlattn_fast import cli, verify  # noqa: E402
-from vlattn_fast.cuda import _library  # noqa: E402
+from vlattn_fast.cuda import _shared_library  # noqa: E402
 from vlattn_fast.ops import _dispatch  # noqa: E402
 
 VISION = {
@@ -236,8 +236,8 @@ def test_info_prints_the_reasons_of_the_table(monkeypatch):
         wide = call.dtype == torch.float64
         return (["no float64"] if wide else []) + (["a CUDA device is needed"] if call.device_type != "cuda" else [])
 
-    table = {**verify.backends_of("congruence"), "triton": _dispatch.Backend(refusals, "")}
-    monkeypatch.setattr("vlattn_fast.ops.congruence.BACKENDS", table)
+    table = {**verify.backends_of("congruence_loss"), "triton": _dispatch.Backend(refusals, "")}
+    monkeypatch.setattr("vlattn_fast.ops.congruence_loss.BACKENDS", table)
     result = vlattn("info")
     assert "not float64: no float64" in result.output
     assert "not cpu: a CUDA device is needed" in result.output
@@ -262,8 +262,8 @@ def test_info_says_how_the_cuda_library_was_built(library, record, words, tmp_pa
         file.touch()
     if record:
         (tmp_path / "build.json").write_text(json.dumps(record))
-    monkeypatch.setattr(_library, "INSTALLED", file)
-    monkeypatch.setattr(_library, "library", _library.find(file))
+    monkeypatch.setattr(_shared_library, "INSTALLED", file)
+    monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
     result = vlattn("info")
     assert f"\nCUDA C++     {words}\n" in result.output
     assert ("the CUDA C++ kernels are not built (`vlattn info` says why)" in result.output) == (not library)
@@ -271,10 +271,10 @@ def test_info_says_how_the_cuda_library_was_built(library, record, words, tmp_pa
 
 def test_info_names_a_library_of_ones_own(tmp_path, monkeypatch):
     file = tmp_path / "libvlattn_host.so"
-    monkeypatch.setattr(_library, "library", _library.find(file))
+    monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
     assert f"\nCUDA C++     {file}, named by VLATTN_CUDA_LIBRARY, is not there\n" in vlattn("info").output
     file.touch()
-    monkeypatch.setattr(_library, "library", _library.find(file))
+    monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
     assert f"\nCUDA C++     {file}, named by VLATTN_CUDA_LIBRARY\n" in vlattn("info").output
 
 

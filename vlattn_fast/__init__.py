@@ -1,13 +1,14 @@
 """vlattn_fast: look inside, train on, and change the attention of vision-language models at FlashAttention cost."""
 
-from . import lab, models, nn, reference, scores
-from .explain import Explanation, explain
-from .ops.attention_map import attention_map
-from .ops.attention_statistics import AttentionStatistics, attention_statistics
-from .ops.congruence import congruence_loss
-from .ops.relevancy_attention import relevancy_attention, relevancy_residual, relevancy_step
-from .ops.score_attention import score_attention
-from .ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
+from vlattn_fast import lab, models, nn, reference, scores
+from vlattn_fast.interpret import Explanation, explain
+from vlattn_fast.ops.attention_map import attention_map
+from vlattn_fast.ops.attention_statistics import attention_statistics
+from vlattn_fast.ops.congruence_loss import congruence_loss
+from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_residual, relevancy_step
+from vlattn_fast.ops.score_attention import score_attention
+from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
+from vlattn_fast.reference.attention_statistics import AttentionStatistics
 
 __all__ = [
     "AttentionStatistics",

@@ -69,7 +69,7 @@ def plain(model: Any, pixels: Tensor) -> None:
 
 
 def ours(model: Any, pixels: Tensor) -> Tensor:
-    from .explain import explain
+    from vlattn_fast.interpret import explain
 
     model.set_attn_implementation("sdpa")
     return explain(model, {"pixel_values": pixels}, target=similarity).relevancy["vision"]

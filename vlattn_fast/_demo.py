@@ -24,7 +24,7 @@ def run(out: Path, *, costs: bool = True) -> bool:
 
 
 def check() -> bool:
-    from .verify import verify
+    from vlattn_fast.verify import verify
 
     print("Checks: outputs and gradients of the streaming backend against the formula in float64.")
     print("Error as a multiple of what is allowed: twice that of the formula in the same dtype, plus one ulp.\n")
@@ -47,8 +47,8 @@ def log_odds(outputs: Any) -> Tensor:
 
 def picture(out: Path) -> None:
     """The first scene and its caption, as PNG and as a page."""
-    from . import lab
-    from .explain import explain
+    from vlattn_fast import lab
+    from vlattn_fast.interpret import explain
 
     model, processor = lab.load_uniter()
     scene = lab.digit_scenes(1, seed=SEED)
@@ -62,8 +62,8 @@ def picture(out: Path) -> None:
 
 
 def pointing() -> None:
-    from . import lab
-    from .explain import explain
+    from vlattn_fast import lab
+    from vlattn_fast.interpret import explain
 
     model, _ = lab.load_uniter()
     scenes = lab.digit_scenes(SCENES, seed=SEED)
@@ -78,7 +78,7 @@ def pointing() -> None:
 
 
 def compare() -> None:
-    from . import _cost
+    from vlattn_fast import _cost
 
     print("Cost of one relevancy map on a vision tower of CLIP ViT-L/14@336's size (24 layers, width 1024, 16 heads, N = 577),")
     print("random weights, float32, one picture; in turns, each variant in a process of its own; takes minutes\n", flush=True)

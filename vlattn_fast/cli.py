@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the vlattn command needs {missing.name}: pip install 'vlattn_fast[cli]'") from missing
 
-from ._extras import extra
+from vlattn_fast._extras import extra
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -36,9 +36,9 @@ def main() -> None:
 @app.command()
 def info() -> None:
     """Versions, devices, and what each backend of each operator runs, with the reasons for what it does not."""
-    from .cuda import _library
-    from .ops._dispatch import select
-    from .verify import OPERATORS, backends_of, cases, facts_of
+    from vlattn_fast.cuda import _shared_library
+    from vlattn_fast.ops._dispatch import select
+    from vlattn_fast.verify import OPERATORS, backends_of, cases, facts_of
 
     for name in ("vlattn_fast", "torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn"):
         typer.echo(f"{name:13}{_version(name)}")
@@ -49,7 +49,7 @@ def info() -> None:
         typer.echo(f"{f'cuda:{i}':13}{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         typer.echo(f"{'cuda':13}{'no device' if torch.version.cuda else 'this torch is built without it'}")
-    typer.echo(f"{'CUDA C++':13}{_library.state()}")
+    typer.echo(f"{'CUDA C++':13}{_shared_library.state()}")
 
     everything = cases()
     for operator in OPERATORS:
@@ -108,11 +108,11 @@ def verify(
     environment runs the Triton kernels without a GPU, in Triton's interpreter; VLATTN_CUDA_LIBRARY=build/host/libvlattn_host.so
     those in CUDA C++, built for the CPU (CMakeLists.txt).
     """
-    from .cuda import _library
-    from .verify import OPERATORS
-    from .verify import verify as run
+    from vlattn_fast.cuda import _shared_library
+    from vlattn_fast.verify import OPERATORS
+    from vlattn_fast.verify import verify as run
 
-    chosen = (("OPERATOR", operator, tuple(OPERATORS)), ("--backend", backend, BACKENDS), ("--dtype", dtype, DTYPES))
+    chosen = (("OPERATOR", operator, OPERATORS), ("--backend", backend, BACKENDS), ("--dtype", dtype, DTYPES))
     for option, given, known in chosen:
         if unknown := set(given or ()) - set(known):
             raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
@@ -131,7 +131,7 @@ def verify(
         failed += not result.passed
         typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {found}{verdict}")
     if worst is not None:
-        emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_library.library.path} "}
+        emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
         prefix = emulated.get(worst.backend, "") if device == "cpu" else ""
         name = str(worst.dtype).removeprefix("torch.")
         typer.echo(
@@ -155,7 +155,7 @@ def bench(
 
     Prints and stores time, peak memory and the error against float64. Ends with status 1 where one of our backends failed.
     """
-    from .benchmarks._run import run
+    from vlattn_fast.benchmarks._run import run
 
     command = shlex.join(["vlattn", *sys.argv[1:]])
     try:
@@ -177,7 +177,7 @@ def explain(
     start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
 ) -> None:
     """Explain which parts of a picture and a text a model's score rests on."""
-    from .explain import explain as run
+    from vlattn_fast.interpret import explain as run
 
     if out.suffix not in (".html", ".png"):
         raise typer.BadParameter(f"--out must end in .html or .png; got {out.name!r}")
@@ -232,7 +232,7 @@ def _open(image: Path) -> Any:
 
 def _inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> Any:
     """What the processor makes of picture and texts, in the form that the model's kind asks for."""
-    from .explain.families import find_family
+    from vlattn_fast.interpret.families import find_family
 
     takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
     takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
@@ -279,7 +279,7 @@ def demo(
     costs: Annotated[bool, typer.Option(help="Also compare the costs on a model of CLIP ViT-L/14@336's size (minutes).")] = True,
 ) -> None:
     """Explain pictures of the embedded benchmark, check every operator, and compare what one map costs."""
-    from ._demo import run
+    from vlattn_fast._demo import run
 
     if not run(out, costs=costs):
         raise typer.Exit(1)

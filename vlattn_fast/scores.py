@@ -20,8 +20,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .ops._checks import check_choice, check_floating, check_head_size, check_number, check_tensor, describe, scaled_dot_default
-from .streaming._series import sine_series
+from vlattn_fast._checks import check_choice, check_floating, check_head_dim, check_number, check_tensor, describe
+from vlattn_fast._series import sine_series
+from vlattn_fast._tensors import scaled_dot_default
 
 __all__ = ["Additive", "Cosine", "Dot", "General", "Hadamard", "ScaledDot", "Score"]
 
@@ -51,14 +52,14 @@ class Score(Protocol):
     def core(self, query: Tensor, key: Tensor) -> Core:
         """The same score as a core score on features; differentiable in query, key and every parameter."""
 
-    def default_scale(self, head_size: int) -> float:
+    def default_scale(self, head_dim: int) -> float:
         """What multiplies the score where the caller gives no scale."""
 
 
 class _Unscaled:
     hidden_key: ClassVar[float] = 0.0
 
-    def default_scale(self, head_size: int) -> float:
+    def default_scale(self, head_dim: int) -> float:
         return 1.0
 
 
@@ -67,7 +68,7 @@ class Dot(_Unscaled):
     """s = q . k"""
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        check_head_size(query, key)
+        check_head_dim(query, key)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
         return Core("dot", query, key)
@@ -77,8 +78,8 @@ class Dot(_Unscaled):
 class ScaledDot(Dot):
     """s = q . k / sqrt(D) (Vaswani et al. 2017)"""
 
-    def default_scale(self, head_size: int) -> float:
-        return scaled_dot_default(head_size)
+    def default_scale(self, head_dim: int) -> float:
+        return scaled_dot_default(head_dim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class Cosine(_Unscaled):
 
     def check(self, query: Tensor, key: Tensor) -> None:
         check_number("eps", self.eps, low=0.0)
-        check_head_size(query, key)
+        check_head_dim(query, key)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
         # Unit vectors are exact only if no product of norms is below eps: that is looked up on the data, where looking

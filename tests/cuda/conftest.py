@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.utils.deterministic
 
-from vlattn_fast.cuda import _library
+from vlattn_fast.cuda import _shared_library
 
 ROOT = Path(__file__).parents[2]
 HOST, SANITIZED = ("-DVLATTN_HOST=ON",), ("-DVLATTN_HOST=ON", "-DVLATTN_SANITIZE=ON")
@@ -94,7 +94,7 @@ def library() -> Path:
 
 @pytest.fixture(autouse=True)
 def _on_device(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_library, "library", _library.find(library))
+    monkeypatch.setattr(_shared_library, "library", _shared_library.find(library))
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from tests.cuda.conftest import ROOT
-from vlattn_fast.cuda import _library
+from vlattn_fast.cuda import _shared_library
 
 
 def test_a_failed_launch_names_kernel_sizes_and_device() -> None:
     """More shared memory than there is: what the public call refuses beforehand."""
     x, carrier = torch.zeros(2, 1, 500, 100), torch.zeros(2, 1, 500)
-    operators = _library.operators()
+    operators = _shared_library.operators()
     with pytest.raises(RuntimeError, match=re.escape("relevancy_attention(B=2, H=1, N=500, M=500, D=100, DV=100, T=0) on ")):
         operators.relevancy_attention(x, x, x, carrier, None, None, None, None, "gradient", False, 0.1, False)
     x = x[:, :, :5]
@@ -28,7 +28,7 @@ def test_a_failed_launch_names_kernel_sizes_and_device() -> None:
 
 def test_it_refuses_what_it_has_no_kernel_for() -> None:
     x = torch.zeros(1, 1, 4, 8)
-    operators = _library.operators()
+    operators = _shared_library.operators()
     for score, dropout_p in (("dot", 0.0), ("additive", 0.5)):
         with pytest.raises(RuntimeError, match="additive scores without dropout"):
             operators.score_attention(x, x, x, torch.zeros(1, 8), None, None, None, score, 0.0, 1.0, dropout_p, False)
@@ -46,7 +46,7 @@ def test_the_command_takes_the_library_that_is_named(library: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    said = vlattn("verify", "congruence", "--backend", "cuda", "--dtype", "float32")
-    assert re.search(r"^congruence +cuda +float32 +[1-9]", said, re.M), said
-    assert f"the worst again: VLATTN_CUDA_LIBRARY={library} vlattn verify congruence --backend cuda" in said
+    said = vlattn("verify", "congruence_loss", "--backend", "cuda", "--dtype", "float32")
+    assert re.search(r"^congruence_loss +cuda +float32 +[1-9]", said, re.M), said
+    assert f"the worst again: VLATTN_CUDA_LIBRARY={library} vlattn verify congruence_loss --backend cuda" in said
     assert f"{library}, named by VLATTN_CUDA_LIBRARY" in vlattn("info")

@@ -43,9 +43,9 @@ BREAKS = [
         "number_of_rows",
     ),
     Break(
-        "congruence",
+        "congruence_loss",
         "no barrier before the divergence",
-        "congruence.cu",
+        "congruence_loss.cu",
         f"{BARRIER}\n        const float loss = divergence(",
         "const float loss = divergence(",
         "kinds_and_directions",

@@ -16,7 +16,7 @@ from tests.cuda.conftest import ROOT, SANITIZED, build, sanitizing
     [
         ("score_attention", "feature_sizes or empty or grouped"),
         ("relevancy_attention", "head_sizes or empty or number_of_rows or layouts"),
-        ("congruence", "either_side or head_sizes or empty or padding or layouts"),
+        ("congruence_loss", "either_side or head_sizes or empty or padding or layouts"),
     ],
 )
 def test_nothing_outside_is_touched(operator: str, chosen: str) -> None:

@@ -325,12 +325,12 @@ def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:
     "change, words",
     [
         ({"dtype": torch.float64}, "float16, bfloat16 and float32"),
-        ({"sizes": {"head_size": 257}}, "at most 256"),
+        ({"sizes": {"head_dim": 257}}, "at most 256"),
         ({"device_type": "xpu"}, "CUDA devices"),
     ],
 )
 def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_size": 256}, {})
+    call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
     assert _dispatch.triton_refusals(call) == []
     (reason,) = _dispatch.triton_refusals(replace(call, **change))
     assert words in reason

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
+from vlattn_fast import _series
 from vlattn_fast import scores as S
 from vlattn_fast.reference.score_attention import score_map
-from vlattn_fast.streaming import _series
 
 F64 = torch.float64
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._library import masks, operators, unit_strides
+from vlattn_fast.cuda._shared_library import masks, operators, unit_strides
 
 
 def forward(

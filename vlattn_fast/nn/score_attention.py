@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import scores
-from ..ops._checks import check_bool, check_choice, check_number, check_tensor, describe
-from ..ops.score_attention import score_attention
+from vlattn_fast import scores
+from vlattn_fast._checks import check_bool, check_choice, check_number, check_tensor, describe
+from vlattn_fast.ops.score_attention import score_attention
 
 FIXED = ("dot", "scaled_dot", "cosine")
 LEARNED: dict[str, tuple[type, tuple[str, ...]]] = {

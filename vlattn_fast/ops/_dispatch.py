@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..cuda import _library
-from ._checks import check_choice
+from vlattn_fast._checks import check_choice
+from vlattn_fast.cuda import _shared_library
 
 BACKEND_NAMES = ("auto", "reference", "streaming", "triton", "cuda")
 
@@ -63,7 +63,7 @@ def triton_refusals(call: Call) -> list[str]:
         reasons.append("Triton kernels run on CUDA devices (on CPU tensors in Triton's interpreter, TRITON_INTERPRET=1)")
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append("Triton kernels take float16, bfloat16 and float32")
-    if max(call.sizes.get("head_size", 0), call.sizes.get("value_size", 0)) > 256:
+    if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
         reasons.append("Triton kernels take head sizes of at most 256")
     return reasons
 
@@ -74,9 +74,9 @@ Limits = Callable[[Call], list[tuple[str, bool]]]  # reasons, and whether each h
 def cuda_refusals(call: Call, limits: Limits) -> list[str]:
     """What a CUDA C++ kernel with these `limits` cannot run."""
     reasons = []
-    if not _library.library.exists:
+    if not _shared_library.library.exists:
         reasons.append("the CUDA C++ kernels are not built (`vlattn info` says why)")
-    if call.device_type != _library.library.device_type:
+    if call.device_type != _shared_library.library.device_type:
         reasons.append("the CUDA C++ kernels run on CUDA devices (on CPU tensors where they are built for the host, for tests)")
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")

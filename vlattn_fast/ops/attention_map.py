@@ -10,24 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import (
-    autocast,
+from vlattn_fast._checks import (
     check_bool,
     check_choice,
     check_floating,
     check_grad_output,
-    check_head_size,
+    check_head_dim,
     check_heads,
     check_masks,
     check_tensor,
     check_value,
     describe,
-    hide,
-    resolve_scale,
-    scaled_dot_default,
 )
-from ._dispatch import Call, load, select, table
-from ._library import define, not_differentiable
+from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast.ops._registration import define, not_differentiable
 
 BACKENDS = table("attention_map")
 RULES = ("attention", "gradient")
@@ -103,7 +100,7 @@ def attention_map(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    key, value = hide(key_mask, key, value)
+    key, value = mask_padding(key_mask, key, value)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
     return _forward_op(
         query, key, value, grad_output, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, chosen
@@ -146,7 +143,7 @@ def _check(
     check_heads(query, key, enable_gqa)
     if query.shape[1] == 0:
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
-    check_head_size(query, key)
+    check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     return Call(
         "attention_map",
@@ -155,8 +152,8 @@ def _check(
         {
             "queries": query.shape[2],
             "keys": key.shape[2],
-            "head_size": query.shape[3],
-            "value_size": 0 if value is None else value.shape[3],
+            "head_dim": query.shape[3],
+            "value_dim": 0 if value is None else value.shape[3],
         },
         {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize},
     )

@@ -5,45 +5,28 @@ Formula: reference/attention_statistics.py. O(N + M) memory: streaming/attention
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import (
+from vlattn_fast._checks import (
     FLOAT_DTYPES,
-    autocast,
     check_bool,
     check_device,
     check_floating,
-    check_head_size,
+    check_head_dim,
     check_heads,
     check_masks,
     check_tensor,
     describe,
-    hide,
-    resolve_scale,
-    scaled_dot_default,
 )
-from ._dispatch import Call, load, select, table
-from ._library import define, differentiable, once_differentiable
+from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.reference.attention_statistics import AttentionStatistics
 
 BACKENDS = table("attention_statistics")
-
-
-class AttentionStatistics(NamedTuple):
-    """Statistics of A (B,H,N,M), float32 (float64 for float64 input) but argmax."""
-
-    mass: Tensor
-    """(B,H,N,G): the attention of a query on each group of keys, sum_{j in g} A_ij."""
-    entropy: Tensor
-    """(B,H,N): -sum_j A_ij log A_ij in nats."""
-    maximum: Tensor
-    """(B,H,N): max_j A_ij."""
-    argmax: Tensor
-    """(B,H,N) int64: the first key with that weight; -1 for a query without a visible key."""
-    received: Tensor
-    """(B,H,M): the attention a key receives, sum_i row_weight_i A_ij."""
 
 
 def attention_statistics(
@@ -109,7 +92,7 @@ def attention_statistics(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    query, key = autocast(query, *hide(key_mask, key))
+    query, key = autocast(query, *mask_padding(key_mask, key))
     if key_groups is not None:
         key_groups = key_groups.expand(key.shape[0], -1)
     if row_weight is not None:
@@ -135,7 +118,7 @@ def _check(
     check_floating(query=query, key=key)
     check_bool(enable_gqa=enable_gqa)
     check_heads(query, key, enable_gqa)
-    check_head_size(query, key)
+    check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     if key_groups is not None:
         check_tensor("key_groups", key_groups, shape="(M) or (B, M)")
@@ -158,7 +141,7 @@ def _check(
         "attention_statistics",
         query.dtype,
         query.device.type,
-        {"queries": query.shape[2], "keys": key.shape[2], "head_size": query.shape[3]},
+        {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]},
         {"key_groups": key_groups is not None, "row_weight": row_weight is not None},
     )
 

@@ -13,32 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streaming._tiles import compute_dtype
-from ._checks import (
+from vlattn_fast._checks import (
     FLOAT_DTYPES,
-    autocast,
     check_bool,
     check_choice,
     check_device,
     check_floating,
     check_grad_output,
-    check_head_size,
+    check_head_dim,
     check_heads,
     check_masks,
     check_number,
     check_tensor,
     check_value,
     describe,
-    hide,
-    resolve_scale,
-    scaled_dot_default,
 )
-from ._dispatch import Call, load, select, table
-from ._library import define, differentiable, empty_rows_first, not_differentiable, once_differentiable, rows_first
+from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast.ops._registration import (
+    define,
+    differentiable,
+    empty_rows_first,
+    not_differentiable,
+    once_differentiable,
+    rows_first,
+)
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
-    sizes, size = call.sizes, max(call.sizes["head_size"], call.sizes["value_size"])
+    sizes, size = call.sizes, max(call.sizes["head_dim"], call.sizes["value_dim"])
     row = 2 * ((64 if size <= 64 else 128) * call.dtype.itemsize + 16)  # bytes of shared memory, in two tiles
     longest = max(sizes["queries"], sizes["keys"])
     return [
@@ -131,7 +134,7 @@ def relevancy_attention(
             enable_gqa=enable_gqa,
         )
         return out, moved
-    key, value = hide(key_mask, key, value)
+    key, value = mask_padding(key_mask, key, value)
     out, moved, _ = _forward_op(
         query, key, value, carrier, *weights, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
     )
@@ -199,7 +202,7 @@ def relevancy_step(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    key, value = hide(key_mask, key, value)
+    key, value = mask_padding(key_mask, key, value)
     return _step_op(
         relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
     )
@@ -319,7 +322,7 @@ def _check(
     check_bool(row_normalize=row_normalize, enable_gqa=enable_gqa)
     check_choice("rule", rule, RULES)
     check_heads(query, key, enable_gqa)
-    check_head_size(query, key)
+    check_head_dim(query, key)
     if value is not None:
         check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
         check_floating(query=query, value=value)
@@ -339,8 +342,8 @@ def _check(
         {
             "queries": query.shape[2],
             "keys": key.shape[2],
-            "head_size": query.shape[3],
-            "value_size": 0 if value is None else value.shape[3],
+            "head_dim": query.shape[3],
+            "value_dim": 0 if value is None else value.shape[3],
             "rows": carrier.shape[1],
         },
         {"rule": rule, "row_normalize": row_normalize},

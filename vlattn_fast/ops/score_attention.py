@@ -10,23 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import scores
-from ..streaming import _sdpa
-from ..streaming._tiles import Masks
-from ._checks import (
-    autocast,
-    check_bool,
-    check_floating,
-    check_heads,
-    check_masks,
-    check_number,
-    check_tensor,
-    check_value,
-    hide,
-    resolve_scale,
-)
-from ._dispatch import Call, load, select, table, triton_refusals
-from ._library import define, differentiable, empty_rows_first, once_differentiable, rows_first
+from vlattn_fast import scores
+from vlattn_fast._checks import check_bool, check_floating, check_heads, check_masks, check_number, check_tensor, check_value
+from vlattn_fast._tensors import autocast, mask_padding, resolve_scale
+from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
+from vlattn_fast.ops._registration import define, differentiable, empty_rows_first, once_differentiable, rows_first
+from vlattn_fast.streaming import _sdpa
+from vlattn_fast.streaming._tiles import Masks
 
 
 def _triton_refusals(call: Call) -> list[str]:
@@ -45,7 +35,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
         ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "Additive" or call.flags["series"]),
         ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
         ("the CUDA C++ kernel takes at most 128 hidden units", call.sizes["features"] > 128),
-        ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_size"] > 128),
+        ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_dim"] > 128),
     ]
 
 
@@ -112,7 +102,7 @@ def score_attention(
             return_lse=return_lse,
         )
     (out_dtype,) = (x.dtype for x in autocast(query))
-    (key,), (value,) = hide(key_mask, key, fill=score.hidden_key), hide(key_mask, value)
+    (key,), (value,) = mask_padding(key_mask, key, fill=score.hidden_key), mask_padding(key_mask, value)
     core = score.core(query, key)
     query, key, value, vector = core.query, core.key, value.to(out_dtype), core.vector
     if core.keeps_dtype:
@@ -188,8 +178,8 @@ def _check(
         {
             "queries": query.shape[2],
             "keys": key.shape[2],
-            "head_size": query.shape[3],
-            "value_size": value.shape[3],
+            "head_dim": query.shape[3],
+            "value_dim": value.shape[3],
             "features": 2 * features if isinstance(score, scores.Hadamard) else features,
         },
         {"score": type(score).__name__, "series": series, "wide_series": series and not plain, "dropout": dropout_p > 0.0},

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import autocast, check_choice, check_device, check_floating, check_number, check_tensor, describe
-from ._dispatch import Call, load, select, table, triton_refusals
-from ._library import define, differentiable, once_differentiable
+from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe
+from vlattn_fast._tensors import autocast
+from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
+from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 
 
 def _triton_refusals(call: Call) -> list[str]:
@@ -98,8 +99,8 @@ def stacked_cross_attention(
                 lambda_lse=lambda_lse,
             )
     return _forward_op(
-        _hide(images, image_lengths),
-        _hide(captions, caption_lengths),
+        _mask_padding(images, image_lengths),
+        _mask_padding(captions, caption_lengths),
         caption_lengths,
         image_lengths,
         direction,
@@ -211,7 +212,7 @@ def _place(lengths: Tensor | None, of: Tensor) -> Tensor | None:
     return None if lengths is None else lengths.to(of.device).clamp(0, of.shape[1])
 
 
-def _hide(x: Tensor, lengths: Tensor | None) -> Tensor:
+def _mask_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     """(B,L,D) with the rows of padding set to zero: what stands there reaches no output and no gradient."""
     if lengths is None:
         return x

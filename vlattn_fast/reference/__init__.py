@@ -1,11 +1,11 @@
 """The formulas as the papers write them: whole maps, plain autograd, any device and floating dtype. The truth of the tests."""
 
-from .attention_map import attention_map
-from .attention_statistics import attention_statistics
-from .congruence import congruence_loss
-from .relevancy_attention import relevancy_attention, relevancy_step
-from .score_attention import score_attention
-from .stacked_cross_attention import damsm_similarity, stacked_cross_attention
+from vlattn_fast.reference.attention_map import attention_map
+from vlattn_fast.reference.attention_statistics import attention_statistics
+from vlattn_fast.reference.congruence_loss import congruence_loss
+from vlattn_fast.reference.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.reference.score_attention import score_attention
+from vlattn_fast.reference.stacked_cross_attention import damsm_similarity, stacked_cross_attention
 
 __all__ = [
     "attention_map",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._checks import additive
+from vlattn_fast._tensors import additive
 
 
 def attend(
@@ -34,15 +34,3 @@ def attend(
     prob = torch.where(empty, 0.0, torch.softmax(score, dim=-1))
     lse = torch.where(empty[..., 0], -torch.inf, torch.logsumexp(score, dim=-1))
     return prob, lse
-
-
-def hide(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """(B,Hkv,M,*) tensors with padding rows set to zero, so that NaN there stays there."""
-    if key_mask is None:
-        return tensors
-    return tuple(torch.where(key_mask[:, None, :, None], x, 0.0) for x in tensors)
-
-
-def share_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B,Hkv,M,D) repeated to (B,H,M,D): query head h reads key head h // (H / Hkv)."""
-    return x.repeat_interleave(num_heads // x.shape[1], dim=1) if x.shape[1] != num_heads else x

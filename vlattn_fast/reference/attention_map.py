@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._checks import resolve_scale, scaled_dot_default
-from ._softmax import attend, hide, share_heads
+from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.reference._softmax import attend
 
 
 def attention_map(
@@ -29,14 +29,14 @@ def attention_map(
     enable_gqa: bool = False,
 ) -> Tensor:
     """The formula behind vlattn_fast.attention_map; the same arguments and shapes, without `backend`."""
-    (key,) = hide(key_mask, key)
-    key = share_heads(key, query.shape[1])
+    (key,) = mask_padding(key_mask, key)
+    key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     per_head, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B,H,N,M)
     if rule == "gradient":
         assert value is not None and grad_output is not None
-        (value,) = hide(key_mask, value)
-        value = share_heads(value, query.shape[1])
+        (value,) = mask_padding(key_mask, value)
+        value = expand_heads(value, query.shape[1])
         per_head = torch.relu(per_head * (grad_output @ value.mT))  # dA = dO V^T
     match head_reduction:
         case "mean":

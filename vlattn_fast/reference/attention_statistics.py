@@ -6,12 +6,28 @@ M keys, G groups of keys; query (B,H,N,D), key (B,Hkv,M,D).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..ops._checks import resolve_scale, scaled_dot_default
-from ..ops.attention_statistics import AttentionStatistics
-from ._softmax import attend, hide, share_heads
+from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.reference._softmax import attend
+
+
+class AttentionStatistics(NamedTuple):
+    """Statistics of A (B,H,N,M), float32 (float64 for float64 input) but argmax."""
+
+    mass: Tensor
+    """(B,H,N,G): the attention of a query on each group of keys, sum_{j in g} A_ij."""
+    entropy: Tensor
+    """(B,H,N): -sum_j A_ij log A_ij in nats."""
+    maximum: Tensor
+    """(B,H,N): max_j A_ij."""
+    argmax: Tensor
+    """(B,H,N) int64: the first key with that weight; -1 for a query without a visible key."""
+    received: Tensor
+    """(B,H,M): the attention a key receives, sum_i row_weight_i A_ij."""
 
 
 def attention_statistics(
@@ -28,8 +44,8 @@ def attention_statistics(
     enable_gqa: bool = False,
 ) -> AttentionStatistics:
     """The formulas behind vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
-    (key,) = hide(key_mask, key)
-    key = share_heads(key, query.shape[1])
+    (key,) = mask_padding(key_mask, key)
+    key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B,H,N,M)
     if key_groups is None:

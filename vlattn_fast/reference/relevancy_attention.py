@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._checks import resolve_scale, scaled_dot_default
-from ._softmax import attend, hide, share_heads
+from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.reference._softmax import attend
 
 
 def relevancy_attention(
@@ -31,7 +31,7 @@ def relevancy_attention(
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, carrier'); in the backward pass r becomes r * a + (r * b) Abar."""
-    key, value = (share_heads(x, query.shape[1]) for x in hide(key_mask, key, value))
+    key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key, value))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
     return _Carry.apply(
@@ -56,14 +56,14 @@ def relevancy_step(
     enable_gqa: bool = False,
 ) -> Tensor:
     """relevancy @ Abar, (B,T,N) -> (B,T,M). `lse` is recomputed here, whatever is given."""
-    (key,) = (share_heads(x, query.shape[1]) for x in hide(key_mask, key))
+    (key,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
     grad_prob = None
     if rule == "gradient":
         if value is None or grad_output is None:
             raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-        (value,) = (share_heads(x, query.shape[1]) for x in hide(key_mask, value))
+        (value,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, value))
         grad_prob = grad_output @ value.mT
     return (relevancy.to(prob.dtype) @ head_mean(prob, grad_prob, row_normalize)).to(relevancy.dtype)
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import scores
-from ..ops._checks import resolve_scale
-from ._softmax import attend, hide, share_heads
+from vlattn_fast import scores
+from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale
+from vlattn_fast.reference._softmax import attend
 
 
 def score_attention(
@@ -33,7 +33,7 @@ def score_attention(
 ) -> Any:
     """The formula behind vlattn_fast.score_attention; the same arguments and shapes, without `backend`."""
     num_heads = query.shape[1]
-    key, value = (share_heads(x, num_heads) for x in hide(key_mask, key, value))
+    key, value = (expand_heads(x, num_heads) for x in mask_padding(key_mask, key, value))
     score = scores.resolve(score)
     logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score_map(score, query, key)
     prob, lse = attend(logits, attn_mask, key_mask, is_causal)

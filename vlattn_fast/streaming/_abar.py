@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._tiles import Masks, Tiling, compute_dtype, probabilities
+from vlattn_fast._tensors import compute_dtype
+from vlattn_fast.streaming._tiles import Masks, Tiling, probabilities
 
 
 def abar_tile(

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._checks import additive
-from . import _tiles
-from ._tiles import Masks, expand_heads
+from vlattn_fast._tensors import additive, expand_heads
+from vlattn_fast.streaming import _tiles
+from vlattn_fast.streaming._tiles import Masks
 
 
 def takes(masks: Masks, scale: float) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops._checks import additive
+from vlattn_fast._tensors import additive
 
 TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
 
@@ -66,11 +66,6 @@ class Masks:
         return score
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Sums are taken in float32, in float64 where the input is float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def logsumexp(logits: Tensor) -> Tensor:
     """Over the last axis; -inf for a row without keys."""
     if logits.shape[-1] == 0:
@@ -97,13 +92,3 @@ def probabilities(logits: Tensor, lse: Tensor | None = None) -> Tensor:
 def softmax_backward(prob: Tensor, grad_prob: Tensor) -> Tensor:
     """The gradient at the logits of softmax rows, from that at the probabilities."""
     return prob * (grad_prob - (prob * grad_prob).sum(-1, keepdim=True))
-
-
-def expand_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B,Hkv,M,D) as (B,H,M,D): query head h reads key head h // (H / Hkv), as SDPA's enable_gqa."""
-    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
-
-
-def fold_heads(grad: Tensor, num_key_heads: int) -> Tensor:
-    """The sum over the query heads that share a key head: expand_heads' transpose."""
-    return grad if grad.shape[1] == num_key_heads else grad.unflatten(1, (num_key_heads, -1)).sum(2)

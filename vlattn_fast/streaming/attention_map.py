@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._abar import abar_tile
-from ._tiles import Masks, Tiling, compute_dtype, expand_heads
+from vlattn_fast._tensors import compute_dtype, expand_heads
+from vlattn_fast.streaming._abar import abar_tile
+from vlattn_fast.streaming._tiles import Masks, Tiling
 
 
 def forward(

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import _tiles
-from ._tiles import Masks, Tiling, compute_dtype, expand_heads, fold_heads, probabilities, softmax_backward
+from vlattn_fast._tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast.streaming import _tiles
+from vlattn_fast.streaming._tiles import Masks, Tiling, probabilities, softmax_backward
 
 
 def forward(

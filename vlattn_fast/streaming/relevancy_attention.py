@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import score_attention
-from ._abar import abar_tile
-from ._tiles import Masks, Tiling, compute_dtype, expand_heads
+from vlattn_fast._tensors import compute_dtype, expand_heads
+from vlattn_fast.streaming import score_attention
+from vlattn_fast.streaming._abar import abar_tile
+from vlattn_fast.streaming._tiles import Masks, Tiling
 
 
 def forward(

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import _sdpa
-from ._dropout import keep_factor
-from ._scores import score_tile, score_tile_backward
-from ._tiles import Masks, Tiling, compute_dtype, expand_heads, fold_heads, logsumexp, probabilities
+from vlattn_fast._tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast.streaming import _sdpa
+from vlattn_fast.streaming._dropout import keep_factor
+from vlattn_fast.streaming._scores import score_tile, score_tile_backward
+from vlattn_fast.streaming._tiles import Masks, Tiling, logsumexp, probabilities
 
 
 def forward(

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _tiles
-from ._tiles import compute_dtype, softmax_backward
+from vlattn_fast._tensors import compute_dtype
+from vlattn_fast.streaming import _tiles
+from vlattn_fast.streaming._tiles import softmax_backward
 
 EPS = 1e-8  # of SCAN's norms and cosine
 
@@ -238,7 +239,7 @@ class _Tile:
 def _normalize(rule: _Rule, score: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Each context's column over the queries (axis 2), and its norm; the scores of padding are 0, which norms do not see."""
     if rule.norm == "softmax":
-        return torch.softmax(_hide(score, mask, -torch.inf), dim=2), None
+        return torch.softmax(_mask_padding(score, mask, -torch.inf), dim=2), None
     if rule.clips:
         score = F.leaky_relu(score, 0.1)
     if rule.norm is None:
@@ -259,25 +260,25 @@ def _normalize_backward(rule: _Rule, grad: Tensor, score: Tensor, normal: Tensor
 def _aggregate(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
     """(x,y,n) to (x,y)."""
     if rule.aggregation == "logsumexp":
-        return torch.logsumexp(rule.lambda_lse * _hide(cosine, mask, -torch.inf), dim=-1) / rule.lambda_lse
+        return torch.logsumexp(rule.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1) / rule.lambda_lse
     if rule.aggregation == "max":
-        return _hide(cosine, mask, -torch.inf).amax(-1)
+        return _mask_padding(cosine, mask, -torch.inf).amax(-1)
     return (cosine * _aggregate_backward(rule, cosine, mask)).sum(-1)
 
 
 def _aggregate_backward(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
     """The derivative of the aggregate by each cosine, (x,y,n)."""
     if rule.aggregation == "logsumexp":
-        return torch.softmax(rule.lambda_lse * _hide(cosine, mask, -torch.inf), dim=-1)
+        return torch.softmax(rule.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1)
     if rule.aggregation == "max":
-        cosine = _hide(cosine, mask, -torch.inf)
+        cosine = _mask_padding(cosine, mask, -torch.inf)
         ones = (cosine == cosine.amax(-1, keepdim=True)).to(cosine.dtype)
     else:
-        ones = _hide(torch.ones_like(cosine), mask, 0.0)
+        ones = _mask_padding(torch.ones_like(cosine), mask, 0.0)
     return ones if rule.aggregation == "sum" else ones / ones.sum(-1, keepdim=True)
 
 
-def _hide(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
+def _mask_padding(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
     """(x,y,n) or (x,y,n,m) with `value` at padding of the query sets, mask (y,n)."""
     if mask is None:
         return x

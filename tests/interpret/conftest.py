@@ -1,0 +1,19 @@
+"""The fixture that builds a small random model of the family a test names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests.interpret.cases import CASES, Case, lively  # noqa: E402
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    """The case named by the test's parameter, its model in eval mode."""
+    torch.manual_seed(0)
+    made = CASES[request.param]()
+    lively(made.model).eval()
+    return made

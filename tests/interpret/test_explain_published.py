@@ -1,0 +1,299 @@
+"""`explain` against the published full-matrix procedure, every method on every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.interpret.cases import (
+    LLAMA,
+    TEXT,
+    VISION,
+    Case,
+    TowerCase,
+    attention_mask,
+    first_row,
+    in_double,
+    last_real_row,
+    lively,
+    next_token,
+    published,
+    qwen2_5_vl,
+)
+from vlattn_fast.interpret import FAMILIES, Family, Tower, explain
+
+METHODS = ("gradient", "weighted", "rollout", "attention", "gradcam")
+CASES = ("clip", "siglip", "vit", "dinov2", "bert", "llava", "qwen2_5_vl", "uniter")
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference as a share of the largest wanted value."""
+    assert got.shape == want.shape
+    return float((got - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_equals_published_procedure(case, method):
+    want = published(case, method)
+    explanation = explain(case.model, case.inputs, method=method)
+    assert list(explanation.relevancy) == list(case.towers)
+    for tower, row in want.items():
+        assert row.count_nonzero() > (0 if method == "gradcam" else row.numel() // 3)
+        # The weights of "weighted" are quotients of sums that cancel: float32 rounding grows, float64 (below) shows equality.
+        assert difference(explanation.relevancy[tower], row) < (1e-4 if method == "weighted" else 1e-5)
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted", "rollout"])
+@pytest.mark.parametrize("start_layer", [-1, 1])
+@pytest.mark.parametrize("case", ["clip", "siglip", "bert", "llava"], indirect=True)
+def test_start_layer(case, method, start_layer):
+    want = published(case, method, start_layer)
+    explanation = explain(case.model, case.inputs, method=method, start_layer=start_layer)
+    for tower, row in want.items():
+        assert difference(explanation.relevancy[tower], row) < (1e-4 if method == "weighted" else 1e-5)
+
+
+@pytest.mark.parametrize("case", ["clip", "bert"], indirect=True)
+def test_layers_matter(case):
+    whole = explain(case.model, case.inputs)
+    last = explain(case.model, case.inputs, start_layer=-1)
+    for tower, row in whole.relevancy.items():
+        assert difference(last.relevancy[tower], row) > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_double_precision(case, method):
+    inputs = in_double(case)
+    want = published(case, method, inputs=inputs, form="literal")
+    explanation = explain(case.model, inputs, method=method)
+    for tower, row in want.items():
+        assert explanation.relevancy[tower].dtype == torch.float64
+        assert difference(explanation.relevancy[tower], row) < 1e-12
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_scores_are_the_models(case):
+    with torch.no_grad():
+        want = case.score(case.model(**case.inputs), case.inputs)
+    torch.testing.assert_close(explain(case.model, case.inputs).scores, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_image_and_text_are_cut_out_of_the_rows(case):
+    explanation = explain(case.model, case.inputs)
+    facts = case.facts
+    if "images" in facts:
+        assert [tuple(part.shape) for part in explanation.image] == facts["images"]
+        first = explanation.relevancy["language"][0][case.inputs["input_ids"][0] == 55]
+        assert torch.equal(explanation.image[0].flatten(), first)
+    elif "image" in facts:
+        assert tuple(explanation.image.shape) == facts["image"]
+        row = next(iter(explanation.relevancy.values()))
+        if "language" in explanation.relevancy:
+            patches = row[case.inputs["input_ids"] == 55]
+        else:
+            patches = row[:, row.shape[1] - explanation.image[0].numel() :]
+        assert torch.equal(explanation.image.flatten(), patches.flatten())
+    else:
+        assert explanation.image is None
+    if "regions" in facts:
+        assert tuple(explanation.regions.shape) == facts["regions"]
+        assert torch.equal(explanation.regions, explanation.relevancy["joint"][:, -facts["regions"][1] :])
+        assert torch.equal(explanation.boxes, case.inputs["region_positions"][..., :4])
+    if "text" in facts:
+        assert tuple(explanation.text.shape) == facts["text"]
+        assert explanation.token_ids == facts["tokens"]
+        ids = case.inputs["input_ids"]
+        row = list(explanation.relevancy.values())[-1][:, : ids.shape[1]]
+        for b, words in enumerate(explanation.token_ids):
+            values = explanation.text[b, : len(words)].tolist()
+            assert all((row[b][ids[b] == word] == value).any() for word, value in zip(words, values, strict=True))
+            assert (explanation.text[b, len(words) :] == 0).all()
+    else:
+        assert explanation.text is None and explanation.tokens is None
+
+
+# --- what the eight families do not reach ---
+
+
+def test_additive_masks():
+    """A model without SDPA support gets eager attention's float masks; padding must still be respected."""
+    torch.manual_seed(0)
+    config = transformers.AlignTextConfig(**TEXT, max_position_embeddings=16)
+    model = lively(transformers.AlignTextModel(config)).eval()
+    assert not model._supports_sdpa
+    ids = torch.randint(5, 50, (2, 8))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["attention_mask"][1, 5:] = 0
+    place = TowerCase("encoder.layer", "attention.self", "attention", "attention.output.LayerNorm", first_row, attention_mask)
+    case = Case(model, inputs, {"text": place}, lambda o, i: o.pooler_output.square().sum(-1))
+    tower = Tower("text", "", "encoder.layer", "attention.self", "cls", "bert_text", "attention.output.dense", "attention")
+    FAMILIES["AlignTextModel"] = Family((tower,), "class")
+    try:
+        for method in METHODS:
+            got = explain(model, inputs, method=method, target=lambda o: case.score(o, inputs))
+            assert difference(got.relevancy["text"], published(case, method)["text"]) < (1e-4 if method == "weighted" else 1e-5)
+    finally:
+        del FAMILIES["AlignTextModel"]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_sliding_window(padded):
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        **TEXT,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    model = lively(transformers.Qwen2ForCausalLM(config)).eval()
+    ids = torch.randint(3, 50, (2, 12))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if padded:
+        inputs["attention_mask"][1, 9:] = 0
+    place = TowerCase("model.layers", "self_attn", "", "post_attention_layernorm", last_real_row, attention_mask)
+    case = Case(model, inputs, {"language": place}, next_token)
+    for method in METHODS:
+        got, want = explain(model, inputs, method=method), published(case, method)["language"]
+        assert difference(got.relevancy["language"], want) < (1e-4 if method == "weighted" else 1e-5)
+    assert (explain(model, inputs, method="attention").relevancy["language"] > 0).sum(-1).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("case", ["clip"], indirect=True)
+def test_old_clip_takes_the_largest_id_as_end_of_text(case):
+    want = explain(case.model, case.inputs)
+    case.model.config.text_config.eos_token_id = case.model.text_model.eos_token_id = 2
+    got = explain(case.model, case.inputs)
+    torch.testing.assert_close(got.text, want.text)
+    assert got.token_ids == want.token_ids
+
+
+@pytest.mark.parametrize("case", ["llava"], indirect=True)
+def test_several_images_in_a_prompt(case):
+    ids = torch.randint(3, 50, (2, 40))
+    ids[0, 1:17], ids[0, 18:34], ids[1, 5:21] = 55, 55, 55
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(3, 3, 24, 24)}
+    got = explain(case.model, inputs)
+    assert got.image.shape == (3, 4, 4) and got.image_rows == [0, 0, 1]
+    row = got.relevancy["language"]
+    for image, (b, start) in zip(got.image, ((0, 1), (0, 18), (1, 5)), strict=True):
+        assert torch.equal(image.flatten(), row[b, start : start + 16])
+    assert got.text.shape == (2, 24) and len(got.tokens[0]) == 8
+
+
+@pytest.mark.parametrize("case", ["llava"], indirect=True)
+def test_cls_token_of_the_vision_tower_in_the_prompt(case):
+    case.model.config.vision_feature_select_strategy = "full"
+    ids = torch.randint(3, 50, (1, 24))
+    ids[0, 3:20] = 55
+    got = explain(case.model, {"input_ids": ids, "pixel_values": torch.randn(1, 3, 24, 24)})
+    assert torch.equal(got.image.flatten(), got.relevancy["language"][0, 4:20])
+    ids[0, 19] = 7
+    with pytest.raises(ValueError, match="do not add up|do not match"):
+        explain(case.model, {"input_ids": ids, "pixel_values": torch.randn(1, 3, 24, 24)})
+
+
+def others():
+    t = transformers
+    ids, pixels = torch.randint(3, 50, (2, 6)), torch.randn(2, 3, 24, 24)
+    ids[:, -1] = 58
+    text, image, prompt = {"input_ids": ids}, {"pixel_values": pixels}, qwen2_5_vl().inputs
+    clip_text = t.CLIPTextConfig(**TEXT, max_position_embeddings=12, bos_token_id=57, eos_token_id=58, pad_token_id=0)
+    siglip_text = t.SiglipTextConfig(**TEXT, max_position_embeddings=8, bos_token_id=57, eos_token_id=58, pad_token_id=1)
+    registers = t.Dinov2WithRegistersConfig(**VISION, num_labels=3, num_register_tokens=2)
+    qwen2_vl = t.Qwen2VLConfig(
+        text_config=dict(LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
+        vision_config=dict(
+            depth=2,
+            embed_dim=32,
+            hidden_size=32,
+            num_heads=4,
+            mlp_ratio=2,
+            patch_size=4,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+        ),
+        image_token_id=55,
+        video_token_id=56,
+        vision_start_token_id=53,
+        vision_end_token_id=54,
+    )
+    return [
+        (t.CLIPTextModel(clip_text), text, "text", 4),
+        (t.CLIPTextModelWithProjection(clip_text), text, "text", 4),
+        (t.SiglipTextModel(siglip_text), text, "text", 5),
+        (t.SiglipVisionModel(t.SiglipVisionConfig(**VISION)), image, "image", 4),
+        (t.ViTModel(t.ViTConfig(**VISION)), image, "image", 4),
+        (t.Dinov2Model(t.Dinov2Config(**VISION)), image, "image", 4),
+        (t.Dinov2WithRegistersModel(registers), image, "image", 4),
+        (t.Dinov2WithRegistersForImageClassification(registers), image, "image", 4),
+        (t.BertModel(t.BertConfig(**TEXT)), text, "text", 4),
+        (t.BertForNextSentencePrediction(t.BertConfig(**TEXT)), text, "text", 4),
+        (t.LlamaForCausalLM(t.LlamaConfig(**LLAMA)), text, "text", 6),
+        (t.Qwen2VLForConditionalGeneration(qwen2_vl), prompt, "text", 6),
+    ]
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_every_other_record_fits_its_model(index):
+    """All methods reach all layers of the classes that share a tower with a tested family."""
+    torch.manual_seed(0)
+    model, inputs, part, length = others()[index]
+    lively(model)
+
+    def score(outputs):
+        return next(outputs[name] for name in ("logits", "pooler_output", "text_embeds") if name in outputs).flatten(1)[:, 0]
+
+    for method in METHODS:
+        got = explain(model, inputs, method=method, target=score)
+        assert getattr(got, part).shape[:2] == (2, length)
+        assert all(row.isfinite().all() and row.shape[0] == 2 for row in got.relevancy.values())
+        assert method == "gradcam" or all(row.count_nonzero() > 0 for row in got.relevancy.values())
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted", "gradcam"])
+@pytest.mark.parametrize("case", ["clip", "siglip"], indirect=True)
+def test_autocast(case, method):
+    want = explain(case.model, case.inputs, method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = explain(case.model, case.inputs, method=method)
+    for tower, row in want.relevancy.items():
+        assert got.relevancy[tower].dtype == torch.float32
+        assert difference(got.relevancy[tower], row) < 0.3
+
+
+def test_position_bias_is_added_to_the_mask():
+    """The contract of transformers' newest argument, against a score written out."""
+    from vlattn_fast.interpret.taps import _taps, attention_function
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 5, 8)
+    bias, visible = torch.randn(1, 4, 5, 5), torch.rand(2, 1, 5, 5) > 0.3
+    visible[..., 0] = True
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    scores = query @ key.transpose(-1, -2) * 0.3 + bias
+
+    class Tap:
+        def attend(self, module, query, key, value, masks):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, **masks)
+
+    module = torch.nn.Identity()
+    token = _taps.set({module: Tap()})
+    try:
+        nothing = torch.zeros_like(causal)
+        for mask, is_causal, hidden in ((None, False, nothing), (None, True, ~causal), (visible, None, ~visible)):
+            out, _ = attention_function(module, query, key, value, mask, scaling=0.3, is_causal=is_causal, position_bias=bias)
+            want = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+            torch.testing.assert_close(out, want.transpose(1, 2))
+        added = torch.randn(2, 1, 5, 5)
+        out, _ = attention_function(module, query, key, value, added, scaling=0.3, position_bias=bias)
+        torch.testing.assert_close(out, ((scores + added).softmax(-1) @ value).transpose(1, 2))
+        for refused in ({"softcap": 3.0}, {"s_aux": bias}, {"cache": object()}, {"cu_seq_lens_q": bias}, {"sliding_window": 2}):
+            with pytest.raises(ValueError, match=next(iter(refused)).replace("_", "[_ ]")):
+                attention_function(module, query, key, value, None, scaling=0.3, **refused)
+    finally:
+        _taps.reset(token)

@@ -1,0 +1,57 @@
+"""Who may import whom: a file imports from its own floor or from a floor below, and no two files import each other."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = (
+    ("_checks", "_tensors", "_series", "_extras", "_tolerance", "scores", "reference"),
+    ("streaming", "sdpa", "cuda", "kernels"),
+    ("ops",),
+    ("nn", "models", "interpret", "probe", "lab", "verify", "_fuzz"),
+    ("benchmarks", "_cost", "_demo"),
+    ("cli", "__init__", "__main__"),
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+
+
+def imports() -> dict[str, set[str]]:
+    """Each module of the package with those that it imports, also inside functions and for type checkers."""
+    folders = {
+        "vlattn_fast": ROOT / "vlattn_fast",
+        "vlattn_fast.kernels": ROOT / "kernels",
+        "vlattn_fast.benchmarks": ROOT / "benchmarks",
+    }
+    files = {
+        ".".join([package, *file.relative_to(folder).with_suffix("").parts]): file
+        for package, folder in folders.items()
+        for file in sorted(folder.rglob("*.py"))
+        if not file.name.startswith("test_")
+    }
+    edges: dict[str, set[str]] = {}
+    for module, file in files.items():
+        edges[module] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{module} imports relatively, line {node.lineno}"
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vlattn_fast"):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                edges[module] |= {name if name in files else str(node.module) for name in names}
+    packages = {module.removesuffix(".__init__"): module for module in files if module.endswith(".__init__")}
+    return {module: {packages.get(name, name) for name in names} - {module} for module, names in edges.items()}
+
+
+def test_no_import_runs_upwards() -> None:
+    upwards = [
+        f"{module} imports {name}"
+        for module, names in imports().items()
+        for name in names
+        if FLOOR[module.split(".")[1]] < FLOOR[name.split(".")[1]]
+    ]
+    assert not upwards, "\n".join(upwards)
+
+
+def test_no_two_files_import_each_other() -> None:
+    graphlib.TopologicalSorter(imports()).prepare()  # raises CycleError, which names the circle

@@ -1,0 +1,80 @@
+"""The library of CUDA C++ kernels: where it is, what it runs on, and what every call is prepared with.
+
+Whether a call can run is asked of the file's presence alone; it is loaded, and registers torch.ops.vlattn_cuda, when first used.
+VLATTN_CUDA_LIBRARY names another file than the installed one: a build of one's own, or libvlattn_host.so, which is made of the
+same sources for CPU tensors, for tests (see CMakeLists.txt).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._tensors import additive, unit_stride
+
+INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
+
+
+class Library(NamedTuple):
+    """A file, with what refusals ask of it: torch.compile traces them, and could not look at a disk then."""
+
+    path: Path
+    exists: bool
+    device_type: str  # what it runs on
+
+
+def find(path: Path) -> Library:
+    return Library(path, path.exists(), "cpu" if path.name.startswith("libvlattn_host") else "cuda")
+
+
+library = find(Path(os.environ.get("VLATTN_CUDA_LIBRARY") or INSTALLED))
+
+
+def state() -> str:
+    """What is known of the library, for `vlattn info`: how it was built, or why it was not. setup.py wrote it down."""
+    path, exists, _ = library
+    if path != INSTALLED:
+        return f"{path}, named by VLATTN_CUDA_LIBRARY{'' if exists else ', is not there'}"
+    record = path.with_name("build.json")
+    found = json.loads(record.read_text()) if record.exists() else {}
+    if not exists:
+        unknown = f"it was, but {path.name} is gone" if found else "no `pip install` of this copy has tried"
+        return f"not built: {found.get('reason', unknown)}"
+    if "targets" not in found:
+        return "built by hand"
+    targets = ", ".join(map(_target, found["targets"]))
+    return f"built for {targets}, with nvcc {found['nvcc']} and the headers of torch {found['torch']}"
+
+
+def _target(name: str) -> str:
+    number, _, kind = name.partition("-")  # as CMake writes it: 90a-real
+    return f"PTX of compute_{number}" if kind == "virtual" else f"sm_{number}"
+
+
+@functools.cache
+def _load(file: Path) -> Any:
+    torch.ops.load_library(file)
+    return torch.ops.vlattn_cuda
+
+
+def operators() -> Any:
+    """torch.ops.vlattn_cuda"""
+    return _load(library.path)
+
+
+def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """`unit_stride` of those that are there."""
+    return tuple(None if x is None else unit_stride(x) for x in tensors)
+
+
+def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """attn_mask, bool or float32, as a view of (B,H,N,M), and key_mask (B,M) contiguous."""
+    if attn_mask is not None:
+        attn_mask = additive(attn_mask, torch.float32).expand(*query.shape[:3], key.shape[2])
+    return attn_mask, None if key_mask is None else key_mask.contiguous()

@@ -1,7 +1,0 @@
-"""Relevancy maps of whole models: a model and an input in, an `Explanation` out."""
-
-from vlattn_fast.explain._explain import explain
-from vlattn_fast.explain.explanation import Explanation
-from vlattn_fast.explain.families import FAMILIES, Family, Tower, register_family
-
-__all__ = ["FAMILIES", "Explanation", "Family", "Tower", "explain", "register_family"]

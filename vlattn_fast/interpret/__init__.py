@@ -1,0 +1,7 @@
+"""Relevancy maps of whole models: a model and an input in, an `Explanation` out."""
+
+from vlattn_fast.interpret._explain import explain
+from vlattn_fast.interpret.explanation import Explanation
+from vlattn_fast.interpret.families import FAMILIES, Family, Tower, register_family
+
+__all__ = ["FAMILIES", "Explanation", "Family", "Tower", "explain", "register_family"]

@@ -1,0 +1,180 @@
+"""The relevancy methods: which operator settings each one stands for, and the two that need no carrier.
+
+gradient, weighted and rollout are one recursion from the last layer to the first, r <- a*r + b*(r Abar)
+(Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row), and differ only in Abar, a and b. Raw attention and
+Grad-CAM read the last attention alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._tensors import expand_heads
+from vlattn_fast.ops.relevancy_attention import relevancy_residual
+
+Weighting = str | Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method uses the layers.
+
+    Args:
+        name: what the user writes.
+        rule: Abar of a layer: "gradient" = mean_h relu(A * dA), "attention" = mean_h A.
+        carries: threads a carrier through the layers; otherwise only the last attention is looked at.
+        needs_score: the gradient of a score enters.
+        row_normalize: each row of Abar divided by its sum.
+        residual_weight, attention_weight: a and b of the recursion.
+        weighted: a and b come from the residual sum behind each layer (after Huang et al. 2023, see `relevancy_residual`).
+    """
+
+    name: str
+    rule: str
+    carries: bool = True
+    needs_score: bool = True
+    row_normalize: bool = False
+    residual_weight: float = 1.0
+    attention_weight: float = 1.0
+    weighted: bool = False
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("gradient", "gradient"),
+        # The attention call sends back r Abar alone; what passes beside it is added at the residual sum.
+        Method("weighted", "gradient", row_normalize=True, residual_weight=0.0, weighted=True),
+        # Rollout divides A + I by its row sum, which is 2 wherever a row of A sums to one.
+        Method("rollout", "attention", needs_score=False, residual_weight=0.5, attention_weight=0.5),
+        Method("attention", "attention", carries=False, needs_score=False),
+        Method("gradcam", "gradient", carries=False),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """The record of a method; ValueError names the known ones."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {name!r}")
+    return METHODS[name]
+
+
+def check_weighting(weighting: Weighting) -> None:
+    """ValueError unless `weighting` is a known name or a callable."""
+    if not callable(weighting) and weighting not in ("contribution", "norm", "equal"):
+        raise ValueError(f"weighting: expected 'contribution', 'norm', 'equal' or a callable, got {weighting!r}")
+
+
+def weigh(stream: Tensor, branch: Tensor, carrier: Tensor, branch_carrier: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
+    """`relevancy_residual` at a sum y = stream + branch that the model forms where nobody can replace it.
+
+    The gradient at the sum is the gradient at the branch's output, so the operator's own sum stands behind that output: added
+    and taken away again in the forward pass, it brings g to the operator in the backward pass, and the attention behind it
+    waits until g has been there.
+
+    Args:
+        stream, branch: the two terms (B, N, C); stream without gradient.
+        carrier, branch_carrier: (B, T, N), the one that passed beside the attention and the one that went through it.
+
+    Returns:
+        The branch, unchanged, and the carrier behind the sum.
+    """
+    total, carrier = relevancy_residual(stream, branch, carrier, branch_carrier, weighting=weighting)
+    return branch.detach() + (total - total.detach()).to(branch.dtype), carrier
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One attention call kept for reading: tensors as the operators take them, and the leaf whose gradient is wanted."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    masks: dict[str, Any]
+    output: Tensor  # (B, N, H, D), or behind `projection` (B, N, C)
+    projection: Tensor | None = None  # (C, H*D): output = attention output @ projection.T + bias
+
+    def grad_output(self, grad: Tensor) -> Tensor:
+        """The gradient (B, H, N, D) at the attention's own output, from the gradient at `output`."""
+        if self.projection is not None:
+            batch, heads, _, dim = self.query.shape
+            grad = (grad @ self.projection.to(grad.dtype)).view(batch, -1, heads, dim)
+        return grad.transpose(1, 2)
+
+
+def raw_attention(rows: Tensor, call: Attended) -> Tensor:
+    """rows @ mean_h A of one attention call: (B, 1, N) -> (B, 1, M). Only the rows that are read are formed."""
+    key = expand_heads(call.key.to(rows.dtype), call.query.shape[1])
+    return _read(rows, call.query.to(rows.dtype), key, call.masks, lambda attention: attention.mean(1))
+
+
+def gradcam(rows: Tensor, call: Attended, grad_output: Tensor, real_queries: Tensor | None, real_keys: Tensor | None) -> Tensor:
+    """rows @ relu(mean_h w_h A_h) with w_h = mean_ij G_h, Grad-CAM on attention as the baseline of Chefer et al. has it.
+
+    mean_ij G_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map, and only the rows of A that are read are formed.
+
+    Args:
+        rows: (B, 1, N), the weights of the rows to read.
+        grad_output: (B, H, N, D), the gradient of the score at the attention's output.
+        real_queries, real_keys: bool (B, N) and (B, M), the ones the mean runs over, padding left out; None = all. Pairs that
+            a causal mask hides stay in the mean, as in the published code.
+
+    Returns:
+        (B, 1, M).
+    """
+    query, key, value = call.query, call.key, call.value
+    dtype = rows.dtype
+    query, grad_output = query.to(dtype), grad_output.to(dtype)
+    key, value = (expand_heads(tensor.to(dtype), query.shape[1]) for tensor in (key, value))
+    queries = torch.ones_like(rows[:, 0]) if real_queries is None else real_queries.to(dtype)
+    keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else real_keys.to(dtype)
+    gradient_sum = torch.einsum("bhnd,bn->bhd", grad_output, queries)
+    value_sum = torch.einsum("bhmd,bm->bhd", value, keys)
+    pairs = (queries.sum(-1) * keys.sum(-1)).clamp(min=1)
+    weights = (gradient_sum * value_sum).sum(-1) / pairs[:, None]
+
+    heads = query.shape[1]
+    return _read(rows, query, key, call.masks, lambda a: torch.einsum("bh,bhnm->bnm", weights, a).div(heads).relu())
+
+
+def _read(rows: Tensor, query: Tensor, key: Tensor, masks: dict[str, Any], combine: Callable[[Tensor], Tensor]) -> Tensor:
+    """rows (B, 1, N) @ combine(A), where combine takes some rows of A (B, H, R, M) to (B, R, M)."""
+    result = torch.zeros(rows.shape[0], 1, key.shape[2], dtype=rows.dtype, device=rows.device)
+    for index in _rows_to_read(rows):
+        result += rows.gather(2, index.unsqueeze(1)) @ combine(_attention_rows(query, key, index, masks))
+    return result
+
+
+def _rows_to_read(rows: Tensor, chunk: int = 128) -> list[Tensor]:
+    """Query indices (B, R) covering every non-zero entry of rows (B, 1, N): one row where each sample has one, else chunks."""
+    batch, _, count = rows.shape
+    if count == 0 or batch == 0:
+        return []
+    if bool(((rows != 0).sum(-1) <= 1).all()):
+        return [rows.abs().argmax(-1)]
+    return [part.expand(batch, -1) for part in torch.arange(count, device=rows.device).split(chunk)]
+
+
+def _attention_rows(query: Tensor, key: Tensor, index: Tensor, masks: dict[str, Any]) -> Tensor:
+    """Rows `index` (B, R) of the attention probabilities: (B, H, R, M); rows without a visible key are zero."""
+    batch, heads, _, dim = query.shape
+    count = key.shape[2]
+    chosen = query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim))
+    scale = dim**-0.5 if masks["scale"] is None else masks["scale"]
+    scores = chosen @ key.transpose(-1, -2) * scale
+    mask = masks["attn_mask"]
+    if mask is not None:
+        mask = mask.expand(batch, mask.shape[1], query.shape[2], count)
+        mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, count))
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    if masks["is_causal"]:
+        later = torch.arange(count, device=key.device) > index[:, None, :, None]
+        scores = scores.masked_fill(later, -torch.inf)
+    hidden = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(hidden, 0.0)

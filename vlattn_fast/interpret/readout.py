@@ -1,0 +1,153 @@
+"""Which rows of the relevancy matrix are read, and which of their entries are patches and words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.families import Tower
+from vlattn_fast.interpret.inputs import last_real, real_tokens
+
+
+def start_rows(tower: Tower, config: Any, inputs: Mapping[str, Any], like: Tensor) -> Tensor:
+    """The weights (B, 1, N) with which the recursion starts at the end of the tower.
+
+    Args:
+        like: (B, 1, N), the carrier that leaves the tower (behind a pooling head N is its number of probes).
+    """
+    rows = torch.zeros_like(like)
+    batch, _, count = like.shape
+    if tower.readout == "pool":
+        return rows.fill_(1.0)
+    if tower.readout in ("mean", "patch_mean"):
+        skipped = prefix_tokens(tower, config) if tower.readout == "patch_mean" else 0
+        rows[:, :, skipped:] = 1.0 / (count - skipped)
+        return rows
+    if tower.readout == "cls":
+        position = torch.zeros(batch, dtype=torch.long)
+    elif tower.readout == "last":
+        position = torch.full((batch,), count - 1)
+    elif tower.readout == "eot":
+        position = end_of_text(config, inputs)
+    else:
+        position = last_real(tower, inputs, (batch, count))
+    return rows.scatter_(2, position.to(rows.device)[:, None, None], 1.0)
+
+
+def end_of_text(config: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """(B,) the position CLIP pools: the first end-of-text token, which old configs (eos_token_id 2) take as the largest id."""
+    ids = _ids(inputs)
+    if ids is None:
+        raise ValueError("inputs: 'input_ids' is missing; CLIP's end-of-text position is read from them")
+    return ids.int().argmax(-1) if config.eos_token_id == 2 else (ids == config.eos_token_id).int().argmax(-1)
+
+
+def prefix_tokens(tower: Tower, config: Any) -> int:
+    """Tokens before the patches: CLS and registers."""
+    return tower.prefix + (getattr(config, "num_register_tokens", 0) or 0)
+
+
+# --- words ---
+
+
+def word_positions(tower: Tower, config: Any, inputs: Mapping[str, Any], ids: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
+    if tower.tokens == "patches":
+        return None
+    if tower.tokens == "clip_text":
+        position = torch.arange(ids.shape[1], device=ids.device)
+        return (position > 0) & (position < end_of_text(config, inputs)[:, None])
+    real = real_tokens(tower, inputs, shape)
+    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real[:, : ids.shape[1]].to(ids.device)
+    if tower.tokens in ("bert_text", "regions"):
+        # BERT's config does not name [SEP], but every sequence ends with it; [CLS] comes first.
+        last = ids.shape[1] - 1 - real.flip(-1).int().argmax(-1)
+        words = real & (ids != ids.gather(1, last[:, None]))
+        words[:, 0] = False
+    else:
+        words = real & ~torch.isin(ids, torch.tensor(sorted(_special_ids(config)), device=ids.device))
+    if words.shape[1] < shape[1]:
+        words = nn.functional.pad(words, (0, shape[1] - words.shape[1]))
+    return words
+
+
+def _special_ids(config: Any) -> set[int]:
+    names = ["bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id"]
+    names += ["vision_start_token_id", "vision_end_token_id"]
+    found: set[int] = set()
+    for part in (config, getattr(config, "text_config", None)):
+        for name in names:
+            value = getattr(part, name, None)
+            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return found
+
+
+def gather_words(relevancy: Tensor, words: Tensor, ids: Tensor) -> tuple[Tensor, list[list[int]]]:
+    """Entries (B, N) where words (B, N) is True, moved to the front: (B, T), zeros behind shorter texts, and their ids."""
+    rows = [row[mask.to(row.device)] for row, mask in zip(relevancy, words, strict=True)]
+    text = nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else relevancy[:, :0]
+    return text, [row[mask[: len(row)]].tolist() for row, mask in zip(ids, words, strict=True)]
+
+
+def _ids(inputs: Mapping[str, Any]) -> Tensor | None:
+    ids = inputs.get("input_ids")
+    return ids.view(-1, ids.shape[-1]) if isinstance(ids, Tensor) else None
+
+
+# --- patches ---
+
+
+Maps = tuple[Tensor | tuple[Tensor, ...], list[int]]
+
+
+def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: Tensor) -> Maps | None:
+    """The patch entries of relevancy (B, N) on their grids, and the row each grid belongs to.
+
+    Returns:
+        Maps (B, h, w); with several images in a prompt (images, h, w) in the order of the prompts; a tuple of (h, w) where
+        grids differ. None where the tower has no image.
+    """
+    if tower.tokens == "patches":
+        height, width = _patch_grid(config, inputs)
+        patches = relevancy[:, prefix_tokens(tower, config) :]
+        if patches.shape[1] != height * width:
+            raise ValueError(f"inputs: pixel_values give {height} x {width} patches, the tower has {patches.shape[1]}")
+        return patches.reshape(-1, height, width), list(range(len(patches)))
+    ids = _ids(inputs)
+    if tower.tokens != "image_text" or ids is None or inputs.get("pixel_values") is None:
+        return None
+    of_image = ids == config.image_token_id
+    flat = relevancy[of_image.to(relevancy.device)]
+    grids = _image_grids(config, inputs)
+    # A vision tower whose CLS token goes into the prompt too puts it before its patches.
+    prefix = int(len(flat) == sum(height * width + 1 for height, width in grids))
+    sizes = [height * width + prefix for height, width in grids]
+    if sum(sizes) != len(flat):
+        raise ValueError(f"inputs: grids {grids} do not add up to the {len(flat)} image tokens of the prompts")
+    maps = tuple(part[prefix:].reshape(grid) for part, grid in zip(flat.split(sizes), grids, strict=True))
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    rows = of_image.nonzero()[:, 0].tolist()
+    return torch.stack(maps) if len(set(grids)) == 1 else maps, [rows[first] for first in firsts]
+
+
+def _patch_grid(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    return _grid(config, inputs["pixel_values"].shape[-2:])
+
+
+def _grid(config: Any, size: Sequence[int]) -> tuple[int, int]:
+    patch = config.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return int(size[0]) // height, int(size[1]) // width
+
+
+def _image_grids(config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    thw, sizes = inputs.get("image_grid_thw"), inputs.get("image_sizes")
+    if sizes is not None:
+        return [_grid(config.vision_config, size) for size in torch.as_tensor(sizes).tolist()]
+    if thw is None:
+        return [_patch_grid(config.vision_config, inputs)] * inputs["pixel_values"].shape[0]
+    merge = config.vision_config.spatial_merge_size
+    return [(t * h // merge, w // merge) for t, h, w in thw.tolist()]

@@ -1,0 +1,386 @@
+"""Puts the relevancy operator where a model computes attention, for the length of one call, and takes it out again.
+
+transformers looks its attention function up by name, so two names are registered once per process and a run finds its own
+state through a context variable:
+
+- "vlattn" gets the masks SDPA gets (bool, or None where the pattern is causal or complete), for models that support SDPA;
+- "vlattn_additive" gets eager attention's float masks, for models that add the mask somewhere by hand as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._tensors import compute_dtype
+from vlattn_fast.interpret.families import Family, Tower, require_dispatch
+from vlattn_fast.interpret.methods import Attended, Method, Weighting, weigh
+from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
+
+SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
+
+_taps: contextvars.ContextVar[dict[nn.Module, TowerTap] | None] = contextvars.ContextVar("vlattn_taps", default=None)
+
+
+class TowerTap:
+    """What happens to one tower during a run: its layers in order, its carrier, and the attention call kept for reading.
+
+    Args:
+        tower: the record.
+        model: the whole model.
+        method, weighting: see `explain`.
+        start_layer: first layer that takes part; -1 = the last only.
+    """
+
+    def __init__(self, tower: Tower, model: nn.Module, method: Method, start_layer: int, weighting: Weighting) -> None:
+        self.tower, self.method, self.weighting = tower, method, weighting
+        self.root = _submodule(model, tower.path, tower)
+        self.config = getattr(self.root, "config", getattr(model, "config", None))
+        self.layers = list(_submodule(self.root, tower.layers, tower).children())
+        self.modules = [_submodule(layer, tower.attention, tower) for layer in self.layers]
+        prefix = ".".join(part for part in (tower.path, tower.layers) if part)
+        self.names = [f"{prefix}.{i}.{tower.attention}" for i in range(len(self.modules))]
+        for name, layer, module in zip(self.names, self.layers, self.modules, strict=True):
+            _refuse_others(name.removesuffix(f".{tower.attention}"), layer, module)
+        self.pooling = None if tower.pooling is None else _submodule(self.root, tower.pooling, tower)
+        count = len(self.modules)
+        if not -1 <= start_layer < count:
+            raise ValueError(f"start_layer: expected -1 (the last) to {count - 1} for tower '{tower.name}', got {start_layer}")
+        self.first = count - 1 if start_layer == -1 or not method.carries else start_layer
+        self.calls = 0
+        self.shape = (0, 0)  # (B, N)
+        self.carrier_in: Tensor | None = None
+        self.carrier: Tensor | None = None
+        self.branch_carrier: Tensor | None = None
+        self.stream: Tensor | None = None
+        self.kept: Attended | None = None
+
+    # --- the attention call ---
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
+        """(B, H, N, D) attention of one layer, the carrier going through it; layers must come once each, in order."""
+        layer = self.modules.index(module)
+        if layer != self.calls:
+            raise ValueError(f"model: attention '{self.names[layer]}' came as call {self.calls} of its tower instead of {layer}")
+        if query.shape[2] != key.shape[2]:
+            raise ValueError(
+                f"inputs: attention '{self.names[layer]}' has {query.shape[2]} queries and {key.shape[2]} keys; relevancy needs "
+                "the whole sequence in one forward pass, without past_key_values"
+            )
+        self.calls += 1
+        self.shape = (query.shape[0], query.shape[2])
+        last = layer == len(self.modules) - 1
+        if layer < self.first or (not self.method.carries and (self.pooling is not None or not last)):
+            return _attention(query, key, value, masks)
+        if not self.method.carries:
+            # The gradient is wanted at this output alone, so the graph starts here.
+            output = _attention(query, key, value, masks).transpose(1, 2).detach().requires_grad_()
+            self.kept = Attended(query.detach(), key.detach(), value.detach(), masks, output)
+            return output.transpose(1, 2)
+        return self._carry(query, key, value, masks)
+
+    def _carry(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
+        method = self.method
+        if self.carrier is None:
+            shape = (query.shape[0], 1, query.shape[2])
+            self.carrier_in = torch.zeros(shape, dtype=compute_dtype(query), device=query.device, requires_grad=True)
+            self.carrier = self.carrier_in
+        output, carrier = relevancy_attention(
+            query,
+            key,
+            value,
+            self.carrier,
+            rule=method.rule,
+            row_normalize=method.row_normalize,
+            residual_weight=method.residual_weight,
+            attention_weight=method.attention_weight,
+            **masks,
+        )
+        if method.weighted:
+            self.branch_carrier = carrier
+        else:
+            self.carrier = carrier
+        # Without a score the layers need no gradient between each other, only the carrier does.
+        return output if method.needs_score else output.detach()
+
+    # --- hooks ---
+
+    def install(self) -> Iterator[Any]:
+        """Hooks this method needs; yields their handles."""
+        if self.pooling is not None:
+            if not isinstance(self.pooling, nn.MultiheadAttention) or not self.pooling._qkv_same_embed_dim:
+                raise ValueError(f"model: pooling head '{self.tower.pooling}' is no nn.MultiheadAttention of one embedding size")
+            yield self.pooling.register_forward_hook(self._pool, with_kwargs=True)
+        if self.method.weighted:
+            for layer in self.layers[self.first :]:
+                stream = _submodule(layer, self.tower.stream, self.tower)
+                yield stream.register_forward_pre_hook(self._keep_stream, with_kwargs=True)
+                yield _submodule(layer, self.tower.branch, self.tower).register_forward_hook(self._weigh)
+
+    def _keep_stream(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs.get("hidden_states")
+        self.stream = None if stream is None else stream.detach()
+
+    def _weigh(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        branch = output[0] if isinstance(output, tuple) else output
+        if self.carrier is None or self.branch_carrier is None or self.stream is None or self.stream.shape != branch.shape:
+            raise ValueError(f"model: no residual sum found behind attention '{self.names[self.calls - 1]}'")
+        branch, self.carrier = weigh(self.stream, branch, self.carrier, self.branch_carrier, self.weighting)
+        self.branch_carrier = self.stream = None
+        return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+    def _pool(self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if kwargs.get("attn_mask") is not None or kwargs.get("key_padding_mask") is not None or len(args) != 3:
+            raise ValueError(f"model: pooling head '{self.tower.pooling}' was called with a mask, which is not supported")
+        query, key, value = _projected(module, *args)
+        masks = {"attn_mask": None, "is_causal": False, "scale": None, "enable_gqa": False}
+        pooled = output[0]
+        self.calls += 1
+        if self.method.carries:
+            pooled, self.carrier = PoolingRead.apply(
+                pooled, self.carrier, query, key, value, module.out_proj.weight, self.method.rule, self.method.row_normalize
+            )
+            return (pooled if self.method.needs_score else pooled.detach(), *output[1:])
+        pooled = pooled.detach().requires_grad_()
+        self.kept = Attended(query.detach(), key.detach(), value.detach(), masks, pooled, module.out_proj.weight.detach())
+        return (pooled, *output[1:])
+
+    # --- after the forward pass ---
+
+    def check(self) -> None:
+        """Raise ValueError, naming the module, if a layer did not go through this tap."""
+        expected = self.names if self.tower.pooling is None else [*self.names, self.tower.pooling]
+        if self.calls != len(expected):
+            raise ValueError(
+                f"model: attention '{expected[self.calls]}' ({len(expected) - self.calls} of {len(expected)} in tower "
+                f"'{self.tower.name}') was not called through the attention interface; nothing is explained without it"
+            )
+        if self.branch_carrier is not None:
+            raise ValueError(f"model: '{self.tower.branch}' of the last layer of tower '{self.tower.name}' was not called")
+
+    def carriers(self) -> tuple[Tensor, Tensor]:
+        """The carrier that entered the tower and the one that left it."""
+        if self.carrier_in is None or self.carrier is None or not self.carrier.requires_grad:
+            raise ValueError(f"model: tower '{self.tower.name}' ran with gradients switched off inside the model")
+        return self.carrier_in, self.carrier
+
+    def last_call(self) -> Attended:
+        """The last attention call, for methods that read no other."""
+        if self.kept is None:
+            raise ValueError(f"model: the last attention of tower '{self.tower.name}' was not called")
+        return self.kept
+
+
+class PoolingRead(torch.autograd.Function):
+    """Identity on an attention-pooling head's output; in the backward pass the probes' relevancy becomes the tokens', r Abar.
+
+    A probe is no token, so nothing passes beside the attention.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pooled: Tensor,
+        carrier: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        projection: Tensor,
+        rule: str,
+        row_normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(query, key, value, projection)
+        ctx.rule, ctx.row_normalize = rule, row_normalize
+        return pooled.view_as(pooled), carrier.new_zeros(carrier.shape[0], carrier.shape[1], query.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, projection = ctx.saved_tensors
+        call = Attended(query, key, value, {}, grad, projection)
+        grad_output = call.grad_output(grad) if ctx.rule == "gradient" else None
+        sent = relevancy_step(relevancy, query, key, value, grad_output, rule=ctx.rule, row_normalize=ctx.row_normalize)
+        return grad, sent, None, None, None, None, None, None
+
+
+def _projected(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The (B, H, N, D) query, key and value of an nn.MultiheadAttention call."""
+    weights = module.in_proj_weight.chunk(3)
+    biases = (None, None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    projected = []
+    for tensor, weight, bias in zip((query, key, value), weights, biases, strict=True):
+        tensor = tensor if module.batch_first else tensor.transpose(0, 1)
+        heads = nn.functional.linear(tensor.detach(), weight, bias).unflatten(-1, (module.num_heads, -1))
+        projected.append(heads.transpose(1, 2))
+    return projected[0], projected[1], projected[2]
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(query, key, value, **masks)
+
+
+def _refuse_others(path: str, layer: nn.Module, tapped: nn.Module) -> None:
+    """ValueError if a layer has an attention besides the tapped one, such as cross-attention: it would be left out silently."""
+    for name, module in layer.named_modules(prefix=path):
+        related = any(m is tapped for m in module.modules()) or any(m is module for m in tapped.modules())
+        if "Attention" in type(module).__name__ and not related:
+            kind = type(module).__name__
+            raise ValueError(f"model: attention '{name}' ({kind}) is not the self-attention that is known of its layer")
+
+
+def _submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"model: tower '{tower.name}' of {type(module).__name__} has no module '{path}'") from error
+
+
+# --- transformers' contract -----------------------------------------------------------------------------------------
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    *,
+    causal_by_module: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention contract: (B, H, N, D) in, ((B, N, H, D), None) out.
+
+    Without a mask, `is_causal` decides, then with `causal_by_module` (SDPA's rule) `module.is_causal`. A mask that is given
+    already has causality and windows in it. Dropout is off, since explained models run in eval mode.
+
+    Raises:
+        ValueError: an option the operator has no form of (softcap, attention sinks, paged or packed sequences), or an
+            attention module the run does not know.
+    """
+    taps = _taps.get()
+    tap = None if taps is None else taps.get(module)
+    if tap is None:
+        where = "outside of vlattn_fast.explain" if taps is None else "which belongs to no known layer of an explained tower"
+        raise ValueError(f"model: attention module {type(module).__name__} was called {where}")
+    refused = {"softcap": softcap, "s_aux": s_aux, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
+    for name, given in refused.items():
+        if given is not None:
+            raise ValueError(f"model: {type(module).__name__} uses {name}, which relevancy attention does not support")
+    if attention_mask is None and sliding_window is not None and sliding_window < key.shape[2]:
+        raise ValueError(f"model: {type(module).__name__} asks for a sliding window of {sliding_window} without giving a mask")
+
+    causal = attention_mask is None and query.shape[2] > 1
+    if causal:
+        causal = getattr(module, "is_causal", True) if is_causal is None and causal_by_module else bool(is_causal)
+    if position_bias is not None:
+        attention_mask, causal = _with_bias(position_bias, attention_mask, causal), False
+    masks = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    output = tap.attend(module, query, key, value, masks)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if causal:
+        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _sdpa_named(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return attention_function(*args, causal_by_module=True, **kwargs)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    for name, function, mask in ((SDPA_NAME, _sdpa_named, sdpa_mask), (ADDITIVE_NAME, attention_function, eager_mask)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, mask)
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, family: Family, method: Method, start_layer: int, weighting: Weighting) -> Iterator[list[TowerTap]]:
+    """The model with the taps of `family`'s towers in place; everything is put back on leaving, also by an exception."""
+    taps = [TowerTap(tower, model, method, start_layer, weighting) for tower in family.towers]
+    with contextlib.ExitStack() as stack:
+        for tap in taps:
+            if family.dispatch == "transformers":
+                stack.enter_context(_switched(tap))
+            else:
+                stack.enter_context(_replaced(tap))
+            for handle in tap.install():
+                stack.callback(handle.remove)
+        token = _taps.set({module: tap for tap in taps for module in tap.modules})
+        stack.callback(_taps.reset, token)
+        yield taps
+
+
+@contextlib.contextmanager
+def _switched(tap: TowerTap) -> Iterator[None]:
+    require_dispatch(tap.root, tap.tower.path)
+    _register()
+    held: list[Any] = [getattr(module, "config", None) for module in tap.root.modules()]
+    configs = {id(config): config for config in held if hasattr(config, "_attn_implementation_internal")}
+    name = SDPA_NAME if getattr(tap.root, "_supports_sdpa", False) else ADDITIVE_NAME
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config, _ in before:
+            # The public setter would also overwrite sub-configs, of towers that are to stay as they are.
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+@contextlib.contextmanager
+def _replaced(tap: TowerTap) -> Iterator[None]:
+    missing = object()
+    before: list[tuple[Any, Any]] = []
+    try:
+        module: Any
+        for name, module in zip(tap.names, tap.modules, strict=True):
+            if not callable(getattr(module, "attention_function", None)):
+                raise ValueError(f"model: '{name}' ({type(module).__name__}) has no attention_function to replace")
+            before.append((module, vars(module).get("attention_function", missing)))
+            module.attention_function = attention_function
+        yield
+    finally:
+        for module, function in before:
+            if function is missing:
+                del module.attention_function
+            else:
+                module.attention_function = function
+
+
+@contextlib.contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode with frozen parameters; mode of every module and requires_grad of every parameter are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,112 @@
+"""Congruence losses: CACR (Pandey et al., ACL 2023; compute_soft_iais of KhoomeiK/CACR, model/model.py:330-345) and IAIS (Ren
+et al., ACL 2021; singular and distributed, :300-328).
+
+Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, L text tokens, V image
+tokens, D head size. The blocks LL (B,L,L), VV (B,V,V), LV (B,L,V), VL (B,V,L) are four separate softmaxes, each over the keys of
+its own block, averaged over the heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._tensors import mask_padding, resolve_scale, scaled_dot_default
+
+EPSILON = 1e-6  # in the logarithms of iais_distributed
+
+
+def congruence_loss(
+    text: tuple[Tensor, Tensor],
+    image: tuple[Tensor, Tensor],
+    cross: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    *,
+    kind: str = "cacr",
+    direction: str = "both",
+    text_mask: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    scale: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The formula behind vlattn_fast.congruence_loss; the same arguments and shapes, without `backend`."""
+    (text_query, text_key), (image_query, image_key) = mask_padding(text_mask, *text), mask_padding(image_mask, *image)
+    if cross is None:
+        text_to_image, image_to_text = (text_query, image_key), (image_query, text_key)
+    else:
+        (cross_text_query, cross_image_key), (cross_image_query, cross_text_key) = cross
+        cross_text_query, cross_text_key = mask_padding(text_mask, cross_text_query, cross_text_key)
+        cross_image_query, cross_image_key = mask_padding(image_mask, cross_image_query, cross_image_key)
+        text_to_image, image_to_text = (cross_text_query, cross_image_key), (cross_image_query, cross_text_key)
+    batch, _, num_words, head_dim = text_query.shape
+    num_regions = image_query.shape[2]
+    words = text_mask if text_mask is not None else text_query.new_ones(batch, num_words, dtype=torch.bool)
+    regions = image_mask if image_mask is not None else text_query.new_ones(batch, num_regions, dtype=torch.bool)
+    scale = resolve_scale(scale, scaled_dot_default(head_dim))
+
+    loss = text_query.flatten(1)[:, :0].sum(1)  # zeros (B) that autograd knows
+    if num_words > 0 and num_regions > 0:
+        ll, vv = _logits(text_query, text_key, words, scale), _logits(image_query, image_key, regions, scale)
+        lv, vl = _logits(*text_to_image, regions, scale), _logits(*image_to_text, words, scale)
+        if direction in ("text", "both"):
+            loss = loss + _one_direction(kind, ll, vv, lv, vl, words, regions)
+        if direction in ("image", "both"):
+            loss = loss + _one_direction(kind, vv, ll, vl, lv, regions, words)
+    loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+    return loss.sum() / max(batch, 1) if reduction == "mean" else loss
+
+
+def _logits(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """Scores of a block (B,H,N,M), those of padded keys so low that their weight is 0."""
+    score = scale * query @ key.mT
+    return torch.where(columns[:, None, None, :], score, torch.finfo(score.dtype).min)
+
+
+def _one_direction(kind: str, own: Tensor, other: Tensor, cross: Tensor, back: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The loss (B) from the logits of `own` (LL for the text), `other` (VV), `cross` (LV) and `back` (VL).
+
+    rows, columns: real tokens of the two modalities. p is what the modality attends to, t what the other one says it should.
+    """
+    if kind == "cacr":
+        change = _block(cross).detach()
+        log_p = _log_softmax(_block(own), rows)
+        log_t = _log_softmax(change @ _block(other) @ change.mT, rows)
+        return _symmetric_kl(torch.exp(log_p), torch.exp(log_t), log_p, log_t, 0.0, rows, columns)
+    if kind == "iais_singular":
+        index = _block(cross).argmax(-1)  # the first of equals; no gradient
+        picked = _block(other).gather(1, index[:, :, None].expand(-1, -1, other.shape[3]))
+        picked = picked.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
+        log_t = _log_softmax(picked, rows)
+        # log(mean_h P) by logarithms, so that a weight that underflows gives no infinite loss and no NaN gradient
+        log_p = torch.logsumexp(torch.log_softmax(own, dim=-1), dim=1) - math.log(own.shape[1])
+        return _symmetric_kl(_block(own), torch.exp(log_t), log_p, log_t, 0.0, rows, columns)
+    p, t = _block(own), _block(cross) @ _block(back)
+    return _symmetric_kl(p, t, _log(p), _log(t), EPSILON, rows, columns)
+
+
+def _block(logits: Tensor) -> Tensor:
+    """Attention of a block, averaged over the heads after the softmax: (B,N,M)."""
+    return torch.softmax(logits, dim=-1).mean(1)
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x, and 0 where x is 0: only in 0 log 0."""
+    return torch.where(x > 0, torch.log(torch.where(x > 0, x, 1.0)), 0.0)
+
+
+def _log_softmax(x: Tensor, columns: Tensor) -> Tensor:
+    """Of each row (B,N,N), over the columns of real tokens."""
+    return torch.log_softmax(torch.where(columns[:, None, :], x, torch.finfo(x.dtype).min), dim=-1)
+
+
+def _symmetric_kl(p: Tensor, t: Tensor, log_p: Tensor, log_t: Tensor, epsilon: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """KLB(log(p + eps), t) + KLB(log(t + eps), p), KLB(log a, b) = sum_ij b (log b - log a) / number of rows: (B).
+
+    epsilon stands only in the logarithm of the first argument. A sample without text or without image tokens gives 0.
+    """
+    first_p = torch.log(p + epsilon) if epsilon else log_p
+    first_t = torch.log(t + epsilon) if epsilon else log_t
+    real = rows[:, :, None] & rows[:, None, :] & columns.any(1)[:, None, None]
+    terms = torch.where(real, t * (log_t - first_p) + p * (log_p - first_t), 0.0)
+    return terms.sum((1, 2)) / rows.sum(1).clamp(min=1)
