@@ -31,6 +31,7 @@ def imports() -> dict[str, set[str]]:
         for file in sorted(folder.rglob("*.py"))
         if not file.name.startswith("test_")
     }
+    packages = {module.removesuffix(".__init__"): module for module in files if module.endswith(".__init__")}
     edges: dict[str, set[str]] = {}
     for module, file in files.items():
         edges[module] = set()
@@ -38,8 +39,7 @@ def imports() -> dict[str, set[str]]:
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{module} imports relatively, line {node.lineno}"
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vlattn_fast"):
                 names = {f"{node.module}.{alias.name}" for alias in node.names}
-                edges[module] |= {name if name in files else str(node.module) for name in names}
-    packages = {module.removesuffix(".__init__"): module for module in files if module.endswith(".__init__")}
+                edges[module] |= {name if name in files or name in packages else str(node.module) for name in names}
     return {module: {packages.get(name, name) for name in names} - {module} for module, names in edges.items()}
 
 
