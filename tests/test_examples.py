@@ -1,0 +1,126 @@
+"""The scripts of examples/ and the notebook run, and what they print is true."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vlattn_fast as va
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TESTED = {
+    "explain_clip", "relevancy_in_your_transformer", "relevancy_behind_sdpa", "swap_score_function", "train_with_cacr",
+    "decoder_statistics",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(capsys):
+    def run(name: str) -> tuple[dict[str, Any], str]:
+        """The variables that the script leaves and what it prints."""
+        pytest.importorskip("sklearn")
+        variables = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return variables, capsys.readouterr().out
+
+    return run
+
+
+def test_every_example_has_a_test():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == TESTED
+
+
+def test_explain_clip(run):
+    pytest.importorskip("transformers")
+    got, printed = run("explain_clip")
+    logits = got["model"](**got["inputs"]).logits_per_image[0]
+    torch.testing.assert_close(got["clip"].scores, logits.detach())
+    assert (got["clip"].image > 0).any() and not torch.equal(got["clip"].image[0], got["clip"].image[1])
+    row, column = map(int, re.search(r"row (\d), column (\d)", printed).groups())
+    assert got["clip"].image[0, row, column] == got["clip"].image[0].max()
+    assert got["pointing"] > 0.85 and f"{got['pointing']:.0%} of 100 scenes" in printed
+
+
+def test_relevancy_in_your_transformer(run):
+    got, printed = run("relevancy_in_your_transformer")
+    assert got["accuracy"] > 0.95 and got["pointing"] > 0.9
+    assert f"in {got['pointing']:.0%} of 200" in printed
+
+
+def test_relevancy_behind_sdpa(run):
+    """r is the row of (I + Abar_L) ... (I + Abar_1) with the whole maps of the formula."""
+    got, printed = run("relevancy_behind_sdpa")
+    product = torch.eye(50)
+    with torch.no_grad():
+        for (query, key, value, _), gradient in zip(got["calls"], got["gradients"], strict=True):
+            abar = va.reference.attention_map(query, key, value, gradient, rule="gradient")
+            product = product + abar @ product
+    torch.testing.assert_close(got["relevancy"][:, 0], product[:, 0])
+    assert f"token {int(product[0, 0, 1:].argmax()) + 1:2}:" in printed.splitlines()[2]
+
+
+def test_swap_score_function(run):
+    got, printed = run("swap_score_function")
+    assert set(got["accuracy"]) == set(got["SCORES"])
+    assert min(got["accuracy"].values()) > 0.85, got["accuracy"]
+    torch.manual_seed(0)
+    start = got["Classifier"](got["SCORES"][-1]).attention.score.vector
+    assert not torch.equal(got["model"].attention.score.vector, start), "the score's parameters are not trained"
+    assert f"{got['accuracy']['additive']:.1%}" in printed
+
+
+def test_train_with_cacr(run):
+    got, printed = run("train_with_cacr")
+    (plain_accuracy, plain), (accuracy, cacr) = got["results"]["without CACR"], got["results"]["with CACR"]
+    assert plain_accuracy > 0.95 and accuracy > 0.95
+    assert cacr < plain / 5
+    assert f"{cacr:.1e} nats" in printed
+
+
+def test_decoder_statistics(run):
+    """The shares are those of the maps that eager attention returns."""
+    pytest.importorskip("transformers")
+    got, printed = run("decoder_statistics")
+    model = got["model"]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = model(inputs_embeds=got["embeddings"], use_cache=False, output_attentions=True).attentions
+    assert len(maps) == len(got["statistics"]) == 3
+    for attention, statistics in zip(maps, got["statistics"], strict=True):
+        torch.testing.assert_close(statistics.mass[..., 0], attention[..., :16].sum(-1))
+        torch.testing.assert_close(statistics.received, attention.sum(2))
+    assert f"{maps[1][0, 3, -1, :16].sum():.2f}" in printed.splitlines()[2]
+
+
+def notebook() -> dict[str, Any]:
+    return json.loads((EXAMPLES / "explain_clip.ipynb").read_text(encoding="utf-8"))
+
+
+def test_the_notebook_is_a_notebook():
+    book = notebook()
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5) and isinstance(book["metadata"], dict)
+    assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"])
+    for cell in book["cells"]:
+        assert cell["cell_type"] in ("markdown", "code") and isinstance(cell["metadata"], dict)
+        assert ("outputs" in cell and "execution_count" in cell) == (cell["cell_type"] == "code")
+
+
+def test_the_notebook_runs(capsys):
+    """Its code cells run in order, and what they print is what the notebook stores, up to the digits."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    variables: dict[str, Any] = {"__name__": "__main__"}
+    for cell in notebook()["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"explain_clip.ipynb, cell {cell['id']}", "exec"), variables)
+            stored = "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
+            assert words(capsys.readouterr().out) == words(stored)
+    assert variables["pointing"] > 0.85
+
+
+def words(text: str) -> str:
+    return re.sub(r"[\d.]+", "#", text)
