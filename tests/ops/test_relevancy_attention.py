@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import vlattn_fast as va
-from vlattn_fast.reference._softmax import attend, share_heads
+from vlattn_fast._tensors import expand_heads
+from vlattn_fast.reference._softmax import attend
 from vlattn_fast.reference.relevancy_attention import head_mean
 from vlattn_fast.streaming import _tiles
 
@@ -503,4 +504,4 @@ def test_head_mean_is_relu_before_the_mean() -> None:
 def test_attend_gives_rows_that_sum_to_one_or_zero() -> None:
     prob, lse = attend(torch.randn(B, H, N, N, dtype=F64), visible())
     torch.testing.assert_close(prob.sum(-1), (~torch.isneginf(lse)).double())
-    assert torch.equal(share_heads(torch.arange(2.0).view(1, 2, 1, 1), 4).flatten(), torch.tensor([0.0, 0, 1, 1]))
+    assert torch.equal(expand_heads(torch.arange(2.0).view(1, 2, 1, 1), 4).flatten(), torch.tensor([0.0, 0, 1, 1]))
