@@ -3,6 +3,7 @@
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
 # make report benchmarks/REPORT.md from the stored rows
 # These make their own environment in .venv first; an environment that is there already is completed and kept.
+# make docs   the site of docs/ into site/, in an environment of its own, which needs no torch; a warning is an error
 # make oldest the tests of the Triton kernels with the oldest Triton that is supported, in an environment of its own
 # make gate   what the Triton and CUDA C++ kernels compile to, stored anew in tests/compile_gate.json, tests/cuda_compile_table.json
 # make gpu    on a machine with a GPU, torch, triton and pytest: tests, sanitizer, benchmarks; PARTS="..." for some; installs nothing
@@ -16,7 +17,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test format lint venv bench report oldest gate gpu clean
+.PHONY: demo test format lint venv bench report docs oldest gate gpu clean
 
 demo: $(INSTALLED)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -40,6 +41,17 @@ bench: $(INSTALLED)
 
 report: $(INSTALLED)
 	@$(PY) -m vlattn_fast.benchmarks report
+
+docs: .venv-docs/.installed
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# Only the packages of the extra, since the pages read the package's source and do not import it. Needs Python 3.11 or newer.
+.venv-docs/.installed: pyproject.toml
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*project['optional-dependencies']['docs'], sep='\n')" > .venv-docs/requirements.txt
+	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --requirement .venv-docs/requirements.txt
+	@touch $@
 
 # That Triton's interpreter turns arrays of one element into numbers, which NumPy 2.4 refuses and 2.3 warns of.
 oldest:
@@ -73,4 +85,4 @@ $(INSTALLED): pyproject.toml setup.py
 	@if command -v flock >/dev/null; then flock $(VENV)/.lock sh -c "$$INSTALL"; else sh -c "$$INSTALL"; fi
 
 clean:
-	rm -rf build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build demo site *.egg-info .mypy_cache .ruff_cache .pytest_cache

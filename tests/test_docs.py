@@ -1,13 +1,23 @@
-"""What README and CONTRIBUTING name exists, and what they show runs."""
+"""What the documents name exists, what they show runs and prints what they say, and the site's pages are complete."""
 
+import importlib
+import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+import vlattn_fast as va
+
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-MADE = ("demo/", ".venv")  # by the commands themselves
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
+MADE = ("demo/", "site/", ".venv", ".venv-docs", "build/cuda/libvlattn_cuda.so")  # by the commands themselves
+OPERATORS = {
+    "score_attention", "relevancy_attention", "relevancy_step", "relevancy_residual", "attention_map", "attention_statistics",
+    "congruence_loss", "stacked_cross_attention", "damsm_similarity",
+}  # fmt: skip
 
 
 def text(name: str) -> str:
@@ -20,16 +30,23 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_path_exists(name):
-    """A path is what stands in backticks or a link and has a slash or a file's ending, and no blank."""
+    """A path is what stands in backticks and has a slash or a file's ending, and no blank; a link counts from its page.
+
+    A stored benchmark has a slash in its name, too.
+    """
     prose = re.sub(r"^```.*?^```$", "", text(name), flags=re.M | re.S)
-    found = {*re.findall(r"`([\w./-]+)`", prose), *re.findall(r"\]\(([\w./-]+)\)", prose)}
-    paths = {path for path in found if "/" in path or re.search(r"\.(py|md|toml|png|html|json)$", path)}
-    assert name == "CHANGELOG.md" or paths
-    missing = sorted(path for path in paths if path not in MADE and not (ROOT / path).exists())
-    assert not missing, f"{name} names {missing}"
+    named = {
+        path for path in re.findall(r"`([\w./-]+)`", prose) if "/" in path or re.search(r"\.(py|md|toml|png|html|json)$", path)
+    }
+    known = {*MADE, *(row["benchmark"] for row in json.loads(text("benchmarks/results/cpu.json")))}
+    missing = [path for path in named - known if not (ROOT / path).exists()]
+    for path in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", prose):
+        if not ((ROOT / name).parent / path).exists():
+            missing.append(path)
+    assert not missing, f"{name} names {sorted(missing)}"
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if blocks(name, "")])
 def test_every_command_exists(name):
     typer_main = pytest.importorskip("typer.main")
     from vlattn_fast import cli
@@ -40,25 +57,94 @@ def test_every_command_exists(name):
     assert lines
     for line in lines:
         program, subject, *rest = line.split("#")[0].split()
+        if program == "pip":
+            extras = re.search(r"\[(.+)\]", line)
+            assert extras and all(f"\n{extra} = [" in text("pyproject.toml") for extra in extras[1].split(",")), line
+            continue
         known = {"make": targets, "vlattn": commands}[program]
         assert subject in known, line
         if program == "vlattn":
             options = {option for parameter in commands[subject].params for option in parameter.opts}
             assert {word for word in rest if word.startswith("--")} <= options, line
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_in_a_sentence_exists(name):
+    typer_main = pytest.importorskip("typer.main")
+    from vlattn_fast import cli
+
+    known = {"make": set(re.findall(r"^(\w+):", text("Makefile"), re.M)), "vlattn": typer_main.get_command(cli.app).commands}
     for program, subject in re.findall(r"`(make|vlattn) (\w+)", text(name)):
-        assert subject in {"make": targets, "vlattn": commands}[program], subject
+        assert subject in known[program], f"{program} {subject}"
 
 
-@pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
-def test_the_readme_runs(number, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if blocks(name, "python")])
+def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
+    """The blocks of a page run in turn, and each `print(...)  # text` prints that text."""
     pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    code = blocks("README.md", "python")[number]
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    printed = capsys.readouterr().out.split("torch.Size(")[1:]
-    said = re.findall(r"print\(.*?\)\s+# \(([\d, ]+)\)", code)
-    assert [shape.split("])")[0].strip("[") for shape in printed] == said
-    assert (tmp_path / "relevancy.png").exists()
+    variables = {"__name__": "document"}
+    for number, code in enumerate(blocks(name, "python")):
+        exec(compile(code, f"{name}, block {number}", "exec"), variables)
+        said = re.findall(r"^ *print\(.*\)  # (.+)$", code, re.M)
+        assert len(said) == len(re.findall(r"^ *print\(", code, re.M)), "a print without its result beside it"
+        assert capsys.readouterr().out.splitlines() == said
+    if name == "README.md":
+        assert (tmp_path / "relevancy.png").exists()
+
+
+def test_every_public_call_has_a_page():
+    named = {name.removeprefix("vlattn_fast.") for page in PAGES for name in re.findall(r"^::: (\S+)$", text(page), re.M)}
+    assert OPERATORS <= named
+    assert OPERATORS == {name for name in va.__all__ if inspect.isfunction(getattr(va, name))} - {"explain"}
+    for name in named:
+        module, _, attribute = f"vlattn_fast.{name}".rpartition(".")
+        assert inspect.getdoc(getattr(importlib.import_module(module), attribute)), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS | {"explain"}))
+def test_docstrings_describe_the_arguments_there_are(name):
+    """Each name before a colon under Args is an argument; one line may describe several."""
+    call = getattr(va, name)
+    parameters = set(inspect.signature(call).parameters)
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(call), re.M | re.S)
+    heads = re.findall(r"^    (\w+(?:, \w+)*):", section[1], re.M) if section else []
+    assert {word for head in heads for word in head.split(", ")} <= parameters
+
+
+def test_the_site_has_every_page_once():
+    nav = re.findall(r": ([\w/]+\.md)$", text("mkdocs.yml"), re.M)
+    assert sorted(f"docs/{page}" for page in nav) == PAGES
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- cost:" in text(page)])
+def test_costs_are_of_stored_rows(page):
+    stored = {row["benchmark"].split("/")[0] for row in json.loads(text("benchmarks/results/cpu.json"))}
+    for stems in re.findall(r"<!-- cost: (.+?) -->", text(page)):
+        assert set(stems.split()) <= stored
+
+
+def test_the_readmes_costs_are_stored():
+    """Each line of the table is a stored row of that variant, rounded."""
+    benchmark = "task_explain_clip/relevancy/clip-tower"
+    assert f"`{benchmark}`" in text("README.md")
+    table = re.findall(r"^\| ([\w+, ]+) \| (\d+\.\d\d) \| (\d+) \|$", text("README.md"), re.M)
+    stored = {
+        (row["variant"], f"{row['p50_us'] / 1e6:.2f}", f"{row['peak_bytes'] / 2**20:.0f}")
+        for row in json.loads(text("benchmarks/results/cpu.json"))
+        if row["benchmark"] == benchmark
+    }
+    assert len(table) >= 4 and set(table) <= stored
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/operators/")])
+def test_a_page_of_an_operator_is_complete(page):
+    headings = re.findall(r"^## (.+)$", text(page), re.M)
+    assert [h for h in headings if h in ("Formula", "Shapes", "Example", "Which backend when", "Cost", "API")] == [
+        "Formula", "Shapes", "Example", "Which backend when", "Cost", "API",
+    ]  # fmt: skip
+    assert "On a GPU: not measured." in " ".join(text(page).split())
 
 
 def test_the_picture_is_the_demos(tmp_path):
@@ -78,3 +164,38 @@ def test_the_picture_is_the_demos(tmp_path):
 
 def test_ci_runs_make_test():
     assert "exec make test" in text(".ci/run")
+
+
+def test_what_github_runs_is_what_a_contributor_runs():
+    workflow = text(".github/workflows/test.yml")
+    assert "run: bash .ci/run" in workflow
+    assert set(re.findall(r"run: make (\w+)", workflow)) <= set(re.findall(r"^(\w+):", text("Makefile"), re.M))
+
+
+def test_hooks_before_a_commit_are_make_lints():
+    hooks, makefile = text(".pre-commit-config.yaml"), text("Makefile")
+    assert re.findall(r"repo: (\S+)", hooks) == ["local"]
+    for command in re.findall(r"-m (ruff \w+)", hooks):
+        assert f"-m {command}" in makefile, command
+
+
+def test_c_and_python_lines_have_one_length():
+    (of_c,), (of_python,) = (
+        re.findall(rf"{key}(\d+)", text(name))
+        for key, name in (("ColumnLimit: ", ".clang-format"), ("line-length = ", "pyproject.toml"))
+    )
+    assert of_c == of_python
+
+
+def test_the_citation_is_of_this_version():
+    citation, project = text("CITATION.cff"), text("pyproject.toml")
+    (version,), (url,) = (re.findall(rf'^{key} = "(.+)"', project, re.M) for key in ("version", "Repository"))
+    assert f"\nversion: {version}\n" in citation and f'repository-code: "{url}"' in citation
+    assert f"repo_url: {url}\n" in text("mkdocs.yml")
+
+
+def test_review_questions_are_those_of_contributing():
+    """The pull-request template asks as many questions as CONTRIBUTING explains."""
+    asked = re.findall(r"^- \[ \] (\d+)\.", text(".github/pull_request_template.md"), re.M)
+    section = re.search(r"^## Review questions\n(.*?)^## ", text("CONTRIBUTING.md"), re.M | re.S)
+    assert section and asked == re.findall(r"^(\d+)\. ", section[1], re.M)

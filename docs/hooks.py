@@ -1,0 +1,62 @@
+"""For mkdocs: formulas become MathML and costs are read from the stored rows, while the site is built.
+
+So a page needs no script to show a formula, and no figure in it can grow stale.
+"""
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+
+ROWS = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu.json"
+COST = re.compile(r"<!-- cost: (.+?) -->")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return COST.sub(lambda match: cost(match[1].split()), markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    return FORMULA.sub(formula, content)
+
+
+def cost(stems: list[str]) -> str:
+    """Median milliseconds and peak MiB of every stored row of these benchmarks, one line a workload, the newest row of each."""
+    newest: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in json.loads(ROWS.read_text(encoding="utf-8")):
+        if row["benchmark"].split("/")[0] in stems:
+            newest.setdefault(row["benchmark"], {})[row["variant"]] = row
+    if not newest:
+        raise ValueError(f"no row of {stems} in {ROWS}")
+    rows = [row for variants in newest.values() for row in variants.values()]
+    bounds = {row["variant"] for row in rows if row["is_bound"]}
+    names = sorted(dict.fromkeys(row["variant"] for row in rows), key=lambda name: name in bounds)
+    first = rows[0]
+    lines = [
+        f"| row in `benchmarks/results/cpu.json` | {' | '.join(f'*{name}*' if name in bounds else name for name in names)} |",
+        f"| --- |{' ---: |' * len(names)}",
+    ]
+    for benchmark, variants in newest.items():
+        sizes = ", ".join(f"{name} {size}" for name, size in next(iter(variants.values()))["sizes"].items())
+        cells = [_cell(variants.get(name)) for name in names]
+        lines.append(f"| {benchmark} ({sizes}) | {' | '.join(cells)} |")
+    where = f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {first['dtype']}"
+    return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}. In italics: the bound."])
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None or row.get("p50_us") is None:
+        return "not run" if row else ""
+    return f"{row['p50_us'] / 1e3:.1f} / {row['peak_bytes'] / 2**20:.1f}"
+
+
+def formula(match: re.Match[str]) -> str:
+    tag, source = match[1], html.unescape(match[2]).strip()
+    mathml = convert(source, display="inline" if tag == "span" else "block")
+    if "\\" in re.sub(r"<[^>]*>", "", mathml):
+        raise ValueError(f"latex2mathml does not know a command of: {source}")
+    return f'<{tag} class="arithmatex">{mathml}</{tag}>'
