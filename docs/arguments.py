@@ -1,0 +1,39 @@
+"""For mkdocstrings: an Args line that describes several arguments becomes one line for each.
+
+The docstrings save space with "text_mask, image_mask: ..." and "query: ... key: ...". The site's tables show each argument with its
+own type and default.
+"""
+
+import re
+from typing import Any
+
+import griffe
+
+SECTION = re.compile(r"^Args:\n((?:    .*\n?|\n)*)", re.M)
+ITEM = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.M)
+
+
+def split(docstring: str, names: set[str]) -> str:
+    """The docstring with one line per argument; `names` are the arguments that may begin within a line."""
+    inner = re.compile(rf"[.;,]?\s+(?:and )?((?:{'|'.join(sorted(names, key=len, reverse=True))})(?:, (?:\w+))*): ")
+
+    def item(match: re.Match[str]) -> str:
+        head, *rest = inner.split(match[2]) if names else [match[2]]
+        parts = [(match[1], head), *zip(rest[::2], rest[1::2], strict=True)]
+        if len(parts) == 1 and "," not in match[1]:
+            return match[0]
+        return "\n".join(f"    {name}: {' '.join(text.split())}" for heads, text in parts for name in heads.split(", "))
+
+    return SECTION.sub(lambda section: "Args:\n" + ITEM.sub(item, section[1]), docstring)
+
+
+class OneLinePerArgument(griffe.Extension):
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        if func.docstring:
+            func.docstring.value = split(func.docstring.value, {parameter.name for parameter in func.parameters})
+
+    def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
+        if cls.docstring:
+            made = cls.members.get("__init__")
+            parameters = {p.name for p in made.parameters} if isinstance(made, griffe.Function) else set(cls.attributes)
+            cls.docstring.value = split(cls.docstring.value, parameters)
