@@ -1,7 +1,7 @@
 """For mkdocstrings: an Args line that describes several arguments becomes one line for each.
 
-The docstrings save space with "text_mask, image_mask: ..." and "query: ... key: ...". The site's tables show each argument with its
-own type and default.
+The docstrings save space with "text_mask, image_mask: ..." and "query: ... key: ...". The site's tables show each argument with
+its type and default.
 """
 
 import re
