@@ -42,6 +42,13 @@ if hypothesis is not None:
     hypothesis.settings.load_profile("vlattn")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """VLATTN_SHARD=i/n keeps each n-th test from the i-th on: `make gpu` runs n processes side by side."""
+    if shard := os.environ.get("VLATTN_SHARD"):
+        i, n = map(int, shard.split("/"))
+        items[:] = items[i::n]
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     torch.manual_seed(0)

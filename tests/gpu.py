@@ -3,8 +3,9 @@
     python tests/gpu.py [PART ...] [--device cuda] [--out benchmarks/results]
 
 build:       the CUDA C++ kernels by CMake into build/cuda, where nvcc is installed; the parts below take what lies there.
-correctness: the tests of tests/kernels/ and tests/cuda/ with the kernels compiled and run on the device, and those that need one
-             (tests/kernels/device_only.py), in as many processes as there are cores.
+correctness: the tests of tests/ops/ that take a backend, and those of tests/kernels/ and tests/cuda/, with the kernels compiled
+             and run on the device, and those that need one (tests/kernels/device_only.py), in as many processes as there are
+             cores.
 sanitizer:   compute-sanitizer over every operator's cases of `vlattn verify`, where it is installed: memcheck and racecheck,
              and for CUDA C++ initcheck and synccheck.
 benchmarks:  `python -m vlattn_fast.benchmarks --quick`.
@@ -77,11 +78,12 @@ def lay_out_tree() -> None:
 
 def environment(device: str, **more: str) -> dict[str, str]:
     interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    library = cuda_library(device)
     return {
         **os.environ,
         "PYTHONPATH": str(TREE),
         "VLATTN_TEST_DEVICE": device,
-        "VLATTN_CUDA_LIBRARY": str(cuda_library(device)),
+        **({"VLATTN_CUDA_LIBRARY": str(library)} if library.exists() else {}),
         "OMP_NUM_THREADS": "1",
         **interpret,
         **more,
@@ -132,7 +134,7 @@ def build(options: argparse.Namespace) -> Found:
 def correctness(options: argparse.Namespace) -> Found:
     shards = os.cpu_count() or 1
     reports = [TREE / f"report{i}.xml" for i in range(shards)]
-    folders = ["tests/kernels", *(["tests/cuda"] if cuda_library(options.device).exists() else [])]
+    folders = ["tests/ops", "tests/kernels", *(["tests/cuda"] if cuda_library(options.device).exists() else [])]
     device_only = ["tests/kernels/device_only.py"] if options.device == "cuda" else []
     commands = [
         [

@@ -87,7 +87,7 @@ def write(table: dict[str, dict[str, Row]]) -> None:
 
 
 def built() -> Path:
-    from tests.cuda.conftest import CUDA, build
+    from tests.cuda.building import CUDA, build
 
     return build("cuda", *CUDA) / "libvlattn_cuda.so"
 

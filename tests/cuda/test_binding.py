@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda.conftest import ROOT
+from tests.cuda.building import ROOT
 from vlattn_fast.cuda import _shared_library
 
 
@@ -37,8 +37,8 @@ def test_it_refuses_what_it_has_no_kernel_for() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("VLATTN_TEST_DEVICE", "cpu") != "cpu", reason="of the library for the CPU")
-def test_the_command_takes_the_library_that_is_named(library: Path) -> None:
-    environment = {**os.environ, "VLATTN_CUDA_LIBRARY": str(library)}
+def test_the_command_takes_the_library_that_is_named(cuda_library: Path) -> None:
+    environment = {**os.environ, "VLATTN_CUDA_LIBRARY": str(cuda_library)}
 
     def vlattn(*words: str) -> str:
         code = "from vlattn_fast.cli import main; main()"
@@ -48,5 +48,5 @@ def test_the_command_takes_the_library_that_is_named(library: Path) -> None:
 
     said = vlattn("verify", "congruence_loss", "--backend", "cuda", "--dtype", "float32")
     assert re.search(r"^congruence_loss +cuda +float32 +[1-9]", said, re.M), said
-    assert f"the worst again: VLATTN_CUDA_LIBRARY={library} vlattn verify congruence_loss --backend cuda" in said
-    assert f"{library}, named by VLATTN_CUDA_LIBRARY" in vlattn("info")
+    assert f"the worst again: VLATTN_CUDA_LIBRARY={cuda_library} vlattn verify congruence_loss --backend cuda" in said
+    assert f"{cuda_library}, named by VLATTN_CUDA_LIBRARY" in vlattn("info")

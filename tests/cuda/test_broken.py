@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cuda.conftest import HOST, ROOT, build, tools
+from tests.cuda.building import HOST, ROOT, build, tools
 
 
 class Break(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.conftest import HOST, SANITIZED, build, sanitizing
+from tests.cuda.building import HOST, SANITIZED, build, sanitizing
 
 SEEDS = range(1, 6)
 FAILED = 719  # cudaErrorLaunchFailure

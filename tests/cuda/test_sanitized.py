@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.cuda.conftest import ROOT, SANITIZED, build, sanitizing
+from tests.cuda.building import ROOT, SANITIZED, build, sanitizing
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cuda.conftest import DEVICE
+from tests.ops.backends import DEVICE
 from vlattn_fast.ops._dispatch import no_cuda_kernel
 from vlattn_fast.verify import OPERATORS, backends_of, verify
 

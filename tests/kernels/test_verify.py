@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.conftest import DEVICE
+from tests.ops.backends import DEVICE
 from vlattn_fast.verify import DTYPES, OPERATORS, verify
 
 

@@ -1,0 +1,112 @@
+"""The backends that the suites of tests/ops/ run over, and what each of them needs to run here.
+
+A test takes `backend` and names those it runs on: `@on("streaming", "triton")`, or `@each("dtype", streaming=(F64,), triton=LOW)`
+where each has choices of its own. `backend` is then the name, ready to be passed to the operator. Nothing is skipped because a
+backend refuses it: what a backend takes stands in the suite, and what it does not take is a test with assert_refused.
+
+On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels in a build for the host
+(csrc/host/emulation.h). With VLATTN_TEST_DEVICE=cuda (`make gpu`) every backend runs on that device; VLATTN_CUDA_LIBRARY names
+the library then. The tests name no device: what they make lies on the default one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.deterministic
+import vlattn_fast.kernels
+
+from tests.cuda.building import HOST, ROOT, build
+from vlattn_fast.cuda import _shared_library
+from vlattn_fast.ops import _dispatch
+
+F64 = torch.float64
+HALVES = (torch.bfloat16, torch.float16)
+LOW = (torch.float32, *HALVES)
+DTYPES = {"reference": (F64, *LOW), "streaming": (F64, *LOW), "sdpa": (F64, *LOW), "triton": LOW, "cuda": LOW}
+DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
+INTERPRET = DEVICE == "cpu"
+
+if INTERPRET:
+    # triton.jit asks when it decorates; the variable must not reach what other tests start
+    os.environ["TRITON_INTERPRET"] = "1"
+    for module in pkgutil.iter_modules(vlattn_fast.kernels.__path__):
+        importlib.import_module(f"vlattn_fast.kernels.{module.name}")
+    del os.environ["TRITON_INTERPRET"]
+
+
+def finest(backend: str) -> torch.dtype:
+    """The dtype in which a difference from the formula shows best: float64 where the backend takes it."""
+    return DTYPES[backend][0]
+
+
+def core(backend: str) -> tuple[torch.dtype, ...]:
+    """The dtypes of an operator's core case: all of the backend's, but float16 not in the interpreter, where bfloat16 takes the
+    same way."""
+    return LOW[:2] if backend == "triton" and INTERPRET else DTYPES[backend]
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    """The test runs once on each of these backends."""
+    return pytest.mark.parametrize("backend", names, indirect=True)
+
+
+def each(argument: str, **choices: Iterable[Any]) -> pytest.MarkDecorator:
+    """The test runs on each backend with each of its choices of `argument` (a dtype, or the key of a table of cases)."""
+    rows = [
+        pytest.param(name, choice, id=f"{name}-{choice}".replace("torch.", "")) for name in choices for choice in choices[name]
+    ]
+    return pytest.mark.parametrize(("backend", argument), rows, indirect=["backend"])
+
+
+def assert_refused(backend: str, words: str, run: Callable[[], Any]) -> None:
+    """run() raises ValueError with what the table of backends says of `backend`, and `words` are part of it."""
+    with pytest.raises(ValueError, match=rf"backend='{backend}' cannot run .*{re.escape(words)}"):
+        run()
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend, which is ready while the test runs."""
+    with ready(request.param, request.getfixturevalue("cuda_library") if request.param == "cuda" else None):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    if given := os.environ.get("VLATTN_CUDA_LIBRARY"):
+        return Path(given)
+    if not INTERPRET or not (ROOT / "CMakeLists.txt").exists():
+        pytest.skip("the CUDA C++ kernels are not tested: `make gpu` found no nvcc to build them with")
+    return build("host", *HOST) / "libvlattn_host.so"
+
+
+@contextmanager
+def ready(backend: str, library: Path | None = None) -> Iterator[None]:
+    """Within it the backend runs on the device, which is the default one; `library` holds the CUDA C++ kernels."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "triton" and INTERPRET:
+            patch.setenv("TRITON_INTERPRET", "1")
+            patch.setattr(_dispatch, "INTERPRETED", True)
+        if backend == "cuda":
+            assert library is not None
+            patch.setattr(_shared_library, "library", _shared_library.find(library))
+            # what the binding allocates, outputs and workspaces, comes full of NaN
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.set_default_device(DEVICE)
+        try:
+            yield
+        finally:
+            torch.set_default_device(None)
+            torch.use_deterministic_algorithms(deterministic)
