@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from vlattn_fast.kernels import congruence
+from vlattn_fast.kernels import congruence_loss
 
 UNITER, LONG = (60, 100), (160, 400)  # words and regions
 
@@ -28,5 +28,5 @@ def run(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int] = UNI
     image = [torch.empty(1, 12, lengths[1], size, dtype=dtype) for _ in range(2)]
     masks = [torch.ones(1, length, dtype=torch.bool) if masked else None for length in lengths]
     inputs = (*text, *image, text[0], image[1], image[0], text[1], *masks, kind, "both", size**-0.5)
-    congruence.forward(*inputs)
-    congruence.backward(torch.ones(1), *inputs)
+    congruence_loss.forward(*inputs)
+    congruence_loss.backward(torch.ones(1), *inputs)
