@@ -48,6 +48,7 @@ T* data(const Optional& x) {
 }
 
 Tensor make(const Tensor& like, const Sizes& sizes) { return torch::stable::new_empty(like, sizes); }
+Tensor make_like(const Tensor& x) { return make(x, {x.size(0), x.size(1), x.size(2), x.size(3)}); }
 Tensor make_float(const Tensor& like, const Sizes& sizes) { return torch::stable::new_empty(like, sizes, ScalarType::Float); }
 
 // (B,H,rows,columns) laid out (B,rows,H,columns), as torch's attention does.
@@ -284,82 +285,67 @@ Tensor relevancy_step(Tensor relevancy, Tensor query, Tensor key, Optional value
 
 // ---- congruence_loss
 
-struct Blocks {
-    Tensor text_query, text_key, image_query, image_key, cross_text_query, cross_image_key, cross_image_query, cross_text_key;
-
-    Congruence describe(const Optional& text_mask, const Optional& image_mask, const std::string& kind,
-                        const std::string& direction, double scale) const {
-        Congruence call = {};
-        call.dtype = dtype_of(text_query);
-        call.kind = kind == "cacr"            ? Congruence::CACR
-                    : kind == "iais_singular" ? Congruence::IAIS_SINGULAR
-                                              : Congruence::IAIS_DISTRIBUTED;
-        call.text = direction != "image";
-        call.image = direction != "text";
-        call.B = text_query.size(0);
-        call.H = text_query.size(1);
-        call.L = text_query.size(2);
-        call.V = image_query.size(2);
-        call.D = static_cast<int>(text_query.size(3));
-        const Tensor* queries[4] = {&text_query, &cross_text_query, &cross_image_query, &image_query};
-        const Tensor* keys[4] = {&text_key, &cross_image_key, &cross_text_key, &image_key};
-        for (int i = 0; i < 4; ++i) {
-            call.query[i] = rows(*queries[i]);
-            call.key[i] = rows(*keys[i]);
-        }
-        call.text_mask = data<uint8_t>(text_mask);
-        call.image_mask = data<uint8_t>(image_mask);
-        call.scale = static_cast<float>(scale);
-        return call;
+// queries: text, image, cross text, cross image; keys: text, image, cross image, cross text. So blocks are LL, VV, LV, VL.
+Congruence describe(const std::vector<Tensor>& queries, const std::vector<Tensor>& keys, const Optional& text_mask,
+                    const Optional& image_mask, const std::string& kind, const std::string& direction, double scale) {
+    STD_TORCH_CHECK(queries.size() == 4 && keys.size() == 4, "congruence_loss takes the queries and keys of four blocks");
+    Congruence call = {};
+    call.dtype = dtype_of(queries[0]);
+    call.kind = kind == "cacr"            ? Congruence::CACR
+                : kind == "iais_singular" ? Congruence::IAIS_SINGULAR
+                                          : Congruence::IAIS_DISTRIBUTED;
+    call.text = direction != "image";
+    call.image = direction != "text";
+    call.B = queries[0].size(0);
+    call.H = queries[0].size(1);
+    call.L = queries[0].size(2);
+    call.V = queries[1].size(2);
+    call.D = static_cast<int>(queries[0].size(3));
+    for (int i = 0; i < 4; ++i) {
+        call.query[i] = rows(queries[i]);
+        call.key[i] = rows(keys[i]);
     }
-};
+    call.text_mask = data<uint8_t>(text_mask);
+    call.image_mask = data<uint8_t>(image_mask);
+    call.scale = static_cast<float>(scale);
+    return call;
+}
 
 Facts facts(const Congruence& call) {
     return {{"B", call.B}, {"H", call.H}, {"L", call.L}, {"V", call.V}, {"D", call.D}};
 }
 
-Tensor congruence_loss(Tensor text_query, Tensor text_key, Tensor image_query, Tensor image_key, Tensor cross_text_query,
-                       Tensor cross_image_key, Tensor cross_image_query, Tensor cross_text_key, Optional text_mask,
-                       Optional image_mask, std::string kind, std::string direction, double scale) {
-    const Blocks blocks = {text_query, text_key, image_query, image_key, cross_text_query, cross_image_key, cross_image_query,
-                           cross_text_key};
-    Congruence call = blocks.describe(text_mask, image_mask, kind, direction, scale);
-    Launch launch(text_query);
-    Tensor loss = make_float(text_query, {call.B});
-    Tensor workspace = make_float(text_query, {congruence_loss_workspace(call, false)});
+Tensor congruence_loss(std::vector<Tensor> queries, std::vector<Tensor> keys, Optional text_mask, Optional image_mask,
+                       std::string kind, std::string direction, double scale) {
+    Congruence call = describe(queries, keys, text_mask, image_mask, kind, direction, scale);
+    Launch launch(queries[0]);
+    Tensor loss = make_float(queries[0], {call.B});
+    Tensor workspace = make_float(queries[0], {congruence_loss_workspace(call, false)});
     call.loss = data<float>(loss);
     call.workspace = data<float>(workspace);
     launch("congruence_loss", vlattn::congruence_loss_forward, call, facts(call));
     return loss;
 }
 
-// The last four are empty but for "iais_distributed": the others send nothing through the cross blocks.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> congruence_loss_backward(
-    Tensor grad_loss, Tensor text_query, Tensor text_key, Tensor image_query, Tensor image_key, Tensor cross_text_query,
-    Tensor cross_image_key, Tensor cross_image_query, Tensor cross_text_key, Optional text_mask, Optional image_mask,
+// Gradients of the blocks LL and VV, or of all four for "iais_distributed".
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> congruence_loss_backward(
+    Tensor grad_loss, std::vector<Tensor> queries, std::vector<Tensor> keys, Optional text_mask, Optional image_mask,
     std::string kind, std::string direction, double scale) {
-    const Blocks blocks = {text_query, text_key, image_query, image_key, cross_text_query, cross_image_key, cross_image_query,
-                           cross_text_key};
-    Congruence call = blocks.describe(text_mask, image_mask, kind, direction, scale);
-    Launch launch(text_query);
-    const bool cross = call.kind == Congruence::IAIS_DISTRIBUTED;
-    std::vector<Tensor> grads;
-    for (const Tensor* x : {&text_query, &text_key, &image_query, &image_key, &cross_text_query, &cross_image_key,
-                            &cross_image_query, &cross_text_key}) {
-        const bool wanted = grads.size() < 4 || cross;
-        grads.push_back(wanted ? make(*x, {x->size(0), x->size(1), x->size(2), x->size(3)}) : make(*x, {0}));
+    Congruence call = describe(queries, keys, text_mask, image_mask, kind, direction, scale);
+    Launch launch(queries[0]);
+    const int num_gradients = call.kind == Congruence::IAIS_DISTRIBUTED ? 4 : 2;
+    std::vector<Tensor> grad_queries, grad_keys;
+    for (int i = 0; i < num_gradients; ++i) {
+        grad_queries.push_back(make_like(queries[i]));
+        grad_keys.push_back(make_like(keys[i]));
+        call.grad_query[i] = rows(grad_queries[i]);
+        call.grad_key[i] = rows(grad_keys[i]);
     }
-    const int queries[4] = {0, 4, 6, 2}, keys[4] = {1, 5, 7, 3};  // of LL, LV, VL, VV
-    for (int i = 0; i < 4; ++i) {
-        if (!cross && (i == 1 || i == 2)) continue;
-        call.grad_query[i] = rows(grads[queries[i]]);
-        call.grad_key[i] = rows(grads[keys[i]]);
-    }
-    Tensor workspace = make_float(text_query, {congruence_loss_workspace(call, true)});
+    Tensor workspace = make_float(queries[0], {congruence_loss_workspace(call, true)});
     call.grad_loss = data<float>(grad_loss);
     call.workspace = data<float>(workspace);
     launch("congruence_loss_backward", vlattn::congruence_loss_backward, call, facts(call));
-    return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6], grads[7]};
+    return {grad_queries, grad_keys};
 }
 
 }  // namespace ops
@@ -384,14 +370,11 @@ STABLE_TORCH_LIBRARY(vlattn_cuda, m) {
         "relevancy_step(Tensor relevancy, Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, "
         "Tensor? attn_mask, Tensor? key_mask, str rule, bool row_normalize, float scale, bool is_causal) -> Tensor");
     m.def(
-        "congruence_loss(Tensor text_query, Tensor text_key, Tensor image_query, Tensor image_key, Tensor cross_text_query, "
-        "Tensor cross_image_key, Tensor cross_image_query, Tensor cross_text_key, Tensor? text_mask, Tensor? image_mask, "
-        "str kind, str direction, float scale) -> Tensor");
+        "congruence_loss(Tensor[] queries, Tensor[] keys, Tensor? text_mask, Tensor? image_mask, str kind, str direction, "
+        "float scale) -> Tensor");
     m.def(
-        "congruence_loss_backward(Tensor grad_loss, Tensor text_query, Tensor text_key, Tensor image_query, Tensor image_key, "
-        "Tensor cross_text_query, Tensor cross_image_key, Tensor cross_image_query, Tensor cross_text_key, Tensor? text_mask, "
-        "Tensor? image_mask, str kind, str direction, float scale) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "congruence_loss_backward(Tensor grad_loss, Tensor[] queries, Tensor[] keys, Tensor? text_mask, Tensor? image_mask, "
+        "str kind, str direction, float scale) -> (Tensor[] grad_queries, Tensor[] grad_keys)");
 }
 
 #ifdef USE_CUDA

@@ -27,94 +27,97 @@ _CHUNK_BYTES, _MAPS = 1 << 28, 6  # samples are taken in chunks that hold about 
 
 
 def forward(
-    text_query: Tensor,
-    text_key: Tensor,
-    image_query: Tensor,
-    image_key: Tensor,
-    cross_text_query: Tensor,
-    cross_image_key: Tensor,
-    cross_image_query: Tensor,
-    cross_text_key: Tensor,
+    queries: list[Tensor],
+    keys: list[Tensor],
     text_mask: Tensor | None,
     image_mask: Tensor | None,
     kind: str,
     direction: str,
     scale: float,
 ) -> Tensor:
-    """The loss of each sample, (B)."""
-    tensors = (text_query, text_key, image_query, image_key, cross_text_query, cross_image_key, cross_image_query, cross_text_key)
-    losses = [part.losses() for _, part in _chunks(tensors, text_mask, image_mask, kind, direction, scale)]
+    """The loss of each sample, (B). Queries and keys: see reference.congruence_loss.block_inputs."""
+    losses = [part.losses() for _, part in _chunks(queries, keys, text_mask, image_mask, kind, direction, scale)]
     if not losses:
-        return text_query.new_zeros(text_query.shape[0], dtype=torch.float32)
+        return queries[0].new_zeros(queries[0].shape[0], dtype=torch.float32)
     return torch.cat(losses) if len(losses) > 1 else losses[0]
 
 
 def backward(
     grad_loss: Tensor,
-    text_query: Tensor,
-    text_key: Tensor,
-    image_query: Tensor,
-    image_key: Tensor,
-    cross_text_query: Tensor,
-    cross_image_key: Tensor,
-    cross_image_query: Tensor,
-    cross_text_key: Tensor,
+    queries: list[Tensor],
+    keys: list[Tensor],
     text_mask: Tensor | None,
     image_mask: Tensor | None,
     kind: str,
     direction: str,
     scale: float,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight tensors; None for the cross block unless kind is "iais_distributed"."""
-    tensors = (text_query, text_key, image_query, image_key, cross_text_query, cross_image_key, cross_image_query, cross_text_key)
-    written = range(8) if kind == "iais_distributed" else range(4)
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
+    distributed = kind == "iais_distributed"
     # iais_distributed in one direction leaves out the other modality's attention to itself
-    zero = {"text": (2, 3), "image": (0, 1)}.get(direction, ()) if kind == "iais_distributed" else ()
-    if _without_tokens(tensors):
-        zero = written
-    grads = [(x.new_zeros if n in zero else x.new_empty)(x.shape) if n in written else None for n, x in enumerate(tensors)]
-    for chunk, part in _chunks(tensors, text_mask, image_mask, kind, direction, scale):
-        part.gradients([None if grad is None else grad[chunk] for grad in grads], grad_loss[chunk].float().contiguous())
-    return tuple(grads)
+    zero = {"text": (1,), "image": (0,)}.get(direction, ()) if distributed else ()
+    if _without_tokens(queries):
+        zero = (0, 1, 2, 3)
+    grad_queries, grad_keys = (
+        [(x.new_zeros if i in zero else x.new_empty)(x.shape) for i, x in enumerate(xs[: 4 if distributed else 2])]
+        for xs in (queries, keys)
+    )
+    for b, part in _chunks(queries, keys, text_mask, image_mask, kind, direction, scale):
+        part.gradients([grad[b] for grad in grad_queries], [grad[b] for grad in grad_keys], grad_loss[b].float().contiguous())
+    return grad_queries, grad_keys
 
 
-def _without_tokens(tensors: tuple[Tensor, ...]) -> bool:
-    return min(*tensors[0].shape[:3], tensors[2].shape[2]) == 0
+def _without_tokens(queries: list[Tensor]) -> bool:
+    return min(*queries[0].shape[:3], queries[1].shape[2]) == 0
 
 
 def _chunks(
-    tensors: tuple[Tensor, ...], text_mask: Tensor | None, image_mask: Tensor | None, kind: str, direction: str, scale: float
+    queries: list[Tensor],
+    keys: list[Tensor],
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+    kind: str,
+    direction: str,
+    scale: float,
 ) -> Iterator[tuple[slice, _Chunk]]:
     """The samples in chunks whose maps have a bounded size."""
-    if _without_tokens(tensors):
+    if _without_tokens(queries):
         return
-    batch, length = tensors[0].shape[0], tensors[0].shape[2] + tensors[2].shape[2]
-    tensors = tuple(unit_stride(x) for x in tensors)
+    batch, length = queries[0].shape[0], queries[0].shape[2] + queries[1].shape[2]
+    queries, keys = [unit_stride(x) for x in queries], [unit_stride(x) for x in keys]
     masks: tuple[Tensor, ...] | None = None
     if text_mask is not None or image_mask is not None:
         masks = tuple(
             x.new_ones(batch, x.shape[2], dtype=torch.bool) if mask is None else mask.contiguous()
-            for mask, x in ((text_mask, tensors[0]), (image_mask, tensors[2]))
+            for mask, x in ((text_mask, queries[0]), (image_mask, queries[1]))
         )
     step = max(1, _CHUNK_BYTES // (_MAPS * 4 * length**2))
     for start in range(0, batch, step):
         b = slice(start, min(start + step, batch))
-        yield b, _Chunk(tuple(x[b] for x in tensors), masks and tuple(mask[b] for mask in masks), kind, direction, scale)
+        part = tuple(x[b] for x in queries), tuple(x[b] for x in keys), masks and tuple(mask[b] for mask in masks)
+        yield b, _Chunk(*part, kind, direction, scale)
 
 
 class _Chunk:
     """Some samples. A map is (b,S,S): the blocks LL, LV over VL, VV."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], masks: tuple[Tensor, ...] | None, kind: str, direction: str, scale: float):
-        tq, tk, vq, vk, ctq, cvk, cvq, ctk = tensors
-        self.queries, self.keys, self.masks = (tq, ctq, cvq, vq), (tk, cvk, ctk, vk), masks  # of LL, LV, VL, VV
+    def __init__(
+        self,
+        queries: tuple[Tensor, ...],
+        keys: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...] | None,
+        kind: str,
+        direction: str,
+        scale: float,
+    ) -> None:
+        self.queries, self.keys, self.masks = queries, keys, masks
         self.kind, self.scale = kind, scale
-        self.sizes = tq.shape[2], vq.shape[2]
-        self.batch, self.heads, _, self.features = tq.shape
+        self.sizes = queries[0].shape[2], queries[1].shape[2]
+        self.batch, self.heads, _, self.features = queries[0].shape
         self.sides = [side for side, name in enumerate(("text", "image")) if direction in (name, "both")]
-        self.whole = _holds_rows(self.sizes, self.features, tq.dtype)
+        self.whole = _holds_rows(self.sizes, self.features, queries[0].dtype)
         # 16-bit maps are multiplied inside the kernels, in tf32: it has their digits and the range of float32
-        self.fused = self.whole and tq.dtype != torch.float32
+        self.fused = self.whole and queries[0].dtype != torch.float32
         self.map, self.log_map, self.statistics = self._maps()
 
     def losses(self) -> Tensor:
@@ -122,8 +125,8 @@ class _Chunk:
         rows = [self._divergence(side, *self._target(side)[:2]).sum(1) for side in self.sides]
         return rows[0] if len(rows) == 1 else rows[0] + rows[1]
 
-    def gradients(self, grads: list[Tensor | None], grad_loss: Tensor) -> None:
-        """Writes those of the eight tensors."""
+    def gradients(self, grad_queries: list[Tensor], grad_keys: list[Tensor], grad_loss: Tensor) -> None:
+        """Writes those of queries and keys: of the blocks LL and VV, or of all four."""
         singular, both = self.kind == "iais_singular", len(self.sides) == 2
         by_map = torch.empty_like(self.map) if self.fused and (both or not singular) else torch.zeros_like(self.map)
         by_log = torch.zeros_like(self.map) if singular else by_map
@@ -134,7 +137,7 @@ class _Chunk:
         for side, basis, by_target in targets:
             add = both and (self.kind == "cacr" or (side == 1 and not singular))
             (self._spread if self.fused else self._spread_long)(side, basis, by_target, by_map, add)
-        self._send(by_map, by_log, grads, grad_loss)
+        self._write_gradients(by_map, by_log, grad_queries, grad_keys, grad_loss)
 
     def _target(self, side: int) -> tuple[Tensor, Tensor]:
         """What `_divergence_kernel` makes the target of one direction from: a block and the index (b,N) to pick from it, a block
@@ -235,23 +238,24 @@ class _Chunk:
         map_kernel[(row_tiles * columns * self.batch,)](*inputs, *statistics, maps, log_maps, **constants)
         return maps, log_maps, statistics
 
-    def _send(self, by_map: Tensor, by_log: Tensor, grads: list[Tensor | None], grad_loss: Tensor) -> None:
+    def _write_gradients(
+        self, by_map: Tensor, by_log: Tensor, grad_queries: list[Tensor], grad_keys: list[Tensor], grad_loss: Tensor
+    ) -> None:
         """From gradients at the map and its logarithm to those of queries and keys."""
-        tq, tk, vq, vk, ctq, cvk, cvq, ctk = grads
-        diagonal = ctq is None
-        grad_q, grad_k = ((tq, tq, vq, vq), (tk, tk, vk, vk)) if diagonal else ((tq, ctq, cvq, vq), (tk, cvk, ctk, vk))
+        diagonal = len(grad_queries) == 2  # then the kernels leave the last two alone
+        grad_q, grad_k = (tuple(grads * 2 if diagonal else grads) for grads in (grad_queries, grad_keys))
         unread = -1 if diagonal or len(self.sides) == 2 else 3 - 3 * self.sides[0]
         inputs, constants = self._inputs("gradient")
-        sent = (by_map, by_log, self.log_map, *self.statistics, grad_loss)
+        cotangents = (by_map, by_log, self.log_map, *self.statistics, grad_loss)
         meta = {**constants, "DIAGONAL": diagonal, "UNREAD": unread}
         programs, delta = (2 if diagonal else 4) * self.heads * self.batch, grad_loss
         if not self.whole:
             delta = torch.empty_like(self.statistics[0])
             tiles = max(triton.cdiv(size, meta["BLOCK_Q"]) for size in self.sizes)
             long = {name: x for name, x in meta.items() if name not in ("WHOLE", "BLOCK_L")}
-            gradient_q_kernel[(programs * tiles,)](*inputs, *sent, delta, grad_q, self.scale, tiles, **long)
+            gradient_q_kernel[(programs * tiles,)](*inputs, *cotangents, delta, grad_q, self.scale, tiles, **long)
         tiles = 1 if self.whole else max(triton.cdiv(size, meta["BLOCK_V"]) for size in self.sizes)
-        gradient_kernel[(programs * tiles,)](*inputs, *sent, delta, grad_q, grad_k, self.scale, tiles, **meta)
+        gradient_kernel[(programs * tiles,)](*inputs, *cotangents, delta, grad_q, grad_k, self.scale, tiles, **meta)
 
     def _inputs(self, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What every kernel with heads takes."""

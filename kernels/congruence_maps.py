@@ -12,9 +12,9 @@ from vlattn_fast.kernels._tiles import dot, load_tile, store_tile
 
 @triton.jit
 def _of_block(i_r, i_c, xs, n: tl.constexpr, step: tl.constexpr):
-    """Of what comes in LL, LV, VL, VV, `step` numbers for each, the n-th of the one with rows i_r and columns i_c."""
-    first = tl.where(i_c == 0, xs[n], xs[step + n])
-    return tl.where(i_r == 0, first, tl.where(i_c == 0, xs[2 * step + n], xs[3 * step + n]))
+    """Of `step` numbers for each of the blocks LL, VV, LV, VL, the n-th of the block with rows i_r and columns i_c."""
+    first = tl.where(i_c == 0, xs[n], xs[2 * step + n])
+    return tl.where(i_r == 0, first, tl.where(i_c == 0, xs[3 * step + n], xs[step + n]))
 
 
 @triton.jit
@@ -121,8 +121,8 @@ def map_kernel(
     p_ks,
     strides_q,
     strides_k,
-    p_words,
-    p_regions,
+    p_text_mask,
+    p_image_mask,
     H,
     L,
     V,
@@ -169,7 +169,7 @@ def map_kernel(
             stride_qn,
             stride_kh,
             stride_kn,
-            p_words + i_b * L,
+            p_text_mask + i_b * L,
             p_top,
             p_sum,
             p_out,
@@ -198,7 +198,7 @@ def map_kernel(
             stride_qn,
             stride_kh,
             stride_kn,
-            p_regions + i_b * V,
+            p_image_mask + i_b * V,
             p_top,
             p_sum,
             p_out,
@@ -227,8 +227,8 @@ def statistics_kernel(
     p_ks,
     strides_q,
     strides_k,
-    p_words,
-    p_regions,
+    p_text_mask,
+    p_image_mask,
     H,
     L,
     V,
@@ -251,7 +251,7 @@ def statistics_kernel(
     S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
     i_b, i_h = i_bh // H, i_bh % H
     p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
-    p_mask = tl.where(i_c == 0, p_words + i_b * L, p_regions + i_b * V)
+    p_mask = tl.where(i_c == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
     o_q = (i_q - i_r * rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     b_q = load_tile(p_q + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
@@ -362,8 +362,8 @@ def gradient_kernel(
     p_ks,
     strides_q,
     strides_k,
-    p_words,
-    p_regions,
+    p_text_mask,
+    p_image_mask,
     H,
     L,
     V,
@@ -421,7 +421,7 @@ def gradient_kernel(
                     p_k,
                     stride_qn,
                     stride_kn,
-                    p_words + i_b * L,
+                    p_text_mask + i_b * L,
                     p_by_map,
                     p_by_log,
                     p_log,
@@ -452,7 +452,7 @@ def gradient_kernel(
                     p_k,
                     stride_qn,
                     stride_kn,
-                    p_regions + i_b * V,
+                    p_image_mask + i_b * V,
                     p_by_map,
                     p_by_log,
                     p_log,
@@ -484,8 +484,8 @@ def gradient_q_kernel(
     p_ks,
     strides_q,
     strides_k,
-    p_words,
-    p_regions,
+    p_text_mask,
+    p_image_mask,
     H,
     L,
     V,
@@ -516,7 +516,7 @@ def gradient_q_kernel(
     S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
     p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
     p_k += i_h * stride_kh
-    p_mask = tl.where(i_c == 0, p_words + i_b * L, p_regions + i_b * V)
+    p_mask = tl.where(i_c == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
     i_bh = i_b * H + i_h
     offset = (i_b * S + i_r * L) * S + i_c * L
     p_by_map += offset

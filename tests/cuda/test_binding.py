@@ -33,7 +33,7 @@ def test_it_refuses_what_it_has_no_kernel_for() -> None:
         with pytest.raises(RuntimeError, match="additive scores without dropout"):
             operators.score_attention(x, x, x, torch.zeros(1, 8), None, None, None, score, 0.0, 1.0, dropout_p, False)
     with pytest.raises(RuntimeError, match="float16, bfloat16 and float32"):
-        operators.congruence_loss(*[x.double()] * 8, None, None, "cacr", "both", 1.0)
+        operators.congruence_loss([x.double()] * 4, [x.double()] * 4, None, None, "cacr", "both", 1.0)
 
 
 @pytest.mark.skipif(os.environ.get("VLATTN_TEST_DEVICE", "cpu") != "cpu", reason="of the library for the CPU")

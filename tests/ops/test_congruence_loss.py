@@ -337,7 +337,9 @@ def test_strided_inputs_are_read_and_not_written(kind: str) -> None:
 def op_arguments(kind: str, masks: bool, grad: bool) -> tuple[Any, ...]:
     x = {key: value.requires_grad_(grad) for key, value in make((2, 3, 5, 4, 6), cross=True, dtype=torch.float32).items()}
     tail = (prefix([5, 1], 5), prefix([4, 2], 4)) if masks else (None, None)
-    return *(x[name] for name in NAMES + CROSS), *tail, kind, "both", 0.5, "streaming"
+    queries = [x[name] for name in ("text_query", "image_query", "cross_text_query", "cross_image_query")]
+    keys = [x[name] for name in ("text_key", "image_key", "cross_image_key", "cross_text_key")]
+    return queries, keys, *tail, kind, "both", 0.5, "streaming"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,16 +10,17 @@ from vlattn_fast.cuda._shared_library import operators, unit_strides
 
 
 def forward(*inputs: Any) -> Tensor:
-    """The loss of each sample, (B)."""
+    """The loss of each sample, (B). Queries and keys: see reference.congruence_loss.block_inputs."""
     return operators().congruence_loss(*_prepared(*inputs))
 
 
-def backward(grad_loss: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight tensors; None for the cross block unless kind is "iais_distributed"."""
-    grads = operators().congruence_loss_backward(grad_loss.float().contiguous(), *_prepared(*inputs))
-    return tuple(grad if grad.dim() == 4 else None for grad in grads)
+def backward(grad_loss: Tensor, *inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
+    return operators().congruence_loss_backward(grad_loss.float().contiguous(), *_prepared(*inputs))
 
 
-def _prepared(*inputs: Any) -> tuple[Any, ...]:
-    tensors, masks, options = inputs[:8], inputs[8:10], inputs[10:]
-    return *unit_strides(*tensors), *(None if mask is None else mask.contiguous() for mask in masks), *options
+def _prepared(
+    queries: list[Tensor], keys: list[Tensor], text_mask: Tensor | None, image_mask: Tensor | None, *options: Any
+) -> tuple[Any, ...]:
+    masks = (None if mask is None else mask.contiguous() for mask in (text_mask, image_mask))
+    return list(unit_strides(*queries)), list(unit_strides(*keys)), *masks, *options

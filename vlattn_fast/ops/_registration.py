@@ -15,14 +15,16 @@ _LIBRARY = torch.library.Library("vlattn", "DEF")
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers `name(args) -> outputs` for every device and returns the callable operator.
+    """Registers `name(args) -> outputs` for every device and returns the callable operator. Its first argument is a tensor or
+    a list of tensors.
 
     Autocast is off inside: the public calls cast their arguments, and it would round the float32 products of a tile.
     """
     name = schema.split("(", 1)[0]
 
     def run(*args: Any) -> Any:
-        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        device = first.device.type
         if not torch.is_autocast_enabled(device):
             return implementation(*args)
         with torch.autocast(device, enabled=False):

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
-from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import autocast, resolve_scale, scaled_dot_default
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.reference.congruence_loss import block_inputs
 
 
 def _triton_refusals(call: Call) -> list[str]:
     reasons = triton_refusals(call)
-    if max(call.sizes["words"], call.sizes["regions"]) > 16384:
+    if max(call.sizes["L"], call.sizes["V"]) > 16384:
         reasons.append("Triton kernels take at most 16384 tokens of each modality")
     return reasons
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
-    longest = max(call.sizes["words"], call.sizes["regions"])
+    longest = max(call.sizes["L"], call.sizes["V"])
     return [
         ("the CUDA C++ kernel takes at most 128 tokens of each modality", longest > 128),
         ("the CUDA C++ kernel takes head sizes of at most 128", call.sizes["head_dim"] > 128),
@@ -53,21 +54,23 @@ def congruence_loss(
 ) -> Tensor:
     """How far the attention within one modality is from what the other modality, through cross attention, says it should be.
 
-    With the blocks LL (L,L), VV (V,V), LV (L,V), VL (V,L), each a softmax over its own keys averaged over the heads, and
+    With the blocks LL (L, L), VV (V, V), LV (L, V), VL (V, L), each a softmax over its own keys averaged over the heads, and
     sym(p, t) = KL(p || t) + KL(t || p) averaged over the rows, the text direction is (the image direction swaps L and V):
 
     - "cacr": sym(softmax(LL), softmax(LV VV LV^T)), LV a constant (Pandey et al. 2023, "soft").
-    - "iais_singular": sym(LL, softmax(VV[c, c])), c_i the region that word i attends to most (Ren et al. 2021, "singular").
+    - "iais_singular": sym(LL, softmax(VV[c, c])), c_i the image token that text token i attends to most (Ren et al. 2021,
+      "singular").
     - "iais_distributed": sym(LL, LV VL), 1e-6 added in the logarithms (Ren et al. 2021, "distributed").
 
     Args:
-        text: (query, key), each (B,H,L,D), of the text tokens; float16, bfloat16, float32 or float64.
-        image: (query, key), each (B,H,V,D), of the image tokens.
-        cross: ((text query (B,H,L,D), image key (B,H,V,D)), (image query (B,H,V,D), text key (B,H,L,D))) where cross attention
-            has projections of its own; default: those of text and image.
+        text: (query, key), each (B, H, L, D), of the text tokens; float16, bfloat16, float32 or float64.
+        image: (query, key), each (B, H, V, D), of the image tokens.
+        cross: ((text query (B, H, L, D), image key (B, H, V, D)), (image query (B, H, V, D), text key (B, H, L, D))): the
+            projections of a separate cross attention. Default: those of text and image.
         kind: "cacr", "iais_singular" or "iais_distributed".
         direction: "text", "image", or "both" for their sum.
-        text_mask, image_mask: bool (B,L), (B,V), True = a real token, in any pattern. Padding reaches nothing, its gradient is 0.
+        text_mask, image_mask: bool (B, L) and (B, V), True = a real token, in any pattern. Padding has no influence and its
+            gradient is 0.
         scale: multiplies the scores; default 1/sqrt(D).
         reduction: "mean" over the batch (0 for an empty one), or "none".
         backend: "auto", "reference", "streaming", "triton" or "cuda".
@@ -80,9 +83,9 @@ def congruence_loss(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
 
-    >>> words = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
-    >>> regions = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
-    >>> congruence_loss(words, regions, kind="iais_distributed", reduction="none").shape
+    >>> text = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
+    >>> image = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
+    >>> congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
     torch.Size([2])
     """
     call = _check(text, image, cross, kind, direction, text_mask, image_mask, reduction)
@@ -101,18 +104,10 @@ def congruence_loss(
             reduction=reduction,
         )
         return loss
-    text_query, text_key = mask_padding(text_mask, *autocast(*text))
-    image_query, image_key = mask_padding(image_mask, *autocast(*image))
-    if cross is None:
-        blocks = (text_query, image_key, image_query, text_key)
-    else:
-        (cross_text_query, cross_image_key), (cross_image_query, cross_text_key) = cross
-        cross_text_query, cross_text_key = mask_padding(text_mask, *autocast(cross_text_query, cross_text_key))
-        cross_image_query, cross_image_key = mask_padding(image_mask, *autocast(cross_image_query, cross_image_key))
-        blocks = (cross_text_query, cross_image_key, cross_image_query, cross_text_key)
-    loss = _forward_op(
-        text_query, text_key, image_query, image_key, *blocks, text_mask, image_mask, kind, direction, scale, chosen
-    )
+    if cross is not None:
+        cross = (autocast(*cross[0]), autocast(*cross[1]))
+    queries, keys = block_inputs(autocast(*text), autocast(*image), cross, text_mask, image_mask)
+    loss = _forward_op(queries, keys, text_mask, image_mask, kind, direction, scale, chosen)
     return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss
 
 
@@ -136,13 +131,13 @@ def _check(text: Any, image: Any, cross: Any, kind: Any, direction: Any, text_ma
     for name, x in tensors.items():
         check_tensor(name, x, rank=4, shape="(B, H, L, D)" if "text" in name else "(B, H, V, D)")
     check_floating(**tensors)
-    batch, num_heads, num_words, head_dim = text[0].shape
-    num_regions = image[0].shape[2]
+    batch, num_heads, L, head_dim = text[0].shape
+    V = image[0].shape[2]
     for name, x in tensors.items():
-        wanted = (batch, num_heads, num_words if "text" in name else num_regions, head_dim)
+        wanted = (batch, num_heads, L if "text" in name else V, head_dim)
         if x.shape != wanted:
             raise ValueError(f"{name} must have the shape {wanted} that goes with text and image queries; got {describe(x)}")
-    for name, mask, length in (("text_mask", text_mask, num_words), ("image_mask", image_mask, num_regions)):
+    for name, mask, length in (("text_mask", text_mask, L), ("image_mask", image_mask, V)):
         if mask is not None:
             check_tensor(name, mask, rank=2, shape="(B, tokens)")
             if mask.dtype != torch.bool:
@@ -154,7 +149,7 @@ def _check(text: Any, image: Any, cross: Any, kind: Any, direction: Any, text_ma
         "congruence_loss",
         text[0].dtype,
         text[0].device.type,
-        {"words": num_words, "regions": num_regions, "head_dim": head_dim, "num_heads": num_heads},
+        {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads},
         {"kind": kind, "direction": direction},
     )
 
@@ -164,49 +159,54 @@ def _check_pair(name: str, x: Any, legend: str) -> None:
         raise TypeError(f"{name} must be the pair {legend}; got {describe(x)}")
 
 
+def _num_gradients(kind: str) -> int:
+    """How many blocks have gradients: of LL, VV, LV, VL all four, or the first two."""
+    return 4 if kind == "iais_distributed" else 2
+
+
 def _forward(*args: Any) -> Tensor:
     *inputs, backend = args
     return load(BACKENDS, backend).forward(*inputs)
 
 
-def _forward_fake(text_query: Tensor, *_: Any) -> Tensor:
-    return text_query.new_empty(text_query.shape[0], dtype=torch.promote_types(text_query.dtype, torch.float32))
+def _forward_fake(queries: list[Tensor], *_: Any) -> Tensor:
+    return queries[0].new_empty(queries[0].shape[0], dtype=torch.promote_types(queries[0].dtype, torch.float32))
 
 
-def _backward(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
     *inputs, backend = args
-    grads = load(BACKENDS, backend).backward(grad_loss, *inputs)
-    return tuple(grad_loss.new_empty(0) if grad is None else grad for grad in grads)
+    return load(BACKENDS, backend).backward(*inputs)
 
 
-def _backward_fake(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    tensors, kind = args[:8], args[10]
-    wanted = 8 if kind == "iais_distributed" else 4
-    return tuple(x.new_empty(x.shape) if n < wanted else grad_loss.new_empty(0) for n, x in enumerate(tensors))
+def _backward_fake(
+    grad_loss: Tensor, queries: list[Tensor], keys: list[Tensor], *options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    n = _num_gradients(options[2])
+    return [x.new_empty(x.shape) for x in queries[:n]], [x.new_empty(x.shape) for x in keys[:n]]
 
 
 _INPUTS = (
-    "Tensor text_query, Tensor text_key, Tensor image_query, Tensor image_key, Tensor cross_text_query, "
-    "Tensor cross_image_key, Tensor cross_image_query, Tensor cross_text_key, Tensor? text_mask, Tensor? image_mask, "
-    "str kind, str direction, float scale, str backend"
+    "Tensor[] queries, Tensor[] keys, Tensor? text_mask, Tensor? image_mask, str kind, str direction, float scale, str backend"
 )
 _forward_op = define(f"congruence_loss({_INPUTS}) -> Tensor", _forward, _forward_fake)
 _backward_op = define(
-    f"congruence_loss_backward(Tensor grad_loss, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"congruence_loss_backward(Tensor grad_loss, {_INPUTS}) -> (Tensor[] grad_queries, Tensor[] grad_keys)",
     _backward,
     _backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.kind, ctx.direction, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    queries, keys, text_mask, image_mask, ctx.kind, ctx.direction, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*queries, *keys, text_mask, image_mask)
 
 
 def _autograd(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-    grads = _backward_op(grad_loss, *ctx.saved_tensors, ctx.kind, ctx.direction, ctx.scale, ctx.backend)
-    wanted = 8 if ctx.kind == "iais_distributed" else 4
-    return *grads[:wanted], *(None,) * (14 - wanted)
+    *tensors, text_mask, image_mask = ctx.saved_tensors
+    inputs = tensors[:4], tensors[4:], text_mask, image_mask
+    grad_queries, grad_keys = _backward_op(grad_loss, *inputs, ctx.kind, ctx.direction, ctx.scale, ctx.backend)
+    none = [None] * (4 - len(grad_queries))
+    return [*grad_queries, *none], [*grad_keys, *none], *(None,) * 6
 
 
 differentiable("congruence_loss", _autograd, _setup_context)

@@ -2,7 +2,7 @@
 et al., ACL 2021; singular and distributed, :300-328).
 
 Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, L text tokens, V image
-tokens, D head size. The blocks LL (B,L,L), VV (B,V,V), LV (B,L,V), VL (B,V,L) are four separate softmaxes, each over the keys of
+tokens, D head_dim. The blocks LL (B,L,L), VV (B,V,V), LV (B,L,V), VL (B,V,L) are four separate softmaxes, each over the keys of
 its own block, averaged over the heads.
 """
 
@@ -31,30 +31,45 @@ def congruence_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """The formula behind vlattn_fast.congruence_loss; the same arguments and shapes, without `backend`."""
-    (text_query, text_key), (image_query, image_key) = mask_padding(text_mask, *text), mask_padding(image_mask, *image)
-    if cross is None:
-        text_to_image, image_to_text = (text_query, image_key), (image_query, text_key)
-    else:
-        (cross_text_query, cross_image_key), (cross_image_query, cross_text_key) = cross
-        cross_text_query, cross_text_key = mask_padding(text_mask, cross_text_query, cross_text_key)
-        cross_image_query, cross_image_key = mask_padding(image_mask, cross_image_query, cross_image_key)
-        text_to_image, image_to_text = (cross_text_query, cross_image_key), (cross_image_query, cross_text_key)
-    batch, _, num_words, head_dim = text_query.shape
-    num_regions = image_query.shape[2]
-    words = text_mask if text_mask is not None else text_query.new_ones(batch, num_words, dtype=torch.bool)
-    regions = image_mask if image_mask is not None else text_query.new_ones(batch, num_regions, dtype=torch.bool)
+    queries, keys = block_inputs(text, image, cross, text_mask, image_mask)
+    (batch, _, L, head_dim), V = queries[0].shape, queries[1].shape[2]
+    text_tokens = text_mask if text_mask is not None else queries[0].new_ones(batch, L, dtype=torch.bool)
+    image_tokens = image_mask if image_mask is not None else queries[0].new_ones(batch, V, dtype=torch.bool)
     scale = resolve_scale(scale, scaled_dot_default(head_dim))
 
-    loss = text_query.flatten(1)[:, :0].sum(1)  # zeros (B) that autograd knows
-    if num_words > 0 and num_regions > 0:
-        ll, vv = _logits(text_query, text_key, words, scale), _logits(image_query, image_key, regions, scale)
-        lv, vl = _logits(*text_to_image, regions, scale), _logits(*image_to_text, words, scale)
+    loss = queries[0].flatten(1)[:, :0].sum(1)  # zeros (B) that autograd knows
+    if L > 0 and V > 0:
+        columns = (text_tokens, image_tokens, image_tokens, text_tokens)
+        ll, vv, lv, vl = (_logits(*block, scale) for block in zip(queries, keys, columns, strict=True))
         if direction in ("text", "both"):
-            loss = loss + _one_direction(kind, ll, vv, lv, vl, words, regions)
+            loss = loss + _one_direction(kind, ll, vv, lv, vl, text_tokens, image_tokens)
         if direction in ("image", "both"):
-            loss = loss + _one_direction(kind, vv, ll, vl, lv, regions, words)
+            loss = loss + _one_direction(kind, vv, ll, vl, lv, image_tokens, text_tokens)
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
     return loss.sum() / max(batch, 1) if reduction == "mean" else loss
+
+
+def block_inputs(
+    text: tuple[Tensor, Tensor],
+    image: tuple[Tensor, Tensor],
+    cross: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Queries and keys of the four blocks, with zeros at padding. Every backend takes them in this order:
+
+    queries: text, image, cross text, cross image, each (B, H, L or V, D);
+    keys: text, image, cross image (the cross text queries attend to it), cross text (the cross image queries attend to it).
+
+    So the blocks are LL, VV, LV, VL, and block i is softmax(scale queries[i] keys[i]^T).
+    """
+    text, image = mask_padding(text_mask, *text), mask_padding(image_mask, *image)
+    if cross is None:
+        return [text[0], image[0], text[0], image[0]], [text[1], image[1], image[1], text[1]]
+    (cross_text_query, cross_image_key), (cross_image_query, cross_text_key) = cross
+    cross_text_query, cross_text_key = mask_padding(text_mask, cross_text_query, cross_text_key)
+    cross_image_query, cross_image_key = mask_padding(image_mask, cross_image_query, cross_image_key)
+    return ([text[0], image[0], cross_text_query, cross_image_query], [text[1], image[1], cross_image_key, cross_text_key])
 
 
 def _logits(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:

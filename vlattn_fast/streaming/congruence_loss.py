@@ -23,56 +23,45 @@ from vlattn_fast.streaming._tiles import Tiling
 
 
 def forward(
-    text_query: Tensor,
-    text_key: Tensor,
-    image_query: Tensor,
-    image_key: Tensor,
-    cross_text_query: Tensor,
-    cross_image_key: Tensor,
-    cross_image_query: Tensor,
-    cross_text_key: Tensor,
+    queries: list[Tensor],
+    keys: list[Tensor],
     text_mask: Tensor | None,
     image_mask: Tensor | None,
     kind: str,
     direction: str,
     scale: float,
 ) -> Tensor:
-    """The loss of each sample, (B)."""
-    tensors = (text_query, text_key, image_query, image_key, cross_text_query, cross_image_key, cross_image_query, cross_text_key)
-    loss = text_query.new_zeros(text_query.shape[0], dtype=compute_dtype(text_query))
-    for b in _batches(text_query, image_query):
-        for side in _sides(b, tensors, [None] * 8, text_mask, image_mask, direction, scale):
+    """The loss of each sample, (B). Queries and keys: see reference.congruence_loss.block_inputs."""
+    loss = queries[0].new_zeros(queries[0].shape[0], dtype=compute_dtype(queries[0]))
+    for b in _batches(queries):
+        for side in _sides(_blocks(b, queries, keys, text_mask, image_mask, scale), direction):
             loss[b] += _KINDS[kind](side, None)
     return loss
 
 
 def backward(
     grad_loss: Tensor,
-    text_query: Tensor,
-    text_key: Tensor,
-    image_query: Tensor,
-    image_key: Tensor,
-    cross_text_query: Tensor,
-    cross_image_key: Tensor,
-    cross_image_query: Tensor,
-    cross_text_key: Tensor,
+    queries: list[Tensor],
+    keys: list[Tensor],
     text_mask: Tensor | None,
     image_mask: Tensor | None,
     kind: str,
     direction: str,
     scale: float,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight tensors; None for the cross block unless kind is "iais_distributed"."""
-    tensors = (text_query, text_key, image_query, image_key, cross_text_query, cross_image_key, cross_image_query, cross_text_key)
-    dtype, wanted = compute_dtype(text_query), 8 if kind == "iais_distributed" else 4
-    grads = [x.new_zeros(x.shape, dtype=dtype) if n < wanted else None for n, x in enumerate(tensors)]
-    for b in _batches(text_query, image_query):
-        sides = _sides(b, tensors, grads, text_mask, image_mask, direction, scale)
-        for side in sides:
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
+    dtype, n = compute_dtype(queries[0]), 4 if kind == "iais_distributed" else 2
+    grad_queries, grad_keys = ([x.new_zeros(x.shape, dtype=dtype) for x in xs[:n]] for xs in (queries, keys))
+    for b in _batches(queries):
+        blocks = _blocks(b, queries, keys, text_mask, image_mask, scale)
+        for block, grad_query, grad_key in zip(blocks, grad_queries, grad_keys, strict=False):
+            block.grad_query, block.grad_key = grad_query[b], grad_key[b]
+        for side in _sides(blocks, direction):
             _KINDS[kind](side, grad_loss[b].to(dtype))
-        for block in (sides[0].own, sides[0].other, sides[0].cross, sides[0].back):
+        for block in blocks:
             block.flush()
-    return tuple(None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True))
+    dtype = queries[0].dtype
+    return [grad.to(dtype) for grad in grad_queries], [grad.to(dtype) for grad in grad_keys]
 
 
 class _Block:
@@ -81,11 +70,12 @@ class _Block:
     Where one tile holds all rows they are computed once, and differentiated once: both directions of the loss read them.
     """
 
-    def __init__(
-        self, query: Tensor, key: Tensor, padded: Tensor | None, scale: float, grad_query: Tensor | None, grad_key: Tensor | None
-    ) -> None:
-        self.query, self.key, self.padded, self.scale = query, key, padded, scale  # padded (b,1,M): keys without a token
-        self.grad_query, self.grad_key = grad_query, grad_key
+    def __init__(self, query: Tensor, key: Tensor, tokens: Tensor, masked: Tensor | None, scale: float) -> None:
+        self.query, self.key, self.scale = query, key, scale
+        self.tokens = tokens  # (b,N): real tokens among the queries
+        self.masked = masked  # (b,1,M): padding among the keys; None where there is none
+        self.grad_query: Tensor | None = None
+        self.grad_key: Tensor | None = None
         self.dtype = compute_dtype(query)
         self._mean: Tensor | None = None
         self._kept: dict[bool, Tensor] = {}
@@ -120,7 +110,7 @@ class _Block:
         total = torch.full_like(self._zero(i), -torch.inf)
         for _, log_prob in self._maps(i, log=True):
             total = torch.logaddexp(total, torch.logsumexp(log_prob, dim=1))
-        return _fill(total - math.log(self.query.shape[1]), self.padded, 0.0)
+        return _fill(total - math.log(self.query.shape[1]), self.masked, 0.0)
 
     def add_gradient(self, i: slice, grad: Tensor) -> None:
         """Takes the gradient at rows(i); applied at once, or by flush() where the tile holds all rows."""
@@ -156,7 +146,7 @@ class _Block:
             return
         for h in Tiling(1, self.query.shape[1], i.stop - i.start, self.key.shape[2]).heads():
             score = (self.scale * self.query[:, h, i].to(self.dtype)) @ self.key[:, h].to(self.dtype).mT
-            score = _fill(score, None if self.padded is None else self.padded[:, None], -torch.inf)
+            score = _fill(score, None if self.masked is None else self.masked[:, None], -torch.inf)
             prob = torch.log_softmax(score, dim=-1) if log else torch.softmax(score, dim=-1)
             if self.grad_query is not None and self._holds_all(i) and prob.shape[1] == self.query.shape[1]:
                 self._kept[log] = prob
@@ -180,39 +170,36 @@ class _Side:
     weight: Tensor  # (b,N): 1 / number of rows at each row that counts, else 0
 
 
-def _batches(text_query: Tensor, image_query: Tensor) -> list[slice]:
+def _batches(queries: list[Tensor]) -> list[slice]:
     """Slices of the batch whose blocks fit in one tile with all heads, or single samples."""
-    batch, num_heads, longest = text_query.shape[0], text_query.shape[1], max(text_query.shape[2], image_query.shape[2])
-    if num_heads == 0 or text_query.shape[2] == 0 or image_query.shape[2] == 0:
+    (batch, num_heads, L, _), V = queries[0].shape, queries[1].shape[2]
+    if num_heads == 0 or L == 0 or V == 0:
         return []
-    step = max(1, _tiles.TILE_ELEMENTS // (num_heads * longest * longest))
+    step = max(1, _tiles.TILE_ELEMENTS // (num_heads * max(L, V) ** 2))
     return [slice(b, min(b + step, batch)) for b in range(0, batch, step)]
 
 
-def _sides(
-    b: slice,
-    tensors: tuple[Tensor, ...],
-    grads: list[Tensor | None],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    direction: str,
-    scale: float,
-) -> list[_Side]:
-    """The directions asked for, over shared blocks of the samples `b`."""
-    tq, tk, vq, vk, ctq, cvk, cvq, ctk = (x[b] for x in tensors)
-    dtq, dtk, dvq, dvk, dctq, dcvk, dcvq, dctk = (None if x is None else x[b] for x in grads)
-    words, regions = _padding(text_mask, b), _padding(image_mask, b)
-    ll, vv = _Block(tq, tk, words, scale, dtq, dtk), _Block(vq, vk, regions, scale, dvq, dvk)
-    lv, vl = _Block(ctq, cvk, regions, scale, dctq, dcvk), _Block(cvq, ctk, words, scale, dcvq, dctk)
-    real_words, real_regions = (
-        x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask[b]
-        for mask, x in ((text_mask, tq), (image_mask, vq))
+def _blocks(
+    b: slice, queries: list[Tensor], keys: list[Tensor], text_mask: Tensor | None, image_mask: Tensor | None, scale: float
+) -> list[_Block]:
+    """LL, VV, LV, VL of the samples `b`."""
+    text, image = (
+        x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool)[b] if mask is None else mask[b]
+        for mask, x in ((text_mask, queries[0]), (image_mask, queries[1]))
     )
+    text_padding, image_padding = _padding(text_mask, b), _padding(image_mask, b)
+    tokens, masked = (text, image, text, image), (text_padding, image_padding, image_padding, text_padding)
+    return [_Block(queries[i][b], keys[i][b], tokens[i], masked[i], scale) for i in range(4)]
+
+
+def _sides(blocks: list[_Block], direction: str) -> list[_Side]:
+    """The directions of the loss, over shared blocks."""
+    ll, vv, lv, vl = blocks
     sides = []
     if direction in ("text", "both"):
-        sides.append(_Side(ll, vv, lv, vl, _row_weight(real_words, real_regions, ll.dtype)))
+        sides.append(_Side(ll, vv, lv, vl, _row_weight(ll.tokens, vv.tokens, ll.dtype)))
     if direction in ("image", "both"):
-        sides.append(_Side(vv, ll, vl, lv, _row_weight(real_regions, real_words, vv.dtype)))
+        sides.append(_Side(vv, ll, vl, lv, _row_weight(vv.tokens, ll.tokens, ll.dtype)))
     return sides
 
 
@@ -238,7 +225,7 @@ def _change_of_basis(side: _Side, grad: Tensor | None, singular: bool) -> Tensor
     grad_moved = None if grad is None else torch.zeros_like(moved)
     for i in own.tiles(width=other.key.shape[2]):
         target = change[:, i] @ moved
-        visible = _fill(target, own.padded, -torch.inf)
+        visible = _fill(target, own.masked, -torch.inf)
         t = torch.softmax(visible, dim=-1)
         if singular:
             log_p = own.log_rows(i)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from vlattn_fast.kernels import congruence_loss
 
-UNITER, LONG = (60, 100), (160, 400)  # words and regions
+UNITER, LONG = (60, 100), (160, 400)  # text and image tokens
 
 
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -24,9 +24,8 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def run(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int] = UNITER, masked: bool = False) -> None:
     """Forward and backward, both directions."""
-    text = [torch.empty(1, 12, lengths[0], size, dtype=dtype) for _ in range(2)]
-    image = [torch.empty(1, 12, lengths[1], size, dtype=dtype) for _ in range(2)]
+    text, image = (torch.empty(1, 12, length, size, dtype=dtype) for length in lengths)
     masks = [torch.ones(1, length, dtype=torch.bool) if masked else None for length in lengths]
-    inputs = (*text, *image, text[0], image[1], image[0], text[1], *masks, kind, "both", size**-0.5)
+    inputs = ([text, image, text, image], [text, image, image, text], *masks, kind, "both", size**-0.5)
     congruence_loss.forward(*inputs)
     congruence_loss.backward(torch.ones(1), *inputs)
