@@ -285,7 +285,10 @@ Tensor relevancy_step(Tensor relevancy, Tensor query, Tensor key, Optional value
 
 // ---- congruence_loss
 
-// queries: text, image, cross text, cross image; keys: text, image, cross image, cross text. So blocks are LL, VV, LV, VL.
+// queries: text, image, cross text, cross image; keys: text, image, cross image, cross text. So blocks are LL, VV, LV, VL. The
+// kernel holds them by 2 * rows + columns, 0 the text and 1 the image.
+constexpr int PLACE[4] = {0, 3, 1, 2};
+
 Congruence describe(const std::vector<Tensor>& queries, const std::vector<Tensor>& keys, const Optional& text_mask,
                     const Optional& image_mask, const std::string& kind, const std::string& direction, double scale) {
     STD_TORCH_CHECK(queries.size() == 4 && keys.size() == 4, "congruence_loss takes the queries and keys of four blocks");
@@ -302,8 +305,8 @@ Congruence describe(const std::vector<Tensor>& queries, const std::vector<Tensor
     call.V = queries[1].size(2);
     call.D = static_cast<int>(queries[0].size(3));
     for (int i = 0; i < 4; ++i) {
-        call.query[i] = rows(queries[i]);
-        call.key[i] = rows(keys[i]);
+        call.query[PLACE[i]] = rows(queries[i]);
+        call.key[PLACE[i]] = rows(keys[i]);
     }
     call.text_mask = data<uint8_t>(text_mask);
     call.image_mask = data<uint8_t>(image_mask);
@@ -338,8 +341,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> congruence_loss_backward(
     for (int i = 0; i < num_gradients; ++i) {
         grad_queries.push_back(make_like(queries[i]));
         grad_keys.push_back(make_like(keys[i]));
-        call.grad_query[i] = rows(grad_queries[i]);
-        call.grad_key[i] = rows(grad_keys[i]);
+        call.grad_query[PLACE[i]] = rows(grad_queries[i]);
+        call.grad_key[PLACE[i]] = rows(grad_keys[i]);
     }
     Tensor workspace = make_float(queries[0], {congruence_loss_workspace(call, true)});
     call.grad_loss = data<float>(grad_loss);

@@ -43,9 +43,6 @@ __device__ __forceinline__ float power_for(float x) {
 }
 
 // What the kernels do for one sample. Blocks are named by their rows and columns, 0 for the text and 1 for the image.
-// The place of the block with rows r and columns c (0 text, 1 image) among queries and keys.
-__device__ __forceinline__ int block_of(int r, int c) { return r == c ? r : 2 + r; }
-
 template <class T, int K>
 struct Sample {
     const Congruence& call;
@@ -154,7 +151,7 @@ struct Sample {
     // A block's attention averaged over the heads.
     __device__ void make_map(int r, int c) {
         const int N = size(r), M = size(c), first = warp_index() * STRIP;
-        const Rows &query = call.query[block_of(r, c)], &key = call.key[block_of(r, c)];
+        const Rows &query = call.query[2 * r + c], &key = call.key[2 * r + c];
         const uint32_t keys = seen(c);
         float mean[GROUPS][2][4] = {};
         for (int64_t h = 0; h < call.H; ++h) {
@@ -208,7 +205,7 @@ struct Sample {
     // them, and the logits, there are no registers.
     __device__ void make_log_map(int a) {
         const int N = size(a), first = warp_index() * STRIP;
-        const Rows &query = call.query[a], &key = call.key[a];
+        const Rows &query = call.query[3 * a], &key = call.key[3 * a];
         const uint32_t keys = seen(a);
         const Matrix map = part(MAP, a, a), log_map = part(LOG, a, a);
         const float log_heads = log2f(static_cast<float>(call.H));
@@ -278,7 +275,7 @@ struct Sample {
     // From the gradients at a map and at its logarithm, where there are such, to those of its queries and keys. Gradients at
     // logits are multiplied by a power of two before they are rounded to T: of many tokens and heads, float16 would lose them.
     __device__ void send(int r, int c, bool at_map, bool at_log) {
-        const int n = block_of(r, c);
+        const int n = 2 * r + c;
         for (int64_t h = 0; h < call.H; ++h) {
             fill_tile(call.key[n], h, size(c));
             if (warp_index() * STRIP < size(r)) send_to_queries(r, c, h, at_map, at_log);
@@ -309,7 +306,7 @@ struct Sample {
 
     __device__ void send_to_queries(int r, int c, int64_t h, bool at_map, bool at_log) {
         const int N = size(r), M = size(c), first = warp_index() * STRIP;
-        const Rows &query = call.query[block_of(r, c)], &grad = call.grad_query[block_of(r, c)];
+        const Rows &query = call.query[2 * r + c], &grad = call.grad_query[2 * r + c];
         const Gradients from = gradients(r, c, at_map, at_log);
         const uint32_t keys = seen(c);
         Rows16<T, K> rows;
@@ -371,7 +368,7 @@ struct Sample {
 
     __device__ void send_to_keys(int r, int c, int64_t h, bool at_map, bool at_log) {
         const int N = size(r), M = size(c), first = warp_index() * STRIP;
-        const Rows &key = call.key[block_of(r, c)], &grad = call.grad_key[block_of(r, c)];
+        const Rows &key = call.key[2 * r + c], &grad = call.grad_key[2 * r + c];
         const Gradients from = gradients(r, c, at_map, at_log);
         float most = 0.0f;
         for (int i = lane_index(); i < N; i += WARP) most = fmaxf(most, shared.most[i]);
@@ -465,8 +462,8 @@ __global__ void __launch_bounds__(TOKENS / STRIP * WARP)
             if (sample.counts && (at_map || at_log)) {
                 sample.send(r, c, at_map, at_log);
             } else {
-                sample.clear(call.grad_query[block_of(r, c)], sample.size(r));
-                sample.clear(call.grad_key[block_of(r, c)], sample.size(c));
+                sample.clear(call.grad_query[n], sample.size(r));
+                sample.clear(call.grad_key[n], sample.size(c));
             }
         }
     } else {

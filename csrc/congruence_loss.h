@@ -12,7 +12,7 @@ struct Congruence {
     bool text, image;  // the directions
     int64_t B, H, L, V;
     int D;
-    Rows query[4], key[4];                  // of the blocks LL, VV, LV, VL: (B,H,L or V,D)
+    Rows query[4], key[4];              // of the blocks LL, LV, VL, VV: (B,H,L or V,D)
     const uint8_t *text_mask, *image_mask;  // (B,L), (B,V), contiguous; null: every token is real
     float scale;
     float* loss;  // (B); forward only
