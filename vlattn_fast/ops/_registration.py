@@ -15,16 +15,15 @@ _LIBRARY = torch.library.Library("vlattn", "DEF")
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers `name(args) -> outputs` for every device and returns the callable operator. Its first argument is a tensor or
-    a list of tensors.
+    """Registers `name(args) -> outputs` for every device and returns the callable operator.
 
     Autocast is off inside: the public calls cast their arguments, and it would round the float32 products of a tile.
     """
     name = schema.split("(", 1)[0]
 
     def run(*args: Any) -> Any:
-        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        device = first.device.type
+        tensors = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)) if isinstance(x, Tensor))
+        device = next(tensors).device.type
         if not torch.is_autocast_enabled(device):
             return implementation(*args)
         with torch.autocast(device, enabled=False):
