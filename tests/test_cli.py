@@ -205,7 +205,7 @@ def test_the_picture_shown_is_the_one_the_model_saw(vit, picture):
         (["--out", "x.png"], "--image or --text must be given"),
         (["--out", "x.png", "--text", "a"], "--image: ViTForImageClassification takes one"),
         (["--out", "x.png", "--image", "PICTURE", "--text", "a"], "--text: ViTForImageClassification takes none"),
-        (["--out", "x.png", "--image", "PICTURE", "--target", "7"], "indices from 0 to 4"),
+        (["--out", "x.png", "--image", "PICTURE", "--target", "7"], "target must be from 0 to 4"),
         (["--out", "x.png", "--image", "PICTURE", "--method", "magic"], "magic"),
         (["--out", "x.png", "--image", __file__], "is no picture"),
         (["--out", "x.png", "--image", "missing.png"], "missing.png"),

@@ -64,7 +64,7 @@ def test_load_refuses_other_files(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds no explanation"):
+    with pytest.raises(ValueError, match="must be a file that Explanation.save wrote"):
         Explanation.load(tmp_path / "other.safetensors")
 
 
@@ -90,7 +90,7 @@ def test_tokens():
     for tokenizer in (Tokenizer(), Processor()):
         assert explanation.with_tokens(tokenizer).tokens == [["w7", "w8", "w9"], ["w5"]]
     assert explanation.tokens == [["7", "8", "9"], ["5"]]
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="tokenizer must have text to name; got"):
         made(text=None, token_ids=None).with_tokens(Tokenizer())
 
 
@@ -143,7 +143,7 @@ def test_plot_of_rows_words_and_constants():
     assert len(figure.axes) == 2 and (figure.axes[0].images[0].get_array() == 0).all()
     figure.canvas.draw()
     constant.plot(rows=[0]).canvas.draw()
-    with pytest.raises(ValueError, match="rows: expected rows from 0 to 1, got 2"):
+    with pytest.raises(ValueError, match="rows must be from 0 to 1; got 2"):
         constant.plot(rows=[2])
 
 

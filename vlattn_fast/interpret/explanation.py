@@ -36,7 +36,7 @@ class Explanation:
         boxes: (B, R, 4), x1, y1, x2, y2 of the regions relative to the image.
         scores: (B,) the explained scores; None where a method has none.
         target: text, class or token index of each score; None for a callable.
-        method, start_layer: as given to `explain`.
+        method, start_layer: the arguments of `explain`.
     """
 
     relevancy: dict[str, Tensor]
@@ -62,7 +62,7 @@ class Explanation:
     def with_tokens(self, tokenizer: Any) -> Explanation:
         """The same explanation with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
         if self.token_ids is None:
-            raise ValueError("tokenizer: this explanation has no text to name tokens of")
+            raise ValueError("tokenizer must have text to name; got an explanation without text")
         convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
         return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
 
@@ -104,7 +104,7 @@ class Explanation:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
             if facts.pop("format", None) != _FORMAT:
-                raise ValueError(f"path: {path} holds no explanation of this package ({_FORMAT})")
+                raise ValueError(f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         towers, images = facts.pop("towers"), facts.pop("images")
         image = tensors.get("image.0") if images is None else tuple(tensors[f"image.{i}"] for i in range(images))

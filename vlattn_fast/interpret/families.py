@@ -1,7 +1,7 @@
-"""What has to be known about a family of models to explain it, as small frozen records.
+"""Records of model families: what `explain` must know about a model.
 
 A record says where a tower's layers are, which module in a layer calls the attention function, which row of the relevancy
-matrix is read, and what the tokens stand for. Nothing about it is guessed: a model without a record is refused, and
+matrix is read, and what the tokens stand for. Nothing is guessed: `explain` refuses a model without a record, and
 `register_family` adds one.
 """
 
@@ -27,7 +27,7 @@ class Tower:
         attention: inside a layer, the module that calls the attention function.
         readout: the row that is read: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last position,
             "target" the position that predicts the target token, "mean" and "patch_mean" 1/N over all (patch) tokens,
-            "pool" the own row of an attention-pooling head.
+            "pool" the row of an attention-pooling head.
         tokens: what the tokens are, which decides how `.image` and `.text` are cut: "patches", "clip_text", "text" (special
             ids as the config names them), "bert_text", "image_text" (text with image tokens in it) or "regions" (BERT's text,
             then image regions).
@@ -51,9 +51,9 @@ class Tower:
     def __post_init__(self) -> None:
         for name, kind in (("readout", ReadOut), ("tokens", Tokens)):
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name}: expected one of {get_args(kind)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
         if (self.readout == "pool") != (self.pooling is not None):
-            raise ValueError(f"pooling: goes with readout 'pool' and only with it, got {self.pooling!r} and {self.readout!r}")
+            raise ValueError(f"pooling must be set if, and only if, readout is 'pool'; got {self.pooling!r} and {self.readout!r}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Family:
     """Towers of a model class and how its default score is read from the outputs.
 
     Args:
-        towers: the towers to explain; all others run as they are.
+        towers: the towers to explain; other parts of the model run as they are.
         score: "pair" = `logits_per_image[i, i]`, "class" = `logits[b, class]`, "token" = `logits[b, position, token]`.
         dispatch: "transformers" = through `AttentionInterface`; "attribute" = the module calls its own
             `attention_function`, which is replaced on each instance.
@@ -125,7 +125,7 @@ FAMILIES: dict[str, Family] = {
 def register_family(class_name: str, family: Family) -> None:
     """Make `explain` accept models whose class, or a base class, is called `class_name`."""
     if not isinstance(family, Family):
-        raise TypeError(f"family: expected a vlattn_fast.interpret Family, got {type(family).__name__}")
+        raise TypeError(f"family must be a vlattn_fast.interpret.Family; got {type(family).__name__}")
     FAMILIES[class_name] = family
 
 
@@ -134,26 +134,26 @@ def find_family(model: nn.Module) -> Family:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: the class has no record; the message names the first module whose attention cannot be reached, if any.
+        ValueError: the class has no record; the message names the first module whose attention `explain` cannot replace, if any.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     for cls in type(model).__mro__:
         family = FAMILIES.get(cls.__name__)
         if family is not None:
             return family
     require_dispatch(model)
     raise ValueError(
-        f"model: no read-out is known for {type(model).__name__}; known are {sorted(FAMILIES)}. "
-        "Describe it with vlattn_fast.interpret.Family and Tower and pass that to register_family"
+        f"model must be of a known family; got {type(model).__name__}. Known are {', '.join(sorted(FAMILIES))}. "
+        "vlattn_fast.interpret.register_family adds a record of another one"
     )
 
 
 def require_dispatch(model: nn.Module, path: str = "") -> None:
-    """Raise ValueError, naming the first attention module, if `model` computes attention where no registered function sees it.
+    """ValueError, naming the first attention module, if `model` does not call transformers' AttentionInterface.
 
     Args:
-        path: what to put before the names of `model`'s modules.
+        path: the prefix of the names of `model`'s modules.
     """
     for name, module in model.named_modules(prefix=path):
         if not hasattr(module, "_can_set_attn_implementation") or module._can_set_attn_implementation():
@@ -161,6 +161,6 @@ def require_dispatch(model: nn.Module, path: str = "") -> None:
         inner = ((n, type(m).__name__) for n, m in module.named_modules(prefix=name) if "Attention" in type(m).__name__)
         where, kind = next(inner, (name, type(module).__name__))
         raise ValueError(
-            f"model: attention '{where}' ({kind}) cannot be tapped: {type(module).__name__} writes its attention out by hand "
-            "instead of calling transformers' AttentionInterface"
+            f"model must call transformers' AttentionInterface; got {type(module).__name__}, which computes the attention of "
+            f"'{where}' ({kind}) itself"
         )

@@ -1,4 +1,4 @@
-"""The inputs of one run: copied, paired image with text, and asked which tokens are real."""
+"""The inputs of one run: copies, pairs of images and texts, and which tokens are real."""
 
 from __future__ import annotations
 
@@ -27,50 +27,76 @@ def prepare_inputs(
         ValueError: images and texts cannot be paired, or a target is out of range.
     """
     if not isinstance(inputs, Mapping):
-        raise TypeError(f"inputs: expected a mapping of the model's keyword arguments, got {type(inputs).__name__}")
+        raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
     if inputs.get("output_attentions"):
-        raise ValueError("inputs: output_attentions asks for the stored maps that explain does without; leave it out")
+        raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
     if inputs.get("past_key_values") is not None:
-        raise ValueError("inputs: past_key_values hides part of the sequence; relevancy needs all of it in one forward pass")
+        raise ValueError("inputs must give the whole sequence in one forward pass, without past_key_values; got a cache")
     # Tensors made under inference mode cannot be saved for a backward pass; a copy made outside of it can.
-    given = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
+    arguments = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
     accepted = inspect.signature(model.forward).parameters
     if hasattr(model, "config") and hasattr(model.config, "return_dict"):
-        given["return_dict"] = True
+        arguments["return_dict"] = True
     if family.score == "token" or "use_cache" in accepted:
-        given["use_cache"] = False
+        arguments["use_cache"] = False
     if family.score == "token" and not callable(target) and "logits_to_keep" in accepted:
         # Logits of the whole prompt are large and only one row of them is asked for.
-        sequence = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-        given.pop("labels", None)
-        given["logits_to_keep"] = last_real(family.towers[0], given, tuple(sequence.shape[:2])).unique()
+        sequence = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+        arguments.pop("labels", None)
+        arguments["logits_to_keep"] = last_real(family.towers[0], arguments, tuple(sequence.shape[:2])).unique()
     if family.score != "pair" or callable(target):
-        return given, None
-    return _paired(given, target)
+        return arguments, None
+    return _paired(arguments, target)
 
 
-def _paired(given: dict[str, Any], target: Any) -> tuple[dict[str, Any], list[int]]:
+def is_empty(arguments: Mapping[str, Any]) -> bool:
+    """Whether the batch has no row."""
+    batches = (arguments[name] for name in ("input_ids", "inputs_embeds", "pixel_values") if arguments.get(name) is not None)
+    first = next(batches, None)
+    return isinstance(first, Tensor) and first.shape[0] == 0
+
+
+def with_one_row(arguments: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The arguments of an empty batch with one row of zeros (masks: of ones), and prompts without images.
+
+    Most models cannot run an empty batch, since they leave a size for `view` to infer. A run over one row tells how many
+    tokens each tower has.
+    """
+    prompts = any(tower.tokens == "image_text" for tower in family.towers)
+    filled = {}
+    for name, value in arguments.items():
+        if prompts and (name.startswith("pixel_") or name in ("image_grid_thw", "video_grid_thw", "image_sizes")):
+            continue
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == 0:
+            value = torch.full((1, *value.shape[1:]), int(name.endswith("mask")), dtype=value.dtype, device=value.device)
+        filled[name] = value
+    return filled
+
+
+def _paired(arguments: dict[str, Any], target: Any) -> tuple[dict[str, Any], list[int]]:
     for name in ("pixel_values", "input_ids"):
-        if not isinstance(given.get(name), Tensor):
-            raise ValueError(f"inputs: '{name}' is missing; the similarity of an image and a text needs both")
-    images, texts = given["pixel_values"].shape[0], given["input_ids"].shape[0]
+        if not isinstance(arguments.get(name), Tensor):
+            raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(arguments)}")
+    images, texts = arguments["pixel_values"].shape[0], arguments["input_ids"].shape[0]
     if target is not None:
         chosen = indices(target, images, texts, "texts")
         rows = list(range(images))
     elif images == texts or images == 1 or texts == 1:
-        count = max(images, texts)
+        count = texts if images == 1 else images
         rows = list(range(count)) if images == count else [0] * count
         chosen = list(range(count)) if texts == count else [0] * count
     else:
         counts = f"{images} images and {texts} texts"
-        raise ValueError(f"inputs: {counts} cannot be paired; give as many of each, one image, or a target")
+        raise ValueError(
+            f"inputs must be as many images as texts, one image, or one text, unless target pairs them; got {counts}"
+        )
     for names, picked, size in ((_IMAGE_INPUTS, rows, images), (_TEXT_INPUTS, chosen, texts)):
         if picked == list(range(size)):
             continue
         for name in names:
-            if isinstance(given.get(name), Tensor) and given[name].shape[0] == size:
-                given[name] = given[name][picked]
-    return given, chosen
+            if isinstance(arguments.get(name), Tensor) and arguments[name].shape[0] == size:
+                arguments[name] = arguments[name][picked]
+    return arguments, chosen
 
 
 def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
@@ -84,12 +110,12 @@ def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
         target = target.tolist()
     chosen = [target] * batch if isinstance(target, int) else target
     if not isinstance(chosen, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
-        raise TypeError(f"target: expected None, an int, (B,) ints or a callable, got {target!r}")
+        raise TypeError(f"target must be None, an int, (B,) ints or a callable; got {target!r}")
     if len(chosen) != batch:
-        raise ValueError(f"target: expected one index or {batch} of them (one per row), got {len(chosen)}")
+        raise ValueError(f"target must be one index or {batch} indices (one per row); got {len(chosen)}")
     for index in chosen:
         if not 0 <= index < size:
-            raise ValueError(f"target: expected indices from 0 to {size - 1} ({what}), got {index}")
+            raise ValueError(f"target must be from 0 to {size - 1} ({what}); got {index}")
     return list(chosen)
 
 
@@ -108,7 +134,7 @@ def real_tokens(tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int])
     if mask is None:
         return None
     got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    raise ValueError(f"inputs: attention_mask must be (B, N) = {shape}, got {got}")
+    raise ValueError(f"attention_mask must have shape (B, N) = {shape}; got {got}")
 
 
 def last_real(tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
@@ -117,5 +143,5 @@ def last_real(tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -
     if real is None:
         return torch.full((shape[0],), shape[1] - 1)
     if not bool(real.any(-1).all()):
-        raise ValueError("inputs: attention_mask has a row without a real token")
+        raise ValueError("attention_mask must have a real token in each row; got a row of padding alone")
     return shape[1] - 1 - real.flip(-1).int().argmax(-1)

@@ -1,7 +1,7 @@
-"""The relevancy methods: which operator settings each one stands for, and the two that need no carrier.
+"""The relevancy methods: the operator settings of each, and the two that read the last attention alone.
 
 gradient, weighted and rollout are one recursion from the last layer to the first, r <- a*r + b*(r Abar)
-(Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row), and differ only in Abar, a and b. Raw attention and
+(Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row). They differ only in Abar, a and b. Raw attention and
 Grad-CAM read the last attention alone.
 """
 
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._tensors import expand_heads
-from vlattn_fast.ops.relevancy_attention import relevancy_residual
-
-Weighting = str | Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+from vlattn_fast.ops.relevancy_attention import Weighting, relevancy_residual
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,11 @@ class Method:
     """How a method uses the layers.
 
     Args:
-        name: what the user writes.
+        name: the value of `explain`'s argument `method`.
         rule: Abar of a layer: "gradient" = mean_h relu(A * dA), "attention" = mean_h A.
-        carries: threads a carrier through the layers; otherwise only the last attention is looked at.
-        needs_score: the gradient of a score enters.
-        row_normalize: each row of Abar divided by its sum.
+        carries: a carrier passes through the layers; otherwise the method reads the last attention alone.
+        needs_score: the method uses the gradient of a score.
+        row_normalize: each row of Abar is divided by its sum.
         residual_weight, attention_weight: a and b of the recursion.
         weighted: a and b come from the residual sum behind each layer (after Huang et al. 2023, see `relevancy_residual`).
     """
@@ -48,7 +46,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("gradient", "gradient"),
-        # The attention call sends back r Abar alone; what passes beside it is added at the residual sum.
+        # The attention operator returns r Abar alone; the residual sum adds r itself.
         Method("weighted", "gradient", row_normalize=True, residual_weight=0.0, weighted=True),
         # Rollout divides A + I by its row sum, which is 2 wherever a row of A sums to one.
         Method("rollout", "attention", needs_score=False, residual_weight=0.5, attention_weight=0.5),
@@ -61,29 +59,32 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """The record of a method; ValueError names the known ones."""
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {name!r}")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
     return METHODS[name]
 
 
-def check_weighting(weighting: Weighting) -> None:
+def check_weighting(weighting: str | Weighting) -> None:
     """ValueError unless `weighting` is a known name or a callable."""
     if not callable(weighting) and weighting not in ("contribution", "norm", "equal"):
-        raise ValueError(f"weighting: expected 'contribution', 'norm', 'equal' or a callable, got {weighting!r}")
+        raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
 
 
-def weigh(stream: Tensor, branch: Tensor, carrier: Tensor, branch_carrier: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
-    """`relevancy_residual` at a sum y = stream + branch that the model forms where nobody can replace it.
+def weigh(
+    stream: Tensor, branch: Tensor, carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
+) -> tuple[Tensor, Tensor]:
+    """`relevancy_residual` for a residual sum y = stream + branch that the model computes itself.
 
-    The gradient at the sum is the gradient at the branch's output, so the operator's own sum stands behind that output: added
-    and taken away again in the forward pass, it brings g to the operator in the backward pass, and the attention behind it
-    waits until g has been there.
+    A hook sees the branch, but not the sum. The gradients at both are equal, since the sum has slope one in the branch. So
+    this function computes the sum on its own graph and returns branch + (sum - sum): the value of the branch, with a
+    backward pass that goes through `relevancy_residual`. The carrier takes the same node of the graph, so autograd runs the
+    attention's backward pass only after the weights a and b are known.
 
     Args:
-        stream, branch: the two terms (B, N, C); stream without gradient.
-        carrier, branch_carrier: (B, T, N), the one that passed beside the attention and the one that went through it.
+        stream, branch: the two terms (B, N, C); `stream` is detached.
+        carrier, branch_carrier: (B, T, N), around the attention and through it.
 
     Returns:
-        The branch, unchanged, and the carrier behind the sum.
+        The branch (B, N, C) with unchanged values, and the carrier (B, T, N) behind the sum.
     """
     total, carrier = relevancy_residual(stream, branch, carrier, branch_carrier, weighting=weighting)
     return branch.detach() + (total - total.detach()).to(branch.dtype), carrier
@@ -91,7 +92,10 @@ def weigh(stream: Tensor, branch: Tensor, carrier: Tensor, branch_carrier: Tenso
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention call kept for reading: tensors as the operators take them, and the leaf whose gradient is wanted."""
+    """One attention call that is read later: query, key, value (B, H, N, D) as the operators take them.
+
+    The score is differentiated with respect to `output`.
+    """
 
     query: Tensor
     key: Tensor
@@ -109,7 +113,7 @@ class Attended:
 
 
 def raw_attention(rows: Tensor, call: Attended) -> Tensor:
-    """rows @ mean_h A of one attention call: (B, 1, N) -> (B, 1, M). Only the rows that are read are formed."""
+    """rows @ mean_h A of one attention call: (B, 1, N) -> (B, 1, M). Only rows with a weight are computed."""
     key = expand_heads(call.key.to(rows.dtype), call.query.shape[1])
     return _read(rows, call.query.to(rows.dtype), key, call.masks, lambda attention: attention.mean(1))
 
@@ -117,13 +121,13 @@ def raw_attention(rows: Tensor, call: Attended) -> Tensor:
 def gradcam(rows: Tensor, call: Attended, grad_output: Tensor, real_queries: Tensor | None, real_keys: Tensor | None) -> Tensor:
     """rows @ relu(mean_h w_h A_h) with w_h = mean_ij G_h, Grad-CAM on attention as the baseline of Chefer et al. has it.
 
-    mean_ij G_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map, and only the rows of A that are read are formed.
+    mean_ij G_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map. Only rows of A with a weight are computed.
 
     Args:
-        rows: (B, 1, N), the weights of the rows to read.
+        rows: (B, 1, N), the weight of each row.
         grad_output: (B, H, N, D), the gradient of the score at the attention's output.
-        real_queries, real_keys: bool (B, N) and (B, M), the ones the mean runs over, padding left out; None = all. Pairs that
-            a causal mask hides stay in the mean, as in the published code.
+        real_queries, real_keys: bool (B, N) and (B, M), False = padding, which the mean leaves out; None = no padding. The
+            mean includes pairs that a causal mask masks, as in the published code.
 
     Returns:
         (B, 1, M).
@@ -162,7 +166,7 @@ def _rows_to_read(rows: Tensor, chunk: int = 128) -> list[Tensor]:
 
 
 def _attention_rows(query: Tensor, key: Tensor, index: Tensor, masks: dict[str, Any]) -> Tensor:
-    """Rows `index` (B, R) of the attention probabilities: (B, H, R, M); rows without a visible key are zero."""
+    """Rows `index` (B, R) of the attention probabilities: (B, H, R, M); fully masked rows are zero."""
     batch, heads, _, dim = query.shape
     count = key.shape[2]
     chosen = query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim))
@@ -176,5 +180,5 @@ def _attention_rows(query: Tensor, key: Tensor, index: Tensor, masks: dict[str, 
     if masks["is_causal"]:
         later = torch.arange(count, device=key.device) > index[:, None, :, None]
         scores = scores.masked_fill(later, -torch.inf)
-    hidden = (scores == -torch.inf).all(-1, keepdim=True)
-    return scores.softmax(-1).masked_fill(hidden, 0.0)
+    fully_masked = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(fully_masked, 0.0)

@@ -46,7 +46,7 @@ def draw(explanation: Explained, image: Any, rows: Sequence[int] | None, cmap: s
     chosen = list(range(len(explanation))) if rows is None else list(rows)
     for row in chosen:
         if not 0 <= row < len(explanation):
-            raise ValueError(f"rows: expected rows from 0 to {len(explanation) - 1}, got {row}")
+            raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
     pictures = _pictures(explanation, image)
     maps = [_maps(explanation, row) for row in chosen]
     has_text, has_regions = explanation.text is not None, explanation.regions is not None
@@ -155,7 +155,7 @@ def _pngs(explanation: Explained, row: int, pictures: list[Array] | None, cmap: 
 
 
 def scaled(values: Array) -> Array:
-    """Values moved to [0, 1] by their smallest and largest; a constant becomes zeros."""
+    """Values mapped to [0, 1] by their smallest and largest; a constant becomes zeros."""
     low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
@@ -190,9 +190,9 @@ def _pictures(explanation: Explained, image: Any) -> list[Array] | None:
         return None
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
     pictures = [_picture(part) for part in image] if many else [_picture(image)]
-    wanted = len(explanation) if explanation.image_rows is None else len(explanation.image_rows)
-    if len(pictures) not in (1, wanted):
-        raise ValueError(f"image: expected one image or {wanted} of them (one per map), got {len(pictures)}")
+    count = len(explanation) if explanation.image_rows is None else len(explanation.image_rows)
+    if len(pictures) not in (1, count):
+        raise ValueError(f"image must be one image or {count} of them (one per map); got {len(pictures)}")
     return pictures
 
 
@@ -203,10 +203,10 @@ def _picture(image: Any) -> Array:
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1):
         array = np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
     if array.ndim != 3 or array.shape[2] not in (3, 4):
-        raise ValueError(f"image: expected (H, W), (H, W, 3) or (3, H, W), got {array.shape}")
+        raise ValueError(f"image must have shape (H, W), (H, W, 3) or (3, H, W); got {array.shape}")
     if array.dtype.kind == "f" and array.size and not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
         got = f"{array.min():.3g} to {array.max():.3g}"
-        raise ValueError(f"image: expected floats from 0 to 1 or bytes, got {got}; normalised pixel values are no picture")
+        raise ValueError(f"image must be bytes, or floats from 0 to 1 (not a model's normalised pixel_values); got {got}")
     return array.clip(0, 1) if array.dtype.kind == "f" else array
 
 

@@ -41,7 +41,7 @@ def end_of_text(config: Any, inputs: Mapping[str, Any]) -> Tensor:
     """(B,) the position CLIP pools: the first end-of-text token, which old configs (eos_token_id 2) take as the largest id."""
     ids = _ids(inputs)
     if ids is None:
-        raise ValueError("inputs: 'input_ids' is missing; CLIP's end-of-text position is read from them")
+        raise ValueError("inputs must contain 'input_ids', where CLIP's end-of-text token is searched; got none")
     return ids.int().argmax(-1) if config.eos_token_id == 2 else (ids == config.eos_token_id).int().argmax(-1)
 
 
@@ -86,7 +86,7 @@ def _special_ids(config: Any) -> set[int]:
 
 
 def gather_words(relevancy: Tensor, words: Tensor, ids: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """Entries (B, N) where words (B, N) is True, moved to the front: (B, T), zeros behind shorter texts, and their ids."""
+    """The entries (B, N) of the words alone, left-aligned in (B, T) with zeros behind shorter texts, and their ids."""
     rows = [row[mask.to(row.device)] for row, mask in zip(relevancy, words, strict=True)]
     text = nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else relevancy[:, :0]
     return text, [row[mask[: len(row)]].tolist() for row, mask in zip(ids, words, strict=True)]
@@ -114,7 +114,7 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
         height, width = _patch_grid(config, inputs)
         patches = relevancy[:, prefix_tokens(tower, config) :]
         if patches.shape[1] != height * width:
-            raise ValueError(f"inputs: pixel_values give {height} x {width} patches, the tower has {patches.shape[1]}")
+            raise ValueError(f"pixel_values must give {patches.shape[1]} patches, as the tower has; got {height} x {width}")
         return patches.reshape(-1, height, width), list(range(len(patches)))
     ids = _ids(inputs)
     if tower.tokens != "image_text" or ids is None or inputs.get("pixel_values") is None:
@@ -126,7 +126,7 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
     prefix = int(len(flat) == sum(height * width + 1 for height, width in grids))
     sizes = [height * width + prefix for height, width in grids]
     if sum(sizes) != len(flat):
-        raise ValueError(f"inputs: grids {grids} do not add up to the {len(flat)} image tokens of the prompts")
+        raise ValueError(f"inputs must have one image token per patch; got {len(flat)} tokens for grids {grids}")
     maps = tuple(part[prefix:].reshape(grid) for part, grid in zip(flat.split(sizes), grids, strict=True))
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     rows = of_image.nonzero()[:, 0].tolist()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast.interpret.families import Family
 from vlattn_fast.interpret.inputs import indices, last_real
@@ -27,19 +28,19 @@ def choose_score(
         outputs: the model's.
         pairs: see `prepare_inputs`.
         shapes: (B, N) of each tower.
-        required: False for methods without a gradient, which go without a score where there is none.
+        required: False for methods without a gradient. They run without a score where the outputs have no logits.
 
     Raises:
-        TypeError, ValueError: `target`, or what the callable returned, does not fit.
+        TypeError, ValueError: `target`, or what the callable returned, has a wrong type or shape.
     """
     batch = shapes[0][0]
     if callable(target):
         scores = target(outputs)
         if not isinstance(scores, Tensor):
-            raise TypeError(f"target: the callable must return a tensor of scores, got {type(scores).__name__}")
+            raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
         for count, _ in shapes:
             if scores.shape != (count,):
-                raise ValueError(f"target: the callable must return scores of shape ({count},), got {tuple(scores.shape)}")
+                raise ValueError(f"target must return scores of shape (B,) = ({count},); got {tuple(scores.shape)}")
         chosen = None
     elif family.score == "pair":
         scores, chosen = outputs.logits_per_image.diagonal(), pairs
@@ -47,7 +48,7 @@ def choose_score(
         logits = getattr(outputs, "logits", None)
         if logits is None:
             if required or target is not None:
-                raise ValueError("target: the outputs have no logits; give a callable(outputs) -> (B,) scores")
+                raise ValueError("target must be a callable(outputs) -> (B,) scores where the outputs have no logits; got none")
             return None, None
         if family.score == "token":
             position = last_real(family.towers[0], inputs, shapes[0]).to(logits.device)
@@ -55,10 +56,39 @@ def choose_score(
                 position = torch.searchsorted(kept.to(logits.device), position)
             logits = logits[torch.arange(batch, device=logits.device), position]
         if logits.ndim != 2:
-            raise ValueError(f"target: expected logits of shape (B, classes), got {tuple(logits.shape)}; give a callable")
+            raise ValueError(f"target must be a callable where logits are not (B, classes); got logits {tuple(logits.shape)}")
         what = "tokens" if family.score == "token" else "classes"
         chosen = logits.argmax(-1).tolist() if target is None else indices(target, batch, logits.shape[1], what)
         scores = logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0]
-    if required and not scores.requires_grad:
-        raise ValueError("target: the scores do not depend on the explained layers, so they have no gradient")
     return scores, chosen
+
+
+def check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None) -> None:
+    """ValueError for a score that is NaN, and for scores that do not depend on the explained layers.
+
+    Args:
+        scores: (B,).
+        edges: where gradients enter the explained layers; None if the method takes no gradient.
+    """
+    if bool(scores.isnan().any()):
+        rows = scores.isnan().nonzero()[:, 0].tolist()
+        raise ValueError(f"target must give scores that are numbers; got nan in rows {rows} of the batch")
+    if edges is not None and not _depends_on(scores, edges):
+        raise ValueError("target must give scores that depend on the explained layers; got scores without a gradient there")
+
+
+def _depends_on(scores: Tensor, edges: Sequence[GradientEdge]) -> bool:
+    """Whether a path in the autograd graph leads from the scores to one of the edges; no gradient is computed."""
+    if not scores.requires_grad:
+        return False
+    aims = {edge.node for edge in edges}
+    seen = {get_gradient_edge(scores).node}
+    waiting = list(seen)
+    while waiting:
+        node = waiting.pop()
+        if node in aims:
+            return True
+        following = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= following
+        waiting.extend(following)
+    return False

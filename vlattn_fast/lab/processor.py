@@ -24,38 +24,38 @@ class DigitProcessor:
     """
 
     def __call__(self, captions: Sequence[str], images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """captions: B strings; images (B,H,W) float in [0,1]; boxes (B,R,4) as in `Scenes`."""
+        """captions: B strings; images (B, H, W) float in [0,1]; boxes (B, R, 4) as in `Scenes`."""
         if len(captions) != len(images):
-            raise ValueError(f"captions: got {len(captions)} for {len(images)} images, want one each")
+            raise ValueError(f"captions must be as many as images; got {len(captions)} for {len(images)} images")
         return {**self.words(captions), **self.regions(images, boxes)}
 
     def words(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """B captions -> input_ids int64 (B,L), attention_mask bool (B,L); shorter captions are padded."""
+        """B captions -> input_ids int64 (B, L), attention_mask bool (B, L); shorter captions are padded."""
         if isinstance(captions, str):
-            raise TypeError(f"captions: got the string {captions!r}, want a sequence of strings")
+            raise TypeError(f"captions must be a sequence of strings; got the string {captions!r}")
         rows = []
         for caption in captions:
             words = ["[CLS]", *caption.split(), "[SEP]"]
             if unknown := [word for word in words if word not in _IDS]:
-                raise ValueError(f"captions: got the words {unknown} in {caption!r}, want words of {VOCABULARY[4:]}")
+                raise ValueError(f"captions must have words of {VOCABULARY[4:]} alone; got the words {unknown} in {caption!r}")
             rows.append([_IDS[word] for word in words])
         length = max(map(len, rows), default=0)
         input_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64)
         return {"input_ids": input_ids, "attention_mask": input_ids != 0}
 
     def regions(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """images (B,H,W), boxes (B,R,4) of 8 x 8 pixels -> region_features (B,R,64): the pixels in the box;
-        region_positions (B,R,23): UNITER's seven box features and sines of the centre; region_mask bool (B,R)."""
+        """images (B, H, W), boxes (B, R, 4) of 8 x 8 pixels -> region_features (B, R, 64): the pixels in the box;
+        region_positions (B, R, 23): UNITER's seven box features and sines of the centre; region_mask bool (B, R)."""
         if images.ndim != 3:
-            raise ValueError(f"images: got {tuple(images.shape)}, want (B,H,W)")
+            raise ValueError(f"images must be (B, H, W); got {tuple(images.shape)}")
         if boxes.ndim != 3 or boxes.shape[::2] != (len(images), 4):
-            raise ValueError(f"boxes: got {tuple(boxes.shape)}, want ({len(images)}, R, 4)")
+            raise ValueError(f"boxes must be ({len(images)}, R, 4); got {tuple(boxes.shape)}")
         height, width = images.shape[1:]
         corners = boxes.long()
         size = corners[..., 2:] - corners[..., :2]
         limit = torch.tensor([width, height], device=boxes.device)
         if bool((corners != boxes).any() | (size != 8).any() | (corners[..., :2] < 0).any() | (corners[..., 2:] > limit).any()):
-            raise ValueError(f"boxes: want whole pixels, 8 x 8, inside {width} x {height}")
+            raise ValueError(f"boxes must be 8 x 8 whole pixels inside {width} x {height}; got others")
         span = torch.arange(8, device=boxes.device)
         x, y = (corners[..., axis, None] + span for axis in (0, 1))
         rows = torch.arange(len(images), device=boxes.device)[:, None, None, None]

@@ -28,13 +28,13 @@ PAIRS = ("all", "seen", "held_out")
 class Scenes:
     """A batch of B scenes, each with R = 4 digits, no two alike, and one caption.
 
-    images: float32 (B,32,32), ink in [0,1].
-    boxes: float32 (B,R,4), x1, y1, x2, y2 in pixels, the second corner exclusive.
-    digits: int64 (B,R), 0 to 9.
+    images: float32 (B, 32, 32), ink in [0,1].
+    boxes: float32 (B, R, 4), x1, y1, x2, y2 in pixels, the second corner exclusive.
+    digits: int64 (B, R), 0 to 9.
     captions: B strings of five words, such as "three left of a seven".
-    input_ids: int64 (B,7), [CLS] five words [SEP].
+    input_ids: int64 (B, 7), [CLS] five words [SEP].
     label: int64 (B), 1 = the caption is true of its scene.
-    named: bool (B,R), the regions whose digit the caption names.
+    named: bool (B, R), the regions whose digit the caption names.
     """
 
     images: Tensor
@@ -60,9 +60,9 @@ class Scenes:
         """Scene `index` for a plot: uint8 (32*scale, 32*scale, 3), dark ink on white; boxes=True frames the named digits
         red and the others grey."""
         if not 0 <= index < len(self):
-            raise ValueError(f"index: got {index}, want 0 to {len(self) - 1}")
+            raise ValueError(f"index must be from 0 to {len(self) - 1}; got {index}")
         if scale < 1:
-            raise ValueError(f"scale: got {scale}, want at least 1")
+            raise ValueError(f"scale must be at least 1; got {scale}")
         image = self.images[index].repeat_interleave(scale, 0).repeat_interleave(scale, 1)
         picture = ((1.0 - image) * 255).round().to(torch.uint8)[..., None].repeat(1, 1, 3)
         if boxes:
@@ -80,7 +80,7 @@ def digit_scans(split: str) -> tuple[Tensor, Tensor, Tensor]:
     """(scans float32 (S,8,8) in [0,1], digits int64 (S), index int64 (S) into `load_digits`) of split "train" or "test":
     every fifth scan of each digit is a test scan."""
     if split not in ("train", "test"):
-        raise ValueError(f"split: got {split!r}, want 'train' or 'test'")
+        raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
     with extra("lab"):
         from sklearn.datasets import load_digits
 
@@ -120,13 +120,13 @@ def digit_scenes(
     """
     for name, value in (("count", count), ("seed", seed)):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: got {value!r}, want an int")
+            raise TypeError(f"{name} must be an int; got {value!r}")
     if count < 1:
-        raise ValueError(f"count: got {count}, want at least 1")
+        raise ValueError(f"count must be at least 1; got {count}")
     if negative is not None and negative not in NEGATIVES:
-        raise ValueError(f"negative: got {negative!r}, want None or one of {NEGATIVES}")
+        raise ValueError(f"negative must be None or one of {NEGATIVES}; got {negative!r}")
     if pairs is not None and pairs not in PAIRS:
-        raise ValueError(f"pairs: got {pairs!r}, want None or one of {PAIRS}")
+        raise ValueError(f"pairs must be None or one of {PAIRS}; got {pairs!r}")
     kind = 0 if negative is None else 1 + NEGATIVES.index(negative)
     return sample_scenes(torch.full((count,), kind), split, pairs, torch.Generator().manual_seed(seed))
 
@@ -171,7 +171,7 @@ def swapped_pairs(count: int, *, split: str = "test", seed: int = 0, pairs: str 
 
 
 def _paint(crops: Tensor, corners: Tensor) -> Tensor:
-    """crops (B,R,8,8) at corners (B,R,2) x, y -> images (B,32,32)."""
+    """crops (B, R, 8, 8) at corners (B, R, 2) x, y -> images (B, 32, 32)."""
     rows = torch.arange(len(crops))[:, None, None, None]
     y, x = (corners[..., axis, None] + torch.arange(DIGIT) for axis in (1, 0))
     images = torch.zeros(len(crops), CANVAS, CANVAS)
@@ -180,13 +180,13 @@ def _paint(crops: Tensor, corners: Tensor) -> Tensor:
 
 
 def _displacement(corners: Tensor) -> Tensor:
-    """corners (B,R,2) x, y -> (B,R,R,4): by how many pixels i lies left of, right of, above, below j."""
+    """corners (B, R, 2) x, y -> (B, R, R, 4): by how many pixels i lies left of, right of, above, below j."""
     right, down = (corners[:, None, :, :] - corners[:, :, None, :]).unbind(-1)
     return torch.stack([right, -right, down, -down], dim=-1)
 
 
 def _draw(count: int, split: str, sayable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws scenes until `count` have no overlapping digits and something to say: (scan (B,R), corners (B,R,2), caption
+    """Draws scenes until `count` have no overlapping digits and something to say: (scan (B, R), corners (B, R, 2), caption
     (B) = 16 * first region + 4 * second region + relation)."""
     _, scan_digits, _ = digit_scans(split)
     per_digit = torch.bincount(scan_digits, minlength=10)
@@ -219,7 +219,7 @@ def _caption(
     sayable: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """(words int64 (B,3) = first digit, relation, second digit; named bool (B,R)), made false where kind asks for it."""
+    """(words int64 (B, 3) = first digit, relation, second digit; named bool (B, R)), made false where kind asks for it."""
     rows = torch.arange(len(kind))
     a, b = digits[rows, first], digits[rows, second]
 

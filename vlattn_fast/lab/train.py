@@ -42,7 +42,7 @@ class TrainingHeads(nn.Module):
 
 
 def mask_words(input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Masks the first digit, the relation or the second digit of each caption (B,7): (masked ids, bool (B,7) where)."""
+    """Masks the first digit, the relation or the second digit of each caption (B, 7): (masked ids, bool (B, 7) where)."""
     table = torch.zeros(3, input_ids.shape[1], dtype=torch.bool)
     for row, positions in enumerate((FIRST, RELATION, SECOND)):
         table[row, list(positions)] = True
@@ -74,7 +74,7 @@ def losses(model: UNITER, heads: TrainingHeads, scenes: Scenes, generator: torch
 def train(steps: int = 3000, *, seed: int = 0, log_every: int = 100) -> UNITER:
     """A model trained for `steps` steps of 256 scenes with AdamW, one learning-rate cycle up to 1e-3; eval mode."""
     if steps < 1:
-        raise ValueError(f"steps: got {steps}, want at least 1")
+        raise ValueError(f"steps must be at least 1; got {steps}")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -38,7 +38,7 @@ def load_uniter(directory: str | Path = DATA) -> tuple[UNITER, DigitProcessor]:
 
     weights = Path(directory) / WEIGHTS
     if not weights.is_file():
-        raise ValueError(f"directory: no {WEIGHTS} in {directory}, want one written by python -m vlattn_fast.lab.train")
+        raise ValueError(f"directory must hold {WEIGHTS}, written by python -m vlattn_fast.lab.train; got {directory} without")
     model = UNITER(UNITERConfig(**json.loads(weights.with_suffix(".json").read_text())["config"]))
     model.load_state_dict(load_file(weights))
     return model.eval(), DigitProcessor()
@@ -46,7 +46,7 @@ def load_uniter(directory: str | Path = DATA) -> tuple[UNITER, DigitProcessor]:
 
 @torch.no_grad()
 def matching_score(model: UNITER, scenes: Scenes, *, input_ids: Tensor | None = None) -> Tensor:
-    """(B): log odds that each scene's caption is true of it; input_ids (B,7) puts other captions in their place."""
+    """(B): log odds that each scene's caption is true of it; input_ids (B, 7) puts other captions in their place."""
     inputs = scenes.inputs()
     if input_ids is not None:
         inputs["input_ids"] = input_ids

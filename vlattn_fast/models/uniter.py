@@ -52,23 +52,23 @@ class UNITERConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: got {value!r}, want an int")
+                raise TypeError(f"{name} must be an int; got {value!r}")
             if value < (2 if name == "type_vocab_size" else 1):
-                raise ValueError(f"{name}: got {value}, want at least {2 if name == 'type_vocab_size' else 1}")
+                raise ValueError(f"{name} must be at least {2 if name == 'type_vocab_size' else 1}; got {value}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size: got {self.hidden_size}, want a multiple of num_attention_heads ({self.num_attention_heads})"
+                f"hidden_size must be a multiple of num_attention_heads ({self.num_attention_heads}); got {self.hidden_size}"
             )
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act: got {self.hidden_act!r}, want one of {sorted(ACTIVATIONS)}")
+            raise ValueError(f"hidden_act must be one of {sorted(ACTIVATIONS)}; got {self.hidden_act!r}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want a probability in [0, 1)")
+                raise ValueError(f"{name} must be a probability in [0, 1); got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class UNITEROutput:
-    """logits (B,2): image-text matching, class 1 = the text matches the image; last_hidden_state (B,L+R,C): words, then
+    """logits (B, 2): image-text matching, class 1 = the text matches the image; last_hidden_state (B, L+R, C): words, then
     regions."""
 
     logits: Tensor
@@ -87,8 +87,8 @@ def sdpa_attention(
 ) -> tuple[Tensor, None]:
     """torch's SDPA under the Hugging Face attention interface.
 
-    query, key, value (B,H,N,D); attention_mask None or bool (B,1,1,N), True = may be attended; returns
-    (out (B,N,H,D), None): the weights are not kept.
+    query, key, value (B, H, N, D); attention_mask None or bool (B, 1, 1, N), True = may be attended; returns
+    (out (B, N, H, D), None): the weights are not kept.
     """
     out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, bool(module.is_causal), scale=scaling)
     return out.transpose(1, 2), None
@@ -111,7 +111,7 @@ class UNITERSelfAttention(nn.Module):
         self.attention_function: AttentionFunction = sdpa_attention
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """hidden_states (B,N,C), attention_mask None or bool (B,1,1,N) -> (B,N,C)."""
+        """hidden_states (B, N, C), attention_mask None or bool (B, 1, 1, N) -> (B, N, C)."""
         query, key, value = (
             linear(hidden_states).unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
             for linear in (self.query, self.key, self.value)
@@ -242,7 +242,7 @@ class UNITER(nn.Module):
     def __init__(self, config: UNITERConfig) -> None:
         super().__init__()
         if not isinstance(config, UNITERConfig):
-            raise TypeError(f"config: got {type(config).__name__}, want a UNITERConfig")
+            raise TypeError(f"config must be a UNITERConfig; got {type(config).__name__}")
         self.config = config
         self.uniter = UNITERModel(config)
         self.itm_output = nn.Linear(config.hidden_size, 2)
@@ -279,11 +279,11 @@ class UNITER(nn.Module):
                 position_dim=state["uniter.img_embeddings.pos_linear.weight"].shape[1],
             )
         except KeyError as error:
-            raise ValueError(f"state_dict: lacks {error.args[0]!r}, want the names of a published UNITER checkpoint") from None
+            raise ValueError(f"state_dict must be a published UNITER checkpoint; got none of {error.args[0]!r}") from None
         model = cls(config)
         wanted = model.state_dict().keys()
         if missing := sorted(wanted - state.keys()):
-            raise ValueError(f"state_dict: lacks {missing}, want the names of a published UNITER checkpoint")
+            raise ValueError(f"state_dict must be a published UNITER checkpoint; got none of {missing}")
         model.load_state_dict({name: state[name] for name in wanted})
         return model.eval()
 
@@ -299,12 +299,12 @@ class UNITER(nn.Module):
         """Scores how well texts and images match.
 
         Args:
-            input_ids: int64 (B,L), [CLS] w1 .. wn [SEP] then padding.
+            input_ids: int64 (B, L), [CLS] w1 .. wn [SEP] then padding.
             region_features: float (B,R,region_dim).
             region_positions: float (B,R,position_dim), box features, those of `UNITERConfig` in the published models.
-            attention_mask: (B,L), bool or 0/1, True = a real word; None = all are.
-            region_mask: (B,R), bool or 0/1, True = a real region; None = all are.
-            masked_regions: bool (B,R), True = the features are replaced by the mask embedding (masked-region modelling).
+            attention_mask: (B, L), bool or 0/1, True = a real word; None = all are.
+            region_mask: (B, R), bool or 0/1, True = a real region; None = all are.
+            masked_regions: bool (B, R), True = the features are replaced by the mask embedding (masked-region modelling).
 
         What stands in padded words and regions never reaches the logits.
         """
@@ -342,18 +342,18 @@ class UNITER(nn.Module):
             ("region_positions", region_positions),
         ):
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: got {type(tensor).__name__}, want a tensor")
+                raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids: got {input_ids.dtype} {tuple(input_ids.shape)}, want int64 (B,L)")
+            raise ValueError(f"input_ids must be int64 (B, L); got {input_ids.dtype} {tuple(input_ids.shape)}")
         batch, words = input_ids.shape
         if not 1 <= words <= config.max_position_embeddings:
-            raise ValueError(f"input_ids: got {words} words, want 1 to {config.max_position_embeddings}")
+            raise ValueError(f"input_ids must have 1 to {config.max_position_embeddings} words; got {words}")
         if region_features.ndim != 3 or region_features.shape[::2] != (batch, config.region_dim):
-            raise ValueError(f"region_features: got {tuple(region_features.shape)}, want ({batch}, R, {config.region_dim})")
+            raise ValueError(f"region_features must be ({batch}, R, {config.region_dim}); got {tuple(region_features.shape)}")
         regions = region_features.shape[1]
         if region_positions.shape != (batch, regions, config.position_dim):
             raise ValueError(
-                f"region_positions: got {tuple(region_positions.shape)}, want ({batch}, {regions}, {config.position_dim})"
+                f"region_positions must be ({batch}, {regions}, {config.position_dim}); got {tuple(region_positions.shape)}"
             )
         for name, mask, shape in (
             ("attention_mask", attention_mask, (batch, words)),
@@ -363,11 +363,11 @@ class UNITER(nn.Module):
             if mask is None:
                 continue
             if not isinstance(mask, Tensor):
-                raise TypeError(f"{name}: got {type(mask).__name__}, want a tensor or None")
+                raise TypeError(f"{name} must be a tensor or None; got {type(mask).__name__}")
             if mask.shape != shape or mask.is_floating_point():
-                raise ValueError(f"{name}: got {mask.dtype} {tuple(mask.shape)}, want bool {shape}")
+                raise ValueError(f"{name} must be bool {shape}; got {mask.dtype} {tuple(mask.shape)}")
         # values are looked at on the CPU only: elsewhere it would cost a synchronisation
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
             low, high = input_ids.min().item(), input_ids.max().item()
             if low < 0 or high >= config.vocab_size:
-                raise ValueError(f"input_ids: got ids from {low} to {high}, want 0 to {config.vocab_size - 1}")
+                raise ValueError(f"input_ids must be from 0 to {config.vocab_size - 1}; got {low} to {high}")

@@ -1,0 +1,108 @@
+"""Calls with nothing to explain: an empty batch, a score that does not depend on the model, a score that is no number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.interpret.cases import CASES
+from vlattn_fast.interpret import Explanation, explain
+from vlattn_fast.interpret.methods import METHODS
+
+NEEDS_SCORE = [name for name, method in METHODS.items() if method.needs_score]
+
+
+def empty(inputs):
+    return {name: value[:0] for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_an_empty_batch_gives_empty_results(case, method, tmp_path):
+    full = explain(case.model, case.inputs, method=method)
+    before = {name: parameter.requires_grad for name, parameter in case.model.named_parameters()}
+    got = explain(case.model, empty(case.inputs), method=method)
+    assert {name: parameter.requires_grad for name, parameter in case.model.named_parameters()} == before
+    assert len(got) == 0 and list(got.relevancy) == list(full.relevancy)
+    for name, row in full.relevancy.items():
+        assert got.relevancy[name].shape == (0, row.shape[1]) and got.relevancy[name].dtype == row.dtype
+    assert got.scores.shape == (0,) and got.target == []
+    assert got.token_ids == (None if full.token_ids is None else [])
+    for name in ("text", "regions", "boxes"):
+        value, other = getattr(got, name), getattr(full, name)
+        assert (value is None) == (other is None) and (value is None or (len(value), value.ndim) == (0, other.ndim))
+    assert (got.image is None) == (full.image is None) and (got.image is None or len(got.image) == 0 == len(got.image_rows))
+    assert len(Explanation.load(got.save(tmp_path / "empty.safetensors"))) == 0
+    assert got.to_numpy()["relevancy"].keys() == full.relevancy.keys()
+
+
+@pytest.mark.parametrize("case", ["clip"], indirect=True)
+def test_an_empty_batch_with_a_target(case):
+    """A callable is not called: its own indices and labels are of no row."""
+    assert explain(case.model, empty(case.inputs), target=lambda outputs: 1 / 0).target is None
+    no_image = dict(case.inputs, pixel_values=case.inputs["pixel_values"][:0])
+    assert len(explain(case.model, no_image, target=[])) == 0
+    assert len(explain(case.model, dict(no_image, input_ids=no_image["input_ids"][:1], attention_mask=None))) == 0
+    with pytest.raises(ValueError, match="got 0 images and 3 texts"):
+        explain(case.model, no_image)
+
+
+@pytest.mark.parametrize("case", ["siglip", "vit"], indirect=True)
+def test_an_empty_batch_can_be_drawn(case, tmp_path):
+    pytest.importorskip("matplotlib")
+    got = explain(case.model, empty(case.inputs))
+    got.plot().savefig(tmp_path / "empty.png")
+    assert "<html" in got.save_html(tmp_path / "empty.html").read_text()
+
+
+@pytest.mark.parametrize("method", NEEDS_SCORE)
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_a_score_that_does_not_depend_on_the_model(case, method):
+    rows = len(explain(case.model, case.inputs, method="attention"))
+    parameter = torch.ones(rows, requires_grad=True)
+    for target in (lambda outputs: parameter, lambda outputs: 2 * parameter + 1, lambda outputs: parameter.detach()):
+        with pytest.raises(ValueError, match="^target must give scores that depend on the explained layers; got"):
+            explain(case.model, case.inputs, target=target, method=method)
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_a_score_that_depends_on_layers_before_the_explained_ones_alone(case):
+    """The first layer's output goes through no attention that counts."""
+
+    def early(outputs):
+        return outputs.hidden_states[1].sum((1, 2))
+
+    inputs = dict(case.inputs, output_hidden_states=True)
+    assert explain(case.model, inputs, target=early).relevancy["vision"].abs().sum() > 0
+    for method, start_layer in (("gradient", 1), ("weighted", 1), ("gradcam", 0)):
+        with pytest.raises(ValueError, match="depend on the explained layers"):
+            explain(case.model, inputs, target=early, method=method, start_layer=start_layer)
+
+
+@pytest.mark.parametrize("case", ["clip"], indirect=True)
+def test_a_score_of_one_tower(case):
+    """One of two towers is enough; the row of the other one is its start, the read-out token."""
+    got = explain(case.model, case.inputs, target=lambda outputs: outputs.image_embeds[:, 0])
+    assert torch.equal(got.relevancy["text"], (case.inputs["input_ids"] == 58).float())
+    assert (got.relevancy["vision"] != 0).sum() > 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", ["clip", "vit", "uniter"], indirect=True)
+def test_a_score_that_is_no_number(case, method):
+    rows = len(explain(case.model, case.inputs))
+
+    def target(outputs):
+        scores = outputs.logits_per_image.diagonal() if hasattr(outputs, "logits_per_image") else outputs.logits[:, 0]
+        return torch.where(torch.arange(rows) == 1, torch.nan, scores)
+
+    with pytest.raises(ValueError, match=r"^target must give scores that are numbers; got nan in rows \[1\]"):
+        explain(case.model, case.inputs, target=target, method=method)
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_a_model_that_gives_nan(case):
+    with torch.no_grad():
+        case.model.classifier.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"got nan in rows \[0, 1\]"):
+        explain(case.model, case.inputs)

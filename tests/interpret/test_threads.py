@@ -1,0 +1,236 @@
+"""`explain` in several threads, inside another run, and beside models that share a config: nobody sees another's run."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+
+from tests.interpret.cases import lively
+from vlattn_fast.interpret import explain
+from vlattn_fast.models.uniter import UNITER, UNITERConfig
+
+TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+ROUNDS = 12
+
+
+def clip_pair() -> tuple[list[torch.nn.Module], dict[str, torch.Tensor]]:
+    """Two models of one config object, in training mode."""
+    text = dict(TINY, vocab_size=60, max_position_embeddings=12, bos_token_id=57, eos_token_id=58)
+    config = transformers.CLIPConfig(text_config=text, vision_config=dict(TINY, image_size=16, patch_size=8))
+    ids = torch.tensor([[57, 5, 6, 58], [57, 7, 8, 58]])
+    models = [lively(transformers.CLIPModel(config)).train() for _ in range(2)]
+    return models, {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+def bert_pair() -> tuple[list[torch.nn.Module], dict[str, torch.Tensor]]:
+    config = transformers.BertConfig(**TINY, vocab_size=50, num_labels=3)
+    models = [lively(transformers.BertForSequenceClassification(config)).train() for _ in range(2)]
+    return models, {"input_ids": torch.randint(5, 50, (2, 7))}
+
+
+def uniter_pair() -> tuple[list[torch.nn.Module], dict[str, torch.Tensor]]:
+    config = UNITERConfig(**TINY, vocab_size=50, max_position_embeddings=12, region_dim=10, position_dim=7)
+    models: list[torch.nn.Module] = [lively(UNITER(config)).train() for _ in range(2)]
+    regions = {"region_features": torch.randn(2, 5, 10), "region_positions": torch.rand(2, 5, 7)}
+    return models, {"input_ids": torch.randint(5, 50, (2, 7)), **regions}
+
+
+PAIRS = {"clip": clip_pair, "bert": bert_pair, "uniter": uniter_pair}
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request):
+    torch.manual_seed(0)
+    return PAIRS[request.param]()
+
+
+def configs(model: torch.nn.Module) -> list[tuple[int, str]]:
+    """Which config each module holds, and the attention it names."""
+    held = [getattr(module, "config", None) for module in model.modules()]
+    return [(id(config), getattr(config, "_attn_implementation", "")) for config in held]
+
+
+def left(model: torch.nn.Module) -> list[object]:
+    """What a run must leave behind as it was."""
+    functions = [vars(module).get("attention_function") for module in model.modules()]
+    modes = [module.training for module in model.modules()]
+    return [configs(model), functions, modes, [parameter.requires_grad for parameter in model.parameters()]]
+
+
+def scores(outputs) -> torch.Tensor:
+    return outputs.logits_per_image.diagonal() if hasattr(outputs, "logits_per_image") else outputs.logits[:, 0]
+
+
+def same(got, want) -> None:
+    for name, row in want.relevancy.items():
+        torch.testing.assert_close(got.relevancy[name], row, rtol=1e-4, atol=1e-5)
+
+
+def in_two_threads(models, inputs, method):
+    """Each thread explains its model ROUNDS times; both start each round together, so that their runs overlap."""
+    meet = threading.Barrier(2)
+
+    def work(model):
+        found = []
+        try:
+            for _ in range(ROUNDS):
+                meet.wait(30)
+                found.append(explain(model, inputs, method=method))
+        except BaseException:
+            meet.abort()  # the other thread need not wait for this one
+            raise
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, models))
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted"])
+def test_models_of_one_config_in_two_threads(pair, method):
+    models, inputs = pair
+    want = [explain(model, inputs, method=method) for model in models]
+    before = [left(model) for model in models]
+    for results, alone in zip(in_two_threads(models, inputs, method), want, strict=True):
+        for got in results:
+            same(got, alone)
+    assert [left(model) for model in models] == before
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted", "gradcam"])
+def test_one_model_in_two_threads(pair, method):
+    """The runs share the model's modules; each sees its own attention calls alone, and the last one puts the model back."""
+    (model, _), inputs = pair
+    want, before = explain(model, inputs, method=method), left(model)
+    for results in in_two_threads([model, model], inputs, method):
+        for got in results:
+            same(got, want)
+    assert left(model) == before
+
+
+def test_a_model_stays_in_eval_mode_until_the_last_run_over_it_ends(pair):
+    """A run that ends puts nothing back that another run still needs."""
+    (model, _), inputs = pair
+    entered, ended = threading.Event(), threading.Event()
+
+    def slow(outputs):
+        entered.set()
+        assert ended.wait(30)
+        modes.append((any(module.training for module in model.modules()), any(p.requires_grad for p in model.parameters())))
+        return scores(outputs)
+
+    modes: list[tuple[bool, bool]] = []
+    before = left(model)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(explain, model, inputs, target=slow)
+        assert entered.wait(30)
+        try:
+            explain(model, inputs)
+        finally:
+            ended.set()
+        run.result(60)
+    assert modes == [(False, False)] and left(model) == before
+
+
+def test_an_exception_in_one_thread(pair):
+    """One of two models of a config raises in each round, in the middle of its forward pass; the other is explained."""
+    models, inputs = pair
+    want, before = explain(models[1], inputs), [left(model) for model in models]
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    last = [module for module in models[0].modules() if isinstance(module, torch.nn.Linear)][-1]
+    handle = last.register_forward_pre_hook(fail)
+    meet = threading.Barrier(2)
+
+    def work(model):
+        found = []
+        for _ in range(ROUNDS):
+            meet.wait(30)
+            try:
+                found.append(explain(model, inputs))
+            except RuntimeError as error:
+                assert str(error) == "on purpose"
+            except BaseException:
+                meet.abort()
+                raise
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        failed, explained = pool.map(work, models)
+    handle.remove()
+    assert failed == [] and len(explained) == ROUNDS
+    for got in explained:
+        same(got, want)
+    assert [left(model) for model in models] == before
+
+
+def calls_other(model, call):
+    """`call` runs in the middle of the model's forward pass."""
+    middle = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)][-2]
+    return middle.register_forward_hook(lambda *_: call())
+
+
+def test_a_hook_that_runs_another_model_of_the_same_config(pair):
+    (model, other), inputs = pair
+    want, before = explain(model, inputs), [left(one) for one in (model, other)]
+    other.eval()
+    with torch.no_grad():
+        plain = scores(other(**inputs))
+    found = []
+
+    def call():
+        with torch.no_grad():
+            found.append(scores(other(**inputs)))
+
+    handle = calls_other(model, call)
+    same(explain(model, inputs), want)
+    handle.remove()
+    other.train()
+    assert found
+    for output in found:
+        torch.testing.assert_close(output, plain)
+    assert [left(one) for one in (model, other)] == before
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted"])
+@pytest.mark.parametrize("which", ["the same model", "the other model"])
+def test_nested_runs(pair, which, method):
+    """A hook that explains: the model that is being explained, or another one of its config."""
+    models, inputs = pair
+    model, inner = models[0], models[which == "the other model"]
+    want = explain(model, inputs, method=method)
+    want_inner, before = explain(inner, inputs, method="weighted"), [left(one) for one in models]
+    found, running = [], []
+
+    def call():
+        if not running:  # not again from the run that this starts
+            running.append(True)
+            found.append(explain(inner, inputs, method="weighted"))
+            running.pop()
+
+    handle = calls_other(model, call)
+    same(explain(model, inputs, method=method), want)
+    handle.remove()
+    assert found
+    for got in found:
+        same(got, want_inner)
+    assert [left(one) for one in models] == before
+
+
+def test_an_exception_in_a_nested_run(pair):
+    (model, other), inputs = pair
+    want, before = explain(model, inputs), [left(one) for one in (model, other)]
+
+    def call():
+        with pytest.raises(ZeroDivisionError):
+            explain(other, inputs, target=lambda outputs: 1 / 0)
+
+    handle = calls_other(model, call)
+    same(explain(model, inputs), want)
+    handle.remove()
+    assert [left(one) for one in (model, other)] == before
