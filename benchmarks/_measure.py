@@ -40,7 +40,7 @@ QUICK_ROUNDS = {"cpu": 3, "cuda": 10}
 SECONDS_A_VARIANT = {"cpu": 4.0, "cuda": 4.0}  # a slower variant runs in fewer rounds, but in
 LEAST_ROUNDS = 3
 LONGEST_BACKLOG = 0.05  # seconds
-TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 3.86e12  # of an H200: bf16 FLOP/s, bytes/s, exponentials/s (PERFORMANCE section 2)
+TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 3.86e12  # rates that an H200 reaches: bf16 FLOP/s, bytes/s, exponentials/s
 
 PACKAGES = ("vlattn_fast", "torch", "triton")
 

@@ -1,7 +1,7 @@
-"""The sizes that everything is measured at: DESIGN section 6 on a GPU, and what two CPU cores can do beside it.
+"""The sizes of every benchmark: those of published models on a GPU, and smaller ones that two CPU cores can run.
 
-B batch, H heads, N tokens, D head size; L text tokens, V image tokens; on a CPU only batch and heads (the number of pairs, for
-SCAN; the depth and width, for whole models) are smaller, and the longest sequence.
+B batch, H heads, N tokens, D head_dim; L text tokens, V image tokens. On a CPU batch and heads are smaller (SCAN: the number of
+pairs; whole models: depth and width), and the longest sequence is shorter.
 """
 
 from __future__ import annotations

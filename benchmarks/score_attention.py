@@ -48,8 +48,8 @@ def _score(kind: str) -> Callable[[Tensors], scores.Score]:
 
 
 def _floor(kind: str, size: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Forward and backward as in PERFORMANCE 2: an activation is one exponential more; a tanh per feature is one each (two
-    share a reciprocal in the additive forward pass, where the scores need no matrix product either)."""
+    """Forward and backward. An activation costs one exponential more per pair. A tanh per feature costs one each; in the
+    additive forward pass two of them share a reciprocal, and the scores need no matrix product."""
     match kind:
         case "additive":
             return (1, 4, 1 + size / 2), (2, 8, 1 + size)

@@ -128,7 +128,7 @@ def backward(
 
 
 def _rows_first(like: Tensor, heads: int, rows: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (B,heads,rows,size) tensor laid out (B,rows,heads,size), as `_own_rows` writes it."""
+    """An uninitialised (B,heads,rows,size) tensor laid out (B,rows,heads,size), as the kernels write it."""
     return like.new_empty((like.shape[0], rows, heads, size), dtype=dtype or like.dtype).transpose(1, 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,3 +36,29 @@ def test_a_missing_package_names_its_extra(name: str, tmp_path: Path, monkeypatc
     with pytest.raises(ModuleNotFoundError, match=rf"{package}.* not installed: pip install 'vlattn_fast\[{extra}\]'"):
         call(tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+ROOT = Path(__file__).parent.parent
+OF_OTHER_DOORS = {"triton", "cli", "bench", "docs", "all", "test"}  # no call imports them through `extra`
+
+
+def test_every_extra_has_code():
+    """What pyproject.toml offers is what the code asks for."""
+    table = re.search(r"\[project\.optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.S)
+    assert table is not None
+    offered = set(re.findall(r"^(\w+) = \[", table[1], re.M)) - OF_OTHER_DOORS
+    asked = {
+        name for path in (ROOT / "vlattn_fast").rglob("*.py") for name in re.findall(r'\bextra\("(\w+)"\)', path.read_text())
+    }
+    assert offered == asked
+
+
+def test_nothing_points_to_pages_that_are_not_shipped():
+    shipped = {path.stem for path in ROOT.glob("*.md")} | {path.stem for path in (ROOT / "docs").rglob("*.md")}
+    folders = ("vlattn_fast", "kernels", "csrc", "benchmarks", "tests", "docs", "examples")
+    pages = re.compile(r"\b(DESIGN|PERFORMANCE|SPEC|RELIABILITY|ADAPTERS)\b")
+    for folder in folders:
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".md", ".cu", ".h", ".cpp", ".toml") and path != Path(__file__):
+                missing = set(pages.findall(path.read_text())) - shipped
+                assert not missing, (path, missing)

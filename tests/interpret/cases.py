@@ -277,7 +277,7 @@ def published(
     """Relevancy rows (B, N) per tower by eager (or "literal") attention, stored maps, their gradients and full matrix products.
 
     Chefer et al. (ICCV 2021), equations 5 and 6, as their notebooks run them; rollout and Grad-CAM as in their
-    ExplanationGenerator (SPEC b.6). Padding is cut away before anything is averaged over tokens.
+    ExplanationGenerator. Padding is cut away before anything is averaged over tokens.
     """
     model, inputs = case.model, case.inputs if inputs is None else inputs
     seen = {name: SimpleNamespace(maps=[], stream=[], summed=[], pooled=[]) for name in case.towers}

@@ -120,7 +120,7 @@ def test_by_hand(fn: Callable[..., Tensor]) -> None:
 
 
 def naive(x: dict[str, Tensor], kind: str, direction: str, words: Tensor, regions: Tensor, scale: float) -> list[float]:
-    """SPEC c.2 in loops over the real tokens of each sample."""
+    """The formula of the loss, in loops over the real tokens of each sample."""
 
     def attention(query: Tensor, key: Tensor, b: int, rows: list[int], columns: list[int]) -> Any:
         out = np.zeros((len(rows), len(columns)))

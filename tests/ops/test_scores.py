@@ -1,4 +1,4 @@
-"""The score functions: numbers worked on paper, the exact facts of SPEC a.1, identities, the sine series."""
+"""The score functions: numbers worked on paper, exact facts, identities, the sine series."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_cosine_with_zero_vectors(eps: float) -> None:
 
 
 def test_bounded_scores_bound_the_ratio() -> None:
-    """SPEC a.1, fact 3: with sigmoid the largest weight is at most e times the smallest, with tanh e^2 times."""
+    """With sigmoid the largest weight is at most e times the smallest, with tanh e^2 times."""
     query, key, _ = (50 * x for x in inputs())
     eye = torch.eye(7, dtype=F64).expand(2, 3, 7, 7)
     for activation, bound in (("sigmoid", math.e), ("tanh", math.e**2)):
@@ -324,7 +324,7 @@ def test_series_refusals() -> None:
     "radius, terms, bound", ((4, 4, 6.6e-4), (4, 8, 5.7e-5), (6, 5, 1.4e-3), (6, 8, 4.2e-4), (8, 8, 9e-4), (8, 12, 2e-4))
 )
 def test_series_fit_reaches_the_known_errors(radius: float, terms: int, bound: float) -> None:
-    """DESIGN.md, kernel notes: within 2.5 times the best errors known for (range, terms), measured on a grid of its own."""
+    """Within 2.5 times the best errors known for (range, terms), measured on another grid than the fit's."""
     frequencies, coefficients, error = _series.fit(float(radius), terms)
     x = torch.linspace(-radius, radius, 12345, dtype=F64)
     fitted = (torch.sin(x[:, None] * torch.as_tensor(frequencies)) * torch.as_tensor(coefficients)).sum(-1)
