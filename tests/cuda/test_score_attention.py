@@ -24,8 +24,6 @@ def tensors(n: int, m: int, a: int = 6, dv: int = 5, *, b: int = 1, h: int = 1, 
 
 
 def check(inputs: dict[str, torch.Tensor], make: Any = additive, *, lse: bool = True, **options: Any) -> None:
-    """The formula's error twice; in float32 four times, as tests/kernels/test_score_attention.py has it: its root mean square is
-    mostly 0.6 to 1.6 and at most 2.7 times the formula's over draws, but its largest in one draw has been 3.6 times larger."""
     b, h, n = inputs["query"].shape[:3]
     sent = [torch.randn(b, h, n, inputs["value"].shape[3]), torch.randn(b, h, n) if lse else None]
     assert_all_close_to(
@@ -33,7 +31,6 @@ def check(inputs: dict[str, torch.Tensor], make: Any = additive, *, lse: bool = 
         call(va.reference.score_attention, make, return_lse=True, **options),
         inputs,
         sent,
-        times=4.0 if inputs["query"].dtype == torch.float32 else 2.0,
         scales={f"grad {name}": 1.0 for name in inputs},  # a row with one key has gradients of zero
     )
 
@@ -148,7 +145,7 @@ def test_either_gradient_alone(dtype: torch.dtype) -> None:
         call(f, additive, return_lse=True, **more)
         for f, more in ((va.score_attention, {"backend": "cuda"}), (va.reference.score_attention, {}))
     )
-    assert_all_close_to(ours, formula, inputs, [None, torch.randn(1, 1, 20)], times=4.0, scales={"grad value": 1.0})
+    assert_all_close_to(ours, formula, inputs, [None, torch.randn(1, 1, 20)], scales={"grad value": 1.0})
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
@@ -180,7 +177,7 @@ def test_heads_of_key_and_value_differ(heads_k: int, heads_v: int) -> None:
         return va.reference.score_attention(query, *shared, score=S.Additive(vector), return_lse=True)
 
     sent = [torch.randn(1, 4, 20, 5), torch.randn(1, 4, 20)]
-    assert_all_close_to(ours, formula, inputs | {"key": key, "value": value}, sent, times=4.0)
+    assert_all_close_to(ours, formula, inputs | {"key": key, "value": value}, sent)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -192,7 +189,7 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     ours, formula = (
         call(f, additive, **more) for f, more in ((va.score_attention, {"backend": "cuda"}), (va.reference.score_attention, {}))
     )
-    assert_all_close_to(ours, formula, inputs, times=4.0)  # summed: gradients of stride 0
+    assert_all_close_to(ours, formula, inputs)  # summed: gradients of stride 0
 
 
 @pytest.mark.parametrize("empty", ("b", "h", "n", "m", "a", "dv"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -270,29 +271,29 @@ def lse_of(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
 def test_step(rule: str, row_normalize: bool, h: int, kv: int, n: int, m: int, rows: int, options: Any, given: str) -> None:
     """Cross attention, grouped heads, with the attention's own lse, its empty rows -inf or +inf, or without."""
     masks = options()
-    query, grad, r = torch.randn(1, h, n, 6), torch.randn(1, h, n, 5), torch.rand(1, rows, n)
-    key, value = torch.randn(1, kv, m, 6), torch.randn(1, kv, m, 5)
-    exact_lse = lse_of(query, key, masks)
-    infinite = torch.where(torch.isneginf(exact_lse), torch.inf, exact_lse)
-    lse = {"none": None, "float32": exact_lse.float(), "float64": infinite}[given]
+    inputs = {"relevancy": torch.rand(1, rows, n), "query": torch.randn(1, h, n, 6), "key": torch.randn(1, kv, m, 6)}
+    inputs |= {"value": torch.randn(1, kv, m, 5), "grad_output": torch.randn(1, h, n, 5)}
     chosen = {"rule": rule, "row_normalize": row_normalize, "enable_gqa": True, **masks}
-    got = va.relevancy_step(r, query, key, value, grad, lse=lse, backend="triton", **chosen)
-    exact = va.reference.relevancy_step(*(x.double() for x in (r, query, key, value, grad)), **chosen)
-    formula = va.reference.relevancy_step(r, query, key, value, grad, **chosen)
-    assert_close_to(got, exact, formula, what="step")
+
+    def step(**x: Tensor) -> Tensor:
+        exact = lse_of(x["query"], x["key"], masks)
+        infinite = torch.where(torch.isneginf(exact), torch.inf, exact)
+        lse = {"none": None, "float32": exact.float(), "float64": infinite}[given]
+        return va.relevancy_step(**x, lse=lse, backend="triton", **chosen)
+
+    assert_all_close_to(step, partial(va.reference.relevancy_step, **chosen), inputs, what="step", grads=False)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("rule, row_normalize", RULES)
 def test_step_in_half_precision(rule: str, row_normalize: bool, dtype: torch.dtype) -> None:
-    query, grad = torch.randn(1, 2, 70, 16, dtype=dtype), torch.randn(1, 2, 70, 8, dtype=dtype)
-    key, value = torch.randn(1, 2, 150, 16, dtype=dtype), torch.randn(1, 2, 150, 8, dtype=dtype)
+    shapes = {"query": (1, 2, 70, 16), "key": (1, 2, 150, 16), "value": (1, 2, 150, 8), "grad_output": (1, 2, 70, 8)}
+    inputs = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    chosen = {"rule": rule, "row_normalize": row_normalize}
     for rows, like in ((1, torch.float32), (3, dtype), (70, torch.float32)):
-        r = torch.rand(1, rows, 70).to(like)
-        chosen = {"rule": rule, "row_normalize": row_normalize}
-        got = va.relevancy_step(r, query, key, value, grad, backend="triton", **chosen)
-        exact = va.reference.relevancy_step(*(x.double() for x in (r, query, key, value, grad)), **chosen)
-        assert_close_to(got, exact, va.reference.relevancy_step(r, query, key, value, grad, **chosen), what=f"{rows} rows")
+        inputs["relevancy"] = torch.rand(1, rows, 70).to(like)
+        ours = partial(va.relevancy_step, backend="triton", **chosen)
+        assert_all_close_to(ours, partial(va.reference.relevancy_step, **chosen), inputs, what=f"{rows} rows", grads=False)
 
 
 def test_a_given_lse_is_taken_as_it_is() -> None:

@@ -152,14 +152,6 @@ def call(operator: Callable[..., Any], make: Callable[..., Any], **options: Any)
     return lambda query, key, value, **params: operator(query, key, value, score=make(params), **options)
 
 
-def times(score: Any, *, fused: bool = False) -> float:
-    """How often the formula's error is allowed: twice; three times for rank-two features, whose gradients are rounded one by
-    one before they are joined (measured at up to 2.7 times); four times for float32 gradients of torch's own fused CPU
-    kernel, which takes calls of more than one tile (measured at up to 3.3 times)."""
-    rank_two = isinstance(score, S.Hadamard) and score.activation in ("relu", "leaky_relu")
-    return (3.0 if rank_two else 2.0) * (2.0 if fused else 1.0)
-
-
 def bool_mask(*shape: int) -> Tensor:
     """About two thirds visible, the first query row of the first batch and head not at all."""
     mask = torch.rand(*shape) > 0.35

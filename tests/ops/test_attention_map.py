@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from compare import LargestAllocation, assert_close_to, bytes_of
+from compare import LargestAllocation, assert_all_close_to, bytes_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -65,10 +66,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, elements: int = 4 * M) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", elements)
 
 
-def compare(got: Tensor, tensors: dict[str, Tensor], what: str, **fixed: Any) -> None:
-    """`got` against the reference in float64 and in the inputs' own dtype."""
-    exact = formula(**{name: x.double() for name, x in tensors.items()}, **fixed)
-    assert_close_to(got, exact, formula(**tensors, **fixed), what=what)
+def compare(tensors: dict[str, Tensor], what: str, backend: str | None = None, **fixed: Any) -> Tensor:
+    """The operator against its formula."""
+    ours = partial(attention_map, **fixed, **({} if backend is None else {"backend": backend}))
+    return assert_all_close_to(ours, partial(formula, **fixed), tensors, what=what, grads=False)["out0"]
 
 
 def by_loops(
@@ -211,8 +212,7 @@ def test_streaming_matches_reference(case: str, rule: str, tile: int, monkeypatc
     for head_reduction in HEAD_REDUCTIONS:
         for row_normalize in (False, True):
             options = fixed | {"head_reduction": head_reduction, "row_normalize": row_normalize}
-            got = attention_map(**tensors, **options, backend="streaming")
-            compare(got, tensors, f"{case}, {rule}, {head_reduction}, {row_normalize}", **options)
+            compare(tensors, f"{case}, {rule}, {head_reduction}, {row_normalize}", **options, backend="streaming")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -222,8 +222,8 @@ def test_other_dtypes(case: str, rule: str, dtype: torch.dtype, monkeypatch: pyt
     small_tiles(monkeypatch)
     fixed, tensors = CASES[case]() | {"rule": rule}, inputs(rule, dtype)
     for head_reduction in HEAD_REDUCTIONS:
-        got = attention_map(**tensors, **fixed, head_reduction=head_reduction, backend="streaming")
-        compare(got, tensors, f"{case}, {rule}, {head_reduction}", **fixed, head_reduction=head_reduction)
+        what = f"{case}, {rule}, {head_reduction}"
+        got = compare(tensors, what, **fixed, head_reduction=head_reduction, backend="streaming")
         assert got.dtype == torch.float32
 
 
@@ -232,7 +232,7 @@ def test_other_dtypes(case: str, rule: str, dtype: torch.dtype, monkeypatch: pyt
 def test_grouped_heads(heads: int, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small_tiles(monkeypatch)
     fixed, tensors = CASES["all masks"]() | {"rule": rule, "head_reduction": "max"}, inputs(rule, heads=heads)
-    compare(attention_map(**tensors, **fixed, enable_gqa=True), tensors, "gqa", **fixed, enable_gqa=True)
+    compare(tensors, "gqa", **fixed, enable_gqa=True)
     repeated = {name: x.repeat_interleave(H // x.shape[1], 1) for name, x in tensors.items()}
     assert torch.equal(formula(**tensors, **fixed, enable_gqa=True), formula(**repeated, **fixed))
 
@@ -277,7 +277,7 @@ def test_strides_and_no_writing(layout: str, monkeypatch: pytest.MonkeyPatch) ->
         tensors = {name: x[:1, :, :1].expand(B, H, x.shape[2], x.shape[3]) for name, x in tensors.items()}
     fixed = CASES["all masks"]()
     before = {name: x.clone() for name, x in (tensors | fixed).items() if isinstance(x, Tensor)}
-    compare(attention_map(**tensors, **fixed, rule="gradient"), tensors, layout, **fixed, rule="gradient")
+    compare(tensors, layout, **fixed, rule="gradient")
     assert all(torch.equal((tensors | fixed)[name], x) for name, x in before.items())
 
 

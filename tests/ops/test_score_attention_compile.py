@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.score_cases import F64, LAYOUTS, SCORES, TORCH_JIT, Params, attention_inputs, call, lay_out, padding, times
+from tests.ops.score_cases import F64, LAYOUTS, SCORES, TORCH_JIT, Params, attention_inputs, call, lay_out, padding
 from vlattn_fast import scores as S
 from vlattn_fast.streaming import _tiles
 
@@ -182,7 +182,6 @@ def test_any_problem_matches_the_formula(problem: dict[str, Any]) -> None:
             inputs,
             [cotangent, None][: 1 + problem["lse"]],
             scales={f"grad {name}": 4.0 for name in inputs},
-            times=times(make(inputs), fused=problem["dtype"] == torch.float32 and b * h * n * m > problem["tile"]),
         )
     finally:
         _tiles.TILE_ELEMENTS = before
