@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._checks import check_number
@@ -34,14 +35,39 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as it is; a float mask in `dtype`, where a finite value of a wider dtype stays finite: only -inf hides."""
+    """A bool mask as it is; a float mask in `dtype`, for kernels that read one dtype. A finite value stays finite: where
+    `dtype` cannot hold it, it becomes the largest that `dtype` holds. Only -inf masks."""
     if mask.dtype in (torch.bool, dtype):
         return mask
     largest = torch.finfo(dtype).max
     if torch.finfo(mask.dtype).max > largest:
         wide = mask.to(torch.promote_types(mask.dtype, torch.float32))  # bfloat16 would round the bound up, to Inf in float16
-        mask = torch.where(torch.isneginf(mask), wide, wide.clamp(-largest, largest))
+        mask = torch.where(torch.isinf(mask), wide, wide.clamp(-largest, largest))
     return mask.to(dtype)
+
+
+def add_mask(score: Tensor, mask: Tensor) -> Tensor:
+    """score + a float mask, in the dtype of sums or the mask's, whichever is wider: in 16 bit a bias would lose its digits,
+    and finfo.min plus a negative score would be -inf, which masks."""
+    dtype = torch.promote_types(compute_dtype(score), mask.dtype)
+    return score.to(dtype) + mask.to(dtype)
+
+
+def joined_mask_elements(query: Tensor, key: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool) -> int:
+    """How many elements the masks of a call have when they are joined to one; query (B, H, N, D), key (B, Hkv, M, D)."""
+    shape = () if attn_mask is None else tuple(attn_mask.shape)
+    batch, heads, rows, _ = (1,) * (4 - len(shape)) + shape
+    if key_mask is not None:
+        batch = query.shape[0]
+    if is_causal:
+        rows = query.shape[2]
+    return batch * heads * rows * key.shape[2]
+
+
+def mask_is_small(elements: int, query_elements: int) -> bool:
+    """Whether a joined mask may be made: it takes at most 16 MiB in float32, or no more memory than the query, so that memory
+    stays linear in the length of the sequence."""
+    return elements <= max(1 << 22, query_elements)
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -62,6 +88,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def pad_head_dim(*tensors: Tensor) -> list[Tensor]:
+    """(B, H, *, D) tensors with zeros up to one D and a last stride of 1: what torch's fused CPU kernel asks for."""
+    size = max(x.shape[3] for x in tensors)
+    padded = [x if x.shape[3] == size else F.pad(x, (0, size - x.shape[3])) for x in tensors]
+    return [x if x.stride(3) == 1 else x.contiguous() for x in padded]
+
+
 def expand_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B,Hkv,M,D) as (B,H,M,D): query head h reads key head h // (H / Hkv), as SDPA's enable_gqa."""
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
@@ -70,3 +103,18 @@ def expand_heads(x: Tensor, num_heads: int) -> Tensor:
 def fold_heads(grad: Tensor, num_key_heads: int) -> Tensor:
     """The sum over the query heads that share a key head: expand_heads' transpose."""
     return grad if grad.shape[1] == num_key_heads else grad.unflatten(1, (num_key_heads, -1)).sum(2)
+
+
+def unit_vectors(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / |x| and |x| along the last axis, both in the dtype of sums; differentiable in x through the unit vectors alone.
+
+    Each vector is divided by its largest entry before the squares are summed, so that no norm overflows or underflows. A zero
+    vector stays zero; with eps = 0 it gives NaN, as q . k / (|q| |k|) does.
+    """
+    x = x.to(compute_dtype(x))
+    largest = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
+    divisor = torch.where(largest > 0, largest, 1.0) if eps > 0 else largest
+    scaled = x / divisor
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    unit = scaled / (torch.where(norm > 0, norm, 1.0) if eps > 0 else norm)
+    return unit, (divisor * norm).detach().squeeze(-1)

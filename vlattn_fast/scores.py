@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_floating, check_head_dim, check_number, check_tensor, describe
 from vlattn_fast._series import sine_series
-from vlattn_fast._tensors import scaled_dot_default
+from vlattn_fast._tensors import scaled_dot_default, unit_vectors
 
 __all__ = ["Additive", "Cosine", "Dot", "General", "Hadamard", "ScaledDot", "Score"]
 
@@ -55,9 +55,14 @@ class Score(Protocol):
     def default_scale(self, head_dim: int) -> float:
         """What multiplies the score where the caller gives no scale."""
 
+    @property
+    def is_dot_product(self) -> bool:
+        """Whether the score is a dot product of features whatever the data are, so that torch's own attention computes it."""
+
 
 class _Unscaled:
     hidden_key: ClassVar[float] = 0.0
+    is_dot_product: ClassVar[bool] = False
 
     def default_scale(self, head_dim: int) -> float:
         return 1.0
@@ -66,6 +71,8 @@ class _Unscaled:
 @dataclass(frozen=True, eq=False)
 class Dot(_Unscaled):
     """s = q . k"""
+
+    is_dot_product: ClassVar[bool] = True
 
     def check(self, query: Tensor, key: Tensor) -> None:
         check_head_dim(query, key)
@@ -98,10 +105,10 @@ class Cosine(_Unscaled):
         # costs no device synchronisation and no graph break.
         if torch.compiler.is_compiling() or query.device.type != "cpu" or query.numel() == 0 or key.numel() == 0:
             return Core("cosine", query, key, parameter=self.eps)
-        norm_q, norm_k = query.norm(dim=-1, keepdim=True), key.norm(dim=-1, keepdim=True)
+        (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(query, self.eps), unit_vectors(key, self.eps)
         smallest = norm_q.min() * norm_k.min()
         if smallest > 0 and smallest >= self.eps:
-            return Core("dot", query / norm_q, key / norm_k)
+            return Core("dot", unit_q.to(query.dtype), unit_k.to(key.dtype))
         return Core("cosine", query, key, parameter=self.eps)
 
 
@@ -121,6 +128,10 @@ class General(_Unscaled):
     projects: str = field(default="key", kw_only=True)
     activation: str | None = field(default=None, kw_only=True)
     negative_slope: float = field(default=0.01, kw_only=True)
+
+    @property
+    def is_dot_product(self) -> bool:  # type: ignore[override]
+        return self.activation is None
 
     def check(self, query: Tensor, key: Tensor) -> None:
         _check_projection(self, query, key)
@@ -174,6 +185,10 @@ class Additive(_Unscaled):
             raise ValueError(f"query_size must be an integer in [0, {columns}]; got {query_size!r}")
         return cls(vector, weight[..., :size], weight[..., size:], bias, **options)
 
+    @property
+    def is_dot_product(self) -> bool:  # type: ignore[override]
+        return self.method == "series"
+
     def check(self, query: Tensor, key: Tensor) -> None:
         check_choice("method", self.method, ("exact", "series"))
         if self.method == "series":
@@ -222,6 +237,10 @@ class Hadamard(_Unscaled):
     activation: str | None = field(default=None, kw_only=True)
     negative_slope: float = field(default=0.01, kw_only=True)
     offset: float | Tensor = field(default=0.0, kw_only=True)
+
+    @property
+    def is_dot_product(self) -> bool:  # type: ignore[override]
+        return self.activation in (None, "relu", "leaky_relu")
 
     def check(self, query: Tensor, key: Tensor) -> None:
         _check_projection(self, query, key)

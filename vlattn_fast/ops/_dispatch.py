@@ -16,7 +16,7 @@ import torch
 from vlattn_fast._checks import check_choice
 from vlattn_fast.cuda import _shared_library
 
-BACKEND_NAMES = ("auto", "reference", "streaming", "triton", "cuda")
+BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Call:
 
 class Backend(NamedTuple):
     """`refusals(call)` lists every reason why not, in constant words (a printed size would cost torch.compile a graph per
-    size); `module` holds `forward` and `backward`, imported when first used."""
+    size). `module` is imported when first used; it holds `forward` and `backward`, or the operator itself where torch
+    differentiates it (reference, sdpa)."""
 
     refusals: Callable[[Call], list[str]]
     module: str
@@ -82,18 +83,33 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
         reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")
     if reasons and torch.compiler.is_compiling():
         return reasons  # to compare sizes would cost a graph for each outcome
-    return reasons + [reason for reason, holds in limits(call) if holds]
+    return reasons + limited(call, limits)
+
+
+def limited(call: Call, limits: Limits) -> list[str]:
+    """The reasons among `limits` that hold."""
+    return [reason for reason, holds in limits(call) if holds]
 
 
 def no_cuda_kernel(call: Call) -> list[str]:
     return ["there is no CUDA C++ kernel for this operator"]
 
 
-def table(stem: str, triton: Callable[[Call], list[str]] = triton_refusals, cuda: Limits | None = None) -> Table:
-    """The backends of the operator `stem` in the order in which "auto" takes them; `triton` gives the refusals of its Triton
-    kernels, `cuda` the limits of those in CUDA C++, which come after Triton until they have been measured. 'reference' is only
-    used where a caller names it."""
+def not_in_sdpa(call: Call) -> list[str]:
+    return ["torch's scaled_dot_product_attention does not compute this operator"]
+
+
+def table(
+    stem: str, triton: Callable[[Call], list[str]] = triton_refusals, cuda: Limits | None = None, sdpa: Limits | None = None
+) -> Table:
+    """The backends of the operator `stem` in the order in which "auto" takes them.
+
+    `sdpa` gives the limits of torch's own attention, which is the fastest for what it takes; `triton` the refusals of the Triton
+    kernels; `cuda` the limits of those in CUDA C++, which come after Triton until they have been measured. 'reference' is only
+    used where a caller names it.
+    """
     return {
+        "sdpa": Backend(not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), f"vlattn_fast.sdpa.{stem}"),
         "triton": Backend(triton, f"vlattn_fast.kernels.{stem}"),
         "cuda": Backend(no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), f"vlattn_fast.cuda.{stem}"),
         "streaming": Backend(accept, f"vlattn_fast.streaming.{stem}"),

@@ -12,11 +12,33 @@ from torch import Tensor
 
 from vlattn_fast import scores
 from vlattn_fast._checks import check_bool, check_floating, check_heads, check_masks, check_number, check_tensor, check_value
-from vlattn_fast._tensors import autocast, mask_padding, resolve_scale
+from vlattn_fast._tensors import autocast, joined_mask_elements, mask_is_small, mask_padding, resolve_scale
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, empty_rows_first, once_differentiable, rows_first
-from vlattn_fast.streaming import _sdpa
-from vlattn_fast.streaming._tiles import Masks
+
+
+def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
+    sizes, flags, on_cpu = call.sizes, call.flags, call.device_type == "cpu"
+    query_elements = sizes["batch"] * sizes["heads"] * sizes["queries"] * sizes["head_dim"]
+    return [
+        ("SDPA takes scores that are a dot product of features, whatever the data are", not flags["dot_product"]),
+        ("SDPA returns no log-sum-exp", flags["return_lse"]),
+        ("SDPA's dropout cannot be repeated tile by tile", flags["dropout"]),
+        (
+            "SDPA takes no float mask: it would round it, and its backward pass fails on rows of a finite mask",
+            flags["float_mask"],
+        ),
+        (
+            "SDPA takes joined masks up to 2^22 elements, or up to the query's size",
+            not mask_is_small(sizes["joined_mask"], query_elements),
+        ),
+        (
+            "SDPA gives NaN for what is empty",
+            any(sizes[name] == 0 for name in ("batch", "heads", "queries", "keys", "head_dim", "value_dim")),
+        ),
+        ("SDPA's fused kernels take float64 on the CPU only", call.dtype == torch.float64 and not on_cpu),
+        ("SDPA's fused kernels take a scale of at most 0 on the CPU only", not (flags["positive_scale"] or on_cpu)),
+    ]
 
 
 def _triton_refusals(call: Call) -> list[str]:
@@ -24,7 +46,10 @@ def _triton_refusals(call: Call) -> list[str]:
         reason
         for reason, holds in (
             ("Triton kernels take scores of at most 256 features", call.sizes["features"] > 256),
-            ("beyond what SDPA takes, a sine series has more features than a Triton kernel", call.flags["wide_series"]),
+            (
+                "a sine series chooses its number of features from the data, a Triton kernel takes at most 256",
+                call.flags["series"],
+            ),
         )
         if holds
     ]
@@ -39,7 +64,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("score_attention", _triton_refusals, _cuda_limits)
+BACKENDS = table("score_attention", _triton_refusals, _cuda_limits, _sdpa_limits)
 
 
 def score_attention(
@@ -69,7 +94,7 @@ def score_attention(
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the finished score, after an activation; default 1/sqrt(D) for scaled_dot, else 1.
         return_lse: also return the natural log-sum-exp of each row.
-        backend: "auto", "reference", "streaming", "triton" or "cuda".
+        backend: "auto", "reference", "streaming", "sdpa" (torch's own, for what it takes), "triton" or "cuda".
 
     Returns:
         out (B,H,N,Dv), or (out, lse) with lse (B,H,N) float32 (float64 for float64 input). A row without a visible key gives
@@ -109,12 +134,9 @@ def score_attention(
         value = value.to(query.dtype)
     else:
         query, key, vector = autocast(query, key, vector)
-    masks = Masks(attn_mask, key_mask, is_causal)
-    # SDPA is the fastest there is for what it takes; who names "triton" gets its kernel, but for the many features of a series
-    linear = core.kind == "dot" and not return_lse and dropout_p == 0.0 and _sdpa.takes(masks, scale)
-    if linear and (backend == "auto" or chosen == "streaming" or core.keeps_dtype):
+    if chosen == "sdpa":
         with torch.autocast(query.device.type, enabled=False):  # the casts are done, and a series' features stay float32
-            out = _sdpa.attention(query, key, value, masks, scale)
+            out = load(BACKENDS, chosen).attention(query, key, value, attn_mask, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
         out, lse = _forward_op(
@@ -168,21 +190,32 @@ def _check(
     score.check(query, key)
     vector = getattr(score, "vector", None)
     features = max(query.shape[3], key.shape[3]) if vector is None else vector.shape[-1]
-    masks = Masks(attn_mask, key_mask, is_causal)
-    plain = not return_lse and dropout_p == 0.0 and _sdpa.takes(masks, resolve_scale(scale, 1.0))
-    series = getattr(score, "method", None) == "series"
+    scale = resolve_scale(scale, score.default_scale(query.shape[-1]))
+    # the causal flag by itself needs no mask tensor; torch scales its -inf, so a scale of at most 0 does
+    one_mask = (attn_mask is not None) + (key_mask is not None) + is_causal <= 1 and not (is_causal and scale <= 0.0)
     return Call(
         "score_attention",
         query.dtype,
         query.device.type,
         {
+            "batch": query.shape[0],
+            "heads": query.shape[1],
             "queries": query.shape[2],
             "keys": key.shape[2],
             "head_dim": query.shape[3],
             "value_dim": value.shape[3],
             "features": 2 * features if isinstance(score, scores.Hadamard) else features,
+            "joined_mask": 0 if one_mask else joined_mask_elements(query, key, attn_mask, key_mask, is_causal),
         },
-        {"score": type(score).__name__, "series": series, "wide_series": series and not plain, "dropout": dropout_p > 0.0},
+        {
+            "score": type(score).__name__,
+            "series": getattr(score, "method", None) == "series",
+            "dot_product": score.is_dot_product,
+            "dropout": dropout_p > 0.0,
+            "return_lse": return_lse,
+            "float_mask": attn_mask is not None and attn_mask.dtype != torch.bool,
+            "positive_scale": scale > 0.0,
+        },
     )
 
 

@@ -60,7 +60,7 @@ def attention_statistics(
     received = (weight.expand(query.shape[0], -1)[:, None, :, None] * prob).sum(2)  # sum_i w_i A_ij
     if prob.shape[-1] > 0:
         maximum, argmax = prob.max(-1)
-        argmax = torch.where(maximum > 0, argmax, -1)
+        argmax = torch.where(maximum == 0, -1, argmax)
     else:
         maximum, argmax = prob.sum(-1), torch.full_like(prob.sum(-1), -1, dtype=torch.int64)
     dtype = torch.promote_types(prob.dtype, torch.float32)

@@ -73,7 +73,7 @@ def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Te
     abar = prob.mean(1) if grad_prob is None else (prob * grad_prob).clamp(min=0).mean(1)
     if row_normalize:
         total = abar.sum(-1, keepdim=True)
-        abar = torch.where(total > 0, abar / torch.where(total > 0, total, 1.0), 0.0)
+        abar = abar / torch.where(total == 0, 1.0, total)  # a zero row stays zero, NaN stays NaN
     return abar
 
 

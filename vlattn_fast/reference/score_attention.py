@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast import scores
-from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale
+from vlattn_fast._tensors import compute_dtype, expand_heads, mask_padding, resolve_scale, unit_vectors
 from vlattn_fast.reference._softmax import attend
 
 
@@ -38,7 +38,7 @@ def score_attention(
     logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score_map(score, query, key)
     prob, lse = attend(logits, attn_mask, key_mask, is_causal)
     out = F.dropout(prob, dropout_p) @ value
-    return (out, lse.to(torch.promote_types(lse.dtype, torch.float32))) if return_lse else out
+    return (out, lse.to(compute_dtype(query))) if return_lse else out
 
 
 def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
@@ -47,9 +47,7 @@ def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
         case scores.ScaledDot() | scores.Dot():
             return q @ k.mT
         case scores.Cosine(eps=eps):
-            norms = q.norm(dim=-1)[..., :, None] * k.norm(dim=-1)[..., None, :]
-            wide = torch.promote_types(q.dtype, torch.float32)  # float16 would round eps to 0
-            return ((q @ k.mT).to(wide) / norms.to(wide).clamp(min=eps)).to(q.dtype)
+            return _cosine(q, k, eps)
         case scores.General(projects="key"):
             return _activate(score, q @ _affine(score, k).mT)
         case scores.General(projects="query"):
@@ -67,6 +65,18 @@ def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
             product = _activate(score, a[..., :, None, :] * b[..., None, :, :])
             return (product * score.vector[..., None, None, :]).sum(-1) + offset
     raise TypeError(f"score must be a va.scores object; got {score!r}")
+
+
+def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
+    """q . k / max(|q| |k|, eps). The norms are taken in the dtype of sums: float16 would round eps to 0 and entries of 9000 to
+    an infinite norm."""
+    (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
+    cosine = unit_q.to(q.dtype) @ unit_k.to(k.dtype).mT
+    if eps == 0.0:
+        return cosine
+    norms = norm_q[..., :, None] * norm_k[..., None, :]
+    clamped = (q.to(norms.dtype) @ k.to(norms.dtype).mT) / eps
+    return torch.where(norms >= eps, cosine, clamped.to(q.dtype))
 
 
 def _affine(score: Any, x: Tensor) -> Tensor:

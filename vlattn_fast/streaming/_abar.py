@@ -33,7 +33,7 @@ def abar_tile(
     abar: Tensor | None = None
     for h in Tiling(*shape).heads():
         logits = masks.apply((query[b, h, i].to(dtype) * scale) @ key[b, h].to(dtype).mT, shape, b, h, i)
-        tile = probabilities(logits, None if lse is None else lse[b, h, i].to(dtype))
+        tile = probabilities(logits, dtype, None if lse is None else lse[b, h, i].to(dtype))
         if rule == "gradient":
             assert value is not None and grad_output is not None
             tile = tile.mul_(grad_output[b, h, i].to(dtype) @ value[b, h].to(dtype).mT).clamp_min_(0.0)
@@ -50,5 +50,5 @@ def abar_tile(
         abar = abar.mul_(1.0 / shape[1])
     if row_normalize:
         total = abar.sum(-1, keepdim=True)
-        abar = abar / torch.where(total > 0, total, 1.0)
+        abar = abar / torch.where(total == 0, 1.0, total)
     return abar

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlattn_fast._tensors import unit_vectors
+
 DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid")
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
@@ -15,7 +17,7 @@ UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter: float) -> Tensor:
     """The scores of a tile; vector (h,A) for the kinds that sum over hidden units."""
     if kind == "cosine":
-        return (q @ k.mT) / _norm_product(q, k).clamp(min=parameter)
+        return _cosine(q, k, parameter)
     if kind in DOT_KINDS:
         return _activation(kind, q @ k.mT, parameter)
     assert vector is not None
@@ -87,18 +89,27 @@ def _activation_slope(kind: str, x: Tensor, negative_slope: float) -> Tensor:
     return t * (1 - t)
 
 
-def _norm_product(q: Tensor, k: Tensor) -> Tensor:
-    return q.norm(dim=-1)[..., :, None] * k.norm(dim=-1)[..., None, :]
+def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
+    """q . k / max(|q| |k|, eps) by unit vectors, so that no product of norms overflows."""
+    (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
+    cosine, norms = unit_q @ unit_k.mT, norm_q[..., :, None] * norm_k[..., None, :]
+    # |q| |k| / eps is at most 1 where it is used
+    return cosine if eps == 0.0 else cosine * torch.where(norms >= eps, 1.0, norms / eps)
 
 
 def _cosine_backward(grad: Tensor, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    norm_q, norm_k = q.norm(dim=-1), k.norm(dim=-1)
-    product = norm_q[..., :, None] * norm_k[..., None, :]
-    by_dot = grad / product.clamp(min=eps)
-    by_norm = torch.where(product >= eps, -by_dot * (q @ k.mT) / product.clamp(min=eps), 0.0)
-    # a zero vector's norm has slope 0, as autograd takes it
-    unit_q = q / torch.where(norm_q > 0, norm_q, 1.0)[..., None]
-    unit_k = k / torch.where(norm_k > 0, norm_k, 1.0)[..., None]
-    grad_q = by_dot @ k + unit_q * (by_norm @ norm_k[..., None])
-    grad_k = by_dot.mT @ q + unit_k * (by_norm.mT @ norm_q[..., None])
+    """Gradients of q and k: grad / |q| (unit_k - cosine unit_q) where the clamp does not act, grad k / eps where it does."""
+    (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
+    norm_q, norm_k = norm_q[..., :, None], norm_k[..., None, :]
+    free = norm_q * norm_k >= eps
+    by_cosine = torch.where(free, grad * (unit_q @ unit_k.mT), 0.0)
+    weight_q = torch.where(free, grad / norm_q, grad * (norm_k / eps) if eps > 0.0 else 0.0)
+    weight_k = torch.where(free, grad / norm_k, grad * (norm_q / eps) if eps > 0.0 else 0.0)
+    grad_q = weight_q @ unit_k - _divide(unit_q, norm_q) * by_cosine.sum(-1)[..., None]
+    grad_k = weight_k.mT @ unit_q - _divide(unit_k, norm_k.mT) * by_cosine.sum(-2)[..., None]
     return grad_q, grad_k
+
+
+def _divide(unit: Tensor, norm: Tensor) -> Tensor:
+    """unit / norm, and 0 for a zero vector, on which the clamp acts."""
+    return unit / torch.where(norm > 0.0, norm, 1.0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlattn_fast._tensors import additive
+from vlattn_fast._tensors import add_mask
 
 TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
 
@@ -53,10 +53,13 @@ class Masks:
     is_causal: bool
 
     def apply(self, score: Tensor, shape: tuple[int, int, int, int], b: slice, h: slice, i: slice) -> Tensor:
-        """The logits of a tile (b,h,i,M): float masks added, hidden pairs -inf. `score` is not changed."""
+        """The logits of a tile (b, h, i, M): float masks added, masked pairs -inf. `score` is not changed.
+
+        A float mask wider than the dtype of sums gives logits in the mask's dtype.
+        """
         if self.attn_mask is not None:
             mask = self.attn_mask.expand(shape)[b, h, i]
-            score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + additive(mask, score.dtype)
+            score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else add_mask(score, mask)
         if self.key_mask is not None:
             score = score.masked_fill(~self.key_mask[b, None, None, :], -torch.inf)
         if self.is_causal:
@@ -73,20 +76,43 @@ def logsumexp(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits, dim=-1)
 
 
-def probabilities(logits: Tensor, lse: Tensor | None = None) -> Tensor:
-    """Softmax of full rows; a row without visible keys gives zeros.
+def probabilities(logits: Tensor, dtype: torch.dtype, lse: Tensor | None = None) -> Tensor:
+    """Softmax of full rows in `dtype`; a fully masked row gives zeros.
 
-    Where the rows' log-sum-exp comes from elsewhere (it may count keys that are not here), exp(logits - lse); without one
-    the rows are normalised again, which is more exact than a rounded lse. An lse of -inf or +inf says: no visible keys.
+    Without `lse` each row is divided by its sum, which is taken relative to the row's largest logit. That is exact however large
+    the logits are. With `lse`, which may count keys that are not here, P = exp(logits - lse); an lse of -inf or +inf marks a
+    fully masked row. Where |lse| is too large to hold the logarithm of the sum (`lse_is_lost`), the row is divided by its sum
+    over the keys that are here.
     """
-    if lse is not None:
-        return torch.exp(logits - torch.where(torch.isneginf(lse), torch.inf, lse)[..., None])
     if logits.shape[-1] == 0:
-        return logits
+        return logits.to(dtype)
+    if lse is not None:
+        return _probabilities_from_lse(logits, lse[..., None]).to(dtype)
     prob, empty = torch.softmax(logits, dim=-1), torch.isneginf(logits.amax(-1, keepdim=True))
     if empty.device.type == "cpu" and not empty.any():  # filling costs more than the softmax, looking costs nothing here
-        return prob
-    return prob.masked_fill_(empty, 0.0)
+        return prob.to(dtype)
+    return prob.masked_fill_(empty, 0.0).to(dtype)
+
+
+def lse_is_lost(lse: Tensor) -> Tensor:
+    """Rows whose log-sum-exp was rounded by more than 1/1024: |lse| >= 2^14 in float32, 2^43 in float64.
+
+    P = exp(logit - lse) would be wrong by more than 0.1 %, and by all of log M where every key of a row has a mask of -1e9.
+    """
+    bound = 2.0**-9 / torch.finfo(lse.dtype).eps
+    return torch.isfinite(lse) & (lse.abs() >= bound)
+
+
+def _probabilities_from_lse(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse) (b, h, i, M) with lse (b, h, i, 1)."""
+    shift, lost = torch.where(torch.isinf(lse), torch.inf, lse), lse_is_lost(lse)
+    if lost.device.type == "cpu" and not lost.any():
+        return torch.exp(logits - shift)
+    largest = logits.amax(-1, keepdim=True)
+    shift = torch.where(lost, torch.where(torch.isneginf(largest), torch.inf, largest), shift)
+    prob = torch.exp(logits - shift)
+    total = prob.sum(-1, keepdim=True)
+    return prob / torch.where(lost & (total > 0), total, 1.0)
 
 
 def softmax_backward(prob: Tensor, grad_prob: Tensor) -> Tensor:

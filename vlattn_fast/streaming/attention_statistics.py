@@ -98,7 +98,7 @@ def _probability_tiles(query: Tensor, key: Tensor, masks: Masks, scale: float) -
     for b, i in tiling.rows():
         for h in tiling.heads():
             tile = (query[b, h, i].to(dtype) @ key[b, h].to(dtype).mT) * scale
-            yield b, h, i, probabilities(masks.apply(tile, shape, b, h, i))
+            yield b, h, i, probabilities(masks.apply(tile, shape, b, h, i), dtype)
 
 
 def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -1,7 +1,7 @@
 """score_attention in O(N + M) memory with plain PyTorch, on any device and dtype.
 
-Dot-product cores run in PyTorch's fused attention where it takes the call; everything else tile by tile, the backward
-pass recomputing each tile.
+Dot products run in PyTorch's fused CPU kernel where it takes the call (`_fused_cpu`); everything else runs tile by tile, and
+the backward pass recomputes each tile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._tensors import compute_dtype, expand_heads, fold_heads
-from vlattn_fast.streaming import _sdpa
+from vlattn_fast.streaming import _fused_cpu
 from vlattn_fast.streaming._dropout import keep_factor
 from vlattn_fast.streaming._scores import score_tile, score_tile_backward
 from vlattn_fast.streaming._tiles import Masks, Tiling, logsumexp, probabilities
@@ -36,13 +36,13 @@ def forward(
     masks = Masks(attn_mask, key_mask, is_causal)
     num_heads = query.shape[1]
     key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
-    if score == "dot" and _sdpa.runs(query, key, value, masks, dropout_p, scale):
-        return _sdpa.forward(query, key, value, masks, scale)
+    if score == "dot" and _fused_cpu.runs(query, key, value, masks, dropout_p, scale):
+        return _fused_cpu.forward(query, key, value, masks, scale)
     out = query.new_empty(query.shape[0], query.shape[2], num_heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
     for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, parameter, scale):
         lse[b, h, i] = logsumexp(logits)
-        prob = probabilities(logits)
+        prob = probabilities(logits, compute_dtype(query))
         if dropout_p > 0.0:
             prob = prob * keep_factor(seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, prob.dtype)
         out[b, h, i] = (prob @ value[b, h].to(prob.dtype)).to(out.dtype)
@@ -71,15 +71,16 @@ def backward(
     masks = Masks(attn_mask, key_mask, is_causal)
     num_heads, num_key_heads, num_value_heads = query.shape[1], key.shape[1], value.shape[1]
     key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
-    if score == "dot" and grad_lse is None and _sdpa.runs(query, key, value, masks, dropout_p, scale):
-        grad_q, grad_k, grad_v = _sdpa.backward(grad_out, query, key, value, out, lse, masks, scale)
+    fused = score == "dot" and grad_lse is None and _fused_cpu.runs(query, key, value, masks, dropout_p, scale)
+    if fused and _fused_cpu.runs_backward(query, lse):
+        grad_q, grad_k, grad_v = _fused_cpu.backward(grad_out, query, key, value, out, lse, masks, scale)
         return grad_q, fold_heads(grad_k, num_key_heads), fold_heads(grad_v, num_value_heads), None
     dtype = compute_dtype(query)
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=dtype) for x in (key, value))
     grad_vector = None if vector is None else vector.new_zeros(vector.shape, dtype=dtype)
     for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, parameter, scale):
-        prob = probabilities(logits)
+        prob = probabilities(logits, dtype)
         go, v = grad_out[b, h, i].to(dtype), value[b, h].to(dtype)
         grad_prob = go @ v.mT
         kept = prob

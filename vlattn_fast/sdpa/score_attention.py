@@ -1,0 +1,55 @@
+"""score_attention by torch.nn.functional.scaled_dot_product_attention, with torch's own backward pass.
+
+It takes scores that are dot products of features and bool masks. Float masks it refuses: torch's kernels want them in the
+query's dtype, and their backward passes take P = exp(logit - lse) from a rounded log-sum-exp, which is wrong where a finite
+mask such as finfo.min stands in a whole row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlattn_fast._tensors import expand_heads, pad_head_dim
+
+# torch's fused CPU kernel recomputes P from a rounded log-sum-exp: float32 gradients were seen at 3.3 times the error of the
+# plain formula. Calls with at most this many pairs of queries and keys run in float64, which costs little there.
+FLOAT64_PAIRS = 1 << 19
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """out (B, H, N, Dv) from query (B, H, N, D), key (B, Hkv, M, D) and value (B, Hv, M, Dv); Hkv and Hv divide H."""
+    size, dtype, num_heads = value.shape[3], query.dtype, query.shape[1]
+    mask, is_causal = _join_masks(query, key, attn_mask, key_mask, is_causal, scale)
+    if query.device.type == "cpu":
+        if dtype == torch.float32 and query.shape[0] * num_heads * query.shape[2] * key.shape[2] <= FLOAT64_PAIRS:
+            query, key, value = query.double(), key.double(), value.double()
+        # torch's fused CPU kernel wants one head count and one head_dim; what has several runs with whole maps
+        query, key, value = pad_head_dim(query, expand_heads(key, num_heads), expand_heads(value, num_heads))
+    elif key.shape[1] != value.shape[1]:
+        value = expand_heads(value, key.shape[1])
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != num_heads
+    )
+    return out[..., :size].to(dtype)
+
+
+def _join_masks(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor | None, bool]:
+    """One bool mask of four dimensions (the fused kernels take no three), or the causal flag by itself.
+
+    torch multiplies its causal -inf by the scale, so a scale of at most 0 gets the causal mask as a tensor.
+    """
+    if is_causal and attn_mask is None and key_mask is None and scale > 0.0:
+        return None, True
+    mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
+    if key_mask is not None:
+        mask = key_mask[:, None, None, :] if mask is None else mask & key_mask[:, None, None, :]
+    if is_causal:
+        causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+        mask = causal if mask is None else mask & causal
+    return mask, False
