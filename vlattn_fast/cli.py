@@ -24,7 +24,7 @@ from vlattn_fast._extras import extra
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Method = Literal["gradient", "weighted", "rollout", "attention", "gradcam"]
-BACKENDS = ("reference", "streaming", "triton", "cuda")
+BACKENDS = ("reference", "streaming", "sdpa", "triton", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 
 

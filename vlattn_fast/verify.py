@@ -191,7 +191,7 @@ class Result:
 
 
 def verify(
-    backends: tuple[str, ...] = ("reference", "streaming", "triton", "cuda"),
+    backends: tuple[str, ...] = ("reference", "streaming", "sdpa", "triton", "cuda"),
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     device: str = "cpu",
     seed: int = 0,

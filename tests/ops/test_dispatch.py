@@ -122,7 +122,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backend name": (
         attend(backend="flash"),
         ValueError,
-        "backend must be one of ('auto', 'reference', 'streaming', 'triton', 'cuda'); got 'flash'",
+        "backend must be one of ('auto', 'reference', 'streaming', 'sdpa', 'triton', 'cuda'); got 'flash'",
     ),
     "backend is None": (attend(backend=None), ValueError, "backend must be one of"),
     "backend is a number": (attend(backend=1), TypeError, "backend must be one of"),
@@ -276,15 +276,16 @@ def test_asking_needs_no_tensor_and_no_device(operator: str) -> None:
             reasons = backend.refusals(a_call(operator, device))
             assert isinstance(reasons, list) and all(isinstance(reason, str) and reason for reason in reasons), name
             assert not any("577" in reason for reason in reasons)
-    assert TABLES[operator].keys() == {"reference", "streaming", "triton", "cuda"}
+    assert TABLES[operator].keys() == {"reference", "streaming", "sdpa", "triton", "cuda"}
 
 
 @pytest.mark.parametrize("operator", TABLES)
 def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: str) -> None:
     backends, call = TABLES[operator], a_call(operator)
     able = [name for name, backend in backends.items() if not backend.refusals(call)]
-    assert _dispatch.select(backends, call, "auto") == able[0] == "streaming"
-    assert _dispatch.select(backends, a_call(operator, "cuda"), "auto") == "triton"
+    first = operator == "score_attention"  # a scaled dot product, which torch's own attention takes
+    assert _dispatch.select(backends, call, "auto") == able[0] == ("sdpa" if first else "streaming")
+    assert _dispatch.select(backends, a_call(operator, "cuda"), "auto") == ("sdpa" if first else "triton")
     for name, backend in backends.items():
         reasons = backend.refusals(call)
         if not reasons:
@@ -300,13 +301,14 @@ def test_auto_leaves_the_interpreter_to_those_who_name_it(operator: str, monkeyp
     monkeypatch.setattr(_dispatch, "INTERPRETED", True)
     triton, call = TABLES[operator]["triton"], a_call(operator)
     assert triton.refusals(call) == []
-    assert _dispatch.select(TABLES[operator], call, "auto") == "streaming"
+    assert _dispatch.select(TABLES[operator], call, "auto") in ("sdpa", "streaming")
     monkeypatch.setitem(sys.modules, triton.module, object())  # whoever takes it finds no `forward`
     for case in verify.cases():
         if case.operator == operator:
             arguments = case.arguments(case.in_dtype(torch.float32))
-            auto, streaming = verify.call_of(operator)(**arguments), verify.call_of(operator)(**arguments, backend="streaming")
-            torch.testing.assert_close(auto, streaming, rtol=0.0, atol=0.0, equal_nan=True)
+            name = _dispatch.select(TABLES[operator], verify.facts_of(operator, arguments), "auto")
+            auto, named = verify.call_of(operator)(**arguments), verify.call_of(operator)(**arguments, backend=name)
+            torch.testing.assert_close(auto, named, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:

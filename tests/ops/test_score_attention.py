@@ -30,6 +30,7 @@ from tests.ops.score_cases import (
     padding,
 )
 from vlattn_fast import scores as S
+from vlattn_fast.sdpa import score_attention as sdpa
 from vlattn_fast.streaming import _tiles
 
 
@@ -212,6 +213,7 @@ def test_causal_is_top_left_for_unequal_lengths() -> None:
 def test_no_mask_brings_a_whole_map(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's SDPA falls back to whole maps for masks of three dimensions: they are given to it with four."""
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1024)
+    monkeypatch.setattr(sdpa, "FLOAT64_PAIRS", 1024)
     b, h, n, m = 2, 4, 128, 96
     sizes = {B: b, H: h, N: n, M: m, 1: 1}
     mask = torch.rand(tuple(sizes[s] for s in shape)) > 0.4

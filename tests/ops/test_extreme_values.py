@@ -1,0 +1,189 @@
+"""Values at the ends of a dtype's range, sizes of zero, and NaN: as the formula has them, in every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compare import assert_all_close_to
+from torch import Tensor
+
+import vlattn_fast as va
+from vlattn_fast import scores as S
+from vlattn_fast.streaming import _tiles
+
+BACKENDS = ("reference", "streaming")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cosine
+
+
+def cosine_inputs(dtype: torch.dtype, size: float) -> dict[str, Tensor]:
+    """query and key with entries of about `size`, rounded to `dtype`."""
+    tensors = {name: torch.randn(2, 3, 9 + 4 * n, 16).double() for n, name in enumerate(("query", "key", "value"))}
+    tensors["value"] = tensors["value"][:, :, :13]
+    return {name: (x if name == "value" else size * x.clamp(-3, 3)).to(dtype) for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "dtype, size",
+    [
+        (torch.float16, 9000.0),
+        (torch.float16, 1e-4),
+        (torch.bfloat16, 1e20),
+        (torch.bfloat16, 1e-20),
+        (torch.float32, 1e20),
+        (torch.float32, 1e-20),
+        (torch.float64, 1e160),
+        (torch.float64, 1e-170),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("eager", (True, False), ids=("features", "tiles"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cosine_does_not_depend_on_lengths(
+    backend: str, eager: bool, dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a norm nor a product of norms overflows or underflows; eps = 0 lets even the smallest vectors have a direction."""
+    if not eager:  # as on a GPU or under torch.compile, where nobody looks at the data
+        monkeypatch.setattr(S.Cosine, "core", lambda self, q, k: S.Core("cosine", q, k, parameter=self.eps))
+    tensors, score = cosine_inputs(dtype, size), S.Cosine(eps=0.0)
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    out = va.score_attention(**leaves, score=score, scale=3.0, backend=backend)
+    unit = {name: (x.double() / x.double().abs().amax(-1, keepdim=True)).requires_grad_() for name, x in tensors.items()}
+    unit["value"] = tensors["value"].double().requires_grad_()
+    exact = va.reference.score_attention(**unit, score=score, scale=3.0)
+    tolerance = 16 * torch.finfo(dtype).eps
+    assert (out.double() - exact).abs().max() < tolerance
+    grad = torch.randn_like(out)
+    got = torch.autograd.grad(out, list(leaves.values()), grad)
+    wanted = torch.autograd.grad(exact, list(unit.values()), grad.double())
+    for name, x, y in zip(tensors, got, wanted, strict=True):
+        y = y if name == "value" else y / tensors[name].double().abs().amax(-1, keepdim=True)
+        largest = y.abs().max()
+        if largest > torch.finfo(dtype).tiny and largest < torch.finfo(dtype).max:
+            assert (x.double() - y).abs().max() <= tolerance * largest, name
+
+
+@pytest.mark.parametrize("size", (1e-5, 1e-4, 3e-4, 1.0))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_clamp_of_cosine_is_on_the_product_of_norms(backend: str, dtype: torch.dtype, size: float) -> None:
+    """Vectors around the root of eps, some zero: below eps the score is q . k / eps."""
+    tensors = cosine_inputs(dtype, size)
+    tensors["query"][:, :, 2] = 0.0
+    tensors["key"][:, :, 5] = 0.0
+    tensors["key"][:, :, 6] *= 1e3
+    assert_all_close_to(
+        lambda query, key, value: va.score_attention(query, key, value, score=S.Cosine(1e-6), scale=2.0, backend=backend),
+        lambda query, key, value: va.reference.score_attention(query, key, value, score=S.Cosine(1e-6), scale=2.0),
+        tensors,
+        [torch.randn(2, 3, 9, 16)],
+        what=f"{backend}, {dtype}, {size}",
+    )
+
+
+def test_cosine_below_eps_is_the_product_over_eps() -> None:
+    """float64 by hand, forward and backward, at zero too."""
+    query = torch.tensor([[[[3e-6, 4e-6], [0.0, 0.0]]]], dtype=torch.float64)
+    key = torch.tensor([[[[1e-6, 0.0], [0.0, 2e-6]]]], dtype=torch.float64)
+    for backend in BACKENDS:
+        q, k = query.clone().requires_grad_(), key.clone().requires_grad_()
+        _, lse = va.score_attention(q, k, torch.zeros_like(k), score=S.Cosine(1e-8), return_lse=True, backend=backend)
+        q2, k2 = query.clone().requires_grad_(), key.clone().requires_grad_()
+        by_hand = torch.logsumexp(q2 @ k2.mT / 1e-8, dim=-1)
+        torch.testing.assert_close(lse, by_hand)
+        for got, wanted in zip(torch.autograd.grad(lse.sum(), (q, k)), torch.autograd.grad(by_hand.sum(), (q2, k2)), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+# --------------------------------------------------------------------------------------------------------------- no keys
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("backend", ("auto", *BACKENDS))
+@pytest.mark.parametrize("score", ("scaled_dot", "cosine", "additive"))
+def test_without_keys_attention_is_zero(score: str, backend: str, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, n, 8, dtype=dtype, requires_grad=True) for n in (5, 0, 0))
+    chosen: Any = S.Additive(torch.randn(8, dtype=dtype)) if score == "additive" else score
+    for is_causal in (False, True):
+        out = va.score_attention(query, key, value, score=chosen, is_causal=is_causal, backend=backend)
+        assert torch.equal(out, torch.zeros(2, 3, 5, 8, dtype=dtype))
+        grads = torch.autograd.grad(out, (query, key, value), torch.randn_like(out))
+        assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+        _, lse = va.score_attention(query, key, value, score=chosen, return_lse=True, backend=backend)
+        assert torch.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("backend", ("auto", *BACKENDS))
+def test_without_keys_every_operator_is_zero(backend: str, dtype: torch.dtype) -> None:
+    query, key = (
+        torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True),
+        torch.randn(2, 3, 0, 8, dtype=dtype, requires_grad=True),
+    )
+    wide = torch.promote_types(dtype, torch.float32)
+    none = torch.randn(2, 3, 0, 8, dtype=dtype, requires_grad=True)
+    carrier = torch.zeros(2, 1, 0, dtype=wide, requires_grad=True)
+    out, carried = va.relevancy_attention(none, none, none, carrier, backend=backend)
+    grads = torch.autograd.grad([out, carried], [none, carrier], [torch.zeros_like(out), torch.zeros_like(carried)])
+    assert out.shape == (2, 3, 0, 8) and [x.shape for x in grads] == [none.shape, carrier.shape]
+    with torch.no_grad():
+        for rule in ("attention", "gradient"):
+            values = (key, torch.randn(2, 3, 5, 8, dtype=dtype)) if rule == "gradient" else ()
+            for row_normalize in (False, True):
+                rows = torch.rand(2, 4, 5, dtype=wide)
+                step = va.relevancy_step(rows, query, key, *values, rule=rule, row_normalize=row_normalize, backend=backend)
+                assert step.shape == (2, 4, 0)
+                abar = va.attention_map(query, key, *values, rule=rule, row_normalize=row_normalize, backend=backend)
+                assert abar.shape == (2, 5, 0)
+    groups = torch.zeros(2, 0, dtype=torch.int64)
+    statistics = va.attention_statistics(query, key, key_groups=groups, num_groups=2, backend=backend)
+    assert torch.equal(statistics.mass, torch.zeros(2, 3, 5, 2, dtype=wide)) and (statistics.argmax == -1).all()
+    assert not statistics.entropy.any() and not statistics.maximum.any() and statistics.received.shape == (2, 3, 0)
+    (grad,) = torch.autograd.grad(statistics.mass.sum() + statistics.entropy.sum() + statistics.maximum.sum(), query)
+    assert torch.equal(grad, torch.zeros_like(query))
+    loss = va.congruence_loss((query, query), (key, key), backend=backend)
+    (grad,) = torch.autograd.grad(loss, query)
+    assert loss == 0.0 and torch.equal(grad, torch.zeros_like(query))
+    images, captions = torch.randn(2, 0, 8, dtype=dtype), torch.randn(3, 4, 8, dtype=dtype, requires_grad=True)
+    similarity = va.stacked_cross_attention(images, captions, backend=backend)
+    (grad,) = torch.autograd.grad(similarity.sum(), captions)
+    assert torch.equal(similarity, torch.zeros(2, 3, dtype=wide)) and torch.equal(grad, torch.zeros_like(captions))
+
+
+# -------------------------------------------------------------------------------------------------------- NaN, overflow
+
+
+@pytest.mark.parametrize("where", ("query", "key", "value"))
+@pytest.mark.parametrize("tile", (1 << 19, 64))
+@pytest.mark.parametrize("backend", ("auto", *BACKENDS))
+def test_nan_reaches_what_the_formula_says(backend: str, tile: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", tile)
+    tensors = {name: torch.randn(2, 2, 24, 8) for name in ("query", "key", "value")}
+    tensors[where][0, 1, 3, 2] = torch.nan
+    for score in ("scaled_dot", "cosine", S.General(torch.eye(8), activation="relu")):
+        got = va.score_attention(**tensors, score=score, is_causal=True, backend=backend)
+        formula = va.reference.score_attention(**tensors, score=score, is_causal=True)
+        assert torch.equal(torch.isnan(got).any(-1), torch.isnan(formula).any(-1)), score
+    rows, grad = torch.rand(2, 3, 24), torch.randn(2, 2, 24, 8)
+    for row_normalize in (False, True):
+        step = [
+            module.relevancy_step(rows, *tensors.values(), grad, row_normalize=row_normalize, **options)
+            for module, options in ((va, {"backend": backend}), (va.reference, {}))
+        ]
+        assert torch.isnan(step[0][0]).any() and torch.equal(torch.isnan(step[0]), torch.isnan(step[1]))
+
+
+@pytest.mark.parametrize("backend", ("auto", *BACKENDS))
+def test_an_overflow_is_no_relevancy_of_zero(backend: str) -> None:
+    """dA beyond what float16 holds: its relevancy is large or not a number, never 0."""
+    query, key = torch.zeros(1, 1, 4, 8, dtype=torch.float16), torch.zeros(1, 1, 4, 8, dtype=torch.float16)
+    value = torch.full((1, 1, 4, 8), 3e4, dtype=torch.float16)
+    for rule in ("gradient",):
+        step = va.relevancy_step(torch.ones(1, 1, 4), query, key, value, value, rule=rule, backend=backend)
+        assert not (step < 1e4).any(), step
+        abar = va.attention_map(query, key, value, value, rule=rule, backend=backend)
+        assert not (abar < 1e4).any(), abar

@@ -1,0 +1,135 @@
+"""A finite mask value is data, however large: a row with finfo.min or -1e9 in every place attends to all its keys, forward and
+backward, in every backend that takes float masks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from compare import assert_all_close_to
+from torch import Tensor
+
+import vlattn_fast as va
+from vlattn_fast.streaming import _tiles
+
+BACKENDS = ("reference", "streaming")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS, SIZE = 64, 8
+MASKED = (0, 17, 63)  # rows with one value throughout
+VALUES = (torch.finfo(torch.float32).min, -1e9, -1e4, 1e9)
+
+
+@pytest.fixture(params=(1 << 19, 64), ids=("one tile", "many tiles"), autouse=True)
+def tile_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """With few elements a tile, streaming also takes torch's fused CPU kernel."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", request.param)
+    return request.param
+
+
+def mask_of(value: float) -> Tensor:
+    """(N, N) float32."""
+    mask = torch.randn(ROWS, ROWS)
+    mask[list(MASKED)] = value
+    return mask
+
+
+def inputs(dtype: torch.dtype, heads: int = 2) -> dict[str, Tensor]:
+    return {name: torch.randn(2, heads, ROWS, SIZE, dtype=dtype) for name in ("query", "key", "value")}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_one_masked_row_is_spread_once(backend: str) -> None:
+    query, key, value = (torch.randn(1, 1, ROWS, SIZE, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(ROWS, ROWS)
+    mask[0] = torch.finfo(torch.float32).min
+    grad = torch.zeros(1, 1, ROWS, SIZE)
+    grad[0, 0, 0] = 1.0
+    out = va.score_attention(query, key, value, attn_mask=mask, backend=backend)
+    (grad_value,) = torch.autograd.grad(out, value, grad)
+    torch.testing.assert_close(grad_value.sum(), torch.tensor(8.0))
+    torch.testing.assert_close(grad_value, torch.full_like(value, 1 / ROWS))
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_row_of_probabilities_sums_to_one_in_the_backward_pass(backend: str, dtype: torch.dtype, value: float) -> None:
+    """The gradient of value, summed over the keys, is the cotangent, summed over the rows."""
+    for score in ("scaled_dot", va.scores.General(torch.eye(SIZE, dtype=dtype), activation="tanh")):
+        leaves = {name: x.requires_grad_() for name, x in inputs(dtype).items()}
+        out = va.score_attention(**leaves, score=score, attn_mask=mask_of(value), backend=backend)
+        grad = torch.zeros_like(out)
+        grad[:, :, list(MASKED)] = torch.rand(2, 2, 3, SIZE).to(dtype)
+        (grad_value,) = torch.autograd.grad(out, leaves["value"], grad)
+        tolerance = 8 * torch.finfo(dtype).eps + 1e-3  # 1e4 in float32 has three digits behind the point
+        torch.testing.assert_close(grad_value.float().sum(2), grad.float().sum(2), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_score_attention_is_the_formula(backend: str, dtype: torch.dtype) -> None:
+    for scale, is_causal in ((None, False), (0.5, True)):
+        options = {"attn_mask": mask_of(torch.finfo(torch.float32).min), "is_causal": is_causal, "scale": scale}
+        assert_all_close_to(
+            lambda query, key, value, options=options: va.score_attention(query, key, value, backend=backend, **options),
+            lambda query, key, value, options=options: va.reference.score_attention(query, key, value, **options),
+            inputs(dtype, heads=8),
+            [torch.randn(2, 8, ROWS, SIZE)],
+            what=f"{backend}, {dtype}, causal {is_causal}",
+        )
+
+
+@pytest.mark.parametrize("rule", ("gradient", "attention"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relevancy_attention_is_the_formula(backend: str, dtype: torch.dtype, rule: str) -> None:
+    options = {"attn_mask": mask_of(torch.finfo(torch.float32).min), "rule": rule}
+    assert_all_close_to(
+        lambda query, key, value, carrier: va.relevancy_attention(query, key, value, carrier, backend=backend, **options),
+        lambda query, key, value, carrier: va.reference.relevancy_attention(
+            query, key, value, carrier.to(torch.promote_types(query.dtype, torch.float32)), **options
+        ),
+        {**inputs(dtype, heads=8), "carrier": torch.rand(2, 3, ROWS)},
+        [torch.randn(2, 8, ROWS, SIZE), torch.rand(2, 3, ROWS)],
+        what=f"{backend}, {dtype}, {rule}",
+    )
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("with_lse", (False, True), ids=("", "lse"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relevancy_step_keeps_the_sum_of_each_row(backend: str, with_lse: bool, value: float) -> None:
+    """rule="attention": the rows of Abar sum to 1."""
+    tensors, mask = inputs(torch.float32), mask_of(value)
+    lse = va.score_attention(**tensors, attn_mask=mask, return_lse=True, backend=backend)[1] if with_lse else None
+    rows = torch.eye(ROWS).expand(2, -1, -1)
+    abar = va.relevancy_step(rows, tensors["query"], tensors["key"], rule="attention", lse=lse, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(abar.sum(-1), torch.ones(2, ROWS), rtol=0.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
+def test_an_lse_that_counts_more_keys_is_taken_as_it_is(backend: str) -> None:
+    """Two halves of the keys with the lse of all of them give the whole map. (The reference recomputes the lse.)"""
+    tensors, mask = inputs(torch.float32), mask_of(-1e3)
+    _, lse = va.score_attention(**tensors, attn_mask=mask, return_lse=True, backend=backend)
+    rows, (query, key) = torch.eye(ROWS).expand(2, -1, -1), (tensors["query"], tensors["key"])
+    halves = [
+        va.relevancy_step(rows, query, key[:, :, part], rule="attention", lse=lse, attn_mask=mask[:, part], backend=backend)
+        for part in (slice(0, 20), slice(20, None))
+    ]
+    whole = va.reference.relevancy_step(rows, query, key, rule="attention", attn_mask=mask)
+    torch.testing.assert_close(torch.cat(halves, dim=-1), whole, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_maps_and_statistics_attend_evenly(backend: str) -> None:
+    tensors, mask = inputs(torch.bfloat16), mask_of(torch.finfo(torch.float32).min)
+    query, key = tensors["query"], tensors["key"]
+    abar = va.attention_map(query, key, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(abar[:, MASKED].float(), torch.full((2, 3, ROWS), 1 / ROWS))
+    statistics = va.attention_statistics(query, key, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(
+        statistics.entropy[:, :, MASKED].float(), torch.full((2, 2, 3), math.log(ROWS)), rtol=2e-2, atol=0.0
+    )
+    torch.testing.assert_close(statistics.maximum[:, :, MASKED].float(), torch.full((2, 2, 3), 1 / ROWS))

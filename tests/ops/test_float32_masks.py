@@ -1,0 +1,117 @@
+"""Float masks keep their digits and their meaning: they are added in the dtype of sums or their own, whichever is wider; only
+-inf masks, and NaN goes through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_all_close_to
+from torch import Tensor
+
+import vlattn_fast as va
+from vlattn_fast.streaming import _tiles
+
+BACKENDS = ("reference", "streaming")
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (*HALF, torch.float32, torch.float64)
+ROWS, KEYS, SIZE = 33, 47, 16
+
+
+@pytest.fixture(params=(1 << 19, 64), ids=("one tile", "many tiles"), autouse=True)
+def tile_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """With few elements a tile, streaming also takes torch's fused CPU kernel."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", request.param)
+    return request.param
+
+
+def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "query": torch.randn(2, 2, ROWS, SIZE, dtype=dtype),
+        "key": torch.randn(2, 2, KEYS, SIZE, dtype=dtype),
+        "value": torch.randn(2, 2, KEYS, SIZE, dtype=dtype),
+    }
+
+
+def in_float64(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float32_bias_keeps_its_digits(backend: str, dtype: torch.dtype) -> None:
+    """A bias around 40 has a spacing of 1/4 in bfloat16."""
+    tensors, mask = inputs(dtype), 40.0 + torch.randn(ROWS, KEYS)
+    out, lse = va.score_attention(**tensors, attn_mask=mask, return_lse=True, backend=backend)
+    exact, exact_lse = va.reference.score_attention(**in_float64(tensors), attn_mask=mask, return_lse=True)
+    assert (out.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps
+    assert (lse.double() - exact_lse).abs().max() < 2 * torch.finfo(dtype).eps
+    assert_all_close_to(
+        lambda query, key, value: va.score_attention(query, key, value, attn_mask=mask, backend=backend),
+        lambda query, key, value: va.reference.score_attention(query, key, value, attn_mask=mask),
+        tensors,
+        [torch.randn(2, 2, ROWS, SIZE)],
+        what=f"{backend}, {dtype}",
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_lse_of_a_float32_bias_serves_relevancy_step(backend: str, dtype: torch.dtype) -> None:
+    tensors, mask = inputs(dtype), 40.0 + torch.randn(ROWS, KEYS)
+    _, lse = va.score_attention(**tensors, attn_mask=mask, return_lse=True, backend=backend)
+    rows = torch.eye(ROWS).expand(2, -1, -1)
+    abar = va.relevancy_step(rows, tensors["query"], tensors["key"], rule="attention", lse=lse, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(abar.sum(-1), torch.ones(2, ROWS), rtol=0.0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("mask_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_smallest_finite_value_masks_nothing(backend: str, dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
+    tensors = inputs(dtype)
+    mask = torch.zeros(ROWS, KEYS, dtype=mask_dtype)
+    mask[3] = torch.finfo(mask_dtype).min
+    mask[4] = -torch.inf
+    out, lse = va.score_attention(**tensors, attn_mask=mask, return_lse=True, backend=backend)
+    if torch.finfo(mask_dtype).min < -1e30:  # what the scores add to -65504 stays visible
+        mean = tensors["value"].double().mean(2)
+        torch.testing.assert_close(out[:, :, 3].double(), mean, rtol=0.0, atol=4 * torch.finfo(dtype).eps)
+    assert out[:, :, 3].abs().min() > 0.0 and torch.isfinite(out).all()
+    assert torch.equal(out[:, :, 4], torch.zeros_like(out[:, :, 4])) and torch.isneginf(lse[:, :, 4]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float64_bias_keeps_its_digits(backend: str) -> None:
+    """1e6 + x has a spacing of 1/16 in float32; the attention is that of x."""
+    tensors, bias = inputs(torch.float32), torch.randn(ROWS, KEYS, dtype=torch.float64)
+    shifted = va.score_attention(**tensors, attn_mask=bias + 1e6, backend=backend)
+    torch.testing.assert_close(shifted, va.reference.score_attention(**tensors, attn_mask=bias), rtol=1e-4, atol=1e-5)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    out = va.score_attention(**leaves, attn_mask=bias + 1e6, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), leaves["value"])
+    torch.testing.assert_close(grad.sum(2), torch.full((2, 2, SIZE), float(ROWS)))
+
+
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_goes_through(backend: str, bad: float) -> None:
+    """NaN, and a mask of +inf, for which the formula has none but NaN."""
+    tensors, mask = inputs(torch.float32), torch.randn(ROWS, KEYS)
+    mask[5, 7] = bad
+    out, lse = va.score_attention(**tensors, attn_mask=mask, return_lse=True, backend=backend)
+    wrong = torch.isnan(out).any(-1).all((0, 1))
+    assert wrong.nonzero().flatten().tolist() == [5] and not torch.isfinite(lse[:, :, 5]).any()
+    abar = va.attention_map(tensors["query"], tensors["key"], attn_mask=mask, backend=backend)
+    assert torch.isnan(abar).any(-1).all(0).nonzero().flatten().tolist() == [5]
+    statistics = va.attention_statistics(tensors["query"], tensors["key"], attn_mask=mask, backend=backend)
+    assert torch.isnan(statistics.entropy[:, :, 5]).all() and torch.isnan(statistics.maximum[:, :, 5]).all()
+    for row_normalize in (False, True):
+        moved = va.relevancy_step(
+            torch.ones(2, 1, ROWS),
+            *tensors.values(),
+            torch.randn(2, 2, ROWS, SIZE),
+            row_normalize=row_normalize,
+            attn_mask=mask,
+            backend=backend,
+        )
+        assert torch.isnan(moved).any()

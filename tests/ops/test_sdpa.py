@@ -1,0 +1,178 @@
+"""torch's own attention as a backend: what it refuses, what "auto" takes, and masks joined to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import LargestAllocation, assert_all_close_to, bytes_of
+from torch import Tensor
+
+import vlattn_fast as va
+from vlattn_fast import scores as S
+from vlattn_fast import verify
+from vlattn_fast.ops import _dispatch
+from vlattn_fast.ops.score_attention import BACKENDS, _check
+
+Q, K, V = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
+KEYS = torch.tensor([[True] * 9, [False, True, True, False] + [True] * 5])
+PAIRS = torch.rand(6, 9) > 0.4
+SERIES = S.Additive(torch.randn(8), method="series", tolerance=1e-3)
+DOT_PRODUCTS = {
+    "dot": "dot",
+    "scaled dot": "scaled_dot",
+    "general": S.General(torch.randn(8, 8), torch.randn(8)),
+    "hadamard": S.Hadamard(torch.randn(8)),
+    "hadamard relu": S.Hadamard(torch.randn(8), activation="relu"),
+    "hadamard leaky relu": S.Hadamard(torch.randn(8), activation="leaky_relu"),
+    "series": SERIES,
+}
+OTHERS = {
+    "cosine": "cosine",
+    "general tanh": S.General(torch.randn(8, 8), activation="tanh"),
+    "additive": S.Additive(torch.randn(8)),
+    "hadamard tanh": S.Hadamard(torch.randn(8), activation="tanh"),
+}
+
+
+def describe(query: Tensor = Q, key: Tensor = K, value: Tensor = V, **options: Any) -> _dispatch.Call:
+    defaults = {
+        "score": "scaled_dot",
+        "attn_mask": None,
+        "key_mask": None,
+        "dropout_p": 0.0,
+        "is_causal": False,
+        "scale": None,
+        "enable_gqa": False,
+        "return_lse": False,
+    }
+    asked = {**defaults, **options}
+    return _check(query, key, value, **{**asked, "score": S.resolve(asked["score"])})
+
+
+@pytest.mark.parametrize("score", DOT_PRODUCTS.values(), ids=DOT_PRODUCTS)
+def test_auto_takes_it_for_dot_products(score: Any) -> None:
+    assert _dispatch.select(BACKENDS, describe(score=score), "auto") == "sdpa"
+    got = va.score_attention(Q, K, V, score=score, backend="sdpa")
+    exact = va.reference.score_attention(*(x.double() for x in (Q, K, V)), score=_in_float64(score))
+    assert (got.double() - exact).abs().max() < (1e-2 if score is SERIES else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        *(({"score": score}, "dot product of features") for score in OTHERS.values()),
+        ({"return_lse": True}, "log-sum-exp"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"attn_mask": torch.zeros(6, 9)}, "float mask"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_by_name(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"backend='sdpa' cannot run score_attention.*{words}"):
+        va.score_attention(Q, K, V, backend="sdpa", **options)
+    assert _dispatch.select(BACKENDS, describe(**options), "auto") == "streaming"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"dtype": torch.float64, "device_type": "cuda"}, "float64 on the CPU only"),
+        ({"sizes": {"joined_mask": 1 << 40}}, "joined masks"),
+        ({"sizes": {"keys": 0}}, "empty"),
+        ({"flags": {"positive_scale": False}, "device_type": "cuda"}, "scale of at most 0"),
+    ],
+)
+def test_limits_asked_without_a_tensor(change: dict[str, Any], words: str) -> None:
+    call = describe()
+    assert BACKENDS["sdpa"].refusals(replace(call, device_type="cuda")) == []
+    change = {name: {**getattr(call, name), **x} if isinstance(x, dict) else x for name, x in change.items()}
+    (reason,) = BACKENDS["sdpa"].refusals(replace(call, **change))
+    assert words in reason
+
+
+@pytest.mark.parametrize("operator", [name for name in verify.OPERATORS if name != "score_attention"])
+def test_other_operators_refuse_it(operator: str) -> None:
+    case = next(case for case in verify.cases() if case.operator == operator)
+    with pytest.raises(ValueError, match=f"backend='sdpa' cannot run {operator}.*does not compute this operator"):
+        verify.call_of(operator)(**case.arguments(case.in_dtype(torch.float32)), backend="sdpa")
+
+
+def test_a_named_backend_never_runs_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only "sdpa", and "auto" where it takes it, call torch's public attention."""
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return sdpa(*args, **kwargs)
+
+    sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    for score in DOT_PRODUCTS.values():
+        va.score_attention(Q, K, V, score=score, backend="streaming")
+        va.score_attention(Q, K, V, score=score, backend="reference") if score is not SERIES else None
+    assert calls == []
+    va.score_attention(Q, K, V, backend="sdpa")
+    va.score_attention(Q, K, V)
+    assert calls == [1, 1]
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "key, causal": {"key_mask": KEYS, "is_causal": True},
+    "bool, key": {"attn_mask": PAIRS, "key_mask": KEYS},
+    "bool, causal": {"attn_mask": PAIRS, "is_causal": True},
+    "bool of one row, key": {"attn_mask": PAIRS[:1], "key_mask": KEYS},
+    "bool per head, key, causal": {"attn_mask": torch.rand(2, 2, 6, 9) > 0.3, "key_mask": KEYS, "is_causal": True},
+    "causal, negative scale": {"is_causal": True, "scale": -0.5},
+    "causal, scale of zero": {"is_causal": True, "scale": 0.0},
+    "bool": {"attn_mask": PAIRS},
+    "a bool of no dimension, causal": {"attn_mask": torch.tensor(True), "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("backend", ("sdpa", "streaming"))
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_combine(mask: str, backend: str, dtype: torch.dtype) -> None:
+    """One row of them sees no key at all."""
+    query, key = torch.randn(2, 2, 6, 8, dtype=dtype), torch.randn(2, 2, 9, 8, dtype=dtype)
+    assert_all_close_to(
+        lambda query, key, value: va.score_attention(query, key, value, backend=backend, **MASKS[mask]),
+        lambda query, key, value: va.reference.score_attention(query, key, value, **MASKS[mask]),
+        {"query": query, "key": key, "value": torch.randn(2, 2, 9, 5, dtype=dtype)},
+        [torch.randn(2, 2, 6, 5)],
+        what=f"{mask}, {dtype}",
+    )
+
+
+def test_joined_masks_stay_in_sdpa_while_they_are_small() -> None:
+    for n, backend in ((1024, "sdpa"), (2048, "sdpa"), (4096, "streaming")):
+        tensors = [torch.zeros(()).expand(1, 4, n, 64)] * 3
+        call = describe(*tensors, key_mask=torch.ones(1, n, dtype=torch.bool), is_causal=True)
+        assert _dispatch.select(BACKENDS, call, "auto") == backend
+    wide = [torch.zeros(()).expand(1, 64, 4096, 64)] * 3  # here the mask is no larger than the query
+    call = describe(*wide, key_mask=torch.ones(1, 4096, dtype=torch.bool), is_causal=True)
+    assert _dispatch.select(BACKENDS, call, "auto") == "sdpa"
+
+
+def test_a_joined_mask_has_no_head_axis() -> None:
+    query, key, value = (torch.randn(2, 16, 256, 8, requires_grad=True) for _ in range(3))
+    key_mask = torch.rand(2, 256) > 0.2
+    with LargestAllocation() as seen:
+        va.score_attention(query, key, value, key_mask=key_mask, is_causal=True, backend="sdpa").sum().backward()
+    # no map of all heads: a mask of one head of each sample, and the query
+    assert seen.bytes <= max(bytes_of(query), 4 * 2 * 256 * 256), (seen.by, seen.bytes)
+
+
+def _in_float64(score: Any) -> Any:
+    if isinstance(score, str):
+        return score
+    tensors = {
+        name: getattr(score, name).double()
+        for name in ("vector", "weight", "bias")
+        if isinstance(getattr(score, name, None), Tensor)
+    }
+    return replace(score, **tensors, **({"method": "exact", "tolerance": None} if score is SERIES else {}))
