@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 
-OBJECTS, COLOURS, WORDS, REGIONS, WIDTH, HEADS, STEPS = 8, 4, 3, 4, 32, 4, 200
+OBJECTS, COLOURS, WORDS, REGIONS, WIDTH, HEADS, STEPS = 8, 4, 3, 4, 32, 4, 150
 congruence = va.nn.CongruenceLoss("cacr")
 
 
@@ -46,7 +46,7 @@ def train(use_cacr: bool) -> tuple[float, float]:
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(STEPS):
-        words, regions, colour = batch(128)
+        words, regions, colour = batch(64)
         logits, cacr = model(words, regions)
         loss = nn.functional.cross_entropy(logits, colour)
         if use_cacr:
