@@ -113,6 +113,18 @@ def test_docstrings_describe_the_arguments_there_are(name):
     assert {word for head in heads for word in head.split(", ")} <= parameters
 
 
+@pytest.mark.parametrize("name", ["docs/guides/choose_a_backend.md", "README.md"])
+def test_backends_are_those_of_the_table(name):
+    """The table of the page names each backend; the guide in the order in which "auto" asks."""
+    from vlattn_fast.ops import score_attention
+
+    named = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", text(name), re.M)
+    named = [backend for backend in named if backend in {*score_attention.BACKENDS, "cpu"}]
+    assert sorted(named) == sorted(score_attention.BACKENDS)
+    if name != "README.md":
+        assert named == list(score_attention.BACKENDS)
+
+
 def test_the_site_has_every_page_once():
     nav = re.findall(r": ([\w/]+\.md)$", text("mkdocs.yml"), re.M)
     assert sorted(f"docs/{page}" for page in nav) == PAGES
