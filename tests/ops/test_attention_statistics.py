@@ -1,129 +1,67 @@
-"""attention_statistics: the reference by hand and against loops, streaming against the reference."""
+"""attention_statistics: the formulas by hand, and every backend against them. Loops: test_attention_statistics_properties.py."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from compare import LargestAllocation, assert_all_close_to, outputs_and_grads
-from hypothesis import given
-from hypothesis import strategies as st
+from compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.ops.backends import F64, core, each, finest, on
+from tests.ops.map_cases import (
+    CORE_MASKS,
+    MASKS,
+    SMALL_TILE,
+    STATISTICS,
+    B,
+    D,
+    G,
+    H,
+    M,
+    N,
+    bool_mask,
+    but_argmax,
+    check_statistics,
+    groups,
+    key_mask,
+    sharp,
+    statistics_inputs,
+)
+from tests.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_statistics
 from vlattn_fast.reference.attention_statistics import attention_statistics as formulas
 from vlattn_fast.streaming import _tiles
 
-B, H, N, M, D, G = 2, 4, 6, 9, 5, 3
-DIFFERENTIABLE = ("mass", "entropy", "maximum", "received")
-RUNNING = ("reference", "streaming")
+FAST = ("streaming", "triton")
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
 
-
-def double(*shape: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64) * scale
-
-
-def inputs(dtype: torch.dtype = torch.float64, *, heads: int = H, scale: float = 1.5) -> dict[str, Tensor]:
-    """query and key as a model lays them out, (B,N,H,D), and a row_weight of both signs."""
-    query, key = double(B, N, H, D, scale=scale), double(B, M, heads, D, scale=scale)
-    return {"query": query.to(dtype).transpose(1, 2), "key": key.to(dtype).transpose(1, 2), "row_weight": double(B, N).to(dtype)}
+# the interpreter's numpy warns of Inf in numbers that no result takes
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
 
 
-def bool_mask() -> Tensor:
-    return (torch.rand(B, 1, N, M) > 0.4) & (torch.arange(B * N).view(B, 1, N, 1) != 2)  # query 2 of sample 0 sees no key
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", SMALL_TILE)
 
 
-def float_mask() -> Tensor:
-    return torch.randn(H, 1, M).masked_fill(torch.rand(H, 1, M) > 0.7, -torch.inf)
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64)
 
 
-def key_mask() -> Tensor:
-    return (torch.rand(B, M) > 0.3) & torch.tensor([[True], [False]])
+# ------------------------------------------------------------------ the formula
 
 
-CASES: dict[str, Any] = {
-    "plain": lambda: {},
-    "no groups": lambda: {"key_groups": None, "num_groups": None},
-    "groups of each sample": lambda: {"key_groups": torch.randint(-1, G, (B, M)), "num_groups": G},
-    "more groups than keys": lambda: {"num_groups": 2 * M},
-    "no group at all": lambda: {"key_groups": torch.full((M,), -1), "num_groups": 0},
-    "bool mask": lambda: {"attn_mask": bool_mask()},
-    "float mask": lambda: {"attn_mask": float_mask()},
-    "key mask": lambda: {"key_mask": key_mask()},
-    "causal": lambda: {"is_causal": True},
-    "scale 0": lambda: {"scale": 0.0},
-    "negative scale": lambda: {"scale": -0.7},
-    "all masks": lambda: {"attn_mask": float_mask(), "key_mask": key_mask(), "is_causal": True, "scale": 0.3},
-}
-
-
-def options(case: str) -> dict[str, Any]:
-    return {"key_groups": torch.randint(-1, G, (M,)), "num_groups": G, **CASES[case]()}
-
-
-def but_argmax(function: Any, **fixed: Any) -> Any:
-    """The operator as compare.py wants it: floating outputs only."""
-
-    def call(**tensors: Tensor) -> tuple[Tensor, ...]:
-        found = function(**tensors, **fixed)
-        return tuple(getattr(found, name) for name in DIFFERENTIABLE)
-
-    return call
-
-
-def check(tensors: dict[str, Tensor], fixed: dict[str, Any], what: str = "", *, only: str | None = None) -> None:
-    """Outputs and gradients of streaming against the reference; `only` names the statistic that sends a gradient."""
-    found = formulas(**tensors, **fixed)
-    sent = [double(*getattr(found, name).shape) if only in (None, name) else None for name in DIFFERENTIABLE]
-    call, want = but_argmax(attention_statistics, **fixed, backend="streaming"), but_argmax(formulas, **fixed)
-    assert_all_close_to(call, want, tensors, sent, what=f"{what}, {only}")
-
-
-def small_tiles(monkeypatch: pytest.MonkeyPatch, elements: int = 4 * M) -> None:
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", elements)
-
-
-def by_loops(
-    query: Any, key: Any, visible: Any, bias: Any, groups: Any, num_groups: int, weight: Any, scale: float
-) -> dict[str, Any]:
-    """The definitions, entry by entry: query (B,H,N,D), key (B,H,M,D), visible and bias (B,H,N,M), groups (B,M)."""
-    (b, h, n, _), m = query.shape, key.shape[2]
-    found = {
-        "mass": np.zeros((b, h, n, num_groups)),
-        "entropy": np.zeros((b, h, n)),
-        "maximum": np.zeros((b, h, n)),
-        "argmax": np.full((b, h, n), -1),
-        "received": np.zeros((b, h, m)),
-    }
-    for row in np.ndindex(b, h, n):
-        keys = [j for j in range(m) if visible[row][j]]
-        score = {j: scale * float(query[row] @ key[row[0], row[1], j]) + bias[row][j] for j in keys}
-        total = sum(math.exp(s - max(score.values())) for s in score.values())
-        for j in keys:
-            a = math.exp(score[j] - max(score.values())) / total
-            if groups[row[0]][j] >= 0:
-                found["mass"][row][groups[row[0]][j]] += a
-            found["entropy"][row] -= a * math.log(a) if a > 0 else 0.0
-            if a > found["maximum"][row]:
-                found["maximum"][row], found["argmax"][row] = a, j
-            found["received"][row[:2]][j] += weight[row[0]][row[2]] * a
-    return found
-
-
-# ------------------------------------------------------------------ the reference
-
-
-@pytest.mark.parametrize("backend", RUNNING)
+@on("reference", "streaming")
 def test_by_hand(backend: str) -> None:
     """One head, A = [[1/2, 1/4, 1/4], [1/3, 1/3, 1/3], [0, 1, 0], [0, 0, 0]]."""
-    hidden = -torch.inf
-    logits = torch.tensor([[LOG2, 0.0, 0.0], [0.0, 0.0, 0.0], [hidden, 9.0, hidden], [hidden] * 3], dtype=torch.float64)
-    query, key = torch.zeros(1, 1, 4, 1, dtype=torch.float64), torch.zeros(1, 1, 3, 1, dtype=torch.float64)
+    masked = -torch.inf
+    logits = torch.tensor([[LOG2, 0.0, 0.0], [0.0, 0.0, 0.0], [masked, 9.0, masked], [masked] * 3], dtype=F64)
+    query, key = torch.zeros(1, 1, 4, 1, dtype=F64), torch.zeros(1, 1, 3, 1, dtype=F64)
     found = attention_statistics(
         query,
         key,
@@ -145,12 +83,12 @@ def test_by_hand(backend: str) -> None:
     assert found.argmax.dtype == torch.int64
 
 
-@pytest.mark.parametrize("backend", RUNNING)
+@on("reference", "streaming")
 def test_gradients_by_hand(backend: str) -> None:
     """A = (a, 1 - a) with a = sigmoid(q): da/dq = a (1 - a), dH/dq = -a (1 - a) q."""
-    query = torch.tensor([[[[LOG3]]]], dtype=torch.float64, requires_grad=True)
-    key = torch.tensor([[[[1.0], [0.0]]]], dtype=torch.float64)
-    weight = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    query = torch.tensor([[[[LOG3]]]], dtype=F64, requires_grad=True)
+    key = torch.tensor([[[[1.0], [0.0]]]], dtype=F64)
+    weight = torch.tensor([2.0], dtype=F64, requires_grad=True)
     found = attention_statistics(
         query, key, key_groups=torch.tensor([-1, 0]), num_groups=1, row_weight=weight, scale=1.0, backend=backend
     )
@@ -167,156 +105,173 @@ def test_gradients_by_hand(backend: str) -> None:
     assert float(grad) == pytest.approx(3 / 4, abs=1e-14)
 
 
-@pytest.mark.parametrize("backend", RUNNING)
+# ------------------------------------------------------------------ every backend against the formulas
+
+
+@pytest.mark.parametrize("mask", CORE_MASKS)
+@each("dtype", **{name: core(name) for name in FAST})
+def test_dtypes(backend: str, dtype: torch.dtype, mask: str) -> None:
+    got = check_statistics(backend, as_dtype(statistics_inputs(), dtype), **MASKS[mask](), **groups())
+    assert got["out0"].dtype == (F64 if dtype == F64 else torch.float32) and got["grad key"].dtype == dtype
+
+
+@on(*FAST)
+@pytest.mark.parametrize("mask", [name for name in MASKS if name not in CORE_MASKS])
+def test_masks(mask: str, backend: str) -> None:
+    check_statistics(backend, as_dtype(statistics_inputs(), finest(backend)), **MASKS[mask](), **groups())
+
+
+@on(*FAST)
+@pytest.mark.parametrize("only", STATISTICS)
+def test_the_gradient_of_each_statistic(only: str, backend: str) -> None:
+    inputs = as_dtype(statistics_inputs(), finest(backend))
+    check_statistics(backend, inputs, only=only, attn_mask=bool_mask(), **groups())
+
+
+@pytest.mark.parametrize("tile", [1, 4 * M, 1 << 19])  # a row of a head, some rows, everything
+def test_tiles_of_streaming(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", tile)
+    for mask in CORE_MASKS:
+        check_statistics(
+            "streaming", statistics_inputs(h=4, kv=4) if mask == "none" else statistics_inputs(), **MASKS[mask](), **groups()
+        )
+
+
+GROUPS: dict[str, Any] = {
+    "none": lambda: {},
+    "of each sample": lambda: {"key_groups": torch.randint(-1, G, (B, M)), "num_groups": G},
+    "more than keys": lambda: groups(M, 2 * M),
+    "no group at all": lambda: {"key_groups": torch.full((M,), -1), "num_groups": 0},
+}
+
+
+@on(*FAST)
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups(name: str, backend: str) -> None:
+    check_statistics(backend, as_dtype(statistics_inputs(), finest(backend)), **GROUPS[name]())
+
+
+@on(*FAST)
+@pytest.mark.parametrize("scale", (0.0, -0.7))
+def test_scale(scale: float, backend: str) -> None:
+    check_statistics(backend, as_dtype(statistics_inputs(), finest(backend)), scale=scale, **groups())
+
+
+@on(*FAST)
+def test_row_weight_of_every_sample_alike_and_none(backend: str) -> None:
+    inputs = as_dtype(statistics_inputs(), finest(backend))
+    check_statistics(backend, inputs | {"row_weight": inputs["row_weight"][0]}, only="received")
+    del inputs["row_weight"]
+    check_statistics(backend, inputs, attn_mask=bool_mask(), **groups())
+
+
+@on(*FAST)
+@pytest.mark.parametrize("kv", [1, 2])
+def test_grouped_heads(kv: int, backend: str) -> None:
+    inputs = as_dtype(statistics_inputs(h=4, kv=kv), finest(backend))
+    fixed = {"is_causal": True, **groups()}
+    check_statistics(backend, inputs, enable_gqa=True, **fixed)
+    repeated = inputs | {"key": inputs["key"].repeat_interleave(4 // kv, 1)}
+    assert torch.equal(formulas(**inputs, **fixed, enable_gqa=True).mass, formulas(**repeated, **fixed).mass)
+
+
+@on(*FAST)
 def test_first_of_equal_keys_is_the_maximum_and_takes_its_gradient(backend: str) -> None:
-    query = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    key = torch.tensor([0.0, 2.0, 2.0], dtype=torch.float64).view(1, 1, 3, 1).requires_grad_()
-    found = attention_statistics(query, key, scale=1.0, backend=backend)
-    found.maximum.sum().backward()
-    a = math.exp(2) / (1 + 2 * math.exp(2))
-    assert found.argmax.item() == 1
-    assert key.grad is not None and key.grad.flatten().tolist() == pytest.approx([-a * (1 - 2 * a), a * (1 - a), -a * a])
+    """Small integers: every order of summation gives the same logits. Keys tie within a tile and across tiles."""
+    query, key = torch.randint(-1, 2, (1, 1, N, 8)).to(F64), torch.randint(-1, 2, (1, 1, M, 8)).to(F64)
+    inputs = as_dtype({"query": query, "key": key, "row_weight": torch.ones(N)}, finest(backend))
+    for fixed in ({}, {"is_causal": True}, {"scale": -1.0}, {"attn_mask": torch.rand(N, M) > 0.3}):
+        found = attention_statistics(inputs["query"], inputs["key"], backend=backend, **fixed)
+        assert torch.equal(found.argmax, formulas(query, key, **fixed).argmax)
+    check_statistics(backend, inputs, only="maximum")
 
 
-@given(
-    shape=st.tuples(st.integers(0, 2), *[st.integers(0, n) for n in (2, 4, 4)], st.integers(0, 3), st.integers(0, 4)),
-    seed=st.integers(0, 2**31),
-    masked=st.sampled_from(["none", "bool", "float", "key", "causal", "all"]),
-    backend=st.sampled_from(RUNNING),
-)
-def test_against_loops_whatever_the_shape(shape: tuple[int, ...], seed: int, masked: str, backend: str) -> None:
-    b, h, n, m, d, num_groups = shape
-    random = torch.Generator().manual_seed(seed)
-    query, key, weight = (
-        torch.randn(*s, generator=random, dtype=torch.float64).requires_grad_() for s in ((b, h, n, d), (b, h, m, d), (b, n))
-    )
-    groups = torch.randint(-1, num_groups, (b, m), generator=random)
-    visible, bias = torch.ones(b, h, n, m, dtype=torch.bool), torch.zeros(b, h, n, m, dtype=torch.float64)
-    given_masks: dict[str, Any] = {"is_causal": masked in ("causal", "all")}
-    if masked == "bool":
-        given_masks["attn_mask"] = visible = torch.rand(b, h, n, m, generator=random) > 0.5
-    if masked in ("float", "all"):
-        visible = torch.rand(b, h, n, m, generator=random) > 0.4
-        bias = torch.randn(b, h, n, m, generator=random, dtype=torch.float64)
-        given_masks["attn_mask"] = bias.masked_fill(~visible, -torch.inf)
-    if masked in ("key", "all"):
-        given_masks["key_mask"] = torch.rand(b, m, generator=random) > 0.5
-        visible = visible & given_masks["key_mask"][:, None, None]
-    if given_masks["is_causal"]:
-        visible = visible & torch.ones(n, m, dtype=torch.bool).tril()
-    found = attention_statistics(
-        query, key, key_groups=groups, num_groups=num_groups, row_weight=weight, scale=0.8, backend=backend, **given_masks
-    )
-    want = by_loops(
-        *(x.detach().numpy() for x in (query, key)),
-        visible.numpy(),
-        bias.numpy(),
-        groups.numpy(),
-        num_groups,
-        weight.detach().numpy(),
-        0.8,
-    )
-    for name, got in found._asdict().items():
-        np.testing.assert_allclose(got.detach().numpy(), want[name], rtol=0, atol=1e-12, err_msg=name)
-    sum(getattr(found, name).sum() for name in DIFFERENTIABLE).backward()
-    for x in (query, key, weight):
-        assert x.grad is not None and x.grad.isfinite().all()
+@on(*FAST)
+def test_sharp_attention_far_from_zero(backend: str) -> None:
+    """Weights underflow, the entropy is as small as its rounding; the logits of the masked keys are the largest."""
+    inputs, keys = sharp(as_dtype(statistics_inputs(), torch.float32))
+    for masks in ({"key_mask": keys}, {"is_causal": True}):
+        check_statistics(backend, inputs, scale=1.0, **masks, **groups())
+    found = attention_statistics(**inputs, key_mask=keys, scale=1.0, backend=backend)
+    assert float(found.maximum.max()) == 1.0 and (found.entropy >= 0).all()
 
 
-# ------------------------------------------------------------------ streaming against the reference
+@on(*FAST)
+def test_a_sharp_row_has_the_entropy_of_its_small_weights(backend: str) -> None:
+    key = torch.tensor([20.0, 0.0, 0.0]).view(1, 1, 3, 1)
+    check_statistics(backend, {"query": torch.ones(1, 1, 1, 1), "key": key}, only="entropy", scale=1.0)
 
 
-@pytest.mark.parametrize("tile", [1, 4 * M, 1 << 19])
-@pytest.mark.parametrize("case", CASES)
-def test_streaming_matches_reference(case: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_tiles(monkeypatch, tile)
-    fixed, tensors = options(case), inputs()
-    for only in (None, *DIFFERENTIABLE):
-        check(tensors, fixed, case, only=only)
-    got, want = attention_statistics(**tensors, **fixed, backend="streaming"), formulas(**tensors, **fixed)
-    assert torch.equal(got.argmax, want.argmax)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["plain", "all masks"])
-def test_other_dtypes(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_tiles(monkeypatch)
-    fixed, tensors = options(case), inputs(dtype)
-    check(tensors, fixed, f"{case}, {dtype}")
-    found = attention_statistics(**tensors, **fixed)
-    assert all(getattr(found, name).dtype == torch.float32 for name in DIFFERENTIABLE)
-
-
-def test_sharp_attention_in_float32() -> None:
-    """Logits in the hundreds: weights underflow, the entropy is of the order of its rounding."""
-    fixed, tensors = options("plain"), inputs(torch.float32, scale=12.0)
-    assert float(attention_statistics(**tensors, **fixed).maximum.max()) == 1.0
-    check(tensors, fixed)
-
-
-def test_received_weight_of_every_query_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """row_weight (N), and none at all."""
-    small_tiles(monkeypatch)
-    fixed, tensors = options("bool mask"), inputs()
-    tensors["row_weight"] = tensors["row_weight"][0]
-    check(tensors, fixed)
-    del tensors["row_weight"]
-    check(tensors, fixed)
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_grouped_heads(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_tiles(monkeypatch)
-    fixed, tensors = options("all masks") | {"enable_gqa": True}, inputs(heads=heads)
-    check(tensors, fixed)
-    repeated = tensors | {"key": tensors["key"].repeat_interleave(H // heads, 1)}
-    assert torch.equal(formulas(**tensors, **fixed).mass, formulas(**repeated, **fixed | {"enable_gqa": False}).mass)
-
-
-@pytest.mark.parametrize("backend", RUNNING)
+@on("reference", *FAST)
 def test_what_stands_in_padding_reaches_nothing(backend: str) -> None:
-    fixed, clean = options("key mask") | {"backend": backend}, inputs()
-    hidden = ~fixed["key_mask"][:, None, :, None].expand_as(clean["key"])
-    dirty = clean | {"key": clean["key"].masked_fill(hidden, torch.nan)}
-    dirty["key"][0, 0] = torch.where(hidden[0, 0], torch.inf, dirty["key"][0, 0])
-    assert torch.equal(attention_statistics(**clean, **fixed).argmax, attention_statistics(**dirty, **fixed).argmax)
+    clean, mask = as_dtype(statistics_inputs(), finest(backend)), key_mask()
+    padding = ~mask[:, None, :, None].expand_as(clean["key"])
+    dirty = clean | {"key": clean["key"].masked_fill(padding, torch.nan)}
+    dirty["key"][0, 0] = torch.where(padding[0, 0], torch.inf, dirty["key"][0, 0])
+    fixed = {"key_mask": mask, "backend": backend, **groups()}
+    found = attention_statistics(**dirty, **fixed)
+    assert torch.equal(found.argmax, attention_statistics(**clean, **fixed).argmax)
     want, got = (outputs_and_grads(but_argmax(attention_statistics, **fixed), x) for x in (clean, dirty))
     assert all(torch.equal(got[name], x) and x.isfinite().all() for name, x in want.items())
-    assert (got["grad key"][hidden] == 0).all() and (got["grad key"] != 0).any()
+    assert (got["grad key"][padding] == 0).all() and (got["grad key"] != 0).any()
+    # the second sample is masked throughout
+    assert (found.argmax[1] == -1).all() and all((getattr(found, name)[1] == 0).all() for name in STATISTICS)
+    assert (got["grad query"][1] == 0).all() and (got["grad query"][0] != 0).any()
 
 
-@pytest.mark.parametrize("backend", RUNNING)
-@pytest.mark.parametrize("case", ["key mask", "bool mask"])
-def test_query_without_visible_keys(case: str, backend: str) -> None:
-    fixed, tensors = options(case) | {"backend": backend}, inputs()
-    dead = (slice(1, 2), slice(None), slice(None)) if case == "key mask" else (slice(0, 1), slice(None), slice(2, 3))
-    found = attention_statistics(**tensors, **fixed)
-    assert all((getattr(found, name)[dead] == 0).all() for name in ("mass", "entropy", "maximum"))
-    assert (found.argmax[dead] == -1).all() and (found.argmax >= 0).any()
-    query = tensors["query"].clone().requires_grad_()
-    found = attention_statistics(**tensors | {"query": query}, **fixed)
-    sum(getattr(found, name).pow(2).sum() for name in DIFFERENTIABLE).backward()
-    assert query.grad is not None and (query.grad[dead] == 0).all() and (query.grad != 0).any()
+@on("reference", *FAST)
+def test_a_query_that_is_masked_throughout(backend: str) -> None:
+    mask = bool_mask()
+    fixed, inputs = {"attn_mask": mask, "backend": backend, **groups()}, as_dtype(statistics_inputs(), finest(backend))
+    masked = (0, slice(None), N // 2)
+    found = attention_statistics(**inputs, **fixed)
+    assert all((getattr(found, name)[masked] == 0).all() for name in ("mass", "entropy", "maximum"))
+    assert (found.argmax[masked] == -1).all() and (found.argmax >= 0).any()
+    grads = outputs_and_grads(but_argmax(attention_statistics, **fixed), inputs)
+    assert (grads["grad query"][masked] == 0).all() and (grads["grad query"] != 0).any()
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every second", "expanded"])
-def test_strides_and_no_writing(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_tiles(monkeypatch)
-    tensors = inputs()
-    if layout == "every second":
-        tensors = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in tensors.items()}
-    if layout == "expanded":
-        tensors = {name: x[:1].expand(B, *x.shape[1:]) for name, x in tensors.items()}
-    fixed = options("all masks")
-    before = {name: x.clone() for name, x in (tensors | fixed).items() if isinstance(x, Tensor)}
-    call, want = but_argmax(attention_statistics, **fixed), but_argmax(formulas, **fixed)
-    assert_all_close_to(call, want, tensors)  # sums: cotangents of stride 0
-    assert_all_close_to(call, want, {name: x.contiguous() for name, x in tensors.items()})
-    assert all(torch.equal((tensors | fixed)[name], x) for name, x in before.items())
+@on(*FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, backend: str) -> None:
+    dtype = finest(backend)
+    inputs = as_dtype(statistics_inputs(), dtype)
+    inputs |= {name: lay_out(inputs[name], layout) for name in ("query", "key")}
+    inputs["row_weight"] = lay_out(inputs["row_weight"][None, None], layout)[0, 0]
+    fixed: dict[str, Any] = {"attn_mask": lay_out(torch.rand(B, H, N, M), layout) > 0.3}
+    if layout not in ("sliced", "strided", "offset"):  # which put NaN between the elements
+        fixed |= {"key_groups": lay_out(torch.randint(-1, G, (1, 1, B, M)), layout)[0, 0], "num_groups": G}
+    check_statistics(backend, inputs, **fixed)
+
+
+@on(*FAST)
+def test_cotangents_of_stride_0(backend: str) -> None:
+    fixed, inputs = groups(), as_dtype(statistics_inputs(), finest(backend))
+    run, plain = but_argmax(attention_statistics, **fixed, backend=backend), but_argmax(formulas, **fixed)
+    assert_all_close_to(run, plain, inputs, scales={"grad query": 1.0, "grad key": 1.0})  # each output is summed
+
+
+@on(*FAST)
+@pytest.mark.parametrize("empty", ("b", "h", "n", "m", "d"))
+def test_empty_sizes(empty: str, backend: str) -> None:
+    inputs = as_dtype(statistics_inputs(**{empty: 0} | ({"kv": 0} if empty == "h" else {})), finest(backend))
+    index = torch.zeros(inputs["key"].shape[2], dtype=torch.int64)
+    check_statistics(backend, inputs, scale=1.0, key_groups=index, num_groups=2)
+
+
+@on(*FAST)
+def test_repeats_are_bit_equal_and_hold_no_map_of_a_head(backend: str) -> None:
+    inputs, mask = as_dtype(statistics_inputs(20, 70, b=1, h=1, kv=1), torch.float32), torch.rand(20, 70)
+    run = but_argmax(attention_statistics, attn_mask=mask, backend=backend, **groups(70))
+    first = outputs_and_grads(run, inputs)
+    with LargestAllocation() as memory:
+        second = outputs_and_grads(run, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert memory.bytes <= bytes_of(mask), memory.by  # the interpreter copies the mask
 
 
 def test_autocast_computes_in_its_dtype() -> None:
-    fixed, tensors = options("key mask"), inputs(torch.float32)
+    fixed, tensors = {"key_mask": key_mask(), **groups()}, as_dtype(statistics_inputs(), torch.float32)
     mixed = tensors | {"query": tensors["query"].bfloat16()}
     with torch.autocast("cpu", torch.bfloat16):
         found = [attention_statistics(**x, **fixed) for x in (tensors, mixed)]
@@ -329,10 +284,10 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "without"), [(torch.float64, ()), (torch.bfloat16, ("key_groups", "row_weight", "attn_mask", "key_mask"))]
+    ("dtype", "without"), [(F64, ()), (torch.bfloat16, ("key_groups", "row_weight", "attn_mask", "key_mask"))]
 )
 def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
-    query, key, row_weight = (x.requires_grad_() for x in inputs(dtype).values())
+    query, key, row_weight = (x.requires_grad_() for x in as_dtype(statistics_inputs(), dtype).values())
     given_tensors = {
         "query": query,
         "key": key,
@@ -351,7 +306,7 @@ def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_gradcheck(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_tiles(monkeypatch, 8)
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 8)
     groups, mask = torch.tensor([0, 1, -1, 1]), torch.rand(1, 1, 3, 4) > 0.3
     mask[..., 1, :] = False
 
@@ -365,7 +320,7 @@ def test_gradcheck(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_second_derivative() -> None:
-    tensors = inputs()
+    tensors = statistics_inputs()
     query = tensors["query"].clone().requires_grad_()
     (grad,) = torch.autograd.grad(attention_statistics(query, tensors["key"]).entropy.sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="attention_statistics has no second derivative"):
@@ -410,14 +365,14 @@ def test_compiled_groups_are_not_read() -> None:
 
 
 def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_tiles(monkeypatch, 1 << 16)
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1 << 16)
 
     def largest(length: int) -> tuple[int, int]:
         query, key = (torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(2))
         groups = torch.randint(-1, G, (length,))
         with LargestAllocation() as memory:
             found = attention_statistics(query, key, key_groups=groups, num_groups=G)
-            sum(getattr(found, name).sum() for name in DIFFERENTIABLE).backward()
+            sum(getattr(found, name).sum() for name in STATISTICS).backward()
         return memory.bytes, memory.peak
 
     small, large = largest(1024), largest(2048)
@@ -433,31 +388,30 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------ arguments
 
 
-def test_number_of_groups_from_the_data() -> None:
-    tensors = inputs()
-    for groups, wanted in ((torch.tensor([0, 4, -1] * 3), 5), (torch.full((M,), -1), 0), (None, 0)):
-        for backend in RUNNING:
-            assert attention_statistics(**tensors, key_groups=groups, backend=backend).mass.shape == (B, H, N, wanted)
-        assert formulas(**tensors, key_groups=groups).mass.shape == (B, H, N, wanted)
-    empty = attention_statistics(double(B, H, N, D), double(B, H, 0, D), key_groups=torch.zeros(0, dtype=torch.int64))
+@on("reference", "streaming")
+def test_number_of_groups_from_the_data(backend: str) -> None:
+    run = partial(attention_statistics, double(B, H, N, D), backend=backend)
+    for index, wanted in ((torch.tensor([0, 4, -1, 2] * 10), 5), (torch.full((M,), -1), 0), (None, 0)):
+        assert run(double(B, H, M, D), key_groups=index).mass.shape == (B, H, N, wanted)
+    empty = run(double(B, H, 0, D), key_groups=torch.zeros(0, dtype=torch.int64))
     assert empty.mass.shape == (B, H, N, 0) and empty.received.shape == (B, H, 0)
 
 
-GROUPS = torch.zeros(M, dtype=torch.int64)
+INDEX = torch.zeros(M, dtype=torch.int64)
 BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": [1.0]}, TypeError, "query must be a torch.Tensor"),
     ({"key": double(B, H, M, D + 1)}, ValueError, "key must have query's (head )?size"),
-    ({"key_groups": GROUPS.int()}, TypeError, "key_groups must be int64"),
-    ({"key_groups": GROUPS[1:]}, ValueError, r"key_groups must have shape \(M\) or \(B, M\)"),
-    ({"key_groups": GROUPS + 7, "num_groups": 2}, ValueError, "key_groups must hold values .* num_groups = 2; got values from 7"),
-    ({"key_groups": GROUPS - 2}, ValueError, "key_groups must hold values from -1"),
-    ({"key_groups": GROUPS + 2, "num_groups": 2}, ValueError, "below num_groups = 2; got values from 2 to 2"),
-    ({"key_groups": GROUPS, "num_groups": -1}, ValueError, "num_groups must not be negative"),
-    ({"key_groups": GROUPS, "num_groups": 2.0}, TypeError, "num_groups must be an integer"),
+    ({"key_groups": INDEX.int()}, TypeError, "key_groups must be int64"),
+    ({"key_groups": INDEX[1:]}, ValueError, r"key_groups must have shape \(M\) or \(B, M\)"),
+    ({"key_groups": INDEX + 7, "num_groups": 2}, ValueError, "key_groups must hold values .* num_groups = 2; got values from 7"),
+    ({"key_groups": INDEX - 2}, ValueError, "key_groups must hold values from -1"),
+    ({"key_groups": INDEX + 2, "num_groups": 2}, ValueError, "below num_groups = 2; got values from 2 to 2"),
+    ({"key_groups": INDEX, "num_groups": -1}, ValueError, "num_groups must not be negative"),
+    ({"key_groups": INDEX, "num_groups": 2.0}, TypeError, "num_groups must be an integer"),
     ({"num_groups": 3}, ValueError, "num_groups must be 0 or None where key_groups is not given"),
     ({"row_weight": 2.0}, TypeError, "row_weight must be a torch.Tensor"),
     ({"row_weight": torch.ones(N, dtype=torch.int64)}, TypeError, "row_weight must be float16"),
-    ({"row_weight": torch.ones(1, N)}, ValueError, r"row_weight must have shape \(N\) or \(B, N\) with \(B, N\) = \(2, 6\)"),
+    ({"row_weight": torch.ones(1, N)}, ValueError, r"row_weight must have shape \(N\) or \(B, N\) with \(B, N\) = \(2, 7\)"),
     ({"backend": "nonsense"}, ValueError, "backend must be one of"),
     ({"backend": "cuda"}, ValueError, "backend='cuda' cannot run attention_statistics"),
 ]
