@@ -30,7 +30,7 @@ from tests.ops.map_cases import (
     sharp,
 )
 from tests.ops.score_cases import LAYOUTS, lay_out
-from vlattn_fast.ops.attention_map import BACKENDS, HEAD_REDUCTIONS, RULES, attention_map
+from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES, attention_map
 from vlattn_fast.reference.attention_map import attention_map as formula
 from vlattn_fast.streaming import _tiles
 
@@ -275,8 +275,7 @@ def test_errors_keep_their_words_when_compiled() -> None:
 # ------------------------------------------------------------------ arguments
 
 
-def test_backends_run_what_they_accept() -> None:
-    assert set(BACKENDS) == {"cuda", "triton", "streaming", "reference"}
+def test_streaming_runs_on_a_cpu() -> None:
     tensors = map_inputs("attention")
     assert torch.equal(attention_map(**tensors), attention_map(**tensors, backend="streaming"))
 
