@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from vlattn_fast import cli, verify  # noqa: E402
 from vlattn_fast.cuda import _shared_library  # noqa: E402
+from vlattn_fast.interpret.methods import METHODS  # noqa: E402
 from vlattn_fast.ops import _dispatch  # noqa: E402
 
 VISION = {
@@ -168,7 +169,7 @@ def test_explain_texts_alone(bert, tmp_path):
     assert out.exists() and "score 1:" in result.output
 
 
-@pytest.mark.parametrize("method", ["gradient", "weighted", "rollout", "attention", "gradcam"])
+@pytest.mark.parametrize("method", METHODS)
 def test_explain_a_classifier_as_png(vit, picture, tmp_path, method):
     out = tmp_path / "out.png"
     result = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--method", method, "--target", 3)
@@ -227,8 +228,38 @@ def test_a_folder_without_a_model(picture, tmp_path):
 def test_info_names_every_operator_and_backend():
     result = vlattn("info")
     assert result.exit_code == 0, result.output
-    for name in (*verify.OPERATORS, "torch", "reference", "streaming", "triton", "cuda"):
+    for name in (*verify.OPERATORS, *cli.BACKENDS, "torch"):
         assert name in result.output
+
+
+def table_of_info():
+    """Device -> operator -> backend -> cell, and the notes, from what `vlattn info` prints."""
+    result = vlattn("info")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) < 120
+    tables, columns, cells = {}, [], {}
+    for line in result.output.splitlines():
+        fields = re.split(r"  +", line)
+        if line.startswith("On a "):
+            columns, cells = fields[1:], tables.setdefault(fields[0], {})
+        elif fields[0] in verify.OPERATORS:
+            cells[fields[0]] = dict(zip(columns, fields[1:], strict=True))
+    notes = re.sub(r"\n {5}", " ", result.output)
+    return tables, dict(re.findall(r"^\[(\d+)\] +(.*)$", notes, re.M))
+
+
+def test_info_is_a_table_of_operators_and_backends():
+    tables, notes = table_of_info()
+    assert list(tables) == ["On a CPU", "On a CUDA device"]
+    used = set()
+    for cells in tables.values():
+        assert tuple(cells) == verify.OPERATORS
+        for row in cells.values():
+            assert tuple(row) == (*cli.BACKENDS, "auto")
+            assert row["reference"] == row["streaming"] == "yes"
+            used.update(number for cell in row.values() for part in re.findall(r"\[(.*)\]", cell) for number in part.split(","))
+    assert used == set(notes)  # each reason has a number, and each number a reason
+    assert len(set(notes.values())) == len(notes)  # said once
 
 
 def test_info_prints_the_reasons_of_the_table(monkeypatch):
@@ -236,11 +267,26 @@ def test_info_prints_the_reasons_of_the_table(monkeypatch):
         wide = call.dtype == torch.float64
         return (["no float64"] if wide else []) + (["a CUDA device is needed"] if call.device_type != "cuda" else [])
 
-    table = {**verify.backends_of("congruence_loss"), "triton": _dispatch.Backend(refusals, "")}
+    def dtypes(call):
+        return [] if call.dtype == torch.float32 else ["float32 alone"]
+
+    def kinds(call):
+        return ["no CACR, a reason of many words that goes over the end of the line " * 3] if call.flags["kind"] == "cacr" else []
+
+    table = verify.backends_of("congruence_loss")
+    for name, function in (("triton", refusals), ("cuda", dtypes), ("streaming", kinds)):
+        table = {**table, name: _dispatch.Backend(function, "")}
     monkeypatch.setattr("vlattn_fast.ops.congruence_loss.BACKENDS", table)
     result = vlattn("info")
-    assert "not float64: no float64" in result.output
-    assert "not cpu: a CUDA device is needed" in result.output
+    assert all(len(line) < 120 for line in result.output.splitlines() if line.startswith(("[", " ")))
+    rows = [re.split(r"  +", line) for line in result.output.splitlines() if line.startswith("congruence_loss")]
+    columns = ["operator", *cli.BACKENDS, "auto"]
+    on_cpu, on_cuda = (dict(zip(columns, row, strict=True)) for row in rows)
+    notes = {text: number for number, text in re.findall(r"^\[(\d+)\] +(.*)$", result.output, re.M)}
+    assert on_cpu["triton"] == f"no [{notes['a CUDA device is needed']}]"
+    assert on_cuda["triton"] == f"not float64 [{notes['no float64']}]"
+    assert on_cpu["cuda"] == on_cuda["cuda"] == f"float32 only [{notes['float32 alone']}]"
+    assert re.fullmatch(r"some \[\d+\]", on_cpu["streaming"]) and "(congruence_loss: cacr)" in result.output
 
 
 BUILT = {"targets": ["80-real", "90a-real", "100-virtual"], "nvcc": "13.0", "torch": "2.13.0+cu130", "seconds": 61}
@@ -265,17 +311,17 @@ def test_info_says_how_the_cuda_library_was_built(library, record, words, tmp_pa
     monkeypatch.setattr(_shared_library, "INSTALLED", file)
     monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
     result = vlattn("info")
-    assert f"\nCUDA C++     {words}\n" in result.output
+    assert f"\nCUDA C++      {words}\n" in result.output
     assert ("the CUDA C++ kernels are not built (`vlattn info` says why)" in result.output) == (not library)
 
 
 def test_info_names_a_library_of_ones_own(tmp_path, monkeypatch):
     file = tmp_path / "libvlattn_host.so"
     monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
-    assert f"\nCUDA C++     {file}, named by VLATTN_CUDA_LIBRARY, is not there\n" in vlattn("info").output
+    assert f"\nCUDA C++      {file}, named by VLATTN_CUDA_LIBRARY, is not there\n" in vlattn("info").output
     file.touch()
     monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
-    assert f"\nCUDA C++     {file}, named by VLATTN_CUDA_LIBRARY\n" in vlattn("info").output
+    assert f"\nCUDA C++      {file}, named by VLATTN_CUDA_LIBRARY\n" in vlattn("info").output
 
 
 def test_verify_passes_and_counts():

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -19,13 +16,15 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the vlattn command needs {missing.name}: pip install 'vlattn_fast[cli]'") from missing
 
+from vlattn_fast import verify as checks
 from vlattn_fast._extras import extra
+from vlattn_fast.interpret.methods import METHODS
+from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-Method = Literal["gradient", "weighted", "rollout", "attention", "gradcam"]
-BACKENDS = ("reference", "streaming", "sdpa", "triton", "cuda")
-DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = tuple(name for name in BACKEND_NAMES if name != "auto")
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
 
 def main() -> None:
@@ -35,62 +34,11 @@ def main() -> None:
 
 @app.command()
 def info() -> None:
-    """Versions, devices, and what each backend of each operator runs, with the reasons for what it does not."""
-    from vlattn_fast.cuda import _shared_library
-    from vlattn_fast.ops._dispatch import select
-    from vlattn_fast.verify import OPERATORS, backends_of, cases, facts_of
+    """Versions, devices, and which backend runs which operator, with the reasons for what it does not run."""
+    from vlattn_fast._info import lines
 
-    for name in ("vlattn_fast", "torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn"):
-        typer.echo(f"{name:13}{_version(name)}")
-    typer.echo(f"{'python':13}{platform.python_version()} on {platform.system()} {platform.machine()}")
-    typer.echo(f"{'cpu':13}{torch.get_num_threads()} threads")
-    for i in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(i)
-        typer.echo(f"{f'cuda:{i}':13}{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB")
-    if not torch.cuda.is_available():
-        typer.echo(f"{'cuda':13}{'no device' if torch.version.cuda else 'this torch is built without it'}")
-    typer.echo(f"{'CUDA C++':13}{_shared_library.state()}")
-
-    everything = cases()
-    for operator in OPERATORS:
-        typer.echo(f"\n{operator}")
-        calls = {}
-        for case in (case for case in everything if case.operator == operator):
-            asked = facts_of(operator, case.arguments(case.in_dtype(torch.float32)))
-            for device_type in ("cpu", "cuda"):
-                for dtype in (*DTYPES, "float64"):
-                    call = replace(asked, dtype=getattr(torch, dtype), device_type=device_type)
-                    calls[device_type, dtype, case.name] = call
-        for backend, (refusals, _) in backends_of(operator).items():
-            reasons: dict[str, list[tuple[str, str, str]]] = {}
-            for facts, call in calls.items():
-                for reason in refusals(call):
-                    reasons.setdefault(reason, []).append(facts)
-            typer.echo(f"  {backend:11}{'; '.join(_refused(reason, found, calls) for reason, found in reasons.items()) or 'all'}")
-        chosen: dict[str, dict[str, None]] = {}
-        for (device_type, *_), call in calls.items():
-            chosen.setdefault(device_type, {})[select(backends_of(operator), call, "auto")] = None
-        typer.echo(f"  {'auto':11}" + ", ".join(f"{' or '.join(names)} on {where}" for where, names in chosen.items()))
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _refused(reason: str, found: list[tuple[str, str, str]], calls: Iterable[tuple[str, str, str]]) -> str:
-    """The reason, and which calls it refuses: the values of device, dtype and case, where they are not all of them."""
-    everything = list(calls)
-    if len(found) == len(everything):
-        return f"none: {reason}"
-    parts = []
-    for axis in range(3):
-        here, all_of_them = ({facts[axis]: None for facts in some} for some in (found, everything))
-        if len(here) < len(all_of_them):
-            parts.append("/".join(here))
-    return f"not {' '.join(parts) or 'some'}: {reason}"
+    for line in lines():
+        typer.echo(line)
 
 
 @app.command()
@@ -109,12 +57,10 @@ def verify(
     those in CUDA C++, built for the CPU (CMakeLists.txt).
     """
     from vlattn_fast.cuda import _shared_library
-    from vlattn_fast.verify import OPERATORS
-    from vlattn_fast.verify import verify as run
 
-    chosen = (("OPERATOR", operator, OPERATORS), ("--backend", backend, BACKENDS), ("--dtype", dtype, DTYPES))
-    for option, given, known in chosen:
-        if unknown := set(given or ()) - set(known):
+    chosen = (("OPERATOR", operator, checks.OPERATORS), ("--backend", backend, BACKENDS), ("--dtype", dtype, DTYPES))
+    for option, names, known in chosen:
+        if unknown := set(names or ()) - set(known):
             raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
     try:
         torch.empty(0, device=device)
@@ -123,7 +69,7 @@ def verify(
     dtypes = tuple(getattr(torch, one) for one in dtype or DTYPES)
     failed, worst = 0, None
     typer.echo(f"{'operator':25}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
-    for result in run(tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or OPERATORS)):
+    for result in checks.verify(tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or checks.OPERATORS)):
         worst = result if result.checks and (worst is None or result.ratio > worst.ratio) else worst
         name = str(result.dtype).removeprefix("torch.")
         found = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
@@ -147,13 +93,14 @@ def verify(
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Operators, tasks or single benchmarks; all by default.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, and nothing under torch.compile but one.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds; stores rows only with --out.")] = False,
     rounds: Annotated[int | None, typer.Option(help="Calls of each variant.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file that rows are added to, or a folder for <device>.json.")] = None,
 ) -> None:
     """Time operators and whole tasks beside plain SDPA, the plain formula and the published procedures.
 
-    Prints and stores time, peak memory and the error against float64. Ends with status 1 where one of our backends failed.
+    Prints and stores time, peak memory and the error against float64, with the progress on stderr. Ends with status 1 where
+    one of our backends failed.
     """
     from vlattn_fast.benchmarks._run import run
 
@@ -172,7 +119,7 @@ def explain(
     out: Annotated[Path, typer.Option(help="File to write; .html or .png.")],
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
-    method: Annotated[Method, typer.Option(help="Rule of relevancy.")] = "gradient",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gradient",
     target: Annotated[int | None, typer.Option(help="Index of the text, class or token; by default the model's choice.")] = None,
     start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
 ) -> None:
@@ -181,6 +128,8 @@ def explain(
 
     if out.suffix not in (".html", ".png"):
         raise typer.BadParameter(f"--out must end in .html or .png; got {out.name!r}")
+    if method not in METHODS:
+        raise typer.BadParameter(f"--method must be one of {', '.join(METHODS)}; got {method}")
     if not out.parent.is_dir():
         raise typer.BadParameter(f"--out: there is no directory {out.parent}")
     if image is None and not text:
@@ -236,8 +185,8 @@ def _inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> A
 
     takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
     takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
-    for option, given, taken in (("--image", picture is not None, takes_image), ("--text", bool(texts), takes_text)):
-        if given != taken:
+    for option, present, taken in (("--image", picture is not None, takes_image), ("--text", bool(texts), takes_text)):
+        if present != taken:
             raise typer.BadParameter(f"{option}: {type(model).__name__} takes {'one' if taken else 'none'}")
     if not takes_text:
         return processor(images=picture, return_tensors="pt")
@@ -255,7 +204,7 @@ def _inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> A
 
 
 def _prompt(processor: Any, text: str) -> str:
-    """The text with the picture's place in front of it, as the model was trained."""
+    """The text behind the picture's token, as the model was trained."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
@@ -264,7 +213,7 @@ def _prompt(processor: Any, text: str) -> str:
 
 
 def _shown(processor: Any, inputs: Any, picture: Any) -> Any:
-    """The picture as the model saw it, resized and cropped: there the map lies where it belongs."""
+    """The picture as the model saw it, resized and cropped, so that the map lies over the right pixels."""
     pixels = inputs.get("pixel_values")
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
         return picture
