@@ -275,10 +275,23 @@ class Hadamard(_Unscaled):
             return Core(f"hadamard_{self.activation}", query, key, vector, offset=offset)
         # relu(qk) = relu(q) relu(k) + relu(-q) relu(-k); leaky: q+ (k+ - a k-) + q- (k- - a k+), a = 0 gives relu.
         slope = self.negative_slope if self.activation == "leaky_relu" else 0.0
-        key_pos, key_neg = key.relu(), (-key).relu()
-        phi = torch.stack([query.relu(), (-query).relu()], dim=-1) * vector[:, None, :, None]
+        query_pos, query_neg = _parts(query, slope)
+        key_pos, key_neg = _parts(key, slope)
+        phi = torch.stack([query_pos, query_neg], dim=-1) * vector[:, None, :, None]
         psi = torch.stack([key_pos - slope * key_neg, key_neg - slope * key_pos], dim=-1)
         return Core("dot", phi.flatten(-2), psi.flatten(-2), offset=offset)
+
+
+def _parts(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """relu(x) and relu(-x), with derivatives c and -c at zero that give the score the derivative of leaky_relu there.
+
+    leaky_relu(q k) has the derivative slope * k at q = 0. From c (k+ - slope k-) - c (k- - slope k+) = slope * k follows
+    c = slope / (1 + slope).
+    """
+    if slope in (0.0, -1.0):  # relu has 0 there; |q k| has no derivative that two features could give
+        return x.relu(), (-x).relu()
+    at_zero = torch.where(x == 0, x, 0.0) * (slope / (1.0 + slope))  # adds nothing but its derivative
+    return x.relu() + at_zero, (-x).relu() - at_zero
 
 
 _BY_NAME: dict[str, Score] = {"dot": Dot(), "scaled_dot": ScaledDot(), "cosine": Cosine()}

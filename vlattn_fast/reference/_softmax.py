@@ -33,5 +33,8 @@ def attend(
     empty = ~visible.any(-1, keepdim=True)
     score = torch.where(empty, 0.0, score)  # keeps softmax and its gradient finite; the row is set to zero below
     prob = torch.where(empty, 0.0, torch.softmax(score, dim=-1))
-    lse = torch.where(empty[..., 0], -torch.inf, torch.logsumexp(score, dim=-1))
+    # torch.logsumexp takes exp(score - rounded lse) in its backward pass: 1 for every key of a row masked by finfo.min throughout
+    largest = score.amax(-1, keepdim=True).detach()
+    lse = largest[..., 0] + torch.exp(score - largest).sum(-1).log()
+    lse = torch.where(empty[..., 0], -torch.inf, lse)
     return prob.to(dtype), lse

@@ -1,0 +1,41 @@
+"""Defects that the fuzzer found (tests/fuzz/): each failed before it was mended."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vlattn_fast as va
+from tests.ops.backends import on
+
+
+@on("reference", "streaming")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_gradient_of_the_log_sum_exp_of_a_row_masked_by_a_finite_number(backend: str, dtype: torch.dtype) -> None:
+    """All weights of such a row are 1/M. The reference took each of them for 1, through torch.logsumexp."""
+    query, key, value = (torch.randn(1, 1, n, 4, dtype=dtype, requires_grad=True) for n in (3, 8, 8))
+    mask = torch.full((3, 8), torch.finfo(dtype).min, dtype=dtype)
+    _, lse = va.score_attention(query, key, value, score="dot", attn_mask=mask, return_lse=True, backend=backend)
+    (grad,) = torch.autograd.grad(lse.sum(), query)
+    torch.testing.assert_close(grad, key.detach().mean(2, keepdim=True).expand_as(grad))
+
+
+@on("reference", "streaming")
+@pytest.mark.parametrize("slope", (0.01, 0.3, -0.5, 2.0, -1.0))
+@pytest.mark.parametrize("side", ("query", "key"))
+def test_leaky_hadamard_has_the_slope_of_leaky_relu_at_zero(backend: str, slope: float, side: str) -> None:
+    """Features that come from a relu are exactly zero in places. The gradient there was zero instead of slope * k."""
+    tensors = {name: torch.randn(1, 2, n, 6, dtype=torch.float64) for name, n in (("query", 5), ("key", 7), ("value", 7))}
+    tensors[side] = tensors[side].relu()
+    cotangent, vector = torch.randn(1, 2, 5, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+
+    def gradients(name: str, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaves = {n: x.clone().requires_grad_() for n, x in tensors.items()}
+        score = va.scores.Hadamard(vector, activation="leaky_relu", negative_slope=slope)
+        return torch.autograd.grad(va.score_attention(**leaves, score=score, backend=name), list(leaves.values()), cotangent)
+
+    if slope == -1.0:  # |q k| has no derivative there: zero is as good as any, and it is finite
+        assert all(grad.isfinite().all() for grad in gradients(backend, tensors))
+        return
+    for grad, exact in zip(gradients(backend, tensors), gradients("reference", tensors), strict=True):
+        torch.testing.assert_close(grad, exact)
