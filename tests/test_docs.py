@@ -100,7 +100,10 @@ def test_every_public_call_has_a_page():
     assert OPERATORS == {name for name in va.__all__ if inspect.isfunction(getattr(va, name))} - {"explain"}
     for name in named:
         module, _, attribute = f"vlattn_fast.{name}".rpartition(".")
-        assert inspect.getdoc(getattr(importlib.import_module(module), attribute)), f"{name} has no docstring"
+        documented = getattr(importlib.import_module(module), attribute)
+        assert inspect.getdoc(documented), f"{name} has no docstring"
+        prose = re.sub(r"`[^`]*`|^>>>.*", "", inspect.getdoc(documented), flags=re.M)
+        assert not re.search(r"[\w)]\*[\w(]", prose), f"{name}: a product without blanks is set in italics"
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS | {"explain"}))

@@ -39,8 +39,8 @@ def explain(
     Methods, for one row r of the relevancy matrix, from the last layer to `start_layer`:
 
     - "gradient": r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6).
-    - "weighted": r <- r*a + (r*b) Abar. The rows of Abar are divided by their sums. a and b are the shares of the two terms of
-      the residual sum behind the attention (after Huang et al. 2023, whose code is not public; `weighting` is this package's
+    - "weighted": r <- r * a + (r * b) Abar. The rows of Abar are divided by their sums. a and b are the shares of the two terms
+      of the residual sum behind the attention (after Huang et al. 2023, whose code is not public; `weighting` is this package's
       reading). The family's record says where that sum is. Scalings inside the branch are part of its term.
     - "rollout": r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
     - "attention": the read-out row of mean_h A in the last layer. It takes no gradient; `start_layer` has no effect.
