@@ -140,6 +140,16 @@ def test_costs_are_of_stored_rows(page):
         assert set(stems.split()) <= stored
 
 
+def test_each_bug_has_its_test():
+    rows = [line for line in text("docs/bugs.md").splitlines() if re.match(r"\| (?!---|what was)", line)]
+    assert rows
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row.split(" | ")[-1])
+        assert named, f"no test: {row}"
+        for file, function in named:
+            assert f"\ndef {function}(" in text(file), f"{file} has no {function}"
+
+
 def test_the_readmes_costs_are_stored():
     """Each line of the table is a stored row of that variant, rounded."""
     benchmark = "task_explain_clip/relevancy/clip-tower"
