@@ -13,14 +13,14 @@ TERMS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Features phi (B,H,N,2AT), psi (B,Hkv,M,2AT) with |phi . psi - u . tanh(q + k)| <= tolerance.
+    """Features phi (B, H, N, 2AT) and psi (B, Hkv, M, 2AT) with |phi . psi - u . tanh(q + k)| <= tolerance.
 
-    query (B,H,N,A), key (B,Hkv,M,A), vector (H,A). float16 and bfloat16 features are made in float32: rounding a feature
-    to 8 bits would cost more than the series does.
+    query (B, H, N, A), key (B, Hkv, M, A), vector (H, A). float16 and bfloat16 inputs give float32 features: rounding
+    them to 16 bit would cost more accuracy than the series does.
 
     Raises:
-        ValueError: the tolerance is out of reach on the data's range (the attainable one is named), the data are not
-            finite, or torch.compile is tracing (the range has to be read).
+        ValueError: no series reaches the tolerance on the range of the data (the message names the best), the data are not
+            finite, or torch.compile is tracing (the range is read from the data).
     """
     if torch.compiler.is_compiling():
         raise ValueError(
@@ -62,7 +62,7 @@ def _choose(radius: float, weight: float, tolerance: float, eps: float) -> tuple
         if reached <= tolerance:
             return frequencies, coefficients
         attainable = min(attainable, reached)
-    # 6 % more, so that the two digits shown are never rounded below what is reached
+    # 6 % more, so that rounding to two digits never names an error that is out of reach
     raise ValueError(
         f"tolerance={tolerance:g} is out of reach for |Wq q + Wk k + b| up to {radius:.3g} and ||u||_1 = {weight:.3g}: "
         f"{1.06 * attainable:.2g} is attainable with up to {TERMS[-1]} sine terms; raise the tolerance or use method='exact'"
@@ -73,9 +73,9 @@ def _choose(radius: float, weight: float, tolerance: float, eps: float) -> tuple
 def fit(radius: float, terms: int) -> tuple[np.ndarray, np.ndarray, float]:
     """tanh(x) on [-radius, radius] as sum_n c_n sin(w_n x): frequencies w, coefficients c, largest error.
 
-    Odd harmonics w_n = (2n + 1 + 2 bend n^2 / terms) pi / (2 stretch radius), which mirror tanh near where it is flat;
-    bending them upwards gains about a digit. stretch and bend are searched; the error is measured on a finer grid than
-    the fit's.
+    The frequencies are odd harmonics w_n = (2n + 1 + 2 bend n^2 / terms) pi / (2 stretch radius): their waves are flat near
+    where tanh is flat. Bending them upwards gains about a digit. stretch and bend are searched. The error is measured on a
+    finer grid than the one of the fit.
     """
     n = np.arange(terms)
     candidates = [
@@ -84,7 +84,7 @@ def fit(radius: float, terms: int) -> tuple[np.ndarray, np.ndarray, float]:
         for bend in (0.0, 0.15, 0.3, 0.4, 0.5, 0.65)
     ]
     x = radius * np.sin(np.linspace(0, np.pi / 2, 16 * terms + 100))
-    coarse = x[::4]  # ranks the candidates as well as x does, in a fraction of the time: long series took minutes
+    coarse = x[::4]  # ranks the candidates as well as x does; with x, long series took minutes
     best = min(candidates, key=lambda frequencies: _minimax(coarse, frequencies, rounds=2)[1])
     coefficients, _ = _minimax(x, best, rounds=25)
     fine = np.linspace(0, radius, 400 * terms)
@@ -93,7 +93,7 @@ def fit(radius: float, terms: int) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def _minimax(x: np.ndarray, frequencies: np.ndarray, rounds: int) -> tuple[np.ndarray, float]:
-    """Least squares reweighted towards the largest error (Lawson): the best coefficients met, and their error on x."""
+    """Least squares, reweighted towards the largest error (Lawson): the best coefficients and their largest error on x."""
     basis, target, weights = np.sin(np.outer(x, frequencies)), np.tanh(x), np.ones_like(x)
     best, smallest = np.zeros_like(frequencies), np.inf
     for _ in range(rounds):

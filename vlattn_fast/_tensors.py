@@ -13,7 +13,7 @@ from vlattn_fast._checks import check_number
 
 
 def resolve_scale(scale: Any, default: float) -> float:
-    """`scale` as given (0.0 included), or the default where it is None."""
+    """`scale` as a float (0.0 included), or the default where it is None."""
     if scale is None:
         return default
     check_number("scale", scale)
@@ -26,7 +26,7 @@ def scaled_dot_default(head_dim: int) -> float:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where autocast is on, as scaled_dot_product_attention does; float64 stays."""
+    """The tensors in autocast's dtype where autocast is on, except float64, as scaled_dot_product_attention does it."""
     device = next(x.device.type for x in tensors if x is not None)
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -71,12 +71,12 @@ def mask_is_small(elements: int, query_elements: int) -> bool:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied where neighbours in the last dimension are not neighbours in memory: no kernel takes a last stride."""
+    """`x`, copied where its last stride is not 1: no kernel takes a stride for the last dimension."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float = 0.0) -> tuple[Any, ...]:
-    """(B,Hkv,M,*) tensors with rows of padding set to `fill`: what stands there (NaN, Inf) reaches no output, no gradient."""
+    """(B, Hkv, M, *) tensors with `fill` at padding, so that NaN or Inf there reaches no output and no gradient."""
     if key_mask is None:
         return tensors
     visible = key_mask[:, None, :, None]
@@ -84,7 +84,7 @@ def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float =
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Sums are taken in float32, in float64 where the input is float64."""
+    """The dtype of sums: float32, or float64 for float64 input."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -96,12 +96,12 @@ def pad_head_dim(*tensors: Tensor) -> list[Tensor]:
 
 
 def expand_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B,Hkv,M,D) as (B,H,M,D): query head h reads key head h // (H / Hkv), as SDPA's enable_gqa."""
+    """(B, Hkv, M, D) as (B, H, M, D) for grouped-query attention: query head h reads key head h // (H / Hkv)."""
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
 def fold_heads(grad: Tensor, num_key_heads: int) -> Tensor:
-    """The sum over the query heads that share a key head: expand_heads' transpose."""
+    """The gradient of expand_heads: the sum over the query heads that share a key head."""
     return grad if grad.shape[1] == num_key_heads else grad.unflatten(1, (num_key_heads, -1)).sum(2)
 
 

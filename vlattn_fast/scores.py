@@ -1,15 +1,15 @@
-"""Attention score functions (Cao et al., COLING 2022, Table 1): their parameters, and how each is brought to a core score.
+"""Attention score functions (Cao et al., COLING 2022, Table 1): their parameters, and the core score that computes each.
 
-A score is features plus an activation, score(q, k) = act(phi(q) . psi(k)). Every class here says which core score it is
-and what it makes of query and key; the operator then knows only the core scores:
+A score is an activation of a dot product of features, score(q, k) = act(phi(q) . psi(k)). Each class turns query and key into
+features and names its core score. The operator knows only the core scores:
 
-    dot               phi . psi                      plain attention on features: takes the fastest SDPA there is
-    cosine            q . k / max(|q| |k|, eps)      only where the clamp acts, or may act
+    dot               phi . psi                      plain attention on features, which torch's own attention computes
+    cosine            q . k / max(|q| |k|, eps)      where the clamp acts, or may act
     dot_<activation>  act(phi . psi)
     additive          sum_a u_a tanh(q_a + k_a)
     hadamard_<activation>  sum_a u_a act(q_a k_a), for tanh and sigmoid (relu and leaky relu are exactly rank two)
 
-Shapes: query (B,H,N,Dq), key (B,Hkv,M,Dk). A parameter with a leading (H, ...) is per query head, otherwise shared.
+Shapes: query (B, H, N, Dq), key (B, Hkv, M, Dk). A parameter with a leading (H, ...) is per query head, otherwise shared.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "sigmoid")
 
 
 class Core(NamedTuple):
-    """A score brought to a core score: features (B,H,N,A), (B,Hkv or H,M,A), the vector (H,A) and what is added."""
+    """A core score and its arguments: features (B, H, N, A) and (B, Hkv or H, M, A), the vector (H, A), what is added."""
 
     kind: str
     query: Tensor
     key: Tensor
     vector: Tensor | None = None
     parameter: float = 0.0  # cosine: eps; leaky_relu: the slope
-    offset: float | Tensor = 0.0  # a number or one per row (B,H,N): cancels in the softmax, stays in the log-sum-exp
+    offset: float | Tensor = 0.0  # a number or (B, H, N), one per row: cancels in the softmax, not in the log-sum-exp
     keeps_dtype: bool = False  # features that autocast must not round
 
 
 class Score(Protocol):
-    """What score_attention asks of a score function; `hidden_key` is what it sets the keys of padding to."""
+    """What score_attention needs of a score function. `padding_key` is the value it writes into the keys of padding."""
 
-    hidden_key: ClassVar[float]
+    padding_key: ClassVar[float]
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Raises ValueError or TypeError where parameters, query and key do not fit."""
 
     def core(self, query: Tensor, key: Tensor) -> Core:
-        """The same score as a core score on features; differentiable in query, key and every parameter."""
+        """The core score and its features, differentiable in query, key and every parameter."""
 
     def default_scale(self, head_dim: int) -> float:
-        """What multiplies the score where the caller gives no scale."""
+        """The scale where the caller names none."""
 
     @property
     def is_dot_product(self) -> bool:
-        """Whether the score is a dot product of features whatever the data are, so that torch's own attention computes it."""
+        """Whether the score is a dot product of features whatever the data are: torch's own attention computes it then."""
 
 
 class _Unscaled:
-    hidden_key: ClassVar[float] = 0.0
+    padding_key: ClassVar[float] = 0.0
     is_dot_product: ClassVar[bool] = False
 
     def default_scale(self, head_dim: int) -> float:
@@ -94,15 +94,15 @@ class Cosine(_Unscaled):
     """s = q . k / max(|q| |k|, eps). The clamp is on the product of the norms, as in SCAN and AttnGAN."""
 
     eps: float = 1e-8
-    hidden_key: ClassVar[float] = 1.0  # a zero vector would look like one that the clamp acts on
+    padding_key: ClassVar[float] = 1.0  # the clamp would act on a zero vector
 
     def check(self, query: Tensor, key: Tensor) -> None:
         check_number("eps", self.eps, low=0.0)
         check_head_dim(query, key)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
-        # Unit vectors are exact only if no product of norms is below eps: that is looked up on the data, where looking
-        # costs no device synchronisation and no graph break.
+        # A dot product of unit vectors is right only if no product of norms is below eps. That is read from the data where
+        # reading costs no device synchronisation and no graph break.
         if torch.compiler.is_compiling() or query.device.type != "cpu" or query.numel() == 0 or key.numel() == 0:
             return Core("cosine", query, key, parameter=self.eps)
         (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(query, self.eps), unit_vectors(key, self.eps)
@@ -116,8 +116,8 @@ class Cosine(_Unscaled):
 class General(_Unscaled):
     """Bilinear scores: general, biased general and activated general.
 
-    projects="key":   s = act(q . (W k + b)), weight (Dq,Dk) or (H,Dq,Dk), bias (Dq) or (H,Dq)   [*_qwk]
-    projects="query": s = act(k . (W q + b)), weight (Dk,Dq) or (H,Dk,Dq), bias (Dk) or (H,Dk)   [*_kwq]
+    projects="key":   s = act(q . (W k + b)), weight (Dq, Dk) or (H, Dq, Dk), bias (Dq) or (H, Dq)   [*_qwk]
+    projects="query": s = act(k . (W q + b)), weight (Dk, Dq) or (H, Dk, Dq), bias (Dk) or (H, Dk)   [*_kwq]
 
     activation in {None, "relu", "leaky_relu", "tanh", "sigmoid"} acts on the finished score, before scale and masks.
     Without an activation, the bias of projects="key" cancels in the softmax: its gradient is zero.
@@ -153,10 +153,10 @@ class General(_Unscaled):
 class Additive(_Unscaled):
     """s = u . tanh(Wq q + Wk k + b) (Bahdanau et al. 2015).
 
-    vector (A), query_weight (A,Dq), key_weight (A,Dk), bias (A), each also with a leading (H, ...). A weight of None says
+    vector (A), query_weight (A, Dq), key_weight (A, Dk), bias (A), each also with a leading (H, ...). A weight of None says
     that query or key already has size A. method="series" replaces tanh by a sine series, which makes the score a dot
-    product of features: the score is then wrong by at most `tolerance` (absolute). The range of Wq q + Wk k + b is read
-    from the data; a tolerance that no series of at most 64 terms reaches there raises ValueError and names the attainable.
+    product of features with an absolute error of at most `tolerance`. The range of Wq q + Wk k + b is read from the data. A
+    tolerance that no series of at most 64 terms reaches there raises ValueError, which names the smallest that one does.
     """
 
     vector: Tensor
@@ -226,7 +226,7 @@ class Additive(_Unscaled):
 class Hadamard(_Unscaled):
     """s = u . act(q * (W k + b)) + c (projects="key"; MAC), or u . act((W q + b) * k) + c (projects="query").
 
-    vector (A), weight (A,D) or None for the identity, bias (A), each also with a leading (H, ...); offset c a number or a
+    vector (A), weight (A, D) or None for the identity, bias (A), each also with a leading (H, ...); offset c a number or a
     tensor of one element. The activation acts on the product vector. The offset cancels in the softmax.
     """
 
@@ -298,7 +298,7 @@ _BY_NAME: dict[str, Score] = {"dot": Dot(), "scaled_dot": ScaledDot(), "cosine":
 
 
 def resolve(score: Any) -> Score:
-    """A score function as given, or by its name."""
+    """The score function, also by its name."""
     if isinstance(score, str):
         if score not in _BY_NAME:
             raise ValueError(f"score must be one of {tuple(_BY_NAME)} or a va.scores object; got {score!r}")
@@ -330,13 +330,13 @@ def _per_head(x: Tensor, num_heads: int, weight: Tensor | None, bias: Tensor | N
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """W x + b on the last axis of (B,H,N,D); weight (A,D) or (H,A,D), bias (A) or (H,A)."""
+    """W x + b on the last axis of (B, H, N, D); weight (A, D) or (H, A, D), bias (A) or (H, A)."""
     y = x if weight is None else x @ weight.mT
     return y if bias is None else y + bias[..., None, :]
 
 
 def _row_dot(x: Tensor, bias: Tensor) -> Tensor:
-    """x . b for each row of (B,H,N,D); bias (D) or (H,D)."""
+    """x . b for each row of (B, H, N, D); bias (D) or (H, D)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * bias[..., None, :].to(wide)).sum(-1)
 

@@ -1,4 +1,4 @@
-"""The formulas as the papers write them: whole maps, plain autograd, any device and floating dtype. The truth of the tests."""
+"""The formulas as the papers write them, with whole maps and plain autograd, on any device and floating dtype."""
 
 from vlattn_fast.reference.attention_map import attention_map
 from vlattn_fast.reference.attention_statistics import attention_statistics

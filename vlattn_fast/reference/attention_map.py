@@ -1,7 +1,7 @@
 """One map for all heads of an attention layer: A, or relu(A * dA) of Chefer et al., ICCV 2021, eq. 5, reduced over heads.
 
-Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
-M keys; query (B,H,N,D), key (B,Hkv,M,D), value (B,Hkv,M,Dv), grad_output (B,H,N,Dv).
+With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
+M keys; query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output (B, H, N, Dv).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attention_map(
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    per_head, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B,H,N,M)
+    per_head, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B, H, N, M)
     if rule == "gradient":
         assert value is not None and grad_output is not None
         (value,) = mask_padding(key_mask, value)

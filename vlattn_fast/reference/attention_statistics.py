@@ -1,7 +1,7 @@
-"""What probes read off an attention map A = softmax(scale * q k^T + mask): Cao et al., "Behind the Scene", ECCV 2020 (VALUE).
+"""What probes read from an attention map A = softmax(scale * q k^T + mask): Cao et al., "Behind the Scene", ECCV 2020 (VALUE).
 
-Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
-M keys, G groups of keys; query (B,H,N,D), key (B,Hkv,M,D).
+With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
+M keys, G groups of keys; query (B, H, N, D), key (B, Hkv, M, D).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from vlattn_fast.reference._softmax import attend
 
 
 class AttentionStatistics(NamedTuple):
-    """Statistics of A (B,H,N,M), float32 (float64 for float64 input) but argmax."""
+    """Statistics of A (B, H, N, M), float32 (float64 for float64 input); argmax is int64."""
 
     mass: Tensor
-    """(B,H,N,G): the attention of a query on each group of keys, sum_{j in g} A_ij."""
+    """(B, H, N, G): the attention of a query on each group of keys, sum_{j in g} A_ij."""
     entropy: Tensor
-    """(B,H,N): -sum_j A_ij log A_ij in nats."""
+    """(B, H, N): -sum_j A_ij log A_ij in nats."""
     maximum: Tensor
-    """(B,H,N): max_j A_ij."""
+    """(B, H, N): max_j A_ij."""
     argmax: Tensor
-    """(B,H,N) int64: the first key with that weight; -1 for a query without a visible key."""
+    """(B, H, N) int64: the first key with that weight; -1 for a fully masked row."""
     received: Tensor
-    """(B,H,M): the attention a key receives, sum_i row_weight_i A_ij."""
+    """(B, H, M): the attention a key receives, sum_i row_weight_i A_ij."""
 
 
 def attention_statistics(
@@ -47,13 +47,13 @@ def attention_statistics(
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B,H,N,M)
+    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B, H, N, M)
     if key_groups is None:
         key_groups, num_groups = key.new_full((key.shape[2],), -1, dtype=torch.int64), 0
     elif num_groups is None:
         num_groups = int(key_groups.max()) + 1 if key_groups.numel() else 0
-    member = key_groups[..., None] == torch.arange(num_groups, device=key.device)  # (M,G) or (B,M,G)
-    weight = query.new_ones(query.shape[2]) if row_weight is None else row_weight.to(prob.dtype)  # (N) or (B,N)
+    member = key_groups[..., None] == torch.arange(num_groups, device=key.device)  # (M, G) or (B, M, G)
+    weight = query.new_ones(query.shape[2]) if row_weight is None else row_weight.to(prob.dtype)  # (N) or (B, N)
 
     mass = prob @ member.expand(query.shape[0], -1, -1)[:, None].to(prob.dtype)  # sum_{j in g} A_ij
     entropy = -(prob * torch.where(prob > 0, prob, 1.0).log()).sum(-1)  # -sum_j A_ij log A_ij, 0 log 0 = 0

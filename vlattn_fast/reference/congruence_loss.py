@@ -1,9 +1,9 @@
 """Congruence losses: CACR (Pandey et al., ACL 2023; compute_soft_iais of KhoomeiK/CACR, model/model.py:330-345) and IAIS (Ren
 et al., ACL 2021; singular and distributed, :300-328).
 
-Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, L text tokens, V image
-tokens, D head_dim. The blocks LL (B,L,L), VV (B,V,V), LV (B,L,V), VL (B,V,L) are four separate softmaxes, each over the keys of
-its own block, averaged over the heads.
+With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, L text tokens,
+V image tokens, D head_dim. The blocks LL (B, L, L), VV (B, V, V), LV (B, L, V), VL (B, V, L) are four softmaxes, each over the
+keys of its block, averaged over the heads.
 """
 
 from __future__ import annotations
@@ -73,45 +73,46 @@ def block_inputs(
 
 
 def _logits(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:
-    """Scores of a block (B,H,N,M), those of padded keys so low that their weight is 0."""
+    """The logits of a block (B, H, N, M). Those of padding are so low that its weight is 0."""
     score = scale * query @ key.mT
     return torch.where(columns[:, None, None, :], score, torch.finfo(score.dtype).min)
 
 
-def _one_direction(kind: str, own: Tensor, other: Tensor, cross: Tensor, back: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The loss (B) from the logits of `own` (LL for the text), `other` (VV), `cross` (LV) and `back` (VL).
+def _one_direction(kind: str, ll: Tensor, vv: Tensor, lv: Tensor, vl: Tensor, text: Tensor, image: Tensor) -> Tensor:
+    """The loss (B) of the text direction from the logits of its blocks; `text` (B, L) and `image` (B, V) are True at real tokens.
 
-    rows, columns: real tokens of the two modalities. p is what the modality attends to, t what the other one says it should.
+    The image direction is the same with text and image swapped. p is the attention within the modality, t what the attention of
+    the other modality and between the two predicts for it.
     """
     if kind == "cacr":
-        change = _block(cross).detach()
-        log_p = _log_softmax(_block(own), rows)
-        log_t = _log_softmax(change @ _block(other) @ change.mT, rows)
-        return _symmetric_kl(torch.exp(log_p), torch.exp(log_t), log_p, log_t, 0.0, rows, columns)
+        change = _block(lv).detach()
+        log_p = _log_softmax(_block(ll), text)
+        log_t = _log_softmax(change @ _block(vv) @ change.mT, text)
+        return _symmetric_kl(torch.exp(log_p), torch.exp(log_t), log_p, log_t, 0.0, text, image)
     if kind == "iais_singular":
-        index = _block(cross).argmax(-1)  # the first of equals; no gradient
-        picked = _block(other).gather(1, index[:, :, None].expand(-1, -1, other.shape[3]))
+        index = _block(lv).argmax(-1)  # the first of equals; no gradient
+        picked = _block(vv).gather(1, index[:, :, None].expand(-1, -1, vv.shape[3]))
         picked = picked.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
-        log_t = _log_softmax(picked, rows)
+        log_t = _log_softmax(picked, text)
         # log(mean_h P) by logarithms, so that a weight that underflows gives no infinite loss and no NaN gradient
-        log_p = torch.logsumexp(torch.log_softmax(own, dim=-1), dim=1) - math.log(own.shape[1])
-        return _symmetric_kl(_block(own), torch.exp(log_t), log_p, log_t, 0.0, rows, columns)
-    p, t = _block(own), _block(cross) @ _block(back)
-    return _symmetric_kl(p, t, _log(p), _log(t), EPSILON, rows, columns)
+        log_p = torch.logsumexp(torch.log_softmax(ll, dim=-1), dim=1) - math.log(ll.shape[1])
+        return _symmetric_kl(_block(ll), torch.exp(log_t), log_p, log_t, 0.0, text, image)
+    p, t = _block(ll), _block(lv) @ _block(vl)
+    return _symmetric_kl(p, t, _log(p), _log(t), EPSILON, text, image)
 
 
 def _block(logits: Tensor) -> Tensor:
-    """Attention of a block, averaged over the heads after the softmax: (B,N,M)."""
+    """Attention of a block, averaged over the heads after the softmax: (B, N, M)."""
     return torch.softmax(logits, dim=-1).mean(1)
 
 
 def _log(x: Tensor) -> Tensor:
-    """log x, and 0 where x is 0: only in 0 log 0."""
+    """log x, and 0 where x is 0, for 0 log 0 = 0."""
     return torch.where(x > 0, torch.log(torch.where(x > 0, x, 1.0)), 0.0)
 
 
 def _log_softmax(x: Tensor, columns: Tensor) -> Tensor:
-    """Of each row (B,N,N), over the columns of real tokens."""
+    """The log-softmax of each row (B, N, N) over real tokens, `columns` (B, N)."""
     return torch.log_softmax(torch.where(columns[:, None, :], x, torch.finfo(x.dtype).min), dim=-1)
 
 

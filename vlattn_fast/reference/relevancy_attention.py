@@ -1,6 +1,6 @@
 """Relevancy as the papers write it, with whole maps (Chefer et al., ICCV 2021, eq. 5-6; Huang et al. 2023).
 
-Shapes: query, key (B,H,N,D), value (B,H,N,Dv), carrier and relevancy (B,T,N), Abar (B,N,M).
+Shapes: query, key (B, H, N, D), value (B, H, N, Dv), carrier and relevancy (B, T, N), Abar (B, N, M).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def relevancy_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(out, carrier'); in the backward pass r becomes r * a + (r * b) Abar."""
+    """(out, carrier). In the backward pass the carrier's cotangent r becomes r * a + (r * b) Abar."""
     key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key, value))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
@@ -55,7 +55,7 @@ def relevancy_step(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """relevancy @ Abar, (B,T,N) -> (B,T,M). `lse` is recomputed here, whatever is given."""
+    """relevancy @ Abar, (B, T, N) -> (B, T, M). The log-sum-exp is recomputed; `lse` is not read."""
     (key,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
@@ -69,7 +69,7 @@ def relevancy_step(
 
 
 def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Tensor:
-    """Abar = mean_h relu(A * dA) (eq. 5), or mean_h A without dA; rows divided by their sums on request."""
+    """Abar = mean_h relu(A * dA) (eq. 5), or mean_h A without dA. row_normalize divides each row by its sum."""
     abar = prob.mean(1) if grad_prob is None else (prob * grad_prob).clamp(min=0).mean(1)
     if row_normalize:
         total = abar.sum(-1, keepdim=True)
@@ -78,7 +78,7 @@ def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Te
 
 
 class _Carry(torch.autograd.Function):
-    """Identity on (out, carrier); the carrier's cotangent moves by Abar, made from A and the cotangent of out."""
+    """Identity on (out, carrier). The backward pass multiplies the carrier's cotangent by Abar."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """softmax(scale * score(q, k) + mask) v with every score function written out (Cao et al., COLING 2022, Table 1).
 
-Maps and all, any device, any floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
-M keys, D head size; query (B,H,N,Dq), key (B,Hkv,M,Dk), value (B,Hkv,M,Dv).
+With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
+M keys, D head_dim; query (B, H, N, Dq), key (B, Hkv, M, Dk), value (B, Hkv, M, Dv).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def score_attention(
 
 
 def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
-    """Every score before scale and masks, (B,H,N,M)."""
+    """The scores before scale and masks, (B, H, N, M)."""
     match score:
         case scores.ScaledDot() | scores.Dot():
             return q @ k.mT
@@ -55,10 +55,10 @@ def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
         case scores.Additive():
             a = q if score.query_weight is None else q @ score.query_weight.mT
             b = k if score.key_weight is None else k @ score.key_weight.mT
-            hidden = a[..., :, None, :] + b[..., None, :, :]
+            units = a[..., :, None, :] + b[..., None, :, :]
             if score.bias is not None:
-                hidden = hidden + score.bias[..., None, None, :]
-            return (torch.tanh(hidden) * score.vector[..., None, None, :]).sum(-1)
+                units = units + score.bias[..., None, None, :]
+            return (torch.tanh(units) * score.vector[..., None, None, :]).sum(-1)
         case scores.Hadamard(projects=projects):
             a, b = (q, _affine(score, k)) if projects == "key" else (_affine(score, q), k)
             offset = score.offset.reshape(()) if isinstance(score.offset, Tensor) else score.offset

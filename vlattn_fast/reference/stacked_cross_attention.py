@@ -1,7 +1,7 @@
 """SCAN's similarity of every image with every caption (Lee et al., ECCV 2018, eq. 1-8), and DAMSM's (Xu et al., CVPR 2018).
 
-One pair at a time, maps and all, any device, differentiated by plain autograd; half precision is computed in float32.
-Shapes: images (Bi,R,D), captions (Bc,T,D); of one pair, queries q (n,D) and contexts c (m,D) without their padding.
+One pair at a time with whole maps, on any device, differentiated by plain autograd; 16-bit input is computed in float32.
+Shapes: images (Bi, R, D), captions (Bc, T, D); of one pair, queries q (n, D) and contexts c (m, D) without their padding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def stacked_cross_attention(
     images, captions = images.to(dtype), captions.to(dtype)
     regions = [images.shape[1]] * images.shape[0] if image_lengths is None else image_lengths.tolist()
     words = [captions.shape[1]] * captions.shape[0] if caption_lengths is None else caption_lengths.tolist()
-    # zeros that autograd still connects to both inputs, for pairs with an empty side and for empty batches
+    # zeros that depend on both inputs, so that empty sets and empty batches have gradients, too
     similarity = images[:, :0].sum((1, 2))[:, None] + captions[:, :0].sum((1, 2))
     for i, num_regions in enumerate(regions):
         for j, num_words in enumerate(words):
@@ -64,7 +64,7 @@ def damsm_similarity(
 
 
 def _relevance(q: Tensor, c: Tensor, first_norm: str | None, smooth: float) -> Tensor:
-    """r_q = cos(q, a_q), (n,): how well each query is answered by what it attends to."""
+    """r_q = cos(q, a_q), (n,): how near each query is to the context that it attends to."""
     s = q @ c.mT  # eq. 1
     alpha = torch.softmax(smooth * _normalize(s, first_norm), dim=1)  # over contexts, eq. 3
     a = alpha @ c  # eq. 2
@@ -72,7 +72,7 @@ def _relevance(q: Tensor, c: Tensor, first_norm: str | None, smooth: float) -> T
 
 
 def _normalize(s: Tensor, first_norm: str | None) -> Tensor:
-    """Each context's column of s (n,m) over the queries. norm's gradient at a zero column is 0, that of sqrt is NaN."""
+    """Normalises each context's column of s (n, m) over the queries. (norm has gradient 0 at a zero column; sqrt has NaN.)"""
     match first_norm:
         case "softmax":
             return torch.softmax(s, dim=0)
@@ -90,7 +90,7 @@ def _normalize(s: Tensor, first_norm: str | None) -> Tensor:
 
 
 def _aggregate(r: Tensor, aggregation: str, lambda_lse: float) -> Tensor:
-    """One number from the queries' r (n,), n > 0: eq. 5 and its alternatives."""
+    """One similarity from the queries' r (n,), n > 0: eq. 5 and its alternatives."""
     match aggregation:
         case "logsumexp":
             return torch.logsumexp(lambda_lse * r, dim=0) / lambda_lse

@@ -1,4 +1,4 @@
-"""One tile of Abar, the head-reduced map of A or of relu(A * dA): what relevancy and attention maps consume."""
+"""One tile of Abar, the map A or relu(A * dA) reduced over the heads, for relevancy and attention maps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def abar_tile(
     i: slice,
     head_reduction: str = "mean",
 ) -> Tensor:
-    """Rows i of Abar, (b,i,M), from heads-expanded query, key, value; lse (B,H,N) as `probabilities` takes it.
+    """Rows i of Abar, (b, i, M), from heads-expanded query, key, value; lse (B, H, N) as in `probabilities`.
 
     rule "attention": A; "gradient": relu(A * dA), dA = grad_output @ value^T. row_normalize divides each row by its sum; a
     zero row stays zero.

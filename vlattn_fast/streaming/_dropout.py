@@ -1,4 +1,4 @@
-"""Dropout by counter: whether a pair is kept depends on the seed and on (b, h, i, j) alone, never on the tiling."""
+"""Dropout by counter: the seed and (b, h, i, j) decide whether a weight is dropped, so the tiling has no influence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def keep_factor(
     i: slice,
     dtype: torch.dtype,
 ) -> Tensor:
-    """1/(1-p) for the pairs of a tile (b,h,i,M) that are kept, 0 for the others; the seed stays on its device."""
+    """(b, h, i, M): 0 where a weight of the tile is dropped, else 1 / (1 - p). The seed stays on its device."""
     assert seed is not None
     num_heads, num_queries = heads_queries
     o_b, o_h, o_i = (torch.arange(s.start, s.stop, device=seed.device) for s in (b, h, i))
@@ -30,7 +30,7 @@ def keep_factor(
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit finaliser (xor-shift, multiply) on int64 tensors: every output bit depends on every input bit."""
+    """A 32-bit hash (xor-shift, multiply) on int64 tensors: every output bit depends on every input bit."""
     x = x & _MASK_32
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK_32

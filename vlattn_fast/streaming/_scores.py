@@ -1,6 +1,6 @@
-"""The core scores of one tile and their gradients: q (b,h,i,A), k (b,h,M,A) -> (b,h,i,M).
+"""The core scores of one tile and their gradients: q (b, h, i, A), k (b, h, M, A) -> (b, h, i, M).
 
-Scores that are sums over hidden units of a function of both sides run unit by unit, so that no (i,M,A) block exists.
+Scores that are sums over hidden units (additive, Hadamard) run unit by unit, so that no (i, M, A) block exists.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
 
 def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter: float) -> Tensor:
-    """The scores of a tile; vector (h,A) for the kinds that sum over hidden units."""
+    """The scores of a tile. `vector` (h, A) belongs to the kinds that sum over hidden units."""
     if kind == "cosine":
         return _cosine(q, k, parameter)
     if kind in DOT_KINDS:
@@ -30,7 +30,7 @@ def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter
 def score_tile_backward(
     kind: str, grad: Tensor, q: Tensor, k: Tensor, vector: Tensor | None, parameter: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From the gradient at the scores (b,h,i,M): those of q (b,h,i,A), k (b,h,M,A) and the vector (h,A)."""
+    """Gradients of q (b, h, i, A), k (b, h, M, A) and the vector (h, A) from that of the scores (b, h, i, M)."""
     if kind == "cosine":
         return *_cosine_backward(grad, q, k, parameter), None
     if kind in DOT_KINDS:
@@ -49,7 +49,7 @@ def score_tile_backward(
 
 
 def _unit(kind: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One hidden unit's contribution (b,h,i,M) and its derivatives by q and by k."""
+    """One hidden unit (b, h, i, M) and its derivatives by q and by k."""
     if kind == "additive":
         t = torch.tanh(q + k)
         slope = 1 - t * t
@@ -82,7 +82,7 @@ def _activation_slope(kind: str, x: Tensor, negative_slope: float) -> Tensor:
         case "dot_relu":
             return (x > 0).to(x.dtype)
         case "dot_leaky_relu":
-            return torch.where(x > 0, torch.ones_like(x), negative_slope)  # two numbers would meet in float32
+            return torch.where(x > 0, torch.ones_like(x), negative_slope)  # two Python numbers would give float32
         case "dot_tanh":
             return 1 - torch.tanh(x) ** 2
     t = torch.sigmoid(x)

@@ -1,7 +1,7 @@
-"""Tiles of the score matrix: some query rows with all their keys, so that every row statistic is a plain reduction.
+"""Tiles of the score matrix: some query rows with all their keys, so that each statistic of a row is a plain reduction.
 
-A tile holds at most TILE_ELEMENTS scores (or a single row of one head, where that is longer), whatever B, H, N and M are:
-memory stays O(N + M), and one tile's temporaries stay in cache.
+A tile holds at most TILE_ELEMENTS scores, or one row of one head where that is longer. So memory is O(N + M), and the temporaries
+of one tile stay in cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size too
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a (B,H,N,M) score matrix is cut: `for b, i in rows(): for h in heads(): ...`, all slices."""
+    """The tiles of a (B, H, N, M) score matrix: `for b, i in rows(): for h in heads(): ...`, all slices."""
 
     batch: int
     num_heads: int
@@ -27,7 +27,7 @@ class Tiling:
     num_keys: int
 
     def rows(self) -> Iterator[tuple[slice, slice]]:
-        """Slices of the batch and of the query rows; batches are joined only where all rows and heads fit in one tile."""
+        """Slices of the batch and of the query rows. A tile has several samples only where it has all their rows and heads."""
         row = max(1, self.num_keys)
         step_i = max(1, min(self.num_queries, TILE_ELEMENTS // row))
         step_b = max(1, TILE_ELEMENTS // max(1, row * step_i * self.num_heads)) if step_i == self.num_queries else 1
@@ -36,7 +36,7 @@ class Tiling:
                 yield slice(b, min(b + step_b, self.batch)), slice(i, min(i + step_i, self.num_queries))
 
     def heads(self) -> Iterator[slice]:
-        """Slices of the heads that one tile holds together."""
+        """Slices of the heads; one tile holds the heads of a slice."""
         row = max(1, self.num_keys)
         step_i = max(1, min(self.num_queries, TILE_ELEMENTS // row))
         step_h = max(1, min(self.num_heads, TILE_ELEMENTS // (row * step_i)))
@@ -46,7 +46,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Masks:
-    """attn_mask (broadcastable to B,H,N,M), key_mask (B,M), causal j <= i: what a tile may see."""
+    """attn_mask (broadcastable to (B, H, N, M)), key_mask (B, M), causal j <= i."""
 
     attn_mask: Tensor | None
     key_mask: Tensor | None
@@ -70,7 +70,7 @@ class Masks:
 
 
 def logsumexp(logits: Tensor) -> Tensor:
-    """Over the last axis; -inf for a row without keys."""
+    """The log-sum-exp of each row (..., M); -inf for a fully masked row."""
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], -torch.inf)
     return torch.logsumexp(logits, dim=-1)
@@ -116,5 +116,5 @@ def _probabilities_from_lse(logits: Tensor, lse: Tensor) -> Tensor:
 
 
 def softmax_backward(prob: Tensor, grad_prob: Tensor) -> Tensor:
-    """The gradient at the logits of softmax rows, from that at the probabilities."""
+    """The gradient of the logits from that of the probabilities."""
     return prob * (grad_prob - (prob * grad_prob).sum(-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""attention_map with no per-head map larger than a tile, in plain PyTorch, on any device and dtype."""
+"""attention_map in plain PyTorch, on any device and dtype; no per-head map is larger than a tile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> Tensor:
-    """Abar (B,N,M)."""
+    """Abar (B, N, M)."""
     batch, num_heads, num_queries, num_keys = *query.shape[:3], key.shape[2]
     key = expand_heads(key, num_heads)
     value = None if value is None else expand_heads(value, num_heads)

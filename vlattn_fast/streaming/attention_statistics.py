@@ -1,7 +1,7 @@
 """attention_statistics in O(N + M) memory with plain PyTorch, on any device and dtype.
 
-A tile holds full rows of A, so each statistic of a row is one reduction over it; the backward pass computes the tiles
-again and needs nothing saved but argmax.
+A tile holds full rows of A, so each statistic of a row is one reduction. The backward pass recomputes the tiles; beside the
+inputs it needs argmax only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (B,H,N,G), entropy, maximum, argmax (B,H,N), received (B,H,M)."""
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M)."""
     dtype, rows = compute_dtype(query), query.shape[:3]
     mass = query.new_zeros(*rows, num_groups, dtype=dtype)
     entropy, maximum = (query.new_zeros(rows, dtype=dtype) for _ in range(2))
@@ -79,10 +79,10 @@ def backward(
         if grad_maximum is not None:
             grad_prob += torch.where(o_kv == argmax[b, h, i, None], grad_maximum[b, h, i, None], 0.0)
         if grad_received is not None:
-            sent = grad_received[b, h, None, :]
-            grad_prob += sent if row_weight is None else row_weight[b, None, i, None] * sent
+            grad_row = grad_received[b, h, None, :]  # the same for every query
+            grad_prob += grad_row if row_weight is None else row_weight[b, None, i, None] * grad_row
             if grad_weight is not None:
-                grad_weight[b, i] += (prob @ sent.mT).sum((1, 3))
+                grad_weight[b, i] += (prob @ grad_row.mT).sum((1, 3))
         grad_score = softmax_backward(prob, grad_prob) * scale
         grad_q[b, h, i] = (grad_score @ key[b, h].to(dtype)).to(grad_q.dtype)
         grad_k[b, h] += grad_score.mT @ query[b, h, i].to(dtype)
@@ -90,7 +90,7 @@ def backward(
 
 
 def _probability_tiles(query: Tensor, key: Tensor, masks: Masks, scale: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Slices of batch, heads and query rows with their rows of A, (b,h,i,M) in the dtype of sums; none without keys."""
+    """Slices of batch, heads and query rows with their tile of A, (b, h, i, M) in the dtype of sums. No tile without keys."""
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if key.shape[2] == 0:
         return
@@ -102,9 +102,9 @@ def _probability_tiles(query: Tensor, key: Tensor, masks: Masks, scale: float) -
 
 
 def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the groups with the membership of each key (b,M,g), 0 or 1, in pieces no larger than a tile.
+    """Slices of the groups with the membership of each key (b, M, g), 0 or 1; no slice is larger than a tile.
 
-    A product with it instead of a scatter: the same bits every time on every device, and an index out of range is no group.
+    A product with the membership, instead of scatter_add, is deterministic, and an index out of range belongs to no group.
     """
     if key_groups is None:
         return

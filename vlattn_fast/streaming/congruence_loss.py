@@ -1,9 +1,14 @@
-"""congruence_loss in plain PyTorch without per-head maps: blocks of attention come as row tiles, averaged over the heads.
+"""congruence_loss in plain PyTorch without per-head maps: each block is computed in tiles of rows, averaged over the heads.
 
-What is held whole is O(L V) of a few samples (the cross block and the change of basis); what has a head axis is one tile of a
-block, at most TILE_ELEMENTS. Nothing is saved for the backward pass but the inputs. Sums of both passes are those of the
-symmetric KL divergence written without cancellation: with d = log p - log t, sum (p - t) d = sum t expm1(d) d has no negative
-term.
+Held whole are maps of a few samples without a head axis: the cross block and the change of basis, O(L V). What has a head axis is
+one tile of a block, at most TILE_ELEMENTS. Only the inputs are saved for the backward pass.
+
+Both passes write the symmetric KL divergence without cancellation: with d = log p - log t, sum (p - t) d = sum t expm1(d) d, in
+which no term is negative.
+
+L is the number of text tokens, V that of image tokens. The blocks of attention are LL, VV, LV and VL: their queries are text,
+image, text and image tokens, their keys text, image, image and text tokens. The formulas stand in the text direction. The image
+direction is the same with text and image swapped.
 """
 
 from __future__ import annotations
@@ -31,11 +36,11 @@ def forward(
     direction: str,
     scale: float,
 ) -> Tensor:
-    """The loss of each sample, (B). Queries and keys: see reference.congruence_loss.block_inputs."""
+    """The loss of each sample, (B). The order of queries and keys: `block_inputs` of reference/congruence_loss.py."""
     loss = queries[0].new_zeros(queries[0].shape[0], dtype=compute_dtype(queries[0]))
     for b in _batches(queries):
-        for side in _sides(_blocks(b, queries, keys, text_mask, image_mask, scale), direction):
-            loss[b] += _KINDS[kind](side, None)
+        for blocks in _directions(_blocks(b, queries, keys, text_mask, image_mask, scale), direction):
+            loss[b] += _KINDS[kind](blocks, None)
     return loss
 
 
@@ -56,8 +61,8 @@ def backward(
         blocks = _blocks(b, queries, keys, text_mask, image_mask, scale)
         for block, grad_query, grad_key in zip(blocks, grad_queries, grad_keys, strict=False):
             block.grad_query, block.grad_key = grad_query[b], grad_key[b]
-        for side in _sides(blocks, direction):
-            _KINDS[kind](side, grad_loss[b].to(dtype))
+        for one in _directions(blocks, direction):
+            _KINDS[kind](one, grad_loss[b].to(dtype))
         for block in blocks:
             block.flush()
     dtype = queries[0].dtype
@@ -65,20 +70,20 @@ def backward(
 
 
 class _Block:
-    """mean_h softmax(scale Q_h K_h^T) of some samples, (b,N,M), in tiles of rows.
+    """mean_h softmax(scale Q_h K_h^T) of some samples, (b, N, M), computed in tiles of rows.
 
-    Where one tile holds all rows they are computed once, and differentiated once: both directions of the loss read them.
+    Both directions of the loss read a block. Where one tile holds all rows, they are computed once and differentiated once.
     """
 
     def __init__(self, query: Tensor, key: Tensor, tokens: Tensor, masked: Tensor | None, scale: float) -> None:
         self.query, self.key, self.scale = query, key, scale
-        self.tokens = tokens  # (b,N): real tokens among the queries
-        self.masked = masked  # (b,1,M): padding among the keys; None where there is none
+        self.tokens = tokens  # (b, N): real tokens among the queries
+        self.masked = masked  # (b, 1, M): padding among the keys; None where there is none
         self.grad_query: Tensor | None = None
         self.grad_key: Tensor | None = None
         self.dtype = compute_dtype(query)
         self._mean: Tensor | None = None
-        self._kept: dict[bool, Tensor] = {}
+        self._stored: dict[bool, Tensor] = {}
         self._pending: Tensor | None = None
 
     @property
@@ -86,11 +91,11 @@ class _Block:
         return slice(0, self.query.shape[2])
 
     def tiles(self, width: int = 0) -> list[slice]:
-        """Slices of the rows; `width`: the caller holds rows that long too."""
+        """Slices of the rows. `width`: the length of the rows that the caller holds beside them, where that is more."""
         return [i for _, i in Tiling(1, 1, self.query.shape[2], max(width, self.key.shape[2])).rows()]
 
     def rows(self, i: slice) -> Tensor:
-        """(b,I,M)"""
+        """Rows i of the block, (b, I, M)."""
         if self._mean is not None and self._holds_all(i):
             return self._mean
         mean = self._zero(i)
@@ -102,29 +107,30 @@ class _Block:
         return mean
 
     def whole(self) -> Tensor:
-        """(b,N,M): only for the blocks between the modalities."""
+        """All rows, (b, N, M); used for the cross blocks only."""
         return _join(self.tiles(), self.rows)
 
     def log_rows(self, i: slice) -> Tensor:
-        """log of rows(i), (b,I,M), from logarithms: no weight underflows. 0 at padding, where nothing may read it."""
+        """log of rows(i), (b, I, M), summed as logarithms so that no weight underflows; 0 at padding."""
         total = torch.full_like(self._zero(i), -torch.inf)
         for _, log_prob in self._maps(i, log=True):
             total = torch.logaddexp(total, torch.logsumexp(log_prob, dim=1))
         return _fill(total - math.log(self.query.shape[1]), self.masked, 0.0)
 
     def add_gradient(self, i: slice, grad: Tensor) -> None:
-        """Takes the gradient at rows(i); applied at once, or by flush() where the tile holds all rows."""
+        """Adds the gradient of rows(i): at once, or in flush() where the tile holds all rows."""
         if self._holds_all(i):
             self._pending = grad if self._pending is None else self._pending + grad
         else:
             self.backward(i, grad)
 
     def flush(self) -> None:
+        """Differentiates the whole block once, from the sum of the gradients."""
         if self._pending is not None:
             self.backward(self.every, self._pending)
 
     def backward(self, i: slice, grad: Tensor, log_mean: Tensor | None = None) -> None:
-        """Adds to grad_query and grad_key, from the gradient at rows(i), or at log_rows(i) where that is given."""
+        """Adds to grad_query and grad_key, from the gradient of rows(i), or of log_rows(i), which is then `log_mean`."""
         assert self.grad_query is not None and self.grad_key is not None
         grad = grad[:, None] / self.query.shape[1]
         for h, prob in self._maps(i, log=log_mean is not None):
@@ -137,19 +143,19 @@ class _Block:
             self.grad_key[:, h] += grad_score.mT @ (self.scale * self.query[:, h, i].to(self.dtype))
 
     def _maps(self, i: slice, log: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the heads with their attention (b,h,I,M), or its logarithm, which is -inf at padding.
+        """Slices of the heads with their attention (b, h, I, M), or its logarithm, which is -inf at padding.
 
-        In the backward pass a tile that is the whole block is kept for its second use.
+        The backward pass reads each tile twice and stores one that is the whole block.
         """
-        if log in self._kept and self._holds_all(i):
-            yield slice(0, self.query.shape[1]), self._kept[log]
+        if log in self._stored and self._holds_all(i):
+            yield slice(0, self.query.shape[1]), self._stored[log]
             return
         for h in Tiling(1, self.query.shape[1], i.stop - i.start, self.key.shape[2]).heads():
             score = (self.scale * self.query[:, h, i].to(self.dtype)) @ self.key[:, h].to(self.dtype).mT
             score = _fill(score, None if self.masked is None else self.masked[:, None], -torch.inf)
             prob = torch.log_softmax(score, dim=-1) if log else torch.softmax(score, dim=-1)
             if self.grad_query is not None and self._holds_all(i) and prob.shape[1] == self.query.shape[1]:
-                self._kept[log] = prob
+                self._stored[log] = prob
             yield h, prob
 
     def _zero(self, i: slice) -> Tensor:
@@ -160,14 +166,14 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class _Side:
-    """One direction for some samples: `own` is LL for the text, `other` VV, `cross` LV, `back` VL."""
+class _Direction:
+    """The blocks in the text direction; in the image direction ll is VV, vv is LL, lv is VL and vl is LV."""
 
-    own: _Block
-    other: _Block
-    cross: _Block
-    back: _Block
-    weight: Tensor  # (b,N): 1 / number of rows at each row that counts, else 0
+    ll: _Block
+    vv: _Block
+    lv: _Block
+    vl: _Block
+    weight: Tensor  # (b, L): 1 / number of real text tokens at each of them, else 0
 
 
 def _batches(queries: list[Tensor]) -> list[slice]:
@@ -192,92 +198,95 @@ def _blocks(
     return [_Block(queries[i][b], keys[i][b], tokens[i], masked[i], scale) for i in range(4)]
 
 
-def _sides(blocks: list[_Block], direction: str) -> list[_Side]:
-    """The directions of the loss, over shared blocks."""
+def _directions(blocks: list[_Block], direction: str) -> list[_Direction]:
+    """The directions of the loss. They share the blocks."""
     ll, vv, lv, vl = blocks
-    sides = []
+    directions = []
     if direction in ("text", "both"):
-        sides.append(_Side(ll, vv, lv, vl, _row_weight(ll.tokens, vv.tokens, ll.dtype)))
+        directions.append(_Direction(ll, vv, lv, vl, _row_weight(ll.tokens, vv.tokens, ll.dtype)))
     if direction in ("image", "both"):
-        sides.append(_Side(vv, ll, vl, lv, _row_weight(vv.tokens, ll.tokens, ll.dtype)))
-    return sides
+        directions.append(_Direction(vv, ll, vl, lv, _row_weight(vv.tokens, ll.tokens, ll.dtype)))
+    return directions
 
 
 def _padding(mask: Tensor | None, b: slice) -> Tensor | None:
-    """(b,1,M), True at keys without a token; nowhere in a sample that has none at all, whose softmax would be 0 / 0."""
+    """(b, 1, M), True at padding; False throughout in a sample without any real token, whose softmax would be 0 / 0."""
     return None if mask is None else (~mask[b] & mask[b].any(-1, keepdim=True))[:, None]
 
 
-def _row_weight(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    return (rows & columns.any(-1, keepdim=True)).to(dtype) / rows.sum(-1, keepdim=True).clamp(min=1)
+def _row_weight(text: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean over real text tokens (b, L) as weights; 0 in a sample without real image tokens (b, V)."""
+    return (text & image.any(-1, keepdim=True)).to(dtype) / text.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _change_of_basis(side: _Side, grad: Tensor | None, singular: bool) -> Tensor:
-    """own against softmax(X other X^T), X a constant: cross with softmax(own) for CACR; for IAIS singular the one-hot matrix of
-    the keys that cross attends to most, with own itself. (Products with X, not gather and scatter_add: deterministic on a GPU.)
+def _change_of_basis(blocks: _Direction, grad: Tensor | None, singular: bool) -> Tensor:
+    """The divergence of LL from softmax(X VV X^T), with a constant X (L, V).
+
+    CACR: X is LV, and LL passes a softmax, too. IAIS singular: row i of X is one-hot at the key that row i of LV attends to most.
+    (Products with X are deterministic on a GPU; scatter_add is not.)
     """
-    own, other = side.own, side.other
-    loss, weight = _start(side, grad)
-    change = side.cross.whole()
+    ll, vv = blocks.ll, blocks.vv
+    loss, weight = _start(blocks, grad)
+    x = blocks.lv.whole()
     if singular:
-        change = torch.zeros_like(change).scatter_(-1, change.argmax(-1, keepdim=True), 1.0)
-    moved = _join(other.tiles(), lambda i: other.rows(i) @ change.mT)
-    grad_moved = None if grad is None else torch.zeros_like(moved)
-    for i in own.tiles(width=other.key.shape[2]):
-        target = change[:, i] @ moved
-        visible = _fill(target, own.masked, -torch.inf)
-        t = torch.softmax(visible, dim=-1)
+        x = torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1.0)
+    vv_x = _join(vv.tiles(), lambda i: vv.rows(i) @ x.mT)
+    grad_vv_x = None if grad is None else torch.zeros_like(vv_x)
+    for i in ll.tiles(width=vv.key.shape[2]):
+        target = x[:, i] @ vv_x
+        logits = _fill(target, ll.masked, -torch.inf)
+        t = torch.softmax(logits, dim=-1)
         if singular:
-            log_p = own.log_rows(i)
-            d = log_p - (target - torch.logsumexp(visible, dim=-1, keepdim=True))
+            log_p = ll.log_rows(i)
+            d = log_p - (target - torch.logsumexp(logits, dim=-1, keepdim=True))
         else:
-            # log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
-            gap = own.rows(i) - target
+            # log p - log t = gap - log sum t e^gap: the sum is the ratio of the two softmaxes' denominators
+            gap = ll.rows(i) - target
             d = gap - torch.log1p((t * torch.expm1(gap)).sum(-1, keepdim=True))
         difference = t * torch.expm1(d)  # p - t
         p = t + difference
-        loss += (side.weight[:, i] * (difference * d).sum(-1)).sum(-1)
-        if grad_moved is not None:
+        loss += (blocks.weight[:, i] * (difference * d).sum(-1)).sum(-1)
+        if grad_vv_x is not None:
             by_log_p, by_log_t = weight[:, i, None] * (p * d + difference), -weight[:, i, None] * (t * d + difference)
             if singular:
-                own.backward(i, by_log_p, log_p)
+                ll.backward(i, by_log_p, log_p)
             else:
-                own.add_gradient(i, _log_softmax_backward(p, by_log_p))
-            grad_moved += change[:, i].mT @ _log_softmax_backward(t, by_log_t)
-    if grad_moved is not None:
-        for i in other.tiles():
-            other.add_gradient(i, grad_moved[:, i] @ change)
+                ll.add_gradient(i, _log_softmax_backward(p, by_log_p))
+            grad_vv_x += x[:, i].mT @ _log_softmax_backward(t, by_log_t)
+    if grad_vv_x is not None:
+        for i in vv.tiles():
+            vv.add_gradient(i, grad_vv_x[:, i] @ x)
     return loss
 
 
-def _distributed(side: _Side, grad: Tensor | None) -> Tensor:
-    """own against cross back, with EPSILON in the logarithms of the first arguments."""
-    own, cross, back = side.own, side.cross, side.back
-    loss, weight = _start(side, grad)
-    returned = back.whole()
-    grad_returned = None if grad is None else torch.zeros_like(returned)
-    tiny = torch.finfo(own.dtype).tiny  # 0 log 0 = 0
-    for i in own.tiles(width=cross.key.shape[2]):
-        p, x = own.rows(i), cross.rows(i)
-        t = x @ returned
+def _distributed(blocks: _Direction, grad: Tensor | None) -> Tensor:
+    """The divergence of LL from LV VL, with EPSILON in the logarithms of the first arguments."""
+    ll, lv, vl = blocks.ll, blocks.lv, blocks.vl
+    loss, weight = _start(blocks, grad)
+    vl_rows = vl.whole()
+    grad_vl = None if grad is None else torch.zeros_like(vl_rows)
+    tiny = torch.finfo(ll.dtype).tiny  # 0 log 0 = 0
+    for i in ll.tiles(width=lv.key.shape[2]):
+        p, x = ll.rows(i), lv.rows(i)
+        t = x @ vl_rows
         safe_p, safe_t, first_p, first_t = p.clamp(min=tiny), t.clamp(min=tiny), (p + EPSILON).log(), (t + EPSILON).log()
         # t (log t - log(p + eps)) + p (log p - log(t + eps)), with log x - log(x + eps) = -log1p(eps / x)
         value = (t - p) * (first_t - first_p) - t * torch.log1p(EPSILON / safe_t) - p * torch.log1p(EPSILON / safe_p)
-        loss += (side.weight[:, i] * value.sum(-1)).sum(-1)
-        if grad_returned is not None:
+        loss += (blocks.weight[:, i] * value.sum(-1)).sum(-1)
+        if grad_vl is not None:
             # log p - log(t + eps) + 1 - t / (p + eps), small where p is near t
             by_p = safe_p.log() - first_t + (p - t + EPSILON) / (p + EPSILON)
             by_t = weight[:, i, None] * (safe_t.log() - first_p + (t - p + EPSILON) / (t + EPSILON))
-            own.add_gradient(i, weight[:, i, None] * by_p)
-            cross.add_gradient(i, by_t @ returned.mT)
-            grad_returned += x.mT @ by_t
-    if grad_returned is not None:
-        for i in back.tiles():
-            back.add_gradient(i, grad_returned[:, i])
+            ll.add_gradient(i, weight[:, i, None] * by_p)
+            lv.add_gradient(i, by_t @ vl_rows.mT)
+            grad_vl += x.mT @ by_t
+    if grad_vl is not None:
+        for i in vl.tiles():
+            vl.add_gradient(i, grad_vl[:, i])
     return loss
 
 
-_KINDS: dict[str, Callable[[_Side, Tensor | None], Tensor]] = {
+_KINDS: dict[str, Callable[[_Direction, Tensor | None], Tensor]] = {
     "cacr": partial(_change_of_basis, singular=False),
     "iais_singular": partial(_change_of_basis, singular=True),
     "iais_distributed": _distributed,
@@ -285,7 +294,7 @@ _KINDS: dict[str, Callable[[_Side, Tensor | None], Tensor]] = {
 
 
 def _join(tiles: list[slice], rows: Callable[[slice], Tensor]) -> Tensor:
-    """rows(i) (b,I,*) of all tiles as one tensor."""
+    """rows(i) (b, I, *) of all tiles as one tensor."""
     first = rows(tiles[0])
     if len(tiles) == 1:
         return first
@@ -296,9 +305,9 @@ def _join(tiles: list[slice], rows: Callable[[slice], Tensor]) -> Tensor:
     return out
 
 
-def _start(side: _Side, grad: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A loss of zeros (b), and the weight of each row in the gradient (b,N)."""
-    weight = side.weight
+def _start(blocks: _Direction, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A loss of zeros (b), and the weight of each row in the gradient (b, N)."""
+    weight = blocks.weight
     return weight.new_zeros(weight.shape[0]), weight if grad is None else weight * grad[:, None]
 
 

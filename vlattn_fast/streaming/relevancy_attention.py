@@ -1,6 +1,6 @@
 """relevancy_attention and relevancy_step in O(N) memory with plain PyTorch, on any device and dtype.
 
-Attention and its gradients are score_attention's; r Abar is taken behind them, one tile of rows of Abar at a time.
+Attention and its gradients are those of score_attention. r Abar is computed after them, one tile of rows of Abar at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B,H,N,Dv), the carrier's copy (B,T,N), lse (B,H,N)."""
+    """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
     out, lse = score_attention.forward(query, key, value, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal)
     return out, carrier.clone(), lse
 
@@ -51,7 +51,7 @@ def backward(
     is_causal: bool,
     need_inputs: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing asked."""
+    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if need_inputs and grad_out is not None:
         grads = score_attention.backward(
@@ -59,12 +59,12 @@ def backward(
         )[:3]
     if grad_carrier is None:
         return grads[0], grads[1], grads[2], None
-    kept = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
+    direct = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
     if grad_out is None and rule == "gradient":
-        return grads[0], grads[1], grads[2], kept.clone()
-    sent = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
-    moved = step(sent, query, key, value, grad_out, None, attn_mask, key_mask, rule, row_normalize, scale, is_causal)
-    return grads[0], grads[1], grads[2], kept + moved
+        return grads[0], grads[1], grads[2], direct.clone()
+    weighted = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
+    attended = step(weighted, query, key, value, grad_out, None, attn_mask, key_mask, rule, row_normalize, scale, is_causal)
+    return grads[0], grads[1], grads[2], direct + attended
 
 
 def step(
@@ -81,14 +81,14 @@ def step(
     scale: float,
     is_causal: bool,
 ) -> Tensor:
-    """relevancy @ Abar, (B,T,N) -> (B,T,M)."""
+    """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
     num_heads = query.shape[1]
     key = expand_heads(key, num_heads)
     value = None if value is None else expand_heads(value, num_heads)
     masks = Masks(attn_mask, key_mask, is_causal)
     dtype = compute_dtype(query)
-    moved = torch.zeros(*relevancy.shape[:2], key.shape[2], dtype=dtype, device=query.device)
+    result = torch.zeros(*relevancy.shape[:2], key.shape[2], dtype=dtype, device=query.device)
     for b, i in Tiling(query.shape[0], num_heads, query.shape[2], key.shape[2]).rows():
         abar = abar_tile(query, key, value, grad_output, lse, masks, rule, row_normalize, scale, b, i)
-        moved[b] += relevancy[b, :, i].to(dtype) @ abar
-    return moved.to(relevancy.dtype)
+        result[b] += relevancy[b, :, i].to(dtype) @ abar
+    return result.to(relevancy.dtype)

@@ -32,7 +32,7 @@ def forward(
     dropout_p: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out (B,H,N,Dv), laid out (B,N,H,Dv) as SDPA does, and lse (B,H,N)."""
+    """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N)."""
     masks = Masks(attn_mask, key_mask, is_causal)
     num_heads = query.shape[1]
     key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
@@ -83,12 +83,12 @@ def backward(
         prob = probabilities(logits, dtype)
         go, v = grad_out[b, h, i].to(dtype), value[b, h].to(dtype)
         grad_prob = go @ v.mT
-        kept = prob
+        dropped = prob
         if dropout_p > 0.0:
             factor = keep_factor(seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, dtype)
-            kept, grad_prob = prob * factor, grad_prob * factor
-        grad_v[b, h] += kept.mT @ go
-        # sum_j P dP, which flash attention takes as dO . O; recomputed here, it carries no rounding of O
+            dropped, grad_prob = prob * factor, grad_prob * factor
+        grad_v[b, h] += dropped.mT @ go
+        # FlashAttention takes delta = sum_j P dP as sum(dO * O); this sum has no rounding of O
         delta = (prob * grad_prob).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - grad_lse[b, h, i, None].to(dtype)
@@ -105,7 +105,7 @@ def backward(
 def _logit_tiles(
     query: Tensor, key: Tensor, vector: Tensor | None, masks: Masks, score: str, parameter: float, scale: float
 ) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Slices of batch, heads and query rows with their masked logits (b,h,i,M) in the dtype of sums."""
+    """Slices of batch, heads and query rows with their masked logits (b, h, i, M) in the dtype of sums."""
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     tiling = Tiling(*shape)
     for b, i in tiling.rows():

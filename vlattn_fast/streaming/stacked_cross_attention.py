@@ -1,13 +1,13 @@
-"""stacked_cross_attention in bounded memory with plain PyTorch: tiles of some contexts with some query sets, all batched.
+"""stacked_cross_attention in bounded memory with plain PyTorch: each tile is some context sets with some query sets, batched.
 
-The attended vector a_q = sum_c alpha_qc c is only needed in cos(q, a_q), so where contexts are fewer than features it is
-never formed: <q, a_q> = sum_c alpha_qc s_qc and |a_q|^2 = alpha G alpha^T with the Gram matrix G = C C^T, about half of the
-products. Both sums cancel where a_q is short, which would cost accuracy the plain formula has. So G and all maps are float64
-(a small part beside the products over features), and the uniform part of alpha, which cancels where contexts lie around
-zero, is met by their mean: <q, a_q> = <q, mean> + sum_c (alpha_qc - 1/m) s_qc.
-The backward pass recomputes each tile; nothing but the inputs is saved.
+The attended vector a_q = sum_c alpha_qc c is needed in cos(q, a_q) only. Where a set has fewer contexts than features, a_q is
+never formed: <q, a_q> = sum_c alpha_qc s_qc and |a_q|^2 = alpha G alpha^T, with the Gram matrix G = C C^T. That saves about half
+of the products. Both sums cancel where a_q is short, and would be less accurate than the plain formula. Two things prevent it:
+G and all maps are float64, which costs little beside the products over features; and the uniform part of alpha, which cancels
+where the contexts lie around zero, is taken by their mean: <q, a_q> = <q, mean> + sum_c (alpha_qc - 1/m) s_qc.
+The backward pass recomputes each tile; only the inputs are saved.
 
-Shapes: a tile has x context sets of m contexts and y query sets of n queries; maps are (x,y,n,m).
+Shapes: a tile has x context sets of m contexts and y query sets of n queries; maps are (x, y, n, m).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def forward(
     aggregation: str,
     lambda_lse: float,
 ) -> Tensor:
-    """similarity (Bi,Bc). Rows beyond the lengths must be zero: the public call sees to that."""
+    """similarity (Bi, Bc). Rows beyond the lengths are zero; the public call writes the zeros."""
     similarity = images.new_zeros(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
     rule = _Rule(first_norm, smooth, aggregation, lambda_lse)
     query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
@@ -95,7 +95,7 @@ class _Rule:
 
 @dataclass(frozen=True)
 class _Side:
-    """Images or captions: rows (B,L,D), of which the first lengths (B) are real."""
+    """Images or captions: rows (B, L, D), of which the first lengths (B) are real."""
 
     rows: Tensor
     lengths: Tensor | None
@@ -104,8 +104,8 @@ class _Side:
         return self.rows[i].to(compute_dtype(self.rows))
 
     def masks(self, i: slice) -> tuple[Tensor | None, Tensor | None]:
-        """bool (i,L), True = real, and (i), True = not empty. An empty set shows its row 0, a zero vector, so that nothing
-        becomes NaN; what it gives is set to 0."""
+        """bool (i, L), True = real, and (i), True = not empty. Row 0 of an empty set, a zero vector, counts as real so that
+        nothing becomes NaN; the similarity of the set is set to 0 later."""
         if self.lengths is None:
             return None, None
         lengths = self.lengths[i]
@@ -115,14 +115,14 @@ class _Side:
 def _sides(
     images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None, direction: str
 ) -> tuple[_Side, _Side]:
-    """The side that asks and the side that is attended to."""
+    """The side of the queries and the side of the contexts."""
     image, caption = _Side(images, image_lengths), _Side(captions, caption_lengths)
     return (caption, image) if direction == "t2i" else (image, caption)
 
 
 def _tile_pairs(query: Tensor, context: Tensor) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of the contexts, each with the slices of the queries it meets. A tile's maps, its rows on either side and its
-    Gram matrices have at most TILE_ELEMENTS elements (or one pair's, where that is more)."""
+    """Slices of the context sets, each with all slices of the query sets. The maps of a tile, its rows of either side and its
+    Gram matrices have at most TILE_ELEMENTS elements each, or those of one pair where that is more."""
     (num_y, n, size), (num_x, m, _) = query.shape, context.shape
     if n == 0 or m == 0:
         return
@@ -135,26 +135,26 @@ def _tile_pairs(query: Tensor, context: Tensor) -> Iterator[tuple[slice, list[sl
 
 
 class _Contexts:
-    """The context sets x, and their gradient as the tiles add to it."""
+    """The context sets x and their gradient, to which the tiles add."""
 
     def __init__(self, side: _Side, x: slice) -> None:
         rows = side.tile(x)
         self.size = rows.shape[1]
         self.mask, self.filled = side.masks(x)
-        self.dtype = rows.dtype if rows.device.type == "mps" else torch.float64  # of maps; mps has no float64
+        self.dtype = rows.dtype if rows.device.type == "mps" else torch.float64  # of the maps; mps has no float64
         wide = rows.to(self.dtype)
         real = wide.new_full((1, 1), self.size) if self.mask is None else self.mask.sum(1, keepdim=True).to(self.dtype)
-        self.share = real.reciprocal()[..., None]  # 1/m: (1,1,1) or (x,1,1)
+        self.share = real.reciprocal()[..., None]  # 1/m: (1, 1, 1) or (x, 1, 1)
         self.gram = self.grad_gram = None
         if rows.shape[1] < rows.shape[2]:
             self.gram = wide @ wide.mT
             self.grad_gram = torch.zeros_like(self.gram)
             rows = torch.cat([rows, (wide * self.share).sum(1, keepdim=True).to(rows.dtype)], dim=1)
-        self.rows = rows  # (x,m,D), in front of a Gram matrix with the mean as row m
+        self.rows = rows  # (x, m, D); with a Gram matrix (x, m + 1, D), where row m is the mean
         self.grad_rows = torch.zeros_like(rows)
 
     def backward(self) -> Tensor:
-        """The gradient of the context sets (x,m,D)."""
+        """The gradient of the context sets (x, m, D)."""
         grad, grad_mean = self.grad_rows[:, : self.size], self.grad_rows[:, self.size :]
         if self.grad_gram is None:
             return grad
@@ -162,7 +162,7 @@ class _Contexts:
 
 
 class _Tile:
-    """The forward pass of some contexts with the query sets y, and what its backward pass needs."""
+    """The forward pass of some context sets with the query sets y, and what the backward pass needs of it."""
 
     def __init__(self, rule: _Rule, side: _Side, y: slice, contexts: _Contexts) -> None:
         self.rule, self.contexts = rule, contexts
@@ -189,11 +189,11 @@ class _Tile:
         self.cosine = dot / self.length.clamp(min=EPS)
 
     def similarity(self) -> Tensor:
-        """(x,y)."""
+        """(x, y)."""
         return self._zero_where_empty(_aggregate(self.rule, self.cosine, self.mask))
 
     def backward(self, grad: Tensor) -> Tensor:
-        """The gradient of the query sets (y,n,D) from that of the similarity (x,y); the contexts' is added to them."""
+        """The gradient of the query sets (y, n, D) from that of the similarity (x, y). Adds to the gradient of the contexts."""
         contexts, query, alpha = self.contexts, self.query.to(self.contexts.dtype), self.alpha
         grad = self._zero_where_empty(grad.to(contexts.dtype))
         grad_cosine = grad[..., None] * _aggregate_backward(self.rule, self.cosine, self.mask)
@@ -222,12 +222,12 @@ class _Tile:
         return grad_query.to(self.query.dtype) + (flat @ contexts.rows.flatten(0, 1)).view_as(self.query)
 
     def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """(x,y,n,k) by (x,k,l), multiplied in the dtype of the matrix."""
+        """(x, y, n, k) times (x, k, l), in the dtype of the matrix."""
         product = x.flatten(1, 2).to(matrix.dtype) @ matrix
         return product.view(*x.shape[:3], -1).to(self.contexts.dtype)
 
     def _outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        """(x,k,l) from (x,y,n,k) and (x,y,n,l)."""
+        """(x, k, l) from (x, y, n, k) and (x, y, n, l)."""
         return a.flatten(1, 2).mT.to(dtype) @ b.flatten(1, 2).to(dtype)
 
     def _zero_where_empty(self, similarity: Tensor) -> Tensor:
@@ -237,7 +237,8 @@ class _Tile:
 
 
 def _normalize(rule: _Rule, score: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Each context's column over the queries (axis 2), and its norm; the scores of padding are 0, which norms do not see."""
+    """Normalises each context's column over the queries (axis 2): the result and the norm. Scores of padding are 0 and add
+    nothing to a norm."""
     if rule.norm == "softmax":
         return torch.softmax(_mask_padding(score, mask, -torch.inf), dim=2), None
     if rule.clips:
@@ -258,7 +259,7 @@ def _normalize_backward(rule: _Rule, grad: Tensor, score: Tensor, normal: Tensor
 
 
 def _aggregate(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
-    """(x,y,n) to (x,y)."""
+    """(x, y, n) to (x, y)."""
     if rule.aggregation == "logsumexp":
         return torch.logsumexp(rule.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1) / rule.lambda_lse
     if rule.aggregation == "max":
@@ -267,7 +268,7 @@ def _aggregate(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _aggregate_backward(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
-    """The derivative of the aggregate by each cosine, (x,y,n)."""
+    """The derivative of the aggregate by each cosine, (x, y, n)."""
     if rule.aggregation == "logsumexp":
         return torch.softmax(rule.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1)
     if rule.aggregation == "max":
@@ -279,7 +280,7 @@ def _aggregate_backward(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Ten
 
 
 def _mask_padding(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
-    """(x,y,n) or (x,y,n,m) with `value` at padding of the query sets, mask (y,n)."""
+    """(x, y, n) or (x, y, n, m) with `value` at padding of the query sets, mask (y, n)."""
     if mask is None:
         return x
     return x.masked_fill(~(mask if x.dim() == 3 else mask[..., None]), value)
