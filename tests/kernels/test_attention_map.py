@@ -53,4 +53,4 @@ def test_what_it_cannot_run_is_refused() -> None:
     assert_refused("triton", "float16, bfloat16 and float32", run)
     for query, value in ((wide, q), (q, wide)):
         run = partial(va.attention_map, query, query, value, value, rule="gradient", backend="triton")
-        assert_refused("triton", "head sizes of at most 256", run)
+        assert_refused("triton", "head_dim of at most 256", run)

@@ -201,7 +201,7 @@ def test_runs_are_bit_equal_and_write_no_input() -> None:
     "dtype, d, words, expected",
     [
         (torch.float64, 4, 3, "float16, bfloat16 and float32"),
-        (torch.float32, 300, 3, "head sizes of at most 256"),
+        (torch.float32, 300, 3, "head_dim of at most 256"),
         (torch.float32, 1, 16385, "at most 16384 tokens"),
     ],
 )

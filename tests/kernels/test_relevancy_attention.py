@@ -434,8 +434,8 @@ def test_opcheck() -> None:
     "d, dv, dtype, words",
     [
         (8, 8, F64, "float16, bfloat16 and float32"),
-        (257, 8, torch.float32, "head sizes of at most 256"),
-        (8, 257, torch.float32, "head sizes of at most 256"),
+        (257, 8, torch.float32, "head_dim of at most 256"),
+        (8, 257, torch.float32, "head_dim of at most 256"),
     ],
 )
 def test_what_it_cannot_run_is_refused(d: int, dv: int, dtype: torch.dtype, words: str) -> None:

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why the others do not: one table per operator, asked without a tensor or a GPU."""
+"""Which backend runs a call, and why each of the others does not: one table per operator, read without a tensor or a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "triton", "cuda")
 
 @dataclass(frozen=True)
 class Call:
-    """The facts of one call that limits are asked about: no tensor, so a laptop can ask what a GPU would refuse."""
+    """What the limits of backends read of a call. It holds no tensor, so a laptop can ask what a backend refuses on a GPU."""
 
     operator: str
     dtype: torch.dtype
@@ -35,9 +35,9 @@ class Call:
 
 
 class Backend(NamedTuple):
-    """`refusals(call)` lists every reason why not, in constant words (a printed size would cost torch.compile a graph per
-    size). `module` is imported when first used; it holds `forward` and `backward`, or the operator itself where torch
-    differentiates it (reference, sdpa)."""
+    """`refusals(call)` lists all reasons why the backend does not run it, in constant words: a size in the words would cost
+    torch.compile a graph per size. `module` is imported at first use. It has `forward` and `backward`, or the operator itself
+    where torch differentiates it (reference, sdpa)."""
 
     refusals: Callable[[Call], list[str]]
     module: str
@@ -51,12 +51,12 @@ def accept(call: Call) -> list[str]:
     return []
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once as well
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def triton_refusals(call: Call) -> list[str]:
-    """What no Triton kernel here can run."""
+    """Why no Triton kernel of this package runs the call."""
     reasons = []
     if not _HAS_TRITON:
         reasons.append("triton is not installed")
@@ -65,7 +65,7 @@ def triton_refusals(call: Call) -> list[str]:
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append("Triton kernels take float16, bfloat16 and float32")
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
-        reasons.append("Triton kernels take head sizes of at most 256")
+        reasons.append("Triton kernels take a head_dim of at most 256")
     return reasons
 
 
@@ -73,7 +73,7 @@ Limits = Callable[[Call], list[tuple[str, bool]]]  # reasons, and whether each h
 
 
 def cuda_refusals(call: Call, limits: Limits) -> list[str]:
-    """What a CUDA C++ kernel with these `limits` cannot run."""
+    """Why a CUDA C++ kernel with these `limits` does not run the call."""
     reasons = []
     if not _shared_library.library.exists:
         reasons.append("the CUDA C++ kernels are not built (`vlattn info` says why)")
@@ -82,7 +82,7 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")
     if reasons and torch.compiler.is_compiling():
-        return reasons  # to compare sizes would cost a graph for each outcome
+        return reasons  # comparing sizes would cost a graph for each outcome
     return reasons + limited(call, limits)
 
 
@@ -104,9 +104,9 @@ def table(
 ) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
-    `sdpa` gives the limits of torch's own attention, which is the fastest for what it takes; `triton` the refusals of the Triton
-    kernels; `cuda` the limits of those in CUDA C++, which come after Triton until they have been measured. 'reference' is only
-    used where a caller names it.
+    `sdpa`: the limits of torch's own attention, which is the fastest for what it takes. `triton`: the refusals of the Triton
+    kernels. `cuda`: the limits of the CUDA C++ kernels, which come after Triton until they have been measured. "auto" never
+    takes the reference.
     """
     return {
         "sdpa": Backend(not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), f"vlattn_fast.sdpa.{stem}"),
@@ -118,10 +118,10 @@ def table(
 
 
 def select(backends: Table, call: Call, backend: Any) -> str:
-    """The name of the backend that runs `call`: the one asked for, or the first without refusals for "auto", which leaves
-    kernels on the CPU (Triton's interpreter, the host build of CUDA C++: made for tests) to those who name them.
+    """The name of the backend that runs `call`: `backend`, or for "auto" the first without refusals.
 
-    Raises ValueError with all reasons where the backend asked for cannot run the call.
+    On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ are there for tests, by name.
+    Raises ValueError with all reasons where the named backend refuses the call.
     """
     check_choice("backend", backend, BACKEND_NAMES)
     if backend == "auto":
