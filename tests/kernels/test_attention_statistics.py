@@ -67,6 +67,6 @@ def test_head_dims(d: int, m: int, dtype: torch.dtype) -> None:
 
 def test_what_it_cannot_run_is_refused() -> None:
     run = partial(va.attention_statistics, backend="triton")
-    for d, dtype, words in ((8, torch.float64, "float16, bfloat16 and float32"), (257, torch.float32, "sizes of at most 256")):
+    for d, dtype, words in ((8, torch.float64, "float16, bfloat16 and float32"), (257, torch.float32, "head_dim of at most 256")):
         x = torch.randn(1, 1, 3, d, dtype=dtype)
         assert_refused("triton", words, partial(run, x, x))
