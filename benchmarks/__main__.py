@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="files or single benchmarks (--list); all by default; or `report`")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="few rounds, and nothing under torch.compile but one")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; stores rows only with --out")
     parser.add_argument("--no-compile", action="store_true", help="nothing under torch.compile")
     parser.add_argument("--rounds", type=int, help="calls of each variant")
     parser.add_argument("--out", type=Path, help="JSON file that rows are added to, or a folder for <device>.json")

@@ -1,8 +1,8 @@
-"""How a benchmark is declared and measured, and the row that comes out.
+"""How a benchmark is declared and measured, and its rows.
 
-Every variant of a benchmark runs once a round, in turns, in one process, so that a busy moment, a clock change and the caches hit
-all of them. On a GPU a call is timed by events behind a backlog that keeps the stream busy while the host prepares the call: an
-event pair on a starved stream would time the host. Percentiles are of the single calls.
+Every variant of a benchmark runs once a round, in turns, in one process, so that a busy moment, a clock change and the caches
+affect all of them alike. On a GPU a call is timed by events. A backlog keeps the stream busy while the host prepares the call,
+since a pair of events on an idle stream would time the host. Percentiles are over single calls.
 """
 
 from __future__ import annotations
@@ -103,17 +103,19 @@ def forward(call: Callable[[Tensors], Any]) -> Run:
     return run
 
 
-def backward(wanted: Sequence[str], sent: Sequence[str], hidden: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Run]:
-    """Forward and backward: gradients of the inputs `wanted` for the cotangents `sent`; those of `hidden` are not compared."""
+def backward(
+    inputs: Sequence[str], cotangents: Sequence[str], not_compared: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Run]:
+    """Forward and backward: gradients of `inputs` for `cotangents`, by name; those of `not_compared` are only computed."""
 
     def wrap(call: Callable[[Tensors], Any]) -> Run:
         def run(tensors: Tensors) -> Tensors:
-            leaves = {name: tensors[name].detach().requires_grad_() for name in wanted}
+            leaves = {name: tensors[name].detach().requires_grad_() for name in inputs}
             outputs = _named(call({**tensors, **leaves}))
             used = [x for x in outputs.values() if x.requires_grad]
-            grads = torch.autograd.grad(used, list(leaves.values()), [tensors[name] for name in sent])
-            found = {f"gradient of {name}": x for name, x in zip(wanted, grads, strict=True) if name not in hidden}
-            return {name: x.detach() for name, x in outputs.items()} | found
+            grads = torch.autograd.grad(used, list(leaves.values()), [tensors[name] for name in cotangents])
+            compared = {f"gradient of {name}": x for name, x in zip(inputs, grads, strict=True) if name not in not_compared}
+            return {name: x.detach() for name, x in outputs.items()} | compared
 
         return run
 
@@ -212,15 +214,26 @@ class Measurement:
         overrides: Sizes | None = None,
         compiled: bool = True,
         dtype: torch.dtype | None = None,
+        only: Sequence[str] | None = None,
     ) -> None:
+        """A quick one has few rounds, on a CPU small sizes, and under torch.compile on a GPU the one benchmark that says so.
+
+        Args:
+            overrides: the largest size by name.
+            only: variants to measure; all by default.
+        """
         torch._dynamo.reset()  # its limit of compilations counts per function, and would fall back to eager silently
         self.benchmark, self.device, self.quick = benchmark, device, quick
         self.dtype = dtype or (torch.float32 if device.type == "cpu" else benchmark.cuda_dtype)
         self.rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)[device.type]
-        self.sizes = benchmark.workload.sizes(device, overrides)
+        self.sizes = benchmark.workload.sizes(device, overrides, quick)
         self.problem = benchmark.build(self.sizes, device, self.dtype)
-        compiled = compiled and (not quick or benchmark.compile_when_quick)
-        self.standing = {name: _Standing() for name, x in self.problem.variants.items() if compiled or not x.compiled}
+        compiled = compiled and (not quick or (device.type == "cuda" and benchmark.compile_when_quick))
+        self.standing = {
+            name: _Standing()
+            for name, variant in self.problem.variants.items()
+            if (compiled or not variant.compiled) and (only is None or name in only)
+        }
         truth = self._truth()
         gc.collect()
         for name, standing in self.standing.items():
@@ -293,7 +306,7 @@ class Measurement:
 
     def rows(self) -> list[dict[str, Any]]:
         """One per variant. Times are in microseconds; without a time, `not_run` says why."""
-        bound = self.standing[self.problem.bound].seconds
+        bound = self.standing[self.problem.bound].seconds if self.problem.bound in self.standing else None
         floor = sum(one.seconds() for one in self.problem.floor) if "H200" in device_name(self.device) else None
         shared = {
             "benchmark": self.benchmark.name,
@@ -325,9 +338,8 @@ def largest_error(got: Tensors, truth: Tensors | None) -> float | None:
     errors = []
     for name, x in got.items():
         if truth is not None and name in truth:
-            wanted = truth[name]
-            size = float(wanted.abs().max())
-            errors.append(float((x.detach().double() - wanted).abs().max()) / (size or 1.0))
+            size = float(truth[name].abs().max())
+            errors.append(float((x.detach().double() - truth[name]).abs().max()) / (size or 1.0))
     return max(errors) if errors else None
 
 

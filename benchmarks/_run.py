@@ -1,28 +1,29 @@
-"""What is declared, how it is chosen by name, and a whole run: measured, printed, appended. Serves every door to it."""
+"""Which benchmarks there are, how a name chooses among them, and a whole run: measured, printed, stored."""
 
 from __future__ import annotations
 
 import importlib
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from vlattn_fast.benchmarks._measure import RESULTS, Benchmark, Measurement, append, device_name, provenance, slug
+from vlattn_fast.benchmarks._measure import HERE, RESULTS, Benchmark, Measurement, append, device_name, provenance, slug
 
-MODULES = (
-    "score_attention",
-    "relevancy_attention",
-    "attention_map",
-    "attention_statistics",
-    "congruence_loss",
-    "stacked_cross_attention",
-    "task_explain_clip",
-    "task_explain_decoder",
-    "task_cacr_training",
-    "task_scan_similarity",
-)
-OURS = ("cuda", "triton", "streaming")
+from vlattn_fast import verify
+from vlattn_fast.ops._dispatch import BACKEND_NAMES
+
+# One file per operator and one per task; the tasks are found by the names of their files.
+MODULES = (*verify.OPERATORS, *sorted(path.stem for path in HERE.glob("task_*.py")))
+OURS = tuple(name for name in BACKEND_NAMES if name not in ("auto", "reference"))
+COLUMNS = """
+p20, p50, p80: percentiles of the time of a call. MiB: what a call adds to memory at its peak.
+error: the largest error over the largest magnitude, against the formula in float64.
+of bound: p50 over that of the bound, marked *, which does the least work that the benchmark needs.
+of floor: p50 over the least time that an H200's rates allow; on an H200 only.
+"""
 
 
 def declared() -> list[Benchmark]:
@@ -62,23 +63,41 @@ def run(
     compiled: bool = True,
     command: str = "",
 ) -> bool:
-    """Measures, prints and adds to `out`, a JSON file or a folder for <device>.json; False where one of our backends failed."""
+    """Measures, prints and stores; False where one of our backends failed.
+
+    Rows go to `out`, a JSON file or a folder for <device>.json, by default benchmarks/results. A quick run stores none by
+    default, since its sizes are not those of the report. The progress goes to stderr.
+    """
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}")
     place, benchmarks = check_device(device), choose(names)
-    folder = out or RESULTS
-    path = folder if folder.suffix == ".json" else folder / f"{slug(place)}.json"
-    print(f"{device_name(place)}, {torch.get_num_threads()} CPU threads; rows go to {path}", flush=True)
-    passed, origin = True, {"device": device_name(place), **provenance(command)}
-    for benchmark in benchmarks:
+    folder = RESULTS if out is None and not quick else out
+    path = folder if folder is None or folder.suffix == ".json" else folder / f"{slug(place)}.json"
+    rows_go = "rows are not stored (--out stores them)" if path is None else f"rows go to {path}"
+    print(f"{device_name(place)}, {torch.get_num_threads()} CPU threads; {rows_go}\n{COLUMNS}", flush=True)
+    passed, origin, start = True, {"device": device_name(place), **provenance(command)}, time.perf_counter()
+    for done, benchmark in enumerate(benchmarks):
+        print(_progress(done, len(benchmarks), time.perf_counter() - start, benchmark.name), file=sys.stderr, flush=True)
         rows = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled).run()
         rows = [{**row, **origin} for row in rows]
         show(rows)
-        append(rows, path)
+        if path is not None:
+            append(rows, path)
         passed &= not any("not_run" in row and row["variant"] in OURS for row in rows)
         if place.type == "cuda":
             torch.cuda.empty_cache()
+    print(f"\n{len(benchmarks)} benchmarks in {_clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
     return passed
+
+
+def _progress(done: int, count: int, elapsed: float, name: str) -> str:
+    """The line in front of a benchmark; the time that is left is estimated from the mean of those before it."""
+    left = f", about {_clock(elapsed / done * (count - done))} left" if done else ""
+    return f"\n[{done + 1} of {count}; {_clock(elapsed)} elapsed{left}] {name}"
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def show(rows: Iterable[dict[str, Any]]) -> None:
@@ -88,7 +107,8 @@ def show(rows: Iterable[dict[str, Any]]) -> None:
             print(f"\n{row['benchmark']}  ({sizes}, {row['dtype']})")
             titles = ("p20 ms", "p50 ms", "p80 ms", "MiB", "error", "of bound", "of floor")
             print(f"  {'variant':28}" + "".join(f"{title:>10}" for title in titles))
-        print(f"  {row['variant']:28}{_figures(row)}", flush=True)
+        mark = " *" if row["is_bound"] else ""
+        print(f"  {row['variant'] + mark:28}{_figures(row)}", flush=True)
 
 
 def _figures(row: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The sizes of every benchmark: those of published models on a GPU, and smaller ones that two CPU cores can run.
 
 B batch, H heads, N tokens, D head_dim; L text tokens, V image tokens. On a CPU batch and heads are smaller (SCAN: the number of
-pairs; whole models: depth and width), and the longest sequence is shorter.
+pairs; whole models: depth and width), and the longest sequence is shorter. A quick run on a CPU takes a part of that again, so
+that all of it ends in two minutes.
 """
 
 from __future__ import annotations
@@ -19,26 +20,53 @@ class Workload(NamedTuple):
     title: str
     full: Sizes
     cpu: Sizes  # what differs on a CPU
+    quick: Sizes  # what differs from that in a quick run on a CPU
 
-    def sizes(self, device: torch.device, overrides: Sizes | None = None) -> dict[str, int]:
+    def sizes(self, device: torch.device, overrides: Sizes | None = None, quick: bool = False) -> dict[str, int]:
         """overrides: the largest value by name, for a trial at small sizes."""
-        found = {**self.full, **(self.cpu if device.type == "cpu" else {})}
-        return {name: min(size, (overrides or {}).get(name, size)) for name, size in found.items()}
+        sizes = dict(self.full)
+        if device.type == "cpu":
+            sizes |= {**self.cpu, **(self.quick if quick else {})}
+        return {name: min(size, (overrides or {}).get(name, size)) for name, size in sizes.items()}
 
 
-CLIP = Workload("clip", "CLIP ViT-L/14@336", {"B": 64, "H": 16, "N": 577, "D": 64}, {"B": 1, "H": 4})
-UNITER = Workload("uniter", "UNITER/LXMERT", {"B": 256, "H": 12, "L": 60, "V": 100, "D": 64}, {"B": 4})
-LLAVA = Workload("llava", "LLaVA-7B", {"B": 4, "H": 32, "N": 704, "D": 128, "causal": 1}, {"B": 1, "H": 4})
-HIGHRES = Workload("highres", "high-resolution VLM", {"B": 1, "H": 32, "N": 16384, "D": 128, "causal": 1}, {"H": 1, "N": 4096})
-SCAN = Workload("scan", "SCAN", {"images": 128, "captions": 128, "R": 36, "T": 20, "D": 1024}, {"images": 32, "captions": 32})
-DAMSM = Workload("damsm", "DAMSM", {"images": 128, "captions": 128, "R": 289, "T": 18, "D": 256}, {"images": 16, "captions": 16})
+CLIP = Workload("clip", "CLIP ViT-L/14@336", {"B": 64, "H": 16, "N": 577, "D": 64}, {"B": 1, "H": 4}, {"H": 1})
+UNITER = Workload("uniter", "UNITER/LXMERT", {"B": 256, "H": 12, "L": 60, "V": 100, "D": 64}, {"B": 4}, {"B": 1})
+LLAVA = Workload("llava", "LLaVA-7B", {"B": 4, "H": 32, "N": 704, "D": 128, "causal": 1}, {"B": 1, "H": 4}, {"H": 1})
+HIGHRES = Workload(
+    "highres", "high-resolution VLM", {"B": 1, "H": 32, "N": 16384, "D": 128, "causal": 1}, {"H": 1, "N": 4096}, {"N": 1024}
+)
+SCAN = Workload(
+    "scan",
+    "SCAN",
+    {"images": 128, "captions": 128, "R": 36, "T": 20, "D": 1024},
+    {"images": 32, "captions": 32},
+    {"images": 12, "captions": 12},
+)
+DAMSM = Workload(
+    "damsm",
+    "DAMSM",
+    {"images": 128, "captions": 128, "R": 289, "T": 18, "D": 256},
+    {"images": 16, "captions": 16},
+    {"images": 6, "captions": 6},
+)
 
 # Whole models: C width, `every`: the loss on every so many samples, as IAIS takes the matched pairs among hard negatives.
-CLIP_TOWER = Workload("clip-tower", "CLIP ViT-L/14@336's tower", {"layers": 24, **CLIP.full, "C": 1024}, {"layers": 6, "B": 1})
+CLIP_TOWER = Workload(
+    "clip-tower", "CLIP ViT-L/14@336's tower", {"layers": 24, **CLIP.full, "C": 1024}, {"layers": 6, "B": 1}, {"layers": 1}
+)
 LLAVA_DECODER = Workload(
-    "llava-decoder", "LLaVA-7B's decoder", {"layers": 32, **LLAVA.full, "C": 4096}, {"layers": 4, "B": 1, "H": 4, "C": 512}
+    "llava-decoder",
+    "LLaVA-7B's decoder",
+    {"layers": 32, **LLAVA.full, "C": 4096},
+    {"layers": 4, "B": 1, "H": 4, "C": 512},
+    {"layers": 1},
 )
 UNITER_ENCODER = Workload(
-    "uniter-encoder", "UNITER-base", {"layers": 12, **UNITER.full, "C": 768, "every": 3}, {"layers": 3, "B": 6}
+    "uniter-encoder",
+    "UNITER-base",
+    {"layers": 12, **UNITER.full, "C": 768, "every": 3},
+    {"layers": 3, "B": 6},
+    {"layers": 1, "B": 3},
 )
-SCAN_BATCH = Workload("scan-batch", "SCAN, a training batch", SCAN.full, {})
+SCAN_BATCH = Workload("scan-batch", "SCAN, a training batch", SCAN.full, {}, {"images": 24, "captions": 24})

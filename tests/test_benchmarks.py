@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _bounds, _measure, _report, _run, _workloads
+from vlattn_fast.benchmarks import _bounds, _isolated, _measure, _report, _run, _workloads
 
 TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7, "images": 4, "captions": 4, "R": 6, "T": 5, "layers": 2, "C": 16}
 CPU = torch.device("cpu")
@@ -146,11 +146,48 @@ def test_peak_memory_is_what_the_call_holds():
     assert 0.9 * size <= peak < 1.1 * size and spent > 0
 
 
+def test_variants_in_processes_of_their_own():
+    """Each process measures its variant alone; the rows come back in the order asked for, with ratios to the bound's."""
+    variants = ("plain forward+backward", "streaming", "published")
+    rows = _isolated.measure("task_explain_clip", variants, rounds=2, overrides=TINY)
+    assert [row["variant"] for row in rows] == list(variants) and [row["is_bound"] for row in rows] == [True, False, False]
+    for row in rows:
+        assert row["rounds"] == 2 and row["ratio_to_bound"] == row["p50_us"] / rows[0]["p50_us"]
+        assert row["error"] is None if row["is_bound"] else row["error"] <= 1e-4
+        assert row["sizes"]["layers"] == 2 and row["peak_bytes"] is not None
+
+
+def test_a_quick_run_is_smaller_and_stores_nothing_unless_told(only_congruence, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_run, "RESULTS", tmp_path)
+    assert _run.run(["congruence_loss"], quick=True, rounds=1)
+    assert list(tmp_path.iterdir()) == [] and "rows are not stored" in capsys.readouterr().out
+    assert _run.run(["congruence_loss"], rounds=1, compiled=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu.json"]
+    for workload in {benchmark.workload.key: benchmark.workload for benchmark in DECLARED}.values():
+        full, quick = workload.sizes(CPU), workload.sizes(CPU, quick=True)
+        assert math.prod(quick.values()) < math.prod(full.values())
+        assert workload.sizes(torch.device("cuda"), quick=True) == dict(workload.full)
+
+
+def test_a_run_says_how_far_it_is_and_what_its_columns_are(only_congruence, tmp_path, monkeypatch, capsys):
+    chosen = _run.choose([])
+    monkeypatch.setattr(_run, "choose", lambda names: chosen * 3)
+    assert _run.run(quick=True, rounds=1, out=tmp_path)
+    said = capsys.readouterr()
+    steps = [line for line in said.err.splitlines() if line.startswith("[")]
+    assert [line.split(";")[0] for line in steps] == ["[1 of 3", "[2 of 3", "[3 of 3"]
+    assert "left" not in steps[0] and all("elapsed, about" in line and "left" in line for line in steps[1:])
+    assert said.err.rstrip().splitlines()[-1].startswith("3 benchmarks in 0:")
+    assert "of bound: p50 over that of the bound, marked *" in said.out and "of floor: p50 over the least time" in said.out
+    assert sum(line.startswith("  SDPA *") for line in said.out.splitlines()) == 3
+    assert _run._progress(2, 10, 75.4, "x") == "\n[3 of 10; 1:15 elapsed, about 5:01 left] x"
+
+
 @pytest.fixture
 def only_congruence(monkeypatch):
     """The runs of a test have one tiny benchmark."""
     (found,) = _run.choose(["congruence_loss/cacr, forward+backward"])
-    tiny = replace(found, workload=found.workload._replace(cpu=TINY))
+    tiny = replace(found, workload=found.workload._replace(cpu=TINY, quick={}))
     monkeypatch.setattr(_run, "choose", lambda names: [tiny])
     return tiny.name
 

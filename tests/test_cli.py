@@ -368,21 +368,24 @@ def test_demo_writes_its_pictures(tmp_path):
     assert re.search(r"^gradient +\d", result.output, re.M)
 
 
-def test_the_costs_are_of_the_same_map():
-    """On a small tower: every variant runs in its process, and all maps agree with the published procedure's."""
-    from vlattn_fast import _cost
+def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, capsys):
+    from vlattn_fast.benchmarks import _isolated
 
-    small = {
-        **_cost.VIT_L_14_336,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 56,
-    }
-    costs = _cost.compare(small, rounds=1)
-    assert list(costs) == list(_cost.VARIANTS)
-    assert costs["plain forward+backward"].difference is None
-    for name in ("vlattn_fast", "maps stored, one backward", "published, one per layer"):
-        assert costs[name].difference < 1e-4
-        assert costs[name].seconds > 0 and costs[name].memory >= 0
+    from vlattn_fast import _demo
+
+    def measure(name, variants):
+        """Rows at a tiny size; the processes are tested with the benchmarks."""
+        assert name == "task_explain_clip"
+        from vlattn_fast.benchmarks import _measure, _run
+
+        (benchmark,) = _run.choose([name])
+        sizes = {"layers": 2, "H": 2, "N": 12, "C": 16}
+        rows = _measure.Measurement(benchmark, torch.device("cpu"), rounds=1, overrides=sizes, only=variants).run()
+        return [next(row for row in rows if row["variant"] == variant) for variant in variants]
+
+    monkeypatch.setattr(_isolated, "measure", measure)
+    _demo.compare()
+    printed = capsys.readouterr().out
+    for variant in _demo.VARIANTS:
+        assert re.search(rf"^{re.escape(variant)} +\d+\.\d\d +\d+\.\d\d", printed, re.M), printed
+    assert re.search(r"published procedure takes \d+\.\d times as long", printed)

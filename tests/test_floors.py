@@ -12,7 +12,7 @@ FLOORS = (
     ("streaming", "sdpa", "cuda", "kernels"),
     ("ops",),
     ("nn", "models", "interpret", "probe", "lab", "verify", "_fuzz"),
-    ("benchmarks", "_cost", "_demo", "_info"),
+    ("benchmarks", "_demo", "_info"),
     ("cli", "__init__", "__main__"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

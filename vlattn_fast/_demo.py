@@ -1,4 +1,4 @@
-"""`make demo`: every operator checked, a picture of the embedded benchmark explained, and the costs of one map compared."""
+"""`make demo`: checks every operator, explains a picture of the embedded benchmark, and compares the costs of one map."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-METHODS = ("gradient", "weighted", "rollout", "attention", "gradcam")
 SEED = 1  # of the scenes
 SCENES = 200
+VARIANTS = ("plain forward+backward", "streaming", "maps stored, one backward", "published")
 
 
 def run(out: Path, *, costs: bool = True) -> bool:
@@ -64,6 +64,7 @@ def picture(out: Path) -> None:
 def pointing() -> None:
     from vlattn_fast import lab
     from vlattn_fast.interpret import explain
+    from vlattn_fast.interpret.methods import METHODS
 
     model, _ = lab.load_uniter()
     scenes = lab.digit_scenes(SCENES, seed=SEED)
@@ -78,18 +79,29 @@ def pointing() -> None:
 
 
 def compare() -> None:
-    from vlattn_fast import _cost
+    """The task that explains a picture, as `vlattn bench task_explain_clip` measures it, each variant in its own process."""
+    from vlattn_fast.benchmarks._isolated import measure
 
-    print("Cost of one relevancy map on a vision tower of CLIP ViT-L/14@336's size (24 layers, width 1024, 16 heads, N = 577),")
-    print("random weights, float32, one picture; in turns, each variant in a process of its own; takes minutes\n", flush=True)
-    costs = _cost.compare()
-    bare = costs["plain forward+backward"]
-    print(f"{'variant':28}{'seconds':>8}{'of plain':>10}{'peak MiB':>10}{'of plain':>10}{'runs':>6}  map differs by")
-    for name, cost in costs.items():
-        difference = "" if cost.difference is None else f"{cost.difference:.1e}"
-        print(
-            f"{name:28}{cost.seconds:8.2f}{cost.seconds / bare.seconds:10.2f}{cost.memory:10.0f}{cost.memory / bare.memory:10.2f}"
-            f"{cost.runs:6}  {difference}"
-        )
-    faster = costs["published, one per layer"].seconds / costs["vlattn_fast"].seconds
-    print(f"\nvlattn_fast is {faster:.1f} times faster than the published procedure", flush=True)
+    print("Cost of one relevancy map on layers of a vision tower of CLIP ViT-L/14@336's size, random weights, one picture.")
+    print("Variants run in turns, each in a process of its own; takes minutes.\n", flush=True)
+    rows = measure("task_explain_clip", VARIANTS)
+    sizes = ", ".join(f"{name} {size}" for name, size in rows[0]["sizes"].items())
+    print(f"{sizes}; {rows[0]['dtype']}; median of {rows[0]['rounds']} calls")
+    print(f"{'variant':28}{'seconds':>8}{'of plain':>10}{'peak MiB':>10}{'of plain':>10}  error of the map")
+    bare = rows[0]
+    for row in rows:
+        print(f"{row['variant']:28}{_cost(row, bare)}")
+    seconds = {row["variant"]: row.get("p50_us", 0.0) for row in rows}
+    if seconds["streaming"] and seconds["published"]:
+        times = seconds["published"] / seconds["streaming"]
+        print(f"\nThe published procedure takes {times:.1f} times as long as vlattn_fast (streaming).", flush=True)
+
+
+def _cost(row: dict[str, Any], bare: dict[str, Any]) -> str:
+    if "not_run" in row:
+        return f"not run: {row['not_run']}"
+    memory = ""
+    if row["peak_bytes"] is not None and bare.get("peak_bytes"):
+        memory = f"{row['peak_bytes'] / 2**20:10.0f}{row['peak_bytes'] / bare['peak_bytes']:10.2f}"
+    error = "" if row["error"] is None else f"{row['error']:.1e}"
+    return f"{row['p50_us'] / 1e6:8.2f}{row['ratio_to_bound']:10.2f}{memory:20}  {error}"

@@ -225,7 +225,7 @@ def _shown(processor: Any, inputs: Any, picture: Any) -> Any:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("demo"),
-    costs: Annotated[bool, typer.Option(help="Also compare the costs on a model of CLIP ViT-L/14@336's size (minutes).")] = True,
+    costs: Annotated[bool, typer.Option(help="Also measure what one map costs (minutes).")] = True,
 ) -> None:
     """Explain pictures of the embedded benchmark, check every operator, and compare what one map costs."""
     from vlattn_fast._demo import run
