@@ -42,9 +42,9 @@ class Core(NamedTuple):
 
 
 class Score(Protocol):
-    """What score_attention needs of a score function. `padding_key` is the value it writes into the keys of padding."""
+    """What score_attention needs of a score function. `masked_key` is the value it writes into the keys of padding."""
 
-    padding_key: ClassVar[float]
+    masked_key: ClassVar[float]
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Raises ValueError or TypeError where parameters, query and key do not fit."""
@@ -61,7 +61,7 @@ class Score(Protocol):
 
 
 class _Unscaled:
-    padding_key: ClassVar[float] = 0.0
+    masked_key: ClassVar[float] = 0.0
     is_dot_product: ClassVar[bool] = False
 
     def default_scale(self, head_dim: int) -> float:
@@ -94,7 +94,7 @@ class Cosine(_Unscaled):
     """s = q . k / max(|q| |k|, eps). The clamp is on the product of the norms, as in SCAN and AttnGAN."""
 
     eps: float = 1e-8
-    padding_key: ClassVar[float] = 1.0  # the clamp would act on a zero vector
+    masked_key: ClassVar[float] = 1.0  # the clamp would act on a zero vector
 
     def check(self, query: Tensor, key: Tensor) -> None:
         check_number("eps", self.eps, low=0.0)

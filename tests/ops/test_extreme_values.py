@@ -10,6 +10,7 @@ from compare import assert_all_close_to
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.ops.backends import on
 from vlattn_fast import scores as S
 from vlattn_fast.streaming import _tiles
 
@@ -42,7 +43,7 @@ def cosine_inputs(dtype: torch.dtype, size: float) -> dict[str, Tensor]:
     ids=str,
 )
 @pytest.mark.parametrize("eager", (True, False), ids=("features", "tiles"))
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_cosine_does_not_depend_on_lengths(
     backend: str, eager: bool, dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +70,7 @@ def test_cosine_does_not_depend_on_lengths(
 
 @pytest.mark.parametrize("size", (1e-5, 1e-4, 3e-4, 1.0))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_the_clamp_of_cosine_is_on_the_product_of_norms(backend: str, dtype: torch.dtype, size: float) -> None:
     """Vectors around the root of eps, some zero: below eps the score is q . k / eps."""
     tensors = cosine_inputs(dtype, size)
@@ -103,7 +104,7 @@ def test_cosine_below_eps_is_the_product_over_eps() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("backend", ("auto", *BACKENDS))
+@on("auto", *BACKENDS)
 @pytest.mark.parametrize("score", ("scaled_dot", "cosine", "additive"))
 def test_without_keys_attention_is_zero(score: str, backend: str, dtype: torch.dtype) -> None:
     query, key, value = (torch.randn(2, 3, n, 8, dtype=dtype, requires_grad=True) for n in (5, 0, 0))
@@ -118,7 +119,7 @@ def test_without_keys_attention_is_zero(score: str, backend: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("backend", ("auto", *BACKENDS))
+@on("auto", *BACKENDS)
 def test_without_keys_every_operator_is_zero(backend: str, dtype: torch.dtype) -> None:
     query, key = (
         torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True),
@@ -159,7 +160,7 @@ def test_without_keys_every_operator_is_zero(backend: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("where", ("query", "key", "value"))
 @pytest.mark.parametrize("tile", (1 << 19, 64))
-@pytest.mark.parametrize("backend", ("auto", *BACKENDS))
+@on("auto", *BACKENDS)
 def test_nan_reaches_what_the_formula_says(backend: str, tile: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", tile)
     tensors = {name: torch.randn(2, 2, 24, 8) for name in ("query", "key", "value")}
@@ -177,7 +178,7 @@ def test_nan_reaches_what_the_formula_says(backend: str, tile: int, where: str, 
         assert torch.isnan(step[0][0]).any() and torch.equal(torch.isnan(step[0]), torch.isnan(step[1]))
 
 
-@pytest.mark.parametrize("backend", ("auto", *BACKENDS))
+@on("auto", *BACKENDS)
 def test_an_overflow_is_no_relevancy_of_zero(backend: str) -> None:
     """dA beyond what float16 holds: its relevancy is large or not a number, never 0."""
     query, key = torch.zeros(1, 1, 4, 8, dtype=torch.float16), torch.zeros(1, 1, 4, 8, dtype=torch.float16)

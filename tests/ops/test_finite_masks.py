@@ -11,6 +11,7 @@ from compare import assert_all_close_to
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.ops.backends import on
 from vlattn_fast.streaming import _tiles
 
 BACKENDS = ("reference", "streaming")
@@ -38,7 +39,7 @@ def inputs(dtype: torch.dtype, heads: int = 2) -> dict[str, Tensor]:
     return {name: torch.randn(2, heads, ROWS, SIZE, dtype=dtype) for name in ("query", "key", "value")}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_the_gradient_of_one_masked_row_is_spread_once(backend: str) -> None:
     query, key, value = (torch.randn(1, 1, ROWS, SIZE, requires_grad=True) for _ in range(3))
     mask = torch.zeros(ROWS, ROWS)
@@ -53,7 +54,7 @@ def test_the_gradient_of_one_masked_row_is_spread_once(backend: str) -> None:
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_each_row_of_probabilities_sums_to_one_in_the_backward_pass(backend: str, dtype: torch.dtype, value: float) -> None:
     """The gradient of value, summed over the keys, is the cotangent, summed over the rows."""
     for score in ("scaled_dot", va.scores.General(torch.eye(SIZE, dtype=dtype), activation="tanh")):
@@ -67,7 +68,7 @@ def test_each_row_of_probabilities_sums_to_one_in_the_backward_pass(backend: str
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_score_attention_is_the_formula(backend: str, dtype: torch.dtype) -> None:
     for scale, is_causal in ((None, False), (0.5, True)):
         options = {"attn_mask": mask_of(torch.finfo(torch.float32).min), "is_causal": is_causal, "scale": scale}
@@ -82,7 +83,7 @@ def test_score_attention_is_the_formula(backend: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("rule", ("gradient", "attention"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_relevancy_attention_is_the_formula(backend: str, dtype: torch.dtype, rule: str) -> None:
     options = {"attn_mask": mask_of(torch.finfo(torch.float32).min), "rule": rule}
     assert_all_close_to(
@@ -98,7 +99,7 @@ def test_relevancy_attention_is_the_formula(backend: str, dtype: torch.dtype, ru
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("with_lse", (False, True), ids=("", "lse"))
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_relevancy_step_keeps_the_sum_of_each_row(backend: str, with_lse: bool, value: float) -> None:
     """rule="attention": the rows of Abar sum to 1."""
     tensors, mask = inputs(torch.float32), mask_of(value)
@@ -108,7 +109,7 @@ def test_relevancy_step_keeps_the_sum_of_each_row(backend: str, with_lse: bool, 
     torch.testing.assert_close(abar.sum(-1), torch.ones(2, ROWS), rtol=0.0, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
+@on(*(name for name in BACKENDS if name != "reference"))
 def test_an_lse_that_counts_more_keys_is_taken_as_it_is(backend: str) -> None:
     """Two halves of the keys with the lse of all of them give the whole map. (The reference recomputes the lse.)"""
     tensors, mask = inputs(torch.float32), mask_of(-1e3)
@@ -122,7 +123,7 @@ def test_an_lse_that_counts_more_keys_is_taken_as_it_is(backend: str) -> None:
     torch.testing.assert_close(torch.cat(halves, dim=-1), whole, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_maps_and_statistics_attend_evenly(backend: str) -> None:
     tensors, mask = inputs(torch.bfloat16), mask_of(torch.finfo(torch.float32).min)
     query, key = tensors["query"], tensors["key"]

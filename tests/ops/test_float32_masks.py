@@ -9,6 +9,7 @@ from compare import assert_all_close_to
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.ops.backends import on
 from vlattn_fast.streaming import _tiles
 
 BACKENDS = ("reference", "streaming")
@@ -37,7 +38,7 @@ def in_float64(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_a_float32_bias_keeps_its_digits(backend: str, dtype: torch.dtype) -> None:
     """A bias around 40 has a spacing of 1/4 in bfloat16."""
     tensors, mask = inputs(dtype), 40.0 + torch.randn(ROWS, KEYS)
@@ -55,7 +56,7 @@ def test_a_float32_bias_keeps_its_digits(backend: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_the_lse_of_a_float32_bias_serves_relevancy_step(backend: str, dtype: torch.dtype) -> None:
     tensors, mask = inputs(dtype), 40.0 + torch.randn(ROWS, KEYS)
     _, lse = va.score_attention(**tensors, attn_mask=mask, return_lse=True, backend=backend)
@@ -66,7 +67,7 @@ def test_the_lse_of_a_float32_bias_serves_relevancy_step(backend: str, dtype: to
 
 @pytest.mark.parametrize("mask_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_the_smallest_finite_value_masks_nothing(backend: str, dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
     tensors = inputs(dtype)
     mask = torch.zeros(ROWS, KEYS, dtype=mask_dtype)
@@ -80,7 +81,7 @@ def test_the_smallest_finite_value_masks_nothing(backend: str, dtype: torch.dtyp
     assert torch.equal(out[:, :, 4], torch.zeros_like(out[:, :, 4])) and torch.isneginf(lse[:, :, 4]).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_a_float64_bias_keeps_its_digits(backend: str) -> None:
     """1e6 + x has a spacing of 1/16 in float32; the attention is that of x."""
     tensors, bias = inputs(torch.float32), torch.randn(ROWS, KEYS, dtype=torch.float64)
@@ -93,7 +94,7 @@ def test_a_float64_bias_keeps_its_digits(backend: str) -> None:
 
 
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf), ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@on(*BACKENDS)
 def test_nan_goes_through(backend: str, bad: float) -> None:
     """NaN, and a mask of +inf, for which the formula has none but NaN."""
     tensors, mask = inputs(torch.float32), torch.randn(ROWS, KEYS)

@@ -13,6 +13,7 @@ from compare import LargestAllocation, assert_all_close_to, bytes_of
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.ops.backends import on
 from vlattn_fast import scores as S
 from vlattn_fast import verify
 from vlattn_fast.ops import _dispatch
@@ -134,7 +135,7 @@ MASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("backend", ("sdpa", "streaming"))
+@on("sdpa", "streaming")
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_combine(mask: str, backend: str, dtype: torch.dtype) -> None:
     """One row of them sees no key at all."""

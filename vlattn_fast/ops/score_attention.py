@@ -127,7 +127,7 @@ def score_attention(
             return_lse=return_lse,
         )
     (out_dtype,) = (x.dtype for x in autocast(query))
-    (key,), (value,) = mask_padding(key_mask, key, fill=score.padding_key), mask_padding(key_mask, value)
+    (key,), (value,) = mask_padding(key_mask, key, fill=score.masked_key), mask_padding(key_mask, value)
     core = score.core(query, key)
     query, key, value, vector = core.query, core.key, value.to(out_dtype), core.vector
     if core.keeps_dtype:
