@@ -23,11 +23,12 @@ def block_size(size: int, smallest: int = 16) -> int:
 
 
 def input_precision() -> str:
-    """How `dot` multiplies float32: in full precision unless the user has allowed tf32. Triton's interpreter multiplies the
-    raw bits of bfloat16 operands: there they are widened first, which changes no product."""
+    """How `dot` multiplies float32: in full precision unless the user has allowed tf32, by torch's old switches (allow_tf32,
+    set_float32_matmul_precision) or by its new ones (fp32_precision, which answers for the old ones too). Triton's interpreter
+    multiplies the raw bits of bfloat16 operands: there they are widened first, which changes no product."""
     if triton.knobs.runtime.interpret:
         return "widen"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def mask_arguments(
@@ -91,13 +92,27 @@ def mask_logits(
         else:
             b_mask = tl.load(p_mask + offsets, mask=m_pair, other=0.0)
             visible = visible & (b_mask != float("-inf"))
-            b_log2 += tl.maximum(b_mask, -2.3e38) * 1.4426950408889634
+            b_log2 += _finite_mask(b_mask) * 1.4426950408889634
             b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)  # not a maximum, which would lose NaN
     if KEY_MASK:
         visible = visible & (tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[None, :]
     if CAUSAL:
         visible = visible & (o_kv[None, :] <= o_q[:, None])
     return tl.where(visible, b_log2, float("-inf"))
+
+
+@triton.jit
+def _finite_mask(b_mask):
+    """Float mask values held where their base-2 form is finite; NaN and +inf stay what they are."""
+    b_held = tl.minimum(b_mask, 2.3e38, propagate_nan=tl.PropagateNan.ALL)
+    b_held = tl.maximum(b_held, -2.3e38, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(b_mask == float("inf"), b_mask, b_held)
+
+
+@triton.jit
+def relu(b_x):
+    """max(x, 0), and NaN where x is NaN."""
+    return tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     below_max,
@@ -26,12 +27,14 @@ from vlattn_fast.kernels._tiles import (
     load_tile,
     mask_arguments,
     mask_logits,
+    relu,
     store_tile,
 )
 
 from vlattn_fast._tensors import unit_stride
 
 
+@on_device
 def forward(
     query: Tensor,
     key: Tensor,
@@ -101,7 +104,7 @@ def forward(
     )
     if row_normalize and not one_tile:
         total = abar.sum(-1, keepdim=True)
-        abar.div_(torch.where(total > 0, total, 1.0))
+        abar.div_(torch.where(total == 0, 1.0, total))
     return abar
 
 
@@ -290,20 +293,20 @@ def _map_kernel(
         if GRADIENT:
             b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
             b_v = load_tile(p_v + i_b * stride_vb + i_hk * stride_vh, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
-            b_p = tl.maximum(b_p * dot(b_do, tl.trans(b_v), PRECISION), 0.0)
+            b_p = relu(b_p * dot(b_do, tl.trans(b_v), PRECISION))
         if REDUCTION == "mean":
             b_map += b_p * b_inverse[:, None]
         elif REDUCTION == "max":
-            b_map = tl.maximum(b_map, b_p * b_inverse[:, None])
+            b_map = tl.maximum(b_map, b_p * b_inverse[:, None], propagate_nan=tl.PropagateNan.ALL)
         else:
-            b_map = tl.minimum(b_map, b_p * b_inverse[:, None])
+            b_map = tl.minimum(b_map, b_p * b_inverse[:, None], propagate_nan=tl.PropagateNan.ALL)
     if KEY_MASK:
         b_map = tl.where((tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[None, :], b_map, 0.0)
     if CAUSAL:
         b_map = tl.where(o_kv[None, :] <= o_q[:, None], b_map, 0.0)
     if NORMALIZE and ONE_TILE:
         b_total = tl.sum(b_map, axis=1)
-        b_map /= tl.where(b_total > 0.0, b_total, 1.0)[:, None]
+        b_map /= tl.where(b_total == 0.0, 1.0, b_total)[:, None]
     elif REDUCTION == "mean" and not NORMALIZE:
         b_map /= H
     store_tile(p_map + i_b * N * M, M, o_q, o_kv, N, M, b_map)

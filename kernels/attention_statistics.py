@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     below_max,
@@ -35,6 +36,7 @@ from vlattn_fast.kernels._tiles import (
 from vlattn_fast._tensors import unit_stride
 
 
+@on_device
 def forward(
     query: Tensor,
     key: Tensor,
@@ -68,6 +70,7 @@ def forward(
     return mass, entropy, maximum, argmax, received
 
 
+@on_device
 def backward(
     grad_mass: Tensor | None,
     grad_entropy: Tensor | None,
@@ -274,7 +277,7 @@ def _rows_kernel(
         b_entropy = 0.6931471805599453 * (tl.log2(b_total) - b_log * b_inverse)
         tl.store(p_entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
         tl.store(p_maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
-        tl.store(p_argmax + o_row, tl.where(b_empty, -1, b_first).to(tl.int64), mask=m_row)
+        tl.store(p_argmax + o_row, tl.where(b_sum > 0.0, b_first, -1).to(tl.int64), mask=m_row)
         tl.store(p_row_max + o_row, tl.where(b_empty, float("inf"), b_max), mask=m_row)
     if GROUPS:
         store_tile(p_mass + i_bh * N * G, G, o_q, o_g, N, G, b_mass * b_inverse[:, None])
@@ -635,7 +638,7 @@ def _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED: tl.constexpr):
     sums so far, sum e, sum e x. x ends where e is 0 in float32, so that e x is a number."""
     b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_x = tl.maximum(below_max(b_s, b_safe, scale_log2, FOLDED), -160.0)
+    b_x = tl.maximum(below_max(b_s, b_safe, scale_log2, FOLDED), -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_e = tl.exp2(b_x)
     b_moved = tl.maximum(b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2, -160.0)
     b_alpha = tl.exp2(b_moved)
@@ -704,7 +707,7 @@ def _grad_score(
     BLOCK_KV: tl.constexpr,
 ):
     """dS / scale = P (dP - sum P dP) of a tile [q,kv] of logits."""
-    b_x = tl.maximum(below_max(b_s, b_max, scale_log2, FOLDED), -160.0)
+    b_x = tl.maximum(below_max(b_s, b_max, scale_log2, FOLDED), -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_dp = b_shift[:, None]
     if MASS or MAXIMUM or RECEIVED:
         b_dp = b_dp + _grad_terms(

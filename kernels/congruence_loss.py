@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import LOG2_E, block_size, dot, input_precision, load_tile, store_tile
 from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, real_tokens, statistics_kernel
 
@@ -26,6 +27,7 @@ from vlattn_fast.reference.congruence_loss import EPSILON
 _CHUNK_BYTES, _MAPS = 1 << 28, 6  # samples are taken in chunks that hold about so many maps of so many bytes in all
 
 
+@on_device
 def forward(
     queries: list[Tensor],
     keys: list[Tensor],
@@ -42,6 +44,7 @@ def forward(
     return torch.cat(losses) if len(losses) > 1 else losses[0]
 
 
+@on_device
 def backward(
     grad_loss: Tensor,
     queries: list[Tensor],

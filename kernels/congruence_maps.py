@@ -91,14 +91,15 @@ def _map_tile(
     b_mean = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
     b_high = tl.full([BLOCK_Q, BLOCK_KV], -3.0e38, dtype=tl.float32)
     for h in range(H):
-        b_q = load_tile(p_q + h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
-        b_k = load_tile(p_k + h * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        i_h = tl.full([], 0, tl.int64) + h
+        b_q = load_tile(p_q + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+        b_k = load_tile(p_k + i_h * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
         b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
         if WHOLE:
             b_top, b_sum = _top_and_sum(b_s)
         else:
-            b_top = tl.load(p_top + h * S + o_q, mask=o_q < N, other=0.0)
-            b_sum = tl.load(p_sum + h * S + o_q, mask=o_q < N, other=1.0)
+            b_top = tl.load(p_top + i_h * S + o_q, mask=o_q < N, other=0.0)
+            b_sum = tl.load(p_sum + i_h * S + o_q, mask=o_q < N, other=1.0)
         b_s -= b_top[:, None]
         if LOG:  # logsumexp over the heads: no weight underflows
             b_s -= tl.log2(b_sum)[:, None]

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels import score_attention
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     block_and_head,
@@ -28,6 +29,7 @@ from vlattn_fast.kernels._tiles import (
     load_tile,
     mask_arguments,
     mask_logits,
+    relu,
     store_tile,
 )
 
@@ -36,6 +38,7 @@ from vlattn_fast._tensors import unit_stride
 MAX_T = 64  # carried rows of one program
 
 
+@on_device
 def forward(
     query: Tensor,
     key: Tensor,
@@ -55,6 +58,7 @@ def forward(
     return out, carrier.clone(), lse
 
 
+@on_device
 def backward(
     grad_out: Tensor | None,
     grad_carrier: Tensor | None,
@@ -93,6 +97,7 @@ def backward(
     return grads[0], grads[1], grads[2], kept.clone() if moved is None else kept + moved
 
 
+@on_device
 def step(
     relevancy: Tensor,
     query: Tensor,
@@ -262,7 +267,7 @@ def _backward_kv(
         sent = query if relevancy is None else relevancy.to(torch.float32).contiguous()
         if sums is not None:
             total, factor = sums.sum(1, keepdim=True), 1.0
-            sent = sent / torch.where(total > 0.0, total, 1.0)  # where it is zero, so is Abar's row
+            sent = sent / torch.where(total == 0.0, 1.0, total)  # where it is zero, so is Abar's row
         block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
         config = _config("backward_kv", call, block_t)
         precision = input_precision() if query.dtype == torch.float32 or input_precision() == "widen" else "tf32"
@@ -384,7 +389,7 @@ def _statistics_kernel(
             if SUMS and BY_GRADIENT:
                 b_v = load_tile(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)
-                b_sums = b_sums * b_alpha + tl.sum(tl.maximum(b_p * b_dp, 0.0), axis=1)
+                b_sums = b_sums * b_alpha + tl.sum(relu(b_p * b_dp), axis=1)
             b_max = b_new
     m_q = o_q < N
     empty = b_total == 0.0
@@ -492,7 +497,7 @@ def _backward_q_kernel(
             if EXACT or (SUMS and not BY_GRADIENT):
                 b_total += tl.sum(b_p, axis=1)
             if SUMS and BY_GRADIENT:
-                b_sums += tl.sum(tl.maximum(b_p * b_dp, 0.0), axis=1)
+                b_sums += tl.sum(relu(b_p * b_dp), axis=1)
             b_ds = b_p * (b_dp - b_delta[:, None])
             b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
             if EXACT:
@@ -637,7 +642,7 @@ def _backward_kv_kernel(
                     b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
                     b_dp = dot(b_v, tl.trans(b_do), PRECISION)
                 if BLOCK_T > 0:
-                    b_map = tl.maximum(b_p * b_dp, 0.0) if BY_GRADIENT else b_p
+                    b_map = relu(b_p * b_dp) if BY_GRADIENT else b_p
                     if BLOCK_T == 1:
                         b_r = tl.load(p_r + o_q, mask=m_q, other=0.0)
                         b_moved += tl.sum(b_map * b_r[None, :], axis=1)
@@ -701,4 +706,5 @@ def _shift(p_lse, o_q, N, NATURAL: tl.constexpr):
 @triton.jit
 def _round_tf32(b):
     """To the nearest of 10 mantissa bits, where the matrix unit would cut off: a bias that no sum over queries averages out."""
-    return ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would become those of -0

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels._scores import activate, farthest, pin, ready_at, row_facts, sum_units, through_norm, through_units
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     block_and_head,
@@ -39,6 +40,7 @@ from vlattn_fast._tensors import unit_stride
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
 
+@on_device
 def forward(
     query: Tensor,
     key: Tensor,
@@ -68,6 +70,7 @@ def forward(
     return out, lse
 
 
+@on_device
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import block_size, dot, input_precision, load_tile, store_tile
 
 MAP_ELEMENTS = 1 << 22  # of each of a chunk's maps (or one pair's, where that is more); backward holds about twelve
 EPS = tl.constexpr(1e-8)  # of SCAN's norms and cosine
 
 
+@on_device
 def forward(
     images: Tensor,
     captions: Tensor,
@@ -69,6 +71,7 @@ def forward(
     return similarity
 
 
+@on_device
 def backward(
     grad_similarity: Tensor,
     images: Tensor,
@@ -748,7 +751,7 @@ def _pool(p_cosine, begin, end, sharpness, AGGREGATION: tl.constexpr, BLOCK_N: t
             if AGGREGATION == "logsumexp":
                 b_r = b_r * sharpness
             b_r = tl.where(o_n < end, b_r, float("-inf"))
-            new = tl.maximum(top, tl.max(b_r, axis=0))
+            new = tl.maximum(top, tl.max(b_r, axis=0), propagate_nan=tl.PropagateNan.ALL)
             if AGGREGATION == "logsumexp":
                 total = total * tl.exp(top - new) + tl.sum(tl.exp(b_r - new), axis=0)
             else:
