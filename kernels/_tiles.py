@@ -102,6 +102,24 @@ def mask_logits(
 
 
 @triton.jit
+def is_coarse(b_lse):
+    """Whether a natural log-sum-exp is so far from 0 that its rounding shows in exp(logit - lse), as in rows that a float mask
+    of -1e4 or finfo.min covers: probabilities come from the largest logit and the sum there."""
+    return (tl.abs(b_lse) > 4096.0) & (tl.abs(b_lse) < float("inf"))
+
+
+@triton.jit
+def natural_lse(b_max, b_sum, MASK: tl.constexpr):
+    """log sum exp from the largest base-2 logit and the sum of the powers less it; -inf for a row without a visible key."""
+    empty = b_sum == 0.0
+    b_lse = (b_max + tl.log2(tl.where(empty, 1.0, b_sum))) * 0.6931471805599453
+    if MASK == 2:  # `_finite_mask` has held what lies beyond these
+        b_lse = tl.where(b_max > 3.31e38, 3.4028234663852886e38, b_lse)
+        b_lse = tl.where(b_max < -3.31e38, -3.4028234663852886e38, b_lse)
+    return tl.where(empty, float("-inf"), b_lse)
+
+
+@triton.jit
 def _finite_mask(b_mask):
     """Float mask values held where their base-2 form is finite; NaN and +inf stay what they are."""
     b_held = tl.minimum(b_mask, 2.3e38, propagate_nan=tl.PropagateNan.ALL)

@@ -25,6 +25,7 @@ from vlattn_fast.kernels._tiles import (
     block_size,
     dot,
     input_precision,
+    is_coarse,
     key_range,
     load_tile,
     mask_arguments,
@@ -112,12 +113,16 @@ def step(
     scale: float,
     is_causal: bool,
 ) -> Tensor:
-    """relevancy @ Abar, (B,T,N) -> (B,T,M). A given lse may count keys that are not here: it is taken as it is."""
+    """relevancy @ Abar, (B,T,N) -> (B,T,M). `lse` may count keys that are not here: probabilities are exp(logit - lse). Where it
+    `is_coarse`, under a float mask, they are normalised over the keys that are here."""
     if rule == "attention":
         value = grad_output = None
     call = _describe(query, key, value, grad_output, attn_mask, key_mask, rule, scale, is_causal)
-    given = None if lse is None else lse.to(torch.float32).contiguous()
-    rows, sums = _statistics(call, given, row_normalize) if given is None or row_normalize else (_Rows(given), None)
+    lse = None if lse is None else lse.to(torch.float32).contiguous()
+    if lse is None or row_normalize or call.float_mask:
+        rows, sums = _statistics(call, lse, row_normalize)
+    else:
+        rows, sums = _Rows(lse), None
     return _backward_kv(call, rows, relevancy, sums)[2].to(relevancy.dtype)
 
 
@@ -134,6 +139,10 @@ class _Call(NamedTuple):
         query, key = self.tensors[:2]
         return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] == 0
 
+    @property
+    def float_mask(self) -> bool:
+        return self.constants["MASK"] == 2
+
     def present(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(self.tensors[0] if x is None else x for x in tensors)
 
@@ -143,8 +152,8 @@ class _Call(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What is known of each row, (B,H,N) float32: the natural lse; or, with `total`, any lse in base 2: probabilities are then
-    exp2(logit - lse) / total. An infinite lse marks an empty row. delta = sum(grad_out * out)."""
+    """What is known of each row, (B,H,N) float32: the natural lse; or, with `total`, a shift in base 2: probabilities are then
+    exp2(logit - shift) / total. Of a fully masked row it is infinite. delta = sum(grad_out * out)."""
 
     lse: Tensor
     total: Tensor | None = None
@@ -192,24 +201,24 @@ def _describe(
 
 
 def _statistics(call: _Call, lse: Tensor | None, summed: bool) -> tuple[_Rows, Tensor | None]:
-    """The rows, with the log-sum-exp recomputed where none is given; each head's row sums of A or relu(A * dA), if asked for."""
+    """The rows, with the log-sum-exp recomputed without `lse`; each head's row sums of A or relu(A * dA), if asked for."""
     query = call.tensors[0]
-    exact = lse is None and query.dtype == torch.float32
-    found = call.new_row() if lse is None else lse
-    total, sums = (call.new_row() if asked else None for asked in (exact, summed))
+    pair = call.float_mask or (lse is None and query.dtype == torch.float32)
+    shift = call.new_row() if pair or lse is None else lse
+    total, sums = (call.new_row() if asked else None for asked in (pair, summed))
     if not call.empty:
         config = _config("statistics", call)
         _statistics_kernel[(triton.cdiv(query.shape[2], config["BLOCK_Q"]) * query.shape[0] * query.shape[1],)](
             *call.tensors,
-            *call.present(found, total, sums),
+            *call.present(lse, shift, total, sums),
             *call.numbers,
             **call.constants,
-            EXACT=exact,
+            PAIR=pair,
             GIVEN=lse is not None,
             SUMS=summed,
             **config,
         )
-    return _Rows(found, total), sums
+    return _Rows(shift, total), sums
 
 
 def _backward_q(call: _Call, out: Tensor, lse: Tensor, summed: bool) -> tuple[Tensor, _Rows, Tensor | None]:
@@ -219,7 +228,8 @@ def _backward_q(call: _Call, out: Tensor, lse: Tensor, summed: bool) -> tuple[Te
     grad_q = query.new_empty(batch, num_q, heads, size).transpose(1, 2)
     exact = query.dtype == torch.float32
     delta = call.new_row()
-    shift, total, sums = (call.new_row() if asked else None for asked in (exact, exact, summed))
+    pair = exact or call.float_mask
+    shift, total, sums = (call.new_row() if asked else None for asked in (pair, pair, summed))
     if call.empty:
         grad_q.zero_()
     else:
@@ -319,6 +329,7 @@ def _statistics_kernel(
     p_mask,
     p_key_mask,
     p_lse,
+    p_shift,
     p_total,
     p_sums,
     H,
@@ -349,7 +360,7 @@ def _statistics_kernel(
     CAUSAL: tl.constexpr,
     BY_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
+    PAIR: tl.constexpr,
     GIVEN: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -357,7 +368,8 @@ def _statistics_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """lse, unless GIVEN, with EXACT as the pair (largest logit, sum); with SUMS the row sums of this head's share of Abar."""
+    """The rows' log-sum-exp, with PAIR as a base-2 shift and a sum, as `_Rows` says; with GIVEN the shift is the lse that is
+    there, unless it `is_coarse`. With SUMS the row sums of this head's share of Abar."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     if CAUSAL:
         i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
@@ -375,6 +387,10 @@ def _statistics_kernel(
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     full, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    if GIVEN and PAIR:
+        m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0))
+        if not SUMS:
+            end = tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0)
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -394,15 +410,21 @@ def _statistics_kernel(
     m_q = o_q < N
     empty = b_total == 0.0
     b_one = tl.where(empty, 1.0, b_total)
+    b_weight = 1.0 / b_one
+    b_shift = b_max
     if GIVEN:
-        b_weight = tl.exp2(b_max - _shift(p_lse + i_bh * N, o_q, N, True))  # of what is summed here
-    else:
-        b_weight = 1.0 / b_one
-        if EXACT:
-            tl.store(p_lse + i_bh * N + o_q, b_max, mask=m_q)
-            tl.store(p_total + i_bh * N + o_q, b_one, mask=m_q)
+        b_lse = _shift(p_lse + i_bh * N, o_q, N, True)
+        if PAIR:
+            b_shift = tl.where(m_coarse, b_max, b_lse)
+            b_one = tl.where(m_coarse, b_one, 1.0)
+            b_weight = tl.where(m_coarse, b_weight, tl.exp2(b_max - b_lse))
         else:
-            tl.store(p_lse + i_bh * N + o_q, (b_max + tl.log2(b_one)) * 0.6931471805599453, mask=m_q)
+            b_weight = tl.exp2(b_max - b_lse)  # of what is summed here
+    if PAIR:
+        tl.store(p_shift + i_bh * N + o_q, b_shift, mask=m_q)
+        tl.store(p_total + i_bh * N + o_q, b_one, mask=m_q)
+    elif not GIVEN:
+        tl.store(p_shift + i_bh * N + o_q, (b_max + tl.log2(b_one)) * 0.6931471805599453, mask=m_q)
     if SUMS:
         tl.store(p_sums + i_bh * N + o_q, (b_sums if BY_GRADIENT else b_total) * b_weight, mask=m_q)
 
@@ -461,7 +483,7 @@ def _backward_q_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """dQ and delta; with EXACT the pair that gives P better than a rounded lse; with SUMS as _statistics_kernel."""
+    """dQ and delta; with EXACT or a float mask the pair that gives P better than a rounded lse; with SUMS as _statistics_kernel."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     if CAUSAL:
         i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
@@ -485,6 +507,23 @@ def _backward_q_kernel(
         b_mean = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     full, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    if MASK == 2:
+        # where the rounding of lse shows, its rows are summed again, from their largest logit on
+        m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0))
+        b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+        b_one = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        for start in range(0, tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0), BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_KV)
+            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
+            b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, 1)
+            b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_one = b_one * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_s - b_safe[:, None]), axis=1)
+            b_max = b_new
+        b_shift = tl.where(m_coarse, b_max, b_shift)
+        b_one = tl.where(m_coarse, b_one, 1.0)
+        b_weight = 1.0 / b_one
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -493,6 +532,8 @@ def _backward_q_kernel(
             b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
             b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
             b_p = tl.exp2(b_s - b_shift[:, None])
+            if MASK == 2:
+                b_p *= b_weight[:, None]
             b_dp = dot(b_do, tl.trans(b_v), PRECISION)
             if EXACT or (SUMS and not BY_GRADIENT):
                 b_total += tl.sum(b_p, axis=1)
@@ -512,6 +553,11 @@ def _backward_q_kernel(
         b_delta += b_rest
         b_dq = (b_dq - b_rest[:, None] * b_mean) / b_total[:, None]
         b_sums /= b_total
+    if EXACT or MASK == 2:
+        if not EXACT:
+            b_total = b_one
+        elif MASK == 2:
+            b_total *= b_one
         tl.store(p_shift + i_bh * N + o_q, b_shift, mask=m_q)
         tl.store(p_total + i_bh * N + o_q, b_total, mask=m_q)
     if SUMS:

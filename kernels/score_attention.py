@@ -28,10 +28,12 @@ from vlattn_fast.kernels._tiles import (
     dot,
     input_precision,
     keep_factor,
+    is_coarse,
     key_range,
     load_tile,
     mask_arguments,
     mask_logits,
+    natural_lse,
     store_tile,
 )
 
@@ -109,19 +111,46 @@ def backward(
         max(tiles * config["BLOCK_Q"] * config["BLOCK_KV"] for tiles, config in ((tiles_q, config_q), (tiles_kv, config_kv))),
         dtype=torch.float32,
     )
+    grad_out, lse = unit_stride(grad_out), lse.contiguous()
     delta, total = torch.empty_like(lse), torch.empty_like(lse)
-    grad_out = unit_stride(grad_out)
-    sent = (grad_out, lse.contiguous(), delta, total, scratch)
+    shift = torch.empty_like(lse) if constants["MASK"] == 2 else lse  # base 2; in its absence the key-major pass takes lse
     strides = (*grad_out.stride()[:3], scale)
     if lse.numel() > 0:
         out = out.transpose(1, 2).contiguous()  # (B,N,H,Dv), as forward lays it out
-        sent_lse = lse if grad_lse is None else grad_lse.contiguous()
         _backward_q_kernel[(blocks_q * batch * heads,)](
-            *tensors, *sent, out, sent_lse, grad_q, *numbers, *strides, **constants, LSE=grad_lse is not None, **config_q
+            *tensors,
+            grad_out,
+            lse,
+            delta,
+            total,
+            scratch,
+            out,
+            lse if grad_lse is None else grad_lse.contiguous(),
+            grad_q,
+            shift,
+            *numbers,
+            *strides,
+            **constants,
+            LSE=grad_lse is not None,
+            **config_q,
         )
     if grad_k.numel() + grad_v.numel() > 0:
         _backward_kv_kernel[(blocks_kv * batch * heads_kv,)](
-            *tensors, *sent, grad_k, grad_v, grad_u, *numbers, *strides, heads_kv, heads // heads_kv, **constants, **config_kv
+            *tensors,
+            grad_out,
+            shift,
+            delta,
+            total,
+            scratch,
+            grad_k,
+            grad_v,
+            grad_u,
+            *numbers,
+            *strides,
+            heads_kv,
+            heads // heads_kv,
+            **constants,
+            **config_kv,
         )
     grad_k, grad_v = (
         grad if grad.shape[1] == x.shape[1] else grad.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
@@ -400,9 +429,8 @@ def _forward_kernel(
             b_max = b_new
     empty = b_sum == 0.0
     b_o = b_o / tl.where(empty, 1.0, b_sum)[:, None]
-    b_lse = (b_max + tl.log2(tl.where(empty, 1.0, b_sum))) * 0.6931471805599453
     store_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV, b_o)
-    tl.store(p_lse + i_bh * N + o_q, tl.where(empty, float("-inf"), b_lse), mask=o_q < N)
+    tl.store(p_lse + i_bh * N + o_q, natural_lse(b_max, b_sum, MASK), mask=o_q < N)
 
 
 @triton.jit
@@ -424,6 +452,7 @@ def _backward_q_kernel(
     p_out,
     p_grad_lse,
     p_grad_q,
+    p_shift,
     H,
     GROUP_K,
     GROUP_V,
@@ -483,7 +512,7 @@ def _backward_q_kernel(
     b_do = load_tile(p_grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
     b_out = load_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
     b_row, far_q = row_facts(b_q, p_ready_q, o_q, N, SCORE)
-    b_lse = _lse_log2(p_lse + i_bh * N, o_q, N)
+    b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, False)
     b_sent = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if LSE:
         b_sent = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
@@ -494,10 +523,17 @@ def _backward_q_kernel(
     b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
     SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
     whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
-    # EXACT: rounded lse and out would cost gradients half a digit in float32, so a sweep takes the sums of P and P dP first
-    for SWEEP in tl.static_range(0 if EXACT else 1, 2):
+    # EXACT: rounded lse and out would cost gradients half a digit in float32, so a sweep takes the sums of P and P dP first.
+    # Under a float mask it does so from the largest logit on; in 16 bits only where lse is coarse
+    if MASK == 2:
+        b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+        m_coarse = o_q < N if EXACT else is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0))
+        coarse_end = tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0)
+    for SWEEP in tl.static_range(0 if EXACT or MASK == 2 else 1, 2):
         for EDGE in tl.static_range(0 if SPLIT else 1, 2):
-            for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
+            for start in range(
+                whole if EDGE else 0, (coarse_end if MASK == 2 and SWEEP == 0 else end) if EDGE else whole, BLOCK_KV
+            ):
                 o_kv = start + tl.arange(0, BLOCK_KV)
                 b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
                 b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
@@ -543,13 +579,22 @@ def _backward_q_kernel(
                         CAUSAL,
                     )
                     b_logit = b_logit + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
+                if MASK == 2 and SWEEP == 0:
+                    b_new = tl.maximum(b_max, tl.max(b_logit, axis=1))
+                    b_lse = tl.where(b_new == float("-inf"), 0.0, b_new)
+                    b_alpha = tl.exp2(b_max - b_lse)
+                    b_total *= b_alpha
+                    b_mean *= b_alpha
+                    b_max = b_new
                 b_p = tl.exp2(b_logit - b_lse[:, None])
-                b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
-                if DROPOUT:
-                    b_dp *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
+                if EXACT or SWEEP == 1:
+                    b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
+                    if DROPOUT:
+                        b_dp *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
                 if SWEEP == 0:
                     b_total += tl.sum(b_p, axis=1)
-                    b_mean += tl.sum(b_p * b_dp, axis=1)
+                    if EXACT:
+                        b_mean += tl.sum(b_p * b_dp, axis=1)
                 else:
                     b_ds = b_p * (b_dp - b_delta[:, None]) * scale
                     if UNITS:
@@ -580,15 +625,22 @@ def _backward_q_kernel(
                             b_ds *= b_slope
                         b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
         if SWEEP == 0:
+            if MASK == 2:
+                b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
+                b_lse = tl.where(m_coarse, b_max, _lse_log2(p_lse + i_bh * N, o_q, N, False))
+                b_total = tl.where(m_coarse, b_total, 1.0)
             b_total = tl.where(b_total > 0.0, b_total, 1.0)
-            b_delta = b_mean / b_total - b_sent
+            if EXACT:
+                b_delta = b_mean / b_total - b_sent
     if UNITS:
         b_dq *= tl.load(p_u + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
     if SCORE == "cosine":
         b_dq -= through_norm(b_q, b_row, b_along)
-    if EXACT:
+    if EXACT or MASK == 2:
         b_dq /= b_total[:, None]
         tl.store(p_total + i_bh * N + o_q, b_total, mask=o_q < N)
+    if MASK == 2:
+        tl.store(p_shift + i_bh * N + o_q, b_lse, mask=o_q < N)
     tl.store(p_delta + i_bh * N + o_q, b_delta, mask=o_q < N)
     store_tile(p_grad_q + (i_b * N * H + i_h) * A, H * A, o_q, o_a, N, A, b_dq)
 
@@ -743,9 +795,9 @@ def _backward_kv_kernel(
                         m_kv = tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0
                         b_masked = tl.where(m_kv[:, None], b_masked, float("-inf"))
                     b_logit = b_logit + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
-                b_lse = _lse_log2(p_lse + i_bh * N, o_q, N)
+                b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
                 b_p = tl.exp2(b_logit - b_lse[None, :])
-                if EXACT:
+                if EXACT or MASK == 2:
                     b_p /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[None, :]
                 b_dp = dot(b_v, tl.trans(b_do), PRECISION)  # [kv,q]
                 b_kept = b_p
@@ -793,7 +845,7 @@ def _backward_kv_kernel(
 
 
 @triton.jit
-def _lse_log2(p_lse, o_q, N):
+def _lse_log2(p_lse, o_q, N, IN_BASE_2: tl.constexpr):
     """[q] in base 2; +inf, which makes every probability 0, for rows without a key and for those beyond N."""
     b_lse = tl.load(p_lse + o_q, mask=o_q < N, other=float("-inf"))
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse if IN_BASE_2 else b_lse * 1.4426950408889634)
