@@ -305,6 +305,7 @@ def _map_kernel(
     if CAUSAL:
         b_map = tl.where(o_kv[None, :] <= o_q[:, None], b_map, 0.0)
     if NORMALIZE and ONE_TILE:
+        b_map = tl.where((o_kv < M)[None, :], b_map, 0.0)  # an infinite gradient times the zeros beyond M is NaN
         b_total = tl.sum(b_map, axis=1)
         b_map /= tl.where(b_total == 0.0, 1.0, b_total)[:, None]
     elif REDUCTION == "mean" and not NORMALIZE:

@@ -483,7 +483,8 @@ def _backward_q_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """dQ and delta; with EXACT or a float mask the pair that gives P better than a rounded lse; with SUMS as _statistics_kernel."""
+    """dQ and delta; with EXACT or a float mask the pair that gives P better than a rounded lse; with SUMS as `_statistics_kernel`
+    has them."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     if CAUSAL:
         i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first

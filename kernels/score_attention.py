@@ -19,16 +19,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._scores import activate, farthest, pin, ready_at, row_facts, sum_units, through_norm, through_units
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._scores import activate, farthest, pin, ready_at, row_facts, sum_units, through_norm, through_units
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     block_and_head,
     block_size,
     dot,
     input_precision,
-    keep_factor,
     is_coarse,
+    keep_factor,
     key_range,
     load_tile,
     mask_arguments,
@@ -629,7 +629,7 @@ def _backward_q_kernel(
                 b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
                 b_lse = tl.where(m_coarse, b_max, _lse_log2(p_lse + i_bh * N, o_q, N, False))
                 b_total = tl.where(m_coarse, b_total, 1.0)
-            b_total = tl.where(b_total > 0.0, b_total, 1.0)
+            b_total = tl.where(b_total == 0.0, 1.0, b_total)
             if EXACT:
                 b_delta = b_mean / b_total - b_sent
     if UNITS:

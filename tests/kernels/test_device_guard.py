@@ -1,4 +1,4 @@
-"""Every launcher of Triton kernels runs with the device of its tensors as the current one, and knows torch's switches for tf32."""
+"""Every launcher runs with the device of its tensors as the current one, and obeys torch's switches for tf32."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ def test_one_device_has_no_guard(entered: list[torch.device]) -> None:
 
 
 @pytest.mark.parametrize("module, name", LAUNCHERS)
-def test_every_launcher_is_guarded(
-    module: str, name: str, entered: list[torch.device], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_launcher_is_guarded(module: str, name: str, entered: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
     """A first argument on cuda:1 and nothing else: the guard is entered before the launcher misses the others."""
     launcher = getattr(importlib.import_module(f"vlattn_fast.kernels.{module}"), name)
     count = len(inspect.signature(launcher).parameters)

@@ -1,0 +1,93 @@
+"""Calls with a NaN or an overflow in one place: where the formula's results are not finite, those of a backend are not either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+
+NAN, INF = float("nan"), float("inf")
+Call = Callable[[str], Any]
+
+
+def with_value(x: Tensor, place: tuple[int, ...], value: float) -> Tensor:
+    x = x.clone()
+    x[place] = value
+    return x
+
+
+def cases(operators: tuple[str, ...]) -> dict[str, Call]:
+    """Functions of the backend's name, of the operators that this backend has."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    q, k, v, g = (torch.randn(1, 2, 5, 8, generator=generator, device="cpu") for _ in range(4))
+    r = torch.rand(1, 2, 5, generator=generator, device="cpu")
+    device = torch.get_default_device()
+    q, k, v, g, r = (x.to(device) for x in (q, k, v, g, r))
+    place = (0, 0, 1, 2)
+    q_nan, g_nan, g_inf = with_value(q, place, NAN), with_value(g, place, NAN), with_value(g, place, INF)
+    mask = with_value(torch.zeros(5, 5), (1, 2), NAN)
+    overflow = with_value(g, place, 60000.0).half() * 4  # infinite in float16
+    half = [x.half() for x in (q, k, v)]
+    found: dict[str, Call] = {}
+    for rule in ("gradient", "attention"):
+        for normalize in (False, True):
+            for reduction in ("mean", "max", "min"):
+                options: dict[str, Any] = {"rule": rule, "row_normalize": normalize, "head_reduction": reduction}
+                name = f"attention_map {rule} {reduction}{' normalized' if normalize else ''}"
+                value = v if rule == "gradient" else None
+                found[f"{name}, query"] = lambda b, o=options, v=value: va.attention_map(
+                    q_nan, k, v, g if v is not None else None, backend=b, **o
+                )
+                if rule == "gradient":
+                    found[f"{name}, gradient"] = lambda b, o=options: va.attention_map(q, k, v, g_nan, backend=b, **o)
+                    found[f"{name}, overflow"] = lambda b, o=options: va.attention_map(q, k, v, g_inf, backend=b, **o)
+    for name, query in (("query", q_nan), ("mask", q)):
+        attn_mask = mask if name == "mask" else None
+        found[f"attention_statistics, {name}"] = lambda b, q=query, m=attn_mask: va.attention_statistics(
+            q, k, attn_mask=m, key_groups=torch.zeros(5, dtype=torch.int64), num_groups=1, backend=b
+        )
+        for rule in ("gradient", "attention"):
+            found[f"relevancy_step {rule}, {name}"] = lambda b, q=query, m=attn_mask, rule=rule: va.relevancy_step(
+                r, q, k, v, g, attn_mask=m, rule=rule, backend=b
+            )
+        found[f"relevancy_attention, {name}"] = lambda b, q=query, m=attn_mask: relevancy(q, k, v, g, r, m, b)
+        found[f"score_attention, {name}"] = lambda b, q=query, m=attn_mask: score(q, k, v, g, m, b)
+    found["relevancy_step, gradient"] = lambda b: va.relevancy_step(r, q, k, v, g_nan, backend=b)
+    found["relevancy_step, gradient of many rows"] = lambda b: va.relevancy_step(r.repeat(1, 9, 1), q, k, v, g_nan, backend=b)
+    found["relevancy_step, float16 overflow"] = lambda b: va.relevancy_step(r, *half, overflow, backend=b)
+    found["relevancy_attention, float16 overflow"] = lambda b: relevancy(*half, overflow, r, None, b)
+    return {name: call for name, call in found.items() if name.startswith(operators)}
+
+
+def relevancy(q: Tensor, k: Tensor, v: Tensor, g: Tensor, r: Tensor, mask: Tensor | None, backend: str) -> tuple[Tensor, ...]:
+    inputs = [x.clone().requires_grad_() for x in (q, k, v, torch.zeros_like(r))]
+    return torch.autograd.grad(va.relevancy_attention(*inputs, attn_mask=mask, backend=backend), inputs, (g, r))
+
+
+def score(q: Tensor, k: Tensor, v: Tensor, g: Tensor, mask: Tensor | None, backend: str) -> tuple[Tensor, ...]:
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    scores = va.scores.Additive(torch.linspace(-1, 1, q.shape[3]))
+    out, lse = va.score_attention(*inputs, score=scores, attn_mask=mask, return_lse=True, backend=backend)
+    return out, lse, *torch.autograd.grad(out, inputs, g)
+
+
+def assert_not_hidden(call: Call, backend: str) -> None:
+    """No result is finite where the formula's is not, and rows of the first result that are finite there are so here.
+
+    Where an infinite number meets another the formula may have NaN and a kernel Inf. Autograd leaves NaN out of some gradients of
+    the formula, as of a clamp.
+    """
+    for n, (got, formula) in enumerate(zip(_tensors(call(backend)), _tensors(call("reference")), strict=True)):
+        lost = torch.isfinite(got) & ~torch.isfinite(formula)
+        assert not lost.any(), f"result {n} is finite at {lost.nonzero().tolist()}"
+        if n == 0:
+            more = ~torch.isfinite(got).all(-1) & torch.isfinite(formula).all(-1)
+            assert not more.any(), f"result {n} is not finite in rows {more.nonzero().tolist()}"
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
