@@ -92,8 +92,10 @@ def mask_logits(
         else:
             b_mask = tl.load(p_mask + offsets, mask=m_pair, other=0.0)
             visible = visible & (b_mask != float("-inf"))
-            b_log2 += _finite_mask(b_mask) * 1.4426950408889634
-            b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)  # not a maximum, which would lose NaN
+            b_log2 += b_mask * 1.4426950408889634
+            # finite in base e, not always in base 2: such a value is held at the largest number (no maximum, it would lose NaN)
+            b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)
+            b_log2 = tl.where((b_mask > 2.35e38) & (b_mask < float("inf")), 3.4028234e38, b_log2)
     if KEY_MASK:
         visible = visible & (tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[None, :]
     if CAUSAL:
@@ -113,18 +115,9 @@ def natural_lse(b_max, b_sum, MASK: tl.constexpr):
     """log sum exp from the largest base-2 logit and the sum of the powers less it; -inf for a row without a visible key."""
     empty = b_sum == 0.0
     b_lse = (b_max + tl.log2(tl.where(empty, 1.0, b_sum))) * 0.6931471805599453
-    if MASK == 2:  # `_finite_mask` has held what lies beyond these
-        b_lse = tl.where(b_max > 3.31e38, 3.4028234663852886e38, b_lse)
-        b_lse = tl.where(b_max < -3.31e38, -3.4028234663852886e38, b_lse)
+    if MASK == 2:  # `mask_logits` holds float masks there
+        b_lse = tl.where(tl.abs(b_max) >= 3.4028234e38, b_max, b_lse)
     return tl.where(empty, float("-inf"), b_lse)
-
-
-@triton.jit
-def _finite_mask(b_mask):
-    """Float mask values held where their base-2 form is finite; NaN and +inf stay what they are."""
-    b_held = tl.minimum(b_mask, 2.3e38, propagate_nan=tl.PropagateNan.ALL)
-    b_held = tl.maximum(b_held, -2.3e38, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(b_mask == float("inf"), b_mask, b_held)
 
 
 @triton.jit

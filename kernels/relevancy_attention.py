@@ -228,8 +228,11 @@ def _backward_q(call: _Call, out: Tensor, lse: Tensor, summed: bool) -> tuple[Te
     grad_q = query.new_empty(batch, num_q, heads, size).transpose(1, 2)
     exact = query.dtype == torch.float32
     delta = call.new_row()
-    pair = exact or call.float_mask
-    shift, total, sums = (call.new_row() if asked else None for asked in (pair, pair, summed))
+    shift, total, sums = (call.new_row() if asked else None for asked in (exact, exact, summed))
+    if call.float_mask:
+        rows, _ = _statistics(call, lse, False)
+        lse = shift = rows.lse
+        total = rows.total
     if call.empty:
         grad_q.zero_()
     else:
@@ -483,8 +486,8 @@ def _backward_q_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """dQ and delta; with EXACT or a float mask the pair that gives P better than a rounded lse; with SUMS as `_statistics_kernel`
-    has them."""
+    """dQ and delta; with EXACT the pair that gives P better than a rounded lse; with SUMS as _statistics_kernel. Under a float
+    mask p_lse and p_total come as such a pair."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     if CAUSAL:
         i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
@@ -499,7 +502,7 @@ def _backward_q_kernel(
     b_o = load_tile(p_out + i_b * stride_ob + i_h * stride_oh, stride_on, o_q, o_dv, N, DV)  # [q,Dv]
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
     b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
-    b_shift = _shift(p_lse + i_bh * N, o_q, N, True)
+    b_shift = _shift(p_lse + i_bh * N, o_q, N, MASK != 2)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if EXACT:
@@ -509,22 +512,7 @@ def _backward_q_kernel(
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     full, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     if MASK == 2:
-        # where the rounding of lse shows, its rows are summed again, from their largest logit on
-        m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0))
-        b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-        b_one = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        for start in range(0, tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0), BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
-            b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
-            b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, 1)
-            b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_one = b_one * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_s - b_safe[:, None]), axis=1)
-            b_max = b_new
-        b_shift = tl.where(m_coarse, b_max, b_shift)
-        b_one = tl.where(m_coarse, b_one, 1.0)
-        b_weight = 1.0 / b_one
+        b_weight = 1.0 / tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -554,13 +542,8 @@ def _backward_q_kernel(
         b_delta += b_rest
         b_dq = (b_dq - b_rest[:, None] * b_mean) / b_total[:, None]
         b_sums /= b_total
-    if EXACT or MASK == 2:
-        if not EXACT:
-            b_total = b_one
-        elif MASK == 2:
-            b_total *= b_one
         tl.store(p_shift + i_bh * N + o_q, b_shift, mask=m_q)
-        tl.store(p_total + i_bh * N + o_q, b_total, mask=m_q)
+        tl.store(p_total + i_bh * N + o_q, b_total / b_weight if MASK == 2 else b_total, mask=m_q)
     if SUMS:
         tl.store(p_sums + i_bh * N + o_q, b_sums, mask=m_q)
     tl.store(p_delta + i_bh * N + o_q, b_delta, mask=m_q)

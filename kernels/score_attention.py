@@ -113,21 +113,24 @@ def backward(
     )
     grad_out, lse = unit_stride(grad_out), lse.contiguous()
     delta, total = torch.empty_like(lse), torch.empty_like(lse)
-    shift = torch.empty_like(lse) if constants["MASK"] == 2 else lse  # base 2; in its absence the key-major pass takes lse
+    shift = lse  # probabilities are exp(logit - lse); under a float mask exp2(base-2 logit - shift) / total
     strides = (*grad_out.stride()[:3], scale)
     if lse.numel() > 0:
         out = out.transpose(1, 2).contiguous()  # (B,N,H,Dv), as forward lays it out
+        if constants["MASK"] == 2:
+            shift, config = torch.empty_like(lse), _config("forward", score, query, value, True)
+            grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
+            _rows_kernel[grid](*tensors, lse, shift, total, *numbers, **constants, **config)
         _backward_q_kernel[(blocks_q * batch * heads,)](
             *tensors,
             grad_out,
-            lse,
+            shift,
             delta,
             total,
             scratch,
             out,
             lse if grad_lse is None else grad_lse.contiguous(),
             grad_q,
-            shift,
             *numbers,
             *strides,
             **constants,
@@ -434,6 +437,130 @@ def _forward_kernel(
 
 
 @triton.jit
+def _rows_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_u,
+    p_ready_q,
+    p_ready_k,
+    p_mask,
+    p_key_mask,
+    p_seed,
+    p_lse,
+    p_shift,
+    p_total,
+    H,
+    GROUP_K,
+    GROUP_V,
+    N,
+    M,
+    A,
+    DV,
+    scale_log2,
+    parameter,
+    dropout_p,
+    threshold,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    SCORE: tl.constexpr,
+    UNITS: tl.constexpr,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """Of each row two numbers with P = exp2(base-2 logit - shift) / total: the lse and 1, and where lse `is_coarse` the largest
+    logit and the sum of the powers less it. The keys are only visited for blocks with such a row."""
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_mask += i_b * stride_mb + i_h * stride_mh
+    p_key_mask += i_b * M
+    p_u += i_h * A
+    p_ready_q, p_ready_k = ready_at(p_ready_q, i_bh, N, A, UNITS), ready_at(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_a = tl.arange(0, BLOCK_A)
+    b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
+    b_row, far_q = row_facts(b_q, p_ready_q, o_q, N, SCORE)
+    m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0))
+    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for start in range(0, tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0), BLOCK_KV):
+        o_kv = start + tl.arange(0, BLOCK_KV)
+        b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+        b_column, far_k = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
+        if UNITS:
+            b_s = sum_units(
+                p_q,
+                p_k,
+                p_ready_q,
+                p_ready_k,
+                p_u,
+                o_q,
+                o_kv,
+                stride_qn,
+                stride_kn,
+                N,
+                M,
+                A,
+                far_q + far_k,
+                SCORE,
+                EXACT,
+                FAST,
+                PRECISION,
+            )
+        else:
+            b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+            b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+        b_s *= scale_log2
+        b_masked = mask_logits(
+            tl.zeros_like(b_s) if UNITS else b_s,
+            p_mask,
+            stride_mn,
+            stride_mm,
+            p_key_mask,
+            o_q,
+            o_kv,
+            N,
+            M,
+            MASK,
+            KEY_MASK,
+            CAUSAL,
+        )
+        b_s = b_s + pin(b_masked, UNITS, PRECISION) if UNITS else b_masked
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_s - b_safe[:, None]), axis=1)
+        b_max = b_new
+    empty = b_sum == 0.0
+    b_max = tl.where(empty, float("inf"), b_max)
+    b_sum = tl.where(empty, 1.0, b_sum)
+    b_shift = tl.where(m_coarse, b_max, _lse_log2(p_lse + i_bh * N, o_q, N, False))
+    tl.store(p_shift + i_bh * N + o_q, b_shift, mask=o_q < N)
+    tl.store(p_total + i_bh * N + o_q, tl.where(m_coarse, b_sum, 1.0), mask=o_q < N)
+
+
+@triton.jit
 def _backward_q_kernel(
     p_q,
     p_k,
@@ -452,7 +579,6 @@ def _backward_q_kernel(
     p_out,
     p_grad_lse,
     p_grad_q,
-    p_shift,
     H,
     GROUP_K,
     GROUP_V,
@@ -512,7 +638,7 @@ def _backward_q_kernel(
     b_do = load_tile(p_grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
     b_out = load_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
     b_row, far_q = row_facts(b_q, p_ready_q, o_q, N, SCORE)
-    b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, False)
+    b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
     b_sent = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if LSE:
         b_sent = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
@@ -523,17 +649,10 @@ def _backward_q_kernel(
     b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
     SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
     whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
-    # EXACT: rounded lse and out would cost gradients half a digit in float32, so a sweep takes the sums of P and P dP first.
-    # Under a float mask it does so from the largest logit on; in 16 bits only where lse is coarse
-    if MASK == 2:
-        b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-        m_coarse = o_q < N if EXACT else is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0))
-        coarse_end = tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0)
-    for SWEEP in tl.static_range(0 if EXACT or MASK == 2 else 1, 2):
+    # EXACT: rounded lse and out would cost gradients half a digit in float32, so a sweep takes the sums of P and P dP first
+    for SWEEP in tl.static_range(0 if EXACT else 1, 2):
         for EDGE in tl.static_range(0 if SPLIT else 1, 2):
-            for start in range(
-                whole if EDGE else 0, (coarse_end if MASK == 2 and SWEEP == 0 else end) if EDGE else whole, BLOCK_KV
-            ):
+            for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
                 o_kv = start + tl.arange(0, BLOCK_KV)
                 b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
                 b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
@@ -579,22 +698,13 @@ def _backward_q_kernel(
                         CAUSAL,
                     )
                     b_logit = b_logit + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
-                if MASK == 2 and SWEEP == 0:
-                    b_new = tl.maximum(b_max, tl.max(b_logit, axis=1))
-                    b_lse = tl.where(b_new == float("-inf"), 0.0, b_new)
-                    b_alpha = tl.exp2(b_max - b_lse)
-                    b_total *= b_alpha
-                    b_mean *= b_alpha
-                    b_max = b_new
                 b_p = tl.exp2(b_logit - b_lse[:, None])
-                if EXACT or SWEEP == 1:
-                    b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
-                    if DROPOUT:
-                        b_dp *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
+                b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
+                if DROPOUT:
+                    b_dp *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
                 if SWEEP == 0:
                     b_total += tl.sum(b_p, axis=1)
-                    if EXACT:
-                        b_mean += tl.sum(b_p * b_dp, axis=1)
+                    b_mean += tl.sum(b_p * b_dp, axis=1)
                 else:
                     b_ds = b_p * (b_dp - b_delta[:, None]) * scale
                     if UNITS:
@@ -625,22 +735,17 @@ def _backward_q_kernel(
                             b_ds *= b_slope
                         b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
         if SWEEP == 0:
-            if MASK == 2:
-                b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
-                b_lse = tl.where(m_coarse, b_max, _lse_log2(p_lse + i_bh * N, o_q, N, False))
-                b_total = tl.where(m_coarse, b_total, 1.0)
             b_total = tl.where(b_total == 0.0, 1.0, b_total)
-            if EXACT:
-                b_delta = b_mean / b_total - b_sent
+            b_delta = b_mean / b_total - b_sent
     if UNITS:
         b_dq *= tl.load(p_u + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
     if SCORE == "cosine":
         b_dq -= through_norm(b_q, b_row, b_along)
-    if EXACT or MASK == 2:
+    if EXACT:
         b_dq /= b_total[:, None]
         tl.store(p_total + i_bh * N + o_q, b_total, mask=o_q < N)
-    if MASK == 2:
-        tl.store(p_shift + i_bh * N + o_q, b_lse, mask=o_q < N)
+    elif MASK == 2:
+        b_dq /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[:, None]
     tl.store(p_delta + i_bh * N + o_q, b_delta, mask=o_q < N)
     store_tile(p_grad_q + (i_b * N * H + i_h) * A, H * A, o_q, o_a, N, A, b_dq)
 
@@ -797,7 +902,9 @@ def _backward_kv_kernel(
                     b_logit = b_logit + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
                 b_p = tl.exp2(b_logit - b_lse[None, :])
-                if EXACT or MASK == 2:
+                if EXACT:
+                    b_p /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[None, :]
+                elif MASK == 2:
                     b_p /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[None, :]
                 b_dp = dot(b_v, tl.trans(b_do), PRECISION)  # [kv,q]
                 b_kept = b_p
