@@ -5,6 +5,8 @@
 
 namespace vlattn {
 
+constexpr float LARGEST_LOGIT = 3.4028234e38f;
+
 // A tensor (B,H,rows,columns), strides in elements, columns contiguous; data is null where the tensor is absent.
 struct Rows {
     void* data;
@@ -36,9 +38,23 @@ struct Masks {
         if (kind == BOOL) return static_cast<const uint8_t*>(pairs)[at] ? log2_logit : hidden;
         const float added = static_cast<const float*>(pairs)[at];
         if (added == hidden) return hidden;
-        log2_logit += fmaxf(added, -2.3e38f) * LOG2_E;
-        return log2_logit < -3.4028234e38f ? -3.4028234e38f : log2_logit;
+        // finite in base e, not always in base 2: such a value is held at the largest number
+        log2_logit += added * LOG2_E;
+        if (log2_logit < -LARGEST_LOGIT) return -LARGEST_LOGIT;
+        return added > 2.35e38f && added < INFINITY ? LARGEST_LOGIT : log2_logit;
     }
 };
+
+// The natural log-sum-exp from a row's largest base-2 logit and the sum of the powers less it; -inf for a fully masked row.
+__device__ __forceinline__ float natural_lse(float top, float total) {
+    if (total == 0.0f) return -INFINITY;
+    return fabsf(top) >= LARGEST_LOGIT ? top : (top + log2f(total)) * LN_2;
+}
+
+// Whether a natural log-sum-exp is so far from 0 that its rounding shows in exp(logit - lse), as in rows that a float mask of -1e5
+// or of the lowest number covers: probabilities come from the largest logit and the sum there. The limit is lower for our own lse
+// than for one that a caller gives, which may count keys that are not here.
+constexpr float OWN_LSE = 4096.0f, GIVEN_LSE = 16384.0f;
+__device__ __forceinline__ bool is_coarse(float lse, float limit) { return fabsf(lse) >= limit && fabsf(lse) < INFINITY; }
 
 }  // namespace vlattn

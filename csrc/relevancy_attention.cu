@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(Rele
             const float total = row_sum(softmax.total[r]);
             factor[r] = total == 0.0f ? 0.0f : 1.0f / total;
             const int row = first + row_of(2 * r);
-            const float lse = total == 0.0f ? -INFINITY : (softmax.shift(r) + log2f(total)) * LN_2;
-            if (lane_column() == 0 && row < call.N) call.lse[(b * call.H + h) * call.N + row] = lse;
+            if (lane_column() == 0 && row < call.N)
+                call.lse[(b * call.H + h) * call.N + row] = natural_lse(softmax.shift(r), total);
         }
         store<T, WIDTH>(out, factor, call.out, b, h, first, call.N, call.DV);
     }
@@ -188,12 +188,11 @@ __device__ __forceinline__ float* known(const Relevancy& call, Known what) {
 __device__ __forceinline__ bool with_gradients(const Relevancy& call) { return call.grad_query.data || call.grad_value.data; }
 __host__ __device__ inline bool with_sums(const Relevancy& call) { return call.row_normalize && call.T > 0; }
 
-// Whether a row of these 16 lies so far from 0 that the rounding of its lse would show in P: added masks of -1e38 do that.
-__device__ __forceinline__ bool is_coarse(const Softmax& rows) {
-    float farthest = 0.0f;
-    for (float top : rows.top) farthest = fmaxf(farthest, top == INFINITY ? 0.0f : fabsf(top));
-    for (int lanes = 4; lanes < WARP; lanes *= 2) farthest = fmaxf(farthest, __shfl_xor_sync(ALL_LANES, farthest, lanes));
-    return farthest > 4096.0f;
+// Whether `of_row` holds for one of the 16 rows of a warp.
+__device__ __forceinline__ bool any_row(const bool (&of_row)[2]) {
+    int any = of_row[0] || of_row[1];
+    for (int lanes = 4; lanes < WARP; lanes *= 2) any |= __shfl_xor_sync(ALL_LANES, any, lanes);
+    return any != 0;
 }
 
 // sum(grad_out * out) of rows g and g+8, in 16-bit types as the operands of products have them.
@@ -221,7 +220,8 @@ template <class T, int WIDTH>
 __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, T* values) {
     const bool gradients = with_gradients(call), sums = with_sums(call), dp_of_sums = sums && call.by_gradient;
     const bool own_lse = gradients || call.out.data;  // otherwise it may count keys that are not here
-    if (!call.lse || own_lse || sums) {               // otherwise it says all
+    const bool may_be_coarse = own_lse || call.masks.kind == Masks::ADDED;
+    if (!call.lse || may_be_coarse || sums) {  // otherwise lse says all
         __syncthreads();
         stage_head<T, WIDTH>(keys, call.key, b, key_head, call.M, call.D);
         if (gradients || dp_of_sums) stage_head<T, WIDTH>(values, call.value, b, key_head, call.M, call.DV);
@@ -237,12 +237,14 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
             grad.load(call.grad_out.at<const T>(b, h), call.grad_out.row, first, grad_end, call.DV);
             Softmax rows;
             float shift[2], weight[2] = {1.0f, 1.0f}, delta[2] = {0.0f, 0.0f}, scale[2];
+            bool coarse[2] = {};
             if (call.lse) {
                 for (int r = 0; r < 2; ++r) {
-                    const float lse = first + row_of(2 * r) < call.N ? call.lse[at + row_of(2 * r)] * LOG2_E : INFINITY;
-                    rows.top[r] = shift[r] = lse == -INFINITY ? INFINITY : lse;
+                    const float lse = first + row_of(2 * r) < call.N ? call.lse[at + row_of(2 * r)] : -INFINITY;
+                    coarse[r] = may_be_coarse && is_coarse(lse, own_lse ? OWN_LSE : GIVEN_LSE);
+                    rows.top[r] = shift[r] = lse == -INFINITY ? INFINITY : lse * LOG2_E;
                 }
-                rows.given = !own_lse || (sizeof(T) == 2 && !is_coarse(rows));  // in float32 its rounding always shows
+                rows.given = !any_row(coarse) && (!own_lse || sizeof(T) == 2);  // in float32 its rounding always shows
                 if (!rows.given) rows.top[0] = rows.top[1] = -INFINITY;
             }
             if (gradients && rows.given) {
@@ -280,13 +282,16 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
                     }
                 }
                 for (int r = 0; r < 2 && sweep == 0; ++r) {
-                    const float total = row_sum(rows.total[r]);
-                    if (!rows.given) {
+                    const float total = row_sum(rows.total[r]), mean = row_sum(moment[r]);
+                    float factor = weight[r];
+                    if (!rows.given && call.lse && !own_lse && !coarse[r]) {
+                        factor = fast_exp2(rows.shift(r) - shift[r]);  // a row beside a coarse one: lse says all of it
+                    } else if (!rows.given) {
                         shift[r] = total == 0.0f ? INFINITY : rows.shift(r);
-                        weight[r] = total == 0.0f ? 1.0f : 1.0f / total;
-                        delta[r] = row_sum(moment[r]) * weight[r];
+                        factor = weight[r] = total == 0.0f ? 1.0f : 1.0f / total;
+                        delta[r] = mean * weight[r];
                     }
-                    const float sum = (call.by_gradient ? row_sum(positive[r]) : total) * weight[r];
+                    const float sum = (call.by_gradient ? row_sum(positive[r]) : total) * factor;
                     if (lane_column() == 0 && first + row_of(2 * r) < call.N) known(call, SUM)[at + row_of(2 * r)] = sum;
                 }
             }

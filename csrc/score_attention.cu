@@ -48,8 +48,16 @@ __device__ __forceinline__ Side<T> side(const Rows& x, int64_t b, int64_t h, int
 template <class T, int SIZE>
 constexpr int FORWARD_TILES = SIZE == 64 && !std::is_same_v<T, float> ? 2 : 1;
 
-template <class T, int SIZE>
-__global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAttention call) {
+// In base 2; +inf, which makes every probability 0, for rows without a key and for those beyond N.
+__device__ __forceinline__ float lse_log2(const float* lse, int64_t q, int64_t N) {
+    return q < N && lse[q] != -INFINITY ? lse[q] * LOG2_E : INFINITY;
+}
+
+// The forward pass; or with ROWS_ONLY, for the backward pass under a float mask, two numbers of each row (B,H,N), the second
+// after all of the first: with them P = norm 2^(logit - shift). They are 1 and the lse, but where lse is coarse 1 / sum and the
+// largest logit. The keys are only visited for blocks with such a row.
+template <class T, int SIZE, bool ROWS_ONLY>
+__global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAttention call, float* p_norm) {
     constexpr int MT = FORWARD_TILES<T, SIZE>, ROWS = WARPS * 16 * MT;
     const int64_t num_q = divide_up(call.N, ROWS), i_bh = blockIdx.x / num_q, b = i_bh / call.H, h = i_bh % call.H;
     const int64_t first = blockIdx.x % num_q * ROWS, warp_first = first + warp_index() * 16 * MT, row = warp_first + lane_row();
@@ -64,10 +72,13 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
     float out[MT][SIZE / 8][4] = {}, largest[MT][2], sum[MT][2] = {};
     for (auto& m : largest) m[0] = m[1] = -INFINITY;
     stage_rows<MT, ROWS>(shared, query, first, vector, call.A);
-    const int64_t end = call.masks.causal && first + ROWS < call.M ? first + ROWS : call.M;
+    const float* lse = call.lse + i_bh * call.N;
+    bool visit = !ROWS_ONLY;
+    for (int64_t q = first; ROWS_ONLY && q < first + ROWS && q < call.N; ++q) visit = visit || is_coarse(lse[q], OWN_LSE);
+    const int64_t end = !visit ? 0 : call.masks.causal && first + ROWS < call.M ? first + ROWS : call.M;
     for (int64_t start = 0; start < end; start += COLUMNS) {
         stage_columns(shared, key, start, call.A);
-        stage<T, SIZE>(value_tile, value, call.value.row, start, COLUMNS, call.M, call.DV);
+        if (!ROWS_ONLY) stage<T, SIZE>(value_tile, value, call.value.row, start, COLUMNS, call.M, call.DV);
         __syncthreads();
         if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16 * MT)) {
             Tile<MT> p;
@@ -96,8 +107,10 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
                         out[m][n][2 * i + 1] *= kept;
                     }
                 }
-                product_with_columns<T, SIZE>(out[m], p[m][0], value_tile, 0);
-                product_with_columns<T, SIZE>(out[m], p[m][1], value_tile, 16);
+                if constexpr (!ROWS_ONLY) {
+                    product_with_columns<T, SIZE>(out[m], p[m][0], value_tile, 0);
+                    product_with_columns<T, SIZE>(out[m], p[m][1], value_tile, 16);
+                }
             }
         }
         __syncthreads();
@@ -109,6 +122,13 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
             const int64_t q = row + 16 * m + 8 * i;
             const float total = row_sum(sum[m][i]), inverse = total == 0.0f ? 1.0f : 1.0f / total;
             if (q >= call.N) continue;
+            if constexpr (ROWS_ONLY) {
+                if (t2 != 0) continue;
+                float *norm = p_norm + i_bh * call.N + q, *shift = norm + call.B * call.H * call.N;
+                *norm = is_coarse(lse[q], OWN_LSE) ? inverse : 1.0f;
+                *shift = !is_coarse(lse[q], OWN_LSE) ? lse_log2(lse, q, call.N) : total == 0.0f ? INFINITY : largest[m][i];
+                continue;
+            }
             T* to = call.out.at<T>(b, h) + q * call.out.row;
 #pragma unroll
             for (int n = 0; n < SIZE / 8; ++n) {
@@ -116,7 +136,7 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
                 if (col < call.DV) to[col] = from_float<T>(out[m][n][2 * i] * inverse);
                 if (col + 1 < call.DV) to[col + 1] = from_float<T>(out[m][n][2 * i + 1] * inverse);
             }
-            if (t2 == 0) call.lse[i_bh * call.N + q] = total == 0.0f ? -INFINITY : (largest[m][i] + log2f(total)) * LN_2;
+            if (t2 == 0) call.lse[i_bh * call.N + q] = natural_lse(largest[m][i], total);
         }
     }
 }
@@ -130,11 +150,6 @@ __device__ __forceinline__ void write(const Rows& to, bool wide, int64_t b, int6
     }
 }
 
-// In base 2; +inf, which makes every probability 0, for rows without a key and for those beyond N.
-__device__ __forceinline__ float lse_log2(const float* lse, int64_t q, int64_t N) {
-    return q < N && lse[q] != -INFINITY ? lse[q] * LOG2_E : INFINITY;
-}
-
 // KEY_MAJOR: a block has keys and walks over the queries of the heads that share them; otherwise it has queries of one head and
 // walks over the keys, and leaves each query's delta = sum(grad_out out) - grad_lse for the other pass.
 template <class T, int SIZE, bool KEY_MAJOR>
@@ -142,6 +157,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
     additive_backward_kernel(ScoreAttention call, float* p_delta, float* p_parts) {
     constexpr int ROWS = BACKWARD_ROWS, CHUNKS = SIZE / 64;
     constexpr bool EXACT = std::is_same_v<T, float>;
+    const bool shifted = call.masks.kind == Masks::ADDED, normed = EXACT || shifted;
     const int64_t heads = !KEY_MAJOR ? call.H : call.key_heads > call.value_heads ? call.key_heads : call.value_heads;
     const int64_t group = call.H / heads, own_count = KEY_MAJOR ? call.M : call.N, other_count = KEY_MAJOR ? call.N : call.M;
     const int64_t blocks = divide_up(own_count, ROWS), i_block = blockIdx.x % blocks;
@@ -166,6 +182,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
         const T* vector = static_cast<const T*>(call.vector) + h * call.A;
         const float* lse = call.lse + (b * call.H + h) * call.N;
         float *delta = p_delta + (b * call.H + h) * call.N, *norm = delta + call.B * call.H * call.N;
+        const float* shift = norm + call.B * call.H * call.N;
         sum = {};
         stage_rows<1, ROWS>(shared, own, first, vector, call.A);
         float row_lse[2] = {}, row_delta[2] = {}, row_norm[2] = {1.0f, 1.0f}, total[2] = {}, mean[2] = {};
@@ -173,7 +190,8 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
             const T* out = call.out.at<const T>(b, h);
             for (int i = 0; i < 2; ++i) {
                 const int64_t q = row + 8 * i;
-                row_lse[i] = lse_log2(lse, q, call.N);
+                row_lse[i] = !shifted ? lse_log2(lse, q, call.N) : q < call.N ? shift[q] : INFINITY;
+                if (!EXACT && shifted && q < call.N) row_norm[i] = norm[q];
                 for (int d = lane_column(); !EXACT && q < call.N && d < call.DV; d += 4)
                     mean[i] += to_float(grad_out[q * call.grad_out.row + d]) * to_float(out[q * call.out.row + d]);
             }
@@ -186,7 +204,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
                     const int64_t q = row + 8 * i;
                     const float all = row_sum(total[i]);
                     if (EXACT && all > 0.0f) row_norm[i] = 1.0f / all;
-                    row_delta[i] = row_sum(mean[i]) * row_norm[i];
+                    row_delta[i] = row_sum(mean[i]) * (EXACT ? row_norm[i] : 1.0f);
                     if (q >= call.N) continue;
                     if (call.grad_lse) row_delta[i] -= call.grad_lse[(b * call.H + h) * call.N + q];
                     if (t2 == 0) {
@@ -200,9 +218,9 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
                 stage<T, SIZE>(other_tile, other_rows, other_stride, start, COLUMNS, other_count, call.DV);
                 if (KEY_MAJOR && threadIdx.x < COLUMNS) {
                     const int64_t q = start + threadIdx.x;
-                    column_lse[threadIdx.x] = lse_log2(lse, q, call.N);
+                    column_lse[threadIdx.x] = !shifted ? lse_log2(lse, q, call.N) : q < call.N ? shift[q] : INFINITY;
                     column_delta[threadIdx.x] = q < call.N ? delta[q] : 0.0f;
-                    if (EXACT) column_norm[threadIdx.x] = q < call.N ? norm[q] : 1.0f;
+                    if (normed) column_norm[threadIdx.x] = q < call.N ? norm[q] : 1.0f;
                 }
                 __syncthreads();
                 const float far = farthest(shared);
@@ -229,7 +247,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
                                 total[e / 2] += x;
                                 mean[e / 2] += x * products[e];
                             }
-                            if (EXACT) x *= KEY_MAJOR ? column_norm[column] : row_norm[e / 2];
+                            if (normed) x *= KEY_MAJOR ? column_norm[column] : row_norm[e / 2];
                             products[e] = x * (products[e] - delta) * call.scale;
                         }
                     }
@@ -310,11 +328,12 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
     }
 }
 
-template <class T, int SIZE>
-cudaError_t forward(const ScoreAttention& call, cudaStream_t stream) {
+template <class T, int SIZE, bool ROWS_ONLY>
+cudaError_t forward(const ScoreAttention& call, float* norm, cudaStream_t stream) {
     constexpr int ROWS = WARPS * 16 * FORWARD_TILES<T, SIZE>;
     const size_t shared = Shared::bytes(call.A, ROWS) + tile_bytes<T, SIZE>(COLUMNS);
-    return launch(additive_forward_kernel<T, SIZE>, divide_up(call.N, ROWS) * call.B * call.H, THREADS, shared, stream, call);
+    const int64_t blocks = divide_up(call.N, ROWS) * call.B * call.H;
+    return launch(additive_forward_kernel<T, SIZE, ROWS_ONLY>, blocks, THREADS, shared, stream, call, norm);
 }
 
 template <class T, int SIZE>
@@ -322,7 +341,12 @@ cudaError_t backward(const ScoreAttention& call, cudaStream_t stream) {
     const int64_t heads = std::max(call.key_heads, call.value_heads);
     const size_t g_bytes = sizeof(float) * COLUMNS * (GRAD_STRIDE + 3);
     const size_t shared = Shared::bytes(call.A, BACKWARD_ROWS) + g_bytes + tile_bytes<T, SIZE>(COLUMNS);
-    float *delta = call.workspace, *parts = delta + 2 * call.B * call.H * call.N;
+    const int64_t rows = call.B * call.H * call.N;
+    float *delta = call.workspace, *norm = delta + rows, *parts = delta + 3 * rows;
+    if (call.masks.kind == Masks::ADDED) {
+        const cudaError_t status = forward<T, SIZE, true>(call, norm, stream);
+        if (status != cudaSuccess) return status;
+    }
     const int64_t blocks_q = divide_up(call.N, BACKWARD_ROWS) * call.B * call.H;
     const int64_t blocks_kv = score_attention_blocks(call.M) * call.B * heads;
     cudaError_t status = launch(additive_backward_kernel<T, SIZE, false>, blocks_q, THREADS, shared, stream, call, delta, parts);
@@ -334,17 +358,17 @@ cudaError_t backward(const ScoreAttention& call, cudaStream_t stream) {
 
 int64_t score_attention_blocks(int64_t M) { return divide_up(M, BACKWARD_ROWS); }
 
-// Backward: delta and, for float32, 1 / sum P, (B,H,N) each; and a gradient (B,heads,M,A) where query heads share a key.
+// Backward: delta, norm and shift of each row (B,H,N); and a gradient (B,heads,M,A) where query heads share a key.
 int64_t score_attention_workspace(const ScoreAttention& call, bool backward) {
     if (!backward) return 0;
     const int64_t heads = std::max(call.key_heads, call.value_heads);
-    return call.B * (2 * call.H * call.N + (heads < call.H ? heads * call.M * call.A : 0));
+    return call.B * (3 * call.H * call.N + (heads < call.H ? heads * call.M * call.A : 0));
 }
 
 cudaError_t score_attention_forward(const ScoreAttention& call, cudaStream_t stream) {
     return with_type(call.dtype, [&](auto type) {
         using T = decltype(type);
-        return call.DV <= 64 ? forward<T, 64>(call, stream) : forward<T, 128>(call, stream);
+        return call.DV <= 64 ? forward<T, 64, false>(call, nullptr, stream) : forward<T, 128, false>(call, nullptr, stream);
     });
 }
 

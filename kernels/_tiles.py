@@ -103,11 +103,15 @@ def mask_logits(
     return tl.where(visible, b_log2, float("-inf"))
 
 
+OWN_LSE, GIVEN_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
+
+
 @triton.jit
-def is_coarse(b_lse):
+def is_coarse(b_lse, LIMIT: tl.constexpr):
     """Whether a natural log-sum-exp is so far from 0 that its rounding shows in exp(logit - lse), as in rows that a float mask
-    of -1e4 or finfo.min covers: probabilities come from the largest logit and the sum there."""
-    return (tl.abs(b_lse) > 4096.0) & (tl.abs(b_lse) < float("inf"))
+    of -1e5 or finfo.min covers: probabilities come from the largest logit and the sum there. The limit is lower for our own lse
+    than for one that a caller gives (streaming has the same), which may count keys that are not here."""
+    return (tl.abs(b_lse) >= LIMIT) & (tl.abs(b_lse) < float("inf"))
 
 
 @triton.jit

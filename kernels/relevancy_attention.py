@@ -20,7 +20,9 @@ from torch import Tensor
 from vlattn_fast.kernels import score_attention
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
+    GIVEN_LSE,
     LOG2_E,
+    OWN_LSE,
     block_and_head,
     block_size,
     dot,
@@ -89,8 +91,9 @@ def backward(
         grad_k, grad_v, moved = _backward_kv(call, rows, sent, sums)
         grads = (grad_q, grad_k, grad_v)
     elif sent is not None:
-        # the rounding of lse is half of the error of r Abar in float32: its rows are summed again there, as step does
-        given = None if query.dtype == torch.float32 else lse
+        # the rounding of lse is half of the error of r Abar in float32, and shows under float masks: step sums the rows again
+        exact = query.dtype == torch.float32 or (attn_mask is not None and attn_mask.dtype != torch.bool)
+        given = None if exact else lse
         moved = step(sent, query, key, value, grad_out, given, attn_mask, key_mask, rule, row_normalize, scale, is_causal)
     if grad_carrier is None:
         return grads[0], grads[1], grads[2], None
@@ -200,7 +203,7 @@ def _describe(
     return _Call((query, key, value, grad_out, *masks), numbers, constants, scale)
 
 
-def _statistics(call: _Call, lse: Tensor | None, summed: bool) -> tuple[_Rows, Tensor | None]:
+def _statistics(call: _Call, lse: Tensor | None, summed: bool, limit: tl.constexpr = GIVEN_LSE) -> tuple[_Rows, Tensor | None]:
     """The rows, with the log-sum-exp recomputed without `lse`; each head's row sums of A or relu(A * dA), if asked for."""
     query = call.tensors[0]
     pair = call.float_mask or (lse is None and query.dtype == torch.float32)
@@ -215,6 +218,7 @@ def _statistics(call: _Call, lse: Tensor | None, summed: bool) -> tuple[_Rows, T
             **call.constants,
             PAIR=pair,
             GIVEN=lse is not None,
+            LIMIT=limit.value,
             SUMS=summed,
             **config,
         )
@@ -230,7 +234,7 @@ def _backward_q(call: _Call, out: Tensor, lse: Tensor, summed: bool) -> tuple[Te
     delta = call.new_row()
     shift, total, sums = (call.new_row() if asked else None for asked in (exact, exact, summed))
     if call.float_mask:
-        rows, _ = _statistics(call, lse, False)
+        rows, _ = _statistics(call, lse, False, OWN_LSE)
         lse = shift = rows.lse
         total = rows.total
     if call.empty:
@@ -365,6 +369,7 @@ def _statistics_kernel(
     PRECISION: tl.constexpr,
     PAIR: tl.constexpr,
     GIVEN: tl.constexpr,
+    LIMIT: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -391,7 +396,7 @@ def _statistics_kernel(
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     full, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     if GIVEN and PAIR:
-        m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0))
+        m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), LIMIT)
         if not SUMS:
             end = tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0)
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):

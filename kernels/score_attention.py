@@ -23,6 +23,7 @@ from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._scores import activate, farthest, pin, ready_at, row_facts, sum_units, through_norm, through_units
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
+    OWN_LSE,
     block_and_head,
     block_size,
     dot,
@@ -501,7 +502,7 @@ def _rows_kernel(
     o_a = tl.arange(0, BLOCK_A)
     b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
     b_row, far_q = row_facts(b_q, p_ready_q, o_q, N, SCORE)
-    m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0))
+    m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), OWN_LSE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
