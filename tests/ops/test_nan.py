@@ -1,14 +1,16 @@
-"""Calls with a NaN or an overflow in one place: where the formula's results are not finite, those of a backend are not either."""
+"""NaN and overflow in one place: where the formula's results are not finite, those of a backend are not either."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.ops.backends import each
 
 NAN, INF = float("nan"), float("inf")
 Call = Callable[[str], Any]
@@ -20,8 +22,8 @@ def with_value(x: Tensor, place: tuple[int, ...], value: float) -> Tensor:
     return x
 
 
-def cases(operators: tuple[str, ...]) -> dict[str, Call]:
-    """Functions of the backend's name, of the operators that this backend has."""
+def calls() -> dict[str, Call]:
+    """Functions of the backend's name."""
     generator = torch.Generator("cpu").manual_seed(0)
     q, k, v, g = (torch.randn(1, 2, 5, 8, generator=generator, device="cpu") for _ in range(4))
     r = torch.rand(1, 2, 5, generator=generator, device="cpu")
@@ -60,7 +62,7 @@ def cases(operators: tuple[str, ...]) -> dict[str, Call]:
     found["relevancy_step, gradient of many rows"] = lambda b: va.relevancy_step(r.repeat(1, 9, 1), q, k, v, g_nan, backend=b)
     found["relevancy_step, float16 overflow"] = lambda b: va.relevancy_step(r, *half, overflow, backend=b)
     found["relevancy_attention, float16 overflow"] = lambda b: relevancy(*half, overflow, r, None, b)
-    return {name: call for name, call in found.items() if name.startswith(operators)}
+    return found
 
 
 def relevancy(q: Tensor, k: Tensor, v: Tensor, g: Tensor, r: Tensor, mask: Tensor | None, backend: str) -> tuple[Tensor, ...]:
@@ -75,19 +77,26 @@ def score(q: Tensor, k: Tensor, v: Tensor, g: Tensor, mask: Tensor | None, backe
     return out, lse, *torch.autograd.grad(out, inputs, g)
 
 
-def assert_not_hidden(call: Call, backend: str) -> None:
-    """No result is finite where the formula's is not, and rows of the first result that are finite there are so here.
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+NAMES = tuple(calls())
+WITH_CUDA = tuple(name for name in NAMES if name.startswith(("relevancy", "score_attention")))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # NumPy's, in Triton's interpreter
+@each("name", streaming=NAMES, triton=NAMES, cuda=WITH_CUDA)
+def test_no_result_is_finite_where_the_formula_has_none(backend: str, name: str) -> None:
+    """And rows of the first result that are finite in the formula are so here.
 
     Where an infinite number meets another the formula may have NaN and a kernel Inf. Autograd leaves NaN out of some gradients of
     the formula, as of a clamp.
     """
+    call = calls()[name]
     for n, (got, formula) in enumerate(zip(_tensors(call(backend)), _tensors(call("reference")), strict=True)):
         lost = torch.isfinite(got) & ~torch.isfinite(formula)
         assert not lost.any(), f"result {n} is finite at {lost.nonzero().tolist()}"
         if n == 0:
             more = ~torch.isfinite(got).all(-1) & torch.isfinite(formula).all(-1)
             assert not more.any(), f"result {n} is not finite in rows {more.nonzero().tolist()}"
-
-
-def _tensors(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
