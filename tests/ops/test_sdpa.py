@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from compare import LargestAllocation, assert_all_close_to, bytes_of
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import vlattn_fast as va
 from tests.ops.backends import on
@@ -166,6 +167,25 @@ def test_a_joined_mask_has_no_head_axis() -> None:
         va.score_attention(query, key, value, key_mask=key_mask, is_causal=True, backend="sdpa").sum().backward()
     # no map of all heads: a mask of one head of each sample, and the query
     assert seen.bytes <= max(bytes_of(query), 4 * 2 * 256 * 256), (seen.by, seen.bytes)
+
+
+@pytest.mark.parametrize("options", ({}, {"is_causal": True}, {"is_causal": True, "masked": True}), ids=str)
+def test_it_compiles_to_few_graphs(options: dict[str, Any]) -> None:
+    """One graph for the first length, one for all others, and one for those with too many pairs for float64."""
+    masked = options.get("masked", False)
+
+    def run(query: Tensor, key_mask: Tensor) -> Tensor:
+        chosen = {"key_mask": key_mask} if masked else {}
+        return va.score_attention(query, query, query, is_causal=options.get("is_causal", False), **chosen)
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for n in (20, 40, 100, 150, 577, 600):
+        inputs = torch.randn(1, 2, n, 8), torch.arange(n)[None] % 5 != 2
+        torch.testing.assert_close(compiled(*inputs), run(*inputs))
+    assert counter.frame_count <= 3
+    torch._dynamo.reset()
 
 
 def _in_float64(score: Any) -> Any:

@@ -15,6 +15,7 @@ from vlattn_fast._checks import check_bool, check_floating, check_heads, check_m
 from vlattn_fast._tensors import autocast, joined_mask_elements, mask_is_small, mask_padding, resolve_scale
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, empty_rows_first, once_differentiable, rows_first
+from vlattn_fast.sdpa import score_attention as sdpa
 
 
 def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
@@ -136,7 +137,7 @@ def score_attention(
         query, key, vector = autocast(query, key, vector)
     if chosen == "sdpa":
         with torch.autocast(query.device.type, enabled=False):  # the casts are done, and a series' features stay float32
-            out = load(BACKENDS, chosen).attention(query, key, value, attn_mask, key_mask, is_causal, scale)
+            out = sdpa.attention(query, key, value, attn_mask, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
         out, lse = _forward_op(

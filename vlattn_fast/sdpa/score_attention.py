@@ -31,9 +31,8 @@ def attention(
         query, key, value = pad_head_dim(query, expand_heads(key, num_heads), expand_heads(value, num_heads))
     elif key.shape[1] != value.shape[1]:
         value = expand_heads(value, key.shape[1])
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != num_heads
-    )
+    grouped = True if key.shape[1] != num_heads else False  # noqa: SIM210 -- bool() of torch.compile's symbol stays a symbol
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return out[..., :size].to(dtype)
 
 
