@@ -1,4 +1,4 @@
-"""benchmarks/REPORT.md and its plots, drawn from the stored rows and nothing else; the same rows give the same files."""
+"""benchmarks/REPORT.md and its plots, from the stored rows alone; the same rows give the same files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast.benchmarks._run import declared
+from vlattn_fast.benchmarks._run import OURS, declared
 
 from vlattn_fast._extras import extra
 
@@ -17,17 +17,19 @@ Row = dict[str, Any]
 COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound", "of floor", "calls")
 INTRODUCTION = """# Measurements
 
-Drawn by `make report` from the rows in `benchmarks/results/`; `make bench` measures. Of each variant the newest row is shown.
+`make report` writes this page from the rows in `benchmarks/results/`, and `make bench` measures them. The newest row of each
+variant is shown.
 
-- Variants run in turns in one process; p20, p50 and p80 are of single calls; *calls* is how many. On a GPU a call is timed by
-  events, behind a backlog that hides the host. *cuda*, *triton* and *streaming* are this package's backends; *reference* is the
-  formula with whole maps in eager mode; *published* is the procedure as its authors run it.
-- *peak MiB*: what one call adds at its peak. On a GPU it is torch's allocator, on a CPU the process's resident set.
-- *error*: the largest error of any output or compared gradient, over its largest magnitude, against the formula in float64 on a
+- Variants run in turns in one process. p20, p50 and p80 are percentiles over single calls, and *calls* is their number. On a GPU
+  events time a call, behind a backlog that hides the host.
+- *cuda*, *triton*, *sdpa* and *streaming* are backends of this package. *reference* is the formula with whole maps in eager mode.
+  *published* is the procedure as its authors run it.
+- *peak MiB*: what one call adds to memory at its peak: of torch's allocator on a GPU, of the process's resident set on a CPU.
+- *error*: the largest error of any output or compared gradient over its largest magnitude, against the formula in float64 on a
   part of the batch.
-- *of bound*: p50 over that of the bound, the variant in italics. *of floor*: p50 over the least time that an H200's rates allow
-  (`_measure.py`), on an H200 only.
-- Sizes on a CPU are smaller in batch and heads (SCAN: pairs; whole models: depth and width); each table names its own.
+- *of bound*: p50 over that of the bound. The bound is the variant in italics; it does the least work that the benchmark needs.
+- *of floor*: p50 over the least time that an H200's rates allow (`_measure.py`), on an H200 only.
+- On a CPU the batch and the heads are smaller (SCAN: the pairs; whole models: depth and width). Each table names its sizes.
 """
 
 
@@ -118,7 +120,7 @@ def _origin(row: Row) -> str:
 
 
 def _plot(rows: Sequence[Row], path: Path, name: str) -> Path:
-    """Bars from the bound's p50 to each variant's, one group a benchmark."""
+    """One panel an operator or task, one line a benchmark, one dot a variant: its p50 over that of the bound."""
     with extra("viz"):
         import matplotlib
 
@@ -126,27 +128,60 @@ def _plot(rows: Sequence[Row], path: Path, name: str) -> Path:
         from matplotlib import pyplot
 
     drawn = [row for row in rows if row.get("ratio_to_bound") and not row["is_bound"]]
-    order = [x.name for x in declared()]
+    order = [benchmark.name for benchmark in declared()]
     drawn.sort(key=lambda row: order.index(row["benchmark"]) if row["benchmark"] in order else len(order))
-    colors = {variant: f"C{n}" for n, variant in enumerate(sorted({row["variant"] for row in drawn}))}
-    figure, axes = pyplot.subplots(figsize=(12, 2 + 0.17 * (len(drawn) + len({_key(row) for row in drawn}))))
-    place, ticks, last = 0, [], None
+    panels: dict[str, dict[str, list[Row]]] = {}
+    dtypes = sorted({row["dtype"] for row in drawn})
     for row in drawn:
-        if _key(row) != last:
-            place, last = place + 1, _key(row)
-            ticks.append((place, f"{row['benchmark']}, {row['dtype']}"))
-        ratio = row["ratio_to_bound"]
-        axes.barh(place, ratio - 1, left=1, height=0.9, color=colors[row["variant"]])
-        axes.text(max(ratio, 1), place, f" {ratio:.2f}", va="center", fontsize=6)
-        place += 1
-    axes.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=7)
-    axes.set_ylim(place + 0.5, 0)
-    axes.set_xscale("log")
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("median time over that of the bound (log scale); less is better")
-    axes.set_title(rows[0]["device"] if rows else name)
-    axes.legend(handles=[pyplot.Rectangle((0, 0), 1, 1, color=color, label=x) for x, color in colors.items()], fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90, bbox_inches="tight", metadata={"Software": None})
+        module, _, label = row["benchmark"].partition("/")
+        lines = panels.setdefault(module, {})
+        kind = "" if len(dtypes) == 1 else f" ({row['dtype']})"
+        lines.setdefault(label.replace("/", ", ") + kind, []).append(row)
+    variants = sorted({row["variant"] for row in drawn})
+    looks = {variant: (f"C{number % 10}", "D" if variant in OURS else "o") for number, variant in enumerate(variants)}
+
+    columns = 2 if len(panels) > 1 else 1
+    shelves = [list(panels)[start : start + columns] for start in range(0, len(panels), columns)] or [[]]
+    heights = [0.9 + 0.24 * max((len(panels[module]) for module in shelf), default=1) for shelf in shelves]
+    figure = pyplot.figure(figsize=(7.5 * columns, sum(heights) + 1.2), layout="constrained")
+    axes = figure.subplots(len(shelves), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for shelf, cells in zip(shelves, axes, strict=True):
+        for cell in cells[len(shelf) :]:
+            cell.set_axis_off()
+        for module, cell in zip(shelf, cells, strict=False):
+            _draw_panel(cell, module, panels[module], looks)
+    where = rows[0]["device"] if rows else name
+    figure.suptitle(
+        f"{where}, {', '.join(dtypes)}: median time over that of the bound (log scale, less is better); "
+        "diamonds are this package",
+        fontsize=11,
+    )
+    handles = [
+        pyplot.Line2D([], [], color=color, marker=marker, linestyle="", label=variant)
+        for variant, (color, marker) in looks.items()
+    ]
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(len(handles), 4 * columns), fontsize=8, frameon=False
+        )
+    figure.savefig(path, dpi=90, metadata={"Software": None})
     pyplot.close(figure)
     return path
+
+
+def _draw_panel(cell: Any, module: str, lines: dict[str, list[Row]], looks: dict[str, tuple[str, str]]) -> None:
+    for place, found in enumerate(lines.values()):
+        for number, row in enumerate(found):
+            color, marker = looks[row["variant"]]
+            height = place + 0.3 * (number / max(len(found) - 1, 1) - 0.5)  # so that equal times do not cover each other
+            cell.plot(row["ratio_to_bound"], height, color=color, marker=marker, markersize=6, alpha=0.85, linestyle="")
+    cell.set_yticks(range(len(lines)), list(lines), fontsize=8)
+    cell.set_ylim(len(lines) - 0.4, -0.6)
+    cell.set_xscale("log")
+    cell.axvline(1.0, color="black", linewidth=0.8)
+    low, high = cell.get_xlim()
+    cell.set_xlim(min(low, 0.8), max(high, 12.0))  # a tick that names a power of ten in every panel
+    cell.xaxis.set_major_formatter("{x:g}")
+    cell.tick_params(axis="x", labelsize=8)
+    cell.grid(axis="both", alpha=0.25)
+    cell.set_title(module, fontsize=10, loc="left")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 from dataclasses import replace
 
 import pytest
@@ -283,6 +284,41 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     assert "results/h200.png" in text
     command.main(["report", "--results", str(results), "--out", str(out)])
     assert (out.read_text(), (results / "h200.png").read_bytes()) == (text, plot)
+
+
+def size_of(png):
+    """Width and height in pixels."""
+    return struct.unpack(">II", png.read_bytes()[16:24])
+
+
+def test_the_picture_has_a_panel_for_each_operator(tmp_path, monkeypatch):
+    """Not one strip: as many panels as operators, a line for each benchmark of an operator, and a shape that a screen shows."""
+    pytest.importorskip("matplotlib")
+    panels = {}
+    draw = _report._draw_panel
+    monkeypatch.setattr(_report, "_draw_panel", lambda *x: (panels.update({x[1]: sorted(x[2])}), draw(*x)))
+    rows = [
+        made_up(benchmark=benchmark.name, dtype=dtype, variant=variant, ratio_to_bound=ratio)
+        for benchmark in DECLARED
+        for dtype, variant, ratio in (("float32", "triton", 2.0), ("float32", "published", 7.0))
+    ]
+    path = _report._plot(rows, tmp_path / "h200.png", "h200")
+    assert list(panels) == list(_run.MODULES)
+    for module, lines in panels.items():
+        assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
+    width, height = size_of(path)
+    assert 1000 <= width <= 1600 and 0.5 <= height / width <= 1.2
+
+
+def test_the_report_in_the_tree_is_that_of_the_stored_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    stored = _measure.HERE / "results" / "cpu.json"
+    out = tmp_path / "REPORT.md"
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cpu.json").write_bytes(stored.read_bytes())
+    _report.write(tmp_path / "results", out)
+    assert out.read_text() == (_measure.HERE / "REPORT.md").read_text()
+    assert size_of(tmp_path / "results" / "cpu.png") == size_of(_measure.HERE / "results" / "cpu.png")
 
 
 def test_the_report_without_a_row(tmp_path):
