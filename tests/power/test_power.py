@@ -1,0 +1,156 @@
+"""The rule sees what it is there for: flaws planted in a copy of the streaming code are caught, the copy itself is not.
+
+Each flaw names the dtypes in which it is visible, and why not in the others: there the plain formula rounds as much by itself.
+Where it is not visible the flaw must pass, so that this table stays true.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from compare import as_dtype, assert_all_close_to
+from torch import Tensor
+
+import vlattn_fast as va
+from vlattn_fast.streaming import _tiles, score_attention
+
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+B, H, N, M, D = 2, 3, 24, 40, 16
+SCALE = D**-0.5
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """`edits`: what stands once in the source of score_attention or _tiles, and what it becomes."""
+
+    edits: Mapping[str, str]
+    dtypes: tuple[torch.dtype, ...] = LOW
+    why_only: str = ""
+    peaked: float = 1.0  # the factor on the queries: the larger, the more one key takes a row
+    causal: bool = False
+
+
+FORWARD_P, BACKWARD_P = "prob = probabilities(logits, compute_dtype(query))", "prob = probabilities(logits, dtype)"
+LSE = "lse[b, h, i] = logsumexp(logits)"
+DELTA = "delta = (prob * grad_prob).sum(-1, keepdim=True)"
+LOGITS = "yield b, h, i, masks.apply(tile, shape, b, h, i)"
+PARTS = "parameter) * scale\n            yield"
+
+FLAWS = {
+    "lse rounded to bfloat16": Flaw(
+        {LSE: f"{LSE}.bfloat16()"},
+        (torch.float32, torch.float16),
+        "the formula sums logits that are rounded to bfloat16 themselves",
+    ),
+    "P of the backward pass from an lse rounded to bfloat16": Flaw(
+        {BACKWARD_P: "prob = torch.exp(logits - lse[b, h, i, None].bfloat16().to(dtype))"},
+        (torch.float32, torch.float16),
+        "an lse of 3 or 4 is off by at most 0.8 %, and the formula rounds P, dP and dS to 0.4 % each",
+    ),
+    "P rounded to bfloat16": Flaw(
+        {FORWARD_P: f"{FORWARD_P}.bfloat16().to(compute_dtype(query))"},
+        (torch.float32,),
+        "the formula's P is a bfloat16; a float16 result has an ulp of 1e-3, and rounding P costs it as much",
+    ),
+    "P of the backward pass rounded to bfloat16": Flaw(
+        {BACKWARD_P: f"{BACKWARD_P}.bfloat16().to(dtype)"},
+        (torch.float32,),
+        "the formula's P is a bfloat16; a float16 result has an ulp of 1e-3, and rounding P costs it as much",
+    ),
+    "an exponential off by 1e-3": Flaw(
+        {FORWARD_P: f"{FORWARD_P} * 1.001"}, (torch.float32,), "a float16 has an ulp of 1e-3, a bfloat16 of 8e-3"
+    ),
+    "an exponential off by up to 1e-3": Flaw(
+        {FORWARD_P: f"{FORWARD_P} * (1 + 1e-3 * torch.sin(9 * logits)).nan_to_num()"},
+        (torch.float32,),
+        "a float16 has an ulp of 1e-3, a bfloat16 of 8e-3",
+    ),
+    "one key tile left out of one row": Flaw(
+        {
+            LOGITS: "logits = masks.apply(tile, shape, b, h, i)\n            logits[:1, :1, :1, 16:32] = -torch.inf\n"
+            "            yield b, h, i, logits"
+        }
+    ),
+    "one head unscaled": Flaw({PARTS: "parameter)\n            tile[:, h.start != 0 :] *= scale\n            yield"}),
+    "delta from a rounded output": Flaw(
+        {DELTA: "delta = (go * out[b, h, i].bfloat16().to(dtype)).sum(-1, keepdim=True)"},
+        (torch.float32, torch.float16),
+        "the formula rounds the logits to bfloat16, which moves peaked rows more",
+        peaked=6.0,
+    ),
+    "a mask off by one key": Flaw({"o_kv > o_q[:, None]": "o_kv > o_q[:, None] + 1"}, causal=True),
+}
+
+
+def copy_of(module: ModuleType, edits: Mapping[str, str], names: Mapping[str, Any]) -> tuple[ModuleType, int]:
+    """A fresh module of the edited source, with other `names`; and how many of the edits found their place."""
+    source, planted = inspect.getsource(module), 0
+    for old, new in edits.items():
+        if old in source:
+            assert source.count(old) == 1, f"{source.count(old)} places in {module.__name__}: {old}"
+            source, planted = source.replace(old, new), planted + 1
+    fresh = ModuleType(f"{module.__name__}_flawed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, fresh.__name__, fresh)  # dataclasses look their module up
+        exec(compile(source, fresh.__name__, "exec"), fresh.__dict__)
+    fresh.__dict__.update(names)
+    return fresh, planted
+
+
+def planted(edits: Mapping[str, str]) -> ModuleType:
+    """The streaming code of score_attention with these edits, tile by tile."""
+    tiles, first = copy_of(_tiles, edits, {"TILE_ELEMENTS": 3 * N * M // 2})
+    helpers = {name: getattr(tiles, name) for name in ("Masks", "Tiling", "logsumexp", "probabilities")}
+    code, second = copy_of(score_attention, edits, helpers | {"_fused_cpu": SimpleNamespace(runs=lambda *_: False)})
+    assert first + second == len(edits), "an edit has no place in the source"
+    return code
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, code: ModuleType, causal: bool) -> tuple[Tensor, Tensor]:
+        ctx.code, ctx.causal = code, causal
+        out, lse = code.forward(query, key, value, None, None, None, None, "dot", 0.0, SCALE, 0.0, causal)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        options = (None, None, None, None, "dot", 0.0, SCALE, 0.0, ctx.causal)
+        return *ctx.code.backward(grad_out, grad_lse, *ctx.saved_tensors, *options)[:3], None, None
+
+
+def compare(flaw: Flaw, dtype: torch.dtype, edits: Mapping[str, str]) -> None:
+    code = planted(edits)
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return Attention.apply(query, key, value, code, flaw.causal)
+
+    def formula(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return va.reference.score_attention(query, key, value, score="dot", scale=SCALE, is_causal=flaw.causal, return_lse=True)
+
+    inputs = {name: torch.randn(B, H, size, D) for name, size in (("query", N), ("key", M), ("value", M))}
+    inputs["query"] *= flaw.peaked
+    assert_all_close_to(ours, formula, as_dtype(inputs, dtype), [torch.randn(B, H, N, D), None])
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("name", FLAWS)
+def test_a_planted_flaw_is_caught(name: str, dtype: torch.dtype) -> None:
+    flaw = FLAWS[name]
+    torch.manual_seed(0)
+    compare(flaw, dtype, {})  # without the flaw the copy passes
+    torch.manual_seed(0)
+    if dtype in flaw.dtypes:
+        with pytest.raises(AssertionError, match="numbers of|must hold in"):
+            compare(flaw, dtype, flaw.edits)
+    else:
+        assert flaw.why_only
+        compare(flaw, dtype, flaw.edits)
