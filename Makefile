@@ -1,5 +1,6 @@
 # make demo   a picture, a table of checks and a comparison of costs
-# make test   lint, types and every test
+# make test   lint, types and every test, then a fifth of `make cpus`; ARGS="-k causal" for some; WORKERS=2 processes
+# make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
 # make report benchmarks/REPORT.md from the stored rows
 # These make their own environment in .venv first; an environment that is there already is completed and kept.
@@ -10,6 +11,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 
@@ -17,13 +19,19 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test format lint venv bench report docs oldest gate gpu clean
+.PHONY: demo test cpus format lint venv bench report docs oldest gate gpu clean
 
 demo: $(INSTALLED)
 	@$(PY) -m vlattn_fast.cli demo --out demo
 
+# One thread a process: two processes of one thread finish sooner than one of two, and sums have the same order everywhere.
+test: export OMP_NUM_THREADS := 1
 test: lint
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest --numprocesses $(WORKERS) $(ARGS)
+	@$(if $(ARGS),:,$(PY) tests/cpus.py --fifth --workers $(WORKERS))
+
+cpus: $(INSTALLED)
+	@$(PY) tests/cpus.py --workers $(WORKERS)
 
 format: $(INSTALLED)
 	@$(PY) -m ruff check --fix .

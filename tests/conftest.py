@@ -42,8 +42,18 @@ if hypothesis is not None:
     hypothesis.settings.load_profile("vlattn")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """VLATTN_SHARD=i/n keeps each n-th test from the i-th on: `make gpu` runs n processes side by side."""
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what compares with the formula. VLATTN_ACCURACY_SHARE=i/n keeps a draw of these, as tests/cpus.py asks for;
+    VLATTN_SHARD=i/n keeps each n-th test from the i-th on: `make gpu` runs n processes side by side."""
+    from tests.accuracy import compares, drawn
+
+    share = os.environ.get("VLATTN_ACCURACY_SHARE")
+    accuracy = [item for item in items if isinstance(item, pytest.Function) and compares(item.function)]
+    for item in accuracy:
+        item.add_marker("accuracy")
+    if share:
+        items[:] = [item for item in accuracy if drawn(item.nodeid, share)]
     if shard := os.environ.get("VLATTN_SHARD"):
         i, n = map(int, shard.split("/"))
         items[:] = items[i::n]

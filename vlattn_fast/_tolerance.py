@@ -9,8 +9,13 @@ over draws of the inputs:
 A sum taken in another order has other errors, number by number, but over a few thousand numbers their root mean square hardly
 moves. The largest error of few numbers does move, so its bound is wide: it is there for one wrong number among many right ones.
 An ulp stands for what any rounding of the result itself costs, where the formula has no error at all. For the root mean
-square it is eps * rms(exact): the number that an error of one ulp in every element would give. A float64 result has no better
-formula to be held to; its largest error may be 1e-10 of the largest magnitude.
+square it is eps * rms(exact): the number that an error of one ulp in every element would give.
+
+Before pooling, the numbers of a draw are divided by its level of error, the root mean square of ours, the formula's and the
+ulp together. Where a draw nearly cancels (a norm of next to nothing, two logits that tie), one number in it can be off by more
+than all other draws, for us or for the formula, by luck; so divided it counts as one draw among many.
+
+A float64 result has no better formula to be held to; its largest error may be 1e-10 of the largest magnitude.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from torch import Tensor
 
 NUMBERS = 3000  # so many errors on each side settle the rule where it holds
 ENOUGH = 16  # so do the draws of an output with few numbers
-MOST = 128  # draws, before a rule that does not hold is called broken: one pair of numbers that nearly cancel can rule a draw
+MOST = 64  # draws, before a rule that does not hold is called broken
 FLOAT64 = 1e-10
 
 
@@ -41,8 +46,7 @@ class Errors:
         self.draws = self.numbers = 0
         self.dtype: torch.dtype | None = None
         self.mismatch = ""  # why no number was compared: another shape, or NaN and Inf in other places
-        self._squares, self._largest = dict.fromkeys(_SIDES, 0.0), dict.fromkeys(_SIDES, 0.0)
-        self._counts = dict.fromkeys(_SIDES, 0)
+        self._statistics: list[tuple[float, ...]] = []
 
     def add(self, got: Tensor, exact: Tensor, formula: Tensor | None) -> None:
         """One draw: `exact` in float64, `formula` in the dtype of `got` (None for a float64 result)."""
@@ -54,54 +58,66 @@ class Errors:
             return
         finite = torch.isfinite(exact.to(got.dtype))  # what float16 cannot hold is Inf
         exact = exact[finite]
-        self.numbers += exact.numel()
-        self._add("exact", exact)
-        self._add("ours", got[finite].double() - exact)
-        if got.dtype != torch.float64:
-            if formula is None:
+        if exact.numel() == 0:
+            return
+        if formula is None:
+            if got.dtype != torch.float64:
                 raise TypeError(f"formula must be the plain formula in {got.dtype}; got None")
+            error = torch.zeros_like(exact)
+        else:
             error = formula.detach().to(exact.device)[finite].double() - exact
-            self._add("formula", error[torch.isfinite(error)])
-
-    def _add(self, side: str, x: Tensor) -> None:
-        if x.numel() > 0:
-            self._squares[side] += float(x.square().sum())
-            self._counts[side] += x.numel()
-            self._largest[side] = max(self._largest[side], float(x.abs().max()))
-
-    def rms(self, side: str) -> float:
-        """The root mean square of `side`: "ours", "formula" or "exact"."""
-        return math.sqrt(self._squares[side] / max(1, self._counts[side]))
-
-    def allowed(self) -> tuple[float, float]:
-        """What the root mean square and the largest of our errors may be."""
-        largest = max(self._largest["exact"], self.scale)
-        if self.dtype == torch.float64:
-            return FLOAT64 * largest, FLOAT64 * largest
-        eps = 0.0 if self.dtype is None else torch.finfo(self.dtype).eps
-        rms = 2 * self.rms("formula") + eps * max(self.rms("exact"), self.scale)
-        return rms, max(4 * self._largest["formula"], 16 * self.rms("formula")) + 2 * eps * largest
+            error = torch.where(torch.isfinite(error), error, 0.0)
+        self.numbers += exact.numel()
+        sides = torch.stack([got[finite].double() - exact, error, exact])
+        squares, largest = sides.square().mean(1), sides.abs().amax(1)
+        self._statistics.append((exact.numel(), *squares.tolist(), *largest.tolist()))
 
     def ratio(self) -> float:
         """The worse of both errors over what is allowed: above 1 the rule is broken."""
         if self.mismatch:
             return math.inf
-        pairs = zip((self.rms("ours"), self._largest["ours"]), self.allowed(), strict=True)
-        return max(error / bound if bound > 0 else (math.inf if error > 0 else 0.0) for error, bound in pairs)
+        if self.dtype is None or not self._statistics:
+            return 0.0
+        return float(worst_ratio(torch.tensor(self._statistics, dtype=torch.float64), self.dtype, self.scale))
 
     def __str__(self) -> str:
-        if self.mismatch:
-            return self.mismatch
-        rms, largest = self.allowed()
+        if self.mismatch or not self._statistics:
+            return self.mismatch or "no finite numbers"
+        statistics = torch.tensor(self._statistics, dtype=torch.float64)
+        rms = (statistics[:, :1] * statistics[:, 1:4]).sum(0).div(self.numbers).sqrt().tolist()
+        largest = statistics[:, 4:].amax(0).tolist()
         return (
-            f"{self.numbers} numbers of {self.draws} draws in {self.dtype}: the root mean square of the errors is "
-            f"{self.rms('ours'):.3e} where {rms:.3e} is allowed, the largest {self._largest['ours']:.3e} where {largest:.3e} is "
-            f"allowed (the formula has {self.rms('formula'):.3e} and {self._largest['formula']:.3e}, the exact numbers "
-            f"{self.rms('exact'):.3e} and {self._largest['exact']:.3e})"
+            f"{self.ratio():.2f} of what is allowed, {self.numbers} numbers of {self.draws} draws in {self.dtype}: the root mean "
+            f"square of the errors is {rms[0]:.3e}, the formula's {rms[1]:.3e}, the largest {largest[0]:.3e} and "
+            f"{largest[1]:.3e}; the exact numbers have {rms[2]:.3e} and {largest[2]:.3e}"
         )
 
 
-_SIDES = ("ours", "formula", "exact")
+def worst_ratio(statistics: Tensor, dtype: torch.dtype, scale: float = 0.0) -> Tensor:
+    """The rule. Statistics (..., draws, 7) to (...): the number of errors, the mean squares of ours, the formula's and of the
+    exact numbers, and the largest of each."""
+    count, ours, formula, exact, most_ours, most_formula, most_exact = statistics.unbind(-1)
+    exact, most_exact = exact.clamp(min=scale**2), most_exact.clamp(min=scale)
+    if dtype == torch.float64:
+        return _over(most_ours, FLOAT64 * most_exact).amax(-1)
+    eps = torch.finfo(dtype).eps
+    ulp = eps * exact.sqrt()
+    level = ((ours + formula) / 2 + ulp.square()).sqrt()
+    level = torch.where(level > 0, level, 1.0)
+
+    def pooled(squares: Tensor) -> Tensor:
+        return ((count * squares / level.square()).sum(-1) / count.sum(-1)).sqrt()
+
+    def largest(x: Tensor) -> Tensor:
+        return (x / level).amax(-1)
+
+    rms = 2 * pooled(formula) + pooled(ulp.square())
+    most = torch.maximum(4 * largest(most_formula), 16 * pooled(formula)) + 2 * eps * largest(most_exact)
+    return torch.maximum(_over(pooled(ours), rms), _over(largest(most_ours), most))
+
+
+def _over(error: Tensor, allowed: Tensor) -> Tensor:
+    return torch.where(error == 0, 0.0, error / allowed)
 
 
 def settle(

@@ -1,0 +1,43 @@
+"""Which tests run under other arithmetic of the CPU, and that the settings reach torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import cpus
+from tests.accuracy import compares, drawn
+from tests.ops import test_congruence_loss, test_score_attention
+from tests.power import test_power
+
+
+def test_tests_that_compare_are_marked() -> None:
+    assert compares(test_score_attention.test_low_precision_is_as_good_as_the_formula)
+    assert compares(test_power.test_a_planted_flaw_is_caught)  # through a helper of its own file
+    assert any(compares(test) for name, test in vars(test_congruence_loss).items() if name.startswith("test_"))
+    assert not compares(test_tests_that_compare_are_marked)
+
+
+def test_the_shares_are_a_fifth_and_no_test_is_in_two() -> None:
+    names = [f"tests/ops/test_score_attention.py::test[{n}]" for n in range(6000)]
+    chosen = [{name for name in names if drawn(name, share)} for share in cpus.shares().values()]
+    assert sum(map(len, chosen)) == len(set().union(*chosen))
+    assert 1080 < sum(map(len, chosen)) < 1320 and all(340 < len(share) < 460 for share in chosen)
+    assert drawn(names[0], "0/1")
+
+
+@pytest.mark.parametrize("setting, words", [("avx2", "AVX2"), ("sse4", "DEFAULT")])
+def test_the_settings_reach_torch(setting: str, words: str) -> None:
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    plain, there = (
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **more}, capture_output=True, text=True, check=True
+        ).stdout
+        for more in ({}, cpus.SETTINGS[setting])
+    )
+    if not plain.startswith("AVX"):
+        pytest.skip("this CPU has no vector instructions to leave out")
+    assert there.startswith(words)
