@@ -1,4 +1,4 @@
-"""What every public call asks of its arguments. Each message names the argument, what is wanted and what came."""
+"""What every public call asks of its arguments. Each message names the argument and says "must be ...; got ..."."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -15,37 +17,82 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def describe(x: Any) -> str:
     """A value as an error message shows it: tensors by dtype, shape and device."""
     if isinstance(x, Tensor):
+        if foreign := _foreign(x):
+            return foreign
         return f"a {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}"
     return f"{type(x).__name__} {x!r:.80}"
 
 
 def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str = "") -> None:
-    """`x` is a tensor, and of `rank` dimensions; `shape` is the legend the message shows."""
+    """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent; `shape` is the legend the message shows."""
+    legend = f" {shape}" if shape else ""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor {shape}; got {describe(x)}")
+        raise TypeError(f"{name} must be a torch.Tensor{legend}; got {describe(x)}")
+    if _foreign(x):
+        raise TypeError(f"{name} must be a dense torch.Tensor{legend}; got {describe(x)}")
     if rank is not None and x.dim() != rank:
-        raise ValueError(f"{name} must have {rank} dimensions {shape}; got {describe(x)}")
+        raise ValueError(f"{name} must have {rank} dimensions{legend}; got {describe(x)}")
+    if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:  # private: may go away
+        _check_no_tangent(name, x)
 
 
-def check_floating(**tensors: Tensor) -> None:
-    """All share one device and one floating dtype; under autocast, which casts them, each may have its own."""
-    first_name, first = next(iter(tensors.items()))
-    if first.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{first_name} must be float16, bfloat16, float32 or float64; got {describe(first)}")
-    mixed = torch.is_autocast_enabled(first.device.type)
-    for name, x in tensors.items():
-        if x.dtype != first.dtype and not (mixed and x.dtype in FLOAT_DTYPES):
-            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {describe(x)}")
-        check_device(name, x, first_name, first)
-        if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:  # private: may go away
-            _check_no_tangent(name, x)
+def _foreign(x: Tensor) -> str:
+    """What kind of tensor `x` is where its elements do not lie in one dense block of this device's memory."""
+    if x.is_nested:
+        return f"a nested {x.dtype} tensor"
+    if x.layout is not torch.strided:
+        return f"a {x.layout} {x.dtype} tensor"
+    if type(x) is not Tensor and any(base.__name__ == "DTensor" for base in type(x).__mro__):
+        return f"a DTensor of {x.dtype}"
+    return ""
 
 
 def _check_no_tangent(name: str, x: Tensor) -> None:
-    """Without this, torch would give an operator that has no forward-mode formula a tangent of zero, in silence."""
+    """torch would give an operator without a forward-mode formula a tangent of zero, in silence."""
     if forward_ad.unpack_dual(x).tangent is not None:
         raise ValueError(
-            f"{name} must not carry a forward-mode tangent (jvp): there is only reverse mode here; vlattn_fast.reference has both"
+            f"{name} must not carry a forward-mode tangent, since there is only reverse mode here (vlattn_fast.reference has "
+            f"both); got one with {describe(x)}"
+        )
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on; there is none for meta tensors, and torch raises for them."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of `x` can be read: not in code that torch.compile traces, not while a CUDA graph is captured, and
+    not where there are none (meta and fake tensors)."""
+    if torch.compiler.is_compiling() or x.is_meta or detect_fake_mode(x) is not None:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def varies(x: float) -> bool:
+    """Whether `x` is a symbol in code that torch.compile traces: a float that may differ from call to call."""
+    return torch.compiler.is_compiling() and not has_static_value(x)
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """All share one device and one floating dtype. Under autocast each may have its own, except float64, which autocast leaves
+    as it is: all are float64 or none."""
+    first_name, first = next(iter(tensors.items()))
+    if first.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{first_name} must be float16, bfloat16, float32 or float64; got {describe(first)}")
+    mixed = autocasts(first.device.type)
+    for name, x in tensors.items():
+        castable = mixed and x.dtype in FLOAT_DTYPES and torch.float64 not in (x.dtype, first.dtype)
+        if x.dtype != first.dtype and not castable:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {describe(x)}")
+        check_device(name, x, first_name, first)
+
+
+def check_constant(name: str, x: Tensor) -> None:
+    """`x` asks for no gradient, unless gradients are off."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require a gradient, since none is computed for it; got {describe(x)} with requires_grad=True"
         )
 
 
@@ -71,12 +118,13 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
     """A finite real number in [low, high] (or [low, high) with open_high)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number; got {describe(value)}")
-    if not math.isfinite(value) or value < low or value > high or (open_high and value == high):
+    # comparisons alone: torch.compile knows them of a float that varies, and math.isfinite not
+    if not (-math.inf < value < math.inf and low <= value <= high) or (open_high and value == high):
         raise ValueError(f"{name} must be a finite number in [{low}, {high}{')' if open_high else ']'}; got {value!r}")
 
 
 def check_heads(query: Tensor, key: Tensor, enable_gqa: bool, *, key_name: str = "key") -> None:
-    """Batch and head counts of query (B,H,N,D) and key (B,Hkv,M,D) fit."""
+    """Batch and head counts of query (B, H, N, D) and key (B, Hkv, M, D) fit."""
     if key.shape[0] != query.shape[0]:
         raise ValueError(f"{key_name} must have query's batch size {query.shape[0]}; got {describe(key)}")
     if enable_gqa:
@@ -91,13 +139,13 @@ def check_heads(query: Tensor, key: Tensor, enable_gqa: bool, *, key_name: str =
 
 
 def check_head_dim(query: Tensor, key: Tensor) -> None:
-    """query (B,H,N,D) and key (B,Hkv,M,D) have one head size."""
+    """query (B, H, N, D) and key (B, Hkv, M, D) have one head_dim."""
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key must have query's head size {query.shape[-1]}; got {describe(key)}")
+        raise ValueError(f"key must have query's head_dim {query.shape[-1]}; got {describe(key)}")
 
 
 def check_value(value: Tensor, key: Tensor) -> None:
-    """value (B,Hkv,M,Dv) has key's batch, heads and length."""
+    """value (B, Hkv, M, Dv) has key's batch, heads and length."""
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
             f"value must have key's batch, heads and length {tuple(key.shape[:3])} in its first three dimensions; "
@@ -106,26 +154,25 @@ def check_value(value: Tensor, key: Tensor) -> None:
 
 
 def check_grad_output(grad_output: Tensor, query: Tensor, value: Tensor) -> None:
-    """grad_output (B,H,N,Dv) is the gradient of the attention's output."""
-    wanted = (*query.shape[:3], value.shape[3])
-    if grad_output.shape != wanted:
-        raise ValueError(f"grad_output must have the shape {wanted} of the attention's output; got {describe(grad_output)}")
+    """grad_output (B, H, N, Dv) is the gradient of the attention's output."""
+    shape = (*query.shape[:3], value.shape[3])
+    if grad_output.shape != shape:
+        raise ValueError(f"grad_output must have the shape {shape} of the attention's output; got {describe(grad_output)}")
 
 
 def check_masks(query: Tensor, key: Tensor, attn_mask: Any, key_mask: Any, is_causal: Any) -> None:
-    """attn_mask broadcasts to (B,H,N,M), bool or float; key_mask is bool (B,M)."""
+    """attn_mask broadcasts to (B, H, N, M), bool or float; key_mask is bool (B, M)."""
     check_bool(is_causal=is_causal)
     if attn_mask is not None:
-        check_tensor("attn_mask", attn_mask, shape="(broadcastable to B, H, N, M)")
+        check_tensor("attn_mask", attn_mask, shape="that broadcasts to (B, H, N, M)")
         if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOAT_DTYPES:
             raise TypeError(f"attn_mask must be bool (True = may attend) or floating point (added); got {describe(attn_mask)}")
         check_device("attn_mask", attn_mask, "query", query)
         full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        given = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-        if attn_mask.dim() > 4 or any(g != 1 and g != f for g, f in zip(given, full, strict=True)):
+        shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+        if attn_mask.dim() > 4 or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
             raise ValueError(f"attn_mask must broadcast to (B, H, N, M) = {full}; got {describe(attn_mask)}")
-        if attn_mask.requires_grad:
-            raise ValueError("attn_mask must not require a gradient: none is computed for it; pass attn_mask.detach()")
+        check_constant("attn_mask", attn_mask)
     if key_mask is not None:
         check_tensor("key_mask", key_mask, rank=2, shape="(B, M)")
         if key_mask.dtype != torch.bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._checks import check_number
+from vlattn_fast._checks import autocasts, check_number
 
 
 def resolve_scale(scale: Any, default: float) -> float:
@@ -28,10 +29,15 @@ def scaled_dot_default(head_dim: int) -> float:
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on, except float64, as scaled_dot_product_attention does it."""
     device = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off, on a device type that has it."""
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

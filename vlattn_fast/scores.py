@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_choice, check_floating, check_head_dim, check_number, check_tensor, describe
+from vlattn_fast._checks import check_choice, check_floating, check_head_dim, check_number, check_tensor, describe, readable
 from vlattn_fast._series import sine_series
 from vlattn_fast._tensors import scaled_dot_default, unit_vectors
 
@@ -103,7 +103,8 @@ class Cosine(_Unscaled):
     def core(self, query: Tensor, key: Tensor) -> Core:
         # A dot product of unit vectors is right only if no product of norms is below eps. That is read from the data where
         # reading costs no device synchronisation and no graph break.
-        if torch.compiler.is_compiling() or query.device.type != "cpu" or query.numel() == 0 or key.numel() == 0:
+        looks = query.device.type == "cpu" and readable(query) and readable(key)
+        if not looks or query.numel() == 0 or key.numel() == 0:
             return Core("cosine", query, key, parameter=self.eps)
         (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(query, self.eps), unit_vectors(key, self.eps)
         smallest = norm_q.min() * norm_k.min()
@@ -254,6 +255,7 @@ class Hadamard(_Unscaled):
         if self.bias is not None:
             _check_parameter("bias", self.bias, (size,), query)
         if isinstance(self.offset, Tensor):
+            check_tensor("offset", self.offset)
             check_floating(query=query, offset=self.offset)
             if self.offset.numel() != 1:
                 raise ValueError(f"offset must be a number or a tensor of one element; got {describe(self.offset)}")

@@ -5,8 +5,6 @@ An error counts in the unit that _tolerance.py allows, pooled over draws of the 
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
@@ -15,18 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast import scores
+from vlattn_fast import ops, scores
 from vlattn_fast._tolerance import draws, settle
 from vlattn_fast.ops._dispatch import Call, Table
 
-OPERATORS = (
-    "score_attention",
-    "relevancy_attention",
-    "attention_map",
-    "attention_statistics",
-    "congruence_loss",
-    "stacked_cross_attention",
-)  # the stem of each operator, which is also the name of its public call
+OPERATORS = tuple(ops.OPERATORS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KEEP_FLOAT32 = ("carrier",)  # as the operator asks for with 16-bit inputs
 
@@ -34,27 +25,17 @@ Tensors = dict[str, Tensor]
 
 
 def call_of(operator: str) -> Callable[..., Any]:
-    """The public call of the operator with this stem."""
-    return getattr(_module(operator), operator)
+    """The public call of the operator."""
+    return getattr(ops.OPERATORS[operator], operator)
 
 
 def backends_of(operator: str) -> Table:
-    return _module(operator).BACKENDS
+    return ops.OPERATORS[operator].BACKENDS
 
 
 def facts_of(operator: str, arguments: Mapping[str, Any]) -> Call:
-    """What the operator would ask its backends about this call; the operator's own check makes it."""
-    check = _module(operator)._check
-    bound = inspect.signature(call_of(operator)).bind(**arguments)
-    bound.apply_defaults()
-    asked = {name: bound.arguments.get(name) for name in inspect.signature(check).parameters}
-    if "score" in asked:
-        asked["score"] = scores.resolve(asked["score"])
-    return check(**asked)
-
-
-def _module(operator: str) -> Any:
-    return importlib.import_module(f"vlattn_fast.ops.{operator}")
+    """What the operator asks its backends about a call with these arguments."""
+    return ops.OPERATORS[operator].describe_call(**arguments)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tests.ops.backends import on
 from vlattn_fast import scores as S
 from vlattn_fast import verify
 from vlattn_fast.ops import _dispatch
-from vlattn_fast.ops.score_attention import BACKENDS, _check
+from vlattn_fast.ops.score_attention import BACKENDS, describe_call
 
 Q, K, V = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
 KEYS = torch.tensor([[True] * 9, [False, True, True, False] + [True] * 5])
@@ -42,18 +42,7 @@ OTHERS = {
 
 
 def describe(query: Tensor = Q, key: Tensor = K, value: Tensor = V, **options: Any) -> _dispatch.Call:
-    defaults = {
-        "score": "scaled_dot",
-        "attn_mask": None,
-        "key_mask": None,
-        "dropout_p": 0.0,
-        "is_causal": False,
-        "scale": None,
-        "enable_gqa": False,
-        "return_lse": False,
-    }
-    asked = {**defaults, **options}
-    return _check(query, key, value, **{**asked, "score": S.resolve(asked["score"])})
+    return describe_call(query, key, value, **options)
 
 
 @pytest.mark.parametrize("score", DOT_PRODUCTS.values(), ids=DOT_PRODUCTS)

@@ -16,7 +16,7 @@ from vlattn_fast.interpret.methods import check_weighting, find_method, gradcam,
 from vlattn_fast.interpret.readout import gather_words, image_maps, start_rows, word_positions
 from vlattn_fast.interpret.taps import TowerTap, at_rest, tapped
 from vlattn_fast.interpret.targets import check_scores, choose_score
-from vlattn_fast.ops.relevancy_attention import Weighting
+from vlattn_fast.ops.relevancy_residual import Weighting
 
 
 def explain(

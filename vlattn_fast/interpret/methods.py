@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._tensors import expand_heads
-from vlattn_fast.ops.relevancy_attention import Weighting, relevancy_residual
+from vlattn_fast.ops.relevancy_residual import Weighting, relevancy_residual
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from vlattn_fast._tensors import compute_dtype
 from vlattn_fast.interpret._override import overridden
 from vlattn_fast.interpret.families import Family, Tower, require_dispatch
 from vlattn_fast.interpret.methods import Attended, Method, weigh
-from vlattn_fast.ops.relevancy_attention import Weighting, relevancy_attention, relevancy_step
+from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.ops.relevancy_residual import Weighting
 
 SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
 

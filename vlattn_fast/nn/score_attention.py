@@ -134,9 +134,9 @@ class ScoreAttention(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """query (B,N,C), key (B,M,kdim), value (B,M,vdim) -> (B,N,C). key defaults to query, value to key.
+        """query (B, N, C), key (B, M, kdim), value (B, M, vdim) -> (B, N, C). key defaults to query, value to key.
 
-        key_mask: bool (B,M), True = a real token. attn_mask: bool or float, broadcastable to (B,H,N,M).
+        key_mask: bool (B, M), True = a real token. attn_mask: bool or float, broadcastable to (B, H, N, M).
         """
         key = query if key is None else key
         value = key if value is None else value

@@ -1,0 +1,30 @@
+"""The operators: the one table of them, and what is asked of each by name.
+
+Every module here has the operator's name. It holds the public call of that name, `BACKENDS` (name to `Backend`, in the order in
+which "auto" takes them) and `describe_call(**arguments)`, which checks the arguments of the public call and gives the `Call` that
+backends are asked about.
+"""
+
+from vlattn_fast.ops import (
+    attention_map,
+    attention_statistics,
+    congruence_loss,
+    relevancy_attention,
+    score_attention,
+    stacked_cross_attention,
+)
+from vlattn_fast.ops._dispatch import BACKEND_NAMES
+
+OPERATORS = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        score_attention,
+        relevancy_attention,
+        attention_map,
+        attention_statistics,
+        congruence_loss,
+        stacked_cross_attention,
+    )
+}
+
+__all__ = ["BACKEND_NAMES", "OPERATORS"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -135,5 +136,6 @@ def select(backends: Table, call: Call, backend: Any) -> str:
 
 
 def load(backends: Table, name: str) -> ModuleType:
-    """The backend's module."""
-    return importlib.import_module(backends[name].module)
+    """The backend's module. torch.compile can trace this only where the module is there already."""
+    module = sys.modules.get(backends[name].module)
+    return importlib.import_module(backends[name].module) if module is None else module

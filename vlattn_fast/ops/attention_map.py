@@ -1,4 +1,4 @@
-"""One (B,N,M) map for all heads of an attention layer: A, or relu(A * dA) (Chefer et al., ICCV 2021, eq. 5).
+"""One (B, N, M) map for all heads of an attention layer: A, or relu(A * dA) (Chefer et al., ICCV 2021, eq. 5).
 
 Formula: reference/attention_map.py. Heads reduced while streaming: streaming/attention_map.py.
 """
@@ -53,21 +53,21 @@ def attention_map(
     To multiply by Abar use relevancy_step, which never stores it.
 
     Args:
-        query: (B,H,N,D) float16, bfloat16, float32 or float64, H >= 1.
-        key: (B,Hkv,M,D), Hkv = H, or a divisor of H with enable_gqa.
-        value: (B,Hkv,M,Dv), for rule="gradient" only.
-        grad_output: (B,H,N,Dv), for rule="gradient" only: the gradient of the explained score at the attention's output A V.
+        query: (B, H, N, D) float16, bfloat16, float32 or float64, H >= 1.
+        key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
+        value: (B, Hkv, M, Dv), for rule="gradient" only.
+        grad_output: (B, H, N, Dv), for rule="gradient" only: the gradient of the explained score at the attention's output A V.
         rule: "attention" (A) or "gradient" (relu(A * dA), clamped per head before the heads are reduced).
         head_reduction: "mean", "max" or "min" over the heads.
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
-        attn_mask: bool (True = may attend) or float (added), broadcastable to (B,H,N,M); a constant.
-        key_mask: bool (B,M), True = a real token. What stands in hidden keys and values reaches nothing.
+        attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
+        key_mask: bool (B, M), True = a real token. Masked keys and values have no influence.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the scores; default 1/sqrt(D).
         backend: "auto", "reference", "streaming", "triton" or "cuda". Only "reference" is differentiable.
 
     Returns:
-        Abar (B,N,M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The
+        Abar (B, N, M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The
         row of a query without a visible key is zero.
 
     Raises:
@@ -82,7 +82,19 @@ def attention_map(
     >>> attention_map(query, key, value, grad_output, rule="gradient", head_reduction="max").shape
     torch.Size([1, 5, 7])
     """
-    call = _check(query, key, value, grad_output, rule, head_reduction, row_normalize, attn_mask, key_mask, is_causal, enable_gqa)
+    call = describe_call(
+        query,
+        key,
+        value,
+        grad_output,
+        rule=rule,
+        head_reduction=head_reduction,
+        row_normalize=row_normalize,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+    )
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
@@ -107,27 +119,31 @@ def attention_map(
     )
 
 
-def _check(
+def describe_call(
     query: Any,
     key: Any,
-    value: Any,
-    grad_output: Any,
-    rule: Any,
-    head_reduction: Any,
-    row_normalize: Any,
-    attn_mask: Any,
-    key_mask: Any,
-    is_causal: Any,
-    enable_gqa: Any,
+    value: Any = None,
+    grad_output: Any = None,
+    *,
+    rule: Any = "attention",
+    head_reduction: Any = "mean",
+    row_normalize: Any = False,
+    attn_mask: Any = None,
+    key_mask: Any = None,
+    is_causal: Any = False,
+    enable_gqa: Any = False,
+    **_: Any,
 ) -> Call:
+    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
+    left out, or given: they are not read."""
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_choice("rule", rule, RULES)
     check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
     check_bool(row_normalize=row_normalize, enable_gqa=enable_gqa)
-    given = {"value": value, "grad_output": grad_output}
+    optional = {"value": value, "grad_output": grad_output}
     if rule == "gradient":
-        for name, x in given.items():
+        for name, x in optional.items():
             if x is None:
                 raise ValueError(f"{name} must be given for rule='gradient'; got None")
         check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
@@ -136,7 +152,7 @@ def _check(
         check_value(value, key)
         check_grad_output(grad_output, query, value)
     else:
-        for name, x in given.items():
+        for name, x in optional.items():
             if x is not None:
                 raise ValueError(f"{name} must not be given for rule='attention', which does not use it; got {describe(x)}")
         check_floating(query=query, key=key)

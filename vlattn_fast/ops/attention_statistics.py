@@ -20,6 +20,7 @@ from vlattn_fast._checks import (
     check_masks,
     check_tensor,
     describe,
+    readable,
 )
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.ops._dispatch import Call, load, select, table
@@ -50,20 +51,22 @@ def attention_statistics(
     Differentiable in query, key and row_weight, all but argmax; once.
 
     Args:
-        query: (B,H,N,D) float16, bfloat16, float32 or float64.
-        key: (B,Hkv,M,D), Hkv = H, or a divisor of H with enable_gqa.
-        key_groups: int64 (M) or (B,M), the group of each key, -1 = none. The values are checked, which on a GPU waits for
-            it; not under torch.compile and CUDA graph capture, where a value out of range counts as none.
-        num_groups: G; default the largest value of key_groups + 1 (to be given under torch.compile); 0 without key_groups.
-        row_weight: (N) or (B,N) floating point, the weight of each query in `received`; default 1.
-        attn_mask: bool (True = may attend) or float (added), broadcastable to (B,H,N,M); a constant.
-        key_mask: bool (B,M), True = a real token. What stands in hidden keys reaches nothing, their gradient is 0.
+        query: (B, H, N, D) float16, bfloat16, float32 or float64.
+        key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
+        key_groups: int64 (M) or (B, M), the group of each key, -1 = none.
+        num_groups: G. On a GPU pass it: then no value of key_groups is read, the call does not wait for the device, and a
+            value out of range counts as none, as it does under torch.compile and CUDA graph capture. Elsewhere a value out
+            of range raises ValueError. Default: the largest value of key_groups + 1, which is read once; 0 without key_groups.
+        row_weight: (N) or (B, N) floating point, the weight of each query in `received`; default 1.
+        attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
+        key_mask: bool (B, M), True = a real token. Masked keys have no influence and gradient 0.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the scores; default 1/sqrt(D).
         backend: "auto", "reference", "streaming", "triton" or "cuda".
 
     Returns:
-        AttentionStatistics(mass (B,H,N,G), entropy (B,H,N) in nats, maximum (B,H,N), argmax (B,H,N), received (B,H,M)).
+        AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),
+        received (B, H, M)).
         A query without a visible key has mass, entropy and maximum 0, argmax -1 and zero gradients.
 
     Raises:
@@ -75,7 +78,17 @@ def attention_statistics(
     >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
     (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
     """
-    call = _check(query, key, key_groups, num_groups, row_weight, attn_mask, key_mask, is_causal, enable_gqa)
+    call = describe_call(
+        query,
+        key,
+        key_groups=key_groups,
+        num_groups=num_groups,
+        row_weight=row_weight,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+    )
     num_groups = _resolve_groups(key_groups, num_groups)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
@@ -102,17 +115,21 @@ def attention_statistics(
     )
 
 
-def _check(
+def describe_call(
     query: Any,
     key: Any,
-    key_groups: Any,
-    num_groups: Any,
-    row_weight: Any,
-    attn_mask: Any,
-    key_mask: Any,
-    is_causal: Any,
-    enable_gqa: Any,
+    *,
+    key_groups: Any = None,
+    num_groups: Any = None,
+    row_weight: Any = None,
+    attn_mask: Any = None,
+    key_mask: Any = None,
+    is_causal: Any = False,
+    enable_gqa: Any = False,
+    **_: Any,
 ) -> Call:
+    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
+    left out, or given: they are not read."""
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_floating(query=query, key=key)
@@ -154,17 +171,19 @@ def _check_rows(name: str, x: Tensor, query: Tensor, full: tuple[int, int], lege
 
 
 def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
-    """The number of groups; looks at the values of key_groups wherever they can be read."""
+    """The number of groups. Values of key_groups are read where that waits for no device, and where num_groups is None."""
     if key_groups is None:
         return 0
-    if torch.compiler.is_compiling() or (key_groups.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not readable(key_groups):
         if num_groups is None:
             raise ValueError(
-                "num_groups must be given under torch.compile and CUDA graph capture, where the values of key_groups cannot "
-                "be read; got None"
+                "num_groups must be an integer where the values of key_groups cannot be read (torch.compile, CUDA graph capture, "
+                "meta and fake tensors); got None"
             )
         return num_groups
-    low, high = (int(x) for x in key_groups.aminmax()) if key_groups.numel() else (-1, -1)
+    if num_groups is not None and key_groups.device.type != "cpu":
+        return num_groups
+    low, high = torch.stack(key_groups.aminmax()).tolist() if key_groups.numel() else (-1, -1)  # one transfer
     if low < -1 or (num_groups is not None and high >= num_groups):
         limit = "the number of groups" if num_groups is None else f"num_groups = {num_groups}"
         raise ValueError(f"key_groups must hold values from -1 (no group) to below {limit}; got values from {low} to {high}")

@@ -88,7 +88,9 @@ def congruence_loss(
     >>> congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
     torch.Size([2])
     """
-    call = _check(text, image, cross, kind, direction, text_mask, image_mask, reduction)
+    call = describe_call(
+        text, image, cross, kind=kind, direction=direction, text_mask=text_mask, image_mask=image_mask, reduction=reduction
+    )
     scale = resolve_scale(scale, scaled_dot_default(call.sizes["head_dim"]))
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
@@ -111,7 +113,20 @@ def congruence_loss(
     return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss
 
 
-def _check(text: Any, image: Any, cross: Any, kind: Any, direction: Any, text_mask: Any, image_mask: Any, reduction: Any) -> Call:
+def describe_call(
+    text: Any,
+    image: Any,
+    cross: Any = None,
+    *,
+    kind: Any = "cacr",
+    direction: Any = "both",
+    text_mask: Any = None,
+    image_mask: Any = None,
+    reduction: Any = "mean",
+    **_: Any,
+) -> Call:
+    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
+    left out, or given: they are not read."""
     check_choice("kind", kind, KINDS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -134,9 +149,9 @@ def _check(text: Any, image: Any, cross: Any, kind: Any, direction: Any, text_ma
     batch, num_heads, L, head_dim = text[0].shape
     V = image[0].shape[2]
     for name, x in tensors.items():
-        wanted = (batch, num_heads, L if "text" in name else V, head_dim)
-        if x.shape != wanted:
-            raise ValueError(f"{name} must have the shape {wanted} that goes with text and image queries; got {describe(x)}")
+        shape = (batch, num_heads, L if "text" in name else V, head_dim)
+        if x.shape != shape:
+            raise ValueError(f"{name} must have the shape {shape} that goes with text and image queries; got {describe(x)}")
     for name, mask, length in (("text_mask", text_mask, L), ("image_mask", image_mask, V)):
         if mask is not None:
             check_tensor(name, mask, rank=2, shape="(B, tokens)")

@@ -2,12 +2,11 @@
 
 Chefer et al., ICCV 2021, eq. 5-6 in row form; weighted as in Huang et al. 2023. Formula with whole maps:
 reference/relevancy_attention.py. O(N) memory: streaming/relevancy_attention.py.
-B batch, H heads, N queries, M keys, D head size, T carried rows.
+B batch, H heads, N queries, M keys, D head_dim, T carried rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from vlattn_fast._checks import (
     FLOAT_DTYPES,
     check_bool,
     check_choice,
+    check_constant,
     check_device,
     check_floating,
     check_grad_output,
@@ -84,14 +84,14 @@ def relevancy_attention(
     `torch.autograd.grad([score, carrier_L], [carrier_0], [1, rows])` gives rows of (I + Abar_L) ... (I + Abar_1) (eq. 6).
 
     Args:
-        query: (B,H,N,D). key: (B,Hkv,N,D). value: (B,Hkv,N,Dv). One floating dtype; Hkv divides H under enable_gqa.
-        carrier: (B,T,N) float32 (float64 where query is float64).
+        query: (B, H, N, D). key: (B, Hkv, N, D). value: (B, Hkv, N, Dv). One floating dtype; Hkv divides H under enable_gqa.
+        carrier: (B, T, N) float32 (float64 where query is float64).
         row_normalize: divide each row of Abar by its sum; zero rows stay zero.
-        residual_weight, attention_weight: a and b, (B,N) or a number, default 1; constants without a gradient.
+        residual_weight, attention_weight: a and b, (B, N) or a number, default 1; constants without a gradient.
         attn_mask, key_mask, is_causal, scale, enable_gqa, backend: as in score_attention; scale defaults to 1/sqrt(D).
 
     Returns:
-        out (B,H,N,Dv) and the carrier (B,T,N).
+        out (B, H, N, Dv) and the carrier (B, T, N).
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
@@ -104,21 +104,24 @@ def relevancy_attention(
     >>> relevancy.shape
     torch.Size([1, 1, 5])
     """
-    check_tensor("value", value, rank=4, shape="(B, Hkv, N, Dv)")
-    call = _check(query, key, value, None, rule, row_normalize, attn_mask, key_mask, is_causal, enable_gqa, carrier)
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"key must be as long as query ({query.shape[2]}): relevancy_attention is self-attention, relevancy_step "
-            f"takes others; got {describe(key)}"
-        )
-    if carrier.dtype != compute_dtype(query):
-        raise TypeError(f"carrier must be {compute_dtype(query)} for {query.dtype} attention; got {describe(carrier)}")
+    call = describe_call(
+        query,
+        key,
+        value,
+        carrier,
+        rule=rule,
+        row_normalize=row_normalize,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+    )
     weights = [_weight("residual_weight", residual_weight, carrier), _weight("attention_weight", attention_weight, carrier)]
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     query, key, value = autocast(query, key, value)
     if chosen == "reference":
-        out, moved = load(BACKENDS, chosen).relevancy_attention(
+        return load(BACKENDS, chosen).relevancy_attention(
             query,
             key,
             value,
@@ -133,12 +136,26 @@ def relevancy_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-        return out, moved
     key, value = mask_padding(key_mask, key, value)
-    out, moved, _ = _forward_op(
+    out, carrier, _ = _forward_op(
         query, key, value, carrier, *weights, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
     )
-    return out, moved
+    return out, carrier
+
+
+def describe_call(query: Any, key: Any, value: Any, carrier: Any, **options: Any) -> Call:
+    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
+    left out, or given: they are not read."""
+    check_tensor("value", value, rank=4, shape="(B, Hkv, N, Dv)")
+    call = _check("carrier", carrier, query, key, value, None, **options)
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"key must be as long as query ({query.shape[2]}), since relevancy_attention is self-attention (relevancy_step takes "
+            f"other lengths); got {describe(key)}"
+        )
+    if carrier.dtype != compute_dtype(query):
+        raise TypeError(f"carrier must be {compute_dtype(query)} for {query.dtype} attention; got {describe(carrier)}")
+    return call
 
 
 def relevancy_step(
@@ -158,23 +175,34 @@ def relevancy_step(
     enable_gqa: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """relevancy @ Abar by itself, behind any attention: (B,T,N) -> (B,T,M); Abar as in relevancy_attention.
+    """relevancy @ Abar by itself, behind any attention: (B, T, N) -> (B, T, M); Abar as in relevancy_attention.
 
     Args:
-        relevancy: (B,T,N) floating point.
-        query: (B,H,N,D). key: (B,Hkv,M,D). value: (B,Hkv,M,Dv) and grad_output: (B,H,N,Dv), the gradient of the attention's
-            output, for rule="gradient" only.
-        lse: (B,H,N) natural log-sum-exp of the attention's rows, where the attention that ran returned it; -inf or +inf
+        relevancy: (B, T, N) floating point.
+        query: (B, H, N, D). key: (B, Hkv, M, D).
+        value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
+        lse: (B, H, N) natural log-sum-exp of the attention's rows, where the attention that ran returned it; -inf or +inf
             marks a row without visible keys. Recomputed where it is None.
 
     Returns:
-        (B,T,M) in relevancy's dtype. It has no gradient: a backward pass through it raises.
+        (B, T, M) in relevancy's dtype. It has no gradient: a backward pass through it raises.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
     """
     call = _check(
-        query, key, value, grad_output, rule, row_normalize, attn_mask, key_mask, is_causal, enable_gqa, relevancy, "relevancy"
+        "relevancy",
+        relevancy,
+        query,
+        key,
+        value,
+        grad_output,
+        rule=rule,
+        row_normalize=row_normalize,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
     )
     if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
@@ -208,114 +236,23 @@ def relevancy_step(
     )
 
 
-Weighting = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def relevancy_residual(
-    residual: Tensor,
-    branch: Tensor,
-    residual_carrier: Tensor,
-    branch_carrier: Tensor,
-    *,
-    weighting: str | Weighting = "contribution",
-) -> tuple[Tensor, Tensor]:
-    """The residual sum y = x + o with relevancy weighted by what each term brings (our reading of Huang et al. 2023).
-
-    Forward: (residual + branch, residual_carrier). Backward: the cotangent g of the sum flows to both terms; the cotangent r
-    of the carrier becomes r * a for residual_carrier and r * b for branch_carrier, with a, b (B,N) by `weighting`:
-
-    - "contribution": c_x = |sum_c g x|, c_o = |sum_c g o|, a = c_x / (c_x + c_o), b = 1 - a; 1/2 each where both are zero.
-    - "norm": the same with the L2 norms |x| and |o|.
-    - "equal": a = b = 1, Chefer's rule.
-    - a callable (residual, branch, g) -> (a, b).
-
-    With relevancy_attention(..., residual_weight=0.0) giving branch_carrier this is weighted relevancy,
-    R <- diag(a) R + diag(b) Abar R.
-
-    Args:
-        residual, branch: (B,N,C). residual_carrier, branch_carrier: (B,T,N).
-
-    Raises:
-        ValueError, TypeError: an argument is wrong (it is named).
-    """
-    check_tensor("residual", residual, rank=3, shape="(B, N, C)")
-    check_tensor("branch", branch, rank=3, shape="(B, N, C)")
-    check_floating(residual=residual, branch=branch)
-    if branch.shape != residual.shape:
-        raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}; got {describe(branch)}")
-    for name, carrier in (("residual_carrier", residual_carrier), ("branch_carrier", branch_carrier)):
-        check_tensor(name, carrier, rank=3, shape="(B, T, N)")
-        check_device(name, carrier, "residual", residual)
-        if (carrier.shape[0], carrier.shape[2]) != (residual.shape[0], residual.shape[1]):
-            raise ValueError(f"{name} must have shape (B, T, N) with residual's B and N; got {describe(carrier)}")
-    if branch_carrier.shape != residual_carrier.shape or branch_carrier.dtype != residual_carrier.dtype:
-        raise ValueError(
-            f"branch_carrier must have residual_carrier's shape and dtype; got {describe(residual_carrier)} and "
-            f"{describe(branch_carrier)}"
-        )
-    if not callable(weighting):
-        check_choice("weighting", weighting, ("contribution", "norm", "equal"))
-    total, moved = _Residual.apply(residual, branch, residual_carrier, branch_carrier, weighting)
-    return total, moved
-
-
-class _Residual(torch.autograd.Function):
-    """An autograd.Function, since a weighting may be any callable; torch.compile traces into it and fuses it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(residual, branch)
-        ctx.weighting = weighting
-        return residual + branch, residual_carrier.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        residual, branch = ctx.saved_tensors
-        a, b = _residual_weights(residual, branch, grad, ctx.weighting)
-        return grad, grad, r * a[:, None].to(r.dtype), r * b[:, None].to(r.dtype), None
-
-
-def _residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: str | Weighting) -> tuple[Tensor, Tensor]:
-    if callable(weighting):
-        weights = weighting(residual, branch, grad)
-        shape = residual.shape[:2]
-        if not (isinstance(weights, tuple) and len(weights) == 2) or any(
-            not isinstance(w, Tensor) or w.shape != shape for w in weights
-        ):
-            wanted = f"two tensors (a, b) of shape (B, N) = {tuple(shape)}"
-            raise ValueError(f"weighting must return {wanted}; got {describe(weights)}")
-        return weights
-    dtype = compute_dtype(residual)
-    if weighting == "equal":
-        ones = residual.new_ones(residual.shape[:2], dtype=dtype)
-        return ones, ones
-    x, o, g = residual.to(dtype), branch.to(dtype), grad.to(dtype)
-    if weighting == "contribution":
-        by_residual, by_branch = (g * x).sum(-1).abs(), (g * o).sum(-1).abs()
-    else:
-        by_residual, by_branch = x.norm(dim=-1), o.norm(dim=-1)
-    total = by_residual + by_branch
-    a = torch.where(total > 0, by_residual / torch.where(total > 0, total, 1.0), 0.5)
-    return a, 1 - a
-
-
 def _check(
+    name: str,
+    carrier: Any,
     query: Any,
     key: Any,
     value: Any,
     grad_output: Any,
-    rule: Any,
-    row_normalize: Any,
-    attn_mask: Any,
-    key_mask: Any,
-    is_causal: Any,
-    enable_gqa: Any,
-    carrier: Any,
-    carrier_name: str | None = None,
+    *,
+    rule: Any = "gradient",
+    row_normalize: Any = False,
+    attn_mask: Any = None,
+    key_mask: Any = None,
+    is_causal: Any = False,
+    enable_gqa: Any = False,
+    **_: Any,
 ) -> Call:
+    """Of both calls; `name` is what the call calls its carrier."""
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_floating(query=query, key=key)
@@ -334,7 +271,14 @@ def _check(
             raise ValueError("value must be given with grad_output; got None")
         check_grad_output(grad_output, query, value)
     check_masks(query, key, attn_mask, key_mask, is_causal)
-    _check_rows(carrier_name or "carrier", carrier, query)
+    check_tensor(name, carrier, rank=3, shape="(B, T, N)")
+    check_device(name, carrier, "query", query)
+    if carrier.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be floating point; got {describe(carrier)}")
+    if carrier.shape[0] != query.shape[0] or carrier.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"{name} must have shape (B, T, N) with query's B={query.shape[0]} and N={query.shape[2]}; got {describe(carrier)}"
+        )
     return Call(
         "relevancy_attention",
         query.dtype,
@@ -350,24 +294,15 @@ def _check(
     )
 
 
-def _check_rows(name: str, x: Any, query: Tensor) -> None:
-    check_tensor(name, x, rank=3, shape="(B, T, N)")
-    check_device(name, x, "query", query)
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be floating point; got {describe(x)}")
-    if x.shape[0] != query.shape[0] or x.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"{name} must have shape (B, T, N) with query's B={query.shape[0]} and N={query.shape[2]}; got {describe(x)}"
-        )
-
-
 def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
-    """A weight as the operator takes it: None for 1, else broadcastable to (B,N) in the carrier's dtype."""
+    """A weight as the operator takes it: None for 1, else broadcastable to (B, N) in the carrier's dtype."""
     if weight is None:
         return None
     if not isinstance(weight, Tensor):
         check_number(name, weight)
-        return torch.full((1, 1), float(weight), dtype=carrier.dtype, device=carrier.device)
+        # a product, since torch.compile makes a tensor of the factor where the weight varies
+        return torch.ones((1, 1), dtype=carrier.dtype, device=carrier.device) * float(weight)
+    check_tensor(name, weight)
     check_device(name, weight, "carrier", carrier)
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be floating point; got {describe(weight)}")
@@ -375,8 +310,7 @@ def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
         raise ValueError(
             f"{name} must be a number or have shape (B, N) = {(carrier.shape[0], carrier.shape[2])}; got {describe(weight)}"
         )
-    if weight.requires_grad:
-        raise ValueError(f"{name} must not require a gradient: it is a constant of the rule; pass {name}.detach()")
+    check_constant(name, weight)
     return weight.to(carrier.dtype)
 
 
@@ -393,16 +327,16 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, *_
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, backend = args
-    *grads, moved = load(BACKENDS, backend).backward(*inputs)
-    sent = [inputs[2].new_empty(0) if x is None else rows_first(x) for x in grads]
-    return *sent, inputs[2].new_empty(0) if moved is None else moved.contiguous()
+    *grads, grad_carrier = load(BACKENDS, backend).backward(*inputs)
+    grads = [inputs[2].new_empty(0) if x is None else rows_first(x) for x in grads]
+    return *grads, inputs[2].new_empty(0) if grad_carrier is None else grad_carrier.contiguous()
 
 
 def _backward_fake(
     grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    wanted = rest[-2] and grad_out is not None
-    grads = [empty_rows_first(x, *x.shape[1:]) if wanted else x.new_empty(0) for x in (query, key, value)]
+    need_inputs = rest[-2] and grad_out is not None
+    grads = [empty_rows_first(x, *x.shape[1:]) if need_inputs else x.new_empty(0) for x in (query, key, value)]
     return *grads, query.new_empty(0) if grad_carrier is None else grad_carrier.new_empty(grad_carrier.shape)
 
 
@@ -447,10 +381,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    need_inputs = any(ctx.needs_input_grad[:3])
+    need_inputs = grad_out is not None and any(ctx.needs_input_grad[:3])
     if not ctx.needs_input_grad[3]:
         grad_carrier = None
-    *grads, moved = _backward_op(
+    *grads, carrier_cotangent = _backward_op(
         grad_out,
         grad_carrier,
         *ctx.saved_tensors,
@@ -461,8 +395,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _:
         need_inputs,
         ctx.backend,
     )
-    wanted = need_inputs and grad_out is not None
-    return *(grads if wanted else (None,) * 3), None if grad_carrier is None else moved, *(None,) * 9
+    return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else carrier_cotangent, *(None,) * 9
 
 
 differentiable("relevancy_attention", _autograd, _setup_context)

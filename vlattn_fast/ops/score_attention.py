@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import scores
-from vlattn_fast._checks import check_bool, check_floating, check_heads, check_masks, check_number, check_tensor, check_value
-from vlattn_fast._tensors import autocast, joined_mask_elements, mask_is_small, mask_padding, resolve_scale
+from vlattn_fast._checks import (
+    check_bool,
+    check_floating,
+    check_heads,
+    check_masks,
+    check_number,
+    check_tensor,
+    check_value,
+    varies,
+)
+from vlattn_fast._tensors import autocast, joined_mask_elements, mask_is_small, mask_padding, resolve_scale, without_autocast
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, empty_rows_first, once_differentiable, rows_first
 from vlattn_fast.sdpa import score_attention as sdpa
@@ -37,6 +46,7 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
             "SDPA gives NaN for what is empty",
             any(sizes[name] == 0 for name in ("batch", "heads", "queries", "keys", "head_dim", "value_dim")),
         ),
+        ("SDPA's scale is a constant of the graph that torch.compile makes", flags["varying_scale"]),
         ("SDPA's fused kernels take float64 on the CPU only", call.dtype == torch.float64 and not on_cpu),
         ("SDPA's fused kernels take a scale of at most 0 on the CPU only", not (flags["positive_scale"] or on_cpu)),
     ]
@@ -86,11 +96,12 @@ def score_attention(
     """Attention with any score function: out_i = sum_j softmax_j(scale * score(q_i, k_j) + mask_ij) v_j.
 
     Args:
-        query: (B,H,N,Dq) float16, bfloat16, float32 or float64.
-        key: (B,Hkv,M,Dk). value: (B,Hkv,M,Dv). Hkv = H, or a divisor of H with enable_gqa.
+        query: (B, H, N, Dq) float16, bfloat16, float32 or float64.
+        key: (B, Hkv, M, Dk). value: (B, Hkv, M, Dv). Hkv = H, or a divisor of H with enable_gqa.
         score: "dot", "scaled_dot", "cosine", or an object of vlattn_fast.scores. Its tensors are differentiable.
-        attn_mask: bool (True = may attend) or float (added), broadcastable to (B,H,N,M); a constant.
-        key_mask: bool (B,M), True = a real token. What stands in hidden keys and values reaches nothing, their gradient is 0.
+        attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
+        key_mask: bool (B, M), True = a real token. Masked keys and values have no influence and
+            gradient 0, whatever stands there.
         dropout_p: probability in [0, 1) of dropping an attention weight; drawn from torch's generator at each call.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the finished score, after an activation; default 1/sqrt(D) for scaled_dot, else 1.
@@ -98,7 +109,7 @@ def score_attention(
         backend: "auto", "reference", "streaming", "sdpa" (torch's own, for what it takes), "triton" or "cuda".
 
     Returns:
-        out (B,H,N,Dv), or (out, lse) with lse (B,H,N) float32 (float64 for float64 input). A row without a visible key gives
+        out (B, H, N, Dv), or (out, lse) with lse (B, H, N) float32 (float64 for float64 input). A row without a visible key gives
         zeros, lse -inf and zero gradients.
 
     Raises:
@@ -110,7 +121,19 @@ def score_attention(
     torch.Size([1, 2, 5, 8])
     """
     score = scores.resolve(score)
-    call = _check(query, key, value, score, attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
+    call = describe_call(
+        query,
+        key,
+        value,
+        score=score,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        return_lse=return_lse,
+    )
     scale = resolve_scale(scale, score.default_scale(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
@@ -136,7 +159,7 @@ def score_attention(
     else:
         query, key, vector = autocast(query, key, vector)
     if chosen == "sdpa":
-        with torch.autocast(query.device.type, enabled=False):  # the casts are done, and a series' features stay float32
+        with without_autocast(query.device.type):  # the casts are done, and a series' features stay float32
             out = sdpa.attention(query, key, value, attn_mask, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
@@ -162,23 +185,27 @@ def score_attention(
         out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
     if not return_lse:
         return out
-    moved = lse + scale * core.offset
-    return out, torch.where(torch.isneginf(lse), lse, moved)  # no gradient from a row without keys
+    return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
 
 
-def _check(
+def describe_call(
     query: Any,
     key: Any,
     value: Any,
-    score: scores.Score,
-    attn_mask: Any,
-    key_mask: Any,
-    dropout_p: Any,
-    is_causal: Any,
-    scale: Any,
-    enable_gqa: Any,
-    return_lse: Any,
+    *,
+    score: Any = "scaled_dot",
+    attn_mask: Any = None,
+    key_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: Any = False,
+    scale: Any = None,
+    enable_gqa: Any = False,
+    return_lse: Any = False,
+    **_: Any,
 ) -> Call:
+    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
+    left out, or given: they are not read."""
+    score = scores.resolve(score)
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
@@ -191,6 +218,7 @@ def _check(
     score.check(query, key)
     vector = getattr(score, "vector", None)
     features = max(query.shape[3], key.shape[3]) if vector is None else vector.shape[-1]
+    varying_scale = scale is not None and varies(scale)
     scale = resolve_scale(scale, score.default_scale(query.shape[-1]))
     # the causal flag by itself needs no mask tensor; torch scales its -inf, so a scale of at most 0 does
     one_mask = (attn_mask is not None) + (key_mask is not None) + is_causal <= 1 and not (is_causal and scale <= 0.0)
@@ -216,6 +244,7 @@ def _check(
             "return_lse": return_lse,
             "float_mask": attn_mask is not None and attn_mask.dtype != torch.bool,
             "positive_scale": scale > 0.0,
+            "varying_scale": varying_scale,
         },
     )
 

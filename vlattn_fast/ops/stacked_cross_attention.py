@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe
-from vlattn_fast._tensors import autocast
+from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
+from vlattn_fast._tensors import autocast, without_autocast
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 
@@ -49,8 +49,8 @@ def stacked_cross_attention(
     a_q = sum_c alpha_qc c;  r_q = cos(q, a_q), |q||a_q| clamped at 1e-8;  similarity = r aggregated over the queries.
 
     Args:
-        images: (Bi,R,D) region embeddings, used as given (SCAN normalises them first): float16, bfloat16, float32, float64.
-        captions: (Bc,T,D) word embeddings of the same dtype.
+        images: (Bi, R, D) region embeddings, used as given (SCAN normalises them first): float16, bfloat16, float32, float64.
+        captions: (Bc, T, D) word embeddings of the same dtype.
         caption_lengths, image_lengths: int64 (Bc) and (Bi), on the CPU or the inputs' device; the real rows come first.
             None = all are real. Padding is removed before anything is computed; what stands there (NaN included) reaches
             nothing, its gradient is 0. Outside torch.compile and CUDA graphs the values are checked (lengths on a GPU are
@@ -64,7 +64,7 @@ def stacked_cross_attention(
         backend: "auto", "reference", "streaming", "triton" or "cuda".
 
     Returns:
-        similarity (Bi,Bc) in the inputs' dtype, in float32 for float16 and bfloat16 (which are computed in float32). A pair
+        similarity (Bi, Bc) in the inputs' dtype, in float32 for float16 and bfloat16 (which are computed in float32). A pair
         with an empty side (length 0) gives 0 and zero gradients, whatever the aggregation.
 
     Raises:
@@ -75,18 +75,24 @@ def stacked_cross_attention(
     >>> stacked_cross_attention(images, captions, torch.tensor([7, 4])).shape
     torch.Size([3, 2])
     """
-    check_choice("aggregation", aggregation, AGGREGATIONS)
-    check_number("lambda_lse", lambda_lse)
-    if aggregation == "logsumexp":
-        _check_positive("lambda_lse", lambda_lse)
-    call = _check(images, captions, caption_lengths, image_lengths, direction, first_norm, smooth, aggregation)
+    call = describe_call(
+        images,
+        captions,
+        caption_lengths,
+        image_lengths,
+        direction=direction,
+        first_norm=first_norm,
+        smooth=smooth,
+        aggregation=aggregation,
+        lambda_lse=lambda_lse,
+    )
     chosen = select(BACKENDS, call, backend)
     caption_lengths, image_lengths = _place(caption_lengths, captions), _place(image_lengths, images)
     images, captions = autocast(images, captions)
     dtype = torch.promote_types(images.dtype, captions.dtype)  # autocast leaves float64 as it is
     images, captions = images.to(dtype), captions.to(dtype)
     if chosen == "reference":
-        with torch.autocast(call.device_type, enabled=False):
+        with without_autocast(call.device_type):
             return load(BACKENDS, chosen).stacked_cross_attention(
                 images,
                 captions,
@@ -148,16 +154,25 @@ def damsm_similarity(
     )
 
 
-def _check(
+def describe_call(
     images: Any,
     captions: Any,
-    caption_lengths: Any,
-    image_lengths: Any,
-    direction: Any,
-    first_norm: Any,
-    smooth: Any,
-    aggregation: str,
+    caption_lengths: Any = None,
+    image_lengths: Any = None,
+    *,
+    direction: Any = "t2i",
+    first_norm: Any = "clipped_l2norm",
+    smooth: Any = 9.0,
+    aggregation: Any = "logsumexp",
+    lambda_lse: Any = 6.0,
+    **_: Any,
 ) -> Call:
+    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
+    left out, or given: they are not read."""
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    check_number("lambda_lse", lambda_lse)
+    if aggregation == "logsumexp":
+        _check_positive("lambda_lse", lambda_lse)
     check_tensor("images", images, rank=3, shape="(Bi, R, D)")
     check_tensor("captions", captions, rank=3, shape="(Bc, T, D)")
     check_floating(images=images, captions=captions)
@@ -194,11 +209,8 @@ def _check_lengths(name: str, lengths: Any, of_name: str, of: Tensor) -> None:
         raise ValueError(f"{name} must be on the CPU or on the device of {of_name}, {of.device}; got {describe(lengths)}")
     if lengths.shape[0] != of.shape[0]:
         raise ValueError(f"{name} must have one entry for each of the {of.shape[0]} {of_name}; got {describe(lengths)}")
-    # reading values would break a compiled graph or a capture; there _place clamps them
-    if torch.compiler.is_compiling() or (lengths.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    if lengths.numel() > 0:
-        low, high = (int(x) for x in torch.aminmax(lengths))
+    if lengths.numel() > 0 and readable(lengths):  # elsewhere _place clamps them
+        low, high = torch.stack(lengths.aminmax()).tolist()  # one transfer
         if low < 0 or high > of.shape[1]:
             raise ValueError(f"{name} must lie in [0, {of.shape[1]}], the rows {of_name} have; got values in [{low}, {high}]")
 
@@ -213,7 +225,7 @@ def _place(lengths: Tensor | None, of: Tensor) -> Tensor | None:
 
 
 def _mask_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """(B,L,D) with the rows of padding set to zero: what stands there reaches no output and no gradient."""
+    """(B, L, D) with the rows of padding set to zero: what stands there reaches no output and no gradient."""
     if lengths is None:
         return x
     visible = torch.arange(x.shape[1], device=x.device) < lengths[:, None]

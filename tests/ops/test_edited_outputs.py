@@ -1,0 +1,40 @@
+"""Outputs may be edited in place: they are no views to autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.every_call import CALLS, leaves, outputs_of
+
+BACKENDS = ("auto", "streaming", "reference")
+SAVED = "modified by an inplace operation"  # torch's own error: the backward pass needs this output as it was
+NEEDED = {"score_attention", "score_attention, lse", "cosine", "general", "additive", "hadamard", "relevancy_attention"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_outputs_are_edited_in_place(name: str, backend: str) -> None:
+    every = CALLS[name]
+    x = leaves(every.make(5), every.differentiable)
+    options = {"backend": backend, **({"dropout_p": 0.1} if name == "score_attention" and backend != "auto" else {})}
+
+    def outputs() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return outputs_of(every.call(x, **options))
+
+    for i, plain in enumerate(outputs()):
+        if not plain.is_floating_point():
+            continue
+        edited = outputs()[i]
+        edited.mul_(3)
+        torch.testing.assert_close(edited, 3 * plain)
+        if not plain.requires_grad:
+            continue
+        want = torch.autograd.grad(3 * plain.sum(), list(x.values()), allow_unused=True, retain_graph=True)
+        try:
+            got = torch.autograd.grad(edited.sum(), list(x.values()), allow_unused=True)
+        except RuntimeError as error:
+            assert SAVED in str(error) and name in NEEDED, error
+            continue
+        torch.testing.assert_close(got, want)

@@ -1,0 +1,192 @@
+"""Tensors that are not plain ones: without values, of other layouts, with tangents; and dtypes that do not go together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vlattn_fast as va
+from tests.ops.every_call import CALLS, Every, gradients, leaves, outputs_of
+from vlattn_fast import scores as S
+from vlattn_fast.ops import attention_statistics
+
+BACKENDS = ("auto", "streaming", "reference")
+
+
+def run(every: Every, x: dict[str, Tensor], backend: str) -> list[Tensor]:
+    """Outputs, and gradients where there are any."""
+    x = leaves(x, every.differentiable)
+    outputs = outputs_of(every.call(x, backend=backend))
+    return [*outputs, *(gradients(outputs, x) if every.differentiable else [])]
+
+
+def facts(tensors: list[Tensor]) -> list[Any]:
+    return [(tuple(x.shape), x.dtype) for x in tensors]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_meta_tensors(name: str, backend: str) -> None:
+    x = CALLS[name].make(5)
+    results = run(CALLS[name], {key: value.to("meta") for key, value in x.items()}, backend)
+    assert facts(results) == facts(run(CALLS[name], x, backend))
+    assert all(x.is_meta for x in results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_fake_tensors(name: str, backend: str) -> None:
+    want = facts(run(CALLS[name], CALLS[name].make(5), backend))
+    with FakeTensorMode():
+        assert facts(run(CALLS[name], CALLS[name].make(5), backend)) == want
+
+
+def test_lengths_and_groups_without_values() -> None:
+    """What is checked by value elsewhere."""
+    with FakeTensorMode():
+        images, captions, query = torch.randn(2, 4, 8), torch.randn(3, 5, 8), torch.randn(1, 2, 4, 8)
+        lengths, groups = torch.tensor([1, 2, 3]), torch.tensor([0, 1, 1, 0])
+        assert va.stacked_cross_attention(images, captions, lengths).shape == (2, 3)
+        assert va.attention_statistics(query, query, key_groups=groups, num_groups=2).mass.shape == (1, 2, 4, 2)
+        with pytest.raises(ValueError, match="num_groups must be an integer where .* got None"):
+            va.attention_statistics(query, query, key_groups=groups)
+
+
+def nested(x: Tensor) -> Tensor:
+    return torch.nested.nested_tensor(list(x))
+
+
+def dtensor(x: Tensor) -> Tensor:
+    """A DTensor without a mesh of processes: its class, by name, is what is looked at."""
+
+    class DTensor(Tensor):
+        pass
+
+    return x.as_subclass(DTensor)
+
+
+FOREIGN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "nested": (nested, "a nested torch.float32 tensor"),
+    "jagged": (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "a nested torch.float32 tensor"),
+    "sparse": (lambda x: x.to_sparse(), "a torch.sparse_coo torch.float32 tensor"),
+    "DTensor": (dtensor, "a DTensor of torch.float32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("name", CALLS)
+def test_other_layouts_are_refused_by_name(name: str, kind: str) -> None:
+    make, words = FOREIGN[kind]
+    x = CALLS[name].make(5)
+    for argument in (argument for argument, tensor in x.items() if tensor.dim() > 1):  # nested tensors have two dimensions
+        changed = x | {argument: make(x[argument])}
+        with pytest.raises(TypeError, match=rf"must be a dense torch\.Tensor.*; got {words}"):
+            CALLS[name].call(changed)
+
+
+def tangents() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
+    """Calls of one secondary argument."""
+    q, carrier = torch.randn(1, 2, 4, 8), torch.randn(1, 3, 4)
+    images = torch.randn(2, 4, 8)
+    vector, weight, bias = torch.randn(8), torch.randn(8, 8), torch.randn(8)
+
+    def scored(score: S.Score) -> Any:
+        return va.score_attention(q, q, q, score=score)
+
+    return {
+        "query": (lambda x: va.attention_map(x, q), q),
+        "attn_mask": (lambda x: va.score_attention(q, q, q, attn_mask=x), torch.randn(4, 4)),
+        "row_weight": (lambda x: va.attention_statistics(q, q, row_weight=x), torch.rand(4)),
+        "carrier": (lambda x: va.relevancy_attention(q, q, q, x), carrier),
+        "residual_weight": (lambda x: va.relevancy_attention(q, q, q, carrier, residual_weight=x), torch.rand(1, 4)),
+        "attention_weight": (lambda x: va.relevancy_attention(q, q, q, carrier, attention_weight=x), torch.rand(1, 4)),
+        "relevancy": (lambda x: va.relevancy_step(x, q, q, rule="attention"), carrier),
+        "lse": (lambda x: va.relevancy_step(carrier, q, q, rule="attention", lse=x), torch.randn(1, 2, 4)),
+        "grad_output": (lambda x: va.relevancy_step(carrier, q, q, q, x), q),
+        "residual": (lambda x: va.relevancy_residual(x, images, images.mT, images.mT), images),
+        "branch_carrier": (lambda x: va.relevancy_residual(images, images, images.mT, x), images.mT),
+        "captions": (lambda x: va.stacked_cross_attention(images, x), images),
+        "image key": (lambda x: va.congruence_loss((q, q), (q, x)), q),
+        "cross text key": (lambda x: va.congruence_loss((q, q), (q, q), ((q, q), (q, x))), q),
+        "weight": (lambda x: scored(S.General(x)), weight),
+        "bias": (lambda x: scored(S.General(weight, x)), bias),
+        "vector": (lambda x: scored(S.Additive(x)), vector),
+        "query_weight": (lambda x: scored(S.Additive(vector, x)), weight),
+        "key_weight": (lambda x: scored(S.Additive(vector, None, x)), weight),
+        "offset": (lambda x: scored(S.Hadamard(vector, offset=x)), torch.randn(1)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("name", tangents())
+def test_forward_mode_is_refused(name: str) -> None:
+    """torch would give a tangent of zero, in silence."""
+    call, x = tangents()[name]
+    call(x)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=f"^{name} must not carry a forward-mode tangent"):
+        call(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_float64_beside_float32_under_autocast(name: str) -> None:
+    x = CALLS[name].make(5)
+    second = list(x)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match=r"(must have the dtype of|must be torch\.float32|must have .*dtype).*; got"):
+            CALLS[name].call(x | {second: x[second].double()})
+
+
+def test_an_attn_mask_that_requires_a_gradient() -> None:
+    q, mask = torch.randn(1, 2, 4, 8), torch.randn(4, 4, requires_grad=True)
+    carrier, weight = torch.zeros(1, 1, 4), torch.rand(1, 4, requires_grad=True)
+    calls: dict[str, Callable[[], Any]] = {
+        "attn_mask": lambda: va.score_attention(q, q, q, attn_mask=mask),
+        "residual_weight": lambda: va.relevancy_attention(q, q, q, carrier, residual_weight=weight),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name} must not require a gradient.*; got"):
+            call()
+        for off in (torch.no_grad(), torch.inference_mode()):
+            with off:
+                call()
+
+
+class OnDevice:
+    """Groups on a GPU, as far as `_resolve_groups` asks."""
+
+    device, is_meta, is_cuda = torch.device("cuda"), False, False
+
+    def __init__(self, values: list[int]) -> None:
+        self.values, self.reads = torch.tensor(values), 0
+
+    def numel(self) -> int:
+        return self.values.numel()
+
+    def aminmax(self) -> Any:
+        self.reads += 1
+        return self.values.aminmax()
+
+
+def test_groups_on_a_gpu_are_read_once_or_not_at_all() -> None:
+    groups: Any = OnDevice([0, 2, 1])
+    assert attention_statistics._resolve_groups(groups, 2) == 2 and groups.reads == 0
+    assert attention_statistics._resolve_groups(groups, None) == 3 and groups.reads == 1
+
+
+def test_a_group_out_of_range_counts_as_none() -> None:
+    """Where it cannot be seen: the operator itself, as under torch.compile."""
+    q, key = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 3, 8)
+    mass = torch.compile(
+        lambda groups: va.attention_statistics(q, key, key_groups=groups, num_groups=2).mass, backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(mass(torch.tensor([0, 7, 1])), mass(torch.tensor([0, -1, 1])))
+    with pytest.raises(ValueError, match=re.escape("below num_groups = 2; got values from 0 to 7")):
+        va.attention_statistics(q, key, key_groups=torch.tensor([0, 7, 1]), num_groups=2)
