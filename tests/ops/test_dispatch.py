@@ -53,7 +53,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "head size": (
         attend(Q, K[..., :5], V),
         ValueError,
-        "key must have query's head size 6; got a torch.float32 tensor of shape (2, 4, 5, 5)",
+        "key must have query's head_dim 6; got a torch.float32 tensor of shape (2, 4, 5, 5)",
     ),
     "batch": (attend(Q, K[:1], V), ValueError, "key must have query's batch size 2"),
     "heads": (attend(Q, K[:, :2], V[:, :2]), ValueError, "key must have query's 4 heads (enable_gqa=True allows fewer)"),

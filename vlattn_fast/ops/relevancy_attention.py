@@ -150,8 +150,8 @@ def describe_call(query: Any, key: Any, value: Any, carrier: Any, **options: Any
     call = _check("carrier", carrier, query, key, value, None, **options)
     if key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"key must be as long as query ({query.shape[2]}), since relevancy_attention is self-attention (relevancy_step takes "
-            f"other lengths); got {describe(key)}"
+            f"key must be as long as query ({query.shape[2]}): relevancy_attention is self-attention, relevancy_step takes "
+            f"other lengths; got {describe(key)}"
         )
     if carrier.dtype != compute_dtype(query):
         raise TypeError(f"carrier must be {compute_dtype(query)} for {query.dtype} attention; got {describe(carrier)}")
