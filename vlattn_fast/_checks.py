@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,7 +70,11 @@ def readable(x: Tensor) -> bool:
 
 def varies(x: float) -> bool:
     """Whether `x` is a symbol in code that torch.compile traces: a float that may differ from call to call."""
-    return torch.compiler.is_compiling() and not has_static_value(x)
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long
+
+    return not has_static_value(x)
 
 
 def check_floating(**tensors: Tensor) -> None:

@@ -286,7 +286,7 @@ BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": torch.zeros(4, 6, 5)}, ValueError, "query must have 4 dimensions"),
     ({"query": double(2, 0, 6, 5), "key": double(2, 0, 9, 5)}, ValueError, "query must have at least one head"),
     ({"key": torch.zeros(2, 4, 9, 5)}, TypeError, "key must have the dtype of query"),
-    ({"key": double(2, 4, 9, 6)}, ValueError, "key must have query's (head )?size"),
+    ({"key": double(2, 4, 9, 6)}, ValueError, "key must have query's head_dim"),
     ({"key": double(3, 4, 9, 5)}, ValueError, "key must have query's batch size"),
     ({"key": double(2, 2, 9, 5)}, ValueError, "key must have query's 4 heads"),
     ({"key": double(2, 3, 9, 5), "enable_gqa": True}, ValueError, "key's number of heads must divide"),

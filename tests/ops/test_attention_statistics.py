@@ -400,7 +400,7 @@ def test_number_of_groups_from_the_data(backend: str) -> None:
 INDEX = torch.zeros(M, dtype=torch.int64)
 BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": [1.0]}, TypeError, "query must be a torch.Tensor"),
-    ({"key": double(B, H, M, D + 1)}, ValueError, "key must have query's (head )?size"),
+    ({"key": double(B, H, M, D + 1)}, ValueError, "key must have query's head_dim"),
     ({"key_groups": INDEX.int()}, TypeError, "key_groups must be int64"),
     ({"key_groups": INDEX[1:]}, ValueError, r"key_groups must have shape \(M\) or \(B, M\)"),
     ({"key_groups": INDEX + 7, "num_groups": 2}, ValueError, "key_groups must hold values .* num_groups = 2; got values from 7"),

@@ -89,8 +89,6 @@ def stacked_cross_attention(
     chosen = select(BACKENDS, call, backend)
     caption_lengths, image_lengths = _place(caption_lengths, captions), _place(image_lengths, images)
     images, captions = autocast(images, captions)
-    dtype = torch.promote_types(images.dtype, captions.dtype)  # autocast leaves float64 as it is
-    images, captions = images.to(dtype), captions.to(dtype)
     if chosen == "reference":
         with without_autocast(call.device_type):
             return load(BACKENDS, chosen).stacked_cross_attention(
