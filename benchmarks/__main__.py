@@ -7,14 +7,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from vlattn_fast.benchmarks._measure import HERE, RESULTS
+from vlattn_fast.benchmarks._rows import HERE, RESULTS
 from vlattn_fast.benchmarks._run import choose, run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["report"]:
-        return _report(given[1:])
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["report"]:
+        return _report(words[1:])
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="files or single benchmarks (--list); all by default; or `report`")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="calls of each variant")
     parser.add_argument("--out", type=Path, help="JSON file that rows are added to, or a folder for <device>.json")
     parser.add_argument("--list", action="store_true", help="only name the benchmarks")
-    options = parser.parse_args(given)
+    options = parser.parse_args(words)
     try:
         if options.list:
             print("\n".join(benchmark.name for benchmark in choose(options.names)))
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             rounds=options.rounds,
             out=options.out,
             compiled=not options.no_compile,
-            command=shlex.join(["python", "-m", "vlattn_fast.benchmarks", *given]),
+            command=shlex.join(["python", "-m", "vlattn_fast.benchmarks", *words]),
         )
     except ValueError as error:
         parser.error(str(error))

@@ -14,7 +14,7 @@ def sdpa(tensors: Tensors, is_causal: bool = False) -> Tensor:
 
 
 def softmax_map(query: Tensor, key: Tensor, is_causal: bool = False) -> Tensor:
-    """A (B,H,N,M) as models make it in eager mode."""
+    """A (B, H, N, M) as models make it in eager mode."""
     scores = query @ key.mT * query.shape[-1] ** -0.5
     if is_causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1), -torch.inf)

@@ -10,39 +10,29 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import json
 import math
-import os
-import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from vlattn_fast.benchmarks._rows import device_name
 from vlattn_fast.benchmarks._workloads import Sizes, Workload
 
 import vlattn_fast as va
 from vlattn_fast import verify
 
-HERE = Path(__file__).parent
-# beside this file in a checkout; an installed package is no place to write to
-RESULTS = (HERE if (HERE.parent / "pyproject.toml").exists() else Path("benchmarks")) / "results"
 ROUNDS = {"cpu": 7, "cuda": 50}
 QUICK_ROUNDS = {"cpu": 3, "cuda": 10}
-SECONDS_A_VARIANT = {"cpu": 4.0, "cuda": 4.0}  # a slower variant runs in fewer rounds, but in
-LEAST_ROUNDS = 3
+SECONDS_A_VARIANT = {"cpu": 4.0, "cuda": 4.0}  # a slower variant sits out some rounds, but runs in
+LEAST_ROUNDS = 3  # these at least
 LONGEST_BACKLOG = 0.05  # seconds
 TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 3.86e12  # rates that an H200 reaches: bf16 FLOP/s, bytes/s, exponentials/s
-
-PACKAGES = ("vlattn_fast", "torch", "triton")
 
 Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], Tensors]  # inputs by name -> what can be compared, by name
@@ -202,7 +192,7 @@ class _Standing:
 
 
 class Measurement:
-    """A benchmark made ready: every variant compiled, warmed up, its memory and its error taken; then rounds."""
+    """A benchmark in a process: first compiles and warms up every variant and takes its memory and error, then runs rounds."""
 
     def __init__(
         self,
@@ -393,65 +383,3 @@ def _clock(device: torch.device) -> float:
     end.record()
     end.synchronize()
     return 1e7 / (begin.elapsed_time(end) / 1e3)
-
-
-# --- rows ---
-
-
-@functools.cache
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else None
-    return f"CPU: {model.group(1).strip() if model else platform.machine()}"
-
-
-def slug(device: torch.device) -> str:
-    """cpu, h200, ...: the name of the device's file of rows."""
-    if device.type == "cpu":
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower().replace("nvidia", "")).strip("-")
-
-
-def provenance(command: str) -> dict[str, Any]:
-    """What every row of a run says about where it came from. VLATTN_COMMIT names the commit of a copy without git."""
-    return {
-        "commit": os.environ.get("VLATTN_COMMIT") or _commit(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "threads": torch.get_num_threads(),
-        "command": command,
-        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-
-
-def _commit() -> str:
-    """Of the checkout that this file is in, or was copied within; +dirty: it differs from the commit, in more than results."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        top = git("rev-parse", "--show-toplevel")
-        if not (Path(top) / "benchmarks" / Path(__file__).name).exists():
-            return "unknown"  # a repository that the package is only installed in
-        changes = git("-C", top, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/REPORT.md")
-        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return torch.__version__ if name == "torch" else None
-
-
-def append(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Adds rows to the JSON list in `path`: written beside it and moved there, so that a stopped run leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else []
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*known, *rows]) + "\n]\n")
-    os.replace(beside, path)

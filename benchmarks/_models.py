@@ -27,7 +27,7 @@ def weights(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Tensors:
 
 
 def project(t: Tensors, n: int, x: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Query, key and value (B,H,N,D) of layer n from its input."""
+    """Query, key and value (B, H, N, D) of layer n from its input."""
     packed = F.linear(F.layer_norm(x, x.shape[-1:]), t[f"{n}.qkv"])
     return tuple(packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4))
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vlattn_fast.benchmarks._measure import HERE, RESULTS, Benchmark, Measurement, append, device_name, provenance, slug
+from vlattn_fast.benchmarks._measure import Benchmark, Measurement
+from vlattn_fast.benchmarks._rows import HERE, RESULTS, append, device_name, provenance, slug
 
 from vlattn_fast import verify
 from vlattn_fast.ops._dispatch import BACKEND_NAMES

@@ -46,8 +46,8 @@ def _build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -
         found = (mass, entropy, prob.amax(-1), prob.sum(-2))
         return {name: x.to(t["grad_mass"].dtype) for name, x in zip(STATISTICS, found, strict=True)}
 
-    sent = tuple(f"grad_{name}" for name in STATISTICS)
-    finish = backward(("query", "key"), sent) if both else forward
+    cotangents = tuple(f"grad_{name}" for name in STATISTICS)
+    finish = backward(("query", "key"), cotangents) if both else forward
     plain = backward(("query", "key", "value"), ("grad_output",)) if both else forward
     variants = operator_variants("attention_statistics", arguments, tensors, finish, 6 if both else 3)
     variants["published"] = Variant(finish(published), 6 if both else 3)

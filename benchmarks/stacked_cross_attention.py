@@ -75,7 +75,7 @@ def all_pairs(t: Tensors) -> Tensor:
 
 
 def floor(sizes: Sizes, words: int, dtype: torch.dtype, both: bool) -> list[Pass]:
-    """Two matrix products (backward: four) and one exponential a pair of word and region; every embedding moved once (twice)."""
+    """Two matrix products (backward: four) and one exponential a pair of word and region; each embedding read once (twice)."""
     regions = sizes["images"] * sizes["R"]
     forward = Pass(4 * regions * words * sizes["D"], (regions + words) * sizes["D"] * dtype.itemsize, regions * words)
     return [forward, Pass(2 * forward.flops, 2 * forward.bytes, forward.exps)] if both else [forward]
@@ -95,8 +95,9 @@ def _build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: tor
         return published_similarity(t["images"], t["captions"], lengths, options).to(t["grad_similarity"].dtype)
 
     # a caption's gradient is a sum over all images, of which only a part is compared
-    hidden = ("images", "captions"), ("grad_similarity",), ("captions",)
-    finish: Callable[..., Any] = backward(*hidden) if both else forward
+    finish: Callable[..., Any] = forward
+    if both:
+        finish = backward(("images", "captions"), ("grad_similarity",), not_compared=("captions",))
     plain = (backward(("images", "words"), ("grad_output",)) if both else forward)(all_pairs)
     variants = operator_variants("stacked_cross_attention", arguments, tensors, finish, 0)
     truth = variants["reference"].run

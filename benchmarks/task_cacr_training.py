@@ -31,10 +31,10 @@ def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
 
     def step(congruence: Callable[[Blocks], Tensor] | None, t: Tensors) -> Tensors:
         x = t["tokens"].detach().requires_grad_()
-        hidden, loss = x, x.new_zeros(())
+        stream, loss = x, x.new_zeros(())
         for number in range(last + 1):
             if number == last and congruence is not None:
-                query, key, _ = _models.project(t, last, hidden[::every], h)
+                query, key, _ = _models.project(t, last, stream[::every], h)
                 blocks = {
                     "text_query": query[:, :, :words],
                     "text_key": key[:, :, :words],
@@ -43,8 +43,8 @@ def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
                     **{name: t[name][::every] for name in ("text_mask", "image_mask")},
                 }
                 loss = congruence(blocks)
-            hidden = _models.layer(t, number, hidden, h, _models.Plain(False))
-        matching = F.softplus(-(hidden[:, 0] @ t["aim"]))
+            stream = _models.layer(t, number, stream, h, _models.Plain(False))
+        matching = F.softplus(-(stream[:, 0] @ t["aim"]))
         total = matching.sum() / b + loss.sum() * every / b
         names = [name for name in parameters if name in t]
         grad, *grads = torch.autograd.grad(total, [x, *(t[name] for name in names)])

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from vlattn_fast.benchmarks._measure import Measurement, append, device_name, provenance
+from vlattn_fast.benchmarks._measure import Measurement
+from vlattn_fast.benchmarks._rows import append, device_name, provenance
 from vlattn_fast.benchmarks._run import check_device, declared, show
 
 pytest.importorskip("pytest_benchmark")

@@ -232,7 +232,7 @@ def operators(folder: str = "kernels") -> list[str]:
 def measuring() -> Any:
     """The module of benchmarks that knows where a row comes from and how it is stored; it lies in the tree."""
     sys.path.insert(0, str(TREE))
-    return importlib.import_module("vlattn_fast.benchmarks._measure")
+    return importlib.import_module("vlattn_fast.benchmarks._rows")
 
 
 def facts(measure: Any, device: str) -> Found:

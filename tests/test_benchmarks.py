@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _bounds, _isolated, _measure, _report, _run, _workloads
+from vlattn_fast.benchmarks import _bounds, _isolated, _measure, _report, _rows, _run, _workloads
 
 TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7, "images": 4, "captions": 4, "R": 6, "T": 5, "layers": 2, "C": 16}
 CPU = torch.device("cpu")
@@ -128,6 +128,7 @@ def test_a_gpu_is_timed_by_events_behind_a_backlog(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(_measure, "_clock", lambda device: 1e9)
     monkeypatch.setattr(_measure, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(_rows, "device_name", lambda device: "NVIDIA H200")
     (benchmark,) = _run.choose(["attention_map/attention/clip"])
     measurement = _measure.Measurement(benchmark, CPU, overrides=TINY, compiled=False)
     measurement.device = torch.device("cuda")
@@ -136,7 +137,7 @@ def test_a_gpu_is_timed_by_events_behind_a_backlog(monkeypatch):
     assert asked[0] > 5e4 and asked[1:4] == ["record", "record", "synchronize"]  # 50 us and more of backlog
     row = measurement.rows()[0]
     assert (row["variant"], row["p50_us"], row["peak_bytes"], row["ratio_to_bound"]) == ("streaming", 2000.0, 200, 1.0)
-    assert row["host_p50_us"] > 0 and row["ratio_to_floor"] > 1 and _measure.slug(torch.device("cuda")) == "h200"
+    assert row["host_p50_us"] > 0 and row["ratio_to_floor"] > 1 and _rows.slug(torch.device("cuda")) == "h200"
 
 
 def test_peak_memory_is_what_the_call_holds():
@@ -269,8 +270,8 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     failed = {key: x for key, x in made_up(variant="published").items() if not key.startswith(("p", "error", "ratio", "host"))}
     older = [made_up(variant="gone", sizes={"B": 1}), made_up(p50_us=9999.0)]
     rows = [*older, made_up(), bound, {**failed, "not_run": "out of memory"}]
-    _measure.append(rows, results / "h200.json")
-    _measure.append([{"part": "correctness", "passed": True}], results / "checks.json")
+    _rows.append(rows, results / "h200.json")
+    _rows.append([{"part": "correctness", "passed": True}], results / "checks.json")
     for _ in range(2):
         command.main(["report", "--results", str(results), "--out", str(out)])
         text, plot = out.read_text(), (results / "h200.png").read_bytes()
@@ -312,13 +313,13 @@ def test_the_picture_has_a_panel_for_each_operator(tmp_path, monkeypatch):
 
 def test_the_report_in_the_tree_is_that_of_the_stored_rows(tmp_path):
     pytest.importorskip("matplotlib")
-    stored = _measure.HERE / "results" / "cpu.json"
+    stored = _rows.HERE / "results" / "cpu.json"
     out = tmp_path / "REPORT.md"
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "cpu.json").write_bytes(stored.read_bytes())
     _report.write(tmp_path / "results", out)
-    assert out.read_text() == (_measure.HERE / "REPORT.md").read_text()
-    assert size_of(tmp_path / "results" / "cpu.png") == size_of(_measure.HERE / "results" / "cpu.png")
+    assert out.read_text() == (_rows.HERE / "REPORT.md").read_text()
+    assert size_of(tmp_path / "results" / "cpu.png") == size_of(_rows.HERE / "results" / "cpu.png")
 
 
 def test_the_report_without_a_row(tmp_path):

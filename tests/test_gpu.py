@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks import _rows
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("gpu", ROOT / "tests" / "gpu.py")
@@ -114,7 +114,7 @@ def test_who_runs_out_of_time_is_stopped():
 
 def test_rows_are_added_and_none_is_lost(tmp_path):
     for number in range(3):
-        _measure.append([{"number": number}], tmp_path / "checks.json")
+        _rows.append([{"number": number}], tmp_path / "checks.json")
     assert json.loads((tmp_path / "checks.json").read_text()) == [{"number": number} for number in range(3)]
 
 

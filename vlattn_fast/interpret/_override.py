@@ -19,7 +19,7 @@ _ABSENT = object()
 
 @dataclass
 class _Overridden:
-    target: Any  # also keeps the object alive, so that its id stays its own
+    target: Any  # held, so that no new object takes its id
     before: Any
     runs: int = 0
 

@@ -77,12 +77,12 @@ def word_positions(tower: Tower, config: Any, inputs: Mapping[str, Any], ids: Te
 def _special_ids(config: Any) -> set[int]:
     names = ["bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id"]
     names += ["vision_start_token_id", "vision_end_token_id"]
-    found: set[int] = set()
+    ids: set[int] = set()
     for part in (config, getattr(config, "text_config", None)):
         for name in names:
             value = getattr(part, name, None)
-            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-    return found
+            ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return ids
 
 
 def gather_words(relevancy: Tensor, words: Tensor, ids: Tensor) -> tuple[Tensor, list[list[int]]]:
@@ -122,7 +122,7 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
     of_image = ids == config.image_token_id
     flat = relevancy[of_image.to(relevancy.device)]
     grids = _image_grids(config, inputs)
-    # A vision tower whose CLS token goes into the prompt too puts it before its patches.
+    # Some vision towers put their CLS token into the prompt too, before the patches.
     prefix = int(len(flat) == sum(height * width + 1 for height, width in grids))
     sizes = [height * width + prefix for height, width in grids]
     if sum(sizes) != len(flat):

@@ -66,7 +66,7 @@ class TowerTap:
         self.carrier: Tensor | None = None
         self.branch_carrier: Tensor | None = None
         self.stream: Tensor | None = None
-        self.kept: Attended | None = None
+        self.last: Attended | None = None
         # Where the score's gradient enters the tapped attention; they tell whether a score depends on it.
         self.edges: list[torch.autograd.graph.GradientEdge] = []
 
@@ -99,7 +99,7 @@ class TowerTap:
         if not self.method.carries:
             # Only the gradient at this output is used, so the graph starts here.
             output = _attention(query, key, value, masks).transpose(1, 2).detach().requires_grad_()
-            self.kept = Attended(query.detach(), key.detach(), value.detach(), masks, output)
+            self.last = Attended(query.detach(), key.detach(), value.detach(), masks, output)
             self.edges.append(torch.autograd.graph.get_gradient_edge(output))
             return output.transpose(1, 2)
         return self._carry(query, key, value, masks)
@@ -184,7 +184,7 @@ class TowerTap:
             return (pooled if self.method.needs_score else pooled.detach(), *output[1:])
         pooled = pooled.detach().requires_grad_()
         self.edges.append(torch.autograd.graph.get_gradient_edge(pooled))
-        self.kept = Attended(query.detach(), key.detach(), value.detach(), masks, pooled, module.out_proj.weight.detach())
+        self.last = Attended(query.detach(), key.detach(), value.detach(), masks, pooled, module.out_proj.weight.detach())
         return (pooled, *output[1:])
 
     # --- after the forward pass ---
@@ -212,9 +212,9 @@ class TowerTap:
 
     def last_call(self) -> Attended:
         """The last attention call, for methods that read no other."""
-        if self.kept is None:
+        if self.last is None:
             raise ValueError(f"model must call the last attention of tower '{self.tower.name}'; got no call")
-        return self.kept
+        return self.last
 
 
 class PoolingRead(torch.autograd.Function):

@@ -88,7 +88,7 @@ def sdpa_attention(
     """torch's SDPA under the Hugging Face attention interface.
 
     query, key, value (B, H, N, D); attention_mask None or bool (B, 1, 1, N), True = may be attended; returns
-    (out (B, N, H, D), None): the weights are not kept.
+    (out (B, N, H, D), None): no weights are returned.
     """
     out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, bool(module.is_causal), scale=scaling)
     return out.transpose(1, 2), None
@@ -261,7 +261,7 @@ class UNITER(nn.Module):
         """A model in eval mode from the state dict of a published checkpoint (`torch.load("uniter-base.pt")`).
 
         Sizes are read off the tensors; num_attention_heads cannot be and defaults to hidden_size // 64, as published.
-        Heads of other pre-training tasks are left out; a missing tensor of this model is a ValueError.
+        Tensors of heads for other pre-training tasks are ignored. ValueError where a tensor of this model is missing.
         """
         state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in state_dict.items()}
         layers = {int(name.split(".")[3]) for name in state if name.startswith("uniter.encoder.layer.")}
@@ -281,10 +281,10 @@ class UNITER(nn.Module):
         except KeyError as error:
             raise ValueError(f"state_dict must be a published UNITER checkpoint; got none of {error.args[0]!r}") from None
         model = cls(config)
-        wanted = model.state_dict().keys()
-        if missing := sorted(wanted - state.keys()):
+        needed = model.state_dict().keys()
+        if missing := sorted(needed - state.keys()):
             raise ValueError(f"state_dict must be a published UNITER checkpoint; got none of {missing}")
-        model.load_state_dict({name: state[name] for name in wanted})
+        model.load_state_dict({name: state[name] for name in needed})
         return model.eval()
 
     def forward(
@@ -300,8 +300,8 @@ class UNITER(nn.Module):
 
         Args:
             input_ids: int64 (B, L), [CLS] w1 .. wn [SEP] then padding.
-            region_features: float (B,R,region_dim).
-            region_positions: float (B,R,position_dim), box features, those of `UNITERConfig` in the published models.
+            region_features: float (B, R, region_dim).
+            region_positions: float (B, R, position_dim), box features, those of `UNITERConfig` in the published models.
             attention_mask: (B, L), bool or 0/1, True = a real word; None = all are.
             region_mask: (B, R), bool or 0/1, True = a real region; None = all are.
             masked_regions: bool (B, R), True = the features are replaced by the mask embedding (masked-region modelling).
@@ -316,7 +316,7 @@ class UNITER(nn.Module):
             text_mask = torch.ones_like(input_ids, dtype=torch.bool) if text_mask is None else text_mask
             if image_mask is None:
                 image_mask = torch.ones(region_features.shape[:2], dtype=torch.bool, device=input_ids.device)
-            # 0 x NaN is NaN inside attention, so hidden regions are emptied and not only masked
+            # 0 x NaN is NaN inside attention, so the features of masked regions become zeros
             region_features = region_features.masked_fill(~image_mask[..., None], 0.0)
             region_positions = region_positions.masked_fill(~image_mask[..., None], 0.0)
             mask = torch.cat([text_mask, image_mask], dim=1)[:, None, None, :]
