@@ -27,7 +27,8 @@ def check() -> bool:
     from vlattn_fast.verify import verify
 
     print("Checks: outputs and gradients of the streaming backend against the formula in float64.")
-    print("Error as a multiple of what is allowed: twice that of the formula in the same dtype, plus one ulp.\n")
+    print("Error as a multiple of what is allowed: root mean square twice that of the formula in the same dtype, plus one ulp,")
+    print("and the largest error four times the formula's largest, plus two ulps.\n")
     print(f"{'operator':25}{'dtype':10}{'checks':>6}{'worst':>7}")
     results = list(verify(("streaming",)))
     for result in results:

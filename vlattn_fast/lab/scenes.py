@@ -156,9 +156,8 @@ def sample_scenes(kind: Tensor, split: str, pairs: str | None, generator: torch.
 
 
 def swapped_pairs(count: int, *, split: str = "test", seed: int = 0, pairs: str | None = None) -> tuple[Scenes, Scenes]:
-    """`count` pairs of scenes as in Winoground: the second scene has the same scans, the two named ones having changed
-    places, and its caption has the same words, the digits in the other order. Each caption is true of its own scene and
-    false of the other. Arguments as in `digit_scenes`."""
+    """`count` pairs of scenes as in Winoground: the second scene has the same scans with the two named ones exchanged, and
+    its caption has the same words with the two digits exchanged. Each caption is true of its scene and false of the other. Arguments as in `digit_scenes`."""
     true = digit_scenes(count, split=split, seed=seed, pairs=pairs)
     other = digit_scenes(count, split=split, seed=seed, pairs=pairs, negative="order")
     region = torch.arange(REGIONS).expand(count, -1).clone()
@@ -180,7 +179,7 @@ def _paint(crops: Tensor, corners: Tensor) -> Tensor:
 
 
 def _displacement(corners: Tensor) -> Tensor:
-    """corners (B, R, 2) x, y -> (B, R, R, 4): by how many pixels i lies left of, right of, above, below j."""
+    """corners (B, R, 2) x, y -> (B, R, R, 4): how many pixels i lies left of, right of, above and below j."""
     right, down = (corners[:, None, :, :] - corners[:, :, None, :]).unbind(-1)
     return torch.stack([right, -right, down, -down], dim=-1)
 

@@ -1,7 +1,7 @@
 """Trains the small UNITER of DigitScenes: python -m vlattn_fast.lab.train [--steps N] [--seed S] [--threads T] [--output DIR].
 
-Three losses: image-text matching, masked words, and the centre of the digit each digit word names, read off the word's
-final state. Without the last one, relations take about twice as many steps to be learnt.
+Three losses: image-text matching, masked words, and the centre of the digit that each digit word names, from the word's
+final state. Without the last one the model needs about twice as many steps to learn relations.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from vlattn_fast.lab.scenes import CANVAS, Scenes, sample_scenes
 from vlattn_fast.lab.uniter import CONFIG, WEIGHTS, matching_accuracy, winoground_scores
 from vlattn_fast.models.uniter import UNITER
 
-# of 256 scenes 64 have a masked word, the others are half true, half false, a third of these of each kind
+# Of 256 scenes 64 have a masked word. Half of the others are true; the false ones are of each kind in equal parts.
 KINDS = torch.tensor([0] * 160 + [1] * 32 + [2] * 32 + [3] * 32)
 MASKED = 64
-NOISE = 0.15  # standard deviation added to the pixels, without which the 1,437 training scans are learnt by heart
+NOISE = 0.15  # standard deviation added to the pixels, without it the model memorises the 1,437 training scans
 MASK_ID = VOCABULARY.index("[MASK]")
 ZERO_ID = VOCABULARY.index("zero")
 EVALUATED = 5000  # test scenes per kind and set of captions
@@ -33,7 +33,7 @@ FIRST, RELATION, SECOND = (1,), (2, 3), (5,)  # where a caption has its words
 
 
 class TrainingHeads(nn.Module):
-    """What training needs beside the model: a masked-word classifier and a regression of box centres."""
+    """The heads that only training uses: a masked-word classifier and a regression of box centres."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

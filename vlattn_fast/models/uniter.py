@@ -306,7 +306,7 @@ class UNITER(nn.Module):
             region_mask: (B, R), bool or 0/1, True = a real region; None = all are.
             masked_regions: bool (B, R), True = the features are replaced by the mask embedding (masked-region modelling).
 
-        What stands in padded words and regions never reaches the logits.
+        The content of padded words and regions never reaches the logits.
         """
         self._check(input_ids, region_features, region_positions, attention_mask, region_mask, masked_regions)
         text_mask = None if attention_mask is None else attention_mask.bool()
@@ -316,7 +316,7 @@ class UNITER(nn.Module):
             text_mask = torch.ones_like(input_ids, dtype=torch.bool) if text_mask is None else text_mask
             if image_mask is None:
                 image_mask = torch.ones(region_features.shape[:2], dtype=torch.bool, device=input_ids.device)
-            # 0 x NaN is NaN inside attention, so the features of masked regions become zeros
+            # 0 x NaN is NaN inside attention, so the features of padded regions become zeros
             region_features = region_features.masked_fill(~image_mask[..., None], 0.0)
             region_positions = region_positions.masked_fill(~image_mask[..., None], 0.0)
             mask = torch.cat([text_mask, image_mask], dim=1)[:, None, None, :]
@@ -349,11 +349,13 @@ class UNITER(nn.Module):
         if not 1 <= words <= config.max_position_embeddings:
             raise ValueError(f"input_ids must have 1 to {config.max_position_embeddings} words; got {words}")
         if region_features.ndim != 3 or region_features.shape[::2] != (batch, config.region_dim):
-            raise ValueError(f"region_features must be ({batch}, R, {config.region_dim}); got {tuple(region_features.shape)}")
+            raise ValueError(
+                f"region_features must have shape ({batch}, R, {config.region_dim}); got {tuple(region_features.shape)}"
+            )
         regions = region_features.shape[1]
         if region_positions.shape != (batch, regions, config.position_dim):
             raise ValueError(
-                f"region_positions must be ({batch}, {regions}, {config.position_dim}); got {tuple(region_positions.shape)}"
+                f"region_positions must have shape ({batch}, {regions}, {config.position_dim}); got {tuple(region_positions.shape)}"
             )
         for name, mask, shape in (
             ("attention_mask", attention_mask, (batch, words)),
@@ -366,7 +368,7 @@ class UNITER(nn.Module):
                 raise TypeError(f"{name} must be a tensor or None; got {type(mask).__name__}")
             if mask.shape != shape or mask.is_floating_point():
                 raise ValueError(f"{name} must be bool {shape}; got {mask.dtype} {tuple(mask.shape)}")
-        # values are looked at on the CPU only: elsewhere it would cost a synchronisation
+        # The range of the ids is checked on the CPU only: on a GPU it would cost a synchronisation.
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
             low, high = input_ids.min().item(), input_ids.max().item()
             if low < 0 or high >= config.vocab_size:
