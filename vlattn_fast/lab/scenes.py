@@ -157,7 +157,8 @@ def sample_scenes(kind: Tensor, split: str, pairs: str | None, generator: torch.
 
 def swapped_pairs(count: int, *, split: str = "test", seed: int = 0, pairs: str | None = None) -> tuple[Scenes, Scenes]:
     """`count` pairs of scenes as in Winoground: the second scene has the same scans with the two named ones exchanged, and
-    its caption has the same words with the two digits exchanged. Each caption is true of its scene and false of the other. Arguments as in `digit_scenes`."""
+    its caption has the same words with the two digits exchanged. Each caption is true of its scene and false
+    of the other. Arguments as in `digit_scenes`."""
     true = digit_scenes(count, split=split, seed=seed, pairs=pairs)
     other = digit_scenes(count, split=split, seed=seed, pairs=pairs, negative="order")
     region = torch.arange(REGIONS).expand(count, -1).clone()

@@ -355,7 +355,8 @@ class UNITER(nn.Module):
         regions = region_features.shape[1]
         if region_positions.shape != (batch, regions, config.position_dim):
             raise ValueError(
-                f"region_positions must have shape ({batch}, {regions}, {config.position_dim}); got {tuple(region_positions.shape)}"
+                f"region_positions must have shape ({batch}, {regions}, {config.position_dim}); "
+                f"got {tuple(region_positions.shape)}"
             )
         for name, mask, shape in (
             ("attention_mask", attention_mask, (batch, words)),
