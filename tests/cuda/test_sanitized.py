@@ -16,12 +16,13 @@ from tests.cuda.building import ROOT, SANITIZED, build, sanitizing
     [
         ("score_attention", "feature_sizes or empty or grouped"),
         ("relevancy_attention", "head_sizes or empty or number_of_rows or layouts"),
-        ("congruence_loss", "either_side or head_sizes or empty or padding or layouts"),
+        ("congruence_loss", "either_side or head_dims or empty or padding or layouts"),
     ],
 )
 def test_nothing_outside_is_touched(operator: str, chosen: str) -> None:
     library = build("asan", *SANITIZED) / "libvlattn_host.so"
     environment = {**sanitizing(), "VLATTN_CUDA_LIBRARY": str(library), "VLATTN_EMULATION_SEED": "3"}
-    tests = ["-q", "-x", "-p", "no:cacheprovider", f"tests/cuda/test_{operator}.py", "-k", chosen]
+    files = [f"tests/{folder}/test_{operator}.py" for folder in ("cuda", "ops")]
+    tests = ["-q", "-x", "-p", "no:cacheprovider", *files, "-k", f"cuda and ({chosen})"]
     done = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

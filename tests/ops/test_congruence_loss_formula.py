@@ -1,0 +1,145 @@
+"""The formula of congruence_loss against hand-worked numbers, loops, a closed form and its own symmetries."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compare import outputs_and_grads
+from torch import Tensor
+
+from tests.ops.backends import F64, on
+from tests.ops.congruence_loss_cases import CROSS, NAMES, call, make, masks, prefix
+from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
+from vlattn_fast.reference.congruence_loss import congruence_loss as reference
+
+
+def by_hand() -> dict[str, Tensor]:
+    """One head of size 1, keys (1, 0): a query ln 3 attends (3/4, 1/4), a query 0 attends (1/2, 1/2)."""
+    ln3 = math.log(3.0)
+    rows = {"text_query": [ln3, 0.0], "text_key": [1.0, 0.0], "image_query": [0.0, ln3], "image_key": [1.0, 0.0]}
+    return {name: torch.tensor(row, dtype=torch.float64).view(1, 1, 2, 1) for name, row in rows.items()}
+
+
+@on("reference", "streaming")
+def test_by_hand(backend: str) -> None:
+    # LL = LV = [[3/4, 1/4], [1/2, 1/2]], VV = VL = [[1/2, 1/2], [3/4, 1/4]]. Of a row with two entries, softmax is the sigmoid
+    # of their difference, and sym of two rows (p, 1 - p), (t, 1 - t) is (p - t) (logit p - logit t).
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    loss = {kind: float(call(congruence_loss, backend=backend, kind=kind, direction="text")(**by_hand())) for kind in KINDS}
+    # LV VV = [[9/16, 7/16], [5/8, 3/8]]; LV VV LV^T = [[17/32, 1/2], [9/16, 1/2]]: differences 1/32, 1/16; LL's 1/2, 0
+    cacr = (sigmoid(1 / 2) - sigmoid(1 / 32)) * 15 / 32 + (sigmoid(1 / 16) - sigmoid(0)) / 16
+    assert loss["cacr"] == pytest.approx(cacr / 2, rel=1e-14)
+    # the second word attends both regions alike: the first is taken. VV[(0, 0), (0, 0)] is constant, t = 1/2
+    assert loss["iais_singular"] == pytest.approx((3 / 4 - 1 / 2) * math.log(3) / 2, rel=1e-14)
+    # LV VL = [[9/16, 7/16], [5/8, 3/8]]; eps in the logarithms adds -eps (t/p + p/t): 185/42 and 62/15 in the two rows
+    distributed = (3 / 4 - 9 / 16) * (math.log(3) - math.log(9 / 7)) + (5 / 8 - 1 / 2) * math.log(5 / 3)
+    assert loss["iais_distributed"] == pytest.approx(distributed / 2 - 1e-6 * (185 / 42 + 62 / 15) / 2, abs=1e-10)
+    both = float(call(congruence_loss, backend=backend, kind="cacr")(**by_hand()))
+    assert both == pytest.approx(
+        cacr / 2 + float(call(congruence_loss, backend=backend, direction="image")(**by_hand())), rel=1e-14
+    )
+
+
+def naive(x: dict[str, Tensor], kind: str, direction: str, words: Tensor, regions: Tensor, scale: float) -> list[float]:
+    """The formula of the loss, in loops over the real tokens of each sample."""
+
+    def attention(query: Tensor, key: Tensor, b: int, rows: list[int], columns: list[int]) -> Any:
+        out = np.zeros((len(rows), len(columns)))
+        for h in range(query.shape[1]):
+            for a, i in enumerate(rows):
+                e = [math.exp(scale * float(query[b, h, i] @ key[b, h, j])) for j in columns]
+                out[a] += np.array(e) / sum(e) / query.shape[1]
+        return out
+
+    def softmax(a: Any) -> Any:
+        return np.stack([np.exp(row) / sum(math.exp(v) for v in row) for row in a])
+
+    def sym(p: Any, t: Any, eps: float) -> float:
+        total = 0.0
+        for i, j in np.ndindex(p.shape):
+            total += t[i, j] * (math.log(t[i, j]) - math.log(p[i, j] + eps))
+            total += p[i, j] * (math.log(p[i, j]) - math.log(t[i, j] + eps))
+        return total / len(p)
+
+    losses = []
+    for b in range(len(words)):
+        n, m = words[b].nonzero()[:, 0].tolist(), regions[b].nonzero()[:, 0].tolist()
+        ll, vv = attention(x["text_query"], x["text_key"], b, n, n), attention(x["image_query"], x["image_key"], b, m, m)
+        lv = attention(x.get(CROSS[0], x["text_query"]), x.get(CROSS[1], x["image_key"]), b, n, m)
+        vl = attention(x.get(CROSS[2], x["image_query"]), x.get(CROSS[3], x["text_key"]), b, m, n)
+        sides = {"text": (ll, vv, lv, vl), "image": (vv, ll, vl, lv)}
+        loss = 0.0
+        for own, other, cross, back in (sides.values() if direction == "both" else [sides[direction]]) if n and m else ():
+            if kind == "cacr":
+                loss += sym(softmax(own), softmax(cross @ other @ cross.T), 0.0)
+            elif kind == "iais_singular":
+                c = cross.argmax(1)
+                loss += sym(own, softmax(np.array([[other[i, j] for j in c] for i in c])), 0.0)
+            else:
+                loss += sym(own, cross @ back, 1e-6)
+        losses.append(loss)
+    return losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [None, "scattered", "empty samples"])
+def test_reference_matches_loops(name: str | None, kind: str) -> None:
+    x, given = make(6, 9, b=3, cross=name != "empty samples"), {} if name is None else masks(name)
+    text, image = (given.get(f"{side}_mask", torch.ones(3, n, dtype=torch.bool)) for side, n in (("text", 6), ("image", 9)))
+    for direction in DIRECTIONS:
+        got = call(reference, kind=kind, direction=direction, scale=0.4, **given)(**x)
+        want = torch.tensor(naive(x, kind, direction, text, image, 0.4), dtype=F64)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
+
+
+def test_reference_gradient_is_the_closed_form() -> None:
+    x = {name: value.requires_grad_() for name, value in make(4, 6, h=3, d=5).items()}
+
+    def block(query: str, key: str) -> Tensor:
+        return torch.softmax(x[query] @ x[key].mT * 5**-0.5, -1).mean(1)[0]
+
+    ll, vv, cross = block("text_query", "text_key"), block("image_query", "image_key"), block("text_query", "image_key").detach()
+    target = cross @ vv @ cross.T
+    p, t = torch.softmax(ll, -1), torch.softmax(target, -1)
+    d = (ll - ll.logsumexp(-1, keepdim=True)) - (target - target.logsumexp(-1, keepdim=True))
+    by_p, by_t = (d + 1 - t / p) / 4, (-d + 1 - p / t) / 4
+    by_ll = p * (by_p - (p * by_p).sum(-1, keepdim=True))
+    by_target = t * (by_t - (t * by_t).sum(-1, keepdim=True))
+    want = torch.autograd.grad([ll, vv], list(x.values()), [by_ll.detach(), (cross.T @ by_target @ cross).detach()])
+    got = outputs_and_grads(call(reference, direction="text"), x)
+    for name, grad in zip(NAMES, want, strict=True):
+        torch.testing.assert_close(got[f"grad {name}"], grad, rtol=1e-11, atol=1e-15)
+
+
+@on("reference", "streaming")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_by_finite_differences(kind: str, backend: str) -> None:
+    x = make(3, 4, b=2, d=2, cross=True)
+    leaves = NAMES + CROSS if kind == "iais_distributed" else NAMES  # else the cross block is a constant of the loss
+    free = [x[name].clone().requires_grad_() for name in leaves]
+    run = call(congruence_loss, kind=kind, backend=backend, text_mask=prefix(3, 3, 2), image_mask=prefix(4, 3, 4))
+    assert torch.autograd.gradcheck(lambda *t: run(**{**x, **dict(zip(leaves, t, strict=True))}), free)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_direction_is_the_text_direction_of_the_other_modality(kind: str) -> None:
+    x, options = make(6, 9, b=3, cross=True), masks("scattered")
+    other = dict(zip(NAMES + CROSS, (x[name] for name in NAMES[2:] + NAMES[:2] + CROSS[2:] + CROSS[:2]), strict=True))
+    swapped = {"text_mask": options["image_mask"], "image_mask": options["text_mask"]}
+    got = call(reference, kind=kind, direction="image", **options)(**x)
+    torch.testing.assert_close(got, call(reference, kind=kind, direction="text", **swapped)(**other))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_of_tokens_does_not_matter(kind: str) -> None:
+    x, options = make(6, 9, b=3), masks("ragged")
+    order = {"text": torch.randperm(6), "image": torch.randperm(9)}
+    permuted = {name: value[:, :, order[name.split("_")[0]]] for name, value in x.items()}
+    given = {f"{side}_mask": options[f"{side}_mask"][:, order[side]] for side in order}
+    torch.testing.assert_close(call(reference, kind=kind, **given)(**permuted), call(reference, kind=kind, **options)(**x))
