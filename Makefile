@@ -6,7 +6,7 @@
 # These make their own environment in .venv first; an environment that is there already is completed and kept.
 # make docs   the site of docs/ into site/, in an environment of its own, which needs no torch; a warning is an error
 # make oldest the tests of the Triton kernels with the oldest Triton that is supported, in an environment of its own
-# make gate   what the Triton and CUDA C++ kernels compile to, stored anew in tests/compile_gate.json, tests/cuda_compile_table.json
+# make table  what the Triton and CUDA C++ kernels compile to, stored anew in tests/compiled/triton.json and cuda.json
 # make gpu    on a machine with a GPU, torch, triton and pytest: tests, sanitizer, benchmarks; PARTS="..." for some; installs nothing
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus format lint venv bench report docs oldest gate gpu clean
+.PHONY: demo test cpus format lint venv bench report docs oldest table gpu clean
 
 demo: $(INSTALLED)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -67,12 +67,12 @@ oldest:
 	@.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet "numpy<2.4"
 	@.venv-oldest/bin/python -m pytest tests/kernels -W "ignore:Conversion of an array:DeprecationWarning" $(ARGS)
 
-gate: $(INSTALLED)
-	@$(PY) tests/kernels/compile_gate.py --write
-	@$(PY) tests/cuda/compile_table.py --write
+table: $(INSTALLED)
+	@$(PY) -m tests.compiled.triton --write
+	@$(PY) -m tests.compiled.cuda --write
 
 gpu:
-	@$(PYTHON) tests/gpu.py $(PARTS)
+	@$(PYTHON) tests/gpu/run.py $(PARTS)
 
 # torch comes first and by itself: asked for with a range, pip would take the newest and its CUDA libraries along.
 # triton comes without dependencies, and only where it is published. The stamp is written last; two makes take turns.

@@ -16,7 +16,7 @@ from tests.cuda.building import CUDA, SANITIZED, build
 from tests.ops import backends
 from tests.ops.backends import cuda_library  # noqa: F401  a fixture
 
-LATE = {"test_build.py": ("cuda", *CUDA), "test_sanitized.py": ("asan", *SANITIZED)}
+LATE = {"test_build.py": ("cuda", *CUDA), "test_cuda.py": ("cuda", *CUDA), "test_sanitized.py": ("asan", *SANITIZED)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from vlattn_fast.benchmarks import _rows
 
-ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("gpu", ROOT / "tests" / "gpu.py")
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("gpu", ROOT / "tests" / "gpu" / "run.py")
 gpu = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu)
 
@@ -39,7 +39,7 @@ def rehearse(tmp_path):
             program.write_text(SANITIZER.format(log=tmp_path / "log", status=status))
             program.chmod(0o755)
         environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "VLATTN_COMMIT": "abc123"}
-        command = [sys.executable, ROOT / "tests" / "gpu.py", *arguments, "--device", "cpu", "--out", tmp_path]
+        command = [sys.executable, ROOT / "tests" / "gpu" / "run.py", *arguments, "--device", "cpu", "--out", tmp_path]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         checks = tmp_path / "checks.json"
         return done.returncode, done.stdout + done.stderr, json.loads(checks.read_text()) if checks.exists() else []

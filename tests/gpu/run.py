@@ -1,10 +1,10 @@
 """`make gpu`: what only a machine with a GPU can say, in at most eight minutes and without downloading anything.
 
-    python tests/gpu.py [PART ...] [--device cuda] [--out benchmarks/results]
+    python tests/gpu/run.py [PART ...] [--device cuda] [--out benchmarks/results]
 
 build:       the CUDA C++ kernels by CMake into build/cuda, where nvcc is installed; the parts below take what lies there.
 correctness: the tests of tests/ops/ that take a backend, and those of tests/kernels/ and tests/cuda/, with the kernels compiled
-             and run on the device, and those that need one (tests/kernels/device_only.py), in as many processes as there are
+             and run on the device, and those that need one (tests/gpu/device_only.py), in as many processes as there are
              cores.
 sanitizer:   compute-sanitizer over every operator's cases of `vlattn verify`, where it is installed: memcheck and racecheck,
              and for CUDA C++ initcheck and synccheck.
@@ -29,13 +29,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / "gpu"
 SECONDS = {"build": 90, "correctness": 160, "sanitizer": 70, "benchmarks": 150}  # together with starting, eight minutes
 TOOLS = {"triton": ("memcheck", "racecheck"), "cuda": ("memcheck", "racecheck", "initcheck", "synccheck")}
 
 # what compiles kernels, or runs them on a CPU alone
-LEFT_OUT = ("kernels/test_compile_gate", "cuda/test_build", "cuda/test_emulation", "cuda/test_sanitized", "cuda/test_broken")
+LEFT_OUT = ("cuda/test_build", "cuda/test_emulation", "cuda/test_sanitized", "cuda/test_broken")
 
 Found = dict[str, Any]
 
@@ -135,7 +135,7 @@ def correctness(options: argparse.Namespace) -> Found:
     shards = os.cpu_count() or 1
     reports = [TREE / f"report{i}.xml" for i in range(shards)]
     folders = ["tests/ops", "tests/kernels", *(["tests/cuda"] if cuda_library(options.device).exists() else [])]
-    device_only = ["tests/kernels/device_only.py"] if options.device == "cuda" else []
+    device_only = ["tests/gpu/device_only.py"] if options.device == "cuda" else []
     commands = [
         [
             sys.executable,
@@ -177,7 +177,7 @@ def sanitizer(options: argparse.Namespace) -> Found:
     if program is None:
         return {"passed": True, "summary": "not run: compute-sanitizer is not installed"}
     names = options.operators or operators()
-    child = [sys.executable, str(TREE / "tests" / "gpu_launch.py"), options.device]
+    child = [sys.executable, str(TREE / "tests" / "gpu" / "launch.py"), options.device]
     written = {"triton": "kernels", "cuda": "cuda"} if cuda_library(options.device).exists() else {"triton": "kernels"}
     tasks = [
         (tool, backend, name)
@@ -240,7 +240,7 @@ def facts(measure: Any, device: str) -> Found:
     import torch
 
     name = measure.device_name(torch.device(device)) + (", Triton's interpreter" if device == "cpu" else "")
-    origin = measure.provenance(" ".join(["python", "tests/gpu.py", *sys.argv[1:]]))
+    origin = measure.provenance(" ".join(["python", "tests/gpu/run.py", *sys.argv[1:]]))
     return {"device": name, **origin.pop("versions"), **origin}
 
 

@@ -1,6 +1,6 @@
 """Runs an operator's cases of `vlattn verify` on its kernels of one backend, forward and backward: what `make gpu` sanitizes.
 
-usage: python tests/gpu_launch.py DEVICE BACKEND OPERATOR
+usage: python tests/gpu/launch.py DEVICE BACKEND OPERATOR
 """
 
 import sys

@@ -1,0 +1,73 @@
+"""What the CUDA C++ kernels compile to: registers, shared memory and stack of every kernel and target, held to a stored table.
+
+    python -m tests.compiled.cuda            # compare build/cuda, brought up to date, with tests/compiled/cuda.json
+    python -m tests.compiled.cuda --write    # store what is compiled there
+
+"shared" is what is allocated statically, with the KiB that CUDA keeps for itself in every block since sm_90; what a launch asks
+for besides is not in the library. "stack" is bytes of a thread: spilled registers, and arrays that are indexed at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.compiled.table import Row, cuobjdump, differences, read, write
+
+TABLE = Path(__file__).with_suffix(".json")
+
+
+def nvcc_version() -> str:
+    printed = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"\bV([\d.]+)", printed)[1]
+
+
+def rows_of(library: Path) -> dict[str, Row]:
+    """A row for each kernel and target: "score_attention_kernel<__half, 64> sm_90a"."""
+    rows: dict[str, Row] = {}
+    for part in cuobjdump("--dump-resource-usage", library).split("\nFatbin ")[1:]:
+        target = re.search(r"^arch = (\w+)$", part, re.M)[1]
+        usage = re.findall(r"^ Function (\S+):\n(.*)$", part, re.M)
+        for name, (_, words) in zip(readable([mangled for mangled, _ in usage]), usage, strict=True):
+            key = f"{name} {target}"
+            assert key not in rows, f"two kernels are called {name}: give one of them another name"
+            numbers = {word: int(number) for word, number in re.findall(r"(\w+):(\d+)", words)}
+            rows[key] = {"registers": numbers["REG"], "shared": numbers["SHARED"], "stack": numbers["STACK"]}
+    return rows
+
+
+def readable(mangled: list[str]) -> list[str]:
+    """Names with template arguments, without parameters and our namespaces."""
+    names = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"vlattn::|\(anonymous namespace\)::", "", name) for name in names.splitlines()]
+
+
+def built() -> Path:
+    from tests.cuda.building import CUDA, build
+
+    return build("cuda", *CUDA) / "libvlattn_cuda.so"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.compiled.cuda", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="store what is compiled")
+    parser.add_argument("--library", type=Path, help="another one than that of build/cuda")
+    options = parser.parse_args()
+    compiled, table, version = rows_of(options.library or built()), read(TABLE), nvcc_version()
+    if options.write:
+        table[version] = compiled
+        write(TABLE, table)
+    lines = differences(compiled, table.get(version, {}))
+    for key, row in compiled.items():
+        if row["stack"]:
+            print(f"stack of {row['stack']} bytes: {key}")
+    print("\n".join(lines))
+    print(f"nvcc {version}: {len(compiled)} kernels, {len(lines)} not as stored")
+    sys.exit(1 if lines else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Tables of what kernels compile to, stored by the compiler's version: read, written, compared."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+SHARED_LIMIT = 99 * 1024  # bytes a block may have on every GPU since Ampere: sm_86 and sm_89 have the least
+
+Row = dict[str, Any]  # registers, spills, ... of one kernel on one target
+Table = dict[str, dict[str, Row]]
+
+
+def read(file: Path) -> Table:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write(file: Path, table: Table) -> None:
+    """A line for each row."""
+    versions = ",\n".join(
+        f"{json.dumps(version)}: {{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows)) + "\n}"
+        for version, rows in sorted(table.items())
+    )
+    file.write_text(f"{{\n{versions}\n}}\n")
+
+
+def differences(compiled: dict[str, Row], stored: dict[str, Row]) -> list[str]:
+    """What is not as stored, and what asks for too much shared memory, a line each."""
+    lines = [
+        f"{key}: {row['shared']} bytes of shared memory, more than {SHARED_LIMIT}"
+        for key, row in compiled.items()
+        if row["shared"] > SHARED_LIMIT
+    ]
+    for key in sorted(compiled.keys() | stored.keys()):
+        if key not in stored or key not in compiled:
+            lines.append(f"{key}: {'not in the table' if key in compiled else 'in the table, but not compiled'}")
+        elif compiled[key] != stored[key]:
+            changed = [
+                f"{name} {old} -> {compiled[key][name]}" for name, old in stored[key].items() if compiled[key][name] != old
+            ]
+            lines.append(f"{key}: {', '.join(changed)}")
+    return lines
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    """What it prints. It comes with Triton, as not every CUDA toolkit has it."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None, "cuobjdump comes with Triton, which is not installed"
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout

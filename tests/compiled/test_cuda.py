@@ -1,0 +1,101 @@
+"""The CUDA C++ kernels compile with the registers, shared memory and stack of the stored table."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.compiled import cuda
+from tests.compiled.cuda import nvcc_version, rows_of
+from tests.compiled.table import differences, read, write
+
+BACKWARD = r"backward|grad"  # in the name of every kernel that is not a forward pass's
+ROW = {"registers": 100, "shared": 1024, "stack": 0}
+TINY = """
+namespace vlattn {
+namespace {
+template <class T, int SIZE>
+__global__ void reverse_kernel(T* x) {
+    __shared__ T kept[SIZE];
+    kept[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    x[threadIdx.x] = kept[SIZE - 1 - threadIdx.x];
+}
+}  // namespace
+__global__ void __launch_bounds__(1024, 2) spill_kernel(const float* x, float* y, int n) {
+    float kept[80];
+#pragma unroll
+    for (int i = 0; i < 80; ++i) kept[i] = x[i * n + threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 80; ++i) y[i * n + threadIdx.x] = kept[79 - i] * kept[i * 7 % 80];
+}
+void use() {
+    reverse_kernel<double, 64><<<1, 64>>>(nullptr);
+    reverse_kernel<float, 128><<<1, 128>>>(nullptr);
+}
+}  // namespace vlattn
+"""
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    for tool in ("nvcc", "c++filt"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"the CUDA C++ kernels are not compiled: {tool} is not installed")
+    pytest.importorskip("triton", reason="cuobjdump comes with it")
+    return nvcc_version()
+
+
+def test_kernels_compile_as_stored(nvcc: str) -> None:
+    table = read(cuda.TABLE)
+    if table and nvcc not in table:
+        pytest.skip(f"the table has no nvcc {nvcc}, only {', '.join(table)}: python -m tests.compiled.cuda --write adds it")
+    assert differences(rows_of(cuda.built()), table.get(nvcc, {})) == []
+
+
+def test_forward_kernels_have_no_stack_on_sm_90() -> None:
+    stored = [(key, row) for rows in read(cuda.TABLE).values() for key, row in rows.items() if key.endswith("sm_90a")]
+    forward = [(key, row) for key, row in stored if not re.search(BACKWARD, key)]
+    assert forward
+    assert [key for key, row in forward if row["stack"] > 0] == []
+
+
+@pytest.fixture(scope="module")
+def tiny(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny.cu").write_text(TINY)
+    command = ["nvcc", "-arch=sm_90a", "-shared", "-Xcompiler", "-fPIC", folder / "tiny.cu", "-o", folder / "tiny.so"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "tiny.so"
+
+
+def test_the_table_says_what_was_compiled(tiny: Path) -> None:
+    rows = rows_of(tiny)
+    assert list(sorted(rows)) == ["reverse_kernel<double, 64> sm_90a", "reverse_kernel<float, 128> sm_90a", "spill_kernel sm_90a"]
+    spilled = rows.pop("spill_kernel sm_90a")
+    assert spilled["registers"] == 32 and spilled["stack"] > 300  # 65536 registers for 2048 threads; 80 floats live in each
+    for row in rows.values():
+        assert row["shared"] == 512 + 1024 and row["stack"] == 0 and 0 < row["registers"] < 32
+
+
+def test_the_command_compares_and_writes(tiny: Path, nvcc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(cuda, "TABLE", tmp_path / "table.json")
+    write(cuda.TABLE, {"1.0": {"old sm_80": ROW}})
+
+    def run(*options: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["cuda.py", "--library", str(tiny), *options])
+        with pytest.raises(SystemExit) as end:
+            cuda.main()
+        return end.value.code, capsys.readouterr().out
+
+    code, printed = run()
+    assert code == 1 and "spill_kernel sm_90a: not in the table" in printed
+    code, printed = run("--write")
+    assert code == 0 and f"nvcc {nvcc}: 3 kernels, 0 not as stored" in printed
+    assert run()[0] == 0
+    assert read(cuda.TABLE) == {"1.0": {"old sm_80": ROW}, nvcc: rows_of(tiny)}

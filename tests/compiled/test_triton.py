@@ -1,0 +1,65 @@
+"""The Triton kernels compile for sm_80, sm_90 and sm_100 with the registers, shared memory and spills of the stored table."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.compiled.table import read
+from tests.compiled.triton import ARCHITECTURES, TABLE, narrow_offsets, operators, rows_of, tasks_of
+
+STORED = [(key, row) for rows in read(TABLE).values() for key, row in rows.items()]  # of every version of Triton
+# none of their work is a matrix product of 16-bit numbers
+NO_PRODUCTS = ("_prepare_kernel", "_divergence_kernel", "_aggregate_kernel", "_weights_kernel", "_maps_kernel")
+BACKWARD = r"(backward|gradient)\w*_kernel|_divergence_kernel launch"  # that one's first launch is the forward pass's
+TTIR = """
+    %a = tt.get_program_id x : i32 loc(#loc2)
+    %b = arith.muli %a, %stride : i32 loc(#loc3)
+    %c = tt.addptr %p, %b : !tt.ptr<f32>, i32 loc(#loc4)
+"""
+
+
+def test_a_sixth_of_the_kernels_compiles_as_stored() -> None:
+    """All of them take minutes: `make table` compiles them and stores what has changed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compiled.triton", "--every", "6"]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_the_sixth_has_every_operator_and_architecture() -> None:
+    tasks = tasks_of(operators(), 6)
+    assert {operator for operator, _, _ in tasks} == set(operators())
+    assert {arch for _, _, arch in tasks} == set(ARCHITECTURES)
+
+
+def test_the_table_has_all_calls() -> None:
+    for rows in read(TABLE).values():
+        tasks = tasks_of(operators())
+        assert rows_of(tasks, rows) == rows
+        assert all(rows_of([task], rows) for task in tasks)
+
+
+def test_forward_kernels_do_not_spill_on_sm_90() -> None:
+    forward = [(key, row) for key, row in STORED if key.endswith("sm_90") and not re.search(BACKWARD, key)]
+    assert len(forward) > 50
+    assert [key for key, row in forward if row["spills"] > 0] == []
+
+
+def test_16_bit_products_run_on_tensor_cores() -> None:
+    products = [
+        (key, row) for key, row in STORED if ("bf16" in key or "fp16" in key) and not any(name in key for name in NO_PRODUCTS)
+    ]
+    assert len(products) > 200
+    assert [key for key, row in products if not row["tensor_cores"]] == []
+
+
+def test_products_of_32_bits_that_reach_an_address_are_seen() -> None:
+    assert narrow_offsets(TTIR) == ["%b = %a * %stride"]
+    assert narrow_offsets("%stride = arith.constant 64 : i32\n" + TTIR) == []
+    assert narrow_offsets(TTIR.replace("i32 loc(#loc4)", "i64 loc(#loc4)")) == []
+    tiles = TTIR.replace("i32 loc(#loc4)", "tensor<64xi32> loc(#loc4)").replace("!tt.ptr<f32>", "tensor<64x!tt.ptr<f32>>")
+    assert narrow_offsets(tiles) == ["%b = %a * %stride"]
