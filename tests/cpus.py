@@ -32,7 +32,7 @@ def shares() -> dict[str, str]:
 
 def run(name: str, *options: str, share: str = "") -> int:
     environment = {**os.environ, **SETTINGS.get(name, {}), "OMP_NUM_THREADS": "1", "VLATTN_ACCURACY_SHARE": share}
-    command = [sys.executable, "-m", "pytest", "--quiet", "-m", "accuracy", *options, "tests"]
+    command = [sys.executable, "-m", "pytest", "--quiet", "--tb=short", "-m", "accuracy", *options, "tests"]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.strip().splitlines()
     said = lines if done.returncode else lines[-1:]
