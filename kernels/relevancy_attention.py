@@ -86,9 +86,9 @@ def backward(
     if grad_carrier is not None and (grad_out is not None or rule == "attention"):
         sent = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
     if need_inputs and grad_out is not None:
-        call = _describe(query, key, value, grad_out, attn_mask, key_mask, rule, scale, is_causal)
-        grad_q, rows, sums = _backward_q(call, out, lse.contiguous(), sent is not None and row_normalize)
-        grad_k, grad_v, moved = _backward_kv(call, rows, sent, sums)
+        launch = _describe(query, key, value, grad_out, attn_mask, key_mask, rule, scale, is_causal)
+        grad_q, rows, sums = _backward_q(launch, out, lse.contiguous(), sent is not None and row_normalize)
+        grad_k, grad_v, moved = _backward_kv(launch, rows, sent, sums)
         grads = (grad_q, grad_k, grad_v)
     elif sent is not None:
         # the rounding of lse is half of the error of r Abar in float32, and shows under float masks: step sums the rows again
@@ -120,16 +120,16 @@ def step(
     `is_coarse`, under a float mask, they are normalised over the keys that are here."""
     if rule == "attention":
         value = grad_output = None
-    call = _describe(query, key, value, grad_output, attn_mask, key_mask, rule, scale, is_causal)
+    launch = _describe(query, key, value, grad_output, attn_mask, key_mask, rule, scale, is_causal)
     lse = None if lse is None else lse.to(torch.float32).contiguous()
-    if lse is None or row_normalize or call.float_mask:
-        rows, sums = _statistics(call, lse, row_normalize)
+    if lse is None or row_normalize or launch.float_mask:
+        rows, sums = _statistics(launch, lse, row_normalize)
     else:
         rows, sums = _Rows(lse), None
-    return _backward_kv(call, rows, relevancy, sums)[2].to(relevancy.dtype)
+    return _backward_kv(launch, rows, relevancy, sums)[2].to(relevancy.dtype)
 
 
-class _Call(NamedTuple):
+class _Launch(NamedTuple):
     """What every kernel here takes: tensors (the query stands in for absent ones), sizes and strides in elements, constants."""
 
     tensors: tuple[Tensor, ...]  # query, key, value, grad_out, attn_mask, key_mask
@@ -173,7 +173,7 @@ def _describe(
     rule: str,
     scale: float,
     is_causal: bool,
-) -> _Call:
+) -> _Launch:
     query, key = unit_stride(query), unit_stride(key)
     value, grad_out = (query if x is None else unit_stride(x) for x in (value, grad_out))
     heads, num_q, size = query.shape[1:]
@@ -200,22 +200,24 @@ def _describe(
         "BLOCK_D": block_size(size),
         "BLOCK_DV": block_size(value.shape[3]),
     }
-    return _Call((query, key, value, grad_out, *masks), numbers, constants, scale)
+    return _Launch((query, key, value, grad_out, *masks), numbers, constants, scale)
 
 
-def _statistics(call: _Call, lse: Tensor | None, summed: bool, limit: tl.constexpr = GIVEN_LSE) -> tuple[_Rows, Tensor | None]:
+def _statistics(
+    launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.constexpr = GIVEN_LSE
+) -> tuple[_Rows, Tensor | None]:
     """The rows, with the log-sum-exp recomputed without `lse`; each head's row sums of A or relu(A * dA), if asked for."""
-    query = call.tensors[0]
-    pair = call.float_mask or (lse is None and query.dtype == torch.float32)
-    shift = call.new_row() if pair or lse is None else lse
-    total, sums = (call.new_row() if asked else None for asked in (pair, summed))
-    if not call.empty:
-        config = _config("statistics", call)
+    query = launch.tensors[0]
+    pair = launch.float_mask or (lse is None and query.dtype == torch.float32)
+    shift = launch.new_row() if pair or lse is None else lse
+    total, sums = (launch.new_row() if asked else None for asked in (pair, summed))
+    if not launch.empty:
+        config = _config("statistics", launch)
         _statistics_kernel[(triton.cdiv(query.shape[2], config["BLOCK_Q"]) * query.shape[0] * query.shape[1],)](
-            *call.tensors,
-            *call.present(lse, shift, total, sums),
-            *call.numbers,
-            **call.constants,
+            *launch.tensors,
+            *launch.present(lse, shift, total, sums),
+            *launch.numbers,
+            **launch.constants,
             PAIR=pair,
             GIVEN=lse is not None,
             LIMIT=limit.value,
@@ -225,31 +227,31 @@ def _statistics(call: _Call, lse: Tensor | None, summed: bool, limit: tl.constex
     return _Rows(shift, total), sums
 
 
-def _backward_q(call: _Call, out: Tensor, lse: Tensor, summed: bool) -> tuple[Tensor, _Rows, Tensor | None]:
+def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tuple[Tensor, _Rows, Tensor | None]:
     """The query's gradient, and the rows as _statistics gives them, with delta."""
-    query = call.tensors[0]
+    query = launch.tensors[0]
     batch, heads, num_q, size = query.shape
     grad_q = query.new_empty(batch, num_q, heads, size).transpose(1, 2)
     exact = query.dtype == torch.float32
-    delta = call.new_row()
-    shift, total, sums = (call.new_row() if asked else None for asked in (exact, exact, summed))
-    if call.float_mask:
-        rows, _ = _statistics(call, lse, False, OWN_LSE)
+    delta = launch.new_row()
+    shift, total, sums = (launch.new_row() if asked else None for asked in (exact, exact, summed))
+    if launch.float_mask:
+        rows, _ = _statistics(launch, lse, False, OWN_LSE)
         lse = shift = rows.lse
         total = rows.total
-    if call.empty:
+    if launch.empty:
         grad_q.zero_()
     else:
-        out, config = unit_stride(out), _config("backward_q", call)
+        out, config = unit_stride(out), _config("backward_q", launch)
         _backward_q_kernel[(triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
-            *call.tensors,
+            *launch.tensors,
             out,
-            *call.present(lse, delta, shift, total, sums),
+            *launch.present(lse, delta, shift, total, sums),
             grad_q,
-            *call.numbers,
+            *launch.numbers,
             *out.stride()[:3],
-            call.scale,
-            **call.constants,
+            launch.scale,
+            **launch.constants,
             EXACT=exact,
             SUMS=summed,
             **config,
@@ -258,14 +260,14 @@ def _backward_q(call: _Call, out: Tensor, lse: Tensor, summed: bool) -> tuple[Te
 
 
 def _backward_kv(
-    call: _Call, rows: _Rows, relevancy: Tensor | None, sums: Tensor | None
+    launch: _Launch, rows: _Rows, relevancy: Tensor | None, sums: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of key and value where delta is known; relevancy @ Abar (B,T,M) where relevancy is given, Abar over `sums`."""
     num_t = 0 if relevancy is None else relevancy.shape[1]
     if rows.delta is not None and num_t > MAX_T:
-        grad_k, grad_v, _ = _backward_kv(call, rows, None, None)
-        return grad_k, grad_v, _backward_kv(call, rows._replace(delta=None), relevancy, sums)[2]
-    query, key, value = call.tensors[:3]
+        grad_k, grad_v, _ = _backward_kv(launch, rows, None, None)
+        return grad_k, grad_v, _backward_kv(launch, rows._replace(delta=None), relevancy, sums)[2]
+    query, key, value = launch.tensors[:3]
     batch, num_heads, num_kv = query.shape[0], query.shape[1], key.shape[2]
     grad_k = grad_v = moved = None
     if rows.delta is not None:
@@ -275,7 +277,7 @@ def _backward_kv(
     parts = key.shape[1] // key_heads
     if relevancy is not None:
         moved = query.new_empty((batch, max(1, parts), num_t, num_kv), dtype=torch.float32)
-    if call.empty:
+    if launch.empty:
         for x in (grad_k, grad_v, moved):
             if x is not None:
                 x.zero_()
@@ -286,18 +288,18 @@ def _backward_kv(
             total, factor = sums.sum(1, keepdim=True), 1.0
             sent = sent / torch.where(total == 0.0, 1.0, total)  # where it is zero, so is Abar's row
         block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
-        config = _config("backward_kv", call, block_t)
+        config = _config("backward_kv", launch, block_t)
         precision = input_precision() if query.dtype == torch.float32 or input_precision() == "widen" else "tf32"
         blocks = triton.cdiv(num_kv, config["BLOCK_KV"]) * max(1, triton.cdiv(num_t, MAX_T))
         _backward_kv_kernel[(blocks * batch * parts,)](
-            *call.tensors,
-            *call.present(*rows, sent, grad_k, grad_v, moved),
-            *call.numbers,
+            *launch.tensors,
+            *launch.present(*rows, sent, grad_k, grad_v, moved),
+            *launch.numbers,
             key_heads,
-            call.scale,
+            launch.scale,
             num_t,
             factor,
-            **call.constants,
+            **launch.constants,
             EXACT=rows.total is not None,
             GRADS=rows.delta is not None,
             BLOCK_T=block_t,
@@ -308,12 +310,12 @@ def _backward_kv(
     return grad_k, grad_v, None if moved is None else moved[:, 0] if moved.shape[1] == 1 else moved.sum(1)
 
 
-def _config(kernel: str, call: _Call, block_t: int = 0) -> dict[str, int]:
+def _config(kernel: str, launch: _Launch, block_t: int = 0) -> dict[str, int]:
     """Tiles by kernel, dtype, head sizes, masks and carried rows. Not measured: the largest of those tried that compile for
     sm_90 without spills and within 99 KB of shared memory."""
-    query, _, value = call.tensors[:3]
+    query, _, value = launch.tensors[:3]
     size = max(query.shape[3], value.shape[3])
-    plain = call.constants["MASK"] == 0
+    plain = launch.constants["MASK"] == 0
     if query.dtype == torch.float32:
         block_q, block_kv, warps, stages = (32, 32, 8, 1) if size <= 64 else (16, 16, 8, 1)
     elif size > 128:
