@@ -11,7 +11,7 @@ FLOORS = (
     ("_checks", "_tensors", "_series", "_extras", "_tolerance", "scores", "reference"),
     ("streaming", "sdpa", "cuda", "kernels"),
     ("ops",),
-    ("nn", "models", "interpret", "probe", "lab", "verify", "_fuzz"),
+    ("nn", "models", "interpret", "probe", "lab", "verify", "_fuzz", "_fuzz_cases"),
     ("benchmarks", "_demo", "_info"),
     ("cli", "__init__", "__main__"),
 )

@@ -1,0 +1,216 @@
+"""Random calls of every operator on every backend: right by the rule of _tolerance, or refused by name.
+
+`vlattn verify --fuzz N --seed S` runs the configurations S, S + 1, ..., S + N - 1. Each is drawn from its number alone, and is
+repeated by its number with its operator and backend: `vlattn verify OPERATOR --backend BACKEND --fuzz 1 --seed NUMBER`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast import reference
+from vlattn_fast._fuzz_cases import DRAWS, FEW_PAIRS, LAYOUTS, PAIRS, Dice, Draw, Tensors, lay_out
+from vlattn_fast._tolerance import NUMBERS, Errors, draws
+from vlattn_fast.ops.attention_map import attention_map
+from vlattn_fast.ops.attention_statistics import attention_statistics
+from vlattn_fast.ops.congruence_loss import congruence_loss
+from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.ops.score_attention import score_attention
+from vlattn_fast.ops.stacked_cross_attention import stacked_cross_attention
+
+PUBLIC: dict[str, Callable[..., Any]] = {
+    call.__name__: call
+    for call in (
+        attention_map,
+        attention_statistics,
+        congruence_loss,
+        relevancy_attention,
+        relevancy_step,
+        score_attention,
+        stacked_cross_attention,
+    )
+}
+OPERATORS = tuple(DRAWS)
+# How often each is drawn. The Triton and CUDA C++ kernels are interpreted and emulated where there is no GPU, which is slow.
+BACKENDS = ("streaming",) * 14 + ("auto",) * 2 + ("sdpa", "triton", "cuda", "reference")
+DTYPES = (torch.float32,) * 4 + (torch.bfloat16, torch.float16) * 2 + (torch.float64,)
+MOST_DRAWS = 64  # of one configuration, where its outputs hold few numbers
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one configuration: `ratio` is the worst error over what is allowed, `failure` says what is wrong."""
+
+    seed: int
+    operator: str
+    backend: str
+    dtype: torch.dtype
+    ratio: float = 0.0
+    worst: str = ""
+    refused: str = ""
+    failure: str = ""
+    facts: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and self.ratio <= 1.0
+
+    def repro(self) -> str:
+        """The command that runs this configuration alone."""
+        prefix = "TRITON_INTERPRET=1 " if self.backend == "triton" else ""
+        return f"{prefix}vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
+
+
+def fuzz(
+    count: int, seed: int = 0, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS
+) -> Iterator[Outcome]:
+    """`count` configurations from number `seed` on, of these operators and backends."""
+    for number in range(seed, seed + count):
+        yield run(number, operators=operators, backends=backends)
+
+
+def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS) -> Outcome:
+    """Draws configuration number `seed`, runs it and compares every output and gradient with the formula in float64."""
+    operator, backend, dtype = drawn(seed, operators, backends)
+    dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS)
+    draw = DRAWS[operator](dice, dtype)
+    if dice.facts.get("mask") == "float, NaN":
+        draw.differentiable = False  # which gradients are NaN depends on the order of the sums
+    try:
+        ratio, worst, refused = _judge(draw, backend, dice)
+        failure = ""
+    except Exception as error:  # whatever it is, the configuration is to be named
+        ratio, worst, refused, failure = float("inf"), "", "", f"{type(error).__name__}: {error}"
+    facts = ", ".join(f"{name}={value}" for name, value in dice.facts.items())
+    return Outcome(seed, operator, backend, dtype, ratio, worst, refused, failure, facts)
+
+
+def drawn(
+    seed: int, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS
+) -> tuple[str, str, torch.dtype]:
+    """Operator, backend and dtype of a configuration; each has a generator of its own, so fewer of one leave the others."""
+    operator = random.Random(f"operator {seed}").choice(operators)
+    backend = random.Random(f"backend {seed}").choice(backends)
+    return operator, backend, random.Random(f"dtype {seed}").choice(DTYPES)
+
+
+def _judge(draw: Draw, backend: str, dice: Dice) -> tuple[float, str, str]:
+    """(ratio, what has it, why the backend refuses the call).
+
+    The rule compares errors pooled over a few thousand numbers. One draw that passes by itself is enough here; one that does
+    not is judged with as many other draws as it takes.
+    """
+    errors: dict[str, Errors] = {}
+    for number, (tensors,) in enumerate(draws(draw.tensors)):
+        cotangents = Cotangents(f"{draw.operator} {dice.facts} {number}")
+        before = {name: x._version for name, x in tensors.items()}
+        try:
+            got = _results(draw, tensors, backend, cotangents)
+        except ValueError as refusal:
+            if backend not in ("auto", "streaming", "reference") and f"backend={backend!r} cannot run" in str(refusal):
+                return 0.0, "", str(refusal)
+            raise
+        if before != {name: x._version for name, x in tensors.items()}:
+            raise AssertionError("an input was written to")
+        exact = _results(draw, {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}, "", cotangents)
+        formula = _results(draw, tensors, "", cotangents) if draw.dtype != torch.float64 else dict.fromkeys(exact)
+        if got.keys() != exact.keys():
+            raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
+        for name, x in got.items():
+            errors.setdefault(name, Errors(_least_scale(x, exact[name], draw, tensors))).add(x, exact[name], formula[name])
+        worst = max(errors, key=lambda name: errors[name].ratio(), default="")
+        few = worst and errors[worst].numbers < NUMBERS and not errors[worst].mismatch and number + 1 < MOST_DRAWS
+        if not worst or errors[worst].ratio() <= 1.0 or not few:
+            break
+    if not worst:
+        return 0.0, "", ""
+    return errors[worst].ratio(), f"{worst}: {errors[worst]}", ""
+
+
+def _least_scale(got: Tensor, exact: Tensor, draw: Draw, tensors: Tensors) -> float:
+    """What the output's scale is at least taken for, where the formula happens to make no error at all.
+
+    A gradient may be zero in exact arithmetic (a softmax over one key has none): its scale is the size of what was summed. And
+    float32 outputs of 16-bit calls come from products of 16-bit operands on tensor cores: they may be off by an ulp of those.
+    """
+    sizes = [float(x.double().nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()) for x in tensors.values() if x.numel()]
+    size = max(sizes, default=0.0)
+    finite = exact[exact.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    scale = size if largest < 1e-9 * size else 0.0
+    if draw.dtype.itemsize == 2 and got.dtype == torch.float32:
+        scale = max(scale, largest * torch.finfo(draw.dtype).eps / torch.finfo(got.dtype).eps)
+    return scale
+
+
+class Cotangents:
+    """The same random gradients for every backend and dtype, in layouts of their own."""
+
+    def __init__(self, seed: str) -> None:
+        self.seed = seed
+
+    def of(self, outputs: list[Tensor]) -> list[Tensor]:
+        dice = Dice(self.seed)
+        return [self._draw(dice, x) for x in outputs]
+
+    @staticmethod
+    def _draw(dice: Dice, x: Tensor) -> Tensor:
+        numbers = dice.randn(*x.shape).bfloat16().to(x.dtype)  # rounded once, so that every dtype gets the same
+        if dice.chance(0.2):
+            return torch.ones((), dtype=x.dtype).expand(x.shape)  # what .sum() sends
+        layout = dice.choice.choice(LAYOUTS)
+        return lay_out(numbers, layout) if x.dim() >= 2 else numbers
+
+
+def _results(draw: Draw, tensors: Tensors, backend: str, cotangents: Cotangents) -> Tensors:
+    """Floating outputs and gradients by name, on `backend` or, without one, of the formula."""
+    leaves = {name: x.detach().requires_grad_(draw.differentiable) for name, x in tensors.items()}
+    if backend:
+        result = PUBLIC[draw.operator](**draw.arguments(leaves), backend=backend)
+    else:
+        result = getattr(reference, draw.operator)(**draw.arguments(leaves))
+    named = _named(result)
+    found = {name: x.detach() for name, x in named.items()}
+    if not draw.differentiable:
+        return found
+    used = {name: x for name, x in named.items() if x.requires_grad and name not in draw.ignored}
+    if used:
+        sent = cotangents.of(list(used.values()))
+        grads = torch.autograd.grad(list(used.values()), list(leaves.values()), sent, materialize_grads=True)
+        found |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return found
+
+
+def _named(result: Any) -> Tensors:
+    parts = result._asdict() if hasattr(result, "_asdict") else result
+    if isinstance(parts, Tensor):
+        parts = (parts,)
+    items = parts.items() if isinstance(parts, dict) else enumerate(parts)
+    return {f"output {name}": x for name, x in items if x.is_floating_point()}
+
+
+@dataclass
+class Summary:
+    """Counts of many outcomes, and the worst of those that passed."""
+
+    configurations: int = 0
+    refused: int = 0
+    failures: list[str] = field(default_factory=list)
+    worst: Outcome | None = None
+    by_backend: dict[str, int] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome) -> None:
+        self.configurations += 1
+        self.refused += bool(outcome.refused)
+        if not outcome.refused:
+            self.by_backend[outcome.backend] = self.by_backend.get(outcome.backend, 0) + 1
+        if not outcome.passed:
+            self.failures.append(f"{outcome.repro()}  # {outcome.failure or outcome.worst} [{outcome.dtype}, {outcome.facts}]")
+        elif self.worst is None or outcome.ratio > self.worst.ratio:
+            self.worst = outcome
