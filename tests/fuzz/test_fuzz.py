@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.ops.backends import cuda_library, ready  # noqa: F401 (a fixture)
 from vlattn_fast import _fuzz
 from vlattn_fast._fuzz_cases import LAYOUTS, lay_out
 
 CONFIGURATIONS, PART = 2000, 50
 
 
+@pytest.fixture
+def every_backend(cuda_library: Path) -> Iterator[None]:  # noqa: F811
+    with ready("triton"), ready("cuda", cuda_library):
+        yield
+
+
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("first", range(0, CONFIGURATIONS, PART))
 def test_right_or_refused(first: int) -> None:
     summary = _fuzz.Summary()
