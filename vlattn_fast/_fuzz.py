@@ -7,6 +7,7 @@ repeated by its number with its operator and backend: `vlattn verify OPERATOR --
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from vlattn_fast import reference
 from vlattn_fast._fuzz_cases import DRAWS, FEW_PAIRS, LAYOUTS, PAIRS, Dice, Draw, Tensors, lay_out
 from vlattn_fast._tolerance import NUMBERS, Errors, draws
+from vlattn_fast.cuda import _shared_library
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -65,7 +67,8 @@ class Outcome:
 
     def repro(self) -> str:
         """The command that runs this configuration alone."""
-        prefix = "TRITON_INTERPRET=1 " if self.backend == "triton" else ""
+        emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
+        prefix = emulated.get(self.backend, "")
         return f"{prefix}vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
 
 
@@ -202,18 +205,35 @@ def _named(result: Any) -> Tensors:
 class Summary:
     """Counts of many outcomes, and the worst of those that passed."""
 
-    configurations: int = 0
-    refused: int = 0
-    failures: list[str] = field(default_factory=list)
+    compared: Counter[str] = field(default_factory=Counter)  # by backend
+    refused: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)  # the command that repeats each, and what is wrong
     worst: Outcome | None = None
-    by_backend: dict[str, int] = field(default_factory=dict)
 
     def add(self, outcome: Outcome) -> None:
-        self.configurations += 1
-        self.refused += bool(outcome.refused)
-        if not outcome.refused:
-            self.by_backend[outcome.backend] = self.by_backend.get(outcome.backend, 0) + 1
+        (self.refused if outcome.refused else self.compared)[outcome.backend] += 1
         if not outcome.passed:
-            self.failures.append(f"{outcome.repro()}  # {outcome.failure or outcome.worst} [{outcome.dtype}, {outcome.facts}]")
+            self.failures.append(f"{outcome.repro()}  # {outcome.failure or outcome.worst} [{outcome.dtype}; {outcome.facts}]")
         elif self.worst is None or outcome.ratio > self.worst.ratio:
             self.worst = outcome
+
+    def record(self) -> dict[str, Any]:
+        """What is stored of a run."""
+        return {
+            "configurations": self.compared.total() + self.refused.total(),
+            "compared": dict(sorted(self.compared.items())),
+            "refused": dict(sorted(self.refused.items())),
+            "failures": self.failures,
+            "worst_ratio": None if self.worst is None else round(self.worst.ratio, 3),
+            "worst": None if self.worst is None else self.worst.repro(),
+        }
+
+    def lines(self) -> list[str]:
+        """The same for the screen."""
+        found = self.record()
+        counts = ", ".join(f"{name} {count}" for name, count in found["compared"].items())
+        return [
+            f"{found['configurations']} calls: {self.compared.total()} compared ({counts}), {self.refused.total()} refused by name, "
+            f"{len(self.failures)} failed",
+            f"the worst error that passed is {found['worst_ratio']} of what is allowed: {found['worst']}",
+        ]

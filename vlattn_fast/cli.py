@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -47,7 +48,9 @@ def verify(
     backend: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(BACKENDS)}; all by default.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(DTYPES)}; all by default.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random inputs; with --fuzz, the number of the first call.")] = 0,
+    fuzz: Annotated[int | None, typer.Option(min=1, help="So many random calls instead, of all dtypes, on the CPU.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --fuzz: JSON file for the counts and the worst error.")] = None,
 ) -> None:
     """Run every operator on every backend and dtype and compare with its formula in float64.
 
@@ -55,9 +58,18 @@ def verify(
     ulp; and the command that repeats the worst row. Ends with status 1 where one is above 1. TRITON_INTERPRET=1 in the
     environment runs the Triton kernels without a GPU, in Triton's interpreter; VLATTN_CUDA_LIBRARY=build/host/libvlattn_host.so
     those in CUDA C++, built for the CPU (CMakeLists.txt).
+
+    With --fuzz N it draws N calls: sizes, masks, memory layouts, numbers and options. Each must be right, or refused by name.
+    Every failure comes with the command that repeats it.
     """
     from vlattn_fast.cuda import _shared_library
 
+    if fuzz is not None:
+        if dtype or device != "cpu":
+            raise typer.BadParameter("--fuzz draws the dtype itself and runs on the CPU; leave --dtype and --device out")
+        return _fuzz(fuzz, seed, operator, backend, out)
+    if out is not None:
+        raise typer.BadParameter("--out belongs to --fuzz")
     chosen = (("OPERATOR", operator, checks.OPERATORS), ("--backend", backend, BACKENDS), ("--dtype", dtype, DTYPES))
     for option, names, known in chosen:
         if unknown := set(names or ()) - set(known):
@@ -86,6 +98,30 @@ def verify(
         )
     if failed:
         typer.echo(f"{failed} failed")
+        raise typer.Exit(1)
+
+
+def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str] | None, out: Path | None) -> None:
+    from tqdm import tqdm
+
+    from vlattn_fast import _fuzz as fuzzer
+    from vlattn_fast.benchmarks._measure import provenance
+
+    for option, names, known in (("OPERATOR", operators, fuzzer.OPERATORS), ("--backend", backends, BACKEND_NAMES)):
+        if unknown := set(names or ()) - set(known):
+            raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    chosen = {"operators": tuple(operators or fuzzer.OPERATORS), "backends": tuple(backends or fuzzer.BACKENDS)}
+    summary = fuzzer.Summary()
+    for outcome in tqdm(fuzzer.fuzz(count, seed, **chosen), total=count, unit="call", disable=None):
+        summary.add(outcome)
+        if not outcome.passed:
+            typer.echo(summary.failures[-1])
+    for line in summary.lines():
+        typer.echo(line)
+    if out is not None:
+        command = shlex.join(["vlattn", *sys.argv[1:]])
+        out.write_text(json.dumps({**summary.record(), "first": seed, **provenance(command)}, indent=1) + "\n")
+    if summary.failures:
         raise typer.Exit(1)
 
 
