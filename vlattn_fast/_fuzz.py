@@ -233,7 +233,7 @@ class Summary:
         found = self.record()
         counts = ", ".join(f"{name} {count}" for name, count in found["compared"].items())
         return [
-            f"{found['configurations']} calls: {self.compared.total()} compared ({counts}), {self.refused.total()} refused by name, "
+            f"{found['configurations']} calls: {self.compared.total()} compared ({counts}), {self.refused.total()} refused, "
             f"{len(self.failures)} failed",
             f"the worst error that passed is {found['worst_ratio']} of what is allowed: {found['worst']}",
         ]
