@@ -82,7 +82,7 @@ def backward(
             grad_row = grad_received[b, h, None, :]  # the same for every query
             grad_prob += grad_row if row_weight is None else row_weight[b, None, i, None] * grad_row
             if grad_weight is not None:
-                grad_weight[b, i] += (prob @ grad_row.mT).sum((1, 3))
+                grad_weight[b, i] += (prob * grad_row).sum((1, 3))
         grad_score = softmax_backward(prob, grad_prob) * scale
         grad_q[b, h, i] = (grad_score @ key[b, h].to(dtype)).to(grad_q.dtype)
         grad_k[b, h] += grad_score.mT @ query[b, h, i].to(dtype)
