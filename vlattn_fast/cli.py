@@ -105,7 +105,7 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
     from tqdm import tqdm
 
     from vlattn_fast import _fuzz as fuzzer
-    from vlattn_fast.benchmarks._measure import provenance
+    from vlattn_fast.benchmarks._rows import provenance
 
     for option, names, known in (("OPERATOR", operators, fuzzer.OPERATORS), ("--backend", backends, BACKEND_NAMES)):
         if unknown := set(names or ()) - set(known):
