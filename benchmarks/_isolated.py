@@ -26,7 +26,7 @@ def measure(name: str, variants: Sequence[str], *, rounds: int = 3, overrides: S
         stack.enter_context(_idle_threads_sleep())
         workers = [stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in variants]
         for worker, variant in zip(workers, variants, strict=True):
-            worker.submit(_start, name, variant, overrides).result()
+            worker.submit(_start, name, variant, rounds, overrides).result()
         for number in range(rounds):
             for worker in workers:
                 worker.submit(_round, number).result()
@@ -47,9 +47,10 @@ def _idle_threads_sleep() -> Iterator[None]:
             del os.environ["OMP_WAIT_POLICY"]
 
 
-def _start(name: str, variant: str, overrides: Sizes | None) -> None:
+def _start(name: str, variant: str, rounds: int, overrides: Sizes | None) -> None:
     (benchmark,) = choose([name])
-    _measurements.append(Measurement(benchmark, torch.device("cpu"), overrides=overrides, compiled=False, only=[variant]))
+    cpu = torch.device("cpu")
+    _measurements.append(Measurement(benchmark, cpu, rounds=rounds, overrides=overrides, compiled=False, only=[variant]))
 
 
 def _round(number: int) -> None:

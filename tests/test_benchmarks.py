@@ -159,6 +159,15 @@ def test_variants_in_processes_of_their_own():
         assert row["sizes"]["layers"] == 2 and row["peak_bytes"] is not None
 
 
+def test_a_slow_variant_in_its_own_process_misses_no_round(monkeypatch):
+    monkeypatch.setitem(_measure.SECONDS_A_VARIANT, "cpu", 0.0)
+    monkeypatch.setattr(_isolated, "_measurements", [])
+    _isolated._start("task_explain_clip", "streaming", 3, TINY)
+    for number in range(3):
+        _isolated._round(number)
+    assert _isolated._rows()[0]["rounds"] == 3
+
+
 def test_a_quick_run_is_smaller_and_stores_nothing_unless_told(only_congruence, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_run, "RESULTS", tmp_path)
     assert _run.run(["congruence_loss"], quick=True, rounds=1)
