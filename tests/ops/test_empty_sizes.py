@@ -1,0 +1,110 @@
+"""Batches, heads, queries, keys, features and carried rows of size 0: every operator, forward and backward, as the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.ops.every_call import gradients, leaves, outputs_of
+from vlattn_fast import scores as S
+
+Tensors = dict[str, Tensor]
+SIZES = {"B": 2, "H": 2, "N": 3, "M": 4, "D": 8, "T": 2}
+EMPTY = ["B", "H", "N", "M", "D", "T", "BH", "NM", "BHNMDT"]
+
+
+def randn(sizes: dict[str, int], **shapes: str) -> Tensors:
+    return {name: torch.randn([sizes[letter] for letter in shape]) for name, shape in shapes.items()}
+
+
+def attention(sizes: dict[str, int]) -> Tensors:
+    return randn(sizes, query="BHND", key="BHMD", value="BHMD")
+
+
+def self_attention(sizes: dict[str, int]) -> Tensors:
+    return randn(sizes, query="BHND", key="BHND", value="BHND", carrier="BTN")
+
+
+def congruence(x: Tensors, **options: Any) -> Any:
+    text, image = (x["text_query"], x["text_key"]), (x["image_query"], x["image_key"])
+    return va.congruence_loss(text, image, reduction="none", **options)
+
+
+def additive(x: Tensors, **options: Any) -> Any:
+    vector = torch.linspace(-1, 1, x["query"].shape[3])
+    return va.score_attention(**x, score=S.Additive(vector), return_lse=True, **options)
+
+
+CALLS: dict[str, tuple[Callable[[dict[str, int]], Tensors], Callable[..., Any]]] = {
+    "dot": (attention, lambda x, **options: va.score_attention(**x, **options)),
+    "dot, lse": (attention, lambda x, **options: va.score_attention(**x, return_lse=True, **options)),
+    "cosine": (attention, lambda x, **options: va.score_attention(**x, score="cosine", **options)),
+    "additive": (attention, additive),
+    "relevancy": (self_attention, lambda x, **options: va.relevancy_attention(**x, **options)),
+    "rollout": (
+        self_attention,
+        lambda x, **options: va.relevancy_attention(**x, rule="attention", row_normalize=True, **options),
+    ),
+    "step": (
+        lambda sizes: attention(sizes) | randn(sizes, relevancy="BTN", grad_output="BHND"),
+        lambda x, **options: va.relevancy_step(**x, **options),
+    ),
+    "map": (
+        lambda sizes: attention(sizes) | randn(sizes, grad_output="BHND"),
+        lambda x, **options: va.attention_map(**x, rule="gradient", **options),
+    ),
+    "statistics": (
+        lambda sizes: randn(sizes, query="BHND", key="BHMD", row_weight="BN"),
+        lambda x, **options: va.attention_statistics(
+            **x, key_groups=torch.arange(x["key"].shape[2]) % 2, num_groups=2, **options
+        ),
+    ),
+    **{
+        kind: (
+            lambda sizes: randn(sizes, text_query="BHND", text_key="BHND", image_query="BHMD", image_key="BHMD"),
+            lambda x, kind=kind, **options: congruence(x, kind=kind, **options),
+        )
+        for kind in ("cacr", "iais_singular", "iais_distributed")
+    },
+    "t2i": (
+        lambda sizes: randn(sizes, images="BND", captions="HMD"),
+        lambda x, **options: va.stacked_cross_attention(**x, **options),
+    ),
+    "i2t": (
+        lambda sizes: randn(sizes, images="BND", captions="HMD"),
+        lambda x, **options: va.stacked_cross_attention(**x, direction="i2t", aggregation="mean", **options),
+    ),
+}
+NO_GRADIENT = ("step", "map")
+REDUCES = ("relevancy", "rollout", "step", "map", "cacr", "iais_singular", "iais_distributed")
+
+
+def run(name: str, x: Tensors, backend: str) -> list[Tensor]:
+    """Outputs and gradients."""
+    x = leaves(x, name not in NO_GRADIENT)
+    outputs = outputs_of(CALLS[name][1](x, backend=backend))
+    return [*outputs, *(gradients(outputs, x) if name not in NO_GRADIENT and any(y.requires_grad for y in outputs) else [])]
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("name", CALLS)
+def test_as_the_formula(name: str, empty: str) -> None:
+    torch.manual_seed(0)
+    x = CALLS[name][0](SIZES | dict.fromkeys(empty, 0))
+    if name in REDUCES and "H" in empty:  # there is no mean of no heads
+        with pytest.raises(ValueError, match="query must have at least one head to reduce; got"):
+            run(name, x, "auto")
+        return
+    want = run(name, x, "reference")
+    for backend in ("auto", "streaming"):
+        got = run(name, x, backend)
+        assert len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            assert not a.isnan().any()
