@@ -7,6 +7,7 @@ gradient a layer, the whole N x N product; beside it the same with the gradients
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     call = {"query": query, "key": query, "value": query, "carrier": carrier, "is_causal": causal}
     names = [*backends("relevancy_attention", call), "reference"]
     maps = {"reference": 2 * layers}
-    variants = {name: Variant(lambda t, name=name: ours(name, t), maps.get(name, 0)) for name in names}
+    variants = {name: Variant(partial(ours, name), maps.get(name, 0)) for name in names}
     variants["maps stored, one backward"] = Variant(lambda t: stored(True, t), 3 * layers)
     variants["published"] = Variant(lambda t: stored(False, t), 2 * layers)
     variants["plain forward+backward"] = Variant(without_output(plain))

@@ -141,7 +141,11 @@ def call_variants(
     maps: float,
 ) -> dict[str, Variant]:
     public, formula = getattr(va, call), getattr(va.reference, call)
-    found = {name: Variant(finish(lambda t, name=name: public(**arguments(t), backend=name))) for name in names}
+
+    def ours(name: str) -> Callable[[Tensors], Any]:
+        return lambda t: public(**arguments(t), backend=name)
+
+    found = {name: Variant(finish(ours(name))) for name in names}
     found["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
     found["reference compiled"] = Variant(finish(compile_later(lambda t: formula(**arguments(t)))), maps, compiled=True)
     return found
@@ -229,7 +233,7 @@ class Measurement:
         for name, standing in self.standing.items():
             standing.not_run = self._too_large(self.problem.variants[name])
             if not standing.not_run:
-                self._try(name, lambda name=name: self._warm_up(name, truth))
+                self._try(name, functools.partial(self._warm_up, name, truth))
 
     def _truth(self) -> Tensors | None:
         """None where the formula in float64 needs more memory than there is."""
@@ -270,7 +274,7 @@ class Measurement:
         """One call of each variant; a slow one sits out some rounds."""
         for name, standing in self.standing.items():
             if not standing.not_run and number % standing.stride == 0:
-                self._try(name, lambda name=name: self._timed(name))
+                self._try(name, functools.partial(self._timed, name))
 
     def _timed(self, name: str) -> None:
         run, standing = self.problem.variants[name].run, self.standing[name]
@@ -363,14 +367,14 @@ def _peak_of(run: Callable[[], Any], device: torch.device) -> tuple[int | None, 
 
 
 def _status(name: str) -> int:
-    return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M).group(1)) * 1024
+    return int(re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[0]) * 1024
 
 
 def _free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     meminfo = Path("/proc/meminfo")
-    return int(re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M).group(1)) * 1024 if meminfo.exists() else None
+    return int(re.findall(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M)[0]) * 1024 if meminfo.exists() else None
 
 
 @functools.cache

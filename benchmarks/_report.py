@@ -126,6 +126,7 @@ def _plot(rows: Sequence[Row], path: Path, name: str) -> Path:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        from matplotlib.lines import Line2D
 
     drawn = [row for row in rows if row.get("ratio_to_bound") and not row["is_bound"]]
     order = [benchmark.name for benchmark in declared()]
@@ -157,8 +158,7 @@ def _plot(rows: Sequence[Row], path: Path, name: str) -> Path:
         fontsize=11,
     )
     handles = [
-        pyplot.Line2D([], [], color=color, marker=marker, linestyle="", label=variant)
-        for variant, (color, marker) in looks.items()
+        Line2D([], [], color=color, marker=marker, linestyle="", label=variant) for variant, (color, marker) in looks.items()
     ]
     if handles:
         figure.legend(

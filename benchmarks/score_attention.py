@@ -101,7 +101,11 @@ def _flex(activation: Callable[[Tensor], Tensor], causal: bool, n: int, device: 
 
     def call(t: Tensors) -> Tensor:
         key = t["key"] @ t["key_weight"].mT + t["vector"]
-        modified = {"score_mod": lambda score, b, h, i, j: activation(score), "block_mask": block_mask, "scale": 1.0}
+        modified: dict[str, Any] = {
+            "score_mod": lambda score, b, h, i, j: activation(score),
+            "block_mask": block_mask,
+            "scale": 1.0,
+        }
         return flex_attention(t["query"], key, t["value"], **modified)
 
     return compile_later(call)

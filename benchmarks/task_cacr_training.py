@@ -7,6 +7,7 @@ the loss as a Python loop over samples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     return Problem(tensors, variants, "no congruence loss", variants["reference"].run, _part, pairs(sizes), floor)
 
 
-def _arguments(blocks: Blocks) -> dict[str, object]:
+def _arguments(blocks: Blocks) -> dict[str, Any]:
     return {
         "text": (blocks["text_query"], blocks["text_key"]),
         "image": (blocks["image_query"], blocks["image_key"]),

@@ -30,7 +30,7 @@ def triplet_loss(similarity: Tensor) -> Tensor:
 def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     tensors, lengths = inputs(sizes, device, dtype)
     words = packed(tensors, lengths)
-    arguments = {"caption_lengths": lengths, **OPTIONS["SCAN"]}
+    arguments: dict[str, Any] = {"caption_lengths": lengths, **OPTIONS["SCAN"]}
 
     def step(similarity: Any, t: Tensors) -> Tensors:
         leaves = {name: x.detach().requires_grad_() for name, x in t.items()}
@@ -39,7 +39,7 @@ def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         return {"similarity": found.detach()}
 
     def truth(t: Tensors) -> Tensors:  # of a few images: the loss couples all pairs
-        return {"similarity": va.reference.stacked_cross_attention(**t, **arguments)}
+        return {"similarity": va.reference.stacked_cross_attention(t["images"], t["captions"], **arguments)}
 
     def published(images: Tensor, captions: Tensor) -> Tensor:
         return published_similarity(images, captions, lengths, OPTIONS["SCAN"])

@@ -10,9 +10,10 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from vlattn_fast.benchmarks._measure import Measurement
+from vlattn_fast.benchmarks._measure import Benchmark, Measurement
 from vlattn_fast.benchmarks._rows import append, device_name, provenance
 from vlattn_fast.benchmarks._run import check_device, declared, show
 
@@ -23,7 +24,7 @@ OUT = os.environ.get("VLATTN_BENCH_OUT")
 
 
 @pytest.mark.parametrize("declaration", declared(), ids=lambda declaration: declaration.name)
-def test_benchmark(benchmark, declaration):
+def test_benchmark(benchmark: Any, declaration: Benchmark) -> None:
     measurement, number = Measurement(declaration, DEVICE, quick="VLATTN_BENCH_QUICK" in os.environ), itertools.count()
     benchmark.pedantic(lambda: measurement.round(next(number)), rounds=measurement.rounds, iterations=1)
     origin = {"device": device_name(DEVICE), **provenance(shlex.join(["pytest", *sys.argv[1:]]))}

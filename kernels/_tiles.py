@@ -39,7 +39,8 @@ def mask_arguments(
     kind, strides, mask = 0, (0, 0, 0, 0), like
     if attn_mask is not None:
         kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, additive(attn_mask, torch.float32))
-        strides = mask.expand(*like.shape[:3], num_keys).stride()
+        b, h, i, j = mask.expand(*like.shape[:3], num_keys).stride()
+        strides = (b, h, i, j)
     seen = like if key_mask is None else key_mask.contiguous()
     return (mask, seen), strides, {"MASK": kind, "KEY_MASK": key_mask is not None}
 

@@ -58,9 +58,9 @@ def backward(
     """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
     distributed = kind == "iais_distributed"
     # iais_distributed in one direction leaves out the other modality's attention to itself
-    zero = {"text": (1,), "image": (0,)}.get(direction, ()) if distributed else ()
+    zero = {"text": {1}, "image": {0}}.get(direction, set()) if distributed else set()
     if _without_tokens(queries):
-        zero = (0, 1, 2, 3)
+        zero = {0, 1, 2, 3}
     grad_queries, grad_keys = (
         [(x.new_zeros if i in zero else x.new_empty)(x.shape) for i, x in enumerate(xs[: 4 if distributed else 2])]
         for xs in (queries, keys)
@@ -234,7 +234,8 @@ class _Chunk:
         statistics = maps, maps
         row_tiles = sum(triton.cdiv(size, constants["BLOCK_Q"]) for size in self.sizes)
         if not self.whole:
-            statistics = tuple(self._empty(2, self.batch, self.heads, length) for _ in range(2))
+            shape = 2, self.batch, self.heads, length
+            statistics = self._empty(*shape), self._empty(*shape)
             meta = {name: x for name, x in constants.items() if name not in ("WHOLE", "LOG", "BLOCK_L")}
             statistics_kernel[(row_tiles * 2 * self.heads * self.batch,)](*inputs, *statistics, **meta)
         columns = 2 if self.whole else sum(triton.cdiv(size, constants["BLOCK_V"]) for size in self.sizes)

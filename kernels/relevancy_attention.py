@@ -126,7 +126,9 @@ def step(
         rows, sums = _statistics(launch, lse, row_normalize)
     else:
         rows, sums = _Rows(lse), None
-    return _backward_kv(launch, rows, relevancy, sums)[2].to(relevancy.dtype)
+    out = _backward_kv(launch, rows, relevancy, sums)[2]
+    assert out is not None  # relevancy was there
+    return out.to(relevancy.dtype)
 
 
 class _Launch(NamedTuple):
