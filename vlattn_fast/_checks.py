@@ -141,12 +141,6 @@ def check_heads(query: Tensor, key: Tensor, enable_gqa: bool, *, key_name: str =
         )
 
 
-def check_has_heads(name: str, x: Tensor) -> None:
-    """`x` (B, H, N, D) has a head: the mean, maximum or minimum over none is not defined."""
-    if x.shape[1] == 0:
-        raise ValueError(f"{name} must have at least one head to reduce; got {describe(x)}")
-
-
 def check_head_dim(query: Tensor, key: Tensor) -> None:
     """query (B, H, N, D) and key (B, Hkv, M, D) have one head_dim."""
     if query.shape[-1] != key.shape[-1]:

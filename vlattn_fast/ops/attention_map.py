@@ -15,7 +15,6 @@ from vlattn_fast._checks import (
     check_choice,
     check_floating,
     check_grad_output,
-    check_has_heads,
     check_head_dim,
     check_heads,
     check_masks,
@@ -158,7 +157,8 @@ def describe_call(
                 raise ValueError(f"{name} must not be given for rule='attention', which does not use it; got {describe(x)}")
         check_floating(query=query, key=key)
     check_heads(query, key, enable_gqa)
-    check_has_heads("query", query)
+    if query.shape[1] == 0:
+        raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     return Call(

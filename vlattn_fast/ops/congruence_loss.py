@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_choice, check_device, check_floating, check_has_heads, check_tensor, describe
+from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
 from vlattn_fast._tensors import autocast, resolve_scale, scaled_dot_default
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
@@ -146,7 +146,6 @@ def describe_call(
     for name, x in tensors.items():
         check_tensor(name, x, rank=4, shape="(B, H, L, D)" if "text" in name else "(B, H, V, D)")
     check_floating(**tensors)
-    check_has_heads("text query", text[0])
     batch, num_heads, L, head_dim = text[0].shape
     V = image[0].shape[2]
     for name, x in tensors.items():

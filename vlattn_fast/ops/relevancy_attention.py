@@ -20,7 +20,6 @@ from vlattn_fast._checks import (
     check_device,
     check_floating,
     check_grad_output,
-    check_has_heads,
     check_head_dim,
     check_heads,
     check_masks,
@@ -260,7 +259,6 @@ def _check(
     check_bool(row_normalize=row_normalize, enable_gqa=enable_gqa)
     check_choice("rule", rule, RULES)
     check_heads(query, key, enable_gqa)
-    check_has_heads("query", query)
     check_head_dim(query, key)
     if value is not None:
         check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")

@@ -32,13 +32,13 @@ def congruence_loss(
 ) -> Tensor:
     """The formula behind vlattn_fast.congruence_loss; the same arguments and shapes, without `backend`."""
     queries, keys = block_inputs(text, image, cross, text_mask, image_mask)
-    (batch, _, L, head_dim), V = queries[0].shape, queries[1].shape[2]
+    (batch, num_heads, L, head_dim), V = queries[0].shape, queries[1].shape[2]
     text_tokens = text_mask if text_mask is not None else queries[0].new_ones(batch, L, dtype=torch.bool)
     image_tokens = image_mask if image_mask is not None else queries[0].new_ones(batch, V, dtype=torch.bool)
     scale = resolve_scale(scale, scaled_dot_default(head_dim))
 
     loss = queries[0].flatten(1)[:, :0].sum(1)  # zeros (B) that autograd knows
-    if L > 0 and V > 0:
+    if num_heads > 0 and L > 0 and V > 0:
         columns = (text_tokens, image_tokens, image_tokens, text_tokens)
         ll, vv, lv, vl = (_logits(*block, scale) for block in zip(queries, keys, columns, strict=True))
         if direction in ("text", "both"):

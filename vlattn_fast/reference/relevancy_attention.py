@@ -70,7 +70,8 @@ def relevancy_step(
 
 def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Tensor:
     """Abar = mean_h relu(A * dA) (eq. 5), or mean_h A without dA. row_normalize divides each row by its sum."""
-    abar = prob.mean(1) if grad_prob is None else (prob * grad_prob).clamp(min=0).mean(1)
+    each = prob if grad_prob is None else (prob * grad_prob).clamp(min=0)
+    abar = each.mean(1) if each.shape[1] > 0 else each.sum(1)  # 0 without heads
     if row_normalize:
         total = abar.sum(-1, keepdim=True)
         abar = abar / torch.where(total == 0, 1.0, total)  # a zero row stays zero, NaN stays NaN
