@@ -14,6 +14,7 @@ Shapes: query (B, H, N, Dq), key (B, Hkv, M, Dk). A parameter with a leading (H,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_floating, check_head_dim, check_number, check_tensor, describe, readable
 from vlattn_fast._series import sine_series
-from vlattn_fast._tensors import scaled_dot_default, unit_vectors
+from vlattn_fast._tensors import compute_dtype, scaled_dot_default, unit_vectors
 
 __all__ = ["Additive", "Cosine", "Dot", "General", "Hadamard", "ScaledDot", "Score"]
 
@@ -105,12 +106,30 @@ class Cosine(_Unscaled):
         # reading costs no device synchronisation and no graph break.
         looks = query.device.type == "cpu" and readable(query) and readable(key)
         if not looks or query.numel() == 0 or key.numel() == 0:
-            return Core("cosine", query, key, parameter=self.eps)
+            return self._with_clamp(query, key)
         (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(query, self.eps), unit_vectors(key, self.eps)
         smallest = norm_q.min() * norm_k.min()
         if smallest > 0 and smallest >= self.eps:
             return Core("dot", unit_q.to(query.dtype), unit_k.to(key.dtype))
-        return Core("cosine", query, key, parameter=self.eps)
+        return self._with_clamp(query, key)
+
+    def _with_clamp(self, query: Tensor, key: Tensor) -> Core:
+        return Core("cosine", _bounded(query, self.eps), _bounded(key, self.eps), parameter=self.eps)
+
+
+def _bounded(x: Tensor, eps: float) -> Tensor:
+    """Vectors divided by powers of two where an entry is above a bound, so that no kernel's product of norms overflows.
+
+    The cosine does not depend on the length, and its gradient passes the factor as a constant. Only the clamp could notice. The
+    bound is so large that it does not: in float16 no product with a vector of that length is below eps; in wider dtypes it takes
+    a vector shorter than eps / 2^50.
+    """
+    if x.shape[-1] == 0:
+        return x
+    wide = compute_dtype(x)
+    bound = max(1.0, eps * 2.0**25) if x.dtype == torch.float16 else 2.0 ** int(0.4 * math.log2(torch.finfo(wide).max))
+    largest = x.detach().abs().amax(-1, keepdim=True).to(wide)
+    return x * torch.exp2(torch.log2(bound / largest).floor().clamp(max=0.0)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
