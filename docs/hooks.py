@@ -1,4 +1,4 @@
-"""For mkdocs: formulas become MathML and costs are read from the stored rows, while the site is built.
+"""For mkdocs: formulas become MathML, and costs and counts are read from stored results, while the site is built.
 
 So a page needs no script to show a formula, and no figure in it can grow stale.
 """
@@ -9,15 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latex2mathml.converter import convert
-
-ROWS = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu.json"
+ROOT = Path(__file__).parent.parent
+ROWS, FUZZED = ROOT / "benchmarks" / "results" / "cpu.json", ROOT / "tests" / "fuzz" / "results.json"
 COST = re.compile(r"<!-- cost: (.+?) -->")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return COST.sub(lambda match: cost(match[1].split()), markdown)
+    return COST.sub(lambda match: cost(match[1].split()), markdown).replace("<!-- fuzz -->", fuzz())
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -54,7 +53,23 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['p50_us'] / 1e3:.1f} / {row['peak_bytes'] / 2**20:.1f}"
 
 
+def fuzz() -> str:
+    """The counts of the stored run of the fuzzer."""
+    if not FUZZED.exists():
+        return "Not yet run."
+    run = json.loads(FUZZED.read_text(encoding="utf-8"))
+    backends = sorted({*run["compared"], *run["refused"]})
+    lines = ["| backend | compared | refused by name |", "| --- | ---: | ---: |"]
+    lines += [f"| `{name}` | {run['compared'].get(name, 0):,} | {run['refused'].get(name, 0):,} |" for name in backends]
+    compared, refused = sum(run["compared"].values()), sum(run["refused"].values())
+    lines.append(f"| all {run['configurations']:,} | {compared:,} | {refused:,} |")
+    worst = f"The worst error is {run['worst_ratio']:.2f} of what is allowed: `{run['worst']}`."
+    return "\n".join([*lines, "", f"Failed: {len(run['failures'])}. {worst} Commit {run['commit']}."])
+
+
 def formula(match: re.Match[str]) -> str:
+    from latex2mathml.converter import convert
+
     tag, source = match[1], html.unescape(match[2]).strip()
     mathml = convert(source, display="inline" if tag == "span" else "block")
     if "\\" in re.sub(r"<[^>]*>", "", mathml):

@@ -4,7 +4,9 @@ import importlib
 import inspect
 import json
 import re
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,6 +140,35 @@ def test_costs_are_of_stored_rows(page):
     stored = {row["benchmark"].split("/")[0] for row in json.loads(text("benchmarks/results/cpu.json"))}
     for stems in re.findall(r"<!-- cost: (.+?) -->", text(page)):
         assert set(stems.split()) <= stored
+
+
+def hooks() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+
+
+def test_the_sites_costs_are_the_stored_rows():
+    table = hooks()["cost"](["attention_map"])
+    rows = {(r["benchmark"], r["variant"]): r for r in json.loads(text("benchmarks/results/cpu.json"))}  # the newest of each
+    rows = {key: row for key, row in rows.items() if key[0].startswith("attention_map/")}
+    heading, _, *lines = table.splitlines()
+    names = [name.strip("* ") for name in heading.strip("|").split("|")][1:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| attention_map/")]
+    assert len(cells) == len({benchmark for benchmark, _ in rows}) > 0
+    shown = {
+        (cell[0].split(" (")[0], name): value for cell in cells for name, value in zip(names, cell[1:], strict=True) if value
+    }
+    assert shown == {key: f"{r['p50_us'] / 1e3:.1f} / {r['peak_bytes'] / 2**20:.1f}" for key, r in rows.items()}
+
+
+def test_the_sites_counts_are_the_stored_run(tmp_path):
+    fuzz = hooks()["fuzz"]
+    stored = tmp_path / "results.json"
+    fuzz.__globals__["FUZZED"] = stored
+    assert fuzz() == "Not yet run."
+    run = {"configurations": 1200, "compared": {"sdpa": 30, "triton": 1000}, "refused": {"triton": 170}, "failures": []}
+    stored.write_text(json.dumps({**run, "worst_ratio": 0.984, "worst": "vlattn verify ...", "commit": "abc"}))
+    assert "| `sdpa` | 30 | 0 |" in fuzz() and "| all 1,200 | 1,030 | 170 |" in fuzz()
+    assert "Failed: 0. The worst error is 0.98 of what is allowed: `vlattn verify ...`. Commit abc." in fuzz()
 
 
 def test_each_bug_has_its_test():
