@@ -54,10 +54,10 @@ def verify(
 ) -> None:
     """Run every operator on every backend and dtype and compare with its formula in float64.
 
-    Prints the worst error as a multiple of what is allowed: twice the error of the plain formula in the same dtype, plus one
-    ulp; and the command that repeats the worst row. Ends with status 1 where one is above 1. TRITON_INTERPRET=1 in the
-    environment runs the Triton kernels without a GPU, in Triton's interpreter; VLATTN_CUDA_LIBRARY=build/host/libvlattn_host.so
-    those in CUDA C++, built for the CPU (CMakeLists.txt).
+    Prints the worst error as a multiple of what is allowed, and the command that repeats it. Allowed are a root mean square of
+    the errors of twice the plain formula's in the same dtype, and a largest error of four times its, each plus an ulp or two.
+    Ends with status 1 where a multiple is above 1. TRITON_INTERPRET=1 in the environment runs the Triton kernels without a GPU,
+    in Triton's interpreter; VLATTN_CUDA_LIBRARY=build/host/libvlattn_host.so those in CUDA C++, built for the CPU.
 
     With --fuzz N it draws N calls: sizes, masks, memory layouts, numbers and options. Each must be right, or refused by name.
     Every failure comes with the command that repeats it.
