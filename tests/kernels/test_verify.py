@@ -13,7 +13,8 @@ from vlattn_fast.verify import DTYPES, OPERATORS, verify
 def test_verify_passes(operator: str) -> None:
     torch.set_default_device(None)  # verify places its tensors itself
     backends = ("triton",) if DEVICE == "cpu" else ("triton", "streaming")
-    dtypes = DTYPES[:2] if DEVICE == "cpu" else DTYPES  # float16 takes the same ways as bfloat16, and the interpreter its time
+    # the suites of tests/ops/ cover every dtype; here bfloat16, which has the largest tiles, takes the interpreter the least time
+    dtypes = (torch.bfloat16,) if DEVICE == "cpu" else DTYPES
     for result in verify(backends, dtypes, device=DEVICE, operators=(operator,)):
         assert result.checks > 0, result.reasons
         assert result.passed, f"{result.backend} {result.dtype}: {result.ratio:.2f} of what is allowed in {result.worst}"

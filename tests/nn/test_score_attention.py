@@ -30,10 +30,10 @@ def written_out(layer: ScoreAttention, query, key, value, visible, is_causal):
                 for x, p in ((query, layer.q_proj), (key, layer.k_proj), (value, layer.v_proj))
             )
             s = torch.stack([torch.stack([pair_score(layer, h, q_i, k_j) for k_j in k]) for q_i in q])
-            hidden = ~visible[b].expand_as(s)
+            masked = ~visible[b].expand_as(s)
             if is_causal:
-                hidden = hidden | torch.ones_like(s, dtype=torch.bool).triu(1)
-            heads.append(s.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
+                masked = masked | torch.ones_like(s, dtype=torch.bool).triu(1)
+            heads.append(s.masked_fill(masked, -torch.inf).softmax(-1) @ v)
         rows.append(torch.cat(heads, -1) @ layer.out_proj.weight.mT + layer.out_proj.bias)
     return torch.stack(rows)
 

@@ -12,7 +12,7 @@ from compare import LargestAllocation, as_dtype, bytes_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.ops.backends import F64, core, each, finest, on
+from tests.ops.backends import DEVICE, F64, core, each, finest, on
 from tests.ops.map_cases import (
     CORE_MASKS,
     DV,
@@ -74,7 +74,7 @@ def test_by_hand(rule: str, head_reduction: str, backend: str) -> None:
         tensors["value"] = torch.tensor([[[[1.0], [-3.0]], [[3.0], [1.0]]]])
         tensors["grad_output"] = torch.tensor([[[[2.0], [4.0], [5.0]], [[1.0], [-1.0], [5.0]]]])
     tensors = as_dtype(tensors, F64)
-    mask = LOGITS.masked_fill(~VISIBLE, -torch.inf)
+    mask = LOGITS.masked_fill(~VISIBLE, -torch.inf).to(DEVICE)
     run = partial(attention_map, **tensors, rule=rule, head_reduction=head_reduction, attn_mask=mask, backend=backend)
     want = torch.tensor(BY_HAND[rule, head_reduction], dtype=F64)
     torch.testing.assert_close(run()[0], want, rtol=0, atol=1e-15)

@@ -14,7 +14,7 @@ import torch
 from compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.ops.backends import HALVES, LOW, core, each, finest, on
+from tests.ops.backends import DEVICE, HALVES, LOW, core, each, finest, on
 from tests.ops.score_cases import LAYOUTS, lay_out
 from tests.ops.stacked_cross_attention_cases import RAGGED, check, random_lengths, tensors
 from vlattn_fast import damsm_similarity, reference, stacked_cross_attention
@@ -256,7 +256,7 @@ def test_autocast_computes_in_float32(backend: str) -> None:
     run = partial(stacked_cross_attention, backend=backend)
     want = outputs_and_grads(run, as_dtype(inputs, torch.bfloat16))
     leaves = [x.requires_grad_() for x in inputs.values()]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = run(*leaves)
         assert torch.equal(run(leaves[0], leaves[1].bfloat16()), got) and got.dtype == torch.float32
         with pytest.raises(TypeError, match="captions must have the dtype of images, torch.float64"):
