@@ -15,7 +15,7 @@ from tests.power import test_power
 
 
 def test_tests_that_compare_are_marked() -> None:
-    assert compares(test_score_attention.test_low_precision_is_as_good_as_the_formula)
+    assert compares(test_score_attention.test_low_precision)
     assert compares(test_power.test_a_planted_flaw_is_caught)  # through a helper of its own file
     assert any(compares(test) for name, test in vars(test_congruence_loss).items() if name.startswith("test_"))
     assert not compares(test_tests_that_compare_are_marked)

@@ -62,10 +62,14 @@ def on(*names: str) -> pytest.MarkDecorator:
 
 def each(argument: str, **choices: Iterable[Any]) -> pytest.MarkDecorator:
     """The test runs on each backend with each of its choices of `argument` (a dtype, or the key of a table of cases)."""
-    rows = [
-        pytest.param(name, choice, id=f"{name}-{choice}".replace("torch.", "")) for name in choices for choice in choices[name]
-    ]
+    rows = [pytest.param(name, choice, id=f"{name}-{_label(choice)}") for name in choices for choice in choices[name]]
     return pytest.mark.parametrize(("backend", argument), rows, indirect=["backend"])
+
+
+def _label(choice: Any) -> str:
+    """Of dtypes, names, and tuples of them."""
+    parts = map(_label, choice) if isinstance(choice, tuple) else (str(choice).removeprefix("torch."),)
+    return " ".join(parts)
 
 
 def assert_refused(backend: str, words: str, run: Callable[[], Any]) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from compare import as_dtype, assert_all_close_to
 from torch import Tensor
 
+import vlattn_fast as va
+from tests.ops.backends import F64, finest
 from vlattn_fast import scores as S
 
-F64 = torch.float64
 TORCH_JIT = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own use of it
-LOW = (torch.float32, torch.bfloat16, torch.float16)
 Params = dict[str, Tensor]
 Build = Callable[..., tuple[Params, Callable[[Params], Any]]]
 
@@ -132,24 +133,111 @@ SCORES: dict[str, Case] = {
     "hadamard-leaky=0.5": Case(hadamard, {"activation": "leaky_relu", "negative_slope": 0.5}),
 }
 
-B, H, HKV, N, M, D, DV = 2, 4, 2, 5, 7, 6, 3
+# One for each core score that a kernel computes.
+KINDS = (
+    "dot",
+    "cosine-eps=5",
+    "general-relu-key",
+    "general-leaky=0.3",
+    "general-tanh-key",
+    "general-sigmoid-key",
+    "additive",
+    "hadamard-tanh-key",
+    "hadamard-sigmoid-key",
+)
+# What stands between a public score and its kernel: features, weights per head, biases, offsets.
+PUBLIC = (
+    "scaled_dot",
+    "cosine",
+    "general-key-bias",
+    "general-leaky=-0.5",
+    "general-tanh-per_head",
+    "additive-per_head",
+    "concat-unequal",
+    "hadamard-None-per_head",
+    "hadamard-relu-key",
+    "hadamard-tanh-query",
+    "hadamard-offset=tensor",
+)
+# Dot products of features, whatever the data are: what SDPA takes.
+DOT_PRODUCTS = tuple(
+    name
+    for name in SCORES
+    if name in ("dot", "scaled_dot", "hadamard-weight=none", "hadamard-none-offset=tensor")
+    or name.startswith(("general-key", "general-query", "hadamard-None", "hadamard-relu", "hadamard-leaky"))
+)
+# What the CUDA C++ kernel takes.
+ADDITIVE = tuple(name for name in SCORES if name.startswith(("additive", "concat")))
+
+PLAIN = {  # the score of a test that is not about scores
+    "reference": "general-tanh-key",
+    "streaming": "general-tanh-key",
+    "sdpa": "dot",
+    "triton": "general-tanh-key",
+    "cuda": "additive",
+}
+FEW = {  # one score for each way that a call takes through a backend
+    "streaming": ("dot", "cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key"),
+    "sdpa": ("dot", "general-key-bias"),
+    "triton": ("cosine-eps=5", "additive"),
+    "cuda": ("additive",),
+}
+
+B, H, N, M, D, DV = 2, 2, 5, 7, 6, 3
 
 
-def attention_inputs(case: Case, *, kv_heads: int = H, n: int = N, m: int = M, dv: int = DV) -> tuple[Params, Callable[..., Any]]:
+def attention_inputs(
+    case: Case, *, b: int = B, h: int = H, kv: int | None = None, n: int = N, m: int = M, dv: int = DV
+) -> tuple[Params, Callable[..., Any]]:
     """query, key, value and the score's parameters in float64; and the score as a function of them."""
     dk = D if case.same_size else 4
-    params, make = case.build(H, D, dk, **case.options)
+    params, make = case.build(h, D, dk, **case.options)
+    kv = h if kv is None else kv
     inputs = {
-        "query": torch.randn(B, H, n, D, dtype=F64),
-        "key": torch.randn(B, kv_heads, m, dk, dtype=F64),
-        "value": torch.randn(B, kv_heads, m, dv, dtype=F64),
+        "query": torch.randn(b, h, n, D, dtype=F64),
+        "key": torch.randn(b, kv, m, dk, dtype=F64),
+        "value": torch.randn(b, kv, m, dv, dtype=F64),
     }
     return {**inputs, **params}, make
+
+
+def tensors(backend: str, score: str, dtype: torch.dtype | None = None, **sizes: int) -> tuple[Params, Any]:
+    """Inputs in `dtype`, by default the finest that the backend takes, and the score as a function of them."""
+    inputs, make = attention_inputs(SCORES[score], **sizes)
+    return as_dtype(inputs, finest(backend) if dtype is None else dtype), make
+
+
+def sizes_of(backend: str, score: str) -> dict[str, int]:
+    """More than one tile in either direction where tiles are fixed; of keys alone where the interpreter takes long."""
+    if backend == "triton" and score.startswith(("additive", "hadamard")):
+        return {"n": N, "m": 19}
+    return {"n": 34, "m": 37} if backend in ("triton", "cuda") else {"n": N, "m": M}
 
 
 def call(operator: Callable[..., Any], make: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """The operator as a function of named tensors alone."""
     return lambda query, key, value, **params: operator(query, key, value, score=make(params), **options)
+
+
+def check(
+    backend: str, inputs: Params, make: Callable[..., Any], *, what: str = "", cancels: bool = False, **options: Any
+) -> dict[str, Tensor]:
+    """Outputs, the log-sum-exp where the backend gives it, and every gradient against the formula.
+
+    Gradients of a bias, a vector or an offset may cancel to zero, and with `cancels` all of them: they are held to what was
+    summed, numbers around 1.
+    """
+    b, h, n, _ = inputs["query"].shape
+    options = {"return_lse": backend != "sdpa", **options}
+    cotangents = [torch.randn(b, h, n, inputs["value"].shape[3]), torch.randn(b, h, n)]
+    return assert_all_close_to(
+        call(va.score_attention, make, backend=backend, **options),
+        call(va.reference.score_attention, make, **options),
+        inputs,
+        cotangents[: 1 + options["return_lse"]],
+        what=f"{backend} {what}".strip(),
+        scales={f"grad {name}": 1.0 for name in inputs if cancels or name in ("bias", "vector", "offset")},
+    )
 
 
 def bool_mask(*shape: int) -> Tensor:
@@ -160,7 +248,15 @@ def bool_mask(*shape: int) -> Tensor:
 
 
 def float_mask(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=F64).masked_fill(~bool_mask(*shape), -torch.inf)
+    return torch.randn(*shape).masked_fill(~bool_mask(*shape), -torch.inf)
+
+
+def finite_rows(*shape: int) -> Tensor:
+    """Rows that hold the smallest number throughout: it is data, so they attend evenly; and a row of it from key 2 on."""
+    mask = torch.randn(*shape)
+    mask[..., 0, :] = mask[..., -1, :] = torch.finfo(torch.float32).min
+    mask[..., 1, 2:] = torch.finfo(torch.float32).min
+    return mask
 
 
 def padding(m: int = M) -> Tensor:
@@ -171,13 +267,15 @@ def padding(m: int = M) -> Tensor:
     return mask
 
 
-MASKS: dict[str, Callable[[], dict[str, Any]]] = {
-    "none": dict,
-    "bool": lambda: {"attn_mask": bool_mask(B, 1, N, M)},
-    "float": lambda: {"attn_mask": float_mask(1, H, N, M)},
-    "key": lambda: {"key_mask": padding()},
-    "causal": lambda: {"is_causal": True},
-    "all": lambda: {"attn_mask": float_mask(N, M), "key_mask": padding(), "is_causal": True},
+# For B samples and H heads, by the numbers of queries and keys.
+MASKS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "bool": lambda n, m: {"attn_mask": bool_mask(B, 1, n, m)},
+    "float": lambda n, m: {"attn_mask": float_mask(1, H, n, m)},
+    "finite rows": lambda n, m: {"attn_mask": finite_rows(n, m)},
+    "key": lambda n, m: {"key_mask": padding(m)},
+    "causal": lambda n, m: {"is_causal": True},
+    "bool key causal": lambda n, m: {"attn_mask": bool_mask(n, m), "key_mask": padding(m), "is_causal": True},
+    "float key causal": lambda n, m: {"attn_mask": float_mask(n, m), "key_mask": padding(m), "is_causal": True},
 }
 
 

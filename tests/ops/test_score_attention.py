@@ -1,267 +1,134 @@
-"""score_attention against its formula: every score, masks, layouts, sizes, values."""
+"""score_attention on every backend against its formula: scores, heads, layouts, sizes, values, refusals.
+
+Masks: test_score_attention_masks.py. Dropout, autograd, registration: test_score_attention_autograd.py. tests/kernels/ and
+tests/cuda/ have the tile edges of their kernels.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
-from compare import LargestAllocation, as_dtype, assert_all_close_to, assert_close_to, bytes_of, outputs_and_grads
+from compare import as_dtype, assert_all_close_to, outputs_and_grads
 
 import vlattn_fast as va
+from tests.ops.backends import DTYPES, F64, HALVES, LOW, assert_refused, each, finest, on
 from tests.ops.score_cases import (
+    ADDITIVE,
+    DOT_PRODUCTS,
     DV,
-    F64,
+    FEW,
+    KINDS,
     LAYOUTS,
-    LOW,
-    MASKS,
+    PLAIN,
+    PUBLIC,
     SCORES,
     B,
     D,
     H,
     M,
     N,
-    attention_inputs,
     call,
+    check,
     float_mask,
     lay_out,
     leaf,
     padding,
+    sizes_of,
+    tensors,
 )
 from vlattn_fast import scores as S
-from vlattn_fast.sdpa import score_attention as sdpa
 from vlattn_fast.streaming import _tiles
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("score", SCORES)
-def test_matches_formula_in_float64(score: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 30)  # several tiles in every dimension
-    inputs, make = attention_inputs(SCORES[score])
-    options = MASKS[mask]()
-    sizes = {f"grad {name}": 1.0 for name in ("bias", "vector", "offset")}  # some cancel to zero
-    for lse in (True, False):  # with an lse the operator runs itself, without one torch's SDPA may
-        cotangents = [torch.randn(B, H, N, DV, dtype=F64), torch.randn(B, H, N, dtype=F64)][: 1 + lse]
-        found = assert_all_close_to(
-            call(va.score_attention, make, return_lse=lse, **options),
-            call(va.reference.score_attention, make, return_lse=lse, **options),
-            inputs,
-            cotangents,
-            what=f"lse={lse}",
-            scales=sizes,
-        )
-        assert not any(torch.isnan(x).any() for x in found.values())
+@each("score", streaming=SCORES, sdpa=DOT_PRODUCTS, triton=PUBLIC, cuda=ADDITIVE)
+def test_every_score(backend: str, score: str) -> None:
+    check(backend, *tensors(backend, score))
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("score", SCORES)
-def test_low_precision_is_as_good_as_the_formula(score: str, dtype: torch.dtype) -> None:
-    options = {"key_mask": padding(20)}
-    for lse in (True, False):
-        inputs, make = attention_inputs(SCORES[score], n=17, m=20)
-        assert_all_close_to(
-            call(va.score_attention, make, return_lse=lse, **options),
-            call(va.reference.score_attention, make, return_lse=lse, **options),
-            as_dtype(inputs, dtype),
-            [torch.randn(B, H, 17, DV), None][: 1 + lse],
-            what=f"lse={lse}",
-        )
-
-
-@pytest.mark.parametrize("kv_heads", (1, 2))
-@pytest.mark.parametrize("score", SCORES)
-def test_grouped_heads(score: str, kv_heads: int) -> None:
-    inputs, make = attention_inputs(SCORES[score], kv_heads=kv_heads)
-    for lse in (True, False):
-        assert_all_close_to(
-            call(va.score_attention, make, return_lse=lse, enable_gqa=True),
-            call(va.reference.score_attention, make, return_lse=lse, enable_gqa=True),
-            inputs,
-            scales={f"grad {name}": 1.0 for name in ("bias", "offset")},
-        )
-
-
-@pytest.mark.parametrize("lse", (False, True))
-@pytest.mark.parametrize("score", ("dot", "additive-weights=none"))
-def test_grouped_heads_map_one_to_one(score: str, lse: bool) -> None:
-    """Query head h reads key head h // (H / Hkv), seen by writing the key head's number into its values."""
-    make = attention_inputs(SCORES[score])[1]
-    params = {"vector": torch.ones(D, dtype=F64)} if "additive" in score else {}
-    value = torch.arange(3.0, dtype=F64)[None, :, None, None].expand(1, 3, M, 1)
-    query, key = torch.randn(1, 6, N, D, dtype=F64), torch.randn(1, 3, M, D, dtype=F64)
-    out = va.score_attention(query, key, value, score=make(params), enable_gqa=True, return_lse=lse)
-    out = out[0] if lse else out
-    torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=F64))
-
-
-# ------------------------------------------------------------------------------------------------- masks
-
-BROADCASTS = (
-    (),
-    (1,),
-    (M,),
-    (N, 1),
-    (1, M),
-    (N, M),
-    (1, N, M),
-    (H, 1, M),
-    (H, N, 1),
-    (H, N, M),
-    (B, 1, 1, M),
-    (B, 1, N, 1),
-    (1, H, N, M),
-    (B, H, N, M),
-    (1, 1, 1, 1),
+@each(
+    "case",
+    streaming=itertools.product((*KINDS, "general-key-bias", "concat-unequal", "hadamard-relu-key"), LOW),
+    sdpa=itertools.product(("scaled_dot", "general-key-bias", "hadamard-relu-key"), LOW),
+    triton=[*itertools.product(KINDS, HALVES[:1]), ("dot", HALVES[1]), ("additive", HALVES[1])],
+    cuda=itertools.product(("additive",), LOW),
 )
+def test_low_precision(backend: str, case: tuple[str, torch.dtype]) -> None:
+    score, dtype = case
+    check(backend, *tensors(backend, score, dtype, n=17, m=40), key_mask=padding(40))
 
 
-@pytest.mark.parametrize("kind", ("bool", "float"))
-@pytest.mark.parametrize("shape", BROADCASTS, ids=str)
-def test_mask_broadcasts(shape: tuple[int, ...], kind: str) -> None:
-    """Every rank from 0 to 4, on each way a call can take: SDPA, the fused kernel with lse, tiles."""
-    mask = (torch.rand(shape) > 0.4) if kind == "bool" else torch.randn(shape, dtype=F64)
-    for score, lse in (("dot", False), ("dot", True), ("general-tanh-key", False)):
-        inputs, make = attention_inputs(SCORES[score])
-        options = {"attn_mask": mask, "return_lse": lse}
-        assert_all_close_to(
-            call(va.score_attention, make, **options),
-            call(va.reference.score_attention, make, **options),
-            inputs,
-            [torch.randn(B, H, N, DV, dtype=F64), None][: 1 + lse],
-            what=f"{score} lse={lse}",
-            scales={"grad query": 1.0, "grad key": 1.0, "grad weight": 1.0, "grad bias": 1.0},
-        )
+@each(
+    "score",
+    streaming=(*KINDS, "general-key-bias", "hadamard-relu-key"),
+    sdpa=("dot", "general-key-bias"),
+    triton=("dot", "general-tanh-key", "additive-weights=none"),
+    cuda=("additive-weights=none",),
+)
+def test_grouped_heads(backend: str, score: str) -> None:
+    """Query head h reads key head h // (H / Hkv)."""
+    for kv in (1, 2):
+        check(backend, *tensors(backend, score, h=4, kv=kv), enable_gqa=True, is_causal=kv == 2)
 
 
-@pytest.mark.parametrize("score", ("dot", "cosine", "general-tanh-key", "additive", "hadamard-sigmoid-key"))
-@pytest.mark.parametrize("garbage", (math.nan, math.inf, -math.inf))
-def test_garbage_in_padding_stays_there(score: str, garbage: float) -> None:
-    inputs, make = attention_inputs(SCORES[score])
-    mask = padding()
-    bad = {name: x.clone() for name, x in inputs.items()}
-    for name in ("key", "value"):
-        bad[name][~mask[:, None].expand(B, H, M)] = garbage
-    for lse in (False, True):
-        clean = outputs_and_grads(call(va.score_attention, make, key_mask=mask, return_lse=lse), inputs)
-        dirty = outputs_and_grads(call(va.score_attention, make, key_mask=mask, return_lse=lse), bad)
-        for name, x in clean.items():
-            assert torch.equal(x, dirty[name]), name
-        for name in ("grad key", "grad value"):
-            assert not dirty[name][~mask[:, None].expand(B, H, M)].any(), f"{name}: the gradient of padding must be zero"
+@each(
+    "score",
+    streaming=("general-tanh-per_head", "additive-per_head", "hadamard-None-per_head"),
+    sdpa=("hadamard-None-per_head",),
+    triton=("general-tanh-per_head", "additive-per_head"),
+    cuda=("additive-per_head",),
+)
+def test_keys_with_more_heads_than_values(backend: str, score: str) -> None:
+    """A weight for each query head makes a key for each; the values stay shared."""
+    for kv in (1, 2):
+        check(backend, *tensors(backend, score, h=4, kv=kv), enable_gqa=True)
 
 
-@pytest.mark.parametrize("dtype", (F64, *LOW), ids=str)
-@pytest.mark.parametrize("score", ("dot", "cosine", "general-tanh-key", "additive", "hadamard-relu-key"))
-@pytest.mark.parametrize("hide", ("bool", "float", "key"))
-def test_row_without_keys_is_zero(score: str, hide: str, dtype: torch.dtype) -> None:
-    inputs, make = attention_inputs(SCORES[score])
-    inputs = as_dtype(inputs, dtype)
-    visible = torch.ones(B, 1, N, M, dtype=torch.bool)
-    visible[0, :, 2] = False
-    if hide == "key":
-        visible[0] = False
-    options = {
-        "bool": {"attn_mask": visible},
-        "key": {"key_mask": visible[:, 0, 0]},
-        "float": {"attn_mask": torch.zeros(B, 1, N, M).masked_fill(~visible, -torch.inf)},
-    }[hide]
-    for lse in (True, False):
-        found = outputs_and_grads(call(va.score_attention, make, return_lse=lse, **options), inputs)
-        assert not found["out0"][0, :, 2].any() and not found["grad query"][0, :, 2].any()
-        assert not any(torch.isnan(x).any() for x in found.values())
-        if lse:
-            assert torch.isneginf(found["out1"][0, :, 2]).all() and torch.isfinite(found["out1"][1]).all()
-
-
-@pytest.mark.parametrize("query_dtype", (F64, *LOW), ids=str)
-@pytest.mark.parametrize("mask_dtype", (F64, *LOW), ids=str)
-def test_a_large_finite_mask_is_no_infinity(query_dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
-    """finfo.min is added, so a row full of it still attends; only -inf hides (pytorch#110213)."""
-    mask = torch.zeros(N, M, dtype=mask_dtype)
-    mask[0] = torch.finfo(mask_dtype).min
-    mask[1, 2:] = torch.finfo(mask_dtype).min
-    for score, lse in itertools.product(("dot", "general-tanh-key"), (True, False)):
-        inputs, make = attention_inputs(SCORES[score])
-        found = outputs_and_grads(call(va.score_attention, make, attn_mask=mask, return_lse=lse), as_dtype(inputs, query_dtype))
-        assert not any(torch.isnan(x).any() for x in found.values())
-        value = inputs["value"]
-        out = found["out0"].double()
-        assert (out[:, :, 0] - value.mean(2)).abs().max() < 4.0 and out[:, :, 0].abs().min() > 0  # not hidden
-        two = va.reference.score_attention(
-            inputs["query"][:, :, 1:2], inputs["key"][:, :, :2], value[:, :, :2], score=make(inputs)
-        )
-        torch.testing.assert_close(out[:, :, 1], two[:, :, 0], rtol=0.0, atol=64 * torch.finfo(query_dtype).eps)
-
-
-def test_causal_is_top_left_for_unequal_lengths() -> None:
-    """Query i sees keys j <= i whatever M is, as SDPA (flash-attention counts from the bottom right)."""
-    for score, n, m in itertools.product(("dot", "additive"), (3, 9), (5, 1)):
-        inputs, make = attention_inputs(SCORES[score], n=n, m=m)
-        options = {"is_causal": True, "return_lse": True}
-        assert_all_close_to(
-            call(va.score_attention, make, **options),
-            call(va.reference.score_attention, make, **options),
-            inputs,
-            scales={"grad query": 1.0, "grad query_weight": 1.0, "grad bias": 1.0, "grad vector": 1.0},
-        )
-        first = va.score_attention(*(inputs[x] for x in ("query", "key", "value")), score=make(inputs), is_causal=True)[:, :, 0]
-        torch.testing.assert_close(first, inputs["value"][:, :, 0])
-
-
-@pytest.mark.parametrize("shape", BROADCASTS, ids=str)
-def test_no_mask_brings_a_whole_map(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's SDPA falls back to whole maps for masks of three dimensions: they are given to it with four."""
-    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1024)
-    monkeypatch.setattr(sdpa, "FLOAT64_PAIRS", 1024)
-    b, h, n, m = 2, 4, 128, 96
-    sizes = {B: b, H: h, N: n, M: m, 1: 1}
-    mask = torch.rand(tuple(sizes[s] for s in shape)) > 0.4
-    for lse in (False, True):
-        q, k, v = (torch.randn(b, h, s, 8, requires_grad=True) for s in (n, m, m))
-        with LargestAllocation() as seen:
-            out = va.score_attention(q, k, v, attn_mask=mask, return_lse=lse)
-            (out[0] if lse else out).sum().backward()
-        assert seen.bytes <= max(bytes_of(q), 4 * mask.numel()), (seen.by, seen.bytes)
+@on("reference", "streaming", "sdpa", "triton", "cuda")
+def test_grouped_heads_map_one_to_one(backend: str) -> None:
+    """Seen by writing the key head's number into its values."""
+    dtype = finest(backend)
+    value = torch.arange(3.0, dtype=dtype)[None, :, None, None].expand(1, 3, M, 1)
+    query, key = torch.randn(1, 6, N, D, dtype=dtype), torch.randn(1, 3, M, D, dtype=dtype)
+    score = S.Additive(torch.ones(D, dtype=dtype)) if backend == "cuda" else "dot"
+    out = va.score_attention(query, key, value, score=score, enable_gqa=True, backend=backend)
+    torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=dtype))
 
 
 # ------------------------------------------------------------------------------------------------- layouts and sizes
 
 
-@pytest.mark.parametrize("dtype", (F64, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, dtype: torch.dtype) -> None:
-    """Each tensor, the gradient too, in each layout; the result is that of contiguous tensors."""
-    mask = float_mask(B, H, N, M).to(dtype)
-    for score, lse in (("dot", False), ("dot", True), ("additive", True), ("general-relu-key", False)):
-        inputs, make = attention_inputs(SCORES[score])
-        inputs = as_dtype(inputs, dtype)
-        given = {k: lay_out(x, layout) if x.dim() == 4 else x for k, x in inputs.items()}
-        cotangents = [torch.randn(B, H, N, DV, dtype=dtype), torch.randn(B, H, N)][: 1 + lse]
-        there = [lay_out(cotangents[0], layout), *cotangents[1:]]
-        plain = {name: x.contiguous() for name, x in given.items()}
-        wanted = outputs_and_grads(
-            call(va.score_attention, make, attn_mask=lay_out(mask, layout).contiguous(), return_lse=lse),
-            plain,
-            [x.contiguous() for x in there],
-        )
-        found = outputs_and_grads(call(va.score_attention, make, attn_mask=lay_out(mask, layout), return_lse=lse), given, there)
-        for name, x in found.items():
-            assert_close_to(
-                x.double(),
-                wanted[name].double(),
-                None,
-                what=f"{score} {name}",
-                scale=1e10 * torch.finfo(dtype).eps * float(1 + wanted[name].nan_to_num(0, 0, 0).abs().max()),
-            )
+@each("layout", streaming=LAYOUTS, sdpa=LAYOUTS, triton=LAYOUTS, cuda=LAYOUTS)
+def test_layouts(backend: str, layout: str) -> None:
+    """Queries, keys, values, mask and cotangent in each layout, and cotangents of stride 0."""
+    score, lse = PLAIN[backend], backend != "sdpa"
+    inputs, make = tensors(backend, score)
+    inputs |= {name: lay_out(inputs[name], layout) for name in ("query", "key", "value")}
+    mask = lay_out(torch.randn(B, H, N, M), layout)
+    options = {"attn_mask": mask if lse else mask > 0.0, "return_lse": lse}
+    ours = call(va.score_attention, make, backend=backend, **options)
+    formula = call(va.reference.score_attention, make, **options)
+    cotangents = [lay_out(torch.randn(B, H, N, DV), layout), torch.randn(B, H, N)]
+    cancels = {f"grad {name}": 1.0 for name in inputs}
+    assert_all_close_to(ours, formula, inputs, cotangents[: 1 + lse], scales=cancels)
+    assert_all_close_to(ours, formula, inputs, scales=cancels)
 
 
-@pytest.mark.parametrize("empty", ("B", "H", "N", "M", "D", "Dv", "A"))
-def test_empty_sizes(empty: str) -> None:
-    """Shapes are kept and gradients are zeros; without keys every row is a row without visible keys."""
-    b, h, n, m, d, dv, a = (
-        0 if empty == name else size for name, size in zip("B H N M D Dv A".split(), (2, 3, 4, 5, 6, 2, 4), strict=True)
-    )
+EMPTY = ("B", "H", "N", "M", "D", "Dv", "A")
+EMPTY_SCORES = {
+    "streaming": ("dot", "scaled", "cosine", "tanh", "additive", "hadamard", "series"),
+    "triton": ("tanh", "additive"),
+    "cuda": ("additive",),
+}
+
+
+@each("empty", streaming=EMPTY, triton=EMPTY, cuda=EMPTY)
+def test_empty_sizes(backend: str, empty: str) -> None:
+    """Shapes are kept and gradients are zeros; without keys every row is fully masked."""
+    b, h, n, m, d, dv, a = (0 if empty == name else size for name, size in zip(EMPTY, (2, 3, 4, 5, 6, 2, 4), strict=True))
     kinds = {
         "dot": ({}, lambda p: "dot"),
         "scaled": ({}, lambda p: "scaled_dot"),
@@ -274,113 +141,84 @@ def test_empty_sizes(empty: str) -> None:
         "hadamard": ({"vector": leaf(d)}, lambda p: S.Hadamard(p["vector"], activation="relu")),
         "series": ({"vector": leaf(d)}, lambda p: S.Additive(p["vector"], method="series", tolerance=0.1)),
     }
-    for (name, (params, make)), lse in itertools.product(kinds.items(), (False, True)):
+    masks = ({}, {"attn_mask": torch.ones(n, m, dtype=torch.bool)}, {"key_mask": torch.ones(b, m, dtype=torch.bool)})
+    for name, options in itertools.product(EMPTY_SCORES[backend], (*masks, {"is_causal": True})):
+        params, make = kinds[name]
         inputs = {"query": leaf(b, h, n, d), "key": leaf(b, h, m, d), "value": leaf(b, h, m, dv), **params}
-        for options in (
-            {},
-            {"attn_mask": torch.ones(n, m, dtype=torch.bool)},
-            {"key_mask": torch.ones(b, m, dtype=torch.bool)},
-            {"is_causal": True},
-        ):
-            found = outputs_and_grads(call(va.score_attention, make, return_lse=lse, **options), inputs)
-            assert found["out0"].shape == (b, h, n, dv)
-            for key, x in inputs.items():
-                assert found[f"grad {key}"].shape == x.shape, (name, key)
-            assert all(torch.isfinite(x).all() for key, x in found.items() if key != "out1")
-            if empty == "M":
-                assert not any(x.any() for key, x in found.items() if key != "out1")
-            if lse:
-                assert found["out1"].shape == (b, h, n)
-                assert torch.isneginf(found["out1"]).all() if empty == "M" else torch.isfinite(found["out1"]).all()
-            if empty in "D A" and "M" != empty and name in ("dot", "cosine"):
-                torch.testing.assert_close(
-                    found["out0"], inputs["value"].mean(2, keepdim=True).expand(b, h, n, dv)
-                ) if not options and empty == "D" else None
+        inputs = as_dtype(inputs, finest(backend))
+        found = outputs_and_grads(call(va.score_attention, make, return_lse=True, backend=backend, **options), inputs)
+        assert found["out0"].shape == (b, h, n, dv) and found["out1"].shape == (b, h, n)
+        for key, x in inputs.items():
+            assert found[f"grad {key}"].shape == x.shape, (name, key)
+        assert all(torch.isfinite(x).all() for key, x in found.items() if key != "out1")
+        if empty == "M":
+            assert not any(x.any() for key, x in found.items() if key != "out1") and torch.isneginf(found["out1"]).all()
+        else:
+            assert torch.isfinite(found["out1"]).all()
+        if empty == "D" and name in ("dot", "cosine", "tanh") and not options:
+            torch.testing.assert_close(found["out0"], inputs["value"].mean(2, keepdim=True).expand(b, h, n, dv))
 
 
 @pytest.mark.parametrize("n", (1, 15, 17, 577))
 def test_sizes_of_real_sequences(n: int) -> None:
-    """One row, either side of a power of two, and CLIP ViT-L/14@336's 577; the default tile size."""
+    """Of streaming: one row, either side of a power of two, and CLIP ViT-L/14@336's 577; the default tile size."""
     for score in ("scaled_dot", "general-tanh-key", "additive-weights=none") if n < 577 else ("scaled_dot", "general-tanh-key"):
-        make = attention_inputs(SCORES[score])[1]
-        params = SCORES[score].build(2, 8, 8, **SCORES[score].options)[0]
-        inputs = {x: torch.randn(1, 2, n, 8) for x in ("query", "key", "value")} | as_dtype(params, torch.float32)
-        assert_all_close_to(
-            call(va.score_attention, make, return_lse=True),
-            call(va.reference.score_attention, make, return_lse=True),
-            inputs,
-            [torch.randn(1, 2, n, 8), torch.randn(1, 2, n)],
-            what=score,
-        )
+        inputs, make = tensors("streaming", score, torch.float32, b=1, n=n, m=n, dv=8)
+        check("streaming", inputs, make, cancels=n == 1)
 
 
 @pytest.mark.parametrize("elements", (1, 8, 64, 10**6))
 def test_tiling_changes_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", elements)
     for score in ("cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key"):
-        inputs, make = attention_inputs(SCORES[score])
-        options = {"attn_mask": float_mask(B, H, N, M), "is_causal": True, "return_lse": True}
-        assert_all_close_to(
-            call(va.score_attention, make, **options),
-            call(va.reference.score_attention, make, **options),
-            inputs,
-            scales={f"grad {name}": 1.0 for name in inputs},
-        )
+        options = {"attn_mask": float_mask(B, H, N, M), "is_causal": True}
+        check("streaming", *tensors("streaming", score), cancels=True, what=score, **options)
 
 
 # ------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("dtype", (F64, torch.float32), ids=str)
-@pytest.mark.parametrize("score", ("dot", "cosine", "general-key-bias", "general-tanh-key", "additive", "hadamard-relu-key"))
-def test_large_and_constant_values(score: str, dtype: torch.dtype) -> None:
-    """Logits of +-1e3 and more (one key takes all), and constants (all keys share)."""
-    for factor in (20.0, 0.0):
-        inputs, make = attention_inputs(SCORES[score])
-        for name in ("query", "key"):
-            inputs[name] = inputs[name] * factor if factor else torch.full_like(inputs[name], 30.0)
-        inputs = as_dtype(inputs, dtype)
-        found = assert_all_close_to(
-            call(va.score_attention, make, return_lse=True),
-            call(va.reference.score_attention, make, return_lse=True),
-            inputs,
-            [torch.randn(B, H, N, DV), None],
-            scales={"out0": 1e3} | {f"grad {name}": 1e5 for name in inputs},  # a logit of 1e3 is known to an ulp of 1e3
-        )
-        assert all(torch.isfinite(x).all() for x in found.values())
-
-
-@pytest.mark.parametrize(
-    "score", ("scaled_dot", "cosine", "general-tanh-key", "additive", "hadamard-tanh-key", "hadamard-none-offset=tensor")
+@each(
+    "score",
+    streaming=("dot", "cosine", "general-key-bias", "general-tanh-key", "additive", "hadamard-relu-key"),
+    sdpa=("dot", "hadamard-relu-key"),
+    triton=("dot", "general-tanh-key", "additive"),
+    cuda=("additive",),
 )
-@pytest.mark.parametrize("scale", (0.0, -1.3, 0.25, 2))
-def test_scale(score: str, scale: float) -> None:
-    inputs, make = attention_inputs(SCORES[score])
-    options = {"scale": scale, "return_lse": True}
-    found = assert_all_close_to(
-        call(va.score_attention, make, **options),
-        call(va.reference.score_attention, make, **options),
-        inputs,
-        [torch.randn(B, H, N, DV, dtype=F64), torch.randn(B, H, N, dtype=F64)],
-        scales={f"grad {name}": 1.0 for name in inputs},
-    )
-    if scale == 0.0:
-        torch.testing.assert_close(found["out0"], inputs["value"].mean(2, keepdim=True).expand(B, H, N, DV))
-        torch.testing.assert_close(found["out1"], torch.full((B, H, N), math.log(M), dtype=F64))
+def test_large_and_constant_values(backend: str, score: str) -> None:
+    """Logits of +-1e3 and more (one key takes all), and constants (all keys share)."""
+    for dtype in dict.fromkeys((finest(backend), torch.float32)):
+        for factor in (20.0, 0.0):
+            inputs, make = tensors(backend, score, dtype)
+            for name in ("query", "key"):
+                inputs[name] = inputs[name] * factor if factor else torch.full_like(inputs[name], 30.0)
+            options = {"return_lse": backend != "sdpa"}
+            found = assert_all_close_to(
+                call(va.score_attention, make, backend=backend, **options),
+                call(va.reference.score_attention, make, **options),
+                inputs,
+                [torch.randn(B, H, N, DV), None][: 1 + options["return_lse"]],
+                scales={"out0": 1e3} | {f"grad {name}": 1e5 for name in inputs},  # a logit of 1e3 is known to an ulp of 1e3
+            )
+            assert all(torch.isfinite(x).all() for x in found.values())
 
 
-@pytest.mark.parametrize("scale", (0.0, -1.3))
-def test_scale_of_either_sign_under_causal(scale: float) -> None:
-    """torch's fused CPU kernel multiplies its causal -inf by the scale: +inf, or NaN."""
-    inputs, make = attention_inputs(SCORES["dot"])
-    for lse in (False, True):
-        options = {"scale": scale, "is_causal": True, "return_lse": lse}
-        assert_all_close_to(
-            call(va.score_attention, make, **options),
-            call(va.reference.score_attention, make, **options),
-            inputs,
-            scales={f"grad {name}": 1.0 for name in inputs},
-        )
+@each(
+    "score",
+    streaming=("scaled_dot", "cosine", "general-tanh-key", "additive", "hadamard-tanh-key", "hadamard-none-offset=tensor"),
+    sdpa=("scaled_dot", "hadamard-none-offset=tensor"),
+    triton=("scaled_dot", "general-tanh-key", "additive"),
+    cuda=("additive",),
+)
+def test_scale(backend: str, score: str) -> None:
+    """Of either sign: torch's fused CPU kernel multiplies its causal -inf by the scale, which gives +inf or NaN."""
+    for scale, is_causal in ((0.0, False), (0.0, True), (-1.3, False), (-1.3, True), (2, False)):
+        inputs, make = tensors(backend, score)
+        found = check(backend, inputs, make, cancels=True, what=f"{scale} {is_causal}", scale=scale, is_causal=is_causal)
+        if scale == 0.0 and not is_causal:
+            torch.testing.assert_close(found["out0"], inputs["value"].mean(2, keepdim=True).expand(B, H, N, DV))
+            if backend != "sdpa":
+                torch.testing.assert_close(found["out1"], torch.full_like(found["out1"], math.log(M)))
 
 
 def test_default_scale_belongs_to_scaled_dot_alone() -> None:
@@ -390,32 +228,110 @@ def test_default_scale_belongs_to_scaled_dot_alone() -> None:
         torch.testing.assert_close(lse, torch.logsumexp(scale * query @ key.mT, -1))
 
 
-def test_gradient_through_lse_alone() -> None:
-    """d lse / d logits is the attention itself; value gets nothing."""
-    for score in ("scaled_dot", "additive", "general-key-bias"):
-        inputs, make = attention_inputs(SCORES[score])
-        sent = [None, torch.randn(B, H, N, dtype=F64)]
-        found = assert_all_close_to(
-            call(va.score_attention, make, return_lse=True),
-            call(va.reference.score_attention, make, return_lse=True),
-            inputs,
-            sent,
-        )
-        assert not found["grad value"].any()
+@each("score", streaming=("scaled_dot", "additive", "general-key-bias"), triton=("scaled_dot", "additive"), cuda=("additive",))
+def test_either_gradient_alone(backend: str, score: str) -> None:
+    """d lse / d logits is the attention itself, and value gets nothing from it."""
+    inputs, make = tensors(backend, score)
+    ours = call(va.score_attention, make, return_lse=True, backend=backend)
+    formula = call(va.reference.score_attention, make, return_lse=True)
+    scales = {f"grad {name}": 1.0 for name in ("bias", "vector")}
+    assert_all_close_to(ours, formula, inputs, [torch.randn(B, H, N, DV), None], scales=scales)
+    found = assert_all_close_to(ours, formula, inputs, [None, torch.randn(B, H, N)], scales=scales)
+    assert not found["grad value"].any()
 
 
-def test_lse_dtype() -> None:
-    for dtype, wanted in (
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (F64, F64),
-    ):
-        x = torch.randn(1, 1, 3, 4, dtype=dtype)
-        for score in (
-            "dot",
-            S.Additive(torch.ones(4, dtype=dtype)),
-            S.General(torch.eye(4, dtype=dtype), torch.ones(4, dtype=dtype)),
-        ):
-            out, lse = va.score_attention(x, x, x, score=score, return_lse=True)
-            assert (out.dtype, lse.dtype) == (dtype, wanted)
+@each("dtype", **DTYPES)
+def test_lse_dtype(backend: str, dtype: torch.dtype) -> None:
+    """float32, and float64 for float64."""
+    x = torch.randn(1, 1, 3, 4, dtype=dtype)
+    additive = S.Additive(torch.ones(4, dtype=dtype))
+    if backend == "sdpa":
+        assert_refused(backend, "log-sum-exp", lambda: va.score_attention(x, x, x, return_lse=True, backend=backend))
+        return
+    for score in (additive,) if backend == "cuda" else ("dot", additive, S.General(torch.eye(4, dtype=dtype))):
+        out, lse = va.score_attention(x, x, x, score=score, return_lse=True, backend=backend)
+        assert (out.dtype, lse.dtype) == (dtype, torch.promote_types(dtype, torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum
+@each(
+    "score",
+    streaming=("additive", "hadamard-tanh-key", "general-tanh-key"),
+    sdpa=("dot",),
+    triton=("additive", "hadamard-tanh-key", "general-tanh-key"),
+    cuda=("additive",),
+)
+def test_nan_and_infinity_come_out(backend: str, score: str) -> None:
+    """A NaN makes its own row NaN and no other; tanh of an infinity is a number."""
+    inputs, make = tensors(backend, score)
+    inputs["query"][0, 0, 1, 2] = math.nan
+    if score == "additive":
+        inputs["query_weight"] = inputs["query_weight"].abs()
+        inputs["query"][0, 1, 2] = math.inf
+    # without a mask torch's fused CPU kernel gives zeros where the query is NaN
+    for mask in (torch.rand(N, M) > 0.1, None)[: 1 + (backend != "sdpa")]:
+        options = {"attn_mask": mask, "return_lse": backend != "sdpa"}
+        ours = call(va.score_attention, make, backend=backend, **options)(**inputs)
+        formula = call(va.reference.score_attention, make, **options)(**inputs)
+        if backend == "cuda":  # gives such a row an lse of -inf
+            ours, formula = ours[:1], formula[:1]
+        torch.testing.assert_close(ours, formula, equal_nan=True)
+        out = ours if backend == "sdpa" else ours[0]
+        assert torch.isnan(out[0, 0, 1]).all() and not torch.isnan(out[0, 1]).any()
+
+
+@on("streaming", "triton")
+def test_cosine_of_a_zero_vector_has_no_slope(backend: str) -> None:
+    inputs, _ = tensors(backend, "cosine")
+    inputs["query"][0, 0, 1] = inputs["key"][0, 1, 2] = 0.0
+    for eps in (1e-8, 1.0):
+        check(backend, inputs, lambda p, eps=eps: S.Cosine(eps=eps))
+
+
+@each("score", **FEW)
+def test_runs_are_bit_equal_and_write_no_input(backend: str, score: str) -> None:
+    sizes = sizes_of(backend, score)
+    inputs, make = tensors(backend, score, **sizes)
+    options: dict[str, Any] = {"key_mask": padding(sizes["m"]), "attn_mask": float_mask(sizes["n"], sizes["m"])}
+    if backend == "sdpa":
+        options["attn_mask"] = torch.isfinite(options["attn_mask"])
+    watched = {**inputs, **options}
+    before = {name: (x.clone(), x._version) for name, x in watched.items()}
+    run = call(va.score_attention, make, return_lse=backend != "sdpa", backend=backend, **options)
+    first, second = (outputs_and_grads(run, inputs) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+    for name, (copy, version) in before.items():
+        assert watched[name]._version == version and torch.equal(watched[name], copy), name
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+SERIES = S.Additive(torch.randn(D), method="series", tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+    "backend, score, options, words",
+    [
+        ("sdpa", "cosine", {}, "dot product of features"),
+        ("sdpa", S.Additive(torch.randn(D)), {}, "dot product of features"),
+        ("sdpa", "dot", {"attn_mask": torch.zeros(N, M)}, "float mask"),
+        ("sdpa", "dot", {"dropout_p": 0.1}, "dropout"),
+        ("triton", SERIES, {}, "sine series"),
+        ("cuda", SERIES, {}, "exact additive scores"),
+        ("cuda", S.Hadamard(torch.randn(D), activation="tanh"), {}, "exact additive scores"),
+        ("cuda", "dot", {}, "exact additive scores"),
+        ("cuda", S.Additive(torch.randn(D)), {"dropout_p": 0.1}, "no dropout"),
+    ],
+    indirect=["backend"],
+)
+def test_what_a_backend_cannot_run_is_refused(backend: str, score: Any, options: dict[str, Any], words: str) -> None:
+    query, key = torch.randn(1, 1, N, D), torch.randn(1, 1, M, D)
+    assert_refused(backend, words, lambda: va.score_attention(query, key, key, score=score, backend=backend, **options))
+
+
+@on("triton", "cuda")
+def test_float64_is_refused(backend: str) -> None:
+    x = torch.randn(1, 1, N, D, dtype=F64)
+    score = S.Additive(torch.randn(D, dtype=F64))
+    assert_refused(backend, "float16, bfloat16 and float32", lambda: va.score_attention(x, x, x, score=score, backend=backend))

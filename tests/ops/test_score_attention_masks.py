@@ -1,0 +1,134 @@
+"""score_attention on every backend: each kind of mask, masks joined, fully masked rows, what stands under a mask."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from compare import LargestAllocation, bytes_of, outputs_and_grads
+
+import vlattn_fast as va
+from tests.ops.backends import DTYPES, LOW, each, on
+from tests.ops.score_cases import FEW, KINDS, MASKS, PLAIN, B, H, M, N, call, check, padding, sizes_of, tensors
+from vlattn_fast.sdpa import score_attention as sdpa
+from vlattn_fast.streaming import _tiles
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, in the interpreter: finfo.min log2(e)
+@each(
+    "case",
+    streaming=itertools.product(KINDS, MASKS),
+    sdpa=[("dot", mask) for mask in MASKS if "float" not in mask and "finite" not in mask],
+    triton=[*itertools.product(("dot",), MASKS), *((score, "float key causal") for score in KINDS[1:]), ("additive", "bool")],
+    cuda=itertools.product(("additive",), MASKS),
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_masks(backend: str, case: tuple[str, str]) -> None:
+    """Each kind of mask, with fully masked rows, in the backward pass too."""
+    score, mask = case
+    sizes = sizes_of(backend, score)
+    found = check(backend, *tensors(backend, score, **sizes), cancels=True, **MASKS[mask](**sizes))
+    assert not any(torch.isnan(x).any() for x in found.values())
+
+
+@on("streaming", "triton", "cuda")
+def test_a_float32_mask_keeps_its_digits_under_16_bit(backend: str) -> None:
+    """A bias around 40 has a spacing of 1/4 in bfloat16."""
+    inputs, make = tensors(backend, PLAIN[backend], torch.bfloat16, n=17, m=40)
+    check(backend, inputs, make, attn_mask=40.0 + torch.randn(17, 40))
+
+
+def shapes(b: int, h: int, n: int, m: int) -> tuple[tuple[int, ...], ...]:
+    """Of masks: what broadcasts to (b, h, n, m), of every rank from 0 to 4."""
+    vectors = ((), (1,), (m,), (n, 1), (1, m), (n, m))
+    return (
+        *vectors,
+        (1, n, m),
+        (h, 1, m),
+        (h, n, 1),
+        (h, n, m),
+        (b, 1, 1, m),
+        (b, 1, n, 1),
+        (1, h, n, m),
+        (b, h, n, m),
+        (1,) * 4,
+    )
+
+
+ALL_SHAPES = shapes(B, H, N, M)
+SOME_SHAPES = ((), (N, 1), (H, 1, M), (B, 1, N, 1), (B, H, N, M))
+
+
+@each("shape", streaming=ALL_SHAPES, sdpa=ALL_SHAPES, triton=SOME_SHAPES, cuda=SOME_SHAPES)
+def test_mask_broadcasts(backend: str, shape: tuple[int, ...]) -> None:
+    for kind in ("bool", "float") if backend != "sdpa" else ("bool",):
+        mask = torch.rand(shape) > 0.4 if kind == "bool" else torch.randn(shape)
+        for score in ("dot", PLAIN[backend]) if backend == "streaming" else (PLAIN[backend],):
+            check(backend, *tensors(backend, score), cancels=True, attn_mask=mask, what=f"{kind} {score}")
+
+
+@each("score", **FEW)
+def test_garbage_in_padding_stays_there(backend: str, score: str) -> None:
+    inputs, make = tensors(backend, score)
+    mask = padding()
+    there = ~mask[:, None].expand(B, H, M)
+    run = call(va.score_attention, make, key_mask=mask, return_lse=backend != "sdpa", backend=backend)
+    clean = outputs_and_grads(run, inputs)
+    for garbage in (math.nan, math.inf, -math.inf)[: 1 if backend == "triton" else 3]:
+        bad = {name: x.clone() for name, x in inputs.items()}
+        for name in ("key", "value"):
+            bad[name][there] = garbage
+        for name, x in outputs_and_grads(run, bad).items():
+            assert torch.equal(x, clean[name]), name
+    for name in ("grad key", "grad value"):
+        assert not clean[name][there].any(), f"{name}: the gradient of padding must be zero"
+
+
+@each("score", reference=("dot",), **FEW)
+def test_fully_masked_rows_give_zeros(backend: str, score: str) -> None:
+    """Zero outputs and gradients and an lse of -inf, whatever masks the row, in every dtype."""
+    visible = torch.ones(B, 1, N, M, dtype=torch.bool)
+    visible[0, :, 2] = False
+    padded = visible.clone()
+    padded[0] = False
+    options = {
+        "bool": {"attn_mask": visible},
+        "key": {"key_mask": padded[:, 0, 0]},
+        "float": {"attn_mask": torch.zeros(B, 1, N, M).masked_fill(~visible, -torch.inf)},
+    }
+    lse = backend != "sdpa"
+    if not lse:
+        del options["float"]
+    dtypes = DTYPES[backend] if backend != "triton" else LOW[:1]
+    for dtype, masks in itertools.product(dtypes, options.values()):
+        inputs, make = tensors(backend, score, dtype)
+        found = outputs_and_grads(call(va.score_attention, make, return_lse=lse, backend=backend, **masks), inputs)
+        assert not found["out0"][0, :, 2].any() and not found["grad query"][0, :, 2].any()
+        assert not any(torch.isnan(x).any() for x in found.values())
+        if lse:
+            assert torch.isneginf(found["out1"][0, :, 2]).all() and torch.isfinite(found["out1"][1]).all()
+
+
+@on("streaming", "sdpa", "triton", "cuda")
+def test_causal_is_top_left_for_unequal_lengths(backend: str) -> None:
+    """Query i sees keys j <= i whatever M is, as SDPA (flash-attention counts from the bottom right)."""
+    for n, m in itertools.product((3, 9), (5, 1)):
+        inputs, make = tensors(backend, PLAIN[backend], n=n, m=m)
+        found = check(backend, inputs, make, cancels=True, is_causal=True)
+        torch.testing.assert_close(found["out0"][:, :, 0], inputs["value"][:, :, 0])
+
+
+@pytest.mark.parametrize("shape", shapes(2, 4, 128, 96), ids=str)
+def test_no_mask_brings_a_whole_map(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's SDPA falls back to whole maps for masks of three dimensions: it gets them with four."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1024)
+    monkeypatch.setattr(sdpa, "FLOAT64_PAIRS", 1024)
+    mask = torch.rand(shape) > 0.4
+    for lse in (False, True):
+        q, k, v = (torch.randn(2, 4, length, 8, requires_grad=True) for length in (128, 96, 96))
+        with LargestAllocation() as seen:
+            out = va.score_attention(q, k, v, attn_mask=mask, return_lse=lse)
+            (out[0] if lse else out).sum().backward()
+        assert seen.bytes <= max(bytes_of(q), 4 * mask.numel()), (seen.by, seen.bytes)
