@@ -40,7 +40,7 @@ BREAKS = [
         "relevancy_attention.cu",
         f"carried, num_rows);\n                {BARRIER}",
         "carried, num_rows);",
-        "number_of_rows",
+        "number_of_carried_rows",
     ),
     Break(
         "congruence_loss",

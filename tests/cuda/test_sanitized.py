@@ -15,7 +15,7 @@ from tests.cuda.building import ROOT, SANITIZED, build, sanitizing
     "operator, chosen",
     [
         ("score_attention", "feature_sizes or empty or grouped"),
-        ("relevancy_attention", "head_sizes or empty or number_of_rows or layouts"),
+        ("relevancy_attention", "head_dims or empty or number_of_carried_rows or layouts"),
         ("congruence_loss", "either_side or head_dims or empty or padding or layouts"),
     ],
 )

@@ -103,12 +103,12 @@ def test_by_hand_and_one_half_where_both_are_zero() -> None:
     x = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [1.0, -1.0]]], requires_grad=True)
     o = torch.tensor([[[0.0, -1.0], [0.0, 0.0], [3.0, 4.0]]], requires_grad=True)
     c, d = carriers()
-    wanted = {
+    expected = {
         "contribution": ([0.75, 0.5, 0.0], [0.25, 0.5, 1.0]),
         "equal": ([1.0] * 3, [1.0] * 3),
         "norm": ([5**0.5 / (5**0.5 + 1), 0.5, 2**0.5 / (2**0.5 + 5)], [1 / (5**0.5 + 1), 0.5, 5 / (2**0.5 + 5)]),
     }
-    for weighting, (a, b) in wanted.items():
+    for weighting, (a, b) in expected.items():
         outputs = va.relevancy_residual(x, o, c, d, weighting=weighting)
         r = torch.tensor([[[1.0, 10.0, 100.0]]])
         gx, go, gc, gd = torch.autograd.grad(outputs, (x, o, c, d), (torch.ones_like(x), r))
