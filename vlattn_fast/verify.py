@@ -62,16 +62,16 @@ def cases(seed: int = 0) -> list[Case]:
 
     q, k, v = randn(2, 2, 33, 16), randn(2, 2, 47, 16), randn(2, 2, 47, 24)
     key_mask = torch.rand(2, 47, generator=g) > 0.3
-    hidden = key_mask.clone()
-    hidden[1] = False
+    masked_out = key_mask.clone()
+    masked_out[1] = False
     qkv = {"query": q, "key": k, "value": v}
     square, vector = {"weight": randn(16, 16) / 4, "bias": randn(2, 16) / 4}, {"vector": randn(2, 16) / 4}
     additive = {**vector, "query_weight": randn(2, 16, 16) / 4, "key_weight": randn(16, 16) / 4}
-    found = [
+    made = [
         Case("score_attention", "scaled_dot causal", qkv, lambda t: {**t, "is_causal": True}),
         Case("score_attention", "cosine", qkv, lambda t: {**t, "score": "cosine", "scale": 4.0}),
         *(
-            _scored(name, qkv, parameters, make, hidden)
+            _scored(name, qkv, parameters, make, masked_out)
             for name, parameters, make in (
                 ("general", square, lambda p: scores.General(**p)),
                 ("general sigmoid", square, lambda p: scores.General(**p, activation="sigmoid", projects="query")),
@@ -82,7 +82,7 @@ def cases(seed: int = 0) -> list[Case]:
         ),
     ]
     shared = {"query": q, "key": k[:, :1], "value": v[:, :1]}
-    found.append(_optioned("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
+    made.append(_optioned("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
 
     own = {"query": q, "key": k[:, :, :33], "value": v[:, :, :33], "carrier": randn(2, 3, 33)}
     weight = torch.rand(2, 33, generator=g)
@@ -91,15 +91,15 @@ def cases(seed: int = 0) -> list[Case]:
         "rollout": {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask[:, :33]},
         "row-normalised": {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True},
     }
-    found += [_optioned("relevancy_attention", name, own, chosen) for name, chosen in options.items()]
-    found += [
-        _optioned("attention_map", "attention", {"query": q, "key": k}, {"key_mask": hidden}, differentiable=False),
+    made += [_optioned("relevancy_attention", name, own, chosen) for name, chosen in options.items()]
+    made += [
+        _optioned("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}, differentiable=False),
         _optioned(
             "attention_map", "gradient", {**qkv, "grad_output": randn(2, 2, 33, 24)}, {"rule": "gradient"}, differentiable=False
         ),
     ]
     groups = torch.randint(-1, 3, (2, 47), generator=g)
-    found.append(
+    made.append(
         _optioned(
             "attention_statistics",
             "three groups",
@@ -109,24 +109,24 @@ def cases(seed: int = 0) -> list[Case]:
     )
     blocks = {"text_query": q, "text_key": k[:, :, :33], "image_query": randn(2, 2, 47, 16), "image_key": k}
     masks = {"text_mask": weight > 0.2, "image_mask": key_mask}
-    found += [_congruence(kind, blocks, masks) for kind in ("cacr", "iais_singular", "iais_distributed")]
+    made += [_congruence(kind, blocks, masks) for kind in ("cacr", "iais_singular", "iais_distributed")]
     normalise = torch.nn.functional.normalize
     pairs = {"images": normalise(randn(4, 36, 32), dim=-1), "captions": normalise(randn(4, 12, 32), dim=-1)}
     lengths = {"caption_lengths": torch.tensor([12, 7, 3, 9])}
-    found += [
+    made += [
         _optioned("stacked_cross_attention", "SCAN t2i", pairs, lengths),
         _optioned("stacked_cross_attention", "SCAN i2t", pairs, {**lengths, "direction": "i2t", "aggregation": "mean"}),
         _optioned("stacked_cross_attention", "DAMSM", pairs, {**lengths, "first_norm": "softmax", "smooth": 4.0}),
     ]
-    return found
+    return made
 
 
 def _optioned(operator: str, name: str, tensors: Tensors, options: dict[str, Any], differentiable: bool = True) -> Case:
-    def arguments(given: Tensors) -> dict[str, Any]:
-        first = next(iter(given.values()))
+    def arguments(tensors: Tensors) -> dict[str, Any]:
+        first = next(iter(tensors.values()))
         dtype = torch.promote_types(first.dtype, torch.float32)
         return {
-            **given,
+            **tensors,
             **{
                 name: x.to(first.device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
                 for name, x in options.items()
@@ -137,16 +137,16 @@ def _optioned(operator: str, name: str, tensors: Tensors, options: dict[str, Any
 
 
 def _scored(name: str, qkv: Tensors, parameters: Tensors, make: Callable[[Tensors], scores.Score], key_mask: Tensor) -> Case:
-    def arguments(given: Tensors) -> dict[str, Any]:
-        score = make({parameter: given[parameter] for parameter in parameters})
-        return {**{n: given[n] for n in qkv}, "score": score, "key_mask": key_mask.to(given["query"].device)}
+    def arguments(tensors: Tensors) -> dict[str, Any]:
+        score = make({parameter: tensors[parameter] for parameter in parameters})
+        return {**{n: tensors[n] for n in qkv}, "score": score, "key_mask": key_mask.to(tensors["query"].device)}
 
     return Case("score_attention", name, {**qkv, **parameters}, arguments)
 
 
 def _congruence(kind: str, blocks: Tensors, masks: Tensors) -> Case:
-    def arguments(given: Tensors) -> dict[str, Any]:
-        text, image = (given["text_query"], given["text_key"]), (given["image_query"], given["image_key"])
+    def arguments(tensors: Tensors) -> dict[str, Any]:
+        text, image = (tensors["text_query"], tensors["text_key"]), (tensors["image_query"], tensors["image_key"])
         placed = {name: mask.to(text[0].device) for name, mask in masks.items()}
         return {"text": text, "image": image, "kind": kind, "reduction": "none", **placed}
 
@@ -233,12 +233,12 @@ def _run(case: Case, tensors: Tensors, backend: str, dtype: torch.dtype | None =
     leaves = {name: x.to(dtype or x.dtype).requires_grad_(case.differentiable) for name, x in tensors.items()}
     out = call_of(case.operator)(**case.arguments(leaves), backend=backend)
     outputs = {f"output {i}": x for i, x in enumerate(out if isinstance(out, tuple) else (out,)) if x.is_floating_point()}
-    found = {name: x.detach() for name, x in outputs.items()}
+    results = {name: x.detach() for name, x in outputs.items()}
     if not case.differentiable:
-        return found
+        return results
     used = [x for x in outputs.values() if x.requires_grad]
     generator = torch.Generator().manual_seed(1)
     # rounded once, to the coarsest dtype there is, so that every dtype gets the same cotangents
-    sent = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in used]
-    grads = torch.autograd.grad(used, list(leaves.values()), sent, materialize_grads=True)
-    return {**found, **{f"gradient of {name}": x for name, x in zip(leaves, grads, strict=True)}}
+    cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in used]
+    grads = torch.autograd.grad(used, list(leaves.values()), cotangents, materialize_grads=True)
+    return {**results, **{f"gradient of {name}": x for name, x in zip(leaves, grads, strict=True)}}

@@ -71,7 +71,7 @@ def test_head_dims(kind: str, d: int, dtype: torch.dtype) -> None:
     "dtype, d, L, words",
     [
         (torch.float64, 4, 3, "float16, bfloat16 and float32"),
-        (F32, 130, 3, "head sizes of at most 128"),
+        (F32, 130, 3, "a head_dim of at most 128"),
         (F32, 1, 129, "at most 128 tokens"),
     ],
 )

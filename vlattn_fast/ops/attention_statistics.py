@@ -128,8 +128,8 @@ def describe_call(
     enable_gqa: Any = False,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
-    left out, or given: they are not read."""
+    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
+    concern neither."""
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_floating(query=query, key=key)

@@ -29,7 +29,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     longest = max(call.sizes["L"], call.sizes["V"])
     return [
         ("the CUDA C++ kernel takes at most 128 tokens of each modality", longest > 128),
-        ("the CUDA C++ kernel takes head sizes of at most 128", call.sizes["head_dim"] > 128),
+        ("the CUDA C++ kernel takes a head_dim of at most 128", call.sizes["head_dim"] > 128),
     ]
 
 
@@ -125,8 +125,8 @@ def describe_call(
     reduction: Any = "mean",
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
-    left out, or given: they are not read."""
+    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
+    concern neither."""
     check_choice("kind", kind, KINDS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("reduction", reduction, REDUCTIONS)

@@ -46,9 +46,9 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     longest = max(sizes["queries"], sizes["keys"])
     return [
         ("the CUDA C++ kernel takes at most 256 queries and keys", longest > 256),
-        ("the CUDA C++ kernel takes head sizes of at most 128", size > 128),
+        ("the CUDA C++ kernel takes a head_dim of at most 128", size > 128),
         (
-            "the CUDA C++ kernel takes no more rows than fit into shared memory at this head size and dtype",
+            "the CUDA C++ kernel takes no more rows than fit into shared memory at this head_dim and dtype",
             -(-longest // 16) * 16 * row > 96 * 1024,
         ),  # every GPU since Ampere has 99 KB
         ("the CUDA C++ kernel takes at most 64 carried rows", sizes["rows"] > 64),
@@ -144,8 +144,8 @@ def relevancy_attention(
 
 
 def describe_call(query: Any, key: Any, value: Any, carrier: Any, **options: Any) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
-    left out, or given: they are not read."""
+    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
+    concern neither."""
     check_tensor("value", value, rank=4, shape="(B, Hkv, N, Dv)")
     call = _check("carrier", carrier, query, key, value, None, **options)
     if key.shape[2] != query.shape[2]:

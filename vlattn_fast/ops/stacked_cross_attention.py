@@ -165,8 +165,8 @@ def describe_call(
     lambda_lse: Any = 6.0,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. Options that concern neither may be
-    left out, or given: they are not read."""
+    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
+    concern neither."""
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_number("lambda_lse", lambda_lse)
     if aggregation == "logsumexp":
