@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import vlattn_fast as va
-from tests.ops.backends import F64, on
-from tests.ops.relevancy_cases import BACKENDS, cotangents, padding, some, tensors
+from tests.ops.backends import F64, each
+from tests.ops.relevancy_cases import cotangents, padding, some, tensors
 
 B, H, N, D = 2, 4, 6, 5
 
@@ -113,11 +114,15 @@ def test_autocast_does_as_sdpa() -> None:
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in grads)
 
 
-@on(*BACKENDS)
-@pytest.mark.parametrize("layout", ("contiguous", "transposed"))
-@pytest.mark.parametrize("rule", ("gradient", "attention"))
-def test_opcheck(rule: str, layout: str, backend: str) -> None:
+@each(
+    "case",
+    streaming=itertools.product(("gradient", "attention"), ("contiguous", "transposed")),
+    triton=[("gradient", "transposed")],
+    cuda=[("gradient", "transposed"), ("attention", "contiguous")],
+)
+def test_opcheck(backend: str, case: tuple[str, str]) -> None:
     """Schemas and fake layouts that the operators promise; autograd's registration, which all backends share, for streaming."""
+    rule, layout = case
     checks = ("test_schema", "test_faketensor")
     if backend == "streaming":
         checks += ("test_autograd_registration", "test_aot_dispatch_dynamic")

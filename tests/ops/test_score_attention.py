@@ -128,7 +128,7 @@ EMPTY_SCORES = {
 @each("empty", streaming=EMPTY, triton=EMPTY, cuda=EMPTY)
 def test_empty_sizes(backend: str, empty: str) -> None:
     """Shapes are kept and gradients are zeros; without keys every row is fully masked."""
-    b, h, n, m, d, dv, a = (0 if empty == name else size for name, size in zip(EMPTY, (2, 3, 4, 5, 6, 2, 4), strict=True))
+    b, h, n, m, d, dv, a = (0 if empty == name else size for name, size in zip(EMPTY, (2, 2, 4, 5, 6, 2, 4), strict=True))
     kinds = {
         "dot": ({}, lambda p: "dot"),
         "scaled": ({}, lambda p: "scaled_dot"),
@@ -142,7 +142,8 @@ def test_empty_sizes(backend: str, empty: str) -> None:
         "series": ({"vector": leaf(d)}, lambda p: S.Additive(p["vector"], method="series", tolerance=0.1)),
     }
     masks = ({}, {"attn_mask": torch.ones(n, m, dtype=torch.bool)}, {"key_mask": torch.ones(b, m, dtype=torch.bool)})
-    for name, options in itertools.product(EMPTY_SCORES[backend], (*masks, {"is_causal": True})):
+    masks = (*masks, {"is_causal": True})[:: 3 if backend == "triton" else 1]  # first and last where the interpreter takes long
+    for name, options in itertools.product(EMPTY_SCORES[backend], masks):
         params, make = kinds[name]
         inputs = {"query": leaf(b, h, n, d), "key": leaf(b, h, m, d), "value": leaf(b, h, m, dv), **params}
         inputs = as_dtype(inputs, finest(backend))
@@ -212,7 +213,8 @@ def test_large_and_constant_values(backend: str, score: str) -> None:
 )
 def test_scale(backend: str, score: str) -> None:
     """Of either sign: torch's fused CPU kernel multiplies its causal -inf by the scale, which gives +inf or NaN."""
-    for scale, is_causal in ((0.0, False), (0.0, True), (-1.3, False), (-1.3, True), (2, False)):
+    cases = ((0.0, False), (0.0, True), (-1.3, False), (-1.3, True), (2, False))
+    for scale, is_causal in cases[:: 3 if backend == "triton" else 1]:
         inputs, make = tensors(backend, score)
         found = check(backend, inputs, make, cancels=True, what=f"{scale} {is_causal}", scale=scale, is_causal=is_causal)
         if scale == 0.0 and not is_causal:
