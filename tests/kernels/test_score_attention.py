@@ -77,7 +77,7 @@ def test_additive_scores_of_any_range(offset: float, dtype: torch.dtype) -> None
     "score, dv, words",
     [
         (S.Additive(torch.randn(300)), 8, "at most 256 features"),
-        ("dot", 257, "head sizes of at most 256"),
+        ("dot", 257, "head_dim of at most 256"),
         (S.Additive(torch.randn(8), method="series", tolerance=0.1), 8, "sine series"),
     ],
 )
