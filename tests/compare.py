@@ -13,10 +13,12 @@ in the same dtype, pooled over draws of the inputs.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from vlattn_fast._tolerance import ENOUGH, Errors, settle
 from vlattn_fast._tolerance import draws as _endless
+from vlattn_fast.cuda import _shared_library
 
-INTERPRETED = 1  # draws in Triton's interpreter, if the rule holds by then
+SLOW = 1  # draws in Triton's interpreter and in the emulation of CUDA, if the rule holds by then
 
 
 def assert_close_to(
@@ -109,7 +112,7 @@ def assert_all_close_to(
     """Every output and every gradient of `fn` against `reference` in float64 and in the inputs' own dtype.
 
     Returns what fn gave for `inputs` themselves. Draws follow until each compared output has a few thousand numbers, or the rule
-    holds after ENOUGH of them (INTERPRETED in Triton's interpreter). What `fn` and `reference` close over stays as it is.
+    holds after ENOUGH of them (SLOW of kernels that run on the CPU). What `fn` and `reference` close over stays as it is.
     `scales`: the least scale by the name of an output or gradient. `grads=False`: the outputs alone, for what has no gradients.
     """
     first: dict[str, Tensor] = {}
@@ -128,8 +131,8 @@ def assert_all_close_to(
                 _check_dtypes(x, exact[name], formula.get(name), f"{what} {name}".strip())
             yield got, exact, formula
 
-    with _Interpreted() as interpreted:
-        pools = settle(runs(), scales, lambda: INTERPRETED if interpreted.seen else ENOUGH)
+    with _KernelsOnTheCpu() as slow:
+        pools = settle(runs(), scales, lambda: SLOW if slow.ran else ENOUGH)
     for name, errors in pools.items():
         assert errors.ratio() <= 1.0, f"{what} {name}: {errors}".strip()
     return first
@@ -140,29 +143,32 @@ def _outputs(fn: Callable[..., Any], inputs: Mapping[str, Tensor], cotangents: o
     return {f"out{n}": out.detach() for n, out in enumerate(outputs if isinstance(outputs, (tuple, list)) else (outputs,))}
 
 
-class _Interpreted:
-    """Within it: `seen`, whether Triton's interpreter ran a kernel."""
+class _KernelsOnTheCpu:
+    """Within it: `ran`, whether a kernel ran in Triton's interpreter or in the CUDA C++ library's build for the host."""
 
-    seen = False
-
-    def __enter__(self) -> _Interpreted:
+    def __enter__(self) -> _KernelsOnTheCpu:
+        self.ran, self._patch = False, pytest.MonkeyPatch()
         try:
-            from triton.runtime import interpreter
+            from triton.runtime.interpreter import GridExecutor
         except ModuleNotFoundError:
-            self._executor = None
-            return self
-        self._executor, self._call = interpreter.GridExecutor, interpreter.GridExecutor.__call__
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.seen = True
-            return self._call(*args, **kwargs)
-
-        self._executor.__call__ = call
+            pass
+        else:
+            self._watch(GridExecutor, "__call__")
+        if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
+            self._watch(_shared_library, "_load")  # each call of a kernel asks for the library
         return self
 
+    def _watch(self, owner: Any, name: str) -> None:
+        watched = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.ran = True
+            return watched(*args, **kwargs)
+
+        self._patch.setattr(owner, name, call)
+
     def __exit__(self, *_: object) -> None:
-        if self._executor is not None:
-            self._executor.__call__ = self._call
+        self._patch.undo()
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
