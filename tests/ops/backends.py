@@ -16,10 +16,11 @@ import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.deterministic
@@ -98,10 +99,12 @@ def cuda_library() -> Path:
 def ready(backend: str, library: Path | None = None) -> Iterator[None]:
     """Within it the backend runs on the device, which is the default one; `library` holds the CUDA C++ kernels."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         if backend == "triton" and INTERPRET:
             patch.setenv("TRITON_INTERPRET", "1")
             patch.setattr(_dispatch, "INTERPRETED", True)
+            # what overflows in a kernel overflows without a word, as on a GPU
+            stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
         if backend == "cuda":
             assert library is not None
             patch.setattr(_shared_library, "library", _shared_library.find(library))

@@ -133,3 +133,33 @@ def test_maps_and_statistics_attend_evenly(backend: str) -> None:
         statistics.entropy[:, :, MASKED].float(), torch.full((2, 2, 3), math.log(ROWS)), rtol=2e-2, atol=0.0
     )
     torch.testing.assert_close(statistics.maximum[:, :, MASKED].float(), torch.full((2, 2, 3), 1 / ROWS), rtol=2**-8, atol=0.0)
+
+
+@each("dtype", triton=core("triton"), cuda=core("cuda"))
+def test_additive_scores_and_their_lse(backend: str, dtype: torch.dtype) -> None:
+    """The score that CUDA C++ has, with rows whose values differ or that are fully masked beside the others, at either end."""
+    for value in (*VALUES, torch.finfo(torch.float32).max):
+        mask = mask_of(value)
+        mask[17, :5] = 0.5 * value
+        mask[5] = -torch.inf
+        leaves = {name: x.requires_grad_() for name, x in inputs(dtype).items()}
+        score = va.scores.Additive(torch.linspace(-1.0, 1.0, SIZE, dtype=dtype))
+        out, lse = va.score_attention(**leaves, score=score, attn_mask=mask, return_lse=True, backend=backend)
+        torch.testing.assert_close(lse[..., 0], torch.full_like(lse[..., 0], value), rtol=1e-3, atol=10.0)
+        assert torch.isneginf(lse[..., 5]).all()
+        grad = torch.zeros_like(out)
+        grad[:, :, [5, *MASKED]] = torch.rand(2, 2, 4, SIZE).to(dtype)
+        (grad_value,) = torch.autograd.grad(out, leaves["value"], grad)
+        grad[:, :, 5] = 0.0
+        tolerance = 8 * torch.finfo(dtype).eps + 1e-3
+        torch.testing.assert_close(grad_value.float().sum(2), grad.float().sum(2), rtol=tolerance, atol=tolerance)
+
+
+@each("dtype", triton=core("triton"), cuda=core("cuda"))
+def test_a_normalized_step_with_the_lse_of_another_attention(backend: str, dtype: torch.dtype) -> None:
+    for value in VALUES:
+        tensors, mask = inputs(dtype), mask_of(value)
+        lse = va.reference.score_attention(**tensors, attn_mask=mask, return_lse=True)[1]
+        options = {"rule": "attention", "lse": lse, "attn_mask": mask, "row_normalize": True}
+        abar = va.relevancy_step(torch.eye(ROWS).expand(2, -1, -1), tensors["query"], tensors["key"], backend=backend, **options)
+        torch.testing.assert_close(abar.sum(-1), torch.ones(2, ROWS), rtol=0.0, atol=4e-3)

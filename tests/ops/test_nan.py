@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -85,7 +84,6 @@ NAMES = tuple(calls())
 WITH_CUDA = tuple(name for name in NAMES if name.startswith(("relevancy", "score_attention")))
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # NumPy's, in Triton's interpreter
 @each("name", streaming=NAMES, triton=NAMES, cuda=WITH_CUDA)
 def test_no_result_is_finite_where_the_formula_has_none(backend: str, name: str) -> None:
     """And rows of the first result that are finite in the formula are so here.
