@@ -16,7 +16,7 @@ from tests.cuda.building import ROOT, SANITIZED, build, sanitizing
     [
         ("score_attention", "feature_sizes or empty or grouped"),
         ("relevancy_attention", "head_dims or empty or number_of_carried_rows or layouts"),
-        ("congruence_loss", "either_side or head_dims or empty or padding or layouts"),
+        ("congruence_loss", "either_side or head_dims or empty or ragged or layouts"),
     ],
 )
 def test_nothing_outside_is_touched(operator: str, chosen: str) -> None:
