@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +21,15 @@ except ModuleNotFoundError:  # `make gpu`, whose tests do not use it, asks for n
     hypothesis = None
 
 if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
-    # Triton decides at its import whether its own functions are interpreted, as tests/kernels/ wants them, and other packages
-    # import it, too. The variable must not reach what tests start.
+    # triton.jit asks when it decorates: Triton's own functions at its import, which other packages do, too, and the kernels at
+    # theirs, whichever test module is collected first. The variable must not reach what tests start.
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         import triton.language  # noqa: F401
+        import vlattn_fast.kernels
+
+        for module in pkgutil.iter_modules(vlattn_fast.kernels.__path__):
+            importlib.import_module(f"vlattn_fast.kernels.{module.name}")
     except ModuleNotFoundError:
         pass
     del os.environ["TRITON_INTERPRET"]

@@ -11,9 +11,7 @@ the library then. The tests name no device: what they make lies on the default o
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.deterministic
-import vlattn_fast.kernels
 
 from tests.cuda.building import HOST, ROOT, build
 from vlattn_fast.cuda import _shared_library
@@ -36,13 +33,6 @@ LOW = (torch.float32, *HALVES)
 DTYPES = {"reference": (F64, *LOW), "streaming": (F64, *LOW), "sdpa": (F64, *LOW), "triton": LOW, "cuda": LOW}
 DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
 INTERPRET = DEVICE == "cpu"
-
-if INTERPRET:
-    # triton.jit asks when it decorates; the variable must not reach what other tests start
-    os.environ["TRITON_INTERPRET"] = "1"
-    for module in pkgutil.iter_modules(vlattn_fast.kernels.__path__):
-        importlib.import_module(f"vlattn_fast.kernels.{module.name}")
-    del os.environ["TRITON_INTERPRET"]
 
 
 def finest(backend: str) -> torch.dtype:
