@@ -153,7 +153,7 @@ def map_kernel(
     i_r, i_c = (i_q >= rows_l).to(tl.int32), (i_kv >= columns_l).to(tl.int32)
     S, N = L + V, tl.where(i_r == 0, L, V)
     p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
-    o_q = (i_q - i_r * rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     first = i_b * S + i_r * L
     p_out += first * S + i_c * L
     p_log += first * S + i_c * L
@@ -253,7 +253,7 @@ def statistics_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
     p_mask = tl.where(i_c == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
-    o_q = (i_q - i_r * rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     b_q = load_tile(p_q + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
     b_top = tl.full([BLOCK_Q], -3.0e38, dtype=tl.float32)

@@ -30,6 +30,9 @@ ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
 
 
+DIVISIONS = ("arith.divsi", "arith.divui", "arith.remsi", "arith.remui")
+
+
 def operators() -> list[str]:
     return sorted(file.stem for file in Path(__file__).with_name("calls").glob("[a-z]*.py"))
 
@@ -91,7 +94,8 @@ def _row(kernel: Any) -> Row:
 def narrow_offsets(ttir: str) -> list[str]:
     """Products of two 32-bit variables that reach an address without having been widened: those of large tensors overflow.
 
-    A product with a constant, as of a block's number and its size, stays within the number of rows.
+    A product with a constant, as of a block's number and its size, stays within the number of rows. A quotient or a remainder is
+    no larger than what is divided, whatever it is divided by, and a condition only chooses.
     """
     definitions: dict[str, tuple[str, list[str], str]] = {}
     for line in ttir.splitlines():
@@ -111,7 +115,7 @@ def narrow_offsets(ttir: str) -> list[str]:
             inner, of, _ = definitions[name]
             if inner == "arith.muli" and constants.isdisjoint(of):
                 narrow.append(f"{name} = {' * '.join(of)}")
-            ahead += of
+            ahead += of[:1] if inner in DIVISIONS else of[1:] if inner == "arith.select" else of
     return narrow
 
 
