@@ -6,6 +6,7 @@ repeated by its number with its operator and backend: `vlattn verify OPERATOR --
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -154,7 +155,7 @@ def _least_scale(name: str, got: Tensor, exact: Tensor, draw: Draw, tensors: Ten
     - A logit near -1e4 is rounded to its own ulp. Where the scores are round numbers, the formula's is exact by chance.
     """
     sizes = [float(x.double().nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()) for x in tensors.values() if x.numel()]
-    size = max(sizes, default=0.0)
+    size = max(sizes, default=0.0) * math.sqrt(max(x.shape[-1] for x in tensors.values()))  # of a product over the features
     finite = exact[exact.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     from_16_bits = draw.dtype.itemsize == 2 and backend in ("triton", "cuda")
