@@ -1,6 +1,6 @@
-"""The core scores of one tile in Triton, and their gradients: what streaming/_scores.py is in PyTorch.
+"""The core scores of one tile in Triton, and their gradients. streaming/_scores.py is the same in PyTorch.
 
-Scores over hidden units (additive, tanh and sigmoid Hadamard) are loops of outer products into a tile of registers.
+Scores that sum over hidden units (additive, Hadamard with tanh or sigmoid) are loops of outer products into a tile in registers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import triton.language as tl
 
 
 @triton.jit
-def ready_at(p, i_bh, rows, A, UNITS: tl.constexpr):
-    """`_prepare`'s output at its batch and head: (an even number of units, a multiple of 16 rows) for units."""
+def precomputed_at(p, i_bh, rows, A, UNITS: tl.constexpr):
+    """The output of `_prepare` at its batch and head.
+
+    For scores over hidden units: (hidden units, rows), the first padded to an even number, the second to a multiple of 16.
+    """
     if UNITS:
         return p + i_bh * ((A + 1) // 2 * 2) * ((rows + 15) // 16 * 16)
     else:
@@ -19,19 +22,21 @@ def ready_at(p, i_bh, rows, A, UNITS: tl.constexpr):
 
 
 @triton.jit
-def row_facts(b_x, p_ready, o_row, num_rows, SCORE: tl.constexpr):
-    """Of a tile [row,A]: 1 / |x| for cosine, and `farthest`."""
+def row_norm_and_bound(b_x, p_pre, o_row, num_rows, SCORE: tl.constexpr):
+    """For a tile [row,A]: 1 / |x| of each row for cosine, and `largest_magnitude`."""
     if SCORE == "cosine":
-        b_row = tl.load(p_ready + o_row, mask=o_row < num_rows, other=1.0)
+        b_row = tl.load(p_pre + o_row, mask=o_row < num_rows, other=1.0)
     else:
         b_row = tl.zeros_like(o_row).to(tl.float32)
-    return b_row, farthest(b_x, SCORE)
+    return b_row, largest_magnitude(b_x, SCORE)
 
 
 @triton.jit
-def farthest(b_x, SCORE: tl.constexpr):
-    """The largest |x| of a tile; inf where one is over the 22 up to which e^2x is finite and so is its product with another, or
-    NaN."""
+def largest_magnitude(b_x, SCORE: tl.constexpr):
+    """The largest |x| of a tile, for additive scores.
+
+    It is inf where an entry is NaN or above 22. Up to 22, e^2x is finite, and so is its product with another one.
+    """
     if SCORE == "additive":
         b_x = tl.abs(b_x.to(tl.float32))
         return tl.max(tl.max(tl.where(b_x <= 22.0, b_x, float("inf")), axis=1), axis=0)
@@ -40,15 +45,18 @@ def farthest(b_x, SCORE: tl.constexpr):
 
 
 @triton.jit
-def through_norm(b_x, b_inverse, b_along):
-    """What |x| sends to x: x / |x|^2 sum_j grad_ij score_ij, [row,A]; nothing to a zero vector, as autograd takes it."""
+def norm_backward(b_x, b_inverse, b_along):
+    """The part of cosine's gradient that goes through |x|: x / |x|^2 sum_j grad_ij score_ij, [row,A].
+
+    It is 0 for a zero vector, as in autograd.
+    """
     b_inverse = tl.where(b_inverse == float("inf"), 0.0, b_inverse)
     return b_x.to(tl.float32) * (b_along * b_inverse * b_inverse)[:, None]
 
 
 @triton.jit
 def _reciprocal(x, PRECISION: tl.constexpr):
-    """1 / x for x in [1, 2^126]: one instruction, where a division takes several; an ulp off at most."""
+    """1 / x for x in [1, 2^126]. One instruction, where a division takes several. At most an ulp off."""
     if PRECISION == "widen":
         return 1.0 / x
     else:
@@ -56,9 +64,12 @@ def _reciprocal(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def pin(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
-    """b; of unit kinds held where it is: for what follows, the compiler would compute the tile in further layouts from its masks
-    on, and fails at their single bits (Triton 3.6 and 3.9). Their masks are therefore made apart, pinned and added."""
+def keep_layout(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
+    """b, kept in the layout that it has, for scores over hidden units.
+
+    Without this the compiler carries the layouts of what follows back to the masks, and fails at their single bits (Triton 3.6
+    and 3.9). Masks of these scores are therefore computed apart, passed through here and added.
+    """
     if UNITS and PRECISION != "widen":
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
     else:
@@ -67,8 +78,10 @@ def pin(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
-    """The logistic function and its slope. FAST: with tanh in one instruction, whose error of 2^-11 is a quarter of what
-    bfloat16 rounds."""
+    """The logistic function and its slope.
+
+    FAST takes tanh in one instruction. Its error of 2^-11 is a quarter of what bfloat16 rounds.
+    """
     if FAST:
         s = 0.5 + 0.5 * _fast_tanh(0.5 * x, PRECISION)
         slope = s - s * s
@@ -105,7 +118,7 @@ def _fast_tanh(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def activate(b_x, b_row, b_column, parameter, SCORE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores of a tile of dot products and the slope by which their gradient is multiplied."""
+    """The scores of a tile of dot products, and the slopes that their gradients are multiplied by."""
     b_s, b_slope = b_x, b_x
     if SCORE == "cosine":
         b_slope = tl.minimum(b_row[:, None] * b_column[None, :], parameter)
@@ -127,8 +140,8 @@ def activate(b_x, b_row, b_column, parameter, SCORE: tl.constexpr, FAST: tl.cons
 def sum_units(
     p_x,
     p_y,
-    p_ready_x,
-    p_ready_y,
+    p_pre_x,
+    p_pre_y,
     p_u,
     o_x,
     o_y,
@@ -137,41 +150,27 @@ def sum_units(
     X,
     Y,
     A,
-    far,
+    bound,
     SCORE: tl.constexpr,
     EXACT: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores [x,y] that are sums over hidden units; which rows are queries makes no difference. far: the sum of both sides'
-    `farthest`, which says how the exponentials of additive scores are to be met."""
+    """The scores [x,y] that are sums over hidden units. Either side may be the queries.
+
+    `bound` is the sum of both sides' `largest_magnitude`. It decides how additive scores combine their exponentials.
+    """
     if SCORE == "additive":
-        if far <= 20.0:
+        if bound <= 20.0:
             b_s = _sum_pairs(
-                p_x,
-                p_y,
-                p_ready_x,
-                p_ready_y,
-                p_u,
-                o_x,
-                o_y,
-                stride_x,
-                stride_y,
-                X,
-                Y,
-                A,
-                SCORE,
-                "product",
-                EXACT,
-                FAST,
-                PRECISION,
+                p_x, p_y, p_pre_x, p_pre_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "product", EXACT, FAST, PRECISION
             )
-        elif far < float("inf"):
+        elif bound < float("inf"):
             b_s = _sum_pairs(
                 p_x,
                 p_y,
-                p_ready_x,
-                p_ready_y,
+                p_pre_x,
+                p_pre_y,
                 p_u,
                 o_x,
                 o_y,
@@ -188,11 +187,11 @@ def sum_units(
             )
         else:
             b_s = _sum_pairs(
-                p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "sum", EXACT, FAST, PRECISION
+                p_x, p_y, p_pre_x, p_pre_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "sum", EXACT, FAST, PRECISION
             )
     else:
         b_s = _sum_pairs(
-            p_x, p_y, p_ready_x, p_ready_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "", EXACT, FAST, PRECISION
+            p_x, p_y, p_pre_x, p_pre_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "", EXACT, FAST, PRECISION
         )
     return b_s
 
@@ -201,8 +200,8 @@ def sum_units(
 def _sum_pairs(
     p_x,
     p_y,
-    p_ready_x,
-    p_ready_y,
+    p_pre_x,
+    p_pre_y,
     p_u,
     o_x,
     o_y,
@@ -212,22 +211,25 @@ def _sum_pairs(
     Y,
     A,
     SCORE: tl.constexpr,
-    WAY: tl.constexpr,
+    METHOD: tl.constexpr,
     EXACT: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2): one reciprocal for two hidden units; denominators are at most 1 + e^40.
-    tanh is 2/d - 1, its constant summed apart; EXACT: (2 - d)/d, since the constant may be much larger than the score."""
-    # zeros from the tensor cores lie in registers as the products do that follow: each thread loads few rows and columns of the
-    # units, and the tile is never moved between threads
+    """The sum over pairs of hidden units, w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2), with one reciprocal for both.
+
+    Denominators are at most 1 + e^40. tanh = 2/d - 1, and the constant is summed apart. EXACT takes (2 - d)/d instead, since the
+    constant may be much larger than the score.
+    """
+    # zeros from a tensor core product have the layout of the products that follow: each thread loads few rows and columns, and
+    # the tile stays in its threads
     b_s = tl.dot(tl.zeros([o_x.shape[0], 16], dtype=tl.float16), tl.zeros([16, o_y.shape[0]], dtype=tl.float16))
     constant = 0.0
     for a in range(0, A, 2):
         w1 = tl.load(p_u + a).to(tl.float32)
         w2 = tl.load(p_u + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
-        b_d1 = _denominator(p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE, WAY)
-        b_d2 = _denominator(p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, SCORE, WAY)
+        b_d1 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE, METHOD)
+        b_d2 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, SCORE, METHOD)
         b_r = _reciprocal(b_d1 * b_d2, PRECISION)
         if EXACT and SCORE != "hadamard_sigmoid":
             b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
@@ -240,24 +242,22 @@ def _sum_pairs(
 
 
 @triton.jit
-def _denominator(
-    p_x, p_y, p_ready_x, p_ready_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE: tl.constexpr, WAY: tl.constexpr
-):
-    """1 / logistic [x,y] of hidden unit a."""
+def _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE: tl.constexpr, METHOD: tl.constexpr):
+    """1 / logistic, [x,y], of hidden unit a."""
     i_a = tl.full([], a, tl.int64)
-    if WAY == "sum":
+    if METHOD == "sum":
         b_x = tl.load(p_x + o_x.to(tl.int64) * stride_x + i_a, mask=o_x < tl.where(i_a < A, X, 0), other=0.0).to(tl.float32)
         b_y = tl.load(p_y + o_y.to(tl.int64) * stride_y + i_a, mask=o_y < tl.where(i_a < A, Y, 0), other=0.0).to(tl.float32)
         b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
         b_d = 1.0 + tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
     else:
         length_x, length_y = (X + 15) // 16 * 16, (Y + 15) // 16 * 16
-        b_x = tl.load(p_ready_x + i_a * length_x + o_x, mask=o_x < length_x, other=0.0)
-        b_y = tl.load(p_ready_y + i_a * length_y + o_y, mask=o_y < length_y, other=0.0)
+        b_x = tl.load(p_pre_x + i_a * length_x + o_x, mask=o_x < length_x, other=0.0)
+        b_y = tl.load(p_pre_y + i_a * length_y + o_y, mask=o_y < length_y, other=0.0)
         b_d = b_x[:, None] * b_y[None, :]
         if SCORE == "additive":
             b_d += 1.0
-            if WAY == "clamped product":
+            if METHOD == "clamped product":
                 b_d = tl.minimum(b_d, 2.3538526683701998e17)  # e^40
         else:
             b_d = 1.0 + tl.exp2(tl.minimum(b_d, 57.7078, propagate_nan=tl.PropagateNan.ALL))
@@ -265,7 +265,7 @@ def _denominator(
 
 
 @triton.jit
-def through_units(
+def units_backward(
     b_dx,
     b_du,
     b_ds,
@@ -284,14 +284,14 @@ def through_units(
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
 ):
-    """b_dx [x,A] and sum_y b_ds [x,y] slope(x,y) before the unit's weight; with VECTOR also b_du and sum_y b_ds act(x,y).
+    """b_dx [x,A] plus sum_y b_ds [x,y] slope(x,y), before the weight of the unit; with VECTOR also b_du plus sum_y b_ds act(x,y).
 
-    Column after column of b_ds meets a row of y, all units at once in registers. Triton cannot index registers: the columns
-    pass through scratch [y,x] in global memory, which only this program uses and which stays in its cache.
+    One column of b_ds at a time is multiplied with one row of y, for all hidden units, in registers. Triton cannot index
+    registers. So the columns go through scratch memory [y,x], which only this program uses and which stays in its cache.
     """
     o_x = tl.arange(0, BLOCK_X)
     o_y = tl.arange(0, BLOCK_Y)
-    tl.debug_barrier()  # the tile before has been read
+    tl.debug_barrier()  # the last tile has been read
     tl.store(p_scratch + o_y[None, :] * BLOCK_X + o_x[:, None], b_ds)
     tl.debug_barrier()
     b_x = b_x.to(tl.float32)

@@ -1,8 +1,9 @@
-"""What the Triton kernels share: tiles of a matrix, matrix products, masks, counter dropout, and how a launch sees tensors.
+"""Helpers of all Triton kernels: tiles of a matrix, matrix products, masks, dropout, and the arguments of a launch.
 
-Words: p_ pointer, o_ offsets, m_ mask, b_ block in registers, i_ program index (64 bit). BLOCK_Q query rows, BLOCK_KV keys,
-BLOCK_D features, powers of two. Strides count elements; the last one is 1 (`unit_stride`). Logits named `log2` are in base 2:
-scale * LOG2_E is folded in; an lse without that name is natural.
+Names: i_ is a program index (64 bits), o_ are offsets, m_ is a boolean mask, p_ a pointer, b_ a block in registers. BLOCK_Q
+counts query rows, BLOCK_KV keys, BLOCK_D features; all are powers of two. N and M are the numbers of queries and keys. Strides
+count elements. The last stride is 1 (`unit_stride`). Logits are in base 2: scale * LOG2_E is multiplied in, so that exp2 gives
+the powers. A log-sum-exp named `lse` is natural, one named `lse_log2` or `shift` is in base 2.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ LOG2_E = 1.4426950408889634
 
 
 def block_size(size: int, smallest: int = 16) -> int:
-    """The power of two that holds `size`, at least what a matrix instruction takes."""
+    """The power of two that holds `size`. A matrix instruction needs at least `smallest`."""
     return max(smallest, triton.next_power_of_2(size))
 
 
 def input_precision() -> str:
-    """How `dot` multiplies float32: in full precision unless the user has allowed tf32, by torch's old switches (allow_tf32,
-    set_float32_matmul_precision) or by its new ones (fp32_precision, which answers for the old ones too). Triton's interpreter
-    multiplies the raw bits of bfloat16 operands: there they are widened first, which changes no product."""
+    """How `dot` multiplies float32: in full precision unless the user has allowed tf32.
+
+    torch has old switches for it (allow_tf32, set_float32_matmul_precision) and a new one (fp32_precision). The new one also
+    answers for the old ones. Triton's interpreter multiplies the raw bits of bfloat16 operands, so "widen" converts them to
+    float32 first. That changes no product.
+    """
     if triton.knobs.runtime.interpret:
         return "widen"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -34,20 +38,22 @@ def input_precision() -> str:
 def mask_arguments(
     attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], dict[str, int | bool]]:
-    """The tensors, the strides of attn_mask (broadcast ones 0) and the constants that `mask_logits` wants for query `like`
-    (B,H,N,D); where a mask is absent, `like` stands in for it and is not read."""
+    """The mask tensors, the strides of attn_mask (0 where it is broadcast), and the constants of `mask_logits`.
+
+    `like` is the query (B, H, N, D). It stands in for a mask that is absent and is not read then.
+    """
     kind, strides, mask = 0, (0, 0, 0, 0), like
     if attn_mask is not None:
         kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, additive(attn_mask, torch.float32))
         b, h, i, j = mask.expand(*like.shape[:3], num_keys).stride()
         strides = (b, h, i, j)
-    seen = like if key_mask is None else key_mask.contiguous()
-    return (mask, seen), strides, {"MASK": kind, "KEY_MASK": key_mask is not None}
+    keys = like if key_mask is None else key_mask.contiguous()
+    return (mask, keys), strides, {"MASK": kind, "KEY_MASK": key_mask is not None}
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b summed in float32; PRECISION as input_precision says."""
+    """a @ b, summed in float32. `PRECISION` is `input_precision()`."""
     if PRECISION == "widen":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -82,8 +88,11 @@ def mask_logits(
     KEY_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Base-2 logits [q,kv] with hidden pairs, and those outside of N x M, at -inf; both pointers already at their batch and
-    head. MASK: 0 none, 1 bool, 2 float32 (added, natural), whose -inf alone hides: a finite value never does."""
+    """Base-2 logits [q,kv] with the masks applied. Masked pairs and those outside of N x M become -inf.
+
+    Both mask pointers are already at their batch and head. MASK is 0 for none, 1 for bool, 2 for float32. A float mask is natural
+    and is added. Only its -inf masks a pair: a finite value is data, however large.
+    """
     m_pair = (o_q < N)[:, None] & (o_kv < M)[None, :]
     visible = m_pair
     if MASK != 0:
@@ -94,7 +103,7 @@ def mask_logits(
             b_mask = tl.load(p_mask + offsets, mask=m_pair, other=0.0)
             visible = visible & (b_mask != float("-inf"))
             b_log2 += b_mask * 1.4426950408889634
-            # finite in base e, not always in base 2: such a value is held at the largest number (no maximum, it would lose NaN)
+            # a value may be finite in base e and not in base 2: it is clamped to the largest number (a maximum would lose NaN)
             b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)
             b_log2 = tl.where((b_mask > 2.35e38) & (b_mask < float("inf")), 3.4028234e38, b_log2)
     if KEY_MASK:
@@ -104,23 +113,26 @@ def mask_logits(
     return tl.where(visible, b_log2, float("-inf"))
 
 
-OWN_LSE, GIVEN_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
+OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
 
 
 @triton.jit
 def is_coarse(b_lse, LIMIT: tl.constexpr):
-    """Whether a natural log-sum-exp is so far from 0 that its rounding shows in exp(logit - lse), as in rows that a float mask
-    of -1e5 or finfo.min covers: probabilities come from the largest logit and the sum there. The limit is lower for our own lse
-    than for one that a caller gives (streaming has the same), which may count keys that are not here."""
+    """Whether rounding a natural log-sum-exp shows in exp(logit - lse), because it is so far from 0.
+
+    Float masks of -1e5 or finfo.min make such rows. Their probabilities are computed from the largest logit and the sum instead.
+    The limit is lower for our own lse than for one from the caller, which may count keys that are not here. Streaming has the
+    same limit.
+    """
     return (tl.abs(b_lse) >= LIMIT) & (tl.abs(b_lse) < float("inf"))
 
 
 @triton.jit
 def natural_lse(b_max, b_sum, MASK: tl.constexpr):
-    """log sum exp from the largest base-2 logit and the sum of the powers less it; -inf for a row without a visible key."""
+    """log sum exp from the largest base-2 logit and the sum of exp2(logit - largest); -inf for a fully masked row."""
     empty = b_sum == 0.0
     b_lse = (b_max + tl.log2(tl.where(empty, 1.0, b_sum))) * 0.6931471805599453
-    if MASK == 2:  # `mask_logits` holds float masks there
+    if MASK == 2:  # `mask_logits` clamps there
         b_lse = tl.where(tl.abs(b_max) >= 3.4028234e38, b_max, b_lse)
     return tl.where(empty, float("-inf"), b_lse)
 
@@ -135,8 +147,11 @@ def relu(b_x):
 def key_range(
     i_q, M, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
 ):
-    """Of the i_q-th block of queries: keys below the first number need no `mask_logits`, a multiple of BLOCK_KV, and none from
-    the second on is seen."""
+    """For the i_q-th block of queries: (where masked tiles start, where the keys end).
+
+    Tiles of keys below the first number, a multiple of BLOCK_KV, need no `mask_logits`. No query of the block sees keys from the
+    second number on.
+    """
     end = tl.minimum(M, (i_q + 1) * BLOCK_Q) if CAUSAL else M
     if MASK != 0 or KEY_MASK:
         free = end * 0
@@ -147,8 +162,11 @@ def key_range(
 
 @triton.jit
 def below_max(b_s, b_max, scale_log2, FOLDED: tl.constexpr):
-    """Logits [q,kv] less the largest of their row [q], in base 2. Where they are not FOLDED they are bare products, scaled only
-    here: this rounds what is small, and the largest gives exactly 0 whatever the compiler fuses. It wants scale_log2 > 0."""
+    """Logits [q,kv] minus the largest of their row [q], in base 2.
+
+    Where the scale is not FOLDED in, the logits are bare products and are scaled only here. Then the difference is exact where it
+    is small, and it is exactly 0 for the largest, whatever the compiler fuses. This needs scale_log2 > 0.
+    """
     b_x = b_s - b_max[:, None]
     if not FOLDED:
         b_x *= scale_log2
@@ -157,8 +175,10 @@ def below_max(b_s, b_max, scale_log2, FOLDED: tl.constexpr):
 
 @triton.jit
 def block_and_head(num_blocks, H, GROUP):
-    """Of a grid of (B * H * num_blocks,): the block's number, b * H + h, b, h, and the key head that h reads; GROUP query
-    heads share one. Neighbouring programs share a head, so its keys stay in the cache."""
+    """For a grid of (B * H * num_blocks,): the number of the block, b * H + h, b, h, and the key head of h.
+
+    GROUP query heads share a key head. Neighbouring programs work on one head, so its keys stay in the cache.
+    """
     i = tl.program_id(0).to(tl.int64)
     i_bh = i // num_blocks
     i_h = i_bh % H
@@ -174,7 +194,7 @@ def _mix(x):
 
 @triton.jit
 def keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N):
-    """[q,kv]: 1/(1-p) for kept pairs, 0 for dropped ones, threshold = p 2^32: the counter hash of streaming/_dropout.py."""
+    """[q,kv]: 1 / (1 - p) for kept pairs, 0 for dropped ones. threshold = p 2^32. The hash is that of streaming/_dropout.py."""
     seed = tl.load(p_seed)
     row = i_bh * N + o_q
     low = _mix((row & 0xFFFFFFFF).to(tl.uint32))

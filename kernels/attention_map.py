@@ -1,12 +1,13 @@
-"""attention_map in Triton: one (B,N,M) map for all heads, A or relu(A * dA), reduced over the heads in registers.
+"""attention_map in Triton: one (B, N, M) map for all heads, A or relu(A * dA), reduced over the heads in registers.
 
-Shapes: query (B,H,N,D), key (B,Hk,M,D), value (B,Hk,M,Dv), grad_output (B,H,N,Dv), Hk a divisor of H; map (B,N,M) float32.
-Roofline: HBM for short sequences (every input once, the map once); for long ones two exponentials (MUFU) and two matrix
-products a pair and head, three for the gradient rule.
-Trick: the heads are the inner loop, so no map of one head exists, and padding and the causal mask, alike in all heads, are
-applied once to the reduced tile. Up to 256 keys a tile holds whole rows and one kernel does it all; beyond, a first pass
-leaves each row's maximum and 1/sum, two numbers rather than their logarithm, which would be rounded. The maximum of a row
-without keys is +inf: exp2(s - max) is 0 and no one needs to ask. Not yet measured on a GPU.
+Shapes: query (B, H, N, D), key (B, Hk, M, D), value (B, Hk, M, Dv), grad_output (B, H, N, Dv), Hk a divisor of H; map (B, N, M)
+float32.
+Roofline: HBM for short sequences (each input once, the map once). For long ones two exponentials (MUFU) and two matrix products
+per pair and head, three for the gradient rule.
+Trick: the heads are the inner loop, so no map of one head exists. Padding and the causal mask are the same in all heads and are
+applied once, to the reduced tile. Up to 256 keys a tile holds whole rows, and one kernel does everything. Beyond that a first
+kernel stores the maximum and 1/sum of each row. It does not store their logarithm, which would be rounded. A fully masked row has
+the maximum +inf, so that exp2(s - max) is 0 without a test. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> Tensor:
-    """Abar (B,N,M) float32."""
+    """Abar (B, N, M) float32."""
     batch, heads, num_q, size = query.shape
     num_kv = key.shape[2]
     abar = query.new_empty((batch, num_q, num_kv), dtype=torch.float32)
@@ -71,7 +72,7 @@ def forward(
     }
     config = _config(num_kv, max(size, size_v), query.dtype, gradient, attn_mask is not None)
     one_tile = num_kv <= config["BLOCK_KV"]
-    row_max = row_inverse = abar  # stands in where one tile holds whole rows
+    row_max = row_inverse = abar  # placeholders where one tile holds whole rows
     if not one_tile:
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
         rows_config = _rows_config(size, query.dtype, attn_mask is not None)
@@ -109,9 +110,12 @@ def forward(
 
 
 def _config(num_kv: int, size: int, dtype: torch.dtype, gradient: bool, masked: bool) -> dict[str, int]:
-    """Tiles of the map. Not measured: the largest of those tried that compile for sm_90 without spills in 99 KB. Each tile
-    reads its rows and keys of all heads, so it should be large, and whole rows save the other kernel. A tile of attn_mask
-    takes registers for its addresses."""
+    """Tile sizes of the map.
+
+    Not measured. They are the largest of those tried that compile for sm_90 without spills within 99 KB. Each tile reads its rows
+    and keys of all heads, so it should be large, and whole rows save the other kernel. A tile of attn_mask takes registers for
+    its addresses.
+    """
     stages = 2 if size <= 64 else 1
     if dtype == torch.float32:
         return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
@@ -131,7 +135,7 @@ def _config(num_kv: int, size: int, dtype: torch.dtype, gradient: bool, masked: 
 
 
 def _rows_config(size: int, dtype: torch.dtype, masked: bool) -> dict[str, int]:
-    """Tiles of the rows' statistics; not measured, as above."""
+    """Tile sizes of the rows' statistics. Not measured, as above."""
     if dtype == torch.float32 or size > 128:
         return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
     return {"BLOCK_Q": 64 if masked else 128, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
@@ -170,7 +174,7 @@ def _rows_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """Of each row of a head: its largest logit (+inf where all keys are hidden) and 1 / sum exp2(base-2 logit - largest)."""
+    """For each row of a head: the largest logit (+inf for a fully masked row) and 1 / sum exp2(base-2 logit - largest)."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_mask += i_b * stride_mb + i_h * stride_mh
@@ -181,7 +185,7 @@ def _rows_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for PART in tl.static_range(2):  # keys that need no mask, then the others
+    for PART in tl.static_range(2):  # first the keys that need no mask, then the others
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
@@ -249,7 +253,10 @@ def _map_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """One tile of the map. Neighbouring programs share query rows, and those of one batch all keys: they stay in the cache."""
+    """One tile of the map.
+
+    Neighbouring programs share query rows, and those of one batch share all keys, so both stay in the cache.
+    """
     num_q, num_kv = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV)
     i = tl.program_id(0).to(tl.int64)
     i_b = i // (num_q * num_kv)
@@ -262,7 +269,7 @@ def _map_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     b_map = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if REDUCTION == "min" else 0.0, dtype=tl.float32)
-    # above the diagonal no head has anything
+    # no head has anything above the diagonal
     heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if CAUSAL else H
     for h in range(0, heads):
         i_h = tl.full([], 0, dtype=tl.int64) + h
@@ -282,7 +289,7 @@ def _map_kernel(
             b_sum = tl.sum(b_p, axis=1)
             b_inverse = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
         else:
-            if MASK != 0:  # what is hidden in all heads is taken out after the loop
+            if MASK != 0:  # masks that are the same in all heads are applied after the loop
                 b_s = mask_logits(
                     b_s, p_mask + i_h * stride_mh, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, False
                 )

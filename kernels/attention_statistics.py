@@ -1,13 +1,14 @@
 """attention_statistics in Triton: mass by key group, entropy, maximum, argmax and received attention; forward and backward.
 
-Shapes: query (B,H,N,D), key (B,Hk,M,D), Hk a divisor of H; mass (B,H,N,G), entropy, maximum, argmax (B,H,N), received (B,H,M).
-Roofline: HBM for short sequences; for long ones a matrix product and an exponential a pair in each of two passes, and the
-dozen instructions a pair that maximum, entropy and argmax take beside them (issue-bound at head size 64). Backward: five
-matrix products and three exponentials a pair.
-Trick: everything of a row comes from one pass over its keys: the entropy is ln l - sum e x / l with x = logit - maximum and
-l = sum e, two terms of one sign; the mass of the groups is a product with 0s and 1s, the weights in two halves so that
-16-bit products keep 24 bits of them. received is key-major: no atomics, the same bits each time. Backward needs one number a
-row more, sum P dP, which the query-major kernel finds before its second loop. Not yet measured on a GPU.
+Shapes: query (B, H, N, D), key (B, Hk, M, D), Hk a divisor of H; mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received
+(B, H, M).
+Roofline: HBM for short sequences. For long ones a matrix product and an exponential per pair in each of two passes, and about a
+dozen instructions per pair for maximum, entropy and argmax (issue-bound at head dimension 64). Backward: five matrix products and
+three exponentials per pair.
+Trick: one pass over the keys gives all statistics of a row. The entropy is ln l - sum e x / l with x = logit - maximum and l =
+sum e, two terms of one sign. The mass of the groups is a matrix product with 0s and 1s, with the weights in two halves so that
+16-bit products keep 24 bits of them. `received` is key-major, without atomics, and has the same bits each time. The backward pass
+needs one more number per row, sum P dP, which the query-major kernel computes before its second loop. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (B,H,N,G), entropy, maximum, argmax (B,H,N), received (B,H,M)."""
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M)."""
     rows = query.shape[:3]
     mass = query.new_empty((*rows, num_groups), dtype=torch.float32)
     entropy, maximum, row_max = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
@@ -90,7 +91,7 @@ def backward(
     """Gradients of query, key and row_weight."""
     batch, heads, num_q, _ = query.shape
     grad_q, grad_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key))
-    row_max, inverse, shift, sent = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(4))
+    row_max, inverse, shift, grad_weight = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(4))
     if key_groups is None or num_groups == 0:
         grad_mass = None
     grads = tuple(query if x is None else x.contiguous() for x in (grad_mass, grad_entropy, grad_maximum, grad_received))
@@ -109,13 +110,13 @@ def backward(
     tensors += (*grads, argmax.contiguous(), row_max, inverse, shift)
     if row_max.numel() > 0:
         grid = (triton.cdiv(num_q, constants["BLOCK_Q"]) * batch * heads,)
-        _backward_q_kernel[grid](*tensors, sent, grad_q, *numbers, scale, **constants)
+        _backward_q_kernel[grid](*tensors, grad_weight, grad_q, *numbers, scale, **constants)
     if grad_k.numel() > 0:
         grid = (triton.cdiv(key.shape[2], constants["BLOCK_KV"]) * batch * key.shape[1],)
         _backward_kv_kernel[grid](*tensors, grad_k, *numbers, scale, **constants)
     if row_weight is None:
         return grad_q, grad_k, None
-    return grad_q, grad_k, sent.sum(1) if grad_received is not None else torch.zeros_like(row_weight)
+    return grad_q, grad_k, grad_weight.sum(1) if grad_received is not None else torch.zeros_like(row_weight)
 
 
 def _arguments(
@@ -129,7 +130,10 @@ def _arguments(
     scale: float,
     is_causal: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:
-    """What every kernel here takes: tensors (the query stands in for absent ones), sizes and strides in elements, constants."""
+    """The arguments that all kernels here share: tensors, then sizes and strides in elements, then constants.
+
+    The query stands in for tensors that are absent.
+    """
     query, key = unit_stride(query), unit_stride(key)
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     groups = query if key_groups is None else unit_stride(key_groups)
@@ -161,8 +165,11 @@ def _arguments(
 
 
 def _rows_config(size: int, dtype: torch.dtype, masked: bool, num_groups: int) -> dict[str, int]:
-    """Tiles of the forward pass. Not measured: the largest of those tried that compile for sm_90 without spills; a tile of
-    attn_mask takes registers for its addresses. Groups beyond BLOCK_G take programs of their own, which compute the row again."""
+    """Tile sizes of the forward pass.
+
+    Not measured. They are the largest of those tried that compile for sm_90 without spills. A tile of attn_mask takes registers
+    for its addresses. Groups beyond BLOCK_G are computed by other programs, which compute the row again.
+    """
     groups = {"BLOCK_G": min(64, block_size(num_groups))}
     if dtype == torch.float32 and size > 64:
         return {"BLOCK_Q": 16, "BLOCK_KV": 32, **groups, "num_warps": 8, "num_stages": 1}
@@ -173,17 +180,17 @@ def _rows_config(size: int, dtype: torch.dtype, masked: bool, num_groups: int) -
 
 
 def _received_config(size: int, dtype: torch.dtype) -> dict[str, int]:
-    """As above, key-major."""
+    """As above, for the key-major kernel."""
     if dtype == torch.float32 or size > 128:
         return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 8 if dtype == torch.float32 and size > 64 else 4, "num_stages": 1}
     return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
 
 
-def _backward_config(size: int, dtype: torch.dtype, crowded: bool) -> dict[str, int]:
-    """As above; crowded: attn_mask or a product with grad_mass takes registers, too."""
+def _backward_config(size: int, dtype: torch.dtype, many_registers: bool) -> dict[str, int]:
+    """As above. `many_registers`: attn_mask or a product with grad_mass takes registers, too."""
     if dtype == torch.float32 or size > 128:
         return {"BLOCK_Q": 16 if dtype == torch.float32 and size > 64 else 32, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
-    if crowded:
+    if many_registers:
         return {"BLOCK_Q": 64, "BLOCK_KV": 64 if size <= 64 else 32, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2 if size <= 64 else 1}
 
@@ -233,8 +240,10 @@ def _rows_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """All statistics of a block of rows, the mass of BLOCK_G groups; and each row's largest logit, +inf where all keys are
-    hidden: exp2(logit - it) is then 0 without asking."""
+    """All statistics of a block of rows, with the mass of BLOCK_G groups, and the largest logit of each row.
+
+    The largest logit of a fully masked row is +inf, so that exp2(logit - largest) is 0 without a test.
+    """
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
     i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP)
     i_q, i_g = i // blocks_g, i % blocks_g
@@ -252,7 +261,7 @@ def _rows_kernel(
     b_first = tl.full([BLOCK_Q], -1, dtype=tl.int32)
     b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for PART in tl.static_range(2):  # keys that need no mask, then the others
+    for PART in tl.static_range(2):  # first the keys that need no mask, then the others
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
@@ -324,7 +333,7 @@ def _received_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """sum_i w_i P_ij of a block of keys; 1 / sum exp2(logit - row_max) of a row is its `maximum`."""
+    """sum_i w_i P_ij of a block of keys. The `maximum` of a row is 1 / sum exp2(logit - row_max)."""
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP)
     p_q += i_b * stride_qb + i_h * stride_qh
     p_mask += i_b * stride_mb + i_h * stride_mh
@@ -340,7 +349,7 @@ def _received_kernel(
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
         if FOLDED:
             b_s *= scale_log2
-        if MASK != 0 or CAUSAL:  # a hidden key is taken out after the loop
+        if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
             b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
         b_max, b_weight = _row(p_row_max, i_bh, o_q, N, float("inf")), _row(p_maximum, i_bh, o_q, N, 0.0)
         if WEIGHT:
@@ -368,7 +377,7 @@ def _backward_q_kernel(
     p_row_max,
     p_inverse,
     p_shift,
-    p_sent,
+    p_grad_weight,
     p_grad_q,
     H,
     GROUP,
@@ -406,8 +415,10 @@ def _backward_q_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """Gradient of the query, and by row, for the other kernel: the largest logit, 1 / sum, and `shift`, -sum P dP
-    less what cancels in `_grad_score`; `sent` = sum_j P_ij grad_received_j."""
+    """The gradient of the query, and what the key-major kernel needs of each row: the largest logit, 1 / sum, and `shift`.
+
+    `shift` is -sum P dP without what cancels in `_grad_score`. grad_weight = sum_j P_ij grad_received_j.
+    """
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_mask += i_b * stride_mb + i_h * stride_mh
@@ -426,7 +437,7 @@ def _backward_q_kernel(
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_sent = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_grad_weight = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
     for PART in tl.static_range(2):
@@ -463,11 +474,11 @@ def _backward_q_kernel(
                 )
                 b_sum_terms = b_sum_terms * b_alpha + tl.sum(b_e * b_terms, axis=1)
             if WEIGHT and RECEIVED:
-                b_sent = b_sent * b_alpha + tl.sum(b_e * _column(p_grad_received, o_kv, M)[None, :], axis=1)
+                b_grad_weight = b_grad_weight * b_alpha + tl.sum(b_e * _column(p_grad_received, o_kv, M)[None, :], axis=1)
     b_empty = b_sum == 0.0
     b_inverse = 1.0 / tl.where(b_empty, 1.0, b_sum)
     b_max = tl.where(b_empty, float("inf"), b_max)
-    # log P = x - log sum, and the second cancels in dP - sum P dP
+    # log P = x - log sum, and log sum cancels in dP - sum P dP
     b_shift = (b_ge * 0.6931471805599453 * b_log - b_sum_terms) * b_inverse
     for PART in tl.static_range(2):
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
@@ -514,7 +525,7 @@ def _backward_q_kernel(
     tl.store(p_inverse + o_row, b_inverse, mask=m_row)
     tl.store(p_shift + o_row, b_shift, mask=m_row)
     if WEIGHT and RECEIVED:
-        tl.store(p_sent + o_row, b_sent * b_inverse, mask=m_row)
+        tl.store(p_grad_weight + o_row, b_grad_weight * b_inverse, mask=m_row)
     store_tile(p_grad_q + i_bh * N * D, D, o_q, o_d, N, D, b_dq * scale)
 
 
@@ -571,7 +582,7 @@ def _backward_kv_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """Gradient of a block of keys, the query heads that share it in turn."""
+    """The gradient of a block of keys, summed over the query heads that share it."""
     i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP, 1)
     p_key_mask += i_b * M
     p_groups += i_b * stride_groups
@@ -590,7 +601,7 @@ def _backward_kv_kernel(
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
-            if MASK != 0 or CAUSAL:  # a hidden key is taken out after the loop
+            if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
                 p_head = p_mask + i_b * stride_mb + i_h * stride_mh
                 b_s = mask_logits(b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
             b_ge, b_gm, b_first, b_w = _grad_rows(
@@ -634,15 +645,18 @@ def _backward_kv_kernel(
 
 @triton.jit
 def _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED: tl.constexpr):
-    """After a tile b_s [q,kv]: the largest logit, e = 2^x of the tile with x = logit - largest in base 2, the factor alpha for
-    sums so far, sum e, sum e x. x ends where e is 0 in float32, so that e x is a number."""
+    """Online softmax: (largest logit, e, alpha, sum e, sum e x) after a tile b_s [q,kv].
+
+    x = logit - largest in base 2, e = 2^x of the tile, and alpha is the factor for earlier sums. x stops where e is 0 in float32,
+    so that e x is a number.
+    """
     b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_x = tl.maximum(below_max(b_s, b_safe, scale_log2, FOLDED), -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_e = tl.exp2(b_x)
-    b_moved = tl.maximum(b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2, -160.0)
-    b_alpha = tl.exp2(b_moved)
-    b_log = b_alpha * (b_log + b_sum * b_moved) + tl.sum(b_e * b_x, axis=1)
+    b_change = tl.maximum(b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2, -160.0)
+    b_alpha = tl.exp2(b_change)
+    b_log = b_alpha * (b_log + b_sum * b_change) + tl.sum(b_e * b_x, axis=1)
     b_sum = b_alpha * b_sum + tl.sum(b_e, axis=1)
     return b_new, b_e, b_alpha, b_sum, b_log
 
@@ -661,7 +675,7 @@ def _grad_rows(
     RECEIVED: tl.constexpr,
     WEIGHT: tl.constexpr,
 ):
-    """grad_entropy, grad_maximum, argmax and the weight of rows, zeros for what is absent."""
+    """grad_entropy, grad_maximum, argmax and weight of rows; zeros for what is absent."""
     b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0
     b_first = o_q * 0 - 1
     if ENTROPY:
@@ -706,7 +720,7 @@ def _grad_score(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """dS / scale = P (dP - sum P dP) of a tile [q,kv] of logits."""
+    """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits."""
     b_x = tl.maximum(below_max(b_s, b_max, scale_log2, FOLDED), -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_dp = b_shift[:, None]
     if MASS or MAXIMUM or RECEIVED:
@@ -758,7 +772,7 @@ def _grad_terms(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """dP [q,kv] but for the entropy's term. One function for its sum and its use: what cancels in a row cancels exactly."""
+    """dP [q,kv] without the term of the entropy. Its sum and its use share this function: what cancels does so exactly."""
     b_dp = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
     if MASS:
         b_dp = _grad_mass(p_grad_mass, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV)
@@ -784,7 +798,7 @@ def _grad_mass(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """[q,kv]: grad_mass of each query for the group of each key, 0 for none. FEW groups are chosen from one by one."""
+    """[q,kv]: grad_mass of each query for the group of each key, 0 without a group. FEW groups are selected one by one."""
     b_group = _groups(p_groups, o_kv, M, G)
     b_tile = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
     if FEW > 0:
@@ -801,8 +815,10 @@ def _grad_mass(
 
 @triton.jit
 def _dot_members(b_x, b_member, HALF: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_x @ b_member for float32 b_x and true or false; SPLIT into two HALF numbers: exact to 2^-24 for weights in [0, 1] in
-    float16, to 2^-17 of any number in bfloat16."""
+    """b_x @ b_member for float32 b_x and a boolean b_member.
+
+    SPLIT into two HALF numbers it is exact to 2^-24 for weights in [0, 1] in float16, and to 2^-17 of any number in bfloat16.
+    """
     b_ones = b_member.to(tl.float32)
     if SPLIT:
         b_high = b_x.to(HALF)
@@ -815,7 +831,7 @@ def _dot_members(b_x, b_member, HALF: tl.constexpr, SPLIT: tl.constexpr, PRECISI
 
 @triton.jit
 def _groups(p_groups, o_kv, M, G):
-    """The group of each key, -1 for none and for what is no group."""
+    """The group of each key. It is -1 for no group and for numbers that are not a group."""
     b_group = tl.load(p_groups + o_kv, mask=o_kv < M, other=-1)
     return tl.where((b_group >= 0) & (b_group < G), b_group, -1).to(tl.int32)
 

@@ -1,6 +1,6 @@
-"""Blocks of a joint map of text and image: head-mean attention of each, and the gradients of its queries and keys.
+"""Blocks of a joint map of text and image: head-mean attention of each block, and the gradients of its queries and keys.
 
-A map (b,S,S) has the blocks LL, LV over VL, VV; index 0 is text, 1 image. congruence_loss.py launches these kernels.
+A map (b, S, S) has the blocks LL, LV over VL, VV. Index 0 is text, 1 is image. congruence_loss.py launches these kernels.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from vlattn_fast.kernels._tiles import dot, load_tile, store_tile
 
 @triton.jit
 def _of_block(i_r, i_c, xs, n: tl.constexpr, step: tl.constexpr):
-    """Of `step` numbers for each of the blocks LL, VV, LV, VL, the n-th of the block with rows i_r and columns i_c."""
+    """The n-th of `step` numbers of the block with rows i_r and columns i_c. xs has those of LL, VV, LV, VL in this order."""
     first = tl.where(i_c == 0, xs[n], xs[2 * step + n])
     return tl.where(i_r == 0, first, tl.where(i_c == 0, xs[3 * step + n], xs[step + n]))
 
 
 @triton.jit
 def _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k):
-    """Query and key of a block at the sample, and their strides of head and row."""
+    """The query and the key of a block at its sample, and their strides of head and row."""
     p_q = _of_block(i_r, i_c, p_qs, 0, 1) + i_b * _of_block(i_r, i_c, strides_q, 0, 3)
     p_k = _of_block(i_r, i_c, p_ks, 0, 1) + i_b * _of_block(i_r, i_c, strides_k, 0, 3)
     return (
@@ -34,7 +34,7 @@ def _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k):
 
 @triton.jit
 def real_tokens(p_mask, o, size, MASKED: tl.constexpr):
-    """Which of the tokens `o` of a sample are real ones."""
+    """Which of the tokens `o` of a sample are real, and not padding."""
     m = o < size
     if MASKED:
         m = m & (tl.load(p_mask + o, mask=m, other=0) != 0)
@@ -43,17 +43,17 @@ def real_tokens(p_mask, o, size, MASKED: tl.constexpr):
 
 @triton.jit
 def _logits(b_q, b_k, m_kv, scale_log2, PRECISION: tl.constexpr):
-    """Base-2 logits [q,kv], -inf at keys without a token."""
+    """Base-2 logits [q,kv], -inf at padding."""
     return tl.where(m_kv[None, :], dot(b_q, tl.trans(b_k), PRECISION) * scale_log2, float("-inf"))
 
 
 @triton.jit
-def _top_and_sum(b_s):
-    """Of each row of logits the greatest, and the sum of the powers less it; a row without a key gives 0 and 1."""
-    b_top = tl.max(b_s, axis=1)
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
-    b_sum = tl.sum(tl.exp2(b_s - b_top[:, None]), axis=1)
-    return b_top, tl.where(b_sum == 0.0, 1.0, b_sum)
+def _max_and_sum(b_s):
+    """For each row of logits: the largest, and the sum of exp2(logit - largest); 0 and 1 for a fully masked row."""
+    b_max = tl.max(b_s, axis=1)
+    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_sum = tl.sum(tl.exp2(b_s - b_max[:, None]), axis=1)
+    return b_max, tl.where(b_sum == 0.0, 1.0, b_sum)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _map_tile(
     stride_kh,
     stride_kn,
     p_mask,
-    p_top,
+    p_max,
     p_sum,
     p_out,
     p_log,
@@ -96,12 +96,12 @@ def _map_tile(
         b_k = load_tile(p_k + i_h * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
         b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
         if WHOLE:
-            b_top, b_sum = _top_and_sum(b_s)
+            b_max, b_sum = _max_and_sum(b_s)
         else:
-            b_top = tl.load(p_top + i_h * S + o_q, mask=o_q < N, other=0.0)
+            b_max = tl.load(p_max + i_h * S + o_q, mask=o_q < N, other=0.0)
             b_sum = tl.load(p_sum + i_h * S + o_q, mask=o_q < N, other=1.0)
-        b_s -= b_top[:, None]
-        if LOG:  # logsumexp over the heads: no weight underflows
+        b_s -= b_max[:, None]
+        if LOG:  # logsumexp over the heads, so that no weight underflows
             b_s -= tl.log2(b_sum)[:, None]
             b_new = tl.maximum(b_high, b_s)
             b_mean = b_mean * tl.exp2(b_high - b_new) + tl.exp2(b_s - b_new)
@@ -129,7 +129,7 @@ def map_kernel(
     V,
     D,
     scale_log2,
-    p_top,
+    p_max,
     p_sum,
     p_out,
     p_log,
@@ -142,7 +142,7 @@ def map_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program per sample, tile of rows and tile of columns; with WHOLE, one tile of columns for each modality."""
+    """One program per sample, tile of rows and tile of columns. With WHOLE there is one tile of columns per modality."""
     rows_l, columns_l = tl.cdiv(L, BLOCK_Q), tl.cdiv(L, BLOCK_L)
     columns = columns_l + tl.cdiv(V, BLOCK_V)
     i = tl.program_id(0)
@@ -160,7 +160,7 @@ def map_kernel(
     if not WHOLE:
         samples = tl.num_programs(0) // per_sample
         offset = (i_c.to(tl.int64) * samples + i_b) * H * S + i_r * L
-        p_top += offset
+        p_max += offset
         p_sum += offset
     if i_c == 0:
         _map_tile(
@@ -171,7 +171,7 @@ def map_kernel(
             stride_kh,
             stride_kn,
             p_text_mask + i_b * L,
-            p_top,
+            p_max,
             p_sum,
             p_out,
             p_log,
@@ -200,7 +200,7 @@ def map_kernel(
             stride_kh,
             stride_kn,
             p_image_mask + i_b * V,
-            p_top,
+            p_max,
             p_sum,
             p_out,
             p_log,
@@ -235,7 +235,7 @@ def statistics_kernel(
     V,
     D,
     scale_log2,
-    p_top,
+    p_max,
     p_sum,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -243,7 +243,7 @@ def statistics_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program per sample, head, keys of text or image, and tile of rows."""
+    """One program per sample, head, modality of the keys, and tile of rows."""
     rows_l = tl.cdiv(L, BLOCK_Q)
     rows = rows_l + tl.cdiv(V, BLOCK_Q)
     i = tl.program_id(0)
@@ -256,38 +256,38 @@ def statistics_kernel(
     o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     b_q = load_tile(p_q + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
-    b_top = tl.full([BLOCK_Q], -3.0e38, dtype=tl.float32)
+    b_max = tl.full([BLOCK_Q], -3.0e38, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     for start in range(0, M, BLOCK_V):
         o_kv = start + tl.arange(0, BLOCK_V)
         b_k = load_tile(p_k + i_h * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
         b_s = _logits(b_q, b_k, real_tokens(p_mask, o_kv, M, MASKED), scale_log2, PRECISION)
-        b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
-        b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
-        b_top = b_new
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
+        b_max = b_new
     samples = tl.num_programs(0) // (2 * rows * H)
     offset = ((i_c.to(tl.int64) * samples + i_b) * H + i_h) * S + i_r * L
-    tl.store(p_top + offset + o_q, tl.where(b_sum == 0.0, 0.0, b_top), mask=o_q < N)
+    tl.store(p_max + offset + o_q, tl.where(b_sum == 0.0, 0.0, b_max), mask=o_q < N)
     tl.store(p_sum + offset + o_q, tl.where(b_sum == 0.0, 1.0, b_sum), mask=o_q < N)
 
 
 @triton.jit
-def _terms(b_s, b_top, b_sum, p_by_map, p_by_log, p_log, o_q, o_kv, N, M, S, LOG: tl.constexpr):
-    """Of a tile of logits: probabilities, and these times the gradient at them."""
-    b_p = tl.exp2(b_s - b_top[:, None]) / b_sum[:, None]
-    b_a = b_p * load_tile(p_by_map, S, o_q, o_kv, N, M)
-    if LOG:  # a head's share of the mean, from logarithms
-        b_log_p = b_s - (b_top + tl.log2(b_sum))[:, None]
-        b_a += tl.exp2(b_log_p - load_tile(p_log, S, o_q, o_kv, N, M)) * load_tile(p_by_log, S, o_q, o_kv, N, M)
+def _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG: tl.constexpr):
+    """For a tile of logits: the probabilities, and the probabilities times their gradient."""
+    b_p = tl.exp2(b_s - b_max[:, None]) / b_sum[:, None]
+    b_a = b_p * load_tile(p_grad_map, S, o_q, o_kv, N, M)
+    if LOG:  # the head's share of the mean, from logarithms
+        b_log_p = b_s - (b_max + tl.log2(b_sum))[:, None]
+        b_a += tl.exp2(b_log_p - load_tile(p_log, S, o_q, o_kv, N, M)) * load_tile(p_grad_log, S, o_q, o_kv, N, M)
     return b_p, b_a
 
 
 @triton.jit
 def _dot_small(b_a, b_b, PRECISION: tl.constexpr):
-    """b_a @ b_b, b_a a gradient of any size: float16 has no room for it until each row is divided by its greatest entry."""
+    """b_a @ b_b for gradients b_a of any size. In float16, which may overflow, rows are divided by their largest entry."""
     if b_b.dtype == tl.float16:
-        b_top = tl.maximum(tl.max(tl.abs(b_a), axis=1), 1e-30)[:, None]
-        b_out = dot((b_a / b_top).to(tl.float16), b_b, PRECISION) * b_top
+        b_max = tl.maximum(tl.max(tl.abs(b_a), axis=1), 1e-30)[:, None]
+        b_out = dot((b_a / b_max).to(tl.float16), b_b, PRECISION) * b_max
     else:
         b_out = dot(b_a.to(b_b.dtype), b_b, PRECISION)
     return b_out
@@ -300,10 +300,10 @@ def _gradient_tile(
     stride_qn,
     stride_kn,
     p_mask,
-    p_by_map,
-    p_by_log,
+    p_grad_map,
+    p_grad_log,
     p_log,
-    p_top,
+    p_max,
     p_sum,
     p_delta,
     p_grad_q,
@@ -333,11 +333,11 @@ def _gradient_tile(
         b_q = load_tile(p_q, stride_qn, o_q, o_d, N, D)  # [q,D]
         b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
         if WHOLE:
-            b_top, b_sum = _top_and_sum(b_s)
+            b_max, b_sum = _max_and_sum(b_s)
         else:
-            b_top = tl.load(p_top + o_q, mask=o_q < N, other=0.0)
+            b_max = tl.load(p_max + o_q, mask=o_q < N, other=0.0)
             b_sum = tl.load(p_sum + o_q, mask=o_q < N, other=1.0)
-        b_p, b_a = _terms(b_s, b_top, b_sum, p_by_map, p_by_log, p_log, o_q, o_kv, N, M, S, LOG)
+        b_p, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
         b_delta = tl.sum(b_a, axis=1) if WHOLE else tl.load(p_delta + o_q, mask=o_q < N, other=0.0)
         b_ds = b_a - b_p * b_delta[:, None]
         if WHOLE:
@@ -348,7 +348,7 @@ def _gradient_tile(
 
 @triton.jit
 def _gradient_block(i, tiles, H, DIAGONAL: tl.constexpr):
-    """Of a program: its tile, sample, head, and the rows and columns (0 text, 1 image) of its block."""
+    """For a program: its tile, sample, head, and the rows and columns (0 text, 1 image) of its block."""
     blocks = 2 if DIAGONAL else 4
     i_block, i_bh = (i // tiles) % blocks, (i // (tiles * blocks)).to(tl.int64)
     i_r, i_c = i_block // 2, i_block % 2
@@ -370,10 +370,10 @@ def gradient_kernel(
     V,
     D,
     scale_log2,
-    p_by_map,
-    p_by_log,
+    p_grad_map,
+    p_grad_log,
     p_log,
-    p_top,
+    p_max,
     p_sum,
     p_grad_loss,
     p_delta,
@@ -392,8 +392,10 @@ def gradient_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program per sample, head, block and tile of keys, over all queries; with WHOLE it has all keys, and so gives the gradient
-    of the queries too."""
+    """One program per sample, head, block and tile of keys, over all queries.
+
+    With WHOLE it has all keys, and so it also computes the gradient of the queries.
+    """
     i_kv, i_b, i_h, i_r, i_c = _gradient_block(tl.program_id(0), tiles, H, DIAGONAL)
     S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
     p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
@@ -403,14 +405,14 @@ def gradient_kernel(
     p_grad_q = _of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
     p_grad_k = _of_block(i_r, i_c, p_grad_ks, 0, 1) + i_bh * M * D
     offset = (i_b * S + i_r * L) * S + i_c * L
-    p_by_map += offset
-    p_by_log += offset
+    p_grad_map += offset
+    p_grad_log += offset
     p_log += offset
     if not WHOLE:
         blocks = 2 if DIAGONAL else 4
         programs = tl.num_programs(0) // (blocks * tiles)
         offset = (i_c.to(tl.int64) * programs + i_bh) * S + i_r * L
-        p_top += offset
+        p_max += offset
         p_sum += offset
         p_delta += offset
     factor = scale * tl.load(p_grad_loss + i_b)
@@ -423,10 +425,10 @@ def gradient_kernel(
                     stride_qn,
                     stride_kn,
                     p_text_mask + i_b * L,
-                    p_by_map,
-                    p_by_log,
+                    p_grad_map,
+                    p_grad_log,
                     p_log,
-                    p_top,
+                    p_max,
                     p_sum,
                     p_delta,
                     p_grad_q,
@@ -454,10 +456,10 @@ def gradient_kernel(
                     stride_qn,
                     stride_kn,
                     p_image_mask + i_b * V,
-                    p_by_map,
-                    p_by_log,
+                    p_grad_map,
+                    p_grad_log,
                     p_log,
-                    p_top,
+                    p_max,
                     p_sum,
                     p_delta,
                     p_grad_q,
@@ -492,10 +494,10 @@ def gradient_q_kernel(
     V,
     D,
     scale_log2,
-    p_by_map,
-    p_by_log,
+    p_grad_map,
+    p_grad_log,
     p_log,
-    p_top,
+    p_max,
     p_sum,
     p_grad_loss,
     p_delta,
@@ -511,8 +513,10 @@ def gradient_q_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """For long rows: a program per sample, head, block and tile of queries; twice over the keys, first for the row's sum of
-    probability times gradient, which it stores."""
+    """For long rows: one program per sample, head, block and tile of queries.
+
+    It goes over the keys twice. The first time it sums and stores probability times gradient of each row.
+    """
     i_q, i_b, i_h, i_r, i_c = _gradient_block(tl.program_id(0), tiles, H, DIAGONAL)
     S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
     p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
@@ -520,8 +524,8 @@ def gradient_q_kernel(
     p_mask = tl.where(i_c == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
     i_bh = i_b * H + i_h
     offset = (i_b * S + i_r * L) * S + i_c * L
-    p_by_map += offset
-    p_by_log += offset
+    p_grad_map += offset
+    p_grad_log += offset
     p_log += offset
     blocks = 2 if DIAGONAL else 4
     programs = tl.num_programs(0) // (blocks * tiles)
@@ -529,7 +533,7 @@ def gradient_q_kernel(
     if (2 * i_r + i_c != UNREAD) & (i_q * BLOCK_Q < N):
         o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
         o_d = tl.arange(0, BLOCK_D)
-        b_top = tl.load(p_top + offset + o_q, mask=o_q < N, other=0.0)
+        b_max = tl.load(p_max + offset + o_q, mask=o_q < N, other=0.0)
         b_sum = tl.load(p_sum + offset + o_q, mask=o_q < N, other=1.0)
         b_q = load_tile(p_q + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
         b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -537,7 +541,7 @@ def gradient_q_kernel(
             o_kv = start + tl.arange(0, BLOCK_V)
             b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = _logits(b_q, b_k, real_tokens(p_mask, o_kv, M, MASKED), scale_log2, PRECISION)
-            _, b_a = _terms(b_s, b_top, b_sum, p_by_map, p_by_log, p_log, o_q, o_kv, N, M, S, LOG)
+            _, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
             b_delta += tl.sum(b_a, axis=1)
         tl.store(p_delta + offset + o_q, b_delta, mask=o_q < N)
         b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
@@ -545,7 +549,7 @@ def gradient_q_kernel(
             o_kv = start + tl.arange(0, BLOCK_V)
             b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = _logits(b_q, b_k, real_tokens(p_mask, o_kv, M, MASKED), scale_log2, PRECISION)
-            b_p, b_a = _terms(b_s, b_top, b_sum, p_by_map, p_by_log, p_log, o_q, o_kv, N, M, S, LOG)
+            b_p, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
             b_dq += _dot_small(b_a - b_p * b_delta[:, None], b_k, PRECISION)
         p_grad_q = _of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
         store_tile(p_grad_q, D, o_q, o_d, N, D, b_dq * (scale * tl.load(p_grad_loss + i_b)))

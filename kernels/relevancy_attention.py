@@ -1,12 +1,13 @@
-"""relevancy_attention in Triton: a flash backward that also gives r Abar, and r Abar alone behind any attention.
+"""relevancy_attention in Triton: a flash backward pass that also gives r Abar, and r Abar alone behind any attention.
 
-Shapes: query (B,H,N,D), key (B,Hk,M,D), value (B,Hk,M,Dv), relevancy (B,T,N) -> (B,T,M); Hk divides H.
-Roofline: the tensor cores, 7 matrix products a pair in the backward's two passes, 2 (rule "gradient") in r Abar alone, where the
-exponential (MUFU) ties with them at D = 64. r Abar within the backward adds none: a maximum and two multiply-adds a pair.
-Trick: r Abar is a sum over queries, and the key-major pass, which owns its keys, has P and dP in registers anyway; tiles lie
-[kv,q] there, so that P and dS feed the next product, and r Abar is summed, without leaving registers. The query-major pass comes
-first and brings what that needs of a row: sum(grad_out * out), Abar's row sum, and in float32 the sum of exp(logit - lse), which
-undoes the rounding of lse. No atomics: one partial sum of r Abar a key head, added in order. Not yet measured on a GPU.
+Shapes: query (B, H, N, D), key (B, Hk, M, D), value (B, Hk, M, Dv), relevancy r (B, T, N) -> r Abar (B, T, M). Hk divides H.
+Roofline: tensor cores, 7 matrix products in the two passes of the backward and 2 in r Abar alone (rule "gradient"). There the
+exponentials (MUFU) take as long at D = 64. r Abar within the backward pass adds a maximum and two multiply-adds per pair.
+Trick: r Abar is a sum over queries. The key-major pass owns its keys and has P and dP in registers anyway. Tiles lie [kv,q]
+there, so that P and dS enter the next product, and r Abar is summed, without leaving registers.
+Order: the query-major pass comes first. It computes what the key-major pass needs of each row: delta = sum(dO * O), the row sum
+of Abar, and in float32 the sum of exp(logit - lse), which undoes the rounding of lse.
+No atomics: there is one partial sum of r Abar per key head, and they are added in order. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from vlattn_fast.kernels import score_attention
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
-    GIVEN_LSE,
+    CALLER_LSE,
     LOG2_E,
     OWN_LSE,
     block_and_head,
@@ -38,7 +39,7 @@ from vlattn_fast.kernels._tiles import (
 
 from vlattn_fast._tensors import unit_stride
 
-MAX_T = 64  # carried rows of one program
+MAX_T = 64  # rows of r in one program
 
 
 @on_device
@@ -56,7 +57,7 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B,H,N,Dv), the carrier's copy (B,T,N), lse (B,H,N)."""
+    """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
     out, lse = score_attention.forward(query, key, value, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal)
     return out, carrier.clone(), lse
 
@@ -80,25 +81,27 @@ def backward(
     is_causal: bool,
     need_inputs: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing asked."""
+    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing is needed."""
     grads: tuple[Tensor | None, ...] = (None, None, None)
-    sent = moved = None
+    weighted_r = r_abar = None
     if grad_carrier is not None and (grad_out is not None or rule == "attention"):
-        sent = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
+        weighted_r = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
     if need_inputs and grad_out is not None:
         launch = _describe(query, key, value, grad_out, attn_mask, key_mask, rule, scale, is_causal)
-        grad_q, rows, sums = _backward_q(launch, out, lse.contiguous(), sent is not None and row_normalize)
-        grad_k, grad_v, moved = _backward_kv(launch, rows, sent, sums)
+        grad_q, rows, sums = _backward_q(launch, out, lse.contiguous(), weighted_r is not None and row_normalize)
+        grad_k, grad_v, r_abar = _backward_kv(launch, rows, weighted_r, sums)
         grads = (grad_q, grad_k, grad_v)
-    elif sent is not None:
-        # the rounding of lse is half of the error of r Abar in float32, and shows under float masks: step sums the rows again
+    elif weighted_r is not None:
+        # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
         exact = query.dtype == torch.float32 or (attn_mask is not None and attn_mask.dtype != torch.bool)
-        given = None if exact else lse
-        moved = step(sent, query, key, value, grad_out, given, attn_mask, key_mask, rule, row_normalize, scale, is_causal)
+        known_lse = None if exact else lse
+        r_abar = step(
+            weighted_r, query, key, value, grad_out, known_lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal
+        )
     if grad_carrier is None:
         return grads[0], grads[1], grads[2], None
-    kept = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
-    return grads[0], grads[1], grads[2], kept.clone() if moved is None else kept + moved
+    residual = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
+    return grads[0], grads[1], grads[2], residual.clone() if r_abar is None else residual + r_abar
 
 
 @on_device
@@ -116,8 +119,11 @@ def step(
     scale: float,
     is_causal: bool,
 ) -> Tensor:
-    """relevancy @ Abar, (B,T,N) -> (B,T,M). `lse` may count keys that are not here: probabilities are exp(logit - lse). Where it
-    `is_coarse`, under a float mask, they are normalised over the keys that are here."""
+    """relevancy @ Abar, (B, T, N) -> (B, T, M).
+
+    `lse` may count keys that are not here: probabilities are exp(logit - lse). Under a float mask, rows whose lse `is_coarse` are
+    normalised over the keys that are here.
+    """
     if rule == "attention":
         value = grad_output = None
     launch = _describe(query, key, value, grad_output, attn_mask, key_mask, rule, scale, is_causal)
@@ -125,14 +131,17 @@ def step(
     if lse is None or row_normalize or launch.float_mask:
         rows, sums = _statistics(launch, lse, row_normalize)
     else:
-        rows, sums = _Rows(lse), None
+        rows, sums = _RowStatistics(lse), None
     out = _backward_kv(launch, rows, relevancy, sums)[2]
     assert out is not None  # relevancy was there
     return out.to(relevancy.dtype)
 
 
 class _Launch(NamedTuple):
-    """What every kernel here takes: tensors (the query stands in for absent ones), sizes and strides in elements, constants."""
+    """The arguments that all kernels here share: tensors, sizes and strides in elements, constants.
+
+    The query stands in for tensors that are absent.
+    """
 
     tensors: tuple[Tensor, ...]  # query, key, value, grad_out, attn_mask, key_mask
     numbers: tuple[Any, ...]
@@ -148,7 +157,7 @@ class _Launch(NamedTuple):
     def float_mask(self) -> bool:
         return self.constants["MASK"] == 2
 
-    def present(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def or_query(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(self.tensors[0] if x is None else x for x in tensors)
 
     def new_row(self) -> Tensor:
@@ -156,9 +165,12 @@ class _Launch(NamedTuple):
         return self.tensors[0].new_empty(self.tensors[0].shape[:3], dtype=torch.float32)
 
 
-class _Rows(NamedTuple):
-    """What is known of each row, (B,H,N) float32: the natural lse; or, with `total`, a shift in base 2: probabilities are then
-    exp2(logit - shift) / total. Of a fully masked row it is infinite. delta = sum(grad_out * out)."""
+class _RowStatistics(NamedTuple):
+    """What the key-major kernel needs of each row, (B, H, N) float32.
+
+    `lse` is the natural log-sum-exp. With `total` it is a base-2 shift instead: P = exp2(logit - shift) / total. It is infinite
+    for a fully masked row. delta = sum(dO * O).
+    """
 
     lse: Tensor
     total: Tensor | None = None
@@ -206,37 +218,40 @@ def _describe(
 
 
 def _statistics(
-    launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.constexpr = GIVEN_LSE
-) -> tuple[_Rows, Tensor | None]:
-    """The rows, with the log-sum-exp recomputed without `lse`; each head's row sums of A or relu(A * dA), if asked for."""
+    launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.constexpr = CALLER_LSE
+) -> tuple[_RowStatistics, Tensor | None]:
+    """The rows, and on request the row sums of each head's A or relu(A * dA).
+
+    Without `lse` the log-sum-exp is computed.
+    """
     query = launch.tensors[0]
     pair = launch.float_mask or (lse is None and query.dtype == torch.float32)
     shift = launch.new_row() if pair or lse is None else lse
-    total, sums = (launch.new_row() if asked else None for asked in (pair, summed))
+    total, sums = (launch.new_row() if needed else None for needed in (pair, summed))
     if not launch.empty:
         config = _config("statistics", launch)
         _statistics_kernel[(triton.cdiv(query.shape[2], config["BLOCK_Q"]) * query.shape[0] * query.shape[1],)](
             *launch.tensors,
-            *launch.present(lse, shift, total, sums),
+            *launch.or_query(lse, shift, total, sums),
             *launch.numbers,
             **launch.constants,
             PAIR=pair,
-            GIVEN=lse is not None,
+            WITH_LSE=lse is not None,
             LIMIT=limit.value,
             SUMS=summed,
             **config,
         )
-    return _Rows(shift, total), sums
+    return _RowStatistics(shift, total), sums
 
 
-def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tuple[Tensor, _Rows, Tensor | None]:
-    """The query's gradient, and the rows as _statistics gives them, with delta."""
+def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tuple[Tensor, _RowStatistics, Tensor | None]:
+    """The gradient of the query, and the rows as `_statistics` returns them, with delta."""
     query = launch.tensors[0]
     batch, heads, num_q, size = query.shape
     grad_q = query.new_empty(batch, num_q, heads, size).transpose(1, 2)
     exact = query.dtype == torch.float32
     delta = launch.new_row()
-    shift, total, sums = (launch.new_row() if asked else None for asked in (exact, exact, summed))
+    shift, total, sums = (launch.new_row() if needed else None for needed in (exact, exact, summed))
     if launch.float_mask:
         rows, _ = _statistics(launch, lse, False, OWN_LSE)
         lse = shift = rows.lse
@@ -248,7 +263,7 @@ def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tupl
         _backward_q_kernel[(triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
             *launch.tensors,
             out,
-            *launch.present(lse, delta, shift, total, sums),
+            *launch.or_query(lse, delta, shift, total, sums),
             grad_q,
             *launch.numbers,
             *out.stride()[:3],
@@ -258,44 +273,47 @@ def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tupl
             SUMS=summed,
             **config,
         )
-    return grad_q, _Rows(lse if shift is None else shift, total, delta), sums
+    return grad_q, _RowStatistics(lse if shift is None else shift, total, delta), sums
 
 
 def _backward_kv(
-    launch: _Launch, rows: _Rows, relevancy: Tensor | None, sums: Tensor | None
+    launch: _Launch, rows: _RowStatistics, relevancy: Tensor | None, sums: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of key and value where delta is known; relevancy @ Abar (B,T,M) where relevancy is given, Abar over `sums`."""
+    """Gradients of key and value where the rows have a delta; r Abar (B, T, M) where there is a relevancy.
+
+    `sums` are the row sums that Abar is divided by.
+    """
     num_t = 0 if relevancy is None else relevancy.shape[1]
     if rows.delta is not None and num_t > MAX_T:
         grad_k, grad_v, _ = _backward_kv(launch, rows, None, None)
         return grad_k, grad_v, _backward_kv(launch, rows._replace(delta=None), relevancy, sums)[2]
     query, key, value = launch.tensors[:3]
     batch, num_heads, num_kv = query.shape[0], query.shape[1], key.shape[2]
-    grad_k = grad_v = moved = None
+    grad_k = grad_v = r_abar = None
     if rows.delta is not None:
         grad_k, grad_v = (x.new_empty(batch, num_kv, *x.shape[1:4:2]).transpose(1, 2) for x in (key, value))
-    # a program takes one key head, and all of them where there are many carried rows: partial sums stay O(B H N)
+    # a program takes one key head. With many rows of r it takes all of them, so that the partial sums stay O(B H N)
     key_heads = max(1, key.shape[1]) if num_t > MAX_T else 1
     parts = key.shape[1] // key_heads
     if relevancy is not None:
-        moved = query.new_empty((batch, max(1, parts), num_t, num_kv), dtype=torch.float32)
+        r_abar = query.new_empty((batch, max(1, parts), num_t, num_kv), dtype=torch.float32)
     if launch.empty:
-        for x in (grad_k, grad_v, moved):
+        for x in (grad_k, grad_v, r_abar):
             if x is not None:
                 x.zero_()
     elif rows.delta is not None or num_t > 0:
         factor = 1.0 / num_heads
-        sent = query if relevancy is None else relevancy.to(torch.float32).contiguous()
+        weighted_r = query if relevancy is None else relevancy.to(torch.float32).contiguous()
         if sums is not None:
             total, factor = sums.sum(1, keepdim=True), 1.0
-            sent = sent / torch.where(total == 0.0, 1.0, total)  # where it is zero, so is Abar's row
+            weighted_r = weighted_r / torch.where(total == 0.0, 1.0, total)  # where the sum is 0, so is the row of Abar
         block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
         config = _config("backward_kv", launch, block_t)
         precision = input_precision() if query.dtype == torch.float32 or input_precision() == "widen" else "tf32"
         blocks = triton.cdiv(num_kv, config["BLOCK_KV"]) * max(1, triton.cdiv(num_t, MAX_T))
         _backward_kv_kernel[(blocks * batch * parts,)](
             *launch.tensors,
-            *launch.present(*rows, sent, grad_k, grad_v, moved),
+            *launch.or_query(*rows, weighted_r, grad_k, grad_v, r_abar),
             *launch.numbers,
             key_heads,
             launch.scale,
@@ -309,12 +327,14 @@ def _backward_kv(
             ROUND=query.dtype != torch.float32 or precision == "tf32",
             **config,
         )
-    return grad_k, grad_v, None if moved is None else moved[:, 0] if moved.shape[1] == 1 else moved.sum(1)
+    return grad_k, grad_v, None if r_abar is None else r_abar[:, 0] if r_abar.shape[1] == 1 else r_abar.sum(1)
 
 
 def _config(kernel: str, launch: _Launch, block_t: int = 0) -> dict[str, int]:
-    """Tiles by kernel, dtype, head sizes, masks and carried rows. Not measured: the largest of those tried that compile for
-    sm_90 without spills and within 99 KB of shared memory."""
+    """Tile sizes by kernel, dtype, head dimensions, masks and rows of r.
+
+    Not measured. They are the largest of those tried that compile for sm_90 without spills and within 99 KB of shared memory.
+    """
     query, _, value = launch.tensors[:3]
     size = max(query.shape[3], value.shape[3])
     plain = launch.constants["MASK"] == 0
@@ -372,7 +392,7 @@ def _statistics_kernel(
     BY_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
     PAIR: tl.constexpr,
-    GIVEN: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     LIMIT: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -380,8 +400,11 @@ def _statistics_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """The rows' log-sum-exp, with PAIR as a base-2 shift and a sum, as `_Rows` says; with GIVEN the shift is the lse that is
-    there, unless it `is_coarse`. With SUMS the row sums of this head's share of Abar."""
+    """The log-sum-exp of each row; with PAIR a base-2 shift and a sum, as `_RowStatistics` says.
+
+    WITH_LSE: the log-sum-exp is there, and is computed only where it `is_coarse`. SUMS: also the row sums of this head's share of
+    Abar.
+    """
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     if CAUSAL:
         i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
@@ -399,7 +422,7 @@ def _statistics_kernel(
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     full, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
-    if GIVEN and PAIR:
+    if WITH_LSE and PAIR:
         m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), LIMIT)
         if not SUMS:
             end = tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0)
@@ -424,18 +447,18 @@ def _statistics_kernel(
     b_one = tl.where(empty, 1.0, b_total)
     b_weight = 1.0 / b_one
     b_shift = b_max
-    if GIVEN:
+    if WITH_LSE:
         b_lse = _shift(p_lse + i_bh * N, o_q, N, True)
         if PAIR:
             b_shift = tl.where(m_coarse, b_max, b_lse)
             b_one = tl.where(m_coarse, b_one, 1.0)
             b_weight = tl.where(m_coarse, b_weight, tl.exp2(b_max - b_lse))
         else:
-            b_weight = tl.exp2(b_max - b_lse)  # of what is summed here
+            b_weight = tl.exp2(b_max - b_lse)  # of the sums over the keys that are here
     if PAIR:
         tl.store(p_shift + i_bh * N + o_q, b_shift, mask=m_q)
         tl.store(p_total + i_bh * N + o_q, b_one, mask=m_q)
-    elif not GIVEN:
+    elif not WITH_LSE:
         tl.store(p_shift + i_bh * N + o_q, (b_max + tl.log2(b_one)) * 0.6931471805599453, mask=m_q)
     if SUMS:
         tl.store(p_sums + i_bh * N + o_q, (b_sums if BY_GRADIENT else b_total) * b_weight, mask=m_q)
@@ -495,8 +518,11 @@ def _backward_q_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """dQ and delta; with EXACT the pair that gives P better than a rounded lse; with SUMS as _statistics_kernel. Under a float
-    mask p_lse and p_total come as such a pair."""
+    """dQ and delta.
+
+    EXACT: also the shift and total that give P better than a rounded lse. SUMS: as in `_statistics_kernel`. Under a float mask
+    p_lse and p_total come as shift and total.
+    """
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     if CAUSAL:
         i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
@@ -515,7 +541,7 @@ def _backward_q_kernel(
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if EXACT:
-        # sum(dS) is 0 but for the rounding of `out` in delta: what is left of it corrects delta, and dQ through sum(P K)
+        # sum(dS) would be 0 without the rounding of `out` in delta: the rest corrects delta, and dQ through sum(P K)
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -573,7 +599,7 @@ def _backward_kv_kernel(
     p_r,
     p_dk,
     p_dv,
-    p_moved,
+    p_r_abar,
     H,
     GROUP: tl.constexpr,
     N,
@@ -616,7 +642,7 @@ def _backward_kv_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Of one tile of keys in KEY_HEADS heads: with GRADS (one head then) dK and dV; r Abar of BLOCK_T carried rows (0: none)."""
+    """For one tile of keys in KEY_HEADS heads: with GRADS dK and dV, of one head then; r Abar of BLOCK_T rows of r (0: none)."""
     num_kv = tl.cdiv(M, BLOCK_KV)
     num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
     i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * num_t, H // (GROUP * KEY_HEADS), 1)
@@ -628,7 +654,7 @@ def _backward_kv_kernel(
     p_r += i_b * T * N
     m_kv = o_kv < M
     if KEY_MASK:
-        # keys are columns of all that follows: what stands in the hidden ones is dropped at the end
+        # keys are rows of the tiles below: those of padding are dropped at the end
         m_key = tl.load(p_key_mask + i_b * M + o_kv, mask=m_kv, other=0) != 0
     else:
         m_key = m_kv
@@ -636,10 +662,10 @@ def _backward_kv_kernel(
         b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
         b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
     if BLOCK_T == 1:
-        b_moved = tl.zeros([BLOCK_KV], dtype=tl.float32)
+        b_r_abar = tl.zeros([BLOCK_KV], dtype=tl.float32)
     elif BLOCK_T > 1:
-        b_moved = tl.zeros([BLOCK_KV, BLOCK_T], dtype=tl.float32)
-    # causal rows before `begin` see none of these keys, those from `full` on all of them
+        b_r_abar = tl.zeros([BLOCK_KV, BLOCK_T], dtype=tl.float32)
+    # causal: queries before `begin` see none of these keys, those from `full` on see all of them
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     full = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q) if CAUSAL and MASK == 0 else N
     for i in range(KEY_HEADS):
@@ -650,7 +676,7 @@ def _backward_kv_kernel(
         for PART in tl.static_range(0 if CAUSAL or MASK != 0 else 1, 1 if MASK != 0 else 2):
             first = full if CAUSAL and PART == 1 else begin
             num_q = tl.cdiv((full if PART == 0 else N) - first, BLOCK_Q)
-            for j in range(GROUP * num_q):  # one loop over tiles and the query heads of this key head: nested ones spill
+            for j in range(GROUP * num_q):  # one loop over tiles and query heads of this key head: nested loops spill
                 i_h = i_hk if GROUP == 1 else i_hk * GROUP + j // num_q
                 i_bh = i_b * H + i_h
                 o_q = first + (j if GROUP == 1 else j % num_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -684,14 +710,14 @@ def _backward_kv_kernel(
                     b_map = relu(b_p * b_dp) if BY_GRADIENT else b_p
                     if BLOCK_T == 1:
                         b_r = tl.load(p_r + o_q, mask=m_q, other=0.0)
-                        b_moved += tl.sum(b_map * b_r[None, :], axis=1)
+                        b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
                     else:
                         b_r = tl.load(
                             p_r + o_t[None, :].to(tl.int64) * N + o_q[:, None], mask=m_q[:, None] & (o_t < T)[None, :], other=0.0
                         )  # [q,T]
                         if ROUND:
                             b_map, b_r = _round_tf32(b_map), _round_tf32(b_r)
-                        b_moved += dot(b_map, b_r, PRECISION_T)
+                        b_r_abar += dot(b_map, b_r, PRECISION_T)
                 if GRADS:
                     b_dv += dot(b_p.to(b_do.dtype), b_do, PRECISION)
                     b_delta = tl.load(p_delta + i_bh * N + o_q, mask=m_q, other=0.0)
@@ -702,11 +728,11 @@ def _backward_kv_kernel(
         store_tile(p_dk + (i_b * M * Hk + i_p) * D, Hk * D, o_kv, o_d, M, D, tl.where(m_key[:, None], b_dk * scale, 0.0))
         store_tile(p_dv + (i_b * M * Hk + i_p) * DV, Hk * DV, o_kv, o_dv, M, DV, tl.where(m_key[:, None], b_dv, 0.0))
     if BLOCK_T == 1:
-        tl.store(p_moved + i_bp * M + o_kv, tl.where(m_key, b_moved * factor, 0.0), mask=m_kv)
+        tl.store(p_r_abar + i_bp * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=m_kv)
     elif BLOCK_T > 1:
         offsets = (i_bp * T + o_t[None, :]) * M + o_kv[:, None]
-        b_moved = tl.where(m_key[:, None], b_moved * factor, 0.0)
-        tl.store(p_moved + offsets, b_moved, mask=m_kv[:, None] & (o_t < T)[None, :])
+        b_r_abar = tl.where(m_key[:, None], b_r_abar * factor, 0.0)
+        tl.store(p_r_abar + offsets, b_r_abar, mask=m_kv[:, None] & (o_t < T)[None, :])
 
 
 @triton.jit
@@ -725,7 +751,7 @@ def _mask_padding(
     CAUSAL: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Base-2 logits [q,kv] with what is hidden at -inf; tiles of PART 0 lie within the map and below its diagonal."""
+    """Base-2 logits [q,kv] with masked pairs at -inf. Tiles of PART 0 lie within the map and below its diagonal."""
     if PART == 1:
         b_s = mask_logits(b_s, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
     elif KEY_MASK:
@@ -735,7 +761,7 @@ def _mask_padding(
 
 @triton.jit
 def _shift(p_lse, o_q, N, NATURAL: tl.constexpr):
-    """[q] in base 2, +inf for rows that are empty or not there: exp2(logit - inf) is the zero that such a row has."""
+    """[q] in base 2. It is +inf for fully masked rows and rows beyond N: exp2(logit - inf) = 0."""
     b = tl.load(p_lse + o_q, mask=o_q < N, other=float("inf"))
     if NATURAL:
         b *= 1.4426950408889634
@@ -744,6 +770,9 @@ def _shift(p_lse, o_q, N, NATURAL: tl.constexpr):
 
 @triton.jit
 def _round_tf32(b):
-    """To the nearest of 10 mantissa bits, where the matrix unit would cut off: a bias that no sum over queries averages out."""
+    """Rounded to the nearest of 10 mantissa bits.
+
+    The matrix unit would cut off, which is a bias: no sum over queries averages it out.
+    """
     b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would become those of -0
+    return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would turn into -0

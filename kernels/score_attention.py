@@ -1,13 +1,15 @@
-"""score_attention in Triton: one flash skeleton, the score tile chosen at compile time; forward and backward.
+"""score_attention in Triton, forward and backward: one flash kernel whose score function is chosen at compile time.
 
-Shapes: query (B,H,N,A), key (B,Hk,M,A), value (B,Hv,M,Dv), vector (H,A); out (B,H,N,Dv), lse (B,H,N). Hk and Hv divide H.
-Roofline: tensor cores for the dot kinds (2 matrix products a pair forward, 7 backward, in two passes), MUFU for the unit kinds
-(additive, Hadamard; 16 results a clock and SM; per hidden unit and pair 0.5 forward and 3 backward for additive).
-Trick: tanh(a+b) = 2/(1 + e^-2a e^-2b) - 1 has its exponentials once per row and once per key (`_prepare_kernel`), and two hidden
-units share one reciprocal. Backward: query-major for the query, key-major for the rest, no atomics, the same bits each time; the
-gradient of a hidden unit is summed with rows and units in registers, pair after pair, so that nothing is reduced across threads.
-In float32 a first sweep of the query-major pass sums P and P dP: they undo what the rounding of lse and out would cost.
-Not yet measured on a GPU.
+Shapes: query (B, H, N, A), key (B, Hk, M, A), value (B, Hv, M, Dv), vector (H, A); out (B, H, N, Dv), lse (B, H, N). Hk and Hv
+divide H. A is the number of features, or of hidden units.
+Roofline: tensor cores for the dot kinds (2 matrix products forward; 7 backward, in two passes). MUFU, with 16 results per clock
+and SM, for scores over hidden units (per hidden unit and pair 0.5 results forward and 3 backward for additive).
+Trick: tanh(a+b) = 2/(1 + e^-2a e^-2b) - 1, so exponentials are taken once per row and once per key (`_prepare_kernel`), and two
+hidden units share one reciprocal. The backward pass is query-major for the query and key-major for the rest. It uses no atomics
+and gives the same bits each time. The gradient of hidden units is summed with rows and units in registers, so that threads
+exchange nothing.
+Exactness: in float32 the query-major pass first sums P and P dP, which undoes the rounding of lse and out. Under a float mask
+`_rows_kernel` recomputes rows whose lse is too large to be rounded. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._scores import activate, farthest, pin, ready_at, row_facts, sum_units, through_norm, through_units
+from vlattn_fast.kernels._scores import (
+    activate,
+    keep_layout,
+    largest_magnitude,
+    norm_backward,
+    precomputed_at,
+    row_norm_and_bound,
+    sum_units,
+    units_backward,
+)
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     OWN_LSE,
@@ -58,7 +69,7 @@ def forward(
     dropout_p: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out (B,H,N,Dv), laid out (B,N,H,Dv) as SDPA does, and lse (B,H,N)."""
+    """out (B, H, N, Dv), laid out (B, N, H, Dv) as SDPA does, and lse (B, H, N)."""
     batch, heads, num_q, _ = query.shape
     out = _rows_first(query, heads, num_q, value.shape[3])
     lse = query.new_empty((batch, heads, num_q), dtype=torch.float32)
@@ -101,7 +112,7 @@ def backward(
     config_q, config_kv = (_config(name, score, query, value, attn_mask is not None) for name in ("backward_q", "backward_kv"))
     blocks_q, blocks_kv = triton.cdiv(num_q, config_q["BLOCK_Q"]), triton.cdiv(num_kv, config_kv["BLOCK_KV"])
     grad_q = _rows_first(query, heads, num_q, size)
-    # per-head weights can give the key more heads than the value has: both are then written with as many, and summed outside
+    # with weights per head the key can have more heads than the value: both gradients get as many heads, and are summed here
     grad_k, grad_v = (
         _rows_first(x, heads_kv, num_kv, x.shape[3], x.dtype if x.shape[1] == heads_kv else torch.float32) for x in (key, value)
     )
@@ -164,7 +175,7 @@ def backward(
 
 
 def _rows_first(like: Tensor, heads: int, rows: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (B,heads,rows,size) tensor laid out (B,rows,heads,size), as the kernels write it."""
+    """An uninitialised (B, heads, rows, size) tensor laid out (B, rows, heads, size), as the kernels write it."""
     return like.new_empty((like.shape[0], rows, heads, size), dtype=dtype or like.dtype).transpose(1, 2)
 
 
@@ -182,16 +193,19 @@ def _arguments(
     dropout_p: float,
     is_causal: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:
-    """What every kernel here takes: tensors (the query stands in for absent ones), sizes and strides in elements, constants."""
+    """The arguments that all kernels here share: tensors, then sizes and strides in elements, then constants.
+
+    The query stands in for tensors that are absent.
+    """
     batch, heads, num_q, size = query.shape
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     precision, units = input_precision(), score in UNIT_KINDS
-    ready_q = ready_k = query
+    pre_q = pre_k = query
     if units or score == "cosine":
-        # logistic(y) = 1 / (1 + 2^(y * factor)): of a product, the factor goes to the query
+        # logistic(y) = 1 / (1 + 2^(y * factor)); where y is a product, the query carries the factor
         factor = {"hadamard_tanh": -2.0 * LOG2_E, "hadamard_sigmoid": -LOG2_E}.get(score, 1.0)
-        ready_q, ready_k = _prepare(query, score, factor), _prepare(key, score, 1.0)
+        pre_q, pre_k = _prepare(query, score, factor), _prepare(key, score, 1.0)
     if score == "cosine":
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
     tensors = (
@@ -199,8 +213,8 @@ def _arguments(
         key,
         value,
         query if vector is None else vector.contiguous(),
-        ready_q,
-        ready_k,
+        pre_q,
+        pre_k,
         *masks,
         query if seed is None else seed,
     )
@@ -237,21 +251,37 @@ def _arguments(
 
 
 def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
-    """What a score takes from the rows of x (B,H,N,A) alone: 1 / |x| (B,H,N) for cosine; for units (B,H,A,N), A made even."""
+    """What a score needs of the rows of x (B, H, N, A) alone.
+
+    Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A, N) with A padded to an even number.
+    """
     batch, heads, rows, size = x.shape
     shape = (batch, heads, rows) if score == "cosine" else (batch, heads, size + size % 2, triton.cdiv(rows, 16) * 16)
-    ready = x.new_empty(shape, dtype=torch.float32)
-    if ready.numel() > 0:
+    precomputed = x.new_empty(shape, dtype=torch.float32)
+    if precomputed.numel() > 0:
         grid = (triton.cdiv(rows, 32) * batch * heads,)
         _prepare_kernel[grid](
-            x, ready, heads, rows, size, *x.stride()[:3], factor, SCORE=score, BLOCK_A=block_size(size), BLOCK_N=32, num_warps=4
+            x,
+            precomputed,
+            heads,
+            rows,
+            size,
+            *x.stride()[:3],
+            factor,
+            SCORE=score,
+            BLOCK_A=block_size(size),
+            BLOCK_N=32,
+            num_warps=4,
         )
-    return ready
+    return precomputed
 
 
 def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool) -> dict[str, int]:
-    """Tiles by kernel, kind, feature size and dtype. Not measured: of those tried the largest that compile for sm_90 without
-    spills into 99 KB of shared memory; 64 rows in short sequences, where 128 would be padding, and with tiles of attn_mask."""
+    """Tile sizes by kernel, score, feature size and dtype.
+
+    Not measured. They are the largest of those tried that compile for sm_90 without spills into 99 KB of shared memory. Short
+    sequences take 64 rows, since 128 would be padding, and so do tiles of attn_mask.
+    """
     size, wide, kv = block_size(max(query.shape[3], value.shape[3])), query.dtype == torch.float32, kernel == "backward_kv"
     plain = score == "dot" and not masked
     if score in UNIT_KINDS:
@@ -276,7 +306,7 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
 
 @triton.jit
 def _prepare_kernel(
-    p_x, p_ready, H, N, A, stride_b, stride_h, stride_n, factor, SCORE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr
+    p_x, p_pre, H, N, A, stride_b, stride_h, stride_n, factor, SCORE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(N, BLOCK_N), H, 1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -285,10 +315,10 @@ def _prepare_kernel(
     if SCORE == "cosine":
         b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))
         b_inverse = tl.where(b_norm > 0.0, tl.div_rn(1.0, tl.where(b_norm > 0.0, b_norm, 1.0)), float("inf"))
-        tl.store(p_ready + i_bh * N + o_n, tl.where(b_norm == b_norm, b_inverse, b_norm), mask=o_n < N)
+        tl.store(p_pre + i_bh * N + o_n, tl.where(b_norm == b_norm, b_inverse, b_norm), mask=o_n < N)
     else:
         if SCORE == "additive":
-            # e^-2x: 2^n e^rest, since the rounding of a large exponent would show in what cancels; `farthest` tells of the clamp
+            # e^-2x = 2^n e^rest: a rounded large exponent would show where terms cancel; `largest_magnitude` reports the clamp
             b_y = tl.clamp(b_x, -22.0, 22.0) * -2.0
             b_power = tl.floor(b_y * 1.4426950408889634 + 0.5)
             b_rest = (b_y - b_power * 0.693145751953125) - b_power * 1.42860682030941723212e-6
@@ -297,7 +327,7 @@ def _prepare_kernel(
             b_y = b_x * factor
         length = (N + 15) // 16 * 16
         m_y = (o_n < length)[:, None] & (o_a < (A + 1) // 2 * 2)[None, :]
-        tl.store(ready_at(p_ready, i_bh, N, A, True) + o_a.to(tl.int64)[None, :] * length + o_n[:, None], b_y, mask=m_y)
+        tl.store(precomputed_at(p_pre, i_bh, N, A, True) + o_a.to(tl.int64)[None, :] * length + o_n[:, None], b_y, mask=m_y)
 
 
 @triton.jit
@@ -306,8 +336,8 @@ def _forward_kernel(
     p_k,
     p_v,
     p_u,
-    p_ready_q,
-    p_ready_k,
+    p_pre_q,
+    p_pre_k,
     p_mask,
     p_key_mask,
     p_seed,
@@ -359,16 +389,19 @@ def _forward_kernel(
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_u += i_h * A
-    p_ready_q, p_ready_k = ready_at(p_ready_q, i_bh, N, A, UNITS), ready_at(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    p_pre_q, p_pre_k = (
+        precomputed_at(p_pre_q, i_bh, N, A, UNITS),
+        precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS),
+    )
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
     b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-    b_row, far_q = row_facts(b_q, p_ready_q, o_q, N, SCORE)
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
-    # keys of the first tiles are visible to every row here: no masks; whoever masks tiles anyway has one loop
+    # the first tiles of keys are visible to every row of the block and need no masks; masked calls have one loop for all tiles
     SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
     whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(0 if SPLIT else 1, 2):
@@ -379,8 +412,8 @@ def _forward_kernel(
                 b_s = sum_units(
                     p_q,
                     p_k,
-                    p_ready_q,
-                    p_ready_k,
+                    p_pre_q,
+                    p_pre_k,
                     p_u,
                     o_q,
                     o_kv,
@@ -389,14 +422,14 @@ def _forward_kernel(
                     N,
                     M,
                     A,
-                    far_q + farthest(b_k, SCORE),
+                    bound_q + largest_magnitude(b_k, SCORE),
                     SCORE,
                     EXACT,
                     FAST,
                     PRECISION,
                 )
             else:
-                b_column, _ = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
+                b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
                 b_s, _ = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
             if EDGE:
@@ -415,12 +448,12 @@ def _forward_kernel(
                     KEY_MASK,
                     CAUSAL,
                 )
-                b_s = b_s + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
+                b_s = b_s + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
                 b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
                 b_p = tl.exp2(b_s - b_safe[:, None])
             else:
-                # the largest first, then one multiply-add a pair
+                # the maximum first, then one multiply-add per pair
                 b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * scale_log2)
                 b_new = b_safe
                 b_p = tl.exp2(b_s * scale_log2 - b_safe[:, None])
@@ -429,7 +462,7 @@ def _forward_kernel(
             if DROPOUT:
                 b_p *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
             b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-            b_o = b_o * b_alpha[:, None] + dot(pin(b_p, UNITS, PRECISION).to(b_v.dtype), b_v, PRECISION)
+            b_o = b_o * b_alpha[:, None] + dot(keep_layout(b_p, UNITS, PRECISION).to(b_v.dtype), b_v, PRECISION)
             b_max = b_new
     empty = b_sum == 0.0
     b_o = b_o / tl.where(empty, 1.0, b_sum)[:, None]
@@ -443,8 +476,8 @@ def _rows_kernel(
     p_k,
     p_v,
     p_u,
-    p_ready_q,
-    p_ready_k,
+    p_pre_q,
+    p_pre_k,
     p_mask,
     p_key_mask,
     p_seed,
@@ -489,19 +522,25 @@ def _rows_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """Of each row two numbers with P = exp2(base-2 logit - shift) / total: the lse and 1, and where lse `is_coarse` the largest
-    logit and the sum of the powers less it. The keys are only visited for blocks with such a row."""
+    """For each row two numbers with P = exp2(base-2 logit - shift) / total, for the backward pass under a float mask.
+
+    They are the lse and 1. Where the lse `is_coarse` they are the largest logit and the sum of exp2(logit - largest). The keys
+    are read only by blocks that have such a row.
+    """
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_u += i_h * A
-    p_ready_q, p_ready_k = ready_at(p_ready_q, i_bh, N, A, UNITS), ready_at(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    p_pre_q, p_pre_k = (
+        precomputed_at(p_pre_q, i_bh, N, A, UNITS),
+        precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS),
+    )
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-    b_row, far_q = row_facts(b_q, p_ready_q, o_q, N, SCORE)
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
     m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), OWN_LSE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -509,13 +548,13 @@ def _rows_kernel(
     for start in range(0, tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0), BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
         b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
-        b_column, far_k = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
+        b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
         if UNITS:
             b_s = sum_units(
                 p_q,
                 p_k,
-                p_ready_q,
-                p_ready_k,
+                p_pre_q,
+                p_pre_k,
                 p_u,
                 o_q,
                 o_kv,
@@ -524,7 +563,7 @@ def _rows_kernel(
                 N,
                 M,
                 A,
-                far_q + far_k,
+                bound_q + bound_k,
                 SCORE,
                 EXACT,
                 FAST,
@@ -548,7 +587,7 @@ def _rows_kernel(
             KEY_MASK,
             CAUSAL,
         )
-        b_s = b_s + pin(b_masked, UNITS, PRECISION) if UNITS else b_masked
+        b_s = b_s + keep_layout(b_masked, UNITS, PRECISION) if UNITS else b_masked
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_s - b_safe[:, None]), axis=1)
@@ -567,8 +606,8 @@ def _backward_q_kernel(
     p_k,
     p_v,
     p_u,
-    p_ready_q,
-    p_ready_k,
+    p_pre_q,
+    p_pre_k,
     p_mask,
     p_key_mask,
     p_seed,
@@ -631,39 +670,42 @@ def _backward_q_kernel(
     p_key_mask += i_b * M
     p_u += i_h * A
     p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
-    p_ready_q, p_ready_k = ready_at(p_ready_q, i_bh, N, A, UNITS), ready_at(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    p_pre_q, p_pre_k = (
+        precomputed_at(p_pre_q, i_bh, N, A, UNITS),
+        precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS),
+    )
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
     b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
     b_do = load_tile(p_grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
     b_out = load_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
-    b_row, far_q = row_facts(b_q, p_ready_q, o_q, N, SCORE)
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
     b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
-    b_sent = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_grad_lse = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if LSE:
-        b_sent = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_sent
+        b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_grad_lse
     b_dq = tl.zeros([BLOCK_Q, BLOCK_A], dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
     SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
     whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
-    # EXACT: rounded lse and out would cost gradients half a digit in float32, so a sweep takes the sums of P and P dP first
+    # EXACT: a rounded lse and out would cost float32 gradients half a digit, so a first sweep sums P and P dP
     for SWEEP in tl.static_range(0 if EXACT else 1, 2):
         for EDGE in tl.static_range(0 if SPLIT else 1, 2):
             for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
                 o_kv = start + tl.arange(0, BLOCK_KV)
                 b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
                 b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-                b_column, far_k = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
+                b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
                 if UNITS:
                     b_s = sum_units(
                         p_q,
                         p_k,
-                        p_ready_q,
-                        p_ready_k,
+                        p_pre_q,
+                        p_pre_k,
                         p_u,
                         o_q,
                         o_kv,
@@ -672,7 +714,7 @@ def _backward_q_kernel(
                         N,
                         M,
                         A,
-                        far_q + far_k,
+                        bound_q + bound_k,
                         SCORE,
                         EXACT,
                         FAST,
@@ -698,7 +740,7 @@ def _backward_q_kernel(
                         KEY_MASK,
                         CAUSAL,
                     )
-                    b_logit = b_logit + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
+                    b_logit = b_logit + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_p = tl.exp2(b_logit - b_lse[:, None])
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
                 if DROPOUT:
@@ -709,7 +751,7 @@ def _backward_q_kernel(
                 else:
                     b_ds = b_p * (b_dp - b_delta[:, None]) * scale
                     if UNITS:
-                        b_dq, _ = through_units(
+                        b_dq, _ = units_backward(
                             b_dq,
                             b_dq,
                             b_ds,
@@ -737,11 +779,11 @@ def _backward_q_kernel(
                         b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
         if SWEEP == 0:
             b_total = tl.where(b_total == 0.0, 1.0, b_total)
-            b_delta = b_mean / b_total - b_sent
+            b_delta = b_mean / b_total - b_grad_lse
     if UNITS:
         b_dq *= tl.load(p_u + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
     if SCORE == "cosine":
-        b_dq -= through_norm(b_q, b_row, b_along)
+        b_dq -= norm_backward(b_q, b_row, b_along)
     if EXACT:
         b_dq /= b_total[:, None]
         tl.store(p_total + i_bh * N + o_q, b_total, mask=o_q < N)
@@ -757,8 +799,8 @@ def _backward_kv_kernel(
     p_k,
     p_v,
     p_u,
-    p_ready_q,
-    p_ready_k,
+    p_pre_q,
+    p_pre_k,
     p_mask,
     p_key_mask,
     p_seed,
@@ -814,7 +856,7 @@ def _backward_kv_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    # tiles are [kv,q]: what meets dO and q in a product comes as its left operand
+    # tiles are [kv,q], so that they are the left operand of the products with dO and q
     num_kv = tl.cdiv(M, BLOCK_KV)
     i_kv, _, i_b, i_hkv, _ = block_and_head(num_kv, HEADS_KV, 1)
     i_hk = i_hkv * GROUP // GROUP_K
@@ -822,17 +864,17 @@ def _backward_kv_kernel(
     p_v += i_b * stride_vb + (i_hkv * GROUP // GROUP_V) * stride_vh
     p_key_mask += i_b * M
     p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
-    p_ready_k = ready_at(p_ready_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    p_pre_k = precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
     b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
     b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-    b_row, far_k = row_facts(b_k, p_ready_k, o_kv, M, SCORE)
+    b_row, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
     b_dk = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
-    # rows from `whole` on see every key of this block; neither rows beyond N (their P is 0) nor keys beyond M need masks
+    # rows from `whole` on see every key of this block. Rows beyond N have P = 0, and keys beyond M are not stored: no masks
     SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     whole = begin
@@ -845,7 +887,7 @@ def _backward_kv_kernel(
         p_grad_h = p_grad + i_b * stride_gb + i_h * stride_gh
         p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
         p_u_h = p_u + i_h * A
-        p_ready_h = ready_at(p_ready_q, i_bh, N, A, UNITS)
+        p_pre_h = precomputed_at(p_pre_q, i_bh, N, A, UNITS)
         if UNITS:
             b_units = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
             b_du = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
@@ -854,13 +896,13 @@ def _backward_kv_kernel(
                 o_q = start + tl.arange(0, BLOCK_Q)
                 b_q = load_tile(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
                 b_do = load_tile(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-                b_column, far_q = row_facts(b_q, p_ready_h, o_q, N, SCORE)
+                b_column, bound_q = row_norm_and_bound(b_q, p_pre_h, o_q, N, SCORE)
                 if UNITS:
                     b_s = sum_units(
                         p_k,
                         p_q_h,
-                        p_ready_k,
-                        p_ready_h,
+                        p_pre_k,
+                        p_pre_h,
                         p_u_h,
                         o_kv,
                         o_q,
@@ -869,7 +911,7 @@ def _backward_kv_kernel(
                         M,
                         N,
                         A,
-                        far_q + far_k,
+                        bound_q + bound_k,
                         SCORE,
                         EXACT,
                         FAST,
@@ -900,7 +942,7 @@ def _backward_kv_kernel(
                     if KEY_MASK:
                         m_kv = tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0
                         b_masked = tl.where(m_kv[:, None], b_masked, float("-inf"))
-                    b_logit = b_logit + pin(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
+                    b_logit = b_logit + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
                 b_p = tl.exp2(b_logit - b_lse[None, :])
                 if EXACT:
@@ -913,11 +955,11 @@ def _backward_kv_kernel(
                     b_factor = tl.trans(keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N))
                     b_kept = b_p * b_factor
                     b_dp *= b_factor
-                b_dv += dot(pin(b_kept, UNITS, PRECISION).to(b_do.dtype), b_do, PRECISION)
+                b_dv += dot(keep_layout(b_kept, UNITS, PRECISION).to(b_do.dtype), b_do, PRECISION)
                 b_delta = tl.load(p_delta + i_bh * N + o_q, mask=o_q < N, other=0.0)
                 b_ds = b_p * (b_dp - b_delta[None, :]) * scale
                 if UNITS:
-                    b_units, b_du = through_units(
+                    b_units, b_du = units_backward(
                         b_units,
                         b_du,
                         b_ds,
@@ -946,7 +988,7 @@ def _backward_kv_kernel(
             b_dk += b_units * tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
             tl.store(p_grad_u + (i_bh * num_kv + i_kv) * A + o_a, tl.sum(b_du, axis=0), mask=o_a < A)
     if SCORE == "cosine":
-        b_dk -= through_norm(b_k, b_row, b_along)
+        b_dk -= norm_backward(b_k, b_row, b_along)
     i_row = i_b * M * HEADS_KV + i_hkv
     store_tile(p_grad_k + i_row * A, HEADS_KV * A, o_kv, o_a, M, A, b_dk)
     store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
@@ -954,6 +996,6 @@ def _backward_kv_kernel(
 
 @triton.jit
 def _lse_log2(p_lse, o_q, N, IN_BASE_2: tl.constexpr):
-    """[q] in base 2; +inf, which makes every probability 0, for rows without a key and for those beyond N."""
+    """[q] in base 2. It is +inf for fully masked rows and rows beyond N, which makes their probabilities 0."""
     b_lse = tl.load(p_lse + o_q, mask=o_q < N, other=float("-inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse if IN_BASE_2 else b_lse * 1.4426950408889634)

@@ -1,14 +1,14 @@
-"""stacked_cross_attention in Triton: every query row against every context set, chunk by chunk; forward and backward.
+"""stacked_cross_attention in Triton: every query row attends to every context set, chunk by chunk; forward and backward.
 
-Shapes: images (Bi,R,D), captions (Bc,T,D); similarity (Bi,Bc). A chunk has X context sets of M rows and Y query sets whose
-real rows, L of them, are packed one after the other, so padding costs nothing; its maps are (L,X*M), those of alpha (L,X,M),
-row-major with M padded to a multiple of 16, so that 16-bit elements are loaded 16 bytes at a time.
-Roofline: tensor cores for 16-bit inputs, FP32 issue for float32 (2 products over D a map element forward, 3 or 4 backward).
-Trick: only the products over D are large, and they are tiled over the rows of all pairs at once, not pair by pair: a program
-of `_attend_kernel` meets one context set with rows of many query sets. alpha is float32, as in the formula: it is split into
-16-bit parts whose sum it is, so 16-bit contexts meet it on the tensor cores without loss. The attended vectors exist in
-registers only; their Gram form would cancel in float32, and is used in float64, for the gradients of float32 inputs. Maps
-live for one chunk. No atomics. Not yet measured on a GPU.
+Shapes: images (Bi, R, D), captions (Bc, T, D); similarity (Bi, Bc). A chunk has X context sets of M rows and Y query sets. The L
+real rows of the query sets are packed one after the other, so padding costs nothing. The maps of a chunk are (L, X * M), those of
+alpha (L, X, M), row-major with M padded to a multiple of 16, so that 16-bit elements are loaded 16 bytes at a time.
+Roofline: tensor cores for 16-bit inputs, FP32 issue for float32 (per map element 2 products over D forward, 3 or 4 backward).
+Trick: only the products over D are large. They are tiled over the rows of all pairs at once, not pair by pair: a program of
+`_attend_kernel` combines one context set with rows of many query sets. alpha is float32, as in the formula. It is split into
+16-bit parts whose sum it is, so that the tensor cores multiply it with 16-bit contexts without loss. The attended vectors exist
+only in registers. Their Gram form would cancel in float32, so it is taken in float64, for the gradients of float32 inputs. Maps
+live for one chunk. There are no atomics. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import block_size, dot, input_precision, load_tile, store_tile
 
-MAP_ELEMENTS = 1 << 22  # of each of a chunk's maps (or one pair's, where that is more); backward holds about twelve
+MAP_ELEMENTS = 1 << 22  # of each map of a chunk, or of one pair where that is more; the backward pass holds about twelve maps
 EPS = tl.constexpr(1e-8)  # of SCAN's norms and cosine
 
 
@@ -40,7 +40,7 @@ def forward(
     aggregation: str,
     lambda_lse: float,
 ) -> Tensor:
-    """similarity (Bi,Bc) float32. Rows beyond the lengths must be zero: the public call sees to that."""
+    """similarity (Bi, Bc) float32. Rows beyond the lengths must be zero; the public call zeroes them."""
     similarity = images.new_empty((images.shape[0], captions.shape[0]), dtype=torch.float32)
     if images.shape[1] == 0 or captions.shape[1] == 0:
         return similarity.zero_()
@@ -111,7 +111,7 @@ def backward(
             by_set = alpha.transpose(0, 1)  # (X,L,M)
             along = by_set @ gram  # a . c
             if dtype == torch.float64:
-                norm_a = (by_set * along).sum(2).clamp_(min=0.0).sqrt_()  # rounding may leave less than 0
+                norm_a = (by_set * along).sum(2).clamp_(min=0.0).sqrt_()  # rounding may give a negative number
                 dot = ((by_set - share[..., None]) * scores.view(-1, *wide.shape[:2]).transpose(0, 1)).sum(2) + mean @ wide_q.mT
                 cosine = dot / (queries.norms * norm_a).clamp_(min=EPS.value)
             else:
@@ -138,13 +138,13 @@ Side = tuple[Tensor, Tensor | None]  # rows (B,L,D), and how many of each are re
 def _sides(
     images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None, direction: str
 ) -> tuple[Side, Side]:
-    """The side that asks and the side that is attended to."""
+    """The side of the queries and the side of the contexts."""
     image, caption = (images.contiguous(), image_lengths), (captions.contiguous(), caption_lengths)
     return (caption, image) if direction == "t2i" else (image, caption)
 
 
 def _chunks(context: Side, query: Side) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of the context sets, each with the slices of the query sets it meets, from shapes alone."""
+    """Slices of the context sets, each with the slices of the query sets. They depend on shapes alone."""
     (num_x, m, _), (num_y, n, _) = context[0].shape, query[0].shape
     step_x = _even(num_x, MAP_ELEMENTS // (m * max(m, num_y * n)))  # m for the Gram matrices
     step_y = _even(num_y, MAP_ELEMENTS // (m * step_x * n))
@@ -154,12 +154,12 @@ def _chunks(context: Side, query: Side) -> Iterator[tuple[slice, list[slice]]]:
 
 
 def _even(count: int, most: int) -> int:
-    """The step that takes `count` in the fewest steps of at most `most` (at least 1), none much smaller than the others."""
+    """The step that covers `count` in the fewest steps of at most `most` (at least 1), so that no step is much smaller."""
     return triton.cdiv(count, triton.cdiv(count, max(1, most))) if count > 0 else 1
 
 
 class _Contexts:
-    """Context sets x: rows (X*M,D), lengths (X)."""
+    """Context sets x: rows (X * M, D), lengths (X)."""
 
     def __init__(self, side: Side, x: slice) -> None:
         rows, lengths = side[0][x], side[1]
@@ -169,7 +169,7 @@ class _Contexts:
 
 
 class _Queries:
-    """Query sets y: rows (L,D), the real ones of set i from start[i] to start[i + 1], (Y+1); zeros after start[-1]."""
+    """Query sets y: rows (L, D). The real rows of set i go from start[i] to start[i + 1]; the rest are zeros."""
 
     def __init__(self, side: Side, y: slice, dtype: torch.dtype = torch.float32) -> None:
         rows, lengths = side[0][y], side[1]
@@ -186,7 +186,7 @@ class _Queries:
         self.norms = torch.linalg.vector_norm(self.rows, dim=1, dtype=dtype)
 
     def new_map(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """(L,...), or (parts,L,...); what is multiplied as a whole must not hold garbage behind the packed rows."""
+        """(L, ...), or (parts, L, ...). What is multiplied as a whole must not hold garbage behind the packed rows."""
         return self.rows.new_empty(shape, dtype=dtype) if self.place is None else self.rows.new_zeros(shape, dtype=dtype)
 
     def unpack(self, x: Tensor) -> Tensor:
@@ -194,20 +194,22 @@ class _Queries:
 
 
 def _rule(first_norm: str | None) -> dict[str, Any]:
-    """NORM, what follows the clipping, and CLIP."""
+    """The constants NORM, which follows the clipping, and CLIP."""
     name = first_norm or "none"
     clips = name.startswith("clipped")
     return {"NORM": name.removeprefix("clipped").removeprefix("_") or "none", "CLIP": clips}
 
 
 def _parts(dtype: torch.dtype) -> tuple[int, float]:
-    """How many numbers of `dtype` sum to a float32 in [0, 1], and the factor it is stored with: float16 has 11 bits a number,
-    and smallest steps of 2^-24, which the factor moves out of the way."""
+    """How many numbers of `dtype` sum to a float32 in [0, 1], and the factor that they are stored with.
+
+    float16 has 11 bits per number, and its smallest step is 2^-24. The factor keeps the parts far above it.
+    """
     return {torch.bfloat16: (3, 1.0), torch.float16: (2, 4096.0), torch.float32: (1, 1.0)}[dtype]
 
 
 def _scores(queries: _Queries, contexts: _Contexts) -> Tensor:
-    """q . c, (L,X*M) float32."""
+    """q . c, (L, X * M) float32."""
     if queries.rows.dtype == torch.float32:
         return queries.rows @ contexts.rows.mT
     scores = queries.rows.new_empty((len(queries.rows), len(contexts.rows)), dtype=torch.float32)
@@ -216,8 +218,8 @@ def _scores(queries: _Queries, contexts: _Contexts) -> Tensor:
 
 
 def _multiply(w: Tensor, rows: Tensor, total: Tensor, out: Tensor, inner: bool) -> None:
-    """out += w @ rows, where w is what `_maps` returns: (parts,i,k). Of its rows, or of k (`inner`), the first `total` count."""
-    if w.dtype == torch.float32:  # float16 has not the range to split W in
+    """out += w @ rows, with w (parts, i, k) from `_maps`. The first `total` of its rows count, or of k with `inner`."""
+    if w.dtype == torch.float32:  # float16 has not enough range to split W
         out.addmm_(w[0], rows.float())
     else:
         _matmul(w, rows, total, out, inner, add=True)
@@ -250,7 +252,10 @@ def _matmul(a: Tensor, b: Tensor, total: Tensor, out: Tensor, inner: bool, add: 
 def _weights(
     scores: Tensor, queries: _Queries, contexts: _Contexts, rule: dict[str, Any], smooth: float, keep: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """alpha (L,X,M) in the dtype `keep` (None: only what the parts need), its parts (parts,L,X,M) in the inputs', M padded."""
+    """alpha (L, X, M) in the dtype `keep`, and its parts (parts, L, X, M) in the dtype of the inputs, M padded.
+
+    `keep` = None stores alpha only where the parts need it.
+    """
     dtype = queries.rows.dtype
     count, factor = _parts(dtype)
     split = dtype != torch.float32
@@ -278,7 +283,7 @@ def _weights(
 
 
 def _attend(parts: Tensor, queries: _Queries, contexts: _Contexts) -> tuple[Tensor, Tensor]:
-    """cos(q, a) and |a|, (X,L) each."""
+    """cos(q, a) and |a|, (X, L) each."""
     length, features = queries.rows.shape
     cosine = queries.norms.new_empty((contexts.sets, length))
     norm_a = torch.empty_like(cosine)
@@ -319,7 +324,7 @@ def _maps(
     aggregation: str,
     lambda_lse: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W (parts,L,X*M), V = diag(by_norm_a) alpha (L,X,M), grad_dot and by_norm_q (X,L) from `along` (X,L,M), `grad` (X,Y)."""
+    """W (parts, L, X * M), V = diag(by_norm_a) alpha (L, X, M), grad_dot and by_norm_q (X, L). `along` is (X, L, M)."""
     split = queries.rows.dtype == torch.bfloat16
     count = _parts(torch.bfloat16)[0] if split else 1
     w = queries.new_map(count, *scores.shape, dtype=torch.bfloat16 if split else torch.float32)
@@ -364,7 +369,7 @@ def _config_maps(size: int, elements: int) -> dict[str, int]:
 
 
 def _config_attend(size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Not measured: the largest of those tried that compile for sm_90 without spills, and fit every shared memory."""
+    """Not measured: the largest tiles of those tried that compile for sm_90 without spills, and fit every shared memory."""
     if dtype == torch.float32:
         return {"BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
     if size > 64:
@@ -395,8 +400,10 @@ def _matmul_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out (i,j), or out +, is the sum of the parts of a (parts,i,k) times b (k,j); rows (INNER: inner indices) of a from `total`
-    on are zero, and skipped."""
+    """out (i, j), or out plus, the sum of the parts of a (parts, i, k) times b (k, j).
+
+    Rows of a from `total` on are zero and are skipped; with INNER inner indices.
+    """
     num_i = tl.cdiv(num_rows, BLOCK_I)
     i = tl.program_id(0)
     o_i = (i % num_i) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -440,7 +447,7 @@ def _weights_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The softmax over contexts of one pair's normalised scores."""
+    """The softmax over the contexts of the normalised scores of one pair."""
     i_x, i_y, begin, end, num = _pair(p_start, p_lengths, X)
     o_m = tl.arange(0, BLOCK_M)
     p_s += i_x * M
@@ -486,8 +493,10 @@ def _attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """cos(q, a) and |a| of some query rows and one context set, which neighbouring programs share; a = alpha C, block by block
-    of features."""
+    """cos(q, a) and |a| of some query rows and one context set, which neighbouring programs share.
+
+    a = alpha C is computed one block of features at a time.
+    """
     i = tl.program_id(0).to(tl.int64)
     num_n = tl.cdiv(L, BLOCK_N)
     i_x, i_n = i // num_n, (i % num_n).to(tl.int32)
@@ -499,7 +508,7 @@ def _attend_kernel(
     b_dot = tl.zeros([BLOCK_N], dtype=tl.float32)
     b_square = tl.zeros([BLOCK_N], dtype=tl.float32)
     if ONE_BLOCK:
-        # zeros behind the contexts, up to a stride known to be a multiple of 16: the mask leaves loads whole
+        # behind the contexts there are zeros up to a stride that is a known multiple of 16, so the mask does not split loads
         b_0 = load_tile(p_parts, stride_row, o_n, o_m, L, stride_x)  # [n,m]
         b_1 = load_tile(p_parts + (1 if PARTS > 1 else 0) * stride_part, stride_row, o_n, o_m, L, stride_x)
         b_2 = load_tile(p_parts + (2 if PARTS > 2 else 0) * stride_part, stride_row, o_n, o_m, L, stride_x)
@@ -582,7 +591,7 @@ def _maps_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One pair's W, V, grad_dot and by_norm_q, through aggregation, cosine, softmax and first norm."""
+    """W, V, grad_dot and by_norm_q of one pair, through aggregation, cosine, softmax and first norm."""
     i_x, i_y, begin, end, num = _pair(p_start, p_lengths, X)
     o_m = tl.arange(0, BLOCK_M)
     p_s += i_x * M
@@ -651,7 +660,7 @@ def _maps_kernel(
             if NORM == "l1norm":
                 b_slope = tl.where(b_x > 0.0, 1.0, tl.where(b_x < 0.0, -1.0, 0.0))
             else:
-                b_slope = b_x / tl.where(b_norm > 0.0, b_norm, 1.0)[None, :]  # a norm's gradient at 0 is 0
+                b_slope = b_x / tl.where(b_norm > 0.0, b_norm, 1.0)[None, :]  # the gradient of a norm at 0 is 0
             b_grad = (b_grad - b_column[None, :] * b_slope) / (b_norm + EPS)[None, :]
         if CLIP:
             b_grad = tl.where(b_s > 0.0, b_grad, 0.1 * b_grad)
@@ -667,7 +676,7 @@ def _maps_kernel(
 
 @triton.jit
 def _pair(p_start, p_lengths, X):
-    """Of a grid of (X * Y,): context set, query set, the first and the last row of its queries, the number of contexts."""
+    """For a grid of (X * Y,): context set, query set, the range of its query rows, the number of contexts."""
     i = tl.program_id(0).to(tl.int64)
     i_x, i_y = i % X, i // X
     begin, end = tl.load(p_start + i_y).to(tl.int32), tl.load(p_start + i_y + 1).to(tl.int32)
@@ -676,7 +685,7 @@ def _pair(p_start, p_lengths, X):
 
 @triton.jit
 def _store_parts(p, stride_part, stride_row, o_row, o_col, num_rows, num_cols, b, PARTS: tl.constexpr):
-    """`b` as PARTS tiles of p's dtype whose sum it is: each holds what the ones before it could not."""
+    """`b` as PARTS tiles of p's dtype that sum to it. Each tile holds what the earlier ones rounded away."""
     for part in tl.static_range(PARTS):
         b_part = b.to(p.dtype.element_ty)
         store_tile(p + part * stride_part, stride_row, o_row, o_col, num_rows, num_cols, b_part)
@@ -704,7 +713,7 @@ def _columns(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What `_normal` subtracts and divides by, [m] each: maximum and sum of exponentials, or 0 and the norm."""
+    """What `_normal` subtracts and divides by, [m] each: the maximum and the sum of exponentials, or 0 and the norm."""
     b_shift = tl.full([BLOCK_M], float("-inf") if NORM == "softmax" else 0.0, dtype=dtype)
     b_sum = tl.zeros([BLOCK_M], dtype=dtype)
     if NORM != "none":
@@ -736,8 +745,11 @@ def _normal(b_s, b_shift, b_norm, NORM: tl.constexpr, CLIP: tl.constexpr):
 
 @triton.jit
 def _pool(p_cosine, begin, end, sharpness, AGGREGATION: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Two numbers of a pair's cosines: for logsumexp the maximum of sharpness * r and the sum of exponentials, for max the
-    maximum and how often it occurs, else the sum and the count."""
+    """Two numbers of the cosines of a pair.
+
+    logsumexp: the maximum of sharpness * r and the sum of exponentials. max: the maximum and how often it occurs. Otherwise: the
+    sum and the count.
+    """
     dtype: tl.constexpr = p_cosine.dtype.element_ty
     top = tl.full([], 0.0 if AGGREGATION == "sum" or AGGREGATION == "mean" else float("-inf"), dtype=dtype)
     total = tl.full([], 0.0, dtype=dtype)
@@ -782,8 +794,7 @@ def _grad_normal(
     num,
     AGGREGATION: tl.constexpr,
 ):
-    """Of a tile [n,m]: scores and alpha; by_norm_a, by_norm_q and the gradient at q . a, [n] each; and the gradient at the
-    normalised scores."""
+    """For a tile [n,m]: scores, alpha; by_norm_a, by_norm_q, the gradient at q . a, [n] each; that at the normalised scores."""
     b_s = load_tile(p_s, stride_row, o_n, o_m, end, num).to(p_along.dtype.element_ty)
     b_alpha = load_tile(p_alpha, stride_alpha_row, o_n, o_m, end, num)
     b_along = load_tile(p_along, stride_along_row, o_n, o_m, end, num)
@@ -801,7 +812,7 @@ def _grad_normal(
     b_length = b_norm_q * b_norm_a
     b_dot = b_dr / tl.maximum(b_length, EPS)
     b_dlength = tl.where(b_length >= EPS, -b_dot * b_r, 0.0)
-    # gradients of norms, which are 0 at 0, over the norm
+    # gradients of the norms (0 at 0), divided by the norm
     b_by_a = tl.where(b_norm_a > 0.0, b_dlength * b_norm_q / tl.where(b_norm_a > 0.0, b_norm_a, 1.0), 0.0)
     b_by_q = tl.where(b_norm_q > 0.0, b_dlength * b_norm_a / tl.where(b_norm_q > 0.0, b_norm_q, 1.0), 0.0)
     b_dalpha = b_dot[:, None] * b_s + b_by_a[:, None] * b_along
