@@ -15,7 +15,7 @@ constexpr int BACKWARD_ROWS = WARPS * 16;  // of a block's own side, in the back
 constexpr int GRAD_STRIDE = BACKWARD_ROWS + 4;
 constexpr float LARGEST = 22.0f;           // e^2x is finite up to there, and so is its product with another
 constexpr float LARGEST_SUM = 20.0f;       // two denominators of up to 1 + e^40 have a finite product
-constexpr float CLAMP = 2.3538526683701998e17f;  // e^40: tanh is -1 there, to far below float32's resolution
+constexpr float CLAMP = 2.3538526683701998e17f;  // e^40: tanh is -1 there, far below float32's resolution
 
 // x, of which the compiler knows nothing: what a rare branch alone needs is then not computed in advance and kept in registers.
 __device__ __forceinline__ int64_t opaque(int64_t x) {
@@ -64,7 +64,7 @@ struct Shared {
     float* rows;      // (units, ROWS): e^-2x
     float* columns;   // (pairs, 3, COLUMNS): e^-2y of two units and their product
     float2* weights;  // (pairs): u1 + u2, u1 - u2
-    float *row_farthest, *column_farthest;  // (WARPS) each
+    float *row_largest, *column_largest;  // (WARPS) each
     void* rest;
 
     __host__ __device__ static size_t bytes(int A, int rows) {
@@ -75,20 +75,20 @@ struct Shared {
         const int units = round_up(A, 8);
         rows = static_cast<float*>(shared_memory());
         columns = rows + units * num_rows;
-        row_farthest = columns + units / 2 * PAIR;
-        column_farthest = row_farthest + WARPS;
-        weights = reinterpret_cast<float2*>(column_farthest + WARPS);
+        row_largest = columns + units / 2 * PAIR;
+        column_largest = row_largest + WARPS;
+        weights = reinterpret_cast<float2*>(column_largest + WARPS);
         rest = weights + units / 2;
     }
 };
 
 // put(row, pair of units, e^-2x, e^-2x) for ROWS rows from `first` on, x = 0 outside of the matrix. The warp's largest |x| goes
-// to `farthest`; inf where one is over LARGEST or NaN.
+// to `largest_magnitude`; it is inf where one is above LARGEST or NaN.
 template <int ROWS, class T, class Put>
-__device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first, int A, float* farthest, Put put) {
+__device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first, int A, float* largest_magnitude, Put put) {
     constexpr int VECTOR = 16 / sizeof(T);
     const bool aligned = A % VECTOR == 0 && side.stride % VECTOR == 0 && reinterpret_cast<uintptr_t>(side.data) % 16 == 0;
-    float far = 0.0f;
+    float bound = 0.0f;
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * round_up(A, VECTOR) / VECTOR; i += THREADS) {
         const int row = i % ROWS, unit = i / ROWS * VECTOR;
@@ -103,18 +103,18 @@ __device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first,
         }
 #pragma unroll
         for (int e = 0; e < VECTOR; e += 2) {
-            for (int j = 0; j < 2; ++j) far = fmaxf(far, fabsf(x[e + j]) <= LARGEST ? fabsf(x[e + j]) : INFINITY);
+            for (int j = 0; j < 2; ++j) bound = fmaxf(bound, fabsf(x[e + j]) <= LARGEST ? fabsf(x[e + j]) : INFINITY);
             put(row, (unit + e) / 2, expf(-2.0f * fminf(fmaxf(x[e], -LARGEST), LARGEST)),
                 expf(-2.0f * fminf(fmaxf(x[e + 1], -LARGEST), LARGEST)));
         }
     }
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) far = fmaxf(far, __shfl_xor_sync(ALL_LANES, far, lanes));
-    if (lane_index() == 0) farthest[warp_index()] = far;
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) bound = fmaxf(bound, __shfl_xor_sync(ALL_LANES, bound, lanes));
+    if (lane_index() == 0) largest_magnitude[warp_index()] = bound;
 }
 
 template <int MT, int ROWS, class T>
 __device__ __forceinline__ void stage_rows(const Shared& shared, const Side<T>& side, int64_t first, const T* vector, int A) {
-    exponentials<ROWS>(side, first, A, shared.row_farthest, [&](int row, int pair, float e1, float e2) {
+    exponentials<ROWS>(side, first, A, shared.row_largest, [&](int row, int pair, float e1, float e2) {
         float* to = shared.rows + 2 * pair * ROWS + row_place<MT>(row);
         to[0] = e1;
         to[ROWS] = e2;
@@ -128,19 +128,19 @@ __device__ __forceinline__ void stage_rows(const Shared& shared, const Side<T>& 
 
 template <class T>
 __device__ __forceinline__ void stage_columns(const Shared& shared, const Side<T>& side, int64_t first, int A) {
-    exponentials<COLUMNS>(side, first, A, shared.column_farthest, [&](int column, int pair, float e1, float e2) {
+    exponentials<COLUMNS>(side, first, A, shared.column_largest, [&](int column, int pair, float e1, float e2) {
         float* to = shared.columns + pair * PAIR + column_place(column);
         to[0] = e1;
         to[COLUMNS] = e2;
     });
 }
 
-// How far x + y can be from 0 in the tile that is staged.
-__device__ __forceinline__ float farthest(const Shared& shared) {
+// A bound of |x + y| in the staged tile.
+__device__ __forceinline__ float largest_magnitude(const Shared& shared) {
     float row = 0.0f, column = 0.0f;
     for (int i = 0; i < WARPS; ++i) {
-        row = fmaxf(row, shared.row_farthest[i]);
-        column = fmaxf(column, shared.column_farthest[i]);
+        row = fmaxf(row, shared.row_largest[i]);
+        column = fmaxf(column, shared.column_largest[i]);
     }
     return row + column;
 }
@@ -230,19 +230,19 @@ __device__ __forceinline__ void sum_directly(Tile<MT>& halves, const Side<T>& ow
 
 // Half the unscaled scores of the warp's rows, whose first one here is `row`, with the tile's columns, here from `column` on.
 template <int MT, class T>
-__device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared, float far, const Side<T>& own, int64_t row,
+__device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared, float bound, const Side<T>& own, int64_t row,
                                           const Side<T>& other, int64_t column, const T* vector, int A) {
     constexpr bool EXACT = std::is_same_v<T, float>;
     const int pairs = (A + 1) / 2;
     const auto sum = [&](Tile<MT>& to, int begin, int end) {
-        if (far <= LARGEST_SUM) {
+        if (bound <= LARGEST_SUM) {
             sum_pairs<false, EXACT, MT>(to, shared, begin, end);
         } else {
             sum_pairs<true, EXACT, MT>(to, shared, begin, end);
         }
     };
     clear<MT>(halves);
-    if (far == INFINITY) {
+    if (bound == INFINITY) {
         sum_directly<MT>(halves, own, row, other, column, vector, A);
     } else if constexpr (!EXACT) {
         sum(halves, 0, pairs);

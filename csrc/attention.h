@@ -1,4 +1,4 @@
-// What the kernels of attention share: how they see tensors and masks.
+// What the attention kernels share: the layout of tensors and masks.
 #pragma once
 
 #include "device.h"
@@ -28,17 +28,18 @@ struct Masks {
     const uint8_t* keys;
     int64_t num_keys;
 
-    // A base-2 logit, and -inf where key j is hidden from query i. Of an added mask -inf alone hides: what is finite stays so.
+    // The base-2 logit with the masks applied: -inf where query i does not see key j. Only -inf in a float mask masks a pair; a
+    // finite value is data, however large.
     __device__ __forceinline__ float apply(float log2_logit, int64_t b, int64_t h, int64_t i, int64_t j) const {
-        const float hidden = -INFINITY;
-        if (causal && j > i) return hidden;
-        if (keys && !keys[b * num_keys + j]) return hidden;
+        const float masked = -INFINITY;
+        if (causal && j > i) return masked;
+        if (keys && !keys[b * num_keys + j]) return masked;
         if (kind == NONE) return log2_logit;
         const int64_t at = b * batch + h * head + i * row + j * column;
-        if (kind == BOOL) return static_cast<const uint8_t*>(pairs)[at] ? log2_logit : hidden;
+        if (kind == BOOL) return static_cast<const uint8_t*>(pairs)[at] ? log2_logit : masked;
         const float added = static_cast<const float*>(pairs)[at];
-        if (added == hidden) return hidden;
-        // finite in base e, not always in base 2: such a value is held at the largest number
+        if (added == masked) return masked;
+        // a value may be finite in base e and not in base 2: it is clamped to the largest number
         log2_logit += added * LOG2_E;
         if (log2_logit < -LARGEST_LOGIT) return -LARGEST_LOGIT;
         return added > 2.35e38f && added < INFINITY ? LARGEST_LOGIT : log2_logit;
@@ -51,10 +52,10 @@ __device__ __forceinline__ float natural_lse(float top, float total) {
     return fabsf(top) >= LARGEST_LOGIT ? top : (top + log2f(total)) * LN_2;
 }
 
-// Whether a natural log-sum-exp is so far from 0 that its rounding shows in exp(logit - lse), as in rows that a float mask of -1e5
-// or of the lowest number covers: probabilities come from the largest logit and the sum there. The limit is lower for our own lse
-// than for one that a caller gives, which may count keys that are not here.
-constexpr float OWN_LSE = 4096.0f, GIVEN_LSE = 16384.0f;
+// Whether rounding a natural log-sum-exp shows in exp(logit - lse), because it is so far from 0. Float masks of -1e5 or of the
+// lowest number make such rows. Their probabilities come from the largest logit and the sum. The limit is lower for our own lse
+// than for the caller's, which may count keys that are not here.
+constexpr float OWN_LSE = 4096.0f, CALLER_LSE = 16384.0f;
 __device__ __forceinline__ bool is_coarse(float lse, float limit) { return fabsf(lse) >= limit && fabsf(lse) < INFINITY; }
 
 }  // namespace vlattn

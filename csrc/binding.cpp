@@ -236,15 +236,15 @@ std::tuple<Tensor, Tensor, Tensor> relevancy_attention(Tensor query, Tensor key,
 }
 
 // What a backward pass and a step share; relevancy is contiguous.
-Tensor move(const Launch& launch, const char* name, Relevancy& call, const Optional& relevancy, const Tensor& query) {
+Tensor run_backward(const Launch& launch, const char* name, Relevancy& call, const Optional& relevancy, const Tensor& query) {
     call.T = relevancy ? relevancy->size(1) : 0;
-    Tensor moved = make_float(query, relevancy ? Sizes{call.B, call.T, call.M} : Sizes{0});
+    Tensor r_abar = make_float(query, relevancy ? Sizes{call.B, call.T, call.M} : Sizes{0});
     Tensor workspace = make_float(query, {relevancy_workspace(call)});
     call.relevancy = data<float>(relevancy);
-    call.moved = data<float>(moved);
+    call.r_abar = data<float>(r_abar);
     call.workspace = data<float>(workspace);
     launch(name, vlattn::relevancy_backward, call, facts(call));
-    return moved;
+    return r_abar;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(
@@ -270,8 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(
     call.residual_weight = weight(residual_weight);
     call.attention_weight = weight(attention_weight);
     call.residual = true;
-    Tensor moved = move(launch, "relevancy_attention_backward", call, grad_carrier, query);
-    return {grad_query, grad_key, grad_value, moved};
+    Tensor r_abar = run_backward(launch, "relevancy_attention_backward", call, grad_carrier, query);
+    return {grad_query, grad_key, grad_value, r_abar};
 }
 
 Tensor relevancy_step(Tensor relevancy, Tensor query, Tensor key, Optional value, Optional grad_output, Optional lse,
@@ -280,7 +280,7 @@ Tensor relevancy_step(Tensor relevancy, Tensor query, Tensor key, Optional value
     Launch launch(query);
     call.lse = data<float>(lse);
     call.grad_out = rows(grad_output);
-    return move(launch, "relevancy_step", call, relevancy, query);
+    return run_backward(launch, "relevancy_step", call, relevancy, query);
 }
 
 // ---- congruence_loss

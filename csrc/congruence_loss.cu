@@ -1,14 +1,14 @@
 // congruence_loss (CACR soft, IAIS singular and distributed) and its gradients, the whole of a sample in one block.
 //
 // Shapes: queries and keys of the blocks LL, LV, VL, VV (B,H,L or V,D); loss (B). L, V and D are at most 128.
-// Roofline: the exponentials, one a head and pair forward and four or more backward (MUFU), and the float32 products of maps
-// (FFMA); queries and keys come from HBM once.
-// Trick: a warp holds 16 whole rows of a block, so that the sums of a softmax need no other warp. The maps, averaged over the
-// heads in registers, go through a workspace small enough for the L2 cache, and barriers stand where kernels would follow each
-// other: one launch forward and one backward, which makes the maps anew. A block has a warp for each 16 tokens, so that short
-// samples share a multiprocessor.
-// Why CUDA C++: what follows each other in a block here (maps, products of maps, divergences, gradients) has tiles and layouts
-// of its own each; in Triton it takes a kernel each, and short samples wait for their launches. Not measured on a GPU.
+// Roofline: the exponentials, one per head and pair forward and four or more backward (MUFU), and the float32 products of maps
+// (FFMA). Queries and keys are read from HBM once.
+// Trick: a warp holds 16 whole rows of a block, so that the sums of a softmax need no other warp. The maps are averaged over the
+// heads in registers and go through a workspace small enough for the L2 cache. Barriers stand where kernels would follow each
+// other. So there is one launch forward and one backward, which computes the maps again. A block has one warp per 16 tokens, so
+// that short samples share a multiprocessor.
+// Why CUDA C++: the steps of a block (maps, products of maps, divergences, gradients) have different tiles and layouts. In Triton
+// each step is a kernel, and short samples wait for the launches. Not measured on a GPU.
 #include <algorithm>
 
 #include "congruence_maps.h"
@@ -20,15 +20,15 @@ constexpr int GROUPS = TOKENS / STRIP;  // of STRIP columns
 constexpr float LOWEST = -1e30f;        // less than any logit
 
 struct Shared {
-    // of each query of a head: its greatest logit, of the powers less that 1 / sum and log2 sum, the mean of the gradients at its
-    // probabilities, and a bound of those at its logits
+    // for each query of a head: its largest logit; 1 / sum and log2 sum of 2^(logit - largest); the mean of the gradients at its
+    // probabilities; and a bound of those at its logits
     float top[TOKENS], inverse[TOKENS], log_sum[TOKENS], delta[TOKENS], most[TOKENS];
     float loss[TOKENS / STRIP];  // of each warp
     bool real[2][TOKENS];        // the tokens of text and image; false beyond the last
 };
 constexpr size_t SHARED_BYTES = (sizeof(Shared) + 15) / 16 * 16;
 
-// Of the eight numbers that a lane has of 16 rows and 16 columns, c[e / 4][e % 4]: the row and the column.
+// Row and column of number e, c[e / 4][e % 4], of the eight numbers that a lane has of 16 rows and 16 columns.
 __device__ __forceinline__ int row_of(int e) { return lane_row() + e % 4 / 2 * 8; }
 __device__ __forceinline__ int column_of(int e) { return e / 4 * 8 + lane_column() * 2 + e % 2; }
 
@@ -42,7 +42,7 @@ __device__ __forceinline__ float power_for(float x) {
     return x;
 }
 
-// What the kernels do for one sample. Blocks are named by their rows and columns, 0 for the text and 1 for the image.
+// The work on one sample. Blocks are named by their rows and columns, 0 for text and 1 for image.
 template <class T, int K>
 struct Sample {
     const Congruence& call;
@@ -51,7 +51,7 @@ struct Sample {
     T* tile;
     const float factor;  // of products of queries and keys; above 0, so that -inf stays what it is
     float* const maps;   // (regions,S,S), S = L + V: the blocks LL, LV over VL, VV
-    bool counts;         // a sample without text or without image tokens has no loss
+    bool counts;         // false for a sample without text or without image tokens: it has no loss
 
     enum Region { MAP, TARGET, LOG, BY_MAP, BY_LOG };  // LOG and BY_LOG are there for iais_singular alone
 
@@ -91,7 +91,7 @@ struct Sample {
         return bits;
     }
 
-    // A head's rows to the tile, zeros to a multiple of STRIP.
+    // Copies a head's rows to the tile, padded with zeros to a multiple of STRIP.
     __device__ void fill_tile(const Rows& x, int64_t h, int rows) {
         __syncthreads();
         stage<T, K>(tile, x.at<T>(b, h), x.row, 0, round_up(rows, STRIP), rows, call.D);
@@ -120,7 +120,7 @@ struct Sample {
         }
     }
 
-    // Of rows g and g+8 the greatest logit, and the sum of the powers less it.
+    // For rows g and g+8: the largest logit, and the sum of 2^(logit - largest).
     __device__ __forceinline__ void statistics(const Rows16<T, K>& rows, int M, uint32_t keys, float (&top)[2],
                                                float (&sum)[2]) const {
         for (int i = 0; i < 2; ++i) {
@@ -249,14 +249,14 @@ struct Sample {
         const bool singular = call.kind == Congruence::IAIS_SINGULAR, distributed = call.kind == Congruence::IAIS_DISTRIBUTED;
         const bool both = second && !singular;
         const Matrix own = part(singular ? LOG : MAP, a, a), by_own = part(singular ? BY_LOG : BY_MAP, a, a);
-        const Matrix basis = part(MAP, a, o), back = part(MAP, o, a), target = part(TARGET, a, a), moved = part(TARGET, a, o);
+        const Matrix basis = part(MAP, a, o), back = part(MAP, o, a), target = part(TARGET, a, a), left = part(TARGET, a, o);
         if (distributed) {
             multiply(target, basis, back, n, m, n, false);
         } else {
             __syncthreads();
             if (singular) pick(basis, n, m);
-            multiply(moved, basis, part(MAP, o, o), n, m, m, false);
-            multiply(target, moved, basis.transposed(), n, m, n, false);
+            multiply(left, basis, part(MAP, o, o), n, m, m, false);
+            multiply(target, left, basis.transposed(), n, m, n, false);
         }
         __syncthreads();
         const float loss = divergence(call.kind, own, target, shared.real[a], n, 1.0f / real_tokens(a),
@@ -266,25 +266,25 @@ struct Sample {
             multiply(part(BY_MAP, a, o), target, back.transposed(), n, n, m, both);
             multiply(part(BY_MAP, o, a), basis.transposed(), target, m, n, n, both);
         } else {
-            multiply(moved, target, basis, n, n, m, false);
-            multiply(part(BY_MAP, o, o), basis.transposed(), moved, m, n, m, both);
+            multiply(left, target, basis, n, n, m, false);
+            multiply(part(BY_MAP, o, o), basis.transposed(), left, m, n, m, both);
         }
         return loss;
     }
 
-    // From the gradients at a map and at its logarithm, where there are such, to those of its queries and keys. Gradients at
-    // logits are multiplied by a power of two before they are rounded to T: of many tokens and heads, float16 would lose them.
-    __device__ void send(int r, int c, bool at_map, bool at_log) {
+    // From the gradients at a map and at its logarithm, where they exist, to those of its queries and keys. Gradients at logits
+    // are multiplied by a power of two before they are rounded to T: with many tokens and heads they would underflow in float16.
+    __device__ void block_gradients(int r, int c, bool at_map, bool at_log) {
         const int n = 2 * r + c;
         for (int64_t h = 0; h < call.H; ++h) {
             fill_tile(call.key[n], h, size(c));
-            if (warp_index() * STRIP < size(r)) send_to_queries(r, c, h, at_map, at_log);
+            if (warp_index() * STRIP < size(r)) query_gradients(r, c, h, at_map, at_log);
             fill_tile(call.query[n], h, size(r));
-            if (warp_index() * STRIP < size(c)) send_to_keys(r, c, h, at_map, at_log);
+            if (warp_index() * STRIP < size(c)) key_gradients(r, c, h, at_map, at_log);
         }
     }
 
-    // Where a block's gradients lie; null where there is none.
+    // The gradients of a block; null where there is none.
     struct Gradients {
         const float *by_map, *by_log, *log_map;
     };
@@ -293,18 +293,18 @@ struct Sample {
         return {at_map ? part(BY_MAP, r, c).p : nullptr, at_log ? part(BY_LOG, r, c).p : nullptr, part(LOG, r, c).p};
     }
 
-    // The gradient at a probability, and what the one at the logarithm of the mean sends to the probability's logarithm.
-    struct Sent {
+    // The gradient at a probability, and the part at its logarithm that comes from the gradient at the logarithm of the mean.
+    struct ProbGrad {
         float by_p, by_log_p;
     };
 
-    __device__ __forceinline__ Sent sent(const Gradients& from, int row, int column, float log2_p) const {
+    __device__ __forceinline__ ProbGrad grad_at(const Gradients& from, int row, int column, float log2_p) const {
         const int at = row * static_cast<int>(call.L + call.V) + column;
         const float share = from.by_log ? fast_exp2(log2_p - from.log_map[at]) : 0.0f;
         return {from.by_map ? from.by_map[at] : 0.0f, from.by_log ? share * from.by_log[at] : 0.0f};
     }
 
-    __device__ void send_to_queries(int r, int c, int64_t h, bool at_map, bool at_log) {
+    __device__ void query_gradients(int r, int c, int64_t h, bool at_map, bool at_log) {
         const int N = size(r), M = size(c), first = warp_index() * STRIP;
         const Rows &query = call.query[2 * r + c], &grad = call.grad_query[2 * r + c];
         const Gradients from = gradients(r, c, at_map, at_log);
@@ -314,7 +314,7 @@ struct Sample {
         float top[2], sum[2], delta[2] = {}, mass[2] = {}, most[2] = {};
         statistics(rows, M, keys, top, sum);
         const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]}, log_sum[2] = {log2f(sum[0]), log2f(sum[1])};
-        auto terms = [&](int k, float (&p)[2][4], Sent (&x)[2][4]) {
+        auto terms = [&](int k, float (&p)[2][4], ProbGrad (&x)[2][4]) {
             products_with_keys(p, rows, k, keys);
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
@@ -322,11 +322,12 @@ struct Sample {
                 const float log2_power = fmaf(p[e / 4][e % 4], factor, -top[e % 4 / 2]);
                 p[e / 4][e % 4] = fast_exp2(log2_power) * inverse[e % 4 / 2];
                 x[e / 4][e % 4] = {0.0f, 0.0f};
-                if (row < N && shared.real[c][column]) x[e / 4][e % 4] = sent(from, row, column, log2_power - log_sum[e % 4 / 2]);
+                if (row < N && shared.real[c][column])
+                    x[e / 4][e % 4] = grad_at(from, row, column, log2_power - log_sum[e % 4 / 2]);
             }
         };
         float p[2][4];
-        Sent x[2][4];
+        ProbGrad x[2][4];
 #pragma unroll 1
         for (int k = 0; k < M; k += STRIP) {
             terms(k, p, x);
@@ -358,7 +359,7 @@ struct Sample {
             terms(k, p, x);
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                const Sent& of = x[e / 4][e % 4];
+                const ProbGrad& of = x[e / 4][e % 4];
                 p[e / 4][e % 4] = fmaf(p[e / 4][e % 4], of.by_p - delta[e % 4 / 2], of.by_log_p) * power[e % 4 / 2];
             }
             product_with_columns<T, K>(out, p, tile, k);
@@ -366,7 +367,7 @@ struct Sample {
         write(out, power, grad, h, first, N);
     }
 
-    __device__ void send_to_keys(int r, int c, int64_t h, bool at_map, bool at_log) {
+    __device__ void key_gradients(int r, int c, int64_t h, bool at_map, bool at_log) {
         const int N = size(r), M = size(c), first = warp_index() * STRIP;
         const Rows &key = call.key[2 * r + c], &grad = call.grad_key[2 * r + c];
         const Gradients from = gradients(r, c, at_map, at_log);
@@ -390,7 +391,7 @@ struct Sample {
                     continue;
                 }
                 const float log2_power = fmaf(x, factor, -shared.top[row]), p = fast_exp2(log2_power) * shared.inverse[row];
-                const Sent of = sent(from, row, column, log2_power - shared.log_sum[row]);
+                const ProbGrad of = grad_at(from, row, column, log2_power - shared.log_sum[row]);
                 x = fmaf(p, of.by_p - shared.delta[row], of.by_log_p) * power[0];
             }
             product_with_columns<T, K>(out, s, tile, k);
@@ -433,13 +434,13 @@ __global__ void __launch_bounds__(TOKENS / STRIP * WARP)
     congruence_loss_kernel(const __grid_constant__ Congruence call, int regions, bool backward) {
     Sample<T, K> sample(call, regions);
     const bool singular = call.kind == Congruence::IAIS_SINGULAR, cross = call.kind == Congruence::IAIS_DISTRIBUTED;
-    auto wanted = [&](int a) { return a == 0 ? call.text : call.image; };
+    auto needed = [&](int a) { return a == 0 ? call.text : call.image; };
     float loss = 0.0f;
     if (sample.counts) {
 #pragma unroll 1
         for (int n = 0; n < 4; ++n) {
             const int r = n / 2, c = n % 2;
-            const bool own = r == c && wanted(r), others = r == c ? !cross && wanted(1 - r) : cross || wanted(r);
+            const bool own = r == c && needed(r), others = r == c ? !cross && needed(1 - r) : cross || needed(r);
             if (singular && own) {
                 sample.make_log_map(r);
             } else if (own || others) {
@@ -448,7 +449,7 @@ __global__ void __launch_bounds__(TOKENS / STRIP * WARP)
         }
 #pragma unroll 1
         for (int a = 0; a < 2; ++a) {
-            if (wanted(a)) loss += sample.direct(a, backward, a == 1 && call.text);
+            if (needed(a)) loss += sample.direct(a, backward, a == 1 && call.text);
         }
     }
     if (backward) {
@@ -457,10 +458,10 @@ __global__ void __launch_bounds__(TOKENS / STRIP * WARP)
         for (int n = 0; n < 4; ++n) {
             const int r = n / 2, c = n % 2;
             if (r != c && !cross) continue;
-            const bool at_log = singular && wanted(r);
-            const bool at_map = r != c || (singular ? wanted(1 - r) : !cross || wanted(r));
+            const bool at_log = singular && needed(r);
+            const bool at_map = r != c || (singular ? needed(1 - r) : !cross || needed(r));
             if (sample.counts && (at_map || at_log)) {
-                sample.send(r, c, at_map, at_log);
+                sample.block_gradients(r, c, at_map, at_log);
             } else {
                 sample.clear(call.grad_query[n], sample.size(r));
                 sample.clear(call.grad_key[n], sample.size(c));

@@ -1,5 +1,5 @@
-// Products and divergences of float32 maps, by all threads of a block, for congruence_loss.cu. What is neither templated nor in a loop
-// over the heads is not inlined: it would be compiled anew for every type and size.
+// Products and divergences of float32 maps by all threads of a block, for congruence_loss.cu. Functions that are neither
+// templates nor in a loop over the heads are not inlined: each type and size would compile them again.
 #pragma once
 
 #include "congruence_loss.h"
@@ -130,14 +130,14 @@ using Pairs = const bool (&)[LANE_COLUMNS];
         for (int k = 0; k < LANE_COLUMNS; ++k) sum += power[k] = pair[k] ? expf(t[k]) : 0.0f;  // t is in [0, 1]
         sum = warp_sum(sum);
         if (sum == 0.0f) return 0.0f;  // the row of a padded token
-        float moved = 0.0f;
+        float correction = 0.0f;
 #pragma unroll
         for (int k = 0; k < LANE_COLUMNS; ++k) {
             power[k] /= sum;
-            if (!singular) moved += power[k] * expm1f(p[k] - t[k]);
+            if (!singular) correction += power[k] * expm1f(p[k] - t[k]);
         }
         // log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
-        const float less = singular ? 0.0f : log1pf(warp_sum(moved)), log_sum = logf(sum);
+        const float less = singular ? 0.0f : log1pf(warp_sum(correction)), log_sum = logf(sum);
         float loss = 0.0f, sum_p = 0.0f, sum_t = 0.0f;
 #pragma unroll
         for (int k = 0; k < LANE_COLUMNS; ++k) {

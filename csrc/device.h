@@ -1,11 +1,14 @@
-// What a kernel takes from CUDA, or from its stand-in for the host, and the few instructions that C++ cannot name.
+// What the kernels use of CUDA, or of its emulation on the host, and the few instructions that C++ has no name for.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__)
 #include <cuda_runtime.h>
+#elif defined(USE_CUDA)  // binding.cpp in the library for GPUs: it calls launchers and has no kernel
+#include <cuda_runtime_api.h>
 #else
 #include "host/emulation.h"
 #endif
@@ -16,7 +19,7 @@ namespace vlattn {
 
 enum class DType { FLOAT32, FLOAT16, BFLOAT16 };
 
-// use(T()) with the type of that name.
+// Calls use(T()) with the type of that name.
 template <class Use>
 auto with_type(DType dtype, Use use) {
     if (dtype == DType::FLOAT16) return use(__half());
@@ -29,9 +32,13 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-#ifdef __CUDACC__
-
+#if defined(__CUDACC__) || defined(USE_CUDA)
 inline const char* error_string(cudaError_t status) { return cudaGetErrorString(status); }
+#else
+inline const char* error_string(cudaError_t status) { return emulation::error_string(status); }
+#endif
+
+#if defined(__CUDACC__)
 
 // The block's dynamic shared memory.
 __device__ __forceinline__ void* shared_memory() {
@@ -39,22 +46,22 @@ __device__ __forceinline__ void* shared_memory() {
     return bytes;
 }
 
-// 2^x in one instruction; about 2 ulp, results below 2^-126 are 0.
+// 2^x in one instruction, to about 2 ulp. Results below 2^-126 are 0.
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// 1 / x in one instruction for x in [1, 2^126]; an ulp off at most.
+// 1 / x in one instruction for x in [1, 2^126], at most an ulp off.
 __device__ __forceinline__ float fast_reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Starts `kernel`, unless it would have no blocks; `shared` bytes of dynamic shared memory a block. The status is the launch's
-// own: an error left behind by somebody else is neither taken for ours nor cleared.
+// Launches `kernel`, unless it has no blocks, with `shared` bytes of dynamic shared memory per block. Returns the status of this
+// launch: an earlier error of other code is neither reported nor cleared.
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream, Params... args) {
     if (blocks == 0) return cudaSuccess;
@@ -71,9 +78,8 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-#else
+#elif !defined(USE_CUDA)
 
-inline const char* error_string(cudaError_t status) { return emulation::error_string(status); }
 inline void* shared_memory() { return emulation::shared_memory(); }
 inline float fast_exp2(float x) { return exp2f(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }

@@ -86,27 +86,27 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 #else
-    struct Given {
+    struct Operands {
         float c[4];
         T a[8], b[4];
-    } mine;
-    struct Got {
+    } operands;
+    struct Result {
         float c[4];
     };
-    memcpy(mine.c, c, sizeof(c));
-    memcpy(mine.a, a, sizeof(a));
-    memcpy(mine.b, b, sizeof(b));
-    Got result = emulation::warp_wide<Given, Got>(mine, [](const Given* given, Got* got) {
+    memcpy(operands.c, c, sizeof(c));
+    memcpy(operands.a, a, sizeof(a));
+    memcpy(operands.b, b, sizeof(b));
+    Result result = emulation::warp_wide<Operands, Result>(operands, [](const Operands* all, Result* results) {
         for (int lane = 0; lane < WARP; ++lane) {
             for (int i = 0; i < 4; ++i) {
                 const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-                float sum = given[lane].c[i];
+                float sum = all[lane].c[i];
                 for (int k = 0; k < 16; ++k) {
-                    const T x = given[row % 8 * 4 + k % 8 / 2].a[k / 8 * 4 + row / 8 * 2 + k % 2];
-                    const T y = given[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
+                    const T x = all[row % 8 * 4 + k % 8 / 2].a[k / 8 * 4 + row / 8 * 2 + k % 2];
+                    const T y = all[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
                     sum = fmaf(to_float(x), to_float(y), sum);
                 }
-                got[lane].c[i] = sum;
+                results[lane].c[i] = sum;
             }
         }
     });
@@ -124,12 +124,12 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* ro
                  : "memory");
 #else
     using Row = const uint16_t*;
-    struct Got {
+    struct Result {
         uint16_t x[8];
     };
-    Got result = emulation::warp_wide<Row, Got>(static_cast<Row>(row), [](const Row* rows, Got* got) {
+    Result result = emulation::warp_wide<Row, Result>(static_cast<Row>(row), [](const Row* rows, Result* results) {
         for (int lane = 0; lane < WARP; ++lane)
-            for (int i = 0; i < 8; ++i) got[lane].x[i] = rows[i / 2 * 8 + lane % 4 * 2 + i % 2][lane / 4];
+            for (int i = 0; i < 8; ++i) results[lane].x[i] = rows[i / 2 * 8 + lane % 4 * 2 + i % 2][lane / 4];
     });
     memcpy(x, result.x, sizeof(x));
 #endif

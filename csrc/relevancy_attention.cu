@@ -1,15 +1,15 @@
 // Attention over short sequences, and its gradients together with r Abar; Abar = mean_h relu(A * dA) or mean_h A.
 //
-// Shapes: query (B,H,N,D), key (B,key_heads,M,D), value (B,key_heads,M,DV), r (B,T,N) -> moved (B,T,M); N, M <= 256.
-// Roofline: of 16-bit types memory and the tensor cores about evenly at N = M = 200 and D = 64 (7 products of 2 N M D operations
-// against 8 tensors of N D numbers in the backward pass), memory below that; where there are few samples, the launch itself.
-// Trick: all keys of a head, and later all queries, fit into shared memory. So one block takes a sample through both passes of
-// the gradient, first with queries as rows (dQ and what is known of a row), then with keys as rows (dK, dV), and r Abar, a sum
-// over queries and heads, is made by the lanes that own the keys: only T numbers a key and head go to memory and back.
-// Why CUDA C++: a block that goes through both layouts of the work, head after head, with barriers between them; our Triton
-// kernels take a launch for each layout and one more to add a partial sum of r Abar a key head. Few samples are cut into ranges
-// of heads to fill the GPU; only then r Abar has partial sums here, added in order by a second kernel, and row sums over all
-// heads, where they are asked for, a launch of their own. No atomics. Not measured on a GPU.
+// Shapes: query (B,H,N,D), key (B,key_heads,M,D), value (B,key_heads,M,DV), r (B,T,N) -> r_abar (B,T,M); N, M <= 256.
+// Roofline: for 16-bit types memory and the tensor cores about equally at N = M = 200 and D = 64 (7 products of 2 N M D
+// operations against 8 tensors of N D numbers in the backward pass). Memory below that. For few samples, the launch itself.
+// Trick: all keys of a head, and later all queries, fit into shared memory. One block takes a sample through both passes of the
+// gradient: first with queries as rows (dQ and the statistics of each row), then with keys as rows (dK, dV). r Abar, a sum over
+// queries and heads, is computed by the lanes that own the keys, so only T numbers per key and head go to memory and back.
+// Why CUDA C++: one block goes through both layouts of the work, head after head, with barriers between them. Our Triton kernels
+// need a launch for each layout and one more to add the partial sums of r Abar of the key heads. Few samples are cut into ranges
+// of heads to fill the GPU. Only then r Abar has partial sums here, which a second kernel adds in order, and row sums over all
+// heads, if they are needed, take a launch of their own. No atomics. Not measured on a GPU.
 #include "relevancy_attention.h"
 
 #include <algorithm>
@@ -19,24 +19,24 @@
 namespace vlattn {
 namespace {
 
-constexpr int SLAB = 16;  // rows that a warp takes at once, and the columns of one step
+constexpr int SLAB = 16;  // rows of a warp at a time, and columns of one step
 constexpr int MAX_WARPS = 8;
-constexpr int64_t MANY_SAMPLES = 132, MANY_BLOCKS = 264;  // what occupies a large GPU's multiprocessors once, and twice
+constexpr int64_t MANY_SAMPLES = 132, MANY_BLOCKS = 264;  // one and two blocks per multiprocessor of a large GPU
 enum Passes { QUERY_ROWS = 1, KEY_ROWS = 2 };
 
-// Rows of r that one sweep carries: as many as registers and the 99 KB of shared memory leave room for.
+// Rows of r in one sweep: as many as fit into registers and 99 KB of shared memory.
 template <class T, int WIDTH>
 constexpr int CARRIED = sizeof(T) * WIDTH <= 128 ? 8 : 4;
 
 // ---- what the passes share
 
-// A head's rows to a tile; those that fill it up to whole slabs are zeros.
+// Copies a head's rows to a tile, padded with zeros to whole slabs.
 template <class T, int WIDTH>
 __device__ __forceinline__ void stage_head(T* tile, const Rows& from, int b, int h, int64_t rows, int columns) {
     stage<T, WIDTH>(tile, from.at<T>(b, h), from.row, 0, round_up(static_cast<int>(rows), SLAB), rows, columns);
 }
 
-// Of the two tiles of a block the second.
+// The second of the two tiles of a block.
 template <class T, int WIDTH>
 __device__ __forceinline__ T* next_tile(T* tile, int64_t rows) {
     return tile + round_up(static_cast<int>(rows), SLAB) * tile_stride<T, WIDTH>();
@@ -51,11 +51,11 @@ __device__ __forceinline__ void products(float (&x)[2][4], const Rows16<T, WIDTH
     }
 }
 
-// The number e of half `half` of a lane's 16 x 16 products stands in this row and column.
+// Row and column of number e in half `half` of a lane's 16 x 16 products.
 __device__ __forceinline__ int row_of(int e) { return lane_row() + e / 2 * 8; }
 __device__ __forceinline__ int column_of(int half, int e) { return half * 8 + lane_column() * 2 + e % 2; }
 
-// Base-2 logits from products, -inf where a pair is hidden or does not exist.
+// Base-2 logits from products, -inf where a pair is masked or does not exist.
 template <bool KEYS_ARE_ROWS>
 __device__ __forceinline__ void to_logits(float (&x)[2][4], const Relevancy& call, int b, int h, int row, int column) {
     const float scale = call.scale * LOG2_E;
@@ -68,21 +68,21 @@ __device__ __forceinline__ void to_logits(float (&x)[2][4], const Relevancy& cal
     }
 }
 
-// Of rows g and g+8: the largest logit so far and this lane's sum of 2^(logit - largest); a row that is given has its log-sum-exp
-// for the largest.
+// Online softmax of rows g and g+8: the largest logit so far and this lane's sum of 2^(logit - largest). With has_lse the
+// log-sum-exp stands in place of the largest logit.
 struct Softmax {
-    bool given = false;
+    bool has_lse = false;
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 
-    // What is subtracted from logits. It is finite but for a given row without keys, which has +inf: its probabilities are 0.
+    // What is subtracted from logits. It is finite, or +inf for a fully masked row with has_lse: its probabilities are 0.
     __device__ __forceinline__ float shift(int r) const { return top[r] == -INFINITY ? 0.0f : top[r]; }
 
-    // From logits to powers; what was summed of earlier ones is to be multiplied by `shrink`.
+    // Turns logits into powers. Earlier sums must be multiplied by `shrink`.
     __device__ __forceinline__ void add(float (&x)[2][4], float (&shrink)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             shrink[r] = 1.0f;
-            if (given) continue;
+            if (has_lse) continue;
             const float before = top[r];
             const float here = fmaxf(fmaxf(x[0][2 * r], x[0][2 * r + 1]), fmaxf(x[1][2 * r], x[1][2 * r + 1]));
             top[r] = fmaxf(before, row_max(here));
@@ -98,7 +98,7 @@ struct Softmax {
     }
 };
 
-// Rows first .. first+15 of a head, each times its factor; a factor of 0 makes zeros even of NaN.
+// Stores rows first .. first+15 of a head, each times its factor. A factor of 0 gives zeros even for NaN.
 template <class T, int WIDTH>
 __device__ __forceinline__ void store(const float (&x)[WIDTH / 8][4], const float (&factor)[2], const Rows& to, int b, int h,
                                       int first, int64_t num_rows, int num_cols) {
@@ -125,17 +125,17 @@ __device__ __forceinline__ void store(const float (&x)[WIDTH / 8][4], const floa
     }
 }
 
-// The first of the 16 rows of this warp, and how far it is to its next ones.
+// The first of the 16 rows of this warp, and the distance to its next ones.
 __device__ __forceinline__ int first_row() { return warp_index() * SLAB; }
 __device__ __forceinline__ int next_rows() { return blockDim.x / WARP * SLAB; }
 
-// Keys from here on are seen by none of 16 queries.
+// No query of these 16 sees a key from here on.
 __device__ __forceinline__ int key_end(const Relevancy& call, int first) {
     const int end = static_cast<int>(call.M);
     return call.masks.causal && first + SLAB < end ? first + SLAB : end;
 }
 
-// ---- forward: a block takes a head
+// ---- forward: one block per head
 
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(Relevancy call) {
@@ -175,16 +175,16 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(Rele
     }
 }
 
-// ---- backward: a block takes a sample, or a range of its heads
+// ---- backward: one block per sample, or per range of its heads
 
-// The workspace: of each query's row of P = 2^(logit - SHIFT) * WEIGHT those, DELTA = sum(P dP) and SUM, that of the row of this
-// head's A or relu(A * dA), (B,H,N) each; then the PARTIAL sums of r Abar of all ranges of heads but the first, (B,T,M) each.
-enum Known { SHIFT, WEIGHT, DELTA, SUM, PARTIAL };
-__device__ __forceinline__ float* known(const Relevancy& call, Known what) {
+// The workspace has four arrays (B,H,N): SHIFT and WEIGHT, with which P = 2^(logit - SHIFT) * WEIGHT, DELTA = sum(P dP), and SUM,
+// the row sum of this head's A or relu(A * dA). Then come PARTIAL sums of r Abar, (B,T,M), for all ranges of heads but the first.
+enum RowData { SHIFT, WEIGHT, DELTA, SUM, PARTIAL };
+__device__ __forceinline__ float* row_data(const Relevancy& call, RowData what) {
     return call.workspace + what * call.B * call.H * call.N;
 }
 
-// An empty tensor has no data either: of head size 0 values alone have a gradient.
+// An empty tensor has no data either: with head_dim 0 only the values have a gradient.
 __device__ __forceinline__ bool with_gradients(const Relevancy& call) { return call.grad_query.data || call.grad_value.data; }
 __host__ __device__ inline bool with_sums(const Relevancy& call) { return call.row_normalize && call.T > 0; }
 
@@ -215,13 +215,13 @@ __device__ __forceinline__ void dot_rows(float (&sum)[2], const Rows16<T, WIDTH>
     }
 }
 
-// Queries as rows: what is known of them, and dQ.
+// Queries as rows: their statistics, and dQ.
 template <class T, int WIDTH>
 __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, T* values) {
     const bool gradients = with_gradients(call), sums = with_sums(call), dp_of_sums = sums && call.by_gradient;
-    const bool own_lse = gradients || call.out.data;  // otherwise it may count keys that are not here
+    const bool own_lse = gradients || call.out.data;  // otherwise it is the caller's and may count keys that are not here
     const bool may_be_coarse = own_lse || call.masks.kind == Masks::ADDED;
-    if (!call.lse || may_be_coarse || sums) {  // otherwise lse says all
+    if (!call.lse || may_be_coarse || sums) {  // otherwise lse has all that is needed
         __syncthreads();
         stage_head<T, WIDTH>(keys, call.key, b, key_head, call.M, call.D);
         if (gradients || dp_of_sums) stage_head<T, WIDTH>(values, call.value, b, key_head, call.M, call.DV);
@@ -241,21 +241,21 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
             if (call.lse) {
                 for (int r = 0; r < 2; ++r) {
                     const float lse = first + row_of(2 * r) < call.N ? call.lse[at + row_of(2 * r)] : -INFINITY;
-                    coarse[r] = may_be_coarse && is_coarse(lse, own_lse ? OWN_LSE : GIVEN_LSE);
+                    coarse[r] = may_be_coarse && is_coarse(lse, own_lse ? OWN_LSE : CALLER_LSE);
                     rows.top[r] = shift[r] = lse == -INFINITY ? INFINITY : lse * LOG2_E;
                 }
-                rows.given = !any_row(coarse) && (!own_lse || sizeof(T) == 2);  // in float32 its rounding always shows
-                if (!rows.given) rows.top[0] = rows.top[1] = -INFINITY;
+                rows.has_lse = !any_row(coarse) && (!own_lse || sizeof(T) == 2);  // in float32 the rounding of lse always shows
+                if (!rows.has_lse) rows.top[0] = rows.top[1] = -INFINITY;
             }
-            if (gradients && rows.given) {
+            if (gradients && rows.has_lse) {
                 Rows16<T, WIDTH> out;
                 out.load(call.out.at<const T>(b, h), call.out.row, first, call.N, call.DV);
                 dot_rows<T, WIDTH>(delta, grad, out);
             }
             float grad_query[WIDTH / 8][4] = {};
-            // the first sweep over the keys learns what is not known of the rows, the second makes dQ
-            for (int sweep = sums || !rows.given ? 0 : 1; sweep < (gradients ? 2 : 1); ++sweep) {
-                const bool with_dp = sweep == 1 || dp_of_sums || (gradients && !rows.given);
+            // the first sweep over the keys computes missing statistics of the rows, the second dQ
+            for (int sweep = sums || !rows.has_lse ? 0 : 1; sweep < (gradients ? 2 : 1); ++sweep) {
+                const bool with_dp = sweep == 1 || dp_of_sums || (gradients && !rows.has_lse);
                 float moment[2] = {0.0f, 0.0f}, positive[2] = {0.0f, 0.0f};  // sums of P dP and of relu(P dP)
                 for (int k = 0; k < key_end(call, first); k += SLAB) {
                     float p[2][4], dp[2][4] = {}, shrink[2];
@@ -269,7 +269,7 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
                         for (int i = 0; i < 8; ++i) {
                             const float product = p[i / 4][i % 4] * dp[i / 4][i % 4];
                             moment[i % 4 / 2] += product;
-                            positive[i % 4 / 2] += product < 0.0f ? 0.0f : product;  // a maximum would hide NaN
+                            positive[i % 4 / 2] += product < 0.0f ? 0.0f : product;  // a maximum would drop NaN
                         }
                     } else {
 #pragma unroll
@@ -284,43 +284,43 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
                 for (int r = 0; r < 2 && sweep == 0; ++r) {
                     const float total = row_sum(rows.total[r]), mean = row_sum(moment[r]);
                     float factor = weight[r];
-                    if (!rows.given && call.lse && !own_lse && !coarse[r]) {
+                    if (!rows.has_lse && call.lse && !own_lse && !coarse[r]) {
                         factor = fast_exp2(rows.shift(r) - shift[r]);  // a row beside a coarse one: lse says all of it
-                    } else if (!rows.given) {
+                    } else if (!rows.has_lse) {
                         shift[r] = total == 0.0f ? INFINITY : rows.shift(r);
                         factor = weight[r] = total == 0.0f ? 1.0f : 1.0f / total;
                         delta[r] = mean * weight[r];
                     }
                     const float sum = (call.by_gradient ? row_sum(positive[r]) : total) * factor;
-                    if (lane_column() == 0 && first + row_of(2 * r) < call.N) known(call, SUM)[at + row_of(2 * r)] = sum;
+                    if (lane_column() == 0 && first + row_of(2 * r) < call.N) row_data(call, SUM)[at + row_of(2 * r)] = sum;
                 }
             }
             for (int r = 0; r < 2; ++r) scale[r] = shift[r] == INFINITY ? 0.0f : call.scale;
             if (gradients) store<T, WIDTH>(grad_query, scale, call.grad_query, b, h, first, call.N, call.D);
             for (int r = 0; r < 2; ++r) {
                 if (lane_column() != 0 || first + row_of(2 * r) >= call.N) continue;
-                known(call, SHIFT)[at + row_of(2 * r)] = shift[r];
-                known(call, WEIGHT)[at + row_of(2 * r)] = weight[r];
-                known(call, DELTA)[at + row_of(2 * r)] = delta[r];
+                row_data(call, SHIFT)[at + row_of(2 * r)] = shift[r];
+                row_data(call, WEIGHT)[at + row_of(2 * r)] = weight[r];
+                row_data(call, DELTA)[at + row_of(2 * r)] = delta[r];
             }
         }
     }
 }
 
-// What the keys' pass reads of each query of a head, to shared memory: SHIFT, WEIGHT, DELTA, then rows first .. of r times what
-// makes of Abar's sum over heads the mean, or the normalized row; `length` numbers each, N and what fills the last slab.
+// Copies to shared memory what the pass over keys reads of each query of a head: SHIFT, WEIGHT, DELTA, then rows of r from
+// `first` on. r is divided by the number of heads, or by the row sum of Abar. Each has `length` numbers, N padded to whole slabs.
 __device__ void stage_columns(float* columns, int length, const Relevancy& call, int b, int h, int first, int num_rows) {
     for (int i = threadIdx.x; i < length; i += blockDim.x) {
         const bool exists = i < call.N;
         const int64_t at = (static_cast<int64_t>(b) * call.H + h) * call.N + i;
-        columns[SHIFT * length + i] = exists ? known(call, SHIFT)[at] : INFINITY;
-        columns[WEIGHT * length + i] = exists ? known(call, WEIGHT)[at] : 1.0f;
-        columns[DELTA * length + i] = exists ? known(call, DELTA)[at] : 0.0f;
+        columns[SHIFT * length + i] = exists ? row_data(call, SHIFT)[at] : INFINITY;
+        columns[WEIGHT * length + i] = exists ? row_data(call, WEIGHT)[at] : 1.0f;
+        columns[DELTA * length + i] = exists ? row_data(call, DELTA)[at] : 0.0f;
         float factor = 1.0f / static_cast<float>(call.H);
         if (exists && with_sums(call)) {
             float sum = 0.0f;
-            for (int64_t head = 0; head < call.H; ++head) sum += known(call, SUM)[(b * call.H + head) * call.N + i];
-            factor = sum < 1.17549435e-38f ? 0.0f : 1.0f / sum;  // the reciprocal of less than a normal number overflows
+            for (int64_t head = 0; head < call.H; ++head) sum += row_data(call, SUM)[(b * call.H + head) * call.N + i];
+            factor = sum < 1.17549435e-38f ? 0.0f : 1.0f / sum;  // the reciprocal of a subnormal number overflows
         }
         if (exists && call.attention_weight.data)
             factor *= call.attention_weight.data[b * call.attention_weight.batch + i * call.attention_weight.row];
@@ -329,10 +329,11 @@ __device__ void stage_columns(float* columns, int length, const Relevancy& call,
     }
 }
 
-// Keys as rows: with `gradients` one key head's dK and dV; its share of rows carried .. of r Abar, added to `moved` (T,M).
+// Keys as rows: with `gradients` dK and dV of one key head, and its share of r Abar for rows of r from `carried` on, added to
+// `r_abar` (T,M).
 template <class T, int WIDTH>
 __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_head, T* queries, T* grads, float* columns,
-                         int carried, float* moved) {
+                         int carried, float* r_abar) {
     const int group = static_cast<int>(call.H / call.key_heads), length = round_up(static_cast<int>(call.N), SLAB);
     const int left = static_cast<int>(call.T) - carried, num_rows = left < CARRIED<T, WIDTH> ? left : CARRIED<T, WIDTH>;
     const bool with_dp = gradients || call.by_gradient;
@@ -392,7 +393,7 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
 #pragma unroll
             for (int t = 0; t < CARRIED<T, WIDTH>; ++t) {
                 const float sum = row_sum(sums[t][r]);
-                if (t < num_rows && lane_column() == t % 4 && seen) moved[(carried + t) * call.M + row] += sum;
+                if (t < num_rows && lane_column() == t % 4 && seen) r_abar[(carried + t) * call.M + row] += sum;
             }
         }
         if (gradients) {
@@ -410,7 +411,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(Rel
     T* first = static_cast<T*>(shared_memory());
     T* second = next_tile<T, WIDTH>(first, rows);
     float* columns = reinterpret_cast<float*>(next_tile<T, WIDTH>(second, rows));
-    float* moved = (part == 0 ? call.moved : known(call, PARTIAL) + (part - 1) * call.B * size) + b * size;
+    float* r_abar = (part == 0 ? call.r_abar : row_data(call, PARTIAL) + (part - 1) * call.B * size) + b * size;
     if (passes & KEY_ROWS) {
         for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
             float kept = 0.0f;
@@ -419,17 +420,17 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(Rel
                 kept = call.relevancy[b * call.T * call.N + i];
                 if (weight.data) kept *= weight.data[b * weight.batch + i % call.M * weight.row];
             }
-            moved[i] = kept;
+            r_abar[i] = kept;
         }
     }
-    // row sums are over all heads; otherwise a head's keys follow its queries, while both are in the cache
+    // row sums need all heads first; without them a head's keys follow its queries, while both are in the cache
     const int together = with_sums(call) ? end - begin : 1;
     for (int head = begin; head < end; head += together) {
         for (int i = head; passes & QUERY_ROWS && i < head + together; ++i) query_rows<T, WIDTH>(call, b, i, first, second);
         for (int i = head; passes & KEY_ROWS && i < head + together; ++i) {
             bool gradients = with_gradients(call);
             for (int t = 0; gradients || t < call.T; t += CARRIED<T, WIDTH>, gradients = false)
-                key_rows<T, WIDTH>(call, gradients, b, i, first, second, columns, t, moved);
+                key_rows<T, WIDTH>(call, gradients, b, i, first, second, columns, t, r_abar);
         }
     }
 }
@@ -437,26 +438,26 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(Rel
 __global__ void add_parts_kernel(Relevancy call, int parts) {
     const int64_t size = call.B * call.T * call.M, i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= size) return;
-    float sum = call.moved[i];
-    for (int part = 1; part < parts; ++part) sum += known(call, PARTIAL)[(part - 1) * size + i];
-    call.moved[i] = sum;
+    float sum = call.r_abar[i];
+    for (int part = 1; part < parts; ++part) sum += row_data(call, PARTIAL)[(part - 1) * size + i];
+    call.r_abar[i] = sum;
 }
 
 // ---- launches
 
-// Ranges of key heads that a sample is cut into.
+// The number of ranges of key heads of a sample.
 int parts_of(const Relevancy& call) {
     if (call.B == 0 || call.B >= MANY_SAMPLES) return 1;
     return static_cast<int>(std::max<int64_t>(1, std::min(call.key_heads, divide_up(MANY_BLOCKS, call.B))));
 }
 
-// As few warps as need no more rounds over these rows than MAX_WARPS do.
+// The fewest warps that need no more rounds over these rows than MAX_WARPS.
 int threads_for(int64_t rows) {
     const int64_t slabs = std::max<int64_t>(1, divide_up(rows, SLAB));
     return static_cast<int>(divide_up(slabs, divide_up(slabs, MAX_WARPS))) * WARP;
 }
 
-// use(T(), width) with the tiles' width as a constant.
+// Calls use(T(), width) with the tiles' width as a constant.
 template <class Use>
 cudaError_t with_shape(const Relevancy& call, Use use) {
     return with_type(call.dtype, [&](auto type) {
@@ -494,7 +495,7 @@ cudaError_t relevancy_backward(const Relevancy& call, cudaStream_t stream) {
                           passes);
         };
         if (parts == 1 || !with_sums(call)) return run(QUERY_ROWS | KEY_ROWS);
-        const cudaError_t first = run(QUERY_ROWS);  // the row sums of one range of heads are divisors in the others
+        const cudaError_t first = run(QUERY_ROWS);  // row sums of all ranges of heads are divisors
         return first == cudaSuccess ? run(KEY_ROWS) : first;
     });
     if (status != cudaSuccess || parts == 1) return status;

@@ -23,11 +23,11 @@ struct Relevancy {
     // backward
     bool by_gradient, row_normalize;
     Rows grad_out;                                // (B,H,N,DV)
-    Rows grad_query, grad_key, grad_value;        // absent: not wanted
-    const float* relevancy;                       // r (B,T,N), contiguous; null: only gradients are wanted
+    Rows grad_query, grad_key, grad_value;        // absent: not needed
+    const float* relevancy;                       // r (B,T,N), contiguous; null: only gradients are needed
     RowWeight residual_weight, attention_weight;  // a, b
-    bool residual;                                // moved = r * a + (r * b) Abar, or without the first term
-    float* moved;                                 // (B,T,M)
+    bool residual;                                // r_abar = r * a + (r * b) Abar, or without the first term
+    float* r_abar;                                 // (B,T,M)
     float* workspace;
 };
 

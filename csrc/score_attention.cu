@@ -1,14 +1,14 @@
 // score_attention with exact additive scores, s_ij = scale sum_a u_a tanh(x_ia + y_ja): forward and backward.
 //
 // Shapes: query x (B,H,N,A), key y (B,key_heads,M,A), vector u (H,A), value (B,value_heads,M,DV), out (B,H,N,DV), lse (B,H,N).
-// Roofline: the special function unit, 16 results a clock and SM, of which a hidden unit of a pair takes half a one forward (the
-// shared reciprocal of additive_scores.h); instruction issue comes close behind it. Backward the scores are computed twice, in
-// float32 three times, and a hidden unit of a pair takes another half and 5 to 6 instructions in either pass.
-// Trick: scores arise in the registers from which the tensor cores' product with the values takes them, 16 or 32 rows a warp.
-// In float32 a first sweep of the query-major pass sums P and P dP: they undo what the rounding of lse and out would cost.
-// Backward: query-major for the query, key-major for the rest, no atomics. A tile's gradient of the scores passes through shared
-// memory to threads that hold 8 rows and 4 hidden units of the result each, so that nothing is reduced across threads.
-// Why not Triton: there the scores' layout cannot be chosen, and registers cannot be indexed by the walk over a tile's columns.
+// Roofline: the special function unit, 16 results per clock and SM. Per pair and hidden unit the forward pass takes half a result
+// (the shared reciprocal of additive_scores.h). Instruction issue is a close second. The backward pass computes the scores twice,
+// in float32 three times, and takes another half result and 5 to 6 instructions per pair and hidden unit in each pass.
+// Trick: scores are computed in the registers that the tensor cores' product with the values reads, 16 or 32 rows per warp.
+// In float32 a first sweep of the query-major pass sums P and P dP, which undoes the rounding of lse and out.
+// Backward: query-major for the query, key-major for the rest, no atomics. The gradient of a tile of scores goes through shared
+// memory to threads that each hold 8 rows and 4 hidden units of the result, so that threads need no reduction.
+// Why not Triton: there the layout of the scores cannot be chosen, and a loop over columns cannot index registers.
 // Not measured on a GPU.
 #include "score_attention.h"
 
@@ -19,7 +19,7 @@
 namespace vlattn {
 namespace {
 
-// x times `factor`, with the masks: base-2 logits, -inf outside of the matrix. KEY_MAJOR: the tile's rows are keys.
+// x times `factor` with the masks applied: base-2 logits, -inf outside of the matrix. KEY_MAJOR: the rows of the tile are keys.
 template <bool KEY_MAJOR, int MT>
 __device__ __forceinline__ void mask(Tile<MT>& x, float factor, const ScoreAttention& call, int64_t b, int64_t h, int64_t row,
                                      int64_t column) {
@@ -44,18 +44,18 @@ __device__ __forceinline__ Side<T> side(const Rows& x, int64_t b, int64_t h, int
     return {x.at<const T>(b, h), x.row, count};
 }
 
-// Tiles of 16 rows that a warp has in the forward pass: as many as registers allow.
+// Tiles of 16 rows per warp in the forward pass: as many as registers allow.
 template <class T, int SIZE>
 constexpr int FORWARD_TILES = SIZE == 64 && !std::is_same_v<T, float> ? 2 : 1;
 
-// In base 2; +inf, which makes every probability 0, for rows without a key and for those beyond N.
+// In base 2. It is +inf for fully masked rows and rows beyond N, which makes their probabilities 0.
 __device__ __forceinline__ float lse_log2(const float* lse, int64_t q, int64_t N) {
     return q < N && lse[q] != -INFINITY ? lse[q] * LOG2_E : INFINITY;
 }
 
-// The forward pass; or with ROWS_ONLY, for the backward pass under a float mask, two numbers of each row (B,H,N), the second
-// after all of the first: with them P = norm 2^(logit - shift). They are 1 and the lse, but where lse is coarse 1 / sum and the
-// largest logit. The keys are only visited for blocks with such a row.
+// The forward pass. With ROWS_ONLY, two arrays (B,H,N) for the backward pass under a float mask, norm and shift, with
+// P = norm 2^(logit - shift). They are 1 and the lse. Where lse is coarse they are 1 / sum and the largest logit. Only blocks
+// with such a row read the keys.
 template <class T, int SIZE, bool ROWS_ONLY>
 __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAttention call, float* p_norm) {
     constexpr int MT = FORWARD_TILES<T, SIZE>, ROWS = WARPS * 16 * MT;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
         __syncthreads();
         if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16 * MT)) {
             Tile<MT> p;
-            sum_units<MT>(p, shared, farthest(shared), query, row, key, start + t2, vector, call.A);
+            sum_units<MT>(p, shared, largest_magnitude(shared), query, row, key, start + t2, vector, call.A);
             mask<false, MT>(p, scale, call, b, h, row, start + t2);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
@@ -150,8 +150,8 @@ __device__ __forceinline__ void write(const Rows& to, bool wide, int64_t b, int6
     }
 }
 
-// KEY_MAJOR: a block has keys and walks over the queries of the heads that share them; otherwise it has queries of one head and
-// walks over the keys, and leaves each query's delta = sum(grad_out out) - grad_lse for the other pass.
+// KEY_MAJOR: a block has keys and loops over the queries of the heads that share them. Otherwise it has queries of one head,
+// loops over the keys, and stores each query's delta = sum(dO * O) - grad_lse for the other pass.
 template <class T, int SIZE, bool KEY_MAJOR>
 __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
     additive_backward_kernel(ScoreAttention call, float* p_delta, float* p_parts) {
@@ -223,14 +223,14 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
                     if (normed) column_norm[threadIdx.x] = q < call.N ? norm[q] : 1.0f;
                 }
                 __syncthreads();
-                const float far = farthest(shared);
+                const float bound = largest_magnitude(shared);
                 Tile<1> p, g;
                 clear<1>(g);
                 const bool seen = KEY_MAJOR ? start + COLUMNS > warp_first : start < warp_first + 16;
                 if (warp_first < own_count && (seen || !call.masks.causal)) {
-                    sum_units<1>(p, shared, far, own, row, other, start + t2, vector, call.A);
+                    sum_units<1>(p, shared, bound, own, row, other, start + t2, vector, call.A);
                     mask<KEY_MAJOR, 1>(p, 2.0f * call.scale * LOG2_E, call, b, h, opaque(row), start + t2);
-                    Rows16<T, SIZE> left;  // read anew in each tile: there are no registers to keep it in
+                    Rows16<T, SIZE> left;  // read again in each tile: there are no registers to keep it in
                     left.load(own_rows, own_stride, opaque(warp_first), own_count, call.DV);
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
@@ -261,15 +261,15 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
                     continue;
                 }
 #pragma unroll
-                for (int c = 0; c < 8; ++c) {  // rows g and g+8 are neighbours there
+                for (int c = 0; c < 8; ++c) {  // there rows g and g+8 are neighbours
                     const float(&from)[4] = g[0][c / 4][c / 2 % 2];
                     float* to = g_tile + (c / 2 * 8 + t2 + c % 2) * GRAD_STRIDE + row_place<1>(warp_index() * 16 + lane_row());
                     *reinterpret_cast<float2*>(to) = {from[c % 2], from[2 + c % 2]};
                 }
                 __syncthreads();
-                if (far <= LARGEST_SUM) {
+                if (bound <= LARGEST_SUM) {
                     through_pairs<KEY_MAJOR, false>(sum, g_tile, shared, call.A);
-                } else if (far < INFINITY) {
+                } else if (bound < INFINITY) {
                     through_pairs<KEY_MAJOR, true>(sum, g_tile, shared, call.A);
                 } else {
                     through_directly<KEY_MAJOR>(sum, g_tile, own, first, other, start, call.A);
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
                 __syncthreads();
             }
         }
-        __syncthreads();  // nobody reads the exponentials of the rows any more: sums go there
+        __syncthreads();  // the exponentials of the rows are no longer read: sums go there
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
 #pragma unroll

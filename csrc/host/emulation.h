@@ -38,9 +38,9 @@ namespace emulation {
 
 constexpr size_t STACK_BYTES = VLATTN_ASAN ? 512 * 1024 : 128 * 1024;
 constexpr int LANES = 32;
-constexpr size_t LANE_BYTES = 64;  // what a lane gives to, or gets from, its warp
+constexpr size_t LANE_BYTES = 64;  // of one lane's input or output of a warp-wide instruction
 
-enum class State { ready, at_barrier, in_warp, done };
+enum class State { runnable, at_barrier, in_warp, done };
 
 struct Fiber {
     ucontext_t entry;
@@ -54,7 +54,7 @@ struct Fiber {
 
 struct Warp {
     int arrived = 0;
-    alignas(16) unsigned char given[LANES][LANE_BYTES], got[LANES][LANE_BYTES];
+    alignas(16) unsigned char inputs[LANES][LANE_BYTES], outputs[LANES][LANE_BYTES];
 };
 
 struct Machine {
@@ -143,7 +143,7 @@ inline bool run_block(size_t shared) {
         fiber.entry.uc_link = nullptr;
         makecontext(&fiber.entry, enter, 0);
         fiber.started = false;
-        fiber.state = State::ready;
+        fiber.state = State::runnable;
     }
     std::vector<unsigned> warps(m.warps.size()), lanes(LANES);
     std::iota(warps.begin(), warps.end(), 0u);
@@ -151,15 +151,15 @@ inline bool run_block(size_t shared) {
     for (;;) {
         shuffle(warps);
         for (unsigned warp : warps) {
-            bool moved = true;
-            while (moved) {
-                moved = false;
+            bool progress = true;
+            while (progress) {
+                progress = false;
                 shuffle(lanes);
                 for (unsigned lane : lanes) {
                     Fiber& fiber = m.fibers[warp * LANES + lane];
-                    if (fiber.state != State::ready) continue;
+                    if (fiber.state != State::runnable) continue;
                     resume(fiber);
-                    moved = true;
+                    progress = true;
                 }
             }
         }
@@ -174,7 +174,7 @@ inline bool run_block(size_t shared) {
                     m.block.x, m.fibers.size(), done, waiting);
             return false;
         }
-        for (Fiber& fiber : m.fibers) fiber.state = State::ready;
+        for (Fiber& fiber : m.fibers) fiber.state = State::runnable;
     }
 }
 
@@ -210,27 +210,27 @@ inline void* shared_memory() { return machine().shared.get(); }
 inline uint3 thread_index() { return {machine().current->index, 0, 0}; }
 
 // An instruction of the whole warp: each lane gives a value and gets one back. The last lane to come does the work of all:
-// exchange(given, got) sees one value of each lane.
-template <class Given, class Got, class Exchange>
-Got warp_wide(const Given& mine, Exchange exchange) {
-    static_assert(sizeof(Given) <= LANE_BYTES && sizeof(Got) <= LANE_BYTES, "a lane gives and gets at most LANE_BYTES");
+// exchange(inputs, outputs) sees one value of each lane.
+template <class Input, class Output, class Exchange>
+Output warp_wide(const Input& input, Exchange exchange) {
+    static_assert(sizeof(Input) <= LANE_BYTES && sizeof(Output) <= LANE_BYTES, "a lane gives and gets at most LANE_BYTES");
     Machine& m = machine();
     const unsigned index = m.current->index, first = index / LANES * LANES;
     Warp& warp = m.warps[index / LANES];
-    memcpy(warp.given[index % LANES], &mine, sizeof(Given));
+    memcpy(warp.inputs[index % LANES], &input, sizeof(Input));
     if (++warp.arrived < LANES) {
         yield(State::in_warp);
     } else {
-        Given given[LANES];
-        Got got[LANES];
-        for (int i = 0; i < LANES; ++i) memcpy(&given[i], warp.given[i], sizeof(Given));
-        exchange(given, got);
-        for (int i = 0; i < LANES; ++i) memcpy(warp.got[i], &got[i], sizeof(Got));
+        Input inputs[LANES];
+        Output outputs[LANES];
+        for (int i = 0; i < LANES; ++i) memcpy(&inputs[i], warp.inputs[i], sizeof(Input));
+        exchange(inputs, outputs);
+        for (int i = 0; i < LANES; ++i) memcpy(warp.outputs[i], &outputs[i], sizeof(Output));
         warp.arrived = 0;
-        for (int i = 0; i < LANES; ++i) m.fibers[first + i].state = State::ready;
+        for (int i = 0; i < LANES; ++i) m.fibers[first + i].state = State::runnable;
     }
-    Got result;
-    memcpy(&result, warp.got[index % LANES], sizeof(Got));
+    Output result;
+    memcpy(&result, warp.outputs[index % LANES], sizeof(Output));
     return result;
 }
 
@@ -244,21 +244,21 @@ Got warp_wide(const Given& mine, Exchange exchange) {
 inline void __syncthreads() { emulation::yield(emulation::State::at_barrier); }
 
 inline void __syncwarp(unsigned = 0xffffffffu) {
-    emulation::warp_wide<int, int>(0, [](const int*, int* got) { memset(got, 0, emulation::LANES * sizeof(int)); });
+    emulation::warp_wide<int, int>(0, [](const int*, int* outputs) { memset(outputs, 0, emulation::LANES * sizeof(int)); });
 }
 
 template <class V>
-V __shfl_sync(unsigned, V mine, int lane) {
-    struct Given {
+V __shfl_sync(unsigned, V input, int lane) {
+    struct Input {
         V value;
         int lane;
     };
-    return emulation::warp_wide<Given, V>({mine, lane}, [](const Given* given, V* got) {
-        for (int i = 0; i < emulation::LANES; ++i) got[i] = given[given[i].lane & 31].value;
+    return emulation::warp_wide<Input, V>({input, lane}, [](const Input* inputs, V* outputs) {
+        for (int i = 0; i < emulation::LANES; ++i) outputs[i] = inputs[inputs[i].lane & 31].value;
     });
 }
 
 template <class V>
-V __shfl_xor_sync(unsigned mask, V mine, int bits) {
-    return __shfl_sync(mask, mine, static_cast<int>(threadIdx.x % 32) ^ bits);
+V __shfl_xor_sync(unsigned mask, V input, int bits) {
+    return __shfl_sync(mask, input, static_cast<int>(threadIdx.x % 32) ^ bits);
 }

@@ -34,6 +34,14 @@ def test_it_has_its_targets() -> None:
     assert re.findall(r"\.(sm_\w+)\.ptx$", cuobjdump("--list-ptx", built), re.M) == ["sm_100"] * kernels
 
 
+def test_its_errors_are_those_of_cuda() -> None:
+    """The binding is compiled by the C++ compiler, as the emulation is: it must not have the texts of the emulation."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("the CUDA C++ kernels are not compiled: nvcc is not installed")
+    text = re.search(r'\? "([^"]+)" : "invalid configuration"', (CSRC / "host" / "emulation.h").read_text())[1]
+    assert text.encode() not in build_library().read_bytes()
+
+
 def schemas() -> dict[str, str]:
     """Of csrc/binding.cpp, by name."""
     texts = ["".join(re.findall(r'"([^"]*)"', text)) for text in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\);', BINDING)]

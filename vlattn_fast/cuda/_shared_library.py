@@ -1,8 +1,8 @@
-"""The library of CUDA C++ kernels: where it is, what it runs on, and what every call is prepared with.
+"""The library of CUDA C++ kernels: where it is, what it runs on, and how arguments are prepared.
 
-Whether a call can run is asked of the file's presence alone; it is loaded, and registers torch.ops.vlattn_cuda, when first used.
-VLATTN_CUDA_LIBRARY names another file than the installed one: a build of one's own, or libvlattn_host.so, which is made of the
-same sources for CPU tensors, for tests (see CMakeLists.txt).
+Refusals look only at whether the file exists. It is loaded at the first call and then registers torch.ops.vlattn_cuda.
+VLATTN_CUDA_LIBRARY names another file than the installed one: your own build, or libvlattn_host.so, which is built from the
+same sources for CPU tensors in tests (see CMakeLists.txt).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
 
 
 class Library(NamedTuple):
-    """A file, with what refusals ask of it: torch.compile traces them, and could not look at a disk then."""
+    """A file and what refusals need to know of it. torch.compile traces them and cannot look at a disk."""
 
     path: Path
     exists: bool
@@ -37,19 +37,19 @@ library = find(Path(os.environ.get("VLATTN_CUDA_LIBRARY") or INSTALLED))
 
 
 def state() -> str:
-    """What is known of the library, for `vlattn info`: how it was built, or why it was not. setup.py wrote it down."""
+    """How the library was built, or why it was not, for `vlattn info`. setup.py has stored it."""
     path, exists, _ = library
     if path != INSTALLED:
         return f"{path}, named by VLATTN_CUDA_LIBRARY{'' if exists else ', is not there'}"
     record = path.with_name("build.json")
-    found = json.loads(record.read_text()) if record.exists() else {}
+    stored = json.loads(record.read_text()) if record.exists() else {}
     if not exists:
-        unknown = f"it was, but {path.name} is gone" if found else "no `pip install` of this copy has tried"
-        return f"not built: {found.get('reason', unknown)}"
-    if "targets" not in found:
+        unknown = f"it was, but {path.name} is gone" if stored else "no `pip install` of this copy has tried"
+        return f"not built: {stored.get('reason', unknown)}"
+    if "targets" not in stored:
         return "built by hand"
-    targets = ", ".join(map(_target, found["targets"]))
-    return f"built for {targets}, with nvcc {found['nvcc']} and the headers of torch {found['torch']}"
+    targets = ", ".join(map(_target, stored["targets"]))
+    return f"built for {targets}, with nvcc {stored['nvcc']} and the headers of torch {stored['torch']}"
 
 
 def _target(name: str) -> str:
@@ -69,12 +69,12 @@ def operators() -> Any:
 
 
 def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """`unit_stride` of those that are there."""
+    """`unit_stride` of the tensors that are not None."""
     return tuple(None if x is None else unit_stride(x) for x in tensors)
 
 
 def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """attn_mask, bool or float32, as a view of (B,H,N,M), and key_mask (B,M) contiguous."""
+    """attn_mask, bool or float32, as a view of (B, H, N, M), and key_mask (B, M), contiguous."""
     if attn_mask is not None:
         attn_mask = additive(attn_mask, torch.float32).expand(*query.shape[:3], key.shape[2])
     return attn_mask, None if key_mask is None else key_mask.contiguous()

@@ -21,7 +21,7 @@ def forward(
     key_mask: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B,H,N,Dv), the carrier's copy (B,T,N), lse (B,H,N)."""
+    """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
     query, key, value = unit_strides(query, key, value)
     return operators().relevancy_attention(
         query, key, value, carrier, residual_weight, attention_weight, *masks(attn_mask, key_mask, query, key), *options
@@ -46,16 +46,16 @@ def backward(
     is_causal: bool,
     need_inputs: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing asked."""
-    kept = None
+    """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing is needed."""
+    residual = None
     if grad_carrier is not None and grad_out is None and rule == "gradient":  # Abar is zero
-        kept = grad_carrier.clone() if residual_weight is None else grad_carrier * residual_weight[:, None]
+        residual = grad_carrier.clone() if residual_weight is None else grad_carrier * residual_weight[:, None]
         grad_carrier = None
-    wanted = need_inputs and grad_out is not None
-    if not wanted and grad_carrier is None:
-        return None, None, None, kept
+    needs_gradients = need_inputs and grad_out is not None
+    if not needs_gradients and grad_carrier is None:
+        return None, None, None, residual
     grad_out, query, key, value, out = unit_strides(grad_out, query, key, value, out)
-    *grads, moved = operators().relevancy_attention_backward(
+    *grads, r_abar = operators().relevancy_attention_backward(
         grad_out,
         None if grad_carrier is None else grad_carrier.contiguous(),
         query,
@@ -72,7 +72,7 @@ def backward(
         is_causal,
         need_inputs,
     )
-    return *(grads if wanted else (None,) * 3), kept if grad_carrier is None else moved
+    return *(grads if needs_gradients else (None,) * 3), residual if grad_carrier is None else r_abar
 
 
 def step(
@@ -87,11 +87,15 @@ def step(
     rule: str,
     *options: Any,
 ) -> Tensor:
-    """relevancy @ Abar, (B,T,N) -> (B,T,M). A given lse may count keys that are not here: it is taken as it is."""
+    """relevancy @ Abar, (B, T, N) -> (B, T, M).
+
+    `lse` may count keys that are not here. Under a float mask, rows whose lse is too large to be rounded are normalised over the
+    keys that are here.
+    """
     if rule == "attention":
         value = grad_output = None
     query, key, value, grad_output = unit_strides(query, key, value, grad_output)
-    moved = operators().relevancy_step(
+    r_abar = operators().relevancy_step(
         relevancy.to(torch.float32).contiguous(),
         query,
         key,
@@ -102,4 +106,4 @@ def step(
         rule,
         *options,
     )
-    return moved.to(relevancy.dtype)
+    return r_abar.to(relevancy.dtype)

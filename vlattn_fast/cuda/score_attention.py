@@ -12,7 +12,7 @@ from vlattn_fast.cuda._shared_library import masks, operators, unit_strides
 def forward(
     query: Tensor, key: Tensor, value: Tensor, vector: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """out (B,H,N,Dv) and lse (B,H,N)."""
+    """out (B, H, N, Dv) and lse (B, H, N)."""
     query, key, value = unit_strides(query, key, value)
     return operators().score_attention(query, key, value, vector.contiguous(), *masks(attn_mask, key_mask, query, key), *options)
 
