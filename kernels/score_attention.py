@@ -466,8 +466,9 @@ def _forward_kernel(
             b_max = b_new
     empty = b_sum == 0.0
     b_o = b_o / tl.where(empty, 1.0, b_sum)[:, None]
+    b_lse = natural_lse(b_max, b_sum, MASK)
     store_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV, b_o)
-    tl.store(p_lse + i_bh * N + o_q, natural_lse(b_max, b_sum, MASK), mask=o_q < N)
+    tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
 
 
 @triton.jit
