@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vlattn_fast.kernels  # before the variable below is set, which _dispatch reads
 
 try:
     import hypothesis
@@ -26,7 +27,6 @@ if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         import triton.language  # noqa: F401
-        import vlattn_fast.kernels
 
         for module in pkgutil.iter_modules(vlattn_fast.kernels.__path__):
             importlib.import_module(f"vlattn_fast.kernels.{module.name}")
