@@ -68,7 +68,6 @@ class Draw:
     tensors: Tensors
     arguments: Callable[[Tensors], dict[str, Any]]
     differentiable: bool = True
-    ignored: frozenset[str] = frozenset()  # outputs that jump where two numbers tie
 
 
 class Dice:
@@ -311,8 +310,7 @@ def draw_attention_statistics(dice: Dice, dtype: torch.dtype) -> Draw:
         options |= {"key_groups": index, "num_groups": groups}
     if dice.chance(0.5):
         tensors["row_weight"] = dice.randn(batch, queries).to(dtype)
-    # where two weights tie, another rounding takes the gradient of the maximum to another key
-    return Draw("attention_statistics", dtype, tensors, lambda t: {**t, **options}, ignored=frozenset({"maximum"}))
+    return Draw("attention_statistics", dtype, tensors, lambda t: {**t, **options})
 
 
 def draw_congruence_loss(dice: Dice, dtype: torch.dtype) -> Draw:

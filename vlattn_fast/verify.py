@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -230,15 +231,32 @@ def _result(operator: str, backend: str, dtype: torch.dtype, device: str, proble
 
 def _run(case: Case, tensors: Tensors, backend: str, dtype: torch.dtype | None = None) -> Tensors:
     """Floating outputs and gradients by name; with `dtype`, of the same numbers computed in it."""
-    leaves = {name: x.to(dtype or x.dtype).requires_grad_(case.differentiable) for name, x in tensors.items()}
-    out = call_of(case.operator)(**case.arguments(leaves), backend=backend)
+
+    def cotangents(outputs: list[Tensor]) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        # rounded once, to the coarsest dtype there is, so that every dtype gets the same cotangents
+        return [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in outputs]
+
+    inputs = {name: x.to(dtype or x.dtype) for name, x in tensors.items()}
+    call = partial(call_of(case.operator), backend=backend)
+    return outputs_and_gradients(lambda leaves: call(**case.arguments(leaves)), inputs, cotangents, case.differentiable)
+
+
+def outputs_and_gradients(
+    call: Callable[[Tensors], Any],
+    tensors: Tensors,
+    cotangents: Callable[[list[Tensor]], list[Tensor]],
+    differentiable: bool = True,
+) -> Tensors:
+    """Floating outputs of call(tensors) by number, and the gradient of every tensor by name; inputs keep their strides.
+
+    `cotangents` gives a gradient for each output that has one.
+    """
+    leaves = {name: x.detach().requires_grad_(differentiable) for name, x in tensors.items()}
+    out = call(leaves)
     outputs = {f"output {i}": x for i, x in enumerate(out if isinstance(out, tuple) else (out,)) if x.is_floating_point()}
     results = {name: x.detach() for name, x in outputs.items()}
-    if not case.differentiable:
-        return results
-    used = [x for x in outputs.values() if x.requires_grad]
-    generator = torch.Generator().manual_seed(1)
-    # rounded once, to the coarsest dtype there is, so that every dtype gets the same cotangents
-    cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in used]
-    grads = torch.autograd.grad(used, list(leaves.values()), cotangents, materialize_grads=True)
-    return {**results, **{f"gradient of {name}": x for name, x in zip(leaves, grads, strict=True)}}
+    if used := [x for x in outputs.values() if x.requires_grad]:
+        grads = torch.autograd.grad(used, list(leaves.values()), cotangents(used), materialize_grads=True)
+        results |= {f"gradient of {name}": x for name, x in zip(leaves, grads, strict=True)}
+    return results
