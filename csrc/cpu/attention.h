@@ -1,0 +1,228 @@
+// Tiles of attention maps, for every operator that reads them.
+//
+// A tile is a block of keys by up to LANES query rows of one head: element (j, i) of it lies at j * width + i. So each lane of a vector
+// is a query row: maxima and sums of rows need no sum over lanes, and keys and values are read where they lie, one number at a time.
+#pragma once
+#include "products.h"
+#include "rows.h"
+
+namespace ISA {
+
+static const Size LANES = 48;        // query rows of a tile: 3, 6 or 12 vectors, and a multiple of the rows of products.h
+static const Size GROUP = 16;        // a tile's width is a multiple of this: one line of the cache, whatever the vectors are
+static const int PARTS = 16 / VL;    // vectors of a group
+static const Size MOST_KEYS = 768;   // so many keys are one block, and each statistic of a row is at hand within it
+static const Size BLOCK_KEYS = 512;  // else they come in blocks of so many
+
+struct Masks {
+    const void* mask;  // bool (true = visible) or a number to add; null for none
+    Size dtype, stride_b, stride_h, stride_n, stride_m;
+    const uint8_t* keys;  // (B, M), 0 = padding; null for none
+    Size is_causal;       // query i sees keys j <= i
+};
+
+struct Attention {
+    Size dtype;  // of query, key, value and their gradients
+    Size B, H, Hkv, N, M, D, Dv;
+    double scale;
+    Rows query, key, value;
+    Masks masks;
+    Size group() const { return H / Hkv; }  // query heads that share a key head
+    Size key_block() const { return M <= MOST_KEYS ? M : BLOCK_KEYS; }
+};
+
+// ---- keys
+
+// Keys and values of a block as float32 rows: the tensors themselves where they can be read as they are, else a copy.
+struct Keys {
+    const float *key, *value;
+    Size key_stride, value_stride;
+    float *key_copy, *value_copy;
+    Size b, head, first;  // what is loaded
+    void plan(const Attention& a, Memory& memory) {
+        const bool copies = a.dtype != FLOAT32 || a.masks.keys;
+        key_copy = copies ? memory.take(a.key_block() * a.D) : nullptr;
+        value_copy = copies && a.value.data ? memory.take(a.key_block() * a.Dv) : nullptr;
+        b = head = first = -1;
+    }
+};
+
+// How many keys a sample has up to its last visible one; the rest is skipped.
+static Size visible_keys(const Attention& a, Size b) {
+    Size count = a.M;
+    if (a.masks.keys)
+        while (count > 0 && !a.masks.keys[b * a.M + count - 1]) --count;
+    return count;
+}
+
+// One tensor's rows [first, first + count): padding becomes 0, so that a NaN there reaches no product.
+static const float* load_rows(const Attention& a, const Rows& x, Size size, Size b, Size head, Size first, Size count, float* copy, Size& stride) {
+    const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
+    bool whole = true;
+    for (Size j = 0; visible && j < count; ++j) whole &= visible[j] != 0;
+    if (whole && a.dtype == FLOAT32) {
+        stride = x.stride_n;
+        return (const float*)x.data + x.at(b, head, first);
+    }
+    stride = size;
+    for (Size j = 0; j < count; ++j)
+        if (visible && !visible[j]) memset(copy + j * size, 0, size * sizeof(float));
+        else widen(element(x.data, a.dtype, x.at(b, head, first + j)), a.dtype, size, copy + j * size);
+    return copy;
+}
+
+static void load_keys(const Attention& a, Keys& keys, Size b, Size head, Size first, Size count) {
+    if (keys.b == b && keys.head == head && keys.first == first) return;
+    keys.key = load_rows(a, a.key, a.D, b, head, first, count, keys.key_copy, keys.key_stride);
+    if (a.value.data) keys.value = load_rows(a, a.value, a.Dv, b, head, first, count, keys.value_copy, keys.value_stride);
+    keys.b = b, keys.head = head, keys.first = first;
+}
+
+// ---- query rows
+
+struct Tile {
+    Size b, h, first, rows, width;  // query rows [first, first + rows) of head h; width: rows rounded up to GROUP
+    // keys that the tile may see: under the causal mask none comes after its last row
+    Size keys(const Attention& a, Size visible) const { return a.masks.is_causal ? least(visible, first + rows) : visible; }
+};
+INLINE Size tiles_of(const Attention& a) { return (a.N + LANES - 1) / LANES; }
+INLINE Tile tile_at(const Attention& a, Size b, Size h, Size index) {
+    // rows are shared out evenly, in groups
+    const Size groups = (a.N + GROUP - 1) / GROUP, tiles = tiles_of(a);
+    const Size first = share(groups, index, tiles) * GROUP, last = least(share(groups, index + 1, tiles) * GROUP, a.N);
+    return {b, h, first, last - first, round_up(last - first, GROUP)};
+}
+
+// Rows of a tile times `factor`: as (width, stride) with zeros up to the width and the stride, and transposed as (size, width). Either
+// may be null; rows_at may not be where the other is given.
+static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float factor, float* rows_at, Size stride, float* transposed) {
+    for (Size i = 0; i < t.rows; ++i) {
+        float* row = rows_at + i * stride;
+        widen(element(x.data, dtype, x.at(t.b, t.h, t.first + i)), dtype, size, row);
+        for (Size d = 0; factor != 1.f && d < size; ++d) row[d] *= factor;
+        memset(row + size, 0, (stride - size) * sizeof(float));
+    }
+    memset(rows_at + t.rows * stride, 0, (t.width - t.rows) * stride * sizeof(float));
+    if (transposed) transpose(rows_at, stride, t.width, size, transposed, t.width);
+}
+// The rows of a tile from (size, width), times `factor`; `scratch` holds LANES * size.
+static void store_tile(const float* transposed, const Tile& t, Size size, float factor, const Rows& x, Size dtype, float* scratch) {
+    transpose(transposed, t.width, size, t.width, scratch, size);
+    for (Size i = 0; i < t.rows; ++i) {
+        float* row = scratch + i * size;
+        for (Size d = 0; factor != 1.f && d < size; ++d) row[d] *= factor;
+        narrow(row, size, dtype, (void*)element(x.data, dtype, x.at(t.b, t.h, t.first + i)));
+    }
+}
+
+// ---- masks
+
+// The scores of a tile with the keys [j0, j0 + count) become logits: float masks are added, hidden pairs become -Inf.
+// `scratch` holds 2 * GROUP * LANES.
+static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch) {
+    const Masks& m = a.masks;
+    const Size w = t.width;
+    const Vector hidden = splat(-INFINITY);
+    if (m.mask) {
+        const Size base = t.b * m.stride_b + t.h * m.stride_h + t.first * m.stride_n;
+        float *rows = scratch, *tile = scratch + GROUP * LANES;
+        for (Size j = 0; j < count; j += GROUP) {  // GROUP keys at a time, so that rows of the mask can be read along the keys
+            const Size some = least(GROUP, count - j);
+            for (Size i = 0; i < w; ++i) {
+                float* row = rows + i * GROUP;
+                const Size at = base + (i < t.rows ? i : 0) * m.stride_n + (j0 + j) * m.stride_m;
+                if (i > 0 && m.stride_n == 0) memcpy(row, rows, sizeof(float) * GROUP);
+                else if (m.dtype == BOOL)
+                    for (Size n = 0; n < some; ++n) row[n] = *(const uint8_t*)element(m.mask, BOOL, at + n * m.stride_m) ? 0.f : -INFINITY;
+                else if (m.stride_m == 1) widen(element(m.mask, m.dtype, at), m.dtype, some, row);
+                else
+                    for (Size n = 0; n < some; ++n) widen(element(m.mask, m.dtype, at + n * m.stride_m), m.dtype, 1, row + n);
+            }
+            transpose(rows, GROUP, w, some, tile, w);
+            for (Size n = 0; n < some * w; n += VL) {
+                float* s = S + j * w + n;
+                const Vector x = load(tile + n);
+                store(s, m.dtype == BOOL ? (x < Vector{} ? hidden : load(s)) : load(s) + x);
+            }
+        }
+    }
+    if (m.keys)
+        for (Size j = 0; j < count; ++j)
+            if (!m.keys[t.b * a.M + j0 + j])
+                for (Size i = 0; i < w; i += VL) store(S + j * w + i, hidden);
+    if (m.is_causal && j0 + count - 1 > t.first) {
+        float row[LANES];  // exact below 2^24
+        for (Size i = 0; i < w; ++i) row[i] = (float)i;
+        for (Size j = most(t.first + 1 - j0, 0); j < count; ++j)
+            for (Size i = 0; i < w; i += VL) {
+                float* s = S + j * w + i;
+                store(s, load(row + i) < splat((float)(j0 + j - t.first)) ? hidden : load(s));
+            }
+    }
+}
+
+// ---- rows of probabilities
+
+// What turns logits into probabilities: P = e^(logit - shift) * factor. A fully masked row has the factor 0.
+struct Statistics {
+    float *shift, *factor;  // (LANES)
+};
+
+// Running largest logit and sum of e^(logit - largest) of the rows of a tile, taken up block by block (online softmax). S becomes
+// e^(logit - largest). `rescale` (LANES) is what earlier sums are to be multiplied by.
+static void online_softmax(float* S, Size count, Size w, bool first, float* largest, float* total, float* rescale) {
+    for (Size i = 0; i < w; i += GROUP) {
+        Vector top[PARTS], sum[PARTS];
+        for (int p = 0; p < PARTS; ++p) top[p] = first ? splat(-INFINITY) : load(largest + i + p * VL), sum[p] = Vector{};
+        for (Size j = 0; j < count; ++j)
+            for (int p = 0; p < PARTS; ++p) top[p] = maximum(top[p], load(S + j * w + i + p * VL));
+        for (int p = 0; p < PARTS; ++p) {
+            const Vector before = first ? splat(-INFINITY) : load(largest + i + p * VL);
+            store(largest + i + p * VL, top[p]);
+            const Vector nothing = splat(-INFINITY), shift = top[p] == nothing ? Vector{} : top[p];
+            store(rescale + i + p * VL, exp_negative(before - shift));
+            top[p] = shift;
+        }
+        for (Size j = 0; j < count; ++j)
+            for (int p = 0; p < PARTS; ++p) {
+                float* s = S + j * w + i + p * VL;
+                const Vector e = exp_negative(load(s) - top[p]);
+                store(s, e);
+                sum[p] += e;
+            }
+        for (int p = 0; p < PARTS; ++p) {
+            float* t = total + i + p * VL;
+            store(t, first ? sum[p] : load(t) * load(rescale + i + p * VL) + sum[p]);
+        }
+    }
+}
+
+// Of finished rows: shift and factor, and the log-sum-exp where it is wanted. `largest` and `total` may be those of `s`.
+static void finish_rows(const float* largest, const float* total, Size rows, Size w, const Statistics& s, float* lse) {
+    for (Size i = 0; i < w; ++i) {
+        const bool masked = largest[i] == -INFINITY && total[i] == 0.f;
+        if (lse && i < rows) lse[i] = masked ? -INFINITY : largest[i] + logf(total[i]);
+        const float factor = masked ? 0.f : 1.f / total[i];
+        s.shift[i] = masked ? 0.f : largest[i], s.factor[i] = factor;
+    }
+}
+
+// S (logits) becomes P by statistics that are at hand
+static void probabilities(float* S, Size count, Size w, const Statistics& s) {
+    for (Size i = 0; i < w; i += GROUP) {
+        Vector shift[PARTS], factor[PARTS];
+        for (int p = 0; p < PARTS; ++p) shift[p] = load(s.shift + i + p * VL), factor[p] = load(s.factor + i + p * VL);
+        for (Size j = 0; j < count; ++j)
+            for (int p = 0; p < PARTS; ++p) {
+                float* x = S + j * w + i + p * VL;
+                store(x, exp_all(load(x) - shift[p]) * factor[p]);
+            }
+    }
+}
+
+INLINE void scale_rows(float* X, Size count, Size w, const float* factor) {  // X (count, w), each lane by its factor
+    for (Size j = 0; j < count; ++j)
+        for (Size i = 0; i < w; i += VL) store(X + j * w + i, load(X + j * w + i) * load(factor + i));
+}
+
+}  // namespace ISA

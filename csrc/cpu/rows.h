@@ -1,0 +1,114 @@
+// Rows of tensors in float32: widened, narrowed and transposed.
+#pragma once
+#include "threads.h"
+
+namespace ISA {
+
+enum Dtype : Size { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3 };
+
+// (B, H, N, *) with a last stride of 1; strides count elements.
+struct Rows {
+    void* data;
+    Size stride_b, stride_h, stride_n;
+    Size at(Size b, Size h, Size n) const { return b * stride_b + h * stride_h + n * stride_n; }
+};
+
+INLINE const void* element(const void* data, Size dtype, Size index) {
+    return (const char*)data + index * (dtype == FLOAT32 ? 4 : dtype == BOOL ? 1 : 2);
+}
+INLINE float as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE uint32_t as_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+INLINE float half_to_float(uint16_t half) {
+    const uint32_t magnitude = half & 0x7fff, sign = (uint32_t)(half & 0x8000) << 16;
+    if (magnitude >= 0x7c00) return as_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    return as_float(sign | as_bits(as_float(magnitude << 13) * 5.192296858534828e33f));  // 2^112
+}
+INLINE uint16_t float_to_half(float x) {  // rounds to nearest even
+    uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;                                        // 65520 and above
+    if (bits < 0x38800000) return sign | (as_bits(as_float(bits) + 0.5f) - 0x3f000000);  // below 2^-14: the sum rounds
+    return sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+INLINE uint16_t float_to_bfloat16(float x) {
+    const uint32_t bits = as_bits(x);
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// n elements into float32
+static void widen(const void* from, Size dtype, Size n, float* to) {
+    if (dtype == FLOAT32) {
+        memcpy(to, from, n * sizeof(float));
+        return;
+    }
+    const uint16_t* x = (const uint16_t*)from;
+    if (dtype == BFLOAT16) {
+        for (Size i = 0; i < n; ++i) to[i] = as_float((uint32_t)x[i] << 16);
+        return;
+    }
+    Size i = 0;
+#if VL == 16
+    for (; i + VL <= n; i += VL) store(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(x + i))));
+#elif VL == 8
+    for (; i + VL <= n; i += VL) store(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
+#endif
+    for (; i < n; ++i) to[i] = half_to_float(x[i]);
+}
+
+// n elements of float32 into `dtype`
+static void narrow(const float* from, Size n, Size dtype, void* to) {
+    if (dtype == FLOAT32) {
+        memcpy(to, from, n * sizeof(float));
+        return;
+    }
+    uint16_t* x = (uint16_t*)to;
+    if (dtype == BFLOAT16) {
+        for (Size i = 0; i < n; ++i) x[i] = float_to_bfloat16(from[i]);
+        return;
+    }
+    Size i = 0;
+#if VL == 16
+    for (; i + VL <= n; i += VL) _mm256_storeu_si256((__m256i*)(x + i), _mm512_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT));
+#elif VL == 8
+    for (; i + VL <= n; i += VL) _mm_storeu_si128((__m128i*)(x + i), _mm256_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < n; ++i) x[i] = float_to_half(from[i]);
+}
+
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t FourIntegers __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (FourIntegers){__VA_ARGS__})
+#endif
+
+// to (columns, rows) = x (rows, columns) transposed
+static void transpose(const float* x, Size ldx, Size rows, Size columns, float* to, Size ldto) {
+    const Size rows4 = rows / 4 * 4, columns4 = columns / 4 * 4;
+    for (Size r = 0; r < rows4; r += 4)
+        for (Size c = 0; c < columns4; c += 4) {
+            const float* p = x + r * ldx + c;
+            const Four a = *(const Four*)p, b = *(const Four*)(p + ldx), d = *(const Four*)(p + 2 * ldx), e = *(const Four*)(p + 3 * ldx);
+            const Four ab = SHUFFLE(a, b, 0, 4, 1, 5), ab2 = SHUFFLE(a, b, 2, 6, 3, 7);
+            const Four de = SHUFFLE(d, e, 0, 4, 1, 5), de2 = SHUFFLE(d, e, 2, 6, 3, 7);
+            float* q = to + c * ldto + r;
+            *(Four*)q = SHUFFLE(ab, de, 0, 1, 4, 5);
+            *(Four*)(q + ldto) = SHUFFLE(ab, de, 2, 3, 6, 7);
+            *(Four*)(q + 2 * ldto) = SHUFFLE(ab2, de2, 0, 1, 4, 5);
+            *(Four*)(q + 3 * ldto) = SHUFFLE(ab2, de2, 2, 3, 6, 7);
+        }
+    for (Size r = 0; r < rows; ++r)
+        for (Size c = r < rows4 ? columns4 : 0; c < columns; ++c) to[c * ldto + r] = x[r * ldx + c];
+}
+
+}  // namespace ISA

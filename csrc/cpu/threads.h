@@ -1,0 +1,71 @@
+// Threads and memory of a call. The threads are torch's own, so torch.set_num_threads, nested regions and DataLoader workers
+// behave as for its kernels.
+#pragma once
+#include "vectors.h"
+
+extern "C" {
+typedef void (*RangeFunction)(int64_t begin, int64_t end, void* context);
+// of libtorch, handed over when the library is loaded (library.cpp); without them a call runs on one thread
+extern int32_t (*vlattn_parallel_for)(int64_t begin, int64_t end, int64_t grain, RangeFunction run, void* context);
+extern int32_t (*vlattn_get_num_threads)(uint32_t* count);
+}
+
+// extern "C" int64_t vlattn_<ISA>_<name>(call, size): `name(const Type&)` of this file for Python, which packs the fields of Type.
+#define JOIN3(a, b, c) a##b##c
+#define SYMBOL(isa, name) JOIN3(vlattn_, isa, _##name)
+#define OPERATOR(name, Type)                                                                                                  \
+    extern "C" __attribute__((visibility("default"))) int64_t SYMBOL(ISA, name)(const ISA::Type* call, int64_t size) {         \
+        return size == sizeof(ISA::Type) ? ISA::name(*call) : (int64_t)ISA::WRONG_SIZE;                                        \
+    }
+
+namespace ISA {
+
+enum : Size { DONE = 0, NO_MEMORY = 1, WRONG_SIZE = 2 };  // what an operator returns
+
+INLINE Size round_up(Size x, Size to) { return (x + to - 1) / to * to; }
+INLINE Size least(Size a, Size b) { return a < b ? a : b; }
+INLINE Size most(Size a, Size b) { return a > b ? a : b; }
+
+static Size thread_count() {
+    uint32_t count = 1;
+    if (vlattn_get_num_threads) vlattn_get_num_threads(&count);
+    return count > 0 ? count : 1;
+}
+
+// The share of `task` out of `tasks` in [0, items): `share(items, task, tasks)` up to `share(items, task + 1, tasks)`.
+INLINE Size share(Size items, Size task, Size tasks) { return items * task / tasks; }
+
+// task(context, 0) ... task(context, tasks - 1), side by side. What is computed depends on the number of tasks alone, not on which
+// thread runs which: so a call gives the same bits for the same number of threads.
+template <class Context>
+static void run(Size tasks, Context& context, void (*task)(Context&, Size)) {
+    struct Call {
+        Context& context;
+        void (*task)(Context&, Size);
+        static void range(int64_t begin, int64_t end, void* p) {
+            Call& call = *(Call*)p;
+            for (Size n = begin; n < end; ++n) call.task(call.context, n);
+        }
+    } call = {context, task};
+    if (tasks > 1 && vlattn_parallel_for) vlattn_parallel_for(0, tasks, 1, Call::range, &call);
+    else Call::range(0, tasks, &call);
+}
+
+// One allocation, handed out in pieces: a function that takes its pieces from a Memory is called twice, first to be counted.
+struct Memory {
+    float* base = nullptr;
+    Size used = 0;
+    float* take(Size floats) {
+        float* p = base ? base + used : nullptr;
+        used += round_up(floats, 16);
+        return p;
+    }
+    bool allocate() {  // what has been counted; false where there is not enough
+        base = (float*)aligned_alloc(64, most(used, 16) * sizeof(float));
+        used = 0;
+        return base != nullptr;
+    }
+    void release() { free(base); }
+};
+
+}  // namespace ISA

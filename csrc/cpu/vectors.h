@@ -1,0 +1,156 @@
+// Vectors of float32 in the width that the translation unit is compiled for, and the functions of one number on them.
+//
+// Each operator's source is compiled once per instruction set, with -DISA=v4, v3 or baseline, and everything lies in a namespace of
+// that name: an inline function that two translation units share would be linked once, with the instructions of either. For the
+// same reason nothing here comes from the C++ library.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VL 16  // lanes of a vector
+#elif defined(__AVX2__)
+#define VL 8
+#else
+#define VL 4
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace ISA {
+
+typedef int64_t Size;
+typedef float Vector __attribute__((vector_size(VL * 4)));
+typedef int32_t Integers __attribute__((vector_size(VL * 4)));
+typedef uint32_t Words __attribute__((vector_size(VL * 4)));
+typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+INLINE Vector load(const float* p) { return *(const Unaligned*)p; }
+INLINE void store(float* p, Vector x) { *(Unaligned*)p = x; }
+INLINE Vector splat(float x) { return x - Vector{}; }  // -0.0 stays -0.0
+
+// The second argument where either is NaN, as the instructions of x86 have it: an accumulator that comes first takes up a NaN.
+INLINE Vector minimum(Vector a, Vector b) {
+#if VL == 16
+    return _mm512_min_ps(a, b);
+#elif VL == 8
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+INLINE Vector maximum(Vector a, Vector b) {
+#if VL == 16
+    return _mm512_max_ps(a, b);
+#elif VL == 8
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+INLINE Vector absolute(Vector x) { return (Vector)((Integers)x & 0x7fffffff); }
+
+INLINE float sum(Vector x) {
+    float s[VL];
+    store(s, x);
+    for (int width = VL / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) s[i] += s[i + width];
+    return s[0];
+}
+INLINE float largest(Vector x) {  // NaN where a lane is NaN
+    float s = x[0];
+    for (int i = 1; i < VL; ++i) s = s > x[i] || s != s ? s : x[i];
+    return s;
+}
+
+// x = n ln 2 + r with |r| <= ln 2 / 2, for |x| <= 2^21: r and n. NaN gives r = NaN.
+struct Reduced {
+    Vector r, n;
+};
+INLINE Reduced reduce(Vector x) {
+    const Vector shifter = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+    Vector n = (x * 1.44269504f + shifter) - shifter;
+    Vector r = x - n * 0.693359375f;  // ln 2 in two parts, the first with few bits, so that the product is exact
+    return {r - n * -2.12194440e-4f, n};
+}
+// e^r - 1 for |r| <= ln 2 / 2 (the polynomial of Cephes' expf)
+INLINE Vector expm1_reduced(Vector r) {
+    Vector p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return p * (r * r) + r;
+}
+INLINE Vector power_of_two(Vector n) {  // for integers -126 <= n <= 127
+    return (Vector)((__builtin_convertvector(n, Integers) + 127) << 23);
+}
+// e^x to 1 ulp for |x| <= 87, where 2^n is a normal number
+INLINE Vector exp_bounded(Vector x) {
+    Reduced c = reduce(x);
+    Vector scale = power_of_two(c.n);
+    return expm1_reduced(c.r) * scale + scale;
+}
+// e^x to 1 ulp for x <= 0: 0 below -87.3, NaN for NaN
+INLINE Vector exp_negative(Vector x) {
+    const Vector lowest = splat(-87.33f);
+    Vector y = exp_bounded(maximum(lowest, x));
+    return x < lowest ? Vector{} : y;
+}
+// e^x to 1 ulp: 0 below -87.3, Inf above 88.7
+INLINE Vector exp_all(Vector x) {
+    const Vector lowest = splat(-87.33f), highest = splat(88.72283f);
+    Reduced c = reduce(minimum(highest, maximum(lowest, x)));
+    Vector first = power_of_two(c.n - 1.f), y = expm1_reduced(c.r) * first + first;  // 2^128 is not a number
+    y = x < lowest ? Vector{} : y + y;
+    return x > highest ? splat(INFINITY) : y;
+}
+// e^x - 1 to 2 ulp for |x| <= 87
+INLINE Vector expm1_bounded(Vector x) {
+    Reduced c = reduce(x);
+    Vector scale = power_of_two(c.n);
+    return expm1_reduced(c.r) * scale + (scale - 1.f);
+}
+// tanh x to 3 ulp
+INLINE Vector tanh_all(Vector x) {
+    Vector e = expm1_bounded(minimum(splat(20.f), maximum(splat(-20.f), x + x)));
+    return e / (e + 2.f);
+}
+// 1 / (1 + e^-x) to 3 ulp where that is above 1e-37
+INLINE Vector sigmoid(Vector x) { return 1.f / (exp_bounded(minimum(splat(87.f), maximum(splat(-87.f), -x))) + 1.f); }
+// The natural logarithm to 2 ulp (Cephes' logf): -Inf for 0, NaN below
+INLINE Vector log_all(Vector x) {
+    const Vector tiny = splat(1.17549435e-38f);
+    Integers subnormal = x < tiny;
+    Vector scaled = subnormal ? x * 8388608.f : x;  // 2^23
+    Integers bits = (Integers)scaled;
+    Vector e = __builtin_convertvector(((bits >> 23) & 0xff) - 126, Vector) - (subnormal ? splat(23.f) : Vector{});
+    Vector m = (Vector)((bits & 0x007fffff) | 0x3f000000);  // in [0.5, 1)
+    Integers low = m < splat(0.707106781f);
+    e = e - (low ? splat(1.f) : Vector{});
+    m = (low ? m + m : m) - 1.f;
+    Vector p = splat(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    Vector square = m * m, y = p * m * square;
+    y = y + e * -2.12194440e-4f;
+    y = y - 0.5f * square;
+    y = m + y + e * 0.693359375f;
+    y = x == splat(INFINITY) ? x : y;
+    y = x == Vector{} ? splat(-INFINITY) : y;
+    return x >= Vector{} ? y : splat(NAN);
+}
+
+}  // namespace ISA
