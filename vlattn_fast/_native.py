@@ -12,28 +12,37 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-PATH = Path(os.environ.get("VLATTN_CPU_LIBRARY") or Path(__file__).parent / "cpu" / "libvlattn_cpu.so")
+INSTALLED = Path(__file__).parent / "cpu" / "libvlattn_cpu.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # Dtype of csrc/cpu/rows.h
 
 
-@functools.cache
-def exists() -> bool:
-    return PATH.is_file()
+class Library(NamedTuple):
+    """A file and whether it is there. torch.compile traces what asks, and cannot look at a disk."""
+
+    path: Path
+    exists: bool
+
+
+def find(path: Path) -> Library:
+    return Library(path, path.is_file())
+
+
+library = find(Path(os.environ.get("VLATTN_CPU_LIBRARY") or INSTALLED))
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(PATH))
+    loaded = ctypes.CDLL(str(library.path))
     # it is loaded already; the functions of its C interface exist since torch 2.10
     libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    library.vlattn_set_threads(libtorch.torch_parallel_for, libtorch.torch_get_num_threads)
-    library.vlattn_instruction_sets.restype = ctypes.c_char_p
-    return library
+    loaded.vlattn_set_threads(libtorch.torch_parallel_for, libtorch.torch_get_num_threads)
+    loaded.vlattn_instruction_sets.restype = ctypes.c_char_p
+    return loaded
 
 
 @functools.cache
@@ -62,7 +71,7 @@ def kernel(name: str, fields: str) -> Callable[..., None]:
         if code == 1:
             raise MemoryError(f"{name}: not enough memory for the kernel's workspace")
         if code != 0:
-            raise RuntimeError(f"{PATH} does not fit this vlattn_fast: install it again")
+            raise RuntimeError(f"{library.path} does not fit this vlattn_fast: install it again")
 
     return run
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import vlattn_fast as va
+from vlattn_fast import _native, verify
 from vlattn_fast import scores as S
-from vlattn_fast import verify
 from vlattn_fast.ops import _dispatch
 
 Q, K, V = torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 6)
@@ -122,7 +123,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backend name": (
         attend(backend="flash"),
         ValueError,
-        "backend must be one of ('auto', 'reference', 'streaming', 'sdpa', 'triton', 'cuda'); got 'flash'",
+        "backend must be one of ('auto', 'reference', 'streaming', 'sdpa', 'cpu', 'triton', 'cuda'); got 'flash'",
     ),
     "backend is None": (attend(backend=None), ValueError, "backend must be one of"),
     "backend is a number": (attend(backend=1), TypeError, "backend must be one of"),
@@ -276,7 +277,7 @@ def test_asking_needs_no_tensor_and_no_device(operator: str) -> None:
             reasons = backend.refusals(a_call(operator, device))
             assert isinstance(reasons, list) and all(isinstance(reason, str) and reason for reason in reasons), name
             assert not any("577" in reason for reason in reasons)
-    assert TABLES[operator].keys() == {"reference", "streaming", "sdpa", "triton", "cuda"}
+    assert TABLES[operator].keys() == {"reference", "streaming", "sdpa", "cpu", "triton", "cuda"}
 
 
 @pytest.mark.parametrize("operator", TABLES)
@@ -284,7 +285,8 @@ def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: s
     backends, call = TABLES[operator], a_call(operator)
     able = [name for name, backend in backends.items() if not backend.refusals(call)]
     first = operator == "score_attention"  # a scaled dot product, which torch's own attention takes
-    assert _dispatch.select(backends, call, "auto") == able[0] == ("sdpa" if first else "streaming")
+    assert _dispatch.select(backends, call, "auto") == able[0]
+    assert able[0] == ("sdpa" if first else "cpu" if "cpu" in able else "streaming")
     assert _dispatch.select(backends, a_call(operator, "cuda"), "auto") == ("sdpa" if first else "triton")
     for name, backend in backends.items():
         reasons = backend.refusals(call)
@@ -301,7 +303,7 @@ def test_auto_leaves_the_interpreter_to_those_who_name_it(operator: str, monkeyp
     monkeypatch.setattr(_dispatch, "INTERPRETED", True)
     triton, call = TABLES[operator]["triton"], a_call(operator)
     assert triton.refusals(call) == []
-    assert _dispatch.select(TABLES[operator], call, "auto") in ("sdpa", "streaming")
+    assert _dispatch.select(TABLES[operator], call, "auto") in ("sdpa", "cpu", "streaming")
     monkeypatch.setitem(sys.modules, triton.module, object())  # whoever takes it finds no `forward`
     for case in verify.cases():
         if case.operator == operator:
@@ -338,6 +340,30 @@ def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeyp
     assert words in reason
     monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
     assert _dispatch.triton_refusals(call) == ["triton is not installed"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"dtype": torch.float64}, "the CPU kernels take float16, bfloat16 and float32"),
+        ({"sizes": {"head_dim": 257}}, "the CPU kernels take a head_dim of at most 256"),
+        ({"sizes": {"value_dim": 257}}, "the CPU kernels take a head_dim of at most 256"),
+        ({"sizes": {"rows": 0}}, "an own limit"),
+        ({"device_type": "cuda"}, "the CPU kernels run on CPU tensors"),
+    ],
+)
+def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def limits(call: _dispatch.Call) -> list[tuple[str, bool]]:
+        return [("an own limit", "rows" in call.sizes)]
+
+    refusals = _dispatch.table("some", cpu=limits)["cpu"].refusals
+    call = _dispatch.Call("some", torch.bfloat16, "cpu", {"head_dim": 256, "value_dim": 256}, {})
+    monkeypatch.setattr(_native, "library", _native.library._replace(exists=True))
+    assert refusals(call) == []
+    assert refusals(replace(call, **change)) == [words]
+    monkeypatch.setattr(_native, "library", _native.find(Path("nowhere")))
+    assert refusals(call) == ["the CPU kernels are not built (`vlattn info` says why)"]
+    assert _dispatch.table("some")["cpu"].refusals(call) == ["there is no CPU kernel for this operator"]
 
 
 @pytest.mark.parametrize("backend", ("triton", "cuda"))

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vlattn_fast import _native
 from vlattn_fast._checks import check_choice
 from vlattn_fast.cuda import _shared_library
 
-BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "triton", "cuda")
+BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,22 @@ def triton_refusals(call: Call) -> list[str]:
 Limits = Callable[[Call], list[tuple[str, bool]]]  # reasons, and whether each holds
 
 
+def cpu_refusals(call: Call, limits: Limits) -> list[str]:
+    """Why a CPU kernel with these `limits` does not run the call."""
+    reasons = []
+    if not _native.library.exists:
+        reasons.append("the CPU kernels are not built (`vlattn info` says why)")
+    if call.device_type != "cpu":
+        reasons.append("the CPU kernels run on CPU tensors")
+    if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append("the CPU kernels take float16, bfloat16 and float32")
+    if reasons and torch.compiler.is_compiling():
+        return reasons  # comparing sizes would cost a graph for each outcome
+    if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
+        reasons.append("the CPU kernels take a head_dim of at most 256")
+    return reasons + limited(call, limits)
+
+
 def cuda_refusals(call: Call, limits: Limits) -> list[str]:
     """Why a CUDA C++ kernel with these `limits` does not run the call."""
     reasons = []
@@ -92,6 +109,10 @@ def limited(call: Call, limits: Limits) -> list[str]:
     return [reason for reason, holds in limits(call) if holds]
 
 
+def no_cpu_kernel(call: Call) -> list[str]:
+    return ["there is no CPU kernel for this operator"]
+
+
 def no_cuda_kernel(call: Call) -> list[str]:
     return ["there is no CUDA C++ kernel for this operator"]
 
@@ -101,16 +122,21 @@ def not_in_sdpa(call: Call) -> list[str]:
 
 
 def table(
-    stem: str, triton: Callable[[Call], list[str]] = triton_refusals, cuda: Limits | None = None, sdpa: Limits | None = None
+    stem: str,
+    triton: Callable[[Call], list[str]] = triton_refusals,
+    cuda: Limits | None = None,
+    sdpa: Limits | None = None,
+    cpu: Limits | None = None,
 ) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
-    `sdpa`: the limits of torch's own attention, which is the fastest for what it takes. `triton`: the refusals of the Triton
-    kernels. `cuda`: the limits of the CUDA C++ kernels, which come after Triton until they have been measured. "auto" never
-    takes the reference.
+    `sdpa`: the limits of torch's own attention, which is the fastest for what it takes. `cpu`: those of the CPU's C++ kernels.
+    `triton`: the refusals of the Triton kernels. `cuda`: the limits of the CUDA C++ kernels, which come after Triton until they
+    have been measured. "auto" never takes the reference.
     """
     return {
         "sdpa": Backend(not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), f"vlattn_fast.sdpa.{stem}"),
+        "cpu": Backend(no_cpu_kernel if cpu is None else partial(cpu_refusals, limits=cpu), f"vlattn_fast.cpu.{stem}"),
         "triton": Backend(triton, f"vlattn_fast.kernels.{stem}"),
         "cuda": Backend(no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), f"vlattn_fast.cuda.{stem}"),
         "streaming": Backend(accept, f"vlattn_fast.streaming.{stem}"),

@@ -1,0 +1,1 @@
+"""The CPU kernels: one launcher per operator for csrc/cpu/, called through vlattn_fast/_native.py."""
