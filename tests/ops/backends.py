@@ -6,13 +6,15 @@ backend refuses it: what a backend takes stands in the suite, and what it does n
 
 On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels in a build for the host
 (csrc/host/emulation.h). With VLATTN_TEST_DEVICE=cuda (`make gpu`) every backend runs on that device; VLATTN_CUDA_LIBRARY names
-the library then. The tests name no device: what they make lies on the default one.
+the library then. The tests name no device: what they make lies on the default one. The CPU kernels are those that the install
+has built; they are not tested on a device.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,13 +26,14 @@ import torch
 import torch.utils.deterministic
 
 from tests.cuda.building import HOST, ROOT, build
+from vlattn_fast import _native
 from vlattn_fast.cuda import _shared_library
 from vlattn_fast.ops import _dispatch
 
 F64 = torch.float64
 HALVES = (torch.bfloat16, torch.float16)
 LOW = (torch.float32, *HALVES)
-DTYPES = {"reference": (F64, *LOW), "streaming": (F64, *LOW), "sdpa": (F64, *LOW), "triton": LOW, "cuda": LOW}
+DTYPES = {"reference": (F64, *LOW), "streaming": (F64, *LOW), "sdpa": (F64, *LOW), "cpu": LOW, "triton": LOW, "cuda": LOW}
 DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
 INTERPRET = DEVICE == "cpu"
 
@@ -95,6 +98,10 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
             patch.setattr(_dispatch, "INTERPRETED", True)
             # what overflows in a kernel overflows without a word, as on a GPU
             stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
+        if backend == "cpu" and not _native.library.exists:
+            if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
+                pytest.skip("the CPU kernels are not tested: there is no C++ compiler to build them with")
+            pytest.fail(f"{_native.library.path} is not there: `make venv` builds it, and `vlattn info` says why it did not")
         if backend == "cuda":
             assert library is not None
             patch.setattr(_shared_library, "library", _shared_library.find(library))

@@ -14,10 +14,15 @@ collect_ignore_glob = [] if INTERPRET else ["*_properties.py"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a device only what takes a backend runs: the rest says nothing about it."""
+    """On a device only what takes a backend runs, and not the CPU's: the rest says nothing about it."""
     if not INTERPRET:
         here = Path(__file__).parent
-        items[:] = [item for item in items if item.path.parent != here or "backend" in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if item.path.parent != here or _of_device(item)]
+
+
+def _of_device(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "backend" in getattr(item, "fixturenames", ()) and parameters.get("backend") != "cpu"
 
 
 @pytest.fixture
