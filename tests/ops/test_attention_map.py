@@ -34,7 +34,7 @@ from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES, attention_map
 from vlattn_fast.reference.attention_map import attention_map as formula
 from vlattn_fast.streaming import _tiles
 
-FAST = ("streaming", "triton")
+FAST = ("streaming", "cpu", "triton")
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
@@ -203,7 +203,7 @@ def test_streaming_holds_the_map_and_a_few_tiles(rule: str, head_reduction: str,
     for length in (128, 256):
         tensors = as_dtype(map_inputs(rule, length, length, 8, 8, b=1, h=4, kv=4), torch.float32)
         with LargestAllocation() as memory:
-            found = attention_map(**tensors, rule=rule, head_reduction=head_reduction, row_normalize=True)
+            found = attention_map(**tensors, rule=rule, head_reduction=head_reduction, row_normalize=True, backend="streaming")
         assert memory.bytes == bytes_of(found) == 4 * length**2, memory.by
         assert memory.peak <= bytes_of(found) + 16 * 4 * (1 << 12)
 

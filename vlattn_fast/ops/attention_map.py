@@ -26,7 +26,7 @@ from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_d
 from vlattn_fast.ops._dispatch import Call, load, select, table
 from vlattn_fast.ops._registration import define, not_differentiable
 
-BACKENDS = table("attention_map")
+BACKENDS = table("attention_map", cpu=lambda call: [])
 RULES = ("attention", "gradient")
 HEAD_REDUCTIONS = ("mean", "max", "min")
 
@@ -64,7 +64,7 @@ def attention_map(
         key_mask: bool (B, M), True = a real token. Masked keys and values have no influence.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the scores; default 1/sqrt(D).
-        backend: "auto", "reference", "streaming", "triton" or "cuda". Only "reference" is differentiable.
+        backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda". Only "reference" is differentiable.
 
     Returns:
         Abar (B, N, M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The
@@ -112,7 +112,8 @@ def attention_map(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    key, value = mask_padding(key_mask, key, value)
+    if chosen != "cpu":  # its kernel hides padding itself
+        key, value = mask_padding(key_mask, key, value)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
     return _forward_op(
         query, key, value, grad_output, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, chosen
