@@ -162,7 +162,7 @@ class _Chunk:
         """The loss of each row of one direction, (b, N).
 
         With `grad_intra` it is the gradient at the target (b, N, N), and the gradient at the modality's own block is written to
-        `grad_intra`: at its logarithm for iais_singular.
+        `grad_intra`: at its logarithm for iais_singular, which is then that of the sum over the heads.
         """
         size, other, grad = self.sizes[side], self.sizes[1 - side], grad_intra is not None
         out = self._empty(self.batch, size, size) if grad else self._empty(self.batch, size)
@@ -234,7 +234,7 @@ class _Chunk:
         self._part(grad_map, other, other).baddbmm_(cross.mT, grad_target @ cross)
 
     def _maps(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """The map of head means, its base-2 logarithm (for iais_singular), and statistics.
+        """The map of head means, the base-2 logarithm of the sum over the heads (for iais_singular), and statistics.
 
         The statistics are there for long rows: the largest base-2 logit and the sum of exp2(logit - largest), (2, b, H, S) each,
         over the keys of the text and of the image.
@@ -264,14 +264,15 @@ class _Chunk:
         inputs, constants = self._inputs("gradient")
         cotangents = (grad_map, grad_log, self.log_map, *self.statistics, grad_loss)
         meta = {**constants, "DIAGONAL": diagonal, "UNREAD": unread}
-        programs, delta = (2 if diagonal else 4) * self.heads * self.batch, grad_loss
+        programs, deltas = (2 if diagonal else 4) * self.heads * self.batch, (grad_loss, grad_loss)
         if not self.whole:
             delta = torch.empty_like(self.statistics[0])
+            deltas = delta, torch.empty_like(delta) if self.kind == "iais_singular" else delta
             tiles = max(triton.cdiv(size, meta["BLOCK_Q"]) for size in self.sizes)
             long = {name: x for name, x in meta.items() if name not in ("WHOLE", "BLOCK_L")}
-            gradient_q_kernel[(programs * tiles,)](*inputs, *cotangents, delta, grad_q, self.scale, tiles, **long)
+            gradient_q_kernel[(programs * tiles,)](*inputs, *cotangents, *deltas, grad_q, self.scale, tiles, **long)
         tiles = 1 if self.whole else max(triton.cdiv(size, meta["BLOCK_V"]) for size in self.sizes)
-        gradient_kernel[(programs * tiles,)](*inputs, *cotangents, delta, grad_q, grad_k, self.scale, tiles, **meta)
+        gradient_kernel[(programs * tiles,)](*inputs, *cotangents, *deltas, grad_q, grad_k, self.scale, tiles, **meta)
 
     def _inputs(self, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that all kernels with heads share."""
@@ -371,7 +372,8 @@ def _divergence_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """sym(p, t) of whole rows, or its gradients at the own block and at the target, divided by the number of heads.
+    """sym(p, t) of whole rows, or its gradients at the own block and at the target, divided by the number of heads (not so where
+    the own block is the logarithm of the sum over the heads).
 
     Nothing cancels: with d = log p - log t, the loss sum (p - t) d = sum t expm1(d) d has no negative term.
     """
@@ -430,7 +432,8 @@ def _divergence_kernel(
             b_gap = b_intra - b_target
             b_d = b_gap - _log1p(tl.sum(b_t * _expm1(b_gap), axis=1))[:, None]
         else:
-            b_d = b_intra * 0.6931471805599453 - (b_target - tl.log(b_sum))
+            b_log_p = b_intra * 0.6931471805599453 + tl.log(per_head)  # of the mean over the heads
+            b_d = b_log_p - (b_target - tl.log(b_sum))
         b_difference = b_t * _expm1(b_d)  # p - t
         if GRAD:
             b_p = b_t + b_difference
@@ -442,7 +445,9 @@ def _divergence_kernel(
         else:
             b_loss = b_difference * b_d
     if GRAD:
-        b_weight *= per_head
+        b_grad_target *= per_head
+        if KIND != "iais_singular":  # a head's share of the logarithm is taken where it is known
+            b_grad_intra *= per_head
         store_tile(p_grad_intra + i_b * stride_ob, stride_on, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_intra, 0.0))
         p_out += i_b * N * N
         store_tile(p_out, N, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_target, 0.0))

@@ -108,11 +108,12 @@ def _map_tile(
             b_high = b_new
         else:
             b_mean += tl.exp2(b_s) / b_sum[:, None]
-    b_mean /= H
     if LOG:
+        # of the sum, not of the mean: where one head has nearly all of it, this is its logarithm to the last bit
         b_log = tl.where(m_kv[None, :], b_high + tl.log2(tl.where(m_kv[None, :], b_mean, 1.0)), 0.0)
         store_tile(p_log, S, o_q, o_kv, N, M, b_log)
         b_mean *= tl.exp2(b_high)
+    b_mean /= H
     store_tile(p_out, S, o_q, o_kv, N, M, b_mean)
 
 
@@ -273,13 +274,28 @@ def statistics_kernel(
 
 @triton.jit
 def _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG: tl.constexpr):
-    """For a tile of logits: the probabilities, and the probabilities times their gradient."""
-    b_p = tl.exp2(b_s - b_max[:, None]) / b_sum[:, None]
-    b_a = b_p * load_tile(p_grad_map, S, o_q, o_kv, N, M)
-    if LOG:  # the head's share of the mean, from logarithms
-        b_log_p = b_s - (b_max + tl.log2(b_sum))[:, None]
-        b_a += tl.exp2(b_log_p - load_tile(p_log, S, o_q, o_kv, N, M)) * load_tile(p_grad_log, S, o_q, o_kv, N, M)
-    return b_p, b_a
+    """For a tile of logits: the probabilities, their gradient, and the gradient of their logarithms (with LOG; else unused)."""
+    b_s -= b_max[:, None]
+    b_p = tl.exp2(b_s) / b_sum[:, None]
+    b_g = load_tile(p_grad_map, S, o_q, o_kv, N, M)
+    b_a = b_g
+    if LOG:  # the head's share of the sum over the heads, from logarithms that are rounded as those of the sum were
+        b_log_p = b_s - tl.log2(b_sum)[:, None]
+        b_a = tl.exp2(b_log_p - load_tile(p_log, S, o_q, o_kv, N, M)) * load_tile(p_grad_log, S, o_q, o_kv, N, M)
+    return b_p, b_g, b_a
+
+
+@triton.jit
+def _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG: tl.constexpr):
+    """The gradient of the logits from what `_terms` gives and the sums of p g and of a over each row.
+
+    A saturated row has p = 1 at one key. There g - sum p g is exactly 0 and must not be rounded together with a: g is thousands
+    of times larger where logits are in the thousands.
+    """
+    b_ds = b_p * (b_g - b_delta[:, None])
+    if LOG:
+        b_ds += b_a - b_p * b_delta_log[:, None]
+    return b_ds
 
 
 @triton.jit
@@ -306,6 +322,7 @@ def _gradient_tile(
     p_max,
     p_sum,
     p_delta,
+    p_delta_log,
     p_grad_q,
     p_grad_k,
     start,
@@ -337,9 +354,14 @@ def _gradient_tile(
         else:
             b_max = tl.load(p_max + o_q, mask=o_q < N, other=0.0)
             b_sum = tl.load(p_sum + o_q, mask=o_q < N, other=1.0)
-        b_p, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
-        b_delta = tl.sum(b_a, axis=1) if WHOLE else tl.load(p_delta + o_q, mask=o_q < N, other=0.0)
-        b_ds = b_a - b_p * b_delta[:, None]
+        b_p, b_g, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
+        if WHOLE:
+            b_delta = tl.sum(b_p * b_g, axis=1)
+            b_delta_log = tl.sum(b_a, axis=1) if LOG else b_delta
+        else:
+            b_delta = tl.load(p_delta + o_q, mask=o_q < N, other=0.0)
+            b_delta_log = tl.load(p_delta_log + o_q, mask=o_q < N, other=0.0) if LOG else b_delta
+        b_ds = _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG)
         if WHOLE:
             store_tile(p_grad_q, D, o_q, o_d, N, D, _dot_small(b_ds, b_k, PRECISION) * factor)
         b_dk += _dot_small(tl.trans(b_ds), b_q, PRECISION)
@@ -377,6 +399,7 @@ def gradient_kernel(
     p_sum,
     p_grad_loss,
     p_delta,
+    p_delta_log,
     p_grad_qs,
     p_grad_ks,
     scale,
@@ -415,6 +438,7 @@ def gradient_kernel(
         p_max += offset
         p_sum += offset
         p_delta += offset
+        p_delta_log += offset
     factor = scale * tl.load(p_grad_loss + i_b)
     if 2 * i_r + i_c != UNREAD:
         if i_c == 0:
@@ -431,6 +455,7 @@ def gradient_kernel(
                     p_max,
                     p_sum,
                     p_delta,
+                    p_delta_log,
                     p_grad_q,
                     p_grad_k,
                     i_kv * BLOCK_L,
@@ -462,6 +487,7 @@ def gradient_kernel(
                     p_max,
                     p_sum,
                     p_delta,
+                    p_delta_log,
                     p_grad_q,
                     p_grad_k,
                     i_kv * BLOCK_V,
@@ -501,6 +527,7 @@ def gradient_q_kernel(
     p_sum,
     p_grad_loss,
     p_delta,
+    p_delta_log,
     p_grad_qs,
     scale,
     tiles,
@@ -515,7 +542,8 @@ def gradient_q_kernel(
 ):
     """For long rows: one program per sample, head, block and tile of queries.
 
-    It goes over the keys twice. The first time it sums and stores probability times gradient of each row.
+    It goes over the keys twice. The first time it sums and stores, for each row, probability times gradient and, with LOG, the
+    gradients of the logarithms.
     """
     i_q, i_b, i_h, i_r, i_c = _gradient_block(tl.program_id(0), tiles, H, DIAGONAL)
     S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
@@ -537,19 +565,24 @@ def gradient_q_kernel(
         b_sum = tl.load(p_sum + offset + o_q, mask=o_q < N, other=1.0)
         b_q = load_tile(p_q + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
         b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        b_delta_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for start in range(0, M, BLOCK_V):
             o_kv = start + tl.arange(0, BLOCK_V)
             b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = _logits(b_q, b_k, real_tokens(p_mask, o_kv, M, MASKED), scale_log2, PRECISION)
-            _, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
-            b_delta += tl.sum(b_a, axis=1)
+            b_p, b_g, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
+            b_delta += tl.sum(b_p * b_g, axis=1)
+            if LOG:
+                b_delta_log += tl.sum(b_a, axis=1)
         tl.store(p_delta + offset + o_q, b_delta, mask=o_q < N)
+        if LOG:
+            tl.store(p_delta_log + offset + o_q, b_delta_log, mask=o_q < N)
         b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         for start in range(0, M, BLOCK_V):
             o_kv = start + tl.arange(0, BLOCK_V)
             b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = _logits(b_q, b_k, real_tokens(p_mask, o_kv, M, MASKED), scale_log2, PRECISION)
-            b_p, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
-            b_dq += _dot_small(b_a - b_p * b_delta[:, None], b_k, PRECISION)
+            b_p, b_g, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
+            b_dq += _dot_small(_grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), b_k, PRECISION)
         p_grad_q = _of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
         store_tile(p_grad_q, D, o_q, o_d, N, D, b_dq * (scale * tl.load(p_grad_loss + i_b)))

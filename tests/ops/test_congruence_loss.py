@@ -109,16 +109,12 @@ def test_nan_shows_in_its_own_sample_alone(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_that_underflows(kind: str, backend: str) -> None:
     # not so the cross block: of saturated heads the mean has ties, and which one is picked depends on rounding
-    x = {name: value if name in CROSS else value * 6 for name, value in make(5, 6, d=4, cross=True).items()}
+    # Open in CUDA C++: it divides the log of the sum over the heads by their number, and adds gradients of p and of log p before it
+    # takes delta. With 30 its gradients have 1.7 times what is allowed.
+    factor = 6 if (backend, kind) == ("cuda", "iais_singular") else 30
+    x = {name: value if name in CROSS else value * factor for name, value in make(5, 6, d=4, cross=True).items()}
     x = as_dtype(x, torch.float32)
     assert (torch.softmax(x["text_query"] @ x["text_key"].mT / 2, -1) == 0).any()
-    if (backend, kind) == ("streaming", "iais_singular"):
-        # Open: its gradients have up to three times the formula's error here. They must be finite and agree.
-        run = call(congruence_loss, backend=backend, kind=kind)
-        ours, exact = outputs_and_grads(run, x), outputs_and_grads(call(congruence_loss, backend="reference", kind=kind), x)
-        for name, grad in ours.items():
-            torch.testing.assert_close(grad, exact[name], rtol=1e-4, atol=1e-5, msg=name)
-        return
     check(backend, x, kind=kind)
 
 

@@ -110,12 +110,16 @@ class _Block:
         """All rows, (b, N, M); used for the cross blocks only."""
         return _join(self.tiles(), self.rows)
 
-    def log_rows(self, i: slice) -> Tensor:
-        """log of rows(i), (b, I, M), summed as logarithms so that no weight underflows; 0 at padding."""
+    def log_sum(self, i: slice) -> Tensor:
+        """log of the sum of rows(i) over the heads, (b, I, M), from logarithms so that no weight underflows; 0 at padding.
+
+        Where one head has nearly all of the sum, this is its logarithm to the last bit, and its share in `backward` is 1. The
+        logarithm of the mean is another number: at -1,000 its rounding changes every share by 6e-5.
+        """
         total = torch.full_like(self._zero(i), -torch.inf)
         for _, log_prob in self._maps(i, log=True):
             total = torch.logaddexp(total, torch.logsumexp(log_prob, dim=1))
-        return _fill(total - math.log(self.query.shape[1]), self.masked, 0.0)
+        return _fill(total, self.masked, 0.0)
 
     def add_gradient(self, i: slice, grad: Tensor) -> None:
         """Adds the gradient of rows(i): at once, or in flush() where the tile holds all rows."""
@@ -129,15 +133,15 @@ class _Block:
         if self._pending is not None:
             self.backward(self.every, self._pending)
 
-    def backward(self, i: slice, grad: Tensor, log_mean: Tensor | None = None) -> None:
-        """Adds to grad_query and grad_key, from the gradient of rows(i), or of log_rows(i), which is then `log_mean`."""
+    def backward(self, i: slice, grad: Tensor, log_sum: Tensor | None = None) -> None:
+        """Adds to grad_query and grad_key, from the gradient of rows(i), or of log_sum(i), which is then `log_sum`."""
         assert self.grad_query is not None and self.grad_key is not None
-        grad = grad[:, None] / self.query.shape[1]
-        for h, prob in self._maps(i, log=log_mean is not None):
-            if log_mean is None:
+        grad = grad[:, None] if log_sum is not None else grad[:, None] / self.query.shape[1]
+        for h, prob in self._maps(i, log=log_sum is not None):
+            if log_sum is None:
                 grad_score = grad * prob
             else:
-                prob, grad_score = torch.exp(prob), grad * torch.exp(prob - log_mean[:, None])
+                prob, grad_score = torch.exp(prob), grad * torch.exp(prob - log_sum[:, None])
             grad_score.addcmul_(prob, grad_score.sum(-1, keepdim=True), value=-1.0)
             self.grad_query[:, h, i] += grad_score @ (self.scale * self.key[:, h].to(self.dtype))
             self.grad_key[:, h] += grad_score.mT @ (self.scale * self.query[:, h, i].to(self.dtype))
@@ -237,7 +241,8 @@ def _change_of_basis(blocks: _Direction, grad: Tensor | None, singular: bool) ->
         logits = _fill(target, ll.masked, -torch.inf)
         t = torch.softmax(logits, dim=-1)
         if singular:
-            log_p = ll.log_rows(i)
+            log_sum = ll.log_sum(i)
+            log_p = _fill(log_sum - math.log(ll.query.shape[1]), ll.masked, 0.0)
             d = log_p - (target - torch.logsumexp(logits, dim=-1, keepdim=True))
         else:
             # log p - log t = gap - log sum t e^gap: the sum is the ratio of the two softmaxes' denominators
@@ -249,7 +254,7 @@ def _change_of_basis(blocks: _Direction, grad: Tensor | None, singular: bool) ->
         if grad_vv_x is not None:
             by_log_p, by_log_t = weight[:, i, None] * (p * d + difference), -weight[:, i, None] * (t * d + difference)
             if singular:
-                ll.backward(i, by_log_p, log_p)
+                ll.backward(i, by_log_p, log_sum)
             else:
                 ll.add_gradient(i, _log_softmax_backward(p, by_log_p))
             grad_vv_x += x[:, i].mT @ _log_softmax_backward(t, by_log_t)
