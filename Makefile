@@ -3,7 +3,8 @@
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
 # make report benchmarks/REPORT.md from the stored rows
-# These make their own environment in .venv first; an environment that is there already is completed and kept.
+# These make their own environment in .venv first; an environment that is there already is completed and kept. The library of the
+# CPU's C++ kernels comes with it, and is built again where one of its sources changed.
 # make docs   the site of docs/ into site/, in an environment of its own, which needs no torch; a warning is an error
 # make oldest the tests of the Triton kernels with the oldest Triton that is supported, in an environment of its own
 # make table  what the Triton and CUDA C++ kernels compile to, stored anew in tests/compiled/triton.json and cuda.json
@@ -17,20 +18,21 @@ TRITON ?= triton==3.9.0
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test cpus format lint venv bench report docs oldest table gpu clean
 
-demo: $(INSTALLED)
+demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
 
 # One thread a process: two processes of one thread finish sooner than one of two, and sums have the same order everywhere.
 test: export OMP_NUM_THREADS := 1
-test: lint
+test: lint $(READY)
 	@$(PY) -m pytest --numprocesses $(WORKERS) $(ARGS)
 	@$(if $(ARGS),:,$(PY) tests/cpus.py --fifth --workers $(WORKERS))
 
-cpus: $(INSTALLED)
+cpus: $(READY)
 	@$(PY) tests/cpus.py --workers $(WORKERS)
 
 format: $(INSTALLED)
@@ -45,12 +47,12 @@ lint: $(INSTALLED)
 	@ln -s $(CURDIR)/vlattn_fast/* $(CURDIR)/kernels $(CURDIR)/benchmarks build/types/vlattn_fast/
 	@cd build/types && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache/all
 
-venv: $(INSTALLED)
+venv: $(READY)
 
-bench: $(INSTALLED)
+bench: $(READY)
 	@$(PY) -m vlattn_fast.benchmarks $(ARGS)
 
-report: $(INSTALLED)
+report: $(READY)
 	@$(PY) -m vlattn_fast.benchmarks report
 
 docs: .venv-docs/.installed
@@ -70,7 +72,7 @@ oldest:
 	@.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet "numpy<2.4"
 	@.venv-oldest/bin/python -m pytest tests/kernels -W "ignore:Conversion of an array:DeprecationWarning" $(ARGS)
 
-table: $(INSTALLED)
+table: $(READY)
 	@$(PY) -m tests.compiled.triton --write
 	@$(PY) -m tests.compiled.cuda --write
 
@@ -90,10 +92,27 @@ $(PIP) --editable ".[all,test]"
 touch $(INSTALLED)
 endef
 export INSTALL
+IN_TURN := $(if $(shell command -v flock),flock $(VENV)/.lock)
 
 $(INSTALLED): pyproject.toml setup.py
 	@mkdir -p $(VENV)
-	@if command -v flock >/dev/null; then flock $(VENV)/.lock sh -c "$$INSTALL"; else sh -c "$$INSTALL"; fi
+	@$(IN_TURN) sh -c "$$INSTALL"
+
+# Without a compiler the package works without the library; a source that does not compile stops here. The environment's cmake and
+# ninja go on with what the install has built, which those of the system would build anew.
+define KERNELS
+set -e
+mkdir -p build
+if ! PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_cpu --inplace >build/install.log 2>&1 || grep -q "the build failed" build/install.log; then
+  cat build/install.log
+  exit 1
+fi
+touch $(READY)
+endef
+export KERNELS
+
+$(READY): $(INSTALLED) CMakeLists.txt $(wildcard csrc/cpu/*)
+	@$(IN_TURN) sh -c "$$KERNELS"
 
 clean:
 	rm -rf build demo site *.egg-info .mypy_cache .ruff_cache .pytest_cache

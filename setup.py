@@ -1,21 +1,26 @@
-"""What pyproject.toml cannot express: where packages lie, and the library of CUDA C++ kernels, built where it can be.
+"""What pyproject.toml cannot express: where packages lie, and the two libraries of C++ kernels, each built where it can be.
 
-VLATTN_CUDA=1 builds it or fails, VLATTN_CUDA=0 leaves it out. Without the variable it is built where nvcc, cmake, ninja and a
-torch for CUDA are found; elsewhere the install goes on without it. CMakeLists.txt alone says how it is built. What was built, or
-why nothing was, is written beside it: `vlattn info` reads that (vlattn_fast/cuda/_shared_library.py).
+CPU: where a C++ compiler is found, without torch. CUDA: where nvcc, a C++ compiler and a torch for CUDA are found. Elsewhere the
+install goes on without. VLATTN_CPU=1 (VLATTN_CUDA=1) builds the library or fails, =0 leaves it out. CMakeLists.txt alone says how
+they are built. What was built, or why nothing was, is written beside it: `vlattn info` reads that (vlattn_fast/_native.py).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Command, Distribution, find_packages, setup
@@ -23,15 +28,127 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
-FOLDER, LIBRARY, RECORD = "vlattn_fast/cuda", "libvlattn_cuda.so", "build.json"
+RECORD = "build.json"
 TOOLS = {"nvcc": "of the CUDA toolkit, on PATH or in $CUDA_HOME/bin", "cmake": "pip install cmake", "ninja": "pip install ninja"}
 
-# Under pip's build isolation torch cannot be imported and the environment's scripts are not on PATH; sysconfig knows both places.
-# Through PYTHONPATH pip hides packages from what is started, too, and a cmake from PyPI is one.
+# sysconfig knows what pip's build isolation hides from imports, torch, and what is not on PATH without isolation: the scripts
+# beside this Python.
 SITE = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
 PATHS = [os.environ.get("PATH", ""), sysconfig.get_path("scripts"), f"{os.environ.get('CUDA_HOME') or '/usr/local/cuda'}/bin"]
 ENVIRONMENT = {**os.environ, "PATH": os.pathsep.join(PATHS)}
-ENVIRONMENT.pop("PYTHONPATH", None)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One library: vlattn_fast/<name>/libvlattn_<name>.so, asked for by VLATTN_<NAME>."""
+
+    name: str
+    title: str
+    obstacle: Callable[[str], str | None]  # why it is not built, if it is not, by what was asked for: "", "0" or "1"
+    options: Callable[[], list[str]]  # of CMakeLists.txt
+    facts: Callable[[Path], dict[str, object]]  # what the record says of a finished build in this folder
+    keeps: Path | None = None  # where an editable install builds, so that the next one compiles only what changed
+
+    @property
+    def folder(self) -> str:
+        return f"vlattn_fast/{self.name}"
+
+    @property
+    def library(self) -> str:
+        return f"libvlattn_{self.name}.so"
+
+    @property
+    def variable(self) -> str:
+        return f"VLATTN_{self.name.upper()}"
+
+    @property
+    def asked(self) -> str:
+        asked = os.environ.get(self.variable, "")
+        if asked not in ("", "0", "1"):
+            raise SystemExit(f"{self.variable} must be 0, 1 or unset; got {asked!r}")
+        return asked
+
+    @functools.cache  # noqa: B019  there are two
+    def reason(self) -> str | None:
+        """Why it is not built, if it is not."""
+        return f"{self.variable}=0 left it out" if self.asked == "0" else self.obstacle(self.asked)
+
+    def build_into(self, target: Path, editable: bool) -> None:
+        """The library and its record, or the record of why there is none."""
+        target.mkdir(parents=True, exist_ok=True)
+        start, reason = time.monotonic(), self.reason()
+        record = None if reason else self._compile(target, self.keeps if editable else None)
+        reason = reason or f"the build failed (an install with {self.variable}=1 shows how)"
+        if record is None:
+            (target / self.library).unlink(missing_ok=True)  # of an earlier build
+        if record is None and self.asked == "1":
+            raise SystemExit(
+                f"{self.variable}=1: the {self.title} library cannot be built: {reason}. {self.variable}=0 installs without it."
+            )
+        if record is None:
+            print(f"the {self.title} library is not built: {reason}", flush=True)
+        record = {"reason": reason} if record is None else {**record, "seconds": round(time.monotonic() - start)}
+        (target / RECORD).write_text(json.dumps(record) + "\n")
+
+    def _compile(self, target: Path, kept: Path | None) -> dict[str, object] | None:
+        """What was built; None where that failed."""
+        folder: AbstractContextManager[str | Path] = tempfile.TemporaryDirectory() if kept is None else nullcontext(kept)
+        with folder as made:
+            chosen = {"CXX": compiler()} if compiler() else {}
+            if kept is not None and outdated(kept):
+                shutil.rmtree(kept)
+            for command in (
+                ["cmake", "-G", "Ninja", "-S", ROOT, "-B", made, f"-DCMAKE_MAKE_PROGRAM={which('ninja')}", *self.options()],
+                ["cmake", "--build", made, "--parallel", str(os.cpu_count())],
+            ):
+                if subprocess.run(command, env={**ENVIRONMENT, **chosen}).returncode != 0:
+                    return None
+            (target / self.library).unlink(missing_ok=True)  # a process that has it loaded keeps the old file
+            shutil.copy(Path(made, self.library), target)
+            return self.facts(Path(made))
+
+
+def which(tool: str) -> str | None:
+    return shutil.which(tool, path=ENVIRONMENT["PATH"])
+
+
+def missing(*tools: str) -> str | None:
+    return next((f"{tool} was not found ({TOOLS[tool]})" for tool in tools if which(tool) is None), None)
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first of those that CMake would take."""
+    given = os.environ.get("CXX", "")
+    if given:
+        return given if which(shlex.split(given)[0]) else None
+    return next(filter(None, map(which, ("c++", "g++", "clang++"))), None)
+
+
+def outdated(folder: Path) -> bool:
+    """Whether a kept build is of another tree or by another compiler: CMake refuses the one and overlooks the other."""
+    if not (folder / "CMakeCache.txt").exists():
+        return False
+    wanted = str(ROOT.absolute()), which(shlex.split(compiler())[0])
+    return wanted != (cached(folder, "CMAKE_HOME_DIRECTORY"), cached(folder, "CMAKE_CXX_COMPILER"))
+
+
+def cached(folder: Path, name: str) -> str:
+    """A variable of a configured build."""
+    found = re.search(rf"^{name}:\w+=(.*)$", (folder / "CMakeCache.txt").read_text(), re.M)
+    return found[1] if found else ""
+
+
+def cpu_obstacle(asked: str) -> str | None:
+    if sys.platform != "linux" and asked != "1":
+        return "it has been tried on Linux only; VLATTN_CPU=1 builds anyway"
+    if compiler() is None:
+        given = os.environ.get("CXX")
+        return f"the C++ compiler of $CXX, {given}, was not found" if given else "no C++ compiler was found (g++ or clang++)"
+    return missing("cmake", "ninja")
+
+
+def cpu_facts(folder: Path) -> dict[str, object]:
+    return {"sets": cached(folder, "VLATTN_SETS").split(";"), "compiler": cached(folder, "VLATTN_COMPILER")}
 
 
 def nvcc_version() -> str:
@@ -55,15 +172,11 @@ def older(version: str, than: tuple[int, int]) -> bool:
     return tuple(map(int, re.findall(r"\d+", version)[:2])) < than
 
 
-def obstacle(asked: str) -> str | None:
-    """Why nothing is built, if nothing is."""
-    if asked == "0":
-        return "VLATTN_CUDA=0 left it out"
+def cuda_obstacle(asked: str) -> str | None:
     if sys.platform != "linux":
         return "it is built on Linux only"
-    for tool, where in TOOLS.items():
-        if shutil.which(tool, path=ENVIRONMENT["PATH"]) is None:
-            return f"{tool} was not found ({where})"
+    if reason := missing("nvcc", "cmake", "ninja"):
+        return reason
     if older(nvcc_version(), (12, 8)):
         return f"nvcc {nvcc_version()} was found, and sm_100 needs 12.8 or newer"
     if (folder := torch_folder()) is None:
@@ -74,80 +187,70 @@ def obstacle(asked: str) -> str | None:
     return None if for_cuda or asked == "1" else "this torch is not built for CUDA; VLATTN_CUDA=1 builds anyway"
 
 
-def compile_into(target: Path) -> dict[str, object] | None:
-    """What was built; None where that failed."""
-    start, torch = time.monotonic(), torch_folder()
-    with tempfile.TemporaryDirectory() as made:
-        for command in (
-            ["cmake", "-G", "Ninja", "-S", ROOT, "-B", made, f"-DVLATTN_TORCH={torch}"],
-            ["cmake", "--build", made, "--parallel", str(os.cpu_count())],
-        ):
-            if subprocess.run(command, env=ENVIRONMENT).returncode != 0:
-                return None
-        shutil.copy(Path(made, LIBRARY), target)
-        targets = re.search(r"^VLATTN_TARGETS:\w+=(.*)$", Path(made, "CMakeCache.txt").read_text(), re.M)[1]
-    seconds = round(time.monotonic() - start)
-    return {"targets": targets.split(";"), "nvcc": nvcc_version(), "torch": torch_version(torch)[0], "seconds": seconds}
+def cuda_facts(folder: Path) -> dict[str, object]:
+    torch = torch_version(torch_folder())[0]
+    return {"targets": cached(folder, "VLATTN_TARGETS").split(";"), "nvcc": nvcc_version(), "torch": torch}
 
 
-class BuildCuda(Command):
-    """A step of `build`: into the wheel, or into the source tree for an editable install."""
+CPU = Kernels("cpu", "CPU C++", cpu_obstacle, lambda: ["-DVLATTN_CPU=ON"], cpu_facts, ROOT / "build" / "install")
+CUDA = Kernels("cuda", "CUDA C++", cuda_obstacle, lambda: [f"-DVLATTN_TORCH={torch_folder()}"], cuda_facts)
+BOTH = (CPU, CUDA)
 
-    user_options = []
+
+class BuildKernels(Command):
+    """A step of `build`: into the wheel, or into the source tree for an editable install (by hand with --inplace)."""
+
+    kernels: Kernels
+    user_options = [("inplace", "i", "into the source tree")]
+    boolean_options = ["inplace"]
     editable_mode = False
 
     def initialize_options(self) -> None:
         self.build_lib = None
+        self.inplace = False
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self) -> None:
-        target = Path(ROOT if self.editable_mode else self.build_lib, FOLDER)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / LIBRARY).unlink(missing_ok=True)  # of an earlier build
-        record = None if OBSTACLE else compile_into(target)
-        reason = OBSTACLE or "the build failed (an install with VLATTN_CUDA=1 shows how)"
-        if record is None and ASKED == "1":
-            raise SystemExit(f"VLATTN_CUDA=1: the CUDA C++ library cannot be built: {reason}. VLATTN_CUDA=0 installs without it.")
-        if record is None:
-            print(f"the CUDA C++ library is not built: {reason}", flush=True)
-        (target / RECORD).write_text(json.dumps(record or {"reason": reason}) + "\n")
+        editable = bool(self.editable_mode or self.inplace)
+        self.kernels.build_into(Path(ROOT if editable else self.build_lib, self.kernels.folder), editable)
 
     def get_source_files(self) -> list[str]:
         return ["CMakeLists.txt", *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "csrc").rglob("*.*")))]
 
     def get_output_mapping(self) -> dict[str, str]:
-        files = [f"{FOLDER}/{name}" for name in (LIBRARY, RECORD) if self.editable_mode and (ROOT / FOLDER / name).exists()]
-        return {f"{self.build_lib}/{file}": file for file in files}
+        made = [f"{self.kernels.folder}/{name}" for name in (self.kernels.library, RECORD)]
+        return {f"{self.build_lib}/{file}": file for file in made if self.editable_mode and (ROOT / file).exists()}
 
     def get_outputs(self) -> list[str]:
         return list(self.get_output_mapping())
 
 
+STEPS = {f"build_{kernels.name}": type(f"build_{kernels.name}", (BuildKernels,), {"kernels": kernels}) for kernels in BOTH}
+
+
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_cuda", None)]
+    sub_commands = [*build.sub_commands, *((step, None) for step in STEPS)]
 
 
-class WithLibrary(Distribution):
+class WithLibraries(Distribution):
     def has_ext_modules(self) -> bool:  # makes the wheel one for this platform
-        return OBSTACLE is None
+        return any(kernels.reason() is None for kernels in BOTH)
 
 
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]  # the library knows neither Python nor the version of torch
+        return "py3", "none", super().get_tag()[2]  # the libraries know neither Python nor the version of torch
 
 
 if __name__ == "__main__":
-    ASKED = os.environ.get("VLATTN_CUDA", "")
-    if ASKED not in ("", "0", "1"):
-        raise SystemExit(f"VLATTN_CUDA must be 0, 1 or unset; got {ASKED!r}")
-    OBSTACLE = obstacle(ASKED)
+    for kernels in BOTH:
+        kernels.reason()  # of a wrong value before anything else
     inside = ["vlattn_fast", *(f"vlattn_fast.{name}" for name in find_packages("vlattn_fast"))]
     setup(
         packages=[*inside, "vlattn_fast.kernels", "vlattn_fast.benchmarks"],
         package_dir={"vlattn_fast": "vlattn_fast", "vlattn_fast.kernels": "kernels", "vlattn_fast.benchmarks": "benchmarks"},
-        cmdclass={"build": Build, "build_cuda": BuildCuda, "bdist_wheel": Wheel},
-        distclass=WithLibrary,
+        cmdclass={"build": Build, "bdist_wheel": Wheel, **STEPS},
+        distclass=WithLibraries,
     )

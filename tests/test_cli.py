@@ -10,7 +10,7 @@ import torch
 typer_testing = pytest.importorskip("typer.testing")
 transformers = pytest.importorskip("transformers")
 
-from vlattn_fast import cli, verify  # noqa: E402
+from vlattn_fast import _native, cli, verify  # noqa: E402
 from vlattn_fast.cuda import _shared_library  # noqa: E402
 from vlattn_fast.interpret.methods import METHODS  # noqa: E402
 from vlattn_fast.ops import _dispatch  # noqa: E402
@@ -322,6 +322,36 @@ def test_info_names_a_library_of_ones_own(tmp_path, monkeypatch):
     file.touch()
     monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
     assert f"\nCUDA C++      {file}, named by VLATTN_CUDA_LIBRARY\n" in vlattn("info").output
+
+
+CPU_BUILT = {"sets": ["baseline", "v3"], "compiler": "GNU 12.2.0", "seconds": 16}
+
+
+@pytest.mark.parametrize(
+    ("library", "record", "words"),
+    [
+        ("not a library", CPU_BUILT, "built with GNU 12.2.0; the CPU kernels cannot be loaded (install vlattn_fast again): "),
+        ("not a library", None, "built by hand; the CPU kernels cannot be loaded"),
+        (
+            None,
+            {"reason": "no C++ compiler was found (g++ or clang++)"},
+            "not built: no C++ compiler was found (g++ or clang++)\n",
+        ),
+        (None, None, "not built: no `pip install` of this copy has tried\n"),
+        (None, CPU_BUILT, "not built: it was, but libvlattn_cpu.so is gone\n"),
+    ],
+)
+def test_info_says_how_the_library_for_the_cpu_was_built(library, record, words, tmp_path, monkeypatch):
+    file = tmp_path / "libvlattn_cpu.so"
+    if library:
+        file.write_text(library)
+    if record:
+        (tmp_path / "build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(_native, "INSTALLED", file)
+    monkeypatch.setattr(_native, "library", _native.find(file))
+    for remembered in (_native._library, _native.instruction_set):
+        monkeypatch.setattr(_native, remembered.__name__, remembered.__wrapped__)
+    assert f"\nCPU C++       {words}" in vlattn("info").output
 
 
 def test_verify_passes_and_counts():

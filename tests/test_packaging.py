@@ -1,6 +1,7 @@
-"""What is installed: the wheel's contents, an import of it from elsewhere, and when the CUDA C++ library is built into it.
+"""What is installed: the wheel's contents, an import of it from elsewhere, and when the C++ libraries are built into it.
 
-No compiler runs here: nvcc, cmake and ninja are scripts, torch is a file that names a version. tests/cuda/ runs the real ones.
+No compiler runs here: c++, nvcc, cmake and ninja are scripts, torch is a file that names a version. tests/cpu/ and tests/cuda/
+run the real ones.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ import torch
 ROOT = Path(__file__).parent.parent
 MAPPED = ("kernels", "benchmarks")  # folders at the top that are installed inside of the package
 LIBRARY, RECORD = "vlattn_fast/cuda/libvlattn_cuda.so", "vlattn_fast/cuda/build.json"  # where a build leaves them; not in git
+CPU_LIBRARY, CPU_RECORD = "vlattn_fast/cpu/libvlattn_cpu.so", "vlattn_fast/cpu/build.json"
 CMAKE = """
-import pathlib, sys
+import os, pathlib, shutil, sys
 option = "--build" if "--build" in sys.argv else "-B"
 folder = pathlib.Path(sys.argv[sys.argv.index(option) + 1])
 with open(pathlib.Path(__file__).with_name("cmake.log"), "a") as log:
     print(*sys.argv[1:], file=log)
+cache = folder / "CMakeCache.txt"
 if option == "-B":
-    (folder / "CMakeCache.txt").write_text("OTHER:STRING=1\\nVLATTN_TARGETS:STRING=80-real;100-virtual\\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    source, name = sys.argv[sys.argv.index("-S") + 1], "cpu" if "-DVLATTN_CPU=ON" in sys.argv else "cuda"
+    print(f"CMAKE_HOME_DIRECTORY:INTERNAL={source}", f"CMAKE_CXX_COMPILER:STRING={os.environ.get('CXX')}", "OTHER:STRING=1",
+        "VLATTN_TARGETS:STRING=80-real;100-virtual", "VLATTN_SETS:INTERNAL=baseline;v3", "VLATTN_COMPILER:INTERNAL=GNU 12",
+        f"lib={name}", sep="\\n", end="", file=cache.open("w"))
 else:
-    (folder / "libvlattn_cuda.so").write_text("the library")
+    (folder / f"libvlattn_{cache.read_text().split('lib=')[1]}.so").write_text("the library")
 """
 FAILING = "import sys; sys.exit('no such compiler')"
 
@@ -46,6 +53,7 @@ def copied(source: Path) -> Path:
     for name in ("vlattn_fast", "csrc", *MAPPED):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "build.json"))
     (source / LIBRARY).write_text("an old library")
+    (source / CPU_LIBRARY).write_text("an old library")
     return source
 
 
@@ -58,17 +66,17 @@ def machine(
     cuda: str = "'13.0'",
 ) -> dict[str, str]:
     """The environment of a machine that has these tools and this torch, and nothing on PATH besides."""
-    scripts = {"nvcc": f"print({nvcc!r})", "cmake": cmake, "ninja": ""}
+    scripts = {"nvcc": f"print({nvcc!r})", "cmake": cmake}
     (folder / "bin").mkdir(parents=True)
     (folder / "torch").mkdir()
     for tool in tools:
         script = folder / "bin" / tool
-        script.write_text(f"#!{sys.executable}\n{scripts[tool]}\n")
+        script.write_text(f"#!{sys.executable}\n{scripts.get(tool, '')}\n")
         script.chmod(0o755)
     (folder / "torch" / "version.py").write_text(
         f"from typing import Optional\n\n__version__ = '{version}'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = None\n"
     )
-    others = {name: value for name, value in os.environ.items() if not name.startswith(("VLATTN_", "CUDA"))}
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("VLATTN_", "CUDA", "CXX"))}
     return {**others, "PATH": str(folder / "bin"), "CUDA_HOME": str(folder / "nowhere"), "PYTHONPATH": str(folder)}
 
 
@@ -119,7 +127,7 @@ def test_every_module_and_kernel_is_in_it(names):
 
 def test_every_data_file_is_in_it(names):
     files = [path for path in (ROOT / "vlattn_fast").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
-    wanted = {path.relative_to(ROOT).as_posix() for path in files} - {LIBRARY, RECORD}
+    wanted = {path.relative_to(ROOT).as_posix() for path in files} - {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD}
     assert "vlattn_fast/py.typed" in wanted
     assert {Path(name).suffix for name in wanted} >= {".safetensors", ".html"}
     assert wanted <= names, sorted(wanted - names)
@@ -149,13 +157,57 @@ def test_mapped_folders_are_found_where_the_tests_run(name):
     assert Path(module.__file__).is_relative_to(ROOT / name)
 
 
-def contents(folder: Path) -> tuple[str, set[str], dict[str, object], str | None]:
-    """The only wheel's tags, names, build.json and library."""
+def contents(folder: Path, kind: str = "cuda") -> tuple[str, set[str], dict[str, object], str | None]:
+    """The only wheel's tags and names, and build.json and the library of this kind."""
     (built,) = folder.iterdir()
     with zipfile.ZipFile(built) as archive:
-        names = set(archive.namelist())
-        library = archive.read(LIBRARY).decode() if LIBRARY in names else None
-        return built.stem.split("-", 2)[2], names, json.loads(archive.read(RECORD)), library
+        names, file = set(archive.namelist()), f"vlattn_fast/{kind}/libvlattn_{kind}.so"
+        library = archive.read(file).decode() if file in names else None
+        return built.stem.split("-", 2)[2], names, json.loads(archive.read(f"vlattn_fast/{kind}/build.json")), library
+
+
+CPU_TOOLS = ("c++", "cmake", "ninja")
+
+
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_the_library_for_the_cpu_is_built_without_torch(asked, tmp_path):
+    environment = machine(tmp_path / "machine", CPU_TOOLS) | {"VLATTN_CPU": asked}
+    (tmp_path / "machine" / "torch" / "version.py").unlink()
+    done = build(copied(tmp_path / "source"), tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    tags, _, record, library = contents(tmp_path / "wheel", "cpu")
+    assert tags.startswith("py3-none-linux_") and library == "the library"
+    assert record.pop("seconds") < 60
+    assert record == {"sets": ["baseline", "v3"], "compiler": "GNU 12"}
+    _, _, record, library = contents(tmp_path / "wheel")
+    assert library is None and "nvcc was not found" in str(record["reason"])
+
+
+def test_both_libraries_are_in_one_wheel(tmp_path):
+    done = build(copied(tmp_path / "source"), tmp_path, machine(tmp_path / "machine", ("nvcc", *CPU_TOOLS)))
+    assert done.returncode == 0, done.stderr
+    assert {contents(tmp_path / "wheel", kind)[3] for kind in ("cpu", "cuda")} == {"the library"}
+
+
+def test_an_editable_install_keeps_the_build_for_the_cpu(tmp_path):
+    """Only what changed is compiled the next time; another compiler starts anew."""
+    source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine", ("g++", *CPU_TOOLS))
+    kept, compilers = source / "build" / "install", [str(tmp_path / "machine" / "bin" / name) for name in ("c++", "g++")]
+    for compiler, still_there in ((compilers[0], False), (compilers[0], True), (compilers[1], False)):
+        assert build(source, tmp_path, {**environment, "CXX": compiler}, "editable").returncode == 0
+        assert (source / CPU_LIBRARY).read_text() == "the library" and json.loads((source / CPU_RECORD).read_text())[
+            "seconds"
+        ] < 60
+        assert (kept / "an object").exists() == still_there
+        (kept / "an object").touch()
+        shutil.rmtree(tmp_path / "editable")
+
+
+def test_one_command_builds_the_library_for_the_cpu_in_place(tmp_path):
+    """`make` runs it where a kernel changed."""
+    source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine", ("nvcc", *CPU_TOOLS))
+    subprocess.run([sys.executable, "setup.py", "--quiet", "build_cpu", "--inplace"], cwd=source, env=environment, check=True)
+    assert (source / CPU_LIBRARY).read_text() == "the library" and (source / LIBRARY).read_text() == "an old library"
 
 
 @pytest.mark.parametrize("asked", ["", "1"])
@@ -220,10 +272,22 @@ def test_an_editable_install_has_it_in_the_tree(tmp_path):
             "install with VLATTN_CUDA=1 shows how). VLATTN_CUDA=0 installs without it.",
         ),
         ("yes", {}, "VLATTN_CUDA must be 0, 1 or unset; got 'yes'"),
+        (
+            "cpu",
+            {},
+            "VLATTN_CPU=1: the CPU C++ library cannot be built: no C++ compiler was found (g++ or clang++). "
+            "VLATTN_CPU=0 installs without it.",
+        ),
+        (
+            "cpu",
+            {"tools": CPU_TOOLS, "cmake": FAILING},
+            "no such compiler\nVLATTN_CPU=1: the CPU C++ library cannot be built: the build failed",
+        ),
     ],
 )
 def test_an_install_that_cannot_obey_fails(asked, machinery, words, tmp_path):
-    environment = {**machine(tmp_path / "machine", **machinery), "VLATTN_CUDA": asked}
+    wanted = {"VLATTN_CPU": "1"} if asked == "cpu" else {"VLATTN_CUDA": asked}
+    environment = machine(tmp_path / "machine", **machinery) | wanted
     done = build(copied(tmp_path / "source"), tmp_path, environment)
     assert done.returncode != 0 and list((tmp_path / "wheel").iterdir()) == []
     assert words in done.stderr
@@ -237,7 +301,7 @@ def test_the_source_distribution_can_build_it(tmp_path):
         found = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {"CMakeLists.txt", "csrc/binding.cpp", *wanted} <= found
-    assert not {LIBRARY, RECORD} & found
+    assert not {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD} & found
 
 
 def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -246,6 +310,7 @@ def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, environment[name])
     spec = importlib.util.spec_from_file_location("vlattn_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "SITE", [environment["PYTHONPATH"]])
     monkeypatch.setattr(sys, "path", [])
@@ -258,7 +323,6 @@ def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     [
         ("", {}, None),
         ("1", {}, None),
-        ("0", {}, "VLATTN_CUDA=0 left it out"),
         ("", {"tools": ()}, "nvcc was not found (of the CUDA toolkit, on PATH or in $CUDA_HOME/bin)"),
         ("", {"tools": ("nvcc", "ninja")}, "cmake was not found (pip install cmake)"),
         ("1", {"tools": ("nvcc", "cmake")}, "ninja was not found (pip install ninja)"),
@@ -272,7 +336,27 @@ def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_what_stands_in_the_way(asked, machinery, reason, tmp_path, monkeypatch):
-    assert setup_module_of(machine(tmp_path / "machine", **machinery), monkeypatch).obstacle(asked) == reason
+    assert setup_module_of(machine(tmp_path / "machine", **machinery), monkeypatch).cuda_obstacle(asked) == reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "tools", "compiler", "reason"),
+    [
+        ("", CPU_TOOLS, "", None),
+        ("1", ("clang++", "cmake", "ninja"), "", None),
+        ("", ("some-g++", "cmake", "ninja"), "some-g++ -m64", None),
+        ("", ("c++", "ninja"), "", "cmake was not found (pip install cmake)"),
+        ("1", ("c++", "cmake"), "", "ninja was not found (pip install ninja)"),
+        ("", ("cmake", "ninja"), "", "no C++ compiler was found (g++ or clang++)"),
+        ("", CPU_TOOLS, "some-g++", "the C++ compiler of $CXX, some-g++, was not found"),
+    ],
+)
+def test_what_stands_in_the_way_of_the_cpu(asked, tools, compiler, reason, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    setup = setup_module_of(machine(tmp_path / "machine", tools), monkeypatch)
+    assert setup.cpu_obstacle(asked) == reason
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert setup.cpu_obstacle(asked) == (reason if asked else "it has been tried on Linux only; VLATTN_CPU=1 builds anyway")
 
 
 def test_torch_is_found_where_it_cannot_be_imported(tmp_path, monkeypatch):
@@ -281,7 +365,7 @@ def test_torch_is_found_where_it_cannot_be_imported(tmp_path, monkeypatch):
     setup = setup_module_of(environment, monkeypatch)
     assert setup.torch_folder() == tmp_path / "machine" / "torch"
     (tmp_path / "machine" / "torch" / "version.py").unlink()
-    assert setup.obstacle("") == "torch was not found (install it first, then vlattn_fast again)"
+    assert setup.cuda_obstacle("") == "torch was not found (install it first, then vlattn_fast again)"
     monkeypatch.undo()
     setup = setup_module_of(environment, monkeypatch)
     monkeypatch.setattr(setup, "SITE", [str(Path(torch.__file__).parents[1])])

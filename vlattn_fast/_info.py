@@ -52,6 +52,7 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> Iterator[str]:
+    from vlattn_fast import _native
     from vlattn_fast.cuda import _shared_library
 
     yield f"{'cpu':14}{torch.get_num_threads()} threads"
@@ -60,6 +61,7 @@ def _devices() -> Iterator[str]:
         yield f"{f'cuda:{i}':14}{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
         yield f"{'cuda':14}{'no device' if torch.version.cuda else 'this torch is built without it'}"
+    yield f"{'CPU C++':14}{_native.state()}"
     yield f"{'CUDA C++':14}{_shared_library.state()}"
 
 

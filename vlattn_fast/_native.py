@@ -1,15 +1,18 @@
 """The library of the CPU's C++ kernels (csrc/cpu/): where it lies, which instruction set runs, and how a kernel is called.
 
 A call is one packed struct of pointers, strides, sizes and numbers, each of 8 bytes, through ctypes, which releases the GIL.
-VLATTN_CPU_LIBRARY names another file, VLATTN_CPU_ISA one of the instruction sets: v4, v3 or baseline.
+Refusals look only at whether the file exists; it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than the
+installed one, VLATTN_CPU_ISA one of the instruction sets: v4, v3 or baseline.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,26 +32,58 @@ class Library(NamedTuple):
 
 
 def find(path: Path) -> Library:
-    return Library(path, path.is_file())
+    return Library(path.absolute(), path.is_file())
 
 
 library = find(Path(os.environ.get("VLATTN_CPU_LIBRARY") or INSTALLED))
 
 
+def described(file: Path, installed: Path, variable: str, words: Callable[[dict[str, Any]], str]) -> str:
+    """How a library was built, in `words` of the record that setup.py has stored beside it, or why it was not."""
+    if file != installed:
+        return f"{file}, named by {variable}{'' if file.exists() else ', is not there'}"
+    record = file.with_name("build.json")
+    stored = json.loads(record.read_text()) if record.exists() else {}
+    if not file.exists():
+        unknown = f"it was, but {file.name} is gone" if stored else "no `pip install` of this copy has tried"
+        return f"not built: {stored.get('reason', unknown)}"
+    return words(stored) if "seconds" in stored else "built by hand"
+
+
+def state() -> str:
+    """How the library was built, or why it was not, and what of it runs here, for `vlattn info`."""
+    text = described(library.path, INSTALLED, "VLATTN_CPU_LIBRARY", lambda stored: f"built with {stored['compiler']}")
+    if not library.exists:
+        return text
+    try:
+        chosen = " (VLATTN_CPU_ISA)" if os.environ.get("VLATTN_CPU_ISA") else ""
+        return f"{text}; of {', '.join(_available())} this processor runs {instruction_set()}{chosen}"
+    except (RuntimeError, ValueError) as error:
+        return f"{text}; {error}"
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(library.path))
-    # it is loaded already; the functions of its C interface exist since torch 2.10
-    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    # libtorch is loaded already; the functions of its C interface exist since torch 2.10
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+    try:
+        loaded = ctypes.CDLL(str(library.path))
+    except OSError as error:
+        raise RuntimeError(f"the CPU kernels cannot be loaded (install vlattn_fast again): {error}") from error
     loaded.vlattn_set_threads(libtorch.torch_parallel_for, libtorch.torch_get_num_threads)
     loaded.vlattn_instruction_sets.restype = ctypes.c_char_p
     return loaded
 
 
+def _available() -> list[str]:
+    return _library().vlattn_instruction_sets().decode().split()
+
+
 @functools.cache
 def instruction_set() -> str:
     """The one whose kernels run: the widest that the processor has, or the one that VLATTN_CPU_ISA names."""
-    available = _library().vlattn_instruction_sets().decode().split()
+    available = _available()
     wanted = os.environ.get("VLATTN_CPU_ISA") or available[0]
     if wanted not in available:
         raise ValueError(f"VLATTN_CPU_ISA must be one of {', '.join(available)}, which this processor runs; got {wanted!r}")
@@ -62,7 +97,9 @@ def kernel(name: str, fields: str) -> Callable[..., None]:
 
     @functools.cache
     def function() -> Any:
-        found = getattr(_library(), f"vlattn_{instruction_set()}_{name}")
+        found = getattr(_library(), f"vlattn_{instruction_set()}_{name}", None)
+        if found is None:
+            raise RuntimeError(f"{library.path} has no {name}: it does not fit this vlattn_fast; install it again")
         found.argtypes, found.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int64
         return found
 

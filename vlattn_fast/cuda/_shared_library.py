@@ -8,7 +8,6 @@ same sources for CPU tensors in tests (see CMakeLists.txt).
 from __future__ import annotations
 
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlattn_fast._native import described
 from vlattn_fast._tensors import additive, unit_stride
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
@@ -37,17 +37,11 @@ library = find(Path(os.environ.get("VLATTN_CUDA_LIBRARY") or INSTALLED))
 
 
 def state() -> str:
-    """How the library was built, or why it was not, for `vlattn info`. setup.py has stored it."""
-    path, exists, _ = library
-    if path != INSTALLED:
-        return f"{path}, named by VLATTN_CUDA_LIBRARY{'' if exists else ', is not there'}"
-    record = path.with_name("build.json")
-    stored = json.loads(record.read_text()) if record.exists() else {}
-    if not exists:
-        unknown = f"it was, but {path.name} is gone" if stored else "no `pip install` of this copy has tried"
-        return f"not built: {stored.get('reason', unknown)}"
-    if "targets" not in stored:
-        return "built by hand"
+    """How the library was built, or why it was not, for `vlattn info`."""
+    return described(library.path, INSTALLED, "VLATTN_CUDA_LIBRARY", _built)
+
+
+def _built(stored: dict[str, Any]) -> str:
     targets = ", ".join(map(_target, stored["targets"]))
     return f"built for {targets}, with nvcc {stored['nvcc']} and the headers of torch {stored['torch']}"
 
