@@ -11,6 +11,7 @@ namespace ISA {
 static const Size LANES = 48;        // query rows of a tile: 3, 6 or 12 vectors, and a multiple of the rows of products.h
 static const Size GROUP = 16;        // a tile's width is a multiple of this: one line of the cache, whatever the vectors are
 static const int PARTS = 16 / VL;    // vectors of a group
+static const Size SHORT_SUM = 32;    // a sum over keys is one of sums of so many: equal terms would round the same way each time
 static const Size MOST_KEYS = 768;   // so many keys are one block, and each statistic of a row is at hand within it
 static const Size BLOCK_KEYS = 512;  // else they come in blocks of so many
 
@@ -38,7 +39,7 @@ struct Keys {
     const float *key, *value;
     Size key_stride, value_stride;
     float *key_copy, *value_copy;
-    Size b, head, first;  // what is loaded
+    Size b, head, first, count;  // what is loaded
     void plan(const Attention& a, Memory& memory) {
         const bool copies = a.dtype != FLOAT32 || a.masks.keys;
         key_copy = copies ? memory.take(a.key_block() * a.D) : nullptr;
@@ -72,10 +73,11 @@ static const float* load_rows(const Attention& a, const Rows& x, Size size, Size
 }
 
 static void load_keys(const Attention& a, Keys& keys, Size b, Size head, Size first, Size count) {
-    if (keys.b == b && keys.head == head && keys.first == first) return;
+    // under the causal mask a later tile sees more keys of the same block
+    if (keys.b == b && keys.head == head && keys.first == first && keys.count >= count) return;
     keys.key = load_rows(a, a.key, a.D, b, head, first, count, keys.key_copy, keys.key_stride);
     if (a.value.data) keys.value = load_rows(a, a.value, a.Dv, b, head, first, count, keys.value_copy, keys.value_stride);
-    keys.b = b, keys.head = head, keys.first = first;
+    keys.b = b, keys.head = head, keys.first = first, keys.count = count;
 }
 
 // ---- query rows
@@ -183,13 +185,18 @@ static void online_softmax(float* S, Size count, Size w, bool first, float* larg
             store(rescale + i + p * VL, exp_negative(before - shift));
             top[p] = shift;
         }
-        for (Size j = 0; j < count; ++j)
-            for (int p = 0; p < PARTS; ++p) {
-                float* s = S + j * w + i + p * VL;
-                const Vector e = exp_negative(load(s) - top[p]);
-                store(s, e);
-                sum[p] += e;
-            }
+        for (Size chunk = 0; chunk < count; chunk += SHORT_SUM) {
+            Vector part[PARTS];
+            for (int p = 0; p < PARTS; ++p) part[p] = Vector{};
+            for (Size j = chunk; j < least(chunk + SHORT_SUM, count); ++j)
+                for (int p = 0; p < PARTS; ++p) {
+                    float* s = S + j * w + i + p * VL;
+                    const Vector e = exp_negative(load(s) - top[p]);
+                    store(s, e);
+                    part[p] += e;
+                }
+            for (int p = 0; p < PARTS; ++p) sum[p] += part[p];
+        }
         for (int p = 0; p < PARTS; ++p) {
             float* t = total + i + p * VL;
             store(t, first ? sum[p] : load(t) * load(rescale + i + p * VL) + sum[p]);

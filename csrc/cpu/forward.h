@@ -1,0 +1,161 @@
+// Logits of a tile, and the forward pass of attention over them: online softmax over blocks of keys, as FlashAttention has it.
+#pragma once
+#include "scores.h"
+
+namespace ISA {
+
+struct Dropout {
+    int64_t seed;        // 0 without dropout
+    double probability;  // of dropping a weight
+};
+
+// A 32-bit hash (xor-shift, multiply): streaming/_dropout.py
+INLINE Words mix(Words x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+INLINE uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+// X (count, width) *= 0 where the weight is dropped, else 1 / (1 - p)
+static void drop(const Attention& a, const Dropout& dropout, const Tile& t, Size j0, Size count, float* X) {
+    const uint64_t seed = (uint64_t)dropout.seed;
+    uint32_t row[LANES];
+    for (Size i = 0; i < t.width; ++i) {
+        const uint64_t index = (uint64_t)((t.b * a.H + t.h) * a.N + t.first + i);
+        row[i] = mix(mix((uint32_t)index) ^ mix((uint32_t)((index >> 32) + (seed & 0xFFFFFFFFu))) ^ mix((uint32_t)(seed >> 32)));
+    }
+    const uint32_t threshold = (uint32_t)(dropout.probability * 4294967296.0);
+    const Vector kept = splat((float)(1.0 / (1.0 - dropout.probability)));
+    for (Size j = 0; j < count; ++j) {
+        const uint32_t column = mix((uint32_t)(j0 + j) + 0x9E3779B9u);
+        for (Size i = 0; i < t.width; i += VL) {
+            Words word;
+            memcpy(&word, row + i, sizeof word);
+            float* x = X + j * t.width + i;
+            store(x, mix(word ^ column) >= threshold ? load(x) * kept : Vector{});
+        }
+    }
+}
+
+// One thread's query rows of a tile and the logits of a block of keys
+struct Logits {
+    Keys keys;
+    UnitTile units;
+    float *rows, *transposed;  // (LANES, stride), (D, width): query rows, times the scale for plain dot products
+    float *S, *mask, *query_norm, *key_norm;
+    Size stride;
+    Size block_b, block_head, block_first;  // of the units and norms of the keys
+
+    static float query_factor(const Score& score, double scale) { return score.kind == DOT ? (float)scale : 1.f; }
+
+    void plan(const Attention& a, const Score& score, Memory& memory, bool backward) {
+        keys.plan(a, memory);
+        if (score.sums_units()) units.plan(a, memory, backward);
+        stride = round_up(a.D, VL);
+        rows = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
+        S = memory.take(most(a.key_block(), most(a.D, a.Dv)) * LANES), mask = memory.take(2 * GROUP * LANES);
+        query_norm = memory.take(LANES), key_norm = memory.take(a.key_block());
+        block_b = block_head = block_first = -1;
+    }
+    void load_queries(const Attention& a, const Score& score, const Tile& t) {
+        load_tile(a.query, a.dtype, t, a.D, query_factor(score, a.scale), rows, stride, transposed);
+        if (score.kind == COSINE)
+            for (Size i = 0; i < t.width; ++i) query_norm[i] = norm(rows + i * stride, a.D);
+    }
+    // S = the masked logits of `count` keys from j0; `kept` (count, width) is for `bend` and cosine_gradient, or null. The block that is
+    // loaded, `loaded` keys, serves tiles that see more of it, too.
+    void compute(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded, float* kept) {
+        const Size head = t.h / a.group(), w = t.width;
+        // the units' weights belong to the query head
+        const Size unit_head = score.sums_units() ? t.h : head;
+        load_keys(a, keys, t.b, head, j0, loaded);
+        const bool another = block_b != t.b || block_head != unit_head || block_first != j0;
+        block_b = t.b, block_head = unit_head, block_first = j0;
+        if (score.sums_units()) {
+            if (another) units.load_head(score, a, t.h), units.load_keys(a, keys, loaded);
+            units.load_rows(score, a, rows, stride, w);
+            units.prepare_keys(a, keys, loaded);
+            units.forward((float)a.scale, count, w, S);
+        } else {
+            product<false>(count, w, a.D, keys.key, keys.key_stride, transposed, w, S, w, false);
+            if (score.kind == COSINE) {
+                if (another)
+                    for (Size j = 0; j < loaded; ++j) key_norm[j] = norm(keys.key + j * keys.key_stride, a.D);
+                divide_by_norms(score, (float)a.scale, S, count, w, query_norm, key_norm, kept);
+            } else if (score.kind != DOT) {
+                activate(score, (float)a.scale, S, count * w, kept);
+            }
+        }
+        mask_tile(a, t, j0, count, S, mask);
+    }
+};
+
+struct Forward {
+    Attention a;
+    Score score;
+    Dropout dropout;
+    Rows out;
+    float* lse;  // (B, H, N)
+};
+
+// Items of work: the tiles of all query heads, those of a key head one after the other
+INLINE Tile tile_of_item(const Attention& a, Size item) {
+    const Size tiles = tiles_of(a), head = item / tiles;
+    return tile_at(a, head / a.H, head % a.H, item % tiles);
+}
+
+struct ForwardCall {
+    const Forward& c;
+    Size tasks;
+    bool failed;
+};
+static void forward_task(ForwardCall& call, Size task) {
+    const Forward& c = call.c;
+    const Attention& a = c.a;
+    Logits logits;
+    Memory memory;
+    float *out, *largest, *total, *rescale;
+    for (int pass = 0; pass < 2; ++pass) {
+        if (pass == 1 && !memory.allocate()) {
+            call.failed = true;
+            return;
+        }
+        logits.plan(a, c.score, memory, false);
+        out = memory.take(a.Dv * LANES);
+        largest = memory.take(LANES), total = memory.take(LANES), rescale = memory.take(LANES);
+    }
+    const Size items = a.B * a.H * tiles_of(a);
+    for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
+        const Tile t = tile_of_item(a, item);
+        const Size w = t.width, visible = visible_keys(a, t.b), keys = t.keys(a, visible);
+        logits.load_queries(a, c.score, t);
+        for (Size i = 0; i < w; ++i) largest[i] = -INFINITY, total[i] = 0;
+        memset(out, 0, a.Dv * w * sizeof(float));
+        for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
+            const Size count = least(a.key_block(), keys - j0);
+            logits.compute(a, c.score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
+            online_softmax(logits.S, count, w, j0 == 0, largest, total, rescale);
+            if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
+            if (j0 > 0) scale_rows(out, a.Dv, w, rescale);
+            product<true>(a.Dv, w, count, logits.keys.value, logits.keys.value_stride, logits.S, w, out, w, j0 > 0);
+        }
+        const Statistics finished = {rescale, total};
+        finish_rows(largest, total, t.rows, w, finished, c.lse + (t.b * a.H + t.h) * a.N + t.first);
+        scale_rows(out, a.Dv, w, total);
+        store_tile(out, t, a.Dv, 1.f, c.out, a.dtype, logits.S);  // S is free now
+    }
+    memory.release();
+}
+static Size attention_forward(const Forward& c) {
+    const Attention& a = c.a;
+    const Size items = a.B * a.H * tiles_of(a);
+    ForwardCall call = {c, least(thread_count(), items), false};
+    if (items > 0) run(call.tasks, call, forward_task);
+    return call.failed ? NO_MEMORY : DONE;
+}
+
+}  // namespace ISA

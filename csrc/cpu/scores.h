@@ -1,0 +1,289 @@
+// The core scores of vlattn_fast/scores.py on tiles: logits of a block of keys by query rows, and the way back.
+//
+// Dot products are tile products and, for some, an activation. Scores that are sums over hidden units,
+// sum_a u_a f(z_a) with z = q + k or q k, use f(z) = 1 - B r with r = 1 / (1 + e^(cz)): tanh has B = c = 2, the sigmoid B = c = 1. Four
+// units share one division. Here a vector holds keys, not query rows: so the gradient of a query row is summed over the keys in registers.
+#pragma once
+#include "attention.h"
+
+namespace ISA {
+
+enum ScoreKind : Size { DOT, DOT_RELU, DOT_LEAKY_RELU, DOT_TANH, DOT_SIGMOID, COSINE, ADDITIVE, HADAMARD_TANH, HADAMARD_SIGMOID };
+
+struct Score {
+    Size kind;
+    double parameter;     // the slope of leaky relu, the eps of cosine
+    const float* vector;  // (H, D) of the hidden units
+    bool sums_units() const { return kind >= ADDITIVE; }
+    bool bends() const { return kind != DOT; }  // the gradient needs more than P and dP
+};
+
+// ---- activations of dot products
+
+// S = act(S) * scale; `kept`, if given, is what `bend` reads: the raw product, or tanh and sigmoid themselves.
+static void activate(const Score& score, float scale, float* S, Size n, float* kept) {
+    const Vector factor = splat(scale), slope = splat((float)score.parameter);
+    for (Size i = 0; i < n; i += VL) {
+        Vector x = load(S + i), y = x;
+        switch (score.kind) {
+            case DOT_RELU: y = maximum(Vector{}, x); break;
+            case DOT_LEAKY_RELU: y = x >= Vector{} ? x : x * slope; break;
+            case DOT_TANH: x = y = tanh_all(x); break;
+            case DOT_SIGMOID: x = y = sigmoid(x); break;
+        }
+        if (kept) store(kept + i, x);
+        store(S + i, y * factor);
+    }
+}
+// The gradient of the raw product from that of the logits
+static void bend(const Score& score, float scale, float* G, Size n, const float* kept) {
+    const Vector factor = splat(scale), slope = splat((float)score.parameter), one = splat(1.f);
+    for (Size i = 0; i < n; i += VL) {
+        const Vector x = load(kept + i);
+        Vector by = one;
+        switch (score.kind) {
+            case DOT_RELU: by = x > Vector{} ? one : Vector{}; break;
+            case DOT_LEAKY_RELU: by = x > Vector{} ? one : slope; break;
+            case DOT_TANH: by = 1.f - x * x; break;
+            case DOT_SIGMOID: by = x - x * x; break;
+        }
+        store(G + i, load(G + i) * by * factor);
+    }
+}
+
+// ---- cosine: q . k / max(|q| |k|, eps)
+
+static float norm(const float* x, Size n) {  // by the largest entry, so that no square overflows or vanishes
+    float top = 0;
+    for (Size i = 0; i < n; ++i) top = top > fabsf(x[i]) ? top : fabsf(x[i]);
+    if (!(top > 0) || top == INFINITY) return top;
+    float total = 0;
+    for (Size i = 0; i < n; ++i) total += (x[i] / top) * (x[i] / top);
+    return top * sqrtf(total);
+}
+// S = S / max(|q| |k|, eps) * scale; `kept` gets the cosine
+static void divide_by_norms(const Score& score, float scale, float* S, Size count, Size w, const float* query_norm, const float* key_norm,
+                            float* kept) {
+    const Vector eps = splat((float)score.parameter), factor = splat(scale);
+    for (Size j = 0; j < count; ++j)
+        for (Size i = 0; i < w; i += VL) {
+            const Vector x = load(S + j * w + i) / maximum(eps, load(query_norm + i) * splat(key_norm[j]));
+            if (kept) store(kept + j * w + i, x);
+            store(S + j * w + i, x * factor);
+        }
+}
+// The gradient of the product q . k from that of the logits. Where the clamp does not act the norms have gradients, too: sums of
+// gradient times cosine are added to by_query (w) and by_key (count).
+static void cosine_gradient(const Score& score, float scale, float* G, Size count, Size w, const float* query_norm, const float* key_norm,
+                            const float* kept, float* by_query, float* by_key) {
+    const Vector eps = splat((float)score.parameter), factor = splat(scale);
+    for (Size j = 0; j < count; ++j) {
+        Vector by = Vector{};
+        for (Size i = 0; i < w; i += VL) {
+            const Vector norms = load(query_norm + i) * splat(key_norm[j]), g = load(G + j * w + i) * factor;
+            const Vector x = norms >= eps ? g * load(kept + j * w + i) : Vector{};
+            by += x;
+            store(by_query + i, load(by_query + i) + x);
+            store(G + j * w + i, g / maximum(eps, norms));
+        }
+        by_key[j] += sum(by);
+    }
+}
+
+// ---- sums over hidden units
+
+enum Policy { FACTORED, CLAMPED, SUM, PRODUCT };  // e^(cz) = e^(cq) e^(ck), as it is or clamped; of z = q + k; of z = q k
+static const float LARGEST_FACTOR = 2147483648.f;  // 2^31: four such factors are finite, and f(z) rounds to 1 beyond
+static const float LARGEST_EXPONENT = 21.4f;       // its logarithm
+static const float LARGEST_HALF = 86.f;            // e^(cq) and e^(ck) are finite up to it
+
+template <int POLICY>
+INLINE Vector denominator(float q, Vector k, float c) {
+    if (POLICY == FACTORED) return splat(q) * k + 1.f;
+    if (POLICY == CLAMPED) return minimum(splat(LARGEST_FACTOR), splat(q) * k + 1.f);
+    const Vector z = POLICY == SUM ? k + splat(q) : k * splat(q);
+    return exp_bounded(maximum(splat(-80.f), minimum(splat(LARGEST_EXPONENT), z * c))) + 1.f;
+}
+
+struct Units {
+    Size count;        // hidden units, a multiple of 4: the rest has weight 0
+    float c, B;        // of f
+    const float* weight;
+};
+
+// S (rows, keys) = sum_a u_a f(z_a): q (rows, count), k (count, ld)
+template <int POLICY, int VECTORS>
+INLINE void unit_scores_block(const Units& u, Size rows, const float* Q, const float* K, Size ld, float base, float* S) {
+    for (Size i = 0; i < rows; ++i) {
+        Vector total[VECTORS];
+        for (int n = 0; n < VECTORS; ++n) total[n] = Vector{};
+        const float* q = Q + i * u.count;
+        for (Size a = 0; a < u.count; a += 4) {
+            const float *k = K + a * ld, *w = u.weight + a;
+#pragma GCC unroll 4
+            for (int n = 0; n < VECTORS; ++n) {
+                const Vector d0 = denominator<POLICY>(q[a], load(k + n * VL), u.c), d1 = denominator<POLICY>(q[a + 1], load(k + ld + n * VL), u.c);
+                const Vector d2 = denominator<POLICY>(q[a + 2], load(k + 2 * ld + n * VL), u.c), d3 = denominator<POLICY>(q[a + 3], load(k + 3 * ld + n * VL), u.c);
+                const Vector n01 = splat(w[0]) * d1 + splat(w[1]) * d0, n23 = splat(w[2]) * d3 + splat(w[3]) * d2;
+                const Vector d01 = d0 * d1, d23 = d2 * d3;
+                total[n] += (n01 * d23 + n23 * d01) / (d01 * d23);
+            }
+        }
+        for (int n = 0; n < VECTORS; ++n) store(S + i * ld + n * VL, base - u.B * total[n]);
+    }
+}
+template <int POLICY>
+static void unit_scores(const Units& u, Size rows, const float* Q, const float* K, Size ld, float* S) {
+    float base = 0;
+    for (Size a = 0; a < u.count; ++a) base += u.weight[a];
+    Size j = 0;
+    for (; j + 2 * VL <= ld; j += 2 * VL) unit_scores_block<POLICY, 2>(u, rows, Q, K + j, ld, base, S + j);
+    for (; j < ld; j += VL) unit_scores_block<POLICY, 1>(u, rows, Q, K + j, ld, base, S + j);
+}
+
+// From G (rows, ld), the gradient of the scores: by_query (rows, count) and by_key (count, ld) get G (r - r^2), times k and q for z = q k;
+// by_weight (count) gets the sum of G r.
+template <int POLICY, int ROWS>
+INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const float* K, Size ld, const float* G, float* by_query, float* by_key,
+                               Vector* by_weight, Size first, Size last) {
+    Vector by_q[ROWS][4], by_w[4] = {};
+    for (int i = 0; i < ROWS; ++i)
+        for (int n = 0; n < 4; ++n) by_q[i][n] = Vector{};
+    for (Size j = first; j < last; j += VL) {
+        Vector k[4], by_k[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) k[n] = load(K + (a + n) * ld + j), by_k[n] = load(by_key + (a + n) * ld + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            const float* q = Q + i * u.count + a;
+            const Vector g = load(G + i * ld + j);
+            const Vector d0 = denominator<POLICY>(q[0], k[0], u.c), d1 = denominator<POLICY>(q[1], k[1], u.c);
+            const Vector d2 = denominator<POLICY>(q[2], k[2], u.c), d3 = denominator<POLICY>(q[3], k[3], u.c);
+            const Vector d01 = d0 * d1, d23 = d2 * d3, all = 1.f / (d01 * d23), r01 = all * d23, r23 = all * d01;
+            const Vector r[4] = {r01 * d1, r01 * d0, r23 * d3, r23 * d2};
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) {
+                const Vector x = g * (r[n] - r[n] * r[n]);
+                by_w[n] += g * r[n];
+                by_q[i][n] += POLICY == PRODUCT ? x * k[n] : x;
+                by_k[n] += POLICY == PRODUCT ? x * splat(q[n]) : x;
+            }
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) store(by_key + (a + n) * ld + j, by_k[n]);
+    }
+    for (int n = 0; n < 4; ++n) by_weight[n] += by_w[n];
+    for (int i = 0; i < ROWS; ++i)
+        for (int n = 0; n < 4; ++n) by_query[i * u.count + a + n] += sum(by_q[i][n]);
+}
+template <int POLICY>
+static void unit_gradient(const Units& u, Size rows, const float* Q, const float* K, Size ld, const float* G, float* by_query, float* by_key,
+                          float* by_weight) {
+    const int ROWS = VL == 16 ? 2 : 1;  // as the registers allow; rows is a multiple of GROUP
+    for (Size first = 0; first < ld; first += 512) {
+        const Size last = least(first + 512, ld);
+        for (Size a = 0; a < u.count; a += 4) {
+            Vector by_w[4] = {};
+            for (Size i = 0; i < rows; i += ROWS)
+                unit_gradient_rows<POLICY, ROWS>(u, a, Q + i * u.count, K, ld, G + i * ld, by_query + i * u.count, by_key, by_w, first, last);
+            for (int n = 0; n < 4; ++n) by_weight[a + n] += sum(by_w[n]);
+        }
+    }
+}
+
+// One thread's hidden units: of a block of keys, and of a tile of query rows
+struct UnitTile {
+    Units units;
+    Size ld;                // keys of the block, rounded up to VL
+    float *weight;          // (count)
+    float *key, *by_key;    // (count, ld): k, later e^(ck); the gradient
+    float *key_largest, *key_extent;  // (count) of k and of |k|
+    float *query;           // (LANES, count): q, or e^(cq)
+    float *by_query, *by_weight;
+    float *scores;          // (LANES, ld): logits or their gradient, row by row
+    Policy policy;
+    bool exponentials;      // `key` holds e^(ck)
+
+    static Size padded(Size units) { return round_up(units, 4); }
+    void plan(const Attention& a, Memory& memory, bool backward) {
+        const Size n = padded(a.D), wide = round_up(a.key_block(), VL);
+        weight = memory.take(n), key_largest = memory.take(n), key_extent = memory.take(n);
+        key = memory.take(n * wide), query = memory.take(LANES * n), scores = memory.take(LANES * wide);
+        by_key = backward ? memory.take(n * wide) : nullptr, by_query = backward ? memory.take(LANES * n) : nullptr;
+        by_weight = backward ? memory.take(n) : nullptr;
+    }
+    void load_head(const Score& score, const Attention& a, Size head) {
+        const float factor = score.kind == HADAMARD_SIGMOID ? 1.f : 2.f;
+        for (Size n = 0; n < padded(a.D); ++n) weight[n] = n < a.D ? score.vector[head * a.D + n] : 0.f;
+        units = {padded(a.D), factor, factor, weight};
+    }
+    void load_keys(const Attention& a, const Keys& keys, Size count) {
+        ld = round_up(count, VL), exponentials = false;
+        memset(key, 0, units.count * ld * sizeof(float));
+        transpose(keys.key, keys.key_stride, count, a.D, key, ld);
+        for (Size n = 0; n < units.count; ++n) {
+            float top = 0, extent = 0;  // 0: what is padded
+            for (Size j = 0; j < count; ++j) top = fmaxf(top, key[n * ld + j]), extent = fmaxf(extent, fabsf(key[n * ld + j]));
+            key_largest[n] = top, key_extent[n] = extent;
+        }
+    }
+    // of the tile's rows (rows, stride), as load_tile gives them; the keys come before
+    void load_rows(const Score& score, const Attention& a, const float* rows, Size stride, Size width) {
+        bool factors = score.kind == ADDITIVE, clamps = false;
+        for (Size n = 0; n < a.D && factors; ++n) {
+            float top = 0, extent = 0;
+            for (Size i = 0; i < width; ++i) top = fmaxf(top, rows[i * stride + n]), extent = fmaxf(extent, fabsf(rows[i * stride + n]));
+            factors &= units.c * extent <= LARGEST_HALF && units.c * key_extent[n] <= LARGEST_HALF;
+            clamps |= !(units.c * (top + key_largest[n]) <= LARGEST_EXPONENT);
+        }
+        policy = score.kind != ADDITIVE ? PRODUCT : !factors ? SUM : clamps ? CLAMPED : FACTORED;
+        for (Size i = 0; i < width; ++i)
+            for (Size n = 0; n < units.count; ++n) query[i * units.count + n] = n < a.D ? rows[i * stride + n] : 0.f;
+        if (factors)
+            for (Size i = 0; i < width * units.count; i += VL) store(query + i, exp_bounded(load(query + i) * units.c));
+    }
+    // Keys as the tile's policy reads them; a block whose tiles differ in policy is loaded anew
+    void prepare_keys(const Attention& a, const Keys& keys, Size count) {
+        const bool wanted = policy == FACTORED || policy == CLAMPED;
+        if (exponentials && !wanted) load_keys(a, keys, count);
+        if (!exponentials && wanted)
+            for (Size i = 0; i < units.count * ld; i += VL) store(key + i, exp_bounded(load(key + i) * units.c));
+        exponentials = wanted;
+    }
+    // S (count, width) = scores * scale
+    void forward(float scale, Size count, Size width, float* S) {
+        switch (policy) {
+            case FACTORED: unit_scores<FACTORED>(units, width, query, key, ld, scores); break;
+            case CLAMPED: unit_scores<CLAMPED>(units, width, query, key, ld, scores); break;
+            case SUM: unit_scores<SUM>(units, width, query, key, ld, scores); break;
+            case PRODUCT: unit_scores<PRODUCT>(units, width, query, key, ld, scores); break;
+        }
+        transpose(scores, ld, width, count, S, width);
+        for (Size i = 0; i < count * width; i += VL) store(S + i, load(S + i) * splat(scale));
+    }
+    // From the gradient of the logits G (count, width): by_query is set, by_key and by_weight are added to, as unit_gradient has them.
+    // Returns the sum of the gradient of the scores.
+    float backward(float scale, Size count, Size width, const float* G) {
+        Vector total = Vector{};
+        transpose(G, width, count, width, scores, ld);
+        for (Size i = 0; i < width; ++i) {
+            for (Size j = count; j < ld; ++j) scores[i * ld + j] = 0;
+            for (Size j = 0; j < ld; j += VL) {
+                const Vector g = load(scores + i * ld + j) * splat(scale);
+                store(scores + i * ld + j, g);
+                total += g;
+            }
+        }
+        memset(by_query, 0, width * units.count * sizeof(float));
+        switch (policy) {
+            case FACTORED: unit_gradient<FACTORED>(units, width, query, key, ld, scores, by_query, by_key, by_weight); break;
+            case CLAMPED: unit_gradient<CLAMPED>(units, width, query, key, ld, scores, by_query, by_key, by_weight); break;
+            case SUM: unit_gradient<SUM>(units, width, query, key, ld, scores, by_query, by_key, by_weight); break;
+            case PRODUCT: unit_gradient<PRODUCT>(units, width, query, key, ld, scores, by_query, by_key, by_weight); break;
+        }
+        return sum(total);
+    }
+    float slope(Size unit) const { return weight[unit] * units.c * units.B; }  // dS/dz = u B c (r - r^2)
+};
+
+}  // namespace ISA
