@@ -14,7 +14,7 @@ import torch
 from compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.ops.backends import DEVICE, HALVES, LOW, core, each, finest, on
+from tests.ops.backends import DEVICE, F64, HALVES, LOW, core, each, finest, on
 from tests.ops.score_cases import LAYOUTS, lay_out
 from tests.ops.stacked_cross_attention_cases import RAGGED, check, random_lengths, tensors
 from vlattn_fast import damsm_similarity, reference, stacked_cross_attention
@@ -92,10 +92,11 @@ def test_without_lengths(direction: str, backend: str) -> None:
 def test_low_precision_is_computed_in_float32(
     backend: str, dtype: torch.dtype, first_norm: str | None, smooth: float, direction: str
 ) -> None:
-    # with few words all similarities of a row may be negative; its clipped norm is then next to nothing and rules the errors
     options = dict(direction=direction, first_norm=first_norm, smooth=smooth)
-    got = check(backend, tensors((2, 2), 36, 20, 40, dtype), caption_lengths=(20, 11), **options)
-    assert got["out0"].dtype == torch.float32 and got["grad images"].dtype == dtype
+    # with few words all similarities of a column may be negative; its clipped norm is then next to nothing and rules the errors
+    for lengths in ((20, 11), (3, 1)):
+        got = check(backend, tensors((2, 2), 36, lengths[0], 40, dtype), caption_lengths=lengths, **options)
+        assert got["out0"].dtype == torch.float32 and got["grad images"].dtype == dtype
 
 
 @on(*FAST)
@@ -117,9 +118,19 @@ def test_short_attended_vectors(real: int, backend: str) -> None:
 
 
 @on(*FAST)
-@pytest.mark.parametrize("first_norm", FIRST_NORMS)
-def test_zero_vectors(first_norm: str | None, backend: str) -> None:
-    inputs = tensors((2, 4), 4, 3, 12, finest(backend))
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_features_with_a_common_part(direction: str, backend: str) -> None:
+    """All nearly parallel, as features behind a ReLU are. What turns a vector is then a small part of its products."""
+    unit, common = partial(torch.nn.functional.normalize, dim=-1), 10.0
+    axis = unit(torch.randn(64, dtype=F64))
+    inputs = {name: unit(x + common * axis) for name, x in tensors((2, 3), 36, 9, 64).items()}
+    check(backend, as_dtype(inputs, torch.float32), direction=direction)
+
+
+@each("case", streaming=product(FIRST_NORMS, (F64, torch.float32)), triton=product(FIRST_NORMS, (torch.float32,)))
+def test_zero_vectors(backend: str, case: tuple[str | None, torch.dtype]) -> None:
+    first_norm, dtype = case
+    inputs = tensors((2, 4), 4, 3, 12, dtype)
     inputs["images"][0], inputs["images"][1, 2], inputs["captions"][1], inputs["captions"][2, 0] = 0, 0, 0, 0
     inputs["captions"][3, 0] *= 1e-10  # not zero, but below the cosine's 1e-8
     check(backend, inputs, direction=DIRECTIONS[FIRST_NORMS.index(first_norm) % 2], first_norm=first_norm)
@@ -340,7 +351,7 @@ BAD_INPUT = {
     "smooth bool": ((IM, CA), dict(smooth=True), TypeError, "smooth must be a real number"),
     "lambda_lse zero": ((IM, CA), dict(lambda_lse=0.0), ValueError, "lambda_lse must be greater than 0"),
     "lambda_lse tensor": ((IM, CA), dict(lambda_lse=torch.tensor(6.0)), TypeError, "lambda_lse must be a real number"),
-    "backend": ((IM, CA), dict(backend="cpu"), ValueError, "backend must be one of"),
+    "backend": ((IM, CA), dict(backend="nonsense"), ValueError, "backend must be one of"),
     "no kernel": ((IM, CA), dict(backend="cuda"), ValueError, "backend='cuda' cannot run stacked_cross_attention"),
 }
 

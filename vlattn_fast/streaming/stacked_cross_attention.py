@@ -5,7 +5,9 @@ never formed: <q, a_q> = sum_c alpha_qc s_qc and |a_q|^2 = alpha G alpha^T, with
 of the products. Both sums cancel where a_q is short, and would be less accurate than the plain formula. Two things prevent it:
 G and all maps are float64, which costs little beside the products over features; and the uniform part of alpha, which cancels
 where the contexts lie around zero, is taken by their mean: <q, a_q> = <q, mean> + sum_c (alpha_qc - 1/m) s_qc.
-The backward pass recomputes each tile; only the inputs are saved.
+The backward pass recomputes each tile; only the inputs are saved. The gradient of a cosine is what is left of two vectors along q
+and a, and features have a large part in common: so products over features take the rows less their common mean, in the inputs'
+dtype, and the coefficients of that mean are summed in the dtype of the maps, where they cancel without loss.
 
 Shapes: a tile has x context sets of m contexts and y query sets of n queries; maps are (x, y, n, m).
 """
@@ -21,7 +23,6 @@ from torch import Tensor
 
 from vlattn_fast._tensors import compute_dtype
 from vlattn_fast.streaming import _tiles
-from vlattn_fast.streaming._tiles import softmax_backward
 
 EPS = 1e-8  # of SCAN's norms and cosine
 
@@ -150,15 +151,20 @@ class _Contexts:
             self.gram = wide @ wide.mT
             self.grad_gram = torch.zeros_like(self.gram)
             rows = torch.cat([rows, (wide * self.share).sum(1, keepdim=True).to(rows.dtype)], dim=1)
+        self.norm = torch.linalg.vector_norm(wide, dim=-1)  # (x, m)
         self.rows = rows  # (x, m, D); with a Gram matrix (x, m + 1, D), where row m is the mean
-        self.grad_rows = torch.zeros_like(rows)
+        self.common = (wide * self.share).sum(1).mean(0).to(rows.dtype)  # (D)
+        self.less_common = rows - self.common
+        self.grad_rows = torch.zeros_like(rows)  # but for the part along `common`,
+        self.grad_common = self.share.new_zeros(rows.shape[:2])  # of which these are the coefficients
 
     def backward(self) -> Tensor:
         """The gradient of the context sets (x, m, D)."""
-        grad, grad_mean = self.grad_rows[:, : self.size], self.grad_rows[:, self.size :]
-        if self.grad_gram is None:
-            return grad
-        return grad + (self.grad_gram @ self.rows[:, : self.size].to(self.dtype) + grad_mean * self.share).to(grad.dtype)
+        grad = self.grad_rows + self.grad_common[..., None] * self.common
+        if self.grad_gram is not None:
+            grad, grad_mean = grad[:, : self.size], grad[:, self.size :]
+            grad = grad + self.grad_gram @ self.rows[:, : self.size].to(self.dtype) + grad_mean * self.share
+        return grad.to(self.rows.dtype)
 
 
 class _Tile:
@@ -184,6 +190,7 @@ class _Tile:
             self.attended = self._times(self.alpha, contexts.gram)  # C a
             dot = scores[..., contexts.size] + ((self.alpha - contexts.share[..., None]) * self.score).sum(-1)
             self.norm_a = (self.alpha * self.attended).sum(-1).clamp(min=0.0).sqrt()  # rounding may leave less than 0
+        self.dot = dot
         self.norm_q = torch.linalg.vector_norm(query, dim=-1).to(contexts.dtype)
         self.length = self.norm_q * self.norm_a
         self.cosine = dot / self.length.clamp(min=EPS)
@@ -213,13 +220,31 @@ class _Tile:
             grad_alpha = grad_dot * self.score + by_norm_a * self.attended
             contexts.grad_gram += self._outer(alpha * by_norm_a, alpha, contexts.dtype)
             direct = grad_dot * (alpha - contexts.share[..., None])
-        grad_normal = self.rule.smooth * softmax_backward(alpha, grad_alpha)
+            if contexts.mask is not None:
+                direct = direct.masked_fill(~contexts.mask[:, None, None, :], 0.0)
+        grad_normal = self.rule.smooth * alpha * self._less_mean(grad_alpha, grad_dot)
         grad_score = _normalize_backward(self.rule, grad_normal, self.score, self.normal, self.column_norm)
         if direct is not None:
             grad_score = torch.cat([grad_score + direct, grad_dot], dim=-1)
         flat = grad_score.permute(1, 2, 0, 3).to(self.query.dtype).reshape(query.shape[0] * query.shape[1], -1)
-        contexts.grad_rows += (flat.mT @ self.query.flatten(0, 1)).view_as(contexts.rows)
-        return grad_query.to(self.query.dtype) + (flat @ contexts.rows.flatten(0, 1)).view_as(self.query)
+        less_common = (self.query - contexts.common).flatten(0, 1)
+        contexts.grad_rows += (flat.mT @ less_common).view_as(contexts.rows)
+        contexts.grad_common += grad_score.sum((1, 2))
+        grad_query = grad_query + grad_score.sum((0, 3))[..., None] * contexts.common
+        return (grad_query + (flat @ contexts.less_common.flatten(0, 1)).view_as(query)).to(self.query.dtype)
+
+    def _less_mean(self, grad_alpha: Tensor, grad_dot: Tensor) -> Tensor:
+        """grad_alpha (x, y, n, m) less sum_c alpha grad_alpha, as the softmax's backward takes it.
+
+        The sum is <a, gradient of a>: 0, as a cosine does not change with the length of a, but where the clamp acts. What
+        rounding adds is taken off each context in proportion to its length. So a zero context has none of it: its column of
+        scores is divided by a norm of 0 + EPS, which would make 1e8 times as much of it.
+        """
+        mean = torch.where(self.length >= EPS, 0.0, grad_dot[..., 0] * self.dot)
+        rounding = (self.alpha * grad_alpha).sum(-1) - mean
+        norm = self.contexts.norm  # (x, m)
+        share = _ratio(rounding, (self.alpha.flatten(1, 2) @ norm[..., None]).view_as(rounding))
+        return torch.addcmul(grad_alpha - mean[..., None], share[..., None], norm[:, None, None], value=-1.0)
 
     def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
         """(x, y, n, k) times (x, k, l), in the dtype of the matrix."""
