@@ -37,17 +37,17 @@ def forward(
     kind: str,
     direction: str,
     scale: float,
-) -> Tensor:
-    """The loss of each sample, (B). For queries and keys see reference.congruence_loss.block_inputs."""
+) -> tuple[Tensor, Tensor]:
+    """The loss of each sample, (B), and nothing that is kept. For queries and keys see reference.congruence_loss.block_inputs."""
     losses = [part.losses() for _, part in _chunks(queries, keys, text_mask, image_mask, kind, direction, scale)]
-    if not losses:
-        return queries[0].new_zeros(queries[0].shape[0], dtype=torch.float32)
-    return torch.cat(losses) if len(losses) > 1 else losses[0]
+    loss = torch.cat(losses) if losses else queries[0].new_zeros(queries[0].shape[0], dtype=torch.float32)
+    return loss, loss.new_empty(0)
 
 
 @on_device
 def backward(
     grad_loss: Tensor,
+    maps: Tensor,
     queries: list[Tensor],
     keys: list[Tensor],
     text_mask: Tensor | None,

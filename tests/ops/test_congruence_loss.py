@@ -16,7 +16,7 @@ from tests.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
 from vlattn_fast.streaming import _tiles
 
-FAST = ("streaming", "triton", "cuda")
+FAST = ("streaming", "cpu", "triton", "cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +27,14 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-@each("dtype", streaming=(F64,), triton=LOW[:2], cuda=LOW[:2])
+@each("dtype", streaming=(F64,), cpu=LOW[:2], triton=LOW[:2], cuda=LOW[:2])
 def test_kinds_and_directions(backend: str, dtype: torch.dtype, kind: str, direction: str) -> None:
     got = check(backend, as_dtype(make(6, 18, cross=direction == "both"), dtype), kind=kind, direction=direction)
     assert got["out0"].dtype == (F64 if dtype == F64 else torch.float32) and got["grad text_key"].dtype == dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@each("dtype", streaming=LOW, triton=set(core("triton")) - set(LOW[:2]), cuda=LOW[2:])
+@each("dtype", streaming=LOW, cpu=LOW[2:], triton=set(core("triton")) - set(LOW[:2]), cuda=LOW[2:])
 def test_other_dtypes(backend: str, dtype: torch.dtype, kind: str) -> None:
     check(backend, as_dtype(make(6, 9), dtype), kind=kind)
 
@@ -63,7 +63,7 @@ MASKED = [(kind, name) for kind in KINDS for name in ("ragged", "scattered", "em
 FEW = [("cacr", "text only"), ("cacr", "empty samples"), ("iais_singular", "ragged"), ("iais_distributed", "scattered")]
 
 
-@each("case", streaming=MASKED, triton=FEW, cuda=MASKED)
+@each("case", streaming=MASKED, cpu=MASKED, triton=FEW, cuda=MASKED)
 def test_padding_reaches_nothing(backend: str, case: tuple[str, str]) -> None:
     """Gradients there are 0, too; a sample without text or without image tokens has no loss and no gradients."""
     kind, name = case
@@ -165,7 +165,7 @@ def test_empty_sizes(kind: str, empty: str, backend: str) -> None:
     assert all(got[f"grad {name}"].shape == x[name].shape and (got[f"grad {name}"] == 0).all() for name in x)
 
 
-@each("kind", streaming=KINDS[:1], triton=KINDS[2:], cuda=KINDS)
+@each("kind", streaming=KINDS[:1], cpu=KINDS, triton=KINDS[2:], cuda=KINDS)
 def test_repeats_are_bit_equal(backend: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, run = as_dtype(make(6, 18, cross=True), torch.float32), call(congruence_loss, kind=kind, backend=backend)
     first = outputs_and_grads(run, x)
@@ -243,7 +243,7 @@ def op_arguments(kind: str, masked: bool, grad: bool) -> tuple[Any, ...]:
 def test_opcheck(kind: str) -> None:
     torch.library.opcheck(torch.ops.vlattn.congruence_loss, op_arguments(kind, True, True))
     torch.library.opcheck(torch.ops.vlattn.congruence_loss, op_arguments(kind, False, False))
-    backward = (torch.tensor([0.5, 2.0]), *op_arguments(kind, True, False))
+    backward = (torch.tensor([0.5, 2.0]), torch.empty(0), *op_arguments(kind, True, False))
     torch.library.opcheck(torch.ops.vlattn.congruence_loss_backward, backward)
 
 

@@ -9,12 +9,13 @@ from torch import Tensor
 from vlattn_fast.cuda._shared_library import operators, unit_strides
 
 
-def forward(*inputs: Any) -> Tensor:
-    """The loss of each sample, (B). Queries and keys: see reference.congruence_loss.block_inputs."""
-    return operators().congruence_loss(*_prepared(*inputs))
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The loss of each sample, (B), and nothing that is kept. Queries and keys: see reference.congruence_loss.block_inputs."""
+    loss = operators().congruence_loss(*_prepared(*inputs))
+    return loss, loss.new_empty(0)
 
 
-def backward(grad_loss: Tensor, *inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+def backward(grad_loss: Tensor, maps: Tensor, *inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
     return operators().congruence_loss_backward(grad_loss.float().contiguous(), *_prepared(*inputs))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
 from vlattn_fast._tensors import autocast, resolve_scale, scaled_dot_default
+from vlattn_fast.cpu.congruence_loss import maps_shape
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.congruence_loss import block_inputs
@@ -33,7 +34,11 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("congruence_loss", _triton_refusals, _cuda_limits)
+def _cpu_limits(call: Call) -> list[tuple[str, bool]]:
+    return []
+
+
+BACKENDS = table("congruence_loss", _triton_refusals, _cuda_limits, cpu=_cpu_limits)
 KINDS = ("cacr", "iais_singular", "iais_distributed")
 DIRECTIONS = ("text", "image", "both")
 REDUCTIONS = ("mean", "none")
@@ -73,7 +78,7 @@ def congruence_loss(
             gradient is 0.
         scale: multiplies the scores; default 1/sqrt(D).
         reduction: "mean" over the batch (0 for an empty one), or "none".
-        backend: "auto", "reference", "streaming", "triton" or "cuda".
+        backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
     Returns:
         The loss in nats, a scalar or (B), float32 (float64 for float64 input). A sample without text or without image tokens
@@ -108,8 +113,9 @@ def congruence_loss(
         return loss
     if cross is not None:
         cross = (autocast(*cross[0]), autocast(*cross[1]))
-    queries, keys = block_inputs(autocast(*text), autocast(*image), cross, text_mask, image_mask)
-    loss = _forward_op(queries, keys, text_mask, image_mask, kind, direction, scale, chosen)
+    masks = (None, None) if chosen == "cpu" else (text_mask, image_mask)  # the CPU kernels read no padding
+    queries, keys = block_inputs(autocast(*text), autocast(*image), cross, *masks)
+    loss, _ = _forward_op(queries, keys, text_mask, image_mask, kind, direction, scale, chosen)
     return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss
 
 
@@ -179,13 +185,15 @@ def _num_gradients(kind: str) -> int:
     return 4 if kind == "iais_distributed" else 2
 
 
-def _forward(*args: Any) -> Tensor:
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, backend = args
     return load(BACKENDS, backend).forward(*inputs)
 
 
-def _forward_fake(queries: list[Tensor], *_: Any) -> Tensor:
-    return queries[0].new_empty(queries[0].shape[0], dtype=torch.promote_types(queries[0].dtype, torch.float32))
+def _forward_fake(queries: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
+    (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
+    loss = queries[0].new_empty(batch, dtype=torch.promote_types(queries[0].dtype, torch.float32))
+    return loss, loss.new_empty(maps_shape(batch, L, V) if options[-1] == "cpu" else 0)
 
 
 def _backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -194,7 +202,7 @@ def _backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _backward_fake(
-    grad_loss: Tensor, queries: list[Tensor], keys: list[Tensor], *options: Any
+    grad_loss: Tensor, maps: Tensor, queries: list[Tensor], keys: list[Tensor], *options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     n = _num_gradients(options[2])
     return [x.new_empty(x.shape) for x in queries[:n]], [x.new_empty(x.shape) for x in keys[:n]]
@@ -203,22 +211,25 @@ def _backward_fake(
 _INPUTS = (
     "Tensor[] queries, Tensor[] keys, Tensor? text_mask, Tensor? image_mask, str kind, str direction, float scale, str backend"
 )
-_forward_op = define(f"congruence_loss({_INPUTS}) -> Tensor", _forward, _forward_fake)
+# `maps`: what the backend keeps of its forward pass for the backward pass, without a head axis; empty where it recomputes
+_forward_op = define(f"congruence_loss({_INPUTS}) -> (Tensor loss, Tensor maps)", _forward, _forward_fake)
 _backward_op = define(
-    f"congruence_loss_backward(Tensor grad_loss, {_INPUTS}) -> (Tensor[] grad_queries, Tensor[] grad_keys)",
+    f"congruence_loss_backward(Tensor grad_loss, Tensor maps, {_INPUTS}) -> (Tensor[] grad_queries, Tensor[] grad_keys)",
     _backward,
     _backward_fake,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     queries, keys, text_mask, image_mask, ctx.kind, ctx.direction, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(*queries, *keys, text_mask, image_mask)
+    maps = output[1]
+    ctx.mark_non_differentiable(maps)
+    ctx.save_for_backward(*queries, *keys, text_mask, image_mask, maps)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-    *tensors, text_mask, image_mask = ctx.saved_tensors
-    inputs = tensors[:4], tensors[4:], text_mask, image_mask
+def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    *tensors, text_mask, image_mask, maps = ctx.saved_tensors
+    inputs = maps, tensors[:4], tensors[4:], text_mask, image_mask
     grad_queries, grad_keys = _backward_op(grad_loss, *inputs, ctx.kind, ctx.direction, ctx.scale, ctx.backend)
     none = [None] * (4 - len(grad_queries))
     return [*grad_queries, *none], [*grad_keys, *none], *(None,) * 6

@@ -35,17 +35,18 @@ def forward(
     kind: str,
     direction: str,
     scale: float,
-) -> Tensor:
-    """The loss of each sample, (B). The order of queries and keys: `block_inputs` of reference/congruence_loss.py."""
+) -> tuple[Tensor, Tensor]:
+    """The loss of each sample, (B), and nothing that is kept. The order of queries and keys: `block_inputs` of reference/congruence_loss.py."""
     loss = queries[0].new_zeros(queries[0].shape[0], dtype=compute_dtype(queries[0]))
     for b in _batches(queries):
         for blocks in _directions(_blocks(b, queries, keys, text_mask, image_mask, scale), direction):
             loss[b] += _KINDS[kind](blocks, None)
-    return loss
+    return loss, loss.new_empty(0)
 
 
 def backward(
     grad_loss: Tensor,
+    maps: Tensor,
     queries: list[Tensor],
     keys: list[Tensor],
     text_mask: Tensor | None,

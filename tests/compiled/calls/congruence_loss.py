@@ -27,5 +27,5 @@ def run(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int] = UNI
     text, image = (torch.empty(1, 12, length, size, dtype=dtype) for length in lengths)
     masks = [torch.ones(1, length, dtype=torch.bool) if masked else None for length in lengths]
     inputs = ([text, image, text, image], [text, image, image, text], *masks, kind, "both", size**-0.5)
-    congruence_loss.forward(*inputs)
-    congruence_loss.backward(torch.ones(1), *inputs)
+    _, maps = congruence_loss.forward(*inputs)
+    congruence_loss.backward(torch.ones(1), maps, *inputs)

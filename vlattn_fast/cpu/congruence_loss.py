@@ -1,0 +1,88 @@
+"""congruence_loss by csrc/cpu/congruence_loss.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._native import DTYPES, kernel, pointer, rows
+from vlattn_fast._tensors import unit_stride
+
+_FIELDS = "=9q d 32q 2q 3q 8q"
+_run_forward = kernel("congruence_loss_forward", _FIELDS)
+_run_backward = kernel("congruence_loss_backward", _FIELDS)
+_KINDS = ("cacr", "iais_singular", "iais_distributed")  # Kind of the kernel
+_NOTHING = (0,) * 4
+
+
+def forward(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+    kind: str,
+    direction: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each sample, (B), and the head-mean maps for the backward pass. Padding may hold anything.
+
+    Queries and keys: see reference.congruence_loss.block_inputs.
+    """
+    (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
+    loss = queries[0].new_empty(batch, dtype=torch.float32)
+    maps = queries[0].new_empty(maps_shape(batch, L, V), dtype=torch.float32)
+    _call(_run_forward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, loss, None, _NOTHING, _NOTHING)
+    return loss, maps
+
+
+def backward(
+    grad_loss: Tensor,
+    maps: Tensor,
+    queries: list[Tensor],
+    keys: list[Tensor],
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+    kind: str,
+    direction: str,
+    scale: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
+    grads = [[x.new_empty(x.shape) for x in xs[: 4 if kind == "iais_distributed" else 2]] for xs in (queries, keys)]
+    pointers = (tuple(x.data_ptr() for x in xs) + (0,) * (4 - len(xs)) for xs in grads)
+    grad_loss = grad_loss.float().contiguous()
+    _call(_run_backward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, None, grad_loss, *pointers)
+    return grads[0], grads[1]
+
+
+def maps_shape(batch: int, L: int, V: int) -> tuple[int, int, int]:
+    """The blocks LL, VV, LV, VL as (keys, rows), with the rows rounded up to 16."""
+    return batch, L + V, (L + 15) // 16 * 16 + (V + 15) // 16 * 16
+
+
+def _call(
+    run: Any,
+    queries: list[Tensor],
+    keys: list[Tensor],
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+    kind: str,
+    direction: str,
+    scale: float,
+    maps: Tensor,
+    loss: Tensor | None,
+    grad_loss: Tensor | None,
+    grad_queries: tuple[int, ...],
+    grad_keys: tuple[int, ...],
+) -> None:
+    batch, heads, L, head_dim = queries[0].shape
+    blocks = [unit_stride(x) for x in (*queries, *keys)]  # they and the masks live until the call is over
+    masks = [None if mask is None else mask.contiguous() for mask in (text_mask, image_mask)]
+    run(
+        *(DTYPES[queries[0].dtype], batch, heads, head_dim, L, queries[1].shape[2]),
+        *(_KINDS.index(kind), direction in ("text", "both"), direction in ("image", "both"), scale),
+        *(field for x in blocks for field in rows(x)),
+        *(pointer(mask) for mask in masks),
+        *(maps.data_ptr(), pointer(loss), pointer(grad_loss), *grad_queries, *grad_keys),
+    )
