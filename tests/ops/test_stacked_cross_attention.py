@@ -22,7 +22,7 @@ from vlattn_fast.ops.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FI
 from vlattn_fast.streaming import _tiles
 from vlattn_fast.streaming import stacked_cross_attention as streaming
 
-FAST = ("streaming", "triton")
+FAST = ("streaming", "cpu", "triton")
 NAN = float("nan")
 LENGTHS = {name: torch.tensor(x) for name, x in RAGGED.items()}
 
@@ -70,7 +70,7 @@ OPTIONS = list(product(FIRST_NORMS, AGGREGATIONS, DIRECTIONS))
 EACH_TWICE = [(norm, AGGREGATIONS[i % 4], DIRECTIONS[i % 2]) for i, norm in enumerate(FIRST_NORMS * 2)]  # in both directions
 
 
-@each("options", streaming=OPTIONS, triton=EACH_TWICE)
+@each("options", streaming=OPTIONS, cpu=OPTIONS, triton=EACH_TWICE)
 def test_first_norms_aggregations_and_directions(backend: str, options: tuple[str | None, str, str]) -> None:
     first_norm, aggregation, direction = options
     fixed = dict(first_norm=first_norm, aggregation=aggregation, direction=direction, smooth=4.0, lambda_lse=3.0)
@@ -88,7 +88,7 @@ def test_without_lengths(direction: str, backend: str) -> None:
     "first_norm, smooth, direction",
     [("clipped_l2norm", 9.0, "t2i"), ("softmax", 4.0, "t2i"), ("l1norm", 9.0, "i2t"), (None, 2.0, "i2t")],
 )
-@each("dtype", streaming=LOW, triton=core("triton")[1:])
+@each("dtype", streaming=LOW, cpu=LOW, triton=core("triton")[1:])
 def test_low_precision_is_computed_in_float32(
     backend: str, dtype: torch.dtype, first_norm: str | None, smooth: float, direction: str
 ) -> None:
@@ -127,7 +127,7 @@ def test_features_with_a_common_part(direction: str, backend: str) -> None:
     check(backend, as_dtype(inputs, torch.float32), direction=direction)
 
 
-@each("case", streaming=product(FIRST_NORMS, (F64, torch.float32)), triton=product(FIRST_NORMS, (torch.float32,)))
+@each("case", streaming=product(FIRST_NORMS, (F64, torch.float32)), cpu=product(FIRST_NORMS, (torch.float32,)), triton=product(FIRST_NORMS, (torch.float32,)))
 def test_zero_vectors(backend: str, case: tuple[str | None, torch.dtype]) -> None:
     first_norm, dtype = case
     inputs = tensors((2, 4), 4, 3, 12, dtype)

@@ -23,7 +23,11 @@ def _triton_refusals(call: Call) -> list[str]:
     return reasons
 
 
-BACKENDS = table("stacked_cross_attention", _triton_refusals)
+def _cpu_limits(call: Call) -> list[tuple[str, bool]]:
+    return []
+
+
+BACKENDS = table("stacked_cross_attention", _triton_refusals, cpu=_cpu_limits)
 DIRECTIONS = ("t2i", "i2t")
 FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
 AGGREGATIONS = ("logsumexp", "max", "sum", "mean")
@@ -61,7 +65,7 @@ def stacked_cross_attention(
         smooth: factor in the softmax over contexts, any number.
         aggregation: "logsumexp" = log(sum exp(lambda_lse r)) / lambda_lse; "max" (ties share the gradient); "sum"; "mean".
         lambda_lse: > 0, for "logsumexp" only.
-        backend: "auto", "reference", "streaming", "triton" or "cuda".
+        backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
     Returns:
         similarity (Bi, Bc) in the inputs' dtype, in float32 for float16 and bfloat16 (which are computed in float32). A pair
@@ -102,9 +106,11 @@ def stacked_cross_attention(
                 aggregation=aggregation,
                 lambda_lse=lambda_lse,
             )
+    if chosen != "cpu":  # its kernels read no padding
+        images, captions = _mask_padding(images, image_lengths), _mask_padding(captions, caption_lengths)
     return _forward_op(
-        _mask_padding(images, image_lengths),
-        _mask_padding(captions, caption_lengths),
+        images,
+        captions,
         caption_lengths,
         image_lengths,
         direction,

@@ -1,0 +1,438 @@
+// stacked_cross_attention: the similarity of every set of queries (captions, or images) with every set of contexts, and its gradients.
+//
+// Bound: multiply-adds. Forward: two products over features a pair of query and context; backward: six.
+// Tricks: the real rows of all query sets lie one after the other, so that products never see padding and take many sets at once; a
+// lane is a context, so what is normalised over the queries of a set needs no sum over lanes. A context set belongs to one thread,
+// which finishes its gradient; what the queries' gradients need of a pair is one number a query and context, kept for a chunk of
+// context sets, and summed over these in a second sweep over the query sets. So no sum depends on the threads.
+// Not yet measured: no row is stored.
+#include "products.h"
+#include "rows.h"
+
+namespace ISA {
+
+enum Norm : Size { NONE = 0, SOFTMAX = 1, L2 = 2, L1 = 3 };
+enum Aggregation : Size { LOGSUMEXP = 0, MAX = 1, SUM = 2, MEAN = 3 };
+static const Size GROUP = 16;         // contexts and features are padded with zeros to a multiple of it
+static const Size BLOCK_ROWS = 48;    // rows of query sets at a time, or one set
+static const Size SPAN = 64;          // so many numbers are added in a row; then sums of sums
+static const Size MOST_KEPT = 1 << 22;  // numbers that are kept for the second sweep, or those of two context sets a thread
+static const float EPS = 1e-8f;       // of SCAN's norms and cosine
+
+struct Sets {
+    const void* data;             // (sets, rows, D), last stride 1
+    Size count, rows, stride_set, stride_row;
+    const int64_t* lengths;       // (sets), how many rows are real; null for all
+};
+
+struct StackedCrossAttention {
+    Size dtype, D, norm, clips, aggregation;
+    double smooth, lambda;
+    Sets query, context;
+    float* similarity;            // forward: element (y, x)
+    const float* grad_similarity; // backward
+    Size stride_y, stride_x;      // of either
+    void *grad_query, *grad_context;  // as the inputs, contiguous
+};
+
+// The real rows of a side in float32, with a stride of padded features or, where they can be read as they are, of their own
+struct Rows32 {
+    const float* data;
+    float* copy;
+    Size stride, stride_set;  // of sets where nothing was copied
+    Size* first;              // (sets + 1): where a set's rows begin among all
+    Size count(Size set) const { return first[set + 1] - first[set]; }
+    const float* at(Size set) const { return data + (copy ? first[set] * stride : set * stride_set); }
+};
+
+struct Workspace {
+    float *CT, *S, *N, *P, *GA, *A, *norms, *grad_context;
+    float *dot, *norm_a, *cosine, *weight;  // of the rows of a block
+};
+
+struct Job {
+    const StackedCrossAttention& c;
+    Rows32 query, context;
+    Size *blocks, num_blocks;  // block b: query sets [blocks[b], blocks[b + 1])
+    float* norm_q;             // of all query rows
+    float *flat, *by_norm_q;   // kept of a chunk of context sets: (x, rows, contexts), (x, rows)
+    float* grad_query;         // (rows, features), in float32
+    Workspace* workspaces;
+    Size block_rows, block_sets;  // at most
+    Size splits, first, sets, next;
+
+    Size features() const { return round_up(c.D, GROUP); }
+    Size width() const { return round_up(c.context.rows, GROUP); }
+    Size rows() const { return query.first[c.query.count]; }
+    Size take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }  // no result depends on who takes an item
+};
+
+// ---- small sums
+
+template <class Term>
+INLINE Vector total_of(Size n, Term term) {  // term(0) + ... + term(n - 1), as a sum of sums
+    Vector total = {};
+    for (Size i0 = 0; i0 < n; i0 += SPAN) {
+        Vector part = {};
+        for (Size i = i0; i < least(i0 + SPAN, n); ++i) part += term(i);
+        total += part;
+    }
+    return total;
+}
+INLINE float inner(const float* x, const float* y, Size n) {  // n is a multiple of VL
+    return sum(total_of(n / VL, [=](Size i) { return load(x + i * VL) * load(y + i * VL); }));
+}
+INLINE Vector square_root(Vector x) {
+    for (int i = 0; i < VL; ++i) x[i] = sqrtf(x[i]);
+    return x;
+}
+INLINE Vector clipped(Vector s) { return s > Vector{} ? s : s * 0.1f; }
+INLINE float ratio(float a, float b) { return b > 0.f ? a / b : b == 0.f ? 0.f : NAN; }  // the gradient of a norm is 0 at 0
+
+// ---- maps of one set of n queries and one of m contexts, (n, w)
+
+// N: the scores, each context's column normalised over the queries. norms (w): those of the columns.
+static void normalize(const StackedCrossAttention& c, const float* S, Size n, Size w, float* N, float* norms) {
+    for (Size j = 0; j < w; j += VL) {
+        const float* s = S + j;
+        const auto value = [&](Size i) { return c.clips ? clipped(load(s + i * w)) : load(s + i * w); };
+        if (c.norm == SOFTMAX) {
+            Vector top = load(s);
+            for (Size i = 1; i < n; ++i) top = maximum(top, load(s + i * w));
+            const Vector total = total_of(n, [&](Size i) {
+                const Vector e = exp_negative(load(s + i * w) - top);
+                store(N + i * w + j, e);
+                return e;
+            });
+            for (Size i = 0; i < n; ++i) store(N + i * w + j, load(N + i * w + j) / total);
+            continue;
+        }
+        Vector norm = splat(1.f);
+        if (c.norm == L2) norm = square_root(total_of(n, [&](Size i) { return value(i) * value(i); }));
+        if (c.norm == L1) norm = total_of(n, [&](Size i) { return absolute(value(i)); });
+        store(norms + j, norm);
+        for (Size i = 0; i < n; ++i) store(N + i * w + j, c.norm == NONE ? value(i) : value(i) / (norm + EPS));
+    }
+}
+
+// P: the softmax over the m contexts of smooth * N; 0 behind them
+static void attend(float smooth, const float* N, Size n, Size m, Size w, float* P) {
+    for (Size i = 0; i < n; ++i) {
+        float* p = P + i * w;
+        for (Size j = 0; j < w; j += VL) store(p + j, load(N + i * w + j) * smooth);
+        for (Size j = m; j < w; ++j) p[j] = -INFINITY;
+        Vector top = load(p);
+        for (Size j = VL; j < w; j += VL) top = maximum(top, load(p + j));
+        const Vector shift = splat(largest(top));
+        const float total = sum(total_of(w / VL, [=](Size j) {
+            const Vector e = exp_negative(load(p + j * VL) - shift);
+            store(p + j * VL, e);
+            return e;
+        }));
+        for (Size j = 0; j < w; j += VL) store(p + j, load(p + j) / total);
+    }
+}
+
+// G, the gradient at the softmax over contexts, becomes the one at the scores.
+static void scores_backward(const StackedCrossAttention& c, const float* S, const float* N, const float* P, const float* norms, Size n,
+                            Size w, float* G) {
+    for (Size i = 0; i < n; ++i) {
+        const float* p = P + i * w;
+        float* g = G + i * w;
+        const float mean = inner(p, g, w);
+        for (Size j = 0; j < w; j += VL) store(g + j, load(p + j) * (load(g + j) - mean) * (float)c.smooth);
+    }
+    for (Size j = 0; j < w; j += VL) {
+        const Vector along = total_of(n, [=](Size i) { return load(N + i * w + j) * load(G + i * w + j); });
+        const Vector norm = load(norms + j), inverse = 1.f / (norm + EPS);
+        for (Size i = 0; i < n; ++i) {
+            const Vector x = load(N + i * w + j), s = load(S + i * w + j);
+            Vector g = load(G + i * w + j);
+            if (c.norm == SOFTMAX) g = x * (g - along);
+            if (c.norm == L2) g = (norm > Vector{} ? g - along * (x * (norm + EPS) / norm) : g) * inverse;
+            if (c.norm == L1) g = (g - along * (x > Vector{} ? splat(1.f) : x < Vector{} ? splat(-1.f) : Vector{})) * inverse;
+            store(G + i * w + j, c.clips && c.norm != SOFTMAX ? (s > Vector{} ? g : g * 0.1f) : g);
+        }
+    }
+}
+
+// ---- one number a set
+
+// The similarity from the cosines (n), which are padded by a vector; `weight` becomes its derivative by each.
+static float aggregate(const StackedCrossAttention& c, float* cosine, Size n, float* weight) {
+    float top = cosine[0], total = 0;
+    for (Size i = 1; i < n; ++i) top = top > cosine[i] || top != top ? top : cosine[i];
+    if (c.aggregation == LOGSUMEXP) {
+        const float lambda = (float)c.lambda;
+        for (Size i = 0; i < n; i += VL) store(weight + i, exp_negative((load(cosine + i) - top) * lambda));
+        for (Size i = 0; i < n; ++i) total += weight[i];
+        for (Size i = 0; i < n; ++i) weight[i] /= total;
+        return top + logf(total) / lambda;
+    }
+    if (c.aggregation == MAX) {
+        for (Size i = 0; i < n; ++i) total += weight[i] = cosine[i] == top;
+        for (Size i = 0; i < n; ++i) weight[i] /= total;
+        return top;
+    }
+    for (Size i = 0; i < n; ++i) total += cosine[i], weight[i] = c.aggregation == MEAN ? 1.f / n : 1.f;
+    return c.aggregation == MEAN ? total / n : total;
+}
+
+// ---- a block of query sets and a context set
+
+struct Block {
+    Size first_set, last_set, first_row, rows;
+};
+INLINE Block block_at(const Job& job, Size b) {
+    const Size first = job.blocks[b], last = job.blocks[b + 1], row = job.query.first[first];
+    return {first, last, row, job.query.first[last] - row};
+}
+
+// S, N, P, attended vectors A and cosines of the block with context set x, whose transposed rows are in CT.
+static void block_forward(const Job& job, const Block& b, Size x, Workspace& w) {
+    const StackedCrossAttention& c = job.c;
+    const Size m = job.context.count(x), width = round_up(m, GROUP), features = job.features();
+    const float* Q = job.query.at(b.first_set);
+    product<false>(b.rows, width, c.D, Q, job.query.stride, w.CT, width, w.S, width, false);
+    for (Size y = b.first_set; y < b.last_set; ++y) {
+        const Size n = job.query.count(y), at = (job.query.first[y] - b.first_row) * width;
+        if (n == 0) continue;
+        normalize(c, w.S + at, n, width, w.N + at, w.norms + (y - b.first_set) * width);
+        attend((float)c.smooth, w.N + at, n, m, width, w.P + at);
+    }
+    product<false>(b.rows, features, m, w.P, width, job.context.at(x), job.context.stride, w.A, features, false);
+    for (Size i = 0; i < b.rows; ++i) {
+        const float* a = w.A + i * features;
+        w.norm_a[i] = sqrtf(inner(a, a, features));
+        w.dot[i] = inner(Q + i * job.query.stride, a, features);
+        const float length = job.norm_q[b.first_row + i] * w.norm_a[i];
+        w.cosine[i] = w.dot[i] / (length < EPS ? EPS : length);
+    }
+}
+
+// After block_forward: adds to the gradient of the contexts, and keeps what those of the queries need.
+static void block_backward(const Job& job, const Block& b, Size x, Workspace& w) {
+    const StackedCrossAttention& c = job.c;
+    const Size m = job.context.count(x), width = round_up(m, GROUP), features = job.features();
+    const float* Q = job.query.at(b.first_set);
+    float* by_norm_q = job.by_norm_q + (x - job.first) * job.rows() + b.first_row;
+    float* flat = job.flat + (x - job.first) * job.rows() * job.width() + b.first_row * width;
+    for (Size y = b.first_set; y < b.last_set; ++y) {
+        const Size n = job.query.count(y), first = job.query.first[y] - b.first_row;
+        if (n == 0) continue;
+        aggregate(c, w.cosine + first, n, w.weight);
+        const float grad = c.grad_similarity[y * c.stride_y + x * c.stride_x];
+        for (Size i = first; i < first + n; ++i) {
+            const float norm_q = job.norm_q[b.first_row + i], norm_a = w.norm_a[i], length = norm_q * norm_a;
+            const float by_dot = grad * w.weight[i - first] / (length < EPS ? EPS : length);
+            const float by_length = length < EPS ? 0.f : -by_dot * w.cosine[i], by_norm_a = ratio(by_length * norm_q, norm_a);
+            by_norm_q[i] = ratio(by_length * norm_a, norm_q);
+            w.dot[i] = by_dot;
+            float* a = w.A + i * features;  // becomes the gradient at itself
+            const float* q = Q + i * job.query.stride;
+            for (Size d = 0; d < features; d += VL) store(a + d, load(q + d) * by_dot + load(a + d) * by_norm_a);
+        }
+    }
+    product<false>(b.rows, width, c.D, w.A, features, w.CT, width, w.GA, width, false);
+    for (Size y = b.first_set; y < b.last_set; ++y) {
+        const Size n = job.query.count(y), at = (job.query.first[y] - b.first_row) * width;
+        if (n > 0) scores_backward(c, w.S + at, w.N + at, w.P + at, w.norms + (y - b.first_set) * width, n, width, w.GA + at);
+    }
+    product<true>(m, features, b.rows, w.P, width, w.A, features, w.grad_context, features, true);
+    product<true>(m, features, b.rows, w.GA, width, Q, job.query.stride, w.grad_context, features, true);
+    for (Size i = 0; i < b.rows; ++i)  // the gradient at q . a goes to the queries by way of the contexts, too
+        for (Size j = 0; j < width; j += VL)
+            store(flat + i * width + j, load(w.GA + i * width + j) + load(w.P + i * width + j) * w.dot[i]);
+}
+
+static void load_contexts(const Job& job, Size x, Workspace& w) {
+    const Size m = job.context.count(x), width = round_up(m, GROUP);
+    if (m < width) memset(w.CT, 0, width * job.c.D * sizeof(float));
+    transpose(job.context.at(x), job.context.stride, m, job.c.D, w.CT, width);
+}
+
+// ---- what the threads do
+
+static void forward_task(Job& job, Size task) {
+    const StackedCrossAttention& c = job.c;
+    Workspace& w = job.workspaces[task];
+    for (Size item = job.take(); item < c.context.count * job.splits; item = job.take()) {
+        const Size x = item / job.splits, part = item % job.splits;
+        if (job.context.count(x) > 0) load_contexts(job, x, w);
+        for (Size index = share(job.num_blocks, part, job.splits); index < share(job.num_blocks, part + 1, job.splits); ++index) {
+            const Block b = block_at(job, index);
+            if (job.context.count(x) > 0 && b.rows > 0) block_forward(job, b, x, w);
+            for (Size y = b.first_set; y < b.last_set; ++y) {
+                const bool empty = job.context.count(x) == 0 || job.query.count(y) == 0;
+                float* cosine = w.cosine + (job.query.first[y] - b.first_row);
+                c.similarity[y * c.stride_y + x * c.stride_x] = empty ? 0.f : aggregate(c, cosine, job.query.count(y), w.weight);
+            }
+        }
+    }
+}
+
+INLINE Size bytes_of(const StackedCrossAttention& c) { return c.dtype == FLOAT32 ? 4 : 2; }
+// The gradient of a set: `count` real rows, zeros behind them
+static void store_gradient(const StackedCrossAttention& c, const float* from, Size stride, Size count, const Sets& sets, Size set, void* to) {
+    char* rows = (char*)to + set * sets.rows * c.D * bytes_of(c);
+    for (Size i = 0; i < count; ++i) narrow(from + i * stride, c.D, c.dtype, rows + i * c.D * bytes_of(c));
+    memset(rows + count * c.D * bytes_of(c), 0, (sets.rows - count) * c.D * bytes_of(c));
+}
+
+static void contexts_task(Job& job, Size task) {
+    Workspace& w = job.workspaces[task];
+    for (Size item = job.take(); item < job.sets; item = job.take()) {
+        const Size x = job.first + item, m = job.context.count(x);
+        memset(w.grad_context, 0, m * job.features() * sizeof(float));
+        if (m > 0) load_contexts(job, x, w);
+        for (Size index = 0; m > 0 && index < job.num_blocks; ++index) {
+            const Block b = block_at(job, index);
+            if (b.rows == 0) continue;
+            block_forward(job, b, x, w);
+            block_backward(job, b, x, w);
+        }
+        store_gradient(job.c, w.grad_context, job.features(), m, job.c.context, x, job.c.grad_context);
+    }
+}
+
+static void queries_task(Job& job, Size) {
+    const Size features = job.features();
+    for (Size item = job.take(); item < job.num_blocks; item = job.take()) {
+        const Block b = block_at(job, item);
+        const float* Q = job.query.at(b.first_set);
+        float* grad = job.grad_query + b.first_row * features;
+        if (job.first == 0) memset(grad, 0, b.rows * features * sizeof(float));
+        for (Size x = job.first; x < job.first + job.sets; ++x) {
+            const Size m = job.context.count(x), width = round_up(m, GROUP);
+            if (m == 0 || b.rows == 0) continue;
+            const float* by_norm_q = job.by_norm_q + (x - job.first) * job.rows() + b.first_row;
+            const float* flat = job.flat + (x - job.first) * job.rows() * job.width() + b.first_row * width;
+            for (Size i = 0; i < b.rows; ++i)
+                for (Size d = 0; d < features; d += VL) {
+                    float* to = grad + i * features + d;
+                    store(to, load(to) + load(Q + i * job.query.stride + d) * by_norm_q[i]);
+                }
+            product<false>(b.rows, features, m, flat, width, job.context.at(x), job.context.stride, grad, features, true);
+        }
+        if (job.first + job.sets < job.c.context.count) continue;
+        for (Size y = b.first_set; y < b.last_set; ++y)
+            store_gradient(job.c, grad + (job.query.first[y] - b.first_row) * features, features, job.query.count(y), job.c.query, y, job.c.grad_query);
+    }
+}
+
+// ---- before they start
+
+static void pack_task(Job& job, Size task) {
+    const StackedCrossAttention& c = job.c;
+    const Size features = job.features(), tasks = thread_count();
+    for (int side = 0; side < 2; ++side) {
+        const Sets& sets = side ? c.context : c.query;
+        const Rows32& rows = side ? job.context : job.query;
+        for (Size set = share(sets.count, task, tasks); set < share(sets.count, task + 1, tasks); ++set)
+            for (Size i = 0; i < rows.count(set); ++i) {
+                const void* from = element(sets.data, c.dtype, set * sets.stride_set + i * sets.stride_row);
+                float* to = rows.copy + (rows.first[set] + i) * features;
+                if (rows.copy) widen(from, c.dtype, c.D, to), memset(to + c.D, 0, (features - c.D) * sizeof(float));
+                const float* row = rows.at(set) + i * rows.stride;
+                if (side == 0) job.norm_q[rows.first[set] + i] = sqrtf(inner(row, row, features));
+            }
+    }
+}
+
+// One after the other: query sets are taken several at a time. Else each set may lie anywhere.
+static void place(const StackedCrossAttention& c, const Sets& sets, bool in_a_row, Memory& memory, Rows32& rows) {
+    rows.first = (Size*)memory.take(2 * (sets.count + 1));
+    Size total = 0;
+    for (Size set = 0; set < sets.count; ++set) {
+        const Size count = sets.lengths ? sets.lengths[set] : sets.rows;
+        if (memory.base) rows.first[set] = total;
+        total += count;
+    }
+    if (memory.base) rows.first[sets.count] = total;
+    const bool as_it_is = c.dtype == FLOAT32 && c.D % GROUP == 0 &&
+                          (!in_a_row || (total == sets.count * sets.rows && sets.stride_set == sets.rows * sets.stride_row));
+    const Size features = round_up(c.D, GROUP);
+    rows.copy = as_it_is ? nullptr : memory.take(total * features);
+    rows.data = as_it_is ? (const float*)sets.data : rows.copy;
+    rows.stride = as_it_is ? sets.stride_row : features, rows.stride_set = sets.stride_set;
+}
+
+// Blocks of query sets, and how many sets and rows a block has at most
+static void list_blocks(Job& job) {
+    const Size sets = job.c.query.count;
+    job.num_blocks = job.block_rows = job.block_sets = 0;
+    for (Size y = 0; y < sets;) {
+        const Size first = job.blocks[job.num_blocks++] = y;
+        Size rows = job.query.count(y++);
+        while (y < sets && rows + job.query.count(y) <= BLOCK_ROWS) rows += job.query.count(y++);
+        job.block_rows = most(job.block_rows, rows), job.block_sets = most(job.block_sets, y - first);
+    }
+    job.blocks[job.num_blocks] = sets;
+}
+
+static void plan_workspace(const Job& job, bool backward, Memory& memory, Workspace& w) {
+    const Size rows = job.block_rows, map = rows * job.width(), features = job.features();
+    w.CT = memory.take(job.c.D * job.width()), w.A = memory.take(rows * features);
+    w.S = memory.take(map), w.N = memory.take(map), w.P = memory.take(map), w.GA = backward ? memory.take(map) : nullptr;
+    w.norms = memory.take(job.block_sets * job.width());
+    w.grad_context = backward ? memory.take(job.c.context.rows * features) : nullptr;
+    w.dot = memory.take(rows + GROUP), w.norm_a = memory.take(rows + GROUP);
+    w.cosine = memory.take(rows + GROUP), w.weight = memory.take(rows + GROUP);
+}
+
+static bool prepare(Job& job, Memory& lists, Memory& memory, Size threads, bool backward) {
+    const StackedCrossAttention& c = job.c;
+    for (int pass = 0; pass < 2; ++pass) {
+        if (pass == 1 && !lists.allocate()) return false;
+        place(c, c.query, true, lists, job.query);
+        place(c, c.context, false, lists, job.context);
+        job.blocks = (Size*)lists.take(2 * (c.query.count + 1));
+    }
+    list_blocks(job);
+    const Size kept = job.rows() * job.width() + 1;
+    job.sets = backward ? least(c.context.count, most(2 * threads, MOST_KEPT / kept)) : 0;
+    job.splits = most(1, least(job.num_blocks, 4 * threads / most(c.context.count, 1)));
+    for (int pass = 0; pass < 2; ++pass) {
+        if (pass == 1 && !memory.allocate()) return false;
+        job.norm_q = memory.take(job.rows());
+        job.flat = memory.take(job.sets * job.rows() * job.width()), job.by_norm_q = memory.take(job.sets * job.rows());
+        job.grad_query = backward ? memory.take(job.rows() * job.features()) : nullptr;
+        job.workspaces = (Workspace*)memory.take(threads * sizeof(Workspace) / sizeof(float));
+        for (Size n = 0; n < threads; ++n) {
+            Workspace w;
+            plan_workspace(job, backward, memory, w);
+            if (pass == 1) job.workspaces[n] = w;
+        }
+    }
+    run(threads, job, pack_task);
+    return true;
+}
+
+static void start(Job& job, Size threads, void (*task)(Job&, Size)) {
+    job.next = 0;
+    run(threads, job, task);
+}
+
+static Size stacked_cross_attention(const StackedCrossAttention& c, bool backward) {
+    const Size threads = thread_count();
+    Job job = {c, {}, {}, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, 0};
+    Memory lists, memory;
+    const bool ready = prepare(job, lists, memory, threads, backward);
+    if (ready && !backward) start(job, threads, forward_task);
+    if (ready && backward)
+        for (const Size step = job.sets;; job.first += step) {  // once where there is no context set: the queries' gradients are zeros
+            job.sets = least(step, c.context.count - job.first);
+            start(job, threads, contexts_task);
+            start(job, threads, queries_task);
+            if (job.first + job.sets >= c.context.count) break;
+        }
+    lists.release(), memory.release();
+    return ready ? DONE : NO_MEMORY;
+}
+static Size stacked_cross_attention_forward(const StackedCrossAttention& c) { return stacked_cross_attention(c, false); }
+static Size stacked_cross_attention_backward(const StackedCrossAttention& c) { return stacked_cross_attention(c, true); }
+
+}  // namespace ISA
+
+OPERATOR(stacked_cross_attention_forward, StackedCrossAttention)
+OPERATOR(stacked_cross_attention_backward, StackedCrossAttention)
