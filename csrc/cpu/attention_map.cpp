@@ -101,7 +101,9 @@ static void map_block(const MapCall& c, MapTiles& x, Tile t, Size j0, Size count
         }
         TAKE_UP[c.reduction][c.gradient](x.S, x.dA, count, w, c.reduction == MEAN ? x.total : factor, t.h == 0, x.map);
     }
-    transpose(x.map, w, count, t.rows, c.map + (t.b * a.N + t.first) * a.M + j0, a.M);
+    // few rows at a time, so that whole lines of the cache are written
+    for (Size i = 0; i < t.rows; i += 4)
+        transpose(x.map + i, w, count, least(4, t.rows - i), c.map + (t.b * a.N + t.first + i) * a.M + j0, a.M);
 }
 
 static void normalize(float* row, Size n) {  // a row of zeros stays

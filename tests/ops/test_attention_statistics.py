@@ -37,7 +37,7 @@ from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_
 from vlattn_fast.reference.attention_statistics import attention_statistics as formulas
 from vlattn_fast.streaming import _tiles
 
-FAST = ("streaming", "triton")
+FAST = ("streaming", "cpu", "triton")
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
@@ -371,7 +371,7 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
         query, key = (torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(2))
         groups = torch.randint(-1, G, (length,))
         with LargestAllocation() as memory:
-            found = attention_statistics(query, key, key_groups=groups, num_groups=G)
+            found = attention_statistics(query, key, key_groups=groups, num_groups=G, backend="streaming")
             sum(getattr(found, name).sum() for name in STATISTICS).backward()
         return memory.bytes, memory.peak
 
@@ -381,7 +381,7 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     # as many groups as keys, few queries: membership as one (M,G) matrix would be the map again
     query, key = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2048, 4)
     with LargestAllocation() as memory:
-        attention_statistics(query, key, key_groups=torch.arange(2048))
+        attention_statistics(query, key, key_groups=torch.arange(2048), backend="streaming")
     assert memory.bytes <= 8 * (1 << 16), memory.by
 
 

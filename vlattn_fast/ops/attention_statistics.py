@@ -27,7 +27,7 @@ from vlattn_fast.ops._dispatch import Call, load, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.attention_statistics import AttentionStatistics
 
-BACKENDS = table("attention_statistics")
+BACKENDS = table("attention_statistics", cpu=lambda call: [])
 
 
 def attention_statistics(
@@ -62,7 +62,7 @@ def attention_statistics(
         key_mask: bool (B, M), True = a real token. Masked keys have no influence and gradient 0.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the scores; default 1/sqrt(D).
-        backend: "auto", "reference", "streaming", "triton" or "cuda".
+        backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
     Returns:
         AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),
@@ -105,7 +105,9 @@ def attention_statistics(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    query, key = autocast(query, *mask_padding(key_mask, key))
+    if chosen != "cpu":  # its kernels hide padding themselves
+        (key,) = mask_padding(key_mask, key)
+    query, key = autocast(query, key)
     if key_groups is not None:
         key_groups = key_groups.expand(key.shape[0], -1)
     if row_weight is not None:

@@ -1,0 +1,427 @@
+// What probes read off attention maps row by row: mass per group of keys, entropy, largest weight, received attention (VALUE, ECCV
+// 2020). Forward and backward.
+//
+// Bound: multiply-adds (D per entry forward, 4 D backward), then one exponential per entry. With x = logit - largest and e = exp(x) the
+// entropy is log(sum e) - (sum e x) / (sum e): no logarithm per entry. Backward, the one number that a row's softmax needs is a weighted
+// sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are sums over rows: see SumsOverRows.
+// Beyond MOST_KEYS keys the logits are made twice. Not yet measured: no row is stored.
+#include "attention.h"
+
+namespace ISA {
+
+// ---- sums over rows
+
+// The items, which are the tiles of all heads in order, are cut into one range for each task. `unit` items in a row add to the same
+// sums: those of a head, or of the heads that share a key head. A unit that begins in an earlier task's range is summed in `head`, any
+// other in `tail`; the parts of a unit are added in the order of the tasks, so that a call repeats its bits.
+struct SumsOverRows {
+    Size unit, floats;
+    float *head, *tail;  // of one task
+    void plan(Memory& memory) { head = memory.take(floats), tail = memory.take(floats); }
+};
+
+INLINE Tile item_tile(const Attention& a, Size item) {
+    const Size tiles = tiles_of(a), head = item / tiles;
+    return tile_at(a, head / a.H, head % a.H, item % tiles);
+}
+
+// start[n] is the first item of task n, start[tasks] the number of items. Shares are equal in entries of the map, not in tiles: under
+// the causal mask and with padding some tiles have few keys.
+static void cut(const Attention& a, Size tasks, Size* start) {
+    const Size tiles = tiles_of(a), items = a.B * a.H * tiles;
+    Size total = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+        Size work = 0, task = 0;
+        for (Size item = 0, visible = 0; item < items; ++item) {
+            if (item % (a.H * tiles) == 0) visible = visible_keys(a, item / (a.H * tiles));
+            const Tile t = item_tile(a, item);
+            for (; pass == 1 && work >= share(total, task, tasks); ++task) start[task] = item;
+            work += t.width * (t.keys(a, visible) + 1);
+        }
+        for (; pass == 1 && task <= tasks; ++task) start[task] = items;
+        total = work;
+    }
+}
+
+// Pass has: `a`, a Space with plan(pass, memory), sums(), add(space, tile, sums), finish(unit, sums).
+template <class Pass>
+struct StatisticsCall {
+    const Pass& pass;
+    Size tasks, floats;  // of a task's memory
+    Size* start;
+    float* memory;
+    SumsOverRows sums(Size task, Memory& rest) const {
+        SumsOverRows found = pass.sums();
+        rest.base = memory + task * floats;
+        found.plan(rest);
+        return found;
+    }
+};
+template <class Pass>
+static void add_items(StatisticsCall<Pass>& call, Size task) {
+    Memory memory;
+    const SumsOverRows sums = call.sums(task, memory);
+    typename Pass::Space space;
+    space.plan(call.pass, memory);
+    float* into = nullptr;
+    for (Size item = call.start[task]; item < call.start[task + 1]; ++item) {
+        if (item == call.start[task] || item % sums.unit == 0) {
+            into = item % sums.unit ? sums.head : sums.tail;
+            memset(into, 0, sums.floats * sizeof(float));
+        }
+        call.pass.add(space, item_tile(call.pass.a, item), into);
+        if (into == sums.tail && (item + 1) % sums.unit == 0) call.pass.finish(item / sums.unit, into);
+    }
+}
+template <class Pass>
+static void join(const StatisticsCall<Pass>& call) {
+    float* into = nullptr;
+    for (Size task = 0; task < call.tasks; ++task) {
+        const Size first = call.start[task], end = call.start[task + 1];
+        Memory memory;
+        const SumsOverRows sums = call.sums(task, memory);
+        if (first < end && first % sums.unit) {
+            for (Size n = 0; n < sums.floats; ++n) into[n] += sums.head[n];
+            if (round_up(first, sums.unit) <= end) call.pass.finish(first / sums.unit, into);
+        }
+        if (end / sums.unit * sums.unit >= first && end % sums.unit) into = sums.tail;
+    }
+}
+template <class Pass>
+static Size run_pass(const Pass& pass) {
+    const Size items = pass.a.B * pass.a.H * tiles_of(pass.a);
+    if (items == 0) return DONE;
+    StatisticsCall<Pass> call = {pass, least(thread_count(), items), 0, nullptr, nullptr};
+    Memory counted, memory;
+    SumsOverRows sums = pass.sums();
+    typename Pass::Space space;
+    sums.plan(counted), space.plan(pass, counted);
+    call.floats = counted.used;
+    memory.take(2 * (call.tasks + 1)), memory.take(call.tasks * call.floats);
+    if (!memory.allocate()) return NO_MEMORY;
+    call.start = (Size*)memory.take(2 * (call.tasks + 1)), call.memory = memory.take(call.tasks * call.floats);
+    cut(pass.a, call.tasks, call.start);
+    run(call.tasks, call, add_items<Pass>);
+    join(call);
+    memory.release();
+    return DONE;
+}
+
+// ---- what forward and backward share
+
+struct KeyGroups {
+    const int64_t* index;  // (B, M); null for none. An index out of range belongs to no group.
+    Size stride_b, stride_m, count;
+    // where the rows of the keys' groups begin in a matrix of `width` columns; its last row, number `count`, is that of no group
+    void rows(Size b, Size j0, Size keys, Size width, Size* to) const {
+        for (Size j = 0; j < keys; ++j) {
+            const Size g = index ? index[b * stride_b + (j0 + j) * stride_m] : count;
+            to[j] = (g >= 0 && g < count ? g : count) * width;
+        }
+    }
+};
+
+struct RowWeight {
+    const float* data;  // (B, N); null: 1
+    Size stride_b, stride_n;
+    float at(Size b, Size n) const { return data ? data[b * stride_b + n * stride_n] : 1.f; }
+};
+
+// One thread's logits of a tile, and what its rows sum up; all (LANES) but S
+struct StatisticsRows {
+    Keys keys;
+    float *query, *transposed;  // (LANES, stride), (D, width): query rows times the scale
+    float *S, *mask;
+    float *largest, *total, *weighted;  // of the logits; sum e; sum e w with the weights w of `sweep`
+    float *received, *weight, *factor;  // sum e grad_received; the row's weight, and 0 beyond the tile; 1 / total, 0 if masked
+    int32_t* argmax;
+    Size* group;  // (keys of a block)
+    Size stride;
+    void plan(const Attention& a, Memory& memory) {
+        keys.plan(a, memory);
+        stride = round_up(a.D, VL);
+        query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
+        S = memory.take(LANES * a.key_block()), mask = memory.take(2 * GROUP * LANES);
+        largest = memory.take(LANES), total = memory.take(LANES), weighted = memory.take(LANES);
+        received = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
+        argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
+    }
+    void load(const Attention& a, const Tile& t, const RowWeight& w) {
+        load_tile(a.query, a.dtype, t, a.D, (float)a.scale, query, stride, transposed);
+        for (Size i = 0; i < t.width; ++i) {
+            largest[i] = -INFINITY, total[i] = weighted[i] = received[i] = 0, argmax[i] = -1;
+            weight[i] = i < t.rows ? w.at(t.b, t.first + i) : 0.f;
+        }
+    }
+    // S = the logits of the keys [j0, j0 + count); 0 beyond the tile's rows, so that no NaN of theirs reaches a sum over rows
+    void logits(const Attention& a, const Tile& t, Size j0, Size count) {
+        load_keys(a, keys, t.b, t.h / a.group(), j0, count);
+        product<false>(count, t.width, a.D, keys.key, keys.key_stride, transposed, t.width, S, t.width, false);
+        mask_tile(a, t, j0, count, S, mask);
+        for (Size j = 0; t.rows < t.width && j < count; ++j) memset(S + j * t.width + t.rows, 0, (t.width - t.rows) * sizeof(float));
+    }
+};
+
+// The gradients of the probabilities of a tile
+struct StatisticsCotangents {
+    float *mass, *slope;    // (groups + 1, width), minus that of the entropy (LANES)
+    const float* received;  // (keys of the block)
+    // but for a number that is the same for a whole row, which softmax's gradient does not see
+    Vector at(Size group, Size i, Size j, Vector x, Vector weight) const {
+        return load(slope + i) * x + load(mass + group + i) + weight * splat(received[j]);
+    }
+};
+
+static const float LOWEST = -87.33f;  // where exp is 0: there x is bounded, since 0 * Inf is NaN
+
+// The keys [j0, j0 + count) are taken up in a tile's sums. E becomes e^(logit - largest); it may be S. The weights of e are x, or
+// backward what `d` says.
+template <bool BACKWARD>
+static void sweep(const StatisticsRows& r, Size j0, Size count, Size w, const StatisticsCotangents* d, float* E) {
+    const Vector nothing = splat(-INFINITY), lowest = splat(LOWEST);
+    for (Size i = 0; i < w; i += VL) {
+        const Vector before = load(r.largest + i), weight = load(r.weight + i);
+        Vector top = before;
+        Size j = 0;
+        for (; j + 4 <= count; j += 4) {
+            const float* s = r.S + j * w + i;
+            top = maximum(top, maximum(maximum(load(s), load(s + w)), maximum(load(s + 2 * w), load(s + 3 * w))));
+        }
+        for (; j < count; ++j) top = maximum(top, load(r.S + j * w + i));
+        const Vector shift = top == nothing ? Vector{} : top;
+        const Vector moved = maximum(lowest, before - shift), by = exp_negative(before - shift);
+        Vector total = load(r.total + i) * by, received = load(r.received + i) * by;
+        Vector weighted = (load(r.weighted + i) + (BACKWARD ? load(d->slope + i) : splat(1.f)) * load(r.total + i) * moved) * by;
+        Integers found = Integers{} + INT32_MAX;
+        for (Size chunk = 0; chunk < count; chunk += SHORT_SUM) {
+            Vector some = Vector{}, some_weighted = Vector{}, some_received = Vector{};
+            for (j = chunk; j < least(chunk + SHORT_SUM, count); ++j) {
+                const Vector x = load(r.S + j * w + i) - shift, e = exp_negative(x), bounded = maximum(lowest, x);
+                store(E + j * w + i, e);
+                some += e;
+                if (BACKWARD) {
+                    some_weighted += e * d->at(r.group[j], i, j, bounded, weight);
+                    some_received += e * splat(d->received[j]);
+                } else {
+                    some_weighted += e * bounded;
+                    const Integers here = x == Vector{} ? Integers{} + (int32_t)j : Integers{} + INT32_MAX;
+                    found = here < found ? here : found;
+                }
+            }
+            total += some, weighted += some_weighted, received += some_received;
+        }
+        if (!BACKWARD) {
+            Integers argmax;
+            memcpy(&argmax, r.argmax + i, sizeof argmax);
+            argmax = top > before ? found + (int32_t)j0 : argmax;
+            memcpy(r.argmax + i, &argmax, sizeof argmax);
+        }
+        store(r.largest + i, top), store(r.total + i, total), store(r.weighted + i, weighted), store(r.received + i, received);
+    }
+}
+// After the last sweep: factor, and `largest` becomes what the exponentials are shifted by
+static void finish_sweeps(const StatisticsRows& r, Size w) {
+    for (Size i = 0; i < w; ++i) {
+        const bool masked = r.largest[i] == -INFINITY && r.total[i] == 0;
+        r.factor[i] = masked ? 0.f : 1.f / r.total[i];
+        if (masked) r.largest[i] = 0;
+    }
+}
+
+// ---- forward
+
+struct StatisticsForward {
+    Attention a;
+    KeyGroups groups;
+    RowWeight weight;
+    float *mass, *entropy, *maximum;  // (B, H, N, G), (B, H, N), (B, H, N)
+    int64_t* argmax;                  // (B, H, N)
+    float* received;                  // (B, H, M)
+
+    struct Space {
+        StatisticsRows lanes;
+        float* mass;  // (G + 1, width)
+        void plan(const StatisticsForward& c, Memory& memory) {
+            lanes.plan(c.a, memory);
+            mass = memory.take((c.groups.count + 1) * LANES);
+        }
+    };
+    // received attention: a vector for each key, whose lanes are added at the end
+    SumsOverRows sums() const { return {tiles_of(a), a.M * VL, nullptr, nullptr}; }
+    void finish(Size head, const float* x) const {
+        for (Size j = 0; j < a.M; ++j) received[head * a.M + j] = sum(load(x + j * VL));
+    }
+    void add(Space& space, const Tile& t, float* sums) const;
+};
+
+// Entropy, largest weight and where it is, of the rows of a tile
+static void store_rows(const StatisticsForward& c, const StatisticsRows& r, const Tile& t) {
+    const Size at = (t.b * c.a.H + t.h) * c.a.N + t.first;
+    for (Size i = 0; i < t.rows; ++i) {
+        const float factor = r.factor[i];
+        c.entropy[at + i] = factor == 0 ? 0.f : logf(r.total[i]) - r.weighted[i] * factor;
+        c.maximum[at + i] = factor;
+        c.argmax[at + i] = factor == 0 ? -1 : factor != factor ? 0 : r.argmax[i];  // of NaN the first
+    }
+}
+// S = e^(logit - largest), once more
+static void exponentials(const StatisticsRows& r, Size count, Size w) {
+    for (Size i = 0; i < w; i += VL) {
+        const Vector shift = load(r.largest + i);
+        for (Size n = i; n < count * w; n += w) store(r.S + n, exp_negative(load(r.S + n) - shift));
+    }
+}
+// mass (groups, width) += the sums of e over the keys of each group
+static void add_mass(const float* E, const Size* group, Size count, Size w, float* mass) {
+    for (Size i = 0; i < w; i += VL)
+        for (Size j = 0; j < count;) {
+            const Size first = j, to = group[j];
+            Vector some = Vector{};
+            for (; j < count && j < first + SHORT_SUM && group[j] == to; ++j) some += load(E + j * w + i);
+            store(mass + to + i, load(mass + to + i) + some);
+        }
+}
+// sums (keys, VL) += e times the row's weight
+static void add_received(const float* E, Size count, Size w, const float* weight, float* sums) {
+    for (Size j = 0; j < count; ++j) {
+        Vector some = load(sums + j * VL);
+        for (Size i = 0; i < w; i += VL) some += load(E + j * w + i) * load(weight + i);
+        store(sums + j * VL, some);
+    }
+}
+
+void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
+    StatisticsRows& r = space.lanes;
+    const Size w = t.width, block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b));
+    r.load(a, t, weight);
+    for (Size j0 = 0; j0 < keys; j0 += block) {
+        const Size count = least(block, keys - j0);
+        r.logits(a, t, j0, count);
+        sweep<false>(r, j0, count, w, nullptr, r.S);
+    }
+    finish_sweeps(r, w);
+    store_rows(*this, r, t);
+    for (Size i = 0; i < w; ++i) r.weight[i] *= r.factor[i];
+    memset(space.mass, 0, (groups.count + 1) * w * sizeof(float));
+    for (Size j0 = 0; j0 < keys; j0 += block) {
+        const Size count = least(block, keys - j0);
+        if (a.M > MOST_KEYS) {
+            r.logits(a, t, j0, count);
+            exponentials(r, count, w);
+        }
+        if (groups.count > 0) {
+            groups.rows(t.b, j0, count, w, r.group);
+            add_mass(r.S, r.group, count, w, space.mass);
+        }
+        add_received(r.S, count, w, r.weight, sums + j0 * VL);
+    }
+    scale_rows(space.mass, groups.count, w, r.factor);
+    transpose(space.mass, w, groups.count, t.rows, mass + ((t.b * a.H + t.h) * a.N + t.first) * groups.count, groups.count);
+}
+
+static Size attention_statistics_forward(const StatisticsForward& c) { return run_pass(c); }
+
+// ---- backward
+
+struct StatisticsBackward {
+    Attention a;
+    KeyGroups groups;
+    RowWeight weight;
+    const int64_t* argmax;                                    // (B, H, N)
+    const float *d_mass, *d_entropy, *d_maximum, *d_received;  // as the outputs; null for none
+    Rows d_query, d_key;
+    float* d_weight;  // (B, H, N); null for none
+
+    struct Space {
+        StatisticsRows lanes;
+        float *mass, *slope;     // StatisticsCotangents
+        float *maximum, *zeros;  // (LANES), (keys of a block)
+        float *E, *d_query;      // (keys, width), (D, width)
+        void plan(const StatisticsBackward& c, Memory& memory) {
+            lanes.plan(c.a, memory);
+            mass = memory.take((c.groups.count + 1) * LANES), slope = memory.take(LANES);
+            maximum = memory.take(LANES), zeros = memory.take(c.a.key_block());
+            E = memory.take(LANES * c.a.key_block()), d_query = memory.take(LANES * c.a.D);
+        }
+    };
+    Size stride() const { return round_up(a.D, VL); }
+    SumsOverRows sums() const { return {a.group() * tiles_of(a), a.M * stride(), nullptr, nullptr}; }
+    void finish(Size head, const float* x) const {
+        for (Size j = 0; j < a.M; ++j)
+            narrow(x + j * stride(), a.D, a.dtype, (void*)element(d_key.data, a.dtype, d_key.at(head / a.Hkv, head % a.Hkv, j)));
+    }
+    void add(Space& space, const Tile& t, float* sums) const;
+};
+
+static void load_cotangents(const StatisticsBackward& c, StatisticsBackward::Space& x, const Tile& t) {
+    const Size at = (t.b * c.a.H + t.h) * c.a.N + t.first, G = c.groups.count;
+    for (Size i = 0; i < t.width; ++i) {
+        x.slope[i] = c.d_entropy && i < t.rows ? -c.d_entropy[at + i] : 0.f;
+        x.maximum[i] = c.d_maximum && i < t.rows ? c.d_maximum[at + i] : 0.f;
+    }
+    memset(x.mass, 0, (G + 1) * t.width * sizeof(float));
+    if (c.d_mass) transpose(c.d_mass + at * G, G, t.rows, G, x.mass, t.width);
+    memset(x.zeros, 0, c.a.key_block() * sizeof(float));
+}
+// E = the gradient of the logits, from E = e^(logit - largest), which is made once more with AGAIN. `r.weighted` is sum P dP.
+template <bool AGAIN>
+static void logit_gradients(const StatisticsRows& r, Size count, Size w, const StatisticsCotangents& d, float* E) {
+    const Vector lowest = splat(LOWEST);
+    for (Size i = 0; i < w; i += VL) {
+        const Vector shift = load(r.largest + i), factor = load(r.factor + i), mean = load(r.weighted + i), weight = load(r.weight + i);
+        const Integers masked = factor == Vector{};
+        for (Size j = 0; j < count; ++j) {
+            const Vector x = load(r.S + j * w + i) - shift, e = AGAIN ? exp_negative(x) : load(E + j * w + i);
+            const Vector gradient = e * factor * (d.at(r.group[j], i, j, maximum(lowest, x), weight) - mean);
+            store(E + j * w + i, masked ? Vector{} : gradient);
+        }
+    }
+}
+
+void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
+    StatisticsRows& r = space.lanes;
+    const Size w = t.width, block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b)), head = t.b * a.H + t.h;
+    StatisticsCotangents d = {space.mass, space.slope, nullptr};
+    const auto take = [&](Size j0, Size count) {  // the logits and the cotangents of the keys [j0, j0 + count)
+        r.logits(a, t, j0, count);
+        groups.rows(t.b, j0, count, w, r.group);
+        d.received = d_received ? d_received + head * a.M + j0 : space.zeros;
+    };
+    r.load(a, t, weight);
+    load_cotangents(*this, space, t);
+    for (Size j0 = 0; j0 < keys; j0 += block) {
+        const Size count = least(block, keys - j0);
+        take(j0, count);
+        sweep<true>(r, j0, count, w, &d, space.E);
+    }
+    finish_sweeps(r, w);
+    for (Size i = 0; i < w; ++i) {
+        // the largest weight is `factor`
+        r.weighted[i] = (r.weighted[i] + space.maximum[i]) * r.factor[i];
+        space.maximum[i] *= r.factor[i];
+        if (d_weight && i < t.rows) d_weight[head * a.N + t.first + i] = r.factor[i] == 0 ? 0.f : r.received[i] * r.factor[i];
+    }
+    memset(space.d_query, 0, a.D * w * sizeof(float));
+    for (Size j0 = 0; j0 < keys; j0 += block) {
+        const Size count = least(block, keys - j0);
+        if (a.M > MOST_KEYS) {
+            take(j0, count);
+            logit_gradients<true>(r, count, w, d, space.E);
+        } else {
+            logit_gradients<false>(r, count, w, d, space.E);
+        }
+        for (Size i = 0; i < t.rows; ++i) {
+            const Size j = argmax[head * a.N + t.first + i] - j0;
+            if (j >= 0 && j < count) space.E[j * w + i] += space.maximum[i];
+        }
+        product<true>(a.D, w, count, r.keys.key, r.keys.key_stride, space.E, w, space.d_query, w, true);
+        product<false>(count, stride(), w, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);
+    }
+    store_tile(space.d_query, t, a.D, (float)a.scale, d_query, a.dtype, r.query);
+}
+
+static Size attention_statistics_backward(const StatisticsBackward& c) { return run_pass(c); }
+
+}  // namespace ISA
+OPERATOR(attention_statistics_forward, StatisticsForward)
+OPERATOR(attention_statistics_backward, StatisticsBackward)
