@@ -127,7 +127,18 @@ def test_features_with_a_common_part(direction: str, backend: str) -> None:
     check(backend, as_dtype(inputs, torch.float32), direction=direction)
 
 
-@each("case", streaming=product(FIRST_NORMS, (F64, torch.float32)), cpu=product(FIRST_NORMS, (torch.float32,)), triton=product(FIRST_NORMS, (torch.float32,)))
+@on(*FAST)
+def test_one_context(backend: str) -> None:
+    """Its mean is itself, and the queries have no part of it in common."""
+    check(backend, tensors((2, 1), 63, 1, 65, torch.float32), direction="i2t", first_norm=None)
+
+
+@each(
+    "case",
+    streaming=product(FIRST_NORMS, (F64, torch.float32)),
+    cpu=product(FIRST_NORMS, (torch.float32,)),
+    triton=product(FIRST_NORMS, (torch.float32,)),
+)
 def test_zero_vectors(backend: str, case: tuple[str | None, torch.dtype]) -> None:
     first_norm, dtype = case
     inputs = tensors((2, 4), 4, 3, 12, dtype)

@@ -6,8 +6,8 @@ of the products. Both sums cancel where a_q is short, and would be less accurate
 G and all maps are float64, which costs little beside the products over features; and the uniform part of alpha, which cancels
 where the contexts lie around zero, is taken by their mean: <q, a_q> = <q, mean> + sum_c (alpha_qc - 1/m) s_qc.
 The backward pass recomputes each tile; only the inputs are saved. The gradient of a cosine is what is left of two vectors along q
-and a, and features have a large part in common: so products over features take the rows less their common mean, in the inputs'
-dtype, and the coefficients of that mean are summed in the dtype of the maps, where they cancel without loss.
+and a, which cancel where features have a large part in common. So products over features take the rows less the contexts' mean in
+the inputs' dtype, and the coefficients of that mean are summed in the dtype of the maps, where they cancel without loss.
 
 Shapes: a tile has x context sets of m contexts and y query sets of n queries; maps are (x, y, n, m).
 """
@@ -227,9 +227,11 @@ class _Tile:
         if direct is not None:
             grad_score = torch.cat([grad_score + direct, grad_dot], dim=-1)
         flat = grad_score.permute(1, 2, 0, 3).to(self.query.dtype).reshape(query.shape[0] * query.shape[1], -1)
-        less_common = (self.query - contexts.common).flatten(0, 1)
-        contexts.grad_rows += (flat.mT @ less_common).view_as(contexts.rows)
-        contexts.grad_common += grad_score.sum((1, 2))
+        # the queries may not have it: of few contexts the mean is not near 0 either
+        common = contexts.common
+        shared = self.query.mean((0, 1)) @ common > 0.5 * common.square().sum()
+        contexts.grad_rows += (flat.mT @ (self.query - torch.where(shared, common, 0.0)).flatten(0, 1)).view_as(contexts.rows)
+        contexts.grad_common += torch.where(shared, grad_score.sum((1, 2)), 0.0)
         grad_query = grad_query + grad_score.sum((0, 3))[..., None] * contexts.common
         return (grad_query + (flat @ contexts.less_common.flatten(0, 1)).view_as(query)).to(self.query.dtype)
 
