@@ -52,6 +52,7 @@ struct Workspace {
 
 struct Job {
     const StackedCrossAttention& c;
+    Size threads;
     Rows32 query, context;
     Size *blocks, num_blocks;  // block b: query sets [blocks[b], blocks[b + 1])
     float* norm_q;             // of all query rows
@@ -324,7 +325,7 @@ static void queries_task(Job& job, Size) {
 
 static void pack_task(Job& job, Size task) {
     const StackedCrossAttention& c = job.c;
-    const Size features = job.features(), tasks = thread_count();
+    const Size features = job.features(), tasks = job.threads;
     for (int side = 0; side < 2; ++side) {
         const Sets& sets = side ? c.context : c.query;
         const Rows32& rows = side ? job.context : job.query;
@@ -380,8 +381,9 @@ static void plan_workspace(const Job& job, bool backward, Memory& memory, Worksp
     w.cosine = memory.take(rows + GROUP), w.weight = memory.take(rows + GROUP);
 }
 
-static bool prepare(Job& job, Memory& lists, Memory& memory, Size threads, bool backward) {
+static bool prepare(Job& job, Memory& lists, Memory& memory, bool backward) {
     const StackedCrossAttention& c = job.c;
+    const Size threads = job.threads;
     for (int pass = 0; pass < 2; ++pass) {
         if (pass == 1 && !lists.allocate()) return false;
         place(c, c.query, true, lists, job.query);
@@ -408,22 +410,21 @@ static bool prepare(Job& job, Memory& lists, Memory& memory, Size threads, bool 
     return true;
 }
 
-static void start(Job& job, Size threads, void (*task)(Job&, Size)) {
+static void start(Job& job, void (*task)(Job&, Size)) {
     job.next = 0;
-    run(threads, job, task);
+    run(job.threads, job, task);
 }
 
 static Size stacked_cross_attention(const StackedCrossAttention& c, bool backward) {
-    const Size threads = thread_count();
-    Job job = {c, {}, {}, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, 0};
+    Job job = {c, thread_count(), {}, {}, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, 0};
     Memory lists, memory;
-    const bool ready = prepare(job, lists, memory, threads, backward);
-    if (ready && !backward) start(job, threads, forward_task);
+    const bool ready = prepare(job, lists, memory, backward);
+    if (ready && !backward) start(job, forward_task);
     if (ready && backward)
         for (const Size step = job.sets;; job.first += step) {  // once where there is no context set: the queries' gradients are zeros
             job.sets = least(step, c.context.count - job.first);
-            start(job, threads, contexts_task);
-            start(job, threads, queries_task);
+            start(job, contexts_task);
+            start(job, queries_task);
             if (job.first + job.sets >= c.context.count) break;
         }
     lists.release(), memory.release();
