@@ -205,10 +205,10 @@ static void online_softmax(float* S, Size count, Size w, bool first, float* larg
 }
 
 // Of finished rows: shift and factor, and the log-sum-exp where it is wanted. `largest` and `total` may be those of `s`.
-static void finish_rows(const float* largest, const float* total, Size rows, Size w, const Statistics& s, float* lse) {
+static void finish_rows(const float* largest, const float* total, Size rows, Size w, const Statistics& s, double* lse) {
     for (Size i = 0; i < w; ++i) {
         const bool masked = largest[i] == -INFINITY && total[i] == 0.f;
-        if (lse && i < rows) lse[i] = masked ? -INFINITY : largest[i] + logf(total[i]);
+        if (lse && i < rows) lse[i] = masked ? -INFINITY : largest[i] + log((double)total[i]);
         const float factor = masked ? 0.f : 1.f / total[i];
         s.shift[i] = masked ? 0.f : largest[i], s.factor[i] = factor;
     }

@@ -99,7 +99,7 @@ struct Forward {
     Score score;
     Dropout dropout;
     Rows out;
-    float* lse;  // (B, H, N)
+    double* lse;  // (B, H, N); rounded to float32 it would not give P = e^(logit - lse) as exactly as a softmax
 };
 
 // Items of work: the tiles of all query heads, those of a key head one after the other

@@ -1,8 +1,8 @@
 // The core scores of vlattn_fast/scores.py on tiles: logits of a block of keys by query rows, and the way back.
 //
 // Dot products are tile products and, for some, an activation. Scores that are sums over hidden units,
-// sum_a u_a f(z_a) with z = q + k or q k, use f(z) = 1 - B r with r = 1 / (1 + e^(cz)): tanh has B = c = 2, the sigmoid B = c = 1. Four
-// units share one division. Here a vector holds keys, not query rows: so the gradient of a query row is summed over the keys in registers.
+// sum_a u_a f(z_a) with z = q + k or q k, use f(z) = 1 - c r with r = 1 / (1 + e^(cz)): c = 2 is tanh, c = 1 the sigmoid. Four units
+// share one division. Here a vector holds keys, not query rows: so the gradient of a query row is summed over the keys in registers.
 #pragma once
 #include "attention.h"
 
@@ -106,8 +106,8 @@ INLINE Vector denominator(float q, Vector k, float c) {
 }
 
 struct Units {
-    Size count;        // hidden units, a multiple of 4: the rest has weight 0
-    float c, B;        // of f
+    Size count;  // hidden units, a multiple of 4: the rest has weight 0
+    float c;     // of f
     const float* weight;
 };
 
@@ -129,7 +129,7 @@ INLINE void unit_scores_block(const Units& u, Size rows, const float* Q, const f
                 total[n] += (n01 * d23 + n23 * d01) / (d01 * d23);
             }
         }
-        for (int n = 0; n < VECTORS; ++n) store(S + i * ld + n * VL, base - u.B * total[n]);
+        for (int n = 0; n < VECTORS; ++n) store(S + i * ld + n * VL, base - u.c * total[n]);
     }
 }
 template <int POLICY>
@@ -141,8 +141,8 @@ static void unit_scores(const Units& u, Size rows, const float* Q, const float* 
     for (; j < ld; j += VL) unit_scores_block<POLICY, 1>(u, rows, Q, K + j, ld, base, S + j);
 }
 
-// From G (rows, ld), the gradient of the scores: by_query (rows, count) and by_key (count, ld) get G (r - r^2), times k and q for z = q k;
-// by_weight (count) gets the sum of G r.
+// From G (rows, ld), the gradient of the scores: by_query (rows, count) and by_key (count, ld) get G f'(z), times k and q for z = q k;
+// by_weight (count) gets the sum of G f.
 template <int POLICY, int ROWS>
 INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const float* K, Size ld, const float* G, float* by_query, float* by_key,
                                Vector* by_weight, Size first, Size last) {
@@ -157,14 +157,16 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
         for (int i = 0; i < ROWS; ++i) {
             const float* q = Q + i * u.count + a;
             const Vector g = load(G + i * ld + j);
-            const Vector d0 = denominator<POLICY>(q[0], k[0], u.c), d1 = denominator<POLICY>(q[1], k[1], u.c);
-            const Vector d2 = denominator<POLICY>(q[2], k[2], u.c), d3 = denominator<POLICY>(q[3], k[3], u.c);
-            const Vector d01 = d0 * d1, d23 = d2 * d3, all = 1.f / (d01 * d23), r01 = all * d23, r23 = all * d01;
-            const Vector r[4] = {r01 * d1, r01 * d0, r23 * d3, r23 * d2};
+            Vector d[4];
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) d[n] = denominator<POLICY>(q[n], k[n], u.c);
+            const Vector d01 = d[0] * d[1], d23 = d[2] * d[3], all = 1.f / (d01 * d23), r01 = all * d23, r23 = all * d01;
+            const Vector r[4] = {r01 * d[1], r01 * d[0], r23 * d[3], r23 * d[2]};
 #pragma GCC unroll 4
             for (int n = 0; n < 4; ++n) {
-                const Vector x = g * (r[n] - r[n] * r[n]);
-                by_w[n] += g * r[n];
+                // f and its slope from f itself: 1 - c r and r - r^2 have the rounding of r where z is small
+                const Vector f = (d[n] - u.c) * r[n], x = g * ((u.c - 1.f) + f * ((2.f - u.c) - f));
+                by_w[n] += g * f;
                 by_q[i][n] += POLICY == PRODUCT ? x * k[n] : x;
                 by_k[n] += POLICY == PRODUCT ? x * splat(q[n]) : x;
             }
@@ -196,7 +198,8 @@ struct UnitTile {
     Units units;
     Size ld;                // keys of the block, rounded up to VL
     float *weight;          // (count)
-    float *key, *by_key;    // (count, ld): k, later e^(ck); the gradient
+    float *key;             // (count, ld): k, later e^(ck)
+    float *by_key, *by_key_tile;  // (count, ld): the gradient of the tiles so far, and that of one tile: a sum of short sums
     float *key_largest, *key_extent;  // (count) of k and of |k|
     float *query;           // (LANES, count): q, or e^(cq)
     float *by_query, *by_weight;
@@ -209,13 +212,14 @@ struct UnitTile {
         const Size n = padded(a.D), wide = round_up(a.key_block(), VL);
         weight = memory.take(n), key_largest = memory.take(n), key_extent = memory.take(n);
         key = memory.take(n * wide), query = memory.take(LANES * n), scores = memory.take(LANES * wide);
-        by_key = backward ? memory.take(n * wide) : nullptr, by_query = backward ? memory.take(LANES * n) : nullptr;
+        by_key = backward ? memory.take(n * wide) : nullptr, by_key_tile = backward ? memory.take(n * wide) : nullptr;
+        by_query = backward ? memory.take(LANES * n) : nullptr;
         by_weight = backward ? memory.take(n) : nullptr;
     }
     void load_head(const Score& score, const Attention& a, Size head) {
         const float factor = score.kind == HADAMARD_SIGMOID ? 1.f : 2.f;
         for (Size n = 0; n < padded(a.D); ++n) weight[n] = n < a.D ? score.vector[head * a.D + n] : 0.f;
-        units = {padded(a.D), factor, factor, weight};
+        units = {padded(a.D), factor, weight};
     }
     void load_keys(const Attention& a, const Keys& keys, Size count) {
         ld = round_up(count, VL), exponentials = false;
@@ -261,29 +265,23 @@ struct UnitTile {
         transpose(scores, ld, width, count, S, width);
         for (Size i = 0; i < count * width; i += VL) store(S + i, load(S + i) * splat(scale));
     }
-    // From the gradient of the logits G (count, width): by_query is set, by_key and by_weight are added to, as unit_gradient has them.
-    // Returns the sum of the gradient of the scores.
-    float backward(float scale, Size count, Size width, const float* G) {
-        Vector total = Vector{};
+    // From the gradient of the logits G (count, width): by_query is set, by_key and by_weight are added to, as unit_gradient has them
+    void backward(float scale, Size count, Size width, const float* G) {
         transpose(G, width, count, width, scores, ld);
         for (Size i = 0; i < width; ++i) {
             for (Size j = count; j < ld; ++j) scores[i * ld + j] = 0;
-            for (Size j = 0; j < ld; j += VL) {
-                const Vector g = load(scores + i * ld + j) * splat(scale);
-                store(scores + i * ld + j, g);
-                total += g;
-            }
+            for (Size j = 0; j < ld; j += VL) store(scores + i * ld + j, load(scores + i * ld + j) * splat(scale));
         }
+        memset(by_key_tile, 0, units.count * ld * sizeof(float));
         memset(by_query, 0, width * units.count * sizeof(float));
         switch (policy) {
-            case FACTORED: unit_gradient<FACTORED>(units, width, query, key, ld, scores, by_query, by_key, by_weight); break;
-            case CLAMPED: unit_gradient<CLAMPED>(units, width, query, key, ld, scores, by_query, by_key, by_weight); break;
-            case SUM: unit_gradient<SUM>(units, width, query, key, ld, scores, by_query, by_key, by_weight); break;
-            case PRODUCT: unit_gradient<PRODUCT>(units, width, query, key, ld, scores, by_query, by_key, by_weight); break;
+            case FACTORED: unit_gradient<FACTORED>(units, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+            case CLAMPED: unit_gradient<CLAMPED>(units, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+            case SUM: unit_gradient<SUM>(units, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+            case PRODUCT: unit_gradient<PRODUCT>(units, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
         }
-        return sum(total);
+        for (Size i = 0; i < units.count * ld; i += VL) store(by_key + i, load(by_key + i) + load(by_key_tile + i));
     }
-    float slope(Size unit) const { return weight[unit] * units.c * units.B; }  // dS/dz = u B c (r - r^2)
 };
 
 }  // namespace ISA

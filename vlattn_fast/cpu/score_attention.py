@@ -39,13 +39,13 @@ def forward(
     dropout_p: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N)."""
+    """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N) float64."""
     key, value = _same_heads(key, value)
     query, key, value = unit_strides(query, key, value)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
     vector = None if vector is None else vector.to(torch.float32).contiguous()
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float64)
     _forward(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
         *(KINDS[score], parameter, pointer(vector)),

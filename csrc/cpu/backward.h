@@ -1,0 +1,499 @@
+// The backward pass of attention, and relevancy inside it: r Abar takes P and dP from the registers that hold them anyway.
+//
+// A thread takes tiles of query rows of one key head after the other, and adds up that head's gradients of keys and values. Where the
+// keys are one block, each tile finds its own statistics: exact for any logits. Else blocks of keys are the outer loop, so that
+// gradients of a block of keys stay in cache, and the statistics come from the log-sum-exp of the forward pass, as in FlashAttention.
+#pragma once
+#include "forward.h"
+
+namespace ISA {
+
+// What r Abar needs: Abar = mean over heads of max(P dP, 0), or of P.
+struct Relevancy {
+    const float* rows;  // (B, T, N) r, or null
+    Size T, is_gradient, row_normalize;
+    const float* direct;  // (B, T, M): what is added to r Abar, or null
+    float* result;        // (B, T, M)
+};
+
+struct Backward {
+    Attention a;
+    Score score;
+    Dropout dropout;
+    Rows grad_out, out;     // grad_out may be null for Abar = mean P
+    const double* lse;      // (B, H, N) natural log-sum-exp
+    Size lse_counts;        // 1: it may count keys that are not here, so P is what it says; 2: there is none
+    const float* grad_lse;  // (B, H, N) or null
+    Rows grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
+    float* grad_vector;     // (H, D) or null
+    Relevancy relevancy;
+};
+
+// ---- which thread takes what
+
+// Items: tiles of query rows, key head by key head. A key head that one thread has alone is written by it; of a shared one each thread
+// keeps its part, and the parts are added in the order of the threads.
+struct Shares {
+    Size items, tasks, unit;  // unit: items of one key head, or of one sample
+    Size first(Size task) const { return share(items, task, tasks); }
+    Size first_unit(Size task) const { return first(task) / unit; }
+    Size last_unit(Size task) const { return (first(task + 1) - 1) / unit; }
+    bool has_alone(Size task, Size n) const { return first(task) <= n * unit && (n + 1) * unit <= first(task + 1); }
+    // only the first and the last unit of a task can be shared
+    bool has_any_alone(Size task) const {
+        const Size n0 = first_unit(task), n1 = last_unit(task);
+        return n1 - n0 > 1 || has_alone(task, n0) || has_alone(task, n1);
+    }
+    Size shared(Size task) const {
+        const Size n0 = first_unit(task), n1 = last_unit(task);
+        return !has_alone(task, n0) + (n1 > n0 && !has_alone(task, n1));
+    }
+    // the place of a task's part of the shared unit n among all such parts; slot(tasks, 0): their number
+    Size slot(Size task, Size n) const {
+        Size count = 0;
+        for (Size p = 0; p < task; ++p) count += shared(p);
+        return count + (task < tasks && n > first_unit(task) && !has_alone(task, first_unit(task)));
+    }
+};
+
+struct BackwardCall {
+    const Backward& c;
+    Shares heads, samples;
+    float *key_parts, *value_parts, *relevancy_parts, *vector_parts;  // parts of shared units, by slot; of the vector, by task
+    float* row_sums;    // (B, H, N) sums of max(P dP, 0) or P over the keys, for row_normalize
+    bool sums_rows;     // this pass only finds them
+    Size key_stride, value_stride;  // D and Dv rounded up to VL
+    bool failed;
+    bool inputs() const { return c.grad_query.data && !sums_rows; }
+    // whether a tile has all keys at once and finds its statistics itself
+    bool at_once() const { return c.a.M <= c.a.key_block() && c.lse_counts != 1; }
+};
+
+// ---- one thread's memory
+
+struct Gradients {
+    Logits logits;
+    float *out_rows, *out_transposed;  // cotangents of a tile: (LANES, value_stride), (Dv, width)
+    float *S, *dP, *kept, *dropped;    // tiles: P; dP, then dS; what scores.h keeps; P after dropout
+    float *query, *key, *value;        // gradients: (tiles, D, LANES) or one tile, (M, key_stride), (M, value_stride)
+    float *shift, *factor, *delta, *cosine_query, *cosine_key, *rows, *result, *scratch, *vector;
+
+    void plan(const BackwardCall& call, Size task, Memory& memory) {
+        const Backward& c = call.c;
+        const Attention& a = c.a;
+        const bool inputs = call.inputs();
+        const Size block = a.key_block(), tiles = call.at_once() ? 1 : tiles_of(a);
+        logits.plan(a, c.score, memory, inputs);
+        S = logits.S;
+        out_rows = memory.take(LANES * call.value_stride), out_transposed = memory.take(LANES * a.Dv);
+        dP = memory.take(block * LANES);
+        kept = c.score.bends() && !c.score.sums_units() ? memory.take(block * LANES) : nullptr;
+        dropped = c.dropout.probability > 0 ? memory.take(block * LANES) : nullptr;
+        query = inputs ? memory.take(tiles * LANES * a.D) : nullptr;
+        const bool alone = inputs && call.heads.has_any_alone(task);
+        key = alone ? memory.take(a.M * call.key_stride) : nullptr;
+        value = alone ? memory.take(a.M * call.value_stride) : nullptr;
+        shift = memory.take(tiles * LANES), factor = memory.take(tiles * LANES), delta = memory.take(tiles * LANES);
+        cosine_query = memory.take(tiles * LANES), cosine_key = memory.take(a.M);
+        const Size T = c.relevancy.rows ? c.relevancy.T : 0;
+        rows = memory.take(LANES * round_up(T, VL));
+        result = T > 0 && call.samples.has_any_alone(task) ? memory.take(a.M * round_up(T, VL)) : nullptr;
+        scratch = memory.take(LANES * most(a.D, a.Dv) + 5 * LANES), vector = memory.take(a.H * a.D);
+    }
+};
+
+// ---- statistics of rows
+
+// The largest logit and the sum over all keys of a tile, block by block
+static void statistics_by_blocks(const Attention& a, const Score& score, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,
+                                 float* scratch) {
+    float *largest = scratch, *total = scratch + LANES, *rescale = scratch + 2 * LANES;
+    const Size keys = t.keys(a, visible);
+    for (Size i = 0; i < t.width; ++i) largest[i] = -INFINITY, total[i] = 0;
+    for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
+        const Size count = least(a.key_block(), keys - j0);
+        logits.compute(a, score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
+        online_softmax(logits.S, count, t.width, j0 == 0, largest, total, rescale);
+    }
+    const Statistics s = {shift, factor};
+    finish_rows(largest, total, t.rows, t.width, s, nullptr);
+}
+// In float64 a log-sum-exp of up to 2^24 gives P = e^(logit - lse) to 2^-29; where it is larger the statistics are found anew. One that
+// the caller gave is a float32 at best, and counts as long as P is right to 1e-3.
+static const double LARGEST_LSE = 16777216., LARGEST_GIVEN_LSE = 16384.;
+
+// Statistics of a tile where its keys come in blocks; `scratch` holds 5 * LANES
+static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor, float* scratch) {
+    const double* lse = c.lse_counts == 2 ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
+    const double bound = c.lse_counts == 1 ? LARGEST_GIVEN_LSE : LARGEST_LSE;
+    float lost[LANES];
+    bool any = false;
+    for (Size i = 0; i < t.width; ++i) {
+        const double x = i >= t.rows ? -INFINITY : lse ? lse[i] : 0;
+        const bool masked = fabs(x) == INFINITY;
+        lost[i] = i < t.rows && !masked && (!lse || fabs(x) > bound);
+        any |= lost[i] != 0;
+        shift[i] = masked ? 0.f : (float)x, factor[i] = masked ? 0.f : (float)exp(shift[i] - x);
+    }
+    if (!any) return;
+    float *own_shift = scratch + 3 * LANES, *own_factor = scratch + 4 * LANES;
+    logits.load_queries(c.a, c.score, t);
+    statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch);
+    for (Size i = 0; i < t.width; ++i)
+        if (lost[i] != 0) shift[i] = own_shift[i], factor[i] = own_factor[i];
+}
+
+// ---- r Abar
+
+// result (count, stride) += X^T r: X (count, width), r (width, stride)
+static void carry(const float* X, Size count, Size w, const float* r, Size T, float* result) {
+    const Size stride = round_up(T, VL);
+    if (T > 2) {
+        product<false>(count, stride, w, X, w, r, stride, result, stride, true);
+        return;
+    }
+    for (Size n = 0; n < T; ++n) {
+        float lane[LANES];
+        for (Size i = 0; i < w; ++i) lane[i] = r[i * stride + n];
+        for (Size j = 0; j < count; ++j) {
+            Vector total = Vector{};
+            for (Size i = 0; i < w; i += VL) total += load(lane + i) * load(X + j * w + i);
+            result[j * stride + n] += sum(total);
+        }
+    }
+}
+// r of a tile as (width, stride), over the number of heads, or over the sums of Abar's rows: a zero row stays zero
+static void load_carried(const Relevancy& v, const Attention& a, const Tile& t, const float* row_sums, float* rows) {
+    const Size stride = round_up(v.T, VL);
+    memset(rows, 0, t.width * stride * sizeof(float));
+    for (Size i = 0; i < t.rows; ++i) {
+        float total = row_sums ? 0.f : (float)a.H;
+        for (Size h = 0; row_sums && h < a.H; ++h) total += row_sums[(t.b * a.H + h) * a.N + t.first + i];
+        if (total == 0) total = 1;
+        for (Size n = 0; n < v.T; ++n) rows[i * stride + n] = v.rows[(t.b * v.T + n) * a.N + t.first + i] / total;
+    }
+}
+
+// ---- the tile
+
+// P and dP become max(P dP, 0), or P
+INLINE Vector contribution(bool is_gradient, Vector p, Vector dp) { return is_gradient ? maximum(Vector{}, p * dp) : p; }
+
+static void sum_rows(const float* P, const float* dP, bool is_gradient, Size count, const Tile& t, float* sums) {
+    for (Size i = 0; i < t.width; i += VL) {
+        Vector total = Vector{};
+        for (Size chunk = 0; chunk < count; chunk += SHORT_SUM) {
+            Vector part = Vector{};
+            for (Size j = chunk; j < least(chunk + SHORT_SUM, count); ++j)
+                part += contribution(is_gradient, load(P + j * t.width + i), load(dP + j * t.width + i));
+            total += part;
+        }
+        for (Size n = 0; n < VL && i + n < t.rows; ++n) sums[i + n] += total[n];
+    }
+}
+
+// Everything that a tile and a block of keys give
+static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t, Size j0, Size count, Size loaded, Size index) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    const Size w = t.width, n = count * w;
+    const bool inputs = call.inputs(), at_once = call.at_once(), is_gradient = c.relevancy.is_gradient;
+    float *P = g.S, *dP = g.dP, *shift = g.shift + index * LANES, *factor = g.factor + index * LANES, *delta = g.delta + index * LANES;
+    g.logits.compute(a, c.score, t, j0, count, loaded, g.kept);
+    if (at_once) {
+        float *largest = g.scratch, *total = g.scratch + LANES, *rescale = g.scratch + 2 * LANES;
+        online_softmax(P, count, w, true, largest, total, rescale);
+        const Statistics s = {shift, factor};
+        finish_rows(largest, total, t.rows, w, s, nullptr);
+    } else {
+        const Statistics s = {shift, factor};
+        probabilities(P, count, w, s);
+    }
+    if (c.grad_out.data)
+        product<false>(count, w, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, w, dP, w, false);
+    else memset(dP, 0, n * sizeof(float));
+    float* weights = P;  // what the values are summed with
+    if (c.dropout.probability > 0) {
+        if (at_once) scale_rows(P, count, w, factor);
+        memcpy(g.dropped, P, n * sizeof(float));
+        drop(a, c.dropout, t, j0, count, g.dropped);
+        drop(a, c.dropout, t, j0, count, dP);
+        weights = g.dropped;
+    }
+    if (at_once) {
+        const bool scaled = c.dropout.probability > 0;
+        for (Size i = 0; i < w; i += GROUP) {
+            Vector total[PARTS], by[PARTS];
+            for (int p = 0; p < PARTS; ++p) total[p] = Vector{}, by[p] = scaled ? splat(1.f) : load(factor + i + p * VL);
+            for (Size chunk = 0; chunk < count; chunk += SHORT_SUM) {
+                Vector part[PARTS];
+                for (int p = 0; p < PARTS; ++p) part[p] = Vector{};
+                for (Size j = chunk; j < least(chunk + SHORT_SUM, count); ++j)
+                    for (int p = 0; p < PARTS; ++p) {
+                        const Size at = j * w + i + p * VL;
+                        const Vector x = load(P + at) * by[p];
+                        store(P + at, x);
+                        part[p] += x * load(dP + at);
+                    }
+                for (int p = 0; p < PARTS; ++p) total[p] += part[p];
+            }
+            for (int p = 0; p < PARTS; ++p) store(delta + i + p * VL, total[p]);
+        }
+        if (c.grad_lse)
+            for (Size i = 0; i < t.rows; ++i) delta[i] -= c.grad_lse[(t.b * a.H + t.h) * a.N + t.first + i];
+    }
+    if (call.sums_rows) {
+        sum_rows(P, dP, is_gradient, count, t, call.row_sums + (t.b * a.H + t.h) * a.N + t.first);
+        return;
+    }
+    if (inputs)
+        product<false>(count, call.value_stride, w, weights, w, g.out_rows, call.value_stride, g.value + j0 * call.value_stride, call.value_stride, true);
+    const bool carries = c.relevancy.rows;
+    for (Size j = 0; j < count; ++j)
+        for (Size i = 0; i < w; i += VL) {
+            const Size at = j * w + i;
+            const Vector p = load(P + at), dp = load(dP + at);
+            if (carries) store(P + at, contribution(is_gradient, p, dp));
+            store(dP + at, p * (dp - load(delta + i)));
+        }
+    if (carries) carry(P, count, w, g.rows, c.relevancy.T, g.result + j0 * round_up(c.relevancy.T, VL));
+    if (!inputs) return;
+    float* query = g.query + index * LANES * a.D;
+    if (c.score.sums_units()) {
+        UnitTile& u = g.logits.units;
+        u.backward((float)a.scale, count, w, dP);
+        for (Size n = 0; n < a.D; ++n) {
+            g.vector[t.h * a.D + n] += u.by_weight[n];
+            for (Size i = 0; i < w; ++i) query[n * w + i] += u.by_query[i * u.units.count + n] * u.weight[n];
+        }
+        memset(u.by_weight, 0, u.units.count * sizeof(float));
+        return;
+    }
+    if (c.score.kind == COSINE)
+        cosine_gradient(c.score, (float)a.scale, dP, count, w, g.logits.query_norm, g.logits.key_norm, g.kept, g.cosine_query + index * LANES,
+                        g.cosine_key + j0);
+    else if (c.score.bends())
+        bend(c.score, (float)a.scale, dP, n, g.kept);
+    product<false>(count, call.key_stride, w, dP, w, g.logits.rows, g.logits.stride, g.key + j0 * call.key_stride, call.key_stride, true);
+    product<true>(a.D, w, count, g.logits.keys.key, g.logits.keys.key_stride, dP, w, query, w, true);
+}
+
+// What a tile needs before its first block
+static void start_tile(const BackwardCall& call, Gradients& g, const Tile& t) {
+    const Backward& c = call.c;
+    g.logits.load_queries(c.a, c.score, t);
+    if (c.grad_out.data) load_tile(c.grad_out, c.a.dtype, t, c.a.Dv, 1.f, g.out_rows, call.value_stride, g.out_transposed);
+    else memset(g.out_transposed, 0, c.a.Dv * t.width * sizeof(float)), memset(g.out_rows, 0, t.width * call.value_stride * sizeof(float));
+    if (c.relevancy.rows && !call.sums_rows) load_carried(c.relevancy, c.a, t, call.row_sums, g.rows);
+}
+
+static void finish_tile(const BackwardCall& call, Gradients& g, const Tile& t, Size index) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    float* query = g.query + index * LANES * a.D;
+    if (c.score.kind == COSINE) {  // the part of |q|
+        const float* by = g.cosine_query + index * LANES;
+        for (Size i = 0; i < t.rows; ++i) {
+            const float length = g.logits.query_norm[i];
+            for (Size d = 0; by[i] != 0 && d < a.D; ++d) query[d * t.width + i] -= g.logits.rows[i * g.logits.stride + d] / length * by[i] / length;
+        }
+    }
+    store_tile(query, t, a.D, Logits::query_factor(c.score, a.scale), c.grad_query, a.dtype, g.scratch);
+}
+
+// After the tiles of one query head: the units' gradient of a block of keys
+static void add_unit_keys(const BackwardCall& call, Gradients& g, Size j0, Size count) {
+    UnitTile& u = g.logits.units;
+    for (Size n = 0; n < call.c.a.D; ++n)
+        for (Size j = 0; j < count; ++j) g.key[(j0 + j) * call.key_stride + n] += u.by_key[n * u.ld + j] * u.weight[n];
+    memset(u.by_key, 0, u.units.count * u.ld * sizeof(float));
+}
+
+// The tiles [first, last) of one query head
+static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h, Size first, Size last) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    const Size visible = visible_keys(a, b), block = a.key_block();
+    const bool at_once = call.at_once(), inputs = call.inputs();
+    if (inputs) memset(g.query, 0, (at_once ? 1 : last - first) * LANES * a.D * sizeof(float));
+    memset(g.cosine_query, 0, (at_once ? 1 : last - first) * LANES * sizeof(float));
+    for (Size n = first; !at_once && n < last; ++n) {
+        const Tile t = tile_at(a, b, h, n);
+        const Size row = (b * a.H + h) * a.N + t.first, at = (n - first) * LANES;
+        float* delta = g.delta + at;
+        find_statistics(c, g.logits, t, visible, g.shift + at, g.factor + at, g.scratch);
+        for (Size i = 0; i < t.width; ++i) delta[i] = 0;
+        if (!inputs) continue;
+        float* out = g.scratch;
+        load_tile(c.out, a.dtype, t, a.Dv, 1.f, out, a.Dv, nullptr);
+        load_tile(c.grad_out, a.dtype, t, a.Dv, 1.f, g.out_rows, call.value_stride, nullptr);
+        for (Size i = 0; i < t.rows; ++i) {
+            double total = c.grad_lse ? -c.grad_lse[row + i] : 0.;  // the rounding of `out` is error enough
+            for (Size d = 0; d < a.Dv; ++d) total += (double)out[i * a.Dv + d] * g.out_rows[i * call.value_stride + d];
+            delta[i] = (float)total;
+        }
+    }
+    for (Size j0 = 0; j0 < most(visible, 1); j0 += block) {  // a sample without a key, too, has gradients to write
+        for (Size n = first; n < last; ++n) {
+            const Tile t = tile_at(a, b, h, n);
+            const Size index = at_once ? 0 : n - first, count = least(block, t.keys(a, visible) - j0);
+            if (at_once && inputs) memset(g.query, 0, LANES * a.D * sizeof(float)), memset(g.cosine_query, 0, LANES * sizeof(float));
+            if (count > 0) {
+                start_tile(call, g, t);
+                backward_tile(call, g, t, j0, count, least(block, visible - j0), index);
+            }
+            if (at_once && inputs) finish_tile(call, g, t, 0);
+        }
+        if (inputs && c.score.sums_units() && visible > 0) add_unit_keys(call, g, j0, least(block, visible - j0));
+    }
+    for (Size n = first; inputs && !at_once && n < last; ++n) {
+        const Tile t = tile_at(a, b, h, n);
+        if (c.score.kind == COSINE) g.logits.load_queries(a, c.score, t);
+        finish_tile(call, g, t, n - first);
+    }
+}
+
+// ---- gradients of keys and values, and r Abar, when a unit is done
+
+static void write_keys(const Attention& a, const Rows& to, const float* from, Size stride, Size size, Size b, Size head, Size first, Size last) {
+    for (Size j = first; j < last; ++j) narrow(from + j * stride, size, a.dtype, (void*)element(to.data, a.dtype, to.at(b, head, j)));
+}
+static void write_result(const Relevancy& v, const Attention& a, const float* from, Size b, Size first, Size last) {
+    const Size stride = round_up(v.T, VL);
+    for (Size n = 0; n < v.T; ++n)
+        for (Size j = first; j < last; ++j) {
+            const Size at = (b * v.T + n) * a.M + j;
+            v.result[at] = from[j * stride + n] + (v.direct ? v.direct[at] : 0.f);
+        }
+}
+// The norms' part of a cosine's gradient of the keys
+static void finish_cosine_keys(const BackwardCall& call, Gradients& g, Size b, Size head) {
+    const Attention& a = call.c.a;
+    const Size visible = visible_keys(a, b);
+    for (Size j0 = 0; j0 < visible; j0 += a.key_block()) {
+        const Size count = least(a.key_block(), visible - j0);
+        load_keys(a, g.logits.keys, b, head, j0, count);
+        for (Size j = 0; j < count; ++j) {
+            const float* k = g.logits.keys.key + j * g.logits.keys.key_stride;
+            const float length = norm(k, a.D), by = g.cosine_key[j0 + j];
+            for (Size d = 0; by != 0 && d < a.D; ++d) g.key[(j0 + j) * call.key_stride + d] -= k[d] / length * by / length;
+        }
+    }
+}
+
+static void backward_task(BackwardCall& call, Size task) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    Gradients g;
+    Memory memory;
+    g.plan(call, task, memory);
+    if (!memory.allocate()) {
+        call.failed = true;
+        return;
+    }
+    g.plan(call, task, memory);
+    const bool inputs = call.inputs(), carries = c.relevancy.rows && !call.sums_rows;
+    const Size tiles = tiles_of(a), last = call.heads.first(task + 1), T = round_up(c.relevancy.T, VL);
+    float *own_key = g.key, *own_value = g.value, *own_result = g.result;
+    if (inputs && c.score.sums_units()) {
+        memset(g.logits.units.by_key, 0, UnitTile::padded(a.D) * round_up(a.key_block(), VL) * sizeof(float));
+        memset(g.logits.units.by_weight, 0, UnitTile::padded(a.D) * sizeof(float));
+        memset(g.vector, 0, a.H * a.D * sizeof(float));
+    }
+    for (Size item = call.heads.first(task); item < last;) {
+        const Size unit = item / call.heads.unit, b = unit / a.Hkv, head = unit % a.Hkv;
+        const Size end = least(last, (unit + 1) * call.heads.unit);
+        const bool alone = call.heads.has_alone(task, unit), sample_alone = carries && call.samples.has_alone(task, b);
+        if (inputs) {
+            const Size slot = call.heads.slot(task, unit);
+            g.key = alone ? own_key : call.key_parts + slot * a.M * call.key_stride;
+            g.value = alone ? own_value : call.value_parts + slot * a.M * call.value_stride;
+            memset(g.key, 0, a.M * call.key_stride * sizeof(float));
+            memset(g.value, 0, a.M * call.value_stride * sizeof(float));
+            memset(g.cosine_key, 0, a.M * sizeof(float));
+        }
+        if (carries) {
+            const bool starts = item == call.heads.first(task) || item == b * call.samples.unit;
+            g.result = sample_alone ? own_result : call.relevancy_parts + call.samples.slot(task, b) * a.M * T;
+            if (starts) memset(g.result, 0, a.M * T * sizeof(float));
+        }
+        for (; item < end;) {  // the query heads of the key head
+            const Size from = item % tiles, to = least(tiles, from + end - item);
+            backward_head(call, g, b, item / tiles % a.H, from, to);
+            item += to - from;
+        }
+        if (inputs && c.score.kind == COSINE) finish_cosine_keys(call, g, b, head);
+        if (inputs && alone) {
+            write_keys(a, c.grad_key, g.key, call.key_stride, a.D, b, head, 0, a.M);
+            write_keys(a, c.grad_value, g.value, call.value_stride, a.Dv, b, head, 0, a.M);
+        }
+        if (sample_alone && item == (b + 1) * call.samples.unit) write_result(c.relevancy, a, g.result, b, 0, a.M);
+    }
+    if (call.vector_parts) memcpy(call.vector_parts + task * a.H * a.D, g.vector, a.H * a.D * sizeof(float));
+    memory.release();
+}
+
+// Adds the parts of shared units in the order of the threads; each task takes a range of the keys.
+static void join_task(BackwardCall& call, Size task) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    const Size first = share(a.M, task, call.heads.tasks), last = share(a.M, task + 1, call.heads.tasks), tasks = call.heads.tasks;
+    const auto join = [&](const Shares& shares, Size n, float* parts, Size stride) -> float* {
+        float* sum = nullptr;  // in the first one's place
+        for (Size p = 0; p < tasks; ++p) {
+            if (n < shares.first_unit(p) || n > shares.last_unit(p)) continue;
+            if (shares.has_alone(p, n)) return nullptr;
+            float* part = parts + shares.slot(p, n) * a.M * stride;
+            if (!sum) sum = part;
+            else
+                for (Size i = first * stride; i < last * stride; ++i) sum[i] += part[i];
+        }
+        return sum;
+    };
+    for (Size unit = 0; call.key_parts && unit < a.B * a.Hkv; ++unit) {
+        if (const float* key = join(call.heads, unit, call.key_parts, call.key_stride))
+            write_keys(a, c.grad_key, key, call.key_stride, a.D, unit / a.Hkv, unit % a.Hkv, first, last);
+        if (const float* value = join(call.heads, unit, call.value_parts, call.value_stride))
+            write_keys(a, c.grad_value, value, call.value_stride, a.Dv, unit / a.Hkv, unit % a.Hkv, first, last);
+    }
+    for (Size b = 0; call.relevancy_parts && b < a.B; ++b)
+        if (const float* result = join(call.samples, b, call.relevancy_parts, round_up(c.relevancy.T, VL)))
+            write_result(c.relevancy, a, result, b, first, last);
+}
+
+static Size attention_backward(const Backward& c) {
+    const Attention& a = c.a;
+    const Size tiles = a.group() * tiles_of(a), items = a.B * a.Hkv * tiles;
+    if (items == 0) return DONE;
+    const Size tasks = least(thread_count(), items);
+    BackwardCall call = {c, {items, tasks, tiles}, {items, tasks, a.Hkv * tiles}, nullptr, nullptr, nullptr, nullptr, nullptr, false,
+                         round_up(a.D, VL), round_up(a.Dv, VL), false};
+    Memory memory;
+    for (int pass = 0; pass < 2; ++pass) {
+        if (pass == 1 && !memory.allocate()) return NO_MEMORY;
+        const Size head_parts = call.heads.slot(tasks, 0), sample_parts = call.samples.slot(tasks, 0);
+        if (call.inputs() && head_parts > 0) {
+            call.key_parts = memory.take(head_parts * a.M * call.key_stride);
+            call.value_parts = memory.take(head_parts * a.M * call.value_stride);
+        }
+        if (c.relevancy.rows && sample_parts > 0) call.relevancy_parts = memory.take(sample_parts * a.M * round_up(c.relevancy.T, VL));
+        if (c.grad_vector) call.vector_parts = memory.take(tasks * a.H * a.D);
+        if (c.relevancy.rows && c.relevancy.row_normalize) call.row_sums = memory.take(a.B * a.H * a.N);
+    }
+    if (call.row_sums) {
+        memset(call.row_sums, 0, a.B * a.H * a.N * sizeof(float));
+        call.sums_rows = true;
+        run(tasks, call, backward_task);
+        call.sums_rows = false;
+    }
+    if (!call.failed) run(tasks, call, backward_task);
+    if (!call.failed && (call.key_parts || call.relevancy_parts)) run(tasks, call, join_task);
+    for (Size i = 0; c.grad_vector && i < a.H * a.D; ++i) {
+        c.grad_vector[i] = 0;
+        for (Size task = 0; task < tasks; ++task) c.grad_vector[i] += call.vector_parts[task * a.H * a.D + i];
+    }
+    memory.release();
+    return call.failed ? NO_MEMORY : DONE;
+}
+
+}  // namespace ISA
