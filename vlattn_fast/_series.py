@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlattn_fast._checks import readable
+
 TERMS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -16,11 +18,12 @@ def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) ->
     """Features phi (B, H, N, 2AT) and psi (B, Hkv, M, 2AT) with |phi . psi - u . tanh(q + k)| <= tolerance.
 
     query (B, H, N, A), key (B, Hkv, M, A), vector (H, A). float16 and bfloat16 inputs give float32 features: rounding
-    them to 16 bit would cost more accuracy than the series does.
+    them to 16 bit would cost more accuracy than the series does. Meta and fake tensors, which have no range, give features of
+    the longest series.
 
     Raises:
         ValueError: no series reaches the tolerance on the range of the data (the message names the best), the data are not
-            finite, or torch.compile is tracing (the range is read from the data).
+            finite, or they cannot be read: torch.compile is tracing, or a CUDA graph is captured.
     """
     if torch.compiler.is_compiling():
         raise ValueError(
@@ -29,10 +32,12 @@ def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) ->
         )
     if query.dtype in (torch.float16, torch.bfloat16):
         query, key, vector = query.float(), key.float(), vector.float()
-    radius, weight = _range(query.detach(), key.detach()), float(vector.detach().abs().sum(-1).max()) if vector.numel() else 0.0
-    if not math.isfinite(radius * weight):
-        raise ValueError("query, key and vector must be finite for Additive(method='series'): it is fitted to their range")
-    frequencies, coefficients = _choose(radius, weight, tolerance, torch.finfo(query.dtype).eps)
+    if readable(query):
+        frequencies, coefficients = _fitted(query.detach(), key.detach(), vector.detach(), tolerance)
+    elif query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("Additive(method='series') reads the range of its data, which a CUDA graph cannot; use method='exact'")
+    else:
+        frequencies = coefficients = np.ones(TERMS[-1])
     omega = query.new_tensor(frequencies)
     amplitude = query.new_tensor(coefficients)
     angle_q, angle_k = query[..., None] * omega, key[..., None] * omega
@@ -40,6 +45,14 @@ def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) ->
     phi = torch.cat([(angle_q.sin() * scaled).flatten(-2), (angle_q.cos() * scaled).flatten(-2)], dim=-1)
     psi = torch.cat([angle_k.cos().flatten(-2), angle_k.sin().flatten(-2)], dim=-1)
     return phi, psi
+
+
+def _fitted(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies and coefficients for the range of the data."""
+    radius, weight = _range(query, key), float(vector.abs().sum(-1).max()) if vector.numel() else 0.0
+    if not math.isfinite(radius * weight):
+        raise ValueError("query, key and vector must be finite for Additive(method='series'): it is fitted to their range")
+    return _choose(radius, weight, tolerance, torch.finfo(query.dtype).eps)
 
 
 def _range(query: Tensor, key: Tensor) -> float:

@@ -123,6 +123,29 @@ def test_cosine_below_eps_is_the_product_over_eps() -> None:
             torch.testing.assert_close(got, wanted)
 
 
+# -------------------------------------------------------------------------------------------------------------- additive
+
+
+@pytest.mark.parametrize(
+    "size, center", ((1e-9, 0.0), (1e-3, 0.0), (0.3, 0.0), (3.0, 0.0), (30.0, 0.0), (1e3, 0.0), (0.1, 5.0), (0.1, -5.0))
+)
+@on("streaming")
+def test_hidden_units_of_any_size(size: float, center: float, backend: str) -> None:
+    """In float64 tanh(x + y) is taken from exponentials of 2 x and 2 y where that has its digits. Small units lose them, of
+    saturated ones too little is left, and large ones overflow, also where x + y is small."""
+    for dtype in (torch.float64, torch.float32):
+        query, key = center + size * torch.randn(1, 2, 9, 6), center + size * torch.randn(1, 2, 13, 6)
+        if center == 0.0:
+            query[..., 1], key[..., 1] = query[..., 1] + 200 * size, key[..., 1] - 200 * size
+        inputs = {"query": query, "key": key, "value": torch.randn(1, 2, 13, 4), "vector": torch.randn(2, 6)}
+        assert_all_close_to(
+            lambda vector, **x: va.score_attention(**x, score=S.Additive(vector), return_lse=True, backend=backend),
+            lambda vector, **x: va.reference.score_attention(**x, score=S.Additive(vector), return_lse=True),
+            {name: x.to(dtype) for name, x in inputs.items()},
+            [torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9)],
+        )
+
+
 # --------------------------------------------------------------------------------------------------------------- no keys
 
 

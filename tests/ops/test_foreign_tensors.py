@@ -48,6 +48,23 @@ def test_fake_tensors(name: str, backend: str) -> None:
         assert facts(run(CALLS[name], CALLS[name].make(5), backend)) == want
 
 
+@pytest.mark.parametrize("backend", ("auto", "streaming"))
+def test_a_sine_series_without_values(backend: str) -> None:
+    """Its length follows the range of the data, but no output does."""
+
+    def call(device: str) -> list[Tensor]:
+        x = [torch.randn(2, 4, 5 + n, 6, device=device, requires_grad=True) for n in range(2)]
+        vector = torch.randn(6, device=device, requires_grad=True)
+        score = S.Additive(vector, method="series", tolerance=0.1)
+        outputs = va.score_attention(x[0], x[1], x[1], score=score, return_lse=True, backend=backend)
+        return [*outputs, *torch.autograd.grad([out.sum() for out in outputs], [*x, vector])]
+
+    want = facts(call("cpu"))
+    assert facts(call("meta")) == want
+    with FakeTensorMode():
+        assert facts(call("cpu")) == want
+
+
 def test_lengths_and_groups_without_values() -> None:
     """What is checked by value elsewhere."""
     with FakeTensorMode():
