@@ -82,7 +82,7 @@ def backward(
     weights = None if vector is None else vector.to(torch.float32).contiguous()
     grads = [empty_gradient(x, query) for x in (query, key, value)]
     grad_vector = None if weights is None else torch.zeros_like(weights)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     _backward(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
         *(KINDS[score], parameter, pointer(weights)),
@@ -98,7 +98,7 @@ def backward(
 
 
 def empty_gradient(x: Tensor, query: Tensor) -> Tensor:
-    """For the gradient of `x` (B, H, N, D), in memory (B, N, H, D) as SDPA's. Without queries there is no work, and it is zero."""
+    """For the gradient of `x` (B, H, N, D), in memory (B, N, H, D) as SDPA's. It is zero where there are no queries."""
     batch, heads, length, size = x.shape
     make = x.new_empty if query.numel() else x.new_zeros
     return make(batch, length, heads, size).transpose(1, 2)

@@ -28,7 +28,7 @@ from vlattn_fast._checks import (
     check_value,
     describe,
 )
-from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import autocast, compute_dtype, lse_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.ops._dispatch import Call, load, select, table
 from vlattn_fast.ops._registration import (
     define,
@@ -55,7 +55,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("relevancy_attention", cuda=_cuda_limits)
+BACKENDS = table("relevancy_attention", cuda=_cuda_limits, cpu=lambda call: [])
 RULES = ("gradient", "attention")
 
 
@@ -136,7 +136,8 @@ def relevancy_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    key, value = mask_padding(key_mask, key, value)
+    if chosen != "cpu":  # its kernels read no padding
+        key, value = mask_padding(key_mask, key, value)
     out, carrier, _ = _forward_op(
         query, key, value, carrier, *weights, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
     )
@@ -230,7 +231,8 @@ def relevancy_step(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    key, value = mask_padding(key_mask, key, value)
+    if chosen != "cpu":  # its kernels read no padding
+        key, value = mask_padding(key_mask, key, value)
     return _step_op(
         relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
     )
@@ -320,9 +322,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return rows_first(out), carrier.contiguous(), lse.contiguous()
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = empty_rows_first(query, query.shape[1], query.shape[2], value.shape[3])
-    return out, carrier.new_empty(carrier.shape), query.new_empty(query.shape[:3], dtype=compute_dtype(query))
+    return out, carrier.new_empty(carrier.shape), query.new_empty(query.shape[:3], dtype=lse_dtype(query, rest[-1]))
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:

@@ -21,7 +21,16 @@ from vlattn_fast._checks import (
     check_value,
     varies,
 )
-from vlattn_fast._tensors import autocast, joined_mask_elements, mask_is_small, mask_padding, resolve_scale, without_autocast
+from vlattn_fast._tensors import (
+    autocast,
+    compute_dtype,
+    joined_mask_elements,
+    lse_dtype,
+    mask_is_small,
+    mask_padding,
+    resolve_scale,
+    without_autocast,
+)
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, empty_rows_first, once_differentiable, rows_first
 from vlattn_fast.sdpa import score_attention as sdpa
@@ -75,7 +84,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("score_attention", _triton_refusals, _cuda_limits, _sdpa_limits)
+BACKENDS = table("score_attention", _triton_refusals, _cuda_limits, _sdpa_limits, cpu=lambda call: [])
 
 
 def score_attention(
@@ -106,7 +115,8 @@ def score_attention(
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the finished score, after an activation; default 1/sqrt(D) for scaled_dot, else 1.
         return_lse: also return the natural log-sum-exp of each row.
-        backend: "auto", "reference", "streaming", "sdpa" (torch's own, for what it takes), "triton" or "cuda".
+        backend: "auto", "reference", "streaming", "sdpa" (torch's own, for what it takes), "cpu", "triton" or
+            "cuda".
 
     Returns:
         out (B, H, N, Dv), or (out, lse) with lse (B, H, N) float32 (float64 for float64 input). A row without a visible key gives
@@ -151,7 +161,10 @@ def score_attention(
             return_lse=return_lse,
         )
     (out_dtype,) = (x.dtype for x in autocast(query))
-    (key,), (value,) = mask_padding(key_mask, key, fill=score.masked_key), mask_padding(key_mask, value)
+    if chosen != "cpu":  # its kernels read no padding
+        (value,) = mask_padding(key_mask, value)
+    if chosen != "cpu" or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
+        (key,) = mask_padding(key_mask, key, fill=score.masked_key)
     core = score.core(query, key)
     query, key, value, vector = core.query, core.key, value.to(out_dtype), core.vector
     if core.keeps_dtype:
@@ -185,6 +198,7 @@ def score_attention(
         out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
     if not return_lse:
         return out
+    lse = lse.to(compute_dtype(out))
     return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
 
 
@@ -255,9 +269,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return rows_first(out), lse.contiguous()
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = empty_rows_first(query, query.shape[1], query.shape[2], value.shape[3])
-    return out, query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    return out, query.new_empty(query.shape[:3], dtype=lse_dtype(query, rest[-1]))
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

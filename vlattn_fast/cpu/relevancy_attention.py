@@ -1,0 +1,144 @@
+"""relevancy_attention and relevancy_step by csrc/cpu/relevancy_attention.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._native import kernel, pointer, rows
+from vlattn_fast.cpu import score_attention
+from vlattn_fast.cpu._attention import fields, masks, unit_strides
+from vlattn_fast.cpu.score_attention import BACKWARD, empty_gradient
+
+_backward = kernel("relevancy_attention_backward", BACKWARD)
+_DOT = (0, 0.0, 0, 0, 0.0)  # Score and Dropout of csrc/cpu/
+_EXACT, _GIVEN, _NONE = 0, 1, 2  # lse_counts of csrc/cpu/backward.h
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    carrier: Tensor,
+    residual_weight: Tensor | None,
+    attention_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N) float64."""
+    out, lse = score_attention.forward(query, key, value, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal)
+    return out, carrier.clone(), lse
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_carrier: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    residual_weight: Tensor | None,
+    attention_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+    scale: float,
+    is_causal: bool,
+    need_inputs: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
+    needs_gradients = need_inputs and grad_out is not None
+    direct = weighted = None
+    if grad_carrier is not None:
+        direct = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
+        weighted = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
+        if grad_out is None and rule == "gradient":  # Abar is zero
+            return None, None, None, direct.clone()
+    elif not needs_gradients:
+        return None, None, None, None
+    grads: list[Tensor | None] = [None, None, None]
+    if not needs_gradients and rule == "attention":
+        grad_out = None
+    if needs_gradients:
+        grads = [empty_gradient(x, query) for x in (query, key, value)]
+    attended = _run(
+        *(grad_out, query, key, value, out, lse, attn_mask, key_mask, scale, is_causal, _EXACT),
+        *(grads, weighted, direct, rule, row_normalize),
+    )
+    return grads[0], grads[1], grads[2], attended
+
+
+def step(
+    relevancy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    lse: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
+    if rule == "attention":
+        value = grad_output = None
+    attended = _run(
+        *(grad_output, query, key, value, None, lse, attn_mask, key_mask, scale, is_causal, _NONE if lse is None else _GIVEN),
+        *([None, None, None], relevancy, None, rule, row_normalize),
+    )
+    assert attended is not None
+    return attended
+
+
+def _run(
+    grad_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    lse_counts: int,
+    grads: list[Tensor | None],
+    relevancy: Tensor | None,
+    direct: Tensor | None,
+    rule: str,
+    row_normalize: bool,
+) -> Tensor | None:
+    """Fills `grads`, of query, key and value, where they are not None; direct + relevancy @ Abar where there is `relevancy`."""
+    if grad_out is None:
+        value = None
+    grad_out, query, key, value, out = unit_strides(grad_out, query, key, value, out)
+    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    lse = None if lse is None else lse.to(torch.float64).contiguous()
+    result: Tensor | None = None
+    carried: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    if relevancy is not None:
+        shape = (*relevancy.shape[:2], key.shape[2])
+        r = relevancy.to(torch.float32).contiguous()
+        direct = None if direct is None else direct.to(torch.float32).contiguous()
+        # without heads or queries there is no work
+        result = (
+            r.new_empty(shape) if query.shape[1] and query.shape[2] else r.new_zeros(shape) if direct is None else direct.clone()
+        )
+        carried = (r.data_ptr(), shape[1], rule == "gradient", row_normalize, pointer(direct), result.data_ptr())
+    _backward(
+        *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
+        *_DOT,
+        *(*rows(grad_out), *rows(out), pointer(lse), lse_counts, 0),
+        *(*rows(grads[0]), *rows(grads[1]), *rows(grads[2]), 0),
+        *carried,
+    )
+    return result if relevancy is None or result is None else result.to(relevancy.dtype)
