@@ -36,7 +36,7 @@ def forward(
     direction: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and nothing that is kept. The order of queries and keys: `block_inputs` of reference/congruence_loss.py."""
+    """The loss of each sample, (B), and nothing that is kept. For queries and keys see reference.congruence_loss.block_inputs."""
     loss = queries[0].new_zeros(queries[0].shape[0], dtype=compute_dtype(queries[0]))
     for b in _batches(queries):
         for blocks in _directions(_blocks(b, queries, keys, text_mask, image_mask, scale), direction):
