@@ -161,22 +161,23 @@ static void scores_backward(const StackedCrossAttention& c, const float* S, cons
 
 // The similarity from the cosines (n), which are padded by a vector; `weight` becomes its derivative by each.
 static float aggregate(const StackedCrossAttention& c, float* cosine, Size n, float* weight) {
-    float top = cosine[0], total = 0;
+    float top = cosine[0];
+    double total = 0;
     for (Size i = 1; i < n; ++i) top = top > cosine[i] || top != top ? top : cosine[i];
     if (c.aggregation == LOGSUMEXP) {
         const float lambda = (float)c.lambda;
         for (Size i = 0; i < n; i += VL) store(weight + i, exp_negative((load(cosine + i) - top) * lambda));
         for (Size i = 0; i < n; ++i) total += weight[i];
-        for (Size i = 0; i < n; ++i) weight[i] /= total;
-        return top + logf(total) / lambda;
+        for (Size i = 0; i < n; ++i) weight[i] /= (float)total;
+        return top + logf((float)total) / lambda;
     }
     if (c.aggregation == MAX) {
         for (Size i = 0; i < n; ++i) total += weight[i] = cosine[i] == top;
-        for (Size i = 0; i < n; ++i) weight[i] /= total;
+        for (Size i = 0; i < n; ++i) weight[i] /= (float)total;
         return top;
     }
     for (Size i = 0; i < n; ++i) total += cosine[i], weight[i] = c.aggregation == MEAN ? 1.f / n : 1.f;
-    return c.aggregation == MEAN ? total / n : total;
+    return (float)(c.aggregation == MEAN ? total / n : total);
 }
 
 // ---- a block of query sets and a context set

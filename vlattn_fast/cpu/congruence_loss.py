@@ -32,7 +32,8 @@ def forward(
     """
     (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
     loss = queries[0].new_empty(batch, dtype=torch.float32)
-    maps = queries[0].new_empty(maps_shape(batch, L, V), dtype=torch.float32)
+    # zeros: an output has the same bits in every run, and not all of the maps is used
+    maps = queries[0].new_zeros(maps_shape(batch, L, V), dtype=torch.float32)
     _call(_run_forward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, loss, None, _NOTHING, _NOTHING)
     return loss, maps
 

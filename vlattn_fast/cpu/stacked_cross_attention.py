@@ -78,7 +78,8 @@ def _call(
     sides, grads = [(images, image_lengths), (captions, caption_lengths)], [pointer(grad_images), pointer(grad_captions)]
     if direction == "t2i":  # the captions ask
         sides, grads, strides = sides[::-1], grads[::-1], strides[::-1]
-    sets = [(unit_stride(x), None if lengths is None else lengths.contiguous()) for x, lengths in sides]  # kept until the call is over
+    # kept until the call is over
+    sets = [(unit_stride(x), None if lengths is None else lengths.contiguous()) for x, lengths in sides]
     run(
         *(DTYPES[images.dtype], images.shape[2], _NORMS[norm], clips, _AGGREGATIONS.index(aggregation), smooth, lambda_lse),
         *(field for x, lengths in sets for field in (x.data_ptr(), *x.shape[:2], *x.stride()[:2], pointer(lengths))),

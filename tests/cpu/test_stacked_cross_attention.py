@@ -1,0 +1,65 @@
+"""stacked_cross_attention by the CPU kernels: sizes around blocks of rows, lanes and spans, chunks, and threads.
+
+The rest stands in tests/ops/test_stacked_cross_attention.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from compare import outputs_and_grads
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.ops.backends import assert_refused
+from tests.ops.stacked_cross_attention_cases import check, random_lengths, tensors
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+@pytest.mark.parametrize(
+    "sets, regions, words, size", [((2, 3), 16, 17, 16), ((1, 5), 1, 24, 33), ((3, 1), 130, 49, 15), ((2, 7), 33, 15, 130)]
+)
+def test_sizes_either_side_of_a_block(sets: tuple[int, int], regions: int, words: int, size: int, direction: str) -> None:
+    inputs = tensors(sets, regions, words, size, F32)
+    check("cpu", inputs, direction=direction)
+    check("cpu", inputs, direction=direction, first_norm="softmax", caption_lengths=random_lengths(inputs["captions"], 0))
+
+
+def test_half_precision_with_padding_on_both_sides() -> None:
+    inputs = tensors((3, 4), 20, 30, 24, BF16)
+    lengths = {f"{side}_lengths": random_lengths(inputs[f"{side}s"]) for side in ("image", "caption")}
+    check("cpu", inputs, first_norm="l1norm", **lengths)
+
+
+def test_more_maps_than_a_chunk_of_the_backward_pass() -> None:
+    check("cpu", tensors((5, 2), 300, 2000, 4, F32), image_lengths=(300, 0, 7, 300, 299), aggregation="mean")
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+def test_threads_change_no_bit(direction: str, threads: None) -> None:
+    inputs = tensors((7, 5), 36, 20, 40, F32)
+    run = partial(va.stacked_cross_attention, caption_lengths=torch.tensor([20, 3, 0, 7, 1]), direction=direction, backend="cpu")
+    results: list[dict[str, Tensor]] = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(outputs_and_grads(run, inputs))
+    assert all(torch.equal(result[name], value) for result in results for name, value in results[0].items())
+
+
+def test_opcheck() -> None:
+    images, captions = tensors(dtype=F32).values()
+    options = (torch.tensor([9, 1, 0, 5]), None, "t2i", "clipped_l2norm", 9.0, "logsumexp", 6.0, "cpu")
+    torch.library.opcheck(
+        torch.ops.vlattn.stacked_cross_attention, (images.requires_grad_(), captions.requires_grad_(), *options)
+    )
+    backward = torch.ops.vlattn.stacked_cross_attention_backward
+    torch.library.opcheck(backward, (torch.randn(4, 3).mT, images.detach(), captions.detach(), *options))
+
+
+def test_refusals() -> None:
+    inputs = tensors()
+    assert_refused("cpu", "float16, bfloat16 and float32", lambda: va.stacked_cross_attention(**inputs, backend="cpu"))
