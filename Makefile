@@ -1,6 +1,7 @@
 # make demo   a picture, a table of checks and a comparison of costs
 # make test   lint, types and every test, then a fifth of `make cpus`; ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
+# make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, of undefined behaviour and of threads; ARGS="-k causal"
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
 # make report benchmarks/REPORT.md from the stored rows
 # These make their own environment in .venv first; an environment that is there already is completed and kept. The library of the
@@ -21,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus format lint venv bench report docs oldest table gpu clean
+.PHONY: demo test cpus sanitize format lint venv bench report docs oldest table gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -34,6 +35,9 @@ test: lint $(READY)
 
 cpus: $(READY)
 	@$(PY) tests/cpus.py --workers $(WORKERS)
+
+sanitize: $(READY)
+	@$(PY) tests/cpu/sanitize.py $(ARGS)
 
 format: $(INSTALLED)
 	@$(PY) -m ruff check --fix .

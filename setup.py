@@ -148,7 +148,7 @@ def cpu_obstacle(asked: str) -> str | None:
 
 
 def cpu_facts(folder: Path) -> dict[str, object]:
-    return {"sets": cached(folder, "VLATTN_SETS").split(";"), "compiler": cached(folder, "VLATTN_COMPILER")}
+    return {"sets": cached(folder, "VLATTN_BUILT_SETS").split(";"), "compiler": cached(folder, "VLATTN_COMPILER")}
 
 
 def nvcc_version() -> str:

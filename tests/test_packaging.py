@@ -36,7 +36,7 @@ if option == "-B":
     folder.mkdir(parents=True, exist_ok=True)
     source, name = sys.argv[sys.argv.index("-S") + 1], "cpu" if "-DVLATTN_CPU=ON" in sys.argv else "cuda"
     print(f"CMAKE_HOME_DIRECTORY:INTERNAL={source}", f"CMAKE_CXX_COMPILER:STRING={os.environ.get('CXX')}", "OTHER:STRING=1",
-        "VLATTN_TARGETS:STRING=80-real;100-virtual", "VLATTN_SETS:INTERNAL=baseline;v3", "VLATTN_COMPILER:INTERNAL=GNU 12",
+        "VLATTN_TARGETS:STRING=80-real;100-virtual", "VLATTN_BUILT_SETS:INTERNAL=baseline;v3", "VLATTN_COMPILER:INTERNAL=GNU 12",
         f"lib={name}", sep="\\n", end="", file=cache.open("w"))
 else:
     (folder / f"libvlattn_{cache.read_text().split('lib=')[1]}.so").write_text("the library")

@@ -1,4 +1,4 @@
-"""The CUDA C++ library as tests build it: by CMake into build/NAME, kept there, and built again where something changed."""
+"""The libraries of C++ kernels as tests build them: by CMake into build/NAME, kept there, built again where something changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(name: str, *options: str, target: str = "all") -> Path:
     """
     for tool in ("cmake", "ninja", "c++"):
         if shutil.which(tool, path=tools()["PATH"]) is None:
-            pytest.skip(f"the CUDA C++ kernels are not tested: {tool} is not installed")
+            pytest.skip(f"these C++ kernels are not tested: {tool} is not installed")
     with _locked(name):
         return _build(name, options, target)
 
@@ -35,11 +35,12 @@ def tools() -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def sanitizing() -> dict[str, str]:
+def sanitizing(kind: str = "address") -> dict[str, str]:
     """The environment in which Python loads a sanitized library."""
+    names = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[kind]
     libraries = [
         subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
+        for name in names
     ]
     return {**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 

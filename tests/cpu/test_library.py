@@ -1,0 +1,104 @@
+"""The library itself: its instruction sets, what it says of calls that do not fit it, and its absence."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vlattn_fast as va
+from vlattn_fast import _native
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import torch, vlattn_fast as va
+from vlattn_fast import _native
+query, key, value = (torch.randn(2, 3, n, 20) for n in (17, 33, 33))
+score = va.scores.General(torch.randn(20, 20), activation="tanh")
+got = va.score_attention(query, key, value, score=score, backend="cpu")
+torch.testing.assert_close(got, va.reference.score_attention(query, key, value, score=score))
+print(_native.instruction_set())
+"""
+SETS = ("v4", "v3", "baseline")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def available() -> list[str]:
+    return _native._available()
+
+
+def small() -> Any:
+    x = torch.randn(1, 1, 3, 4)
+    return va.score_attention(x, x, x, score=va.scores.General(torch.eye(4), activation="tanh"), backend="cpu")
+
+
+def test_the_widest_comes_first_and_every_processor_has_the_baseline() -> None:
+    assert available() == list(SETS[-len(available()) :])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_each_instruction_set_runs(name: str) -> None:
+    if name not in available():
+        pytest.skip(f"this processor does not run {name}")
+    done = run("-c", PROGRAM, VLATTN_CPU_ISA=name)
+    assert done.stdout.strip() == name, done.stderr
+
+
+def test_the_widest_runs_where_none_is_named() -> None:
+    done = run("-c", PROGRAM, VLATTN_CPU_ISA="")
+    assert done.stdout.strip() == available()[0], done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    words = f"VLATTN_CPU_ISA must be one of {', '.join(available())}, which this processor runs; got 'v5'"
+    done = run("-c", PROGRAM, VLATTN_CPU_ISA="v5")
+    assert done.returncode == 1 and f"ValueError: {words}" in done.stderr
+    assert words in run("-m", "vlattn_fast.cli", "info", VLATTN_CPU_ISA="v5").stdout
+
+
+def test_info_names_what_runs() -> None:
+    state = f"of {', '.join(available())} this processor runs"
+    assert f"{state} baseline (VLATTN_CPU_ISA)\n" in run("-m", "vlattn_fast.cli", "info", VLATTN_CPU_ISA="baseline").stdout
+    assert f"{state} {available()[0]}\n" in run("-m", "vlattn_fast.cli", "info", VLATTN_CPU_ISA="").stdout
+
+
+def test_a_struct_of_another_size_is_told_from_one_that_fits() -> None:
+    with pytest.raises(RuntimeError, match="does not fit this vlattn_fast: install it again"):
+        _native.kernel("score_attention_forward", "qqd")(1, 2, 3.0)
+
+
+def test_a_kernel_that_is_not_there() -> None:
+    with pytest.raises(RuntimeError, match="has no transmogrify: it does not fit this vlattn_fast; install it again"):
+        _native.kernel("transmogrify", "q")(1)
+
+
+def test_a_missing_library_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small()
+    monkeypatch.setattr(_native, "library", _native.find(tmp_path / "libvlattn_cpu.so"))
+    with pytest.raises(ValueError, match=r"backend='cpu' cannot run .*the CPU kernels are not built \(`vlattn info` says why\)"):
+        small()
+
+
+def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
+    (tmp_path / "libvlattn_cpu.so").write_text("not a library")
+    done = run("-c", PROGRAM, VLATTN_CPU_LIBRARY=str(tmp_path / "libvlattn_cpu.so"))
+    assert "RuntimeError: the CPU kernels cannot be loaded (install vlattn_fast again): " in done.stderr
+
+
+def test_no_torch_in_it() -> None:
+    """It serves every version of torch, and can be built without one."""
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    said = subprocess.run(["readelf", "-d", _native.library.path], capture_output=True, text=True, check=True).stdout
+    needed = {line.split("[")[1].split(".so")[0] for line in said.splitlines() if "(NEEDED)" in line}
+    assert needed <= {"libm", "libc", "libgcc_s", "libstdc++", "ld-linux-x86-64"} and "libc" in needed
