@@ -1,9 +1,9 @@
 // congruence_loss: head-mean maps of the blocks LL, VV, LV, VL, the divergence of each direction, and the gradients.
 //
 // Bound: multiply-adds. Forward: the scores of all four blocks; backward: three times those of the blocks that have gradients.
-// Tricks: the real tokens of a sample alone are taken up, so nothing below knows of masks. The forward pass's maps are kept for the
-// backward pass (O((L + V)^2) a sample, no head axis), which then computes each head once. Maps lie as (keys, rows), so that a lane
-// is a row: no sum over lanes, and every product of maps but one reads them as they lie.
+// Tricks: the real tokens of a sample alone are taken up, so nothing below knows of masks. The forward pass's maps are kept for
+// the backward pass (O((L + V)^2) a sample, no head axis), which then computes each head once. Maps lie as (keys, rows), so that
+// a lane is a row: no sum over lanes, and every product of maps but one reads them as they lie.
 // Not yet measured: no row is stored.
 #include "products.h"
 #include "rows.h"
@@ -64,7 +64,9 @@ struct Job {
         return at;
     }
     float* map(Size b, int block) const { return c.maps + b * map_size() + offset(block); }
-    float* grad(Size b, int direction, int block) const { return grads + ((b - first) * 2 + direction) * map_size() + offset(block); }
+    float* grad(Size b, int direction, int block) const {
+        return grads + ((b - first) * 2 + direction) * map_size() + offset(block);
+    }
     Tokens of(Size b, int side) const {
         const Size count = counts[b * 2 + side];
         const int32_t* at = tokens + b * (c.lengths[0] + c.lengths[1]) + side * c.lengths[0];
@@ -120,12 +122,13 @@ static const float* load_keys(const Job& job, int block, Size b, Size h, float* 
         return (const float*)x.data + x.at(b, h, 0);
     }
     stride = c.D;
-    for (Size j = 0; j < tokens.count; ++j) widen(element(x.data, c.dtype, x.at(b, h, tokens[j])), c.dtype, c.D, copy + j * c.D);
+    for (Size j = 0; j < tokens.count; ++j)
+        widen(element(x.data, c.dtype, x.at(b, h, tokens[j])), c.dtype, c.D, copy + j * c.D);
     return copy;
 }
 
-// The scores (keys, width) of a tile of rows. The scaled queries stay in `rows` (width, stride) with zeros around them.
-static void scores(const Job& job, int block, Size b, Size h, const RowTile& t, const float* K, Size stride, Workspace& w, float* S) {
+// S: the scores (keys, width) of a tile of rows. The scaled queries stay in `rows` (width, stride) with zeros around them.
+static void scores(const Job& job, int block, Size b, Size h, const RowTile& t, const float* K, Size stride, Workspace& w) {
     const CongruenceLoss& c = job.c;
     const Rows& x = c.queries[block];
     const Tokens tokens = job.of(b, ROW_SIDE[block]);
@@ -139,7 +142,7 @@ static void scores(const Job& job, int block, Size b, Size h, const RowTile& t, 
     }
     memset(w.rows + t.rows * padded, 0, (t.width - t.rows) * padded * sizeof(float));
     transpose(w.rows, padded, t.width, c.D, w.transposed, t.width);
-    product<false>(job.of(b, KEY_SIDE[block]).count, t.width, c.D, K, stride, w.transposed, t.width, S, t.width, false);
+    product<false>(job.of(b, KEY_SIDE[block]).count, t.width, c.D, K, stride, w.transposed, t.width, w.S, t.width, false);
 }
 
 INLINE Vector top_of(const float* S, Size M, Size w) {
@@ -183,7 +186,8 @@ static void add_log_softmax(const float* S, Size M, Size w, bool first, float* m
         const Vector top = top_of(S + i, M, w), lse = log_all(exponentials(E + i, M, w, top));
         for (Size j = 0; j < M; ++j) {
             float *largest = map + j * ld + i, *sum = sums + j * w + i;
-            const Vector x = (load(S + j * w + i) - top) - lse, before = first ? x : load(largest), total = first ? Vector{} : load(sum);
+            const Vector x = (load(S + j * w + i) - top) - lse;
+            const Vector before = first ? x : load(largest), total = first ? Vector{} : load(sum);
             const Vector e = exp_negative(-absolute(x - before));  // 1 at first
             store(sum, x > before ? total * e + 1.f : total + e);
             store(largest, maximum(before, x));
@@ -220,7 +224,7 @@ static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace
     for (Size h = 0; h < c.H; ++h) {
         Size stride;
         const float* K = load_keys(job, block, b, h, w.keys, stride);
-        scores(job, block, b, h, t, K, stride, w, w.S);
+        scores(job, block, b, h, t, K, stride, w);
         if (logs) add_log_softmax(w.S, M, t.width, h == 0, map, ld, w.T, w.E);
         else if (picks) add_softmax(w.S, M, t.width, c.H, h == 0, w.T, t.width);
         else add_softmax(w.S, M, t.width, c.H, h == 0, map, ld);
@@ -236,7 +240,8 @@ static void maps_task(Job& job, Size task) {
         const Size b = item / (4 * tiles), tile = item % tiles;
         const int block = item / tiles % 4;
         const Size n = job.of(b, ROW_SIDE[block]).count;
-        if (!job.empty(b) && job.used(block) && tile < row_tiles(n)) map_of_tile(job, b, block, row_tile(n, tile), job.workspaces[task]);
+        if (job.empty(b) || !job.used(block) || tile >= row_tiles(n)) continue;
+        map_of_tile(job, b, block, row_tile(n, tile), job.workspaces[task]);
     }
 }
 
@@ -270,8 +275,8 @@ static void target_of_tile(Size kind, Size H, const Direction& x, const RowTile&
     }
 }
 
-// CACR and IAIS singular: sym(p, softmax(T)) of each row into `value`; p is softmax(own), or for IAIS singular e^(own - ln H). With gradients,
-// grad_own becomes that at `own` and T the one at T. d = ln p - ln t; no term is negative.
+// CACR and IAIS singular: sym(p, softmax(T)) of each row into `value`; p is softmax(own), or for IAIS singular e^(own - ln H).
+// With gradients, grad_own becomes that at `own` and T the one at T. d = ln p - ln t; no term is negative.
 static void softmax_divergence(bool singular, Size H, const Direction& x, const RowTile& tile, float* T, float* E, float* value) {
     const Size w = tile.width;
     const Vector lowest = splat(-87.f);  // there e^d - 1 is -1
@@ -419,9 +424,10 @@ static void scores_backward(float* S, Size M, Size w, Size H, const float* G0, c
     }
 }
 
-// The same from gradients L at the logarithm of the sum over heads, `map`, and G at the mean, each of which may be null. E is scratch.
-// They are not added before the last step: where P is 1, its share of G is exactly 0, and L may be thousands of times smaller.
-static void scores_backward_log(float* S, Size M, Size w, Size H, const float* L, const float* G, const float* map, Size ld, float* E) {
+// The same from gradients L at the logarithm of the sum over heads, `map`, and G at the mean, each of which may be null. They are
+// not added before the last step: where P is 1, its share of G is exactly 0, and L may be thousands of times smaller.
+static void scores_backward_log(float* S, Size M, Size w, Size H, const float* L, const float* G, const float* map, Size ld,
+                                float* E) {
     const float share_of_head = 1.f / H;
     memcpy(E, S, M * w * sizeof(float));
     for (Size i = 0; i < w; i += VL) {
@@ -448,8 +454,12 @@ static void scores_backward_log(float* S, Size M, Size w, Size H, const float* L
 static void* gradient_row(const CongruenceLoss& c, void* data, int side, Size b, Size h, Size n) {
     return (void*)element(data, c.dtype, ((b * c.H + h) * c.lengths[side] + n) * c.D);
 }
-static void clear_rows(const CongruenceLoss& c, void* data, int side, Size b, Size h) {
-    memset(gradient_row(c, data, side, b, h, 0), 0, c.lengths[side] * c.D * (c.dtype == FLOAT32 ? 4 : 2));
+// Zeros at padding, or in all rows
+static void clear_rows(const Job& job, void* data, int side, Size b, Size h, bool all) {
+    const CongruenceLoss& c = job.c;
+    const Tokens tokens = job.of(b, side);
+    const Size first = all || tokens.at ? 0 : tokens.count, rows = c.lengths[side] - first;
+    memset(gradient_row(c, data, side, b, h, first), 0, rows * c.D * (c.dtype == FLOAT32 ? 4 : 2));
 }
 
 // of_own, of_other: gradients at the map from the directions of the block's rows and of the other side; null where there is none
@@ -462,7 +472,7 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
     const float* K = load_keys(job, block, b, h, w.keys, stride);
     for (Size tile = 0; tile < row_tiles(row_tokens.count); ++tile) {
         const RowTile t = row_tile(row_tokens.count, tile);
-        scores(job, block, b, h, t, K, stride, w, w.S);
+        scores(job, block, b, h, t, K, stride, w);
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
         if (c.kind == SINGULAR) scores_backward_log(w.S, M, t.width, c.H, own, other, job.map(b, block) + t.first, ld, w.E);
         else scores_backward(w.S, M, t.width, c.H, own ? own : other, own ? other : nullptr, ld);
@@ -488,10 +498,11 @@ static void gradients_task(Job& job, Size task) {
         // of IAIS distributed the own block belongs to its direction alone
         const bool own = c.directions[rows], other = c.directions[1 - rows] && !(c.kind == DISTRIBUTED && block < LV);
         const bool none = job.empty(b) || !(own || other);
-        if (none || job.of(b, rows).count < c.lengths[rows]) clear_rows(c, c.grad_queries[block], rows, b, h);
-        if (none || job.of(b, columns).count < c.lengths[columns]) clear_rows(c, c.grad_keys[block], columns, b, h);
+        clear_rows(job, c.grad_queries[block], rows, b, h, none);
+        clear_rows(job, c.grad_keys[block], columns, b, h, none);
         if (none) continue;
-        const float *of_own = own ? job.grad(b, rows, block) : nullptr, *of_other = other ? job.grad(b, 1 - rows, block) : nullptr;
+        const float* of_own = own ? job.grad(b, rows, block) : nullptr;
+        const float* of_other = other ? job.grad(b, 1 - rows, block) : nullptr;
         gradients_of_head(job, b, block, h, of_own, of_other, job.workspaces[task]);
     }
 }

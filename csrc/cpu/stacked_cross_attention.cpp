@@ -1,10 +1,10 @@
-// stacked_cross_attention: the similarity of every set of queries (captions, or images) with every set of contexts, and its gradients.
+// stacked_cross_attention: the similarity of every set of queries (captions or images) with every set of contexts, and gradients.
 //
-// Bound: multiply-adds. Forward: two products over features a pair of query and context; backward: six.
-// Tricks: the real rows of all query sets lie one after the other, so that products never see padding and take many sets at once; a
-// lane is a context, so what is normalised over the queries of a set needs no sum over lanes. A context set belongs to one thread,
-// which finishes its gradient; what the queries' gradients need of a pair is one number a query and context, kept for a chunk of
-// context sets, and summed over these in a second sweep over the query sets. So no sum depends on the threads.
+// Bound: multiply-adds. Forward: two products over features a pair of query and context; backward: six, two of them again.
+// Tricks: the real rows of all query sets lie one after the other, so that products never see padding and take many sets at once;
+// a lane is a context, so what is normalised over the queries of a set needs no sum over lanes. A context set belongs to one
+// thread, which finishes its gradient; what the queries' gradients need of a pair is one number a query and context, kept for a
+// chunk of context sets, and summed over these in a second sweep over the query sets. So no sum depends on the threads.
 // Not yet measured: no row is stored.
 #include "products.h"
 #include "rows.h"
@@ -135,8 +135,8 @@ static void attend(float smooth, const float* N, Size n, Size m, Size w, float* 
 }
 
 // G, the gradient at the softmax over contexts, becomes the one at the scores.
-static void scores_backward(const StackedCrossAttention& c, const float* S, const float* N, const float* P, const float* norms, Size n,
-                            Size w, float* G) {
+static void scores_backward(const StackedCrossAttention& c, const float* S, const float* N, const float* P, const float* norms,
+                            Size n, Size w, float* G) {
     for (Size i = 0; i < n; ++i) {
         const float* p = P + i * w;
         float* g = G + i * w;
@@ -275,7 +275,8 @@ static void forward_task(Job& job, Size task) {
 
 INLINE Size bytes_of(const StackedCrossAttention& c) { return c.dtype == FLOAT32 ? 4 : 2; }
 // The gradient of a set: `count` real rows, zeros behind them
-static void store_gradient(const StackedCrossAttention& c, const float* from, Size stride, Size count, const Sets& sets, Size set, void* to) {
+static void store_gradient(const StackedCrossAttention& c, const float* from, Size stride, Size count, const Sets& sets, Size set,
+                           void* to) {
     char* rows = (char*)to + set * sets.rows * c.D * bytes_of(c);
     for (Size i = 0; i < count; ++i) narrow(from + i * stride, c.D, c.dtype, rows + i * c.D * bytes_of(c));
     memset(rows + count * c.D * bytes_of(c), 0, (sets.rows - count) * c.D * bytes_of(c));
@@ -317,8 +318,10 @@ static void queries_task(Job& job, Size) {
             product<false>(b.rows, features, m, flat, width, job.context.at(x), job.context.stride, grad, features, true);
         }
         if (job.first + job.sets < job.c.context.count) continue;
-        for (Size y = b.first_set; y < b.last_set; ++y)
-            store_gradient(job.c, grad + (job.query.first[y] - b.first_row) * features, features, job.query.count(y), job.c.query, y, job.c.grad_query);
+        for (Size y = b.first_set; y < b.last_set; ++y) {
+            const float* from = grad + (job.query.first[y] - b.first_row) * features;
+            store_gradient(job.c, from, features, job.query.count(y), job.c.query, y, job.c.grad_query);
+        }
     }
 }
 
@@ -422,7 +425,7 @@ static Size stacked_cross_attention(const StackedCrossAttention& c, bool backwar
     const bool ready = prepare(job, lists, memory, backward);
     if (ready && !backward) start(job, forward_task);
     if (ready && backward)
-        for (const Size step = job.sets;; job.first += step) {  // once where there is no context set: the queries' gradients are zeros
+        for (const Size step = job.sets;; job.first += step) {  // once without context sets: the queries' gradients are zeros
             job.sets = least(step, c.context.count - job.first);
             start(job, contexts_task);
             start(job, queries_task);
