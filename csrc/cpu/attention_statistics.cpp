@@ -398,7 +398,6 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     for (Size i = 0; i < w; ++i) {
         // the largest weight is `factor`
         r.weighted[i] = (r.weighted[i] + space.maximum[i]) * r.factor[i];
-        space.maximum[i] *= r.factor[i];
         if (d_weight && i < t.rows) d_weight[head * a.N + t.first + i] = r.factor[i] == 0 ? 0.f : r.received[i] * r.factor[i];
     }
     memset(space.d_query, 0, a.D * w * sizeof(float));
@@ -412,7 +411,10 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
         }
         for (Size i = 0; i < t.rows; ++i) {
             const Size j = argmax[head * a.N + t.first + i] - j0;
-            if (j >= 0 && j < count) space.E[j * w + i] += space.maximum[i];
+            if (j < 0 || j >= count) continue;
+            // x is 0 here. The whole of dP is made before `weighted` leaves it, so that a row with one key gets 0 exactly.
+            const float rest = space.mass[r.group[j] + i] + r.weight[i] * d.received[j];
+            space.E[j * w + i] = r.factor[i] * (rest + space.maximum[i] - r.weighted[i]);
         }
         product<true>(a.D, w, count, r.keys.key, r.keys.key_stride, space.E, w, space.d_query, w, true);
         product<false>(count, stride(), w, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);

@@ -1,0 +1,60 @@
+"""attention_map by the CPU kernels: sizes around tiles of queries and blocks of keys, threads. The rest stands in
+tests/ops/test_attention_map.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import as_dtype
+
+import vlattn_fast as va
+from tests.ops.backends import LOW, assert_refused
+from tests.ops.map_cases import check_map, key_mask, map_inputs
+from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES
+
+# A tile has up to 48 queries, in groups of 16; up to 768 keys are one block, more come in blocks of 512.
+SIZES = [(1, 1), (15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (96, 97), (97, 96)]
+BLOCKS = [(3, 767), (17, 768), (2, 769), (1, 1024), (5, 1025), (20, 1300)]
+
+
+@pytest.mark.parametrize("n, m", SIZES + BLOCKS)
+def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
+    check_map("cpu", as_dtype(map_inputs("attention", n, m, b=1), torch.float32))
+    tensors = as_dtype(map_inputs("gradient", n, m, 17, 5, b=1), torch.float32)
+    found = check_map("cpu", tensors, rule="gradient", is_causal=True, row_normalize=True, head_reduction="max")
+    assert (found[0].triu(1) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("rule", RULES)
+def test_keys_that_are_copied(rule: str, dtype: torch.dtype) -> None:
+    """Halves and padding, under the causal mask: each tile of a head sees more keys than the one before."""
+    for n in (100, 800):
+        tensors = as_dtype(map_inputs(rule, n, n, h=4, kv=2), dtype)
+        check_map("cpu", tensors, rule=rule, is_causal=True, enable_gqa=True, key_mask=key_mask(n))
+
+
+@pytest.mark.parametrize("d, dv", [(1, 1), (15, 17), (64, 128), (256, 255)])
+def test_head_sizes(d: int, dv: int) -> None:
+    for reduction in HEAD_REDUCTIONS:
+        check_map(
+            "cpu", as_dtype(map_inputs("gradient", 20, 33, d, dv), torch.float32), rule="gradient", head_reduction=reduction
+        )
+
+
+@pytest.mark.usefixtures("threads")
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    tensors, mask = as_dtype(map_inputs("gradient", 200, 900), torch.float32), key_mask(900)
+    found = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        found.append(va.attention_map(**tensors, rule="gradient", key_mask=mask, is_causal=True, backend="cpu"))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_what_is_refused() -> None:
+    for tensors, words in (
+        (map_inputs("attention"), "the CPU kernels take float16, bfloat16 and float32"),
+        (as_dtype(map_inputs("attention", d=257), torch.float32), "the CPU kernels take a head_dim of at most 256"),
+    ):
+        assert_refused("cpu", words, lambda tensors=tensors: va.attention_map(**tensors, backend="cpu"))

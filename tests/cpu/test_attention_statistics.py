@@ -1,0 +1,77 @@
+"""attention_statistics by the CPU kernels: sizes around tiles of queries and blocks of keys, heads that threads share. The rest
+stands in tests/ops/test_attention_statistics.py."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from compare import as_dtype, outputs_and_grads
+
+import vlattn_fast as va
+from tests.cpu.test_attention_map import BLOCKS, SIZES
+from tests.ops.backends import LOW, assert_refused
+from tests.ops.map_cases import but_argmax, check_statistics, float_mask, groups, key_mask, statistics_inputs
+
+
+@pytest.mark.parametrize("n, m", SIZES + BLOCKS)
+def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
+    check_statistics("cpu", as_dtype(statistics_inputs(n, m, b=1), torch.float32), **groups(m))
+    inputs = as_dtype(statistics_inputs(n, m, 17), torch.float32)
+    check_statistics("cpu", inputs, is_causal=True, attn_mask=float_mask(m), key_mask=key_mask(m), **groups(m))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_keys_that_are_copied(dtype: torch.dtype) -> None:
+    """Halves and padding, under the causal mask: each tile of a head sees more keys than the one before."""
+    for n in (100, 800):
+        inputs = as_dtype(statistics_inputs(n, n, b=1, h=4, kv=2), dtype)
+        check_statistics("cpu", inputs, is_causal=True, enable_gqa=True, key_mask=torch.rand(1, n) > 0.3, **groups(n))
+
+
+@pytest.mark.parametrize("d", [1, 15, 64, 256])
+def test_head_sizes(d: int) -> None:
+    check_statistics("cpu", as_dtype(statistics_inputs(20, 33, d), torch.float32), **groups(33))
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 50, 900])
+def test_groups_in_runs_and_in_any_order(num_groups: int) -> None:
+    inputs = as_dtype(statistics_inputs(20, 900, b=1), torch.float32)
+    index = torch.randint(-1, num_groups, (900,))
+    for key_groups in (index, index.sort().values, torch.arange(900).clamp_max(num_groups - 1)):
+        check_statistics("cpu", inputs, key_groups=key_groups, num_groups=num_groups)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_threads_share(masked: bool) -> None:
+    """Two key heads of eight query heads, on several threads: the sums of a head are those of several threads."""
+    inputs = as_dtype(statistics_inputs(100, 60, b=1, h=8, kv=2), torch.float32)
+    fixed: dict[str, Any] = {"enable_gqa": True, "is_causal": masked, **groups(60)}
+    run = but_argmax(partial(va.attention_statistics, backend="cpu"), **fixed)
+    torch.set_num_threads(1)
+    alone = outputs_and_grads(run, inputs)
+    for count in (2, 3, 5):
+        torch.set_num_threads(count)
+        first, second = outputs_and_grads(run, inputs), outputs_and_grads(run, inputs)
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+            if name not in ("out3", "grad key", "grad row_weight"):  # no sum over rows
+                assert torch.equal(first[name], alone[name]), name
+    check_statistics("cpu", inputs, **fixed)
+
+
+def test_more_threads_than_tiles(threads: None) -> None:
+    torch.set_num_threads(8)
+    check_statistics("cpu", as_dtype(statistics_inputs(3, 20, b=1), torch.float32), **groups(20))
+
+
+def test_what_is_refused() -> None:
+    inputs = as_dtype(statistics_inputs(d=257), torch.float32)
+    for tensors, words in (
+        (statistics_inputs(), "the CPU kernels take float16, bfloat16 and float32"),
+        (inputs, "the CPU kernels take a head_dim of at most 256"),
+    ):
+        assert_refused("cpu", words, lambda tensors=tensors: va.attention_statistics(**tensors, backend="cpu"))
