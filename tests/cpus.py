@@ -4,7 +4,8 @@
     python tests/cpus.py --fifth    one in fifteen under each of the settings, another fifteenth for each
 
 torch's own kernels, MKL and oneDNN choose their code by the CPU. These variables make them choose as older or other CPUs would,
-so that sums run in other orders and in blocks of other sizes. The rule of vlattn_fast/_tolerance.py must hold under each.
+so that sums run in other orders and in blocks of other sizes. The package's own CPU kernels run in other instruction sets with
+them. The rule of vlattn_fast/_tolerance.py must hold under each.
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+ISA = "VLATTN_CPU_ISA"
 SETTINGS = {
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "sse4": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", ISA: "v3"},
+    "sse4": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        ISA: "baseline",
+    },
     "compatible": {"MKL_CBWR": "COMPATIBLE"},
 }
 SHARES = 5 * len(SETTINGS)
@@ -30,8 +37,16 @@ def shares() -> dict[str, str]:
     return {name: f"{n}/{SHARES}" for n, name in enumerate(SETTINGS)}
 
 
+def instruction_sets() -> list[str]:
+    """Of the package's CPU kernels: those that this processor runs."""
+    code = "from vlattn_fast import _native; print(*(_native._available() if _native.library.exists else ()))"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
 def run(name: str, *options: str, share: str = "") -> int:
     environment = {**os.environ, **SETTINGS.get(name, {}), "OMP_NUM_THREADS": "1", "VLATTN_ACCURACY_SHARE": share}
+    if environment.get(ISA) not in instruction_sets():
+        environment.pop(ISA, None)
     command = [sys.executable, "-m", "pytest", "--quiet", "--tb=short", "-m", "accuracy", *options, "tests"]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.strip().splitlines()

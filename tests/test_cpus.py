@@ -29,6 +29,16 @@ def test_the_shares_are_a_fifth_and_no_test_is_in_two() -> None:
     assert drawn(names[0], "0/1")
 
 
+@pytest.mark.parametrize("setting, name", [("avx2", "v3"), ("sse4", "baseline")])
+def test_the_settings_reach_the_kernels(setting: str, name: str) -> None:
+    if name not in cpus.instruction_sets():
+        pytest.skip(f"this processor does not run the CPU kernels of {name}")
+    code = "from vlattn_fast import _native; print(_native.instruction_set())"
+    environment = {**os.environ, **cpus.SETTINGS[setting]}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == name
+
+
 @pytest.mark.parametrize("setting, words", [("avx2", "AVX2"), ("sse4", "DEFAULT")])
 def test_the_settings_reach_torch(setting: str, words: str) -> None:
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
