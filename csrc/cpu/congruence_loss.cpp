@@ -21,7 +21,7 @@ struct CongruenceLoss {
     double scale;
     Rows queries[4], keys[4];  // of the four blocks
     const uint8_t* masks[2];   // (B, L), (B, V), 0 = padding; null for none
-    float* maps;               // (B, (L + V) (L' + V')), lengths with a dash rounded up to GROUP
+    float* maps;               // (B, (L + V) (L' + V')), lengths with a dash rounded up to odd multiples of GROUP
     float* loss;               // (B)
     const float* grad_loss;    // (B)
     void *grad_queries[4], *grad_keys[4];  // (B, H, N, D) of the blocks that have gradients
@@ -56,7 +56,8 @@ struct Job {
     Size first, samples;  // of the batch that are at work
     Size next;            // item
 
-    Size padded(int side) const { return round_up(c.lengths[side], GROUP); }
+    // the stride of a map: an odd number of groups, so that its rows do not fall onto one set of the cache
+    Size padded(int side) const { return (c.lengths[side] + GROUP - 1) / (2 * GROUP) * (2 * GROUP) + GROUP; }
     Size map_size() const { return (c.lengths[0] + c.lengths[1]) * (padded(0) + padded(1)); }
     Size offset(int block) const {
         Size at = 0;

@@ -58,8 +58,8 @@ def backward(
 
 
 def maps_shape(batch: int, L: int, V: int) -> tuple[int, int, int]:
-    """The blocks LL, VV, LV, VL as (keys, rows), with the rows rounded up to 16."""
-    return batch, L + V, (L + 15) // 16 * 16 + (V + 15) // 16 * 16
+    """The blocks LL, VV, LV, VL as (keys, rows), with the rows rounded up to an odd multiple of 16."""
+    return batch, L + V, (L + 15) // 32 * 32 + (V + 15) // 32 * 32 + 32
 
 
 def _call(
