@@ -151,7 +151,7 @@ static void map_task(MapRun& call, Size task) {
 }
 
 static Size attention_map(const MapCall& c) {
-    MapRun call = {c, c.a.B * tiles_of(c.a), 0, false};
+    MapRun call = {c, c.a.M > 0 ? c.a.B * tiles_of(c.a) : 0, 0, false};
     call.tasks = least(thread_count(), call.items);
     if (call.items > 0) run(call.tasks, call, map_task);
     return call.failed ? NO_MEMORY : DONE;

@@ -204,7 +204,7 @@ static void sweep(const StatisticsRows& r, Size j0, Size count, Size w, const St
                     some_received += e * splat(d->received[j]);
                 } else {
                     some_weighted += e * bounded;
-                    const Integers here = x == Vector{} ? Integers{} + (int32_t)j : Integers{} + INT32_MAX;
+                    const Integers here = x == Vector{} ? Integers{} + (int32_t)(j0 + j) : Integers{} + INT32_MAX;
                     found = here < found ? here : found;
                 }
             }
@@ -213,7 +213,7 @@ static void sweep(const StatisticsRows& r, Size j0, Size count, Size w, const St
         if (!BACKWARD) {
             Integers argmax;
             memcpy(&argmax, r.argmax + i, sizeof argmax);
-            argmax = top > before ? found + (int32_t)j0 : argmax;
+            argmax = top > before ? found : argmax;
             memcpy(r.argmax + i, &argmax, sizeof argmax);
         }
         store(r.largest + i, top), store(r.total + i, total), store(r.weighted + i, weighted), store(r.received + i, received);
