@@ -46,6 +46,7 @@ INLINE uint16_t float_to_bfloat16(float x) {
 
 // n elements into float32
 static void widen(const void* from, Size dtype, Size n, float* to) {
+    if (n == 0) return;  // an empty tensor has no address
     if (dtype == FLOAT32) {
         memcpy(to, from, n * sizeof(float));
         return;
@@ -66,6 +67,7 @@ static void widen(const void* from, Size dtype, Size n, float* to) {
 
 // n elements of float32 into `dtype`
 static void narrow(const float* from, Size n, Size dtype, void* to) {
+    if (n == 0) return;
     if (dtype == FLOAT32) {
         memcpy(to, from, n * sizeof(float));
         return;
