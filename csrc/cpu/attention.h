@@ -29,7 +29,7 @@ struct Attention {
     Rows query, key, value;
     Masks masks;
     Size group() const { return H / Hkv; }  // query heads that share a key head
-    Size key_block() const { return M <= MOST_KEYS ? M : BLOCK_KEYS; }
+    Size key_block() const { return M > MOST_KEYS ? BLOCK_KEYS : M > 0 ? M : 1; }
 };
 
 // ---- keys

@@ -64,7 +64,7 @@ struct BackwardCall {
     bool sums_rows;     // this pass only finds them
     Size key_stride, value_stride;  // D and Dv rounded up to VL
     bool failed;
-    bool inputs() const { return c.grad_query.data && !sums_rows; }
+    bool inputs() const { return (c.grad_query.data || c.grad_value.data) && !sums_rows; }  // an empty tensor has no pointer
     // whether a tile has all keys at once and finds its statistics itself
     bool at_once() const { return c.a.M <= c.a.key_block() && c.lse_counts != 1; }
 };
@@ -133,7 +133,8 @@ static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Si
         const bool masked = fabs(x) == INFINITY;
         lost[i] = i < t.rows && !masked && (!lse || fabs(x) > bound);
         any |= lost[i] != 0;
-        shift[i] = masked ? 0.f : (float)x, factor[i] = masked ? 0.f : (float)exp(shift[i] - x);
+        shift[i] = masked ? INFINITY : (float)x;  // e^(logit - Inf) is 0 whatever the logit is
+        factor[i] = masked ? 0.f : (float)exp(shift[i] - x);
     }
     if (!any) return;
     float *own_shift = scratch + 3 * LANES, *own_factor = scratch + 4 * LANES;
@@ -463,8 +464,8 @@ static void join_task(BackwardCall& call, Size task) {
 
 static Size attention_backward(const Backward& c) {
     const Attention& a = c.a;
+    if (a.B * a.H * a.N == 0) return DONE;
     const Size tiles = a.group() * tiles_of(a), items = a.B * a.Hkv * tiles;
-    if (items == 0) return DONE;
     const Size tasks = least(thread_count(), items);
     BackwardCall call = {c, {items, tasks, tiles}, {items, tasks, a.Hkv * tiles}, nullptr, nullptr, nullptr, nullptr, nullptr, false,
                          round_up(a.D, VL), round_up(a.Dv, VL), false};

@@ -14,7 +14,7 @@ import vlattn_fast as va
 from tests.ops.score_cases import finite_rows
 
 RULES = tuple(itertools.product(("gradient", "attention"), (False, True)))  # rule, row_normalize
-BACKENDS = ("streaming", "triton", "cuda")
+BACKENDS = ("streaming", "cpu", "triton", "cuda")
 
 
 def tensors(

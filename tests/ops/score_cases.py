@@ -173,12 +173,14 @@ PLAIN = {  # the score of a test that is not about scores
     "reference": "general-tanh-key",
     "streaming": "general-tanh-key",
     "sdpa": "dot",
+    "cpu": "general-tanh-key",
     "triton": "general-tanh-key",
     "cuda": "additive",
 }
 FEW = {  # one score for each way that a call takes through a backend
     "streaming": ("dot", "cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key"),
     "sdpa": ("dot", "general-key-bias"),
+    "cpu": ("dot", "cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key"),
     "triton": ("cosine-eps=5", "additive"),
     "cuda": ("additive",),
 }
@@ -211,7 +213,7 @@ def sizes_of(backend: str, score: str) -> dict[str, int]:
     """More than one tile in either direction where tiles are fixed; of keys alone where the interpreter takes long."""
     if backend == "triton" and score.startswith(("additive", "hadamard")):
         return {"n": N, "m": 19}
-    return {"n": 34, "m": 37} if backend in ("triton", "cuda") else {"n": N, "m": M}
+    return {"n": 34, "m": 37} if backend in ("cpu", "triton", "cuda") else {"n": N, "m": M}
 
 
 def call(operator: Callable[..., Any], make: Callable[..., Any], **options: Any) -> Callable[..., Any]:

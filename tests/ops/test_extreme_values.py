@@ -16,7 +16,7 @@ from vlattn_fast.streaming import _tiles
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered in:RuntimeWarning")
-BACKENDS = ("reference", "streaming", "triton")
+BACKENDS = ("reference", "streaming", "cpu", "triton")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

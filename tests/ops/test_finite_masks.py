@@ -14,7 +14,7 @@ import vlattn_fast as va
 from tests.ops.backends import core, each, on
 from vlattn_fast.streaming import _tiles
 
-BACKENDS = ("reference", "streaming", "triton")
+BACKENDS = ("reference", "streaming", "cpu", "triton")
 RELEVANCY = (*BACKENDS, "cuda")
 ROWS, SIZE = 40, 8
 MASKED = (0, 17, 39)  # rows with one value throughout
@@ -135,7 +135,7 @@ def test_maps_and_statistics_attend_evenly(backend: str) -> None:
     torch.testing.assert_close(statistics.maximum[:, :, MASKED].float(), torch.full((2, 2, 3), 1 / ROWS), rtol=2**-8, atol=0.0)
 
 
-@each("dtype", triton=core("triton"), cuda=core("cuda"))
+@each("dtype", cpu=core("cpu"), triton=core("triton"), cuda=core("cuda"))
 def test_additive_scores_and_their_lse(backend: str, dtype: torch.dtype) -> None:
     """The score that CUDA C++ has, with rows whose values differ or that are fully masked beside the others, at either end."""
     for value in (*VALUES, torch.finfo(torch.float32).max):
@@ -155,7 +155,7 @@ def test_additive_scores_and_their_lse(backend: str, dtype: torch.dtype) -> None
         torch.testing.assert_close(grad_value.float().sum(2), grad.float().sum(2), rtol=tolerance, atol=tolerance)
 
 
-@each("dtype", triton=core("triton"), cuda=core("cuda"))
+@each("dtype", cpu=core("cpu"), triton=core("triton"), cuda=core("cuda"))
 def test_a_normalized_step_with_the_lse_of_another_attention(backend: str, dtype: torch.dtype) -> None:
     for value in VALUES:
         tensors, mask = inputs(dtype), mask_of(value)

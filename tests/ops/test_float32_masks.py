@@ -13,7 +13,7 @@ from tests.ops.backends import core, each, on
 from vlattn_fast.streaming import _tiles
 
 BACKENDS = ("reference", "streaming")
-ALL = (*BACKENDS, "triton")
+ALL = (*BACKENDS, "cpu", "triton")
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (*HALF, torch.float32, torch.float64)
 ROWS, KEYS, SIZE = 33, 47, 16
@@ -41,7 +41,7 @@ def in_float64(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.double() for name, x in tensors.items()}
 
 
-@each("dtype", reference=HALF, streaming=HALF, triton=HALF[:1])
+@each("dtype", reference=HALF, streaming=HALF, cpu=HALF[:1], triton=HALF[:1])
 def test_a_float32_bias_keeps_its_digits(backend: str, dtype: torch.dtype) -> None:
     """A bias around 40 has a spacing of 1/4 in bfloat16."""
     tensors, mask = inputs(dtype), 40.0 + torch.randn(ROWS, KEYS)
@@ -58,7 +58,7 @@ def test_a_float32_bias_keeps_its_digits(backend: str, dtype: torch.dtype) -> No
     )
 
 
-@each("dtype", reference=HALF, streaming=HALF, triton=HALF[:1])
+@each("dtype", reference=HALF, streaming=HALF, cpu=HALF[:1], triton=HALF[:1])
 def test_the_lse_of_a_float32_bias_serves_relevancy_step(backend: str, dtype: torch.dtype) -> None:
     tensors, mask = inputs(dtype), 40.0 + torch.randn(ROWS, KEYS)
     _, lse = va.score_attention(**tensors, attn_mask=mask, return_lse=True, backend=backend)

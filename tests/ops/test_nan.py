@@ -84,7 +84,7 @@ NAMES = tuple(calls())
 WITH_CUDA = tuple(name for name in NAMES if name.startswith(("relevancy", "score_attention")))
 
 
-@each("name", streaming=NAMES, triton=NAMES, cuda=WITH_CUDA)
+@each("name", streaming=NAMES, cpu=NAMES, triton=NAMES, cuda=WITH_CUDA)
 def test_no_result_is_finite_where_the_formula_has_none(backend: str, name: str) -> None:
     """And rows of the first result that are finite in the formula are so here.
 

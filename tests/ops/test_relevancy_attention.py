@@ -96,6 +96,7 @@ def test_masks(backend: str, mask: str) -> None:
 @each(
     "case",
     streaming=itertools.product(LOW, RULES, (2,)),
+    cpu=[*itertools.product(HALVES[:1], RULES, (1, 3)), (HALVES[1], RULES[0], 3)],
     triton=[*itertools.product(HALVES[:1], RULES, (1, 3)), (HALVES[1], RULES[0], 3)],
     cuda=itertools.product(HALVES, RULES, (1, 3)),
 )
@@ -152,7 +153,7 @@ def test_either_gradient_alone(backend: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(out.sum(), leaf), sdpa)
 
 
-@each("dtype", triton=LOW[:2], cuda=LOW[:2])
+@each("dtype", cpu=LOW[:2], triton=LOW[:2], cuda=LOW[:2])
 @pytest.mark.parametrize("rule, row_normalize", RULES)
 def test_what_nobody_asked_for_is_not_computed(rule: str, row_normalize: bool, backend: str, dtype: torch.dtype) -> None:
     """Every combination of cotangents and need_inputs gives what streaming gives, and None where that does."""
@@ -163,8 +164,9 @@ def test_what_nobody_asked_for_is_not_computed(rule: str, row_normalize: bool, b
     out, _, lse = module.forward(query, key, value, carrier, None, None, *masks, *options)
     grads = (None, torch.randn_like(out)), (None, torch.rand_like(carrier)), (False, True)
     for grad_out, r, need in itertools.product(*grads):
-        args = (grad_out, r, query, key, value, out, lse, None, weight, *masks, *options, need)
-        ours, theirs = module.backward(*args), streaming.backward(*args)
+        args = (grad_out, r, query, key, value, out)
+        rest = (None, weight, *masks, *options, need)
+        ours, theirs = module.backward(*args, lse, *rest), streaming.backward(*args, lse.to(carrier.dtype), *rest)
         assert (ours[0] is None) == (grad_out is None or not need) and (ours[3] is None) == (r is None)
         for x, y in zip(ours, theirs, strict=True):
             assert (x is None) == (y is None)
@@ -174,7 +176,7 @@ def test_what_nobody_asked_for_is_not_computed(rule: str, row_normalize: bool, b
                 torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
-@each("dtype", streaming=(F64,), triton=LOW[:2], cuda=LOW)
+@each("dtype", streaming=(F64,), cpu=LOW[:2], triton=LOW[:2], cuda=LOW)
 @pytest.mark.parametrize("rule, row_normalize", RULES)
 def test_frozen_inputs(rule: str, row_normalize: bool, backend: str, dtype: torch.dtype) -> None:
     """The carrier alone requires a gradient, and the output's gradient comes by another path."""
@@ -359,7 +361,7 @@ def test_empty_sizes(backend: str, empty: str) -> None:
             torch.testing.assert_close(x, formula[name], rtol=1e-2, atol=1e-3)
 
 
-@each("dtype", streaming=(F64,), triton=(torch.float32,), cuda=(torch.float32, torch.float16))
+@each("dtype", streaming=(F64,), cpu=(torch.float32,), triton=(torch.float32,), cuda=(torch.float32, torch.float16))
 def test_runs_are_bit_equal_and_write_no_input(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = tensors(36, b=2, h=4, rows=3, dtype=dtype)
     options = {"residual_weight": torch.rand(2, 36), "enable_gqa": True, "row_normalize": True, "backend": backend}

@@ -44,7 +44,7 @@ from vlattn_fast import scores as S
 from vlattn_fast.streaming import _tiles
 
 
-@each("score", streaming=SCORES, sdpa=DOT_PRODUCTS, triton=PUBLIC, cuda=ADDITIVE)
+@each("score", streaming=SCORES, sdpa=DOT_PRODUCTS, cpu=SCORES, triton=PUBLIC, cuda=ADDITIVE)
 def test_every_score(backend: str, score: str) -> None:
     check(backend, *tensors(backend, score))
 
@@ -53,6 +53,7 @@ def test_every_score(backend: str, score: str) -> None:
     "case",
     streaming=itertools.product((*KINDS, "general-key-bias", "concat-unequal", "hadamard-relu-key"), LOW),
     sdpa=itertools.product(("scaled_dot", "general-key-bias", "hadamard-relu-key"), LOW),
+    cpu=itertools.product((*KINDS, "general-key-bias"), LOW),
     triton=[*itertools.product(KINDS, HALVES[:1]), ("dot", HALVES[1]), ("additive", HALVES[1])],
     cuda=itertools.product(("additive",), LOW),
 )
@@ -65,6 +66,7 @@ def test_low_precision(backend: str, case: tuple[str, torch.dtype]) -> None:
     "score",
     streaming=(*KINDS, "general-key-bias", "hadamard-relu-key"),
     sdpa=("dot", "general-key-bias"),
+    cpu=("dot", "general-tanh-key", "additive-weights=none"),
     triton=("dot", "general-tanh-key", "additive-weights=none"),
     cuda=("additive-weights=none",),
 )
@@ -78,6 +80,7 @@ def test_grouped_heads(backend: str, score: str) -> None:
     "score",
     streaming=("general-tanh-per_head", "additive-per_head", "hadamard-None-per_head"),
     sdpa=("hadamard-None-per_head",),
+    cpu=("general-tanh-per_head", "additive-per_head"),
     triton=("general-tanh-per_head", "additive-per_head"),
     cuda=("additive-per_head",),
 )
@@ -87,7 +90,7 @@ def test_keys_with_more_heads_than_values(backend: str, score: str) -> None:
         check(backend, *tensors(backend, score, h=4, kv=kv), enable_gqa=True)
 
 
-@on("reference", "streaming", "sdpa", "triton", "cuda")
+@on("reference", "streaming", "sdpa", "cpu", "triton", "cuda")
 def test_grouped_heads_map_one_to_one(backend: str) -> None:
     """Seen by writing the key head's number into its values."""
     dtype = finest(backend)
@@ -101,7 +104,7 @@ def test_grouped_heads_map_one_to_one(backend: str) -> None:
 # ------------------------------------------------------------------------------------------------- layouts and sizes
 
 
-@each("layout", streaming=LAYOUTS, sdpa=LAYOUTS, triton=LAYOUTS, cuda=LAYOUTS)
+@each("layout", streaming=LAYOUTS, sdpa=LAYOUTS, cpu=LAYOUTS, triton=LAYOUTS, cuda=LAYOUTS)
 def test_layouts(backend: str, layout: str) -> None:
     """Queries, keys, values, mask and cotangent in each layout, and cotangents of stride 0."""
     score, lse = PLAIN[backend], backend != "sdpa"
@@ -120,12 +123,13 @@ def test_layouts(backend: str, layout: str) -> None:
 EMPTY = ("B", "H", "N", "M", "D", "Dv", "A")
 EMPTY_SCORES = {
     "streaming": ("dot", "scaled", "cosine", "tanh", "additive", "hadamard", "series"),
+    "cpu": ("dot", "cosine", "tanh", "additive"),
     "triton": ("tanh", "additive"),
     "cuda": ("additive",),
 }
 
 
-@each("empty", streaming=EMPTY, triton=EMPTY, cuda=EMPTY)
+@each("empty", streaming=EMPTY, cpu=EMPTY, triton=EMPTY, cuda=EMPTY)
 def test_empty_sizes(backend: str, empty: str) -> None:
     """Shapes are kept and gradients are zeros; without keys every row is fully masked."""
     b, h, n, m, d, dv, a = (0 if empty == name else size for name, size in zip(EMPTY, (2, 2, 4, 5, 6, 2, 4), strict=True))
@@ -183,6 +187,7 @@ def test_tiling_changes_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) 
     "score",
     streaming=("dot", "cosine", "general-key-bias", "general-tanh-key", "additive", "hadamard-relu-key"),
     sdpa=("dot", "hadamard-relu-key"),
+    cpu=("dot", "general-tanh-key", "additive"),
     triton=("dot", "general-tanh-key", "additive"),
     cuda=("additive",),
 )
@@ -208,6 +213,7 @@ def test_large_and_constant_values(backend: str, score: str) -> None:
     "score",
     streaming=("scaled_dot", "cosine", "general-tanh-key", "additive", "hadamard-tanh-key", "hadamard-none-offset=tensor"),
     sdpa=("scaled_dot", "hadamard-none-offset=tensor"),
+    cpu=("scaled_dot", "general-tanh-key", "additive"),
     triton=("scaled_dot", "general-tanh-key", "additive"),
     cuda=("additive",),
 )
@@ -230,7 +236,13 @@ def test_default_scale_belongs_to_scaled_dot_alone() -> None:
         torch.testing.assert_close(lse, torch.logsumexp(scale * query @ key.mT, -1))
 
 
-@each("score", streaming=("scaled_dot", "additive", "general-key-bias"), triton=("scaled_dot", "additive"), cuda=("additive",))
+@each(
+    "score",
+    streaming=("scaled_dot", "additive", "general-key-bias"),
+    cpu=("scaled_dot", "additive"),
+    triton=("scaled_dot", "additive"),
+    cuda=("additive",),
+)
 def test_either_gradient_alone(backend: str, score: str) -> None:
     """d lse / d logits is the attention itself, and value gets nothing from it."""
     inputs, make = tensors(backend, score)
@@ -260,6 +272,7 @@ def test_lse_dtype(backend: str, dtype: torch.dtype) -> None:
     "score",
     streaming=("additive", "hadamard-tanh-key", "general-tanh-key"),
     sdpa=("dot",),
+    cpu=("additive", "hadamard-tanh-key", "general-tanh-key"),
     triton=("additive", "hadamard-tanh-key", "general-tanh-key"),
     cuda=("additive",),
 )
@@ -282,7 +295,7 @@ def test_nan_and_infinity_come_out(backend: str, score: str) -> None:
         assert torch.isnan(out[0, 0, 1]).all() and not torch.isnan(out[0, 1]).any()
 
 
-@on("streaming", "triton")
+@on("streaming", "cpu", "triton")
 def test_cosine_of_a_zero_vector_has_no_slope(backend: str) -> None:
     inputs, _ = tensors(backend, "cosine")
     inputs["query"][0, 0, 1] = inputs["key"][0, 1, 2] = 0.0
@@ -332,7 +345,7 @@ def test_what_a_backend_cannot_run_is_refused(backend: str, score: Any, options:
     assert_refused(backend, words, lambda: va.score_attention(query, key, key, score=score, backend=backend, **options))
 
 
-@on("triton", "cuda")
+@on("cpu", "triton", "cuda")
 def test_float64_is_refused(backend: str) -> None:
     x = torch.randn(1, 1, N, D, dtype=F64)
     score = S.Additive(torch.randn(D, dtype=F64))

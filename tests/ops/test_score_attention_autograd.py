@@ -75,7 +75,7 @@ def test_dropout_gradient_uses_the_forward_mask(score: str, monkeypatch: pytest.
     assert_all_close_to(operator, explicit, inputs, cotangents)
 
 
-@each("score", triton=("dot", "additive"))
+@each("score", cpu=("dot", "additive"), triton=("dot", "additive"))
 def test_dropout_drops_what_streaming_drops(backend: str, score: str) -> None:
     """One counter hash: the same seed drops the same pairs, in forward and backward."""
     inputs, make = tensors(backend, score, **sizes_of(backend, score))

@@ -30,6 +30,7 @@ KINDS = {
 
 OPCHECKS = {
     "streaming": [(kind, "contiguous") for kind in KINDS] + [("additive", "transposed"), ("dot", "strided")],
+    "cpu": [("dot_tanh", "transposed"), ("additive", "strided")],
     "triton": [("dot_tanh", "transposed")],
     "cuda": [("additive", "transposed"), ("additive", "strided")],
 }
@@ -94,7 +95,7 @@ def test_fullgraph_equals_eager_in_two_graphs_over_ten_lengths(score: str) -> No
     torch._dynamo.reset()
 
 
-@on("sdpa", "triton", "cuda")
+@on("sdpa", "cpu", "triton", "cuda")
 def test_fullgraph_equals_eager_on_every_backend(backend: str) -> None:
     torch._dynamo.reset()
     inputs, make = tensors(backend, PLAIN[backend])

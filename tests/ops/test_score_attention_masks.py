@@ -21,6 +21,7 @@ from vlattn_fast.streaming import _tiles
     "case",
     streaming=itertools.product(KINDS, MASKS),
     sdpa=[("dot", mask) for mask in MASKS if "float" not in mask and "finite" not in mask],
+    cpu=[*itertools.product(("dot",), MASKS), *((score, "float key causal") for score in KINDS[1:]), ("additive", "bool")],
     triton=[*itertools.product(("dot",), MASKS), *((score, "float key causal") for score in KINDS[1:]), ("additive", "bool")],
     cuda=itertools.product(("additive",), MASKS),
 )
@@ -33,7 +34,7 @@ def test_masks(backend: str, case: tuple[str, str]) -> None:
     assert not any(torch.isnan(x).any() for x in found.values())
 
 
-@on("streaming", "triton", "cuda")
+@on("streaming", "cpu", "triton", "cuda")
 def test_a_float32_mask_keeps_its_digits_under_16_bit(backend: str) -> None:
     """A bias around 40 has a spacing of 1/4 in bfloat16."""
     inputs, make = tensors(backend, PLAIN[backend], torch.bfloat16, n=17, m=40)
@@ -61,7 +62,7 @@ ALL_SHAPES = shapes(B, H, N, M)
 SOME_SHAPES = ((), (N, 1), (H, 1, M), (B, 1, N, 1), (B, H, N, M))
 
 
-@each("shape", streaming=ALL_SHAPES, sdpa=ALL_SHAPES, triton=SOME_SHAPES, cuda=SOME_SHAPES)
+@each("shape", streaming=ALL_SHAPES, sdpa=ALL_SHAPES, cpu=ALL_SHAPES, triton=SOME_SHAPES, cuda=SOME_SHAPES)
 def test_mask_broadcasts(backend: str, shape: tuple[int, ...]) -> None:
     for kind in ("bool", "float") if backend != "sdpa" else ("bool",):
         mask = torch.rand(shape) > 0.4 if kind == "bool" else torch.randn(shape)
@@ -111,7 +112,7 @@ def test_fully_masked_rows_give_zeros(backend: str, score: str) -> None:
             assert torch.isneginf(found["out1"][0, :, 2]).all() and torch.isfinite(found["out1"][1]).all()
 
 
-@on("streaming", "sdpa", "triton", "cuda")
+@on("streaming", "sdpa", "cpu", "triton", "cuda")
 def test_causal_is_top_left_for_unequal_lengths(backend: str) -> None:
     """Query i sees keys j <= i whatever M is, as SDPA (flash-attention counts from the bottom right)."""
     for n, m in itertools.product((3, 9), (5, 1)):

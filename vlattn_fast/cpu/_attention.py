@@ -28,7 +28,13 @@ def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key:
 
 
 def fields(
-    query: Tensor, key: Tensor, value: Tensor | None, attn_mask: Tensor | None, key_mask: Tensor | None, scale: float, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
 ) -> tuple[Any, ...]:
     """The fields; the tensors come from `unit_strides` and `masks`, and the caller keeps them until the call is over."""
     batch, heads, queries, head_dim = query.shape
