@@ -91,9 +91,10 @@ def step(
     """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
     if rule == "attention":
         value = grad_output = None
+    no_grads: list[Tensor | None] = [None, None, None]
     attended = _run(
         *(grad_output, query, key, value, None, lse, attn_mask, key_mask, scale, is_causal, _NONE if lse is None else _GIVEN),
-        *([None, None, None], relevancy, None, rule, row_normalize),
+        *(no_grads, relevancy, None, rule, row_normalize),
     )
     assert attended is not None
     return attended
