@@ -7,6 +7,7 @@
 #include "rows.h"
 
 namespace ISA {
+namespace {
 
 static const Size LANES = 48;        // query rows of a tile: 3, 6 or 12 vectors, and a multiple of the rows of products.h
 static const Size GROUP = 16;        // a tile's width is a multiple of this: one line of the cache, whatever the vectors are
@@ -232,4 +233,5 @@ INLINE void scale_rows(float* X, Size count, Size w, const float* factor) {  // 
         for (Size i = 0; i < w; i += VL) store(X + j * w + i, load(X + j * w + i) * load(factor + i));
 }
 
+}  // namespace
 }  // namespace ISA

@@ -6,6 +6,7 @@
 #include "attention.h"
 
 namespace ISA {
+namespace {
 
 enum Reduction : Size { MEAN = 0, MAX = 1, MIN = 2 };
 
@@ -157,5 +158,6 @@ static Size attention_map(const MapCall& c) {
     return call.failed ? NO_MEMORY : DONE;
 }
 
+}  // namespace
 }  // namespace ISA
 OPERATOR(attention_map, MapCall)

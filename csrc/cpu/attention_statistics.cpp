@@ -8,6 +8,7 @@
 #include "attention.h"
 
 namespace ISA {
+namespace {
 
 // ---- sums over rows
 
@@ -424,6 +425,7 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
 
 static Size attention_statistics_backward(const StatisticsBackward& c) { return run_pass(c); }
 
+}  // namespace
 }  // namespace ISA
 OPERATOR(attention_statistics_forward, StatisticsForward)
 OPERATOR(attention_statistics_backward, StatisticsBackward)

@@ -7,6 +7,7 @@
 #include "forward.h"
 
 namespace ISA {
+namespace {
 
 // What r Abar needs: Abar = mean over heads of max(P dP, 0), or of P.
 struct Relevancy {
@@ -497,4 +498,5 @@ static Size attention_backward(const Backward& c) {
     return call.failed ? NO_MEMORY : DONE;
 }
 
+}  // namespace
 }  // namespace ISA

@@ -9,6 +9,7 @@
 #include "rows.h"
 
 namespace ISA {
+namespace {
 
 enum Kind : Size { CACR = 0, SINGULAR = 1, DISTRIBUTED = 2 };
 enum : int { LL = 0, VV = 1, LV = 2, VL_BLOCK = 3 };
@@ -565,6 +566,7 @@ static Size congruence_loss_backward(const CongruenceLoss& c) {
     return DONE;
 }
 
+}  // namespace
 }  // namespace ISA
 
 OPERATOR(congruence_loss_forward, CongruenceLoss)

@@ -3,6 +3,7 @@
 #include "scores.h"
 
 namespace ISA {
+namespace {
 
 struct Dropout {
     int64_t seed;        // 0 without dropout
@@ -77,8 +78,7 @@ struct Logits {
         block_b = t.b, block_head = unit_head, block_first = j0;
         if (score.sums_units()) {
             if (another) units.load_head(score, a, t.h), units.load_keys(a, keys, loaded);
-            units.load_rows(score, a, rows, stride, w);
-            units.prepare_keys(a, keys, loaded);
+            units.load_rows(score, a, rows, stride, w, keys, loaded);
             units.forward((float)a.scale, count, w, S);
         } else {
             product<false>(count, w, a.D, keys.key, keys.key_stride, transposed, w, S, w, false);
@@ -158,4 +158,5 @@ static Size attention_forward(const Forward& c) {
     return call.failed ? NO_MEMORY : DONE;
 }
 
+}  // namespace
 }  // namespace ISA

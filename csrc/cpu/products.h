@@ -5,6 +5,7 @@
 #include "vectors.h"
 
 namespace ISA {
+namespace {
 
 // The block of C that stays in registers: MOST_ROWS rows, and up to four vectors of columns where there are 32 registers.
 #if VL == 16 || defined(__aarch64__)
@@ -85,4 +86,5 @@ static void product(Size rows, Size columns, Size depth, const float* A, Size ld
     }
 }
 
+}  // namespace
 }  // namespace ISA

@@ -6,9 +6,11 @@
 #include "backward.h"
 
 namespace ISA {
+namespace {
 
 static Size relevancy_attention_backward(const Backward& c) { return attention_backward(c); }
 
+}  // namespace
 }  // namespace ISA
 
 OPERATOR(relevancy_attention_backward, Backward)

@@ -3,6 +3,7 @@
 #include "threads.h"
 
 namespace ISA {
+namespace {
 
 enum Dtype : Size { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3 };
 
@@ -113,4 +114,5 @@ static void transpose(const float* x, Size ldx, Size rows, Size columns, float* 
         for (Size c = r < rows4 ? columns4 : 0; c < columns; ++c) to[c * ldto + r] = x[r * ldx + c];
 }
 
+}  // namespace
 }  // namespace ISA

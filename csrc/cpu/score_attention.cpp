@@ -6,10 +6,12 @@
 #include "backward.h"
 
 namespace ISA {
+namespace {
 
 static Size score_attention_forward(const Forward& c) { return attention_forward(c); }
 static Size score_attention_backward(const Backward& c) { return attention_backward(c); }
 
+}  // namespace
 }  // namespace ISA
 
 OPERATOR(score_attention_forward, Forward)

@@ -7,6 +7,7 @@
 #include "attention.h"
 
 namespace ISA {
+namespace {
 
 enum ScoreKind : Size { DOT, DOT_RELU, DOT_LEAKY_RELU, DOT_TANH, DOT_SIGMOID, COSINE, ADDITIVE, HADAMARD_TANH, HADAMARD_SIGMOID };
 
@@ -92,17 +93,35 @@ static void cosine_gradient(const Score& score, float scale, float* G, Size coun
 
 // ---- sums over hidden units
 
-enum Policy { FACTORED, CLAMPED, SUM, PRODUCT };  // e^(cz) = e^(cq) e^(ck), as it is or clamped; of z = q + k; of z = q k
+// How four units get f: from e^(cz) = e^(cq) e^(ck), as it is or clamped; from e^(cz) for z = q + k or z = q k; or, where z is small and
+// 1 - c r would lose its digits, from the polynomial of tanh
+enum Policy : uint8_t { FACTORED, CLAMPED, SUM, PRODUCT, SMALL_SUM, SMALL_PRODUCT };
 static const float LARGEST_FACTOR = 2147483648.f;  // 2^31: four such factors are finite, and f(z) rounds to 1 beyond
 static const float LARGEST_EXPONENT = 21.4f;       // its logarithm
 static const float LARGEST_HALF = 86.f;            // e^(cq) and e^(ck) are finite up to it
+static const float LARGEST_SMALL = 0.5f;
 
+INLINE constexpr bool is_product(int policy) { return policy == PRODUCT || policy == SMALL_PRODUCT; }
+INLINE constexpr bool is_small(int policy) { return policy == SMALL_SUM || policy == SMALL_PRODUCT; }
+
+// e^(cz)
 template <int POLICY>
-INLINE Vector denominator(float q, Vector k, float c) {
-    if (POLICY == FACTORED) return splat(q) * k + 1.f;
-    if (POLICY == CLAMPED) return minimum(splat(LARGEST_FACTOR), splat(q) * k + 1.f);
-    const Vector z = POLICY == SUM ? k + splat(q) : k * splat(q);
-    return exp_bounded(maximum(splat(-80.f), minimum(splat(LARGEST_EXPONENT), z * c))) + 1.f;
+INLINE Vector exponential(float q, Vector k, float c) {
+    if (POLICY == FACTORED) return splat(q) * k;
+    if (POLICY == CLAMPED) return minimum(splat(LARGEST_FACTOR), splat(q) * k);
+    const Vector z = is_product(POLICY) ? k * splat(q) : k + splat(q);
+    return exp_bounded(maximum(splat(-80.f), minimum(splat(LARGEST_EXPONENT), z * c)));
+}
+// tanh z to 1 ulp for |z| <= 0.625 (Cephes' tanhf)
+template <int POLICY>
+INLINE Vector small_tanh(float q, Vector k) {
+    const Vector z = is_product(POLICY) ? k * splat(q) : k + splat(q), square = z * z;
+    Vector p = splat(-5.70498872745e-3f);
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    return p * square * z + z;
 }
 
 struct Units {
@@ -111,38 +130,48 @@ struct Units {
     const float* weight;
 };
 
-// S (rows, keys) = sum_a u_a f(z_a): q (rows, count), k (count, ld)
+// S (rows, keys) (+)= sum_a u_a f(z_a) over the units [first, last): q (rows, count), k (count, ld)
 template <int POLICY, int VECTORS>
-INLINE void unit_scores_block(const Units& u, Size rows, const float* Q, const float* K, Size ld, float base, float* S) {
+INLINE void unit_scores_block(const Units& u, Size first, Size last, Size rows, const float* Q, const float* K, Size ld, bool add, float* S) {
+    float weights = 0;
+    for (Size a = first; a < last; ++a) weights += u.weight[a];
     for (Size i = 0; i < rows; ++i) {
         Vector total[VECTORS];
         for (int n = 0; n < VECTORS; ++n) total[n] = Vector{};
         const float* q = Q + i * u.count;
-        for (Size a = 0; a < u.count; a += 4) {
+        for (Size a = first; a < last; a += 4) {
             const float *k = K + a * ld, *w = u.weight + a;
 #pragma GCC unroll 4
             for (int n = 0; n < VECTORS; ++n) {
-                const Vector d0 = denominator<POLICY>(q[a], load(k + n * VL), u.c), d1 = denominator<POLICY>(q[a + 1], load(k + ld + n * VL), u.c);
-                const Vector d2 = denominator<POLICY>(q[a + 2], load(k + 2 * ld + n * VL), u.c), d3 = denominator<POLICY>(q[a + 3], load(k + 3 * ld + n * VL), u.c);
-                const Vector n01 = splat(w[0]) * d1 + splat(w[1]) * d0, n23 = splat(w[2]) * d3 + splat(w[3]) * d2;
-                const Vector d01 = d0 * d1, d23 = d2 * d3;
+                if (is_small(POLICY)) {
+#pragma GCC unroll 4
+                    for (int m = 0; m < 4; ++m) total[n] += splat(w[m]) * small_tanh<POLICY>(q[a + m], load(k + m * ld + n * VL));
+                    continue;
+                }
+                Vector d[4];  // 1 / r
+#pragma GCC unroll 4
+                for (int m = 0; m < 4; ++m) d[m] = exponential<POLICY>(q[a + m], load(k + m * ld + n * VL), u.c) + 1.f;
+                const Vector n01 = splat(w[0]) * d[1] + splat(w[1]) * d[0], n23 = splat(w[2]) * d[3] + splat(w[3]) * d[2];
+                const Vector d01 = d[0] * d[1], d23 = d[2] * d[3];
                 total[n] += (n01 * d23 + n23 * d01) / (d01 * d23);
             }
         }
-        for (int n = 0; n < VECTORS; ++n) store(S + i * ld + n * VL, base - u.c * total[n]);
+        for (int n = 0; n < VECTORS; ++n) {
+            float* to = S + i * ld + n * VL;
+            const Vector x = is_small(POLICY) ? total[n] : weights - u.c * total[n];
+            store(to, add ? load(to) + x : x);
+        }
     }
 }
 template <int POLICY>
-static void unit_scores(const Units& u, Size rows, const float* Q, const float* K, Size ld, float* S) {
-    float base = 0;
-    for (Size a = 0; a < u.count; ++a) base += u.weight[a];
+static void unit_scores(const Units& u, Size first, Size last, Size rows, const float* Q, const float* K, Size ld, bool add, float* S) {
     Size j = 0;
-    for (; j + 2 * VL <= ld; j += 2 * VL) unit_scores_block<POLICY, 2>(u, rows, Q, K + j, ld, base, S + j);
-    for (; j < ld; j += VL) unit_scores_block<POLICY, 1>(u, rows, Q, K + j, ld, base, S + j);
+    for (; j + 2 * VL <= ld; j += 2 * VL) unit_scores_block<POLICY, 2>(u, first, last, rows, Q, K + j, ld, add, S + j);
+    for (; j < ld; j += VL) unit_scores_block<POLICY, 1>(u, first, last, rows, Q, K + j, ld, add, S + j);
 }
 
-// From G (rows, ld), the gradient of the scores: by_query (rows, count) and by_key (count, ld) get G f'(z), times k and q for z = q k;
-// by_weight (count) gets the sum of G f.
+// From G (rows, ld), the gradient of the scores, over four units from a: by_query (rows, count) and by_key (count, ld) get G f'(z), times k
+// and q for z = q k; by_weight (count) gets the sum of G f.
 template <int POLICY, int ROWS>
 INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const float* K, Size ld, const float* G, float* by_query, float* by_key,
                                Vector* by_weight, Size first, Size last) {
@@ -157,18 +186,30 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
         for (int i = 0; i < ROWS; ++i) {
             const float* q = Q + i * u.count + a;
             const Vector g = load(G + i * ld + j);
-            Vector d[4];
+            Vector f[4], slope[4];
+            if (is_small(POLICY)) {
 #pragma GCC unroll 4
-            for (int n = 0; n < 4; ++n) d[n] = denominator<POLICY>(q[n], k[n], u.c);
-            const Vector d01 = d[0] * d[1], d23 = d[2] * d[3], all = 1.f / (d01 * d23), r01 = all * d23, r23 = all * d01;
-            const Vector r[4] = {r01 * d[1], r01 * d[0], r23 * d[3], r23 * d[2]};
+                for (int n = 0; n < 4; ++n) f[n] = small_tanh<POLICY>(q[n], k[n]), slope[n] = 1.f - f[n] * f[n];
+            } else {
+                Vector e[4];
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; ++n) e[n] = exponential<POLICY>(q[n], k[n], u.c);
+                const Vector d01 = (e[0] + 1.f) * (e[1] + 1.f), d23 = (e[2] + 1.f) * (e[3] + 1.f);
+                const Vector all = 1.f / (d01 * d23), r01 = all * d23, r23 = all * d01;
+                const Vector r[4] = {r01 * (e[1] + 1.f), r01 * (e[0] + 1.f), r23 * (e[3] + 1.f), r23 * (e[2] + 1.f)};
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; ++n) {
+                    // 1 - r = e r: both ends keep their digits, and with c = 2 so does f = (1 - r) - r
+                    const Vector rest = e[n] * r[n];
+                    f[n] = rest - (u.c - 1.f) * r[n], slope[n] = rest * r[n] * (u.c * u.c);
+                }
+            }
 #pragma GCC unroll 4
             for (int n = 0; n < 4; ++n) {
-                // f and its slope from f itself: 1 - c r and r - r^2 have the rounding of r where z is small
-                const Vector f = (d[n] - u.c) * r[n], x = g * ((u.c - 1.f) + f * ((2.f - u.c) - f));
-                by_w[n] += g * f;
-                by_q[i][n] += POLICY == PRODUCT ? x * k[n] : x;
-                by_k[n] += POLICY == PRODUCT ? x * splat(q[n]) : x;
+                const Vector x = g * slope[n];
+                by_w[n] += g * f[n];
+                by_q[i][n] += is_product(POLICY) ? x * k[n] : x;
+                by_k[n] += is_product(POLICY) ? x * splat(q[n]) : x;
             }
         }
 #pragma GCC unroll 4
@@ -179,17 +220,15 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
         for (int n = 0; n < 4; ++n) by_query[i * u.count + a + n] += sum(by_q[i][n]);
 }
 template <int POLICY>
-static void unit_gradient(const Units& u, Size rows, const float* Q, const float* K, Size ld, const float* G, float* by_query, float* by_key,
-                          float* by_weight) {
+static void unit_gradient(const Units& u, Size a, Size rows, const float* Q, const float* K, Size ld, const float* G, float* by_query,
+                          float* by_key, float* by_weight) {
     const int ROWS = VL == 16 ? 2 : 1;  // as the registers allow; rows is a multiple of GROUP
     for (Size first = 0; first < ld; first += 512) {
-        const Size last = least(first + 512, ld);
-        for (Size a = 0; a < u.count; a += 4) {
-            Vector by_w[4] = {};
-            for (Size i = 0; i < rows; i += ROWS)
-                unit_gradient_rows<POLICY, ROWS>(u, a, Q + i * u.count, K, ld, G + i * ld, by_query + i * u.count, by_key, by_w, first, last);
-            for (int n = 0; n < 4; ++n) by_weight[a + n] += sum(by_w[n]);
-        }
+        Vector by_w[4] = {};
+        for (Size i = 0; i < rows; i += ROWS)
+            unit_gradient_rows<POLICY, ROWS>(u, a, Q + i * u.count, K, ld, G + i * ld, by_query + i * u.count, by_key, by_w, first,
+                                             least(first + 512, ld));
+        for (int n = 0; n < 4; ++n) by_weight[a + n] += sum(by_w[n]);
     }
 }
 
@@ -204,12 +243,13 @@ struct UnitTile {
     float *query;           // (LANES, count): q, or e^(cq)
     float *by_query, *by_weight;
     float *scores;          // (LANES, ld): logits or their gradient, row by row
-    Policy policy;
-    bool exponentials;      // `key` holds e^(ck)
+    Policy* policies;       // (count / 4): of the tile, by four units
+    uint8_t* exponentials;  // (count / 4): `key` holds e^(ck)
 
     static Size padded(Size units) { return round_up(units, 4); }
     void plan(const Attention& a, Memory& memory, bool backward) {
         const Size n = padded(a.D), wide = round_up(a.key_block(), VL);
+        policies = (Policy*)memory.take(n), exponentials = (uint8_t*)memory.take(n);
         weight = memory.take(n), key_largest = memory.take(n), key_extent = memory.take(n);
         key = memory.take(n * wide), query = memory.take(LANES * n), scores = memory.take(LANES * wide);
         by_key = backward ? memory.take(n * wide) : nullptr, by_key_tile = backward ? memory.take(n * wide) : nullptr;
@@ -222,8 +262,9 @@ struct UnitTile {
         units = {padded(a.D), factor, weight};
     }
     void load_keys(const Attention& a, const Keys& keys, Size count) {
-        ld = round_up(count, VL), exponentials = false;
+        ld = round_up(count, VL);
         memset(key, 0, units.count * ld * sizeof(float));
+        memset(exponentials, 0, units.count / 4);
         transpose(keys.key, keys.key_stride, count, a.D, key, ld);
         for (Size n = 0; n < units.count; ++n) {
             float top = 0, extent = 0;  // 0: what is padded
@@ -231,36 +272,55 @@ struct UnitTile {
             key_largest[n] = top, key_extent[n] = extent;
         }
     }
-    // of the tile's rows (rows, stride), as load_tile gives them; the keys come before
-    void load_rows(const Score& score, const Attention& a, const float* rows, Size stride, Size width) {
-        bool factors = score.kind == ADDITIVE, clamps = false;
-        for (Size n = 0; n < a.D && factors; ++n) {
-            float top = 0, extent = 0;
-            for (Size i = 0; i < width; ++i) top = fmaxf(top, rows[i * stride + n]), extent = fmaxf(extent, fabsf(rows[i * stride + n]));
-            factors &= units.c * extent <= LARGEST_HALF && units.c * key_extent[n] <= LARGEST_HALF;
-            clamps |= !(units.c * (top + key_largest[n]) <= LARGEST_EXPONENT);
+    // Of the tile's rows (rows, stride), as load_tile gives them; the keys come before. Keys follow the policy: e^(ck) is made once, and k
+    // is fetched again where another tile wants it.
+    void load_rows(const Score& score, const Attention& a, const float* rows, Size stride, Size width, const Keys& keys, Size count) {
+        for (Size n = 0; n < units.count; n += 4) {
+            bool factors = score.kind == ADDITIVE, clamps = false, small = score.kind != HADAMARD_SIGMOID;
+            for (Size m = n; m < n + 4 && m < a.D; ++m) {
+                float top = 0, extent = 0;
+                for (Size i = 0; i < width; ++i) top = fmaxf(top, rows[i * stride + m]), extent = fmaxf(extent, fabsf(rows[i * stride + m]));
+                factors &= units.c * extent <= LARGEST_HALF && units.c * key_extent[m] <= LARGEST_HALF;
+                clamps |= !(units.c * (top + key_largest[m]) <= LARGEST_EXPONENT);
+                small &= (score.kind == ADDITIVE ? extent + key_extent[m] : extent * key_extent[m]) <= LARGEST_SMALL;
+            }
+            const Policy policy = score.kind == ADDITIVE ? (small ? SMALL_SUM : !factors ? SUM : clamps ? CLAMPED : FACTORED)
+                                                         : (small ? SMALL_PRODUCT : PRODUCT);
+            const bool wanted = policy == FACTORED || policy == CLAMPED;
+            policies[n / 4] = policy;
+            for (Size i = 0; i < width; ++i)
+                for (Size m = n; m < n + 4; ++m) query[i * units.count + m] = m < a.D ? rows[i * stride + m] : 0.f;
+            if (wanted) exponentiate(query + n, width, units.count, units.c);
+            if (wanted && !exponentials[n / 4]) {
+                for (Size i = 0; i < 4 * ld; i += VL) store(key + n * ld + i, exp_bounded(load(key + n * ld + i) * units.c));
+            } else if (!wanted && exponentials[n / 4]) {
+                memset(key + n * ld, 0, 4 * ld * sizeof(float));
+                transpose(keys.key + n, keys.key_stride, count, least(4, a.D - n), key + n * ld, ld);
+            }
+            exponentials[n / 4] = wanted;
         }
-        policy = score.kind != ADDITIVE ? PRODUCT : !factors ? SUM : clamps ? CLAMPED : FACTORED;
-        for (Size i = 0; i < width; ++i)
-            for (Size n = 0; n < units.count; ++n) query[i * units.count + n] = n < a.D ? rows[i * stride + n] : 0.f;
-        if (factors)
-            for (Size i = 0; i < width * units.count; i += VL) store(query + i, exp_bounded(load(query + i) * units.c));
     }
-    // Keys as the tile's policy reads them; a block whose tiles differ in policy is loaded anew
-    void prepare_keys(const Attention& a, const Keys& keys, Size count) {
-        const bool wanted = policy == FACTORED || policy == CLAMPED;
-        if (exponentials && !wanted) load_keys(a, keys, count);
-        if (!exponentials && wanted)
-            for (Size i = 0; i < units.count * ld; i += VL) store(key + i, exp_bounded(load(key + i) * units.c));
-        exponentials = wanted;
+    static void exponentiate(float* x, Size rows, Size stride, float c) {  // four columns
+        float buffer[4 * LANES];
+        for (Size i = 0; i < rows; ++i) memcpy(buffer + 4 * i, x + i * stride, 4 * sizeof(float));
+        for (Size i = 0; i < 4 * rows; i += VL) store(buffer + i, exp_bounded(load(buffer + i) * c));
+        for (Size i = 0; i < rows; ++i) memcpy(x + i * stride, buffer + 4 * i, 4 * sizeof(float));
     }
     // S (count, width) = scores * scale
     void forward(float scale, Size count, Size width, float* S) {
-        switch (policy) {
-            case FACTORED: unit_scores<FACTORED>(units, width, query, key, ld, scores); break;
-            case CLAMPED: unit_scores<CLAMPED>(units, width, query, key, ld, scores); break;
-            case SUM: unit_scores<SUM>(units, width, query, key, ld, scores); break;
-            case PRODUCT: unit_scores<PRODUCT>(units, width, query, key, ld, scores); break;
+        if (units.count == 0) memset(scores, 0, width * ld * sizeof(float));
+        for (Size first = 0, last; first < units.count; first = last) {  // units of one policy
+            const Policy policy = policies[first / 4];
+            for (last = first; last < units.count && policies[last / 4] == policy;) last += 4;
+            const bool add = first > 0;
+            switch (policy) {
+                case FACTORED: unit_scores<FACTORED>(units, first, last, width, query, key, ld, add, scores); break;
+                case CLAMPED: unit_scores<CLAMPED>(units, first, last, width, query, key, ld, add, scores); break;
+                case SUM: unit_scores<SUM>(units, first, last, width, query, key, ld, add, scores); break;
+                case PRODUCT: unit_scores<PRODUCT>(units, first, last, width, query, key, ld, add, scores); break;
+                case SMALL_SUM: unit_scores<SMALL_SUM>(units, first, last, width, query, key, ld, add, scores); break;
+                case SMALL_PRODUCT: unit_scores<SMALL_PRODUCT>(units, first, last, width, query, key, ld, add, scores); break;
+            }
         }
         transpose(scores, ld, width, count, S, width);
         for (Size i = 0; i < count * width; i += VL) store(S + i, load(S + i) * splat(scale));
@@ -274,14 +334,19 @@ struct UnitTile {
         }
         memset(by_key_tile, 0, units.count * ld * sizeof(float));
         memset(by_query, 0, width * units.count * sizeof(float));
-        switch (policy) {
-            case FACTORED: unit_gradient<FACTORED>(units, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
-            case CLAMPED: unit_gradient<CLAMPED>(units, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
-            case SUM: unit_gradient<SUM>(units, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
-            case PRODUCT: unit_gradient<PRODUCT>(units, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+        for (Size n = 0; n < units.count; n += 4) {
+            switch (policies[n / 4]) {
+                case FACTORED: unit_gradient<FACTORED>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+                case CLAMPED: unit_gradient<CLAMPED>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+                case SUM: unit_gradient<SUM>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+                case PRODUCT: unit_gradient<PRODUCT>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+                case SMALL_SUM: unit_gradient<SMALL_SUM>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+                case SMALL_PRODUCT: unit_gradient<SMALL_PRODUCT>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+            }
         }
         for (Size i = 0; i < units.count * ld; i += VL) store(by_key + i, load(by_key + i) + load(by_key_tile + i));
     }
 };
 
+}  // namespace
 }  // namespace ISA

@@ -10,6 +10,7 @@
 #include "rows.h"
 
 namespace ISA {
+namespace {
 
 enum Norm : Size { NONE = 0, SOFTMAX = 1, L2 = 2, L1 = 3 };
 enum Aggregation : Size { LOGSUMEXP = 0, MAX = 1, SUM = 2, MEAN = 3 };
@@ -437,6 +438,7 @@ static Size stacked_cross_attention(const StackedCrossAttention& c, bool backwar
 static Size stacked_cross_attention_forward(const StackedCrossAttention& c) { return stacked_cross_attention(c, false); }
 static Size stacked_cross_attention_backward(const StackedCrossAttention& c) { return stacked_cross_attention(c, true); }
 
+}  // namespace
 }  // namespace ISA
 
 OPERATOR(stacked_cross_attention_forward, StackedCrossAttention)

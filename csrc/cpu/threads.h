@@ -19,6 +19,7 @@ extern int32_t (*vlattn_get_num_threads)(uint32_t* count);
     }
 
 namespace ISA {
+namespace {
 
 enum : Size { DONE = 0, NO_MEMORY = 1, WRONG_SIZE = 2 };  // what an operator returns
 
@@ -68,4 +69,5 @@ struct Memory {
     void release() { free(base); }
 };
 
+}  // namespace
 }  // namespace ISA

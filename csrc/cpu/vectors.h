@@ -23,6 +23,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 namespace ISA {
+namespace {
 
 typedef int64_t Size;
 typedef float Vector __attribute__((vector_size(VL * 4)));
@@ -153,4 +154,5 @@ INLINE Vector log_all(Vector x) {
     return x >= Vector{} ? y : splat(NAN);
 }
 
+}  // namespace
 }  // namespace ISA
