@@ -148,7 +148,9 @@ struct StatisticsRows {
         argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
     }
     void load(const Attention& a, const Tile& t, const RowWeight& w) {
-        load_tile(a.query, a.dtype, t, a.D, (float)a.scale, query, stride, transposed);
+        // Scores are scaled after the product, as the formula has them: queries times the scale would break ties of the maximum.
+        load_tile(a.query, a.dtype, t, a.D, 1.f, query, stride, transposed);
+        for (Size i = 0; i < t.rows * stride; i += VL) store(query + i, load(query + i) * splat((float)a.scale));
         for (Size i = 0; i < t.width; ++i) {
             largest[i] = -INFINITY, total[i] = weighted[i] = received[i] = 0, argmax[i] = -1;
             weight[i] = i < t.rows ? w.at(t.b, t.first + i) : 0.f;
@@ -158,6 +160,7 @@ struct StatisticsRows {
     void logits(const Attention& a, const Tile& t, Size j0, Size count) {
         load_keys(a, keys, t.b, t.h / a.group(), j0, count);
         product<false>(count, t.width, a.D, keys.key, keys.key_stride, transposed, t.width, S, t.width, false);
+        for (Size i = 0; i < count * t.width; i += VL) store(S + i, load(S + i) * splat((float)a.scale));
         mask_tile(a, t, j0, count, S, mask);
         for (Size j = 0; t.rows < t.width && j < count; ++j) memset(S + j * t.width + t.rows, 0, (t.width - t.rows) * sizeof(float));
     }
