@@ -147,7 +147,7 @@ struct StatisticsRows {
         received = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
         argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
     }
-    void load(const Attention& a, const Tile& t, const RowWeight& w) {
+    void start(const Attention& a, const Tile& t, const RowWeight& w) {
         // Scores are scaled after the product, as the formula has them: queries times the scale would break ties of the maximum.
         load_tile(a.query, a.dtype, t, a.D, 1.f, query, stride, transposed);
         for (Size i = 0; i < t.rows * stride; i += VL) store(query + i, load(query + i) * splat((float)a.scale));
@@ -297,7 +297,7 @@ static void add_received(const float* E, Size count, Size w, const float* weight
 void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
     StatisticsRows& r = space.lanes;
     const Size w = t.width, block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b));
-    r.load(a, t, weight);
+    r.start(a, t, weight);
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
         r.logits(a, t, j0, count);
@@ -391,7 +391,7 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
         groups.rows(t.b, j0, count, w, r.group);
         d.received = d_received ? d_received + head * a.M + j0 : space.zeros;
     };
-    r.load(a, t, weight);
+    r.start(a, t, weight);
     load_cotangents(*this, space, t);
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
