@@ -282,20 +282,24 @@ static void target_of_tile(Size kind, Size H, const Direction& x, const RowTile&
 static void softmax_divergence(bool singular, Size H, const Direction& x, const RowTile& tile, float* T, float* E, float* value) {
     const Size w = tile.width;
     const Vector lowest = splat(-87.f);  // there e^d - 1 is -1
-    const float base = singular ? logf((float)H) : 0.f;  // exact where it matters: for p near 1
+    const float heads = singular ? logf((float)H) : 0.f;
     for (Size i = 0; i < w; i += VL) {
         const float* own = x.own + tile.first + i;
+        // What all keys have in common cancels in d. It is taken off before the two are subtracted from each other, and for IAIS singular
+        // ln H first, which is exact where it matters: for p near 1.
+        const Vector own_0 = singular ? splat(heads) : load(own), t_0 = singular ? Vector{} : load(T + i);
+        const auto gap = [&](Size k, Vector t) { return (load(own + k * x.ld_n) - own_0) - (t - t_0); };
         Vector total = {}, moment = {};
         for (Size k = 0; k < x.n; ++k) {
             const Vector t = load(T + k * w + i), e = exp_bounded(t);  // t lies in [0, 1]
             store(E + k * w + i, e);
             total += e;
-            if (!singular) moment += e * expm1_bounded(load(own + k * x.ld_n) - t);
+            if (!singular) moment += e * expm1_bounded(gap(k, t));
         }
         const Vector inverse = 1.f / total, shift = singular ? log_all(total) : -log1p_all(moment * inverse);
         Vector sum = {}, sum_p = {}, sum_t = {};
         for (Size k = 0; k < x.n; ++k) {
-            const Vector t = load(E + k * w + i) * inverse, d = (load(own + k * x.ld_n) - base - load(T + k * w + i)) + shift;
+            const Vector t = load(E + k * w + i) * inverse, d = gap(k, load(T + k * w + i)) + shift;
             const Vector difference = t * expm1_bounded(maximum(lowest, d));  // p - t
             sum += difference * d;
             sum_p += (t + difference) * d + difference, sum_t += t * d + difference;
@@ -304,10 +308,10 @@ static void softmax_divergence(bool singular, Size H, const Direction& x, const 
         if (!x.grad_own) continue;
         for (Size k = 0; k < x.n; ++k) {
             float *at = T + k * w + i, *grad_own = x.grad_own + tile.first + k * x.ld_n + i;
-            const Vector t = load(E + k * w + i) * inverse, d = (load(own + k * x.ld_n) - base - load(at)) + shift;
+            const Vector t = load(E + k * w + i) * inverse, d = gap(k, load(at)) + shift;
             const Vector difference = t * expm1_bounded(maximum(lowest, d));
             // for IAIS singular d may be -100, and the rounding of t + difference as much too large
-            const Vector p = singular ? exp_negative(load(own + k * x.ld_n) - base) : t + difference;
+            const Vector p = singular ? exp_negative(load(own + k * x.ld_n) - heads) : t + difference;
             store(grad_own, x.weight * (singular ? p * d + difference : p * d + difference - p * sum_p));
             store(at, -x.weight * (t * d + difference - t * sum_t));
         }
