@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_floating, check_head_dim, check_number, check_tensor, describe, readable
@@ -352,8 +353,17 @@ def _per_head(x: Tensor, num_heads: int, weight: Tensor | None, bias: Tensor | N
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """W x + b on the last axis of (B, H, N, D); weight (A, D) or (H, A, D), bias (A) or (H, A)."""
-    y = x if weight is None else x @ weight.mT
+    y = x if weight is None else _product(x, weight)
     return y if bias is None else y + bias[..., None, :]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.mT. In bfloat16 on the CPU sizes become even: torch's product of rows with gaps between them, of a gradient's too,
+    reads the gaps where the size is odd (docs/bugs.md)."""
+    rows, columns = weight.shape[-2:]
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or (rows % 2 == 0 and columns % 2 == 0):
+        return x @ weight.mT
+    return (F.pad(x, (0, columns % 2)) @ F.pad(weight, (0, columns % 2, 0, rows % 2)).mT)[..., :rows]
 
 
 def _row_dot(x: Tensor, bias: Tensor) -> Tensor:

@@ -241,8 +241,6 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
             }
             for (int p = 0; p < PARTS; ++p) store(delta + i + p * VL, total[p]);
         }
-        if (c.grad_lse)
-            for (Size i = 0; i < t.rows; ++i) delta[i] -= c.grad_lse[(t.b * a.H + t.h) * a.N + t.first + i];
     }
     if (call.sums_rows) {
         sum_rows(P, dP, is_gradient, count, t, call.row_sums + (t.b * a.H + t.h) * a.N + t.first);
@@ -251,12 +249,14 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     if (inputs)
         product<false>(count, call.value_stride, w, weights, w, g.out_rows, call.value_stride, g.value + j0 * call.value_stride, call.value_stride, true);
     const bool carries = c.relevancy.rows;
+    float by_lse[LANES] = {};  // beside delta, not in it: P = 1 leaves it as it is
+    for (Size i = 0; c.grad_lse && i < t.rows; ++i) by_lse[i] = c.grad_lse[(t.b * a.H + t.h) * a.N + t.first + i];
     for (Size j = 0; j < count; ++j)
         for (Size i = 0; i < w; i += VL) {
             const Size at = j * w + i;
             const Vector p = load(P + at), dp = load(dP + at);
             if (carries) store(P + at, contribution(is_gradient, p, dp));
-            store(dP + at, p * (dp - load(delta + i)));
+            store(dP + at, p * ((dp - load(delta + i)) + load(by_lse + i)));
         }
     if (carries) carry(P, count, w, g.rows, c.relevancy.T, g.result + j0 * round_up(c.relevancy.T, VL));
     if (!inputs) return;
@@ -321,7 +321,7 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
     memset(g.cosine_query, 0, (at_once ? 1 : last - first) * LANES * sizeof(float));
     for (Size n = first; !at_once && n < last; ++n) {
         const Tile t = tile_at(a, b, h, n);
-        const Size row = (b * a.H + h) * a.N + t.first, at = (n - first) * LANES;
+        const Size at = (n - first) * LANES;
         float* delta = g.delta + at;
         find_statistics(c, g.logits, t, visible, g.shift + at, g.factor + at, g.scratch);
         for (Size i = 0; i < t.width; ++i) delta[i] = 0;
@@ -330,7 +330,7 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
         load_tile(c.out, a.dtype, t, a.Dv, 1.f, out, a.Dv, nullptr);
         load_tile(c.grad_out, a.dtype, t, a.Dv, 1.f, g.out_rows, call.value_stride, nullptr);
         for (Size i = 0; i < t.rows; ++i) {
-            double total = c.grad_lse ? -c.grad_lse[row + i] : 0.;  // the rounding of `out` is error enough
+            double total = 0;  // the rounding of `out` is error enough
             for (Size d = 0; d < a.Dv; ++d) total += (double)out[i * a.Dv + d] * g.out_rows[i * call.value_stride + d];
             delta[i] = (float)total;
         }

@@ -1,0 +1,83 @@
+"""relevancy_attention and relevancy_step by the CPU kernels: sizes around tiles of queries and blocks of keys, carried rows,
+threads. The rest stands in tests/ops/test_relevancy_*.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_close_to
+
+import vlattn_fast as va
+from tests.ops.backends import LOW
+from tests.ops.relevancy_cases import MASKS, RULES, check, cotangents, padding, tensors
+
+# A tile has up to 48 queries, in groups of 16; up to 768 keys are one block, more come in blocks of 512.
+SIZES = (1, 15, 16, 17, 47, 48, 49, 97, 768, 769, 1100)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("rule, row_normalize", RULES)
+def test_sizes_either_side_of_a_tile(rule: str, row_normalize: bool, n: int) -> None:
+    check("cpu", tensors(n), rule=rule, row_normalize=row_normalize)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("rule, row_normalize", RULES)
+def test_masks_across_tiles_and_blocks(rule: str, row_normalize: bool, mask: str) -> None:
+    for n in (60, 800):
+        check("cpu", tensors(n, b=2), rule=rule, row_normalize=row_normalize, **MASKS[mask](n))
+
+
+@pytest.mark.parametrize("rows", (1, 2, 3, 16, 17, 70))
+def test_carried_rows(rows: int) -> None:
+    check("cpu", tensors(70, h=4, kv=2, rows=rows), is_causal=True)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_keys_that_are_copied(dtype: torch.dtype) -> None:
+    """Halves and padding, under the causal mask: later tiles see more of a block."""
+    for n in (100, 800):
+        check("cpu", tensors(n, b=2, dtype=dtype), key_mask=padding(n), is_causal=True)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("row_normalize", (False, True))
+def test_threads_that_share_a_head_or_a_sample(row_normalize: bool) -> None:
+    """Each number of threads is right, and gives the same bits again."""
+    for batch, heads, n in ((1, 1, 200), (3, 3, 100), (1, 2, 900)):
+        inputs = tensors(n, b=batch, h=heads, kv=1)
+        grads = cotangents(inputs)
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            check("cpu", inputs, grads, row_normalize=row_normalize, what=f"{count} threads")
+            query, key, value, carrier = (x.requires_grad_() for x in (x.detach().clone() for x in inputs.values()))
+            twice = [
+                torch.autograd.grad(
+                    va.relevancy_attention(
+                        query, key, value, carrier, row_normalize=row_normalize, enable_gqa=heads > 1, backend="cpu"
+                    ),
+                    (query, key, value, carrier),
+                    grads,
+                )
+                for _ in range(2)
+            ]
+            assert all(torch.equal(x, y) for x, y in zip(*twice, strict=True))
+
+
+@pytest.mark.parametrize("rule", ("gradient", "attention"))
+def test_step_with_the_lse_of_more_keys(rule: str) -> None:
+    """The log-sum-exp counts keys that are not here: halves of the keys give halves of the step."""
+    for n in (60, 900):
+        query, key, value, carrier = tensors(n, rows=3).values()
+        extra = (value, torch.randn_like(value)) if rule == "gradient" else (None, None)
+        lse = va.score_attention(query, key, value, return_lse=True, backend="cpu")[1]
+        halves = []
+        for part in (slice(0, n // 2), slice(n // 2, None)):
+            some_value = None if extra[0] is None else extra[0][:, :, part]
+            halves.append(
+                va.relevancy_step(carrier, query, key[:, :, part], some_value, extra[1], rule=rule, lse=lse, backend="cpu")
+            )
+        wide = [None if x is None else x.double() for x in (carrier, query, key, *extra)]
+        exact = va.reference.relevancy_step(*wide, rule=rule)
+        formula = va.reference.relevancy_step(carrier, query, key, *extra, rule=rule)
+        assert_close_to(torch.cat(halves, -1), exact, formula, what=f"{rule} {n}")

@@ -1,0 +1,64 @@
+"""score_attention by the CPU kernels: sizes around tiles of queries and blocks of keys, threads. The rest stands in
+tests/ops/test_score_attention*.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import as_dtype, outputs_and_grads
+
+import vlattn_fast as va
+from tests.ops.backends import LOW
+from tests.ops.score_cases import MASKS, SCORES, attention_inputs, call, check, padding, tensors
+
+# A tile has up to 48 queries, in groups of 16; up to 768 keys are one block, more come in blocks of 512.
+SIZES = [(1, 1), (15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (96, 97), (97, 96)]
+BLOCKS = [(3, 767), (17, 768), (2, 769), (1, 1025), (20, 1300)]
+KINDS = ("dot", "cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key")
+
+
+@pytest.mark.parametrize("n, m", SIZES + BLOCKS)
+@pytest.mark.parametrize("score", KINDS)
+def test_sizes_either_side_of_a_tile(score: str, n: int, m: int) -> None:
+    check("cpu", *tensors("cpu", score, b=1, n=n, m=m), cancels=True)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("score", KINDS)
+def test_masks_across_tiles_and_blocks(score: str, mask: str) -> None:
+    for n, m in ((60, 70), (20, 800)):
+        found = check("cpu", *tensors("cpu", score, n=n, m=m), cancels=True, **MASKS[mask](n, m))
+        assert not any(torch.isnan(x).any() for x in found.values())
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("score", ("dot", "additive"))
+def test_keys_that_are_copied(score: str, dtype: torch.dtype) -> None:
+    """Halves and padding, under the causal mask and with key heads that are shared: later tiles see more of a block."""
+    for n in (100, 800) if score == "dot" else (100,):
+        inputs, make = tensors("cpu", score, dtype, h=4, kv=2, n=n, m=n)
+        check("cpu", inputs, make, cancels=True, key_mask=padding(n), is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("score, sizes", [("dot", (15, 1)), ("dot", (256, 255)), ("additive", (15, 64))])
+def test_head_sizes(score: str, sizes: tuple[int, int]) -> None:
+    head_dim, value_dim = sizes
+    shapes = {"query": (1, 2, 20, head_dim), "key": (1, 2, 33, head_dim), "value": (1, 2, 33, value_dim)}
+    inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
+    vector = torch.randn(head_dim)
+    check("cpu", inputs, lambda _: va.scores.Additive(vector) if score == "additive" else score, cancels=True)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("score", ("dot", "additive"))
+def test_threads_that_share_a_head(score: str) -> None:
+    """Each number of threads is right, and gives the same bits again."""
+    for heads, (n, m) in ((1, (200, 300)), (3, (100, 900))):
+        inputs, make = attention_inputs(SCORES[score], b=1, h=heads, kv=1, n=n, m=m)
+        inputs = as_dtype(inputs, torch.float32)
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            check("cpu", inputs, make, cancels=True, enable_gqa=True, what=f"{count} threads")
+            run = call(va.score_attention, make, return_lse=True, enable_gqa=True, backend="cpu")
+            first, second = outputs_and_grads(run, inputs), outputs_and_grads(run, inputs)
+            assert all(torch.equal(x, second[name]) for name, x in first.items())
