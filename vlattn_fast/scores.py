@@ -358,7 +358,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.mT. In bfloat16 on the CPU sizes become even: torch's product of rows with gaps between them, of a gradient's too,
+    """x @ weight.mT. In bfloat16 on the CPU sizes become even: torch's product of rows with gaps, also of a gradient's,
     reads the gaps where the size is odd (docs/bugs.md)."""
     rows, columns = weight.shape[-2:]
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or (rows % 2 == 0 and columns % 2 == 0):
