@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlattn_fast import reference
 from vlattn_fast._fuzz_cases import DRAWS, FEW_PAIRS, LAYOUTS, PAIRS, Dice, Draw, Tensors, lay_out
-from vlattn_fast._tolerance import draws, settle
+from vlattn_fast._tolerance import FLOAT64, draws, settle
 from vlattn_fast.cuda import _shared_library
 from vlattn_fast.ops import OPERATORS as MODULES
 from vlattn_fast.verify import outputs_and_gradients
@@ -68,7 +68,9 @@ def fuzz(
 def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS) -> Outcome:
     """Draws configuration number `seed`, runs it and compares every output and gradient with the formula in float64."""
     operator, backend, dtype = drawn(seed, operators, backends)
-    dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS)
+    # torch's product in bfloat16 reads what lies beside a row of odd size (docs/bugs.md), on some CPUs, and so does the formula
+    nan = backend != "reference" or dtype.itemsize > 2
+    dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS, nan)
     draw = DRAWS[operator](dice, dtype)
     if dice.facts.get("mask") == "float, NaN":
         draw.differentiable = False  # which gradients are NaN depends on the order of the sums
@@ -100,7 +102,7 @@ def _judge(draw: Draw, backend: str, dice: Dice) -> tuple[float, str, str]:
 
     def runs() -> Iterator[tuple[Tensors, Tensors, Tensors]]:
         for number, (tensors,) in enumerate(draws(draw.tensors)):
-            cotangents = partial(_cotangents, f"{draw.operator} {dice.facts} {number}")
+            cotangents = partial(_cotangents, f"{draw.operator} {dice.facts} {number}", dice.gap)
             before = {name: x._version for name, x in tensors.items()}
             got = _results(draw, tensors, backend, cotangents)
             if before != {name: x._version for name, x in tensors.items()}:
@@ -110,6 +112,9 @@ def _judge(draw: Draw, backend: str, dice: Dice) -> tuple[float, str, str]:
             formula = {} if draw.dtype == torch.float64 else _results(draw, tensors, "", cotangents)
             if got.keys() != exact.keys():
                 raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
+            if draw.dtype == torch.float16:
+                wide = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
+                _drop_doubtful_overflow(got, exact, partial(_results, draw, wide, "", cotangents))
             if not scales:
                 scales.update(_least_scales(got, exact, draw, tensors, backend, dice.facts))
             yield got, exact, formula
@@ -124,6 +129,26 @@ def _judge(draw: Draw, backend: str, dice: Dice) -> tuple[float, str, str]:
     return errors[worst].ratio(), f"{worst}: {errors[worst]}", ""
 
 
+def _drop_doubtful_overflow(got: Tensors, exact: Tensors, in_float32: Callable[[], Tensors]) -> None:
+    """Sets to 0, in both, the places where float16 overflows on one side and the formula in float32 does not say which is right.
+
+    Behind a zero vector cosine's gradients are sums times 1 / eps = 1e8. Where such a sum cancels, or float32 has lost the scores
+    beside a mask of -1e9, what is left is rounding, and it is above 65504 or not. A place stays where the formulas in float32 and
+    in float64 are both above twice that limit, of one sign, or both below half of it; NaN stays everywhere.
+    """
+    limit = torch.finfo(torch.float16).max
+    over = {name: x.isinf() | (exact[name].abs() > limit) for name, x in got.items() if x.dtype == torch.float16}
+    if not any(bool(x.any()) for x in over.values()):
+        return
+    for name, formula in in_float32().items():
+        if name in over:
+            truth, single = exact[name], formula.double()
+            above = (truth.sign() == single.sign()) & (truth.abs() > 2 * limit) & (single.abs() > 2 * limit)
+            below = (truth.abs() < limit / 2) & (single.abs() < limit / 2)
+            doubtful = over[name] & ~above & ~below & ~got[name].isnan()
+            got[name], exact[name] = got[name].masked_fill(doubtful, 0.0), truth.masked_fill(doubtful, 0.0)
+
+
 def _least_scales(
     got: Tensors, exact: Tensors, draw: Draw, tensors: Tensors, backend: str, facts: dict[str, Any]
 ) -> dict[str, float]:
@@ -136,10 +161,18 @@ def _least_scales(
       score_attention in Triton, fell from 2.4 to 0.4 of what is allowed.) The gradient of the value takes no delta.
     - The float32 log-sum-exp of 16-bit calls may be off by an ulp of 16 bits: cosine multiplies unit vectors rounded to 16 bits,
       and PyTorch's fused CPU kernel takes a coarser exponential of 16-bit calls (1.7e-5 seen, 1e-7 where tiles compute it).
+    - Float64 results have no formula to be held to, and the truth is rounded, too: to an ulp of what was summed. The slope of a
+      saturated tanh is what is left of 1 - tanh^2 (15884 of score_attention in streaming: 3e-15, largest gradient 7e-6).
+    - Kernels take tanh(x) as 2 / (1 + e^-2x) - 1, to an ulp of 1. Where q and k are small, tanh is the bias's but for a
+      thousandth, and the vector's gradient, whose weights sum to 0, keeps only that (14047 of score_attention in CUDA C++: 1.03).
+    - Equal scores give the formula P = 1 / M exactly, however large they are. Kernels take P = exp(logit - lse) with both rounded
+      to their ulp (9756 of attention_statistics in Triton: 1.07).
     - Base-2 logits near -1e4 are rounded to their own ulp. Those of the formula, where the scores are round numbers, are exact.
     """
     sizes = [float(x.double().nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()) for x in tensors.values() if x.numel()]
     size = max(sizes, default=0.0) * math.sqrt(max(x.shape[-1] for x in tensors.values()))  # of a product over the features
+    rows = max((x.shape[-2] for x in tensors.values() if x.dim() > 1), default=1)
+    single_kernel = draw.dtype == torch.float32 and backend in ("triton", "cuda")
     delta_in_16_bits = draw.operator in ("score_attention", "relevancy_attention") and backend in ("triton", "cuda")
     scales = {}
     for name, x in got.items():
@@ -148,6 +181,13 @@ def _least_scales(
         scale = size if largest < 1e-9 * size else 0.0
         if delta_in_16_bits and x.dtype.itemsize == 2 and name.startswith("gradient") and name != "gradient of value":
             scale = size
+        if draw.dtype == torch.float64 and name.startswith("gradient"):
+            scale = max(scale, size * math.sqrt(rows) * torch.finfo(torch.float64).eps / FLOAT64)
+        if single_kernel and facts.get("values") == "small" and name == "gradient of vector":
+            scale = max(scale, size)
+        if single_kernel and facts.get("values") == "constant" and draw.operator == "attention_statistics":
+            dim = facts["D"]
+            scale = max(scale, largest * (dim**-0.5 if facts["scale"] is None else abs(facts["scale"])) * dim * 0.75**2)
         if draw.operator == "score_attention" and name == "output 1" and draw.dtype.itemsize == 2:
             scale = max(scale, largest * torch.finfo(draw.dtype).eps / torch.finfo(x.dtype).eps)
         if facts.get("finite") == "-1e4" and backend in ("triton", "cuda"):
@@ -156,9 +196,10 @@ def _least_scales(
     return scales
 
 
-def _cotangents(seed: str, outputs: list[Tensor]) -> list[Tensor]:
+def _cotangents(seed: str, gap: float, outputs: list[Tensor]) -> list[Tensor]:
     """The same random gradients for every backend and dtype, in layouts of their own."""
     dice = Dice(seed)
+    dice.gap = gap
     return [_cotangent(dice, x) for x in outputs]
 
 
@@ -167,7 +208,7 @@ def _cotangent(dice: Dice, x: Tensor) -> Tensor:
     if dice.chance(0.2):
         return torch.ones((), dtype=x.dtype).expand(x.shape)  # what .sum() sends
     layout = dice.choice.choice(LAYOUTS)
-    return lay_out(numbers, layout) if x.dim() >= 2 else numbers
+    return lay_out(numbers, layout, dice.gap) if x.dim() >= 2 else numbers
 
 
 def _results(draw: Draw, tensors: Tensors, backend: str, cotangents: Callable[[list[Tensor]], list[Tensor]]) -> Tensors:

@@ -73,8 +73,8 @@ class Draw:
 class Dice:
     """What one seed draws: Python's generator for choices, torch's for numbers."""
 
-    def __init__(self, seed: str, pairs: int = PAIRS) -> None:
-        self.pairs = pairs
+    def __init__(self, seed: str, pairs: int = PAIRS, nan: bool = True) -> None:
+        self.pairs, self.gap = pairs, torch.nan if nan else 0.0  # what stands between rows, and in masks of kind "float, NaN"
         self.choice = random.Random(seed)
         self.generator = torch.Generator().manual_seed(self.choice.getrandbits(60))
         self.facts: dict[str, Any] = {}
@@ -132,11 +132,12 @@ class Dice:
         layout = self.choice.choice(LAYOUTS if repeated else LAYOUTS[:-3]) if self.chance(0.5) else "contiguous"
         if layout != "contiguous":
             self.facts[f"layout of {name}"] = layout
-        return lay_out(x.to(dtype), layout)
+        return lay_out(x.to(dtype), layout, self.gap)
 
 
-def lay_out(x: Tensor, layout: str) -> Tensor:
-    """`x` (at least two dimensions) with its numbers in another place in memory; layouts of stride 0 repeat its first part."""
+def lay_out(x: Tensor, layout: str, gap: float = torch.nan) -> Tensor:
+    """`x` (at least two dimensions) with its numbers in another place in memory, and `gap` between them; layouts of stride 0
+    repeat its first part."""
     rank, shape = x.dim(), list(x.shape)
     match layout:
         case "heads last" if rank == 4:
@@ -160,7 +161,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     if layout not in around:
         return x
     size, index = around[layout]
-    part = torch.full(size, torch.nan, dtype=x.dtype)[index]
+    part = torch.full(size, gap, dtype=x.dtype)[index]
     if layout == "offset by one":
         part = part.view(shape)
     return part.copy_(x)
@@ -181,7 +182,7 @@ def draw_masks(dice: Dice, batch: int, heads: int, queries: int, keys: int, dtyp
         if "-inf" in kind:
             bias.masked_fill_(~dice.bools(*shape), -torch.inf)
         if "NaN" in kind:
-            bias.masked_fill_(dice.bools(*shape, p=0.02), torch.nan)
+            bias.masked_fill_(dice.bools(*shape, p=0.02), dice.gap)
         if "finite rows" in kind:
             low = dice.pick("finite", ("finfo.min", "-1e9", "-1e4"))
             value = torch.finfo(bias.dtype).min if low == "finfo.min" else max(float(low), torch.finfo(bias.dtype).min)
@@ -223,7 +224,7 @@ def attention_inputs(
     }
     if value:
         tensors["value"] = poison(dice.randn(batch, key_heads, keys, value_dim), padding)
-    for name in tensors.keys() - {"query"}:  # repeated rows would carry padding's NaN into real rows
+    for name in ("key", "value") if value else ("key",):  # repeated rows would carry padding's NaN into real rows
         tensors[name] = dice.laid_out(name, tensors[name], dtype, repeated=padding is None)
     return tensors, options
 

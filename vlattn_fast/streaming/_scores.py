@@ -150,18 +150,23 @@ def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
 
 
 def _cosine_backward(grad: Tensor, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k: grad / |q| (unit_k - cosine unit_q) where the clamp does not act, grad k / eps where it does."""
+    """Gradients of q and k: through unit vectors where the clamp does not act, grad k / eps where it does.
+
+    A unit vector's gradient loses the part along it once it is summed, as in autograd: of one feature exactly 0 is left.
+    """
     (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
     norm_q, norm_k = norm_q[..., :, None], norm_k[..., None, :]
     free = norm_q * norm_k >= eps
-    by_cosine = torch.where(free, grad * (unit_q @ unit_k.mT), 0.0)
-    weight_q = torch.where(free, grad / norm_q, grad * (norm_k / eps) if eps > 0.0 else 0.0)
-    weight_k = torch.where(free, grad / norm_k, grad * (norm_q / eps) if eps > 0.0 else 0.0)
-    grad_q = weight_q @ unit_k - _divide(unit_q, norm_q) * by_cosine.sum(-1)[..., None]
-    grad_k = weight_k.mT @ unit_q - _divide(unit_k, norm_k.mT) * by_cosine.sum(-2)[..., None]
+    by_unit = torch.where(free, grad, 0.0)
+    grad_q = _norm_backward(by_unit @ unit_k, unit_q, norm_q)
+    grad_k = _norm_backward(by_unit.mT @ unit_q, unit_k, norm_k.mT)
+    if eps > 0.0 and not (free.device.type == "cpu" and free.all()):  # looking costs nothing there
+        clamped = torch.where(free, 0.0, grad)
+        grad_q += (clamped * (norm_k / eps)) @ unit_k
+        grad_k += (clamped * (norm_q / eps)).mT @ unit_q
     return grad_q, grad_k
 
 
-def _divide(unit: Tensor, norm: Tensor) -> Tensor:
-    """unit / norm, and 0 for a zero vector, on which the clamp acts."""
-    return unit / torch.where(norm > 0.0, norm, 1.0)
+def _norm_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of x from that of x / |x|, and 0 for a zero vector, on which the clamp acts."""
+    return (grad - unit * (grad * unit).sum(-1, keepdim=True)) / torch.where(norm > 0.0, norm, 1.0)
