@@ -159,6 +159,10 @@ def _least_scales(
     - Attention kernels in 16 bits take delta = sum(dO * O) from the 16-bit output, as FlashAttention does. Where a row has one
       key, dP - delta is then an ulp of 16 bits and not 0. (With delta from a float32 output the worst seed seen, 20077 of
       score_attention in Triton, fell from 2.4 to 0.4 of what is allowed.) The gradient of the value takes no delta.
+      PyTorch's fused CPU kernel, behind streaming, does so, too; one-hot keys give one of them all of a row's weight (32023 of
+      relevancy_attention: 1.08).
+    - Of 16-bit calls they multiply r with Abar in tf32, which has float16's digits. The formula has a single key's Abar over its
+      row sum as exactly 1, and the carrier's gradient is float32 (30348 of relevancy_attention in Triton: 5e-4 of it).
     - The float32 log-sum-exp of 16-bit calls may be off by an ulp of 16 bits: cosine multiplies unit vectors rounded to 16 bits,
       and PyTorch's fused CPU kernel takes a coarser exponential of 16-bit calls (1.7e-5 seen, 1e-7 where tiles compute it).
     - Float64 results have no formula to be held to, and the truth is rounded, too: to an ulp of what was summed. The slope of a
@@ -173,7 +177,8 @@ def _least_scales(
     size = max(sizes, default=0.0) * math.sqrt(max(x.shape[-1] for x in tensors.values()))  # of a product over the features
     rows = max((x.shape[-2] for x in tensors.values() if x.dim() > 1), default=1)
     single_kernel = draw.dtype == torch.float32 and backend in ("triton", "cuda")
-    delta_in_16_bits = draw.operator in ("score_attention", "relevancy_attention") and backend in ("triton", "cuda")
+    flash = backend in ("triton", "cuda") or (backend in ("auto", "streaming") and facts.get("values") == "one-hot")
+    delta_in_16_bits = draw.operator in ("score_attention", "relevancy_attention") and flash
     scales = {}
     for name, x in got.items():
         finite = exact[name][exact[name].isfinite()]
@@ -181,6 +186,8 @@ def _least_scales(
         scale = size if largest < 1e-9 * size else 0.0
         if delta_in_16_bits and x.dtype.itemsize == 2 and name.startswith("gradient") and name != "gradient of value":
             scale = size
+        if backend == "triton" and draw.dtype.itemsize == 2 and name == "gradient of carrier" and facts["M"] == 1:
+            scale = max(scale, largest * torch.finfo(draw.dtype).eps / torch.finfo(x.dtype).eps)
         if draw.dtype == torch.float64 and name.startswith("gradient"):
             scale = max(scale, size * math.sqrt(rows) * torch.finfo(torch.float64).eps / FLOAT64)
         if single_kernel and facts.get("values") == "small" and name == "gradient of vector":
