@@ -289,13 +289,16 @@ static void softmax_divergence(bool singular, Size H, const Direction& x, const 
         // ln H first, which is exact where it matters: for p near 1.
         const Vector own_0 = singular ? splat(heads) : load(own), t_0 = singular ? Vector{} : load(T + i);
         const auto gap = [&](Size k, Vector t) { return (load(own + k * x.ld_n) - own_0) - (t - t_0); };
+        // So it is in the sum of e^t: where all keys have one t, the plain sum is off by ulps, in all rows alike.
+        const Vector e_0 = exp_bounded(load(T + i));
         Vector total = {}, moment = {};
         for (Size k = 0; k < x.n; ++k) {
             const Vector t = load(T + k * w + i), e = exp_bounded(t);  // t lies in [0, 1]
             store(E + k * w + i, e);
-            total += e;
+            total += e - e_0;
             if (!singular) moment += e * expm1_bounded(gap(k, t));
         }
+        total += e_0 * (float)x.n;
         const Vector inverse = 1.f / total, shift = singular ? log_all(total) : -log1p_all(moment * inverse);
         Vector sum = {}, sum_p = {}, sum_t = {};
         for (Size k = 0; k < x.n; ++k) {
@@ -344,9 +347,18 @@ static void plain_divergence(const Direction& x, const RowTile& tile, float* T, 
 static void target_backward(Size kind, const Direction& x, const RowTile& t, bool add, Workspace& w) {
     const Size m = round_up(x.m, GROUP);
     if (kind == SINGULAR) {
+        // First the keys that picked the same token are added for each row, then the rows, as the formula does: where every token
+        // picks the same one, all n^2 numbers fall onto one weight and cancel, and one long sum has eight times the error.
+        float* sums = w.S;  // (m, width), of which only rows that are picked are used
+        for (Size k = 0; k < x.n; ++k) memset(sums + (Size)x.cross[k] * t.width, 0, t.width * sizeof(float));
         for (Size k = 0; k < x.n; ++k) {
-            float* to = x.grad_other + (Size)x.cross[k] * x.ld_m;
-            for (Size i = 0; i < t.rows; ++i) to[(Size)x.cross[t.first + i]] += w.T[k * t.width + i];
+            float* to = sums + (Size)x.cross[k] * t.width;
+            for (Size i = 0; i < t.width; i += VL) store(to + i, load(to + i) + load(w.T + k * t.width + i));
+        }
+        for (Size k = 0; k < x.n; ++k) {
+            float *from = sums + (Size)x.cross[k] * t.width, *to = x.grad_other + (Size)x.cross[k] * x.ld_m;
+            for (Size i = 0; i < t.rows; ++i) to[(Size)x.cross[t.first + i]] += from[i];
+            memset(from, 0, t.width * sizeof(float));  // once for all keys that picked it
         }
         return;
     }
@@ -465,7 +477,8 @@ static void clear_rows(const Job& job, void* data, int side, Size b, Size h, boo
     const CongruenceLoss& c = job.c;
     const Tokens tokens = job.of(b, side);
     const Size first = all || tokens.at ? 0 : tokens.count, rows = c.lengths[side] - first;
-    memset(gradient_row(c, data, side, b, h, first), 0, rows * c.D * (c.dtype == FLOAT32 ? 4 : 2));
+    // an empty tensor has no pointer
+    if (rows * c.D > 0) memset(gradient_row(c, data, side, b, h, first), 0, rows * c.D * (c.dtype == FLOAT32 ? 4 : 2));
 }
 
 // of_own, of_other: gradients at the map from the directions of the block's rows and of the other side; null where there is none
