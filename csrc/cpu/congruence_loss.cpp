@@ -348,7 +348,7 @@ static void target_backward(Size kind, const Direction& x, const RowTile& t, boo
     const Size m = round_up(x.m, GROUP);
     if (kind == SINGULAR) {
         // First the keys that picked the same token are added for each row, then the rows, as the formula does: where every token
-        // picks the same one, all n^2 numbers fall onto one weight and cancel, and one long sum has eight times the error.
+        // picks the same one, all n^2 numbers fall onto one weight and cancel, and one long sum has several times the error.
         float* sums = w.S;  // (m, width), of which only rows that are picked are used
         for (Size k = 0; k < x.n; ++k) memset(sums + (Size)x.cross[k] * t.width, 0, t.width * sizeof(float));
         for (Size k = 0; k < x.n; ++k) {
