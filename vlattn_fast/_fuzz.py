@@ -171,6 +171,9 @@ def _least_scales(
       thousandth, and the vector's gradient, whose weights sum to 0, keeps only that (14047 of score_attention in CUDA C++: 1.03).
     - Equal scores give the formula P = 1 / M exactly, however large they are. Kernels take P = exp(logit - lse) with both rounded
       to their ulp (9756 of attention_statistics in Triton: 1.07).
+    - One-hot keys that share their entry have one logit, and the gradient at that entry is a sum of P (dP - sum P dP), which is 0
+      in exact arithmetic: what the CPU's kernels leave is the rounding of what was summed, 2.5 times the formula's (412 of
+      relevancy_attention: 1.15).
     - Base-2 logits near -1e4 are rounded to their own ulp. Those of the formula, where the scores are round numbers, are exact.
     """
     sizes = [float(x.double().nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()) for x in tensors.values() if x.numel()]
@@ -190,6 +193,8 @@ def _least_scales(
             scale = max(scale, largest * torch.finfo(draw.dtype).eps / torch.finfo(x.dtype).eps)
         if draw.dtype == torch.float64 and name.startswith("gradient"):
             scale = max(scale, size * math.sqrt(rows) * torch.finfo(torch.float64).eps / FLOAT64)
+        if backend in ("auto", "cpu") and facts.get("values") == "one-hot" and name in ("gradient of query", "gradient of key"):
+            scale = max(scale, size)
         if single_kernel and facts.get("values") == "small" and name == "gradient of vector":
             scale = max(scale, size)
         if single_kernel and facts.get("values") == "constant" and draw.operator == "attention_statistics":

@@ -115,22 +115,26 @@ class Cosine(_Unscaled):
         return self._with_clamp(query, key)
 
     def _with_clamp(self, query: Tensor, key: Tensor) -> Core:
-        return Core("cosine", _bounded(query, self.eps), _bounded(key, self.eps), parameter=self.eps)
+        return Core("cosine", _bounded(query, key, self.eps), _bounded(key, query, self.eps), parameter=self.eps)
 
 
-def _bounded(x: Tensor, eps: float) -> Tensor:
+def _bounded(x: Tensor, other: Tensor, eps: float) -> Tensor:
     """Vectors divided by powers of two where an entry is above a bound, so that no kernel's product of norms overflows.
 
     The cosine does not depend on the length, and its gradient passes the factor as a constant. Only the clamp could notice. The
     bound is so large that it does not: in float16 no product with a vector of that length is below eps; in wider dtypes it takes
-    a vector shorter than eps / 2^50.
+    a vector shorter than eps / 2^50. Behind a zero vector the clamp always acts: its gradient is sum x / eps. So float16, whose
+    norms overflow nothing in float32, is left as it is beside one.
     """
     if x.shape[-1] == 0:
         return x
     wide = compute_dtype(x)
     bound = max(1.0, eps * 2.0**25) if x.dtype == torch.float16 else 2.0 ** int(0.4 * math.log2(torch.finfo(wide).max))
     largest = x.detach().abs().amax(-1, keepdim=True).to(wide)
-    return x * torch.exp2(torch.log2(bound / largest).floor().clamp(max=0.0)).to(x.dtype)
+    factor = torch.exp2(torch.log2(bound / largest).floor().clamp(max=0.0))
+    if x.dtype == torch.float16 and other.numel():
+        factor = torch.where((other.detach() == 0).all(-1).any(), 1.0, factor)
+    return x * factor.to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

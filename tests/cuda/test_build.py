@@ -52,10 +52,11 @@ def schemas() -> dict[str, str]:
 def test_an_operator_has_the_schema_of_its_python_operator(name: str) -> None:
     ours = torch._C.parse_schema(f"vlattn_cuda::{schemas()[name]}")
     python = getattr(torch.ops.vlattn, name).default._schema
-    *arguments, backend = [(x.name, str(x.type)) for x in python.arguments]
+    *arguments, backend = [(x.name, str(x.type)) for x in python.arguments if x.name != "maps"]  # of the CPU's kernels alone
     assert backend == ("backend", "str")
     assert [(x.name, str(x.type)) for x in ours.arguments] == arguments
-    assert [(x.name, str(x.type)) for x in ours.returns] == [(x.name, str(x.type)) for x in python.returns]
+    types = [str(x.type) for x in python.returns if x.name != "maps"]
+    assert [str(x.type) for x in ours.returns] == types
 
 
 def test_every_operator_is_defined_and_implemented_once() -> None:
