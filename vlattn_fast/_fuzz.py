@@ -28,7 +28,7 @@ from vlattn_fast.verify import outputs_and_gradients
 OPERATORS = tuple(DRAWS)
 PUBLIC = {name: getattr(module, name) for module in MODULES.values() for name in OPERATORS if hasattr(module, name)}
 # How often each is drawn. The Triton and CUDA C++ kernels are interpreted and emulated where there is no GPU, which is slow.
-BACKENDS = ("streaming",) * 14 + ("auto",) * 2 + ("sdpa", "triton", "cuda", "reference")
+BACKENDS = ("streaming",) * 7 + ("cpu",) * 7 + ("auto",) * 2 + ("sdpa", "triton", "cuda", "reference")
 DTYPES = (torch.float32,) * 4 + (torch.bfloat16, torch.float16) * 2 + (torch.float64,)
 
 
