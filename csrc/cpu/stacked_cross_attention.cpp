@@ -280,7 +280,8 @@ static void store_gradient(const StackedCrossAttention& c, const float* from, Si
                            void* to) {
     char* rows = (char*)to + set * sets.rows * c.D * bytes_of(c);
     for (Size i = 0; i < count; ++i) narrow(from + i * stride, c.D, c.dtype, rows + i * c.D * bytes_of(c));
-    memset(rows + count * c.D * bytes_of(c), 0, (sets.rows - count) * c.D * bytes_of(c));
+    const Size rest = (sets.rows - count) * c.D * bytes_of(c);
+    if (rest > 0) memset(rows + count * c.D * bytes_of(c), 0, rest);  // an empty tensor has no pointer
 }
 
 static void contexts_task(Job& job, Size task) {
