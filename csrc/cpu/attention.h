@@ -96,8 +96,14 @@ INLINE Tile tile_at(const Attention& a, Size b, Size h, Size index) {
     return {b, h, first, last - first, round_up(last - first, GROUP)};
 }
 
-// Rows of a tile times `factor`: as (width, stride) with zeros up to the width and the stride, and transposed as (size, width). Either
-// may be null; rows_at may not be where the other is given.
+// The tiles of all query heads in order, those of a head one after the other
+INLINE Tile tile_of_item(const Attention& a, Size item) {
+    const Size tiles = tiles_of(a), head = item / tiles;
+    return tile_at(a, head / a.H, head % a.H, item % tiles);
+}
+
+// Rows of a tile times `factor`, into rows_at as (width, stride) with zeros up to the width and the stride; and transposed as
+// (size, width), where `transposed` is not null.
 static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float factor, float* rows_at, Size stride, float* transposed) {
     for (Size i = 0; i < t.rows; ++i) {
         float* row = rows_at + i * stride;

@@ -21,11 +21,6 @@ struct SumsOverRows {
     void plan(Memory& memory) { head = memory.take(floats), tail = memory.take(floats); }
 };
 
-INLINE Tile item_tile(const Attention& a, Size item) {
-    const Size tiles = tiles_of(a), head = item / tiles;
-    return tile_at(a, head / a.H, head % a.H, item % tiles);
-}
-
 // start[n] is the first item of task n, start[tasks] the number of items. Shares are equal in entries of the map, not in tiles: under
 // the causal mask and with padding some tiles have few keys.
 static void cut(const Attention& a, Size tasks, Size* start) {
@@ -35,7 +30,7 @@ static void cut(const Attention& a, Size tasks, Size* start) {
         Size work = 0, task = 0;
         for (Size item = 0, visible = 0; item < items; ++item) {
             if (item % (a.H * tiles) == 0) visible = visible_keys(a, item / (a.H * tiles));
-            const Tile t = item_tile(a, item);
+            const Tile t = tile_of_item(a, item);
             for (; pass == 1 && work >= share(total, task, tasks); ++task) start[task] = item;
             work += t.width * (t.keys(a, visible) + 1);
         }
@@ -70,7 +65,7 @@ static void add_items(StatisticsCall<Pass>& call, Size task) {
             into = item % sums.unit ? sums.head : sums.tail;
             memset(into, 0, sums.floats * sizeof(float));
         }
-        call.pass.add(space, item_tile(call.pass.a, item), into);
+        call.pass.add(space, tile_of_item(call.pass.a, item), into);
         if (into == sums.tail && (item + 1) % sums.unit == 0) call.pass.finish(item / sums.unit, into);
     }
 }

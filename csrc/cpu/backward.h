@@ -127,13 +127,12 @@ static const double LARGEST_LSE = 16777216., LARGEST_GIVEN_LSE = 16384.;
 static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor, float* scratch) {
     const double* lse = c.lse_counts == 2 ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
     const double bound = c.lse_counts == 1 ? LARGEST_GIVEN_LSE : LARGEST_LSE;
-    float lost[LANES];
-    bool any = false;
+    bool lost[LANES], any = false;
     for (Size i = 0; i < t.width; ++i) {
         const double x = i >= t.rows ? -INFINITY : lse ? lse[i] : 0;
         const bool masked = fabs(x) == INFINITY;
         lost[i] = i < t.rows && !masked && (!lse || fabs(x) > bound);
-        any |= lost[i] != 0;
+        any |= lost[i];
         shift[i] = masked ? INFINITY : (float)x;  // e^(logit - Inf) is 0 whatever the logit is
         factor[i] = masked ? 0.f : (float)exp(shift[i] - x);
     }
@@ -142,7 +141,7 @@ static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Si
     logits.load_queries(c.a, c.score, t);
     statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch);
     for (Size i = 0; i < t.width; ++i)
-        if (lost[i] != 0) shift[i] = own_shift[i], factor[i] = own_factor[i];
+        if (lost[i]) shift[i] = own_shift[i], factor[i] = own_factor[i];
 }
 
 // ---- r Abar
@@ -317,8 +316,10 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
     const Attention& a = c.a;
     const Size visible = visible_keys(a, b), block = a.key_block();
     const bool at_once = call.at_once(), inputs = call.inputs();
-    if (inputs) memset(g.query, 0, (at_once ? 1 : last - first) * LANES * a.D * sizeof(float));
-    memset(g.cosine_query, 0, (at_once ? 1 : last - first) * LANES * sizeof(float));
+    if (inputs && !at_once) {
+        memset(g.query, 0, (last - first) * LANES * a.D * sizeof(float));
+        memset(g.cosine_query, 0, (last - first) * LANES * sizeof(float));
+    }
     for (Size n = first; !at_once && n < last; ++n) {
         const Tile t = tile_at(a, b, h, n);
         const Size at = (n - first) * LANES;

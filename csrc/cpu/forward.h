@@ -102,12 +102,6 @@ struct Forward {
     double* lse;  // (B, H, N); rounded to float32 it would not give P = e^(logit - lse) as exactly as a softmax
 };
 
-// Items of work: the tiles of all query heads, those of a key head one after the other
-INLINE Tile tile_of_item(const Attention& a, Size item) {
-    const Size tiles = tiles_of(a), head = item / tiles;
-    return tile_at(a, head / a.H, head % a.H, item % tiles);
-}
-
 struct ForwardCall {
     const Forward& c;
     Size tasks;
