@@ -81,6 +81,16 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """`unit_stride` of the tensors that are not None."""
+    return tuple(None if x is None else unit_stride(x) for x in tensors)
+
+
+def weigh_rows(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """(B, T, N) times a weight broadcastable to (B, N), where there is one."""
+    return rows if weight is None else rows * weight[:, None]
+
+
 def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float = 0.0) -> tuple[Any, ...]:
     """(B, Hkv, M, *) tensors with `fill` at padding, so that NaN or Inf there reaches no output and no gradient."""
     if key_mask is None:

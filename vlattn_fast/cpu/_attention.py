@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import DTYPES, pointer, rows
-from vlattn_fast._tensors import additive, unit_stride
+from vlattn_fast._tensors import additive
 
 FIELDS = "8q d 20q"
-
-
-def unit_strides(*tensors: Tensor | None) -> list[Any]:
-    """`unit_stride` of the tensors that are not None."""
-    return [None if x is None else unit_stride(x) for x in tensors]
 
 
 def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import kernel, pointer, rows
-from vlattn_fast.cpu._attention import FIELDS, fields, masks, unit_strides
+from vlattn_fast._tensors import unit_strides
+from vlattn_fast.cpu._attention import FIELDS, fields, masks
 
 _run = kernel("attention_map", f"={FIELDS} 4q 3q q")
 _REDUCTIONS = ("mean", "max", "min")  # Reduction of the kernel

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import kernel, pointer, rows
-from vlattn_fast.cpu._attention import FIELDS, fields, masks, unit_strides
+from vlattn_fast._tensors import unit_strides
+from vlattn_fast.cpu._attention import FIELDS, fields, masks
 
 _GROUPS, _ROW_WEIGHT = "4q", "3q"
 _forward = kernel("attention_statistics_forward", f"={FIELDS} {_GROUPS} {_ROW_WEIGHT} 5q")

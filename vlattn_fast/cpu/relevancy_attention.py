@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import kernel, pointer, rows
+from vlattn_fast._tensors import unit_strides, weigh_rows
 from vlattn_fast.cpu import score_attention
-from vlattn_fast.cpu._attention import fields, masks, unit_strides
+from vlattn_fast.cpu._attention import fields, masks
 from vlattn_fast.cpu.score_attention import BACKWARD, empty_gradient
 
 _backward = kernel("relevancy_attention_backward", BACKWARD)
@@ -56,8 +57,8 @@ def backward(
     needs_gradients = need_inputs and grad_out is not None
     direct = weighted = None
     if grad_carrier is not None:
-        direct = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
-        weighted = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
+        direct = weigh_rows(grad_carrier, residual_weight)
+        weighted = weigh_rows(grad_carrier, attention_weight)
         if grad_out is None and rule == "gradient":  # Abar is zero
             return None, None, None, direct.clone()
     elif not needs_gradients:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import kernel, pointer, rows
-from vlattn_fast._tensors import expand_heads, fold_heads
-from vlattn_fast.cpu._attention import FIELDS, fields, masks, unit_strides
+from vlattn_fast._tensors import expand_heads, fold_heads, unit_strides
+from vlattn_fast.cpu._attention import FIELDS, fields, masks
 
 KINDS = {
     name: number

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import described
-from vlattn_fast._tensors import additive, unit_stride
+from vlattn_fast._tensors import additive
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
 
@@ -60,11 +60,6 @@ def _load(file: Path) -> Any:
 def operators() -> Any:
     """torch.ops.vlattn_cuda"""
     return _load(library.path)
-
-
-def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """`unit_stride` of the tensors that are not None."""
-    return tuple(None if x is None else unit_stride(x) for x in tensors)
 
 
 def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:

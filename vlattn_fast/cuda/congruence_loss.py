@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vlattn_fast.cuda._shared_library import operators, unit_strides
+from vlattn_fast._tensors import unit_strides
+from vlattn_fast.cuda._shared_library import operators
 
 
 def forward(*inputs: Any) -> tuple[Tensor, Tensor]:

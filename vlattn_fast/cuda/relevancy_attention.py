@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.cuda._shared_library import masks, operators, unit_strides
+from vlattn_fast._tensors import unit_strides
+from vlattn_fast.cuda._shared_library import masks, operators
 
 
 def forward(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlattn_fast._tensors import compute_dtype, expand_heads
+from vlattn_fast._tensors import compute_dtype, expand_heads, weigh_rows
 from vlattn_fast.streaming import score_attention
 from vlattn_fast.streaming._abar import abar_tile
 from vlattn_fast.streaming._tiles import Masks, Tiling
@@ -59,10 +59,10 @@ def backward(
         )[:3]
     if grad_carrier is None:
         return grads[0], grads[1], grads[2], None
-    direct = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
+    direct = weigh_rows(grad_carrier, residual_weight)
     if grad_out is None and rule == "gradient":
         return grads[0], grads[1], grads[2], direct.clone()
-    weighted = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
+    weighted = weigh_rows(grad_carrier, attention_weight)
     attended = step(weighted, query, key, value, grad_out, None, attn_mask, key_mask, rule, row_normalize, scale, is_causal)
     return grads[0], grads[1], grads[2], direct + attended
 
