@@ -37,7 +37,7 @@ from vlattn_fast.kernels._tiles import (
     store_tile,
 )
 
-from vlattn_fast._tensors import unit_stride
+from vlattn_fast._tensors import unit_stride, weigh_rows
 
 MAX_T = 64  # rows of r in one program
 
@@ -85,7 +85,7 @@ def backward(
     grads: tuple[Tensor | None, ...] = (None, None, None)
     weighted_r = r_abar = None
     if grad_carrier is not None and (grad_out is not None or rule == "attention"):
-        weighted_r = grad_carrier if attention_weight is None else grad_carrier * attention_weight[:, None]
+        weighted_r = weigh_rows(grad_carrier, attention_weight)
     if need_inputs and grad_out is not None:
         launch = _describe(query, key, value, grad_out, attn_mask, key_mask, rule, scale, is_causal)
         grad_q, rows, sums = _backward_q(launch, out, lse.contiguous(), weighted_r is not None and row_normalize)
@@ -100,7 +100,7 @@ def backward(
         )
     if grad_carrier is None:
         return grads[0], grads[1], grads[2], None
-    residual = grad_carrier if residual_weight is None else grad_carrier * residual_weight[:, None]
+    residual = weigh_rows(grad_carrier, residual_weight)
     return grads[0], grads[1], grads[2], residual.clone() if r_abar is None else residual + r_abar
 
 
