@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    ("_checks", "_tensors", "_series", "_extras", "_tolerance", "_native", "scores", "reference"),
+    ("_checks", "_tensors", "_series", "_extras", "_tolerance", "_roundings", "_native", "scores", "reference"),
     ("streaming", "sdpa", "cpu", "cuda", "kernels"),
     ("ops",),
     ("nn", "models", "interpret", "probe", "lab", "verify", "_fuzz", "_fuzz_cases"),

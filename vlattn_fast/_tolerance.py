@@ -15,7 +15,8 @@ Before pooling, the numbers of a draw are divided by its level of error, the roo
 ulp together. Where a draw nearly cancels (a norm of next to nothing, two logits that tie), one number in it can be off by more
 than all other draws, for us or for the formula, by luck; so divided it counts as one draw among many.
 
-A float64 result has no better formula to be held to; its largest error may be 1e-10 of the largest magnitude.
+A float64 result has no better formula to be held to; its largest error may be 1e-10 of the largest magnitude, and four times the
+error of the formula in float64 under other roundings, where those are given (_roundings.py).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def worst_ratio(statistics: Tensor, dtype: torch.dtype, scale: float = 0.0) -> T
     count, ours, formula, exact, most_ours, most_formula, most_exact = statistics.unbind(-1)
     exact, most_exact = exact.clamp(min=scale**2), most_exact.clamp(min=scale)
     if dtype == torch.float64:
-        return _over(most_ours, FLOAT64 * most_exact).amax(-1)
+        return _over(most_ours.amax(-1), FLOAT64 * most_exact.amax(-1) + 4 * most_formula.amax(-1))
     eps = torch.finfo(dtype).eps
     ulp = eps * exact.sqrt()
     level = ((ours + formula) / 2 + ulp.square()).sqrt()
@@ -137,9 +138,9 @@ def settle(
             pool.add(got, exact[name], formula.get(name))
         if n >= MOST or any(pool.mismatch for pool in pools.values()):
             break
-        settled = n >= enough() or all(pool.numbers == 0 or pool.numbers >= NUMBERS for pool in pools.values())
-        if all(pool.dtype == torch.float64 for pool in pools.values()):
-            break
+        settled = n >= enough() or all(
+            pool.numbers == 0 or pool.numbers >= NUMBERS or pool.dtype == torch.float64 for pool in pools.values()
+        )
         if settled and all(pool.ratio() <= 1.0 for pool in pools.values()):
             break
     return pools

@@ -1,0 +1,67 @@
+"""The formula with other roundings errs where the plain one is exact by luck, and about as much as it where it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlattn_fast import reference
+from vlattn_fast._roundings import OtherRoundings, unluckiest
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def gradients(query: Tensor, key: Tensor, value: Tensor, cotangent: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    out = reference.score_attention(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_half_of_the_numbers_move_to_a_neighbour(dtype: torch.dtype) -> None:
+    x = torch.randn(10_000).to(dtype)
+    x[:100] = 0.0
+    with OtherRoundings("seed", dtype):
+        same, moved = x.clone(), x * 1.0
+    assert torch.equal(same, x) and (moved[:100] == 0).all()
+    assert 0.45 < (moved != x)[100:].double().mean() < 0.55
+    assert ((moved - x).abs() <= 2 * torch.finfo(dtype).eps * x.abs()).all()
+    assert torch.equal(moved[x == x[200]], moved[200].expand((x == x[200]).sum()))  # ties are kept
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1, 4])
+def test_a_gradient_that_is_zero_by_luck_errs(keys: int, dtype: torch.dtype) -> None:
+    """A single key, or equal keys: no query changes the output, and the plain formula may say so to the last bit."""
+    generator = torch.Generator().manual_seed(keys)
+    query, value, cotangent = (torch.randn(1, 1, n, 8, generator=generator, dtype=torch.float64).to(dtype) for n in (3, keys, 3))
+    key = torch.full((1, 1, keys, 8), 0.75, dtype=dtype)
+    tensors = (query, key, value, cotangent)
+    exact = gradients(*(x.double() for x in tensors))
+    found = []
+    for n in range(8):
+        with OtherRoundings(str(n), dtype):
+            found.append({"query": gradients(*tensors)[1]})
+    worst = unluckiest(found, {"query": exact[1]})["query"]
+    assert 0.01 * torch.finfo(dtype).eps < worst.abs().max() < 20 * torch.finfo(dtype).eps
+
+
+def test_generic_errors_stay_in_bounds() -> None:
+    """On normal numbers the error of every result is one to four times that of the plain formula."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 2, 32, 16, generator=generator) for _ in range(4)]
+    exact, plain = gradients(*(x.double() for x in tensors)), gradients(*tensors)
+    with OtherRoundings("seed", torch.float32):
+        other = gradients(*tensors)
+    for x, y, truth in zip(other, plain, exact, strict=True):
+        ratio = float((x - truth).square().mean().sqrt() / (y - truth).square().mean().sqrt())
+        assert 1.0 < ratio < 4.0
+
+
+def test_rows_masked_by_finite_numbers_stay_exact() -> None:
+    """There lse is -1e9, and nothing may be taken from its roundings."""
+    logits = torch.full((1, 8), -1e9)
+    with OtherRoundings("seed", torch.float32):
+        prob = torch.softmax(logits, dim=-1)
+    torch.testing.assert_close(prob, torch.full_like(prob, 1 / 8), rtol=1e-6, atol=0.0)

@@ -1,0 +1,79 @@
+"""The formula with other roundings: what its error is where it is not exact by luck."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class OtherRoundings(TorchDispatchMode):
+    """Moves half of the numbers that each operation of torch gives, forward and backward, to a neighbour in their dtype.
+
+    Plain formulas are exact by luck on round numbers: equal logits give P = 1 / M to the last bit, a single key P = 1, and what
+    cancels then cancels to 0. Another order of the same sums is not so lucky, and this mode gives the formula the same ill luck.
+    Where the formula had no luck, its error becomes two to three times as large. Equal numbers stay equal and zeros stay zero, so
+    ties and masks are kept.
+
+    A softmax and its logarithm are taken as every streaming kernel takes them, P = exp(logit - lse), with lse rounded to the
+    dtype of sums. Of calls in 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as
+    FlashAttention does.
+    """
+
+    def __init__(self, seed: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.chance, self.dtype = random.Random(seed), dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if any(result.alias_info is not None for result in func._schema.returns):
+            return found  # a view, or an operation in place
+        if func is torch.ops.aten.clone.default:
+            return found  # a copy is exact
+        if func is torch.ops.aten._softmax.default:
+            sums = torch.promote_types(args[0].dtype, torch.float32)
+            found = (found * torch.exp(-self._error_of_lse(args[0], args[1], sums))).to(found.dtype)
+        if func is torch.ops.aten._log_softmax.default:
+            found = (found - self._error_of_lse(args[0], args[1], found.dtype)).to(found.dtype)
+        if func is torch.ops.aten._softmax_backward_data.default and self.dtype.itemsize == 2:
+            found = found + self._error_of_delta(args[0], args[1], args[2])
+        if isinstance(found, Tensor):
+            return self._moved(found)
+        if isinstance(found, (tuple, list)):
+            return type(found)(self._moved(x) if isinstance(x, Tensor) else x for x in found)
+        return found
+
+    def _error_of_lse(self, logits: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+        exact = torch.logsumexp(logits.double(), dim, keepdim=True)
+        off = self._moved(exact.to(dtype)).double() - exact
+        # beside finite masks of -1e9 lse keeps nothing of the logits, and no kernel may take it so
+        return torch.where(exact.abs() < 1e4, off, 0.0)
+
+    def _error_of_delta(self, grad_prob: Tensor, prob: Tensor, dim: int) -> Tensor:
+        """As it shows in the gradient of the logits, P (dP - delta)."""
+        summed = (grad_prob * prob).abs().sum(dim, keepdim=True).to(self.dtype)
+        return (prob * (self._moved(summed) - summed)).to(grad_prob.dtype)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """Which numbers move, and where to, jumps about with their magnitude."""
+        if not x.is_floating_point() or x.numel() == 0:
+            return x
+        frequency, phase = self.chance.uniform(300.0, 3000.0), self.chance.uniform(0.0, 6.28)
+        chance = torch.sin(frequency * x.abs().double().log() + phase)  # beyond +-0.707 for half of its period
+        away = (chance > 0.707).double() - (chance < -0.707).double()
+        moved = x.double() * (1.0 + away * torch.finfo(x.dtype).eps)
+        return torch.where(x.isfinite() & (away != 0), moved.to(x.dtype), x)
+
+
+def unluckiest(formulas: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of each output the one with the largest error: a formula of few numbers has no error at all under some roundings."""
+
+    def error(x: Tensor, truth: Tensor) -> float:
+        return float((x.double() - truth).nan_to_num(0.0, 0.0, 0.0).square().sum())
+
+    return {name: max((formula[name] for formula in formulas), key=partial(error, truth=truth)) for name, truth in exact.items()}
