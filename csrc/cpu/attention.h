@@ -126,6 +126,11 @@ static void store_tile(const float* transposed, const Tile& t, Size size, float 
 
 // ---- masks
 
+// Whether mask_tile has anything to do
+static bool is_masked(const Attention& a, const Tile& t, Size j0, Size count) {
+    return a.masks.mask || a.masks.keys || (a.masks.is_causal && j0 + count - 1 > t.first);
+}
+
 // The scores of a tile with the keys [j0, j0 + count) become logits: float masks are added, hidden pairs become -Inf.
 // `scratch` holds 2 * GROUP * LANES.
 static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch) {
@@ -177,16 +182,57 @@ struct Statistics {
     float *shift, *factor;  // (LANES)
 };
 
-// Running largest logit and sum of e^(logit - largest) of the rows of a tile, taken up block by block (online softmax). S becomes
-// e^(logit - largest). `rescale` (LANES) is what earlier sums are to be multiplied by.
-static void online_softmax(float* S, Size count, Size w, bool first, float* largest, float* total, float* rescale) {
+// A product of keys and query rows is stored, and its largest number in each column taken up in `top`.
+struct StoreAndTop {
+    float* top;
+    template <int ROWS, int COLUMNS>
+    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
+        for (int n = 0; n < COLUMNS; ++n) {
+            Vector x = load(top + column + n * VL);
+            for (int r = 0; r < ROWS; ++r) x = maximum(x, c[r][n]);
+            store(top + column + n * VL, x);
+        }
+        Store{}(c, row, column, C, ldc);
+    }
+};
+// The largest logit of each row
+static void find_top(const float* S, Size count, Size w, float* top) {
+    const int CHAINS = VL / 4;  // as the registers allow: each maximum waits for the one before
+    for (Size i = 0; i < w; i += GROUP) {
+        Vector x[CHAINS][PARTS];
+        for (int n = 0; n < CHAINS; ++n)
+            for (int p = 0; p < PARTS; ++p) x[n][p] = splat(-INFINITY);
+        Size j = 0;
+        for (; j + CHAINS <= count; j += CHAINS)
+            for (int n = 0; n < CHAINS; ++n)
+                for (int p = 0; p < PARTS; ++p) x[n][p] = maximum(x[n][p], load(S + (j + n) * w + i + p * VL));
+        for (; j < count; ++j)
+            for (int p = 0; p < PARTS; ++p) x[0][p] = maximum(x[0][p], load(S + j * w + i + p * VL));
+        for (int p = 0; p < PARTS; ++p) {
+            for (int n = 1; n < CHAINS; ++n) x[0][p] = maximum(x[0][p], x[n][p]);
+            store(top + i + p * VL, x[0][p]);
+        }
+    }
+}
+// S = the masked dot products of `count` keys from j0 with the tile's rows, transposed as (D, width), and the largest of each row in
+// `top`. `scratch` is that of mask_tile.
+static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size j0, Size count, const float* transposed, float* S,
+                       float* scratch, float* top) {
+    for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
+    product<false>(count, t.width, a.D, keys.key, keys.key_stride, transposed, t.width, S, t.width, false, StoreAndTop{top});
+    if (!is_masked(a, t, j0, count)) return;
+    mask_tile(a, t, j0, count, S, scratch);
+    find_top(S, count, t.width, top);
+}
+
+// Running largest logit and sum of e^(logit - largest) of the rows of a tile, taken up block by block (online softmax). `top_of_block` has
+// its largest logits; S becomes e^(logit - largest). `rescale` (LANES) is what earlier sums are to be multiplied by.
+static void online_softmax(float* S, Size count, Size w, bool first, const float* top_of_block, float* largest, float* total, float* rescale) {
     for (Size i = 0; i < w; i += GROUP) {
         Vector top[PARTS], sum[PARTS];
-        for (int p = 0; p < PARTS; ++p) top[p] = first ? splat(-INFINITY) : load(largest + i + p * VL), sum[p] = Vector{};
-        for (Size j = 0; j < count; ++j)
-            for (int p = 0; p < PARTS; ++p) top[p] = maximum(top[p], load(S + j * w + i + p * VL));
         for (int p = 0; p < PARTS; ++p) {
             const Vector before = first ? splat(-INFINITY) : load(largest + i + p * VL);
+            top[p] = maximum(before, load(top_of_block + i + p * VL)), sum[p] = Vector{};
             store(largest + i + p * VL, top[p]);
             const Vector nothing = splat(-INFINITY), shift = top[p] == nothing ? Vector{} : top[p];
             store(rescale + i + p * VL, exp_negative(before - shift));

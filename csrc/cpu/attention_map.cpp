@@ -23,7 +23,7 @@ struct MapTiles {
     Keys keys;
     float *rows, *query, *grad_output;  // transposed: (D, width), (Dv, width)
     float *S, *dA, *map, *mask;
-    float *largest, *total, *rescale;  // (LANES)
+    float *top, *largest, *total, *rescale;  // (LANES)
     float *shift, *factor, *ones;      // (H, LANES), (H, LANES), (LANES)
 
     void plan(const MapCall& c, Memory& memory) {
@@ -32,7 +32,7 @@ struct MapTiles {
         rows = memory.take(LANES * most(a.D, a.Dv)), query = memory.take(LANES * a.D), grad_output = memory.take(LANES * a.Dv);
         S = memory.take(LANES * a.key_block()), map = memory.take(LANES * a.key_block());
         dA = memory.take(c.gradient ? LANES * a.key_block() : 0), mask = memory.take(2 * GROUP * LANES);
-        largest = memory.take(LANES), total = memory.take(LANES), rescale = memory.take(LANES);
+        top = memory.take(LANES), largest = memory.take(LANES), total = memory.take(LANES), rescale = memory.take(LANES);
         shift = memory.take(a.H * LANES), factor = memory.take(a.H * LANES), ones = memory.take(LANES);
     }
 };
@@ -42,8 +42,7 @@ static void map_logits(const MapCall& c, MapTiles& x, const Tile& t, Size j0, Si
     const Attention& a = c.a;
     load_tile(a.query, a.dtype, t, a.D, (float)a.scale, x.rows, a.D, x.query);
     load_keys(a, x.keys, t.b, t.h / a.group(), j0, count);
-    product<false>(count, t.width, a.D, x.keys.key, x.keys.key_stride, x.query, t.width, x.S, t.width, false);
-    mask_tile(a, t, j0, count, x.S, x.mask);
+    dot_logits(a, t, x.keys, j0, count, x.query, x.S, x.mask, x.top);
 }
 
 // Shift and factor of the rows of head t.h over all keys; S keeps e^(logit - shift) of the last block
@@ -52,7 +51,7 @@ static void map_statistics(const MapCall& c, MapTiles& x, const Tile& t, Size ke
     for (Size j0 = 0; j0 < keys || j0 == 0; j0 += block) {
         const Size count = least(block, keys - j0);
         map_logits(c, x, t, j0, count);
-        online_softmax(x.S, count, t.width, j0 == 0, x.largest, x.total, x.rescale);
+        online_softmax(x.S, count, t.width, j0 == 0, x.top, x.largest, x.total, x.rescale);
     }
     finish_rows(x.largest, x.total, t.rows, t.width, {x.shift + t.h * LANES, x.factor + t.h * LANES}, nullptr);
 }
@@ -102,9 +101,8 @@ static void map_block(const MapCall& c, MapTiles& x, Tile t, Size j0, Size count
         }
         TAKE_UP[c.reduction][c.gradient](x.S, x.dA, count, w, c.reduction == MEAN ? x.total : factor, t.h == 0, x.map);
     }
-    // few rows at a time, so that whole lines of the cache are written
-    for (Size i = 0; i < t.rows; i += 4)
-        transpose(x.map + i, w, count, least(4, t.rows - i), c.map + (t.b * a.N + t.first + i) * a.M + j0, a.M);
+    for (Size i = 0; i < t.rows; i += VL)
+        transpose(x.map + i, w, count, least(VL, t.rows - i), c.map + (t.b * a.N + t.first + i) * a.M + j0, a.M);
 }
 
 static void normalize(float* row, Size n) {  // a row of zeros stays

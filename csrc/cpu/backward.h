@@ -114,7 +114,7 @@ static void statistics_by_blocks(const Attention& a, const Score& score, Logits&
     for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
         const Size count = least(a.key_block(), keys - j0);
         logits.compute(a, score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
-        online_softmax(logits.S, count, t.width, j0 == 0, largest, total, rescale);
+        online_softmax(logits.S, count, t.width, j0 == 0, logits.top, largest, total, rescale);
     }
     const Statistics s = {shift, factor};
     finish_rows(largest, total, t.rows, t.width, s, nullptr);
@@ -203,7 +203,7 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     g.logits.compute(a, c.score, t, j0, count, loaded, g.kept);
     if (at_once) {
         float *largest = g.scratch, *total = g.scratch + LANES, *rescale = g.scratch + 2 * LANES;
-        online_softmax(P, count, w, true, largest, total, rescale);
+        online_softmax(P, count, w, true, g.logits.top, largest, total, rescale);
         const Statistics s = {shift, factor};
         finish_rows(largest, total, t.rows, w, s, nullptr);
     } else {

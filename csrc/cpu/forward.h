@@ -47,7 +47,7 @@ struct Logits {
     Keys keys;
     UnitTile units;
     float *rows, *transposed;  // (LANES, stride), (D, width): query rows, times the scale for plain dot products
-    float *S, *mask, *query_norm, *key_norm;
+    float *S, *top, *mask, *query_norm, *key_norm;  // top: the largest logit of each row
     Size stride;
     Size block_b, block_head, block_first;  // of the units and norms of the keys
 
@@ -58,8 +58,8 @@ struct Logits {
         if (score.sums_units()) units.plan(a, memory, backward);
         stride = round_up(a.D, VL);
         rows = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
-        S = memory.take(most(a.key_block(), most(a.D, a.Dv)) * LANES), mask = memory.take(2 * GROUP * LANES);
-        query_norm = memory.take(LANES), key_norm = memory.take(a.key_block());
+        S = memory.take(most(a.key_block(), most(a.D, a.Dv)) * LANES), top = memory.take(LANES);
+        mask = memory.take(2 * GROUP * LANES), query_norm = memory.take(LANES), key_norm = memory.take(a.key_block());
         block_b = block_head = block_first = -1;
     }
     void load_queries(const Attention& a, const Score& score, const Tile& t) {
@@ -67,13 +67,14 @@ struct Logits {
         if (score.kind == COSINE)
             for (Size i = 0; i < t.width; ++i) query_norm[i] = norm(rows + i * stride, a.D);
     }
-    // S = the masked logits of `count` keys from j0; `kept` (count, width) is for `bend` and cosine_gradient, or null. The block that is
+    // S = the masked logits of `count` keys from j0, and `top` of them; `kept` (count, width) is for `bend` and cosine_gradient, or null. The block that is
     // loaded, `loaded` keys, serves tiles that see more of it, too.
     void compute(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded, float* kept) {
         const Size head = t.h / a.group(), w = t.width;
         // the units' weights belong to the query head
         const Size unit_head = score.sums_units() ? t.h : head;
         load_keys(a, keys, t.b, head, j0, loaded);
+        if (score.kind == DOT) return dot_logits(a, t, keys, j0, count, transposed, S, mask, top);
         const bool another = block_b != t.b || block_head != unit_head || block_first != j0;
         block_b = t.b, block_head = unit_head, block_first = j0;
         if (score.sums_units()) {
@@ -86,11 +87,12 @@ struct Logits {
                 if (another)
                     for (Size j = 0; j < loaded; ++j) key_norm[j] = norm(keys.key + j * keys.key_stride, a.D);
                 divide_by_norms(score, (float)a.scale, S, count, w, query_norm, key_norm, kept);
-            } else if (score.kind != DOT) {
+            } else {
                 activate(score, (float)a.scale, S, count * w, kept);
             }
         }
         mask_tile(a, t, j0, count, S, mask);
+        find_top(S, count, w, top);
     }
 };
 
@@ -132,7 +134,7 @@ static void forward_task(ForwardCall& call, Size task) {
         for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
             const Size count = least(a.key_block(), keys - j0);
             logits.compute(a, c.score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
-            online_softmax(logits.S, count, w, j0 == 0, largest, total, rescale);
+            online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
             if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
             if (j0 > 0) scale_rows(out, a.Dv, w, rescale);
             product<true>(a.Dv, w, count, logits.keys.value, logits.keys.value_stride, logits.S, w, out, w, j0 > 0);

@@ -95,8 +95,8 @@ typedef int32_t FourIntegers __attribute__((vector_size(16)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (FourIntegers){__VA_ARGS__})
 #endif
 
-// to (columns, rows) = x (rows, columns) transposed
-static void transpose(const float* x, Size ldx, Size rows, Size columns, float* to, Size ldto) {
+// to (columns, rows) = x (rows, columns) transposed, by four at most
+static void transpose_few(const float* x, Size ldx, Size rows, Size columns, float* to, Size ldto) {
     const Size rows4 = rows / 4 * 4, columns4 = columns / 4 * 4;
     for (Size r = 0; r < rows4; r += 4)
         for (Size c = 0; c < columns4; c += 4) {
@@ -112,6 +112,51 @@ static void transpose(const float* x, Size ldx, Size rows, Size columns, float* 
         }
     for (Size r = 0; r < rows; ++r)
         for (Size c = r < rows4 ? columns4 : 0; c < columns; ++c) to[c * ldto + r] = x[r * ldx + c];
+}
+
+
+#if VL > 4
+#if VL == 16
+#define WIDE(name) _mm512_##name
+#else
+#define WIDE(name) _mm256_##name
+#endif
+// Four numbers of every fourth row from p
+INLINE Vector every_fourth(const float* p, Size ld) {
+#if VL == 16
+    Vector x = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 4 * ld), 1);
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 8 * ld), 2);
+    return _mm512_insertf32x4(x, _mm_loadu_ps(p + 12 * ld), 3);
+#else
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * ld), 1);
+#endif
+}
+INLINE void transpose_block(const float* x, Size ldx, float* to, Size ldto) {  // (VL, VL)
+#pragma GCC unroll 4
+    for (int c = 0; c < VL; c += 4) {
+        const Vector a = every_fourth(x + c, ldx), b = every_fourth(x + ldx + c, ldx);
+        const Vector d = every_fourth(x + 2 * ldx + c, ldx), e = every_fourth(x + 3 * ldx + c, ldx);
+        const Vector ab = WIDE(unpacklo_ps)(a, b), ab2 = WIDE(unpackhi_ps)(a, b), de = WIDE(unpacklo_ps)(d, e), de2 = WIDE(unpackhi_ps)(d, e);
+        float* q = to + c * ldto;
+        store(q, WIDE(shuffle_ps)(ab, de, 0x44));
+        store(q + ldto, WIDE(shuffle_ps)(ab, de, 0xee));
+        store(q + 2 * ldto, WIDE(shuffle_ps)(ab2, de2, 0x44));
+        store(q + 3 * ldto, WIDE(shuffle_ps)(ab2, de2, 0xee));
+    }
+}
+#endif
+
+// to (columns, rows) = x (rows, columns) transposed
+static void transpose(const float* x, Size ldx, Size rows, Size columns, float* to, Size ldto) {
+#if VL > 4
+    const Size wide_rows = rows / VL * VL, wide_columns = columns / VL * VL;
+    for (Size r = 0; r < wide_rows; r += VL)
+        for (Size c = 0; c < wide_columns; c += VL) transpose_block(x + r * ldx + c, ldx, to + c * ldto + r, ldto);
+    transpose_few(x + wide_columns, ldx, wide_rows, columns - wide_columns, to + wide_columns * ldto, ldto);
+    x += wide_rows * ldx, to += wide_rows, rows -= wide_rows;
+#endif
+    transpose_few(x, ldx, rows, columns, to, ldto);
 }
 
 }  // namespace

@@ -93,22 +93,24 @@ static void cosine_gradient(const Score& score, float scale, float* G, Size coun
 
 // ---- sums over hidden units
 
-// How four units get f: from e^(cz) = e^(cq) e^(ck), as it is or clamped; from e^(cz) for z = q + k or z = q k; or, where z is small and
-// 1 - c r would lose its digits, from the polynomial of tanh
-enum Policy : uint8_t { FACTORED, CLAMPED, SUM, PRODUCT, SMALL_SUM, SMALL_PRODUCT };
+// How four units get f: from e^(cz) = e^(cq) e^(ck), as it is or clamped; from e^(cz) for z = q + k or z = q k, which may be LARGE; or,
+// where z is small and 1 - c r would lose its digits, from the polynomial of tanh
+enum Policy : uint8_t { FACTORED, CLAMPED, SUM, PRODUCT, LARGE_PRODUCT, SMALL_SUM, SMALL_PRODUCT };
 static const float LARGEST_FACTOR = 2147483648.f;  // 2^31: four such factors are finite, and f(z) rounds to 1 beyond
 static const float LARGEST_EXPONENT = 21.4f;       // its logarithm
 static const float LARGEST_HALF = 86.f;            // e^(cq) and e^(ck) are finite up to it
+static const float LARGEST_PRODUCT = 80.f;         // |cq ck| up to it needs no clamp
 static const float LARGEST_SMALL = 0.5f;
 
-INLINE constexpr bool is_product(int policy) { return policy == PRODUCT || policy == SMALL_PRODUCT; }
+INLINE constexpr bool is_product(int policy) { return policy == PRODUCT || policy == LARGE_PRODUCT || policy == SMALL_PRODUCT; }
 INLINE constexpr bool is_small(int policy) { return policy == SMALL_SUM || policy == SMALL_PRODUCT; }
 
-// e^(cz)
+// e^(cz); q is e^(cq) for FACTORED and CLAMPED, as k is e^(ck), and q c log2 e for PRODUCT
 template <int POLICY>
 INLINE Vector exponential(float q, Vector k, float c) {
     if (POLICY == FACTORED) return splat(q) * k;
     if (POLICY == CLAMPED) return minimum(splat(LARGEST_FACTOR), splat(q) * k);
+    if (POLICY == PRODUCT) return minimum(splat(LARGEST_FACTOR), exp2_product(splat(q), k));
     const Vector z = is_product(POLICY) ? k * splat(q) : k + splat(q);
     return exp_bounded(maximum(splat(-80.f), minimum(splat(LARGEST_EXPONENT), z * c)));
 }
@@ -170,11 +172,12 @@ static void unit_scores(const Units& u, Size first, Size last, Size rows, const 
     for (; j < ld; j += VL) unit_scores_block<POLICY, 1>(u, first, last, rows, Q, K + j, ld, add, S + j);
 }
 
-// From G (rows, ld), the gradient of the scores, over four units from a: by_query (rows, count) and by_key (count, ld) get G f'(z), times k
-// and q for z = q k; by_weight (count) gets the sum of G f.
+// From G (rows, ld), the gradient of the scores, over four units from a: by_query (rows, count) gets G f'(z), times k for z = q k;
+// by_key (count, ld) gets G f'(z) / c^2, times q (`rows_at`) for z = q k; by_weight (count) gets the sum of G f. `Q` is what `exponential`
+// takes.
 template <int POLICY, int ROWS>
-INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const float* K, Size ld, const float* G, float* by_query, float* by_key,
-                               Vector* by_weight, Size first, Size last) {
+INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const float* rows_at, Size stride, const float* K, Size ld, const float* G,
+                               float* by_query, float* by_key, Vector* by_weight, Size first, Size last) {
     Vector by_q[ROWS][4], by_w[4] = {};
     for (int i = 0; i < ROWS; ++i)
         for (int n = 0; n < 4; ++n) by_q[i][n] = Vector{};
@@ -189,19 +192,18 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
             Vector f[4], slope[4];
             if (is_small(POLICY)) {
 #pragma GCC unroll 4
-                for (int n = 0; n < 4; ++n) f[n] = small_tanh<POLICY>(q[n], k[n]), slope[n] = 1.f - f[n] * f[n];
+                for (int n = 0; n < 4; ++n) f[n] = small_tanh<POLICY>(q[n], k[n]), slope[n] = (1.f - f[n] * f[n]) * 0.25f;  // c is 2
             } else {
-                Vector e[4];
+                Vector e[4], d[4];
 #pragma GCC unroll 4
-                for (int n = 0; n < 4; ++n) e[n] = exponential<POLICY>(q[n], k[n], u.c);
-                const Vector d01 = (e[0] + 1.f) * (e[1] + 1.f), d23 = (e[2] + 1.f) * (e[3] + 1.f);
-                const Vector all = 1.f / (d01 * d23), r01 = all * d23, r23 = all * d01;
-                const Vector r[4] = {r01 * (e[1] + 1.f), r01 * (e[0] + 1.f), r23 * (e[3] + 1.f), r23 * (e[2] + 1.f)};
+                for (int n = 0; n < 4; ++n) e[n] = exponential<POLICY>(q[n], k[n], u.c), d[n] = e[n] + 1.f;
+                const Vector d01 = d[0] * d[1], d23 = d[2] * d[3], all = 1.f / (d01 * d23), r01 = all * d23, r23 = all * d01;
+                const Vector r[4] = {r01 * d[1], r01 * d[0], r23 * d[3], r23 * d[2]};
 #pragma GCC unroll 4
                 for (int n = 0; n < 4; ++n) {
                     // 1 - r = e r: both ends keep their digits, and with c = 2 so does f = (1 - r) - r
                     const Vector rest = e[n] * r[n];
-                    f[n] = rest - (u.c - 1.f) * r[n], slope[n] = rest * r[n] * (u.c * u.c);
+                    f[n] = rest - (u.c - 1.f) * r[n], slope[n] = rest * r[n];
                 }
             }
 #pragma GCC unroll 4
@@ -209,7 +211,7 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
                 const Vector x = g * slope[n];
                 by_w[n] += g * f[n];
                 by_q[i][n] += is_product(POLICY) ? x * k[n] : x;
-                by_k[n] += is_product(POLICY) ? x * splat(q[n]) : x;
+                by_k[n] += is_product(POLICY) ? x * splat(rows_at[i * stride + a + n]) : x;
             }
         }
 #pragma GCC unroll 4
@@ -217,17 +219,17 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
     }
     for (int n = 0; n < 4; ++n) by_weight[n] += by_w[n];
     for (int i = 0; i < ROWS; ++i)
-        for (int n = 0; n < 4; ++n) by_query[i * u.count + a + n] += sum(by_q[i][n]);
+        for (int n = 0; n < 4; ++n) by_query[i * u.count + a + n] += sum(by_q[i][n]) * (u.c * u.c);
 }
 template <int POLICY>
-static void unit_gradient(const Units& u, Size a, Size rows, const float* Q, const float* K, Size ld, const float* G, float* by_query,
-                          float* by_key, float* by_weight) {
+static void unit_gradient(const Units& u, Size a, Size rows, const float* Q, const float* rows_at, Size stride, const float* K, Size ld,
+                          const float* G, float* by_query, float* by_key, float* by_weight) {
     const int ROWS = VL == 16 ? 2 : 1;  // as the registers allow; rows is a multiple of GROUP
     for (Size first = 0; first < ld; first += 512) {
         Vector by_w[4] = {};
         for (Size i = 0; i < rows; i += ROWS)
-            unit_gradient_rows<POLICY, ROWS>(u, a, Q + i * u.count, K, ld, G + i * ld, by_query + i * u.count, by_key, by_w, first,
-                                             least(first + 512, ld));
+            unit_gradient_rows<POLICY, ROWS>(u, a, Q + i * u.count, rows_at + i * stride, stride, K, ld, G + i * ld, by_query + i * u.count,
+                                             by_key, by_w, first, least(first + 512, ld));
         for (int n = 0; n < 4; ++n) by_weight[a + n] += sum(by_w[n]);
     }
 }
@@ -239,8 +241,10 @@ struct UnitTile {
     float *weight;          // (count)
     float *key;             // (count, ld): k, later e^(ck)
     float *by_key, *by_key_tile;  // (count, ld): the gradient of the tiles so far, and that of one tile: a sum of short sums
-    float *key_largest, *key_extent;  // (count) of k and of |k|
-    float *query;           // (LANES, count): q, or e^(cq)
+    float *key_largest, *key_extent, *query_largest, *query_extent;  // (count) of k and |k|, q and |q|; of the queries up to VL more
+    float *query;           // (LANES, count): what `exponential` takes
+    const float* rows;      // (LANES, stride): q
+    Size stride;
     float *by_query, *by_weight;
     float *scores;          // (LANES, ld): logits or their gradient, row by row
     Policy* policies;       // (count / 4): of the tile, by four units
@@ -251,6 +255,7 @@ struct UnitTile {
         const Size n = padded(a.D), wide = round_up(a.key_block(), VL);
         policies = (Policy*)memory.take(n), exponentials = (uint8_t*)memory.take(n);
         weight = memory.take(n), key_largest = memory.take(n), key_extent = memory.take(n);
+        query_largest = memory.take(n + VL), query_extent = memory.take(n + VL);
         key = memory.take(n * wide), query = memory.take(LANES * n), scores = memory.take(LANES * wide);
         by_key = backward ? memory.take(n * wide) : nullptr, by_key_tile = backward ? memory.take(n * wide) : nullptr;
         by_query = backward ? memory.take(LANES * n) : nullptr;
@@ -267,29 +272,37 @@ struct UnitTile {
         memset(exponentials, 0, units.count / 4);
         transpose(keys.key, keys.key_stride, count, a.D, key, ld);
         for (Size n = 0; n < units.count; ++n) {
-            float top = 0, extent = 0;  // 0: what is padded
-            for (Size j = 0; j < count; ++j) top = fmaxf(top, key[n * ld + j]), extent = fmaxf(extent, fabsf(key[n * ld + j]));
-            key_largest[n] = top, key_extent[n] = extent;
+            Vector top = Vector{}, extent = Vector{};  // 0: what is padded
+            for (Size j = 0; j < ld; j += VL) take_extent(load(key + n * ld + j), top, extent);
+            key_largest[n] = largest(top), key_extent[n] = largest(extent);
         }
     }
+    static void take_extent(Vector x, Vector& top, Vector& extent) { top = maximum(x, top), extent = maximum(absolute(x), extent); }  // past a NaN
     // Of the tile's rows (rows, stride), as load_tile gives them; the keys come before. Keys follow the policy: e^(ck) is made once, and k
     // is fetched again where another tile wants it.
-    void load_rows(const Score& score, const Attention& a, const float* rows, Size stride, Size width, const Keys& keys, Size count) {
+    void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size width, const Keys& keys, Size count) {
+        rows = rows_at, stride = row_stride;
+        for (Size n = 0; n < units.count; n += VL) {
+            Vector top = Vector{}, extent = Vector{};
+            for (Size i = 0; i < width; ++i) take_extent(load(rows + i * stride + n), top, extent);
+            store(query_largest + n, top), store(query_extent + n, extent);
+        }
         for (Size n = 0; n < units.count; n += 4) {
-            bool factors = score.kind == ADDITIVE, clamps = false, small = score.kind != HADAMARD_SIGMOID;
-            for (Size m = n; m < n + 4 && m < a.D; ++m) {
-                float top = 0, extent = 0;
-                for (Size i = 0; i < width; ++i) top = fmaxf(top, rows[i * stride + m]), extent = fmaxf(extent, fabsf(rows[i * stride + m]));
-                factors &= units.c * extent <= LARGEST_HALF && units.c * key_extent[m] <= LARGEST_HALF;
-                clamps |= !(units.c * (top + key_largest[m]) <= LARGEST_EXPONENT);
-                small &= (score.kind == ADDITIVE ? extent + key_extent[m] : extent * key_extent[m]) <= LARGEST_SMALL;
+            bool factors = score.kind == ADDITIVE, clamps = false, small = score.kind != HADAMARD_SIGMOID, large = false;
+            for (Size m = n; m < n + 4; ++m) {
+                const float q = query_extent[m], k = key_extent[m];
+                factors &= units.c * q <= LARGEST_HALF && units.c * k <= LARGEST_HALF;
+                clamps |= !(units.c * (query_largest[m] + key_largest[m]) <= LARGEST_EXPONENT);
+                large |= !(units.c * q * k <= LARGEST_PRODUCT);
+                small &= (score.kind == ADDITIVE ? q + k : q * k) <= LARGEST_SMALL;
             }
             const Policy policy = score.kind == ADDITIVE ? (small ? SMALL_SUM : !factors ? SUM : clamps ? CLAMPED : FACTORED)
-                                                         : (small ? SMALL_PRODUCT : PRODUCT);
+                                                         : (small ? SMALL_PRODUCT : large ? LARGE_PRODUCT : PRODUCT);
             const bool wanted = policy == FACTORED || policy == CLAMPED;
+            const float factor = policy == PRODUCT ? units.c * 1.44269504f : 1.f;
             policies[n / 4] = policy;
             for (Size i = 0; i < width; ++i)
-                for (Size m = n; m < n + 4; ++m) query[i * units.count + m] = m < a.D ? rows[i * stride + m] : 0.f;
+                for (Size m = n; m < n + 4; ++m) query[i * units.count + m] = rows[i * stride + m] * factor;
             if (wanted) exponentiate(query + n, width, units.count, units.c);
             if (wanted && !exponentials[n / 4]) {
                 for (Size i = 0; i < 4 * ld; i += VL) store(key + n * ld + i, exp_bounded(load(key + n * ld + i) * units.c));
@@ -318,6 +331,7 @@ struct UnitTile {
                 case CLAMPED: unit_scores<CLAMPED>(units, first, last, width, query, key, ld, add, scores); break;
                 case SUM: unit_scores<SUM>(units, first, last, width, query, key, ld, add, scores); break;
                 case PRODUCT: unit_scores<PRODUCT>(units, first, last, width, query, key, ld, add, scores); break;
+                case LARGE_PRODUCT: unit_scores<LARGE_PRODUCT>(units, first, last, width, query, key, ld, add, scores); break;
                 case SMALL_SUM: unit_scores<SMALL_SUM>(units, first, last, width, query, key, ld, add, scores); break;
                 case SMALL_PRODUCT: unit_scores<SMALL_PRODUCT>(units, first, last, width, query, key, ld, add, scores); break;
             }
@@ -336,15 +350,20 @@ struct UnitTile {
         memset(by_query, 0, width * units.count * sizeof(float));
         for (Size n = 0; n < units.count; n += 4) {
             switch (policies[n / 4]) {
-                case FACTORED: unit_gradient<FACTORED>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
-                case CLAMPED: unit_gradient<CLAMPED>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
-                case SUM: unit_gradient<SUM>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
-                case PRODUCT: unit_gradient<PRODUCT>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
-                case SMALL_SUM: unit_gradient<SMALL_SUM>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
-                case SMALL_PRODUCT: unit_gradient<SMALL_PRODUCT>(units, n, width, query, key, ld, scores, by_query, by_key_tile, by_weight); break;
+                case FACTORED: gradient<FACTORED>(n, width); break;
+                case CLAMPED: gradient<CLAMPED>(n, width); break;
+                case SUM: gradient<SUM>(n, width); break;
+                case PRODUCT: gradient<PRODUCT>(n, width); break;
+                case LARGE_PRODUCT: gradient<LARGE_PRODUCT>(n, width); break;
+                case SMALL_SUM: gradient<SMALL_SUM>(n, width); break;
+                case SMALL_PRODUCT: gradient<SMALL_PRODUCT>(n, width); break;
             }
         }
-        for (Size i = 0; i < units.count * ld; i += VL) store(by_key + i, load(by_key + i) + load(by_key_tile + i));
+        for (Size i = 0; i < units.count * ld; i += VL) store(by_key + i, load(by_key + i) + load(by_key_tile + i) * (units.c * units.c));
+    }
+    template <int POLICY>
+    void gradient(Size n, Size width) {
+        unit_gradient<POLICY>(units, n, width, query, rows, stride, key, ld, scores, by_query, by_key_tile, by_weight);
     }
 };
 

@@ -20,7 +20,8 @@
 #else
 #define VL 4
 #endif
-#define INLINE static inline __attribute__((always_inline))
+#define METHOD inline __attribute__((always_inline))
+#define INLINE static METHOD
 
 namespace ISA {
 namespace {
@@ -69,34 +70,30 @@ INLINE float largest(Vector x) {  // NaN where a lane is NaN
     return s;
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2, for |x| <= 2^21: r and n. NaN gives r = NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2, for x in [-87.33, 88.72283]: r and the bits of 2^n. NaN gives r = NaN.
 struct Reduced {
-    Vector r, n;
+    Vector r;
+    Words scale;
 };
 INLINE Reduced reduce(Vector x) {
-    const Vector shifter = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-    Vector n = (x * 1.44269504f + shifter) - shifter;
-    Vector r = x - n * 0.693359375f;  // ln 2 in two parts, the first with few bits, so that the product is exact
-    return {r - n * -2.12194440e-4f, n};
+    const Vector shifter = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
+    const Vector shifted = x * 1.44269504f + shifter, n = shifted - shifter;
+    const Vector r = x - n * 0.693359375f;  // ln 2 in two parts, the first with few bits, so that the product is exact
+    return {r - n * -2.12194440e-4f, ((Words)shifted << 23) + 0x3f800000u};
 }
-// e^r - 1 for |r| <= ln 2 / 2 (the polynomial of Cephes' expf)
+// e^r - 1 for |r| <= ln 2 / 2: r + r^2 p(r), where p has the least largest error of e^r, 4e-9, with p(0) = 1/2
 INLINE Vector expm1_reduced(Vector r) {
-    Vector p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    Vector p = splat(1.3863756964e-3f);
+    p = p * r + 8.3675092467e-3f;
+    p = p * r + 4.1667238773e-2f;
+    p = p * r + 1.6666533803e-1f;
+    p = p * r + 0.5f;
     return p * (r * r) + r;
-}
-INLINE Vector power_of_two(Vector n) {  // for integers -126 <= n <= 127
-    return (Vector)((__builtin_convertvector(n, Integers) + 127) << 23);
 }
 // e^x to 1 ulp for |x| <= 87, where 2^n is a normal number
 INLINE Vector exp_bounded(Vector x) {
-    Reduced c = reduce(x);
-    Vector scale = power_of_two(c.n);
-    return expm1_reduced(c.r) * scale + scale;
+    const Reduced c = reduce(x);
+    return expm1_reduced(c.r) * (Vector)c.scale + (Vector)c.scale;
 }
 // e^x to 1 ulp for x <= 0: 0 below -87.3, NaN for NaN
 INLINE Vector exp_negative(Vector x) {
@@ -107,16 +104,28 @@ INLINE Vector exp_negative(Vector x) {
 // e^x to 1 ulp: 0 below -87.3, Inf above 88.7
 INLINE Vector exp_all(Vector x) {
     const Vector lowest = splat(-87.33f), highest = splat(88.72283f);
-    Reduced c = reduce(minimum(highest, maximum(lowest, x)));
-    Vector first = power_of_two(c.n - 1.f), y = expm1_reduced(c.r) * first + first;  // 2^128 is not a number
+    const Reduced c = reduce(minimum(highest, maximum(lowest, x)));
+    const Vector first = (Vector)(c.scale - (1u << 23));  // 2^(n - 1): 2^128 is not a number
+    Vector y = expm1_reduced(c.r) * first + first;
     y = x < lowest ? Vector{} : y + y;
     return x > highest ? splat(INFINITY) : y;
 }
+// 2^(a b) to 2 ulp for |a b| <= 126; where there are fused multiply-adds a b is not rounded
+INLINE Vector exp2_product(Vector a, Vector b) {
+    const Vector shifter = splat(12582912.f), shifted = a * b + shifter, r = a * b - (shifted - shifter);
+    Vector p = splat(1.5353258118e-4f);  // 2^r = 1 + r p(r) with the least largest error, 2e-9
+    p = p * r + 1.3399003605e-3f;
+    p = p * r + 9.6184386017e-3f;
+    p = p * r + 5.5503321626e-2f;
+    p = p * r + 2.4022647897e-1f;
+    p = p * r + 6.9314720299e-1f;
+    const Vector scale = (Vector)(((Words)shifted << 23) + 0x3f800000u);
+    return p * r * scale + scale;
+}
 // e^x - 1 to 2 ulp for |x| <= 87
 INLINE Vector expm1_bounded(Vector x) {
-    Reduced c = reduce(x);
-    Vector scale = power_of_two(c.n);
-    return expm1_reduced(c.r) * scale + (scale - 1.f);
+    const Reduced c = reduce(x);
+    return expm1_reduced(c.r) * (Vector)c.scale + ((Vector)c.scale - 1.f);
 }
 // tanh x to 2 ulp, and to 1 ulp from 0.5 on, where 1 - tanh^2 x needs it
 INLINE Vector tanh_all(Vector x) {
