@@ -300,7 +300,7 @@ def test_the_source_distribution_can_build_it(tmp_path):
     with tarfile.open(made) as archive:
         found = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert {"CMakeLists.txt", "csrc/binding.cpp", *wanted} <= found
+    assert {"CMakeLists.txt", "csrc/cuda/binding.cpp", *wanted} <= found
     assert not {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD} & found
 
 

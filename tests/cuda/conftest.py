@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels built for the host and run on CPU tensors (csrc/host/emulation.h), through the public calls.
+"""The CUDA C++ kernels built for the host and run on CPU tensors (csrc/cuda/host/emulation.h), through the public calls.
 
 VLATTN_CUDA_LIBRARY names another library: a sanitized build, a broken one, or with VLATTN_TEST_DEVICE=cuda (`make gpu`) that for
 the GPU. The tests name no device: what they make lies on the default one.

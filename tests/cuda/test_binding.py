@@ -1,4 +1,4 @@
-"""What csrc/binding.cpp says when a launch fails, and the way to the library by VLATTN_CUDA_LIBRARY."""
+"""What csrc/cuda/binding.cpp says when a launch fails, and the way to the library by VLATTN_CUDA_LIBRARY."""
 
 from __future__ import annotations
 

@@ -57,15 +57,15 @@ def broken_library(change: Break, folder: Path) -> Path:
     """build/host's library with one kernel compiled from a changed copy, by the commands that CMake made."""
     host, file = build("host", *HOST), f"{change.operator}.cu"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    source = (folder / "csrc" / change.file).read_text()
+    source = (folder / "csrc" / "cuda" / change.file).read_text()
     assert source.count(change.old) == 1, f"{source.count(change.old)} times in {change.file}: {change.old}"
-    (folder / "csrc" / change.file).write_text(source.replace(change.old, change.new))
+    (folder / "csrc" / "cuda" / change.file).write_text(source.replace(change.old, change.new))
     listed = subprocess.run(["ninja", "-t", "commands"], cwd=host, env=tools(), capture_output=True, text=True, check=True).stdout
-    library, made = folder / "libvlattn_host.so", f"CMakeFiles/vlattn_host.dir/csrc/{file}.o"
+    library, made = folder / "libvlattn_host.so", f"CMakeFiles/vlattn_host.dir/csrc/cuda/{file}.o"
     for command in listed.splitlines():
         if made in command:
             command = command.replace(made, str(folder / "kernel.o"))
-            command = command.replace(str(ROOT / "csrc" / file), str(folder / "csrc" / file))
+            command = command.replace(str(ROOT / "csrc" / "cuda" / file), str(folder / "csrc" / "cuda" / file))
             command = command.replace("-o libvlattn_host.so", f"-o {shlex.quote(str(library))}")
             done = subprocess.run(command, shell=True, cwd=host, env=tools(), capture_output=True, text=True)
             assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from tests.compiled.cuda import built as build_library
 from tests.compiled.table import cuobjdump
 
 ROOT = Path(__file__).parents[2]
-CSRC = ROOT / "csrc"
+CSRC = ROOT / "csrc" / "cuda"
 BINDING = (CSRC / "binding.cpp").read_text()
 
 
@@ -43,7 +43,7 @@ def test_its_errors_are_those_of_cuda() -> None:
 
 
 def schemas() -> dict[str, str]:
-    """Of csrc/binding.cpp, by name."""
+    """Of csrc/cuda/binding.cpp, by name."""
     texts = ["".join(re.findall(r'"([^"]*)"', text)) for text in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\);', BINDING)]
     return {text.split("(", 1)[0]: text for text in texts}
 

@@ -1,4 +1,4 @@
-"""csrc/congruence_loss.cu: sizes around its strips and chunks, and what it refuses.
+"""csrc/cuda/congruence_loss.cu: sizes around its strips and chunks, and what it refuses.
 
 The rest stands in tests/ops/test_congruence_loss.py.
 """

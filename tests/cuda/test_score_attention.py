@@ -1,4 +1,4 @@
-"""Tile edges and limits of csrc/score_attention.cu; what it computes otherwise: tests/ops/test_score_attention.py."""
+"""Tile edges and limits of csrc/cuda/score_attention.cu; what it computes otherwise: tests/ops/test_score_attention.py."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The CUDA C++ kernels of csrc/: the library that is built from them, and an operator a file in front of it."""
+"""The CUDA C++ kernels of csrc/cuda/: the library that is built from them, and an operator a file in front of it."""

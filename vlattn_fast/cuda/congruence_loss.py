@@ -1,4 +1,4 @@
-"""congruence_loss by csrc/congruence_loss.cu: the loss of one sample in one block, forward and backward."""
+"""congruence_loss by csrc/cuda/congruence_loss.cu: the loss of one sample in one block, forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""relevancy_attention and relevancy_step by csrc/relevancy_attention.cu: short sequences."""
+"""relevancy_attention and relevancy_step by csrc/cuda/relevancy_attention.cu: short sequences."""
 
 from __future__ import annotations
 

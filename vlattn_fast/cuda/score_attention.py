@@ -1,4 +1,4 @@
-"""score_attention by csrc/score_attention.cu: exact additive scores, forward and backward."""
+"""score_attention by csrc/cuda/score_attention.cu: exact additive scores, forward and backward."""
 
 from __future__ import annotations
 

@@ -33,9 +33,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 // Rows k .. k+CHUNK-1 of m (inner,width) to a chunk, zeros outside.
 static __device__ void stage_chunk(float* chunk, Matrix m, int k, int inner, int width) {
     const int warps = blockDim.x / WARP, wide = round_up(width, WARP);
-    auto copy = [&](int i, int j) {
-        chunk[i * CHUNK_STRIDE + j] = k + i < inner && j < width ? m(k + i, j) : 0.0f;
-    };
+    auto copy = [&](int i, int j) { chunk[i * CHUNK_STRIDE + j] = k + i < inner && j < width ? m(k + i, j) : 0.0f; };
     if (m.column == 1) {
         for (int i = warp_index(); i < CHUNK; i += warps)
             for (int j = lane_index(); j < wide; j += WARP) copy(i, j);
@@ -106,60 +104,60 @@ static __device__ __attribute__((noinline)) void pick(Matrix x, int rows, int co
 using Part = float (&)[LANE_COLUMNS];  // of a row, columns lane + 32 k
 using Pairs = const bool (&)[LANE_COLUMNS];
 
-    // Of a row: the loss over this lane's columns, and the gradients at p and t.
-    static __device__ float distributed(Part p, Part t, Pairs pair, Part by_p, Part by_t) {
-        float loss = 0.0f;
+// Of a row: the loss over this lane's columns, and the gradients at p and t.
+static __device__ float distributed(Part p, Part t, Pairs pair, Part by_p, Part by_t) {
+    float loss = 0.0f;
 #pragma unroll
-        for (int k = 0; k < LANE_COLUMNS; ++k) {
-            if (!pair[k]) continue;
-            // t (log t - log(p + eps)) + p (log p - log(t + eps)), with log x - log(x + eps) = -log1p(eps / x) and 0 log 0 = 0
-            const float safe_p = fmaxf(p[k], TINY), safe_t = fmaxf(t[k], TINY);
-            const float log_p = logf(p[k] + EPSILON), log_t = logf(t[k] + EPSILON);
-            loss += (t[k] - p[k]) * (log_t - log_p) - t[k] * log1pf(EPSILON / safe_t) - p[k] * log1pf(EPSILON / safe_p);
-            // log p - log(t + eps) + 1 - t / (p + eps), small where p is near t
-            by_p[k] = logf(safe_p) - log_t + (p[k] - t[k] + EPSILON) / (p[k] + EPSILON);
-            by_t[k] = logf(safe_t) - log_p + (t[k] - p[k] + EPSILON) / (t[k] + EPSILON);
-        }
-        return loss;
+    for (int k = 0; k < LANE_COLUMNS; ++k) {
+        if (!pair[k]) continue;
+        // t (log t - log(p + eps)) + p (log p - log(t + eps)), with log x - log(x + eps) = -log1p(eps / x) and 0 log 0 = 0
+        const float safe_p = fmaxf(p[k], TINY), safe_t = fmaxf(t[k], TINY);
+        const float log_p = logf(p[k] + EPSILON), log_t = logf(t[k] + EPSILON);
+        loss += (t[k] - p[k]) * (log_t - log_p) - t[k] * log1pf(EPSILON / safe_t) - p[k] * log1pf(EPSILON / safe_p);
+        // log p - log(t + eps) + 1 - t / (p + eps), small where p is near t
+        by_p[k] = logf(safe_p) - log_t + (p[k] - t[k] + EPSILON) / (p[k] + EPSILON);
+        by_t[k] = logf(safe_t) - log_p + (t[k] - p[k] + EPSILON) / (t[k] + EPSILON);
     }
+    return loss;
+}
 
-    // The same for softmax(t) against softmax(p), or with `singular` against 2^p.
-    static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singular, Part by_p, Part by_t) {
-        float power[LANE_COLUMNS], sum = 0.0f;
+// The same for softmax(t) against softmax(p), or with `singular` against 2^p.
+static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singular, Part by_p, Part by_t) {
+    float power[LANE_COLUMNS], sum = 0.0f;
 #pragma unroll
-        for (int k = 0; k < LANE_COLUMNS; ++k) sum += power[k] = pair[k] ? expf(t[k]) : 0.0f;  // t is in [0, 1]
-        sum = warp_sum(sum);
-        if (sum == 0.0f) return 0.0f;  // the row of a padded token
-        float correction = 0.0f;
+    for (int k = 0; k < LANE_COLUMNS; ++k) sum += power[k] = pair[k] ? expf(t[k]) : 0.0f;  // t is in [0, 1]
+    sum = warp_sum(sum);
+    if (sum == 0.0f) return 0.0f;  // the row of a padded token
+    float correction = 0.0f;
 #pragma unroll
-        for (int k = 0; k < LANE_COLUMNS; ++k) {
-            power[k] /= sum;
-            if (!singular) correction += power[k] * expm1f(p[k] - t[k]);
-        }
-        // log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
-        const float less = singular ? 0.0f : log1pf(warp_sum(correction)), log_sum = logf(sum);
-        float loss = 0.0f, sum_p = 0.0f, sum_t = 0.0f;
-#pragma unroll
-        for (int k = 0; k < LANE_COLUMNS; ++k) {
-            if (!pair[k]) continue;
-            const float d = singular ? p[k] * LN_2 - (t[k] - log_sum) : p[k] - t[k] - less;
-            const float difference = power[k] * expm1f(d);  // p - t
-            loss += difference * d;
-            p[k] = power[k] + difference;
-            by_p[k] = p[k] * d + difference;  // at log p
-            by_t[k] = -(power[k] * d + difference);
-            sum_p += by_p[k];
-            sum_t += by_t[k];
-        }
-        sum_p = warp_sum(sum_p);
-        sum_t = warp_sum(sum_t);
-#pragma unroll
-        for (int k = 0; k < LANE_COLUMNS; ++k) {
-            if (!singular) by_p[k] -= p[k] * sum_p;
-            by_t[k] -= power[k] * sum_t;
-        }
-        return loss;
+    for (int k = 0; k < LANE_COLUMNS; ++k) {
+        power[k] /= sum;
+        if (!singular) correction += power[k] * expm1f(p[k] - t[k]);
     }
+    // log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
+    const float less = singular ? 0.0f : log1pf(warp_sum(correction)), log_sum = logf(sum);
+    float loss = 0.0f, sum_p = 0.0f, sum_t = 0.0f;
+#pragma unroll
+    for (int k = 0; k < LANE_COLUMNS; ++k) {
+        if (!pair[k]) continue;
+        const float d = singular ? p[k] * LN_2 - (t[k] - log_sum) : p[k] - t[k] - less;
+        const float difference = power[k] * expm1f(d);  // p - t
+        loss += difference * d;
+        p[k] = power[k] + difference;
+        by_p[k] = p[k] * d + difference;  // at log p
+        by_t[k] = -(power[k] * d + difference);
+        sum_p += by_p[k];
+        sum_t += by_t[k];
+    }
+    sum_p = warp_sum(sum_p);
+    sum_t = warp_sum(sum_t);
+#pragma unroll
+    for (int k = 0; k < LANE_COLUMNS; ++k) {
+        if (!singular) by_p[k] -= p[k] * sum_p;
+        by_t[k] -= power[k] * sum_t;
+    }
+    return loss;
+}
 
 // One direction's symmetric divergence of `own`, for iais_singular a base-2 logarithm, from what the target says, both
 // (size,size): the loss over this lane's columns, and with `gradient` also, over the number of heads, the gradients at both, to

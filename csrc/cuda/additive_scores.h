@@ -61,8 +61,8 @@ __device__ __forceinline__ int column_place(int column) { return column % 8 / 2 
 
 // What a block has in shared memory.
 struct Shared {
-    float* rows;      // (units, ROWS): e^-2x
-    float* columns;   // (pairs, 3, COLUMNS): e^-2y of two units and their product
+    float* rows;  // (units, ROWS): e^-2x
+    float* columns;  // (pairs, 3, COLUMNS): e^-2y of two units and their product
     float2* weights;  // (pairs): u1 + u2, u1 - u2
     float *row_largest, *column_largest;  // (WARPS) each
     void* rest;
@@ -261,7 +261,7 @@ __device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared
 template <int CHUNKS>
 struct UnitGrads {
     float rows[CHUNKS][4][8];  // sum_j g_ij (1/4 - q_ij^2), q = tanh / 2
-    float vector[CHUNKS][4];   // sum_ij g_ij q_ij
+    float vector[CHUNKS][4];  // sum_ij g_ij q_ij
 };
 
 __device__ __forceinline__ int first_unit(int chunk) { return chunk * 64 + static_cast<int>(threadIdx.x) / 8 * 4; }

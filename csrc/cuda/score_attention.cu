@@ -10,11 +10,10 @@
 // memory to threads that each hold 8 rows and 4 hidden units of the result, so that threads need no reduction.
 // Why not Triton: there the layout of the scores cannot be chosen, and a loop over columns cannot index registers.
 // Not measured on a GPU.
-#include "score_attention.h"
-
 #include <algorithm>
 
 #include "additive_scores.h"
+#include "score_attention.h"
 
 namespace vlattn {
 namespace {

@@ -10,11 +10,10 @@
 // need a launch for each layout and one more to add the partial sums of r Abar of the key heads. Few samples are cut into ranges
 // of heads to fill the GPU. Only then r Abar has partial sums here, which a second kernel adds in order, and row sums over all
 // heads, if they are needed, take a launch of their own. No atomics. Not measured on a GPU.
-#include "relevancy_attention.h"
-
 #include <algorithm>
 
 #include "mma.h"
+#include "relevancy_attention.h"
 
 namespace vlattn {
 namespace {
@@ -462,7 +461,7 @@ template <class Use>
 cudaError_t with_shape(const Relevancy& call, Use use) {
     return with_type(call.dtype, [&](auto type) {
         return std::max(call.D, call.DV) <= 64 ? use(type, std::integral_constant<int, 64>())
-                                                : use(type, std::integral_constant<int, 128>());
+                                               : use(type, std::integral_constant<int, 128>());
     });
 }
 
@@ -491,8 +490,8 @@ cudaError_t relevancy_backward(const Relevancy& call, cudaStream_t stream) {
         const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(longest), SLAB)) +
                               of_queries * round_up(static_cast<int>(call.N), SLAB);
         const auto run = [&](int passes) {
-            return launch(relevancy_backward_kernel<T, WIDTH>, call.B * parts, threads_for(longest), shared, stream, call, parts,
-                          passes);
+            return launch(
+                relevancy_backward_kernel<T, WIDTH>, call.B * parts, threads_for(longest), shared, stream, call, parts, passes);
         };
         if (parts == 1 || !with_sums(call)) return run(QUERY_ROWS | KEY_ROWS);
         const cudaError_t first = run(QUERY_ROWS);  // row sums of all ranges of heads are divisors

@@ -8,6 +8,7 @@
 // something that cannot come (some have returned, or are at another barrier) ends with cudaErrorLaunchFailure.
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <math.h>
 #include <setjmp.h>
 #include <string.h>
@@ -22,8 +23,6 @@
 #include <numeric>
 #include <utility>
 #include <vector>
-
-#include <cuda_runtime_api.h>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>

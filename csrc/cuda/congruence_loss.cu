@@ -17,14 +17,14 @@ namespace vlattn {
 namespace {
 
 constexpr int GROUPS = TOKENS / STRIP;  // of STRIP columns
-constexpr float LOWEST = -1e30f;        // less than any logit
+constexpr float LOWEST = -1e30f;  // less than any logit
 
 struct Shared {
     // for each query of a head: its largest logit; 1 / sum and log2 sum of 2^(logit - largest); the mean of the gradients at its
     // probabilities; and a bound of those at its logits
     float top[TOKENS], inverse[TOKENS], log_sum[TOKENS], delta[TOKENS], most[TOKENS];
     float loss[TOKENS / STRIP];  // of each warp
-    bool real[2][TOKENS];        // the tokens of text and image; false beyond the last
+    bool real[2][TOKENS];  // the tokens of text and image; false beyond the last
 };
 constexpr size_t SHARED_BYTES = (sizeof(Shared) + 15) / 16 * 16;
 
@@ -50,13 +50,15 @@ struct Sample {
     Shared& shared;
     T* tile;
     const float factor;  // of products of queries and keys; above 0, so that -inf stays what it is
-    float* const maps;   // (regions,S,S), S = L + V: the blocks LL, LV over VL, VV
-    bool counts;         // false for a sample without text or without image tokens: it has no loss
+    float* const maps;  // (regions,S,S), S = L + V: the blocks LL, LV over VL, VV
+    bool counts;  // false for a sample without text or without image tokens: it has no loss
 
     enum Region { MAP, TARGET, LOG, BY_MAP, BY_LOG };  // LOG and BY_LOG are there for iais_singular alone
 
     __device__ Sample(const Congruence& call, int regions)
-        : call(call), b(blockIdx.x), shared(*static_cast<Shared*>(shared_memory())),
+        : call(call),
+          b(blockIdx.x),
+          shared(*static_cast<Shared*>(shared_memory())),
           tile(reinterpret_cast<T*>(static_cast<char*>(shared_memory()) + SHARED_BYTES)),
           factor(fmaxf(fabsf(call.scale) * LOG2_E, TINY)),
           maps(call.workspace + b * regions * (call.L + call.V) * (call.L + call.V)) {
@@ -314,7 +316,7 @@ struct Sample {
         float top[2], sum[2], delta[2] = {}, mass[2] = {}, most[2] = {};
         statistics(rows, M, keys, top, sum);
         const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]}, log_sum[2] = {log2f(sum[0]), log2f(sum[1])};
-        auto terms = [&](int k, float (&p)[2][4], ProbGrad (&x)[2][4]) {
+        auto terms = [&](int k, float(&p)[2][4], ProbGrad(&x)[2][4]) {
             products_with_keys(p, rows, k, keys);
 #pragma unroll
             for (int e = 0; e < 8; ++e) {

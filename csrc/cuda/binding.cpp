@@ -1,5 +1,5 @@
 // The CUDA C++ kernels as torch operators, on torch's stable ABI: one library serves every torch from 2.11 on. Nothing else in
-// csrc/ knows torch. Each operator has the schema of its Python operator in vlattn_fast/ops/, without `backend`; there the
+// csrc/cuda/ knows torch. Each operator has the schema of its Python operator in vlattn_fast/ops/, without `backend`; there the
 // arguments were checked, and vlattn_fast/cuda/ made the last strides 1 and expanded attn_mask to (B,H,N,M).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -163,9 +163,11 @@ Tensor sum_heads(const Tensor& grad, const Tensor& like) {
     return torch::stable::transpose(torch::stable::to(sum, like.scalar_type()), 1, 2);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> score_attention_backward(
-    Tensor grad_out, Optional grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Optional vector,
-    Optional attn_mask, Optional key_mask, Optional, std::string score, double, double scale, double dropout_p, bool is_causal) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_attention_backward(Tensor grad_out, Optional grad_lse, Tensor query, Tensor key,
+                                                                    Tensor value, Tensor out, Tensor lse, Optional vector,
+                                                                    Optional attn_mask, Optional key_mask, Optional,
+                                                                    std::string score, double, double scale, double dropout_p,
+                                                                    bool is_causal) {
     ScoreAttention call = describe(query, key, value, vector, attn_mask, key_mask, score, scale, dropout_p, is_causal);
     Launch launch(query);
     const int64_t heads = std::max(call.key_heads, call.value_heads);
@@ -247,10 +249,12 @@ Tensor run_backward(const Launch& launch, const char* name, Relevancy& call, con
     return r_abar;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(
-    Optional grad_out, Optional grad_carrier, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
-    Optional residual_weight, Optional attention_weight, Optional attn_mask, Optional key_mask, std::string rule,
-    bool row_normalize, double scale, bool is_causal, bool need_inputs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> relevancy_attention_backward(Optional grad_out, Optional grad_carrier, Tensor query,
+                                                                        Tensor key, Tensor value, Tensor out, Tensor lse,
+                                                                        Optional residual_weight, Optional attention_weight,
+                                                                        Optional attn_mask, Optional key_mask, std::string rule,
+                                                                        bool row_normalize, double scale, bool is_causal,
+                                                                        bool need_inputs) {
     Relevancy call = describe(query, key, value, attn_mask, key_mask, rule, row_normalize, scale, is_causal);
     Launch launch(query);
     Tensor none = make(query, {0});
@@ -314,9 +318,7 @@ Congruence describe(const std::vector<Tensor>& queries, const std::vector<Tensor
     return call;
 }
 
-Facts facts(const Congruence& call) {
-    return {{"B", call.B}, {"H", call.H}, {"L", call.L}, {"V", call.V}, {"D", call.D}};
-}
+Facts facts(const Congruence& call) { return {{"B", call.B}, {"H", call.H}, {"L", call.L}, {"V", call.V}, {"D", call.D}}; }
 
 Tensor congruence_loss(std::vector<Tensor> queries, std::vector<Tensor> keys, Optional text_mask, Optional image_mask,
                        std::string kind, std::string direction, double scale) {
@@ -331,9 +333,10 @@ Tensor congruence_loss(std::vector<Tensor> queries, std::vector<Tensor> keys, Op
 }
 
 // Gradients of the blocks LL and VV, or of all four for "iais_distributed".
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> congruence_loss_backward(
-    Tensor grad_loss, std::vector<Tensor> queries, std::vector<Tensor> keys, Optional text_mask, Optional image_mask,
-    std::string kind, std::string direction, double scale) {
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> congruence_loss_backward(Tensor grad_loss, std::vector<Tensor> queries,
+                                                                              std::vector<Tensor> keys, Optional text_mask,
+                                                                              Optional image_mask, std::string kind,
+                                                                              std::string direction, double scale) {
     Congruence call = describe(queries, keys, text_mask, image_mask, kind, direction, scale);
     Launch launch(queries[0]);
     const int num_gradients = call.kind == Congruence::IAIS_DISTRIBUTED ? 4 : 2;

@@ -195,8 +195,8 @@ __device__ __forceinline__ void product_with_rows(float (&c)[4], const Rows16<T,
         const T* row = tile + Order::row(n + lane_row()) * LD + lane_column() * 2;
 #pragma unroll
         for (int s = 0; s < K / 16; ++s) {
-            const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(row + s * 16),
-                                   *reinterpret_cast<const uint32_t*>(row + s * 16 + 8)};
+            const uint32_t b[2] = {
+                *reinterpret_cast<const uint32_t*>(row + s * 16), *reinterpret_cast<const uint32_t*>(row + s * 16 + 8)};
             mma_16x8x16<T>(c, left.a[s], b);
         }
     }
