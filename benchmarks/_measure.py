@@ -237,19 +237,27 @@ class Measurement:
 
     def _truth(self) -> Tensors | None:
         """None where the formula in float64 needs more memory than there is."""
-        part, inputs = self.problem.part, {}
+        part, inputs, share = self.problem.part, {}, 1.0
         for name, x in self.problem.tensors.items():
             small = part(name, x.detach())
+            share = min(share, small.numel() / x.numel())
             inputs[name] = (small.double() if small.is_floating_point() else small).requires_grad_(x.requires_grad)
+        formula = self.problem.variants.get("reference")
+        if formula is not None and not self._fits(8 * share * formula.maps * self.problem.map_elements):
+            return None
         try:
             return {name: x.double() for name, x in self.problem.truth(inputs).items() if x.is_floating_point()}
         except torch.OutOfMemoryError:
             return None
 
-    def _too_large(self, variant: Variant) -> str:
+    def _fits(self, needed: float) -> bool:
+        """Into half of the memory that is free."""
         free = _free_memory(self.device)
+        return free is None or needed <= free / 2
+
+    def _too_large(self, variant: Variant) -> str:
         needed = variant.maps * self.problem.map_elements * self.dtype.itemsize
-        if free is None or needed <= free / 2:
+        if self._fits(needed):
             return ""
         return f"its whole maps need {needed / 2**30:.0f} GiB, over half of the memory that is free"
 

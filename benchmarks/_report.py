@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlattn_fast.benchmarks import _pictures
 from vlattn_fast.benchmarks._run import OURS, declared
-
-from vlattn_fast._extras import extra
 
 Row = dict[str, Any]
 
 COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound", "of floor", "calls")
-INTRODUCTION = """# Measurements
+RIVALS = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward")
+SUMMARY = """Our fastest backend against each rival: *2.00x* says that the rival takes twice as long. *reference* is the formula
+in eager mode, *reference compiled* the same under torch.compile, *published* the procedure as its authors run it. *of bound* is our
+time over that of the bound, which does the least work that the benchmark needs: plain SDPA of the same shape, or a model without
+an explanation or a loss. *MiB* is what a call adds to memory at its peak, beside the least that a rival adds.
+"""
+SETTINGS = """The same machine in its settings: our time over that of the bound, and the time of the fastest rival over ours.
+"""
+INTRODUCTION = """## How it was measured
 
 `make report` writes this page from the rows in `benchmarks/results/`, and `make bench` measures them. The newest row of each
 variant is shown.
@@ -34,17 +41,30 @@ variant is shown.
 
 
 def write(results: Path, out: Path) -> list[Path]:
-    """The report and one plot for each file of rows; the paths written."""
+    """The report and the pictures of each file of rows; the paths written."""
     stored = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     files = {name: found for name, rows in stored.items() if (found := newest(rows))}
-    plots = [_plot(rows, results / f"{name}.png", name) for name, rows in files.items()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_text(files, {name: os.path.relpath(path, out.parent) for name, path in zip(files, plots, strict=True)}))
-    return [out, *plots]
+    parts, written = ["# Measurements\n"], [out]
+    for name, rows in files.items():
+        settings = _by_setting(rows)
+        first, *others = settings
+        parts.append(f"## {first}\n")
+        parts.append(_summary(settings[first]))
+        best = [row for row in _best(settings[first]) if not row["is_bound"] and not _is_scaling(row)]
+        written.append(_pictures.draw_rivals(best, results / f"{name}.png", first))
+        parts.append(f"![Median time over that of the bound]({os.path.relpath(written[-1], out.parent)})\n")
+        if others:
+            parts.append(_settings(settings))
+        if scaling := [row for row in settings[first] if _is_scaling(row)]:
+            written.append(_pictures.draw_scaling(_best(scaling), results / f"{name}-scaling.png", first))
+            parts.append(f"![Time and memory over the length]({os.path.relpath(written[-1], out.parent)})\n")
+    out.write_text("\n".join([*parts, INTRODUCTION, *_tables([row for rows in files.values() for row in rows])]))
+    return written
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each device, benchmark, workload, dtype and variant; other sizes than the last are left behind."""
+    """The last row of each setting, benchmark, workload, dtype and variant; other sizes than the last are left behind."""
     found: dict[Any, Row] = {}
     sizes = {}
     for row in rows:
@@ -55,14 +75,85 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 
 def _key(row: Row) -> tuple[str, ...]:
-    return row["device"], row["benchmark"], row["workload"], row["dtype"]
+    return _setting(row), row["benchmark"], row["workload"], row["dtype"]
 
 
-def _text(files: dict[str, list[Row]], plots: dict[str, str]) -> str:
-    everything = [row for rows in files.values() for row in rows]
-    parts = [INTRODUCTION]
-    for name, path in plots.items():
-        parts.append(f"![Median time over that of the bound, {name}]({path})\n")
+def _setting(row: Row) -> str:
+    if _on_gpu(row):
+        return str(row["device"])
+    threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    return ", ".join(filter(None, (row["device"], row.get("instructions"), threads)))
+
+
+def _by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(_setting(row), []).append(row)
+    return found
+
+
+def _is_scaling(row: Row) -> bool:
+    return str(row["benchmark"]).startswith("scaling/")
+
+
+def _by_benchmark(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """What has a time, by variant; tables of operators and tasks only."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        if "p50_us" in row:
+            found.setdefault(_key(row), {})[row["variant"]] = row
+    return found
+
+
+def _fastest(variants: Mapping[str, Row], names: Iterable[str]) -> Row | None:
+    return min((variants[name] for name in names if name in variants), key=lambda row: row["p50_us"], default=None)
+
+
+def _best(rows: Sequence[Row]) -> list[Row]:
+    """Of each benchmark our fastest backend, under the package's name, the rivals and the bound."""
+    found = []
+    for variants in _by_benchmark(rows).values():
+        if ours := _fastest(variants, OURS):
+            found.append({**ours, "variant": _pictures.BEST})
+        found.extend(row for name, row in variants.items() if name in RIVALS or row["is_bound"])
+    return found
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """Our best backend against each rival, a line a benchmark."""
+    tables = {key: found for key, found in _by_benchmark(rows).items() if not key[1].startswith("scaling/")}
+    rivals = [name for name in RIVALS if any(name in variants for variants in tables.values())]
+    lines = [_line(("benchmark", "our best", "ms", *rivals, "of bound", "MiB", "of a rival at least"))]
+    lines.append(_line(["---", "---", *["---:"] * (len(rivals) + 4)]))
+    for key, variants in tables.items():
+        ours = _fastest(variants, OURS)
+        if ours is None:
+            continue
+        times = (f"{variants[name]['p50_us'] / ours['p50_us']:.2f}x" if name in variants else "" for name in rivals)
+        peaks = [variants[name]["peak_bytes"] for name in rivals if name in variants and variants[name]["peak_bytes"]]
+        memory = [f"{x / 2**20:.1f}" if x else "" for x in (ours["peak_bytes"], min(peaks, default=0))]
+        of_bound = "" if ours["ratio_to_bound"] is None else f"{ours['ratio_to_bound']:.2f}"
+        lines.append(_line((key[1], ours["variant"], f"{ours['p50_us'] / 1e3:.3f}", *times, of_bound, *memory)))
+    return "\n".join([SUMMARY, *lines, ""])
+
+
+def _settings(settings: Mapping[str, Sequence[Row]]) -> str:
+    """Our time over the bound's in each setting of this machine, and how much longer the fastest rival takes."""
+    tables = {name: {key[1:]: found for key, found in _by_benchmark(rows).items()} for name, rows in settings.items()}
+    lines = [_line(("benchmark", *tables)), _line(["---", *["---:"] * len(tables)])]
+    for key in next(iter(tables.values())):
+        cells = []
+        for found in tables.values():
+            ours, rival = (_fastest(found.get(key, {}), names) for names in (OURS, RIVALS))
+            bound = "" if ours is None or ours["ratio_to_bound"] is None else f"{ours['ratio_to_bound']:.2f}"
+            cells.append(bound if ours is None or rival is None else f"{bound}, {rival['p50_us'] / ours['p50_us']:.2f}x")
+        if all(cells):
+            lines.append(_line((key[0], *cells)))
+    return "\n".join([SETTINGS, *lines, ""])
+
+
+def _tables(everything: Sequence[Row]) -> list[str]:
+    parts = []
     names = list(dict.fromkeys([*(x.name for x in declared()), *(row["benchmark"] for row in everything)]))
     for kind, is_kind in (("GPU", _on_gpu), ("CPU", lambda row: not _on_gpu(row))):
         measured = {row["benchmark"] for row in everything if is_kind(row)}
@@ -80,9 +171,9 @@ def _text(files: dict[str, list[Row]], plots: dict[str, str]) -> str:
             if row["benchmark"] == name:
                 tables.setdefault(_key(row), []).append(row)
         if tables:
-            parts.append(f"## {name}\n")
+            parts.append(f"### {name}\n")
             parts.extend(_table(rows, origins) for rows in tables.values())
-    return "\n".join(parts)
+    return parts
 
 
 def _on_gpu(row: Row) -> bool:
@@ -93,7 +184,7 @@ def _table(rows: Sequence[Row], origins: Sequence[str]) -> str:
     first = rows[0]
     sizes = ", ".join(f"{name} {size}" for name, size in first["sizes"].items())
     runs = sorted({origins.index(_origin(row)) + 1 for row in rows})
-    about = f"{first['workload']}: {sizes}; {first['dtype']}; {first['device']}; run {', '.join(map(str, runs))}."
+    about = f"{first['workload']}: {sizes}; {first['dtype']}; {_setting(first)}; run {', '.join(map(str, runs))}."
     lines = [about, "", _line(COLUMNS), _line(["---", *["---:"] * (len(COLUMNS) - 1)])]
     for row in rows:
         lines.append(_line([f"*{row['variant']}*" if row["is_bound"] else row["variant"], *_cells(row)]))
@@ -115,73 +206,5 @@ def _cells(row: Row) -> list[str]:
 
 def _origin(row: Row) -> str:
     versions = (f"{name} {version}" for name, version in row["versions"].items() if version)
-    facts = (f"`{row['command']}`", f"commit {row['commit']}", *versions, f"CPU threads {row['threads']}", row["time"])
-    return f"{row['device']}: {', '.join(facts)}."
-
-
-def _plot(rows: Sequence[Row], path: Path, name: str) -> Path:
-    """One panel an operator or task, one line a benchmark, one dot a variant: its p50 over that of the bound."""
-    with extra("viz"):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        from matplotlib.lines import Line2D
-
-    drawn = [row for row in rows if row.get("ratio_to_bound") and not row["is_bound"]]
-    order = [benchmark.name for benchmark in declared()]
-    drawn.sort(key=lambda row: order.index(row["benchmark"]) if row["benchmark"] in order else len(order))
-    panels: dict[str, dict[str, list[Row]]] = {}
-    dtypes = sorted({row["dtype"] for row in drawn})
-    for row in drawn:
-        module, _, label = row["benchmark"].partition("/")
-        lines = panels.setdefault(module, {})
-        kind = "" if len(dtypes) == 1 else f" ({row['dtype']})"
-        lines.setdefault(label.replace("/", ", ") + kind, []).append(row)
-    variants = sorted({row["variant"] for row in drawn})
-    looks = {variant: (f"C{number % 10}", "D" if variant in OURS else "o") for number, variant in enumerate(variants)}
-
-    columns = 2 if len(panels) > 1 else 1
-    shelves = [list(panels)[start : start + columns] for start in range(0, len(panels), columns)] or [[]]
-    heights = [0.9 + 0.24 * max((len(panels[module]) for module in shelf), default=1) for shelf in shelves]
-    figure = pyplot.figure(figsize=(7.5 * columns, sum(heights) + 1.2), layout="constrained")
-    axes = figure.subplots(len(shelves), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for shelf, cells in zip(shelves, axes, strict=True):
-        for cell in cells[len(shelf) :]:
-            cell.set_axis_off()
-        for module, cell in zip(shelf, cells, strict=False):
-            _draw_panel(cell, module, panels[module], looks)
-    where = rows[0]["device"] if rows else name
-    figure.suptitle(
-        f"{where}, {', '.join(dtypes)}: median time over that of the bound (log scale, less is better); "
-        "diamonds are this package",
-        fontsize=11,
-    )
-    handles = [
-        Line2D([], [], color=color, marker=marker, linestyle="", label=variant) for variant, (color, marker) in looks.items()
-    ]
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(len(handles), 4 * columns), fontsize=8, frameon=False
-        )
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-    pyplot.close(figure)
-    return path
-
-
-def _draw_panel(cell: Any, module: str, lines: dict[str, list[Row]], looks: dict[str, tuple[str, str]]) -> None:
-    for place, found in enumerate(lines.values()):
-        for number, row in enumerate(found):
-            color, marker = looks[row["variant"]]
-            height = place + 0.3 * (number / max(len(found) - 1, 1) - 0.5)  # so that equal times do not cover each other
-            cell.plot(row["ratio_to_bound"], height, color=color, marker=marker, markersize=6, alpha=0.85, linestyle="")
-    cell.set_yticks(range(len(lines)), list(lines), fontsize=8)
-    cell.set_ylim(len(lines) - 0.4, -0.6)
-    cell.set_xscale("log")
-    cell.axvline(1.0, color="black", linewidth=0.8)
-    low, high = cell.get_xlim()
-    cell.set_xlim(min(low, 0.8), max(high, 12.0))  # a tick that names a power of ten in every panel
-    cell.xaxis.set_major_formatter("{x:g}")
-    cell.tick_params(axis="x", labelsize=8)
-    cell.grid(axis="both", alpha=0.25)
-    cell.set_title(module, fontsize=10, loc="left")
+    facts = (f"`{row['command']}`", f"commit {row['commit']}", *versions, row["time"])
+    return f"{_setting(row)}: {', '.join(facts)}."

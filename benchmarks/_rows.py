@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from vlattn_fast import _native
+
 HERE = Path(__file__).parent
 # In a checkout the rows lie beside this file; an installed package is no place to write to.
 RESULTS = (HERE if (HERE.parent / "pyproject.toml").exists() else Path("benchmarks")) / "results"
@@ -44,9 +46,16 @@ def provenance(command: str) -> dict[str, Any]:
         "commit": os.environ.get("VLATTN_COMMIT") or _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "threads": torch.get_num_threads(),
+        "instructions": instructions(),
         "command": command,
         "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def instructions() -> str:
+    """What torch's own kernels and those of torch.compile use of the CPU, and the set of this package's, where it is built."""
+    ours = f", kernels for {_native.instruction_set()}" if _native.library.exists else ""
+    return torch.backends.cpu.get_cpu_capability() + ours
 
 
 def _commit() -> str:

@@ -16,8 +16,8 @@ from vlattn_fast.benchmarks._rows import HERE, RESULTS, append, device_name, pro
 from vlattn_fast import verify
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
-# One file per operator and one per task; the tasks are found by the names of their files.
-MODULES = (*verify.OPERATORS, *sorted(path.stem for path in HERE.glob("task_*.py")))
+# One file per operator, one of all over the length, and one per task; the tasks are found by the names of their files.
+MODULES = (*verify.OPERATORS, "scaling", *sorted(path.stem for path in HERE.glob("task_*.py")))
 OURS = tuple(name for name in BACKEND_NAMES if name not in ("auto", "reference"))
 COLUMNS = """
 p20, p50, p80: percentiles of the time of a call. MiB: what a call adds to memory at its peak.

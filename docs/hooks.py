@@ -24,10 +24,14 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def cost(stems: list[str]) -> str:
-    """Median milliseconds and peak MiB of every stored row of these benchmarks, one line a workload, the newest row of each."""
+    """Median milliseconds and peak MiB of these benchmarks' stored rows, one line a workload, the newest row of each.
+
+    A file has rows of one machine in several settings; those of its first are shown.
+    """
     newest: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in json.loads(ROWS.read_text(encoding="utf-8")):
-        if row["benchmark"].split("/")[0] in stems:
+    stored = json.loads(ROWS.read_text(encoding="utf-8"))
+    for row in stored:
+        if row["benchmark"].split("/")[0] in stems and _setting(row) == _setting(stored[0]):
             newest.setdefault(row["benchmark"], {})[row["variant"]] = row
     if not newest:
         raise ValueError(f"no row of {stems} in {ROWS}")
@@ -43,8 +47,12 @@ def cost(stems: list[str]) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in next(iter(variants.values()))["sizes"].items())
         cells = [_cell(variants.get(name)) for name in names]
         lines.append(f"| {benchmark} ({sizes}) | {' | '.join(cells)} |")
-    where = f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {first['dtype']}"
+    where = f"{', '.join(map(str, _setting(first)))} threads, torch {first['versions']['torch']}, {first['dtype']}"
     return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}. In italics: the bound."])
+
+
+def _setting(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["device"], row["instructions"], row["threads"]
 
 
 def _cell(row: dict[str, Any] | None) -> str:

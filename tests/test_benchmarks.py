@@ -8,11 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _bounds, _isolated, _measure, _report, _rows, _run, _workloads
+from vlattn_fast.benchmarks import _bounds, _isolated, _measure, _pictures, _report, _rows, _run, _workloads
 
 TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7, "images": 4, "captions": 4, "R": 6, "T": 5, "layers": 2, "C": 16}
 CPU = torch.device("cpu")
 DECLARED = _run.declared()
+ONE_LENGTH = [
+    benchmark for benchmark in DECLARED if not benchmark.name.startswith("scaling/") or benchmark.name.endswith("/n256")
+]
 
 
 def measured(benchmark, **options):
@@ -26,7 +29,7 @@ def test_every_operator_and_task_has_a_benchmark():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("declaration", DECLARED, ids=lambda declaration: declaration.name)  # `benchmark` is pytest-benchmark's
+@pytest.mark.parametrize("declaration", ONE_LENGTH, ids=lambda declaration: declaration.name)  # `benchmark` is pytest-benchmark's
 def test_every_variant_of_every_benchmark_runs(declaration):
     rows = {row["variant"]: row for row in measured(declaration)}
     assert [row["is_bound"] for row in rows.values()].count(True) == 1
@@ -40,7 +43,7 @@ def test_every_variant_of_every_benchmark_runs(declaration):
 
 def test_what_the_published_procedures_compute_in_float64():
     """Written here from the papers' formulas: the same numbers as the reference, so what is timed is the same work."""
-    for benchmark in (x for x in DECLARED if x.name.split("/")[0] not in ("score_attention", "attention_map")):
+    for benchmark in (x for x in DECLARED if x.name.split("/")[0] not in ("score_attention", "attention_map", "scaling")):
         rows = {row["variant"]: row for row in measured(benchmark, rounds=1, dtype=torch.float64)}
         for name in ("published", "maps stored, one backward"):
             if name in rows:
@@ -281,15 +284,19 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     rows = [*older, made_up(), bound, {**failed, "not_run": "out of memory"}]
     _rows.append(rows, results / "h200.json")
     _rows.append([{"part": "correctness", "passed": True}], results / "checks.json")
-    for _ in range(2):
-        command.main(["report", "--results", str(results), "--out", str(out)])
-        text, plot = out.read_text(), (results / "h200.png").read_bytes()
-        assert plot.startswith(b"\x89PNG")
+    _rows.append([made_up(variant="reference compiled", p50_us=2468.0, peak_bytes=9 * 2**20)], results / "h200.json")
+    command.main(["report", "--results", str(results), "--out", str(out)])
+    text, plot = out.read_text(), (results / "h200.png").read_bytes()
+    assert plot.startswith(b"\x89PNG")
+    # ours, its time, how much longer the one rival takes, the time over the bound's, both peaks
+    assert (
+        "| attention_map/attention/clip | triton | 1.234 | 2.00x | 1.75 | 3.0 | 9.0 |" in text.split("## How it was measured")[0]
+    )
     assert "| triton | 1.000 | 1.234 | 1.500 | 3.0 | 1.5e-03 | 1.75 | 2.50 | 50 |" in text
     assert "| *SDPA* |" in text and "9.999" not in text and "gone" not in text
     assert "not run: out of memory" in text
     assert "On a CPU: not measured." in text and "On a GPU not measured: score_attention/" in text
-    origin = "1. NVIDIA H200: `python -m vlattn_fast.benchmarks`, commit abc, torch 2.13.0, CPU threads 16, 2026-01-01T00:00:00Z."
+    origin = "1. NVIDIA H200: `python -m vlattn_fast.benchmarks`, commit abc, torch 2.13.0, 2026-01-01T00:00:00Z."
     assert origin in text and "CLIP: B 2, N 577; bfloat16; NVIDIA H200; run 1." in text
     assert "results/h200.png" in text
     command.main(["report", "--results", str(results), "--out", str(out)])
@@ -301,23 +308,39 @@ def size_of(png):
     return struct.unpack(">II", png.read_bytes()[16:24])
 
 
-def test_the_picture_has_a_panel_for_each_operator(tmp_path, monkeypatch):
+def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
     """Not one strip: as many panels as operators, a line for each benchmark of an operator, and a shape that a screen shows."""
     pytest.importorskip("matplotlib")
     panels = {}
-    draw = _report._draw_panel
-    monkeypatch.setattr(_report, "_draw_panel", lambda *x: (panels.update({x[1]: sorted(x[2])}), draw(*x)))
+    draw = _pictures._draw_panel
+    monkeypatch.setattr(_pictures, "_draw_panel", lambda *x: (panels.update({x[1]: sorted(x[2])}), draw(*x)))
     rows = [
-        made_up(benchmark=benchmark.name, dtype=dtype, variant=variant, ratio_to_bound=ratio)
+        made_up(benchmark=benchmark.name, sizes=benchmark.workload.full, dtype=dtype, variant=variant, ratio_to_bound=ratio)
         for benchmark in DECLARED
         for dtype, variant, ratio in (("float32", "triton", 2.0), ("float32", "published", 7.0))
     ]
-    path = _report._plot(rows, tmp_path / "h200.png", "h200")
-    assert list(panels) == list(_run.MODULES)
+    (tmp_path / "h200.json").write_text(json.dumps(rows))
+    _, rivals, scaling = _report.write(tmp_path, tmp_path / "REPORT.md")
+    assert list(panels) == [name for name in _run.MODULES if name != "scaling"]
     for module, lines in panels.items():
         assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
-    width, height = size_of(path)
-    assert 1000 <= width <= 1600 and 0.5 <= height / width <= 1.2
+    for picture in (rivals, scaling):
+        width, height = size_of(picture)
+        assert 1000 <= width <= 1800 and 0.3 <= height / width <= 1.2
+
+
+def test_settings_of_one_machine_stand_side_by_side(tmp_path):
+    """Rows of one thread do not replace those of two; the first setting stored opens the report."""
+    pytest.importorskip("matplotlib")
+    cpu = {"device": "CPU: one", "variant": "cpu", "threads": 2, "instructions": "AVX512"}
+    rows = [made_up(**cpu), made_up(**cpu | {"variant": "published", "p50_us": 2468.0})]
+    rows += [{**row, "threads": 1, "ratio_to_bound": 1.5} for row in rows]
+    (tmp_path / "cpu.json").write_text(json.dumps(rows))
+    _report.write(tmp_path, tmp_path / "REPORT.md")
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "## CPU: one, AVX512, 2 threads" in text
+    assert "| benchmark | CPU: one, AVX512, 2 threads | CPU: one, AVX512, 1 thread |" in text
+    assert "| attention_map/attention/clip | 1.75, 2.00x | 1.50, 2.00x |" in text
 
 
 def test_the_report_in_the_tree_is_that_of_the_stored_rows(tmp_path):
@@ -328,7 +351,8 @@ def test_the_report_in_the_tree_is_that_of_the_stored_rows(tmp_path):
     (tmp_path / "results" / "cpu.json").write_bytes(stored.read_bytes())
     _report.write(tmp_path / "results", out)
     assert out.read_text() == (_rows.HERE / "REPORT.md").read_text()
-    assert size_of(tmp_path / "results" / "cpu.png") == size_of(_rows.HERE / "results" / "cpu.png")
+    for picture in (tmp_path / "results").glob("*.png"):
+        assert size_of(picture) == size_of(_rows.HERE / "results" / picture.name)
 
 
 def test_the_report_without_a_row(tmp_path):

@@ -1,0 +1,73 @@
+"""Each operator over the length: time over the pairs of queries and keys, and memory over the length, are to be flat.
+
+B 1, H 1 on a CPU. The bound is plain SDPA of the same length, the rivals those of the operators' own benchmarks until their whole
+maps take over half of the memory that is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from vlattn_fast.benchmarks import (
+    attention_map,
+    attention_statistics,
+    congruence_loss,
+    relevancy_attention,
+    score_attention,
+    stacked_cross_attention,
+)
+from vlattn_fast.benchmarks._measure import Benchmark, Problem
+from vlattn_fast.benchmarks._workloads import Sizes, Workload
+
+LENGTHS = tuple(2**n for n in range(8, 15))
+Build = Callable[[Sizes, torch.device, torch.dtype], Problem]
+
+
+def tokens(n: int) -> Sizes:
+    return {"B": 1, "H": 16, "N": n, "D": 64}
+
+
+def halves(n: int) -> Sizes:
+    """Text and image tokens, N in all."""
+    return {"B": 1, "H": 16, "L": n // 2, "V": n // 2, "D": 64}
+
+
+def regions(n: int) -> Sizes:
+    """N regions an image."""
+    return {"images": 4, "captions": 4, "R": n, "T": 32, "D": 256}
+
+
+# the name of each, what builds it, and its sizes at a length
+OPERATORS: dict[str, tuple[Build, Callable[[int], Sizes]]] = {
+    "score_attention, additive, forward+backward": (partial(score_attention._build, "additive", True), tokens),
+    "relevancy_attention, forward+backward": (partial(relevancy_attention._build, False), tokens),
+    "attention_map, attention": (partial(attention_map._build, "attention"), tokens),
+    "attention_statistics, forward+backward": (partial(attention_statistics._build, True), tokens),
+    "congruence_loss, cacr, forward+backward": (partial(congruence_loss._build, "cacr"), halves),
+    "stacked_cross_attention, DAMSM, forward+backward": (partial(stacked_cross_attention._build, "DAMSM", True), regions),
+}
+
+
+def pairs(sizes: Sizes) -> int:
+    """Of queries and keys, over batch and heads; of words and regions."""
+    if "R" in sizes:
+        return sizes["images"] * sizes["captions"] * sizes["R"] * sizes["T"]
+    return sizes["B"] * sizes["H"] * length(sizes) ** 2
+
+
+def length(sizes: Sizes) -> int:
+    return sizes.get("R") or sizes.get("N") or sizes["L"] + sizes["V"]
+
+
+def _workload(n: int, sizes: Callable[[int], Sizes]) -> Workload:
+    full, quick = sizes(n), sizes(n // 32)
+    return Workload(f"n{n}", f"length {n}", full, {"H": 1} if "H" in full else {}, {**quick, "H": 1} if "H" in full else quick)
+
+
+BENCHMARKS = [
+    Benchmark(__name__, operator, _workload(n, sizes), build, torch.bfloat16 if sizes is not regions else torch.float32)
+    for operator, (build, sizes) in OPERATORS.items()
+    for n in LENGTHS
+]
