@@ -1,4 +1,7 @@
-"""What every public call asks of its arguments. Each message names the argument and says "must be ...; got ..."."""
+"""What every public call asks of its arguments. Each message names the argument and says "must be ...; got ...".
+
+A check takes the time of each call, so it reads no property twice, and makes words only for a message.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,15 +28,18 @@ def describe(x: Any) -> str:
 
 def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str = "") -> None:
     """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent; `shape` is the legend the message shows."""
-    legend = f" {shape}" if shape else ""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor{legend}; got {describe(x)}")
+        raise TypeError(f"{name} must be a torch.Tensor{_legend(shape)}; got {describe(x)}")
     if _foreign(x):
-        raise TypeError(f"{name} must be a dense torch.Tensor{legend}; got {describe(x)}")
+        raise TypeError(f"{name} must be a dense torch.Tensor{_legend(shape)}; got {describe(x)}")
     if rank is not None and x.dim() != rank:
-        raise ValueError(f"{name} must have {rank} dimensions{legend}; got {describe(x)}")
-    if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:  # private: may go away
+        raise ValueError(f"{name} must have {rank} dimensions{_legend(shape)}; got {describe(x)}")
+    if getattr(forward_ad, "_current_level", -1) >= 0 and not torch.compiler.is_compiling():  # private: may go away
         _check_no_tangent(name, x)
+
+
+def _legend(shape: str) -> str:
+    return f" {shape}" if shape else ""
 
 
 def _foreign(x: Tensor) -> str:
@@ -41,7 +48,7 @@ def _foreign(x: Tensor) -> str:
         return f"a nested {x.dtype} tensor"
     if x.layout is not torch.strided:
         return f"a {x.layout} {x.dtype} tensor"
-    if type(x) is not Tensor and any(base.__name__ == "DTensor" for base in type(x).__mro__):
+    if type(x) not in (Tensor, Parameter) and any(base.__name__ == "DTensor" for base in type(x).__mro__):
         return f"a DTensor of {x.dtype}"
     return ""
 
@@ -55,15 +62,18 @@ def _check_no_tangent(name: str, x: Tensor) -> None:
         )
 
 
-def autocasts(device_type: str) -> bool:
-    """Whether autocast is on; there is none for meta tensors, and torch raises for them."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for tensors like `x`; there is none for meta tensors, and torch raises for them."""
+    return torch._C._is_any_autocast_enabled() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def readable(x: Tensor) -> bool:
     """Whether the values of `x` can be read: not in code that torch.compile traces, not while a CUDA graph is captured, and
     not where there are none (meta and fake tensors)."""
-    if torch.compiler.is_compiling() or x.is_meta or detect_fake_mode(x) is not None:
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    may_be_fake = type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0  # looking closer takes microseconds
+    if may_be_fake and detect_fake_mode(x) is not None:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -81,14 +91,16 @@ def check_floating(**tensors: Tensor) -> None:
     """All share one device and one floating dtype. Under autocast each may have its own, except float64, which autocast leaves
     as it is: all are float64 or none."""
     first_name, first = next(iter(tensors.items()))
-    if first.dtype not in FLOAT_DTYPES:
+    dtype, device = first.dtype, first.device
+    if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{first_name} must be float16, bfloat16, float32 or float64; got {describe(first)}")
-    mixed = autocasts(first.device.type)
     for name, x in tensors.items():
-        castable = mixed and x.dtype in FLOAT_DTYPES and torch.float64 not in (x.dtype, first.dtype)
-        if x.dtype != first.dtype and not castable:
-            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {describe(x)}")
-        check_device(name, x, first_name, first)
+        if x.dtype != dtype:
+            castable = autocasts(first) and x.dtype in FLOAT_DTYPES and torch.float64 not in (x.dtype, dtype)
+            if not castable:
+                raise TypeError(f"{name} must have the dtype of {first_name}, {dtype}; got {describe(x)}")
+        if x.device != device:
+            check_device(name, x, first_name, first)
 
 
 def check_constant(name: str, x: Tensor) -> None:
@@ -128,17 +140,14 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
 
 def check_heads(query: Tensor, key: Tensor, enable_gqa: bool, *, key_name: str = "key") -> None:
     """Batch and head counts of query (B, H, N, D) and key (B, Hkv, M, D) fit."""
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"{key_name} must have query's batch size {query.shape[0]}; got {describe(key)}")
+    (batch, heads, _, _), (key_batch, key_heads, _, _) = query.shape, key.shape
+    if key_batch != batch:
+        raise ValueError(f"{key_name} must have query's batch size {batch}; got {describe(key)}")
     if enable_gqa:
-        if key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
-            raise ValueError(
-                f"{key_name}'s number of heads must divide query's {query.shape[1]} under enable_gqa; got {describe(key)}"
-            )
-    elif key.shape[1] != query.shape[1]:
-        raise ValueError(
-            f"{key_name} must have query's {query.shape[1]} heads (enable_gqa=True allows fewer); got {describe(key)}"
-        )
+        if key_heads == 0 or heads % key_heads != 0:
+            raise ValueError(f"{key_name}'s number of heads must divide query's {heads} under enable_gqa; got {describe(key)}")
+    elif key_heads != heads:
+        raise ValueError(f"{key_name} must have query's {heads} heads (enable_gqa=True allows fewer); got {describe(key)}")
 
 
 def check_head_dim(query: Tensor, key: Tensor) -> None:
@@ -149,7 +158,8 @@ def check_head_dim(query: Tensor, key: Tensor) -> None:
 
 def check_value(value: Tensor, key: Tensor) -> None:
     """value (B, Hkv, M, Dv) has key's batch, heads and length."""
-    if value.shape[:3] != key.shape[:3]:
+    (batch, heads, length, _), (key_batch, key_heads, key_length, _) = value.shape, key.shape
+    if (batch, heads, length) != (key_batch, key_heads, key_length):
         raise ValueError(
             f"value must have key's batch, heads and length {tuple(key.shape[:3])} in its first three dimensions; "
             f"got {describe(value)}"

@@ -13,6 +13,9 @@ from torch import Tensor
 from vlattn_fast._checks import autocasts, check_number
 
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
 def resolve_scale(scale: Any, default: float) -> float:
     """`scale` as a float (0.0 included), or the default where it is None."""
     if scale is None:
@@ -26,18 +29,18 @@ def scaled_dot_default(head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on, except float64, as scaled_dot_product_attention does it."""
-    device = next(x.device.type for x in tensors if x is not None)
-    if not autocasts(device):
+    tensors = first, *others
+    if not autocasts(first):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off, on a device type that has it."""
-    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for tensors like `like`."""
+    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else _NOTHING
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,12 +81,29 @@ def mask_is_small(elements: int, query_elements: int) -> bool:
 
 def unit_stride(x: Tensor) -> Tensor:
     """`x`, copied where its last stride is not 1: no kernel takes a stride for the last dimension."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
     """`unit_stride` of the tensors that are not None."""
-    return tuple(None if x is None else unit_stride(x) for x in tensors)
+    return tuple([None if x is None else unit_stride(x) for x in tensors])
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """(B, H, N, D) laid out as (B, N, H, D): the layout that fake implementations promise, whatever a backend returned.
+
+    It is SDPA's, so that heads merge without a copy; nothing is copied where `x` already has it.
+    """
+    _, heads, length, size = x.shape
+    if x.stride() == (length * heads * size, size, heads * size, 1):
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int) -> Tensor:
+    """An uninitialised (B, H, N, D) tensor in the layout of `rows_first`."""
+    strides = (length * num_heads * size, size, num_heads * size, 1)
+    return like.new_empty_strided((like.shape[0], num_heads, length, size), strides)
 
 
 def weigh_rows(rows: Tensor, weight: Tensor | None) -> Tensor:
@@ -97,6 +117,11 @@ def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float =
         return tensors
     visible = key_mask[:, None, :, None]
     return tuple(None if x is None else torch.where(visible, x, fill) for x in tensors)
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which by itself needs most of a microsecond to see that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

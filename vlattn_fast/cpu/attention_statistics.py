@@ -28,17 +28,18 @@ def forward(
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M)."""
     query, key = unit_strides(query, key)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
-    shape = query.shape[:3]
-    mass = query.new_empty(*shape, num_groups, dtype=torch.float32)
-    entropy, maximum = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    argmax = query.new_empty(shape, dtype=torch.int64)
-    received = query.new_empty(*shape[:2], key.shape[2], dtype=torch.float32)
+    batch, heads, queries, _ = query.shape
+    mass = query.new_empty(batch, heads, queries, num_groups, dtype=torch.float32)
+    entropy = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    maximum = torch.empty_like(entropy)
+    argmax = query.new_empty(batch, heads, queries, dtype=torch.int64)
+    received = query.new_empty(batch, heads, key.shape[2], dtype=torch.float32)
     _forward(
         *fields(query, key, None, attn_mask, key_mask, scale, is_causal),
         *_constants(key_groups, num_groups, row_weight),
         *map(pointer, (mass, entropy, maximum, argmax, received)),
     )
-    return mass, entropy, maximum, argmax, received if shape[2] else received.zero_()  # the kernel runs over queries
+    return mass, entropy, maximum, argmax, received if queries else received.zero_()  # the kernel runs over queries
 
 
 def backward(
@@ -61,18 +62,19 @@ def backward(
     query, key = unit_strides(query, key)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
     cotangents = [None if x is None else x.contiguous() for x in (grad_mass, grad_entropy, grad_maximum, grad_received)]
-    grad_q, grad_k = query.new_empty(query.shape), key.new_empty(key.shape)
+    batch, heads, queries, head_dim = query.shape
+    grad_q, grad_k = query.new_empty(batch, heads, queries, head_dim), key.new_empty(*key.shape)
     grad_weight = None
     if row_weight is not None:
         zero = grad_received is None
-        grad_weight = (query.new_zeros if zero else query.new_empty)(query.shape[:3], dtype=torch.float32)  # of each head
+        grad_weight = (query.new_zeros if zero else query.new_empty)(batch, heads, queries, dtype=torch.float32)  # of each head
     _backward(
         *fields(query, key, None, attn_mask, key_mask, scale, is_causal),
         *_constants(key_groups, num_groups, row_weight),
         *map(pointer, (argmax, *cotangents)),
         *(*rows(grad_q), *rows(grad_k), pointer(grad_weight)),
     )
-    if query.shape[2] == 0:  # the kernel runs over queries
+    if queries == 0:  # the kernel runs over queries
         grad_k.zero_()
     return grad_q, grad_k, None if grad_weight is None else grad_weight.sum(1)
 

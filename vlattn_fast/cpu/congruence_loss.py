@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import DTYPES, kernel, pointer, rows
-from vlattn_fast._tensors import unit_stride
+from vlattn_fast._tensors import unit_strides
 
 _FIELDS = "=9q d 32q 2q 3q 8q"
 _run_forward = kernel("congruence_loss_forward", _FIELDS)
@@ -33,7 +33,7 @@ def forward(
     (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
     loss = queries[0].new_empty(batch, dtype=torch.float32)
     # zeros: an output has the same bits in every run, and not all of the maps is used
-    maps = queries[0].new_zeros(maps_shape(batch, L, V), dtype=torch.float32)
+    maps = queries[0].new_zeros(*maps_shape(batch, L, V), dtype=torch.float32)
     _call(_run_forward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, loss, None, _NOTHING, _NOTHING)
     return loss, maps
 
@@ -78,12 +78,12 @@ def _call(
     grad_keys: tuple[int, ...],
 ) -> None:
     batch, heads, L, head_dim = queries[0].shape
-    blocks = [unit_stride(x) for x in (*queries, *keys)]  # they and the masks live until the call is over
+    blocks = unit_strides(*queries, *keys)  # they and the masks live until the call is over
     masks = [None if mask is None else mask.contiguous() for mask in (text_mask, image_mask)]
     run(
         *(DTYPES[queries[0].dtype], batch, heads, head_dim, L, queries[1].shape[2]),
         *(_KINDS.index(kind), direction in ("text", "both"), direction in ("image", "both"), scale),
-        *(field for x in blocks for field in rows(x)),
-        *(pointer(mask) for mask in masks),
+        *sum(map(rows, blocks), ()),
+        *map(pointer, masks),
         *(maps.data_ptr(), pointer(loss), pointer(grad_loss), *grad_queries, *grad_keys),
     )

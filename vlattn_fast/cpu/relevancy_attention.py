@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import kernel, pointer, rows
-from vlattn_fast._tensors import unit_strides, weigh_rows
+from vlattn_fast._tensors import as_dtype, unit_strides, weigh_rows
 from vlattn_fast.cpu import score_attention
 from vlattn_fast.cpu._attention import fields, masks
 from vlattn_fast.cpu.score_attention import BACKWARD, empty_gradient
@@ -124,18 +124,17 @@ def _run(
         value = None
     grad_out, query, key, value, out = unit_strides(grad_out, query, key, value, out)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
-    lse = None if lse is None else lse.to(torch.float64).contiguous()
+    lse = None if lse is None else lse.double().contiguous()
     result: Tensor | None = None
     carried: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     if relevancy is not None:
-        shape = (*relevancy.shape[:2], key.shape[2])
-        r = relevancy.to(torch.float32).contiguous()
-        direct = None if direct is None else direct.to(torch.float32).contiguous()
-        # without heads or queries there is no work
-        result = (
-            r.new_empty(shape) if query.shape[1] and query.shape[2] else r.new_zeros(shape) if direct is None else direct.clone()
-        )
-        carried = (r.data_ptr(), shape[1], rule == "gradient", row_normalize, pointer(direct), result.data_ptr())
+        batch, carried_rows, _ = relevancy.shape
+        r = relevancy.float().contiguous()
+        direct = None if direct is None else direct.float().contiguous()
+        result = r.new_empty(batch, carried_rows, key.shape[2])
+        if not (query.shape[1] and query.shape[2]):  # without heads or queries there is no work
+            result = result.zero_() if direct is None else direct.clone()
+        carried = (r.data_ptr(), carried_rows, rule == "gradient", row_normalize, pointer(direct), result.data_ptr())
     _backward(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
         *_DOT,
@@ -143,4 +142,4 @@ def _run(
         *(*rows(grads[0]), *rows(grads[1]), *rows(grads[2]), 0),
         *carried,
     )
-    return result if relevancy is None or result is None else result.to(relevancy.dtype)
+    return result if relevancy is None or result is None else as_dtype(result, relevancy.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import kernel, pointer, rows
-from vlattn_fast._tensors import expand_heads, fold_heads, unit_strides
+from vlattn_fast._tensors import as_dtype, empty_rows_first, expand_heads, fold_heads, unit_strides
 from vlattn_fast.cpu._attention import FIELDS, fields, masks
 
 KINDS = {
@@ -43,9 +43,10 @@ def forward(
     key, value = _same_heads(key, value)
     query, key, value = unit_strides(query, key, value)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
-    vector = None if vector is None else vector.to(torch.float32).contiguous()
-    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float64)
+    vector = None if vector is None else vector.float().contiguous()
+    batch, heads, queries, _ = query.shape
+    out = empty_rows_first(query, heads, queries, value.shape[3])
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float64)
     _forward(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
         *(KINDS[score], parameter, pointer(vector)),
@@ -79,10 +80,10 @@ def backward(
     key, value = _same_heads(key, value)
     query, key, value, out, grad_out = unit_strides(query, key, value, out, grad_out)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
-    weights = None if vector is None else vector.to(torch.float32).contiguous()
+    weights = None if vector is None else vector.float().contiguous()
     grads = [empty_gradient(x, query) for x in (query, key, value)]
     grad_vector = None if weights is None else torch.zeros_like(weights)
-    grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     _backward(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
         *(KINDS[score], parameter, pointer(weights)),
@@ -93,18 +94,21 @@ def backward(
     )
     grad_q, grad_k, grad_v = grads
     if vector is not None and grad_vector is not None:
-        grad_vector = grad_vector.to(vector.dtype)
+        grad_vector = as_dtype(grad_vector, vector.dtype)
     return grad_q, fold_heads(grad_k, num_key_heads), fold_heads(grad_v, num_value_heads), grad_vector
 
 
 def empty_gradient(x: Tensor, query: Tensor) -> Tensor:
     """For the gradient of `x` (B, H, N, D), in memory (B, N, H, D) as SDPA's. It is zero where there are no queries."""
-    batch, heads, length, size = x.shape
-    make = x.new_empty if query.numel() else x.new_zeros
-    return make(batch, length, heads, size).transpose(1, 2)
+    _, heads, length, size = x.shape
+    grad = empty_rows_first(x, heads, length, size)
+    return grad if query.numel() else grad.zero_()
 
 
 def _same_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Features of the keys may have a head per query head where the values have not: then both get one."""
-    heads = max(key.shape[1], value.shape[1])
+    key_heads, value_heads = key.shape[1], value.shape[1]
+    if key_heads == value_heads:
+        return key, value
+    heads = max(key_heads, value_heads)
     return expand_heads(key, heads), expand_heads(value, heads)

@@ -1,15 +1,16 @@
-"""Registration of the operators with torch.library under the namespace `vlattn`.
+"""Registration of the operators with torch.library under the namespace `vlattn`, and the short way to their kernels.
 
-`Library.define`/`impl` instead of `custom_op`: the latter costs each eager call several microseconds more.
+For an operator written in Python torch's dispatcher takes longer than a kernel on small tensors: about 15 microseconds, 45 where
+autograd records the call. A call to which the dispatcher would add nothing but autograd therefore does without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from vlattn_fast._checks import varies
 from vlattn_fast._tensors import without_autocast
@@ -19,82 +20,135 @@ _LIBRARY = torch.library.Library("vlattn", "DEF")
 
 _SYMBOLIC = "_symbolic"
 _HAS_TWIN: set[str] = set()
+_FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}  # of each operator: backward and setup_context
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers `name(args) -> outputs` for every device and returns the function that calls it.
+    """Registers `name(tensors, options) -> outputs` for every device and returns the function that calls it.
 
     torch.compile makes a graph for each value of a float that an operator takes. So an operator with floats gets a twin that
     takes 0-dim tensors in their places: compiled code calls it where a float varies.
     """
     name = schema.split("(", 1)[0]
-    operator = _register(schema, implementation, fake)
-    floats = [i for i, x in enumerate(operator.default._schema.arguments) if str(x.type) == "float"]
-    if not floats:
-        return operator
+    operator, kernel = _register(schema, implementation, fake)
+    arguments, returns = operator.default._schema.arguments, operator.default._schema.returns
+    floats = [i for i, x in enumerate(arguments) if str(x.type) == "float"]
+    number = sum("Tensor" in str(x.type) for x in arguments)
+    lists, returns_lists = (any("List" in str(x.type) for x in each) for each in (arguments, returns))
+    recorded = _recorded(name, kernel, number, lists)
+    twin = None
+    if floats:
 
-    def with_floats(*args: Any) -> Any:
-        return implementation(*(float(x) if i in floats else x for i, x in enumerate(args)))
+        def with_floats(*args: Any) -> Any:
+            return implementation(*(float(x) if i in floats else x for i, x in enumerate(args)))
 
-    _HAS_TWIN.add(name)
-    twin = _register(schema.replace(name, name + _SYMBOLIC, 1).replace("float ", "Tensor "), with_floats, fake)
+        _HAS_TWIN.add(name)
+        twin, _ = _register(schema.replace(name, name + _SYMBOLIC, 1).replace("float ", "Tensor "), with_floats, fake)
 
     def call(*args: Any) -> Any:
-        if isinstance(args[floats[0]], Tensor):  # the backward pass of the twin
+        if twin is not None and isinstance(args[floats[0]], Tensor):  # the backward pass of the twin
             return twin(*args)
-        if torch.compiler.is_compiling() and any([varies(args[i]) for i in floats]):
-            one = torch.ones((), dtype=torch.float64, device="cpu")  # times it: a product is what torch.compile makes a tensor of
-            return twin(*[one * x if i in floats else x for i, x in enumerate(args)])
-        return operator(*args)
+        if torch.compiler.is_compiling():
+            if any([varies(args[i]) for i in floats]):
+                one = torch.ones((), dtype=torch.float64, device="cpu")  # times it: torch.compile makes a tensor of a product
+                return twin(*[one * x if i in floats else x for i, x in enumerate(args)])
+            return operator(*args)
+        tensors = _flat(args[:number]) if lists else args[:number]
+        if not _only_autograd(tensors):
+            return operator(*args)
+        if not (torch.is_grad_enabled() and _C._any_requires_grad(*tensors)):
+            return kernel(*args)
+        if returns_lists or _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
+            return operator(*args)
+        return recorded.apply(*tensors, args)
 
     return call
 
 
-def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Autocast is off inside: the public calls cast their arguments, and it would round the float32 products of a tile.
+def _bits(*names: str) -> int:
+    """The bits of these dispatch keys."""
+    bits = 0
+    for name in names:
+        bits |= _C.DispatchKeySet(getattr(_C.DispatchKey, name)).raw_repr()
+    return bits
 
-    No output is a view to autograd, whatever the backend made it from, so that a caller may edit it in place.
+
+_OF_TENSORS = _bits("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")
+_OF_THREADS = _bits("BackendSelect", "ADInplaceOrView")
+_AUTOGRAD = _bits("AutogradCPU") & ~_bits("CPU")
+
+
+def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would do nothing for an operator on these tensors but call autograd and the kernel.
+
+    It would do more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in modes (of
+    dispatch, of functions, vmap, tracing), and for a profiler, which shows operators by name.
+    """
+    if _C._has_torch_function(tensors) or torch.autograd._profiler_enabled():
+        return False
+    if _C._dispatch_tls_local_include_set().raw_repr() & ~_OF_THREADS:
+        return False
+    for x in tensors:
+        if x is not None and _C._dispatch_keys(x).raw_repr() & ~_OF_TENSORS:
+            return False
+    return True
+
+
+def _recorded(name: str, kernel: Callable[..., Any], number: int, lists: bool) -> Any:
+    """The autograd.Function of an operator's formula. It takes the operator's tensors, those of lists one by one, and, as one
+    argument that autograd does not look into, all arguments."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        outputs = kernel(*inputs[-1])
+        _FORMULAS[name][1](ctx, inputs[-1], outputs)
+        return outputs
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        of_tensors = _FORMULAS[name][0](ctx, *grads)[:number]
+        return *(_flat(of_tensors) if lists else of_tensors), None
+
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    """Tensors and those of lists, one by one."""
+    return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+
+
+def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+    """The registered operator and its kernel.
+
+    Autocast is off inside: the public calls cast their arguments, and it would round the float32 products of a tile. No output
+    is a view to autograd, whatever the backend made it from, so that a caller may edit it in place.
     """
     name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    operator = getattr(torch.ops.vlattn, name)
+    types = [str(x.type) for x in operator.default._schema.arguments]
+    first = next(i for i, x in enumerate(types) if x in ("Tensor", "List[Tensor]"))  # one that is never None
 
-    def run(*args: Any) -> Any:
-        tensors = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)) if isinstance(x, Tensor))
-        with without_autocast(next(tensors).device.type):
+    def kernel(*args: Any) -> Any:
+        with without_autocast(args[first][0] if types[first] == "List[Tensor]" else args[first]):
             return _without_views(implementation(*args))
 
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlattn::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.vlattn, name)
+    return operator, kernel
 
 
 def _without_views(outputs: Any) -> Any:
     """The same memory in tensors that are no views; it copies nothing."""
-    if isinstance(outputs, Tensor):
-        if outputs._base is None:
-            return outputs
-        place = outputs.storage_offset(), outputs.shape, outputs.stride()
-        return outputs.new_empty(0).set_(outputs.untyped_storage(), *place)
-    return type(outputs)(_without_views(x) for x in outputs)
-
-
-def rows_first(x: Tensor) -> Tensor:
-    """(B, H, N, D) laid out as (B, N, H, D): the layout that fake implementations promise, whatever a backend returned.
-
-    It is SDPA's, so that heads merge without a copy; nothing is copied where `x` already has it.
-    """
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int) -> Tensor:
-    """An uninitialised (B, H, N, D) tensor in the layout of `rows_first`."""
-    batch = like.shape[0]
-    strides = (length * num_heads * size, size, num_heads * size, 1)
-    return like.new_empty_strided((batch, num_heads, length, size), strides)
+    if not isinstance(outputs, Tensor):
+        return type(outputs)([_without_views(x) for x in outputs])
+    if outputs._base is None:
+        return outputs
+    place = outputs.storage_offset(), outputs.shape, outputs.stride()
+    return outputs.new_empty(0).set_(outputs.untyped_storage(), *place)
 
 
 def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Gives the operator and its twin their backward formula."""
+    _FORMULAS[name] = backward, setup_context
     for each in (name, name + _SYMBOLIC) if name in _HAS_TWIN else (name,):
         torch.library.register_autograd(f"vlattn::{each}", backward, setup_context=setup_context, lib=_LIBRARY)
 

@@ -116,7 +116,9 @@ def congruence_loss(
     masks = (None, None) if chosen == "cpu" else (text_mask, image_mask)  # the CPU kernels read no padding
     queries, keys = block_inputs(autocast(*text), autocast(*image), cross, *masks)
     loss, _ = _forward_op(queries, keys, text_mask, image_mask, kind, direction, scale, chosen)
-    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss
+    if reduction == "none":
+        return loss
+    return loss.mean() if loss.shape[0] else loss.sum()
 
 
 def describe_call(

@@ -28,16 +28,18 @@ from vlattn_fast._checks import (
     check_value,
     describe,
 )
-from vlattn_fast._tensors import autocast, compute_dtype, lse_dtype, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, load, select, table
-from vlattn_fast.ops._registration import (
-    define,
-    differentiable,
+from vlattn_fast._tensors import (
+    autocast,
+    compute_dtype,
     empty_rows_first,
-    not_differentiable,
-    once_differentiable,
+    lse_dtype,
+    mask_padding,
+    resolve_scale,
     rows_first,
+    scaled_dot_default,
 )
+from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:

@@ -24,15 +24,17 @@ from vlattn_fast._checks import (
 from vlattn_fast._tensors import (
     autocast,
     compute_dtype,
+    empty_rows_first,
     joined_mask_elements,
     lse_dtype,
     mask_is_small,
     mask_padding,
     resolve_scale,
+    rows_first,
     without_autocast,
 )
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
-from vlattn_fast.ops._registration import define, differentiable, empty_rows_first, once_differentiable, rows_first
+from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.sdpa import score_attention as sdpa
 
 
@@ -51,10 +53,7 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
             "SDPA takes joined masks up to 2^22 elements, or up to the query's size",
             not mask_is_small(sizes["joined_mask"], query_elements),
         ),
-        (
-            "SDPA gives NaN for what is empty",
-            any(sizes[name] == 0 for name in ("batch", "heads", "queries", "keys", "head_dim", "value_dim")),
-        ),
+        ("SDPA gives NaN for what is empty", query_elements * sizes["keys"] * sizes["value_dim"] == 0),
         ("SDPA's scale is a constant of the graph that torch.compile makes", flags["varying_scale"]),
         ("SDPA's fused kernels take float64 on the CPU only", call.dtype == torch.float64 and not on_cpu),
         ("SDPA's fused kernels take a scale of at most 0 on the CPU only", not (flags["positive_scale"] or on_cpu)),
@@ -160,19 +159,20 @@ def score_attention(
             enable_gqa=enable_gqa,
             return_lse=return_lse,
         )
-    (out_dtype,) = (x.dtype for x in autocast(query))
+    (value,) = autocast(value)
+    out_dtype = value.dtype
     if chosen != "cpu":  # its kernels read no padding
         (value,) = mask_padding(key_mask, value)
     if chosen != "cpu" or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
         (key,) = mask_padding(key_mask, key, fill=score.masked_key)
     core = score.core(query, key)
-    query, key, value, vector = core.query, core.key, value.to(out_dtype), core.vector
+    query, key, vector = core.query, core.key, core.vector
     if core.keeps_dtype:
         value = value.to(query.dtype)
     else:
         query, key, vector = autocast(query, key, vector)
     if chosen == "sdpa":
-        with without_autocast(query.device.type):  # the casts are done, and a series' features stay float32
+        with without_autocast(query):  # the casts are done, and a series' features stay float32
             out = sdpa.attention(query, key, value, attn_mask, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
@@ -191,7 +191,8 @@ def score_attention(
             is_causal,
             chosen,
         )
-    out = out.to(out_dtype)
+    if out.dtype != out_dtype:
+        out = out.to(out_dtype)
     if isinstance(core.offset, Tensor) and core.offset.requires_grad:
         # what cancels in the softmax has a gradient of zero, not none
         never = torch.zeros((), dtype=torch.bool, device=out.device)
@@ -236,16 +237,17 @@ def describe_call(
     scale = resolve_scale(scale, score.default_scale(query.shape[-1]))
     # the causal flag by itself needs no mask tensor; torch scales its -inf, so a scale of at most 0 does
     one_mask = (attn_mask is not None) + (key_mask is not None) + is_causal <= 1 and not (is_causal and scale <= 0.0)
+    batch, heads, queries, head_dim = query.shape
     return Call(
         "score_attention",
         query.dtype,
         query.device.type,
         {
-            "batch": query.shape[0],
-            "heads": query.shape[1],
-            "queries": query.shape[2],
+            "batch": batch,
+            "heads": heads,
+            "queries": queries,
             "keys": key.shape[2],
-            "head_dim": query.shape[3],
+            "head_dim": head_dim,
             "value_dim": value.shape[3],
             "features": 2 * features if isinstance(score, scores.Hadamard) else features,
             "joined_mask": 0 if one_mask else joined_mask_elements(query, key, attn_mask, key_mask, is_causal),

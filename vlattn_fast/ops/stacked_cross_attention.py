@@ -94,7 +94,7 @@ def stacked_cross_attention(
     caption_lengths, image_lengths = _place(caption_lengths, captions), _place(image_lengths, images)
     images, captions = autocast(images, captions)
     if chosen == "reference":
-        with without_autocast(call.device_type):
+        with without_autocast(images):
             return load(BACKENDS, chosen).stacked_cross_attention(
                 images,
                 captions,
