@@ -55,6 +55,19 @@ def norm_backward(b_x, b_inverse, b_along):
 
 
 @triton.jit
+def slope_for_unit_rows(b_slope, b_weight, b_column, dtype: tl.constexpr):
+    """Cosine's slope min(1 / (|x| |y|), 1 / eps) over the row's weight min(1 / |x|, 1 / eps), which multiplies the sum over y.
+
+    Beside a zero vector the slope is 1e8, and its product with a gradient would overflow in float16. There 1 / |y| is infinite
+    for zero vectors alone, and these add nothing.
+    """
+    b_slope *= (1.0 / b_weight)[:, None]
+    if dtype == tl.float16:
+        b_slope = tl.where((b_column == float("inf"))[None, :], 0.0, b_slope)
+    return b_slope
+
+
+@triton.jit
 def _reciprocal(x, PRECISION: tl.constexpr):
     """1 / x for x in [1, 2^126]. One instruction, where a division takes several. At most an ulp off."""
     if PRECISION == "widen":

@@ -29,6 +29,7 @@ from vlattn_fast.kernels._scores import (
     norm_backward,
     precomputed_at,
     row_norm_and_bound,
+    slope_for_unit_rows,
     sum_units,
     units_backward,
 )
@@ -682,6 +683,7 @@ def _backward_q_kernel(
     b_do = load_tile(p_grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
     b_out = load_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
     b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
+    b_weight = tl.minimum(b_row, parameter)
     b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
     b_grad_lse = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if LSE:
@@ -775,6 +777,7 @@ def _backward_q_kernel(
                         if SCORE == "cosine":
                             m_free = b_row[:, None] * b_column[None, :] <= parameter
                             b_along += tl.sum(tl.where(m_free, b_ds * b_s, 0.0), axis=1)
+                            b_slope = slope_for_unit_rows(b_slope, b_weight, b_column, b_k.dtype)
                         if SCORE != "dot":
                             b_ds *= b_slope
                         b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
@@ -784,7 +787,7 @@ def _backward_q_kernel(
     if UNITS:
         b_dq *= tl.load(p_u + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
     if SCORE == "cosine":
-        b_dq -= norm_backward(b_q, b_row, b_along)
+        b_dq = b_dq * b_weight[:, None] - norm_backward(b_q, b_row, b_along)
     if EXACT:
         b_dq /= b_total[:, None]
         tl.store(p_total + i_bh * N + o_q, b_total, mask=o_q < N)
@@ -872,6 +875,7 @@ def _backward_kv_kernel(
     b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
     b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
     b_row, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
+    b_weight = tl.minimum(b_row, parameter)
     b_dk = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
@@ -982,6 +986,7 @@ def _backward_kv_kernel(
                 else:
                     if SCORE == "cosine":
                         b_along += tl.sum(tl.where(b_row[:, None] * b_column[None, :] <= parameter, b_ds * b_s, 0.0), axis=1)
+                        b_slope = slope_for_unit_rows(b_slope, b_weight, b_column, b_q.dtype)
                     if SCORE != "dot":
                         b_ds *= b_slope
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
@@ -989,7 +994,7 @@ def _backward_kv_kernel(
             b_dk += b_units * tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
             tl.store(p_grad_u + (i_bh * num_kv + i_kv) * A + o_a, tl.sum(b_du, axis=0), mask=o_a < A)
     if SCORE == "cosine":
-        b_dk -= norm_backward(b_k, b_row, b_along)
+        b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along)
     i_row = i_b * M * HEADS_KV + i_hkv
     store_tile(p_grad_k + i_row * A, HEADS_KV * A, o_kv, o_a, M, A, b_dk)
     store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)

@@ -64,3 +64,23 @@ def test_cosine_of_one_feature_has_no_gradient() -> None:
     out = va.score_attention(query, key, torch.randn(1, 2, 7, 4), score=score, backend="streaming")
     (gradient,) = torch.autograd.grad(out.sum(), key)
     assert (gradient[key != 0] == 0).all()
+
+
+@on("reference", "streaming", "cpu", "triton")
+@pytest.mark.parametrize("side", ("query", "key"))
+def test_cosine_beside_a_zero_vector_in_float16(backend: str, side: str) -> None:
+    """Triton multiplied its gradient by 1 / eps = 1e8 in float16: Inf, and times the zero vector NaN in every other vector's."""
+    tensors = {name: torch.randn(1, 2, n, 8).half() for name, n in (("query", 5), ("key", 7), ("value", 7))}
+    tensors[side][:, :, 1] = 0.0
+    cotangent = torch.randn(1, 2, 5, 8).half()
+
+    def gradients(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaves = {n: x.to(dtype).requires_grad_() for n, x in tensors.items()}
+        out = va.score_attention(**leaves, score="cosine", backend=name)
+        return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangent.to(dtype)), strict=True))
+
+    found, exact = gradients(backend, torch.float16), gradients("reference", torch.float64)
+    for name, grad in found.items():
+        others = torch.ones(grad.shape[2], dtype=torch.bool)
+        others[1] = name != side  # the zero vector's own gradient is 1e8 times a sum
+        torch.testing.assert_close(grad[:, :, others].double(), exact[name][:, :, others], rtol=2e-2, atol=5e-3)
