@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vlattn_fast._checks import autocasts, check_number
 
-
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -86,7 +85,7 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
     """`unit_stride` of the tensors that are not None."""
-    return tuple([None if x is None else unit_stride(x) for x in tensors])
+    return tuple([x if x is None or x.stride()[-1] == 1 else unit_stride(x) for x in tensors])
 
 
 def rows_first(x: Tensor) -> Tensor:

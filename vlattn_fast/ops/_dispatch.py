@@ -18,6 +18,7 @@ from vlattn_fast import _native
 from vlattn_fast._checks import check_choice
 from vlattn_fast.cuda import _shared_library
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
 
 
@@ -64,7 +65,7 @@ def triton_refusals(call: Call) -> list[str]:
         reasons.append("triton is not installed")
     if call.device_type != "cuda" and not (INTERPRETED and call.device_type == "cpu"):
         reasons.append("Triton kernels run on CUDA devices (on CPU tensors in Triton's interpreter, TRITON_INTERPRET=1)")
-    if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if call.dtype not in KERNEL_DTYPES:
         reasons.append("Triton kernels take float16, bfloat16 and float32")
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
         reasons.append("Triton kernels take a head_dim of at most 256")
@@ -81,7 +82,7 @@ def cpu_refusals(call: Call, limits: Limits) -> list[str]:
         reasons.append("the CPU kernels are not built (`vlattn info` says why)")
     if call.device_type != "cpu":
         reasons.append("the CPU kernels run on CPU tensors")
-    if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if call.dtype not in KERNEL_DTYPES:
         reasons.append("the CPU kernels take float16, bfloat16 and float32")
     if reasons and torch.compiler.is_compiling():
         return reasons  # comparing sizes would cost a graph for each outcome
@@ -97,7 +98,7 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
         reasons.append("the CUDA C++ kernels are not built (`vlattn info` says why)")
     if call.device_type != _shared_library.library.device_type:
         reasons.append("the CUDA C++ kernels run on CUDA devices (on CPU tensors where they are built for the host, for tests)")
-    if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if call.dtype not in KERNEL_DTYPES:
         reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")
     if reasons and torch.compiler.is_compiling():
         return reasons  # comparing sizes would cost a graph for each outcome

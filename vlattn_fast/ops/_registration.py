@@ -73,8 +73,8 @@ def _bits(*names: str) -> int:
     return bits
 
 
-_OF_TENSORS = _bits("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")
-_OF_THREADS = _bits("BackendSelect", "ADInplaceOrView")
+_NOT_OF_TENSORS = ~_bits("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")
+_NOT_OF_THREADS = ~_bits("BackendSelect", "ADInplaceOrView")
 _AUTOGRAD = _bits("AutogradCPU") & ~_bits("CPU")
 
 
@@ -84,12 +84,13 @@ def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
     It would do more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in modes (of
     dispatch, of functions, vmap, tracing), and for a profiler, which shows operators by name.
     """
-    if _C._has_torch_function(tensors) or torch.autograd._profiler_enabled():
+    if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled():
         return False
-    if _C._dispatch_tls_local_include_set().raw_repr() & ~_OF_THREADS:
+    if _C._dispatch_tls_local_include_set().raw_repr() & _NOT_OF_THREADS:
         return False
+    keys_of = _C._dispatch_keys
     for x in tensors:
-        if x is not None and _C._dispatch_keys(x).raw_repr() & ~_OF_TENSORS:
+        if x is not None and keys_of(x).raw_repr() & _NOT_OF_TENSORS:
             return False
     return True
 

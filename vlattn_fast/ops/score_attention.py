@@ -22,6 +22,7 @@ from vlattn_fast._checks import (
     varies,
 )
 from vlattn_fast._tensors import (
+    as_dtype,
     autocast,
     compute_dtype,
     empty_rows_first,
@@ -159,18 +160,15 @@ def score_attention(
             enable_gqa=enable_gqa,
             return_lse=return_lse,
         )
-    (value,) = autocast(value)
-    out_dtype = value.dtype
     if chosen != "cpu":  # its kernels read no padding
         (value,) = mask_padding(key_mask, value)
     if chosen != "cpu" or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
         (key,) = mask_padding(key_mask, key, fill=score.masked_key)
     core = score.core(query, key)
-    query, key, vector = core.query, core.key, core.vector
-    if core.keeps_dtype:
-        value = value.to(query.dtype)
-    else:
-        query, key, vector = autocast(query, key, vector)
+    *features, value = autocast(core.query, core.key, core.vector, value)
+    out_dtype = value.dtype
+    query, key, vector = (core.query, core.key, core.vector) if core.keeps_dtype else features
+    value = as_dtype(value, query.dtype)
     if chosen == "sdpa":
         with without_autocast(query):  # the casts are done, and a series' features stay float32
             out = sdpa.attention(query, key, value, attn_mask, key_mask, is_causal, scale)
@@ -191,15 +189,14 @@ def score_attention(
             is_causal,
             chosen,
         )
-    if out.dtype != out_dtype:
-        out = out.to(out_dtype)
+    out = as_dtype(out, out_dtype)
     if isinstance(core.offset, Tensor) and core.offset.requires_grad:
         # what cancels in the softmax has a gradient of zero, not none
         never = torch.zeros((), dtype=torch.bool, device=out.device)
         out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
     if not return_lse:
         return out
-    lse = lse.to(compute_dtype(out))
+    lse = as_dtype(lse, compute_dtype(out))
     return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
 
 

@@ -1,0 +1,138 @@
+"""What a call costs before and after its kernel: Python functions, and whether it goes through torch's dispatcher."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vlattn_fast as va
+from tests.ops.backends import on
+from tests.ops.every_call import CALLS, Every, gradients, leaves, outputs_of
+
+OPERATORS = [name for name in CALLS if name != "relevancy_residual"]  # which is PyTorch alone
+PACKAGE = str(Path(va.__file__).parent)
+FORWARD, BACKWARD = 100, 70  # the most of the package's functions that a pass on the CPU's kernels calls
+
+
+def forward_and_backward(every: Every, x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    outputs = outputs_of(every.call(x, backend=backend))
+    return outputs, gradients(outputs, x) if every.differentiable else []
+
+
+def functions(run: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What `run` returns, and the files of the Python functions that it calls."""
+    files: list[str] = []
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            files.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        return run(), files
+    finally:
+        sys.setprofile(None)
+
+
+@on("cpu", "streaming")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> None:
+    every = CALLS[name]
+    x = leaves(every.make(5), every.differentiable)
+    forward_and_backward(every, x, backend)  # loads what is loaded at the first call
+    outputs, files = functions(lambda: outputs_of(every.call(x, backend=backend)))
+    _, files_backward = functions(lambda: gradients(outputs, x)) if every.differentiable else ([], [])
+    assert not [file for file in files + files_backward if file.endswith("torch/_ops.py") or "torch/_library" in file]
+    if backend == "cpu":
+        ours, ours_backward = (sum(file.startswith(PACKAGE) for file in each) for each in (files, files_backward))
+        assert ours <= FORWARD and ours_backward <= BACKWARD
+
+
+class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def vlattn(names: set[str]) -> set[str]:
+    """The operators among `names`, without their backward operators."""
+    found = [re.fullmatch(r"vlattn(?:::|\.)(\w+?)(?:\.default)?", name) for name in names]
+    return {match[1] for match in found if match and not match[1].endswith("_backward")}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_whoever_watches_sees_the_operator(name: str) -> None:
+    """Modes and the profiler, and the results are the same bit by bit."""
+    every = CALLS[name]
+    x = leaves(every.make(5), every.differentiable)
+    outputs, grads = forward_and_backward(every, x, "streaming")
+    modes = Seen(), SeenFunctions()
+    for mode in modes:
+        with mode:
+            again, grads_again = forward_and_backward(every, x, "streaming")
+        pairs = zip([*outputs, *grads], [*again, *grads_again], strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        forward_and_backward(every, x, "streaming")
+    seen = [vlattn(mode.names) for mode in modes] + [vlattn({event.name for event in profile.events()})]
+    assert all(len(names) == 1 for names in seen), seen
+    assert seen[0] == seen[1] == seen[2]
+
+
+class Plain(Tensor):
+    """A tensor of a class that torch's functions keep."""
+
+
+def test_a_subclass_stays_one() -> None:
+    query, key = (torch.randn(1, 2, 4, 8).as_subclass(Plain) for _ in range(2))
+    assert type(va.attention_map(query, key)) is Plain
+
+
+@on("cpu", "streaming")
+def test_a_negated_view_is_negated(backend: str) -> None:
+    """The imaginary part of a conjugate is one: torch keeps -x in the memory of x."""
+    negated = torch._neg_view(torch.randn(1, 2, 4, 8))
+    assert negated.is_neg()
+    key = torch.randn(1, 2, 6, 8)
+    want = va.attention_map(negated.resolve_neg(), key, backend=backend)
+    assert torch.equal(va.attention_map(negated, key, backend=backend), want)
+
+
+def test_inference_mode() -> None:
+    x = leaves(CALLS["additive"].make(5))
+    want = CALLS["additive"].call(x)
+    with torch.inference_mode():
+        got = CALLS["additive"].call(x)
+    assert got.is_inference() and not got.requires_grad and torch.equal(got, want)
+
+
+def test_below_autograd_nothing_is_recorded() -> None:
+    """As in the kernel of somebody else's operator, to which torch gives tensors that require gradients."""
+    x = leaves(CALLS["relevancy_attention"].make(5))
+    with torch._C._AutoDispatchBelowAutograd():
+        out, _ = CALLS["relevancy_attention"].call(x)
+    assert out.grad_fn is None and not out.requires_grad
