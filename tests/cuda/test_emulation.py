@@ -1,4 +1,4 @@
-"""The emulation itself (csrc/cuda/host/emulation.h, the stand-ins in csrc/cuda/mma.h): what it runs is right, what is wrong it shows."""
+"""The emulation (csrc/cuda/host/emulation.h, the stand-ins in csrc/cuda/mma.h): what it runs is right, what is wrong it shows."""
 
 from __future__ import annotations
 

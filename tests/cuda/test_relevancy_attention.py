@@ -1,4 +1,4 @@
-"""Tile edges and limits of csrc/cuda/relevancy_attention.cu; what it computes otherwise: tests/ops/test_relevancy_attention.py."""
+"""Tile edges and limits of csrc/cuda/relevancy_attention.cu; the rest is in tests/ops/test_relevancy_attention.py."""
 
 from __future__ import annotations
 
