@@ -21,8 +21,8 @@ constexpr float LOWEST = -1e30f;  // less than any logit
 
 struct Shared {
     // for each query of a head: its largest logit; 1 / sum and log2 sum of 2^(logit - largest); the mean of the gradients at its
-    // probabilities; and a bound of those at its logits
-    float top[TOKENS], inverse[TOKENS], log_sum[TOKENS], delta[TOKENS], most[TOKENS];
+    // probabilities and the sum of those at their logarithms; and a bound of those at its logits
+    float top[TOKENS], inverse[TOKENS], log_sum[TOKENS], delta[TOKENS], delta_log[TOKENS], most[TOKENS];
     float loss[TOKENS / STRIP];  // of each warp
     bool real[2][TOKENS];  // the tokens of text and image; false beyond the last
 };
@@ -202,15 +202,15 @@ struct Sample {
         }
     }
 
-    // The attention within modality `a`, averaged over the heads, and the base-2 logarithm of that mean, made of logarithms, so
-    // that no weight underflows. Between the heads LOG has the greatest logarithm, MAP the sum of the powers less it: for both of
-    // them, and the logits, there are no registers.
+    // The attention within modality `a`, averaged over the heads, and the base-2 logarithm of its sum over the heads, made of
+    // logarithms, so that no weight underflows. Of the sum, not of the mean: where one head has nearly all of it, this is that
+    // head's logarithm to the last bit. Between the heads LOG has the greatest logarithm, MAP the sum of the powers less it: for
+    // both of them, and the logits, there are no registers.
     __device__ void make_log_map(int a) {
         const int N = size(a), first = warp_index() * STRIP;
         const Rows &query = call.query[3 * a], &key = call.key[3 * a];
         const uint32_t keys = seen(a);
         const Matrix map = part(MAP, a, a), log_map = part(LOG, a, a);
-        const float log_heads = log2f(static_cast<float>(call.H));
         for (int64_t h = 0; h < call.H; ++h) {
             fill_tile(key, h, N);
             if (first >= N) continue;
@@ -232,8 +232,8 @@ struct Sample {
                     const float before = h == 0 ? 0.0f : map(row, column) * fast_exp2(high - higher);
                     const float powers = before + fast_exp2(x - higher);
                     const bool last = h == call.H - 1, real = shared.real[a][column];
-                    const float log_mean = real ? higher + (log2f(powers) - log_heads) : 0.0f;
-                    log_map(row, column) = last ? log_mean : higher;
+                    const float log_sum_of_heads = real ? higher + log2f(powers) : 0.0f;
+                    log_map(row, column) = last ? log_sum_of_heads : higher;
                     map(row, column) = last ? powers * fast_exp2(higher) / call.H : powers;
                 }
             }
@@ -295,7 +295,7 @@ struct Sample {
         return {at_map ? part(BY_MAP, r, c).p : nullptr, at_log ? part(BY_LOG, r, c).p : nullptr, part(LOG, r, c).p};
     }
 
-    // The gradient at a probability, and the part at its logarithm that comes from the gradient at the logarithm of the mean.
+    // The gradient at a probability, and at its logarithm, which comes from the gradient at the logarithm of the sum over heads.
     struct ProbGrad {
         float by_p, by_log_p;
     };
@@ -306,6 +306,12 @@ struct Sample {
         return {from.by_map ? from.by_map[at] : 0.0f, from.by_log ? share * from.by_log[at] : 0.0f};
     }
 
+    // A saturated row has p = 1 at one key. There by_p - delta is exactly 0, and is not to be rounded together with by_log_p: by_p
+    // is thousands of times larger where logits are in the thousands.
+    static __device__ __forceinline__ float grad_logit(float p, const ProbGrad& of, float delta, float delta_log) {
+        return fmaf(p, of.by_p - delta, fmaf(-p, delta_log, of.by_log_p));
+    }
+
     __device__ void query_gradients(int r, int c, int64_t h, bool at_map, bool at_log) {
         const int N = size(r), M = size(c), first = warp_index() * STRIP;
         const Rows &query = call.query[2 * r + c], &grad = call.grad_query[2 * r + c];
@@ -313,7 +319,7 @@ struct Sample {
         const uint32_t keys = seen(c);
         Rows16<T, K> rows;
         rows.load(query.at<T>(b, h), query.row, first, N, call.D);
-        float top[2], sum[2], delta[2] = {}, mass[2] = {}, most[2] = {};
+        float top[2], sum[2], delta[2] = {}, delta_log[2] = {}, mass[2] = {}, most[2] = {};
         statistics(rows, M, keys, top, sum);
         const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]}, log_sum[2] = {log2f(sum[0]), log2f(sum[1])};
         auto terms = [&](int k, float(&p)[2][4], ProbGrad(&x)[2][4]) {
@@ -335,16 +341,19 @@ struct Sample {
             terms(k, p, x);
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                const float weighed = fmaf(p[e / 4][e % 4], x[e / 4][e % 4].by_p, x[e / 4][e % 4].by_log_p);
+                const float weighed = p[e / 4][e % 4] * x[e / 4][e % 4].by_p, by_log_p = x[e / 4][e % 4].by_log_p;
                 delta[e % 4 / 2] += weighed;
+                delta_log[e % 4 / 2] += by_log_p;
                 mass[e % 4 / 2] += p[e / 4][e % 4];
-                most[e % 4 / 2] = fmaxf(most[e % 4 / 2], fabsf(weighed));
+                most[e % 4 / 2] = fmaxf(most[e % 4 / 2], fabsf(weighed) + fabsf(by_log_p));
             }
         }
         float power[2];
         for (int i = 0; i < 2; ++i) {
-            delta[i] = row_sum(delta[i]) / row_sum(mass[i]);  // the rounded weights do not quite add up to 1
-            most[i] = row_max(most[i]) + fabsf(delta[i]);  // no gradient of a logit is greater
+            mass[i] = row_sum(mass[i]);  // the rounded weights do not quite add up to 1
+            delta[i] = row_sum(delta[i]) / mass[i];
+            delta_log[i] = row_sum(delta_log[i]) / mass[i];
+            most[i] = row_max(most[i]) + fabsf(delta[i]) + fabsf(delta_log[i]);  // no gradient of a logit is greater
             power[i] = power_for(most[i]);
             if (lane_column() == 0) {
                 const int row = first + lane_row() + i * 8;
@@ -352,6 +361,7 @@ struct Sample {
                 shared.inverse[row] = inverse[i];
                 shared.log_sum[row] = log_sum[i];
                 shared.delta[row] = delta[i];
+                shared.delta_log[row] = delta_log[i];
                 shared.most[row] = most[i];
             }
         }
@@ -361,8 +371,8 @@ struct Sample {
             terms(k, p, x);
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                const ProbGrad& of = x[e / 4][e % 4];
-                p[e / 4][e % 4] = fmaf(p[e / 4][e % 4], of.by_p - delta[e % 4 / 2], of.by_log_p) * power[e % 4 / 2];
+                float& weight = p[e / 4][e % 4];
+                weight = grad_logit(weight, x[e / 4][e % 4], delta[e % 4 / 2], delta_log[e % 4 / 2]) * power[e % 4 / 2];
             }
             product_with_columns<T, K>(out, p, tile, k);
         }
@@ -394,7 +404,7 @@ struct Sample {
                 }
                 const float log2_power = fmaf(x, factor, -shared.top[row]), p = fast_exp2(log2_power) * shared.inverse[row];
                 const ProbGrad of = grad_at(from, row, column, log2_power - shared.log_sum[row]);
-                x = fmaf(p, of.by_p - shared.delta[row], of.by_log_p) * power[0];
+                x = grad_logit(p, of, shared.delta[row], shared.delta_log[row]) * power[0];
             }
             product_with_columns<T, K>(out, s, tile, k);
         }

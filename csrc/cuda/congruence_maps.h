@@ -121,8 +121,8 @@ static __device__ float distributed(Part p, Part t, Pairs pair, Part by_p, Part 
     return loss;
 }
 
-// The same for softmax(t) against softmax(p), or with `singular` against 2^p.
-static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singular, Part by_p, Part by_t) {
+// The same for softmax(t) against softmax(p), or with `singular` against 2^p / heads.
+static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singular, float heads, Part by_p, Part by_t) {
     float power[LANE_COLUMNS], sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < LANE_COLUMNS; ++k) sum += power[k] = pair[k] ? expf(t[k]) : 0.0f;  // t is in [0, 1]
@@ -135,12 +135,12 @@ static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singula
         if (!singular) correction += power[k] * expm1f(p[k] - t[k]);
     }
     // log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
-    const float less = singular ? 0.0f : log1pf(warp_sum(correction)), log_sum = logf(sum);
+    const float less = singular ? 0.0f : log1pf(warp_sum(correction)), log_sum = logf(sum), log_heads = logf(heads);
     float loss = 0.0f, sum_p = 0.0f, sum_t = 0.0f;
 #pragma unroll
     for (int k = 0; k < LANE_COLUMNS; ++k) {
         if (!pair[k]) continue;
-        const float d = singular ? p[k] * LN_2 - (t[k] - log_sum) : p[k] - t[k] - less;
+        const float d = singular ? p[k] * LN_2 - log_heads - (t[k] - log_sum) : p[k] - t[k] - less;
         const float difference = power[k] * expm1f(d);  // p - t
         loss += difference * d;
         p[k] = power[k] + difference;
@@ -159,9 +159,9 @@ static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singula
     return loss;
 }
 
-// One direction's symmetric divergence of `own`, for iais_singular a base-2 logarithm, from what the target says, both
-// (size,size): the loss over this lane's columns, and with `gradient` also, over the number of heads, the gradients at both, to
-// `by_own` (added to it with `add`) and to the target's place. Written without cancellation: with d = log p - log t,
+// One direction's symmetric divergence of `own`, for iais_singular the base-2 logarithm of the sum over the heads, from what the
+// target says, both (size,size): the loss over this lane's columns, and with `gradient` also the gradients at both, to `by_own`
+// (added to it with `add`) and to the target's place. Gradients at means over the heads are divided by their number. Written without cancellation: with d = log p - log t,
 // sum (p - t) d = sum t expm1(d) d has no negative term.
 static __device__ __attribute__((noinline)) float divergence(Congruence::Kind kind, Matrix own, Matrix target, const bool* real,
                                                              int size, float weight, float heads, bool gradient, Matrix by_own,
@@ -182,14 +182,15 @@ static __device__ __attribute__((noinline)) float divergence(Congruence::Kind ki
         if (kind == Congruence::IAIS_DISTRIBUTED) {
             loss += weight * distributed(p, t, pair, by_p, by_t);
         } else {
-            loss += weight * against_softmax(p, t, pair, kind == Congruence::IAIS_SINGULAR, by_p, by_t);
+            loss += weight * against_softmax(p, t, pair, kind == Congruence::IAIS_SINGULAR, heads, by_p, by_t);
         }
         if (!gradient) continue;
 #pragma unroll
         for (int k = 0; k < LANE_COLUMNS; ++k) {
             const int j = lane_index() + k * WARP;
             if (j >= size) continue;
-            by_own(i, j) = (add ? by_own(i, j) : 0.0f) + weight / heads * by_p[k];
+            const float share = kind == Congruence::IAIS_SINGULAR ? weight : weight / heads;
+            by_own(i, j) = (add ? by_own(i, j) : 0.0f) + share * by_p[k];
             target(i, j) = weight / heads * by_t[k];
         }
     }
