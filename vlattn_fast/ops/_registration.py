@@ -36,7 +36,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     number = sum("Tensor" in str(x.type) for x in arguments)
     lists, returns_lists = (any("List" in str(x.type) for x in each) for each in (arguments, returns))
     recorded = _recorded(name, kernel, number, lists)
-    twin = None
+    twin: Any = None
     if floats:
 
         def with_floats(*args: Any) -> Any:
@@ -60,7 +60,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
             return kernel(*args)
         if returns_lists or _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
             return operator(*args)
-        return recorded.apply(*tensors, args)
+        return recorded(*tensors, args)
 
     return call
 
@@ -95,9 +95,9 @@ def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
-def _recorded(name: str, kernel: Callable[..., Any], number: int, lists: bool) -> Any:
-    """The autograd.Function of an operator's formula. It takes the operator's tensors, those of lists one by one, and, as one
-    argument that autograd does not look into, all arguments."""
+def _recorded(name: str, kernel: Callable[..., Any], number: int, lists: bool) -> Callable[..., Any]:
+    """Calls the kernel in an autograd.Function of the operator's formula. It takes the operator's tensors, those of lists one by
+    one, and, as one argument that autograd does not look into, all arguments."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         outputs = kernel(*inputs[-1])
@@ -108,7 +108,9 @@ def _recorded(name: str, kernel: Callable[..., Any], number: int, lists: bool) -
         of_tensors = _FORMULAS[name][0](ctx, *grads)[:number]
         return *(_flat(of_tensors) if lists else of_tensors), None
 
-    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    # what Function.apply looks for first, in Python, is what _only_autograd has not found
+    return super(torch.autograd.Function, function).apply
 
 
 def _flat(args: Sequence[Any]) -> list[Any]:
@@ -127,9 +129,10 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
     operator = getattr(torch.ops.vlattn, name)
     types = [str(x.type) for x in operator.default._schema.arguments]
     first = next(i for i, x in enumerate(types) if x in ("Tensor", "List[Tensor]"))  # one that is never None
+    is_list = types[first] == "List[Tensor]"
 
     def kernel(*args: Any) -> Any:
-        with without_autocast(args[first][0] if types[first] == "List[Tensor]" else args[first]):
+        with without_autocast(args[first][0] if is_list else args[first]):
             return _without_views(implementation(*args))
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")

@@ -259,18 +259,21 @@ def _check(
     """Of both calls; `name` is what the call calls its carrier."""
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
-    check_floating(query=query, key=key)
+    tensors = {"query": query, "key": key}
+    if value is not None:
+        check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
+        tensors["value"] = value
+    if grad_output is not None:
+        check_tensor("grad_output", grad_output, rank=4, shape="(B, H, N, Dv)")
+        tensors["grad_output"] = grad_output
+    check_floating(**tensors)
     check_bool(row_normalize=row_normalize, enable_gqa=enable_gqa)
     check_choice("rule", rule, RULES)
     check_heads(query, key, enable_gqa)
     check_head_dim(query, key)
     if value is not None:
-        check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
-        check_floating(query=query, value=value)
         check_value(value, key)
     if grad_output is not None:
-        check_tensor("grad_output", grad_output, rank=4, shape="(B, H, N, Dv)")
-        check_floating(query=query, grad_output=grad_output)
         if value is None:
             raise ValueError("value must be given with grad_output; got None")
         check_grad_output(grad_output, query, value)
