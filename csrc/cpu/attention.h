@@ -9,7 +9,7 @@
 namespace ISA {
 namespace {
 
-static const Size LANES = 48;        // query rows of a tile: 3, 6 or 12 vectors, and a multiple of the rows of products.h
+static const Size LANES = VL == 16 ? 64 : 48;  // query rows of a tile: 4, 6 or 12 vectors
 static const Size GROUP = 16;        // a tile's width is a multiple of this: one line of the cache, whatever the vectors are
 static const int PARTS = 16 / VL;    // vectors of a group
 static const Size SHORT_SUM = 32;    // a sum over keys is one of sums of so many: equal terms would round the same way each time
@@ -102,15 +102,23 @@ INLINE Tile tile_of_item(const Attention& a, Size item) {
     return tile_at(a, head / a.H, head % a.H, item % tiles);
 }
 
+// Rows from `first` are fetched while there are other things to do.
+static void fetch_rows(const Rows& x, Size dtype, const Tile& t, Size first, Size size) {
+    for (Size i = 0; i < t.rows; ++i)
+        for (Size d = 0; d < size; d += GROUP) __builtin_prefetch(element(x.data, dtype, x.at(t.b, t.h, first + i) + d), 0, 2);
+}
+
 // Rows of a tile times `factor`, into rows_at as (width, stride) with zeros up to the width and the stride; and transposed as
 // (size, width), where `transposed` is not null.
 static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float factor, float* rows_at, Size stride, float* transposed) {
     for (Size i = 0; i < t.rows; ++i) {
         float* row = rows_at + i * stride;
-        widen(element(x.data, dtype, x.at(t.b, t.h, t.first + i)), dtype, size, row);
+        const Size at = x.at(t.b, t.h, t.first + i);
+        widen(element(x.data, dtype, at), dtype, size, row);
         for (Size d = 0; factor != 1.f && d < size; ++d) row[d] *= factor;
         memset(row + size, 0, (stride - size) * sizeof(float));
     }
+    fetch_rows(x, dtype, t, t.first + t.rows, size);  // what the next tile wants: beyond the last row often the next head's
     memset(rows_at + t.rows * stride, 0, (t.width - t.rows) * stride * sizeof(float));
     if (transposed) transpose(rows_at, stride, t.width, size, transposed, t.width);
 }
@@ -256,6 +264,22 @@ static void online_softmax(float* S, Size count, Size w, bool first, const float
         }
     }
 }
+
+// A product of values and cotangents, dA, is taken up where it comes: X, which has a tile's shape, becomes max(X dA, 0).
+struct TakeGradient {
+    float* X;
+    Size width;
+    template <int ROWS, int COLUMNS>
+    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float*, Size) const {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < COLUMNS; ++n) {
+                float* x = X + (row + r) * width + column + n * VL;
+                store(x, maximum(Vector{}, load(x) * c[r][n]));
+            }
+    }
+};
 
 // Of finished rows: shift and factor, and the log-sum-exp where it is wanted. `largest` and `total` may be those of `s`.
 static void finish_rows(const float* largest, const float* total, Size rows, Size w, const Statistics& s, double* lse) {

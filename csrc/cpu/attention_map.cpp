@@ -1,14 +1,16 @@
 // One (B, N, M) map of all heads: A, or relu(A * dA) with dA = dO V^T (Chefer et al., ICCV 2021, eq. 5).
 //
-// Bound: multiply-adds, D (and Dv) per entry of each head; then one exponential. The heads are reduced in a tile that stays in the
-// cache, so each entry of the map is written to memory once. Beyond MOST_KEYS keys the statistics of all heads' rows come first, and
-// the products and exponentials are made twice. Not yet measured: no row is stored.
+// Bound: multiply-adds, D (and Dv) per entry of each head; then one exponential. The tiles of four heads are reduced at once, in the
+// cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Beyond MOST_KEYS keys the
+// statistics of all heads' rows come first, and the products and exponentials are made twice. Not yet measured: no row is stored.
 #include "attention.h"
 
 namespace ISA {
 namespace {
 
 enum Reduction : Size { MEAN = 0, MAX = 1, MIN = 2 };
+static const Size HEADS = 4;   // so many heads' tiles are reduced at once: the map's own tile is written once for all of them
+static const Size CHUNK = 64;  // keys of a tile that are reduced and written to the map while they are in the first cache
 
 struct MapCall {
     Attention a;  // with value for the rule "gradient"
@@ -18,20 +20,23 @@ struct MapCall {
     Tile tile(Size item, Size tiles) const { return tile_at(a, item / tiles, 0, item % tiles); }
 };
 
-// One thread's tiles: of a head the logits S and dA, of all heads the map; (block of keys, width) each
+// One thread's tiles, (block of keys, width) each: of HEADS heads the logits, which become e^(logit - shift) and then that times dA; of
+// all heads the map
 struct MapTiles {
     Keys keys;
-    float *rows, *query, *grad_output;  // transposed: (D, width), (Dv, width)
-    float *S, *dA, *map, *mask;
+    float *rows, *query, *grad_output;       // transposed: (D, width), (Dv, width)
+    float *heads, *S, *dA, *map, *mask;      // S: the tile of the head at hand; dA is written where Dv is more than DEPTH
+    Size size;                               // of a tile
     float *top, *largest, *total, *rescale;  // (LANES)
-    float *shift, *factor, *ones;      // (H, LANES), (H, LANES), (LANES)
+    float *shift, *factor, *ones;            // (H, LANES), (H, LANES), (LANES)
 
     void plan(const MapCall& c, Memory& memory) {
         const Attention& a = c.a;
         keys.plan(a, memory);
         rows = memory.take(LANES * most(a.D, a.Dv)), query = memory.take(LANES * a.D), grad_output = memory.take(LANES * a.Dv);
-        S = memory.take(LANES * a.key_block()), map = memory.take(LANES * a.key_block());
-        dA = memory.take(c.gradient ? LANES * a.key_block() : 0), mask = memory.take(2 * GROUP * LANES);
+        size = LANES * a.key_block();
+        heads = memory.take(size * least(a.H, HEADS)), map = memory.take(size);
+        dA = memory.take(c.gradient ? size : 0), mask = memory.take(2 * GROUP * LANES);
         top = memory.take(LANES), largest = memory.take(LANES), total = memory.take(LANES), rescale = memory.take(LANES);
         shift = memory.take(a.H * LANES), factor = memory.take(a.H * LANES), ones = memory.take(LANES);
     }
@@ -45,7 +50,7 @@ static void map_logits(const MapCall& c, MapTiles& x, const Tile& t, Size j0, Si
     dot_logits(a, t, x.keys, j0, count, x.query, x.S, x.mask, x.top);
 }
 
-// Shift and factor of the rows of head t.h over all keys; S keeps e^(logit - shift) of the last block
+// Shift and factor of the rows of head t.h over all keys, the factor over the number of heads for a mean; S keeps e^(logit - shift) of the last block
 static void map_statistics(const MapCall& c, MapTiles& x, const Tile& t, Size keys) {
     const Size block = c.a.key_block();
     for (Size j0 = 0; j0 < keys || j0 == 0; j0 += block) {
@@ -53,7 +58,9 @@ static void map_statistics(const MapCall& c, MapTiles& x, const Tile& t, Size ke
         map_logits(c, x, t, j0, count);
         online_softmax(x.S, count, t.width, j0 == 0, x.top, x.largest, x.total, x.rescale);
     }
-    finish_rows(x.largest, x.total, t.rows, t.width, {x.shift + t.h * LANES, x.factor + t.h * LANES}, nullptr);
+    float* factor = x.factor + t.h * LANES;
+    finish_rows(x.largest, x.total, t.rows, t.width, {x.shift + t.h * LANES, factor}, nullptr);
+    for (Size i = 0; c.reduction == MEAN && i < t.width; ++i) factor[i] /= c.a.H;
 }
 
 // The first argument where either is NaN
@@ -64,45 +71,49 @@ INLINE Vector reduced(Vector before, Vector x) {
     return before != before ? before : either;  // a NaN stays
 }
 
-// map = the reduction of map, but for the first head, with E * factor, or with relu(E * factor * dA)
-template <Size REDUCTION, bool GRADIENT>
-static void take_up(const float* E, const float* dA, Size count, Size w, const float* factor, bool first, float* map) {
-    for (Size i = 0; i < w; i += VL) {
-        const Vector by = load(factor + i);
-        for (Size n = i; n < count * w; n += w) {
-            Vector x = load(E + n) * by;
-            if (GRADIENT) x = maximum(Vector{}, x * load(dA + n));
-            store(map + n, first ? x : reduced<REDUCTION>(load(map + n), x));
+// map = the reduction of map, if `again`, and of COUNT heads' tiles, each lane by its factor
+template <Size REDUCTION, int COUNT>
+static void take_up(const float* tiles, Size size, Size n, Size w, const float* factor, bool again, float* map) {
+    for (Size j = 0; j < n; j += w)
+        for (Size i = 0; i < w; i += VL) {
+            const float* e = tiles + j + i;
+            Vector x = load(e) * load(factor + i);
+            if (again) x = reduced<REDUCTION>(load(map + j + i), x);
+            for (int h = 1; h < COUNT; ++h) x = reduced<REDUCTION>(x, load(e + h * size) * load(factor + h * LANES + i));
+            store(map + j + i, x);
         }
-    }
 }
-typedef void (*TakeUp)(const float*, const float*, Size, Size, const float*, bool, float*);
-static const TakeUp TAKE_UP[3][2] = {{take_up<MEAN, false>, take_up<MEAN, true>},
-                                     {take_up<MAX, false>, take_up<MAX, true>},
-                                     {take_up<MIN, false>, take_up<MIN, true>}};
+template <Size REDUCTION>
+static void take_up_heads(Size count, const float* tiles, Size size, Size n, Size w, const float* factor, bool again, float* map) {
+    if (count == HEADS) return take_up<REDUCTION, HEADS>(tiles, size, n, w, factor, again, map);
+    for (Size h = 0; h < count; ++h) take_up<REDUCTION, 1>(tiles + h * size, size, n, w, factor + h * LANES, again || h > 0, map);
+}
 
 // The map's rows of a tile and the keys [j0, j0 + count)
 static void map_block(const MapCall& c, MapTiles& x, Tile t, Size j0, Size count) {
     const Attention& a = c.a;
     const Size w = t.width;
-    for (t.h = 0; t.h < a.H; ++t.h) {
-        const float *shift = x.shift + t.h * LANES, *factor = x.factor + t.h * LANES;
-        if (a.M <= MOST_KEYS) {
-            map_statistics(c, x, t, count);
-        } else {
-            map_logits(c, x, t, j0, count);
-            probabilities(x.S, count, w, {(float*)shift, x.ones});
-        }
-        if (c.reduction == MEAN)
-            for (Size i = 0; i < w; ++i) x.total[i] = factor[i] / a.H;
-        if (c.gradient) {
+    const auto take = c.reduction == MEAN ? take_up_heads<MEAN> : c.reduction == MAX ? take_up_heads<MAX> : take_up_heads<MIN>;
+    for (Size first = 0; first < a.H; first += HEADS) {
+        const Size some = least(HEADS, a.H - first);
+        for (t.h = first; t.h < first + some; ++t.h) {
+            x.S = x.heads + (t.h - first) * x.size;
+            if (a.M <= MOST_KEYS) {
+                map_statistics(c, x, t, count);
+            } else {
+                map_logits(c, x, t, j0, count);
+                probabilities(x.S, count, w, {x.shift + t.h * LANES, x.ones});
+            }
+            if (!c.gradient) continue;
             load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.rows, a.Dv, x.grad_output);
-            product<false>(count, w, a.Dv, x.keys.value, x.keys.value_stride, x.grad_output, w, x.dA, w, false);
+            product<false>(count, w, a.Dv, x.keys.value, x.keys.value_stride, x.grad_output, w, x.dA, w, false, TakeGradient{x.S, w});
         }
-        TAKE_UP[c.reduction][c.gradient](x.S, x.dA, count, w, c.reduction == MEAN ? x.total : factor, t.h == 0, x.map);
+        for (Size j = 0; j < count; j += CHUNK) {
+            const Size n = least(CHUNK, count - j);
+            take(some, x.heads + j * w, x.size, n * w, w, x.factor + first * LANES, first > 0, x.map + j * w);
+            if (first + some == a.H) transpose(x.map + j * w, w, n, t.rows, c.map + (t.b * a.N + t.first) * a.M + j0 + j, a.M);
+        }
     }
-    for (Size i = 0; i < t.rows; i += VL)
-        transpose(x.map + i, w, count, least(VL, t.rows - i), c.map + (t.b * a.N + t.first + i) * a.M + j0, a.M);
 }
 
 static void normalize(float* row, Size n) {  // a row of zeros stays
@@ -119,6 +130,7 @@ static void normalize(float* row, Size n) {  // a row of zeros stays
 static void map_tile(const MapCall& c, MapTiles& x, Tile t) {
     const Attention& a = c.a;
     const Size block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b));
+    x.S = x.heads;
     if (a.M > MOST_KEYS)
         for (t.h = 0; t.h < a.H; ++t.h) map_statistics(c, x, t, keys);
     for (Size j0 = 0; j0 < keys; j0 += block) map_block(c, x, t, j0, least(block, keys - j0));
@@ -144,8 +156,11 @@ static void map_task(MapRun& call, Size task) {
     }
     x.plan(call.c, memory);
     for (Size i = 0; i < LANES; ++i) x.ones[i] = 1;
-    // by turns: under the causal mask the later rows take longer
-    for (Size item = task; item < call.items; item += call.tasks) map_tile(call.c, x, call.c.tile(item, tiles_of(call.c.a)));
+    // by turns, to and fro: under the causal mask the later rows take longer
+    for (Size turn = 0; turn * call.tasks < call.items; ++turn) {
+        const Size item = turn * call.tasks + (turn % 2 ? call.tasks - 1 - task : task);
+        if (item < call.items) map_tile(call.c, x, call.c.tile(item, tiles_of(call.c.a)));
+    }
     memory.release();
 }
 

@@ -210,6 +210,16 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         const Statistics s = {shift, factor};
         probabilities(P, count, w, s);
     }
+    const bool carries = c.relevancy.rows && !call.sums_rows;
+    if (carries && at_once && !inputs && !(c.dropout.probability > 0) && (c.grad_out.data || !is_gradient)) {
+        // r Abar alone: each row's factor is taken into r, and dP is not kept
+        if (is_gradient)
+            product<false>(count, w, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, w, dP, w, false, TakeGradient{P, w});
+        const Size stride = round_up(c.relevancy.T, VL);
+        for (Size i = 0; i < w; ++i)
+            for (Size r = 0; r < stride; r += VL) store(g.rows + i * stride + r, load(g.rows + i * stride + r) * splat(factor[i]));
+        return carry(P, count, w, g.rows, c.relevancy.T, g.result + j0 * stride);
+    }
     if (c.grad_out.data)
         product<false>(count, w, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, w, dP, w, false);
     else memset(dP, 0, n * sizeof(float));
@@ -247,7 +257,6 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     }
     if (inputs)
         product<false>(count, call.value_stride, w, weights, w, g.out_rows, call.value_stride, g.value + j0 * call.value_stride, call.value_stride, true);
-    const bool carries = c.relevancy.rows;
     float by_lse[LANES] = {};  // beside delta, not in it: P = 1 leaves it as it is
     for (Size i = 0; c.grad_lse && i < t.rows; ++i) by_lse[i] = c.grad_lse[(t.b * a.H + t.h) * a.N + t.first + i];
     for (Size j = 0; j < count; ++j)
@@ -285,6 +294,7 @@ static void start_tile(const BackwardCall& call, Gradients& g, const Tile& t) {
     g.logits.load_queries(c.a, c.score, t);
     if (c.grad_out.data) load_tile(c.grad_out, c.a.dtype, t, c.a.Dv, 1.f, g.out_rows, call.value_stride, g.out_transposed);
     else memset(g.out_transposed, 0, c.a.Dv * t.width * sizeof(float)), memset(g.out_rows, 0, t.width * call.value_stride * sizeof(float));
+    if (c.grad_query.data) fetch_rows(c.grad_query, c.a.dtype, t, t.first, c.a.D);
     if (c.relevancy.rows && !call.sums_rows) load_carried(c.relevancy, c.a, t, call.row_sums, g.rows);
 }
 

@@ -129,6 +129,7 @@ static void forward_task(ForwardCall& call, Size task) {
         const Tile t = tile_of_item(a, item);
         const Size w = t.width, visible = visible_keys(a, t.b), keys = t.keys(a, visible);
         logits.load_queries(a, c.score, t);
+        fetch_rows(c.out, a.dtype, t, t.first, a.Dv);
         for (Size i = 0; i < w; ++i) largest[i] = -INFINITY, total[i] = 0;
         memset(out, 0, a.Dv * w * sizeof(float));
         for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {

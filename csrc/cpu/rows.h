@@ -151,8 +151,8 @@ INLINE void transpose_block(const float* x, Size ldx, float* to, Size ldto) {  /
 static void transpose(const float* x, Size ldx, Size rows, Size columns, float* to, Size ldto) {
 #if VL > 4
     const Size wide_rows = rows / VL * VL, wide_columns = columns / VL * VL;
-    for (Size r = 0; r < wide_rows; r += VL)
-        for (Size c = 0; c < wide_columns; c += VL) transpose_block(x + r * ldx + c, ldx, to + c * ldto + r, ldto);
+    for (Size c = 0; c < wide_columns; c += VL)
+        for (Size r = 0; r < wide_rows; r += VL) transpose_block(x + r * ldx + c, ldx, to + c * ldto + r, ldto);
     transpose_few(x + wide_columns, ldx, wide_rows, columns - wide_columns, to + wide_columns * ldto, ldto);
     x += wide_rows * ldx, to += wide_rows, rows -= wide_rows;
 #endif
