@@ -5,7 +5,7 @@
 // a lane is a context, so what is normalised over the queries of a set needs no sum over lanes. A context set belongs to one
 // thread, which finishes its gradient; what the queries' gradients need of a pair is one number a query and context, kept for a
 // chunk of context sets, and summed over these in a second sweep over the query sets. So no sum depends on the threads.
-// Not yet measured: no row is stored.
+// Measured: rows stacked_cross_attention of benchmarks/results/cpu.json.
 #include "products.h"
 #include "rows.h"
 
