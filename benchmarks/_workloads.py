@@ -52,9 +52,7 @@ DAMSM = Workload(
 )
 
 # Whole models: C width, `every`: the loss on every so many samples, as IAIS takes the matched pairs among hard negatives.
-CLIP_TOWER = Workload(
-    "clip-tower", "CLIP ViT-L/14@336's tower", {"layers": 24, **CLIP.full, "C": 1024}, {"layers": 6, "B": 1}, {"layers": 1}
-)
+CLIP_TOWER = Workload("clip-tower", "CLIP ViT-L/14@336's tower", {"layers": 24, **CLIP.full, "C": 1024}, {"B": 1}, {"layers": 1})
 LLAVA_DECODER = Workload(
     "llava-decoder",
     "LLaVA-7B's decoder",

@@ -403,9 +403,9 @@ def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, caps
 
     from vlattn_fast import _demo
 
-    def measure(name, variants):
+    def measure(name, variants, overrides):
         """Rows at a tiny size; the processes are tested with the benchmarks."""
-        assert name == "task_explain_clip"
+        assert name == "task_explain_clip" and overrides == {"layers": 6}
         from vlattn_fast.benchmarks import _measure, _run
 
         (benchmark,) = _run.choose([name])

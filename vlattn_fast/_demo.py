@@ -86,9 +86,9 @@ def compare() -> None:
     """The task that explains a picture, as `vlattn bench task_explain_clip` measures it, each variant in its own process."""
     from vlattn_fast.benchmarks._isolated import measure
 
-    print("Cost of one relevancy map on layers of a vision tower of CLIP ViT-L/14@336's size, random weights, one picture.")
+    print("Cost of one relevancy map on six layers of CLIP ViT-L/14@336's vision tower, random weights, one picture.")
     print("Variants run in turns, each in a process of its own; takes minutes.\n", flush=True)
-    rows = measure("task_explain_clip", VARIANTS)
+    rows = measure("task_explain_clip", VARIANTS, overrides={"layers": 6})
     sizes = ", ".join(f"{name} {size}" for name, size in rows[0]["sizes"].items())
     print(f"{sizes}; {rows[0]['dtype']}; median of {rows[0]['rounds']} calls")
     print(f"{'variant':28}{'seconds':>8}{'of plain':>10}{'peak MiB':>10}{'of plain':>10}  error of the map")
