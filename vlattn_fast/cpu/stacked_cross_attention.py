@@ -48,7 +48,7 @@ def backward(
     lambda_lse: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of images and captions."""
-    grads = images.new_empty(images.shape), captions.new_empty(captions.shape)
+    grads = images.new_empty(*images.shape), captions.new_empty(*captions.shape)
     sides = images, captions, caption_lengths, image_lengths, direction
     _call(_run_backward, *sides, first_norm, smooth, aggregation, lambda_lse, None, grad_similarity.float(), *grads)
     return grads
