@@ -58,11 +58,15 @@ INLINE Vector maximum(Vector a, Vector b) {
 INLINE Vector absolute(Vector x) { return (Vector)((Integers)x & 0x7fffffff); }
 
 INLINE float sum(Vector x) {
+#if VL == 16
+    return _mm512_reduce_add_ps(x);  // in the order of the loop below, without its way through memory
+#else
     float s[VL];
     store(s, x);
     for (int width = VL / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) s[i] += s[i + width];
     return s[0];
+#endif
 }
 INLINE float largest(Vector x) {  // NaN where a lane is NaN
     float s = x[0];
