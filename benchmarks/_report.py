@@ -16,9 +16,9 @@ Row = dict[str, Any]
 COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound", "of floor", "calls")
 RIVALS = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward")
 SUMMARY = """Our fastest backend against each rival: *2.00x* says that the rival takes twice as long. *reference* is the formula
-in eager mode, *reference compiled* the same under torch.compile, *published* the procedure as its authors run it. *of bound* is our
-time over that of the bound, which does the least work that the benchmark needs: plain SDPA of the same shape, or a model without
-an explanation or a loss. *MiB* is what a call adds to memory at its peak, beside the least that a rival adds.
+in eager mode, *reference compiled* the same under torch.compile, *published* the procedure as its authors run it. *of bound* is
+our time over that of the bound, which does the least work that the benchmark needs: plain SDPA of the same shape, or a model
+without an explanation or a loss. *MiB* is what a call adds to memory at its peak, beside the least that a rival adds.
 """
 SETTINGS = """The same machine in its settings: our time over that of the bound, and the time of the fastest rival over ours.
 """

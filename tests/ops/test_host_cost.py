@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vlattn_fast as va
 from tests.ops.backends import on
 from tests.ops.every_call import CALLS, Every, gradients, leaves, outputs_of
+from vlattn_fast.ops import _registration
 
 OPERATORS = [name for name in CALLS if name != "relevancy_residual"]  # which is PyTorch alone
 PACKAGE = str(Path(va.__file__).parent)
@@ -136,3 +137,17 @@ def test_below_autograd_nothing_is_recorded() -> None:
     with torch._C._AutoDispatchBelowAutograd():
         out, _ = CALLS["relevancy_attention"].call(x)
     assert out.grad_fn is None and not out.requires_grad
+
+
+def test_without_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a torch whose own parts have other names every call goes through the dispatcher, and gives the same."""
+    query, key, value = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+
+    def run() -> list[torch.Tensor]:
+        out = va.score_attention(query, key, value, score="cosine")
+        return [out, *torch.autograd.grad(out.sum(), (query, key, value))]
+
+    short = run()
+    monkeypatch.setattr(_registration, "_HAS_SHORT_WAY", False)
+    for x, y in zip(short, run(), strict=True):
+        assert torch.equal(x, y)

@@ -55,7 +55,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
             return operator(*args)
         # the same by hand, for tensors and threads with which the dispatcher would do nothing else
         tensors = _flat(args[:number]) if lists else args[:number]
-        if not _only_autograd(tensors):
+        if not (_HAS_SHORT_WAY and _only_autograd(tensors)):
             return operator(*args)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*tensors)):
             return kernel(*args)
@@ -74,11 +74,6 @@ def _bits(*names: str) -> int:
     return bits
 
 
-_NOT_OF_TENSORS = ~_bits("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")
-_NOT_OF_THREADS = ~_bits("BackendSelect", "ADInplaceOrView")
-_AUTOGRAD = _bits("AutogradCPU") & ~_bits("CPU")
-
-
 def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the dispatcher would do nothing for an operator on these tensors but call autograd and the kernel.
 
@@ -94,6 +89,18 @@ def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
         if x is not None and keys_of(x).raw_repr() & _NOT_OF_TENSORS:
             return False
     return True
+
+
+try:
+    _NOT_OF_TENSORS = ~_bits("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")
+    _NOT_OF_THREADS = ~_bits("BackendSelect", "ADInplaceOrView")
+    _AUTOGRAD = _bits("AutogradCPU") & ~_bits("CPU")
+    _C._any_requires_grad(torch.empty(0))
+    _C._dispatch_tls_local_exclude_set().raw_repr()
+    _only_autograd([torch.empty(0)])
+    _HAS_SHORT_WAY = True
+except AttributeError:  # a torch that names these parts of its own otherwise
+    _HAS_SHORT_WAY = False
 
 
 def _recorded(name: str, kernel: Callable[..., Any], number: int, lists: bool) -> Callable[..., Any]:
