@@ -10,17 +10,17 @@ namespace ISA {
 namespace {
 
 static const Size LANES = VL == 16 ? 64 : 48;  // query rows of a tile: 4, 6 or 12 vectors
-static const Size GROUP = 16;        // a tile's width is a multiple of this: one line of the cache, whatever the vectors are
-static const int PARTS = 16 / VL;    // vectors of a group
-static const Size SHORT_SUM = 32;    // a sum over keys is one of sums of so many: equal terms would round the same way each time
-static const Size MOST_KEYS = 768;   // so many keys are one block, and each statistic of a row is at hand within it
+static const Size GROUP = 16;  // a tile's width is a multiple of this: one line of the cache, whatever the vectors are
+static const int PARTS = 16 / VL;  // vectors of a group
+static const Size SHORT_SUM = 32;  // a sum over keys is one of sums of so many: equal terms would round the same way each time
+static const Size MOST_KEYS = 768;  // so many keys are one block, and each statistic of a row is at hand within it
 static const Size BLOCK_KEYS = 512;  // else they come in blocks of so many
 
 struct Masks {
     const void* mask;  // bool (true = visible) or a number to add; null for none
     Size dtype, stride_b, stride_h, stride_n, stride_m;
     const uint8_t* keys;  // (B, M), 0 = padding; null for none
-    Size is_causal;       // query i sees keys j <= i
+    Size is_causal;  // query i sees keys j <= i
 };
 
 struct Attention {
@@ -58,7 +58,8 @@ static Size visible_keys(const Attention& a, Size b) {
 }
 
 // One tensor's rows [first, first + count): padding becomes 0, so that a NaN there reaches no product.
-static const float* load_rows(const Attention& a, const Rows& x, Size size, Size b, Size head, Size first, Size count, float* copy, Size& stride) {
+static const float* load_rows(const Attention& a, const Rows& x, Size size, Size b, Size head, Size first, Size count,
+                              float* copy, Size& stride) {
     const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
     bool whole = true;
     for (Size j = 0; visible && j < count; ++j) whole &= visible[j] != 0;
@@ -68,8 +69,10 @@ static const float* load_rows(const Attention& a, const Rows& x, Size size, Size
     }
     stride = size;
     for (Size j = 0; j < count; ++j)
-        if (visible && !visible[j]) memset(copy + j * size, 0, size * sizeof(float));
-        else widen(element(x.data, a.dtype, x.at(b, head, first + j)), a.dtype, size, copy + j * size);
+        if (visible && !visible[j])
+            memset(copy + j * size, 0, size * sizeof(float));
+        else
+            widen(element(x.data, a.dtype, x.at(b, head, first + j)), a.dtype, size, copy + j * size);
     return copy;
 }
 
@@ -110,7 +113,8 @@ static void fetch_rows(const Rows& x, Size dtype, const Tile& t, Size first, Siz
 
 // Rows of a tile times `factor`, into rows_at as (width, stride) with zeros up to the width and the stride; and transposed as
 // (size, width), where `transposed` is not null.
-static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float factor, float* rows_at, Size stride, float* transposed) {
+static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float factor, float* rows_at, Size stride,
+                      float* transposed) {
     for (Size i = 0; i < t.rows; ++i) {
         float* row = rows_at + i * stride;
         const Size at = x.at(t.b, t.h, t.first + i);
@@ -123,7 +127,8 @@ static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float
     if (transposed) transpose(rows_at, stride, t.width, size, transposed, t.width);
 }
 // The rows of a tile from (size, width), times `factor`; `scratch` holds LANES * size.
-static void store_tile(const float* transposed, const Tile& t, Size size, float factor, const Rows& x, Size dtype, float* scratch) {
+static void store_tile(const float* transposed, const Tile& t, Size size, float factor, const Rows& x, Size dtype,
+                       float* scratch) {
     transpose(transposed, t.width, size, t.width, scratch, size);
     for (Size i = 0; i < t.rows; ++i) {
         float* row = scratch + i * size;
@@ -153,10 +158,13 @@ static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, fl
             for (Size i = 0; i < w; ++i) {
                 float* row = rows + i * GROUP;
                 const Size at = base + (i < t.rows ? i : 0) * m.stride_n + (j0 + j) * m.stride_m;
-                if (i > 0 && m.stride_n == 0) memcpy(row, rows, sizeof(float) * GROUP);
+                if (i > 0 && m.stride_n == 0)
+                    memcpy(row, rows, sizeof(float) * GROUP);
                 else if (m.dtype == BOOL)
-                    for (Size n = 0; n < some; ++n) row[n] = *(const uint8_t*)element(m.mask, BOOL, at + n * m.stride_m) ? 0.f : -INFINITY;
-                else if (m.stride_m == 1) widen(element(m.mask, m.dtype, at), m.dtype, some, row);
+                    for (Size n = 0; n < some; ++n)
+                        row[n] = *(const uint8_t*)element(m.mask, BOOL, at + n * m.stride_m) ? 0.f : -INFINITY;
+                else if (m.stride_m == 1)
+                    widen(element(m.mask, m.dtype, at), m.dtype, some, row);
                 else
                     for (Size n = 0; n < some; ++n) widen(element(m.mask, m.dtype, at + n * m.stride_m), m.dtype, 1, row + n);
             }
@@ -224,8 +232,8 @@ static void find_top(const float* S, Size count, Size w, float* top) {
 }
 // S = the masked dot products of `count` keys from j0 with the tile's rows, transposed as (D, width), and the largest of each row in
 // `top`. `scratch` is that of mask_tile.
-static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size j0, Size count, const float* transposed, float* S,
-                       float* scratch, float* top) {
+static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size j0, Size count, const float* transposed,
+                       float* S, float* scratch, float* top) {
     for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
     product<false>(count, t.width, a.D, keys.key, keys.key_stride, transposed, t.width, S, t.width, false, StoreAndTop{top});
     if (!is_masked(a, t, j0, count)) return;
@@ -235,7 +243,8 @@ static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size
 
 // Running largest logit and sum of e^(logit - largest) of the rows of a tile, taken up block by block (online softmax). `top_of_block` has
 // its largest logits; S becomes e^(logit - largest). `rescale` (LANES) is what earlier sums are to be multiplied by.
-static void online_softmax(float* S, Size count, Size w, bool first, const float* top_of_block, float* largest, float* total, float* rescale) {
+static void online_softmax(float* S, Size count, Size w, bool first, const float* top_of_block, float* largest, float* total,
+                           float* rescale) {
     for (Size i = 0; i < w; i += GROUP) {
         Vector top[PARTS], sum[PARTS];
         for (int p = 0; p < PARTS; ++p) {

@@ -1,15 +1,16 @@
 // One (B, N, M) map of all heads: A, or relu(A * dA) with dA = dO V^T (Chefer et al., ICCV 2021, eq. 5).
 //
-// Bound: multiply-adds, D (and Dv) per entry of each head; then one exponential. The tiles of four heads are reduced at once, in the
-// cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Beyond MOST_KEYS keys the
-// statistics of all heads' rows come first, and the products and exponentials are made twice. Not yet measured: no row is stored.
+// Bound: multiply-adds, D (and Dv) per entry of each head; then one exponential. The tiles of four heads are reduced at once, in
+// the cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Beyond MOST_KEYS keys
+// the statistics of all heads' rows come first, and the products and exponentials are made twice.
+// Measured: rows attention_map of benchmarks/results/cpu.json.
 #include "attention.h"
 
 namespace ISA {
 namespace {
 
 enum Reduction : Size { MEAN = 0, MAX = 1, MIN = 2 };
-static const Size HEADS = 4;   // so many heads' tiles are reduced at once: the map's own tile is written once for all of them
+static const Size HEADS = 4;  // so many heads' tiles are reduced at once: the map's own tile is written once for all of them
 static const Size CHUNK = 64;  // keys of a tile that are reduced and written to the map while they are in the first cache
 
 struct MapCall {
@@ -24,11 +25,11 @@ struct MapCall {
 // all heads the map
 struct MapTiles {
     Keys keys;
-    float *rows, *query, *grad_output;       // transposed: (D, width), (Dv, width)
-    float *heads, *S, *dA, *map, *mask;      // S: the tile of the head at hand; dA is written where Dv is more than DEPTH
-    Size size;                               // of a tile
+    float *rows, *query, *grad_output;  // transposed: (D, width), (Dv, width)
+    float *heads, *S, *dA, *map, *mask;  // S: the tile of the head at hand; dA is written where Dv is more than DEPTH
+    Size size;  // of a tile
     float *top, *largest, *total, *rescale;  // (LANES)
-    float *shift, *factor, *ones;            // (H, LANES), (H, LANES), (LANES)
+    float *shift, *factor, *ones;  // (H, LANES), (H, LANES), (LANES)
 
     void plan(const MapCall& c, Memory& memory) {
         const Attention& a = c.a;
@@ -84,7 +85,8 @@ static void take_up(const float* tiles, Size size, Size n, Size w, const float* 
         }
 }
 template <Size REDUCTION>
-static void take_up_heads(Size count, const float* tiles, Size size, Size n, Size w, const float* factor, bool again, float* map) {
+static void take_up_heads(Size count, const float* tiles, Size size, Size n, Size w, const float* factor, bool again,
+                          float* map) {
     if (count == HEADS) return take_up<REDUCTION, HEADS>(tiles, size, n, w, factor, again, map);
     for (Size h = 0; h < count; ++h) take_up<REDUCTION, 1>(tiles + h * size, size, n, w, factor + h * LANES, again || h > 0, map);
 }
@@ -106,7 +108,8 @@ static void map_block(const MapCall& c, MapTiles& x, Tile t, Size j0, Size count
             }
             if (!c.gradient) continue;
             load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.rows, a.Dv, x.grad_output);
-            product<false>(count, w, a.Dv, x.keys.value, x.keys.value_stride, x.grad_output, w, x.dA, w, false, TakeGradient{x.S, w});
+            product<false>(
+                count, w, a.Dv, x.keys.value, x.keys.value_stride, x.grad_output, w, x.dA, w, false, TakeGradient{x.S, w});
         }
         for (Size j = 0; j < count; j += CHUNK) {
             const Size n = least(CHUNK, count - j);

@@ -157,13 +157,14 @@ struct StatisticsRows {
         product<false>(count, t.width, a.D, keys.key, keys.key_stride, transposed, t.width, S, t.width, false);
         for (Size i = 0; i < count * t.width; i += VL) store(S + i, load(S + i) * splat((float)a.scale));
         mask_tile(a, t, j0, count, S, mask);
-        for (Size j = 0; t.rows < t.width && j < count; ++j) memset(S + j * t.width + t.rows, 0, (t.width - t.rows) * sizeof(float));
+        for (Size j = 0; t.rows < t.width && j < count; ++j)
+            memset(S + j * t.width + t.rows, 0, (t.width - t.rows) * sizeof(float));
     }
 };
 
 // The gradients of the probabilities of a tile
 struct StatisticsCotangents {
-    float *mass, *slope;    // (groups + 1, width), minus that of the entropy (LANES)
+    float *mass, *slope;  // (groups + 1, width), minus that of the entropy (LANES)
     const float* received;  // (keys of the block)
     // but for a number that is the same for a whole row, which softmax's gradient does not see
     Vector at(Size group, Size i, Size j, Vector x, Vector weight) const {
@@ -234,8 +235,8 @@ struct StatisticsForward {
     KeyGroups groups;
     RowWeight weight;
     float *mass, *entropy, *maximum;  // (B, H, N, G), (B, H, N), (B, H, N)
-    int64_t* argmax;                  // (B, H, N)
-    float* received;                  // (B, H, M)
+    int64_t* argmax;  // (B, H, N)
+    float* received;  // (B, H, M)
 
     struct Space {
         StatisticsRows lanes;
@@ -326,16 +327,16 @@ struct StatisticsBackward {
     Attention a;
     KeyGroups groups;
     RowWeight weight;
-    const int64_t* argmax;                                    // (B, H, N)
+    const int64_t* argmax;  // (B, H, N)
     const float *d_mass, *d_entropy, *d_maximum, *d_received;  // as the outputs; null for none
     Rows d_query, d_key;
     float* d_weight;  // (B, H, N); null for none
 
     struct Space {
         StatisticsRows lanes;
-        float *mass, *slope;     // StatisticsCotangents
+        float *mass, *slope;  // StatisticsCotangents
         float *maximum, *zeros;  // (LANES), (keys of a block)
-        float *E, *d_query;      // (keys, width), (D, width)
+        float *E, *d_query;  // (keys, width), (D, width)
         void plan(const StatisticsBackward& c, Memory& memory) {
             lanes.plan(c.a, memory);
             mass = memory.take((c.groups.count + 1) * LANES), slope = memory.take(LANES);
@@ -367,7 +368,8 @@ template <bool AGAIN>
 static void logit_gradients(const StatisticsRows& r, Size count, Size w, const StatisticsCotangents& d, float* E) {
     const Vector lowest = splat(LOWEST);
     for (Size i = 0; i < w; i += VL) {
-        const Vector shift = load(r.largest + i), factor = load(r.factor + i), mean = load(r.weighted + i), weight = load(r.weight + i);
+        const Vector shift = load(r.largest + i), factor = load(r.factor + i), mean = load(r.weighted + i),
+                     weight = load(r.weight + i);
         const Integers masked = factor == Vector{};
         for (Size j = 0; j < count; ++j) {
             const Vector x = load(r.S + j * w + i) - shift, e = AGAIN ? exp_negative(x) : load(E + j * w + i);

@@ -14,19 +14,19 @@ struct Relevancy {
     const float* rows;  // (B, T, N) r, or null
     Size T, is_gradient, row_normalize;
     const float* direct;  // (B, T, M): what is added to r Abar, or null
-    float* result;        // (B, T, M)
+    float* result;  // (B, T, M)
 };
 
 struct Backward {
     Attention a;
     Score score;
     Dropout dropout;
-    Rows grad_out, out;     // grad_out may be null for Abar = mean P
-    const double* lse;      // (B, H, N) natural log-sum-exp
-    Size lse_counts;        // 1: it may count keys that are not here, so P is what it says; 2: there is none
+    Rows grad_out, out;  // grad_out may be null for Abar = mean P
+    const double* lse;  // (B, H, N) natural log-sum-exp
+    Size lse_counts;  // 1: it may count keys that are not here, so P is what it says; 2: there is none
     const float* grad_lse;  // (B, H, N) or null
     Rows grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
-    float* grad_vector;     // (H, D) or null
+    float* grad_vector;  // (H, D) or null
     Relevancy relevancy;
 };
 
@@ -61,8 +61,8 @@ struct BackwardCall {
     const Backward& c;
     Shares heads, samples;
     float *key_parts, *value_parts, *relevancy_parts, *vector_parts;  // parts of shared units, by slot; of the vector, by task
-    float* row_sums;    // (B, H, N) sums of max(P dP, 0) or P over the keys, for row_normalize
-    bool sums_rows;     // this pass only finds them
+    float* row_sums;  // (B, H, N) sums of max(P dP, 0) or P over the keys, for row_normalize
+    bool sums_rows;  // this pass only finds them
     Size key_stride, value_stride;  // D and Dv rounded up to VL
     bool failed;
     bool inputs() const { return (c.grad_query.data || c.grad_value.data) && !sums_rows; }  // an empty tensor has no pointer
@@ -75,8 +75,8 @@ struct BackwardCall {
 struct Gradients {
     Logits logits;
     float *out_rows, *out_transposed;  // cotangents of a tile: (LANES, value_stride), (Dv, width)
-    float *S, *dP, *kept, *dropped;    // tiles: P; dP, then dS; what scores.h keeps; P after dropout
-    float *query, *key, *value;        // gradients: (tiles, D, LANES) or one tile, (M, key_stride), (M, value_stride)
+    float *S, *dP, *kept, *dropped;  // tiles: P; dP, then dS; what scores.h keeps; P after dropout
+    float *query, *key, *value;  // gradients: (tiles, D, LANES) or one tile, (M, key_stride), (M, value_stride)
     float *shift, *factor, *delta, *cosine_query, *cosine_key, *rows, *result, *scratch, *vector;
 
     void plan(const BackwardCall& call, Size task, Memory& memory) {
@@ -106,8 +106,8 @@ struct Gradients {
 // ---- statistics of rows
 
 // The largest logit and the sum over all keys of a tile, block by block
-static void statistics_by_blocks(const Attention& a, const Score& score, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,
-                                 float* scratch) {
+static void statistics_by_blocks(const Attention& a, const Score& score, Logits& logits, const Tile& t, Size visible,
+                                 float* shift, float* factor, float* scratch) {
     float *largest = scratch, *total = scratch + LANES, *rescale = scratch + 2 * LANES;
     const Size keys = t.keys(a, visible);
     for (Size i = 0; i < t.width; ++i) largest[i] = -INFINITY, total[i] = 0;
@@ -124,7 +124,8 @@ static void statistics_by_blocks(const Attention& a, const Score& score, Logits&
 static const double LARGEST_LSE = 16777216., LARGEST_GIVEN_LSE = 16384.;
 
 // Statistics of a tile where its keys come in blocks; `scratch` holds 5 * LANES
-static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor, float* scratch) {
+static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,
+                            float* scratch) {
     const double* lse = c.lse_counts == 2 ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
     const double bound = c.lse_counts == 1 ? LARGEST_GIVEN_LSE : LARGEST_LSE;
     bool lost[LANES], any = false;
@@ -199,7 +200,8 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     const Attention& a = c.a;
     const Size w = t.width, n = count * w;
     const bool inputs = call.inputs(), at_once = call.at_once(), is_gradient = c.relevancy.is_gradient;
-    float *P = g.S, *dP = g.dP, *shift = g.shift + index * LANES, *factor = g.factor + index * LANES, *delta = g.delta + index * LANES;
+    float *P = g.S, *dP = g.dP, *shift = g.shift + index * LANES, *factor = g.factor + index * LANES,
+          *delta = g.delta + index * LANES;
     g.logits.compute(a, c.score, t, j0, count, loaded, g.kept);
     if (at_once) {
         float *largest = g.scratch, *total = g.scratch + LANES, *rescale = g.scratch + 2 * LANES;
@@ -214,15 +216,18 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     if (carries && at_once && !inputs && !(c.dropout.probability > 0) && (c.grad_out.data || !is_gradient)) {
         // r Abar alone: each row's factor is taken into r, and dP is not kept
         if (is_gradient)
-            product<false>(count, w, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, w, dP, w, false, TakeGradient{P, w});
+            product<false>(count, w, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, w, dP, w, false,
+                           TakeGradient{P, w});
         const Size stride = round_up(c.relevancy.T, VL);
         for (Size i = 0; i < w; ++i)
-            for (Size r = 0; r < stride; r += VL) store(g.rows + i * stride + r, load(g.rows + i * stride + r) * splat(factor[i]));
+            for (Size r = 0; r < stride; r += VL)
+                store(g.rows + i * stride + r, load(g.rows + i * stride + r) * splat(factor[i]));
         return carry(P, count, w, g.rows, c.relevancy.T, g.result + j0 * stride);
     }
     if (c.grad_out.data)
         product<false>(count, w, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, w, dP, w, false);
-    else memset(dP, 0, n * sizeof(float));
+    else
+        memset(dP, 0, n * sizeof(float));
     float* weights = P;  // what the values are summed with
     if (c.dropout.probability > 0) {
         if (at_once) scale_rows(P, count, w, factor);
@@ -256,7 +261,8 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         return;
     }
     if (inputs)
-        product<false>(count, call.value_stride, w, weights, w, g.out_rows, call.value_stride, g.value + j0 * call.value_stride, call.value_stride, true);
+        product<false>(count, call.value_stride, w, weights, w, g.out_rows, call.value_stride, g.value + j0 * call.value_stride,
+                       call.value_stride, true);
     float by_lse[LANES] = {};  // beside delta, not in it: P = 1 leaves it as it is
     for (Size i = 0; c.grad_lse && i < t.rows; ++i) by_lse[i] = c.grad_lse[(t.b * a.H + t.h) * a.N + t.first + i];
     for (Size j = 0; j < count; ++j)
@@ -280,11 +286,12 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         return;
     }
     if (c.score.kind == COSINE)
-        cosine_gradient(c.score, (float)a.scale, dP, count, w, g.logits.query_norm, g.logits.key_norm, g.kept, g.cosine_query + index * LANES,
-                        g.cosine_key + j0);
+        cosine_gradient(c.score, (float)a.scale, dP, count, w, g.logits.query_norm, g.logits.key_norm, g.kept,
+                        g.cosine_query + index * LANES, g.cosine_key + j0);
     else if (c.score.bends())
         bend(c.score, (float)a.scale, dP, n, g.kept);
-    product<false>(count, call.key_stride, w, dP, w, g.logits.rows, g.logits.stride, g.key + j0 * call.key_stride, call.key_stride, true);
+    product<false>(
+        count, call.key_stride, w, dP, w, g.logits.rows, g.logits.stride, g.key + j0 * call.key_stride, call.key_stride, true);
     product<true>(a.D, w, count, g.logits.keys.key, g.logits.keys.key_stride, dP, w, query, w, true);
 }
 
@@ -292,8 +299,11 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
 static void start_tile(const BackwardCall& call, Gradients& g, const Tile& t) {
     const Backward& c = call.c;
     g.logits.load_queries(c.a, c.score, t);
-    if (c.grad_out.data) load_tile(c.grad_out, c.a.dtype, t, c.a.Dv, 1.f, g.out_rows, call.value_stride, g.out_transposed);
-    else memset(g.out_transposed, 0, c.a.Dv * t.width * sizeof(float)), memset(g.out_rows, 0, t.width * call.value_stride * sizeof(float));
+    if (c.grad_out.data)
+        load_tile(c.grad_out, c.a.dtype, t, c.a.Dv, 1.f, g.out_rows, call.value_stride, g.out_transposed);
+    else
+        memset(g.out_transposed, 0, c.a.Dv * t.width * sizeof(float)),
+            memset(g.out_rows, 0, t.width * call.value_stride * sizeof(float));
     if (c.grad_query.data) fetch_rows(c.grad_query, c.a.dtype, t, t.first, c.a.D);
     if (c.relevancy.rows && !call.sums_rows) load_carried(c.relevancy, c.a, t, call.row_sums, g.rows);
 }
@@ -306,7 +316,8 @@ static void finish_tile(const BackwardCall& call, Gradients& g, const Tile& t, S
         const float* by = g.cosine_query + index * LANES;
         for (Size i = 0; i < t.rows; ++i) {
             const float length = g.logits.query_norm[i];
-            for (Size d = 0; by[i] != 0 && d < a.D; ++d) query[d * t.width + i] -= g.logits.rows[i * g.logits.stride + d] / length * by[i] / length;
+            for (Size d = 0; by[i] != 0 && d < a.D; ++d)
+                query[d * t.width + i] -= g.logits.rows[i * g.logits.stride + d] / length * by[i] / length;
         }
     }
     store_tile(query, t, a.D, Logits::query_factor(c.score, a.scale), c.grad_query, a.dtype, g.scratch);
@@ -350,7 +361,8 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
         for (Size n = first; n < last; ++n) {
             const Tile t = tile_at(a, b, h, n);
             const Size index = at_once ? 0 : n - first, count = least(block, t.keys(a, visible) - j0);
-            if (at_once && inputs) memset(g.query, 0, LANES * a.D * sizeof(float)), memset(g.cosine_query, 0, LANES * sizeof(float));
+            if (at_once && inputs)
+                memset(g.query, 0, LANES * a.D * sizeof(float)), memset(g.cosine_query, 0, LANES * sizeof(float));
             if (count > 0) {
                 start_tile(call, g, t);
                 backward_tile(call, g, t, j0, count, least(block, visible - j0), index);
@@ -368,8 +380,10 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
 
 // ---- gradients of keys and values, and r Abar, when a unit is done
 
-static void write_keys(const Attention& a, const Rows& to, const float* from, Size stride, Size size, Size b, Size head, Size first, Size last) {
-    for (Size j = first; j < last; ++j) narrow(from + j * stride, size, a.dtype, (void*)element(to.data, a.dtype, to.at(b, head, j)));
+static void write_keys(const Attention& a, const Rows& to, const float* from, Size stride, Size size, Size b, Size head,
+                       Size first, Size last) {
+    for (Size j = first; j < last; ++j)
+        narrow(from + j * stride, size, a.dtype, (void*)element(to.data, a.dtype, to.at(b, head, j)));
 }
 static void write_result(const Relevancy& v, const Attention& a, const float* from, Size b, Size first, Size last) {
     const Size stride = round_up(v.T, VL);
@@ -450,14 +464,16 @@ static void backward_task(BackwardCall& call, Size task) {
 static void join_task(BackwardCall& call, Size task) {
     const Backward& c = call.c;
     const Attention& a = c.a;
-    const Size first = share(a.M, task, call.heads.tasks), last = share(a.M, task + 1, call.heads.tasks), tasks = call.heads.tasks;
+    const Size first = share(a.M, task, call.heads.tasks), last = share(a.M, task + 1, call.heads.tasks),
+               tasks = call.heads.tasks;
     const auto join = [&](const Shares& shares, Size n, float* parts, Size stride) -> float* {
         float* sum = nullptr;  // in the first one's place
         for (Size p = 0; p < tasks; ++p) {
             if (n < shares.first_unit(p) || n > shares.last_unit(p)) continue;
             if (shares.has_alone(p, n)) return nullptr;
             float* part = parts + shares.slot(p, n) * a.M * stride;
-            if (!sum) sum = part;
+            if (!sum)
+                sum = part;
             else
                 for (Size i = first * stride; i < last * stride; ++i) sum[i] += part[i];
         }
@@ -479,8 +495,18 @@ static Size attention_backward(const Backward& c) {
     if (a.B * a.H * a.N == 0) return DONE;
     const Size tiles = a.group() * tiles_of(a), items = a.B * a.Hkv * tiles;
     const Size tasks = least(thread_count(), items);
-    BackwardCall call = {c, {items, tasks, tiles}, {items, tasks, a.Hkv * tiles}, nullptr, nullptr, nullptr, nullptr, nullptr, false,
-                         round_up(a.D, VL), round_up(a.Dv, VL), false};
+    BackwardCall call = {c,
+                         {items, tasks, tiles},
+                         {items, tasks, a.Hkv * tiles},
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         false,
+                         round_up(a.D, VL),
+                         round_up(a.Dv, VL),
+                         false};
     Memory memory;
     for (int pass = 0; pass < 2; ++pass) {
         if (pass == 1 && !memory.allocate()) return NO_MEMORY;
@@ -489,7 +515,8 @@ static Size attention_backward(const Backward& c) {
             call.key_parts = memory.take(head_parts * a.M * call.key_stride);
             call.value_parts = memory.take(head_parts * a.M * call.value_stride);
         }
-        if (c.relevancy.rows && sample_parts > 0) call.relevancy_parts = memory.take(sample_parts * a.M * round_up(c.relevancy.T, VL));
+        if (c.relevancy.rows && sample_parts > 0)
+            call.relevancy_parts = memory.take(sample_parts * a.M * round_up(c.relevancy.T, VL));
         if (c.grad_vector) call.vector_parts = memory.take(tasks * a.H * a.D);
         if (c.relevancy.rows && c.relevancy.row_normalize) call.row_sums = memory.take(a.B * a.H * a.N);
     }

@@ -124,8 +124,7 @@ static const float* load_keys(const Job& job, int block, Size b, Size h, float* 
         return (const float*)x.data + x.at(b, h, 0);
     }
     stride = c.D;
-    for (Size j = 0; j < tokens.count; ++j)
-        widen(element(x.data, c.dtype, x.at(b, h, tokens[j])), c.dtype, c.D, copy + j * c.D);
+    for (Size j = 0; j < tokens.count; ++j) widen(element(x.data, c.dtype, x.at(b, h, tokens[j])), c.dtype, c.D, copy + j * c.D);
     return copy;
 }
 
@@ -227,9 +226,12 @@ static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace
         Size stride;
         const float* K = load_keys(job, block, b, h, w.keys, stride);
         scores(job, block, b, h, t, K, stride, w);
-        if (logs) add_log_softmax(w.S, M, t.width, h == 0, map, ld, w.T, w.E);
-        else if (picks) add_softmax(w.S, M, t.width, c.H, h == 0, w.T, t.width);
-        else add_softmax(w.S, M, t.width, c.H, h == 0, map, ld);
+        if (logs)
+            add_log_softmax(w.S, M, t.width, h == 0, map, ld, w.T, w.E);
+        else if (picks)
+            add_softmax(w.S, M, t.width, c.H, h == 0, w.T, t.width);
+        else
+            add_softmax(w.S, M, t.width, c.H, h == 0, map, ld);
     }
     if (logs) finish_log_sum(M, t.width, map, ld, w.T);
     if (picks) first_largest(w.T, M, t.width, map);  // in place of the block's map
@@ -251,11 +253,11 @@ static void maps_task(Job& job, Size task) {
 
 // One direction of a sample: p (n, n) is the map of its own block, t what the others say. Gradients are null in the forward pass.
 struct Direction {
-    Size n, m, ld_n, ld_m;             // tokens of the own and of the other side; strides of maps whose rows they are
-    const float *own, *other;          // (n, n), (m, m)
-    const float *cross, *back;         // keys of the other side and own rows, (m, n); the reverse (n, m)
+    Size n, m, ld_n, ld_m;  // tokens of the own and of the other side; strides of maps whose rows they are
+    const float *own, *other;  // (n, n), (m, m)
+    const float *cross, *back;  // keys of the other side and own rows, (m, n); the reverse (n, m)
     float *grad_own, *grad_other, *grad_cross, *grad_back;
-    float weight;                      // of a row in the gradient
+    float weight;  // of a row in the gradient
 };
 
 // What the other side predicts for the rows of a tile, T (n, width), for CACR and IAIS singular before a softmax.
@@ -375,9 +377,18 @@ static void target_backward(Size kind, const Direction& x, const RowTile& t, boo
 
 static Direction direction_of(const Job& job, Size b, int side, bool gradients) {
     const int own = side, other = 1 - side, cross = LV + side, back = VL_BLOCK - side;
-    Direction x = {job.of(b, own).count, job.of(b, other).count, job.padded(own), job.padded(other),
-                   job.map(b, own),      job.map(b, other),      job.map(b, cross), job.map(b, back),
-                   nullptr,              nullptr,                nullptr,           nullptr,
+    Direction x = {job.of(b, own).count,
+                   job.of(b, other).count,
+                   job.padded(own),
+                   job.padded(other),
+                   job.map(b, own),
+                   job.map(b, other),
+                   job.map(b, cross),
+                   job.map(b, back),
+                   nullptr,
+                   nullptr,
+                   nullptr,
+                   nullptr,
                    0.f};
     if (!gradients) return x;
     x.grad_own = job.grad(b, side, own), x.grad_other = job.grad(b, side, other);
@@ -396,8 +407,10 @@ static float divergence(Job& job, Size b, int side, bool gradients, Workspace& w
         const RowTile t = row_tile(x.n, tile);
         float value[TILE];
         target_of_tile(kind, job.c.H, x, t, w);
-        if (kind == DISTRIBUTED) plain_divergence(x, t, w.T, value);
-        else softmax_divergence(kind == SINGULAR, job.c.H, x, t, w.T, w.E, value);
+        if (kind == DISTRIBUTED)
+            plain_divergence(x, t, w.T, value);
+        else
+            softmax_divergence(kind == SINGULAR, job.c.H, x, t, w.T, w.E, value);
         for (Size i = 0; i < t.rows; ++i) loss += value[i];
         if (gradients) target_backward(kind, x, t, tile > 0, w);
     }
@@ -493,8 +506,10 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
         const RowTile t = row_tile(row_tokens.count, tile);
         scores(job, block, b, h, t, K, stride, w);
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
-        if (c.kind == SINGULAR) scores_backward_log(w.S, M, t.width, c.H, own, other, job.map(b, block) + t.first, ld, w.E);
-        else scores_backward(w.S, M, t.width, c.H, own ? own : other, own ? other : nullptr, ld);
+        if (c.kind == SINGULAR)
+            scores_backward_log(w.S, M, t.width, c.H, own, other, job.map(b, block) + t.first, ld, w.E);
+        else
+            scores_backward(w.S, M, t.width, c.H, own ? own : other, own ? other : nullptr, ld);
         product<false>(M, padded, t.rows, w.S, t.width, w.rows, padded, w.grad_keys, padded, tile > 0);
         product<true>(c.D, t.width, M, K, stride, w.S, t.width, w.grad_query, t.width, false);
         transpose(w.grad_query, t.width, c.D, t.rows, w.rows, padded);

@@ -77,28 +77,41 @@ static void panel(Size rows, const Panel<Finish>& p) {
     Size r = 0;
     for (; r + MOST_ROWS <= rows; r += MOST_ROWS) block<MOST_ROWS, COLUMNS, TRANSPOSED>(p, r);
     switch (rows - r) {
-        case 1: return block<1, COLUMNS, TRANSPOSED>(p, r);
-        case 2: return block<2, COLUMNS, TRANSPOSED>(p, r);
-        case 3: return block<3, COLUMNS, TRANSPOSED>(p, r);
-        case 4: return block<4, COLUMNS, TRANSPOSED>(p, r);
-        case 5: return block<5, COLUMNS, TRANSPOSED>(p, r);
+        case 1:
+            return block<1, COLUMNS, TRANSPOSED>(p, r);
+        case 2:
+            return block<2, COLUMNS, TRANSPOSED>(p, r);
+        case 3:
+            return block<3, COLUMNS, TRANSPOSED>(p, r);
+        case 4:
+            return block<4, COLUMNS, TRANSPOSED>(p, r);
+        case 5:
+            return block<5, COLUMNS, TRANSPOSED>(p, r);
     }
 }
 
 // `depth` at most DEPTH
 template <bool TRANSPOSED, class Finish>
-static void product_of_some(Size rows, Size columns, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C, Size ldc, bool add,
-                            const Finish& finish) {
+static void product_of_some(Size rows, Size columns, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C,
+                            Size ldc, bool add, const Finish& finish) {
     for (Size n = 0; n < columns;) {
         const Panel<Finish> p = {depth, A, lda, B + n, ldb, C + n, ldc, add, n, finish};
         Size vectors = (columns - n) / VL;
         if (vectors > MOST_COLUMNS) vectors = vectors == MOST_COLUMNS + 1 ? MOST_COLUMNS - 1 : MOST_COLUMNS;  // no thin rest
         switch (vectors) {
-            case 1: panel<1, TRANSPOSED>(rows, p); break;
-            case 2: panel<2, TRANSPOSED>(rows, p); break;
+            case 1:
+                panel<1, TRANSPOSED>(rows, p);
+                break;
+            case 2:
+                panel<2, TRANSPOSED>(rows, p);
+                break;
 #if VL == 16 || defined(__aarch64__)
-            case 3: panel<3, TRANSPOSED>(rows, p); break;
-            case 4: panel<4, TRANSPOSED>(rows, p); break;
+            case 3:
+                panel<3, TRANSPOSED>(rows, p);
+                break;
+            case 4:
+                panel<4, TRANSPOSED>(rows, p);
+                break;
 #endif
         }
         n += vectors * VL;
@@ -109,8 +122,8 @@ static void product_of_some(Size rows, Size columns, Size depth, const float* A,
 // `columns` is a multiple of VL; rows and depth are any. Nothing outside the matrices is read. `finish` gets the blocks of C while
 // they are in registers.
 template <bool TRANSPOSED, class Finish = Store>
-static void product(Size rows, Size columns, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C, Size ldc, bool add,
-                    const Finish& finish = {}) {
+static void product(Size rows, Size columns, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C, Size ldc,
+                    bool add, const Finish& finish = {}) {
     for (; depth > DEPTH; depth -= DEPTH, A += DEPTH * (TRANSPOSED ? lda : 1), B += DEPTH * ldb, add = true)
         product_of_some<TRANSPOSED>(rows, columns, DEPTH, A, lda, B, ldb, C, ldc, add, Store{});
     product_of_some<TRANSPOSED>(rows, columns, depth, A, lda, B, ldb, C, ldc, add, finish);

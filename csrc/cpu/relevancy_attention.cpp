@@ -3,6 +3,7 @@
 //
 // Bound: multiply-adds of the tile products, five with the gradients, two without. Trick: r Abar is a product of the tile
 // max(P dP, 0), which the backward pass of attention holds, with r: one more row of multiply-adds beside 5 D of them.
+// Measured: rows relevancy_attention of benchmarks/results/cpu.json.
 #include "backward.h"
 
 namespace ISA {

@@ -80,7 +80,8 @@ static void narrow(const float* from, Size n, Size dtype, void* to) {
     }
     Size i = 0;
 #if VL == 16
-    for (; i + VL <= n; i += VL) _mm256_storeu_si256((__m256i*)(x + i), _mm512_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i + VL <= n; i += VL)
+        _mm256_storeu_si256((__m256i*)(x + i), _mm512_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT));
 #elif VL == 8
     for (; i + VL <= n; i += VL) _mm_storeu_si128((__m128i*)(x + i), _mm256_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
@@ -101,7 +102,8 @@ static void transpose_few(const float* x, Size ldx, Size rows, Size columns, flo
     for (Size r = 0; r < rows4; r += 4)
         for (Size c = 0; c < columns4; c += 4) {
             const float* p = x + r * ldx + c;
-            const Four a = *(const Four*)p, b = *(const Four*)(p + ldx), d = *(const Four*)(p + 2 * ldx), e = *(const Four*)(p + 3 * ldx);
+            const Four a = *(const Four*)p, b = *(const Four*)(p + ldx), d = *(const Four*)(p + 2 * ldx),
+                       e = *(const Four*)(p + 3 * ldx);
             const Four ab = SHUFFLE(a, b, 0, 4, 1, 5), ab2 = SHUFFLE(a, b, 2, 6, 3, 7);
             const Four de = SHUFFLE(d, e, 0, 4, 1, 5), de2 = SHUFFLE(d, e, 2, 6, 3, 7);
             float* q = to + c * ldto + r;
@@ -113,7 +115,6 @@ static void transpose_few(const float* x, Size ldx, Size rows, Size columns, flo
     for (Size r = 0; r < rows; ++r)
         for (Size c = r < rows4 ? columns4 : 0; c < columns; ++c) to[c * ldto + r] = x[r * ldx + c];
 }
-
 
 #if VL > 4
 #if VL == 16
@@ -137,7 +138,8 @@ INLINE void transpose_block(const float* x, Size ldx, float* to, Size ldto) {  /
     for (int c = 0; c < VL; c += 4) {
         const Vector a = every_fourth(x + c, ldx), b = every_fourth(x + ldx + c, ldx);
         const Vector d = every_fourth(x + 2 * ldx + c, ldx), e = every_fourth(x + 3 * ldx + c, ldx);
-        const Vector ab = WIDE(unpacklo_ps)(a, b), ab2 = WIDE(unpackhi_ps)(a, b), de = WIDE(unpacklo_ps)(d, e), de2 = WIDE(unpackhi_ps)(d, e);
+        const Vector ab = WIDE(unpacklo_ps)(a, b), ab2 = WIDE(unpackhi_ps)(a, b), de = WIDE(unpacklo_ps)(d, e),
+                     de2 = WIDE(unpackhi_ps)(d, e);
         float* q = to + c * ldto;
         store(q, WIDE(shuffle_ps)(ab, de, 0x44));
         store(q + ldto, WIDE(shuffle_ps)(ab, de, 0xee));

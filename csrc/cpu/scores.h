@@ -13,7 +13,7 @@ enum ScoreKind : Size { DOT, DOT_RELU, DOT_LEAKY_RELU, DOT_TANH, DOT_SIGMOID, CO
 
 struct Score {
     Size kind;
-    double parameter;     // the slope of leaky relu, the eps of cosine
+    double parameter;  // the slope of leaky relu, the eps of cosine
     const float* vector;  // (H, D) of the hidden units
     bool sums_units() const { return kind >= ADDITIVE; }
     bool bends() const { return kind != DOT; }  // the gradient needs more than P and dP
@@ -27,10 +27,18 @@ static void activate(const Score& score, float scale, float* S, Size n, float* k
     for (Size i = 0; i < n; i += VL) {
         Vector x = load(S + i), y = x;
         switch (score.kind) {
-            case DOT_RELU: y = maximum(Vector{}, x); break;
-            case DOT_LEAKY_RELU: y = x >= Vector{} ? x : x * slope; break;
-            case DOT_TANH: x = y = tanh_all(x); break;
-            case DOT_SIGMOID: x = y = sigmoid(x); break;
+            case DOT_RELU:
+                y = maximum(Vector{}, x);
+                break;
+            case DOT_LEAKY_RELU:
+                y = x >= Vector{} ? x : x * slope;
+                break;
+            case DOT_TANH:
+                x = y = tanh_all(x);
+                break;
+            case DOT_SIGMOID:
+                x = y = sigmoid(x);
+                break;
         }
         if (kept) store(kept + i, x);
         store(S + i, y * factor);
@@ -43,10 +51,18 @@ static void bend(const Score& score, float scale, float* G, Size n, const float*
         const Vector x = load(kept + i);
         Vector by = one;
         switch (score.kind) {
-            case DOT_RELU: by = x > Vector{} ? one : Vector{}; break;
-            case DOT_LEAKY_RELU: by = x > Vector{} ? one : slope; break;
-            case DOT_TANH: by = 1.f - x * x; break;
-            case DOT_SIGMOID: by = x - x * x; break;
+            case DOT_RELU:
+                by = x > Vector{} ? one : Vector{};
+                break;
+            case DOT_LEAKY_RELU:
+                by = x > Vector{} ? one : slope;
+                break;
+            case DOT_TANH:
+                by = 1.f - x * x;
+                break;
+            case DOT_SIGMOID:
+                by = x - x * x;
+                break;
         }
         store(G + i, load(G + i) * by * factor);
     }
@@ -63,8 +79,8 @@ static float norm(const float* x, Size n) {  // by the largest entry, so that no
     return top * sqrtf(total);
 }
 // S = S / max(|q| |k|, eps) * scale; `kept` gets the cosine
-static void divide_by_norms(const Score& score, float scale, float* S, Size count, Size w, const float* query_norm, const float* key_norm,
-                            float* kept) {
+static void divide_by_norms(const Score& score, float scale, float* S, Size count, Size w, const float* query_norm,
+                            const float* key_norm, float* kept) {
     const Vector eps = splat((float)score.parameter), factor = splat(scale);
     for (Size j = 0; j < count; ++j)
         for (Size i = 0; i < w; i += VL) {
@@ -75,8 +91,8 @@ static void divide_by_norms(const Score& score, float scale, float* S, Size coun
 }
 // The gradient of the product q . k from that of the logits. Where the clamp does not act the norms have gradients, too: sums of
 // gradient times cosine are added to by_query (w) and by_key (count).
-static void cosine_gradient(const Score& score, float scale, float* G, Size count, Size w, const float* query_norm, const float* key_norm,
-                            const float* kept, float* by_query, float* by_key) {
+static void cosine_gradient(const Score& score, float scale, float* G, Size count, Size w, const float* query_norm,
+                            const float* key_norm, const float* kept, float* by_query, float* by_key) {
     const Vector eps = splat((float)score.parameter), factor = splat(scale);
     for (Size j = 0; j < count; ++j) {
         Vector by = Vector{};
@@ -97,9 +113,9 @@ static void cosine_gradient(const Score& score, float scale, float* G, Size coun
 // where z is small and 1 - c r would lose its digits, from the polynomial of tanh
 enum Policy : uint8_t { FACTORED, CLAMPED, SUM, PRODUCT, LARGE_PRODUCT, SMALL_SUM, SMALL_PRODUCT };
 static const float LARGEST_FACTOR = 2147483648.f;  // 2^31: four such factors are finite, and f(z) rounds to 1 beyond
-static const float LARGEST_EXPONENT = 21.4f;       // its logarithm
-static const float LARGEST_HALF = 86.f;            // e^(cq) and e^(ck) are finite up to it
-static const float LARGEST_PRODUCT = 80.f;         // |cq ck| up to it needs no clamp
+static const float LARGEST_EXPONENT = 21.4f;  // its logarithm
+static const float LARGEST_HALF = 86.f;  // e^(cq) and e^(ck) are finite up to it
+static const float LARGEST_PRODUCT = 80.f;  // |cq ck| up to it needs no clamp
 static const float LARGEST_SMALL = 0.5f;
 
 INLINE constexpr bool is_product(int policy) { return policy == PRODUCT || policy == LARGE_PRODUCT || policy == SMALL_PRODUCT; }
@@ -128,13 +144,14 @@ INLINE Vector small_tanh(float q, Vector k) {
 
 struct Units {
     Size count;  // hidden units, a multiple of 4: the rest has weight 0
-    float c;     // of f
+    float c;  // of f
     const float* weight;
 };
 
 // S (rows, keys) (+)= sum_a u_a f(z_a) over the units [first, last): q (rows, count), k (count, ld)
 template <int POLICY, int VECTORS>
-INLINE void unit_scores_block(const Units& u, Size first, Size last, Size rows, const float* Q, const float* K, Size ld, bool add, float* S) {
+INLINE void unit_scores_block(const Units& u, Size first, Size last, Size rows, const float* Q, const float* K, Size ld, bool add,
+                              float* S) {
     float weights = 0;
     for (Size a = first; a < last; ++a) weights += u.weight[a];
     for (Size i = 0; i < rows; ++i) {
@@ -166,7 +183,8 @@ INLINE void unit_scores_block(const Units& u, Size first, Size last, Size rows, 
     }
 }
 template <int POLICY>
-static void unit_scores(const Units& u, Size first, Size last, Size rows, const float* Q, const float* K, Size ld, bool add, float* S) {
+static void unit_scores(const Units& u, Size first, Size last, Size rows, const float* Q, const float* K, Size ld, bool add,
+                        float* S) {
     Size j = 0;
     for (; j + 2 * VL <= ld; j += 2 * VL) unit_scores_block<POLICY, 2>(u, first, last, rows, Q, K + j, ld, add, S + j);
     for (; j < ld; j += VL) unit_scores_block<POLICY, 1>(u, first, last, rows, Q, K + j, ld, add, S + j);
@@ -176,8 +194,8 @@ static void unit_scores(const Units& u, Size first, Size last, Size rows, const 
 // by_key (count, ld) gets G f'(z) / c^2, times q (`rows_at`) for z = q k; by_weight (count) gets the sum of G f. `Q` is what `exponential`
 // takes.
 template <int POLICY, int ROWS>
-INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const float* rows_at, Size stride, const float* K, Size ld, const float* G,
-                               float* by_query, float* by_key, Vector* by_weight, Size first, Size last) {
+INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const float* rows_at, Size stride, const float* K, Size ld,
+                               const float* G, float* by_query, float* by_key, Vector* by_weight, Size first, Size last) {
     Vector by_q[ROWS][4], by_w[4] = {};
     for (int i = 0; i < ROWS; ++i)
         for (int n = 0; n < 4; ++n) by_q[i][n] = Vector{};
@@ -192,7 +210,8 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
             Vector f[4], slope[4];
             if (is_small(POLICY)) {
 #pragma GCC unroll 4
-                for (int n = 0; n < 4; ++n) f[n] = small_tanh<POLICY>(q[n], k[n]), slope[n] = (1.f - f[n] * f[n]) * 0.25f;  // c is 2
+                for (int n = 0; n < 4; ++n)
+                    f[n] = small_tanh<POLICY>(q[n], k[n]), slope[n] = (1.f - f[n] * f[n]) * 0.25f;  // c is 2
             } else {
                 Vector e[4], d[4];
 #pragma GCC unroll 4
@@ -222,14 +241,14 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
         for (int n = 0; n < 4; ++n) by_query[i * u.count + a + n] += sum(by_q[i][n]) * (u.c * u.c);
 }
 template <int POLICY>
-static void unit_gradient(const Units& u, Size a, Size rows, const float* Q, const float* rows_at, Size stride, const float* K, Size ld,
-                          const float* G, float* by_query, float* by_key, float* by_weight) {
+static void unit_gradient(const Units& u, Size a, Size rows, const float* Q, const float* rows_at, Size stride, const float* K,
+                          Size ld, const float* G, float* by_query, float* by_key, float* by_weight) {
     const int ROWS = VL == 16 ? 2 : 1;  // as the registers allow; rows is a multiple of GROUP
     for (Size first = 0; first < ld; first += 512) {
         Vector by_w[4] = {};
         for (Size i = 0; i < rows; i += ROWS)
-            unit_gradient_rows<POLICY, ROWS>(u, a, Q + i * u.count, rows_at + i * stride, stride, K, ld, G + i * ld, by_query + i * u.count,
-                                             by_key, by_w, first, least(first + 512, ld));
+            unit_gradient_rows<POLICY, ROWS>(u, a, Q + i * u.count, rows_at + i * stride, stride, K, ld, G + i * ld,
+                                             by_query + i * u.count, by_key, by_w, first, least(first + 512, ld));
         for (int n = 0; n < 4; ++n) by_weight[a + n] += sum(by_w[n]);
     }
 }
@@ -237,17 +256,18 @@ static void unit_gradient(const Units& u, Size a, Size rows, const float* Q, con
 // One thread's hidden units: of a block of keys, and of a tile of query rows
 struct UnitTile {
     Units units;
-    Size ld;                // keys of the block, rounded up to VL
-    float *weight;          // (count)
-    float *key;             // (count, ld): k, later e^(ck)
+    Size ld;  // keys of the block, rounded up to VL
+    float* weight;  // (count)
+    float* key;  // (count, ld): k, later e^(ck)
     float *by_key, *by_key_tile;  // (count, ld): the gradient of the tiles so far, and that of one tile: a sum of short sums
-    float *key_largest, *key_extent, *query_largest, *query_extent;  // (count) of k and |k|, q and |q|; of the queries up to VL more
-    float *query;           // (LANES, count): what `exponential` takes
-    const float* rows;      // (LANES, stride): q
+    float *key_largest, *key_extent, *query_largest,
+        *query_extent;  // (count) of k and |k|, q and |q|; of the queries up to VL more
+    float* query;  // (LANES, count): what `exponential` takes
+    const float* rows;  // (LANES, stride): q
     Size stride;
     float *by_query, *by_weight;
-    float *scores;          // (LANES, ld): logits or their gradient, row by row
-    Policy* policies;       // (count / 4): of the tile, by four units
+    float* scores;  // (LANES, ld): logits or their gradient, row by row
+    Policy* policies;  // (count / 4): of the tile, by four units
     uint8_t* exponentials;  // (count / 4): `key` holds e^(ck)
 
     static Size padded(Size units) { return round_up(units, 4); }
@@ -277,10 +297,13 @@ struct UnitTile {
             key_largest[n] = largest(top), key_extent[n] = largest(extent);
         }
     }
-    static void take_extent(Vector x, Vector& top, Vector& extent) { top = maximum(x, top), extent = maximum(absolute(x), extent); }  // past a NaN
+    static void take_extent(Vector x, Vector& top, Vector& extent) {
+        top = maximum(x, top), extent = maximum(absolute(x), extent);
+    }  // past a NaN
     // Of the tile's rows (rows, stride), as load_tile gives them; the keys come before. Keys follow the policy: e^(ck) is made once, and k
     // is fetched again where another tile wants it.
-    void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size width, const Keys& keys, Size count) {
+    void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size width, const Keys& keys,
+                   Size count) {
         rows = rows_at, stride = row_stride;
         for (Size n = 0; n < units.count; n += VL) {
             Vector top = Vector{}, extent = Vector{};
@@ -296,8 +319,13 @@ struct UnitTile {
                 large |= !(units.c * q * k <= LARGEST_PRODUCT);
                 small &= (score.kind == ADDITIVE ? q + k : q * k) <= LARGEST_SMALL;
             }
-            const Policy policy = score.kind == ADDITIVE ? (small ? SMALL_SUM : !factors ? SUM : clamps ? CLAMPED : FACTORED)
-                                                         : (small ? SMALL_PRODUCT : large ? LARGE_PRODUCT : PRODUCT);
+            const Policy policy = score.kind == ADDITIVE ? (small      ? SMALL_SUM
+                                                            : !factors ? SUM
+                                                            : clamps   ? CLAMPED
+                                                                       : FACTORED)
+                                                         : (small   ? SMALL_PRODUCT
+                                                            : large ? LARGE_PRODUCT
+                                                                    : PRODUCT);
             const bool wanted = policy == FACTORED || policy == CLAMPED;
             const float factor = policy == PRODUCT ? units.c * 1.44269504f : 1.f;
             policies[n / 4] = policy;
@@ -327,13 +355,27 @@ struct UnitTile {
             for (last = first; last < units.count && policies[last / 4] == policy;) last += 4;
             const bool add = first > 0;
             switch (policy) {
-                case FACTORED: unit_scores<FACTORED>(units, first, last, width, query, key, ld, add, scores); break;
-                case CLAMPED: unit_scores<CLAMPED>(units, first, last, width, query, key, ld, add, scores); break;
-                case SUM: unit_scores<SUM>(units, first, last, width, query, key, ld, add, scores); break;
-                case PRODUCT: unit_scores<PRODUCT>(units, first, last, width, query, key, ld, add, scores); break;
-                case LARGE_PRODUCT: unit_scores<LARGE_PRODUCT>(units, first, last, width, query, key, ld, add, scores); break;
-                case SMALL_SUM: unit_scores<SMALL_SUM>(units, first, last, width, query, key, ld, add, scores); break;
-                case SMALL_PRODUCT: unit_scores<SMALL_PRODUCT>(units, first, last, width, query, key, ld, add, scores); break;
+                case FACTORED:
+                    unit_scores<FACTORED>(units, first, last, width, query, key, ld, add, scores);
+                    break;
+                case CLAMPED:
+                    unit_scores<CLAMPED>(units, first, last, width, query, key, ld, add, scores);
+                    break;
+                case SUM:
+                    unit_scores<SUM>(units, first, last, width, query, key, ld, add, scores);
+                    break;
+                case PRODUCT:
+                    unit_scores<PRODUCT>(units, first, last, width, query, key, ld, add, scores);
+                    break;
+                case LARGE_PRODUCT:
+                    unit_scores<LARGE_PRODUCT>(units, first, last, width, query, key, ld, add, scores);
+                    break;
+                case SMALL_SUM:
+                    unit_scores<SMALL_SUM>(units, first, last, width, query, key, ld, add, scores);
+                    break;
+                case SMALL_PRODUCT:
+                    unit_scores<SMALL_PRODUCT>(units, first, last, width, query, key, ld, add, scores);
+                    break;
             }
         }
         transpose(scores, ld, width, count, S, width);
@@ -350,16 +392,31 @@ struct UnitTile {
         memset(by_query, 0, width * units.count * sizeof(float));
         for (Size n = 0; n < units.count; n += 4) {
             switch (policies[n / 4]) {
-                case FACTORED: gradient<FACTORED>(n, width); break;
-                case CLAMPED: gradient<CLAMPED>(n, width); break;
-                case SUM: gradient<SUM>(n, width); break;
-                case PRODUCT: gradient<PRODUCT>(n, width); break;
-                case LARGE_PRODUCT: gradient<LARGE_PRODUCT>(n, width); break;
-                case SMALL_SUM: gradient<SMALL_SUM>(n, width); break;
-                case SMALL_PRODUCT: gradient<SMALL_PRODUCT>(n, width); break;
+                case FACTORED:
+                    gradient<FACTORED>(n, width);
+                    break;
+                case CLAMPED:
+                    gradient<CLAMPED>(n, width);
+                    break;
+                case SUM:
+                    gradient<SUM>(n, width);
+                    break;
+                case PRODUCT:
+                    gradient<PRODUCT>(n, width);
+                    break;
+                case LARGE_PRODUCT:
+                    gradient<LARGE_PRODUCT>(n, width);
+                    break;
+                case SMALL_SUM:
+                    gradient<SMALL_SUM>(n, width);
+                    break;
+                case SMALL_PRODUCT:
+                    gradient<SMALL_PRODUCT>(n, width);
+                    break;
             }
         }
-        for (Size i = 0; i < units.count * ld; i += VL) store(by_key + i, load(by_key + i) + load(by_key_tile + i) * (units.c * units.c));
+        for (Size i = 0; i < units.count * ld; i += VL)
+            store(by_key + i, load(by_key + i) + load(by_key_tile + i) * (units.c * units.c));
     }
     template <int POLICY>
     void gradient(Size n, Size width) {

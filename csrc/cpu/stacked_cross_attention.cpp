@@ -14,25 +14,25 @@ namespace {
 
 enum Norm : Size { NONE = 0, SOFTMAX = 1, L2 = 2, L1 = 3 };
 enum Aggregation : Size { LOGSUMEXP = 0, MAX = 1, SUM = 2, MEAN = 3 };
-static const Size GROUP = 16;         // contexts and features are padded with zeros to a multiple of it
-static const Size BLOCK_ROWS = 48;    // rows of query sets at a time, or one set
-static const Size SPAN = 64;          // so many numbers are added in a row; then sums of sums
+static const Size GROUP = 16;  // contexts and features are padded with zeros to a multiple of it
+static const Size BLOCK_ROWS = 48;  // rows of query sets at a time, or one set
+static const Size SPAN = 64;  // so many numbers are added in a row; then sums of sums
 static const Size MOST_KEPT = 1 << 22;  // numbers that are kept for the second sweep, or those of two context sets a thread
-static const float EPS = 1e-8f;       // of SCAN's norms and cosine
+static const float EPS = 1e-8f;  // of SCAN's norms and cosine
 
 struct Sets {
-    const void* data;             // (sets, rows, D), last stride 1
+    const void* data;  // (sets, rows, D), last stride 1
     Size count, rows, stride_set, stride_row;
-    const int64_t* lengths;       // (sets), how many rows are real; null for all
+    const int64_t* lengths;  // (sets), how many rows are real; null for all
 };
 
 struct StackedCrossAttention {
     Size dtype, D, norm, clips, aggregation;
     double smooth, lambda;
     Sets query, context;
-    float* similarity;            // forward: element (y, x)
-    const float* grad_similarity; // backward
-    Size stride_y, stride_x;      // of either
+    float* similarity;  // forward: element (y, x)
+    const float* grad_similarity;  // backward
+    Size stride_y, stride_x;  // of either
     void *grad_query, *grad_context;  // as the inputs, contiguous
 };
 
@@ -41,7 +41,7 @@ struct Rows32 {
     const float* data;
     float* copy;
     Size stride, stride_set;  // of sets where nothing was copied
-    Size* first;              // (sets + 1): where a set's rows begin among all
+    Size* first;  // (sets + 1): where a set's rows begin among all
     Size count(Size set) const { return first[set + 1] - first[set]; }
     const float* at(Size set) const { return data + (copy ? first[set] * stride : set * stride_set); }
 };
@@ -56,9 +56,9 @@ struct Job {
     Size threads;
     Rows32 query, context;
     Size *blocks, num_blocks;  // block b: query sets [blocks[b], blocks[b + 1])
-    float* norm_q;             // of all query rows
-    float *flat, *by_norm_q;   // kept of a chunk of context sets: (x, rows, contexts), (x, rows)
-    float* grad_query;         // (rows, features), in float32
+    float* norm_q;  // of all query rows
+    float *flat, *by_norm_q;  // kept of a chunk of context sets: (x, rows, contexts), (x, rows)
+    float* grad_query;  // (rows, features), in float32
     Workspace* workspaces;
     Size block_rows, block_sets;  // at most
     Size splits, first, sets, next;

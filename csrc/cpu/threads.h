@@ -13,9 +13,9 @@ extern int32_t (*vlattn_get_num_threads)(uint32_t* count);
 // extern "C" int64_t vlattn_<ISA>_<name>(call, size): `name(const Type&)` of this file for Python, which packs the fields of Type.
 #define JOIN3(a, b, c) a##b##c
 #define SYMBOL(isa, name) JOIN3(vlattn_, isa, _##name)
-#define OPERATOR(name, Type)                                                                                                  \
-    extern "C" __attribute__((visibility("default"))) int64_t SYMBOL(ISA, name)(const ISA::Type* call, int64_t size) {         \
-        return size == sizeof(ISA::Type) ? ISA::name(*call) : (int64_t)ISA::WRONG_SIZE;                                        \
+#define OPERATOR(name, Type)                                                                                           \
+    extern "C" __attribute__((visibility("default"))) int64_t SYMBOL(ISA, name)(const ISA::Type* call, int64_t size) { \
+        return size == sizeof(ISA::Type) ? ISA::name(*call) : (int64_t)ISA::WRONG_SIZE;                                \
     }
 
 namespace ISA {
@@ -48,8 +48,10 @@ static void run(Size tasks, Context& context, void (*task)(Context&, Size)) {
             for (Size n = begin; n < end; ++n) call.task(call.context, n);
         }
     } call = {context, task};
-    if (tasks > 1 && vlattn_parallel_for) vlattn_parallel_for(0, tasks, 1, Call::range, &call);
-    else Call::range(0, tasks, &call);
+    if (tasks > 1 && vlattn_parallel_for)
+        vlattn_parallel_for(0, tasks, 1, Call::range, &call);
+    else
+        Call::range(0, tasks, &call);
 }
 
 // One allocation, handed out in pieces: a function that takes its pieces from a Memory is called twice, first to be counted.
