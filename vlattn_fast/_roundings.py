@@ -40,6 +40,9 @@ class OtherRoundings(TorchDispatchMode):
             found = (found * torch.exp(-self._error_of_lse(args[0], args[1], sums))).to(found.dtype)
         if func is torch.ops.aten._log_softmax.default:
             found = (found - self._error_of_lse(args[0], args[1], found.dtype)).to(found.dtype)
+        if func is torch.ops.aten._log_softmax_backward_data.default:  # grad - P sum grad, with P = exp(log P)
+            prob = torch.exp(args[1])
+            found = found - (self._moved(prob) - prob) * args[0].sum(args[2], keepdim=True)
         if func is torch.ops.aten._softmax_backward_data.default and self.dtype.itemsize == 2:
             found = found + self._error_of_delta(args[0], args[1], args[2])
         if isinstance(found, Tensor):
