@@ -37,11 +37,11 @@ def test_right_or_refused(first: int) -> None:
 
 
 def test_stored_results() -> None:
-    """Of the long run: nothing is left out, and what failed is there with its repro."""
+    """Of the long run: nothing is left out, and nothing failed."""
     run = json.loads((Path(__file__).parent / "results.json").read_text())
     assert run["configurations"] >= 20_000 and run["commit"]
     assert sum(run["compared"].values()) + sum(run["refused"].values()) == run["configurations"]
-    assert all("vlattn verify" in failure for failure in run["failures"]) and run["worst_ratio"] <= 1.0
+    assert run["failures"] == [] and run["worst_ratio"] <= 1.0
 
 
 def test_every_operator_and_backend_is_drawn() -> None:
