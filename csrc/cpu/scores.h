@@ -121,6 +121,31 @@ static const float LARGEST_SMALL = 0.5f;
 INLINE constexpr bool is_product(int policy) { return policy == PRODUCT || policy == LARGE_PRODUCT || policy == SMALL_PRODUCT; }
 INLINE constexpr bool is_small(int policy) { return policy == SMALL_SUM || policy == SMALL_PRODUCT; }
 
+template <int POLICY>
+struct Constant {
+    static constexpr int value = POLICY;
+};
+// Calls f with the policy as a constant
+template <class F>
+static void with_policy(Policy policy, const F& f) {
+    switch (policy) {
+        case FACTORED:
+            return f(Constant<FACTORED>());
+        case CLAMPED:
+            return f(Constant<CLAMPED>());
+        case SUM:
+            return f(Constant<SUM>());
+        case PRODUCT:
+            return f(Constant<PRODUCT>());
+        case LARGE_PRODUCT:
+            return f(Constant<LARGE_PRODUCT>());
+        case SMALL_SUM:
+            return f(Constant<SMALL_SUM>());
+        case SMALL_PRODUCT:
+            return f(Constant<SMALL_PRODUCT>());
+    }
+}
+
 // e^(cz); q is e^(cq) for FACTORED and CLAMPED, as k is e^(ck), and q c log2 e for PRODUCT
 template <int POLICY>
 INLINE Vector exponential(float q, Vector k, float c) {
@@ -354,29 +379,9 @@ struct UnitTile {
             const Policy policy = policies[first / 4];
             for (last = first; last < units.count && policies[last / 4] == policy;) last += 4;
             const bool add = first > 0;
-            switch (policy) {
-                case FACTORED:
-                    unit_scores<FACTORED>(units, first, last, width, query, key, ld, add, scores);
-                    break;
-                case CLAMPED:
-                    unit_scores<CLAMPED>(units, first, last, width, query, key, ld, add, scores);
-                    break;
-                case SUM:
-                    unit_scores<SUM>(units, first, last, width, query, key, ld, add, scores);
-                    break;
-                case PRODUCT:
-                    unit_scores<PRODUCT>(units, first, last, width, query, key, ld, add, scores);
-                    break;
-                case LARGE_PRODUCT:
-                    unit_scores<LARGE_PRODUCT>(units, first, last, width, query, key, ld, add, scores);
-                    break;
-                case SMALL_SUM:
-                    unit_scores<SMALL_SUM>(units, first, last, width, query, key, ld, add, scores);
-                    break;
-                case SMALL_PRODUCT:
-                    unit_scores<SMALL_PRODUCT>(units, first, last, width, query, key, ld, add, scores);
-                    break;
-            }
+            with_policy(policy, [&](auto each) {
+                unit_scores<decltype(each)::value>(units, first, last, width, query, key, ld, add, scores);
+            });
         }
         transpose(scores, ld, width, count, S, width);
         for (Size i = 0; i < count * width; i += VL) store(S + i, load(S + i) * splat(scale));
@@ -391,36 +396,13 @@ struct UnitTile {
         memset(by_key_tile, 0, units.count * ld * sizeof(float));
         memset(by_query, 0, width * units.count * sizeof(float));
         for (Size n = 0; n < units.count; n += 4) {
-            switch (policies[n / 4]) {
-                case FACTORED:
-                    gradient<FACTORED>(n, width);
-                    break;
-                case CLAMPED:
-                    gradient<CLAMPED>(n, width);
-                    break;
-                case SUM:
-                    gradient<SUM>(n, width);
-                    break;
-                case PRODUCT:
-                    gradient<PRODUCT>(n, width);
-                    break;
-                case LARGE_PRODUCT:
-                    gradient<LARGE_PRODUCT>(n, width);
-                    break;
-                case SMALL_SUM:
-                    gradient<SMALL_SUM>(n, width);
-                    break;
-                case SMALL_PRODUCT:
-                    gradient<SMALL_PRODUCT>(n, width);
-                    break;
-            }
+            with_policy(policies[n / 4], [&](auto each) {
+                unit_gradient<decltype(each)::value>(
+                    units, n, width, query, rows, stride, key, ld, scores, by_query, by_key_tile, by_weight);
+            });
         }
         for (Size i = 0; i < units.count * ld; i += VL)
             store(by_key + i, load(by_key + i) + load(by_key_tile + i) * (units.c * units.c));
-    }
-    template <int POLICY>
-    void gradient(Size n, Size width) {
-        unit_gradient<POLICY>(units, n, width, query, rows, stride, key, ld, scores, by_query, by_key_tile, by_weight);
     }
 };
 
