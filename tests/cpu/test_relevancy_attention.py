@@ -12,7 +12,7 @@ from tests.ops.backends import LOW
 from tests.ops.relevancy_cases import MASKS, RULES, check, cotangents, padding, tensors
 
 # A tile has up to 64 queries (48 without AVX-512), in groups of 16; up to 768 keys are one block, more come in blocks of 512.
-SIZES = (1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 129, 768, 769, 1100)
+SIZES = (1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 97, 129, 768, 769, 1100)
 
 
 @pytest.mark.parametrize("n", SIZES)

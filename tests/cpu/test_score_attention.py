@@ -12,7 +12,7 @@ from tests.ops.backends import LOW
 from tests.ops.score_cases import MASKS, SCORES, attention_inputs, call, check, padding, tensors
 
 # A tile has up to 64 queries (48 without AVX-512), in groups of 16; up to 768 keys are one block, more come in blocks of 512.
-SIZES = [(1, 1), (15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (63, 64), (65, 63), (97, 96), (128, 129)]
+SIZES = [(1, 1), (15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (63, 64), (65, 63), (96, 97), (97, 96), (128, 129)]
 BLOCKS = [(3, 767), (17, 768), (2, 769), (1, 1025), (20, 1300)]
 KINDS = ("dot", "cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key")
 
