@@ -226,10 +226,11 @@ def _inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> A
             raise typer.BadParameter(f"{option}: {type(model).__name__} takes {'one' if taken else 'none'}")
     if not takes_text:
         return processor(images=picture, return_tensors="pt")
-    try:
-        decoder = find_family(model).score == "token"
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+    if (family := find_family(model)) is None:
+        raise typer.BadParameter(
+            f"--model: {type(model).__name__} is of no known family; va.explain takes it with read= and target="
+        )
+    decoder = family.score == "token"
     padding = "max_length" if model.config.model_type.startswith("siglip") else True  # SigLIP was trained with it
     if decoder and len(texts) > 1:
         raise typer.BadParameter(f"--text: {type(model).__name__} takes one; got {len(texts)}")

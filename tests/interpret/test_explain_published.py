@@ -130,7 +130,7 @@ def test_additive_masks():
     inputs["attention_mask"][1, 5:] = 0
     place = TowerCase("encoder.layer", "attention.self", "attention", "attention.output.LayerNorm", first_row, attention_mask)
     case = Case(model, inputs, {"text": place}, lambda o, i: o.pooler_output.square().sum(-1))
-    tower = Tower("text", "", "encoder.layer", "attention.self", "cls", "bert_text", "attention.output.dense", "attention")
+    tower = Tower("text", "", "encoder.layer", "cls", "bert_text", "attention.output.dense", "attention")
     FAMILIES["AlignTextModel"] = Family((tower,), "class")
     try:
         for method in METHODS:
@@ -246,7 +246,8 @@ def test_every_other_record_fits_its_model(index):
     lively(model)
 
     def score(outputs):
-        return next(outputs[name] for name in ("logits", "pooler_output", "text_embeds") if name in outputs).flatten(1)[:, 0]
+        found = next(outputs[name] for name in ("logits", "pooler_output", "text_embeds") if name in outputs)
+        return found.reshape(len(found), -1, found.shape[-1])[:, -1, 0]
 
     for method in METHODS:
         got = explain(model, inputs, method=method, target=score)
@@ -268,7 +269,8 @@ def test_autocast(case, method):
 
 def test_position_bias_is_added_to_the_mask():
     """The contract of transformers' newest argument, against a score written out."""
-    from vlattn_fast.interpret.taps import _taps, attention_function
+    from vlattn_fast.interpret import trace
+    from vlattn_fast.interpret.dispatch import attention_function
 
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 5, 8)
@@ -277,12 +279,12 @@ def test_position_bias_is_added_to_the_mask():
     causal = torch.ones(5, 5, dtype=torch.bool).tril()
     scores = query @ key.transpose(-1, -2) * 0.3 + bias
 
-    class Tap:
-        def attend(self, module, query, key, value, masks):
+    class Recorded:
+        def attend(self, query, key, value, masks, module):
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, **masks)
 
     module = torch.nn.Identity()
-    token = _taps.set({module: Tap()})
+    token = trace._running.set(Recorded())
     try:
         nothing = torch.zeros_like(causal)
         for mask, is_causal, hidden in ((None, False, nothing), (None, True, ~causal), (visible, None, ~visible)):
@@ -296,4 +298,4 @@ def test_position_bias_is_added_to_the_mask():
             with pytest.raises(ValueError, match=next(iter(refused)).replace("_", "[_ ]")):
                 attention_function(module, query, key, value, None, scaling=0.3, **refused)
     finally:
-        _taps.reset(token)
+        trace._running.reset(token)

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._tensors import compute_dtype
+from vlattn_fast.interpret._run import at_rest, traced, unwrapped
+from vlattn_fast.interpret.bimodal import Relevancies, relevancies
 from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import Family, find_family
 from vlattn_fast.interpret.inputs import is_empty, prepare_inputs, real_tokens, with_one_row
-from vlattn_fast.interpret.methods import check_weighting, find_method, gradcam, raw_attention
-from vlattn_fast.interpret.readout import gather_words, image_maps, start_rows, word_positions
-from vlattn_fast.interpret.taps import TowerTap, at_rest, tapped
+from vlattn_fast.interpret.methods import Method, check_weighting, find_method, gradcam, raw_attention
+from vlattn_fast.interpret.readout import Read, check_read, gather_words, image_maps, start_rows, word_positions
 from vlattn_fast.interpret.targets import check_scores, choose_score
+from vlattn_fast.interpret.towers import TowerTrace
+from vlattn_fast.interpret.trace import Trace
 from vlattn_fast.ops.relevancy_residual import Weighting
 
 
@@ -27,6 +29,7 @@ def explain(
     method: str = "gradient",
     start_layer: int = 0,
     weighting: str | Weighting = "contribution",
+    read: None | Read | Mapping[str, Read] = None,
 ) -> Explanation:
     """Relevancy of every input token to a score of the model.
 
@@ -48,7 +51,8 @@ def explain(
 
     Args:
         model: a Hugging Face model of a known family (CLIP, SigLIP, ViT, DINOv2, BERT, LLaVA, Qwen-VL, ...; see `FAMILIES`),
-            or `vlattn_fast.models.UNITER`.
+            `vlattn_fast.models.UNITER`, or any other model, where `read` and `target` are given. Wrappers (torch.compile,
+            DataParallel, DDP, PEFT, a pipeline) are seen through.
         inputs: the model's keyword arguments, e.g. what a processor returns. An empty batch gives empty results.
         target: None = CLIP-like: similarity logit of image i with text i (one image and T texts: T rows); classifier: the
             argmax class; decoder: the argmax token after the last real position. An int or (B,) ints = that text, class or
@@ -56,41 +60,64 @@ def explain(
         start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.
+        read: the row that is read, instead of what the model's record says: "cls" (token 0), "last" (the last real token),
+            "mean" (1/N of each), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to these.
+            Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower that
+            is read through cross-attention alone needs no row of its own, see Chefer et al. 2021, equations 5 to 11.
 
     Returns:
         An `Explanation`; values are raw.
 
     Raises:
         TypeError: `model` is no module, `inputs` no mapping, `target` of no known kind.
-        ValueError: an unknown method or family; a layer that cannot be tapped (the message names it); an index out of range;
-            an attention option that the operator does not support (softcap, sinks); a score that does not depend on the
-            explained layers, or is NaN.
+        ValueError: an unknown method; a model without a record where `read` is None (the message shows its towers); a layer
+            whose attention was not seen (the message names it); an index out of range; an attention option that the operator
+            does not support (softcap, sinks); a score that does not depend on the explained layers, or is NaN; a row that
+            nothing but itself counts for.
     """
     rule = find_method(method)
     check_weighting(weighting)
+    check_read(read)
     if not isinstance(start_layer, int) or isinstance(start_layer, bool):
         raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
+    model = unwrapped(model)
     family = find_family(model)
+    if family is None:
+        if read is None:
+            raise ValueError(_how_to_read(model, inputs))
+        family = Family((), "class")
     with torch.inference_mode(False), torch.enable_grad(), at_rest(model):
         arguments, pairs = prepare_inputs(model, inputs, family, target)
         empty = is_empty(arguments)
-        with tapped(model, family, rule, start_layer, weighting) as taps:
+        with traced(model, family, rule, weighting) as trace:
             outputs = model(**(with_one_row(arguments, family) if empty else arguments))
-        for tap in taps:
-            tap.check()
+        trace.check()
+        towers, others = _chosen(trace, read)
+        for tower in towers:
+            tower.check_start(start_layer)
         if empty:
-            scores, chosen, rows = _nothing(taps, outputs, family, target)
+            scores, chosen, rows = _nothing(towers, outputs, family, target)
         else:
-            shapes = [tap.shape for tap in taps]
+            shapes = [tower.shape for tower in towers]
             scores, chosen = choose_score(outputs, family, target, arguments, pairs, shapes, rule.needs_score)
             if scores is not None:
-                check_scores(scores, [edge for tap in taps for edge in tap.edges] if rule.needs_score else None)
-            read = _carried if rule.carries else _last_only
-            rows = read(taps, arguments, scores if rule.needs_score else None)
-    relevancy = {tap.tower.name: row.detach()[:, 0] for tap, row in zip(taps, rows, strict=True)}
+                check_scores(
+                    scores, [edge for tower in towers for edge in tower.edges(start_layer)] if rule.needs_score else None
+                )
+            starts = [_start(tower, read, arguments) for tower in towers]
+            found = scores if rule.needs_score else None
+            if others:
+                rows = _between(trace, towers, others, starts, found, rule)
+            elif rule.carries:
+                rows = _carried(towers, start_layer, starts, found)
+            else:
+                rows = _last_only(towers, starts, arguments, found)
+            _check_rows(rows, starts, rule)
+    names = [tower.name for tower in [*towers, *others]]
+    relevancy = {name: row.detach()[:, 0] for name, row in zip(names, rows, strict=True)}
     return Explanation(
         relevancy=relevancy,
-        **_cut(model, taps, arguments, relevancy),
+        **_cut(model, towers, arguments, relevancy),
         scores=None if scores is None else scores.detach(),
         target=chosen,
         method=method,
@@ -98,14 +125,57 @@ def explain(
     )
 
 
+def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it."""
+    family, rule = Family((), "class"), find_method("attention")
+    problem = f"model must be of a known family where read is None; got {type(model).__name__}"
+    try:
+        with torch.inference_mode(False), torch.no_grad(), at_rest(model), traced(model, family, rule, "equal") as trace:
+            model(**prepare_inputs(model, inputs, family, None)[0])
+        trace.check()
+    except Exception as error:
+        return (
+            f"{problem}, and no attention of it could be seen ({type(error).__name__}: {error}). "
+            "vlattn_fast.interpret.register_family adds a record"
+        )
+    found = [f"{tower.name} ({tower.lists[0]}: {tower.size} tokens)" for tower in trace.towers if tower.paths]
+    if not found:
+        return f"{problem}, which called no attention. vlattn_fast.interpret.register_family adds a record"
+    line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
+    return f"{problem}. Its towers are {', '.join(found)}. Say which row is read and what the score is, as in {line}"
+
+
+def _chosen(trace: Trace, read: Any) -> tuple[list[TowerTrace], list[TowerTrace]]:
+    """The towers whose own rows are read, and those that they attend to, whose part of these rows is read as well."""
+    links = {(call.tower, call.source) for call in trace.calls if call.tower is not call.source}
+    named = {tower.name: tower for tower in trace.towers}
+    if isinstance(read, Mapping):
+        for name in read:
+            if name not in named:
+                raise ValueError(f"read must name towers among {', '.join(named)}; got {name!r}")
+        towers = [named[name] for name in read]
+    else:
+        towers = [tower for tower in trace.towers if tower.paths and not any(source is tower for _, source in links)]
+        towers = towers or trace.towers[:1]  # all attend to one another: the first is read
+    others = [tower for tower in trace.towers if tower not in towers and any((t, tower) in links for t in towers)]
+    return towers, others
+
+
+def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """The weights (B, 1, N) of the rows that are read at the end of a tower."""
+    rows = tower.rows_at_end()
+    like = torch.zeros(tower.batch or 0, 1, rows, dtype=tower.dtype, device=tower.device)
+    return start_rows(tower, read[tower.name] if isinstance(read, Mapping) else read, arguments, like)
+
+
 def _nothing(
-    taps: list[TowerTap], outputs: Any, family: Family, target: Any
+    towers: list[TowerTrace], outputs: Any, family: Family, target: Any
 ) -> tuple[Tensor | None, list[int] | None, list[Tensor]]:
     """Scores, their indices and the rows (0, 1, N) of an empty batch, from a run over one made-up row."""
     rows = []
-    for tap in taps:
-        tap.shape = (0, tap.shape[1])
-        rows.append(torch.zeros(0, 1, tap.shape[1], dtype=tap.dtype, device=tap.device))
+    for tower in towers:
+        tower.batch = 0
+        rows.append(torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device))
     if callable(target):
         return rows[0].new_zeros(0), None, rows
     if family.score == "pair" or getattr(outputs, "logits", None) is not None:
@@ -113,51 +183,84 @@ def _nothing(
     return None, None, rows
 
 
-def _carried(taps: list[TowerTap], arguments: dict[str, Any], scores: Tensor | None) -> list[Tensor]:
+def _carried(towers: list[TowerTrace], start_layer: int, starts: list[Tensor], scores: Tensor | None) -> list[Tensor]:
     """The finished rows (B, 1, N). One backward pass starts at the score and at the carrier that leaves each tower."""
-    carriers = [tap.carriers() for tap in taps]
-    outputs = [carrier_out for _, carrier_out in carriers]
-    rows = [start_rows(tap.tower, tap.config, arguments, output) for tap, output in zip(taps, outputs, strict=True)]
+    carriers = [tower.carriers(start_layer) for tower in towers]
+    outputs = [leaving for _, leaving in carriers]
+    rows = [start.to(output.device) for start, output in zip(starts, outputs, strict=True)]
     if scores is not None:
         outputs, rows = [scores.sum(), *outputs], [torch.ones_like(scores.sum()), *rows]
-    return list(torch.autograd.grad(outputs, [carrier_in for carrier_in, _ in carriers], rows))
+    parts = [part for entering, _ in carriers for part in entering]
+    grads = iter(torch.autograd.grad(outputs, parts, rows))
+    return [torch.cat([next(grads) for _ in entering], 2) for entering, _ in carriers]
 
 
-def _last_only(taps: list[TowerTap], arguments: dict[str, Any], scores: Tensor | None) -> list[Tensor]:
+def _last_only(towers: list[TowerTrace], starts: list[Tensor], arguments: dict[str, Any], scores: Tensor | None) -> list[Tensor]:
     """The rows (B, 1, N) of the last attention alone: Grad-CAM with a score, raw attention without."""
-    calls = [tap.last_call() for tap in taps]
+    calls = [tower.last_call_read() for tower in towers]
     grads: tuple[Tensor | None, ...] = (None,) * len(calls)
     if scores is not None:
         grads = torch.autograd.grad(scores.sum(), [call.output for call in calls], allow_unused=True)
     rows = []
     with torch.no_grad():
-        for tap, call, grad in zip(taps, calls, grads, strict=True):
-            dtype = compute_dtype(call.query)
-            like = torch.zeros(call.query.shape[0], 1, call.query.shape[2], dtype=dtype, device=call.query.device)
-            start = start_rows(tap.tower, tap.config, arguments, like)
+        for tower, start, call, grad in zip(towers, starts, calls, grads, strict=True):
+            start = start.to(call.query.device)
             if scores is None:
                 rows.append(raw_attention(start, call))
                 continue
             grad = torch.zeros_like(call.output) if grad is None else grad
-            real = real_tokens(tap.tower, arguments, tap.shape)
+            real = real_tokens(tower.tokens, arguments, tower.shape)
             real = None if real is None else real.to(start.device)
-            rows.append(gradcam(start, call, call.grad_output(grad), None if tap.pooling is not None else real, real))
+            rows.append(gradcam(start, call, grad, None if tower.pooled else real, real))
     return rows
 
 
-def _cut(model: nn.Module, taps: list[TowerTap], arguments: dict[str, Any], relevancy: dict[str, Tensor]) -> dict[str, Any]:
+def _between(
+    trace: Trace, towers: list[TowerTrace], others: list[TowerTrace], starts: list[Tensor], scores: Tensor | None, rule: Method
+) -> list[Tensor]:
+    """The rows (B, 1, N) of `towers`, their own entries set to zero, and those of `others` that they count for them."""
+    if rule.name != "gradient" or scores is None:
+        raise ValueError(f"method must be 'gradient' for towers that attend to one another; got {rule.name!r}")
+    outputs = [call.attended.output for call in trace.calls]
+    grads = torch.autograd.grad(scores.sum(), outputs, allow_unused=True)
+    with torch.no_grad():
+        found: Relevancies = relevancies(trace.calls, grads)
+        rows = [(start @ found[t, t]).masked_fill(start == 1, 0.0) for t, start in zip(towers, starts, strict=True)]
+        for other in others:
+            parts = [start @ found[t, other] for t, start in zip(towers, starts, strict=True) if (t, other) in found]
+            rows.append(torch.stack(parts).sum(0))
+    return rows
+
+
+def _check_rows(rows: list[Tensor], starts: list[Tensor], rule: Method) -> None:
+    """ValueError where no row is more than the row that was read."""
+    if not rule.carries or not rule.needs_score:
+        return
+    for row, start in zip(rows, starts, strict=False):
+        beside = row.masked_fill(start == 1, 0.0) if bool((start == 1).any()) else row - start
+        if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):
+            return
+    raise ValueError(
+        "target must be a score that the row which is read has a part in; got a relevancy that is this row alone. Name the row "
+        'by read=, e.g. read="last" or the position (or (B, N) weights) that the score is computed from'
+    )
+
+
+def _cut(model: nn.Module, towers: list[TowerTrace], arguments: dict[str, Any], relevancy: dict[str, Tensor]) -> dict[str, Any]:
     """The image and text parts of the rows, as fields of an Explanation."""
     parts: dict[str, Any] = {}
     ids = arguments.get("input_ids")
     ids = None if ids is None else ids.reshape(-1, ids.shape[-1])
-    for tap in taps:
-        tower, row = tap.tower, relevancy[tap.tower.name]
-        config = model.config if tower.tokens == "image_text" else tap.config
-        if (maps := image_maps(tower, config, arguments, row)) is not None:
+    for tower in towers:
+        if (record := tower.record) is None:
+            continue
+        row = relevancy[tower.name]
+        config = model.config if record.tokens == "image_text" else tower.config
+        if (maps := image_maps(record, config, arguments, row)) is not None:
             parts["image"], parts["image_rows"] = maps
-        if ids is not None and (words := word_positions(tower, config, arguments, ids, tap.shape)) is not None:
+        if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
             parts["text"], parts["token_ids"] = gather_words(row, words, ids)
-        if tower.tokens == "regions":
+        if record.tokens == "regions":
             count = arguments["region_features"].shape[1]
             parts["regions"] = row[:, row.shape[1] - count :]
             parts["boxes"] = arguments["region_positions"][..., :4].detach()

@@ -24,7 +24,6 @@ class Tower:
         name: key in `Explanation.relevancy`.
         path: the tower inside the model, "" for the model itself.
         layers: the list of layers inside the tower, first to last.
-        attention: inside a layer, the module that calls the attention function.
         readout: the row that is read: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last position,
             "target" the position that predicts the target token, "mean" and "patch_mean" 1/N over all (patch) tokens,
             "pool" the row of an attention-pooling head.
@@ -34,13 +33,12 @@ class Tower:
         branch: inside a layer, the module whose output o is added to the residual stream, y = x + o (method "weighted").
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens before the patches (CLS); register tokens are added from the config.
-        pooling: inside the tower, the `nn.MultiheadAttention` of the pooling head (readout "pool").
+        pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
     """
 
     name: str
     path: str
     layers: str
-    attention: str
     readout: ReadOut
     tokens: Tokens
     branch: str
@@ -63,30 +61,26 @@ class Family:
     Args:
         towers: the towers to explain; other parts of the model run as they are.
         score: "pair" = `logits_per_image[i, i]`, "class" = `logits[b, class]`, "token" = `logits[b, position, token]`.
-        dispatch: "transformers" = through `AttentionInterface`; "attribute" = the module calls its own
-            `attention_function`, which is replaced on each instance.
+        bimodal: the towers attend to one another, and relevancy follows the rules for two modalities (Chefer et al. 2021,
+            equations 5 to 11). The row of the first tower is read.
     """
 
     towers: tuple[Tower, ...]
     score: Literal["pair", "class", "token"]
-    dispatch: Literal["transformers", "attribute"] = "transformers"
+    bimodal: bool = False
 
 
-_CLIP_VISION = Tower("vision", "vision_model", "encoder.layers", "self_attn", "cls", "patches", branch="self_attn", prefix=1)
-_CLIP_TEXT = Tower("text", "text_model", "encoder.layers", "self_attn", "eot", "clip_text", branch="self_attn")
+_CLIP_VISION = Tower("vision", "vision_model", "encoder.layers", "cls", "patches", branch="self_attn", prefix=1)
+_CLIP_TEXT = Tower("text", "text_model", "encoder.layers", "eot", "clip_text", branch="self_attn")
 _SIGLIP_VISION = replace(_CLIP_VISION, readout="pool", prefix=0, pooling="head.attention")
 _SIGLIP_TEXT = replace(_CLIP_TEXT, readout="last", tokens="text")
-_VIT = Tower("vision", "vit", "layers", "attention", "cls", "patches", branch="attention", prefix=1)
-_DINOV2 = Tower("vision", "dinov2", "encoder.layer", "attention", "cls", "patches", branch="layer_scale1", prefix=1)
-_BERT = Tower(
-    "text", "bert", "encoder.layer", "attention.self", "cls", "bert_text", branch="attention.output.dense", stream="attention"
-)
-_DECODER = Tower("language", "model.language_model", "layers", "self_attn", "target", "image_text", branch="self_attn")
+_VIT = Tower("vision", "vit", "layers", "cls", "patches", branch="attention", prefix=1)
+_DINOV2 = Tower("vision", "dinov2", "encoder.layer", "cls", "patches", branch="layer_scale1", prefix=1)
+_BERT = Tower("text", "bert", "encoder.layer", "cls", "bert_text", branch="attention.output.dense", stream="attention")
+_DECODER = Tower("language", "model.language_model", "layers", "target", "image_text", branch="self_attn")
 
 
-_UNITER = Tower(
-    "joint", "uniter", "encoder.layer", "attention.self", "cls", "regions", branch="attention.output.dense", stream="attention"
-)
+_UNITER = Tower("joint", "uniter", "encoder.layer", "cls", "regions", branch="attention.output.dense", stream="attention")
 
 
 def _alone(tower: Tower) -> Family:
@@ -118,7 +112,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen2_5_VLForConditionalGeneration": Family((_DECODER,), "token"),
     "LlamaForCausalLM": Family((replace(_DECODER, path="model", tokens="text"),), "token"),
     "Qwen2ForCausalLM": Family((replace(_DECODER, path="model", tokens="text"),), "token"),
-    "UNITER": Family((_UNITER,), "class", dispatch="attribute"),
+    "UNITER": Family((_UNITER,), "class"),
 }
 
 
@@ -129,38 +123,10 @@ def register_family(class_name: str, family: Family) -> None:
     FAMILIES[class_name] = family
 
 
-def find_family(model: nn.Module) -> Family:
-    """The record of `model`'s class or its nearest base class.
-
-    Raises:
-        TypeError: `model` is no module.
-        ValueError: the class has no record; the message names the first module whose attention `explain` cannot replace, if any.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+def find_family(model: nn.Module) -> Family | None:
+    """The record of `model`'s class or its nearest base class."""
     for cls in type(model).__mro__:
         family = FAMILIES.get(cls.__name__)
         if family is not None:
             return family
-    require_dispatch(model)
-    raise ValueError(
-        f"model must be of a known family; got {type(model).__name__}. Known are {', '.join(sorted(FAMILIES))}. "
-        "vlattn_fast.interpret.register_family adds a record of another one"
-    )
-
-
-def require_dispatch(model: nn.Module, path: str = "") -> None:
-    """ValueError, naming the first attention module, if `model` does not call transformers' AttentionInterface.
-
-    Args:
-        path: the prefix of the names of `model`'s modules.
-    """
-    for name, module in model.named_modules(prefix=path):
-        if not hasattr(module, "_can_set_attn_implementation") or module._can_set_attn_implementation():
-            continue
-        inner = ((n, type(m).__name__) for n, m in module.named_modules(prefix=name) if "Attention" in type(m).__name__)
-        where, kind = next(inner, (name, type(module).__name__))
-        raise ValueError(
-            f"model must call transformers' AttentionInterface; got {type(module).__name__}, which computes the attention of "
-            f"'{where}' ({kind}) itself"
-        )
+    return None

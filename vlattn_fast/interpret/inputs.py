@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.families import Family, Tower
+from vlattn_fast.interpret.families import Family, Tokens
 
 _IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -43,7 +43,7 @@ def prepare_inputs(
         # Logits of the whole prompt are large and only one row of them is asked for.
         sequence = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
         arguments.pop("labels", None)
-        arguments["logits_to_keep"] = last_real(family.towers[0], arguments, tuple(sequence.shape[:2])).unique()
+        arguments["logits_to_keep"] = last_real(family.towers[0].tokens, arguments, tuple(sequence.shape[:2])).unique()
     if family.score != "pair" or callable(target):
         return arguments, None
     return _paired(arguments, target)
@@ -119,27 +119,32 @@ def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
     return list(chosen)
 
 
-def real_tokens(tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """bool (B, N), True = a real token and no padding; None where all tokens are real."""
-    if tower.tokens == "patches":
+def real_tokens(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """bool (B, N), True = a real token and no padding; None where all tokens are real, or nothing tells.
+
+    Args:
+        tokens: what a tower's record says that its tokens are; None without a record.
+        shape: (B, N) of the tower.
+    """
+    if tokens == "patches":
         return None
     mask = inputs.get("attention_mask")
-    if tower.tokens == "regions":
+    if tokens == "regions":
         ids, regions, region_mask = inputs["input_ids"], inputs["region_features"], inputs.get("region_mask")
         words = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         boxes = words.new_ones(regions.shape[:2]) if region_mask is None else region_mask.bool()
         return torch.cat([words, boxes], dim=1)
     if isinstance(mask, Tensor) and mask.shape == shape:
         return mask.bool()
-    if mask is None:
+    if mask is None or tokens is None:
         return None
     got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(f"attention_mask must have shape (B, N) = {shape}; got {got}")
 
 
-def last_real(tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
-    """The last real position (B,) of a decoder's sequence: the one that predicts the next token."""
-    real = real_tokens(tower, inputs, shape)
+def last_real(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
+    """The last real position (B,) of a sequence: the one that predicts a decoder's next token."""
+    real = real_tokens(tokens, inputs, shape)
     if real is None:
         return torch.full((shape[0],), shape[1] - 1)
     if not bool(real.any(-1).all()):

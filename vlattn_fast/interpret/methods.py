@@ -92,24 +92,13 @@ def weigh(
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention call that is read later: query, key, value (B, H, N, D) as the operators take them.
-
-    The score is differentiated with respect to `output`.
-    """
+    """One attention call that is read later: query, key, value (B, H, N, D) as the operators take them, and its output."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     masks: dict[str, Any]
-    output: Tensor  # (B, N, H, D), or behind `projection` (B, N, C)
-    projection: Tensor | None = None  # (C, H*D): output = attention output @ projection.T + bias
-
-    def grad_output(self, grad: Tensor) -> Tensor:
-        """The gradient (B, H, N, D) at the attention's own output, from the gradient at `output`."""
-        if self.projection is not None:
-            batch, heads, _, dim = self.query.shape
-            grad = (grad @ self.projection.to(grad.dtype)).view(batch, -1, heads, dim)
-        return grad.transpose(1, 2)
+    output: Tensor
 
 
 def raw_attention(rows: Tensor, call: Attended) -> Tensor:

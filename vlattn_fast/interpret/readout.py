@@ -10,30 +10,65 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret.families import Tower
 from vlattn_fast.interpret.inputs import last_real, real_tokens
+from vlattn_fast.interpret.towers import TowerTrace
+
+Read = str | int | Tensor | Sequence[float]
+_NAMED = ("cls", "last", "mean")
 
 
-def start_rows(tower: Tower, config: Any, inputs: Mapping[str, Any], like: Tensor) -> Tensor:
+def check_read(read: Any) -> None:
+    """TypeError or ValueError unless `read` is None, or one way to read a row, or a dict of them."""
+    for value in read.values() if isinstance(read, Mapping) else [] if read is None else [read]:
+        if isinstance(value, str) and value not in _NAMED:
+            raise ValueError(f"read must be one of {', '.join(_NAMED)}, an index or weights; got {value!r}")
+        if isinstance(value, bool) or not (isinstance(value, (str, int, Sequence)) or hasattr(value, "tolist")):
+            raise TypeError(f"read must be a name, an index or weights; got {type(value).__name__}")
+
+
+def start_rows(tower: TowerTrace, read: Read | None, inputs: Mapping[str, Any], like: Tensor) -> Tensor:
     """The weights (B, 1, N) with which the recursion starts at the end of the tower.
 
     Args:
+        read: what the caller asks for; None = what the record says.
         like: (B, 1, N), the carrier that leaves the tower (behind a pooling head N is its number of probes).
     """
     rows = torch.zeros_like(like)
     batch, _, count = like.shape
-    if tower.readout == "pool":
-        return rows.fill_(1.0)
-    if tower.readout in ("mean", "patch_mean"):
-        skipped = prefix_tokens(tower, config) if tower.readout == "patch_mean" else 0
-        rows[:, :, skipped:] = 1.0 / (count - skipped)
-        return rows
-    if tower.readout == "cls":
-        position = torch.zeros(batch, dtype=torch.long)
-    elif tower.readout == "last":
-        position = torch.full((batch,), count - 1)
-    elif tower.readout == "eot":
-        position = end_of_text(config, inputs)
+    if read is not None and tower.pooled:
+        raise ValueError(f"read must not name a row of tower '{tower.name}', which its pooling head reads; got {read!r}")
+    if read is not None and not isinstance(read, (str, int)):
+        weights = torch.as_tensor(read, dtype=rows.dtype, device=rows.device)
+        if (
+            weights.ndim not in (1, 2)
+            or weights.shape[-1] != count
+            or weights.shape[0] not in (count, batch, 1)[2 - weights.ndim :]
+        ):
+            raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(weights.shape)}")
+        return rows + weights.reshape(-1, 1, count)
+    if isinstance(read, int):
+        if not -count <= read < count:
+            raise ValueError(f"read must be from {-count} to {count - 1} in tower '{tower.name}'; got {read}")
+        position = torch.full((batch,), read % count)
     else:
-        position = last_real(tower, inputs, (batch, count))
+        readout = read
+        if readout is None:
+            if tower.record is None:
+                raise ValueError(f"read must say which row of tower '{tower.name}' is read; got None")
+            readout = tower.record.readout
+        if readout == "pool":
+            return rows.fill_(1.0)
+        if readout in ("mean", "patch_mean"):
+            skipped = prefix_tokens(tower.record, tower.config) if tower.record is not None and readout == "patch_mean" else 0
+            rows[:, :, skipped:] = 1.0 / (count - skipped)
+            return rows
+        if readout == "cls":
+            position = torch.zeros(batch, dtype=torch.long)
+        elif readout == "eot":
+            position = end_of_text(tower.config, inputs)
+        elif readout == "last" and read is None:
+            position = torch.full((batch,), count - 1)
+        else:
+            position = last_real(tower.tokens, inputs, tower.shape)
     return rows.scatter_(2, position.to(rows.device)[:, None, None], 1.0)
 
 
@@ -53,14 +88,14 @@ def prefix_tokens(tower: Tower, config: Any) -> int:
 # --- words ---
 
 
-def word_positions(tower: Tower, config: Any, inputs: Mapping[str, Any], ids: Tensor, shape: tuple[int, int]) -> Tensor | None:
+def word_positions(tower: TowerTrace, config: Any, inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
     """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
     if tower.tokens == "patches":
         return None
     if tower.tokens == "clip_text":
         position = torch.arange(ids.shape[1], device=ids.device)
         return (position > 0) & (position < end_of_text(config, inputs)[:, None])
-    real = real_tokens(tower, inputs, shape)
+    real = real_tokens(tower.tokens, inputs, tower.shape)
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real[:, : ids.shape[1]].to(ids.device)
     if tower.tokens in ("bert_text", "regions"):
         # BERT's config does not name [SEP], but every sequence ends with it; [CLS] comes first.
@@ -69,8 +104,8 @@ def word_positions(tower: Tower, config: Any, inputs: Mapping[str, Any], ids: Te
         words[:, 0] = False
     else:
         words = real & ~torch.isin(ids, torch.tensor(sorted(_special_ids(config)), device=ids.device))
-    if words.shape[1] < shape[1]:
-        words = nn.functional.pad(words, (0, shape[1] - words.shape[1]))
+    if words.shape[1] < tower.size:
+        words = nn.functional.pad(words, (0, tower.size - words.shape[1]))
     return words
 
 

@@ -51,7 +51,7 @@ def choose_score(
                 raise ValueError("target must be a callable(outputs) -> (B,) scores where the outputs have no logits; got none")
             return None, None
         if family.score == "token":
-            position = last_real(family.towers[0], inputs, shapes[0]).to(logits.device)
+            position = last_real(family.towers[0].tokens, inputs, shapes[0]).to(logits.device)
             if isinstance(kept := inputs.get("logits_to_keep"), Tensor):
                 position = torch.searchsorted(kept.to(logits.device), position)
             logits = logits[torch.arange(batch, device=logits.device), position]

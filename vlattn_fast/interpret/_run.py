@@ -1,0 +1,74 @@
+"""A model during one run of `explain`: without its wrappers, at rest, and with its attention where a trace sees it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from vlattn_fast.interpret._override import overridden
+from vlattn_fast.interpret.dispatch import attention_function, configs
+from vlattn_fast.interpret.families import Family
+from vlattn_fast.interpret.handwritten import replacements
+from vlattn_fast.interpret.methods import Method
+from vlattn_fast.interpret.towers import submodule
+from vlattn_fast.interpret.trace import Trace
+from vlattn_fast.ops.relevancy_residual import Weighting
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model inside of torch.compile's, DataParallel's, DDP's and PEFT's wrappers and of a pipeline.
+
+    Raises:
+        TypeError: there is no module in it.
+        ValueError: PEFT prepends prompts, which the model inside does not do.
+    """
+    while True:
+        if isinstance(model, nn.Module) and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            if model.active_peft_config.is_prompt_learning:
+                raise ValueError(f"model must take its prompts as inputs; got PEFT's {model.active_peft_config.peft_type}")
+            model = model.get_base_model()
+        elif not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
+            model = model.model
+        else:
+            break
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    return model
+
+
+@contextlib.contextmanager
+def traced(model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> Iterator[Trace]:
+    """A trace of the forward pass within it; everything is put back on leaving, also by an exception."""
+    trace = Trace(model, family, method, weighting)
+    roots = [submodule(model, tower.path, tower) for tower in family.towers] if not trace.finds else [model]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(overridden(chain(configs(roots), _functions(roots), *(replacements(root) for root in roots))))
+        for handle in trace.install():
+            stack.callback(handle.remove)
+        stack.enter_context(trace)
+        yield trace
+
+
+def _functions(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Our attention function for modules that hold their own as `attention_function`, as this package's UNITER does."""
+    for module in (module for root in roots for module in root.modules()):
+        if callable(getattr(module, "attention_function", None)):
+            yield module, "attention_function", attention_function
+
+
+@contextlib.contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, with frozen parameters and not compiled; the last run over it puts everything back."""
+    modes = [(module, "training", False) for module in model.modules()]
+    frozen = [(parameter, "requires_grad", False) for parameter in model.parameters()]
+    compiled = [(m, "_compiled_call_impl", None) for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    with overridden([*modes, *frozen, *compiled]):
+        yield

@@ -1,0 +1,372 @@
+"""One tower during a run: its attention calls, and the carrier that passes through them.
+
+Each self-attention call hands the carrier on through `relevancy_attention`, so that one backward pass brings the relevancy row
+from the end of the tower to its beginning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._tensors import compute_dtype
+from vlattn_fast.interpret.families import Tokens, Tower
+from vlattn_fast.interpret.methods import Attended, Method, weigh
+from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.ops.relevancy_residual import Weighting
+
+_INDEX = re.compile(r"^(?:(.*)\.)?(\d+)(?:\.|$)")
+
+
+def in_layers(path: str) -> bool:
+    """Whether a module's path goes through a list of layers."""
+    return _INDEX.match(path) is not None
+
+
+def layers_of(path: str) -> str:
+    """The innermost list of layers on a module's path: "encoder.layers" for "encoder.layers.3.attn". Else the path itself."""
+    return _split(path)[0]
+
+
+def _split(path: str) -> tuple[str, int]:
+    found = _INDEX.match(path)
+    return (path, 0) if found is None else (found[1] or "", int(found[2]))
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+class TowerTrace:
+    """The state of one tower during a run.
+
+    Args:
+        record: what a family says about it; None for a tower that is found.
+        model: the whole model.
+        method, weighting: see `explain`.
+        keeps: keep every call, for rules that read them after the backward pass.
+    """
+
+    def __init__(self, record: Tower | None, model: nn.Module, method: Method, weighting: str | Weighting, keeps: bool) -> None:
+        self.record, self.model, self.method, self.weighting, self.keeps = record, model, method, weighting, keeps
+        self.name = "" if record is None else record.name
+        self.batch: int | None = None
+        self.size = 0  # tokens
+        self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
+        self.lists: list[str] = []  # lists of layers, in the order in which they ran
+        self.paths: list[str] = []  # modules that called attention, in this order, too
+        self.last_call: int | None = None  # the number of the last call among all of the run
+        self.last: Attended | None = None  # for methods that read the last attention alone
+        # Where the score's gradient enters the attention of each layer; they tell whether a score depends on it.
+        self._edges: list[tuple[int, torch.autograd.graph.GradientEdge]] = []
+        self._depth = 0  # layers that ran
+        self._entries: list[list[Tensor]] = []  # the carrier in front of each layer; one tensor a chunk in front of the first
+        self._carrier: Tensor | None = None  # in front of the attention that runs; None = the first
+        self._outs: list[Tensor] = []  # behind it, one a chunk
+        self._branch: Tensor | None = None  # behind it and in front of the residual sum ("weighted")
+        self._stream: Tensor | None = None
+        self.pooling_path: str | None = None
+        self.pooled = False
+        self.config: Any = getattr(model, "config", None)
+        if record is not None:
+            root = submodule(model, record.path, record)
+            self.config = getattr(root, "config", self.config)
+            submodule(root, record.layers, record)
+            self.lists.append(_joined(record.path, record.layers))
+            if record.pooling is not None:
+                submodule(root, record.pooling, record)
+                self.pooling_path = _joined(record.path, record.pooling)
+
+    @property
+    def path(self) -> str | None:
+        """The module that called attention last."""
+        return self.paths[-1] if self.paths else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, N)"""
+        return self.batch or 0, self.size
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """What its tokens are, where a record says it."""
+        return None if self.record is None else self.record.tokens
+
+    # --- which calls are this tower's ---
+
+    def fits(self, path: str, batch: int, size: int) -> bool:
+        """Whether a call with these sizes may be the next one."""
+        chunked = bool(self._entries) and len(self._entries[0]) > 1
+        return self.batch is None or (self.batch == batch and (size == self.size or chunked or path == self.path))
+
+    def goes_on(self, path: str, batch: int, size: int) -> bool:
+        """Whether a call whose query came out of this tower is the tower's next one."""
+        if not self.fits(path, batch, size):
+            return False
+        layers = layers_of(path)
+        return layers in self.lists or (self.keeps and _parent(layers) == _parent(self.lists[-1]))
+
+    def _enter(self, path: str, query: Tensor, call: int, chunk: bool = False) -> None:
+        batch, size = query.shape[0], query.shape[2]
+        if layers_of(path) not in self.lists:
+            self.lists.append(layers_of(path))
+        if self.batch is None:
+            self.batch, self.dtype, self.device = batch, compute_dtype(query), query.device
+        if not chunk and (self.path is None or path in self.paths or _split(self.path) != _split(path)):
+            self._depth += 1
+        if not self.paths or (chunk and self._carrier is None):
+            self.size += size
+        self.paths.append(path)
+        self.last_call = call
+
+    # --- attention calls ---
+
+    def attend(
+        self, path: str, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], call: int, chunk: bool
+    ) -> Tensor:
+        """Self-attention (B, H, N, D) of one call.
+
+        Args:
+            call: its number in the run.
+            chunk: it takes a further part of the sequence through the module of the last call.
+        """
+        depth = self._depth
+        self._enter(path, query, call, chunk)
+        if not self.method.carries:
+            return self._read_last(path, query, key, value, masks)
+        if not chunk:
+            self._carrier = None if not self._outs else self._outs[0] if len(self._outs) == 1 else torch.cat(self._outs, 2)
+            self._outs = []
+            if self._depth > depth:
+                self._entries.append([] if self._carrier is None else [self._carrier])
+        return self._carry(query, key, value, self._carrier_of(query), masks)
+
+    def _carrier_of(self, query: Tensor) -> Tensor:
+        """The carrier of the query's tokens, in front of the attention."""
+        size = query.shape[2]
+        if self._carrier is None:
+            carrier = torch.zeros(query.shape[0], 1, size, dtype=self.dtype, device=query.device, requires_grad=True)
+            self._entries[0].append(carrier)
+            return carrier
+        carrier = self._carrier
+        if carrier.shape[2] != size:
+            carrier = carrier.narrow(2, sum(out.shape[2] for out in self._outs), size)
+        return carrier.to(query.device)  # the layers of a model may be on several devices
+
+    def _carry(self, query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, masks: dict[str, Any]) -> Tensor:
+        method = self.method
+        output, carrier = relevancy_attention(
+            query,
+            key,
+            value,
+            carrier,
+            rule=method.rule,
+            row_normalize=method.row_normalize,
+            residual_weight=method.residual_weight,
+            attention_weight=method.attention_weight,
+            **masks,
+        )
+        self._outs.append(carrier)
+        if method.weighted:
+            self._branch = carrier
+        if not method.needs_score:
+            return output.detach()  # only the carrier needs a graph between the layers
+        self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
+        return output
+
+    def _read_last(self, path: str, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
+        output = attention(query, key, value, masks)
+        layers, index = _split(path)
+        of_last = not in_layers(path) or index == len(list(self.model.get_submodule(layers).children())) - 1
+        if self.pooling_path is not None or not of_last:
+            return output
+        return self._leaf(query, key, value, masks, output)
+
+    def _leaf(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], output: Tensor) -> Tensor:
+        """`output`, where the graph starts: only the gradient at it is used."""
+        output = output.detach().requires_grad_()
+        self.last = Attended(query.detach(), key.detach(), value.detach(), masks, output)
+        self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
+        return output
+
+    def pool(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
+        """The attention of an attention-pooling head, whose queries are learnt and no tokens."""
+        if self.pooled:
+            raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
+        self.pooled = True
+        output = attention(query, key, value, masks)
+        if not self.method.carries:
+            return self._leaf(query, key, value, masks, output)
+        if self.method.needs_score and output.requires_grad:
+            self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
+        output, carrier = PoolingRead.apply(
+            output, self._outs[-1], query, key, value, masks, self.method.rule, self.method.row_normalize
+        )
+        self._outs = [carrier]
+        return output if self.method.needs_score else output.detach()
+
+    def cross(self, path: str, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], call: int) -> Tensor:
+        """Cross-attention from this tower's tokens to others: its output, at which the score has a gradient."""
+        self._enter(path, query, call)
+        output = attention(query, key, value, masks)
+        if not self.method.needs_score:
+            return output.detach()
+        output = output if output.requires_grad else output.requires_grad_()
+        self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
+        return output
+
+    # --- hooks of method "weighted" ---
+
+    def install(self, of_this_run: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[Any]:
+        """Register the hooks at the residual sums, if this method needs them; yields their handles."""
+        if not self.method.weighted:
+            return
+        if self.record is None:
+            raise ValueError("method must be one that needs no record for a model without one; got 'weighted'")
+        for layer in self.model.get_submodule(self.lists[0]).children():
+            stream = submodule(layer, self.record.stream, self.record)
+            yield stream.register_forward_pre_hook(of_this_run(self._keep_stream), with_kwargs=True)
+            branch = submodule(layer, self.record.branch, self.record)
+            yield branch.register_forward_hook(of_this_run(self._weigh))
+
+    def _keep_stream(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs.get("hidden_states")
+        self._stream = None if stream is None else stream.detach()
+
+    def _weigh(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        branch = output[0] if isinstance(output, tuple) else output
+        if self._branch is None or self._stream is None or self._stream.shape != branch.shape or self.record is None:
+            where = "" if self.record is None else self.record.branch
+            raise ValueError(
+                f"model must add the output of '{where}' to its residual stream behind attention '{self.path}'; got "
+                f"{'no stream' if self._stream is None else tuple(self._stream.shape)} and a branch of {tuple(branch.shape)}"
+            )
+        around = self._carrier if self._carrier is not None else self._entries[0][0]
+        branch, self._outs[-1] = weigh(self._stream, branch, around.to(branch.device), self._branch, self.weighting)
+        self._branch = self._stream = None
+        return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+    # --- after the forward pass ---
+
+    def check(self, called: set[str]) -> None:
+        """ValueError, naming the module, if a layer has called no attention.
+
+        Args:
+            called: the modules that called attention in this run.
+        """
+        for layers in self.lists:
+            children = dict(self.model.get_submodule(layers).named_children())
+            kinds = {type(children[i]) for i in children if _calls(f"{layers}.{i}", called)} if self.paths else set()
+            for index, layer in children.items():
+                of_kind = type(layer) in kinds or self.record is not None
+                if of_kind and not _calls(_joined(layers, index), called):
+                    raise ValueError(
+                        f"model must call the attention of every layer of tower '{self.name}' where explain can see it; got "
+                        f"'{_joined(layers, index)}' ({type(layer).__name__}), whose attention was not called"
+                    )
+        if self.pooling_path is not None and not self.pooled:
+            raise ValueError(
+                f"model must call the attention of the pooling head of tower '{self.name}'; got '{self.pooling_path}', which was "
+                "not called"
+            )
+        if self._branch is not None and self.record is not None:
+            raise ValueError(f"model must call '{self.record.branch}' in every layer of tower '{self.name}'; got no last call")
+
+    def check_start(self, start_layer: int) -> None:
+        """ValueError if there is no such layer."""
+        if not -1 <= start_layer < self._depth:
+            raise ValueError(
+                f"start_layer must be from -1 (the last layer) to {self._depth - 1} for tower '{self.name}'; got {start_layer}"
+            )
+
+    def carriers(self, start_layer: int) -> tuple[list[Tensor], Tensor]:
+        """The carrier in front of layer `start_layer`, in parts along the tokens, and the one behind the last layer."""
+        entering, leaving = self._entries[start_layer], torch.cat(self._outs, 2) if len(self._outs) > 1 else self._outs[0]
+        if not leaving.requires_grad:
+            raise ValueError(f"model must run tower '{self.name}' with gradients on; got a forward pass that turns them off")
+        return entering, leaving
+
+    def edges(self, start_layer: int) -> list[torch.autograd.graph.GradientEdge]:
+        """Where gradients enter the attention of layer `start_layer` and later ones."""
+        first = self._depth - 1 if start_layer == -1 or not self.method.carries else start_layer
+        return [edge for depth, edge in self._edges if depth > first]
+
+    def rows_at_end(self) -> int:
+        """Rows of the relevancy that is read: the tokens, or a pooling head's queries."""
+        if not self.pooled:
+            return self.size
+        return self._outs[0].shape[2] if self.method.carries else self.last_call_read().query.shape[2]
+
+    def last_call_read(self) -> Attended:
+        """The last attention call, for methods that read no other."""
+        if self.last is None:
+            raise ValueError(f"model must call the last attention of tower '{self.name}'; got no call")
+        return self.last
+
+
+class PoolingRead(torch.autograd.Function):
+    """The identity on the attention output of a pooling head. Its backward pass turns the relevancy r of the head's queries into
+    that of the tokens, r Abar.
+
+    The head's queries are learnt and no tokens, so there is no residual term.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        carrier: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        masks: dict[str, Any],
+        rule: str,
+        row_normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        mask = masks["attn_mask"]
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.masks, ctx.rule, ctx.row_normalize = masks, rule, row_normalize
+        return output.view_as(output), carrier.new_zeros(carrier.shape[0], carrier.shape[1], query.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        grad_output = grad if ctx.rule == "gradient" else None
+        tokens = relevancy_step(
+            relevancy,
+            query,
+            key,
+            value,
+            grad_output,
+            rule=ctx.rule,
+            row_normalize=ctx.row_normalize,
+            **{**ctx.masks, "attn_mask": mask},
+        )
+        return grad, tokens, None, None, None, None, None, None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
+    """torch's attention, as the model asked for it."""
+    return nn.functional.scaled_dot_product_attention(query, key, value, **masks)
+
+
+def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
+    """The module at `path`; ValueError if there is none."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"model must have a module '{path}' in tower '{tower.name}'; got {type(module).__name__} without"
+        ) from error
+
+
+def _calls(path: str, called: set[str]) -> bool:
+    return any(other == path or other.startswith(f"{path}.") for other in called)
+
+
+def _joined(*paths: str) -> str:
+    return ".".join(path for path in paths if path)

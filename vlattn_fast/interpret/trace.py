@@ -1,0 +1,265 @@
+"""Sees every attention call of a model in one forward pass, and finds out which calls belong to one tower.
+
+A call reaches a `Trace` in one of two ways: transformers' attention interface hands it over (dispatch.py), or the model calls
+`torch.nn.functional.scaled_dot_product_attention`, which the trace sees as a mode of torch. Attention that a module writes out by
+hand is replaced for the run (handwritten.py), so that it takes the second way.
+
+A tower is the calls over the same tokens. Every tensor remembers the attention calls it was computed from, as bits of an int: a
+query continues the tower whose calls it came through. Where its keys came through other calls, the call is cross-attention.
+
+A trace is active in the thread and context that entered it; other threads may run the same model meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from vlattn_fast.interpret.bimodal import Call
+from vlattn_fast.interpret.families import Family
+from vlattn_fast.interpret.methods import Attended, Method
+from vlattn_fast.interpret.towers import TowerTrace, attention, in_layers, layers_of
+from vlattn_fast.ops.relevancy_residual import Weighting
+
+_running: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("vlattn_trace", default=None)
+_SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
+
+
+def running_trace() -> Trace | None:
+    """The innermost trace of this thread."""
+    return _running.get()
+
+
+class Trace(TorchFunctionMode):
+    """One run of a model.
+
+    Args:
+        model: the model, without wrappers.
+        family: its record, which names the towers; where it names none, every tower is found.
+        method, weighting: see `explain`.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        self.finds = not family.towers or family.bimodal  # towers that no record names, and cross-attention
+        self._make = functools.partial(TowerTrace, model=model, method=method, weighting=weighting, keeps=self.finds)
+        self.towers = [self._make(record) for record in family.towers]
+        self.calls: list[Call] = []  # in the order in which they ran, where rules for several towers may read them
+        self.by_hand: list[str] = []  # modules that took a softmax themselves
+        self._names: dict[nn.Module, str | None] = {module: path for path, module in model.named_modules()}
+        self._paths: list[str | None] = [""]  # of the modules that run now, the outermost first; None = of another model
+        self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
+        self._mark = f"_vlattn_calls_{id(self)}"
+
+    # --- the run ---
+
+    def __enter__(self) -> Trace:
+        self._token = _running.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _running.reset(self._token)
+
+    def install(self) -> Iterator[Any]:
+        """Register the hooks of this run; yields their handles.
+
+        Those that follow the modules are torch's global ones: they also see modules of other models, which a hook may run.
+        """
+        yield nn.modules.module.register_module_forward_pre_hook(self._of_this_run(self._push))
+        yield nn.modules.module.register_module_forward_hook(self._of_this_run(self._pop), always_call=True)
+        for tower in self.towers:
+            yield from tower.install(self._of_this_run)
+
+    def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._paths.append(self._names.get(module))
+
+    def _pop(self, *_: Any) -> None:
+        self._paths.pop()
+
+    def _of_this_run(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, silent in runs over the same model by other threads and by hooks."""
+        return lambda *args: hook(*args) if _running.get() is self else None
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return self._sdpa(*args, **kwargs)
+        if func in _SOFTMAX and args[0].ndim > 2 and self._paths[-1] is not None:
+            self.by_hand.append(self._paths[-1])
+        result = func(*args, **kwargs)
+        calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
+        if calls:
+            # What is written into a tensor in place is in it from now on.
+            self._note(args[0] if result is None and args else result, calls)
+        return result
+
+    def _calls_of(self, values: Any) -> int:
+        """The calls that `values` were computed from."""
+        calls = 0
+        for value in values:
+            if isinstance(value, Tensor):
+                calls |= getattr(value, self._mark, 0)
+            elif isinstance(value, (tuple, list)):
+                calls |= self._calls_of(value)
+        return calls
+
+    def _note(self, value: Any, calls: int) -> None:
+        if isinstance(value, Tensor):
+            setattr(value, self._mark, getattr(value, self._mark, 0) | calls)
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                self._note(part, calls)
+
+    # --- attention calls ---
+
+    def _sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        masks = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        if query.ndim == 4:
+            return self.attend(query, key, value, masks)
+        if query.ndim != 3:
+            raise ValueError(
+                f"model must call attention with (B, H, N, D) tensors; got {tuple(query.shape)} in '{self._paths[-1]}'"
+            )
+        if attn_mask is not None and attn_mask.ndim == 3:
+            masks["attn_mask"] = attn_mask.unsqueeze(1)
+        with self:  # (B, N, D) is one head; the views keep their calls
+            return self.attend(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), masks).squeeze(1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
+        """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
+        with torch._C.DisableTorchFunction():  # what is computed here is no business of the trace
+            calls = self._calls_of((query,))
+            output, owner = self._attend(query, key, value, masks, calls, self._calls_of((key,)))
+            if owner is not None:
+                calls |= 1 << len(self._owners)
+                self._owners.append(owner)
+            if calls:
+                self._note(output, calls)
+        return output
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], calls: int, key_calls: int
+    ) -> tuple[Tensor, TowerTrace | None]:
+        path, batch, rows, columns = self._paths[-1], query.shape[0], query.shape[2], key.shape[2]
+        if path is None:
+            return attention(query, key, value, masks), None
+        for tower in self.towers:
+            if tower.pooling_path is not None and path == tower.pooling_path:
+                return tower.pool(query, key, value, masks), None
+        owner = self._tower_of(path, calls, batch, rows)
+        same = rows == columns and self._same_tokens(calls, key_calls)
+        if owner is None and (not self.finds or not (same or in_layers(path))):
+            if same:
+                self._refuse_foreign(path)
+            return attention(query, key, value, masks), None
+        tower = self._found() if owner is None else owner
+        if same:
+            chunk = tower.path == path and tower.last_call is not None and not calls >> tower.last_call & 1
+            output = tower.attend(path, query, key, value, masks, len(self._owners), chunk)
+            self._keep(path, tower, tower, Attended(query, key, value, masks, output))
+            return output, tower
+        if not self.finds:
+            raise ValueError(
+                f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
+                f"got {rows} queries and {columns} keys in attention '{path}'"
+            )
+        source = self._source_of(key_calls, batch, columns)
+        output = tower.cross(path, query, key, value, masks, len(self._owners))
+        self._keep(path, tower, source, Attended(query, key, value, masks, output))
+        return output, tower
+
+    def _keep(self, *call: Any) -> None:
+        if self.finds:
+            self.calls.append(Call(*call))
+
+    # --- towers ---
+
+    def _found(self) -> TowerTrace:
+        tower = self._make(None)
+        self.towers.append(tower)
+        return tower
+
+    def _reached(self, calls: int) -> list[TowerTrace]:
+        """The towers among whose calls `calls` are, the latest call's first."""
+        owners = (self._owners[i] for i in range(calls.bit_length() - 1, -1, -1) if calls >> i & 1)
+        return list(dict.fromkeys(owner for owner in owners if owner is not None))
+
+    def _tower_of(self, path: str, calls: int, batch: int, size: int) -> TowerTrace | None:
+        """The tower that a call at `path` continues."""
+        layers = layers_of(path)
+        for tower in self._reached(calls):
+            if tower.goes_on(layers, batch, size):
+                return tower
+        # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
+        for tower in reversed(self.towers):
+            if layers in tower.lists and (path == tower.path or path not in tower.paths) and tower.fits(path, batch, size):
+                return tower
+        return None
+
+    def _same_tokens(self, calls: int, key_calls: int) -> bool:
+        """Whether queries and keys are of one sequence: in cross-attention they came through the calls of different towers."""
+        if calls == key_calls or not calls:
+            return calls == key_calls
+        reached = self._reached(key_calls)
+        return bool(reached) and reached[0] in self._reached(calls)[:1]
+
+    def _source_of(self, calls: int, batch: int, size: int) -> TowerTrace:
+        """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
+        for tower in self._reached(calls):
+            if (tower.batch, tower.size) == (batch, size):
+                return tower
+        for tower in self.towers:
+            if not tower.paths and (tower.batch, tower.size) == (batch, size):
+                return tower
+        tower = self._found()
+        tower.batch, tower.size = batch, size
+        return tower
+
+    def _refuse_foreign(self, path: str) -> None:
+        """ValueError for a call inside of a recorded tower that is none of its layers: the map would leave it out."""
+        for tower in self.towers:
+            if tower.record is not None and path.startswith(tower.record.path):
+                raise ValueError(
+                    f"model must call only the attention of its layers in tower '{tower.name}'; got a call of '{path}', which is "
+                    "in none of them"
+                )
+
+    # --- after the forward pass ---
+
+    def check(self) -> None:
+        """ValueError, naming the module, if attention of an explained tower was not seen."""
+        called = {path for tower in self.towers for path in tower.paths}
+        number = 0
+        for tower in self.towers:
+            if not tower.name:
+                tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
+            tower.check(called)
+        for path in self.by_hand:
+            kind = type(self.model.get_submodule(path)).__name__
+            mine = self.finds or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
+            if mine and "ttention" in kind and not any(other.startswith(path) for other in called):
+                raise ValueError(
+                    "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
+                    f"'{path}' ({kind}), which takes a softmax itself"
+                )
