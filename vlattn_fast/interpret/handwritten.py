@@ -1,0 +1,457 @@
+"""Attention that a model writes out by hand, matmul, softmax, matmul, as calls of torch's scaled_dot_product_attention.
+
+Such a call shows to whoever watches torch's functions; the products of a hand-written one do not. A class is known by its name
+(transformers is not imported). Not here, since they are not softmax(scale * Q K^T + mask) V: GroundingDINO's bidirectional
+attention (two softmaxes of one score matrix), deformable and disentangled attention, LiLT's joint scores, GroupViT's assignment.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.ops.attention_map import attention_map
+
+
+def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """(module, "forward", function) for every module of `model` that computes attention by hand; for `overridden`.
+
+    Each function takes what the module's forward takes, returns what that returns in eval mode, and calls
+    scaled_dot_product_attention once. Where the forward returns an attention map beside its output, there is None.
+
+    Raises:
+        ValueError: a module whose forward is replaced already, by somebody else.
+    """
+    for name, module in model.named_modules():
+        function = _replacement(type(module))
+        if function is None:
+            continue
+        before = vars(module).get("forward")
+        if before is not None and getattr(before, "func", None) is not function:  # another run's is equal to ours
+            kind = type(module).__name__
+            raise ValueError(f"model must have the forward of its class in '{name}' ({kind}); got one of its own, {before!r}")
+        yield module, "forward", functools.partial(function, module)
+
+
+def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """The function for the class that defines `kind`'s forward. A subclass with a forward of its own has none."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    if owner is nn.MultiheadAttention:
+        return _multihead
+    return _TRANSFORMERS.get(owner.__name__) if owner.__module__.startswith("transformers.") else None
+
+
+# --- what they share ---
+
+
+def _heads(states: Tensor, size: int) -> Tensor:
+    """(B, N, H * size) to (B, H, N, size)."""
+    return states.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """Attention of (B, H, N, D) tensors as (B, N, H * D), in one call."""
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=is_causal, scale=scale
+    )
+    return output.transpose(1, 2).flatten(2)
+
+
+def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | None:
+    """The sum of the masks that a module adds to its scores, in the query's dtype."""
+    total: Tensor | None = None
+    for mask in masks:
+        if mask is None:
+            continue
+        if not mask.is_floating_point():
+            raise ValueError(
+                f"model must give {type(module).__name__} float masks, which it adds to its scores; got one of {mask.dtype}"
+            )
+        mask = mask.to(query)
+        total = mask if total is None else total + mask
+    return total
+
+
+def _refuse_maps(module: nn.Module, output_attentions: Any) -> None:
+    if output_attentions:
+        raise ValueError(
+            f"model must not ask for attention maps; got output_attentions={output_attentions!r} in {type(module).__name__}"
+        )
+
+
+def _keys_and_values(
+    module: Any, key: nn.Module, value: nn.Module, size: int, states: Tensor, cache: Any, cross: bool
+) -> tuple[Tensor, Tensor]:
+    """Key and value (B, H, M, D) of `states` by two projections, joined with those in a transformers cache."""
+    joint = hasattr(cache, "cross_attention_cache")  # an EncoderDecoderCache
+    part = (cache.cross_attention_cache if cross else cache.self_attention_cache) if joint else cache
+    if joint and cross and cache.is_updated.get(module.layer_idx):
+        return part.layers[module.layer_idx].keys, part.layers[module.layer_idx].values
+    keys, values = _heads(key(states), size), _heads(value(states), size)
+    if part is not None:
+        keys, values = part.update(keys, values, module.layer_idx)
+        if joint and cross:
+            cache.is_updated[module.layer_idx] = True
+    return keys, values
+
+
+# --- transformers ---
+
+
+def _plain(module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: Tensor | None) -> Tensor:
+    """The attention (B, N, H * D) of a module with query, key and value projections."""
+    size = module.attention_head_size
+    query, key, value = _heads(module.query(queries), size), _heads(module.key(keys), size), _heads(module.value(values), size)
+    return _attend(query, key, value, _added(module, query, *masks))
+
+
+def _bert(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    return (_plain(module, hidden_states, hidden_states, hidden_states, attention_mask),)
+
+
+def _lxmert(
+    module: Any, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    return (_plain(module, hidden_states, context, context, attention_mask),)
+
+
+def _grounding(
+    module: Any,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: Any = False,
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    return (module.out_proj(_plain(module, queries, keys, values, attention_mask)),)
+
+
+def _mobilevit(module: Any, hidden_states: Tensor) -> Tensor:
+    return _plain(module, hidden_states, hidden_states, hidden_states)
+
+
+def _tvp(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = None
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    output = module.dense(_plain(module, hidden_states, hidden_states, hidden_states, attention_mask))
+    return (module.layer_norm(output + hidden_states),)
+
+
+def _layoutlm(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    rel_pos: Any = None,
+    rel_2d_pos: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    bias = None
+    if module.has_relative_attention_bias:  # without it the module leaves out the spatial bias, too
+        total = rel_pos + rel_2d_pos if module.has_spatial_attention_bias else rel_pos
+        bias = total * module.attention_head_size**-0.5
+    return _plain(module, hidden_states, hidden_states, hidden_states, bias, attention_mask), None
+
+
+def _swin(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+) -> tuple[Tensor]:
+    """The batch holds every image's windows in turn, and the mask (windows, N, N) those of one image."""
+    _refuse_maps(module, output_attentions)
+    size = hidden_states.shape[1]
+    bias = (
+        module.relative_position_bias_table[module.relative_position_index.view(-1)].view(1, size, size, -1).permute(0, 3, 1, 2)
+    )
+    if attention_mask is not None:
+        images = hidden_states.shape[0] // attention_mask.shape[0]
+        attention_mask = attention_mask[:, None].repeat(images, 1, 1, 1)
+    return (_plain(module, hidden_states, hidden_states, hidden_states, bias, attention_mask),)
+
+
+def _mpnet(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: Any = False,
+    **kwargs: Any,
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    query, key, value = (_heads(p(hidden_states), module.attention_head_size) for p in (module.q, module.k, module.v))
+    return (module.o(_attend(query, key, value, _added(module, query, position_bias, attention_mask))),)
+
+
+def _perceiver(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    inputs: Tensor | None = None,
+    inputs_mask: Tensor | None = None,
+    output_attentions: Any = False,
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    hidden_states = module.layernorm1(hidden_states)
+    states, mask = (hidden_states, attention_mask) if inputs is None else (module.layernorm2(inputs), inputs_mask)
+    query = _heads(module.query(hidden_states), module.qk_channels_per_head)
+    key = _heads(module.key(states), module.qk_channels_per_head)
+    value = _heads(module.value(states), module.v_channels_per_head)
+    return (_attend(query, key, value, _added(module, query, mask)),)
+
+
+def _packed(module: Any, hidden_states: Tensor) -> Tensor:
+    """The attention (B, N, H * D) of a module with one projection for query, key and value."""
+    query, key, value = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return _attend(query, key, value, scale=module.scale)
+
+
+def _blip_vision(module: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    return module.projection(_packed(module, hidden_states)), None
+
+
+def _mgpstr(module: Any, hidden_states: Tensor) -> tuple[Tensor, None]:
+    return module.proj(_packed(module, hidden_states)), None
+
+
+def _timesformer(module: Any, hidden_states: Tensor, output_attentions: Any = False) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    return (_packed(module, hidden_states),)
+
+
+def _sam(module: Any, hidden_states: Tensor, output_attentions: Any = None) -> tuple[Tensor, None]:
+    """The relative positions' bias depends on the queries, so it has a gradient."""
+    _refuse_maps(module, output_attentions)
+    grid = hidden_states.shape[1:3]
+    packed = module.qkv(hidden_states).flatten(1, 2).unflatten(-1, (3, module.num_attention_heads, -1))
+    query, key, value = packed.permute(2, 0, 3, 1, 4)
+    bias = None
+    if module.use_rel_pos:
+        bias = module.get_decomposed_rel_pos(query.flatten(0, 1), module.rel_pos_h, module.rel_pos_w, grid, grid)
+        bias = bias.reshape(*query.shape[:3], -1)
+    output = _attend(query, key, value, bias, scale=module.scale)
+    return module.proj(output.unflatten(1, grid)), None
+
+
+def _decoder(
+    module: Any, hidden_states: Tensor, mask: Tensor | None, encoder_hidden_states: Tensor | None, past_key_values: Any
+) -> Tensor:
+    """The attention (B, N, H * D) of a BERT-like decoder layer, to its own sequence or to an encoder's."""
+    cross = encoder_hidden_states is not None
+    states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    size = module.attention_head_size
+    query = _heads(module.query(hidden_states), size)
+    key, value = _keys_and_values(module, module.key, module.value, size, states, past_key_values, cross)
+    return _attend(query, key, value, _added(module, query, mask))
+
+
+def _blip_text(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    mask = attention_mask if encoder_hidden_states is None else encoder_attention_mask
+    return _decoder(module, hidden_states, mask, encoder_hidden_states, past_key_values), None
+
+
+def _git(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    return _decoder(module, hidden_states, attention_mask, None, past_key_values), None
+
+
+def _rembert(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    past_key_values: Any = None,
+    output_attentions: Any = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, output_attentions)
+    return _decoder(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values), None
+
+
+def _tapas(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    past_key_values: Any = None,
+    output_attentions: Any = False,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    _refuse_maps(module, output_attentions)
+    output = _decoder(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values)
+    return (output, past_key_values) if module.is_decoder else (output,)
+
+
+def _bart(
+    module: Any, hidden_states: Tensor, states: Tensor | None, mask: Tensor | None, past_key_values: Any, scale: float
+) -> Tensor:
+    """The output of an attention with projections q_proj, k_proj, v_proj and out_proj, to its own sequence or to `states`."""
+    query = _heads(module.q_proj(hidden_states), module.head_dim)
+    source = hidden_states if states is None else states
+    key, value = _keys_and_values(
+        module, module.k_proj, module.v_proj, module.head_dim, source, past_key_values, states is not None
+    )
+    return module.out_proj(_attend(query, key, value, _added(module, query, mask), scale=scale))
+
+
+def _groupvit(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    return _bart(module, hidden_states, encoder_hidden_states, attention_mask, None, module.scale), None
+
+
+def _trocr(
+    module: Any,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    output_attentions: Any = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, output_attentions)
+    return _bart(module, hidden_states, key_value_states, attention_mask, past_key_values, module.scaling), None
+
+
+# --- torch ---
+
+
+def _multihead(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """nn.MultiheadAttention with every option but maps per head. Its bool masks say which keys are masked."""
+    if need_weights and not average_attn_weights:
+        raise ValueError("model must not ask nn.MultiheadAttention for maps per head; got average_attn_weights=False")
+    if is_causal and attn_mask is None:
+        raise ValueError("attn_mask must be the causal mask where is_causal is set in nn.MultiheadAttention; got None")
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise ValueError("query, key and value must be dense in nn.MultiheadAttention; got a nested tensor")
+    batched = query.dim() == 3
+    if not batched:
+        query, key, value = query[None], key[None], value[None]
+    elif not module.batch_first:
+        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+
+    weights: Any = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    if module._qkv_same_embed_dim:
+        weights = module.in_proj_weight.chunk(3)
+    biases: Any = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    projected = [nn.functional.linear(*each) for each in zip((query, key, value), weights, biases, strict=True)]
+    for index, bias in ((1, module.bias_k), (2, module.bias_v)):
+        if bias is not None:
+            projected[index] = torch.cat([projected[index], bias.expand(query.shape[0], -1, -1)], 1)
+        if module.add_zero_attn:
+            projected[index] = nn.functional.pad(projected[index], (0, 0, 0, 1))
+    queries, keys, values = (_heads(states, module.head_dim) for states in projected)
+
+    # As torch does: the hint stands for the mask where nothing else needs it.
+    is_causal = is_causal and key_padding_mask is None and not need_weights
+    mask = None
+    if not is_causal:
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, module.num_heads))
+        if key_padding_mask is not None:
+            key_padding_mask = (key_padding_mask if batched else key_padding_mask[None])[:, None, None]
+        mask = _visible(queries, keys.shape[2] - key.shape[1], attn_mask, key_padding_mask)
+    output = module.out_proj(_attend(queries, keys, values, mask, is_causal))
+    maps = attention_map(queries, keys, attn_mask=mask).to(output.dtype) if need_weights else None
+    if not batched:
+        return output[0], maps if maps is None else maps[0]
+    return output if module.batch_first else output.transpose(0, 1), maps
+
+
+def _visible(query: Tensor, extra: int, *masks: Tensor | None) -> Tensor | None:
+    """torch's masks, True or -inf where a key is masked, as one mask for SDPA; `extra` last keys are visible to all."""
+    total: Tensor | None = None
+    for mask in masks:
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"masks of nn.MultiheadAttention must be bool or float; got {mask.dtype}")
+        mask = nn.functional.pad(mask, (0, extra))
+        mask = ~mask if mask.dtype == torch.bool else mask.to(query.dtype)
+        if total is None:
+            total = mask
+        elif total.dtype == mask.dtype == torch.bool:
+            total = total & mask
+        else:
+            total = _as_float(total, query) + _as_float(mask, query)
+    return total
+
+
+def _as_float(mask: Tensor, query: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+
+
+_TRANSFORMERS: dict[str, Callable[..., Any]] = {
+    "BlipAttention": _blip_vision,
+    "BlipTextSelfAttention": _blip_text,
+    "ClapAudioSelfAttention": _swin,
+    "DeepseekOcr2SamVisionAttention": _sam,
+    "DonutSwinSelfAttention": _swin,
+    "FlavaSelfAttention": _bert,
+    "GitSelfAttention": _git,
+    "GotOcr2VisionAttention": _sam,
+    "GroundingDinoMultiheadAttention": _grounding,
+    "GroupViTAttention": _groupvit,
+    "LayoutLMv3SelfAttention": _layoutlm,
+    "LxmertAttention": _lxmert,
+    "MMGroundingDinoMultiheadAttention": _grounding,
+    "MPNetSelfAttention": _mpnet,
+    "MaskFormerSwinSelfAttention": _swin,
+    "MegatronBertSelfAttention": _rembert,
+    "MgpstrAttention": _mgpstr,
+    "MobileViTSelfAttention": _mobilevit,
+    "OmDetTurboMultiheadAttention": _grounding,
+    "PPFormulaNetVisionAttention": _sam,
+    "PerceiverSelfAttention": _perceiver,
+    "RemBertSelfAttention": _rembert,
+    "SLANeXtVisionAttention": _sam,
+    "SamHQVisionAttention": _sam,
+    "SamVisionAttention": _sam,
+    "TapasSelfAttention": _tapas,
+    "TimesformerSelfAttention": _timesformer,
+    "TrOCRAttention": _trocr,
+    "TvpAttention": _tvp,
+    "UnlimitedOcrSamVisionAttention": _sam,
+    "ViltSelfAttention": _bert,
+    "VisualBertSelfAttention": _bert,
+    "ZoeDepthMultiheadAttention": _grounding,
+}
