@@ -64,7 +64,7 @@ def _attend(
 
 
 def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | None:
-    """The sum of the masks that a module adds to its scores, in the query's dtype."""
+    """The sum of the masks that a module adds to its scores."""
     total: Tensor | None = None
     for mask in masks:
         if mask is None:
@@ -73,7 +73,7 @@ def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | 
             raise ValueError(
                 f"model must give {type(module).__name__} float masks, which it adds to its scores; got one of {mask.dtype}"
             )
-        mask = mask.to(query)
+        mask = mask.to(query.device)
         total = mask if total is None else total + mask
     return total
 
@@ -404,7 +404,7 @@ def _visible(query: Tensor, extra: int, *masks: Tensor | None) -> Tensor | None:
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"masks of nn.MultiheadAttention must be bool or float; got {mask.dtype}")
         mask = nn.functional.pad(mask, (0, extra))
-        mask = ~mask if mask.dtype == torch.bool else mask.to(query.dtype)
+        mask = ~mask if mask.dtype == torch.bool else mask
         if total is None:
             total = mask
         elif total.dtype == mask.dtype == torch.bool:
