@@ -363,6 +363,8 @@ MASKS: dict[str, Callable[[], dict[str, Any]]] = {
     "mask per head": lambda: {"attn_mask": torch.randn(8, 5, 5)},
     "both bool": lambda: {"attn_mask": causal_mask(), "key_padding_mask": padding(2, 5) == 0},
     "both float": lambda: {"attn_mask": torch.randn(8, 5, 5), "key_padding_mask": torch.randn(2, 5)},
+    "bool mask, float padding": lambda: {"attn_mask": causal_mask(), "key_padding_mask": torch.randn(2, 5)},
+    "float mask, bool padding": lambda: {"attn_mask": torch.randn(5, 5), "key_padding_mask": padding(2, 5) == 0},
     "causal": lambda: {"attn_mask": causal_mask(), "is_causal": True},
     "causal and padding": lambda: {"attn_mask": causal_mask(), "is_causal": True, "key_padding_mask": padding(2, 5) == 0},
 }
@@ -381,6 +383,7 @@ def causal_mask() -> Tensor:
     return torch.ones(5, 5, dtype=torch.bool).triu(1)
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask")
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -432,7 +435,8 @@ def test_a_transformer_encoder_leaves_its_fast_path(nested: bool) -> None:
 # --- what is refused, and what is left alone ---
 
 
-def test_maps_are_refused() -> None:
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_options_are_refused() -> None:
     model, inputs, _ = lxmert()
     with replaced(model.eval()), pytest.raises(ValueError, match="must not ask for attention maps; got output_attentions=True"):
         model(**inputs, output_attentions=True)
@@ -444,6 +448,8 @@ def test_maps_are_refused() -> None:
             module(x, x, x, is_causal=True)
         with pytest.raises(ValueError, match="must be bool or float; got torch.int64"):
             module(x, x, x, key_padding_mask=padding(2, 3))
+        with pytest.raises(ValueError, match="must be dense in nn.MultiheadAttention; got a nested tensor"):
+            module(*[torch.nested.nested_tensor([x[:, 0], x[:2, 1]])] * 3)
 
 
 def test_a_bool_mask_is_refused_where_it_would_be_added() -> None:
