@@ -2,6 +2,7 @@
 
 from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret.explanation import Explanation
-from vlattn_fast.interpret.families import FAMILIES, Family, Tower, register_family
+from vlattn_fast.interpret.families import FAMILIES, register_family
+from vlattn_fast.interpret.records import Family, Tower
 
 __all__ = ["FAMILIES", "Explanation", "Family", "Tower", "explain", "register_family"]

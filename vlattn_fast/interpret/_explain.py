@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from vlattn_fast.interpret._run import at_rest, traced, unwrapped
 from vlattn_fast.interpret.bimodal import Relevancies, relevancies
 from vlattn_fast.interpret.explanation import Explanation
-from vlattn_fast.interpret.families import Family, find_family
+from vlattn_fast.interpret.families import find_family
 from vlattn_fast.interpret.inputs import is_empty, prepare_inputs, real_tokens, with_one_row
 from vlattn_fast.interpret.methods import Method, check_weighting, find_method, gradcam, raw_attention
 from vlattn_fast.interpret.readout import Read, check_read, gather_words, image_maps, start_rows, word_positions
+from vlattn_fast.interpret.records import Family
 from vlattn_fast.interpret.targets import check_scores, choose_score
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
@@ -104,6 +105,12 @@ def explain(
                 check_scores(
                     scores, [edge for tower in towers for edge in tower.edges(start_layer)] if rule.needs_score else None
                 )
+            for tower in towers if scores is not None else []:
+                if tower.batch != len(scores):
+                    raise ValueError(
+                        f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} "
+                        f"for {len(scores)} scores, as attention in windows or chunks has. Read other towers by read={{...}}"
+                    )
             starts = [_start(tower, read, arguments) for tower in towers]
             found = scores if rule.needs_score else None
             if others:

@@ -11,9 +11,9 @@ from torch import nn
 
 from vlattn_fast.interpret._override import overridden
 from vlattn_fast.interpret.dispatch import attention_function, configs
-from vlattn_fast.interpret.families import Family
 from vlattn_fast.interpret.handwritten import replacements
 from vlattn_fast.interpret.methods import Method
+from vlattn_fast.interpret.records import Family
 from vlattn_fast.interpret.towers import submodule
 from vlattn_fast.interpret.trace import Trace
 from vlattn_fast.ops.relevancy_residual import Weighting

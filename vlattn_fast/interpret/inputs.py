@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.families import Family, Tokens
+from vlattn_fast.interpret.records import Family, Tokens
 
 _IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.families import Tower
 from vlattn_fast.interpret.inputs import last_real, real_tokens
+from vlattn_fast.interpret.records import Tower
 from vlattn_fast.interpret.towers import TowerTrace
 
 Read = str | int | Tensor | Sequence[float]

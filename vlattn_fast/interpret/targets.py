@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from vlattn_fast.interpret.families import Family
 from vlattn_fast.interpret.inputs import indices, last_real
+from vlattn_fast.interpret.records import Family
 
 
 def choose_score(
@@ -38,9 +38,8 @@ def choose_score(
         scores = target(outputs)
         if not isinstance(scores, Tensor):
             raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
-        for count, _ in shapes:
-            if scores.shape != (count,):
-                raise ValueError(f"target must return scores of shape (B,) = ({count},); got {tuple(scores.shape)}")
+        if scores.ndim != 1 or (family.towers and scores.shape != (batch,)):
+            raise ValueError(f"target must return scores of shape (B,) = ({batch},); got {tuple(scores.shape)}")
         chosen = None
     elif family.score == "pair":
         scores, chosen = outputs.logits_per_image.diagonal(), pairs

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._tensors import compute_dtype
-from vlattn_fast.interpret.families import Tokens, Tower
 from vlattn_fast.interpret.methods import Attended, Method, weigh
+from vlattn_fast.interpret.records import Tokens, Tower
 from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
 from vlattn_fast.ops.relevancy_residual import Weighting
 
+_NUMBER = re.compile(r"\b\d+\b")
 _INDEX = re.compile(r"^(?:(.*)\.)?(\d+)(?:\.|$)")
 
 
@@ -107,8 +108,11 @@ class TowerTrace:
         """Whether a call whose query came out of this tower is the tower's next one."""
         if not self.fits(path, batch, size):
             return False
-        layers = layers_of(path)
-        return layers in self.lists or (self.keeps and _parent(layers) == _parent(self.lists[-1]))
+        layers, last = layers_of(path), self.lists[-1]
+        if layers in self.lists:
+            return True
+        # Of models whose layers lie in several lists beside one another, or are lists themselves.
+        return self.keeps and (_parent(layers) == _parent(last) or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
 
     def _enter(self, path: str, query: Tensor, call: int, chunk: bool = False) -> None:
         batch, size = query.shape[0], query.shape[2]

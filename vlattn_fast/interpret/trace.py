@@ -23,8 +23,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret.bimodal import Call
-from vlattn_fast.interpret.families import Family
 from vlattn_fast.interpret.methods import Attended, Method
+from vlattn_fast.interpret.records import Family
 from vlattn_fast.interpret.towers import TowerTrace, attention, in_layers, layers_of
 from vlattn_fast.ops.relevancy_residual import Weighting
 
@@ -95,6 +95,11 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:
+            raise ValueError(
+                f"model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got '{self._paths[-1]}', "
+                "which calls multi_head_attention_forward"
+            )
         if func in _SOFTMAX and args[0].ndim > 2 and self._paths[-1] is not None:
             self.by_hand.append(self._paths[-1])
         result = func(*args, **kwargs)

@@ -1,0 +1,72 @@
+"""Records: what `explain` cannot see in a model's forward pass.
+
+It sees every attention call and finds the towers. A record says how towers are called, which row of the relevancy matrix is
+read, what the tokens stand for, and where the residual sum is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+ReadOut = Literal["cls", "eot", "last", "target", "mean", "patch_mean", "pool"]
+Tokens = Literal["patches", "clip_text", "text", "bert_text", "image_text", "regions"]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One stack of self-attention layers whose relevancy is read.
+
+    Args:
+        name: key in `Explanation.relevancy`.
+        path: the tower inside the model, "" for the model itself.
+        layers: the list of layers inside the tower, first to last.
+        readout: the row that is read: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last position,
+            "target" the position that predicts the target token, "mean" and "patch_mean" 1/N over all (patch) tokens,
+            "pool" the row of an attention-pooling head.
+        tokens: what the tokens are, which decides how `.image` and `.text` are cut: "patches", "clip_text", "text" (special
+            ids as the config names them), "bert_text", "image_text" (text with image tokens in it) or "regions" (BERT's text,
+            then image regions).
+        branch: inside a layer, the module whose output o is added to the residual stream, y = x + o (method "weighted").
+        stream: inside a layer, the module whose first input is x; "" for the layer itself.
+        prefix: tokens before the patches (CLS); register tokens are added from the config.
+        pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
+    """
+
+    name: str
+    path: str
+    layers: str
+    readout: ReadOut
+    tokens: Tokens
+    branch: str
+    stream: str = ""
+    prefix: int = 0
+    pooling: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("readout", ReadOut), ("tokens", Tokens)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
+        if (self.readout == "pool") != (self.pooling is not None):
+            raise ValueError(f"pooling must be set if, and only if, readout is 'pool'; got {self.pooling!r} and {self.readout!r}")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Towers of a model class and how its default score is read from the outputs.
+
+    Args:
+        towers: the towers to explain; other parts of the model run as they are.
+        score: "pair" = `logits_per_image[i, i]`, "class" = `logits[b, class]`, "token" = `logits[b, position, token]`.
+        bimodal: the towers attend to one another, and relevancy follows the rules for two modalities (Chefer et al. 2021,
+            equations 5 to 11). The row of the first tower is read.
+    """
+
+    towers: tuple[Tower, ...]
+    score: Literal["pair", "class", "token"]
+    bimodal: bool = False
+
+
+def alone(tower: Tower) -> Family:
+    """The family of a model that is this tower alone."""
+    return Family((replace(tower, path=""),), "class")
