@@ -124,7 +124,7 @@ def explain(
     relevancy = {name: row.detach()[:, 0] for name, row in zip(names, rows, strict=True)}
     return Explanation(
         relevancy=relevancy,
-        **_cut(model, towers, arguments, relevancy),
+        **_cut(model, [*towers, *others], arguments, relevancy),
         scores=None if scores is None else scores.detach(),
         target=chosen,
         method=method,
@@ -185,7 +185,7 @@ def _nothing(
         rows.append(torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device))
     if callable(target):
         return rows[0].new_zeros(0), None, rows
-    if family.score == "pair" or getattr(outputs, "logits", None) is not None:
+    if family.score == "pair" or getattr(outputs, family.logits, None) is not None:
         return rows[0].new_zeros(0), [], rows
     return None, None, rows
 
@@ -267,6 +267,8 @@ def _cut(model: nn.Module, towers: list[TowerTrace], arguments: dict[str, Any], 
             parts["image"], parts["image_rows"] = maps
         if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
             parts["text"], parts["token_ids"] = gather_words(row, words, ids)
+        if record.tokens == "boxes":
+            parts["regions"], parts["boxes"] = row, arguments["visual_pos"][..., :4].detach()
         if record.tokens == "regions":
             count = arguments["region_features"].shape[1]
             parts["regions"] = row[:, row.shape[1] - count :]

@@ -126,7 +126,7 @@ def real_tokens(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[i
         tokens: what a tower's record says that its tokens are; None without a record.
         shape: (B, N) of the tower.
     """
-    if tokens == "patches":
+    if tokens in ("patches", "boxes"):
         return None
     mask = inputs.get("attention_mask")
     if tokens == "regions":

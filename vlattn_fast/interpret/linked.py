@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vlattn_fast.interpret.records import Family, Tower
 
-_LXMERT_TEXT = Tower("text", "lxmert", "encoder.layer", "cls", "bert_text", branch="attention.output.dense", stream="attention")
-_LXMERT_VISION = Tower(
-    "vision", "lxmert", "encoder.r_layers", "cls", "patches", branch="attention.output.dense", stream="attention"
-)
+_TEXT = Tower("text", "lxmert", "encoder.layer", "cls", "bert_text")
+_REGIONS = Tower("vision", "lxmert", "encoder.r_layers", "cls", "boxes")
+_LXMERT = Family((_TEXT, _REGIONS), "class", bimodal=True, logits="question_answering_score")
 
-LINKED: dict[str, Family] = {"LxmertForQuestionAnswering": Family((_LXMERT_TEXT, _LXMERT_VISION), "class", bimodal=True)}
+LINKED: dict[str, Family] = {
+    "LxmertForQuestionAnswering": _LXMERT,
+    "LxmertForPreTraining": _LXMERT,
+    "LxmertModel": replace(_LXMERT, towers=(replace(_TEXT, path=""), replace(_REGIONS, path=""))),
+}

@@ -90,7 +90,7 @@ def prefix_tokens(tower: Tower, config: Any) -> int:
 
 def word_positions(tower: TowerTrace, config: Any, inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
     """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
-    if tower.tokens == "patches":
+    if tower.tokens in ("patches", "boxes"):
         return None
     if tower.tokens == "clip_text":
         position = torch.arange(ids.shape[1], device=ids.device)

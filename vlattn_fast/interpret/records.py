@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 ReadOut = Literal["cls", "eot", "last", "target", "mean", "patch_mean", "pool"]
-Tokens = Literal["patches", "clip_text", "text", "bert_text", "image_text", "regions"]
+Tokens = Literal["patches", "clip_text", "text", "bert_text", "image_text", "regions", "boxes"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Tower:
             "target" the position that predicts the target token, "mean" and "patch_mean" 1/N over all (patch) tokens,
             "pool" the row of an attention-pooling head.
         tokens: what the tokens are, which decides how `.image` and `.text` are cut: "patches", "clip_text", "text" (special
-            ids as the config names them), "bert_text", "image_text" (text with image tokens in it) or "regions" (BERT's text,
-            then image regions).
-        branch: inside a layer, the module whose output o is added to the residual stream, y = x + o (method "weighted").
+            ids as the config names them), "bert_text", "image_text" (text with image tokens in it), "regions" (BERT's text, then
+            image regions) or "boxes" (image regions alone).
+        branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens before the patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
@@ -38,7 +38,7 @@ class Tower:
     layers: str
     readout: ReadOut
     tokens: Tokens
-    branch: str
+    branch: str | None = None
     stream: str = ""
     prefix: int = 0
     pooling: str | None = None
@@ -60,11 +60,13 @@ class Family:
         score: "pair" = `logits_per_image[i, i]`, "class" = `logits[b, class]`, "token" = `logits[b, position, token]`.
         bimodal: the towers attend to one another, and relevancy follows the rules for two modalities (Chefer et al. 2021,
             equations 5 to 11). The row of the first tower is read.
+        logits: the field of the outputs that holds the logits.
     """
 
     towers: tuple[Tower, ...]
     score: Literal["pair", "class", "token"]
     bimodal: bool = False
+    logits: str = "logits"
 
 
 def alone(tower: Tower) -> Family:

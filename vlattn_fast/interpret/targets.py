@@ -44,7 +44,7 @@ def choose_score(
     elif family.score == "pair":
         scores, chosen = outputs.logits_per_image.diagonal(), pairs
     else:
-        logits = getattr(outputs, "logits", None)
+        logits = getattr(outputs, family.logits, None)
         if logits is None:
             if required or target is not None:
                 raise ValueError("target must be a callable(outputs) -> (B,) scores where the outputs have no logits; got none")

@@ -229,8 +229,10 @@ class TowerTrace:
         """Register the hooks at the residual sums, if this method needs them; yields their handles."""
         if not self.method.weighted:
             return
-        if self.record is None:
-            raise ValueError("method must be one that needs no record for a model without one; got 'weighted'")
+        if self.record is None or self.record.branch is None:
+            raise ValueError(
+                f"method must be one that needs no residual branch, which tower '{self.name}' has no record of; got 'weighted'"
+            )
         for layer in self.model.get_submodule(self.lists[0]).children():
             stream = submodule(layer, self.record.stream, self.record)
             yield stream.register_forward_pre_hook(of_this_run(self._keep_stream), with_kwargs=True)

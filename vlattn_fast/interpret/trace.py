@@ -97,8 +97,8 @@ class Trace(TorchFunctionMode):
             return self._sdpa(*args, **kwargs)
         if func is functional.multi_head_attention_forward:
             raise ValueError(
-                f"model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got '{self._paths[-1]}', "
-                "which calls multi_head_attention_forward"
+                f"model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
+                f"'{self._paths[-1]}', which calls multi_head_attention_forward"
             )
         if func in _SOFTMAX and args[0].ndim > 2 and self._paths[-1] is not None:
             self.by_hand.append(self._paths[-1])
@@ -214,7 +214,7 @@ class Trace(TorchFunctionMode):
         """The tower that a call at `path` continues."""
         layers = layers_of(path)
         for tower in self._reached(calls):
-            if tower.goes_on(layers, batch, size):
+            if tower.goes_on(path, batch, size):
                 return tower
         # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
         for tower in reversed(self.towers):

@@ -1,0 +1,175 @@
+"""Towers that attend to one another: explain against the published rules written out on stored maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.interpret.cases import lively
+from vlattn_fast.interpret import explain
+
+LXMERT = dict(
+    hidden_size=32,
+    num_attention_heads=4,
+    intermediate_size=48,
+    l_layers=3,
+    x_layers=3,
+    r_layers=2,
+    vocab_size=60,
+    visual_feat_dim=10,
+)
+
+
+def abar(attention, grad):
+    return (attention * grad).clamp(min=0).mean(1)
+
+
+def bar(relevancy):
+    """Equations 8 and 9; a zero row stays zero."""
+    eye = torch.eye(relevancy.shape[-1], dtype=relevancy.dtype)
+    beside = relevancy - eye
+    total = beside.sum(-1, keepdim=True)
+    return torch.where(total == 0, beside, beside / total) + eye
+
+
+def eyes(batch, *sizes):
+    return [torch.eye(size, dtype=torch.float64).expand(batch, -1, -1) for size in sizes]
+
+
+def lxmert_published(model, inputs, score):
+    """Rows 0 of R_tt and R_ti, in the order of LXMERT's ExplanationGenerator, from maps of the model's own attention."""
+    maps = []
+    softmax = torch.nn.functional.softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", lambda *a, **k: maps.append(softmax(*a, **k)) or maps[-1])
+        outputs = model(**inputs)
+    grads = torch.autograd.grad(score(outputs), maps, allow_unused=True)
+    bars = (abar(a.detach(), torch.zeros_like(a) if g is None else g) for a, g in zip(maps, grads, strict=True))
+
+    batch, texts = inputs["input_ids"].shape
+    images = inputs["visual_feats"].shape[1]
+    tt, ii = eyes(batch, texts, images)
+    ti, it = torch.zeros(batch, texts, images).double(), torch.zeros(batch, images, texts).double()
+    for _ in range(LXMERT["l_layers"]):
+        a = next(bars)
+        tt, ti = tt + a @ tt, ti + a @ ti
+    for _ in range(LXMERT["r_layers"]):
+        a = next(bars)
+        ii, it = ii + a @ ii, it + a @ it
+    for _ in range(LXMERT["x_layers"]):
+        a_ti, a_it = next(bars), next(bars)
+        add_ti, add_tt = bar(tt).transpose(1, 2) @ a_ti @ bar(ii), a_ti @ it
+        add_it, add_ii = bar(ii).transpose(1, 2) @ a_it @ bar(tt), a_it @ ti
+        tt, ti, it, ii = tt + add_tt, ti + add_ti, it + add_it, ii + add_ii
+        a = next(bars)
+        tt, ti = tt + a @ tt, ti + a @ ti
+        a = next(bars)
+        ii, it = ii + a @ ii, it + a @ it
+    row = tt[:, 0].clone()
+    row[:, 0] = 0
+    return row, ti[:, 0]
+
+
+@pytest.mark.parametrize("regions", [7, 9])  # as many as words, too: nothing but the tensors' past tells the two apart then
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lxmert(regions, dtype):
+    torch.manual_seed(0)
+    model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
+    ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs |= {"visual_feats": torch.randn(2, regions, 10, dtype=torch.float64), "visual_pos": torch.rand(2, regions, 4).double()}
+    model.double()
+    want = lxmert_published(model, inputs, lambda o: o.question_answering_score.max(-1).values.sum())
+    model.to(dtype)
+    got = explain(model, {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})
+    assert list(got.relevancy) == ["text", "vision"] and got.relevancy["text"].dtype == dtype
+    for row, wanted in zip(got.relevancy.values(), want, strict=True):
+        assert (row - wanted).abs().max() < (1e-4 if dtype == torch.float32 else 1e-10) * wanted.abs().max()
+    assert got.regions.shape == (2, regions) and got.boxes.shape == (2, regions, 4)
+    assert [len(row) for row in got.token_ids] == [7, 4]
+    assert (got.relevancy["text"][1, 6:] == 0).all()
+
+
+def encoder_decoder_published(outputs, score, encoder, decoder, cross):
+    """R_qq and R_qi of an encoder-decoder (SPEC b.4): rule 11 plays no part, since the encoder does not see the decoder."""
+    maps = [*encoder, *decoder, *cross]
+    grads = torch.autograd.grad(score, maps, allow_unused=True)
+    bars = [abar(a.detach(), torch.zeros_like(a) if g is None else g) for a, g in zip(maps, grads, strict=True)]
+    first, second = len(encoder), len(encoder) + len(decoder)
+    ii, qq = eyes(len(maps[0]), encoder[0].shape[-1], decoder[0].shape[-1])
+    qi = torch.zeros(len(maps[0]), qq.shape[-1], ii.shape[-1]).double()
+    for a in bars[:first]:
+        ii = ii + a @ ii
+    for a, c in zip(bars[first:second], bars[second:], strict=True):
+        qq, qi = qq + a @ qq, qi + a @ qi
+        qi = qi + bar(qq).transpose(1, 2) @ c @ bar(ii)
+    return qq, qi
+
+
+def test_detr():
+    torch.manual_seed(0)
+    backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        backbone=None,
+        use_pretrained_backbone=False,
+        backbone_config=backbone,
+        num_queries=5,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_labels=3,
+    )
+    model = lively(transformers.DetrForObjectDetection(config)).eval().double()
+    model.set_attn_implementation("eager")
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 40).double()}
+    score = lambda o: o.logits[:, 3, 1]  # noqa: E731
+    o = model(**inputs, output_attentions=True)
+    qq, qi = encoder_decoder_published(o, score(o).sum(), o.encoder_attentions, o.decoder_attentions, o.cross_attentions)
+    got = explain(model, inputs, target=score, read=3)
+    assert {name: tuple(row.shape) for name, row in got.relevancy.items()} == {"tower1": (2, 5), "tower0": (2, qi.shape[-1])}
+    torch.testing.assert_close(got.relevancy["tower0"], qi[:, 3], rtol=1e-9, atol=1e-10)
+    qq[:, 3, 3] = 0
+    torch.testing.assert_close(got.relevancy["tower1"], qq[:, 3], rtol=1e-9, atol=1e-10)
+    assert qi[:, 3].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_text_encoder_decoders(kind):
+    torch.manual_seed(0)
+    if kind == "bart":
+        heads = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
+        config = transformers.BartConfig(d_model=32, encoder_layers=2, decoder_layers=2, **heads, vocab_size=60)
+        model = transformers.BartForConditionalGeneration(config)
+    else:
+        config = transformers.T5Config(
+            d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=60, decoder_start_token_id=0
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+    model = lively(model).eval().double()
+    model.set_attn_implementation("eager")
+    ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(3, 60, (2, 5))}
+    score = lambda o: o.logits[:, -1, 7]  # noqa: E731
+    o = model(**inputs, output_attentions=True)
+    qq, qi = encoder_decoder_published(o, score(o).sum(), o.encoder_attentions, o.decoder_attentions, o.cross_attentions)
+    got = explain(model, inputs, target=score, read="last")
+    torch.testing.assert_close(got.relevancy["tower0"], qi[:, -1], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(got.relevancy["tower1"][:, :-1], qq[:, -1, :-1], rtol=1e-9, atol=1e-10)
+    assert qi[:, -1].abs().max() > 1e-4
+
+
+def test_other_methods_are_refused_between_towers():
+    torch.manual_seed(0)
+    model = transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))
+    inputs = {"input_ids": torch.randint(3, 60, (1, 4)), "visual_feats": torch.randn(1, 5, 10), "visual_pos": torch.rand(1, 5, 4)}
+    for method in ("rollout", "gradcam", "attention", "weighted"):
+        with pytest.raises(ValueError, match="method must be"):
+            explain(model, inputs, method=method)
