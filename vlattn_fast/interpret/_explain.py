@@ -105,12 +105,8 @@ def explain(
                 check_scores(
                     scores, [edge for tower in towers for edge in tower.edges(start_layer)] if rule.needs_score else None
                 )
-            for tower in towers if scores is not None else []:
-                if tower.batch != len(scores):
-                    raise ValueError(
-                        f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} "
-                        f"for {len(scores)} scores, as attention in windows or chunks has. Read other towers by read={{...}}"
-                    )
+            if scores is not None:
+                _check_batches(towers, len(scores))
             starts = [_start(tower, read, arguments) for tower in towers]
             found = scores if rule.needs_score else None
             if others:
@@ -166,6 +162,16 @@ def _chosen(trace: Trace, read: Any) -> tuple[list[TowerTrace], list[TowerTrace]
         towers = towers or trace.towers[:1]  # all attend to one another: the first is read
     others = [tower for tower in trace.towers if tower not in towers and any((t, tower) in links for t in towers)]
     return towers, others
+
+
+def _check_batches(towers: list[TowerTrace], scores: int) -> None:
+    """ValueError for a tower that does not run once over each input."""
+    for tower in towers:
+        if tower.batch != scores:
+            raise ValueError(
+                f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} for {scores} "
+                "scores, as attention in windows or chunks has. Read other towers by read={...}"
+            )
 
 
 def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any]) -> Tensor:
