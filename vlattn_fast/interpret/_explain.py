@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret._run import at_rest, traced, unwrapped
-from vlattn_fast.interpret.bimodal import Relevancies, relevancies
+from vlattn_fast.interpret.answers import Answer, prepare_answer
+from vlattn_fast.interpret.cut import parts
 from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import find_family
-from vlattn_fast.interpret.inputs import is_empty, prepare_inputs, real_tokens, with_one_row
-from vlattn_fast.interpret.methods import Method, check_weighting, find_method, gradcam, raw_attention
-from vlattn_fast.interpret.readout import Read, check_read, gather_words, image_maps, start_rows, word_positions
+from vlattn_fast.interpret.inputs import is_empty, prepare_inputs, with_one_row
+from vlattn_fast.interpret.methods import check_weighting, find_method
+from vlattn_fast.interpret.readout import Read, check_read, start_rows
 from vlattn_fast.interpret.records import Family
+from vlattn_fast.interpret.rows import read_rows
 from vlattn_fast.interpret.targets import check_scores, choose_score
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
 from vlattn_fast.ops.relevancy_residual import Weighting
+
+Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
 
 
 def explain(
@@ -31,6 +36,9 @@ def explain(
     start_layer: int = 0,
     weighting: str | Weighting = "contribution",
     read: None | Read | Mapping[str, Read] = None,
+    answer: Any = None,
+    each: bool = True,
+    tokenizer: Any = None,
 ) -> Explanation:
     """Relevancy of every input token to a score of the model.
 
@@ -65,6 +73,13 @@ def explain(
             "mean" (1/N of each), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to these.
             Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower that
             is read through cross-attention alone needs no row of its own, see Chefer et al. 2021, equations 5 to 11.
+        answer: for decoders, an answer to the prompts of `inputs` instead of `target`: token ids (B, T) or (T,), lists of ids, a
+            text or one text a row. Its T tokens go behind the last real token of each prompt. The row that is read is that of
+            the position which predicts the token.
+        each: True = every token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities, from
+            one forward pass and one backward pass a token. False = all of them together, with the sum of the
+            log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass.
+        tokenizer: the tokenizer or processor, where `answer` is text.
 
     Returns:
         An `Explanation`; values are raw.
@@ -83,12 +98,18 @@ def explain(
         raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
     model = unwrapped(model)
     family = find_family(model)
+    said = None
+    if answer is not None:
+        if target is not None or read is not None:
+            raise ValueError("answer must be given without target and read, which it takes the place of; got both")
+        said = prepare_answer(answer, tokenizer, inputs, family)
+        inputs = said.arguments
     if family is None:
         if read is None:
             raise ValueError(_how_to_read(model, inputs))
         family = Family((), "class")
     with torch.inference_mode(False), torch.enable_grad(), at_rest(model):
-        arguments, pairs = prepare_inputs(model, inputs, family, target)
+        arguments, pairs = prepare_inputs(model, inputs, family, target, None if said is None else said.positions)
         empty = is_empty(arguments)
         with traced(model, family, rule, weighting) as trace:
             outputs = model(**(with_one_row(arguments, family) if empty else arguments))
@@ -99,33 +120,53 @@ def explain(
         if empty:
             scores, chosen, rows = _nothing(towers, outputs, family, target)
         else:
-            shapes = [tower.shape for tower in towers]
-            scores, chosen = choose_score(outputs, family, target, arguments, pairs, shapes, rule.needs_score)
-            if scores is not None:
-                check_scores(
-                    scores, [edge for tower in towers for edge in tower.edges(start_layer)] if rule.needs_score else None
+            if said is None:
+                scores, chosen = choose_score(
+                    outputs, family, target, arguments, pairs, [tower.shape for tower in towers], rule.needs_score
                 )
-            if scores is not None:
-                _check_batches(towers, len(scores))
-            starts = [_start(tower, read, arguments) for tower in towers]
-            found = scores if rule.needs_score else None
-            if others:
-                rows = _between(trace, towers, others, starts, found, rule)
-            elif rule.carries:
-                rows = _carried(towers, start_layer, starts, found)
+                passes: list[Pass] = [(scores, [_start(tower, read, arguments) for tower in towers])]
             else:
-                rows = _last_only(towers, starts, arguments, found)
-            _check_rows(rows, starts, rule)
+                scores, chosen = said.scores(outputs.logits, arguments.get("logits_to_keep")), None
+                passes = _passes(said, scores, towers, each)
+                scores = scores if each else scores.sum(1)
+            if scores is not None:
+                edges = [edge for tower in towers for edge in tower.edges(start_layer)]
+                check_scores(scores, edges if rule.needs_score else None)
+                _check_batches(towers, len(scores))
+            found = []
+            for number, (score, starts) in enumerate(_with_progress(passes)):
+                score, keep = score if rule.needs_score else None, number + 1 < len(passes)
+                found.append(read_rows(trace, towers, others, starts, score, start_layer, arguments, keep))
+            rows = [torch.cat(row, 1) for row in zip(*found, strict=True)]
     names = [tower.name for tower in [*towers, *others]]
-    relevancy = {name: row.detach()[:, 0] for name, row in zip(names, rows, strict=True)}
+    rows = [row.detach() if said is not None and each else row.detach()[:, 0] for row in rows]
+    relevancy = dict(zip(names, rows, strict=True))
     return Explanation(
         relevancy=relevancy,
-        **_cut(model, [*towers, *others], arguments, relevancy),
+        **parts(model, [*towers, *others], arguments, relevancy, said),
         scores=None if scores is None else scores.detach(),
         target=chosen,
         method=method,
         start_layer=start_layer,
     )
+
+
+def _passes(said: Answer, scores: Tensor, towers: list[TowerTrace], each: bool) -> list[Pass]:
+    """The score (B,) and the rows to read of each backward pass over an answer."""
+    likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in towers]
+    if not each:
+        return [(scores.sum(1), [said.start(like, None) for like in likes])]
+    return [(scores[:, t], [said.start(like, t) for like in likes]) for t in range(scores.shape[1])]
+
+
+def _with_progress(passes: list[Pass]) -> Iterable[Pass]:
+    """`passes`, with a progress bar on a terminal where there are several and tqdm is installed."""
+    if len(passes) > 1:
+        with contextlib.suppress(ModuleNotFoundError):
+            from tqdm import tqdm
+
+            return tqdm(passes, desc="explaining", unit="token", disable=None)
+    return passes
 
 
 def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
@@ -169,8 +210,8 @@ def _check_batches(towers: list[TowerTrace], scores: int) -> None:
     for tower in towers:
         if tower.batch != scores:
             raise ValueError(
-                f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} for {scores} "
-                "scores, as attention in windows or chunks has. Read other towers by read={...}"
+                f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} for "
+                f"{scores} scores, as attention in windows or chunks has. Read other towers by read={{...}}"
             )
 
 
@@ -194,89 +235,3 @@ def _nothing(
     if family.score == "pair" or getattr(outputs, family.logits, None) is not None:
         return rows[0].new_zeros(0), [], rows
     return None, None, rows
-
-
-def _carried(towers: list[TowerTrace], start_layer: int, starts: list[Tensor], scores: Tensor | None) -> list[Tensor]:
-    """The finished rows (B, 1, N). One backward pass starts at the score and at the carrier that leaves each tower."""
-    carriers = [tower.carriers(start_layer) for tower in towers]
-    outputs = [leaving for _, leaving in carriers]
-    rows = [start.to(output.device) for start, output in zip(starts, outputs, strict=True)]
-    if scores is not None:
-        outputs, rows = [scores.sum(), *outputs], [torch.ones_like(scores.sum()), *rows]
-    parts = [part for entering, _ in carriers for part in entering]
-    grads = iter(torch.autograd.grad(outputs, parts, rows))
-    return [torch.cat([next(grads) for _ in entering], 2) for entering, _ in carriers]
-
-
-def _last_only(towers: list[TowerTrace], starts: list[Tensor], arguments: dict[str, Any], scores: Tensor | None) -> list[Tensor]:
-    """The rows (B, 1, N) of the last attention alone: Grad-CAM with a score, raw attention without."""
-    calls = [tower.last_call_read() for tower in towers]
-    grads: tuple[Tensor | None, ...] = (None,) * len(calls)
-    if scores is not None:
-        grads = torch.autograd.grad(scores.sum(), [call.output for call in calls], allow_unused=True)
-    rows = []
-    with torch.no_grad():
-        for tower, start, call, grad in zip(towers, starts, calls, grads, strict=True):
-            start = start.to(call.query.device)
-            if scores is None:
-                rows.append(raw_attention(start, call))
-                continue
-            grad = torch.zeros_like(call.output) if grad is None else grad
-            real = real_tokens(tower.tokens, arguments, tower.shape)
-            real = None if real is None else real.to(start.device)
-            rows.append(gradcam(start, call, grad, None if tower.pooled else real, real))
-    return rows
-
-
-def _between(
-    trace: Trace, towers: list[TowerTrace], others: list[TowerTrace], starts: list[Tensor], scores: Tensor | None, rule: Method
-) -> list[Tensor]:
-    """The rows (B, 1, N) of `towers`, their own entries set to zero, and those of `others` that they count for them."""
-    if rule.name != "gradient" or scores is None:
-        raise ValueError(f"method must be 'gradient' for towers that attend to one another; got {rule.name!r}")
-    outputs = [call.attended.output for call in trace.calls]
-    grads = torch.autograd.grad(scores.sum(), outputs, allow_unused=True)
-    with torch.no_grad():
-        found: Relevancies = relevancies(trace.calls, grads)
-        rows = [(start @ found[t, t]).masked_fill(start == 1, 0.0) for t, start in zip(towers, starts, strict=True)]
-        for other in others:
-            parts = [start @ found[t, other] for t, start in zip(towers, starts, strict=True) if (t, other) in found]
-            rows.append(torch.stack(parts).sum(0))
-    return rows
-
-
-def _check_rows(rows: list[Tensor], starts: list[Tensor], rule: Method) -> None:
-    """ValueError where no row is more than the row that was read."""
-    if not rule.carries or not rule.needs_score:
-        return
-    for row, start in zip(rows, starts, strict=False):
-        beside = row.masked_fill(start == 1, 0.0) if bool((start == 1).any()) else row - start
-        if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):
-            return
-    raise ValueError(
-        "target must be a score that the row which is read has a part in; got a relevancy that is this row alone. Name the row "
-        'by read=, e.g. read="last" or the position (or (B, N) weights) that the score is computed from'
-    )
-
-
-def _cut(model: nn.Module, towers: list[TowerTrace], arguments: dict[str, Any], relevancy: dict[str, Tensor]) -> dict[str, Any]:
-    """The image and text parts of the rows, as fields of an Explanation."""
-    parts: dict[str, Any] = {}
-    ids = arguments.get("input_ids")
-    ids = None if ids is None else ids.reshape(-1, ids.shape[-1])
-    for tower in towers:
-        if (record := tower.record) is None:
-            continue
-        row = relevancy[tower.name]
-        config = model.config if record.tokens == "image_text" else tower.config
-        if (maps := image_maps(record, config, arguments, row)) is not None:
-            parts["image"], parts["image_rows"] = maps
-        if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
-            parts["text"], parts["token_ids"] = gather_words(row, words, ids)
-        if record.tokens == "boxes":
-            parts["regions"], parts["boxes"] = row, arguments["visual_pos"][..., :4].detach()
-        if record.tokens == "regions":
-            count = arguments["region_features"].shape[1]
-            parts["regions"] = row[:, row.shape[1] - count :]
-            parts["boxes"] = arguments["region_positions"][..., :4].detach()
-    return parts

@@ -16,11 +16,14 @@ _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 def prepare_inputs(
-    model: nn.Module, inputs: Mapping[str, Any], family: Family, target: Any
+    model: nn.Module, inputs: Mapping[str, Any], family: Family, target: Any, positions: Tensor | None = None
 ) -> tuple[dict[str, Any], list[int] | None]:
     """Keyword arguments for the model, and for "pair" families the text that each row stands for.
 
     One image with T texts becomes T pairs, as in the notebook of Chefer et al.; a target picks the text of each image.
+
+    Args:
+        positions: where a decoder's logits are read; None = at the last real token.
 
     Raises:
         TypeError: `inputs` is no mapping.
@@ -40,10 +43,12 @@ def prepare_inputs(
     if family.score == "token" or "use_cache" in accepted:
         arguments["use_cache"] = False
     if family.score == "token" and not callable(target) and "logits_to_keep" in accepted:
-        # Logits of the whole prompt are large and only one row of them is asked for.
+        # Logits of the whole prompt are large and only a few rows of them are asked for.
         sequence = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
         arguments.pop("labels", None)
-        arguments["logits_to_keep"] = last_real(family.towers[0].tokens, arguments, tuple(sequence.shape[:2])).unique()
+        if positions is None:
+            positions = last_real(family.towers[0].tokens, arguments, tuple(sequence.shape[:2]))
+        arguments["logits_to_keep"] = positions.unique()
     if family.score != "pair" or callable(target):
         return arguments, None
     return _paired(arguments, target)

@@ -1,0 +1,147 @@
+"""Answers of decoders, each token by itself and all together, against the published rule on stored maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.interpret.cases import LLAMA, lively
+from vlattn_fast.interpret import explain
+
+PROMPTS = torch.tensor([[4, 9, 11, 7, 23, 8], [5, 6, 3, 12, 0, 0]])
+REAL = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+ANSWERS = [[17, 30, 21], [14, 40]]
+
+
+def decoder(dtype=torch.float64):
+    torch.manual_seed(0)
+    return lively(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))).eval().to(dtype)
+
+
+def published(model, prompt, answer):
+    """Log-probabilities (T) and the rows (T, N + T) that predict the tokens of one answer, without any padding."""
+    ids = torch.tensor([[*prompt, *answer]])
+    model.set_attn_implementation("literal")  # eager, with softmax in float64
+    outputs = model(input_ids=ids, output_attentions=True)
+    scores, rows = [], []
+    for place, token in enumerate(answer, start=len(prompt) - 1):
+        score = outputs.logits[0, place].log_softmax(-1)[token]
+        grads = torch.autograd.grad(score, outputs.attentions, retain_graph=True)
+        relevancy = torch.eye(ids.shape[1], dtype=score.dtype)
+        for attention, grad in zip(outputs.attentions, grads, strict=True):
+            relevancy = relevancy + (attention[0].detach() * grad[0]).clamp(min=0).mean(0) @ relevancy
+        scores.append(score.detach())
+        rows.append(relevancy[place])
+    return torch.stack(scores), torch.stack(rows)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_each_token(side):
+    model = decoder()
+    inputs = {"input_ids": PROMPTS, "attention_mask": REAL}
+    if side == "left":
+        rolled = [torch.stack([torch.roll(a, 6 - int(r.sum())) for a, r in zip(t, REAL, strict=True)]) for t in (PROMPTS, REAL)]
+        positions = (rolled[1].cumsum(-1) - 1).clamp(min=0)
+        inputs = {"input_ids": rolled[0], "attention_mask": rolled[1], "position_ids": positions}
+    got = explain(model, inputs, answer=ANSWERS)
+    assert got.relevancy["language"].shape == (2, 3, 9) and got.scores.shape == (2, 3)
+    for row, answer in enumerate(ANSWERS):
+        scores, rows = published(model, PROMPTS[row][REAL[row].bool()].tolist(), answer)
+        count = len(answer)
+        torch.testing.assert_close(got.scores[row, :count], scores, rtol=1e-9, atol=1e-10)
+        begin = 2 if side == "left" and row == 1 else 0
+        mine = got.relevancy["language"][row]
+        torch.testing.assert_close(mine[:count, begin : begin + rows.shape[1]], rows, rtol=1e-9, atol=1e-10)
+        assert (mine[:count, :begin] == 0).all() and (mine[:count, begin + rows.shape[1] :] == 0).all()
+        assert (mine[count:] == 0).all() and (got.scores[row, count:] == 0).all()
+        assert got.token_ids[row][-count:] == answer
+
+
+def test_all_tokens_together():
+    model = decoder()
+    inputs = {"input_ids": PROMPTS[:1], "attention_mask": REAL[:1]}
+    got = explain(model, inputs, answer=ANSWERS[0], each=False)
+    model.set_attn_implementation("literal")  # eager, with softmax in float64
+    outputs = model(input_ids=torch.tensor([[*PROMPTS[0].tolist(), *ANSWERS[0]]]), output_attentions=True)
+    score = sum(outputs.logits[0, 5 + t].log_softmax(-1)[token] for t, token in enumerate(ANSWERS[0]))
+    relevancy = torch.eye(9, dtype=torch.float64)
+    for attention, grad in zip(outputs.attentions, torch.autograd.grad(score, outputs.attentions), strict=True):
+        relevancy = relevancy + (attention[0].detach() * grad[0]).clamp(min=0).mean(0) @ relevancy
+    torch.testing.assert_close(got.relevancy["language"][0], relevancy[5:8].sum(0), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(got.scores, score.detach()[None], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["llava", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("method", ["gradient", "weighted", "rollout", "attention", "gradcam"])
+def test_answers_about_images(case, method):
+    """Every token's row equals that of a call which names its position and score itself."""
+    answer = [[7, 12], [9, 5]]
+    got = explain(case.model, case.inputs, answer=answer, method=method)
+    batch = len(case.inputs["input_ids"])
+    assert got.relevancy["language"].shape[:2] == (batch, 2)
+    assert got.text.shape[:2] == (batch, 2)
+    first = got.image[0] if isinstance(got.image, tuple) else got.image[0]
+    assert first.ndim == 3 and first.shape[0] == 2
+    together = explain(case.model, case.inputs, answer=answer, method=method, each=False)
+    assert together.relevancy["language"].shape == (batch, case.inputs["input_ids"].shape[1] + 2)
+    if method in ("rollout", "attention"):
+        torch.testing.assert_close(together.relevancy["language"], got.relevancy["language"].sum(1), rtol=1e-4, atol=1e-5)
+
+
+def test_one_forward_pass_and_one_backward_pass_a_token(monkeypatch):
+    model, forwards, backwards = decoder(), [], []
+    model.register_forward_hook(lambda *a: forwards.append(1))
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (backwards.append(1), grad(*a, **k))[1])
+    explain(model, {"input_ids": PROMPTS, "attention_mask": REAL}, answer=ANSWERS)
+    assert len(forwards) == 1 and len(backwards) == 3
+
+
+class Words:
+    """A tokenizer of numbers."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [int(word) for word in text.split()]}
+
+
+def test_forms_of_an_answer():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
+    want = explain(model, inputs, answer=[[17, 30], [17, 30]])
+    for form in ([17, 30], torch.tensor([17, 30]), torch.tensor([[17, 30], [17, 30]]), "17 30", ["17 30", "17 30"]):
+        got = explain(model, inputs, answer=form, tokenizer=Words())
+        assert torch.equal(got.relevancy["language"], want.relevancy["language"])
+    ids = {"input_ids": PROMPTS[:, :4]}
+    ragged = explain(model, ids, answer=[[17, 30], [17]])
+    torch.testing.assert_close(ragged.relevancy["language"][0], want.relevancy["language"][0])
+    assert (ragged.relevancy["language"][1, 1] == 0).all()
+
+
+def test_bad_answers(monkeypatch):
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
+    for answer, error, words in (
+        ("17", ValueError, "tokenizer must be given"),
+        ([[17]], ValueError, "one row for each of the 2 prompts; got 1"),
+        ([[17], []], ValueError, "at least one token"),
+        ([], TypeError, "answer must be token ids"),
+        (3.5, TypeError, "answer must be token ids"),
+    ):
+        with pytest.raises(error, match=words):
+            explain(model, inputs, answer=answer)
+    with pytest.raises(ValueError, match="without target and read"):
+        explain(model, inputs, answer=[17], target=3)
+    vit = transformers.ViTForImageClassification(
+        transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    )
+    with pytest.raises(ValueError, match="answer must be of a decoder"):
+        explain(vit, {"pixel_values": torch.randn(1, 3, 224, 224)}, answer=[17])
+
+
+def test_a_row_that_the_score_does_not_come_from():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:1], "attention_mask": REAL[:1]}
+    score = lambda o: o.logits[:, 2, 7]  # noqa: E731
+    with pytest.raises(ValueError, match=r"relevancy that is this row alone. Name the row by read="):
+        explain(model, inputs, target=score)
+    named = explain(model, inputs, target=score, read=2).relevancy["language"]
+    assert (named[0, :3] > 0).all() and (named[0, 3:] == 0).all()
+    torch.testing.assert_close(explain(model, inputs, target=score, read={"language": 2}).relevancy["language"], named)

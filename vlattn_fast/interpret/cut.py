@@ -1,0 +1,56 @@
+"""The parts of relevancy rows that belong to images and to words, as fields of an Explanation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.answers import Answer
+from vlattn_fast.interpret.readout import gather_words, image_maps, word_positions
+from vlattn_fast.interpret.towers import TowerTrace
+
+
+def parts(
+    model: nn.Module, towers: list[TowerTrace], arguments: Mapping[str, Any], relevancy: Mapping[str, Tensor], said: Answer | None
+) -> dict[str, Any]:
+    """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer."""
+    found: dict[str, Any] = {}
+    ids = arguments.get("input_ids")
+    ids = None if ids is None else ids.reshape(-1, ids.shape[-1])
+    for tower in towers:
+        if (record := tower.record) is None:
+            continue
+        row = relevancy[tower.name]
+        config = model.config if record.tokens == "image_text" else tower.config
+        maps = _each(row, functools.partial(image_maps, record, config, arguments))
+        if maps is not None:
+            found["image"], found["image_rows"] = maps
+        if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
+            if said is not None:  # of an answer every token is shown
+                words[torch.arange(len(words))[:, None], said.positions + 1] |= said.real.to(words.device)
+            found["text"], found["token_ids"] = _each(row, functools.partial(gather_words, words=words, ids=ids)) or (None, None)
+        if record.tokens == "boxes":
+            found["regions"], found["boxes"] = row, arguments["visual_pos"][..., :4].detach()
+        if record.tokens == "regions":
+            count = arguments["region_features"].shape[1]
+            found["regions"] = row[:, row.shape[1] - count :]
+            found["boxes"] = arguments["region_positions"][..., :4].detach()
+    return found
+
+
+def _each(rows: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
+    """`read` of rows (B, N), which gives tensors (or a tuple of them) and facts. Of rows (B, T, N) its tensors have a dimension T
+    behind the first (in a tuple: in front)."""
+    if rows.ndim == 2:
+        return read(rows)
+    single = [read(one) for one in rows.unbind(1)]
+    if not single or single[0] is None:
+        return None
+    values, facts = [one[0] for one in single if one is not None], single[0][1]
+    if isinstance(values[0], tuple):
+        return tuple(torch.stack(maps) for maps in zip(*values, strict=True)), facts
+    return torch.stack(values, 1), facts

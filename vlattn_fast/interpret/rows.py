@@ -1,0 +1,111 @@
+"""The relevancy rows of one run, by each kind of method. One backward pass, where a score has a part in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret.bimodal import relevancies
+from vlattn_fast.interpret.inputs import real_tokens
+from vlattn_fast.interpret.methods import gradcam, raw_attention
+from vlattn_fast.interpret.towers import TowerTrace
+from vlattn_fast.interpret.trace import Trace
+
+
+def read_rows(
+    trace: Trace,
+    towers: list[TowerTrace],
+    others: list[TowerTrace],
+    starts: list[Tensor],
+    scores: Tensor | None,
+    start_layer: int,
+    arguments: Mapping[str, Any],
+    keep: bool,
+) -> list[Tensor]:
+    """The rows (B, 1, N) of `towers` and of `others`.
+
+    Args:
+        towers: those whose own rows are read; `starts` (B, 1, N) has the weights of their rows.
+        others: those that they attend to.
+        scores: (B,); None for methods without a gradient.
+        keep: keep the graph for a further call.
+
+    Raises:
+        ValueError: the rows say nothing, since the score does not depend on what is read.
+    """
+    method = trace.method
+    if others:
+        rows = _between(trace, towers, others, starts, scores, keep)
+    elif method.carries:
+        rows = _carried(towers, start_layer, starts, scores, keep)
+    else:
+        rows = _last_only(towers, starts, arguments, scores, keep)
+    if method.carries and method.needs_score:
+        _check(rows, starts)
+    return rows
+
+
+def _carried(towers: list[TowerTrace], start_layer: int, starts: list[Tensor], scores: Tensor | None, keep: bool) -> list[Tensor]:
+    """The finished rows (B, 1, N). One backward pass starts at the score and at the carrier that leaves each tower."""
+    carriers = [tower.carriers(start_layer) for tower in towers]
+    outputs = [leaving for _, leaving in carriers]
+    rows = [start.to(output.device) for start, output in zip(starts, outputs, strict=True)]
+    if scores is not None:
+        outputs, rows = [scores.sum(), *outputs], [torch.ones_like(scores.sum()), *rows]
+    parts = [part for entering, _ in carriers for part in entering]
+    grads = iter(torch.autograd.grad(outputs, parts, rows, retain_graph=keep))
+    return [torch.cat([next(grads) for _ in entering], 2) for entering, _ in carriers]
+
+
+def _last_only(
+    towers: list[TowerTrace], starts: list[Tensor], arguments: Mapping[str, Any], scores: Tensor | None, keep: bool
+) -> list[Tensor]:
+    """The rows (B, 1, N) of the last attention alone: Grad-CAM with a score, raw attention without."""
+    calls = [tower.last_call_read() for tower in towers]
+    grads: tuple[Tensor | None, ...] = (None,) * len(calls)
+    if scores is not None:
+        grads = torch.autograd.grad(scores.sum(), [call.output for call in calls], retain_graph=keep, allow_unused=True)
+    rows = []
+    with torch.no_grad():
+        for tower, start, call, grad in zip(towers, starts, calls, grads, strict=True):
+            start = start.to(call.query.device)
+            if scores is None:
+                rows.append(raw_attention(start, call))
+                continue
+            grad = torch.zeros_like(call.output) if grad is None else grad
+            real = real_tokens(tower.tokens, arguments, tower.shape)
+            real = None if real is None else real.to(start.device)
+            rows.append(gradcam(start, call, grad, None if tower.pooled else real, real))
+    return rows
+
+
+def _between(
+    trace: Trace, towers: list[TowerTrace], others: list[TowerTrace], starts: list[Tensor], scores: Tensor | None, keep: bool
+) -> list[Tensor]:
+    """The rows (B, 1, N) of `towers`, their own entries set to zero, and those of `others` that they count for them."""
+    if trace.method.name != "gradient" or scores is None:
+        raise ValueError(f"method must be 'gradient' for towers that attend to one another; got {trace.method.name!r}")
+    outputs = [call.attended.output for call in trace.calls]
+    grads = torch.autograd.grad(scores.sum(), outputs, retain_graph=keep, allow_unused=True)
+    with torch.no_grad():
+        found = relevancies(trace.calls, grads)
+        rows = [(start @ found[t, t]).masked_fill(start == 1, 0.0) for t, start in zip(towers, starts, strict=True)]
+        for other in others:
+            parts = [start @ found[t, other] for t, start in zip(towers, starts, strict=True) if (t, other) in found]
+            rows.append(torch.stack(parts).sum(0))
+    return rows
+
+
+def _check(rows: list[Tensor], starts: list[Tensor]) -> None:
+    """ValueError where no row is more than the row that was read."""
+    for row, start in zip(rows, starts, strict=False):
+        beside = row.masked_fill(start == 1, 0.0) if bool((start == 1).any()) else row - start
+        if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):
+            return
+    raise ValueError(
+        "target must be a score that the row which is read has a part in; got a relevancy that is this row alone. Name the row "
+        'by read=, e.g. read="last" or the position (or (B, N) weights) that the score is computed from'
+    )
