@@ -58,9 +58,7 @@ def picture(out: Path) -> None:
     scene = lab.digit_scenes(1, seed=SEED)
     explanation = explain(model, scene.inputs(), target=log_odds, method="gradient").with_tokens(processor)
     caption, pixels = scene.captions[0], scene.render()
-    figure = explanation.plot(pixels)
-    figure.suptitle(caption)
-    figure.savefig(out / "digitscenes.png", dpi=80, metadata={"Software": None})
+    explanation.plot(pixels).savefig(out / "digitscenes.png", dpi=80, metadata={"Software": None})
     explanation.save_html(out / "digitscenes.html", pixels, title=caption)
     print(f'Relevancy of a picture to its caption "{caption}": {out / "digitscenes.png"}, {out / "digitscenes.html"}\n')
 

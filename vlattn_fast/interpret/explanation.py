@@ -14,10 +14,15 @@ from torch import Tensor
 from vlattn_fast._extras import extra
 
 if TYPE_CHECKING:
-    import numpy as np
+    import pandas as pd
     from matplotlib.figure import Figure
 
-_FORMAT = "vlattn_fast.explanation.1"
+    from vlattn_fast.interpret.page import Page
+    from vlattn_fast.interpret.tables import Comparison, Entry
+
+_FORMAT = "vlattn_fast.explanation.2"
+_TENSORS = ("text", "regions", "boxes", "scores")
+_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +34,7 @@ class Explanation:
         image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several images; a tuple of (h, w)
             where the grids differ; None without an image.
         image_rows: the row of the batch each map of `image` belongs to.
-        text: the word entries (B, T), without special tokens and padding; shorter texts end in zeros.
+        text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros. 0 at `position`.
         token_ids: the ids of the entries of `text`, row by row, as long as each text is.
         words: the same as strings, see `with_tokens`.
         regions: (B, R), the entries of image regions, for models that see boxes instead of patches.
@@ -37,6 +42,19 @@ class Explanation:
         scores: (B,) the explained scores; None where a method has none.
         target: text, class or token index of each score; None for a callable.
         method, start_layer: the arguments of `explain`.
+        position: tower -> (B,) int64, the token whose row is read. Its own entry is about 1 whatever the input, so `text` has 0
+            there and pictures leave it out; `own` tells it. Towers without one such token (mean, pooling head) are missing.
+        answer: the ids of the answer's tokens, row by row, where an answer of a decoder is explained; None otherwise.
+        tower_images: tower -> maps in the form of `image`, for the same images, where several towers see them. `image` is the
+            one of the tower nearest to the pixels.
+
+    With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
+    and special tokens included: what earlier words of the answer count for later ones. Two forms:
+
+    - `each` token by itself: `relevancy` holds (B, T, N), `scores` (B, T), `text` (B, T, L), `image` (images, T, h, w) or a tuple
+      of (T, h, w), `position` (B, T). Row t explains token t. Shorter answers end in zeros.
+    - all tokens at once: shapes as without an answer, but `position` is (B, T), all of the rows that are read
+      (shorter answers repeat one).
     """
 
     relevancy: dict[str, Tensor]
@@ -51,6 +69,25 @@ class Explanation:
     target: list[int] | None = None
     method: str = "gradient"
     start_layer: int = 0
+    position: dict[str, Tensor] | None = None
+    answer: list[list[int]] | None = None
+    tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
+
+    @property
+    def each(self) -> bool:
+        """Whether every token of an answer has a row of its own."""
+        return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """tower -> the entry of the token whose row is read, in the shape of `position`."""
+        entries = {}
+        for name, index in (self.position or {}).items():
+            values = self.relevancy[name]
+            index = index.to(values.device)
+            alone = index.ndim < values.ndim  # one position per row, not several
+            entries[name] = values.gather(-1, index[..., None])[..., 0] if alone else values.gather(-1, index)
+        return entries
 
     @property
     def tokens(self) -> list[list[str]] | None:
@@ -58,6 +95,15 @@ class Explanation:
         if self.words is not None or self.token_ids is None:
             return self.words
         return [[str(index) for index in row] for row in self.token_ids]
+
+    @property
+    def answer_tokens(self) -> list[list[str]] | None:
+        """The answer's part of `tokens`; None without an answer."""
+        if self.answer is None:
+            return None
+        if self.tokens is None:
+            return [[str(index) for index in row] for row in self.answer]
+        return [row[len(row) - len(answer) :] for row, answer in zip(self.tokens, self.answer, strict=True)]
 
     def with_tokens(self, tokenizer: Any) -> Explanation:
         """The same explanation with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
@@ -67,28 +113,29 @@ class Explanation:
         return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
 
     def to_numpy(self) -> dict[str, Any]:
-        """Every tensor as a NumPy array: "relevancy" a dict, "image" (a list where grids differ), "text", "regions", "scores"."""
-        parts = {"image": self.image, "text": self.text, "regions": self.regions, "boxes": self.boxes, "scores": self.scores}
-        arrays: dict[str, Any] = {"relevancy": {name: _array(value) for name, value in self.relevancy.items()}}
-        for name, value in parts.items():
-            if value is not None:
-                arrays[name] = [_array(part) for part in value] if isinstance(value, tuple) else _array(value)
-        return arrays
+        """Every tensor as a NumPy array under the name of its field; dicts stay dicts, tuples of maps become lists."""
+        arrays = {name: _arrays(getattr(self, name)) for name in (*_TENSORS, "relevancy", "image", "position", "tower_images")}
+        return {name: value for name, value in arrays.items() if value is not None}
 
     def save(self, path: str | Path) -> Path:
         """Write values (safetensors) and facts (JSON in its metadata) to `path`; `Explanation.load` reads them back."""
         with extra("explain"):
             from safetensors.torch import save_file
 
-        tensors = {f"relevancy.{name}": value for name, value in self.relevancy.items()}
-        maps = self.image if isinstance(self.image, tuple) else () if self.image is None else (self.image,)
-        tensors |= {f"image.{i}": value for i, value in enumerate(maps)}
-        tensors |= {name: value for name in ("text", "regions", "boxes", "scores") if (value := getattr(self, name)) is not None}
+        tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+        tensors |= {f"relevancy.{name}": value for name, value in self.relevancy.items()}
+        tensors |= {f"position.{name}": value for name, value in (self.position or {}).items()}
+        others = {f"tower_images.{name}": maps for name, maps in (self.tower_images or {}).items()}
+        maps = {"image": self.image, **others} if self.image is not None else others
+        for name, value in maps.items():
+            tensors |= {f"{name}.{i}": part for i, part in enumerate(value if isinstance(value, tuple) else (value,))}
         facts = {
             "format": _FORMAT,
             "towers": list(self.relevancy),
-            "images": len(maps) if isinstance(self.image, tuple) else None,
-            **{name: getattr(self, name) for name in ("image_rows", "token_ids", "words", "target", "method", "start_layer")},
+            "positions": None if self.position is None else list(self.position),
+            "maps": {name: len(value) if isinstance(value, tuple) else None for name, value in maps.items()},
+            "tower_images": None if self.tower_images is None else list(self.tower_images),
+            **{name: getattr(self, name) for name in _FACTS},
         }
         # safetensors refuses tensors that share memory, and a map may be a view of its row.
         values = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
@@ -103,45 +150,131 @@ class Explanation:
 
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
-            if facts.pop("format", None) != _FORMAT:
+            if facts.get("format") != _FORMAT:
                 raise ValueError(f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        towers, images = facts.pop("towers"), facts.pop("images")
-        image = tensors.get("image.0") if images is None else tuple(tensors[f"image.{i}"] for i in range(images))
-        parts: dict[str, Any] = {name: tensors.get(name) for name in ("text", "regions", "boxes", "scores")}
-        return cls({name: tensors[f"relevancy.{name}"] for name in towers}, image, **parts, **facts)
+        maps: dict[str, Any] = {
+            name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
+            for name, count in facts["maps"].items()
+        }
+        positions, others = facts["positions"], facts["tower_images"]
+        fields: dict[str, Any] = {**{name: tensors.get(name) for name in _TENSORS}, **{name: facts[name] for name in _FACTS}}
+        return cls(
+            relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
+            image=maps.get("image"),
+            position=None if positions is None else {name: tensors[f"position.{name}"] for name in positions},
+            tower_images=None if others is None else {name: maps[f"tower_images.{name}"] for name in others},
+            **fields,
+        )
 
-    def plot(self, image: Any = None, *, rows: Sequence[int] | None = None, cmap: str = "turbo", alpha: float = 0.6) -> Figure:
-        """Draw maps and words, each scaled to its own smallest and largest value (words: to the largest magnitude).
+    def top(self, k: int = 5) -> list[Entry]:
+        """The `k` largest entries of each tower, per row and per token of an answer, largest first.
+
+        Where a tower's patches, words or regions are known, they are the entries; else all its tokens are. Entries of one tower
+        can be compared, those of different towers cannot.
+
+        Example:
+            >>> explanation = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
+            >>> explanation.top(1)
+            [Entry(row=0, answer=None, tower='text', part='token', position=2, place=None, word=None, value=0.5)]
+        """
+        from vlattn_fast.interpret.tables import largest
+
+        return largest(self, k)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Every entry as a line: row, answer (the token's number), tower, part, position, image, y, x, word, value."""
+        from vlattn_fast.interpret.tables import to_frame
+
+        with extra("tables"):
+            return to_frame(self)
+
+    def compare(self, other: Explanation) -> Comparison:
+        """How alike two explanations of the same input are, per tower and row: methods, models, or an edited input.
+
+        The entry at `position` is left out.
+
+        Example:
+            >>> plain = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
+            >>> double = Explanation({"text": torch.tensor([[0.0, 0.6, 1.0]])})
+            >>> plain.compare(double).table
+            [{'tower': 'text', 'row': 0, 'cosine': 1.0, 'rank': 1.0}]
+        """
+        from vlattn_fast.interpret.tables import compare
+
+        return compare(self, other)
+
+    def plot(
+        self,
+        image: Any = None,
+        *,
+        rows: Sequence[int] | None = None,
+        labels: Sequence[str] | None = None,
+        crop: Any = None,
+        cmap: str = "inferno",
+        alpha: float = 0.85,
+    ) -> Figure:
+        """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
+
+        The maps of a row are scaled together, from their smallest value (transparent over an image) to their largest.
 
         Args:
             image: what the maps lie on: a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1] or bytes; or one
-                per row. None draws the maps alone.
+                per map. None draws the maps alone.
             rows: rows of the batch to draw; all by default.
-            cmap, alpha: matplotlib's names for colours and the map's opacity over an image.
+            labels: names of the rows, such as classes; by default their text.
+            crop: where the maps lie on the image, if they do not cover it: x1, y1, x2, y2 relative to it, or one box per map.
+                CLIP's processor, for example, shows the model the middle square.
+            cmap: matplotlib's name of the colours.
+            alpha: how opaque the largest value is over an image.
 
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
-        from vlattn_fast.interpret.pictures import draw
-
         with extra("viz"):
-            return draw(self, image, rows, cmap, alpha)
+            from vlattn_fast.interpret.pictures import draw
 
-    def save_html(self, path: str | Path, image: Any = None, *, title: str = "Relevancy", cmap: str = "turbo") -> Path:
-        """Write one self-contained page: maps as inline PNG, words coloured by relevancy; no script, nothing from a network.
+            return draw(self, image, rows, labels, crop, cmap, alpha)
+
+    def to_html(
+        self,
+        image: Any = None,
+        *,
+        labels: Sequence[str] | None = None,
+        crop: Any = None,
+        title: str = "Relevancy",
+        cmap: str = "inferno",
+        beside: Sequence[Explanation] = (),
+    ) -> Page:
+        """One self-contained page, which needs no network: choose a row, or a word of the answer, and see its map and words.
+
+        The image is stored once, in its own resolution, or a smaller one where it would take more than 300 kB.
 
         Args:
-            path: the file to write.
-            image, cmap: as for `plot`.
+            image, labels, crop, cmap: as for `plot`.
             title: heading of the page.
-        """
-        from vlattn_fast.interpret.pictures import render_html
+            beside: explanations of the same input by other methods, to switch to.
 
+        Returns:
+            The page's text, a `str`. A notebook shows it in a frame.
+        """
         with extra("viz"):
-            page = render_html(self, image, title, cmap)
+            from vlattn_fast.interpret.page import render
+
+            return render([self, *beside], image, labels, crop, title, cmap)
+
+    def save_html(self, path: str | Path, image: Any = None, **options: Any) -> Path:
+        """Write the page of `to_html`, which has the same options, to `path`."""
+        page = self.to_html(image, **options)
         Path(path).write_text(page, encoding="utf-8")
         return Path(path)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; the plain text where a package for pages is missing."""
+        try:
+            return self.to_html()._repr_html_()
+        except ModuleNotFoundError:
+            return None
 
     def __len__(self) -> int:
         """Rows of the batch."""
@@ -152,6 +285,13 @@ class Explanation:
         return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
 
 
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _arrays(value: Any) -> Any:
+    """Tensors inside dicts and tuples as NumPy arrays."""
+    if isinstance(value, dict):
+        return {name: _arrays(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [_arrays(part) for part in value]
+    if value is None:
+        return None
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()

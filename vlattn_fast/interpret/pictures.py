@@ -1,45 +1,47 @@
-"""Pictures of an Explanation; matplotlib and jinja2 are imported here and nowhere else in vlattn_fast.interpret."""
+"""Figures of an Explanation; matplotlib is imported here and in vlattn_fast.interpret.page alone."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+
+from vlattn_fast.interpret.view import (
+    Array,
+    Box,
+    Choice,
+    Explained,
+    Patch,
+    choices,
+    limits,
+    read_crops,
+    read_pictures,
+    row_label,
+    row_words,
+    shares,
+)
+from vlattn_fast.interpret.words import Word
 
 if TYPE_CHECKING:
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-Array = np.ndarray[Any, Any]
+_WIDTH, _SMALL = 3.4, 2.3  # of a row's panel and of an answer's, in inches
+_COLUMNS = 5  # of an answer's maps
+_POINTS = 72 * _WIDTH * 0.9  # that a line of words may take
+_SIZE = 11
 
 
-class Explained(Protocol):
-    """What a picture reads of an Explanation."""
-
-    def __len__(self) -> int: ...
-    @property
-    def image(self) -> Tensor | tuple[Tensor, ...] | None: ...
-    @property
-    def image_rows(self) -> list[int] | None: ...
-    @property
-    def text(self) -> Tensor | None: ...
-    @property
-    def tokens(self) -> list[list[str]] | None: ...
-    @property
-    def regions(self) -> Tensor | None: ...
-    @property
-    def boxes(self) -> Tensor | None: ...
-    @property
-    def scores(self) -> Tensor | None: ...
-    @property
-    def target(self) -> list[int] | None: ...
-
-
-def draw(explanation: Explained, image: Any, rows: Sequence[int] | None, cmap: str, alpha: float) -> Figure:
+def draw(
+    explanation: Explained,
+    image: Any,
+    rows: Sequence[int] | None,
+    labels: Sequence[str] | None,
+    crop: Any,
+    cmap: str,
+    alpha: float,
+) -> Figure:
     """See `Explanation.plot`."""
     from matplotlib.figure import Figure
 
@@ -47,175 +49,238 @@ def draw(explanation: Explained, image: Any, rows: Sequence[int] | None, cmap: s
     for row in chosen:
         if not 0 <= row < len(explanation):
             raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
-    pictures = _pictures(explanation, image)
-    maps = [_maps(explanation, row) for row in chosen]
-    has_text, has_regions = explanation.text is not None, explanation.regions is not None
-    columns = max([int(has_regions), *(len(part) for part in maps)]) + int(has_text)
-    figure = Figure(figsize=(4.5 * max(columns, 1), 3.6 * max(len(chosen), 1)), layout="constrained")
-    axes = figure.subplots(max(len(chosen), 1), max(columns, 1), squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for line, row, parts in zip(axes, chosen, maps, strict=False):
-        for axis, (index, values) in zip(line, parts, strict=False):
-            _draw_map(axis, values, _of(pictures, index), cmap, alpha)
-        if has_regions:
-            _draw_regions(line[0], explanation, row, _of(pictures, row), cmap, alpha)
-        if has_text:
-            _draw_words(line[-1], _words(explanation, row), cmap)
-        if explanation.scores is not None:
-            line[0].set_title(f"score {float(explanation.scores[row]):.4g}", fontsize=9)
+    painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, cmap, alpha)
+    found = choices(explanation, labels)
+    groups = [[choice for choice in found if choice.row == row] for row in chosen]
+    if explanation.each:
+        sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(group, painter))) for group in groups]
+    else:
+        sizes = [_row_size(group[0], painter) for group in groups]
+    width, height = max([_WIDTH, *(w for w, _ in sizes)]), sum(h for _, h in sizes)
+    figure = Figure(figsize=(width, max(height, 1)), layout="constrained")
+    if not groups:
+        return figure
+    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=[h for _, h in sizes])[:, 0]
+    for part, row, group in zip(parts, chosen, groups, strict=True):
+        if explanation.each:
+            title = row_label(explanation, row) if labels is None else labels[row]
+            _draw_answer(part, explanation, title, group, painter)
+        else:
+            _draw_row(part, group[0], painter)
     return figure
 
 
-def _draw_map(axis: Any, values: Array, picture: Array | None, cmap: str, alpha: float) -> None:
-    height, width = values.shape if picture is None else picture.shape[:2]
-    extent = (0, width, height, 0)
-    if picture is not None:
-        axis.imshow(picture, extent=extent)
-    axis.imshow(
-        scaled(values),
-        cmap=cmap,
-        vmin=0,
-        vmax=1,
-        extent=extent,
-        alpha=None if picture is None else alpha,
-        interpolation="nearest" if picture is None else "bilinear",
+def colors(cmap: str) -> ListedColormap:
+    """256 colours of matplotlib's map, without its last, which are so pale that the largest values would vanish on white."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    if cmap not in colormaps:
+        raise ValueError(f"cmap must be a name of matplotlib's colours, such as 'inferno' or 'viridis'; got {cmap!r}")
+    return ListedColormap(colormaps[cmap](np.linspace(0, 0.85, 256)), name=cmap)
+
+
+class _Painter:
+    """Draws the panels of choices: the photo, and the maps over it."""
+
+    def __init__(self, pictures: list[Array] | None, crops: list[Box], together: bool, cmap: str, alpha: float) -> None:
+        self.pictures, self.crops, self.together, self.cmap, self.alpha = pictures, crops, together, colors(cmap), alpha
+
+    def panels(self, choice: Choice) -> list[list[Patch]]:
+        """The maps by panel: regions of one picture share it, and so do maps with crops."""
+        panels: dict[Any, list[Patch]] = {}
+        for patch in choice.patches:
+            shared = self.together or patch.box is not None
+            panels.setdefault(self._number(patch) if shared else ("map", patch.index), []).append(patch)
+        return list(panels.values())
+
+    def count(self, choice: Choice) -> int:
+        """Panels of a choice, photos beside their overlays included."""
+        return len(self.panels(choice)) * (1 if self.pictures is None else 2)
+
+    def shape(self, choice: Choice) -> float:
+        """Height of the first panel per width."""
+        if not choice.patches:
+            return 0.3
+        picture = self._picture(choice.patches[0])
+        height, width = (choice.patches[0].values if picture is None else picture).shape[:2]
+        return min(2.0, height / width) if choice.patches[0].box is None or picture is not None else 1.0
+
+    def photo(self, axis: Any, patches: list[Patch]) -> None:
+        picture = self._picture(patches[0])
+        if picture is not None:
+            axis.imshow(picture)
+
+    def overlay(self, axis: Any, patches: list[Patch], low: float, high: float) -> Any:
+        """Draws the maps of one panel; what a colour bar describes."""
+        picture = self._picture(patches[0])
+        height, width = (1, 1) if picture is None else picture.shape[:2]
+        if picture is None and patches[0].box is None and len(patches) == 1:
+            height, width = patches[0].values.shape
+        if picture is not None:
+            axis.imshow(picture)
+        for patch in patches:
+            x1, y1, x2, y2 = self.crops[patch.index] if patch.box is None else patch.box
+            opacity = None if picture is None else self.alpha * np.minimum(1, 1.5 * shares(patch.values, low, high)) ** 1.5
+            drawn = axis.imshow(
+                patch.values,
+                cmap=self.cmap,
+                vmin=low,
+                vmax=high,
+                alpha=opacity,
+                extent=(x1 * width, x2 * width, y2 * height, y1 * height),
+                interpolation="nearest" if picture is None or patch.values.size == 1 else "bilinear",
+            )
+            if patch.values.size == 1 or (x1, y1, x2, y2) != (0, 0, 1, 1):
+                self._frame(axis, (x1 * width, y1 * height), ((x2 - x1) * width, (y2 - y1) * height), patch.values.size == 1)
+        axis.set(xlim=(0, width) if picture is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
+        return drawn
+
+    def _frame(self, axis: Any, corner: tuple[float, float], size: tuple[float, float], region: bool) -> None:
+        from matplotlib.patches import Rectangle
+
+        style = {"edgecolor": "black", "alpha": 0.6} if region else {"edgecolor": "white", "linestyle": "--"}
+        axis.add_patch(Rectangle(corner, *size, fill=False, linewidth=0.7, **style))
+
+    def _number(self, patch: Patch) -> int:
+        return 0 if self.pictures is None or len(self.pictures) == 1 else patch.index
+
+    def _picture(self, patch: Patch) -> Array | None:
+        return None if self.pictures is None else self.pictures[self._number(patch)]
+
+
+def _row_size(choice: Choice, painter: _Painter) -> tuple[float, float]:
+    """Inches of a row's figure."""
+    return _WIDTH * max(1, painter.count(choice) + bool(choice.words)), 0.5 + 0.9 * _WIDTH * max(0.3, painter.shape(choice))
+
+
+def _draw_row(part: Any, choice: Choice, painter: _Painter) -> None:
+    """Photo, overlay and words of a row, under its label and score."""
+    columns = max(1, painter.count(choice) + bool(choice.words))
+    axes = part.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.set_axis_off()
+    low, high = limits(choice.patches)
+    drawn, at = None, 0
+    for patches in painter.panels(choice):
+        if painter.pictures is not None:
+            painter.photo(axes[at], patches)
+            at += 1
+        drawn = painter.overlay(axes[at], patches, low, high)
+        at += 1
+    if drawn is not None and high > low:
+        _bar(part, drawn, axes[:at])
+    if choice.words:
+        _draw_words(axes[at], choice.words)
+    _title(part.suptitle("", fontsize=_SIZE), choice.label, choice.score)
+
+
+def _answer_heights(group: list[Choice], painter: _Painter) -> list[float]:
+    """Inches of an answer's parts: its maps in lines, and the table of its words."""
+    lines, words = _lines(group, painter), bool(group and group[0].words)
+    maps = [lines * (_SMALL * painter.shape(group[0]) + 0.6)] if lines else []
+    return maps + ([0.9 + 0.22 * len(group)] if words else [])
+
+
+def _lines(group: list[Choice], painter: _Painter) -> int:
+    panels = sum(len(painter.panels(choice)) for choice in group)
+    return -(-(panels + (painter.pictures is not None)) // _COLUMNS) if panels else 0
+
+
+def _draw_answer(part: Any, explanation: Explained, title: str, group: list[Choice], painter: _Painter) -> None:
+    """A map per word of the answer, and a table of what its words count for each other."""
+    heights, lines = _answer_heights(group, painter), _lines(group, painter)
+    if not heights:
+        return
+    parts = list(part.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+    if lines:
+        _draw_maps(parts.pop(0), group, painter, lines)
+    if parts:
+        _draw_table(parts.pop(0), explanation, group, painter.cmap)
+    _title(part.suptitle("", fontsize=_SIZE), title, sum(choice.score or 0.0 for choice in group))
+
+
+def _draw_maps(part: Any, group: list[Choice], painter: _Painter, lines: int) -> None:
+    axes = part.subplots(lines, _COLUMNS, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    free = iter(axes)
+    if painter.pictures is not None:
+        painter.photo(next(free), painter.panels(group[0])[0])
+    for choice in group:
+        low, high = limits(choice.patches)
+        for patches in painter.panels(choice):
+            axis = next(free)
+            drawn = painter.overlay(axis, patches, low, high)
+            _title(axis.set_title("", fontsize=9), choice.label, choice.score)
+            if high > low:
+                _bar(part, drawn, [axis], location="bottom")
+
+
+def _draw_table(part: Any, explanation: Explained, group: list[Choice], cmap: ListedColormap) -> None:
+    """Words of the answer (down) by the words that they rest on (across)."""
+    axis = part.subplots()
+    prompt = len(row_words(explanation, group[0].row)[0])
+    values = np.array([[value for _, value in choice.words] for choice in group])
+    values[np.triu_indices_from(values, prompt + 1)] = np.nan  # words that were not there yet
+    drawn = axis.imshow(values, cmap=cmap, aspect="auto", interpolation="nearest")
+    words = [word.text for word, _ in group[0].words]
+    across = axis.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
+    down = axis.set_yticks(range(len(group)), [choice.label for choice in group], fontsize=8)
+    for tick in (*across, *down):
+        tick.label1.set_parse_math(False)
+    axis.axvline(prompt - 0.5, color="white", linewidth=2)
+    _bar(part, drawn, [axis])
+
+
+def _bar(part: Any, drawn: Any, axes: Any, location: str = "right") -> None:
+    from matplotlib.cm import ScalarMappable
+
+    bar = part.colorbar(  # without the map's transparency
+        ScalarMappable(drawn.norm, drawn.cmap), ax=list(axes), location=location, shrink=0.8, aspect=25, pad=0.02
+    )
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.locator_params(nbins=4)
+    bar.ax.ticklabel_format(scilimits=(-2, 3))
+    for axis in (bar.ax.xaxis, bar.ax.yaxis):
+        axis.get_offset_text().set_fontsize(7)
+
+
+def _title(text: Any, label: str, score: float | None) -> None:
+    text.set_parse_math(False)  # a dollar sign would start a formula
+    text.set_text(label if score is None else f"{label}   score {score:.4g}".lstrip())
+
+
+def _draw_words(axis: Any, words: list[tuple[Word, float]]) -> None:
+    """Words in lines, coloured by their share of the largest magnitude: orange above zero, blue below."""
+    from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
+    from matplotlib.textpath import TextToPath
+
+    measure, font = TextToPath(), _font()
+    largest = max(abs(value) for _, value in words) or 1.0
+    lines: list[list[Any]] = [[]]
+    length = 0.0
+    for word, value in words:
+        text = (" " if word.space and lines[-1] else "") + word.text
+        advance = measure.get_text_width_height_descent(text, font, ismath=False)[0] + 4
+        if lines[-1] and length + advance > _POINTS:
+            lines.append([])
+            length, text = 0.0, word.text
+        share = abs(value) / largest
+        color = (1.0, 0.62, 0.24, share) if value >= 0 else (0.43, 0.70, 1.0, share)
+        box = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
+        if text.startswith(" "):
+            lines[-1].append(TextArea(" ", textprops={"size": _SIZE}))
+        lines[-1].append(TextArea(word.text, textprops={"size": _SIZE, "bbox": box, "parse_math": False}))
+        length += advance
+    rows: list[Any] = [HPacker(children=line, pad=0, sep=1, align="baseline") for line in lines]
+    packed = VPacker(children=rows, pad=0, sep=7, align="left")
+    axis.add_artist(
+        AnchoredOffsetbox("upper left", child=packed, frameon=False, bbox_to_anchor=(0, 1), bbox_transform=axis.transAxes)
     )
 
 
-def _draw_regions(axis: Any, explanation: Explained, row: int, picture: Array | None, cmap: str, alpha: float) -> None:
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
+def _font() -> Any:
+    from matplotlib.font_manager import FontProperties
 
-    if explanation.regions is None or explanation.boxes is None:
-        return
-    height, width = (1, 1) if picture is None else picture.shape[:2]
-    if picture is not None:
-        axis.imshow(picture, extent=(0, width, height, 0))
-    shares = scaled(_numpy(explanation.regions[row]))
-    for share, (x1, y1, x2, y2) in zip(shares, _numpy(explanation.boxes[row]), strict=True):
-        corner, size = (x1 * width, y1 * height), ((x2 - x1) * width, (y2 - y1) * height)
-        axis.add_patch(Rectangle(corner, *size, facecolor=colormaps[cmap](share), edgecolor="black", alpha=alpha, linewidth=0.5))
-    axis.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
-
-
-def _draw_words(axis: Any, words: list[tuple[str, float, float]], cmap: str) -> None:
-    from matplotlib import colormaps
-
-    axis.set_axis_on()
-    axis.barh(range(len(words)), [value for _, value, _ in words], color=[colormaps[cmap](share) for _, _, share in words])
-    axis.set_yticks(range(len(words)), [_plain(word) for word, _, _ in words], fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel("relevancy", fontsize=8)
-
-
-def render_html(explanation: Explained, image: Any, title: str, cmap: str) -> str:
-    """See `Explanation.save_html`."""
-    import jinja2
-
-    pictures = _pictures(explanation, image)
-    rows = []
-    for row in range(len(explanation)):
-        words = _words(explanation, row)
-        rows.append(
-            {
-                "index": row,
-                "score": None if explanation.scores is None else f"{float(explanation.scores[row]):.4g}",
-                "target": None if explanation.target is None else explanation.target[row],
-                "pngs": _pngs(explanation, row, pictures, cmap),
-                "words": [
-                    {"text": word, "value": f"{value:.4g}", "share": f"{max(share, 0):.3f}"} for word, value, share in words
-                ],
-            }
-        )
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = (Path(__file__).parent / "templates" / "explanation.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(title=title, explanation=explanation, rows=rows)
-
-
-def _pngs(explanation: Explained, row: int, pictures: list[Array] | None, cmap: str) -> list[str]:
-    """Each map of a row as a base64 PNG."""
-    from matplotlib.figure import Figure
-
-    drawn = []
-    parts = [*_maps(explanation, row), *([] if explanation.regions is None else [(row, None)])]
-    for index, values in parts:
-        figure = Figure(figsize=(4, 4), layout="constrained")
-        axis = figure.subplots()
-        axis.set_axis_off()
-        picture = _of(pictures, index)
-        if values is None:
-            _draw_regions(axis, explanation, row, picture, cmap, 0.6)
-        else:
-            _draw_map(axis, values, picture, cmap, 0.6)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-        drawn.append(base64.b64encode(buffer.getvalue()).decode("ascii"))
-    return drawn
-
-
-def scaled(values: Array) -> Array:
-    """Values mapped to [0, 1] by their smallest and largest; a constant becomes zeros."""
-    low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
-    return (values - low) / (high - low) if high > low else np.zeros_like(values)
-
-
-def _maps(explanation: Explained, row: int) -> list[tuple[int, Array]]:
-    """The maps of a row, each with its number among all maps."""
-    if explanation.image is None or explanation.image_rows is None:
-        return []
-    owners = enumerate(zip(explanation.image, explanation.image_rows, strict=True))
-    return [(index, _numpy(part)) for index, (part, owner) in owners if owner == row]
-
-
-def _words(explanation: Explained, row: int) -> list[tuple[str, float, float]]:
-    """(word, value, share of the largest magnitude) of one row."""
-    if explanation.text is None or explanation.tokens is None:
-        return []
-    words = explanation.tokens[row]
-    values = _numpy(explanation.text[row])[: len(words)]
-    largest = float(np.abs(values).max(initial=0.0))
-    shares = values / largest if largest > 0 else np.zeros_like(values)
-    return [(word, float(value), float(share)) for word, value, share in zip(words, values, shares, strict=True)]
-
-
-def _plain(word: str) -> str:
-    """A word as matplotlib should draw it: the dollar sign would start a formula."""
-    return word.replace("$", r"\$")
-
-
-def _pictures(explanation: Explained, image: Any) -> list[Array] | None:
-    """The user's image or images as (H, W, 3) or (H, W) arrays, one for all rows or one per row."""
-    if image is None:
-        return None
-    many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
-    pictures = [_picture(part) for part in image] if many else [_picture(image)]
-    count = len(explanation) if explanation.image_rows is None else len(explanation.image_rows)
-    if len(pictures) not in (1, count):
-        raise ValueError(f"image must be one image or {count} of them (one per map); got {len(pictures)}")
-    return pictures
-
-
-def _picture(image: Any) -> Array:
-    array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1):
-        array = np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
-    if array.ndim != 3 or array.shape[2] not in (3, 4):
-        raise ValueError(f"image must have shape (H, W), (H, W, 3) or (3, H, W); got {array.shape}")
-    if array.dtype.kind == "f" and array.size and not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
-        got = f"{array.min():.3g} to {array.max():.3g}"
-        raise ValueError(f"image must be bytes, or floats from 0 to 1 (not a model's normalised pixel_values); got {got}")
-    return array.clip(0, 1) if array.dtype.kind == "f" else array
-
-
-def _of(pictures: list[Array] | None, index: int) -> Array | None:
-    """The picture under map `index`."""
-    if pictures is None:
-        return None
-    return pictures[index] if len(pictures) > 1 else pictures[0]
-
-
-def _numpy(tensor: Tensor) -> Array:
-    return tensor.detach().cpu().float().numpy()
+    return FontProperties(size=_SIZE)
