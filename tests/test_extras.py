@@ -21,6 +21,7 @@ CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "save": ("safetensors", "explain", lambda path: EXPLANATION.save(path)),
     "load": ("safetensors", "explain", lambda path: va.Explanation.load(path)),
     "plot": ("matplotlib", "viz", lambda path: EXPLANATION.plot()),
+    "table": ("pandas", "tables", lambda path: EXPLANATION.to_pandas()),
     "page": ("jinja2", "viz", lambda path: EXPLANATION.save_html(path)),
     "model": ("transformers", "explain", lambda path: cli._load("x")),
     "picture": ("PIL", "viz", lambda path: cli._open(path)),

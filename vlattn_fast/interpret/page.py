@@ -56,7 +56,7 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[str] 
         values = [_choice(c, crops, pictures, together=crop is not None) for c in found]
         methods.append({"name": explanation.method + layers, "choices": values})
     data = {
-        "colors": [to_hex(color) for color in colors(cmap).colors],
+        "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
         "steps": _STEPS,
         "pictures": [_photo(picture) for picture in pictures or []],
         "texts": [_text(first, row) for row in range(len(first))],

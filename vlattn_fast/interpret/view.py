@@ -120,8 +120,8 @@ def choices(explanation: Explained, labels: Sequence[str] | None = None) -> list
 def row_label(explanation: Explained, row: int) -> str:
     """The text of a row; its class or number where it has none. An answer with rows of its own is not repeated."""
     prompt, answer = row_words(explanation, row)
-    parts = [prompt] if explanation.each else [prompt, answer]
-    text = " ".join("".join(" " * word.space + word.text for word in part) for part in parts if part)
+    words = prompt if explanation.each else [*prompt, *answer]
+    text = "".join(" " * word.space + word.text for word in words).strip()
     if text:
         return text if len(text) <= 80 else text[:79] + "…"
     return f"row {row}" if explanation.target is None else f"target {explanation.target[row]}"

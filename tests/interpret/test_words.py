@@ -1,0 +1,42 @@
+"""Tokens joined to words, for the marks of each kind of tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlattn_fast.interpret.words import _byte_table, join_tokens
+
+
+def byte_level(text: str) -> str:
+    """A token as byte-level BPE writes it."""
+    names = {byte: name for name, byte in _byte_table().items()}
+    return "".join(names[byte] for byte in text.encode())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["The", "Ġgir", "affe", "'s", "Ġneck", ",", "Ġ(", "long", ")", "Ċ"], "The| giraffe's| neck|,| (|long|)| ⏎"),
+        (["<|im_start|>", "user", "Ċ", "Ġhi"], "<|im_start|>|user| ⏎| hi"),
+        (["Ġa", *map(byte_level, ["你好", "世界", "。"])], "a|你好|世界|。"),
+        (["Ġa", *(byte_level("你")[i] for i in range(3)), "Ġcaf", byte_level("é")], "a|你| café"),
+        (["▁a", "▁gir", "affe", ".", "</s>", "▁b"], "a| giraffe|.|</s>| b"),
+        (["▁a", "<0xE4>", "<0xBD>", "<0xA0>", "▁", "x"], "a|你| x"),
+        (["a</w>", "gir", "affe</w>", ",</w>", "b</w>"], "a| giraffe|,| b"),
+        (["a", "gir", "##affe", ".", "[SEP]", "b"], "a| giraffe|.| [SEP]| b"),
+        (["7", "8", "9"], "7| 8| 9"),
+        (["<b>", "$x", "_y_", "^"], "<b>| $x| _y_| ^"),
+        ([""], "␣"),
+        ([], ""),
+    ],
+)
+def test_words(tokens, words):
+    found = join_tokens(tokens)
+    assert "|".join(" " * word.space + word.text for word in found) == words
+    assert [index for word in found for index in word.tokens] == list(range(len(tokens)))
+
+
+def test_marks_are_known_from_the_whole_vocabulary():
+    """An answer may begin inside a line: none of its tokens has a mark then."""
+    assert [word.text for word in join_tokens(["gir", "affe"])] == ["gir", "affe"]
+    assert [word.text for word in join_tokens(["gir", "affe"], ["▁the"])] == ["giraffe"]
