@@ -149,7 +149,7 @@ def test_explain_several_texts_as_html(clip, picture, tmp_path):
     result = vlattn("explain", "--model", clip, "--image", picture, *texts, "--out", out)
     assert result.exit_code == 0, result.output
     page = out.read_text()
-    assert page.count("data:image/png;base64") == 2 and "square" in page and "circle" in page
+    assert page.count("data:image/jpeg;base64") == 1 and "square" in page and "circle" in page
     assert "score 0:" in result.output and "score 1:" in result.output
 
 
@@ -157,7 +157,7 @@ def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
     out = tmp_path / "out.html"
     result = vlattn("explain", "--model", llava, "--image", picture, "--text", "a red square", "--out", out, "--target", 5)
     assert result.exit_code == 0, result.output
-    assert "(target 5)" in result.output and "square" in out.read_text() and "data:image/png" in out.read_text()
+    assert "(target 5)" in result.output and "square" in out.read_text() and "data:image/jpeg" in out.read_text()
     refused = vlattn("explain", "--model", llava, "--image", picture, "--text", "a", "--text", "red", "--out", out)
     assert refused.exit_code == 2 and "takes one; got 2" in said(refused)
 

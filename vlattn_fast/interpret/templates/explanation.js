@@ -94,7 +94,7 @@ function showPicture(choice) {
     });
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
-    canvas.setAttribute("aria-label", `Relevancy of the picture to ${choice.label}, strongest at the ${strongest(view.figures[i].maps).place}`);
+    canvas.setAttribute("aria-label", `Relevancy of the picture to ${choice.label}, strongest at the ${strongest([view.figures[i]]).place}`);
     paint(canvas, view.figures[i], low, high);
   });
   const patches = view.figures.some((figure) => figure.maps.some((map) => map.cells.length > 1));
@@ -118,16 +118,16 @@ function tell(canvas, event) {
   element("under").textContent = `patch in row ${Math.floor(v) + 1}, column ${Math.floor(u) + 1}: ${format(valueAt(map, u, v, false))}`;
 }
 
-function strongest(maps) {
+function strongest(figures) {
   let best = { value: -Infinity, place: "" };
-  for (const map of maps) {
+  for (const [number, map] of figures.flatMap((figure, i) => figure.maps.map((map) => [i + 1, map]))) {
     const [x1, y1, x2, y2] = map.box, index = map.cells.indexOf(Math.max(...map.cells));
     const value = map.low + (map.cells[index] / data.steps) * (map.high - map.low);
     if (value <= best.value) continue;
     const x = x1 + (x2 - x1) * ((index % map.size[1]) + 0.5) / map.size[1], y = y1 + (y2 - y1) * (Math.floor(index / map.size[1]) + 0.5) / map.size[0];
     const third = (share, names) => names[Math.max(0, Math.min(2, Math.floor(3 * share)))];
     const place = `${third(y, ["top", "", "bottom"])} ${third(x, ["left", "", "right"])}`.trim();
-    best = { value, place: place || "centre" };
+    best = { value, place: (place || "centre") + (figures.length > 1 ? ` of picture ${number}` : "") };
   }
   return best;
 }
@@ -193,9 +193,9 @@ function show(index) {
   showPicture(choice);
   const words = showWords(choice).slice(0, 3).filter((word) => word.value > 0);
   showTokens(choice);
-  const maps = viewOf(choice).figures.flatMap((figure) => figure.maps), best = strongest(maps);
+  const figures = viewOf(choice).figures, best = strongest(figures);
   const parts = [`\u201c${choice.label}\u201d` + (choice.score === null ? "" : `, score ${format(choice.score)}`)];
-  if (maps.length) parts.push(`Picture: strongest at the ${best.place} (${format(best.value)})`);
+  if (figures.length) parts.push(`Picture: strongest at the ${best.place} (${format(best.value)})`);
   if (words.length) parts.push("Words: " + words.map((word) => `${word.name} ${format(word.value)}`).join(", "));
   element("summary").textContent = parts.join(". ") + ".";
 }
