@@ -249,6 +249,10 @@ def test_a_crop_places_the_map():
     for crop in ((0, 0, 1), (0.5, 0, 0.5, 1), [(0, 0, 1, 1)] * 3, (0, 0, float("nan"), 1)):
         with pytest.raises(ValueError, match="crop must be x1, y1, x2, y2 relative to the image"):
             made().plot(np.ones((20, 40, 3)), crop=crop)
+    with pytest.raises(ValueError, match="crop must be None for an explanation without maps; got"):
+        made(image=None, image_rows=None).to_html(crop=(0, 0, 1, 1))
+    with pytest.raises(ValueError, match="alpha must be from 0 to 1; got 1.5"):
+        made().plot(alpha=1.5)
 
 
 def test_plot_of_an_answer():

@@ -84,7 +84,8 @@ def test_the_values_of_an_answer():
     assert choices[2]["views"][""]["figures"][0]["picture"] == 1
     labels = re.findall(r'data-choice="(\d)"><span>(.*?)</span>', page)
     assert labels == [("0", "a"), ("1", "giraffe"), ("2", "me"), ("3", "&lt;/s&gt;")]
-    assert "what is it?" in page and "who" in page  # two prompts, each above its answer
+    assert "<h3>what is it?</h3>" in page and "<h3>who</h3>" in page  # two prompts, each above its answer
+    assert "<h3>first</h3>" in explanation.to_html(labels=["first", "second"])
 
 
 def test_an_answer_in_one_row_is_text():
@@ -137,8 +138,13 @@ def test_an_empty_page_and_bare_rows():
 
 
 def test_other_methods_must_explain_the_same_words():
-    with pytest.raises(ValueError, match="beside must explain the same rows and words; got Explanation"):
-        made().to_html(beside=[made(token_ids=[[7, 8, 1], [5]])])
+    for parts in (
+        {"token_ids": [[7, 8, 1], [5]]},
+        {"image": None, "image_rows": None},
+        {"relevancy": {"vision": torch.rand(2, 13)}},
+    ):
+        with pytest.raises(ValueError, match="beside must explain the same rows, words, maps and towers; got Explanation"):
+            made().to_html(beside=[made(**parts)])
 
 
 def test_the_photo_keeps_its_size_where_it_can(tmp_path):

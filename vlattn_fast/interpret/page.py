@@ -50,8 +50,8 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[str] 
     methods = []
     for explanation in explanations:
         found = listed if explanation is first else choices(explanation, labels)
-        if [(c.row, c.label, len(c.words)) for c in found] != [(c.row, c.label, len(c.words)) for c in listed]:
-            raise ValueError(f"beside must explain the same rows and words; got {explanation!r} beside {first!r}")
+        if [_kind(choice) for choice in found] != [_kind(choice) for choice in listed]:
+            raise ValueError(f"beside must explain the same rows, words, maps and towers; got {explanation!r} beside {first!r}")
         layers = f", layers from {explanation.start_layer}" if explanation.start_layer else ""
         values = [_choice(c, crops, pictures, together=crop is not None) for c in found]
         methods.append({"name": explanation.method + layers, "choices": values})
@@ -68,10 +68,15 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[str] 
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("explanation.html")
-    return Page(template.render(title=title, data=data, groups=_groups(first, listed), each=first.each))
+    return Page(template.render(title=title, data=data, groups=_groups(first, listed, labels), each=first.each))
 
 
-def _groups(explanation: Explained, listed: list[Choice]) -> list[dict[str, Any]]:
+def _kind(choice: Choice) -> tuple[Any, ...]:
+    """What choices must have in common to be shown in each other's place."""
+    return choice.row, choice.label, len(choice.words), len(choice.patches), *choice.rows, *choice.towers
+
+
+def _groups(explanation: Explained, listed: list[Choice], labels: Sequence[str] | None) -> list[dict[str, Any]]:
     """The choices as the page lists them: an answer's words under their prompt, or all rows together."""
     numbered: list[dict[str, Any]] = [{"index": i, "choice": choice, "space": True} for i, choice in enumerate(listed)]
     if not explanation.each:
@@ -82,7 +87,8 @@ def _groups(explanation: Explained, listed: list[Choice]) -> list[dict[str, Any]
         mine = [one for one in numbered if one["choice"].row == row]
         for one, word in zip(mine, words, strict=False):
             one["space"] = word.space
-        groups.append({"label": None if len(explanation) == 1 else row_label(explanation, row), "choices": mine})
+        label = row_label(explanation, row) if len(explanation) > 1 else None
+        groups.append({"label": label if labels is None else labels[row], "choices": mine})
     return groups
 
 

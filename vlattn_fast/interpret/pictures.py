@@ -49,6 +49,8 @@ def draw(
     for row in chosen:
         if not 0 <= row < len(explanation):
             raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1; got {alpha}")
     painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, cmap, alpha)
     found = choices(explanation, labels)
     groups = [[choice for choice in found if choice.row == row] for row in chosen]

@@ -252,6 +252,8 @@ def read_crops(explanation: Explained, crop: Any) -> list[Box]:
     count = 0 if explanation.image_rows is None else len(explanation.image_rows)
     if crop is None:
         return [WHOLE] * count
+    if explanation.image_rows is None:
+        raise ValueError(f"crop must be None for an explanation without maps; got {crop}")
     array = np.asarray(crop.detach().cpu() if isinstance(crop, Tensor) else crop, dtype=float)
     if array.shape not in ((4,), (count, 4)) or not ((array[..., 2:] > array[..., :2]).all() and np.isfinite(array).all()):
         raise ValueError(f"crop must be x1, y1, x2, y2 relative to the image, x1 < x2, y1 < y2, or one box per map; got {crop}")
