@@ -30,7 +30,8 @@ class Explanation:
     """Relevancy of the tokens of an input to a score. All values are raw; only pictures scale them.
 
     Args:
-        relevancy: tower -> (B, N), the read-out row over all of that tower's tokens, special ones included.
+        relevancy: tower -> (B, N), the read-out row over all of that tower's tokens, special ones included. (images, N) where a
+            tower sees one image at a time and prompts hold several; not the first tower.
         image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several images; a tuple of (h, w)
             where the grids differ; None without an image.
         image_rows: the row of the batch each map of `image` belongs to.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.view import Explained, Maps, without_own
+from vlattn_fast.interpret.view import Explained, Maps, tower_row, without_own
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +152,7 @@ def _tower_entries(explanation: Explained, row: int, answer: int | None, tower: 
         made += [entry("region", i, value) for i, value in enumerate(pick(explanation.regions[row]).tolist())]
     if made:
         return made
-    return [entry("token", i, value) for i, value in enumerate(pick(without_own(explanation, tower)[row]).tolist())]
+    return [entry("token", i, value) for i, value in enumerate(pick(tower_row(explanation, tower, row)).tolist())]
 
 
 def _tower_maps(explanation: Explained, tower: str, row: int) -> list[tuple[int, Tensor]]:

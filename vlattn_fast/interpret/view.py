@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.words import Word, join_tokens
@@ -157,8 +158,9 @@ def _choice(explanation: Explained, row: int, label: str, tokens: range | None) 
         return array if tokens is None else array[tokens.start : tokens.stop].sum(0)
 
     size = slice(None) if tokens is None else slice(tokens.start, tokens.stop)
-    own = {name: float(np.mean(to_array(values[row])[size])) for name, values in explanation.own.items()}
-    rows = {name: pick(without_own(explanation, name)[row]) for name in explanation.relevancy}
+    entries = {name: values for name, values in explanation.own.items() if len(values) == len(explanation)}
+    own = {name: float(np.mean(to_array(values[row])[size])) for name, values in entries.items()}
+    rows = {name: pick(tower_row(explanation, name, row)) for name in explanation.relevancy}
     values = None if explanation.text is None else pick(explanation.text[row])
     prompt, answer = row_words(explanation, row)
     words = [] if values is None else [(w, float(values[w.tokens.start : w.tokens.stop].sum())) for w in (*prompt, *answer)]
@@ -183,6 +185,15 @@ def without_own(explanation: Explained, tower: str) -> Tensor:
         return values
     index = position.to(values.device)
     return values.scatter(-1, index[..., None] if index.ndim < values.ndim else index, 0.0)
+
+
+def tower_row(explanation: Explained, tower: str, row: int) -> Tensor:
+    """A tower's entries for one row of the batch, 0 at the position that is read; those of all its images in turn."""
+    values = without_own(explanation, tower)
+    if len(values) == len(explanation):
+        return values[row]
+    images = [values[i] for i, owner in enumerate(explanation.image_rows or []) if owner == row]
+    return torch.cat(images, -1) if images else torch.zeros_like(values[0])
 
 
 def _maps(explanation: Explained, maps: Maps | None, row: int, pick: Any) -> list[Patch]:
