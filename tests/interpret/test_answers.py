@@ -83,6 +83,13 @@ def test_answers_about_images(case, method):
     assert got.text.shape[:2] == (batch, 2)
     first = got.image[0] if isinstance(got.image, tuple) else got.image[0]
     assert first.ndim == 3 and first.shape[0] == 2
+    assert got.answer == answer
+    place = got.position["language"]
+    for row in range(batch):  # each entry of the text is the raw one of its token, also where the row is read
+        entries = got.relevancy["language"][row][:, got.places[row]]
+        assert torch.equal(got.text[row][:, : entries.shape[1]], entries)
+        assert got.places[row][-2:] == (place[row] + 1).tolist()
+    assert "<canvas" in got.to_html()
     together = explain(case.model, case.inputs, answer=answer, method=method, each=False)
     assert together.relevancy["language"].shape == (batch, case.inputs["input_ids"].shape[1] + 2)
     if method in ("rollout", "attention"):

@@ -93,7 +93,7 @@ def test_lxmert(regions, dtype):
 
 
 def encoder_decoder_published(outputs, score, encoder, decoder, cross):
-    """R_qq and R_qi of an encoder-decoder (SPEC b.4): rule 11 plays no part, since the encoder does not see the decoder."""
+    """R_qq and R_qi of an encoder-decoder: rule 11 plays no part, since the encoder does not see the decoder."""
     maps = [*encoder, *decoder, *cross]
     grads = torch.autograd.grad(score, maps, allow_unused=True)
     bars = [abar(a.detach(), torch.zeros_like(a) if g is None else g) for a, g in zip(maps, grads, strict=True)]

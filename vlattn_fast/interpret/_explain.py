@@ -117,6 +117,7 @@ def explain(
         towers, others = _chosen(trace, read)
         for tower in towers:
             tower.check_start(start_layer)
+        positions = None
         if empty:
             scores, chosen, rows = _nothing(towers, outputs, family, target)
         else:
@@ -133,6 +134,9 @@ def explain(
                 edges = [edge for tower in towers for edge in tower.edges(start_layer)]
                 check_scores(scores, edges if rule.needs_score else None)
                 _check_batches(towers, len(scores))
+            positions = {
+                tower.name: position for i, tower in enumerate(towers) if (position := _position(said, passes, i)) is not None
+            }
             found = []
             for number, (score, starts) in enumerate(_with_progress(passes)):
                 score, keep = score if rule.needs_score else None, number + 1 < len(passes)
@@ -144,6 +148,7 @@ def explain(
     return Explanation(
         relevancy=relevancy,
         **parts(model, [*towers, *others], arguments, relevancy, said),
+        position=positions,
         scores=None if scores is None else scores.detach(),
         target=chosen,
         method=method,
@@ -157,6 +162,16 @@ def _passes(said: Answer, scores: Tensor, towers: list[TowerTrace], each: bool) 
     if not each:
         return [(scores.sum(1), [said.start(like, None) for like in likes])]
     return [(scores[:, t], [said.start(like, t) for like in likes]) for t in range(scores.shape[1])]
+
+
+def _position(said: Answer | None, passes: list[Pass], tower: int) -> Tensor | None:
+    """int64 (B,), or (B, T) of an answer: the token whose row is read in a tower; None where it is not one token alone."""
+    if said is not None:
+        last = said.real.sum(1, keepdim=True).sub(1).clamp(min=0)
+        return said.positions.gather(1, torch.minimum(torch.arange(said.positions.shape[1]).expand(len(last), -1), last))
+    start = passes[0][1][tower][:, 0]
+    alone = bool(((start == 1).sum(-1) == 1).all()) and bool(((start != 0).sum(-1) == 1).all())
+    return start.argmax(-1).cpu() if alone else None
 
 
 def _with_progress(passes: list[Pass]) -> Iterable[Pass]:

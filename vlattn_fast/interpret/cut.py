@@ -18,7 +18,7 @@ def parts(
     model: nn.Module, towers: list[TowerTrace], arguments: Mapping[str, Any], relevancy: Mapping[str, Tensor], said: Answer | None
 ) -> dict[str, Any]:
     """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if said is None else {"answer": said.ids}
     ids = arguments.get("input_ids")
     ids = None if ids is None else ids.reshape(-1, ids.shape[-1])
     for tower in towers:
@@ -32,7 +32,9 @@ def parts(
         if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
             if said is not None:  # of an answer every token is shown
                 words[torch.arange(len(words))[:, None], said.positions + 1] |= said.real.to(words.device)
-            found["text"], found["token_ids"] = _each(row, functools.partial(gather_words, words=words, ids=ids)) or (None, None)
+            found["text"] = gather_words(row, words)
+            found["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
+            found["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(ids, words, strict=True)]
         if record.tokens == "boxes":
             found["regions"], found["boxes"] = row, arguments["visual_pos"][..., :4].detach()
         if record.tokens == "regions":

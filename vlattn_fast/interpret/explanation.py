@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "vlattn_fast.explanation.2"
 _TENSORS = ("text", "regions", "boxes", "scores")
-_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer")
+_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "places")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Explanation:
         image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several images; a tuple of (h, w)
             where the grids differ; None without an image.
         image_rows: the row of the batch each map of `image` belongs to.
-        text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros. 0 at `position`.
+        text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros.
         token_ids: the ids of the entries of `text`, row by row, as long as each text is.
         words: the same as strings, see `with_tokens`.
         regions: (B, R), the entries of image regions, for models that see boxes instead of patches.
@@ -43,8 +43,9 @@ class Explanation:
         scores: (B,) the explained scores; None where a method has none.
         target: text, class or token index of each score; None for a callable.
         method, start_layer: the arguments of `explain`.
-        position: tower -> (B,) int64, the token whose row is read. Its own entry is about 1 whatever the input, so `text` has 0
-            there and pictures leave it out; `own` tells it. Towers without one such token (mean, pooling head) are missing.
+        position: tower -> (B,) int64, the token whose row is read. Its own entry is about 1 whatever the input, so pictures and
+            tables leave it out; `own` tells it. Towers without one such token (mean, pooling head) are missing.
+        places: the token of its tower that each entry of `text` stands for, row by row.
         answer: the ids of the answer's tokens, row by row, where an answer of a decoder is explained; None otherwise.
         tower_images: tower -> maps in the form of `image`, for the same images, where several towers see them. `image` is the
             one of the tower nearest to the pixels.
@@ -73,6 +74,7 @@ class Explanation:
     position: dict[str, Tensor] | None = None
     answer: list[list[int]] | None = None
     tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
+    places: list[list[int]] | None = None
 
     @property
     def each(self) -> bool:

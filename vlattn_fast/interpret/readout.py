@@ -120,11 +120,10 @@ def _special_ids(config: Any) -> set[int]:
     return ids
 
 
-def gather_words(relevancy: Tensor, words: Tensor, ids: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """The entries (B, N) of the words alone, left-aligned in (B, T) with zeros behind shorter texts, and their ids."""
-    rows = [row[mask.to(row.device)] for row, mask in zip(relevancy, words, strict=True)]
-    text = nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else relevancy[:, :0]
-    return text, [row[mask[: len(row)]].tolist() for row, mask in zip(ids, words, strict=True)]
+def gather_words(relevancy: Tensor, words: Tensor) -> Tensor:
+    """The entries (B, ..., N) of the words (B, N) alone, left-aligned in (B, ..., L) with zeros behind shorter texts."""
+    rows = [row[..., mask.to(row.device)].movedim(-1, 0) for row, mask in zip(relevancy, words, strict=True)]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(1, -1) if rows else relevancy[..., :0]
 
 
 def _ids(inputs: Mapping[str, Any]) -> Tensor | None:

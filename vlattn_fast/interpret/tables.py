@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.view import Explained, Maps, tower_row, without_own
+from vlattn_fast.interpret.view import Explained, Maps, home, text_row, tower_row, without_own
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,10 +145,12 @@ def _tower_entries(explanation: Explained, row: int, answer: int | None, tower: 
         values = pick(part)
         for i, value in enumerate(values.flatten().tolist()):
             made.append(entry("patch", i, value, place=(index, i // values.shape[1], i % values.shape[1])))
-    if explanation.text is not None and explanation.tokens is not None and tower == _home(explanation, "text", "language"):
-        words = zip(explanation.tokens[row], pick(explanation.text[row]).tolist(), strict=False)  # zeros behind shorter texts
+    if explanation.text is not None and explanation.tokens is not None and tower == home(explanation, "text", "language"):
+        words = zip(
+            explanation.tokens[row], pick(text_row(explanation, row)).tolist(), strict=False
+        )  # zeros behind shorter texts
         made += [entry("word", i, value, word=word) for i, (word, value) in enumerate(words)]
-    if explanation.regions is not None and tower == _home(explanation, "vision", "joint"):
+    if explanation.regions is not None and tower == home(explanation, "vision", "joint"):
         made += [entry("region", i, value) for i, value in enumerate(pick(explanation.regions[row]).tolist())]
     if made:
         return made
@@ -158,13 +160,8 @@ def _tower_entries(explanation: Explained, row: int, answer: int | None, tower: 
 def _tower_maps(explanation: Explained, tower: str, row: int) -> list[tuple[int, Tensor]]:
     """The maps (h, w) or (T, h, w) of a tower and a row, each with its number."""
     maps: Maps | None = (explanation.tower_images or {}).get(tower)
-    if maps is None and tower == _home(explanation, "vision", "language"):
+    if maps is None and tower == home(explanation, "vision", "language"):
         maps = explanation.image
     if maps is None or explanation.image_rows is None:
         return []
     return [(i, part) for i, (part, owner) in enumerate(zip(maps, explanation.image_rows, strict=True)) if owner == row]
-
-
-def _home(explanation: Explained, *names: str) -> str:
-    """The tower that a part was cut from: the first of the names that there is, or the first tower."""
-    return next((name for name in names if name in explanation.relevancy), next(iter(explanation.relevancy)))

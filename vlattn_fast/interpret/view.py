@@ -41,6 +41,8 @@ class Explained(Protocol):
     @property
     def position(self) -> dict[str, Tensor] | None: ...
     @property
+    def places(self) -> list[list[int]] | None: ...
+    @property
     def own(self) -> dict[str, Tensor]: ...
     @property
     def regions(self) -> Tensor | None: ...
@@ -159,9 +161,9 @@ def _choice(explanation: Explained, row: int, label: str, tokens: range | None) 
 
     size = slice(None) if tokens is None else slice(tokens.start, tokens.stop)
     entries = {name: values for name, values in explanation.own.items() if len(values) == len(explanation)}
-    own = {name: float(np.mean(to_array(values[row])[size])) for name, values in entries.items()}
+    own = {name: float(np.mean(np.atleast_1d(to_array(values[row]))[size])) for name, values in entries.items()}
     rows = {name: pick(tower_row(explanation, name, row)) for name in explanation.relevancy}
-    values = None if explanation.text is None else pick(explanation.text[row])
+    values = None if explanation.text is None else pick(text_row(explanation, row))
     prompt, answer = row_words(explanation, row)
     words = [] if values is None else [(w, float(values[w.tokens.start : w.tokens.stop].sum())) for w in (*prompt, *answer)]
     scores = None if explanation.scores is None else pick(explanation.scores[row])
@@ -194,6 +196,23 @@ def tower_row(explanation: Explained, tower: str, row: int) -> Tensor:
         return values[row]
     images = [values[i] for i, owner in enumerate(explanation.image_rows or []) if owner == row]
     return torch.cat(images, -1) if images else torch.zeros_like(values[0])
+
+
+def home(explanation: Explained, *names: str) -> str:
+    """The tower that a part was cut from: the first of the names that there is, or the first tower."""
+    return next((name for name in names if name in explanation.relevancy), next(iter(explanation.relevancy)))
+
+
+def text_row(explanation: Explained, row: int) -> Tensor:
+    """The text's entries for one row of the batch, 0 at the position that is read."""
+    values = explanation.text[row] if explanation.text is not None else torch.zeros(0)
+    position = (explanation.position or {}).get(home(explanation, "text", "language"))
+    if position is None or explanation.places is None:
+        return values
+    places = torch.tensor([*explanation.places[row], *[-1] * (values.shape[-1] - len(explanation.places[row]))])
+    read = position[row].cpu().reshape(-1, 1) == places  # (1, L) or (T, L)
+    read = read if values.ndim == 2 else read.any(0)
+    return values.masked_fill(read.to(values.device), 0.0)
 
 
 def _maps(explanation: Explained, maps: Maps | None, row: int, pick: Any) -> list[Patch]:
