@@ -24,7 +24,7 @@ from vlattn_fast.benchmarks._measure import (
 from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
 
 
-def _build(rule: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build(rule: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, n, d = sizes["B"], sizes["H"], tokens(sizes), sizes["D"]
     randn, causal = randoms(device, dtype), bool(sizes.get("causal"))
     tensors = {name: randn(b, h, n, d) for name in ("query", "key", "value", "grad_output")}
@@ -48,7 +48,7 @@ def _build(rule: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
 
 
 def _declared(rule: str, *workloads: Any) -> list[Benchmark]:
-    return [Benchmark(__name__, rule, workload, partial(_build, rule)) for workload in workloads]
+    return [Benchmark(__name__, rule, workload, partial(build, rule)) for workload in workloads]
 
 
 BENCHMARKS = [*_declared("attention", CLIP, UNITER), *_declared("gradient", CLIP, LLAVA)]

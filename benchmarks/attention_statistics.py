@@ -28,7 +28,7 @@ from vlattn_fast.benchmarks._workloads import CLIP, UNITER, Sizes
 STATISTICS = ("mass", "entropy", "maximum", "received")
 
 
-def _build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, n, d = sizes["B"], sizes["H"], tokens(sizes), sizes["D"]
     randn, wide = randoms(device, dtype), randoms(device, torch.promote_types(dtype, torch.float32))
     tensors = {name: randn(b, h, n, d) for name in ("query", "key", "value", "grad_output")}
@@ -57,6 +57,6 @@ def _build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -
 
 
 BENCHMARKS = [
-    Benchmark(__name__, "forward+backward" if both else "forward", workload, partial(_build, both))
+    Benchmark(__name__, "forward+backward" if both else "forward", workload, partial(build, both))
     for workload, both in ((CLIP, False), (UNITER, False), (UNITER, True))
 ]

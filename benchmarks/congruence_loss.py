@@ -74,7 +74,7 @@ def _symmetric(p: Tensor, t: Tensor, epsilon: float) -> Tensor:
     return divergence((p + epsilon).log(), t) + divergence((t + epsilon).log(), p)
 
 
-def _build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, n, v, d = (sizes[name] for name in "BHLVD")
     randn = randoms(device, dtype)
     tensors = {name: randn(b, h, n if name.startswith("text") else v, d) for name in BLOCKS}
@@ -114,6 +114,6 @@ def _floor(sizes: Sizes, dtype: torch.dtype) -> tuple[Pass, Pass]:
 
 
 BENCHMARKS = [
-    Benchmark(__name__, f"{kind}, forward+backward", UNITER, partial(_build, kind))
+    Benchmark(__name__, f"{kind}, forward+backward", UNITER, partial(build, kind))
     for kind in ("cacr", "iais_singular", "iais_distributed")
 ]

@@ -30,7 +30,7 @@ from vlattn_fast.benchmarks._workloads import CLIP, HIGHRES, LLAVA, UNITER, Size
 INPUTS = ("query", "key", "value")
 
 
-def _build(step: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build(step: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, n, d = sizes["B"], sizes["H"], tokens(sizes), sizes["D"]
     randn, causal = randoms(device, dtype), bool(sizes.get("causal"))
     read_out = n - 1 if causal else 0
@@ -78,6 +78,6 @@ def _part(name: str, x: Tensor) -> Tensor:
 
 
 BENCHMARKS = [
-    *(Benchmark(__name__, "gradient, forward+backward", w, partial(_build, False)) for w in (CLIP, UNITER, LLAVA, HIGHRES)),
-    *(Benchmark(__name__, "step alone", w, partial(_build, True)) for w in (CLIP, UNITER, LLAVA)),
+    *(Benchmark(__name__, "gradient, forward+backward", w, partial(build, False)) for w in (CLIP, UNITER, LLAVA, HIGHRES)),
+    *(Benchmark(__name__, "step alone", w, partial(build, True)) for w in (CLIP, UNITER, LLAVA)),
 ]

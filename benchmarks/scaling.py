@@ -42,12 +42,12 @@ def regions(n: int) -> Sizes:
 
 # the name of each, what builds it, and its sizes at a length
 OPERATORS: dict[str, tuple[Build, Callable[[int], Sizes]]] = {
-    "score_attention, additive, forward+backward": (partial(score_attention._build, "additive", True), tokens),
-    "relevancy_attention, forward+backward": (partial(relevancy_attention._build, False), tokens),
-    "attention_map, attention": (partial(attention_map._build, "attention"), tokens),
-    "attention_statistics, forward+backward": (partial(attention_statistics._build, True), tokens),
-    "congruence_loss, cacr, forward+backward": (partial(congruence_loss._build, "cacr"), halves),
-    "stacked_cross_attention, DAMSM, forward+backward": (partial(stacked_cross_attention._build, "DAMSM", True), regions),
+    "score_attention, additive, forward+backward": (partial(score_attention.build, "additive", True), tokens),
+    "relevancy_attention, forward+backward": (partial(relevancy_attention.build, False), tokens),
+    "attention_map, attention": (partial(attention_map.build, "attention"), tokens),
+    "attention_statistics, forward+backward": (partial(attention_statistics.build, True), tokens),
+    "congruence_loss, cacr, forward+backward": (partial(congruence_loss.build, "cacr"), halves),
+    "stacked_cross_attention, DAMSM, forward+backward": (partial(stacked_cross_attention.build, "DAMSM", True), regions),
 }
 
 

@@ -62,7 +62,7 @@ def _floor(kind: str, size: int) -> tuple[tuple[float, float, float], tuple[floa
     return (2, 4, 2), (5, 8, 2)
 
 
-def _build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, n, d = sizes["B"], sizes["H"], tokens(sizes), sizes["D"]
     randn, causal = randoms(device, dtype), bool(sizes.get("causal"))
     tensors = {name: randn(b, h, n, d) for name in ("query", "key", "value", "grad_output")}
@@ -116,7 +116,7 @@ BENCHMARKS = [
         __name__,
         f"{kind}, {'forward+backward' if both else 'forward'}",
         workload,
-        partial(_build, kind, both),
+        partial(build, kind, both),
         compile_when_quick=kind == "general tanh" and both and workload is CLIP,
     )
     for workload, kinds in (

@@ -81,7 +81,7 @@ def floor(sizes: Sizes, words: int, dtype: torch.dtype, both: bool) -> list[Pass
     return [forward, Pass(2 * forward.flops, 2 * forward.bytes, forward.exps)] if both else [forward]
 
 
-def _build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     tensors, lengths = inputs(sizes, device, dtype)
     options = OPTIONS[kind]
     randn = randoms(device, torch.promote_types(dtype, torch.float32))
@@ -117,7 +117,7 @@ def _part(name: str, x: Tensor) -> Tensor:
 
 
 BENCHMARKS = [
-    Benchmark(__name__, "forward+backward" if both else "forward", workload, partial(_build, kind, both), torch.float32)
+    Benchmark(__name__, "forward+backward" if both else "forward", workload, partial(build, kind, both), torch.float32)
     for workload, kind in ((SCAN, "SCAN"), (DAMSM, "DAMSM"))
     for both in (False, True)
 ]

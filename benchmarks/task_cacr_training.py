@@ -23,7 +23,7 @@ import vlattn_fast as va
 Blocks = dict[str, Tensor]
 
 
-def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, words, c, every = sizes["B"], sizes["H"], sizes["L"], sizes["C"], sizes["every"]
     randn, last = randoms(device, dtype), sizes["layers"] - 1
     parameters = {name: x.requires_grad_() for name, x in _models.weights(sizes, device, dtype).items()}
@@ -89,4 +89,4 @@ def _part(name: str, x: Tensor) -> Tensor:
     return x[:1] if name in ("tokens", "text_mask", "image_mask", "loss", "gradient of tokens") else x
 
 
-BENCHMARKS = [Benchmark(__name__, "step", UNITER_ENCODER, _build)]
+BENCHMARKS = [Benchmark(__name__, "step", UNITER_ENCODER, build)]

@@ -27,7 +27,7 @@ def triplet_loss(similarity: Tensor) -> Tensor:
     return captions.amax(1).sum() + images.amax(0).sum()
 
 
-def _build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     tensors, lengths = inputs(sizes, device, dtype)
     words = packed(tensors, lengths)
     arguments: dict[str, Any] = {"caption_lengths": lengths, **OPTIONS["SCAN"]}
@@ -58,4 +58,4 @@ def _part(name: str, x: Tensor) -> Tensor:
     return x if name == "captions" else x[:2]
 
 
-BENCHMARKS = [Benchmark(__name__, "similarity, triplet loss, backward", SCAN_BATCH, _build, torch.float32)]
+BENCHMARKS = [Benchmark(__name__, "similarity, triplet loss, backward", SCAN_BATCH, build, torch.float32)]
