@@ -3,26 +3,18 @@
 //
 // Bound: multiply-adds (D per entry forward, 4 D backward), then one exponential per entry. With x = logit - largest and e = exp(x) the
 // entropy is log(sum e) - (sum e x) / (sum e): no logarithm per entry. Backward, the one number that a row's softmax needs is a weighted
-// sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are sums over rows: see SumsOverRows.
+// sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are sums over rows: see SharedSums.
 // Beyond MOST_KEYS keys the logits are made twice. Measured: rows attention_statistics of benchmarks/results/cpu.json.
 #include "attention.h"
+#include "shared_sums.h"
 
 namespace ISA {
 namespace {
 
 // ---- sums over rows
 
-// The items, which are the tiles of all heads in order, are cut into one range for each task. `unit` items in a row add to the same
-// sums: those of a head, or of the heads that share a key head. A unit that begins in an earlier task's range is summed in `head`, any
-// other in `tail`; the parts of a unit are added in the order of the tasks, so that a call repeats its bits.
-struct SumsOverRows {
-    Size unit, floats;
-    float *head, *tail;  // of one task
-    void plan(Memory& memory) { head = memory.take(floats), tail = memory.take(floats); }
-};
-
-// start[n] is the first item of task n, start[tasks] the number of items. Shares are equal in entries of the map, not in tiles: under
-// the causal mask and with padding some tiles have few keys.
+// `start` of SharedSums. The items are the tiles of all heads in order. Ranges are equal in entries of the map, not in tiles: under the
+// causal mask and with padding some tiles have few keys.
 static void cut(const Attention& a, Size tasks, Size* start) {
     const Size tiles = tiles_of(a), items = a.B * a.H * tiles;
     Size total = 0;
@@ -39,67 +31,57 @@ static void cut(const Attention& a, Size tasks, Size* start) {
     }
 }
 
-// Pass has: `a`, a Space with plan(pass, memory), sums(), add(space, tile, sums), finish(unit, sums).
+// Pass has: `a`; unit() and floats() of its sums; a Space with plan(pass, memory); add(space, tile, sums); finish(unit, sums).
 template <class Pass>
 struct StatisticsCall {
     const Pass& pass;
-    Size tasks, floats;  // of a task's memory
-    Size* start;
-    float* memory;
-    SumsOverRows sums(Size task, Memory& rest) const {
-        SumsOverRows found = pass.sums();
-        rest.base = memory + task * floats;
-        found.plan(rest);
-        return found;
-    }
+    SharedSums sums;
+    float* spaces;  // of the tasks
+    Size space_floats;
 };
 template <class Pass>
 static void add_items(StatisticsCall<Pass>& call, Size task) {
+    const SharedSums& sums = call.sums;
+    const Size first = sums.start[task], last = sums.start[task + 1];
     Memory memory;
-    const SumsOverRows sums = call.sums(task, memory);
+    memory.base = call.spaces + task * call.space_floats;
     typename Pass::Space space;
     space.plan(call.pass, memory);
     float* into = nullptr;
-    for (Size item = call.start[task]; item < call.start[task + 1]; ++item) {
-        if (item == call.start[task] || item % sums.unit == 0) {
-            into = item % sums.unit ? sums.head : sums.tail;
+    for (Size item = first; item < last; ++item) {
+        const Size n = item / sums.unit;
+        if (item == first || item % sums.unit == 0) {
+            into = sums.at(task, n);
             memset(into, 0, sums.floats * sizeof(float));
         }
         call.pass.add(space, tile_of_item(call.pass.a, item), into);
-        if (into == sums.tail && (item + 1) % sums.unit == 0) call.pass.finish(item / sums.unit, into);
-    }
-}
-template <class Pass>
-static void join(const StatisticsCall<Pass>& call) {
-    float* into = nullptr;
-    for (Size task = 0; task < call.tasks; ++task) {
-        const Size first = call.start[task], end = call.start[task + 1];
-        Memory memory;
-        const SumsOverRows sums = call.sums(task, memory);
-        if (first < end && first % sums.unit) {
-            for (Size n = 0; n < sums.floats; ++n) into[n] += sums.head[n];
-            if (round_up(first, sums.unit) <= end) call.pass.finish(first / sums.unit, into);
-        }
-        if (end / sums.unit * sums.unit >= first && end % sums.unit) into = sums.tail;
+        if ((item + 1) % sums.unit == 0 && sums.alone(task, n)) call.pass.finish(n, into);
     }
 }
 template <class Pass>
 static Size run_pass(const Pass& pass) {
-    const Size items = pass.a.B * pass.a.H * tiles_of(pass.a);
+    const Size items = pass.a.B * pass.a.H * tiles_of(pass.a), tasks = least(thread_count(), items);
     if (items == 0) return DONE;
-    StatisticsCall<Pass> call = {pass, least(thread_count(), items), 0, nullptr, nullptr};
+    Size* start = (Size*)malloc((tasks + 1) * sizeof(Size));
+    if (!start) return NO_MEMORY;
+    cut(pass.a, tasks, start);
+    StatisticsCall<Pass> call = {pass, {start, tasks, pass.unit(), pass.floats(), nullptr}, nullptr, 0};
     Memory counted, memory;
-    SumsOverRows sums = pass.sums();
     typename Pass::Space space;
-    sums.plan(counted), space.plan(pass, counted);
-    call.floats = counted.used;
-    memory.take(2 * (call.tasks + 1)), memory.take(call.tasks * call.floats);
-    if (!memory.allocate()) return NO_MEMORY;
-    call.start = (Size*)memory.take(2 * (call.tasks + 1)), call.memory = memory.take(call.tasks * call.floats);
-    cut(pass.a, call.tasks, call.start);
-    run(call.tasks, call, add_items<Pass>);
-    join(call);
+    space.plan(pass, counted);
+    call.space_floats = counted.used;
+    for (int n = 0; n < 2; ++n) {
+        if (n == 1 && !memory.allocate()) {
+            free(start);
+            return NO_MEMORY;
+        }
+        call.sums.plan(memory);
+        call.spaces = memory.take(tasks * call.space_floats);
+    }
+    run(tasks, call, add_items<Pass>);
+    call.sums.join(0, call.sums.floats, [&](Size unit, const float* sums) { pass.finish(unit, sums); });
     memory.release();
+    free(start);
     return DONE;
 }
 
@@ -247,7 +229,8 @@ struct StatisticsForward {
         }
     };
     // received attention: a vector for each key, whose lanes are added at the end
-    SumsOverRows sums() const { return {tiles_of(a), a.M * VL, nullptr, nullptr}; }
+    Size unit() const { return tiles_of(a); }
+    Size floats() const { return a.M * VL; }
     void finish(Size head, const float* x) const {
         for (Size j = 0; j < a.M; ++j) received[head * a.M + j] = sum(load(x + j * VL));
     }
@@ -345,7 +328,8 @@ struct StatisticsBackward {
         }
     };
     Size stride() const { return round_up(a.D, VL); }
-    SumsOverRows sums() const { return {a.group() * tiles_of(a), a.M * stride(), nullptr, nullptr}; }
+    Size unit() const { return a.group() * tiles_of(a); }
+    Size floats() const { return a.M * stride(); }
     void finish(Size head, const float* x) const {
         for (Size j = 0; j < a.M; ++j)
             narrow(x + j * stride(), a.D, a.dtype, (void*)element(d_key.data, a.dtype, d_key.at(head / a.Hkv, head % a.Hkv, j)));

@@ -5,6 +5,7 @@
 // gradients of a block of keys stay in cache, and the statistics come from the log-sum-exp of the forward pass, as in FlashAttention.
 #pragma once
 #include "forward.h"
+#include "shared_sums.h"
 
 namespace ISA {
 namespace {
@@ -30,37 +31,11 @@ struct Backward {
     Relevancy relevancy;
 };
 
-// ---- which thread takes what
-
-// Items: tiles of query rows, key head by key head. A key head that one thread has alone is written by it; of a shared one each thread
-// keeps its part, and the parts are added in the order of the threads.
-struct Shares {
-    Size items, tasks, unit;  // unit: items of one key head, or of one sample
-    Size first(Size task) const { return share(items, task, tasks); }
-    Size first_unit(Size task) const { return first(task) / unit; }
-    Size last_unit(Size task) const { return (first(task + 1) - 1) / unit; }
-    bool has_alone(Size task, Size n) const { return first(task) <= n * unit && (n + 1) * unit <= first(task + 1); }
-    // only the first and the last unit of a task can be shared
-    bool has_any_alone(Size task) const {
-        const Size n0 = first_unit(task), n1 = last_unit(task);
-        return n1 - n0 > 1 || has_alone(task, n0) || has_alone(task, n1);
-    }
-    Size shared(Size task) const {
-        const Size n0 = first_unit(task), n1 = last_unit(task);
-        return !has_alone(task, n0) + (n1 > n0 && !has_alone(task, n1));
-    }
-    // the place of a task's part of the shared unit n among all such parts; slot(tasks, 0): their number
-    Size slot(Size task, Size n) const {
-        Size count = 0;
-        for (Size p = 0; p < task; ++p) count += shared(p);
-        return count + (task < tasks && n > first_unit(task) && !has_alone(task, first_unit(task)));
-    }
-};
-
 struct BackwardCall {
     const Backward& c;
-    Shares heads, samples;
-    float *key_parts, *value_parts, *relevancy_parts, *vector_parts;  // parts of shared units, by slot; of the vector, by task
+    // Items: tiles of query rows, key head by key head. Gradients of a key head's keys and values, and r Abar of a sample.
+    SharedSums keys, values, carried;
+    float* vector_parts;  // the units' vector, by task
     float* row_sums;  // (B, H, N) sums of max(P dP, 0) or P over the keys, for row_normalize
     bool sums_rows;  // this pass only finds them
     Size key_stride, value_stride;  // D and Dv rounded up to VL
@@ -76,10 +51,11 @@ struct Gradients {
     Logits logits;
     float *out_rows, *out_transposed;  // cotangents of a tile: (LANES, value_stride), (Dv, width)
     float *S, *dP, *kept, *dropped;  // tiles: P; dP, then dS; what scores.h keeps; P after dropout
-    float *query, *key, *value;  // gradients: (tiles, D, LANES) or one tile, (M, key_stride), (M, value_stride)
-    float *shift, *factor, *delta, *cosine_query, *cosine_key, *rows, *result, *scratch, *vector;
+    float* query;  // gradient: (tiles, D, LANES) or one tile
+    float *key, *value, *result;  // the sums at work: (M, key_stride), (M, value_stride), (M, T rounded up)
+    float *shift, *factor, *delta, *cosine_query, *cosine_key, *rows, *scratch, *vector;
 
-    void plan(const BackwardCall& call, Size task, Memory& memory) {
+    void plan(const BackwardCall& call, Memory& memory) {
         const Backward& c = call.c;
         const Attention& a = c.a;
         const bool inputs = call.inputs();
@@ -91,14 +67,9 @@ struct Gradients {
         kept = c.score.bends() && !c.score.sums_units() ? memory.take(block * LANES) : nullptr;
         dropped = c.dropout.probability > 0 ? memory.take(block * LANES) : nullptr;
         query = inputs ? memory.take(tiles * LANES * a.D) : nullptr;
-        const bool alone = inputs && call.heads.has_any_alone(task);
-        key = alone ? memory.take(a.M * call.key_stride) : nullptr;
-        value = alone ? memory.take(a.M * call.value_stride) : nullptr;
         shift = memory.take(tiles * LANES), factor = memory.take(tiles * LANES), delta = memory.take(tiles * LANES);
         cosine_query = memory.take(tiles * LANES), cosine_key = memory.take(a.M);
-        const Size T = c.relevancy.rows ? c.relevancy.T : 0;
-        rows = memory.take(LANES * round_up(T, VL));
-        result = T > 0 && call.samples.has_any_alone(task) ? memory.take(a.M * round_up(T, VL)) : nullptr;
+        rows = c.relevancy.rows ? memory.take(LANES * round_up(c.relevancy.T, VL)) : nullptr;
         scratch = memory.take(LANES * most(a.D, a.Dv) + 5 * LANES), vector = memory.take(a.H * a.D);
     }
 };
@@ -413,36 +384,31 @@ static void backward_task(BackwardCall& call, Size task) {
     const Attention& a = c.a;
     Gradients g;
     Memory memory;
-    g.plan(call, task, memory);
+    g.plan(call, memory);
     if (!memory.allocate()) {
         call.failed = true;
         return;
     }
-    g.plan(call, task, memory);
+    g.plan(call, memory);
     const bool inputs = call.inputs(), carries = c.relevancy.rows && !call.sums_rows;
-    const Size tiles = tiles_of(a), last = call.heads.first(task + 1), T = round_up(c.relevancy.T, VL);
-    float *own_key = g.key, *own_value = g.value, *own_result = g.result;
+    const Size tiles = tiles_of(a), first = call.keys.start[task], last = call.keys.start[task + 1];
     if (inputs && c.score.sums_units()) {
         memset(g.logits.units.by_key, 0, UnitTile::padded(a.D) * round_up(a.key_block(), VL) * sizeof(float));
         memset(g.logits.units.by_weight, 0, UnitTile::padded(a.D) * sizeof(float));
         memset(g.vector, 0, a.H * a.D * sizeof(float));
     }
-    for (Size item = call.heads.first(task); item < last;) {
-        const Size unit = item / call.heads.unit, b = unit / a.Hkv, head = unit % a.Hkv;
-        const Size end = least(last, (unit + 1) * call.heads.unit);
-        const bool alone = call.heads.has_alone(task, unit), sample_alone = carries && call.samples.has_alone(task, b);
+    for (Size item = first; item < last;) {
+        const Size unit = item / call.keys.unit, b = unit / a.Hkv, head = unit % a.Hkv;
+        const Size end = least(last, (unit + 1) * call.keys.unit);
         if (inputs) {
-            const Size slot = call.heads.slot(task, unit);
-            g.key = alone ? own_key : call.key_parts + slot * a.M * call.key_stride;
-            g.value = alone ? own_value : call.value_parts + slot * a.M * call.value_stride;
+            g.key = call.keys.at(task, unit), g.value = call.values.at(task, unit);
             memset(g.key, 0, a.M * call.key_stride * sizeof(float));
             memset(g.value, 0, a.M * call.value_stride * sizeof(float));
             memset(g.cosine_key, 0, a.M * sizeof(float));
         }
         if (carries) {
-            const bool starts = item == call.heads.first(task) || item == b * call.samples.unit;
-            g.result = sample_alone ? own_result : call.relevancy_parts + call.samples.slot(task, b) * a.M * T;
-            if (starts) memset(g.result, 0, a.M * T * sizeof(float));
+            g.result = call.carried.at(task, b);
+            if (item == first || item == b * call.carried.unit) memset(g.result, 0, call.carried.floats * sizeof(float));
         }
         for (; item < end;) {  // the query heads of the key head
             const Size from = item % tiles, to = least(tiles, from + end - item);
@@ -450,73 +416,63 @@ static void backward_task(BackwardCall& call, Size task) {
             item += to - from;
         }
         if (inputs && c.score.kind == COSINE) finish_cosine_keys(call, g, b, head);
-        if (inputs && alone) {
+        if (inputs && call.keys.alone(task, unit)) {
             write_keys(a, c.grad_key, g.key, call.key_stride, a.D, b, head, 0, a.M);
             write_keys(a, c.grad_value, g.value, call.value_stride, a.Dv, b, head, 0, a.M);
         }
-        if (sample_alone && item == (b + 1) * call.samples.unit) write_result(c.relevancy, a, g.result, b, 0, a.M);
+        if (carries && item == (b + 1) * call.carried.unit && call.carried.alone(task, b))
+            write_result(c.relevancy, a, g.result, b, 0, a.M);
     }
     if (call.vector_parts) memcpy(call.vector_parts + task * a.H * a.D, g.vector, a.H * a.D * sizeof(float));
     memory.release();
 }
 
-// Adds the parts of shared units in the order of the threads; each task takes a range of the keys.
+// The units that several tasks have; each task takes a range of the keys.
 static void join_task(BackwardCall& call, Size task) {
     const Backward& c = call.c;
     const Attention& a = c.a;
-    const Size first = share(a.M, task, call.heads.tasks), last = share(a.M, task + 1, call.heads.tasks),
-               tasks = call.heads.tasks;
-    const auto join = [&](const Shares& shares, Size n, float* parts, Size stride) -> float* {
-        float* sum = nullptr;  // in the first one's place
-        for (Size p = 0; p < tasks; ++p) {
-            if (n < shares.first_unit(p) || n > shares.last_unit(p)) continue;
-            if (shares.has_alone(p, n)) return nullptr;
-            float* part = parts + shares.slot(p, n) * a.M * stride;
-            if (!sum)
-                sum = part;
-            else
-                for (Size i = first * stride; i < last * stride; ++i) sum[i] += part[i];
-        }
-        return sum;
-    };
-    for (Size unit = 0; call.key_parts && unit < a.B * a.Hkv; ++unit) {
-        if (const float* key = join(call.heads, unit, call.key_parts, call.key_stride))
-            write_keys(a, c.grad_key, key, call.key_stride, a.D, unit / a.Hkv, unit % a.Hkv, first, last);
-        if (const float* value = join(call.heads, unit, call.value_parts, call.value_stride))
-            write_keys(a, c.grad_value, value, call.value_stride, a.Dv, unit / a.Hkv, unit % a.Hkv, first, last);
+    const Size first = share(a.M, task, call.keys.tasks), last = share(a.M, task + 1, call.keys.tasks);
+    if (call.inputs()) {
+        call.keys.join(first * call.key_stride, last * call.key_stride, [&](Size unit, const float* sums) {
+            write_keys(a, c.grad_key, sums, call.key_stride, a.D, unit / a.Hkv, unit % a.Hkv, first, last);
+        });
+        call.values.join(first * call.value_stride, last * call.value_stride, [&](Size unit, const float* sums) {
+            write_keys(a, c.grad_value, sums, call.value_stride, a.Dv, unit / a.Hkv, unit % a.Hkv, first, last);
+        });
     }
-    for (Size b = 0; call.relevancy_parts && b < a.B; ++b)
-        if (const float* result = join(call.samples, b, call.relevancy_parts, round_up(c.relevancy.T, VL)))
-            write_result(c.relevancy, a, result, b, first, last);
+    if (c.relevancy.rows) {
+        const Size T = round_up(c.relevancy.T, VL);
+        call.carried.join(
+            first * T, last * T, [&](Size b, const float* sums) { write_result(c.relevancy, a, sums, b, first, last); });
+    }
 }
 
 static Size attention_backward(const Backward& c) {
     const Attention& a = c.a;
     if (a.B * a.H * a.N == 0) return DONE;
     const Size tiles = a.group() * tiles_of(a), items = a.B * a.Hkv * tiles;
-    const Size tasks = least(thread_count(), items);
+    const Size tasks = least(thread_count(), items), key_stride = round_up(a.D, VL), value_stride = round_up(a.Dv, VL);
+    Size* start = (Size*)malloc((tasks + 1) * sizeof(Size));
+    if (!start) return NO_MEMORY;
+    for (Size task = 0; task <= tasks; ++task) start[task] = share(items, task, tasks);
     BackwardCall call = {c,
-                         {items, tasks, tiles},
-                         {items, tasks, a.Hkv * tiles},
-                         nullptr,
-                         nullptr,
-                         nullptr,
+                         {start, tasks, tiles, a.M * key_stride, nullptr},
+                         {start, tasks, tiles, a.M * value_stride, nullptr},
+                         {start, tasks, a.Hkv * tiles, a.M * round_up(c.relevancy.T, VL), nullptr},
                          nullptr,
                          nullptr,
                          false,
-                         round_up(a.D, VL),
-                         round_up(a.Dv, VL),
+                         key_stride,
+                         value_stride,
                          false};
     Memory memory;
     for (int pass = 0; pass < 2; ++pass) {
-        if (pass == 1 && !memory.allocate()) return NO_MEMORY;
-        const Size head_parts = call.heads.slot(tasks, 0), sample_parts = call.samples.slot(tasks, 0);
-        if (call.inputs() && head_parts > 0) {
-            call.key_parts = memory.take(head_parts * a.M * call.key_stride);
-            call.value_parts = memory.take(head_parts * a.M * call.value_stride);
+        if (pass == 1 && !memory.allocate()) {
+            free(start);
+            return NO_MEMORY;
         }
-        if (c.relevancy.rows && sample_parts > 0)
-            call.relevancy_parts = memory.take(sample_parts * a.M * round_up(c.relevancy.T, VL));
+        if (call.inputs()) call.keys.plan(memory), call.values.plan(memory);
+        if (c.relevancy.rows) call.carried.plan(memory);
         if (c.grad_vector) call.vector_parts = memory.take(tasks * a.H * a.D);
         if (c.relevancy.rows && c.relevancy.row_normalize) call.row_sums = memory.take(a.B * a.H * a.N);
     }
@@ -527,12 +483,14 @@ static Size attention_backward(const Backward& c) {
         call.sums_rows = false;
     }
     if (!call.failed) run(tasks, call, backward_task);
-    if (!call.failed && (call.key_parts || call.relevancy_parts)) run(tasks, call, join_task);
+    const bool joins = (call.inputs() && call.keys.any()) || (c.relevancy.rows && call.carried.any());
+    if (!call.failed && joins) run(tasks, call, join_task);
     for (Size i = 0; c.grad_vector && i < a.H * a.D; ++i) {
         c.grad_vector[i] = 0;
         for (Size task = 0; task < tasks; ++task) c.grad_vector[i] += call.vector_parts[task * a.H * a.D + i];
     }
     memory.release();
+    free(start);
     return call.failed ? NO_MEMORY : DONE;
 }
 

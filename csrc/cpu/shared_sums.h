@@ -1,0 +1,53 @@
+// Sums that several tasks add to, such as the gradients of a key head whose query rows are shared out.
+#pragma once
+#include "threads.h"
+
+namespace ISA {
+namespace {
+
+// The items of a call in order are cut into one range for each task, and `unit` items in a row add to the same sums. A task writes the
+// result of a unit that it has alone. Of any other each task has a part, and the parts are added in the order of the tasks, so that a
+// call repeats its bits.
+struct SharedSums {
+    const Size* start;  // (tasks + 1): task n takes the items [start[n], start[n + 1])
+    Size tasks, unit, floats;  // floats: of the sums of one unit
+    float* parts;  // of each task one for the unit that goes on from an earlier task, and one for all that begin in its range
+
+    bool goes_on(Size task) const { return start[task] % unit != 0 && start[task] < start[task + 1]; }
+    bool begins(Size task) const { return round_up(start[task], unit) < start[task + 1]; }
+    bool alone(Size task, Size n) const { return start[task] <= n * unit && (n + 1) * unit <= start[task + 1]; }
+    Size parts_before(Size task) const {
+        Size count = 0;
+        for (Size n = 0; n < task; ++n) count += goes_on(n) + begins(n);
+        return count;
+    }
+    Size stride() const { return round_up(floats, 16); }
+    void plan(Memory& memory) { parts = memory.take(parts_before(tasks) * stride()); }
+
+    // where the task adds up the unit n
+    float* at(Size task, Size n) const {
+        return parts + (parts_before(task) + (goes_on(task) && n * unit >= start[task])) * stride();
+    }
+    bool any() const {  // unit that several tasks have
+        for (Size task = 1; task < tasks; ++task)
+            if (goes_on(task)) return true;
+        return false;
+    }
+    // finish(n, sums) for each unit n that several tasks have, with its sums [first, last) added up
+    template <class Finish>
+    void join(Size first, Size last, const Finish& finish) const {
+        float* sums = nullptr;  // in the place of the first part
+        for (Size task = 0; task < tasks; ++task) {
+            const Size n = start[task] / unit, end = start[task + 1];
+            if (goes_on(task)) {
+                const float* part = at(task, n);
+                for (Size i = first; i < last; ++i) sums[i] += part[i];
+                if ((n + 1) * unit <= end) finish(n, sums);
+            }
+            if (begins(task)) sums = at(task, (end - 1) / unit);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace ISA
