@@ -12,7 +12,7 @@ from vlattn_fast.cpu.score_attention import BACKWARD, empty_gradient
 
 _backward = kernel("relevancy_attention_backward", BACKWARD)
 _DOT = (0, 0.0, 0, 0, 0.0)  # Score and Dropout of csrc/cpu/
-_EXACT, _GIVEN, _NONE = 0, 1, 2  # lse_counts of csrc/cpu/backward.h
+_EXACT, _GIVEN, _NONE = 0, 1, 2  # lse_counts of csrc/cpu/backward_tile.h
 
 
 def forward(

@@ -19,7 +19,7 @@ KINDS = {
     )
 }  # ScoreKind of csrc/cpu/scores.h
 SCORE = "q d q q d"  # Score and Dropout
-BACKWARD = f"={FIELDS} {SCORE} 8q 3q 12q q 6q"  # Backward of csrc/cpu/backward.h
+BACKWARD = f"={FIELDS} {SCORE} 8q 3q 12q q 6q"  # Backward of csrc/cpu/backward_tile.h
 _forward = kernel("score_attention_forward", f"={FIELDS} {SCORE} 4q q")
 _backward = kernel("score_attention_backward", BACKWARD)
 NO_RELEVANCY = (0, 0, 0, 0, 0, 0)
