@@ -1,0 +1,361 @@
+// Head-mean maps of the blocks LL, VV, LV, VL of congruence_loss, and from gradients at them those of queries and keys.
+#pragma once
+#include "products.h"
+#include "rows.h"
+
+namespace ISA {
+namespace {
+
+enum Kind : Size { CACR = 0, SINGULAR = 1, DISTRIBUTED = 2 };
+enum : int { LL = 0, VV = 1, LV = 2, VL_BLOCK = 3 };
+static const int ROW_SIDE[4] = {0, 1, 0, 1}, KEY_SIDE[4] = {0, 1, 1, 0};  // 0 = text, 1 = image
+static const Size TILE = 64, GROUP = 16;  // rows of a tile, at most and a multiple of which
+static const Size SPAN = 64;              // so many numbers are added in a row; then sums of sums
+
+struct CongruenceLoss {
+    Size dtype, B, H, D, lengths[2], kind, directions[2];  // of text and image; whether their directions count
+    double scale;
+    Rows queries[4], keys[4];  // of the four blocks
+    const uint8_t* masks[2];   // (B, L), (B, V), 0 = padding; null for none
+    float* maps;               // (B, (L + V) (L' + V')), lengths with a dash rounded up to odd multiples of GROUP
+    float* loss;               // (B)
+    const float* grad_loss;    // (B)
+    void *grad_queries[4], *grad_keys[4];  // (B, H, N, D) of the blocks that have gradients
+};
+
+// The real tokens of one side of a sample
+struct Tokens {
+    const int32_t* at;  // null where they are the first `count`
+    Size count;
+    Size operator[](Size i) const { return at ? at[i] : i; }
+};
+
+struct Workspace {
+    float *keys, *rows, *transposed, *S, *E, *T, *cross, *grad_query, *grad_keys;
+    void plan(const CongruenceLoss& c, Memory& memory) {
+        const Size longest = most(c.lengths[0], c.lengths[1]), padded = round_up(c.D, GROUP);
+        keys = memory.take(longest * c.D);
+        rows = memory.take(TILE * padded), transposed = memory.take(TILE * c.D);
+        S = memory.take(longest * TILE), E = memory.take(longest * TILE), T = memory.take(longest * TILE);
+        cross = memory.take(TILE * round_up(longest, GROUP));
+        grad_query = memory.take(TILE * c.D), grad_keys = memory.take(longest * padded);
+    }
+};
+
+struct Job {
+    const CongruenceLoss& c;
+    int32_t* tokens;  // (B, L + V)
+    Size* counts;     // (B, 2); a negative count: the tokens are the first ones
+    float* losses;    // (B, 2) of both directions
+    float* grads;     // (samples, 2, ...) gradients at the maps from both directions
+    Workspace* workspaces;
+    Size first, samples;  // of the batch that are at work
+    Size next;            // item
+
+    // the stride of a map: an odd number of groups, so that its rows do not fall onto one set of the cache
+    Size padded(int side) const { return (c.lengths[side] + GROUP - 1) / (2 * GROUP) * (2 * GROUP) + GROUP; }
+    Size map_size() const { return (c.lengths[0] + c.lengths[1]) * (padded(0) + padded(1)); }
+    Size offset(int block) const {
+        Size at = 0;
+        for (int n = 0; n < block; ++n) at += c.lengths[KEY_SIDE[n]] * padded(ROW_SIDE[n]);
+        return at;
+    }
+    float* map(Size b, int block) const { return c.maps + b * map_size() + offset(block); }
+    float* grad(Size b, int direction, int block) const {
+        return grads + ((b - first) * 2 + direction) * map_size() + offset(block);
+    }
+    Tokens of(Size b, int side) const {
+        const Size count = counts[b * 2 + side];
+        const int32_t* at = tokens + b * (c.lengths[0] + c.lengths[1]) + side * c.lengths[0];
+        return {count < 0 ? nullptr : at, count < 0 ? -count - 1 : count};
+    }
+    bool empty(Size b) const { return of(b, 0).count == 0 || of(b, 1).count == 0 || c.H == 0; }
+    bool used(int block) const {  // by the directions that count
+        if (block == LV || block == VL_BLOCK) return c.kind == DISTRIBUTED || c.directions[block - LV];
+        return c.kind != DISTRIBUTED || c.directions[block];
+    }
+    Size take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }  // no result depends on who takes an item
+};
+
+struct RowTile {
+    Size first, rows, width;
+};
+INLINE Size row_tiles(Size n) { return (n + TILE - 1) / TILE; }
+INLINE RowTile row_tile(Size n, Size index) {
+    const Size groups = (n + GROUP - 1) / GROUP, tiles = row_tiles(n);
+    const Size first = share(groups, index, tiles) * GROUP, last = least(share(groups, index + 1, tiles) * GROUP, n);
+    return {first, last - first, round_up(last - first, GROUP)};
+}
+
+// ln(1 + x) to a few ulp for x > -1: the rounding of 1 + x is made good by the factor
+INLINE Vector log1p_all(Vector x) {
+    const Vector u = x + 1.f, rounded = u - 1.f;
+    return rounded == Vector{} ? x : log_all(u) * (x / rounded);
+}
+
+// ---- queries and keys of a block
+
+static void list_tokens(Job& job) {
+    const CongruenceLoss& c = job.c;
+    for (Size b = 0; b < c.B; ++b)
+        for (int side = 0; side < 2; ++side) {
+            const Size length = c.lengths[side];
+            const uint8_t* mask = c.masks[side] ? c.masks[side] + b * length : nullptr;
+            int32_t* at = job.tokens + b * (c.lengths[0] + c.lengths[1]) + side * c.lengths[0];
+            Size count = 0;
+            for (Size i = 0; mask && i < length; ++i)
+                if (mask[i]) at[count++] = (int32_t)i;
+            const bool first_ones = !mask || count == 0 || at[count - 1] == count - 1;
+            job.counts[b * 2 + side] = !mask ? -length - 1 : first_ones ? -count - 1 : count;
+        }
+}
+
+static const float* load_keys(const Job& job, int block, Size b, Size h, float* copy, Size& stride) {
+    const CongruenceLoss& c = job.c;
+    const Rows& x = c.keys[block];
+    const Tokens tokens = job.of(b, KEY_SIDE[block]);
+    if (!tokens.at && c.dtype == FLOAT32) {
+        stride = x.stride_n;
+        return (const float*)x.data + x.at(b, h, 0);
+    }
+    stride = c.D;
+    for (Size j = 0; j < tokens.count; ++j) widen(element(x.data, c.dtype, x.at(b, h, tokens[j])), c.dtype, c.D, copy + j * c.D);
+    return copy;
+}
+
+// S: the scores (keys, width) of a tile of rows. The scaled queries stay in `rows` (width, stride) with zeros around them.
+static void scores(const Job& job, int block, Size b, Size h, const RowTile& t, const float* K, Size stride, Workspace& w) {
+    const CongruenceLoss& c = job.c;
+    const Rows& x = c.queries[block];
+    const Tokens tokens = job.of(b, ROW_SIDE[block]);
+    const Size padded = round_up(c.D, GROUP);
+    const float scale = (float)c.scale;
+    for (Size i = 0; i < t.rows; ++i) {
+        float* row = w.rows + i * padded;
+        widen(element(x.data, c.dtype, x.at(b, h, tokens[t.first + i])), c.dtype, c.D, row);
+        for (Size d = 0; d < c.D; ++d) row[d] *= scale;
+        memset(row + c.D, 0, (padded - c.D) * sizeof(float));
+    }
+    memset(w.rows + t.rows * padded, 0, (t.width - t.rows) * padded * sizeof(float));
+    transpose(w.rows, padded, t.width, c.D, w.transposed, t.width);
+    product<false>(job.of(b, KEY_SIDE[block]).count, t.width, c.D, K, stride, w.transposed, t.width, w.S, t.width, false);
+}
+
+INLINE Vector top_of(const float* S, Size M, Size w) {
+    Vector top = load(S);
+    for (Size j = 1; j < M; ++j) top = maximum(top, load(S + j * w));
+    return top;
+}
+// S becomes e^(S - top), for one vector of rows; their sum
+INLINE Vector exponentials(float* S, Size M, Size w, Vector top) {
+    Vector total = {};
+    for (Size j0 = 0; j0 < M; j0 += SPAN) {
+        Vector part = {};
+        for (Size j = j0; j < least(j0 + SPAN, M); ++j) {
+            const Vector e = exp_negative(load(S + j * w) - top);
+            store(S + j * w, e);
+            part += e;
+        }
+        total += part;
+    }
+    return total;
+}
+
+// ---- maps
+
+// map (M, width) += softmax(S) / H
+static void add_softmax(float* S, Size M, Size w, Size H, bool first, float* map, Size ld) {
+    for (Size i = 0; i < w; i += VL) {
+        const Vector total = exponentials(S + i, M, w, top_of(S + i, M, w)), factor = 1.f / (total * (float)H);
+        for (Size j = 0; j < M; ++j) {
+            float* to = map + j * ld + i;
+            const Vector p = load(S + j * w + i) * factor;
+            store(to, first ? p : load(to) + p);
+        }
+    }
+}
+
+// The largest log-softmax of the heads so far, `map`, and the sum of e^(log-softmax - largest), `sums`. E is scratch.
+static void add_log_softmax(const float* S, Size M, Size w, bool first, float* map, Size ld, float* sums, float* E) {
+    memcpy(E, S, M * w * sizeof(float));
+    for (Size i = 0; i < w; i += VL) {
+        const Vector top = top_of(S + i, M, w), lse = log_all(exponentials(E + i, M, w, top));
+        for (Size j = 0; j < M; ++j) {
+            float *largest = map + j * ld + i, *sum = sums + j * w + i;
+            const Vector x = (load(S + j * w + i) - top) - lse;
+            const Vector before = first ? x : load(largest), total = first ? Vector{} : load(sum);
+            const Vector e = exp_negative(-absolute(x - before));  // 1 at first
+            store(sum, x > before ? total * e + 1.f : total + e);
+            store(largest, maximum(before, x));
+        }
+    }
+}
+// map = ln sum_h P_h. ln H is subtracted later: here that would round, and the share of a head that has all of it is exact so.
+static void finish_log_sum(Size M, Size w, float* map, Size ld, const float* sums) {
+    for (Size j = 0; j < M; ++j)
+        for (Size i = 0; i < w; i += VL) {
+            float* to = map + j * ld + i;
+            store(to, load(to) + log_all(load(sums + j * w + i)));
+        }
+}
+
+// The first largest key of each row, as a number
+static void first_largest(const float* map, Size M, Size w, float* index) {
+    for (Size i = 0; i < w; i += VL) {
+        Vector best = load(map + i), at = {};
+        for (Size j = 1; j < M; ++j) {
+            const Vector x = load(map + j * w + i);
+            const Integers above = x > best;
+            best = above ? x : best, at = above ? splat((float)j) : at;
+        }
+        store(index + i, at);
+    }
+}
+
+static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace& w) {
+    const CongruenceLoss& c = job.c;
+    const Size M = job.of(b, KEY_SIDE[block]).count, ld = job.padded(ROW_SIDE[block]);
+    const bool cross = block == LV || block == VL_BLOCK, picks = c.kind == SINGULAR && cross, logs = c.kind == SINGULAR && !cross;
+    float* map = job.map(b, block) + t.first;
+    for (Size h = 0; h < c.H; ++h) {
+        Size stride;
+        const float* K = load_keys(job, block, b, h, w.keys, stride);
+        scores(job, block, b, h, t, K, stride, w);
+        if (logs)
+            add_log_softmax(w.S, M, t.width, h == 0, map, ld, w.T, w.E);
+        else if (picks)
+            add_softmax(w.S, M, t.width, c.H, h == 0, w.T, t.width);
+        else
+            add_softmax(w.S, M, t.width, c.H, h == 0, map, ld);
+    }
+    if (logs) finish_log_sum(M, t.width, map, ld, w.T);
+    if (picks) first_largest(w.T, M, t.width, map);  // in place of the block's map
+}
+
+static void maps_task(Job& job, Size task) {
+    const CongruenceLoss& c = job.c;
+    const Size tiles = row_tiles(most(c.lengths[0], c.lengths[1])), items = c.B * 4 * tiles;
+    for (Size item = job.take(); item < items; item = job.take()) {
+        const Size b = item / (4 * tiles), tile = item % tiles;
+        const int block = item / tiles % 4;
+        const Size n = job.of(b, ROW_SIDE[block]).count;
+        if (job.empty(b) || !job.used(block) || tile >= row_tiles(n)) continue;
+        map_of_tile(job, b, block, row_tile(n, tile), job.workspaces[task]);
+    }
+}
+
+// ---- gradients of queries and keys
+
+// S (scores) becomes the gradient at the scores, from the gradients G at the head-mean map (one or two, to be added).
+static void scores_backward(float* S, Size M, Size w, Size H, const float* G0, const float* G1, Size ld) {
+    const float share_of_head = 1.f / H;
+    for (Size i = 0; i < w; i += VL) {
+        const Vector top = top_of(S + i, M, w);
+        Vector total = {}, dot = {};
+        for (Size j0 = 0; j0 < M; j0 += SPAN) {
+            Vector part = {}, part_dot = {};
+            for (Size j = j0; j < least(j0 + SPAN, M); ++j) {
+                float* s = S + j * w + i;
+                const Vector e = exp_negative(load(s) - top), g = load(G0 + j * ld + i);
+                store(s, e);
+                part += e, part_dot += e * (G1 ? g + load(G1 + j * ld + i) : g);
+            }
+            total += part, dot += part_dot;
+        }
+        const Vector inverse = 1.f / total, mean = dot * inverse, factor = inverse * share_of_head;
+        for (Size j = 0; j < M; ++j) {
+            float* s = S + j * w + i;
+            const Vector g = load(G0 + j * ld + i);
+            store(s, load(s) * factor * ((G1 ? g + load(G1 + j * ld + i) : g) - mean));
+        }
+    }
+}
+
+// The same from gradients L at the logarithm of the sum over heads, `map`, and G at the mean, each of which may be null. They are
+// not added before the last step: where P is 1, its share of G is exactly 0, and L may be thousands of times smaller.
+static void scores_backward_log(float* S, Size M, Size w, Size H, const float* L, const float* G, const float* map, Size ld,
+                                float* E) {
+    const float share_of_head = 1.f / H;
+    memcpy(E, S, M * w * sizeof(float));
+    for (Size i = 0; i < w; i += VL) {
+        const Vector top = top_of(S + i, M, w), total = exponentials(E + i, M, w, top), lse = log_all(total);
+        Vector sum = {}, dot = {};
+        for (Size j = 0; j < M; ++j) {
+            const Size at = j * ld + i;
+            float* s = S + j * w + i;
+            // the part of this head in the sum, from logarithms that are rounded as those of the sum were
+            const Vector l = L ? exp_negative((load(s) - top) - lse - load(map + at)) * load(L + at) : Vector{};
+            store(s, l);
+            sum += l;
+            if (G) dot += load(E + j * w + i) * load(G + at);
+        }
+        const Vector inverse = 1.f / total, mean = dot * inverse;
+        for (Size j = 0; j < M; ++j) {
+            float* s = S + j * w + i;
+            const Vector p = load(E + j * w + i) * inverse, by_log = load(s) - p * sum;
+            store(s, G ? by_log + p * (load(G + j * ld + i) - mean) * share_of_head : by_log);
+        }
+    }
+}
+
+static void* gradient_row(const CongruenceLoss& c, void* data, int side, Size b, Size h, Size n) {
+    return (void*)element(data, c.dtype, ((b * c.H + h) * c.lengths[side] + n) * c.D);
+}
+// Zeros at padding, or in all rows
+static void clear_rows(const Job& job, void* data, int side, Size b, Size h, bool all) {
+    const CongruenceLoss& c = job.c;
+    const Tokens tokens = job.of(b, side);
+    const Size first = all || tokens.at ? 0 : tokens.count, rows = c.lengths[side] - first;
+    // an empty tensor has no pointer
+    if (rows * c.D > 0) memset(gradient_row(c, data, side, b, h, first), 0, rows * c.D * (c.dtype == FLOAT32 ? 4 : 2));
+}
+
+// of_own, of_other: gradients at the map from the directions of the block's rows and of the other side; null where there is none
+static void gradients_of_head(Job& job, Size b, int block, Size h, const float* of_own, const float* of_other, Workspace& w) {
+    const CongruenceLoss& c = job.c;
+    const int rows = ROW_SIDE[block], columns = KEY_SIDE[block];
+    const Tokens row_tokens = job.of(b, rows), key_tokens = job.of(b, columns);
+    const Size M = key_tokens.count, ld = job.padded(rows), padded = round_up(c.D, GROUP);
+    Size stride;
+    const float* K = load_keys(job, block, b, h, w.keys, stride);
+    for (Size tile = 0; tile < row_tiles(row_tokens.count); ++tile) {
+        const RowTile t = row_tile(row_tokens.count, tile);
+        scores(job, block, b, h, t, K, stride, w);
+        const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
+        if (c.kind == SINGULAR)
+            scores_backward_log(w.S, M, t.width, c.H, own, other, job.map(b, block) + t.first, ld, w.E);
+        else
+            scores_backward(w.S, M, t.width, c.H, own ? own : other, own ? other : nullptr, ld);
+        product<false>(M, padded, t.rows, w.S, t.width, w.rows, padded, w.grad_keys, padded, tile > 0);
+        product<true>(c.D, t.width, M, K, stride, w.S, t.width, w.grad_query, t.width, false);
+        transpose(w.grad_query, t.width, c.D, t.rows, w.rows, padded);
+        for (Size i = 0; i < t.rows; ++i) {
+            float* row = w.rows + i * padded;
+            for (Size d = 0; d < c.D; ++d) row[d] *= (float)c.scale;
+            narrow(row, c.D, c.dtype, gradient_row(c, c.grad_queries[block], rows, b, h, row_tokens[t.first + i]));
+        }
+    }
+    for (Size j = 0; j < M; ++j)
+        narrow(w.grad_keys + j * padded, c.D, c.dtype, gradient_row(c, c.grad_keys[block], columns, b, h, key_tokens[j]));
+}
+
+static void gradients_task(Job& job, Size task) {
+    const CongruenceLoss& c = job.c;
+    const int blocks = c.kind == DISTRIBUTED ? 4 : 2;
+    for (Size item = job.take(); item < job.samples * blocks * c.H; item = job.take()) {
+        const Size b = job.first + item / (blocks * c.H), h = item % c.H;
+        const int block = item / c.H % blocks, rows = ROW_SIDE[block], columns = KEY_SIDE[block];
+        // of IAIS distributed the own block belongs to its direction alone
+        const bool own = c.directions[rows], other = c.directions[1 - rows] && !(c.kind == DISTRIBUTED && block < LV);
+        const bool none = job.empty(b) || !(own || other);
+        clear_rows(job, c.grad_queries[block], rows, b, h, none);
+        clear_rows(job, c.grad_keys[block], columns, b, h, none);
+        if (none) continue;
+        const float* of_own = own ? job.grad(b, rows, block) : nullptr;
+        const float* of_other = other ? job.grad(b, 1 - rows, block) : nullptr;
+        gradients_of_head(job, b, block, h, of_own, of_other, job.workspaces[task]);
+    }
+}
+
+}  // namespace
+}  // namespace ISA
