@@ -1,7 +1,8 @@
 // Tiles of attention maps, for every operator that reads them.
 //
-// A tile is a block of keys by up to LANES query rows of one head: element (j, i) of it lies at j * width + i. So each lane of a vector
-// is a query row: maxima and sums of rows need no sum over lanes, and keys and values are read where they lie, one number at a time.
+// A tile is a block of keys by up to LANES query rows of one head: element (j, i) of it lies at j * width + i. So each lane of a
+// vector is a query row: maxima and sums of rows need no sum over lanes, and keys and values are read where they lie, one number
+// at a time.
 #pragma once
 #include "products.h"
 #include "rows.h"
@@ -230,8 +231,8 @@ static void find_top(const float* S, Size count, Size w, float* top) {
         }
     }
 }
-// S = the masked dot products of `count` keys from j0 with the tile's rows, transposed as (D, width), and the largest of each row in
-// `top`. `scratch` is that of mask_tile.
+// S = the masked dot products of `count` keys from j0 with the tile's rows, transposed as (D, width), and the largest of each row
+// in `top`. `scratch` is that of mask_tile.
 static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size j0, Size count, const float* transposed,
                        float* S, float* scratch, float* top) {
     for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
@@ -241,8 +242,9 @@ static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size
     find_top(S, count, t.width, top);
 }
 
-// Running largest logit and sum of e^(logit - largest) of the rows of a tile, taken up block by block (online softmax). `top_of_block` has
-// its largest logits; S becomes e^(logit - largest). `rescale` (LANES) is what earlier sums are to be multiplied by.
+// Running largest logit and sum of e^(logit - largest) of the rows of a tile, taken up block by block (online softmax).
+// `top_of_block` has its largest logits; S becomes e^(logit - largest). `rescale` (LANES) is what earlier sums are to be
+// multiplied by.
 static void online_softmax(float* S, Size count, Size w, bool first, const float* top_of_block, float* largest, float* total,
                            float* rescale) {
     for (Size i = 0; i < w; i += GROUP) {

@@ -1,10 +1,11 @@
-// What probes read off attention maps row by row: mass per group of keys, entropy, largest weight, received attention (VALUE, ECCV
-// 2020). Forward and backward.
+// What probes read off attention maps row by row: mass per group of keys, entropy, largest weight, received attention (VALUE,
+// ECCV 2020). Forward and backward.
 //
-// Bound: multiply-adds (D per entry forward, 4 D backward), then one exponential per entry. With x = logit - largest and e = exp(x) the
-// entropy is log(sum e) - (sum e x) / (sum e): no logarithm per entry. Backward, the one number that a row's softmax needs is a weighted
-// sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are sums over rows: see SharedSums.
-// Beyond MOST_KEYS keys the logits are made twice. Measured: rows attention_statistics of benchmarks/results/cpu.json.
+// Bound: multiply-adds (D per entry forward, 4 D backward), then one exponential per entry. With x = logit - largest and
+// e = exp(x) the entropy is log(sum e) - (sum e x) / (sum e): no logarithm per entry. Backward, the one number that a row's
+// softmax needs is a weighted sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are
+// sums over rows: see SharedSums. Beyond MOST_KEYS keys the logits are made twice.
+// Measured: rows attention_statistics of benchmarks/results/cpu.json.
 #include "attention.h"
 #include "shared_sums.h"
 
@@ -13,8 +14,8 @@ namespace {
 
 // ---- sums over rows
 
-// `start` of SharedSums. The items are the tiles of all heads in order. Ranges are equal in entries of the map, not in tiles: under the
-// causal mask and with padding some tiles have few keys.
+// `start` of SharedSums. The items are the tiles of all heads in order. Ranges are equal in entries of the map, not in tiles:
+// under the causal mask and with padding some tiles have few keys.
 static void cut(const Attention& a, Size tasks, Size* start) {
     const Size tiles = tiles_of(a), items = a.B * a.H * tiles;
     Size total = 0;

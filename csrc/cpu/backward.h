@@ -1,5 +1,5 @@
-// The backward pass of attention, and relevancy inside it. A thread takes tiles of query rows of one key head after the other, and
-// adds up that head's gradients of keys and values.
+// The backward pass of attention, and relevancy inside it. A thread takes tiles of query rows of one key head after the other,
+// and adds up that head's gradients of keys and values.
 #pragma once
 #include "backward_tile.h"
 

@@ -1,7 +1,7 @@
 // The tiles of one query head in the backward pass of attention: r Abar takes P and dP from the registers that hold them anyway.
 //
-// Where the keys are one block, each tile finds its own statistics: exact for any logits. Else blocks of keys are the outer loop, so
-// that gradients of a block of keys stay in cache, and the statistics come from the log-sum-exp of the forward pass, as in
+// Where the keys are one block, each tile finds its own statistics: exact for any logits. Else blocks of keys are the outer loop,
+// so that gradients of a block of keys stay in cache, and the statistics come from the log-sum-exp of the forward pass, as in
 // FlashAttention.
 #pragma once
 #include "forward.h"
@@ -90,8 +90,8 @@ static void statistics_by_blocks(const Attention& a, const Score& score, Logits&
     const Statistics s = {shift, factor};
     finish_rows(largest, total, t.rows, t.width, s, nullptr);
 }
-// In float64 a log-sum-exp of up to 2^24 gives P = e^(logit - lse) to 2^-29; where it is larger the statistics are found anew. One that
-// the caller gave is a float32 at best, and counts as long as P is right to 1e-3.
+// In float64 a log-sum-exp of up to 2^24 gives P = e^(logit - lse) to 2^-29; where it is larger the statistics are found anew.
+// One that the caller gave is a float32 at best, and counts as long as P is right to 1e-3.
 static const double LARGEST_LSE = 16777216., LARGEST_GIVEN_LSE = 16384.;
 
 // Statistics of a tile where its keys come in blocks; `scratch` holds 5 * LANES

@@ -48,8 +48,8 @@ static void softmax_divergence(bool singular, Size H, const Direction& x, const 
     const float heads = singular ? logf((float)H) : 0.f;
     for (Size i = 0; i < w; i += VL) {
         const float* own = x.own + tile.first + i;
-        // What all keys have in common cancels in d. It is taken off before the two are subtracted from each other, and for IAIS singular
-        // ln H first, which is exact where it matters: for p near 1.
+        // What all keys have in common cancels in d. It is taken off before the two are subtracted from each other, and for IAIS
+        // singular ln H first, which is exact where it matters: for p near 1.
         const Vector own_0 = singular ? splat(heads) : load(own), t_0 = singular ? Vector{} : load(T + i);
         const auto gap = [&](Size k, Vector t) { return (load(own + k * x.ld_n) - own_0) - (t - t_0); };
         // So it is in the sum of e^t: where all keys have one t, the plain sum is off by ulps, in all rows alike.

@@ -67,8 +67,8 @@ struct Logits {
         if (score.kind == COSINE)
             for (Size i = 0; i < t.width; ++i) query_norm[i] = norm(rows + i * stride, a.D);
     }
-    // S = the masked logits of `count` keys from j0, and `top` of them; `kept` (count, width) is for `bend` and cosine_gradient, or null. The block that is
-    // loaded, `loaded` keys, serves tiles that see more of it, too.
+    // S = the masked logits of `count` keys from j0, and `top` of them; `kept` (count, width) is for `bend` and cosine_gradient,
+    // or null. The block that is loaded, `loaded` keys, serves tiles that see more of it, too.
     void compute(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded, float* kept) {
         const Size head = t.h / a.group(), w = t.width;
         // the units' weights belong to the query head

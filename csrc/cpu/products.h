@@ -119,8 +119,8 @@ static void product_of_some(Size rows, Size columns, Size depth, const float* A,
 }
 
 // C (rows, columns) = A B, or += with `add`; A (rows, depth), B (depth, columns). TRANSPOSED: A is given as (depth, rows).
-// `columns` is a multiple of VL; rows and depth are any. Nothing outside the matrices is read. `finish` gets the blocks of C while
-// they are in registers.
+// `columns` is a multiple of VL; rows and depth are any. Nothing outside the matrices is read. `finish` gets the blocks of C
+// while they are in registers.
 template <bool TRANSPOSED, class Finish = Store>
 static void product(Size rows, Size columns, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C, Size ldc,
                     bool add, const Finish& finish = {}) {

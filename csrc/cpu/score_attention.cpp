@@ -1,8 +1,8 @@
 // score_attention of every core score: out and the log-sum-exp, and the gradients of queries, keys, values and the units' vector.
 //
-// Bound: multiply-adds of the tile products (two forward, five backward) for dot products; divisions, one for four hidden units, for
-// additive and Hadamard scores. Trick: query rows lie along the lanes, so softmax needs no sums over lanes, and float32 keys and values
-// are read where they lie. Measured: rows score_attention of benchmarks/results/cpu.json.
+// Bound: multiply-adds of the tile products (two forward, five backward) for dot products; divisions, one for four hidden units,
+// for additive and Hadamard scores. Trick: query rows lie along the lanes, so softmax needs no sums over lanes, and float32 keys
+// and values are read where they lie. Measured: rows score_attention of benchmarks/results/cpu.json.
 #include "backward.h"
 
 namespace ISA {

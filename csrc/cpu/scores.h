@@ -1,8 +1,9 @@
 // The core scores of vlattn_fast/scores.py on tiles: logits of a block of keys by query rows, and the way back.
 //
 // Dot products are tile products and, for some, an activation. Scores that are sums over hidden units,
-// sum_a u_a f(z_a) with z = q + k or q k, use f(z) = 1 - c r with r = 1 / (1 + e^(cz)): c = 2 is tanh, c = 1 the sigmoid. Four units
-// share one division. Here a vector holds keys, not query rows: so the gradient of a query row is summed over the keys in registers.
+// sum_a u_a f(z_a) with z = q + k or q k, use f(z) = 1 - c r with r = 1 / (1 + e^(cz)): c = 2 is tanh, c = 1 the sigmoid. Four
+// units share one division. Here a vector holds keys, not query rows: so the gradient of a query row is summed over the keys in
+// registers.
 #pragma once
 #include "attention.h"
 
@@ -109,8 +110,8 @@ static void cosine_gradient(const Score& score, float scale, float* G, Size coun
 
 // ---- sums over hidden units
 
-// How four units get f: from e^(cz) = e^(cq) e^(ck), as it is or clamped; from e^(cz) for z = q + k or z = q k, which may be LARGE; or,
-// where z is small and 1 - c r would lose its digits, from the polynomial of tanh
+// How four units get f: from e^(cz) = e^(cq) e^(ck), as it is or clamped; from e^(cz) for z = q + k or z = q k, which may be
+// LARGE; or, where z is small and 1 - c r would lose its digits, from the polynomial of tanh
 enum Policy : uint8_t { FACTORED, CLAMPED, SUM, PRODUCT, LARGE_PRODUCT, SMALL_SUM, SMALL_PRODUCT };
 static const float LARGEST_FACTOR = 2147483648.f;  // 2^31: four such factors are finite, and f(z) rounds to 1 beyond
 static const float LARGEST_EXPONENT = 21.4f;  // its logarithm
@@ -215,9 +216,9 @@ static void unit_scores(const Units& u, Size first, Size last, Size rows, const 
     for (; j < ld; j += VL) unit_scores_block<POLICY, 1>(u, first, last, rows, Q, K + j, ld, add, S + j);
 }
 
-// From G (rows, ld), the gradient of the scores, over four units from a: by_query (rows, count) gets G f'(z), times k for z = q k;
-// by_key (count, ld) gets G f'(z) / c^2, times q (`rows_at`) for z = q k; by_weight (count) gets the sum of G f. `Q` is what `exponential`
-// takes.
+// From G (rows, ld), the gradient of the scores, over four units from a: by_query (rows, count) gets G f'(z), times k for
+// z = q k; by_key (count, ld) gets G f'(z) / c^2, times q (`rows_at`) for z = q k; by_weight (count) gets the sum of G f. `Q` is
+// what `exponential` takes.
 template <int POLICY, int ROWS>
 INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const float* rows_at, Size stride, const float* K, Size ld,
                                const float* G, float* by_query, float* by_key, Vector* by_weight, Size first, Size last) {
@@ -325,8 +326,8 @@ struct UnitTile {
     static void take_extent(Vector x, Vector& top, Vector& extent) {
         top = maximum(x, top), extent = maximum(absolute(x), extent);
     }  // past a NaN
-    // Of the tile's rows (rows, stride), as load_tile gives them; the keys come before. Keys follow the policy: e^(ck) is made once, and k
-    // is fetched again where another tile wants it.
+    // Of the tile's rows (rows, stride), as load_tile gives them; the keys come before. Keys follow the policy: e^(ck) is made
+    // once, and k is fetched again where another tile wants it.
     void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size width, const Keys& keys,
                    Size count) {
         rows = rows_at, stride = row_stride;
@@ -386,7 +387,8 @@ struct UnitTile {
         transpose(scores, ld, width, count, S, width);
         for (Size i = 0; i < count * width; i += VL) store(S + i, load(S + i) * splat(scale));
     }
-    // From the gradient of the logits G (count, width): by_query is set, by_key and by_weight are added to, as unit_gradient has them
+    // From the gradient of the logits G (count, width): by_query is set, by_key and by_weight are added to, as unit_gradient has
+    // them
     void backward(float scale, Size count, Size width, const float* G) {
         transpose(G, width, count, width, scores, ld);
         for (Size i = 0; i < width; ++i) {

@@ -5,9 +5,9 @@
 namespace ISA {
 namespace {
 
-// The items of a call in order are cut into one range for each task, and `unit` items in a row add to the same sums. A task writes the
-// result of a unit that it has alone. Of any other each task has a part, and the parts are added in the order of the tasks, so that a
-// call repeats its bits.
+// The items of a call in order are cut into one range for each task, and `unit` items in a row add to the same sums. A task
+// writes the result of a unit that it has alone. Of any other each task has a part, and the parts are added in the order of the
+// tasks, so that a call repeats its bits.
 struct SharedSums {
     const Size* start;  // (tasks + 1): task n takes the items [start[n], start[n + 1])
     Size tasks, unit, floats;  // floats: of the sums of one unit

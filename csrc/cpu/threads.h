@@ -10,7 +10,7 @@ extern int32_t (*vlattn_parallel_for)(int64_t begin, int64_t end, int64_t grain,
 extern int32_t (*vlattn_get_num_threads)(uint32_t* count);
 }
 
-// extern "C" int64_t vlattn_<ISA>_<name>(call, size): `name(const Type&)` of this file for Python, which packs the fields of Type.
+// extern "C" int64_t vlattn_<ISA>_<name>(call, size): `name(const Type&)` of this file for Python, which packs Type's fields.
 #define JOIN3(a, b, c) a##b##c
 #define SYMBOL(isa, name) JOIN3(vlattn_, isa, _##name)
 #define OPERATOR(name, Type)                                                                                           \
@@ -36,8 +36,8 @@ static Size thread_count() {
 // The share of `task` out of `tasks` in [0, items): `share(items, task, tasks)` up to `share(items, task + 1, tasks)`.
 INLINE Size share(Size items, Size task, Size tasks) { return items * task / tasks; }
 
-// task(context, 0) ... task(context, tasks - 1), side by side. What is computed depends on the number of tasks alone, not on which
-// thread runs which: so a call gives the same bits for the same number of threads.
+// task(context, 0) ... task(context, tasks - 1), side by side. What is computed depends on the number of tasks alone, not on
+// which thread runs which: so a call gives the same bits for the same number of threads.
 template <class Context>
 static void run(Size tasks, Context& context, void (*task)(Context&, Size)) {
     struct Call {
