@@ -26,8 +26,9 @@ def describe(x: Any) -> str:
     return f"{type(x).__name__} {x!r:.80}"
 
 
-def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str = "") -> None:
-    """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent; `shape` is the legend the message shows."""
+def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str | tuple[int, ...] = "") -> None:
+    """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent; `shape` is the legend the message shows, or
+    sizes, which it may have also per head."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor{_legend(shape)}; got {describe(x)}")
     if _foreign(x):
@@ -38,7 +39,9 @@ def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str = "")
         _check_no_tangent(name, x)
 
 
-def _legend(shape: str) -> str:
+def _legend(shape: str | tuple[int, ...]) -> str:
+    if isinstance(shape, tuple):
+        return f" of shape {shape} or (H, ...)"
     return f" {shape}" if shape else ""
 
 

@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import torch
 
@@ -73,10 +72,8 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
     rows = [[title, *(name for name in BACKEND_NAMES if name != "auto"), "auto"]]
     for operator in OPERATORS:
         calls = {
-            (dtype, case.name): replace(
-                facts_of(operator, case.arguments(case.in_dtype(torch.float32))),
-                dtype=getattr(torch, dtype),
-                device_type=device_type,
+            (dtype, case.name): facts_of(operator, case.arguments(case.in_dtype(torch.float32)))._replace(
+                dtype=getattr(torch, dtype), device_type=device_type
             )
             for case in everything
             if case.operator == operator

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +265,7 @@ def test_the_error_arrives_as_raised_without_fullgraph() -> None:
 def a_call(operator: str, device: str = "cpu") -> _dispatch.Call:
     case = next(case for case in verify.cases() if case.operator == operator)
     call = verify.facts_of(operator, case.arguments(case.in_dtype(torch.bfloat16)))
-    return replace(call, device_type=device, sizes={**call.sizes, "queries": 577})
+    return call._replace(device_type=device, sizes={**call.sizes, "queries": 577})
 
 
 @pytest.mark.parametrize("operator", TABLES)
@@ -336,7 +335,7 @@ def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:
 def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
     assert _dispatch.triton_refusals(call) == []
-    (reason,) = _dispatch.triton_refusals(replace(call, **change))
+    (reason,) = _dispatch.triton_refusals(call._replace(**change))
     assert words in reason
     monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
     assert _dispatch.triton_refusals(call) == ["triton is not installed"]
@@ -360,7 +359,7 @@ def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatc
     call = _dispatch.Call("some", torch.bfloat16, "cpu", {"head_dim": 256, "value_dim": 256}, {})
     monkeypatch.setattr(_native, "library", _native.library._replace(exists=True))
     assert refusals(call) == []
-    assert refusals(replace(call, **change)) == [words]
+    assert refusals(call._replace(**change)) == [words]
     monkeypatch.setattr(_native, "library", _native.find(Path("nowhere")))
     assert refusals(call) == ["the CPU kernels are not built (`vlattn info` says why)"]
     assert _dispatch.table("some")["cpu"].refusals(call) == ["there is no CPU kernel for this operator"]

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,8 +21,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the limits of backends read of a call. It holds no tensor, so a laptop can ask what a backend refuses on a GPU."""
 
     operator: str
