@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from vlattn_fast import verify
 
 def runs(backend: str, case: verify.Case) -> bool:
     call = verify.facts_of(case.operator, case.arguments(case.in_dtype(torch.bfloat16)))
-    return not verify.backends_of(case.operator)[backend].refusals(replace(call, device_type="cuda"))
+    return not verify.backends_of(case.operator)[backend].refusals(call._replace(device_type="cuda"))
 
 
 CASES = [

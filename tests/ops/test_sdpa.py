@@ -79,10 +79,24 @@ def test_what_it_cannot_run_is_refused_by_name(options: dict[str, Any], words: s
 )
 def test_limits_asked_without_a_tensor(change: dict[str, Any], words: str) -> None:
     call = describe()
-    assert BACKENDS["sdpa"].refusals(replace(call, device_type="cuda")) == []
+    assert BACKENDS["sdpa"].refusals(call._replace(device_type="cuda")) == []
     change = {name: {**getattr(call, name), **x} if isinstance(x, dict) else x for name, x in change.items()}
-    (reason,) = BACKENDS["sdpa"].refusals(replace(call, **change))
+    (reason,) = BACKENDS["sdpa"].refusals(call._replace(**change))
     assert words in reason
+
+
+def test_float64_for_gradients_alone() -> None:
+    """In float32 torch's CPU kernel gives gradients less exact than the formula's, and outputs as exact."""
+    value = torch.randn(2, 2, 9, 8)  # of the size of keys, so that nothing is padded
+    narrow = F.scaled_dot_product_attention(Q, K, value)
+    wide = F.scaled_dot_product_attention(Q.double(), K.double(), value.double()).float()
+    assert not torch.equal(narrow, wide)
+    assert torch.equal(va.score_attention(Q, K, value, backend="sdpa"), narrow)
+    for i in range(3):
+        inputs = [x.clone().requires_grad_(n == i) for n, x in enumerate((Q, K, value))]
+        assert torch.equal(va.score_attention(*inputs, backend="sdpa"), wide)
+        with torch.no_grad():
+            assert torch.equal(va.score_attention(*inputs, backend="sdpa"), narrow)
 
 
 @pytest.mark.parametrize("operator", [name for name in verify.OPERATORS if name != "score_attention"])
