@@ -92,10 +92,10 @@ struct Tile {
     // keys that the tile may see: under the causal mask none comes after its last row
     Size keys(const Attention& a, Size visible) const { return a.masks.is_causal ? least(visible, first + rows) : visible; }
 };
-INLINE Size tiles_of(const Attention& a) { return (a.N + LANES - 1) / LANES; }
-INLINE Tile tile_at(const Attention& a, Size b, Size h, Size index) {
+INLINE Size tiles_of(const Attention& a, Size lanes = LANES) { return (a.N + lanes - 1) / lanes; }
+INLINE Tile tile_at(const Attention& a, Size b, Size h, Size index, Size lanes = LANES) {
     // rows are shared out evenly, in groups
-    const Size groups = (a.N + GROUP - 1) / GROUP, tiles = tiles_of(a);
+    const Size groups = (a.N + GROUP - 1) / GROUP, tiles = tiles_of(a, lanes);
     const Size first = share(groups, index, tiles) * GROUP, last = least(share(groups, index + 1, tiles) * GROUP, a.N);
     return {b, h, first, last - first, round_up(last - first, GROUP)};
 }
