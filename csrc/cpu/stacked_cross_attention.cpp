@@ -16,6 +16,8 @@ enum Norm : Size { NONE = 0, SOFTMAX = 1, L2 = 2, L1 = 3 };
 enum Aggregation : Size { LOGSUMEXP = 0, MAX = 1, SUM = 2, MEAN = 3 };
 static const Size GROUP = 16;  // contexts and features are padded with zeros to a multiple of it
 static const Size BLOCK_ROWS = 48;  // rows of query sets at a time, or one set
+static const Size MOST_CONTEXTS = 33 * GROUP;  // of a set at a time: transposed they stay in the second cache
+static const Size LONG_BLOCK_ROWS = 128;  // where sets have more contexts, which then come through the caches less often
 static const Size SPAN = 64;  // so many numbers are added in a row; then sums of sums
 static const Size MOST_KEPT = 1 << 22;  // numbers that are kept for the second sweep, or those of two context sets a thread
 static const float EPS = 1e-8f;  // of SCAN's norms and cosine
@@ -36,6 +38,12 @@ struct StackedCrossAttention {
     void *grad_query, *grad_context;  // as the inputs, contiguous
 };
 
+// The stride of maps: an odd number of groups where it is long, so that their rows do not fall onto one set of the cache
+static Size padded(Size contexts) {
+    const Size groups = (contexts + GROUP - 1) / GROUP;
+    return GROUP * (contexts > MOST_CONTEXTS ? groups | 1 : groups);
+}
+
 // The real rows of a side in float32, with a stride of padded features or, where they can be read as they are, of their own
 struct Rows32 {
     const float* data;
@@ -49,6 +57,7 @@ struct Rows32 {
 struct Workspace {
     float *CT, *S, *N, *P, *GA, *A, *norms, *grad_context;
     float *dot, *norm_a, *cosine, *weight;  // of the rows of a block
+    Size set, start;  // CT: (D, contexts) from context `start` of a set
 };
 
 struct Job {
@@ -64,7 +73,7 @@ struct Job {
     Size splits, first, sets, next;
 
     Size features() const { return round_up(c.D, GROUP); }
-    Size width() const { return round_up(c.context.rows, GROUP); }
+    Size width() const { return padded(c.context.rows); }
     Size rows() const { return query.first[c.query.count]; }
     Size take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }  // no result depends on who takes an item
 };
@@ -191,12 +200,30 @@ INLINE Block block_at(const Job& job, Size b) {
     return {first, last, row, job.query.first[last] - row};
 }
 
-// S, N, P, attended vectors A and cosines of the block with context set x, whose transposed rows are in CT.
+// CT becomes contexts [start, start + n) of set x, transposed as (D, n), with zeros behind the last one. Gives n.
+static Size load_contexts(const Job& job, Size x, Size start, Workspace& w) {
+    const Size m = job.context.count(x), n = least(MOST_CONTEXTS, padded(m) - start), real = most(0, least(n, m - start));
+    if (w.set == x && w.start == start) return n;
+    w.set = x, w.start = start;
+    if (real < n) memset(w.CT, 0, n * job.c.D * sizeof(float));
+    transpose(job.context.at(x) + start * job.context.stride, job.context.stride, real, job.c.D, w.CT, n);
+    return n;
+}
+// to (rows, width) = from (rows, D), whose stride is `stride`, times the contexts of set x transposed
+static void times_contexts(const Job& job, Size x, Size rows, const float* from, Size stride, float* to, Size width,
+                           Workspace& w) {
+    for (Size j = 0, n; j < width; j += n) {
+        n = load_contexts(job, x, j, w);
+        product<false>(rows, n, job.c.D, from, stride, w.CT, n, to + j, width, false);
+    }
+}
+
+// S, N, P, attended vectors A and cosines of the block with context set x.
 static void block_forward(const Job& job, const Block& b, Size x, Workspace& w) {
     const StackedCrossAttention& c = job.c;
-    const Size m = job.context.count(x), width = round_up(m, GROUP), features = job.features();
+    const Size m = job.context.count(x), width = padded(m), features = job.features();
     const float* Q = job.query.at(b.first_set);
-    product<false>(b.rows, width, c.D, Q, job.query.stride, w.CT, width, w.S, width, false);
+    times_contexts(job, x, b.rows, Q, job.query.stride, w.S, width, w);
     for (Size y = b.first_set; y < b.last_set; ++y) {
         const Size n = job.query.count(y), at = (job.query.first[y] - b.first_row) * width;
         if (n == 0) continue;
@@ -216,7 +243,7 @@ static void block_forward(const Job& job, const Block& b, Size x, Workspace& w) 
 // After block_forward: adds to the gradient of the contexts, and keeps what those of the queries need.
 static void block_backward(const Job& job, const Block& b, Size x, Workspace& w) {
     const StackedCrossAttention& c = job.c;
-    const Size m = job.context.count(x), width = round_up(m, GROUP), features = job.features();
+    const Size m = job.context.count(x), width = padded(m), features = job.features();
     const float* Q = job.query.at(b.first_set);
     float* by_norm_q = job.by_norm_q + (x - job.first) * job.rows() + b.first_row;
     float* flat = job.flat + (x - job.first) * job.rows() * job.width() + b.first_row * width;
@@ -236,22 +263,20 @@ static void block_backward(const Job& job, const Block& b, Size x, Workspace& w)
             for (Size d = 0; d < features; d += VL) store(a + d, load(q + d) * by_dot + load(a + d) * by_norm_a);
         }
     }
-    product<false>(b.rows, width, c.D, w.A, features, w.CT, width, w.GA, width, false);
+    times_contexts(job, x, b.rows, w.A, features, w.GA, width, w);
     for (Size y = b.first_set; y < b.last_set; ++y) {
         const Size n = job.query.count(y), at = (job.query.first[y] - b.first_row) * width;
         if (n > 0) scores_backward(c, w.S + at, w.N + at, w.P + at, w.norms + (y - b.first_set) * width, n, width, w.GA + at);
     }
-    product<true>(m, features, b.rows, w.P, width, w.A, features, w.grad_context, features, true);
-    product<true>(m, features, b.rows, w.GA, width, Q, job.query.stride, w.grad_context, features, true);
+    for (Size j = 0; j < m; j += MOST_CONTEXTS) {
+        const Size some = least(MOST_CONTEXTS, m - j);
+        float* grad = w.grad_context + j * features;
+        product<true>(some, features, b.rows, w.P + j, width, w.A, features, grad, features, true);
+        product<true>(some, features, b.rows, w.GA + j, width, Q, job.query.stride, grad, features, true);
+    }
     for (Size i = 0; i < b.rows; ++i)  // the gradient at q . a goes to the queries by way of the contexts, too
         for (Size j = 0; j < width; j += VL)
             store(flat + i * width + j, load(w.GA + i * width + j) + load(w.P + i * width + j) * w.dot[i]);
-}
-
-static void load_contexts(const Job& job, Size x, Workspace& w) {
-    const Size m = job.context.count(x), width = round_up(m, GROUP);
-    if (m < width) memset(w.CT, 0, width * job.c.D * sizeof(float));
-    transpose(job.context.at(x), job.context.stride, m, job.c.D, w.CT, width);
 }
 
 // ---- what the threads do
@@ -261,7 +286,6 @@ static void forward_task(Job& job, Size task) {
     Workspace& w = job.workspaces[task];
     for (Size item = job.take(); item < c.context.count * job.splits; item = job.take()) {
         const Size x = item / job.splits, part = item % job.splits;
-        if (job.context.count(x) > 0) load_contexts(job, x, w);
         for (Size index = share(job.num_blocks, part, job.splits); index < share(job.num_blocks, part + 1, job.splits); ++index) {
             const Block b = block_at(job, index);
             if (job.context.count(x) > 0 && b.rows > 0) block_forward(job, b, x, w);
@@ -289,7 +313,6 @@ static void contexts_task(Job& job, Size task) {
     for (Size item = job.take(); item < job.sets; item = job.take()) {
         const Size x = job.first + item, m = job.context.count(x);
         memset(w.grad_context, 0, m * job.features() * sizeof(float));
-        if (m > 0) load_contexts(job, x, w);
         for (Size index = 0; m > 0 && index < job.num_blocks; ++index) {
             const Block b = block_at(job, index);
             if (b.rows == 0) continue;
@@ -301,30 +324,31 @@ static void contexts_task(Job& job, Size task) {
 }
 
 static void queries_task(Job& job, Size) {
-    const Size features = job.features();
-    for (Size item = job.take(); item < job.num_blocks; item = job.take()) {
-        const Block b = block_at(job, item);
-        const float* Q = job.query.at(b.first_set);
-        float* grad = job.grad_query + b.first_row * features;
-        if (job.first == 0) memset(grad, 0, b.rows * features * sizeof(float));
+    const Size features = job.features(), rows = job.rows();
+    for (Size first = job.take() * BLOCK_ROWS; first < rows; first = job.take() * BLOCK_ROWS) {
+        const Size some = least(BLOCK_ROWS, rows - first);
+        const float* Q = job.query.data + first * job.query.stride;
+        float* grad = job.grad_query + first * features;
+        if (job.first == 0) memset(grad, 0, some * features * sizeof(float));
         for (Size x = job.first; x < job.first + job.sets; ++x) {
-            const Size m = job.context.count(x), width = round_up(m, GROUP);
-            if (m == 0 || b.rows == 0) continue;
-            const float* by_norm_q = job.by_norm_q + (x - job.first) * job.rows() + b.first_row;
-            const float* flat = job.flat + (x - job.first) * job.rows() * job.width() + b.first_row * width;
-            for (Size i = 0; i < b.rows; ++i)
+            const Size m = job.context.count(x), width = padded(m);
+            if (m == 0) continue;
+            const float* by_norm_q = job.by_norm_q + (x - job.first) * rows + first;
+            const float* flat = job.flat + (x - job.first) * rows * job.width() + first * width;
+            for (Size i = 0; i < some; ++i)
                 for (Size d = 0; d < features; d += VL) {
                     float* to = grad + i * features + d;
                     store(to, load(to) + load(Q + i * job.query.stride + d) * by_norm_q[i]);
                 }
-            product<false>(b.rows, features, m, flat, width, job.context.at(x), job.context.stride, grad, features, true);
-        }
-        if (job.first + job.sets < job.c.context.count) continue;
-        for (Size y = b.first_set; y < b.last_set; ++y) {
-            const float* from = grad + (job.query.first[y] - b.first_row) * features;
-            store_gradient(job.c, from, features, job.query.count(y), job.c.query, y, job.c.grad_query);
+            product<false>(some, features, m, flat, width, job.context.at(x), job.context.stride, grad, features, true);
         }
     }
+}
+static void store_task(Job& job, Size) {
+    const Size features = job.features();
+    for (Size y = job.take(); y < job.c.query.count; y = job.take())
+        store_gradient(job.c, job.grad_query + job.query.first[y] * features, features, job.query.count(y), job.c.query, y,
+                       job.c.grad_query);
 }
 
 // ---- before they start
@@ -366,12 +390,12 @@ static void place(const StackedCrossAttention& c, const Sets& sets, bool in_a_ro
 
 // Blocks of query sets, and how many sets and rows a block has at most
 static void list_blocks(Job& job) {
-    const Size sets = job.c.query.count;
+    const Size sets = job.c.query.count, most_rows = job.c.context.rows > MOST_CONTEXTS ? LONG_BLOCK_ROWS : BLOCK_ROWS;
     job.num_blocks = job.block_rows = job.block_sets = 0;
     for (Size y = 0; y < sets;) {
         const Size first = job.blocks[job.num_blocks++] = y;
         Size rows = job.query.count(y++);
-        while (y < sets && rows + job.query.count(y) <= BLOCK_ROWS) rows += job.query.count(y++);
+        while (y < sets && rows + job.query.count(y) <= most_rows) rows += job.query.count(y++);
         job.block_rows = most(job.block_rows, rows), job.block_sets = most(job.block_sets, y - first);
     }
     job.blocks[job.num_blocks] = sets;
@@ -379,7 +403,8 @@ static void list_blocks(Job& job) {
 
 static void plan_workspace(const Job& job, bool backward, Memory& memory, Workspace& w) {
     const Size rows = job.block_rows, map = rows * job.width(), features = job.features();
-    w.CT = memory.take(job.c.D * job.width()), w.A = memory.take(rows * features);
+    w.set = w.start = -1;
+    w.CT = memory.take(job.c.D * least(job.width(), MOST_CONTEXTS)), w.A = memory.take(rows * features);
     w.S = memory.take(map), w.N = memory.take(map), w.P = memory.take(map), w.GA = backward ? memory.take(map) : nullptr;
     w.norms = memory.take(job.block_sets * job.width());
     w.grad_context = backward ? memory.take(job.c.context.rows * features) : nullptr;
@@ -433,6 +458,7 @@ static Size stacked_cross_attention(const StackedCrossAttention& c, bool backwar
             start(job, queries_task);
             if (job.first + job.sets >= c.context.count) break;
         }
+    if (ready && backward) start(job, store_task);
     lists.release(), memory.release();
     return ready ? DONE : NO_MEMORY;
 }

@@ -39,9 +39,16 @@ def test_more_maps_than_a_chunk_of_the_backward_pass() -> None:
     check("cpu", tensors((5, 2), 300, 2000, 4, F32), image_lengths=(300, 0, 7, 300, 299), aggregation="mean")
 
 
-@pytest.mark.parametrize("direction", ["t2i", "i2t"])
-def test_threads_change_no_bit(direction: str, threads: None) -> None:
-    inputs = tensors((7, 5), 36, 20, 40, F32)
+@pytest.mark.parametrize("regions", [528, 529, 1050])
+def test_contexts_that_come_in_parts(regions: int) -> None:
+    """More than 528 at a time are too many, and blocks have up to 128 rows of queries then."""
+    inputs = tensors((2, 4), regions, 50, 24, F32)
+    check("cpu", inputs, image_lengths=(regions, regions - 30), caption_lengths=(50, 40, 38, 49))
+
+
+@pytest.mark.parametrize("regions, direction", [(36, "t2i"), (36, "i2t"), (600, "t2i")])
+def test_threads_change_no_bit(regions: int, direction: str, threads: None) -> None:
+    inputs = tensors((7, 5), regions, 20, 40, F32)
     run = partial(va.stacked_cross_attention, caption_lengths=torch.tensor([20, 3, 0, 7, 1]), direction=direction, backend="cpu")
     results: list[dict[str, Tensor]] = []
     for count in (1, 2, 5):
