@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import as_dtype, outputs_and_grads
+from compare import LargestAllocation, as_dtype, outputs_and_grads
 from torch import Tensor
 
 import vlattn_fast as va
@@ -63,6 +63,14 @@ def test_the_maps_live_for_a_backward_pass_alone(kind: str) -> None:
     loss, maps = torch.ops.vlattn.congruence_loss(queries, keys, None, None, kind, "both", 0.5, "cpu")
     assert maps.shape == (1, 70, 96) and not maps.requires_grad and loss.shape == (1,)
     assert call(va.congruence_loss, kind=kind, backend="cpu")(**x).grad_fn is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_else_is_as_large_as_the_maps(kind: str) -> None:
+    """Such as zeros for their gradient."""
+    with LargestAllocation() as both:
+        outputs_and_grads(call(va.congruence_loss, kind=kind, backend="cpu"), as_dtype(make(40, 30, d=4), F32))
+    assert both.bytes < 4 * 40 * 40, both.by
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +33,9 @@ def forward(
     """
     (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
     loss = queries[0].new_empty(batch, dtype=torch.float32)
-    # zeros: an output has the same bits in every run, and not all of the maps is used
-    maps = queries[0].new_zeros(*maps_shape(batch, L, V), dtype=torch.float32)
+    # Zeros: an output has the same bits in every run, and not all of the maps is used. NumPy's pages are there once they are
+    # written to, and come by two megabytes where Linux has those.
+    maps = torch.from_numpy(np.zeros(maps_shape(batch, L, V), np.float32))
     _call(_run_forward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, loss, None, _NOTHING, _NOTHING)
     return loss, maps
 

@@ -226,6 +226,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     queries, keys, text_mask, image_mask, ctx.kind, ctx.direction, ctx.scale, ctx.backend = inputs
     maps = output[1]
     ctx.mark_non_differentiable(maps)
+    ctx.set_materialize_grads(False)  # else zeros as large as the maps
     ctx.save_for_backward(*queries, *keys, text_mask, image_mask, maps)
 
 
