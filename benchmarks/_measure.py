@@ -1,8 +1,8 @@
 """How a benchmark is declared and measured, and its rows.
 
 Every variant of a benchmark runs once a round, in turns, in one process, so that a busy moment, a clock change and the caches
-affect all of them alike. On a GPU a call is timed by events. A backlog keeps the stream busy while the host prepares the call,
-since a pair of events on an idle stream would time the host. Percentiles are over single calls.
+affect all of them alike; the order is drawn for each round. On a GPU a call is timed by events. A backlog keeps the stream busy
+while the host prepares the call, since a pair of events on an idle stream would time the host. Percentiles are over single calls.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import functools
 import gc
 import math
+import random
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -279,8 +280,10 @@ class Measurement:
         standing.stride = math.ceil(self.rounds / affordable)
 
     def round(self, number: int = 0) -> None:
-        """One call of each variant; a slow one sits out some rounds."""
-        for name, standing in self.standing.items():
+        """One call of each variant, in another order each round: who comes after the formula finds what its maps left of the
+        caches. A slow one sits out some rounds."""
+        for name in random.Random(number).sample(list(self.standing), len(self.standing)):
+            standing = self.standing[name]
             if not standing.not_run and number % standing.stride == 0:
                 self._try(name, functools.partial(self._timed, name))
 
