@@ -28,7 +28,7 @@ from vlattn_fast._tolerance import ENOUGH, Errors, settle
 from vlattn_fast._tolerance import draws as _endless
 from vlattn_fast.cuda import _shared_library
 
-SLOW = 1  # draws in Triton's interpreter and in the emulation of CUDA, if the rule holds by then
+SLOW = 1  # draws in Triton's interpreter, in the emulation of CUDA and under sanitizers, if the rule holds by then
 
 
 def assert_close_to(
@@ -112,7 +112,7 @@ def assert_all_close_to(
     """Every output and every gradient of `fn` against `reference` in float64 and in the inputs' own dtype.
 
     Returns what fn gave for `inputs` themselves. Draws follow until each compared output has a few thousand numbers, or the rule
-    holds after ENOUGH of them (SLOW of kernels that run on the CPU). What `fn` and `reference` close over stays as it is.
+    holds after ENOUGH of them (SLOW where these take long). What `fn` and `reference` close over stays as it is.
     `scales`: the least scale by the name of an output or gradient. `grads=False`: the outputs alone, for what has no gradients.
     """
     first: dict[str, Tensor] = {}
@@ -144,10 +144,13 @@ def _outputs(fn: Callable[..., Any], inputs: Mapping[str, Tensor], cotangents: o
 
 
 class _KernelsOnTheCpu:
-    """Within it: `ran`, whether a kernel ran in Triton's interpreter or in the CUDA C++ library's build for the host."""
+    """Within it: `ran`, whether a kernel ran in Triton's interpreter or in the CUDA C++ library's build for the host.
+
+    tests/cpu/sanitize.py sets VLATTN_TEST_SANITIZED, which counts as one: more numbers are not more addresses.
+    """
 
     def __enter__(self) -> _KernelsOnTheCpu:
-        self.ran, self._patch = False, pytest.MonkeyPatch()
+        self.ran, self._patch = "VLATTN_TEST_SANITIZED" in os.environ, pytest.MonkeyPatch()
         try:
             from triton.runtime.interpreter import GridExecutor
         except ModuleNotFoundError:

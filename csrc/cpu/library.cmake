@@ -14,7 +14,7 @@ if(VLATTN_SETS)
 endif()
 set(OPTIMIZE -O3)
 if(SANITIZE)
-  set(OPTIMIZE -O1 -g1 ${SANITIZE} -fno-sanitize-recover=undefined)  # -O3 takes minutes with AddressSanitizer
+  set(OPTIMIZE -O0 -g1 ${SANITIZE} -fno-sanitize-recover=undefined)
 endif()
 # for setup.py, which stores them beside the library
 set(VLATTN_BUILT_SETS "${SETS}" CACHE INTERNAL "")

@@ -35,6 +35,7 @@ def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subpr
         "VLATTN_CPU_LIBRARY": str(folder / "libvlattn_cpu.so"),
         "VLATTN_CPU_ISA": instruction_set,
         "VLATTN_OWN_THREADS": str(folder / "libthreads.so"),
+        "VLATTN_TEST_SANITIZED": "1",  # one draw of the numbers (tests/compare.py)
         "OMP_NUM_THREADS": "1",
     }
     own = ("-p", "tests.cpu.own_threads") if kind == "thread" else ()
