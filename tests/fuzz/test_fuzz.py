@@ -87,9 +87,8 @@ def test_a_planted_flaw_is_caught_and_repeated_by_its_number(flaw: str, monkeypa
     module, name, plant = FLAWS[flaw]
     target = importlib.import_module(module)
     monkeypatch.setattr(target, name, plant(getattr(target, name)))
-    failed = [outcome for outcome in _fuzz.fuzz(150, 0, backends=("streaming",)) if not outcome.passed]
-    assert failed, f"{flaw}: not caught"
-    first = failed[0]
+    first = next((outcome for outcome in _fuzz.fuzz(150, 0, backends=("streaming",)) if not outcome.passed), None)
+    assert first is not None, f"{flaw}: not caught"
     again = _fuzz.run(first.seed, operators=(first.operator,), backends=("streaming",))
     assert (again.ratio, again.facts) == (first.ratio, first.facts)
     command = f"verify {first.operator} --backend streaming --fuzz 1 --seed {first.seed}"
