@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where rows are added")
     parser.add_argument("--select", default="", help="correctness: pytest's -k")
+    parser.add_argument("--shards", type=int, default=os.cpu_count() or 1, help="correctness: processes side by side")
     parser.add_argument("--operators", nargs="*", default=[], help="sanitizer and benchmarks: only these")
     options = parser.parse_args()
     if unknown := sorted(set(options.parts) - set(PARTS)):
@@ -132,7 +133,7 @@ def build(options: argparse.Namespace) -> Found:
 
 
 def correctness(options: argparse.Namespace) -> Found:
-    shards = os.cpu_count() or 1
+    shards = options.shards
     reports = [TREE / f"report{i}.xml" for i in range(shards)]
     folders = ["tests/ops", "tests/kernels", *(["tests/cuda"] if cuda_library(options.device).exists() else [])]
     device_only = ["tests/gpu/device_only.py"] if options.device == "cuda" else []
