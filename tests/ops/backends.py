@@ -120,8 +120,8 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
 
 
 def _patch_once_a_launch(patch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter puts its own functions into triton.language at each launch, and looks for them again at each call of a
-    device function, which takes it a third of its time. Here it does so once a launch for each of the modules that kernels use."""
+    """Triton's interpreter puts its own functions into triton.language at each launch, and looks through it again at each call of
+    a device function, which takes nearly half of its time. Here it does so once a launch for each module that kernels use."""
     from triton.runtime import interpreter
 
     if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
