@@ -16,22 +16,28 @@ from tests.cuda.building import CUDA, SANITIZED, build
 from tests.ops import backends
 from tests.ops.backends import cuda_library  # noqa: F401  a fixture
 
-LATE = {"test_build.py": ("cuda", *CUDA), "test_cuda.py": ("cuda", *CUDA), "test_sanitized.py": ("asan", *SANITIZED)}
+LATE = {"cuda/test_build.py": ("cuda", *CUDA), "compiled/test_cuda.py": ("cuda", *CUDA)}
+EARLY = {**LATE, "cuda/test_sanitized.py": ("asan", *SANITIZED)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of what takes minutes to build come last: until then it is built beside the others."""
-    late = {item.path.name for item in items} & LATE.keys()
-    if not late or len(late) == len({item.path.name for item in items}):
+    """What takes long to build is built beside the other tests. Tests of what takes minutes come last; those of the CPU kernels
+    under sanitizers take longest by themselves and come first, so that no process waits for them at the end."""
+    names = {_name(item) for item in items}
+    if not names & EARLY.keys() or names <= EARLY.keys():
         return
-    items.sort(key=lambda item: item.path.name in late)
-    threading.Thread(target=_build_early, args=(sorted(late),), daemon=True).start()
+    items.sort(key=lambda item: (_name(item) in LATE) - (_name(item) == "cpu/test_sanitized.py"))
+    threading.Thread(target=_build_early, args=(sorted(names & EARLY.keys()),), daemon=True).start()
 
 
-def _build_early(late: list[str]) -> None:
-    for name in late:
+def _name(item: pytest.Item) -> str:
+    return f"{item.path.parent.name}/{item.path.name}"
+
+
+def _build_early(names: list[str]) -> None:
+    for name in names:
         try:
-            build(*LATE[name])
+            build(*EARLY[name])
         except (pytest.skip.Exception, AssertionError):
             pass  # the test that needs it says so
 
