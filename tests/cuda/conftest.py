@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not names & EARLY.keys() or names <= EARLY.keys():
         return
     items.sort(key=lambda item: (_name(item) in LATE) - (_name(item) == "cpu/test_sanitized.py"))
-    threading.Thread(target=_build_early, args=(sorted(names & EARLY.keys()),), daemon=True).start()
+    threading.Thread(target=_build_early, args=(sorted(names & EARLY.keys(), reverse=True),), daemon=True).start()
 
 
 def _name(item: pytest.Item) -> str:
