@@ -95,7 +95,7 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
-        if func is functional.multi_head_attention_forward:
+        if func is functional.multi_head_attention_forward and self._explains(self._paths[-1]):
             raise ValueError(
                 f"model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
                 f"'{self._paths[-1]}', which calls multi_head_attention_forward"
@@ -108,6 +108,13 @@ class Trace(TorchFunctionMode):
             # What is written into a tensor in place is in it from now on.
             self._note(args[0] if result is None and args else result, calls)
         return result
+
+    def _explains(self, path: str | None) -> bool:
+        """Whether the module at `path` belongs to what is explained: all of a model whose towers are found, else the towers."""
+        if path is None or self.finds:
+            return path is not None
+        roots = (tower.record.path for tower in self.towers if tower.record is not None)
+        return any(not root or f"{path}.".startswith(f"{root}.") for root in roots)
 
     def _calls_of(self, values: Any) -> int:
         """The calls that `values` were computed from."""
