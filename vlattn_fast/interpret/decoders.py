@@ -4,15 +4,52 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vlattn_fast.interpret import grids
 from vlattn_fast.interpret.records import Family, Tower
 
-_DECODER = Tower("language", "model.language_model", "layers", "target", "image_text", branch="self_attn")
-_TEXT = replace(_DECODER, path="model", tokens="text")
+_QUERIES = Tower("language", "model.language_model", "layers", "target", "image_text", branch="self_attn")
+_DECODER = replace(_QUERIES, grid=grids.patches)
+_QWEN = replace(_QUERIES, grid=grids.merged_frames)
+_TILES = replace(_QUERIES, path="model.text_model", grid=grids.labelled)
+_GEMMA = replace(_QUERIES, grid=grids.pooled, branch="post_attention_layernorm")
+_Q_FORMER = replace(_QUERIES, path="language_model.model.decoder")
+_MLLAMA = replace(_QUERIES, tokens="text")
+
+_TEXT = replace(_QUERIES, path="model", tokens="text")
+_GEMMA_TEXT = replace(_TEXT, branch="post_attention_layernorm")
+_GPT2 = replace(_TEXT, path="transformer", layers="h", branch="attn")
+_OPT = replace(_TEXT, path="model.decoder")
+_NEOX = replace(_TEXT, path="gpt_neox", branch="attention")
 
 DECODERS: dict[str, Family] = {
+    # One token a patch, or a square of patches.
     "LlavaForConditionalGeneration": Family((_DECODER,), "token"),
-    "Qwen2VLForConditionalGeneration": Family((_DECODER,), "token"),
-    "Qwen2_5_VLForConditionalGeneration": Family((_DECODER,), "token"),
+    "PaliGemmaForConditionalGeneration": Family((_DECODER,), "token"),
+    "Gemma3ForConditionalGeneration": Family((_GEMMA,), "token"),
+    "Mistral3ForConditionalGeneration": Family((replace(_QUERIES, grid=grids.merged_sizes),), "token"),
+    "Qwen2VLForConditionalGeneration": Family((_QWEN,), "token"),
+    "Qwen2_5_VLForConditionalGeneration": Family((_QWEN,), "token"),
+    "Qwen3VLForConditionalGeneration": Family((_QWEN,), "token"),
+    # Tiles and thumbnails.
+    "Idefics3ForConditionalGeneration": Family((_TILES,), "token"),
+    "SmolVLMForConditionalGeneration": Family((_TILES,), "token"),
+    "InternVLForConditionalGeneration": Family((replace(_QUERIES, grid=grids.shuffled),), "token"),
+    "LlavaNextForConditionalGeneration": Family((replace(_QUERIES, grid=grids.anyres),), "token"),
+    "LlavaOnevisionForConditionalGeneration": Family((replace(_QUERIES, grid=grids.anyres),), "token"),
+    # Queries that look at the whole image.
+    "Blip2ForConditionalGeneration": Family((_Q_FORMER,), "token"),
+    "InstructBlipForConditionalGeneration": Family((_Q_FORMER,), "token"),
+    "Idefics2ForConditionalGeneration": Family((replace(_QUERIES, path="model.text_model"),), "token"),
+    # Text alone.
     "LlamaForCausalLM": Family((_TEXT,), "token"),
+    "MistralForCausalLM": Family((_TEXT,), "token"),
     "Qwen2ForCausalLM": Family((_TEXT,), "token"),
+    "Qwen3ForCausalLM": Family((_TEXT,), "token"),
+    "GemmaForCausalLM": Family((_TEXT,), "token"),
+    "Gemma2ForCausalLM": Family((_GEMMA_TEXT,), "token"),
+    "Gemma3ForCausalLM": Family((_GEMMA_TEXT,), "token"),
+    "PhiForCausalLM": Family((_TEXT,), "token"),
+    "GPT2LMHeadModel": Family((_GPT2,), "token"),
+    "OPTForCausalLM": Family((_OPT,), "token"),
+    "GPTNeoXForCausalLM": Family((_NEOX,), "token"),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.grids import image_tokens, patch_shape
 from vlattn_fast.interpret.inputs import last_real, real_tokens
 from vlattn_fast.interpret.records import Tower
 from vlattn_fast.interpret.towers import TowerTrace
@@ -111,7 +112,7 @@ def word_positions(tower: TowerTrace, config: Any, inputs: Mapping[str, Any], id
 
 def _special_ids(config: Any) -> set[int]:
     names = ["bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id"]
-    names += ["vision_start_token_id", "vision_end_token_id"]
+    names += ["vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id"]
     ids: set[int] = set()
     for part in (config, getattr(config, "text_config", None)):
         for name in names:
@@ -141,47 +142,30 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
     """The patch entries of relevancy (B, N) on their grids, and the row each grid belongs to.
 
     Returns:
-        Maps (B, h, w); with several images in a prompt (images, h, w) in the order of the prompts; a tuple of (h, w) where
-        grids differ. None where the tower has no image.
+        Maps (B, h, w); with several maps in a prompt (images, h, w) in the order of the prompts; a tuple of (h, w) where
+        grids differ. None where the tower has no image, or its tokens have no place in it.
     """
     if tower.tokens == "patches":
-        height, width = _patch_grid(config, inputs)
+        height, width = patch_shape(config, inputs["pixel_values"].shape[-2:])
         patches = relevancy[:, prefix_tokens(tower, config) :]
         if patches.shape[1] != height * width:
             raise ValueError(f"pixel_values must give {patches.shape[1]} patches, as the tower has; got {height} x {width}")
         return patches.reshape(-1, height, width), list(range(len(patches)))
-    ids = _ids(inputs)
-    if tower.tokens != "image_text" or ids is None or inputs.get("pixel_values") is None:
+    if tower.tokens != "image_text" or tower.grid is None or _ids(inputs) is None or inputs.get("pixel_values") is None:
         return None
-    of_image = ids == config.image_token_id
+    of_image = image_tokens(config, inputs)
     flat = relevancy[of_image.to(relevancy.device)]
-    grids = _image_grids(config, inputs)
-    # Some vision towers put their CLS token into the prompt too, before the patches.
-    prefix = int(len(flat) == sum(height * width + 1 for height, width in grids))
-    sizes = [height * width + prefix for height, width in grids]
+    layouts = tower.grid(config, inputs)
+    sizes = [layout.size for layout in layouts]
     if sum(sizes) != len(flat):
-        raise ValueError(f"inputs must have one image token per patch; got {len(flat)} tokens for grids {grids}")
-    maps = tuple(part[prefix:].reshape(grid) for part, grid in zip(flat.split(sizes), grids, strict=True))
-    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-    rows = of_image.nonzero()[:, 0].tolist()
-    return torch.stack(maps) if len(set(grids)) == 1 else maps, [rows[first] for first in firsts]
-
-
-def _patch_grid(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    return _grid(config, inputs["pixel_values"].shape[-2:])
-
-
-def _grid(config: Any, size: Sequence[int]) -> tuple[int, int]:
-    patch = config.patch_size
-    height, width = (patch, patch) if isinstance(patch, int) else patch
-    return int(size[0]) // height, int(size[1]) // width
-
-
-def _image_grids(config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-    thw, sizes = inputs.get("image_grid_thw"), inputs.get("image_sizes")
-    if sizes is not None:
-        return [_grid(config.vision_config, size) for size in torch.as_tensor(sizes).tolist()]
-    if thw is None:
-        return [_patch_grid(config.vision_config, inputs)] * inputs["pixel_values"].shape[0]
-    merge = config.vision_config.spatial_merge_size
-    return [(t * h // merge, w // merge) for t, h, w in thw.tolist()]
+        grids = [tuple(index.shape) for layout in layouts for index in layout.maps]
+        raise ValueError(f"inputs must have {sum(sizes)} image tokens for maps {grids}; got {len(flat)}")
+    rows = [part.unique().tolist() for part in of_image.nonzero()[:, 0].split(sizes)]
+    maps, of_rows = [], []
+    for layout, part, row in zip(layouts, flat.split(sizes), rows, strict=True):
+        if len(row) != 1:
+            raise ValueError(f"inputs must have all tokens of an image in one prompt; got {layout.size} tokens in prompts {row}")
+        maps += [part[index.to(part.device)] for index in layout.maps]
+        of_rows += row * len(layout.maps)
+    alike = len({image.shape for image in maps}) == 1
+    return torch.stack(maps) if alike else tuple(maps), of_rows

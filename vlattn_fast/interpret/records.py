@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from vlattn_fast.interpret.grids import Grid
+
 ReadOut = Literal["cls", "eot", "last", "target", "mean", "patch_mean", "pool"]
 Tokens = Literal["patches", "clip_text", "text", "bert_text", "image_text", "regions", "boxes"]
 
@@ -31,6 +33,8 @@ class Tower:
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens before the patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
+        grid: how the image tokens of "image_text" lie in their images, a function of (config, inputs), see `grids`; None where
+            they have no place in it, as the queries of a Q-Former.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Tower:
     stream: str = ""
     prefix: int = 0
     pooling: str | None = None
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("readout", ReadOut), ("tokens", Tokens)):

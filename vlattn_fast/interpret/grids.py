@@ -1,0 +1,194 @@
+"""Grids: how the image tokens of a prompt lie in the pictures that they stand for.
+
+A grid is a function of the config of a model and of its inputs. It gives one `Layout` per image, in the order of the prompts. All
+that it says comes from the config, the sizes of the inputs and the ids of the prompt; where the image tokens do not add up to
+what it says, `image_maps` raises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of one image.
+
+    Args:
+        size: how many image tokens of the prompt are this image's.
+        maps: index tensors (h, w), for each map of the image: which of its tokens lies where. Tokens in no map (CLS, the ends of
+            rows) have no place in the image.
+    """
+
+    size: int
+    maps: tuple[Tensor, ...]
+
+
+Grid = Callable[[Any, Mapping[str, Any]], list[Layout]]
+
+
+def whole(shape: Shape, before: int = 0) -> Layout:
+    """An image of (h, w) tokens, row by row, behind `before` tokens that have no place in it."""
+    height, width = shape
+    return Layout(before + height * width, (_after(before, shape),))
+
+
+def patch_shape(config: Any, size: Sequence[int]) -> Shape:
+    """(h, w) of the patches of an image of `size` (height, width) pixels."""
+    height, width = _pair(config.patch_size)
+    return int(size[0]) // height, int(size[1]) // width
+
+
+def image_tokens(config: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """bool (B, N), True = an image token."""
+    ids = inputs["input_ids"]
+    return ids.view(-1, ids.shape[-1]) == config.image_token_id
+
+
+# --- one token a patch, or a merged block of patches ---
+
+
+def patches(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """One token a patch (LLaVA, PaliGemma). Some vision towers put their CLS token in front."""
+    shapes = _sizes(config, inputs, 1)
+    tokens = int(image_tokens(config, inputs).sum())
+    before = int(tokens == sum(height * width + 1 for height, width in shapes))
+    return [whole(shape, before) for shape in shapes]
+
+
+def merged_sizes(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """One token for a square of patches, in images of several sizes (Mistral 3)."""
+    return [whole(shape) for shape in _sizes(config, inputs, config.spatial_merge_size)]
+
+
+def merged_frames(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """One token for a square of patches, by `image_grid_thw` (Qwen-VL)."""
+    merge = config.vision_config.spatial_merge_size
+    return [whole((t * h // merge, w // merge)) for t, h, w in inputs["image_grid_thw"].tolist()]
+
+
+def pooled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """Patches averaged to `mm_tokens_per_image` tokens, a square (Gemma 3)."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    kernel = side // math.isqrt(config.mm_tokens_per_image)
+    return [whole((side // kernel, side // kernel))] * len(inputs["pixel_values"])
+
+
+# --- tiles ---
+
+
+def shuffled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """Tiles, then a thumbnail, with pixels shuffled into channels (InternVL). The inputs do not say how the tiles of an image lie
+    beside one another, so each is a map of its own."""
+    height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
+    ratio = config.downsample_ratio
+    return [whole((int(height * ratio), int(width * ratio)))] * len(inputs["pixel_values"])
+
+
+def labelled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """Tiles, then a thumbnail, each behind a token that names it (Idefics 3, SmolVLM).
+
+    Two tokens stand in front of each, and a line feed behind a row of tiles, so that tiles which are two tokens apart are of one
+    row. The tiles of a complete grid are joined to one map of the image; the thumbnail is another one.
+    """
+    height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
+    shape = height // config.scale_factor, width // config.scale_factor
+    layouts = []
+    for ids, of_image in zip(inputs["input_ids"].tolist(), image_tokens(config, inputs).tolist(), strict=True):
+        runs = _runs(of_image)
+        if any(stop - start != math.prod(shape) for start, stop in runs):
+            count = -(-sum(of_image) // math.prod(shape))  # tiles that no token names
+            layouts += [whole(shape)] * count
+            continue
+        labels = [ids[start - 1] if start else None for start, _ in runs]
+        rows: list[int] = []  # how many tiles are in each row of the image whose thumbnail is yet to come
+        for number, label in enumerate(labels):
+            if label == labels[-1]:  # the last tile of a prompt is a thumbnail
+                layouts += _joined(rows, shape)
+                rows = []
+            elif rows and runs[number][0] - runs[number - 1][1] == 2:
+                rows[-1] += 1
+            else:
+                rows.append(1)
+    return layouts
+
+
+def _joined(rows: Sequence[int], shape: Shape) -> list[Layout]:
+    """Tiles of `shape`, so many in each of `rows`, and the thumbnail behind them."""
+    if not rows:
+        return [whole(shape)]
+    if len(set(rows)) > 1:
+        return [whole(shape)] * (sum(rows) + 1)
+    tiles = _tiled((len(rows), rows[0]), shape)
+    return [Layout(tiles.numel() + math.prod(shape), (tiles, _after(tiles.numel(), shape)))]
+
+
+def _tiled(tiles: Shape, shape: Shape) -> Tensor:
+    """Indices (rows * h, columns * w) of tokens that come tile by tile."""
+    count = math.prod(tiles) * math.prod(shape)
+    return torch.arange(count).view(*tiles, *shape).transpose(1, 2).reshape(tiles[0] * shape[0], tiles[1] * shape[1])
+
+
+def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """A thumbnail, then the image without its padding with a token at the end of each row (LLaVA-NeXT, LLaVA-OneVision).
+
+    Images that the model does not tile are a thumbnail and one token.
+    """
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    thumbnail = torch.arange(side * side).view(side, side)
+    counts = inputs.get("batch_num_images")
+    sizes = inputs["image_sizes"]
+    tiled = [True] * len(sizes) if counts is None else [int(n) == 1 for n in counts for _ in range(n)]
+    layouts = []
+    for size, of_tiles in zip(sizes, tiled, strict=True):
+        if not of_tiles:
+            layouts.append(Layout(side * side + 1, (thumbnail,)))
+            continue
+        rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        height, width = unpad_image(torch.empty(1, rows * side, columns * side), size).shape[1:]
+        limit = getattr(config, "vision_aspect_ratio", None)
+        if limit is not None:
+            ratio = math.sqrt(height * width / (int(limit.removeprefix("anyres_max_")) * side**2))
+            if ratio > 1.1:  # as the model scales large images down
+                height, width = int(height // ratio), int(width // ratio)
+        ends = _after(side * side, (height, width + 1))
+        layouts.append(Layout(side * side + ends.numel(), (thumbnail, ends[:, :-1])))
+    return layouts
+
+
+# --- parts ---
+
+
+def _pair(size: int | Sequence[int]) -> Shape:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _sizes(config: Any, inputs: Mapping[str, Any], merge: int) -> list[Shape]:
+    """(h, w) of the tokens of each image."""
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        pixels = inputs["pixel_values"]
+        sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
+    shapes = (patch_shape(config.vision_config, size) for size in torch.as_tensor(sizes).tolist())
+    return [(height // merge, width // merge) for height, width in shapes]
+
+
+def _after(count: int, shape: Shape) -> Tensor:
+    """Indices (h, w) of tokens behind `count` others."""
+    return count + torch.arange(math.prod(shape)).view(shape)
+
+
+def _runs(flags: Sequence[bool]) -> list[Shape]:
+    """(start, stop) of the stretches of True."""
+    edges = [i for i in range(len(flags) + 1) if (i < len(flags) and flags[i]) != (i > 0 and flags[i - 1])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
