@@ -295,7 +295,7 @@ def published(
                 ),
                 layer.get_submodule(tower.summed).register_forward_pre_hook(lambda m, a, s=seen[name]: s.summed.append(a[0])),
             ]
-    pool = next((m for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)), None)
+    pool = next((m for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention) and "vision" in case.towers), None)
     if pool is not None:
         pool.forward = lambda q, k, v: eager_pool(pool, q, k, v, seen["vision"].pooled)
     switches = hasattr(model, "set_attn_implementation")
