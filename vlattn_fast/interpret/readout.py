@@ -91,7 +91,7 @@ def prefix_tokens(tower: Tower, config: Any) -> int:
 
 def word_positions(tower: TowerTrace, config: Any, inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
     """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
-    if tower.tokens in ("patches", "boxes"):
+    if tower.tokens in ("patches", "image", "boxes"):
         return None
     if tower.tokens == "clip_text":
         position = torch.arange(ids.shape[1], device=ids.device)
@@ -151,9 +151,9 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
         if patches.shape[1] != height * width:
             raise ValueError(f"pixel_values must give {patches.shape[1]} patches, as the tower has; got {height} x {width}")
         return patches.reshape(-1, height, width), list(range(len(patches)))
-    if tower.tokens != "image_text" or tower.grid is None or _ids(inputs) is None or inputs.get("pixel_values") is None:
+    if tower.grid is None or _ids(inputs) is None or inputs.get("pixel_values") is None:
         return None
-    of_image = image_tokens(config, inputs)
+    of_image = image_tokens(config, inputs) if tower.tokens == "image_text" else torch.ones_like(relevancy, dtype=torch.bool)
     flat = relevancy[of_image.to(relevancy.device)]
     layouts = tower.grid(config, inputs)
     sizes = [layout.size for layout in layouts]

@@ -76,8 +76,9 @@ class TowerTrace:
         if record is not None:
             root = submodule(model, record.path, record)
             self.config = getattr(root, "config", self.config)
-            submodule(root, record.layers, record)
-            self.lists.append(_joined(record.path, record.layers))
+            if record.layers:
+                submodule(root, record.layers, record)
+                self.lists.append(_joined(record.path, record.layers))
             if record.pooling is not None:
                 submodule(root, record.pooling, record)
                 self.pooling_path = _joined(record.path, record.pooling)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from vlattn_fast._tensors import compute_dtype
 from vlattn_fast.interpret.bimodal import Call
 from vlattn_fast.interpret.methods import Attended, Method
 from vlattn_fast.interpret.records import Family
@@ -196,7 +197,7 @@ class Trace(TorchFunctionMode):
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
                 f"got {rows} queries and {columns} keys in attention '{path}'"
             )
-        source = self._source_of(key_calls, batch, columns)
+        source = self._source_of(key_calls, key)
         output = tower.cross(path, query, key, value, masks, len(self._owners))
         self._keep(path, tower, source, Attended(query, key, value, masks, output))
         return output, tower
@@ -236,16 +237,17 @@ class Trace(TorchFunctionMode):
         reached = self._reached(key_calls)
         return bool(reached) and reached[0] in self._reached(calls)[:1]
 
-    def _source_of(self, calls: int, batch: int, size: int) -> TowerTrace:
+    def _source_of(self, calls: int, key: Tensor) -> TowerTrace:
         """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
+        batch, size = key.shape[0], key.shape[2]
         for tower in self._reached(calls):
             if (tower.batch, tower.size) == (batch, size):
                 return tower
         for tower in self.towers:
             if not tower.paths and (tower.batch, tower.size) == (batch, size):
                 return tower
-        tower = self._found()
-        tower.batch, tower.size = batch, size
+        tower = next((tower for tower in self.towers if not tower.lists and tower.batch is None), None) or self._found()
+        tower.batch, tower.size, tower.dtype, tower.device = batch, size, compute_dtype(key), key.device
         return tower
 
     def _refuse_foreign(self, path: str) -> None:
