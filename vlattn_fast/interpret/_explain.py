@@ -18,7 +18,7 @@ from vlattn_fast.interpret.inputs import is_empty, prepare_inputs, with_one_row
 from vlattn_fast.interpret.methods import check_weighting, find_method
 from vlattn_fast.interpret.readout import Read, check_read, start_rows
 from vlattn_fast.interpret.records import Family
-from vlattn_fast.interpret.rows import read_rows
+from vlattn_fast.interpret.rows import check_between, read_rows
 from vlattn_fast.interpret.targets import check_scores, choose_score
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
@@ -108,6 +108,8 @@ def explain(
         if read is None:
             raise ValueError(_how_to_read(model, inputs))
         family = Family((), "class")
+    if family.bimodal:
+        check_between(rule)
     with torch.inference_mode(False), torch.enable_grad(), at_rest(model):
         arguments, pairs = prepare_inputs(model, inputs, family, target, None if said is None else said.positions)
         empty = is_empty(arguments)
@@ -214,7 +216,8 @@ def _chosen(trace: Trace, read: Any) -> tuple[list[TowerTrace], list[TowerTrace]
                 raise ValueError(f"read must name towers among {', '.join(named)}; got {name!r}")
         towers = [named[name] for name in read]
     else:
-        towers = [tower for tower in trace.towers if tower.paths and not any(source is tower for _, source in links)]
+        recorded = [tower for tower in trace.towers if tower.record is not None]  # nobody says what is read of others
+        towers = [t for t in recorded or trace.towers if t.paths and not any(source is t for _, source in links)]
         towers = towers or trace.towers[:1]  # all attend to one another: the first is read
     others = [tower for tower in trace.towers if tower not in towers and any((t, tower) in links for t in towers)]
     return towers, others

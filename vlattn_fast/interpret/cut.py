@@ -25,7 +25,7 @@ def parts(
         if (record := tower.record) is None:
             continue
         row = relevancy[tower.name]
-        config = model.config if record.tokens == "image_text" else tower.config
+        config = model.config if record.grid is not None or record.tokens == "image_text" else tower.config
         maps = _each(row, functools.partial(image_maps, record, config, arguments))
         if maps is not None:
             found["image"], found["image_rows"] = maps

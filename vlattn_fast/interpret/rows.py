@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlattn_fast.interpret.bimodal import relevancies
 from vlattn_fast.interpret.inputs import real_tokens
-from vlattn_fast.interpret.methods import gradcam, raw_attention
+from vlattn_fast.interpret.methods import Method, gradcam, raw_attention
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
 
@@ -86,17 +86,27 @@ def _between(
     trace: Trace, towers: list[TowerTrace], others: list[TowerTrace], starts: list[Tensor], scores: Tensor | None, keep: bool
 ) -> list[Tensor]:
     """The rows (B, 1, N) of `towers`, their own entries set to zero, and those of `others` that they count for them."""
-    if trace.method.name != "gradient" or scores is None:
-        raise ValueError(f"method must be 'gradient' for towers that attend to one another; got {trace.method.name!r}")
-    outputs = [call.attended.output for call in trace.calls]
+    check_between(trace.method)
+    assert scores is not None  # "gradient" needs them
+    reached = set(towers)  # calls of other towers cost time, and no row that is read comes through them
+    while more := {call.source for call in trace.calls if call.tower in reached} - reached:
+        reached |= more
+    calls = [call for call in trace.calls if call.tower in reached]
+    outputs = [call.attended.output for call in calls]
     grads = torch.autograd.grad(scores.sum(), outputs, retain_graph=keep, allow_unused=True)
     with torch.no_grad():
-        found = relevancies(trace.calls, grads)
+        found = relevancies(calls, grads)
         rows = [(start @ found[t, t]).masked_fill(start == 1, 0.0) for t, start in zip(towers, starts, strict=True)]
         for other in others:
             parts = [start @ found[t, other] for t, start in zip(towers, starts, strict=True) if (t, other) in found]
             rows.append(torch.stack(parts).sum(0))
     return rows
+
+
+def check_between(method: Method) -> None:
+    """ValueError for a method without rules for towers that attend to one another."""
+    if method.name != "gradient":
+        raise ValueError(f"method must be 'gradient' for towers that attend to one another; got {method.name!r}")
 
 
 def _check(rows: list[Tensor], starts: list[Tensor]) -> None:
