@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -300,6 +300,41 @@ def idefics2() -> Decoder:
     return Decoder(t.Idefics2ForConditionalGeneration(config), two_images(4), pixels(2, 1), layers=layers)
 
 
+# --- cross-attention ---
+
+
+def mllama() -> Decoder:
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=4)
+    config = t.MllamaConfig(
+        vision_config=dict(
+            vision,
+            image_size=32,
+            patch_size=8,
+            vision_output_dim=64,
+            max_num_tiles=2,
+            intermediate_layers_indices=[0],
+            supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+        ),
+        text_config=dict(LLAMA, model_type=None, num_hidden_layers=4, cross_attention_layers=[1, 3]),
+        image_token_index=VOCABULARY,
+    )
+    images = {
+        **pixels(2, 1, 2),
+        "aspect_ratio_ids": torch.tensor([[2], [1]]),
+        "aspect_ratio_mask": torch.tensor([[[1, 1]], [[1, 0]]]),
+    }
+
+    def mask(ids: torch.Tensor) -> dict[str, Any]:
+        """Words see the tiles of the image in front of them."""
+        after = (ids == VOCABULARY).cumsum(1)[:, :, None, None]
+        return {"cross_attention_mask": after * images["aspect_ratio_mask"][:, None]}
+
+    prompts = [[1, VOCABULARY, *words(7, 20)], [1, 5, VOCABULARY, *words(3, 40)]]
+    maps = [Map(0, [[0, 1]]), Map(1, [[2]])]
+    model = t.MllamaForConditionalGeneration(config)
+    return Decoder(model, prompts, images, maps, vision="model.vision_model", of_prompt=mask)
+
+
 # --- text alone ---
 
 
@@ -346,7 +381,7 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
 @pytest.fixture
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     torch.manual_seed(0)
-    made = DECODERS[request.param]()
+    made = {**DECODERS, "mllama": mllama}[request.param]()
     lively(made.model).eval()
     return made
 
@@ -446,16 +481,21 @@ def test_maps_are_the_image_tokens_of_their_place(decoder):
     maps, _ = image_maps(record, decoder.model.config, inputs, numbers)
     assert len({int(i) for positions in maps for i in positions.flatten()}) == sum(positions.numel() for positions in maps)
 
+    check_places(decoder, inputs, maps, "inputs_embeds")
+    for positions, values in zip(maps, explanation.image, strict=True):
+        assert torch.equal(values, row.flatten()[positions])
+
+
+def check_places(decoder: Decoder, inputs: dict[str, Any], maps: Any, states: str) -> None:
+    """Whether each entry of `maps`, which number the tokens of `states` in the batch, depends on the pixels of its place alone."""
     decoder.model.get_submodule(decoder.vision).set_attn_implementation("nothing")
     inputs["pixel_values"] = inputs["pixel_values"].requires_grad_()
     seen = []
     language = decoder.model.get_submodule(decoder.layers.rpartition(".")[0])
-    hook = language.register_forward_pre_hook(lambda m, a, k: seen.append(k["inputs_embeds"].flatten(0, 1)), with_kwargs=True)
+    hook = language.register_forward_pre_hook(lambda m, a, k: seen.append(k[states].flatten(0, 1)), with_kwargs=True)
     decoder.model(**inputs)
     hook.remove()
-    for image, positions, values in zip(decoder.maps, maps, explanation.image, strict=True):
-        assert positions.shape == values.shape
-        assert torch.equal(values, row.flatten()[positions])
+    for image, positions in zip(decoder.maps or [], maps, strict=True):
         for y, x in [(y, x) for y in range(positions.shape[0]) for x in range(positions.shape[1])]:
             (grad,) = torch.autograd.grad(seen[0][positions[y, x]].abs().sum(), inputs["pixel_values"], retain_graph=True)
             assert torch.equal(grad != 0, pixels_at(decoder, image, y, x, grad)), (image, y, x)
@@ -472,8 +512,100 @@ def pixels_at(decoder: Decoder, image: Map, y: int, x: int, like: torch.Tensor) 
     (height, width), sizes = image.shape, decoder.images.get("image_sizes")
     tile = image.tiles[y // height][x // width]
     of_tile = marked.view(-1, *like.shape[-3:])[tile]
-    pixels = (32, 32) if sizes is None or like.ndim == 5 else sizes[image.row].tolist()
+    pixels = (32, 32) if sizes is None or like.ndim > 4 else sizes[image.row].tolist()
     h, w = pixels[0] // height, pixels[1] // width
     y, x = y % height, x % width
     of_tile[:, y * h : y * h + h, x * w : x * w + w] = True
     return marked
+
+
+# --- Mllama: cross-attention to the vision tower's tokens ---
+
+
+def stored_cross_maps(decoder: Decoder, inputs: dict[str, Any], form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rules 6 to 10 of Chefer et al. 2021 over the stored maps: the rows of the last real position. The vision tower's own R is
+    the identity, since nothing is carried on into it."""
+    model = decoder.model
+    model.set_attn_implementation(form)
+    maps: list[torch.Tensor] = []
+    layers = model.get_submodule(decoder.layers)
+    handles = [
+        (layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn).register_forward_hook(
+            lambda m, a, o: maps.append(o[1])
+        )
+        for layer in layers
+    ]
+    score = next_logits(model(**inputs, use_cache=False), inputs).max(-1).values
+    for handle in handles:
+        handle.remove()
+    model.set_attn_implementation("sdpa")
+    gradients = torch.autograd.grad(score.sum(), maps)
+    size, tokens = maps[0].shape[-1], maps[1].shape[-1]
+    eye = torch.eye(size, dtype=maps[0].dtype)
+    r_tt, r_ti = eye.expand(2, -1, -1), torch.zeros(2, size, tokens, dtype=eye.dtype)
+    for layer, attention, gradient in zip(layers, maps, gradients, strict=True):
+        step = (attention * gradient).clamp(min=0).mean(1)
+        if hasattr(layer, "self_attn"):
+            r_tt, r_ti = r_tt + step @ r_tt, r_ti + step @ r_ti
+        else:
+            beside = r_tt - eye
+            sums = beside.sum(-1, keepdim=True)
+            normalised = torch.where(sums == 0, 0.0, beside / sums) + eye
+            r_ti = r_ti + normalised.transpose(1, 2) @ step
+    row = last_real_row(inputs, size).to(eye.dtype)
+    text = (row[:, None] @ r_tt)[:, 0].masked_fill(row.bool(), 0.0)
+    return text.detach(), (row[:, None] @ r_ti)[:, 0].detach()
+
+
+@pytest.mark.parametrize("form", ["eager", "literal"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
+def test_cross_attention_equals_stored_maps(decoder, side, form):
+    inputs = decoder.inputs(side)
+    if form == "literal":
+        inputs = in_double(decoder.case(inputs))
+    got = explain(decoder.model, inputs)
+    assert list(got.relevancy) == ["language", "vision"]
+    for found, expected in zip(got.relevancy.values(), stored_cross_maps(decoder, inputs, form), strict=True):
+        assert (expected != 0).sum(-1).min() > 2
+        assert float((found - expected).abs().max() / expected.abs().max()) < (1e-5 if form == "eager" else 1e-10)
+
+
+@pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
+def test_cross_attention_maps_are_the_tokens_of_their_place(decoder):
+    inputs = decoder.inputs()
+    got = explain(decoder.model, inputs)
+    assert [tuple(image.shape) for image in got.image] == [(4, 8), (4, 4)] and got.image_rows == [0, 1]
+    assert got.token_ids == [words(7, 20), [5, *words(3, 40)]]
+    vision = FAMILIES["MllamaForConditionalGeneration"].towers[1]
+    numbers = torch.arange(2 * 34).view(2, 34)
+    maps, _ = image_maps(vision, decoder.model.config, inputs, numbers)
+    check_places(decoder, inputs, maps, "cross_attention_states")
+    for positions, values in zip(maps, got.image, strict=True):
+        assert torch.equal(values, got.relevancy["vision"].flatten()[positions])
+
+
+@pytest.mark.parametrize("method", ["weighted", "rollout", "attention", "gradcam"])
+@pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
+def test_cross_attention_takes_the_gradient_rule_alone(decoder, method):
+    with pytest.raises(ValueError, match="method must be 'gradient' for towers that attend to one another"):
+        explain(decoder.model, decoder.inputs(), method=method)
+
+
+# --- refused ---
+
+
+def test_softcap_is_refused():
+    decoder = text("Gemma2", attn_logit_softcapping=50.0, query_pre_attn_scalar=8)
+    with pytest.raises(ValueError, match="must not use softcap"):
+        explain(decoder.model.eval(), decoder.inputs())
+
+
+@pytest.mark.parametrize("decoder", ["LlavaNextForConditionalGeneration", "Idefics3ForConditionalGeneration"], indirect=True)
+def test_image_tokens_that_do_not_add_up(decoder):
+    inputs = decoder.inputs()
+    record = FAMILIES[type(decoder.model).__name__].towers[0]
+    inputs["input_ids"] = inputs["input_ids"].clone()
+    inputs["input_ids"][1, -1] = IMAGE
+    with pytest.raises(ValueError, match="inputs must have .* image tokens for maps"):
+        image_maps(record, decoder.model.config, inputs, torch.zeros(inputs["input_ids"].shape))

@@ -13,7 +13,7 @@ _QWEN = replace(_QUERIES, grid=grids.merged_frames)
 _TILES = replace(_QUERIES, path="model.text_model", grid=grids.labelled)
 _GEMMA = replace(_QUERIES, grid=grids.pooled, branch="post_attention_layernorm")
 _Q_FORMER = replace(_QUERIES, path="language_model.model.decoder")
-_MLLAMA = replace(_QUERIES, tokens="text")
+_STATES = Tower("vision", "model.vision_model", "", "mean", "image", branch="", grid=grids.tiled_states)
 
 _TEXT = replace(_QUERIES, path="model", tokens="text")
 _GEMMA_TEXT = replace(_TEXT, branch="post_attention_layernorm")
@@ -40,6 +40,8 @@ DECODERS: dict[str, Family] = {
     "Blip2ForConditionalGeneration": Family((_Q_FORMER,), "token"),
     "InstructBlipForConditionalGeneration": Family((_Q_FORMER,), "token"),
     "Idefics2ForConditionalGeneration": Family((replace(_QUERIES, path="model.text_model"),), "token"),
+    # Cross-attention to what the vision tower gives.
+    "MllamaForConditionalGeneration": Family((replace(_QUERIES, tokens="image_text"), _STATES), "token", bimodal=True),
     # Text alone.
     "LlamaForCausalLM": Family((_TEXT,), "token"),
     "MistralForCausalLM": Family((_TEXT,), "token"),

@@ -137,6 +137,25 @@ def _tiled(tiles: Shape, shape: Shape) -> Tensor:
     return torch.arange(count).view(*tiles, *shape).transpose(1, 2).reshape(tiles[0] * shape[0], tiles[1] * shape[1])
 
 
+def tiled_states(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """Tiles behind a CLS token each, as many as the model takes at most; `aspect_ratio_ids` says how they lie (Mllama).
+
+    The tokens are keys of cross-attention and in no prompt. Images that only pad a shorter list of images have no map.
+    """
+    vision = config.vision_config
+    shape = patch_shape(vision, (vision.image_size, vision.image_size))
+    count = math.prod(shape) + 1
+    tiles = inputs["pixel_values"].shape[2]
+    layouts = []
+    for number in inputs["aspect_ratio_ids"].flatten().tolist():
+        maps: tuple[Tensor, ...] = ()
+        if number > 0:  # 0 pads
+            places = _tiled(tuple(vision.supported_aspect_ratios[number - 1]), shape)
+            maps = (places + places // math.prod(shape) + 1,)  # behind the CLS token of its tile and of those before
+        layouts.append(Layout(tiles * count, maps))
+    return layouts
+
+
 def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """A thumbnail, then the image without its padding with a token at the end of each row (LLaVA-NeXT, LLaVA-OneVision).
 
