@@ -114,14 +114,14 @@ def explain(
         arguments, pairs = prepare_inputs(model, inputs, family, target, None if said is None else said.positions)
         empty = is_empty(arguments)
         with traced(model, family, rule, weighting) as trace:
-            outputs = model(**(with_one_row(arguments, family) if empty else arguments))
+            outputs = model(**(with_one_row(model, arguments, family) if empty else arguments))
         trace.check()
         towers, others = _chosen(trace, read)
         for tower in towers:
             tower.check_start(start_layer)
         positions = None
         if empty:
-            scores, chosen, rows = _nothing(towers, outputs, family, target)
+            scores, chosen, rows = _nothing([*towers, *others], outputs, family, target)
         else:
             if said is None:
                 scores, chosen = choose_score(

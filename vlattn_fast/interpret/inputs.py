@@ -61,13 +61,16 @@ def is_empty(arguments: Mapping[str, Any]) -> bool:
     return isinstance(first, Tensor) and first.shape[0] == 0
 
 
-def with_one_row(arguments: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The arguments of an empty batch with one row of zeros (masks: of ones), and prompts without images.
+def with_one_row(model: nn.Module, arguments: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The arguments of an empty batch with one row of zeros (masks: of ones), and prompts without images, unless the model needs
+    them.
 
     Most models cannot run an empty batch, since they leave a size for `view` to infer. A run over one row tells how many
     tokens each tower has.
     """
-    prompts = any(tower.tokens == "image_text" for tower in family.towers)
+    pixels = inspect.signature(model.forward).parameters.get("pixel_values")
+    needed = family.bimodal or (pixels is not None and pixels.default is inspect.Parameter.empty)
+    prompts = not needed and any(tower.tokens == "image_text" for tower in family.towers)
     filled = {}
     for name, value in arguments.items():
         if prompts and (name.startswith("pixel_") or name in ("image_grid_thw", "video_grid_thw", "image_sizes")):
