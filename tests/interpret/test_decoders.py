@@ -136,12 +136,14 @@ def paligemma() -> Decoder:
         projection_dim=32,
         hidden_size=32,
     )
-    return Decoder(t.PaliGemmaForConditionalGeneration(config), two_images(16), pixels(2), own((4, 4)))
+    # Without these, transformers' eager attention is causal and its SDPA is not, unless a prompt is padded.
+    types = lambda ids: {"token_type_ids": torch.zeros_like(ids)}  # noqa: E731
+    return Decoder(t.PaliGemmaForConditionalGeneration(config), two_images(16), pixels(2), own((4, 4)), of_prompt=types)
 
 
 def gemma3() -> Decoder:
     config = t.Gemma3Config(
-        vision_config=dict(VISION, model_type="siglip_vision_model"),
+        vision_config=dict(VISION, model_type="siglip_vision_model", patch_size=4),
         text_config=dict(LLAMA, model_type="gemma3_text", sliding_window=8, query_pre_attn_scalar=8),
         image_token_index=IMAGE,
         boi_token_index=96,
@@ -380,7 +382,7 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
 
 @pytest.fixture
 def decoder(request: pytest.FixtureRequest) -> Decoder:
-    torch.manual_seed(0)
+    torch.manual_seed(6)
     made = {**DECODERS, "mllama": mllama}[request.param]()
     lively(made.model).eval()
     return made
@@ -487,7 +489,7 @@ def test_maps_are_the_image_tokens_of_their_place(decoder):
 
 
 def check_places(decoder: Decoder, inputs: dict[str, Any], maps: Any, states: str) -> None:
-    """Whether each entry of `maps`, which number the tokens of `states` in the batch, depends on the pixels of its place alone."""
+    """Each entry of `maps`, which number the tokens of `states` in the batch, depends on the pixels of its place alone."""
     decoder.model.get_submodule(decoder.vision).set_attn_implementation("nothing")
     inputs["pixel_values"] = inputs["pixel_values"].requires_grad_()
     seen = []
@@ -517,6 +519,39 @@ def pixels_at(decoder: Decoder, image: Map, y: int, x: int, like: torch.Tensor) 
     y, x = y % height, x % width
     of_tile[:, y * h : y * h + h, x * w : x * w + w] = True
     return marked
+
+
+@pytest.mark.parametrize("decoder", ["LlavaOnevisionForConditionalGeneration"], indirect=True)
+def test_large_images_are_scaled_down(decoder):
+    """128 x 128 pixels are 8 x 8 cells, of which the model makes 4 x 4 where it allows one tile's worth."""
+    ids = torch.tensor([[1, *image(16 + 4 * 5), 7]])
+    images = {**pixels(1, 5), "image_sizes": torch.tensor([[128, 128]])}
+    decoder.model.config.vision_aspect_ratio = "anyres_max_1"
+    got = explain(decoder.model, {"input_ids": ids, **images})
+    row = got.relevancy["language"][0]
+    assert torch.equal(got.image[0].flatten(), row[1:17])
+    assert torch.equal(got.image[1], row[17:37].view(4, 5)[:, :4])
+
+
+@pytest.mark.parametrize("decoder", ["LlavaOnevisionForConditionalGeneration"], indirect=True)
+def test_several_images_are_not_tiled(decoder):
+    ids = torch.tensor([[1, *image(17), 6, *image(17), 7]])
+    images = {**pixels(2, 1), "image_sizes": torch.tensor([[64, 64], [32, 64]]), "batch_num_images": torch.tensor([2])}
+    got = explain(decoder.model, {"input_ids": ids, **images})
+    assert got.image.shape == (2, 4, 4) and got.image_rows == [0, 0]
+    for found, start in zip(got.image, (1, 19), strict=True):
+        assert torch.equal(found.flatten(), got.relevancy["language"][0, start : start + 16])
+
+
+@pytest.mark.parametrize("decoder", ["Idefics3ForConditionalGeneration"], indirect=True)
+@pytest.mark.parametrize("labels", [[80, 80, 80], [81, 82, 80], None])
+def test_tiles_of_no_complete_grid_are_maps_of_their_own(decoder, labels):
+    """Tiles that are all named alike, rows of different lengths, and tiles without names between them."""
+    tiles = [[90, label, *image(4)] for label in labels or []]
+    prompt = [1, *tiles[0], *tiles[1], 89, 90, 83, *image(4), *tiles[2], 90, 7] if labels else [1, *image(16), 7]
+    got = explain(decoder.model, {"input_ids": torch.tensor([prompt]), **pixels(1, 4)})
+    of_image = got.relevancy["language"][0][torch.tensor(prompt) == IMAGE]
+    assert got.image.shape == (4, 2, 2) and torch.equal(got.image.flatten(), of_image)
 
 
 # --- Mllama: cross-attention to the vision tower's tokens ---
@@ -609,3 +644,24 @@ def test_image_tokens_that_do_not_add_up(decoder):
     inputs["input_ids"][1, -1] = IMAGE
     with pytest.raises(ValueError, match="inputs must have .* image tokens for maps"):
         image_maps(record, decoder.model.config, inputs, torch.zeros(inputs["input_ids"].shape))
+
+
+# --- batches without rows, prompts without images ---
+
+
+@pytest.mark.parametrize("decoder", [*DECODERS, "mllama"], indirect=True)
+def test_empty_batches(decoder):
+    inputs = decoder.inputs()
+    got = explain(decoder.model, {name: value[:0] for name, value in inputs.items()})
+    assert got.relevancy["language"].shape == (0, inputs["input_ids"].shape[1]) and got.target == []
+
+
+@every
+def test_prompts_without_images(decoder):
+    if "BLIP" in type(decoder.model).__name__.upper():
+        pytest.skip("the model must see an image")
+    ids = torch.tensor([[1, *words(6)]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **decoder.of_prompt(ids)}
+    got = explain(decoder.model, inputs)
+    assert got.image is None and got.token_ids == [words(6)]
+    assert error(got.relevancy["language"], stored_maps(decoder, inputs), inputs) < 1e-5

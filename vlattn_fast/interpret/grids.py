@@ -167,6 +167,7 @@ def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     thumbnail = torch.arange(side * side).view(side, side)
     counts = inputs.get("batch_num_images")
     sizes = inputs["image_sizes"]
+    limit = getattr(config, "vision_aspect_ratio", None)  # the model reads no other, though its forward takes one
     tiled = [True] * len(sizes) if counts is None else [int(n) == 1 for n in counts for _ in range(n)]
     layouts = []
     for size, of_tiles in zip(sizes, tiled, strict=True):
@@ -175,7 +176,6 @@ def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
             continue
         rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
         height, width = unpad_image(torch.empty(1, rows * side, columns * side), size).shape[1:]
-        limit = getattr(config, "vision_aspect_ratio", None)
         if limit is not None:
             ratio = math.sqrt(height * width / (int(limit.removeprefix("anyres_max_")) * side**2))
             if ratio > 1.1:  # as the model scales large images down

@@ -33,8 +33,8 @@ class Tower:
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens before the patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
-        grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see `grids`; None where
-            they have no place in it, as the queries of a Q-Former.
+        grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see `grids`;
+            None where they have no place in it, as the queries of a Q-Former.
     """
 
     name: str
