@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.answers import Answer
+from vlattn_fast.interpret.inputs import region_names
 from vlattn_fast.interpret.readout import gather_words, image_maps, word_positions
 from vlattn_fast.interpret.towers import TowerTrace
 
@@ -25,11 +26,14 @@ def parts(
         if (record := tower.record) is None:
             continue
         row = relevancy[tower.name]
-        config = model.config if record.grid is not None or record.tokens == "image_text" else tower.config
+        joint = record.grid is not None or record.tokens in ("image_text", "text_patches", "patches_text")
+        config = model.config if joint else tower.config
         maps = _each(row, functools.partial(image_maps, record, config, arguments))
         if maps is not None:
             found["image"], found["image_rows"] = maps
         if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
+            if record.tokens == "patches_text":  # ids at the places of their tokens
+                ids = nn.functional.pad(ids, (words.shape[1] - ids.shape[1], 0))
             if said is not None:  # of an answer every token is shown
                 words[torch.arange(len(words))[:, None], said.positions + 1] |= said.real.to(words.device)
             found["text"] = gather_words(row, words)
@@ -38,9 +42,10 @@ def parts(
         if record.tokens == "boxes":
             found["regions"], found["boxes"] = row, arguments["visual_pos"][..., :4].detach()
         if record.tokens == "regions":
-            count = arguments["region_features"].shape[1]
+            count = arguments[region_names(arguments)[0]].shape[1]
             found["regions"] = row[:, row.shape[1] - count :]
-            found["boxes"] = arguments["region_positions"][..., :4].detach()
+            if "region_positions" in arguments:
+                found["boxes"] = arguments["region_positions"][..., :4].detach()
     return found
 
 

@@ -42,8 +42,9 @@ def whole(shape: Shape, before: int = 0) -> Layout:
 
 
 def patch_shape(config: Any, size: Sequence[int]) -> Shape:
-    """(h, w) of the patches of an image of `size` (height, width) pixels."""
-    height, width = _pair(config.patch_size)
+    """(h, w) of the patches of an image of `size` (height, width) pixels, by the config or by that of its image part."""
+    parts = [config, *(getattr(config, name, None) for name in ("vision_config", "image_config"))]
+    height, width = _pair(next(part.patch_size for part in parts if getattr(part, "patch_size", None) is not None))
     return int(size[0]) // height, int(size[1]) // width
 
 

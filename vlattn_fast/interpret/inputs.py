@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.grids import patch_shape
 from vlattn_fast.interpret.records import Family, Tokens
 
-_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "pixel_mask")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -42,7 +43,8 @@ def prepare_inputs(
         arguments["return_dict"] = True
     if family.score == "token" or "use_cache" in accepted:
         arguments["use_cache"] = False
-    if family.score == "token" and not callable(target) and "logits_to_keep" in accepted:
+    joint = any(tower.tokens == "patches_text" for tower in family.towers)  # positions count from the first patch
+    if family.score == "token" and not callable(target) and "logits_to_keep" in accepted and not joint:
         # Logits of the whole prompt are large and only a few rows of them are asked for.
         sequence = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
         arguments.pop("labels", None)
@@ -127,27 +129,68 @@ def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
     return list(chosen)
 
 
-def real_tokens(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+def real_tokens(
+    tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int, int], config: Any = None
+) -> Tensor | None:
     """bool (B, N), True = a real token and no padding; None where all tokens are real, or nothing tells.
 
     Args:
         tokens: what a tower's record says that its tokens are; None without a record.
         shape: (B, N) of the tower.
+        config: of the tower, which tells the size of a patch where images are padded.
     """
     if tokens in ("patches", "boxes"):
         return None
     mask = inputs.get("attention_mask")
-    if tokens == "regions":
-        ids, regions, region_mask = inputs["input_ids"], inputs["region_features"], inputs.get("region_mask")
-        words = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        boxes = words.new_ones(regions.shape[:2]) if region_mask is None else region_mask.bool()
-        return torch.cat([words, boxes], dim=1)
+    if tokens == "packed_patches":
+        mask = inputs.get("pixel_attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) else None
+    if tokens in ("regions", "text_patches", "patches_text"):
+        words = real_words(inputs)
+        if tokens == "regions":
+            region_mask = inputs.get(region_names(inputs)[1])
+            seen = words.new_ones(shape[0], shape[1] - words.shape[1]) if region_mask is None else region_mask.bool()
+        else:
+            seen = _real_patches(inputs, (shape[0], shape[1] - words.shape[1]), config).to(words.device)
+        return torch.cat([seen, words] if tokens == "patches_text" else [words, seen], dim=1)
     if isinstance(mask, Tensor) and mask.shape == shape:
         return mask.bool()
     if mask is None or tokens is None:
         return None
     got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(f"attention_mask must have shape (B, N) = {shape}; got {got}")
+
+
+def real_words(inputs: Mapping[str, Any]) -> Tensor:
+    """bool (B, T), True = a real token of the text; CLIP-like inputs may have several texts an image."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def region_names(inputs: Mapping[str, Any]) -> tuple[str, str]:
+    """What the features of image regions and their mask are called: UNITER's names here, VisualBERT's in transformers."""
+    return ("visual_embeds", "visual_attention_mask") if "visual_embeds" in inputs else ("region_features", "region_mask")
+
+
+def padded_grids(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
+    """Rows and columns of patches of each image; `pixel_mask` (B, height, width) says what of it is padding."""
+    batch, grid = inputs["pixel_values"].shape[0], patch_shape(config, inputs["pixel_values"].shape[-2:])
+    mask = inputs.get("pixel_mask")
+    if mask is None:
+        return [grid] * batch
+    mask = nn.functional.interpolate(mask[:, None].float(), size=grid)[:, 0].bool()  # as ViLT takes it
+    return [(int(each[:, 0].sum()), int(each[0].sum())) for each in mask]
+
+
+def _real_patches(inputs: Mapping[str, Any], shape: tuple[int, int], config: Any) -> Tensor:
+    """bool (B, image tokens): what stands before the patches is real."""
+    real = torch.ones(shape, dtype=torch.bool)
+    if config is not None and inputs.get("pixel_mask") is not None:
+        grids = padded_grids(inputs, config)
+        padding = max(height * width for height, width in grids)
+        for row, (height, width) in zip(real, grids, strict=True):
+            row[shape[1] - padding + height * width :] = False
+    return real
 
 
 def last_real(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.grids import image_tokens, patch_shape
-from vlattn_fast.interpret.inputs import last_real, real_tokens
+from vlattn_fast.interpret.inputs import last_real, padded_grids, real_tokens, real_words
 from vlattn_fast.interpret.records import Tower
 from vlattn_fast.interpret.towers import TowerTrace
 
@@ -66,6 +66,8 @@ def start_rows(tower: TowerTrace, read: Read | None, inputs: Mapping[str, Any], 
             position = torch.zeros(batch, dtype=torch.long)
         elif readout == "eot":
             position = end_of_text(tower.config, inputs)
+        elif readout == "before_sep":
+            position = (real_words(inputs).sum(-1) - 2).clamp(min=0)
         elif readout == "last" and read is None:
             position = torch.full((batch,), count - 1)
         else:
@@ -91,22 +93,26 @@ def prefix_tokens(tower: Tower, config: Any) -> int:
 
 def word_positions(tower: TowerTrace, config: Any, inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
     """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
-    if tower.tokens in ("patches", "image", "boxes"):
+    if tower.tokens in ("patches", "packed_patches", "image", "boxes"):
         return None
     if tower.tokens == "clip_text":
         position = torch.arange(ids.shape[1], device=ids.device)
         return (position > 0) & (position < end_of_text(config, inputs)[:, None])
-    real = real_tokens(tower.tokens, inputs, tower.shape)
+    if tower.tokens == "patches_text":
+        real: Tensor | None = real_words(inputs)
+    else:
+        real = real_tokens(tower.tokens, inputs, tower.shape)
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real[:, : ids.shape[1]].to(ids.device)
-    if tower.tokens in ("bert_text", "regions"):
+    predicts = tower.record is not None and tower.record.readout == "target"
+    if tower.tokens in ("bert_text", "regions", "text_patches", "patches_text") and not predicts:
         # BERT's config does not name [SEP], but every sequence ends with it; [CLS] comes first.
         last = ids.shape[1] - 1 - real.flip(-1).int().argmax(-1)
         words = real & (ids != ids.gather(1, last[:, None]))
         words[:, 0] = False
     else:
         words = real & ~torch.isin(ids, torch.tensor(sorted(_special_ids(config)), device=ids.device))
-    if words.shape[1] < tower.size:
-        words = nn.functional.pad(words, (0, tower.size - words.shape[1]))
+    if (images := tower.size - words.shape[1]) > 0:
+        words = nn.functional.pad(words, (images, 0) if tower.tokens == "patches_text" else (0, images))
     return words
 
 
@@ -151,6 +157,8 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
         if patches.shape[1] != height * width:
             raise ValueError(f"pixel_values must give {patches.shape[1]} patches, as the tower has; got {height} x {width}")
         return patches.reshape(-1, height, width), list(range(len(patches)))
+    if tower.tokens in ("packed_patches", "text_patches", "patches_text"):
+        return _joint_maps(tower, config, inputs, relevancy)
     if tower.grid is None or _ids(inputs) is None or inputs.get("pixel_values") is None:
         return None
     of_image = image_tokens(config, inputs) if tower.tokens == "image_text" else torch.ones_like(relevancy, dtype=torch.bool)
@@ -169,3 +177,19 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
         of_rows += row * len(layout.maps)
     alike = len({image.shape for image in maps}) == 1
     return torch.stack(maps) if alike else tuple(maps), of_rows
+
+
+def _joint_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: Tensor) -> Maps | None:
+    """Maps of images whose patches are padded, or stand before or behind a text."""
+    if tower.tokens == "packed_patches":
+        patches, grids = relevancy, [(int(h), int(w)) for h, w in inputs["spatial_shapes"].tolist()]
+    else:
+        if inputs.get("pixel_values") is None or inputs["pixel_values"].ndim != 4:
+            return None  # given as embeddings, or frames
+        grids, words = padded_grids(inputs, config), inputs["input_ids"].shape[1]
+        images = relevancy[:, :-words] if tower.tokens == "patches_text" else relevancy[:, words:]
+        patches = images[:, prefix_tokens(tower, config) :]
+    if patches.shape[1] < max(height * width for height, width in grids):
+        return None  # a model that draws some of the patches
+    maps = tuple(row[: h * w].reshape(h, w) for row, (h, w) in zip(patches, grids, strict=True))
+    return torch.stack(maps) if len(set(grids)) == 1 else maps, list(range(len(maps)))

@@ -11,8 +11,20 @@ from typing import Literal, get_args
 
 from vlattn_fast.interpret.grids import Grid
 
-ReadOut = Literal["cls", "eot", "last", "target", "mean", "patch_mean", "pool"]
-Tokens = Literal["patches", "clip_text", "text", "bert_text", "image_text", "image", "regions", "boxes"]
+ReadOut = Literal["cls", "eot", "last", "target", "before_sep", "mean", "patch_mean", "pool"]
+Tokens = Literal[
+    "patches",
+    "packed_patches",
+    "clip_text",
+    "text",
+    "bert_text",
+    "image_text",
+    "image",
+    "regions",
+    "text_patches",
+    "patches_text",
+    "boxes",
+]
 
 
 @dataclass(frozen=True)
@@ -24,14 +36,17 @@ class Tower:
         path: the tower inside the model, "" for the model itself.
         layers: the list of layers inside the tower, first to last; "" for tokens without, which others only attend to.
         readout: the row that is read: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last position,
-            "target" the position that predicts the target token, "mean" and "patch_mean" 1/N over all (patch) tokens,
+            "target" the position that predicts the target token, "before_sep" the token before the text's last real one,
+            "mean" and "patch_mean" 1/N over all (patch) tokens,
             "pool" the row of an attention-pooling head.
         tokens: what the tokens are, which decides how `.image` and `.text` are cut: "patches", "clip_text", "text" (special
             ids as the config names them), "bert_text", "image_text" (text with image tokens in it), "image" (image tokens alone,
-            as `grid` has them), "regions" (BERT's text, then image regions) or "boxes" (image regions alone).
+            as `grid` has them), "regions" (BERT's text, then image regions), "text_patches" (BERT's text, then patches),
+            "patches_text" (patches, then text), "packed_patches" (as many rows of patches as the largest image has, and their
+            grids in `spatial_shapes`) or "boxes" (image regions alone).
         branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
-        prefix: tokens before the patches (CLS); register tokens are added from the config.
+        prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
         grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see `grids`;
             None where they have no place in it, as the queries of a Q-Former.

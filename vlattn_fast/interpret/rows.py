@@ -76,7 +76,7 @@ def _last_only(
                 rows.append(raw_attention(start, call))
                 continue
             grad = torch.zeros_like(call.output) if grad is None else grad
-            real = real_tokens(tower.tokens, arguments, tower.shape)
+            real = real_tokens(tower.tokens, arguments, tower.shape, tower.config)
             real = None if real is None else real.to(start.device)
             rows.append(gradcam(start, call, grad, None if tower.pooled else real, real))
     return rows
