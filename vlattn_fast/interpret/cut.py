@@ -32,13 +32,13 @@ def parts(
         if maps is not None:
             found["image"], found["image_rows"] = maps
         if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
-            if record.tokens == "patches_text":  # ids at the places of their tokens
-                ids = nn.functional.pad(ids, (words.shape[1] - ids.shape[1], 0))
+            first = words.shape[1] - ids.shape[1] if record.tokens == "patches_text" else 0
+            placed = nn.functional.pad(ids, (first, 0))
             if said is not None:  # of an answer every token is shown
                 words[torch.arange(len(words))[:, None], said.positions + 1] |= said.real.to(words.device)
             found["text"] = gather_words(row, words)
             found["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
-            found["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(ids, words, strict=True)]
+            found["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(placed, words, strict=True)]
         if record.tokens == "boxes":
             found["regions"], found["boxes"] = row, arguments["visual_pos"][..., :4].detach()
         if record.tokens == "regions":
