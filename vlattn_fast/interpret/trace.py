@@ -156,8 +156,14 @@ class Trace(TorchFunctionMode):
             )
         if attn_mask is not None and attn_mask.ndim == 3:
             masks["attn_mask"] = attn_mask.unsqueeze(1)
-        with self:  # (B, N, D) is one head; the views keep their calls
-            return self.attend(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), masks).squeeze(1)
+        # (B, N, D) is one head. The trace does not see these views, so they take their calls along by hand.
+        heads = [tensor.unsqueeze(1) for tensor in (query, key, value)]
+        for head, tensor in zip(heads, (query, key, value), strict=True):
+            self._note(head, self._calls_of((tensor,)))
+        output = self.attend(*heads, masks)
+        result = output.squeeze(1)
+        self._note(result, self._calls_of((output,)))
+        return result
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
