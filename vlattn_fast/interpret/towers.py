@@ -160,7 +160,7 @@ class TowerTrace:
         carrier = self._carrier
         if carrier.shape[2] != size:
             carrier = carrier.narrow(2, sum(out.shape[2] for out in self._outs), size)
-        return carrier.to(query.device)  # the layers of a model may be on several devices
+        return carrier.to(query.device, compute_dtype(query))  # layers of a model may have several devices and dtypes
 
     def _carry(self, query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, masks: dict[str, Any]) -> Tensor:
         method = self.method
@@ -175,6 +175,7 @@ class TowerTrace:
             attention_weight=method.attention_weight,
             **masks,
         )
+        carrier = carrier.to(self.dtype)
         self._outs.append(carrier)
         if method.weighted:
             self._branch = carrier
