@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret._override import overridden
 from vlattn_fast.interpret.dispatch import attention_function, configs
@@ -50,7 +53,8 @@ def traced(model: nn.Module, family: Family, method: Method, weighting: str | We
     trace = Trace(model, family, method, weighting)
     roots = [submodule(model, tower.path, tower) for tower in family.towers] if not trace.finds else [model]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(overridden(chain(configs(roots), _functions(roots), *(replacements(root) for root in roots))))
+        changes = chain(configs(roots), _functions(roots), _fused(roots), _in_order(roots), *(replacements(root) for root in roots))
+        stack.enter_context(overridden(changes))
         for handle in trace.install():
             stack.callback(handle.remove)
         stack.enter_context(trace)
@@ -62,6 +66,36 @@ def _functions(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any
     for module in (module for root in roots for module in root.modules()):
         if callable(getattr(module, "attention_function", None)):
             yield module, "attention_function", attention_function
+
+
+def _fused(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere."""
+    for module in (module for root in roots for module in root.modules()):
+        if vars(module).get("fused_attn") is False:
+            yield module, "fused_attn", True
+
+
+def _in_order(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """ViLT shuffles the patches of an image, which changes nothing but their places in the sequence: those must be known."""
+    for module in (module for root in roots for module in root.modules()):
+        if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
+            yield module, "visual_embed", functools.partial(_visual_embed, module)
+
+
+def _visual_embed(module: Any, *args: Any, **kwargs: Any) -> Any:
+    with _DrawsInOrder():
+        return type(module).visual_embed(module, *args, **kwargs)
+
+
+class _DrawsInOrder(TorchFunctionMode):
+    """Where all of n are drawn without replacement, they come in their order."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.multinomial and not kwargs and len(args) == 2 and args[0].shape == (int(args[1]),):
+            return torch.arange(len(args[0]), device=args[0].device)
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.ops.attention_map import attention_map
 
@@ -28,8 +27,6 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         ValueError: a module whose forward is replaced already, by somebody else.
     """
     for name, module in model.named_modules():
-        if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
-            yield module, "visual_embed", functools.partial(_patches_in_order, module)
         function = _replacement(type(module))
         if function is None:
             continue
@@ -38,21 +35,6 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
             kind = type(module).__name__
             raise ValueError(f"model must have the forward of its class in '{name}' ({kind}); got one of its own, {before!r}")
         yield module, "forward", functools.partial(function, module)
-
-
-class _InOrder(TorchFunctionMode):
-    """Where all of n are drawn without replacement, they come in their order."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.multinomial and not kwargs and len(args) == 2 and args[0].shape == (int(args[1]),):
-            return torch.arange(len(args[0]), device=args[0].device)
-        return func(*args, **(kwargs or {}))
-
-
-def _patches_in_order(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """ViLT shuffles an image's patches, which changes nothing but their places in the sequence: they must be known."""
-    with _InOrder():
-        return type(module).visual_embed(module, *args, **kwargs)
 
 
 def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:

@@ -27,6 +27,7 @@ from vlattn_fast.interpret.bimodal import Call
 from vlattn_fast.interpret.methods import Attended, Method
 from vlattn_fast.interpret.records import Family
 from vlattn_fast.interpret.towers import TowerTrace, attention, in_layers, layers_of
+from vlattn_fast.nn.score_attention import ScoreAttention
 from vlattn_fast.ops.relevancy_residual import Weighting
 
 _running: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("vlattn_trace", default=None)
@@ -54,7 +55,7 @@ class Trace(TorchFunctionMode):
         self._make = functools.partial(TowerTrace, model=model, method=method, weighting=weighting, keeps=self.finds)
         self.towers = [self._make(record) for record in family.towers]
         self.calls: list[Call] = []  # in the order in which they ran, where rules for several towers may read them
-        self.by_hand: list[str] = []  # modules that took a softmax themselves
+        self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
         self._names: dict[nn.Module, str | None] = {module: path for path, module in model.named_modules()}
         self._paths: list[str | None] = [""]  # of the modules that run now, the outermost first; None = of another model
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
@@ -81,7 +82,10 @@ class Trace(TorchFunctionMode):
             yield from tower.install(self._of_this_run)
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._paths.append(self._names.get(module))
+        path = self._paths[-1] if isinstance(module, nn.Softmax) else self._names.get(module)  # whoever asks takes the softmax
+        if isinstance(module, ScoreAttention) and path is not None:
+            self.by_hand[path] = True  # unless its score is a product of features, which torch's attention takes
+        self._paths.append(path)
 
     def _pop(self, *_: Any) -> None:
         self._paths.pop()
@@ -101,8 +105,9 @@ class Trace(TorchFunctionMode):
                 f"model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
                 f"'{self._paths[-1]}', which calls multi_head_attention_forward"
             )
-        if func in _SOFTMAX and args[0].ndim > 2 and self._paths[-1] is not None:
-            self.by_hand.append(self._paths[-1])
+        path = self._paths[-1]
+        if func in _SOFTMAX and args[0].ndim > 2 and path is not None:
+            self.by_hand[path] = self.by_hand.get(path, False) or _is_map(args, kwargs)
         result = func(*args, **kwargs)
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
         if calls:
@@ -269,17 +274,36 @@ class Trace(TorchFunctionMode):
 
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
+        self._check_by_hand()
+        if not any(tower.paths for tower in self.towers):
+            raise ValueError(
+                "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a forward "
+                f"pass of {type(self.model).__name__} without a call"
+            )
         called = {path for tower in self.towers for path in tower.paths}
         number = 0
         for tower in self.towers:
             if not tower.name:
                 tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
             tower.check(called)
-        for path in self.by_hand:
+
+    def _check_by_hand(self) -> None:
+        """ValueError for a module that takes a softmax itself and calls no attention that the trace sees."""
+        called = {path for tower in self.towers for path in tower.paths}
+        for path, is_map in self.by_hand.items():
             kind = type(self.model.get_submodule(path)).__name__
             mine = self.finds or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
-            if mine and "ttention" in kind and not any(other.startswith(path) for other in called):
+            seen = any(other == path or other.startswith(f"{path}.") or not path for other in called)
+            if mine and (is_map or "ttention" in kind) and not seen:
                 raise ValueError(
                     "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
                     f"'{path}' ({kind}), which takes a softmax itself"
                 )
+
+
+def _is_map(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a softmax is over the keys of attention maps: (B, H, N, M) with several queries, or (B, N, N)."""
+    scores, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim")
+    if dim not in (-1, scores.ndim - 1) or scores.shape[-2] == 1:
+        return False
+    return scores.ndim == 4 or (scores.ndim == 3 and scores.shape[1] == scores.shape[2])
