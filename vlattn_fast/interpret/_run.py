@@ -101,8 +101,11 @@ class _DrawsInOrder(TorchFunctionMode):
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, with frozen parameters and not compiled; the last run over it puts everything back."""
-    modes = [(module, "training", False) for module in model.modules()]
+    # A compiled module inside of the model holds the attributes of the module that it wraps, which is met as well.
+    inner: list[Any] = [module for module in model.modules() if "_orig_mod" in module._modules]
+    modes = [(module, "training", False) for module in model.modules() if module not in inner]
+    plain = [(module, "forward", module._orig_mod.__call__) for module in inner]
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters()]
     compiled = [(m, "_compiled_call_impl", None) for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
-    with overridden([*modes, *frozen, *compiled]):
+    with overridden([*modes, *plain, *frozen, *compiled]):
         yield

@@ -181,6 +181,8 @@ class TowerTrace:
             self._branch = carrier
         if not method.needs_score:
             return output.detach()  # only the carrier needs a graph between the layers
+        if not output.requires_grad:
+            raise ValueError(f"model must run with gradients on; got attention '{self.path}' in a part that turns them off")
         self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
         return output
 

@@ -186,6 +186,11 @@ class Trace(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], calls: int, key_calls: int
     ) -> tuple[Tensor, TowerTrace | None]:
         path, batch, rows, columns = self._paths[-1], query.shape[0], query.shape[2], key.shape[2]
+        if path is not None and _is_checkpointed():
+            raise ValueError(
+                "model must keep what it computes (use_reentrant=False runs layers twice); got attention "
+                f"'{path}' inside of torch.utils.checkpoint"
+            )
         if path is None:
             return attention(query, key, value, masks), None
         for tower in self.towers:
@@ -220,6 +225,10 @@ class Trace(TorchFunctionMode):
     # --- towers ---
 
     def _found(self) -> TowerTrace:
+        if self.method.weighted:
+            raise ValueError(
+                f"method must be one that needs no residual branch where towers have no record; got 'weighted' and '{self._paths[-1]}'"
+            )
         tower = self._make(None)
         self.towers.append(tower)
         return tower
@@ -299,6 +308,12 @@ class Trace(TorchFunctionMode):
                     "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
                     f"'{path}' ({kind}), which takes a softmax itself"
                 )
+
+
+def _is_checkpointed() -> bool:
+    """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+    return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
 
 
 def _is_map(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
