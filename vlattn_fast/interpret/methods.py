@@ -163,6 +163,7 @@ def _attention_rows(query: Tensor, key: Tensor, index: Tensor, masks: dict[str, 
     scores = chosen @ key.transpose(-1, -2) * scale
     mask = masks["attn_mask"]
     if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)]  # torch takes (N, M) and (H, N, M) as well
         mask = mask.expand(batch, mask.shape[1], query.shape[2], count)
         mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, count))
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
