@@ -60,6 +60,7 @@ class TowerTrace:
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
         self.lists: list[str] = []  # lists of layers, in the order in which they ran
         self.paths: list[str] = []  # modules that called attention, in this order, too
+        self.last_run = 0  # of the module that called attention last
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.last: Attended | None = None  # for methods that read the last attention alone
         # Where the score's gradient enters the attention of each layer; they tell whether a score depends on it.

@@ -58,6 +58,7 @@ class Trace(TorchFunctionMode):
         self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
         self._names: dict[nn.Module, str | None] = {module: path for path, module in model.named_modules()}
         self._paths: list[str | None] = [""]  # of the modules that run now, the outermost first; None = of another model
+        self._runs, self._run = [0], 0  # a number of its own for each run of each module: those on the way, and the last
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = f"_vlattn_calls_{id(self)}"
 
@@ -86,9 +87,12 @@ class Trace(TorchFunctionMode):
         if isinstance(module, ScoreAttention) and path is not None:
             self.by_hand[path] = True  # unless its score is a product of features, which torch's attention takes
         self._paths.append(path)
+        self._run += 1
+        self._runs.append(self._run)
 
     def _pop(self, *_: Any) -> None:
         self._paths.pop()
+        self._runs.pop()
 
     def _of_this_run(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook, silent in runs over the same model by other threads and by hooks."""
@@ -204,7 +208,9 @@ class Trace(TorchFunctionMode):
             return attention(query, key, value, masks), None
         tower = self._found() if owner is None else owner
         if same:
-            chunk = tower.path == path and tower.last_call is not None and not calls >> tower.last_call & 1
+            again = tower.path == path and tower.last_run == self._runs[-1] and tower.last_call is not None
+            chunk = again and not calls >> (tower.last_call or 0) & 1
+            tower.last_run = self._runs[-1]
             output = tower.attend(path, query, key, value, masks, len(self._owners), chunk)
             self._keep(path, tower, tower, Attended(query, key, value, masks, output))
             return output, tower
@@ -246,7 +252,8 @@ class Trace(TorchFunctionMode):
                 return tower
         # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
         for tower in reversed(self.towers):
-            if layers in tower.lists and (path == tower.path or path not in tower.paths) and tower.fits(path, batch, size):
+            again = path == tower.path and tower.last_run == self._runs[-1]
+            if layers in tower.lists and (again or path not in tower.paths) and tower.fits(path, batch, size):
                 return tower
         return None
 
