@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -98,14 +99,19 @@ class _DrawsInOrder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _plainly() -> Iterator[tuple[Any, str, Any]]:
+    """What torch.compile made runs as plain Python, in other threads as well: what is compiled shows no attention."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if hasattr(frames, "_stance") and hasattr(frames, "DynamoStance"):
+        yield frames, "_stance", frames.DynamoStance("force_eager")
+
+
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, with frozen parameters and not compiled; the last run over it puts everything back."""
     # A compiled module inside of the model holds the attributes of the module that it wraps, which is met as well.
-    inner: list[Any] = [module for module in model.modules() if "_orig_mod" in module._modules]
-    modes = [(module, "training", False) for module in model.modules() if module not in inner]
-    plain = [(module, "forward", module._orig_mod.__call__) for module in inner]
+    modes = [(module, "training", False) for module in model.modules() if "_orig_mod" not in module._modules]
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters()]
     compiled = [(m, "_compiled_call_impl", None) for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
-    with overridden([*modes, *plain, *frozen, *compiled]):
+    with overridden([*modes, *frozen, *compiled, *_plainly()]):
         yield
