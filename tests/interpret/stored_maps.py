@@ -1,6 +1,6 @@
 """The published rules on stored maps, for any model: every softmax of a forward pass is kept, with the module that takes it.
 
-Nothing of the package is used. Attention of transformers is "literal" (tests/interpret/cases.py), torch's own is written out here.
+Nothing of the package is used. Attention of transformers is "literal" (tests/interpret/cases.py), torch's is written out here.
 """
 
 from __future__ import annotations
@@ -173,9 +173,11 @@ def rows_of(
         maps = [found for path, found in kept.maps if path.startswith(place.prefix) and path != place.pool]
         assert maps, [path for path, _ in kept.maps]
         pools = [found for path, found in kept.maps if path == place.pool]
-        xs, ys = ([at for path in dict.fromkeys(paths) for at in streams[path]] for paths in zip(*place.sums, strict=True)) if (
-            place.sums
-        ) else ([], [])
+        xs, ys = (
+            ([at for path in dict.fromkeys(paths) for at in streams[path]] for paths in zip(*place.sums, strict=True))
+            if (place.sums)
+            else ([], [])
+        )
         wanted = [*maps, *ys, *pools]
         grads = torch.autograd.grad(scores.sum(), wanted, retain_graph=True, allow_unused=True)
         grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]

@@ -193,7 +193,10 @@ def test_scores_that_are_products_of_features(score):
     model.double()
     for method in METHODS:
         want = rows_of(model, double, second, {"tower0": place}, method)["tower0"]
-        assert error(explain(model, double, read="cls", target=second, method=method).relevancy["tower0"], want, place, method) < 1e-10
+        assert (
+            error(explain(model, double, read="cls", target=second, method=method).relevancy["tower0"], want, place, method)
+            < 1e-10
+        )
     want = rows_of(model, double, second, {"tower0": place}, "gradient")["tower0"]
     assert single.dtype == torch.float32 and error(single.double(), want, place, "gradient") < 1e-5
 
@@ -487,7 +490,10 @@ def test_beit_with_position_bias():
     torch.manual_seed(0)
     config = transformers.BeitConfig(**VISION, num_labels=3, use_relative_position_bias=True)
     place = Place("beit.layers", torch.full((2, 17), 1 / 17).double())
-    model, inputs = made(transformers.BeitForImageClassification(config)).double(), {"pixel_values": pixels()["pixel_values"].double()}
+    model, inputs = (
+        made(transformers.BeitForImageClassification(config)).double(),
+        {"pixel_values": pixels()["pixel_values"].double()},
+    )
     for method in METHODS:
         want = rows_of(model, inputs, lambda o: o.logits[:, 1], {"tower0": place}, method)["tower0"]
         got = explain(model, inputs, read="mean", target=1, method=method).relevancy["tower0"]

@@ -54,7 +54,9 @@ def traced(model: nn.Module, family: Family, method: Method, weighting: str | We
     trace = Trace(model, family, method, weighting)
     roots = [submodule(model, tower.path, tower) for tower in family.towers] if not trace.finds else [model]
     with contextlib.ExitStack() as stack:
-        changes = chain(configs(roots), _functions(roots), _fused(roots), _in_order(roots), *(replacements(root) for root in roots))
+        changes = chain(
+            configs(roots), _functions(roots), _fused(roots), _in_order(roots), *(replacements(root) for root in roots)
+        )
         stack.enter_context(overridden(changes))
         for handle in trace.install():
             stack.callback(handle.remove)
@@ -101,7 +103,7 @@ class _DrawsInOrder(TorchFunctionMode):
 
 def _plainly() -> Iterator[tuple[Any, str, Any]]:
     """What torch.compile made runs as plain Python, in other threads as well: what is compiled shows no attention."""
-    frames = sys.modules.get("torch._dynamo.eval_frame")
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
     if hasattr(frames, "_stance") and hasattr(frames, "DynamoStance"):
         yield frames, "_stance", frames.DynamoStance("force_eager")
 

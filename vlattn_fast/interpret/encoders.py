@@ -67,7 +67,9 @@ ENCODERS: dict[str, Family] = {
     "MPNetModel": alone(_MPNET),
     "MPNetForSequenceClassification": Family((_MPNET,), "class"),
     "ChineseCLIPModel": Family((_CLIP_VISION, _BERT_BESIDE_CLIP), "pair"),
-    "AltCLIPModel": Family((_CLIP_VISION, replace(_BERT_BESIDE_CLIP, path="text_model.roberta", layers="encoder.layers")), "pair"),
+    "AltCLIPModel": Family(
+        (_CLIP_VISION, replace(_BERT_BESIDE_CLIP, path="text_model.roberta", layers="encoder.layers")), "pair"
+    ),
     "MetaClip2Model": Family((_CLIP_VISION, _CLIP_TEXT), "pair"),
     "Siglip2Model": Family((_SIGLIP2_VISION, _SIGLIP_TEXT), "pair"),
     "Siglip2VisionModel": alone(_SIGLIP2_VISION),

@@ -129,9 +129,7 @@ def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
     return list(chosen)
 
 
-def real_tokens(
-    tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int, int], config: Any = None
-) -> Tensor | None:
+def real_tokens(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int, int], config: Any = None) -> Tensor | None:
     """bool (B, N), True = a real token and no padding; None where all tokens are real, or nothing tells.
 
     Args:

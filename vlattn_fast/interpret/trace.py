@@ -166,13 +166,15 @@ class Trace(TorchFunctionMode):
         if attn_mask is not None and attn_mask.ndim == 3:
             masks["attn_mask"] = attn_mask.unsqueeze(1)
         # (B, N, D) is one head. The trace does not see these views, so they take their calls along by hand.
-        heads = [tensor.unsqueeze(1) for tensor in (query, key, value)]
-        for head, tensor in zip(heads, (query, key, value), strict=True):
-            self._note(head, self._calls_of((tensor,)))
-        output = self.attend(*heads, masks)
+        output = self.attend(self._one_head(query), self._one_head(key), self._one_head(value), masks)
         result = output.squeeze(1)
         self._note(result, self._calls_of((output,)))
         return result
+
+    def _one_head(self, tensor: Tensor) -> Tensor:
+        head = tensor.unsqueeze(1)
+        self._note(head, self._calls_of((tensor,)))
+        return head
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
@@ -233,7 +235,8 @@ class Trace(TorchFunctionMode):
     def _found(self) -> TowerTrace:
         if self.method.weighted:
             raise ValueError(
-                f"method must be one that needs no residual branch where towers have no record; got 'weighted' and '{self._paths[-1]}'"
+                "method must be one that needs no residual branch where towers have no record; got 'weighted' and "
+                f"'{self._paths[-1]}'"
             )
         tower = self._make(None)
         self.towers.append(tower)
@@ -293,8 +296,8 @@ class Trace(TorchFunctionMode):
         self._check_by_hand()
         if not any(tower.paths for tower in self.towers):
             raise ValueError(
-                "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a forward "
-                f"pass of {type(self.model).__name__} without a call"
+                "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a "
+                f"forward pass of {type(self.model).__name__} without a call"
             )
         called = {path for tower in self.towers for path in tower.paths}
         number = 0
@@ -319,7 +322,7 @@ class Trace(TorchFunctionMode):
 
 def _is_checkpointed() -> bool:
     """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
 
 
