@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,6 +120,8 @@ def explain(
         towers, others = _chosen(trace, read)
         for tower in towers:
             tower.check_start(start_layer)
+        if said is not None and towers[0].tokens == "patches_text":  # positions in the text, which stands behind the patches
+            said = replace(said, positions=said.positions + towers[0].size - said.arguments["input_ids"].shape[1])
         positions = None
         if empty:
             scores, chosen, rows = _nothing([*towers, *others], outputs, family, target)
