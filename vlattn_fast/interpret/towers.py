@@ -71,6 +71,7 @@ class TowerTrace:
         self._outs: list[Tensor] = []  # behind it, one a chunk
         self._branch: Tensor | None = None  # behind it and in front of the residual sum ("weighted")
         self._stream: Tensor | None = None
+        self._without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
         self.pooling_path: str | None = None
         self.pooled = False
         self.config: Any = getattr(model, "config", None)
@@ -177,14 +178,15 @@ class TowerTrace:
             **masks,
         )
         carrier = carrier.to(self.dtype)
+        if not carrier.requires_grad and self._without_gradients is None:
+            self._without_gradients = self.path
         self._outs.append(carrier)
         if method.weighted:
             self._branch = carrier
         if not method.needs_score:
             return output.detach()  # only the carrier needs a graph between the layers
-        if not output.requires_grad:
-            raise ValueError(f"model must run with gradients on; got attention '{self.path}' in a part that turns them off")
-        self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
+        if output.requires_grad:
+            self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
         return output
 
     def _read_last(self, path: str, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
@@ -288,7 +290,12 @@ class TowerTrace:
             raise ValueError(f"model must call '{self.record.branch}' in every layer of tower '{self.name}'; got no last call")
 
     def check_start(self, start_layer: int) -> None:
-        """ValueError if there is no such layer."""
+        """ValueError if there is no such layer, or no gradient reaches it."""
+        if self._without_gradients is not None:
+            raise ValueError(
+                f"model must run tower '{self.name}' with gradients on; got attention '{self._without_gradients}' in a part that "
+                "turns them off"
+            )
         if not -1 <= start_layer < self._depth:
             raise ValueError(
                 f"start_layer must be from -1 (the last layer) to {self._depth - 1} for tower '{self.name}'; got {start_layer}"
@@ -297,8 +304,6 @@ class TowerTrace:
     def carriers(self, start_layer: int) -> tuple[list[Tensor], Tensor]:
         """The carrier in front of layer `start_layer`, in parts along the tokens, and the one behind the last layer."""
         entering, leaving = self._entries[start_layer], torch.cat(self._outs, 2) if len(self._outs) > 1 else self._outs[0]
-        if not leaving.requires_grad:
-            raise ValueError(f"model must run tower '{self.name}' with gradients on; got a forward pass that turns them off")
         return entering, leaving
 
     def edges(self, start_layer: int) -> list[torch.autograd.graph.GradientEdge]:
