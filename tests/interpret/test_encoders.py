@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -300,13 +301,12 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
     return made
 
 
-@pytest.fixture(autouse=True)
-def patches_in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """ViLT draws all patches in random order, in the published run as well."""
+def published(encoder: Encoder, inputs: dict[str, Any], method: str) -> dict[str, torch.Tensor]:
+    """By stored maps. ViLT draws all patches of an image in random order; here they come in theirs."""
     draw = torch.multinomial
     in_order = lambda p, n, **k: torch.arange(len(p)) if len(p) == n and not k else draw(p, n, **k)  # noqa: E731
-    monkeypatch.setattr(torch, "multinomial", in_order)
-    yield
+    with mock.patch.object(torch, "multinomial", in_order):
+        return rows_of(encoder.model, inputs, encoder.score, encoder.places, method)
 
 
 def names(made: Callable[[], Encoder]) -> str:
@@ -316,7 +316,7 @@ def names(made: Callable[[], Encoder]) -> str:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("encoder", MADE, indirect=True, ids=names)
 def test_equals_published_rule(encoder, method):
-    want = rows_of(encoder.model, encoder.inputs, encoder.score, encoder.places, method)
+    want = published(encoder, encoder.inputs, method)
     got = explain(encoder.model, encoder.inputs, method=method, target=encoder.target)
     assert list(got.relevancy) == list(want)
     for tower, place in encoder.places.items():
@@ -331,7 +331,7 @@ def test_equals_published_rule_in_double_precision(encoder, method):
     if "language" in encoder.places:  # GIT's vision tower is not explained, and takes its softmax in float32 by itself
         encoder.model.set_attn_implementation("literal")
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in encoder.inputs.items()}
-    want = rows_of(encoder.model, inputs, encoder.score, encoder.places, method)
+    want = published(encoder, inputs, method)
     got = explain(encoder.model, inputs, method=method, target=encoder.target)
     for tower, place in encoder.places.items():
         assert error(got.relevancy[tower], want[tower], place, method) < 1e-10
@@ -359,3 +359,79 @@ def test_images_and_words_are_cut_out_of_the_rows(encoder):
     if "regions" in facts:
         assert torch.equal(got.regions, got.relevancy["joint"][:, WORDS:])
         assert tuple(got.regions.shape) == facts["regions"] and got.boxes is None
+
+
+@pytest.mark.parametrize("encoder", [vilt], indirect=True, ids=names)
+def test_patches_of_vilt_keep_their_places(encoder):
+    """The model itself shuffles them, which changes no score."""
+    torch.manual_seed(1)
+    one = explain(encoder.model, encoder.inputs)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.score(encoder.model(**encoder.inputs)), one.scores)
+    other = explain(encoder.model, encoder.inputs)
+    assert all(torch.equal(a, b) for a, b in zip(one.image, other.image, strict=True))
+    assert "visual_embed" not in vars(encoder.model.vilt.embeddings)
+    encoder.model.config.max_image_length = 7  # some of the patches are drawn, and nothing tells which
+    some = explain(encoder.model, encoder.inputs)
+    assert some.image is None and some.relevancy["joint"].shape == (2, WORDS + 1 + 7)
+    assert some.token_ids == one.token_ids
+
+
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("encoder", [git], indirect=True, ids=names)
+def test_answer_behind_the_patches(encoder, each):
+    encoder.model.set_attn_implementation("literal")
+    encoder.model.double()
+    inputs = {**encoder.inputs, "pixel_values": encoder.inputs["pixel_values"].double()}
+    answer = torch.tensor([[7, 30], [8, 12]])
+    got = explain(encoder.model, inputs, answer=answer, each=each)
+    longer = {"pixel_values": inputs["pixel_values"], "input_ids": torch.zeros(2, 11, dtype=torch.long)}
+    longer["attention_mask"] = torch.tensor([[1] * 11, [1] * 8 + [0] * 3])
+    for row, (end, tokens) in enumerate(((9, [7, 30]), (6, [8, 12]))):
+        longer["input_ids"][row, :end] = inputs["input_ids"][row, :end]
+        longer["input_ids"][row, end : end + 2] = torch.tensor(tokens)
+        longer["input_ids"][row, end + 2 :] = inputs["input_ids"][row, end:]
+    real = torch.cat([torch.ones(2, IMAGE, dtype=torch.long), longer["attention_mask"]], 1)
+    batch = torch.arange(2)
+    places = [torch.tensor([IMAGE + 8 + t, IMAGE + 5 + t]) for t in range(2)]
+
+    def score(outputs, t):
+        return outputs.logits.log_softmax(-1)[batch, places[t], answer[:, t]]
+
+    if each:
+        for t in range(2):
+            place = Place("git.encoder", one_hot(places[t], IMAGE + 11), real)
+            want = rows_of(encoder.model, longer, lambda outputs, t=t: score(outputs, t), {"language": place})["language"]
+            assert error(got.relevancy["language"][:, t], want, place, "gradient") < 1e-10
+        assert got.text.shape == (2, 2, 11)
+    else:
+        place = Place("git.encoder", sum(one_hot(p, IMAGE + 11) for p in places), real)
+        want = rows_of(encoder.model, longer, lambda outputs: score(outputs, 0) + score(outputs, 1), {"language": place})
+        assert error(got.relevancy["language"], want["language"], place, "gradient") < 1e-10
+    assert got.token_ids == [longer["input_ids"][0].tolist(), longer["input_ids"][1, :8].tolist()]
+
+
+@pytest.mark.parametrize("encoder", [vilt, visual_bert, layoutlmv3, git, siglip2, chinese_clip], indirect=True, ids=names)
+def test_empty_batch(encoder):
+    empty = explain(encoder.model, {name: value[:0] for name, value in encoder.inputs.items()})
+    for tower, place in encoder.places.items():
+        assert empty.relevancy[tower].shape == (0, place.row.shape[1] if place.pool is None else PATCHES)
+
+
+@pytest.mark.parametrize("encoder", [visual_bert, layoutlmv3, git], indirect=True, ids=names)
+def test_text_alone(encoder):
+    image = ("visual_embeds", "visual_attention_mask", "pixel_values")
+    got = explain(encoder.model, {name: value for name, value in encoder.inputs.items() if name not in image})
+    assert next(iter(got.relevancy.values())).shape == (2, WORDS) and got.image is None and got.regions is None
+    assert got.token_ids == encoder.facts["words"]
+
+
+@pytest.mark.parametrize("encoder", [siglip2, chinese_clip, metaclip_2], indirect=True, ids=names)
+def test_one_image_and_two_texts(encoder):
+    """The pair of a text and the one image is that of both in a batch."""
+    single = {name: v[:1] if name.startswith(("pixel", "spatial")) else v for name, v in encoder.inputs.items()}
+    twice = {name: v[[0, 0]] if name.startswith(("pixel", "spatial")) else v for name, v in encoder.inputs.items()}
+    got, want = explain(encoder.model, single), explain(encoder.model, twice)
+    for tower, row in want.relevancy.items():
+        torch.testing.assert_close(got.relevancy[tower], row)

@@ -545,3 +545,19 @@ def test_xclip_reads_the_text_and_refuses_frames():
     check(model, inputs, {"tower3": Place("text_model", end, inputs["attention_mask"])}, {"tower3": end}, score)
     with pytest.raises(ValueError, match="on whole inputs; got a batch of 4 for 2 scores"):
         explain(model, inputs, read={"tower1": "cls"}, target=score)
+
+
+def test_clipseg_reads_the_decoder_behind_frozen_towers():
+    """Its CLIP runs without gradients, so that only the decoder can be read."""
+    torch.manual_seed(0)
+    decoder = dict(reduce_dim=16, decoder_num_attention_heads=4, decoder_intermediate_size=20, extract_layers=[0, 1])
+    config = transformers.CLIPSegConfig(text_config=dict(T5, eos_token_id=58), vision_config=VISION, projection_dim=32, **decoder)
+    model, inputs = made(transformers.CLIPSegForImageSegmentation(config)), {**text(), **pixels()}
+    inputs["input_ids"][0, 8] = inputs["input_ids"][1, 5] = 58
+    model.decoder.reduces[0].weight.data.mul_(0.2)  # even maps: float32 keeps their gradients apart
+    model.decoder.reduces[1].weight.data.mul_(0.2)
+    score = lambda outputs: outputs.logits.flatten(1)[:, 5]  # noqa: E731
+    row = one_hot(torch.tensor([1, 1]), 17)
+    check(model, inputs, {"tower2": Place("decoder", row)}, {"tower2": 1}, score)
+    with pytest.raises(ValueError, match=r"tower 'tower0' with gradients on; got attention 'clip\.vision_model"):
+        explain(model, inputs, read={"tower0": "cls"}, target=score)

@@ -41,9 +41,8 @@ def parts(
             found["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(placed, words, strict=True)]
         if record.tokens == "boxes":
             found["regions"], found["boxes"] = row, arguments["visual_pos"][..., :4].detach()
-        if record.tokens == "regions":
-            count = arguments[region_names(arguments)[0]].shape[1]
-            found["regions"] = row[:, row.shape[1] - count :]
+        if record.tokens == "regions" and (features := arguments.get(region_names(arguments)[0])) is not None:
+            found["regions"] = row[:, row.shape[1] - features.shape[1] :]
             if "region_positions" in arguments:
                 found["boxes"] = arguments["region_positions"][..., :4].detach()
     return found

@@ -78,7 +78,8 @@ def with_one_row(model: nn.Module, arguments: Mapping[str, Any], family: Family)
         if prompts and (name.startswith("pixel_") or name in ("image_grid_thw", "video_grid_thw", "image_sizes")):
             continue
         if isinstance(value, Tensor) and value.ndim and value.shape[0] == 0:
-            value = torch.full((1, *value.shape[1:]), int(name.endswith("mask")), dtype=value.dtype, device=value.device)
+            filling = int(name.endswith("mask") or name == "spatial_shapes")
+            value = torch.full((1, *value.shape[1:]), filling, dtype=value.dtype, device=value.device)
         filled[name] = value
     return filled
 
@@ -185,7 +186,7 @@ def _real_patches(inputs: Mapping[str, Any], shape: tuple[int, int], config: Any
     real = torch.ones(shape, dtype=torch.bool)
     if config is not None and inputs.get("pixel_mask") is not None:
         grids = padded_grids(inputs, config)
-        padding = max(height * width for height, width in grids)
+        padding = max((height * width for height, width in grids), default=0)
         for row, (height, width) in zip(real, grids, strict=True):
             row[shape[1] - padding + height * width :] = False
     return real

@@ -189,7 +189,7 @@ def _joint_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy:
         grids, words = padded_grids(inputs, config), inputs["input_ids"].shape[1]
         images = relevancy[:, :-words] if tower.tokens == "patches_text" else relevancy[:, words:]
         patches = images[:, prefix_tokens(tower, config) :]
-    if patches.shape[1] < max(height * width for height, width in grids):
-        return None  # a model that draws some of the patches
+    if not grids or patches.shape[1] < max(height * width for height, width in grids):
+        return None  # no image, or a model that draws some of the patches
     maps = tuple(row[: h * w].reshape(h, w) for row, (h, w) in zip(patches, grids, strict=True))
     return torch.stack(maps) if len(set(grids)) == 1 else maps, list(range(len(maps)))
