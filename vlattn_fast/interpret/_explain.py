@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret._run import at_rest, traced, unwrapped
 from vlattn_fast.interpret.answers import Answer, prepare_answer
-from vlattn_fast.interpret.cut import parts
+from vlattn_fast.interpret.connectors import connect
+from vlattn_fast.interpret.cut import parts, vision_maps
 from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import find_family
 from vlattn_fast.interpret.inputs import is_empty, prepare_inputs, with_one_row
-from vlattn_fast.interpret.methods import check_weighting, find_method
+from vlattn_fast.interpret.methods import Method, check_weighting, find_method
 from vlattn_fast.interpret.readout import Read, check_read, start_rows
 from vlattn_fast.interpret.records import Family
 from vlattn_fast.interpret.rows import check_between, read_rows
@@ -40,6 +41,7 @@ def explain(
     answer: Any = None,
     each: bool = True,
     tokenizer: Any = None,
+    through_connector: bool = False,
 ) -> Explanation:
     """Relevancy of every input token to a score of the model.
 
@@ -81,6 +83,8 @@ def explain(
             one forward pass and one backward pass a token. False = all of them together, with the sum of the
             log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass.
         tokenizer: the tokenizer or processor, where `answer` is text.
+        through_connector: for decoders that see images, method "gradient": carry the relevancy of the image tokens on into the
+            vision tower, as relevancy["vision"] (images, N). Each image token's is divided equally among its patches.
 
     Returns:
         An `Explanation`; values are raw.
@@ -111,15 +115,21 @@ def explain(
         family = Family((), "class")
     if family.bimodal:
         check_between(rule)
+    if through_connector:
+        family = _with_vision(model, family, rule, start_layer)
     with torch.inference_mode(False), torch.enable_grad(), at_rest(model):
         arguments, pairs = prepare_inputs(model, inputs, family, target, None if said is None else said.positions)
         empty = is_empty(arguments)
         with traced(model, family, rule, weighting) as trace:
+            if through_connector:
+                connect(trace.towers[-1], trace.towers[0], model.config, arguments)
             outputs = model(**(with_one_row(model, arguments, family) if empty else arguments))
         trace.check()
         towers, others = _chosen(trace, read)
         for tower in towers:
             tower.check_start(start_layer)
+        # No row of a vision tower behind a connector is read.
+        read_towers = towers[:-1] if through_connector else towers
         if said is not None and towers[0].tokens == "patches_text":  # positions in the text, which stands behind the patches
             said = replace(said, positions=said.positions + towers[0].size - said.arguments["input_ids"].shape[1])
         positions = None
@@ -130,35 +140,54 @@ def explain(
                 scores, chosen = choose_score(
                     outputs, family, target, arguments, pairs, [tower.shape for tower in towers], rule.needs_score
                 )
-                passes: list[Pass] = [(scores, [_start(tower, read, arguments) for tower in towers])]
+                passes: list[Pass] = [(scores, [_start(tower, read, arguments) for tower in read_towers])]
             else:
                 scores, chosen = said.scores(outputs.logits, arguments.get("logits_to_keep")), None
-                passes = _passes(said, scores, towers, each)
+                passes = _passes(said, scores, read_towers, each)
                 scores = scores if each else scores.sum(1)
             if scores is not None:
                 edges = [edge for tower in towers for edge in tower.edges(start_layer)]
                 check_scores(scores, edges if rule.needs_score else None)
-                _check_batches(towers, len(scores))
+                _check_batches(read_towers, len(scores))
             positions = {
-                tower.name: position for i, tower in enumerate(towers) if (position := _position(said, passes, i)) is not None
+                tower.name: position
+                for i, tower in enumerate(read_towers)
+                if (position := _position(said, passes, i)) is not None
             }
             found = []
             for number, (score, starts) in enumerate(_with_progress(passes)):
                 score, keep = score if rule.needs_score else None, number + 1 < len(passes)
+                starts = [*starts, *(torch.zeros_like(tower.leaving()) for tower in towers[len(starts) :])]
                 found.append(read_rows(trace, towers, others, starts, score, start_layer, arguments, keep))
             rows = [torch.cat(row, 1) for row in zip(*found, strict=True)]
     names = [tower.name for tower in [*towers, *others]]
     rows = [row.detach() if said is not None and each else row.detach()[:, 0] for row in rows]
     relevancy = dict(zip(names, rows, strict=True))
+    fields = parts(model, [*read_towers, *others], arguments, relevancy, said)
+    if through_connector:
+        fields |= vision_maps(relevancy["vision"], model.config, arguments, fields)
     return Explanation(
         relevancy=relevancy,
-        **parts(model, [*towers, *others], arguments, relevancy, said),
+        **fields,
         position=positions,
         scores=None if scores is None else scores.detach(),
         target=chosen,
         method=method,
         start_layer=start_layer,
     )
+
+
+def _with_vision(model: nn.Module, family: Family, rule: Method, start_layer: int) -> Family:
+    """The family with the vision tower behind its connector."""
+    if family.vision is None:
+        raise ValueError(
+            f"through_connector must be off for a model without a record of its connector; got {type(model).__name__}"
+        )
+    if rule.name != "gradient" or start_layer != 0:
+        raise ValueError(
+            f"through_connector must be off but for method 'gradient' and start_layer 0; got {rule.name!r} and {start_layer}"
+        )
+    return replace(family, towers=(*family.towers, family.vision))
 
 
 def _passes(said: Answer, scores: Tensor, towers: list[TowerTrace], each: bool) -> list[Pass]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.answers import Answer
+from vlattn_fast.interpret.connectors import grid_of
+from vlattn_fast.interpret.grids import image_tokens
 from vlattn_fast.interpret.inputs import region_names
 from vlattn_fast.interpret.readout import gather_words, image_maps, word_positions
 from vlattn_fast.interpret.towers import TowerTrace
@@ -45,6 +47,17 @@ def parts(
             found["regions"] = row[:, row.shape[1] - features.shape[1] :]
             if "region_positions" in arguments:
                 found["boxes"] = arguments["region_positions"][..., :4].detach()
+    return found
+
+
+def vision_maps(row: Tensor, config: Any, arguments: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with the maps of the vision tower behind a connector, from its rows (images, N) or (images, T, N)."""
+    height, width = grid_of(config, arguments)
+    of_row = image_tokens(config, arguments).nonzero()[:, 0].tolist()
+    found: dict[str, Any] = {"image": row[..., -height * width :].unflatten(-1, (height, width))}
+    found["image_rows"] = of_row[:: len(of_row) // len(row)]
+    if fields.get("image_rows") == found["image_rows"]:
+        found["tower_images"] = {"language": fields["image"]}
     return found
 
 

@@ -21,19 +21,23 @@ _GPT2 = replace(_TEXT, path="transformer", layers="h", branch="attn")
 _OPT = replace(_TEXT, path="model.decoder")
 _NEOX = replace(_TEXT, path="gpt_neox", branch="attention")
 
+_VISION = Tower("vision", "model.vision_tower", "encoder.layers", "mean", "patches")
+
 DECODERS: dict[str, Family] = {
     # One token a patch, or a square of patches.
-    "LlavaForConditionalGeneration": Family((_DECODER,), "token"),
-    "PaliGemmaForConditionalGeneration": Family((_DECODER,), "token"),
-    "Gemma3ForConditionalGeneration": Family((_GEMMA,), "token"),
+    "LlavaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION),
+    "PaliGemmaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION),
+    "Gemma3ForConditionalGeneration": Family((_GEMMA,), "token", vision=_VISION),
     "Mistral3ForConditionalGeneration": Family((replace(_QUERIES, grid=grids.merged_sizes),), "token"),
     "Qwen2VLForConditionalGeneration": Family((_QWEN,), "token"),
     "Qwen2_5_VLForConditionalGeneration": Family((_QWEN,), "token"),
     "Qwen3VLForConditionalGeneration": Family((_QWEN,), "token"),
     # Tiles and thumbnails.
-    "Idefics3ForConditionalGeneration": Family((_TILES,), "token"),
-    "SmolVLMForConditionalGeneration": Family((_TILES,), "token"),
-    "InternVLForConditionalGeneration": Family((replace(_QUERIES, grid=grids.shuffled),), "token"),
+    "Idefics3ForConditionalGeneration": Family((_TILES,), "token", vision=replace(_VISION, path="model.vision_model")),
+    "SmolVLMForConditionalGeneration": Family((_TILES,), "token", vision=replace(_VISION, path="model.vision_model")),
+    "InternVLForConditionalGeneration": Family(
+        (replace(_QUERIES, grid=grids.shuffled),), "token", vision=replace(_VISION, layers="encoder.layer")
+    ),
     "LlavaNextForConditionalGeneration": Family((replace(_QUERIES, grid=grids.anyres),), "token"),
     "LlavaOnevisionForConditionalGeneration": Family((replace(_QUERIES, grid=grids.anyres),), "token"),
     # Queries that look at the whole image.

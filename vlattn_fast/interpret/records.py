@@ -81,12 +81,14 @@ class Family:
         bimodal: the towers attend to one another, and relevancy follows the rules for two modalities (Chefer et al. 2021,
             equations 5 to 11). The row of the first tower is read.
         logits: the field of the outputs that holds the logits.
+        vision: the tower whose tokens a connector makes the image tokens of; explained where the caller asks for it.
     """
 
     towers: tuple[Tower, ...]
     score: Literal["pair", "class", "token"]
     bimodal: bool = False
     logits: str = "logits"
+    vision: Tower | None = None
 
 
 def alone(tower: Tower) -> Family:

@@ -72,6 +72,7 @@ class TowerTrace:
         self._branch: Tensor | None = None  # behind it and in front of the residual sum ("weighted")
         self._stream: Tensor | None = None
         self._without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
+        self.below: Callable[[Tensor], Tensor] | None = None  # what another tower brings into the first carrier, see connectors
         self.pooling_path: str | None = None
         self.pooled = False
         self.config: Any = getattr(model, "config", None)
@@ -158,7 +159,7 @@ class TowerTrace:
         if self._carrier is None:
             carrier = torch.zeros(query.shape[0], 1, size, dtype=self.dtype, device=query.device, requires_grad=True)
             self._entries[0].append(carrier)
-            return carrier
+            return carrier if self.below is None else carrier + self.below(carrier)
         carrier = self._carrier
         if carrier.shape[2] != size:
             carrier = carrier.narrow(2, sum(out.shape[2] for out in self._outs), size)
@@ -301,9 +302,13 @@ class TowerTrace:
                 f"start_layer must be from -1 (the last layer) to {self._depth - 1} for tower '{self.name}'; got {start_layer}"
             )
 
+    def leaving(self) -> Tensor:
+        """The carrier (B, 1, N) behind the last layer that ran."""
+        return torch.cat(self._outs, 2) if len(self._outs) > 1 else self._outs[0]
+
     def carriers(self, start_layer: int) -> tuple[list[Tensor], Tensor]:
         """The carrier in front of layer `start_layer`, in parts along the tokens, and the one behind the last layer."""
-        entering, leaving = self._entries[start_layer], torch.cat(self._outs, 2) if len(self._outs) > 1 else self._outs[0]
+        entering, leaving = self._entries[start_layer], self.leaving()
         return entering, leaving
 
     def edges(self, start_layer: int) -> list[torch.autograd.graph.GradientEdge]:
