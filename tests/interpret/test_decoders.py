@@ -554,6 +554,41 @@ def test_tiles_of_no_complete_grid_are_maps_of_their_own(decoder, labels):
     assert got.image.shape == (4, 2, 2) and torch.equal(got.image.flatten(), of_image)
 
 
+# --- videos ---
+
+
+@pytest.mark.parametrize("decoder", ["Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"], indirect=True)
+def test_frames_of_videos(decoder):
+    """A video of two frames in front of an image; Qwen3-VL writes words between the frames."""
+    apart = [96, 7, 95] if "Qwen3" in type(decoder.model).__name__ else []
+    clip = [97] * 4
+    ids = torch.tensor([[1, 95, *clip, *apart, *clip, 96, 6, 95, *image(8), 96, 8]])
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(32, 96),
+        "image_grid_thw": torch.tensor([[1, 4, 8]]),
+        "pixel_values_videos": torch.randn(32, 96),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+        "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == 97).int(),
+    }
+    got = explain(decoder.model, inputs)
+    assert [tuple(found.shape) for found in got.image] == [(2, 2), (2, 2), (2, 4)] and got.image_rows == [0, 0, 0]
+    row = got.relevancy["language"][0]
+    of_video = row[ids[0] == 97]
+    for found, expected in zip(got.image, (of_video[:4], of_video[4:], row[ids[0] == IMAGE]), strict=True):
+        assert torch.equal(found.flatten(), expected)
+
+
+@pytest.mark.parametrize("decoder", ["LlavaOnevisionForConditionalGeneration"], indirect=True)
+def test_frames_and_the_token_behind_them(decoder):
+    decoder.model.config.video_token_index = 97
+    ids = torch.tensor([[1, *[97] * 9, 6, 7], [1, 5, *[97] * 9, 8]])
+    got = explain(decoder.model, {"input_ids": ids, "pixel_values_videos": torch.randn(2, 2, 3, 32, 32)})
+    assert got.image.shape == (4, 2, 2) and got.image_rows == [0, 0, 1, 1]
+    row = got.relevancy["language"]
+    assert torch.equal(got.image[:2].flatten(), row[0, 1:9]) and torch.equal(got.image[2:].flatten(), row[1, 2:10])
+
+
 # --- Mllama: cross-attention to the vision tower's tokens ---
 
 

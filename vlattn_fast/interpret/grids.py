@@ -41,6 +41,12 @@ def whole(shape: Shape, before: int = 0) -> Layout:
     return Layout(before + height * width, (_after(before, shape),))
 
 
+def frames(count: int, shape: Shape, after: int = 0) -> Layout:
+    """A video of `count` frames of (h, w) tokens, and `after` tokens behind them that have no place in it."""
+    size = math.prod(shape)
+    return Layout(count * size + after, tuple(_after(i * size, shape) for i in range(count)))
+
+
 def patch_shape(config: Any, size: Sequence[int]) -> Shape:
     """(h, w) of the patches of an image of `size` (height, width) pixels, by the config or by that of its image part."""
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "image_config"))]
@@ -49,9 +55,10 @@ def patch_shape(config: Any, size: Sequence[int]) -> Shape:
 
 
 def image_tokens(config: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """bool (B, N), True = an image token."""
-    ids = inputs["input_ids"]
-    return ids.view(-1, ids.shape[-1]) == config.image_token_id
+    """bool (B, N), True = a token of an image or a video."""
+    ids = inputs["input_ids"].view(-1, inputs["input_ids"].shape[-1])
+    of_image = ids == config.image_token_id
+    return of_image if inputs.get("pixel_values_videos") is None else of_image | (ids == config.video_token_id)
 
 
 # --- one token a patch, or a merged block of patches ---
@@ -71,9 +78,13 @@ def merged_sizes(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
 
 def merged_frames(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """One token for a square of patches, by `image_grid_thw` (Qwen-VL)."""
+    """One token for a square of patches, by `image_grid_thw` and `video_grid_thw` (Qwen-VL). A map for each frame."""
     merge = config.vision_config.spatial_merge_size
-    return [whole((t * h // merge, w // merge)) for t, h, w in inputs["image_grid_thw"].tolist()]
+    kinds = (inputs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+    images, videos = (
+        [] if kind is None else [frames(t, (h // merge, w // merge)) for t, h, w in kind.tolist()] for kind in kinds
+    )
+    return _in_order(config, inputs, images, videos)
 
 
 def pooled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
@@ -160,17 +171,17 @@ def tiled_states(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """A thumbnail, then the image without its padding with a token at the end of each row (LLaVA-NeXT, LLaVA-OneVision).
 
-    Images that the model does not tile are a thumbnail and one token.
+    Images that the model does not tile are a thumbnail and one token. A map for each frame of a video.
     """
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     side = config.vision_config.image_size // config.vision_config.patch_size
     thumbnail = torch.arange(side * side).view(side, side)
     counts = inputs.get("batch_num_images")
-    sizes = inputs["image_sizes"]
+    sizes = inputs["image_sizes"] if inputs.get("pixel_values") is not None else []
     limit = getattr(config, "vision_aspect_ratio", None)  # the model reads no other, though its forward takes one
     tiled = [True] * len(sizes) if counts is None else [int(n) == 1 for n in counts for _ in range(n)]
-    layouts = []
+    layouts: list[Layout] = []
     for size, of_tiles in zip(sizes, tiled, strict=True):
         if not of_tiles:
             layouts.append(Layout(side * side + 1, (thumbnail,)))
@@ -183,10 +194,25 @@ def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
                 height, width = int(height // ratio), int(width // ratio)
         ends = _after(side * side, (height, width + 1))
         layouts.append(Layout(side * side + ends.numel(), (thumbnail, ends[:, :-1])))
-    return layouts
+    videos = inputs.get("pixel_values_videos")
+    half = (side + 1) // 2  # frames are scaled down by two
+    shown = [] if videos is None else [frames(videos.shape[1], (half, half), after=1)] * len(videos)
+    return _in_order(config, inputs, layouts, shown)
 
 
 # --- parts ---
+
+
+def _in_order(config: Any, inputs: Mapping[str, Any], images: list[Layout], videos: list[Layout]) -> list[Layout]:
+    """Images and videos in the order of the prompts."""
+    ids = inputs["input_ids"].view(-1, inputs["input_ids"].shape[-1])
+    of_image = (ids[image_tokens(config, inputs)] == config.image_token_id).tolist()
+    waiting = {True: list(images), False: list(videos)}
+    layouts, position = [], 0
+    while position < len(of_image) and waiting[of_image[position]]:
+        layouts.append(waiting[of_image[position]].pop(0))
+        position += layouts[-1].size
+    return layouts + waiting[True] + waiting[False]  # what is left has no tokens, as `image_maps` finds out
 
 
 def _pair(size: int | Sequence[int]) -> Shape:

@@ -159,7 +159,8 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
         return patches.reshape(-1, height, width), list(range(len(patches)))
     if tower.tokens in ("packed_patches", "text_patches", "patches_text"):
         return _joint_maps(tower, config, inputs, relevancy)
-    if tower.grid is None or _ids(inputs) is None or inputs.get("pixel_values") is None:
+    seen = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+    if tower.grid is None or _ids(inputs) is None or not seen:
         return None
     of_image = image_tokens(config, inputs) if tower.tokens == "image_text" else torch.ones_like(relevancy, dtype=torch.bool)
     flat = relevancy[of_image.to(relevancy.device)]
