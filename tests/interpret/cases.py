@@ -259,7 +259,7 @@ def literal_attention(module, query, key, value, attention_mask, scaling=None, *
     """Attention as the papers write it, in the inputs' precision (transformers' eager form takes the softmax in float32)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * scaling
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         hidden = attention_mask.dtype == torch.bool
         scores = scores.masked_fill(~attention_mask, -torch.inf) if hidden else scores + attention_mask

@@ -273,6 +273,22 @@ def llava_onevision() -> Decoder:
     return Decoder(t.LlavaOnevisionForConditionalGeneration(config), prompts, images, maps)
 
 
+LLAMA4 = dict(LLAMA, model_type=None, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=16)
+
+
+def llama4() -> Decoder:
+    vision = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+    sizes = dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32, pixel_shuffle_ratio=0.5)
+    config = t.Llama4Config(vision_config={**vision, **sizes}, text_config=LLAMA4, image_token_index=IMAGE)
+    tile = image(4)
+    tiled = [80, *tile, 81, *tile, 81, *tile, 82, *tile, 81, *tile, 81, *tile, 82, 83, *tile, 84]
+    prompts = [[1, *tiled, *words(5, 20)], [1, 80, *tile, 82, *tile, 82, 83, *tile, 84, 80, 83, *tile, 84, *words(2, 40)]]
+    maps = [Map(0, [[0, 1, 2], [3, 4, 5]], (2, 2)), Map(0, [[6]], (2, 2)), Map(1, [[7], [8]], (2, 2))]
+    maps += [Map(1, [[9]], (2, 2)), Map(1, [[10]], (2, 2))]
+    model = t.Llama4ForConditionalGeneration(config)
+    return Decoder(model, prompts, pixels(11), maps, vision="vision_model", layers="language_model.model.layers")
+
+
 # --- queries that look at the whole image ---
 
 
@@ -363,10 +379,12 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
     "InternVLForConditionalGeneration": internvl,
     "LlavaNextForConditionalGeneration": llava_next,
     "LlavaOnevisionForConditionalGeneration": llava_onevision,
+    "Llama4ForConditionalGeneration": llama4,
     "Blip2ForConditionalGeneration": blip2,
     "InstructBlipForConditionalGeneration": instructblip,
     "Idefics2ForConditionalGeneration": idefics2,
     "LlamaForCausalLM": lambda: text("Llama"),
+    "Llama4ForCausalLM": lambda: text("Llama4Text", name="Llama4ForCausalLM", parts=LLAMA4),
     "MistralForCausalLM": lambda: text("Mistral", sliding_window=4),
     "Qwen2ForCausalLM": lambda: text("Qwen2"),
     "Qwen3ForCausalLM": lambda: text("Qwen3"),

@@ -12,6 +12,7 @@ _DECODER = replace(_QUERIES, grid=grids.patches)
 _QWEN = replace(_QUERIES, grid=grids.merged_frames)
 _TILES = replace(_QUERIES, path="model.text_model", grid=grids.labelled)
 _GEMMA = replace(_QUERIES, grid=grids.pooled, branch="post_attention_layernorm")
+_LLAMA4 = replace(_QUERIES, path="language_model.model", grid=grids.separated)
 _Q_FORMER = replace(_QUERIES, path="language_model.model.decoder")
 _STATES = Tower("vision", "model.vision_model", "", "mean", "image", branch="", grid=grids.tiled_states)
 
@@ -40,6 +41,7 @@ DECODERS: dict[str, Family] = {
     ),
     "LlavaNextForConditionalGeneration": Family((replace(_QUERIES, grid=grids.anyres),), "token"),
     "LlavaOnevisionForConditionalGeneration": Family((replace(_QUERIES, grid=grids.anyres),), "token"),
+    "Llama4ForConditionalGeneration": Family((_LLAMA4,), "token"),
     # Queries that look at the whole image.
     "Blip2ForConditionalGeneration": Family((_Q_FORMER,), "token"),
     "InstructBlipForConditionalGeneration": Family((_Q_FORMER,), "token"),
@@ -48,6 +50,7 @@ DECODERS: dict[str, Family] = {
     "MllamaForConditionalGeneration": Family((replace(_QUERIES, tokens="image_text"), _STATES), "token", bimodal=True),
     # Text alone.
     "LlamaForCausalLM": Family((_TEXT,), "token"),
+    "Llama4ForCausalLM": Family((_TEXT,), "token"),
     "MistralForCausalLM": Family((_TEXT,), "token"),
     "Qwen2ForCausalLM": Family((_TEXT,), "token"),
     "Qwen3ForCausalLM": Family((_TEXT,), "token"),

@@ -116,9 +116,8 @@ def labelled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     layouts = []
     for ids, of_image in zip(inputs["input_ids"].tolist(), image_tokens(config, inputs).tolist(), strict=True):
         runs = _runs(of_image)
-        if any(stop - start != math.prod(shape) for start, stop in runs):
-            count = -(-sum(of_image) // math.prod(shape))  # tiles that no token names
-            layouts += [whole(shape)] * count
+        if not _are_tiles(runs, shape):
+            layouts += _unnamed(of_image, shape)
             continue
         labels = [ids[start - 1] if start else None for start, _ in runs]
         rows: list[int] = []  # how many tiles are in each row of the image whose thumbnail is yet to come
@@ -131,6 +130,41 @@ def labelled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
             else:
                 rows.append(1)
     return layouts
+
+
+def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """Tiles with a token behind each, which is another one at the end of a row, then a thumbnail (Llama 4).
+
+    Between the last row and the thumbnail are that token and the thumbnail's name, as in front of each thumbnail.
+    """
+    height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
+    ratio = config.vision_config.pixel_shuffle_ratio
+    shape = int(height * ratio), int(width * ratio)
+    layouts = []
+    for ids, of_image in zip(inputs["input_ids"].tolist(), image_tokens(config, inputs).tolist(), strict=True):
+        runs = _runs(of_image)
+        if not _are_tiles(runs, shape):
+            layouts += _unnamed(of_image, shape)
+            continue
+        labels: list[int] = []  # in front of the tiles of the image whose thumbnail is yet to come
+        for start, _ in runs:
+            if ids[start - 1] != ids[runs[-1][0] - 1]:
+                labels.append(ids[start - 1])
+                continue
+            ends = [i for i, label in enumerate(labels) if i and label == ids[start - 2]]
+            edges = [0, *ends, len(labels)]
+            layouts += _joined([b - a for a, b in zip(edges, edges[1:], strict=False)] if labels else [], shape)
+            labels = []
+    return layouts
+
+
+def _are_tiles(runs: Sequence[Shape], shape: Shape) -> bool:
+    return all(stop - start == math.prod(shape) for start, stop in runs)
+
+
+def _unnamed(of_image: Sequence[bool], shape: Shape) -> list[Layout]:
+    """Tiles of `shape` with no tokens between them."""
+    return [whole(shape)] * -(-sum(of_image) // math.prod(shape))
 
 
 def _joined(rows: Sequence[int], shape: Shape) -> list[Layout]:
