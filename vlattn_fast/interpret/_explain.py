@@ -149,11 +149,8 @@ def explain(
                 edges = [edge for tower in towers for edge in tower.edges(start_layer)]
                 check_scores(scores, edges if rule.needs_score else None)
                 _check_batches(read_towers, len(scores))
-            positions = {
-                tower.name: position
-                for i, tower in enumerate(read_towers)
-                if (position := _position(said, passes, i)) is not None
-            }
+            places = ((tower.name, _position(said, passes, i)) for i, tower in enumerate(read_towers))
+            positions = {name: place for name, place in places if place is not None}
             found = []
             for number, (score, starts) in enumerate(_with_progress(passes)):
                 score, keep = score if rule.needs_score else None, number + 1 < len(passes)

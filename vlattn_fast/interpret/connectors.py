@@ -51,22 +51,16 @@ def patches_of_tokens(shape: tuple[int, int], grid: Shape, tokens: int) -> Tenso
     (images, size), (height, width) = shape, grid
     each, before = tokens // max(images, 1), size - height * width
     merged = round((height * width / each) ** 0.5) if each else 1
-    numbers = torch.full((images, size), -1)
-    if each == size:
-        numbers = torch.arange(images * size).view(images, size)
-    elif (
-        each * images == tokens
-        and before >= 0
-        and each * merged**2 == height * width
-        and not height % merged
-        and not width % merged
-    ):
-        rows, columns = torch.arange(height) // merged, torch.arange(width) // merged
-        square = rows[:, None] * (width // merged) + columns
-        numbers[:, before:] = square.flatten() + each * torch.arange(images)[:, None]
-    else:
+    if each == size:  # CLS is an image token, too
+        return torch.arange(images * size).view(images, size)
+    alike = each * images == tokens and before >= 0
+    if not alike or height % merged or width % merged or each * merged**2 != height * width:
         raise ValueError(
-            f"through_connector must be off where image tokens are no squares of patches; got {tokens} tokens for {images} images of "
-            f"{height} x {width} patches"
+            f"through_connector must be off where image tokens are no squares of patches; got {tokens} tokens for {images} "
+            f"images of {height} x {width} patches"
         )
+    rows, columns = torch.arange(height) // merged, torch.arange(width) // merged
+    square = rows[:, None] * (width // merged) + columns
+    numbers = torch.full((images, size), -1)
+    numbers[:, before:] = square.flatten() + each * torch.arange(images)[:, None]
     return numbers
