@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -309,11 +310,14 @@ def compiled_forward(model: nn.Module) -> nn.Module:
 
 
 def hooked(model: nn.Module) -> nn.Module:
-    """As accelerate does it: each forward is replaced on the module."""
+    """As accelerate's add_hook_to_module does it: each forward is replaced on its module, and calls the one before."""
+
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return module._hf_hook(module._old_forward(*args, **kwargs))
+
     for module in model.modules():
-        if not isinstance(module, nn.MultiheadAttention):
-            before = module.forward
-            module.forward = lambda *args, before=before, **kwargs: before(*args, **kwargs)
+        module._hf_hook, module._old_forward = (lambda output: output), module.forward
+        module.forward = functools.update_wrapper(functools.partial(forward, module), module._old_forward)
     return model
 
 

@@ -30,11 +30,14 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         function = _replacement(type(module))
         if function is None:
             continue
-        before = vars(module).get("forward")
-        if before is not None and getattr(before, "func", None) is not function:  # another run's is equal to ours
+        # accelerate's hooks call what was the forward before.
+        attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
+        before = vars(module).get(attribute)
+        of_class = attribute == "_old_forward" and getattr(before, "__func__", None) is type(module).forward
+        if before is not None and not of_class and getattr(before, "func", None) is not function:  # another run's equals ours
             kind = type(module).__name__
             raise ValueError(f"model must have the forward of its class in '{name}' ({kind}); got one of its own, {before!r}")
-        yield module, "forward", functools.partial(function, module)
+        yield module, attribute, functools.partial(function, module)
 
 
 def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
