@@ -435,3 +435,48 @@ def test_one_image_and_two_texts(encoder):
     got, want = explain(encoder.model, single), explain(encoder.model, twice)
     for tower, row in want.relevancy.items():
         torch.testing.assert_close(got.relevancy[tower], row)
+
+
+def bare() -> list[tuple[Callable[[], Encoder], torch.nn.Module]]:
+    """Classes that share a tower with one of the above: the case whose inputs they take, and the model."""
+    t = transformers
+    words, joint = dict(T5, num_labels=3), {**VISION, **T5}
+    siglip = dict({name: value for name, value in VISION.items() if name != "image_size"}, num_patches=PATCHES)
+    layout = dict(input_size=24, patch_size=6, coordinate_size=6, shape_size=4)
+    return [
+        (deit, t.DeiTModel(t.DeiTConfig(**VISION))),
+        (roberta, t.RobertaModel(t.RobertaConfig(**words))),
+        (xlm_roberta, t.XLMRobertaModel(t.XLMRobertaConfig(**words))),
+        (distilbert, t.DistilBertModel(t.DistilBertConfig(dim=32, hidden_dim=48, n_layers=3, n_heads=4, vocab_size=60))),
+        (electra, t.ElectraModel(t.ElectraConfig(**words, embedding_size=16))),
+        (albert, t.AlbertModel(t.AlbertConfig(**words, embedding_size=16))),
+        (mpnet, t.MPNetModel(t.MPNetConfig(**words))),
+        (siglip2, t.Siglip2VisionModel(t.Siglip2VisionConfig(**siglip))),
+        (vilt, t.ViltModel(t.ViltConfig(**joint))),
+        (vilt, t.ViltForImageAndTextRetrieval(t.ViltConfig(**joint))),
+        (visual_bert, t.VisualBertModel(t.VisualBertConfig(**T5, visual_embedding_dim=10))),
+        (layoutlmv3, t.LayoutLMv3Model(t.LayoutLMv3Config(**T5, **layout))),
+    ]
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_classes_that_share_a_tower(index):
+    torch.manual_seed(0)
+    case, model = bare()[index]
+    lively(model).eval().double()
+    made = case()
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in made.inputs.items()}
+    if model.main_input_name != "input_ids":
+        inputs = {name: value for name, value in inputs.items() if not name.startswith(("input", "attention"))}
+    pooled = lambda outputs: outputs.get("logits", outputs.get("last_hidden_state")).flatten(1)[:, 0]  # noqa: E731
+    target = (lambda outputs: outputs.pooler_output[:, 0]) if case is siglip2 else pooled
+    name, place = next(iter(made.places.items()))
+    path = {"Vilt": "vilt." if "Retrieval" in type(model).__name__ else ""}.get(type(model).__name__[:4], "")
+    sums = tuple((path + a.partition(".")[2], path + b.partition(".")[2]) for a, b in place.sums)
+    place = replace(place, prefix="", sums=sums, pool=place.pool and place.pool.partition(".")[2])
+    for method in METHODS:
+        want = published(replace(made, model=model, score=target, places={name: place}), inputs, method)[name]
+        got = explain(model, inputs, method=method, target=target).relevancy[name]
+        if want.abs().max() > 0:
+            assert error(got, want, place, method) < 1e-10, method
+        assert method == "gradcam" or want.abs().max() > 0

@@ -339,6 +339,22 @@ def test_wrappers_are_seen_through(wrap):
         assert all(vars(module)[name] is value for name, value in state.items())
 
 
+def test_gradient_checkpointing_of_transformers():
+    torch.manual_seed(0)
+    model, inputs = made(transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**T5, num_labels=3))), text()
+    want = explain(model, inputs).relevancy["text"]
+    model.activation_checkpointing_enable()
+    got = explain(model.train(), inputs).relevancy["text"]
+    torch.testing.assert_close(got, want)
+    assert model.training and model.is_gradient_checkpointing
+
+
+def test_flags_of_timm_are_put_back():
+    model = stack("timm", "timm")
+    explain(model, sequences(), read="cls", target=second)
+    assert [block.attend.fused_attn for block in model.blocks] == [False, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "autocast"])
 def test_half_precision(dtype):
     model, inputs = stack("torch", "nn.MultiheadAttention", "timm"), sequences()
