@@ -161,6 +161,14 @@ def align_text() -> Encoder:
     return text_model(model, "encoder.layer", score=pooled, target=pooled)
 
 
+def align() -> Encoder:
+    """Its images go through convolutions."""
+    small = dict(image_size=32, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=32)
+    model = transformers.AlignModel(transformers.AlignConfig(text_config=T5, vision_config=small, projection_dim=32))
+    made = text_model(model, "text_model.encoder.layer", score=diagonal)
+    return replace(made, inputs={**made.inputs, "pixel_values": torch.randn(2, 3, 64, 64)})
+
+
 # --- images and texts beside one another ---
 
 
@@ -288,7 +296,7 @@ def git() -> Encoder:
     return Encoder(transformers.GitForCausalLM(config), inputs, {"language": place}, score, facts=facts)
 
 
-MADE = [deit, deit_with_teacher, dinov3, roberta, xlm_roberta, distilbert, electra, albert, mpnet, align_text]
+MADE = [deit, deit_with_teacher, dinov3, roberta, xlm_roberta, distilbert, electra, albert, mpnet, align_text, align]
 MADE += [chinese_clip, alt_clip, metaclip_2, clipseg, owlvit, blip, siglip2]
 MADE += [vilt, visual_bert, visual_bert_vqa, layoutlmv3, flava, git]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -244,6 +245,22 @@ def test_attention_without_a_softmax_is_missed():
 def test_other_scores_are_named(score):
     with pytest.raises(ValueError, match=r"got 'blocks\.1\.attend\.inside' \(ScoreAttention\)"):
         explain(stack("torch", f"score {score}"), sequences(), read="cls", target=second)
+
+
+class FlexBlock(Block):
+    """A layer of another class than its neighbours, so that nothing else tells that it attends."""
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.attend.qkv(x).chunk(3, -1))
+        return x + flex_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_flex_attention_is_named():
+    model = stack("torch", "torch", "torch")
+    model.blocks[1] = FlexBlock("torch", 32)
+    # On a CPU it has no backward pass, and rollout takes none.
+    with pytest.raises(ValueError, match=r"got flex_attention in 'blocks\.1'"):
+        explain(model, sequences(), read="cls", target=second, method="rollout")
 
 
 def test_weights_of_the_residual_branch_need_a_record():

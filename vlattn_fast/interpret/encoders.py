@@ -75,6 +75,7 @@ ENCODERS: dict[str, Family] = {
     "Siglip2VisionModel": alone(_SIGLIP2_VISION),
     "CLIPSegModel": Family((_CLIP_VISION, _CLIP_TEXT), "pair"),
     "OwlViTModel": Family((_CLIP_VISION, _CLIP_TEXT), "pair"),
+    "AlignModel": Family((_BERT_BESIDE_CLIP,), "pair"),  # its images go through convolutions
     "AlignTextModel": alone(_BERT),
     "BlipModel": Family((_CLIP_VISION, _BERT_BESIDE_CLIP), "pair"),
     "ViltModel": alone(_VILT),

@@ -110,6 +110,8 @@ class Trace(TorchFunctionMode):
                 f"'{self._paths[-1]}', which calls multi_head_attention_forward"
             )
         path = self._paths[-1]
+        if getattr(func, "__name__", None) == "flex_attention" and path is not None and self._concerns(path):
+            raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
         if func in _SOFTMAX and args[0].ndim > 2 and path is not None:
             self.by_hand[path] = self.by_hand.get(path, False) or _is_map(args, kwargs)
         result = func(*args, **kwargs)
@@ -306,14 +308,17 @@ class Trace(TorchFunctionMode):
                 tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
             tower.check(called)
 
+    def _concerns(self, path: str) -> bool:
+        """Whether a module may lie in a tower that is explained."""
+        return self.finds or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
+
     def _check_by_hand(self) -> None:
         """ValueError for a module that takes a softmax itself and calls no attention that the trace sees."""
         called = {path for tower in self.towers for path in tower.paths}
         for path, is_map in self.by_hand.items():
             kind = type(self.model.get_submodule(path)).__name__
-            mine = self.finds or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
             seen = any(other == path or other.startswith(f"{path}.") or not path for other in called)
-            if mine and (is_map or "ttention" in kind) and not seen:
+            if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
                 raise ValueError(
                     "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
                     f"'{path}' ({kind}), which takes a softmax itself"
