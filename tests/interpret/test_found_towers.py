@@ -255,6 +255,7 @@ class FlexBlock(Block):
         return x + flex_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_attention_is_named():
     model = stack("torch", "torch", "torch")
     model.blocks[1] = FlexBlock("torch", 32)
