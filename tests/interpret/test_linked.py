@@ -92,6 +92,20 @@ def test_lxmert(regions, dtype):
     assert (got.relevancy["text"][1, 6:] == 0).all()
 
 
+def test_other_classes_of_lxmert():
+    torch.manual_seed(0)
+    config = transformers.LxmertConfig(**LXMERT, num_qa_labels=5)
+    answers = lively(transformers.LxmertForQuestionAnswering(config)).eval()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 6)), "visual_feats": torch.randn(2, 5, 10), "visual_pos": torch.rand(2, 5, 4)}
+    want = explain(answers, inputs, target=2)
+    head = lambda o: answers.answer_head(o.pooled_output)[:, 2]  # noqa: E731
+    pretraining = transformers.LxmertForPreTraining(config).eval()
+    pretraining.lxmert, pretraining.answer_head = answers.lxmert, answers.answer_head
+    for got in (explain(answers.lxmert, inputs, target=head), explain(pretraining, inputs, target=2)):
+        for name, row in want.relevancy.items():
+            torch.testing.assert_close(got.relevancy[name], row, rtol=1e-4, atol=1e-5)
+
+
 def encoder_decoder_published(outputs, score, encoder, decoder, cross):
     """R_qq and R_qi of an encoder-decoder: rule 11 plays no part, since the encoder does not see the decoder."""
     maps = [*encoder, *decoder, *cross]

@@ -1,0 +1,72 @@
+"""docs/models.md, from the records and the tests that name their classes: `python -m tests.interpret.models_page` writes it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vlattn_fast.interpret.decoders import DECODERS
+from vlattn_fast.interpret.encoders import ENCODERS
+from vlattn_fast.interpret.linked import LINKED
+from vlattn_fast.interpret.records import Family
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "models.md"
+KINDS = {"Encoders": ENCODERS, "Decoders": DECODERS, "Towers that attend to one another": LINKED}
+SCORES = {"pair": "similarity of image i and text i", "class": "largest logit", "token": "next token, or `answer=`"}
+ROWS = {
+    "cls": "first token",
+    "eot": "end-of-text token",
+    "last": "last position",
+    "target": "position that predicts the token",
+    "before_sep": "token before [SEP]",
+    "mean": "mean of all",
+    "patch_mean": "mean of the patches",
+    "pool": "pooling head",
+}
+
+HEAD = """# Models
+
+`va.explain(model, inputs)` takes these classes of transformers as they are, and any other model with `read=` and `target=` (see
+[Explain a model](guides/explain_a_model.md)). This page is written from the package's records. A test names each class: it compares a
+small random model with the published rule on stored maps, or runs every method on a class that shares such a tower.
+
+*maps* says which parts of the image have a map: patches, image tokens on their grid, or boxes. *weighted* says whether the record
+names the residual branch that `method="weighted"` needs. *connector* says whether `through_connector=True` goes on into the
+vision tower.
+"""
+
+
+def sources() -> str:
+    """The text of all tests of explain."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
+
+
+def row(name: str, family: Family) -> str:
+    towers = [tower for tower in family.towers if tower.layers]
+    read = towers[:1] if family.bimodal else towers
+    rows = ", ".join(f"{tower.name}: {ROWS[tower.readout]}" for tower in read)
+    seen = {"patches": "patches", "packed_patches": "patches", "text_patches": "patches", "patches_text": "patches"}
+    seen |= {"regions": "boxes", "boxes": "boxes"}
+    maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in family.towers]
+    shown = ", ".join(dict.fromkeys(part for part in maps if part)) or "–"
+    weighted = "yes" if not family.bimodal and all(tower.branch for tower in towers) else "no"
+    return f"| `{name}` | {rows} | {SCORES[family.score]} | {shown} | {weighted} | {'yes' if family.vision else '–'} |"
+
+
+def page() -> str:
+    parts = [HEAD]
+    for kind, families in KINDS.items():
+        parts.append(f"## {kind}\n\n| class | row that is read | default score | maps | weighted | connector |")
+        parts[-1] += "\n| --- | --- | --- | --- | --- | --- |\n"
+        parts[-1] += "\n".join(row(name, family) for name, family in sorted(families.items())) + "\n"
+    return "\n".join(parts)
+
+
+def named(name: str, text: str) -> bool:
+    """Whether a test names a class; `both("CLIPSeg")` of test_encoders.py makes CLIPSegModel."""
+    return re.search(rf'\b{name}\b|both\("{name.removesuffix("Model")}"', text) is not None
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
