@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from vlattn_fast import _native, cli, verify  # noqa: E402
 from vlattn_fast.cuda import _shared_library  # noqa: E402
+from vlattn_fast.interpret import loading  # noqa: E402
 from vlattn_fast.interpret.methods import METHODS  # noqa: E402
 from vlattn_fast.ops import _dispatch  # noqa: E402
 
@@ -159,7 +160,7 @@ def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
     assert result.exit_code == 0, result.output
     assert "(target 5)" in result.output and "square" in out.read_text() and "data:image/jpeg" in out.read_text()
     refused = vlattn("explain", "--model", llava, "--image", picture, "--text", "a", "--text", "red", "--out", out)
-    assert refused.exit_code == 2 and "takes one; got 2" in said(refused)
+    assert refused.exit_code == 2 and "is what LlavaForConditionalGeneration takes; got 2" in said(refused)
 
 
 def test_explain_texts_alone(bert, tmp_path):
@@ -192,7 +193,7 @@ def test_the_picture_shown_is_the_one_the_model_saw(vit, picture):
 
     processor = transformers.AutoProcessor.from_pretrained(vit)
     seen = Image.open(picture)
-    shown = cli._shown(processor, processor(images=seen, return_tensors="pt"), seen)
+    shown = loading.seen_image(processor, processor(images=seen, return_tensors="pt"), seen)
     assert shown.shape == (3, 24, 24)
     middle = np.asarray(seen.resize((32, 24), Image.Resampling.BICUBIC).crop((4, 0, 28, 24))) / 255
     torch.testing.assert_close(shown.permute(1, 2, 0), torch.from_numpy(middle).float(), atol=1e-2, rtol=0)
@@ -204,8 +205,11 @@ def test_the_picture_shown_is_the_one_the_model_saw(vit, picture):
         (["--out", "x.pdf"], "must end in .html or .png"),
         (["--out", "nowhere/x.png"], "there is no directory"),
         (["--out", "x.png"], "--image or --text must be given"),
-        (["--out", "x.png", "--text", "a"], "--image: ViTForImageClassification takes one"),
-        (["--out", "x.png", "--image", "PICTURE", "--text", "a"], "--text: ViTForImageClassification takes none"),
+        (["--out", "x.png", "--text", "a"], "--image must be given to ViTForImageClassification; got none"),
+        (
+            ["--out", "x.png", "--image", "PICTURE", "--text", "a"],
+            "--text must be left out for ViTForImageClassification; got one",
+        ),
         (["--out", "x.png", "--image", "PICTURE", "--target", "7"], "target must be from 0 to 4"),
         (["--out", "x.png", "--image", "PICTURE", "--method", "magic"], "magic"),
         (["--out", "x.png", "--image", __file__], "is no picture"),
@@ -222,7 +226,7 @@ def test_explain_refuses(vit, picture, tmp_path, monkeypatch, options, words):
 def test_a_folder_without_a_model(picture, tmp_path):
     result = vlattn("explain", "--model", tmp_path, "--image", picture, "--out", tmp_path / "x.png")
     assert result.exit_code == 2
-    assert f"--model {tmp_path}" in said(result)
+    assert f"--model must be a directory or id of a Hugging Face model; got {tmp_path}" in said(result)
 
 
 def test_info_names_every_operator_and_backend():

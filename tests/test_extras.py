@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from vlattn_fast import cli
+from vlattn_fast.interpret import loading
 
 EXPLANATION = va.Explanation({"vision": torch.rand(1, 5)}, torch.rand(1, 2, 2), [0])
 CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
@@ -23,8 +23,8 @@ CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "plot": ("matplotlib", "viz", lambda path: EXPLANATION.plot()),
     "table": ("pandas", "tables", lambda path: EXPLANATION.to_pandas()),
     "page": ("jinja2", "viz", lambda path: EXPLANATION.save_html(path)),
-    "model": ("transformers", "explain", lambda path: cli._load("x")),
-    "picture": ("PIL", "viz", lambda path: cli._open(path)),
+    "model": ("transformers", "explain", lambda path: loading.load_model("x")),
+    "picture": ("PIL", "viz", lambda path: loading.open_image(path)),
 }
 
 

@@ -1,7 +1,7 @@
 """vlattn_fast: look inside, train on, and change the attention of vision-language models at FlashAttention cost."""
 
 from vlattn_fast import lab, models, nn, reference, scores
-from vlattn_fast.interpret import Explanation, explain
+from vlattn_fast.interpret import Explanation, explain, load_explanations
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -20,6 +20,7 @@ __all__ = [
     "damsm_similarity",
     "explain",
     "lab",
+    "load_explanations",
     "models",
     "nn",
     "reference",

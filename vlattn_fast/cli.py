@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
 
 try:
     import typer
@@ -18,13 +16,19 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"the vlattn command needs {missing.name}: pip install 'vlattn_fast[cli]'") from missing
 
 from vlattn_fast import verify as checks
-from vlattn_fast._extras import extra
+from vlattn_fast.interpret.answers import token_ids
+from vlattn_fast.interpret.dataset.batches import Options
+from vlattn_fast.interpret.dataset.run import explain_dataset
+from vlattn_fast.interpret.dataset.store import FAILURES
+from vlattn_fast.interpret.loading import build_inputs, load_model, moved, open_image, seen_image
+from vlattn_fast.interpret.loading import generate as generate_answer
 from vlattn_fast.interpret.methods import METHODS
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 BACKENDS = tuple(name for name in BACKEND_NAMES if name != "auto")
+MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
 
@@ -152,111 +156,96 @@ def bench(
 @app.command()
 def explain(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
-    out: Annotated[Path, typer.Option(help="File to write; .html or .png.")],
+    out: Annotated[Path, typer.Option(help="File to write, .html or .png; with --dataset a directory.")],
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gradient",
     target: Annotated[int | None, typer.Option(help="Index of the text, class or token; by default the model's choice.")] = None,
     start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
+    answer: Annotated[str | None, typer.Option(help="Decoders: explain each token of this answer.")] = None,
+    generate: Annotated[int | None, typer.Option(min=1, help="Decoders: generate so many tokens, and explain each.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU, with --dataset a GPU if any.")] = None,
+    dataset: Annotated[Path | None, typer.Option(help=".jsonl, .csv, folder of images or saved Hugging Face dataset.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --dataset: rows explained together.")] = 8,
+    shard_size: Annotated[int, typer.Option(min=1, help="With --dataset: explanations in a file.")] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="With --dataset: threads that read pictures ahead.")] = 2,
 ) -> None:
-    """Explain which parts of a picture and a text a model's score rests on."""
-    from vlattn_fast.interpret import explain as run
+    """Explain which parts of a picture and a text a model's score rests on.
 
-    if out.suffix not in (".html", ".png"):
-        raise typer.BadParameter(f"--out must end in .html or .png; got {out.name!r}")
+    With --dataset it explains many inputs, whose columns are image, text, target, answer and id; --text, --target and --answer
+    then are for inputs without their own. It goes on where a killed run ended, and past inputs that fail, which failures.jsonl
+    lists. `torchrun -m vlattn_fast explain --dataset ...` shares the work among processes. Ends with status 1 where one failed.
+    """
     if method not in METHODS:
         raise typer.BadParameter(f"--method must be one of {', '.join(METHODS)}; got {method}")
-    if not out.parent.is_dir():
-        raise typer.BadParameter(f"--out: there is no directory {out.parent}")
-    if image is None and not text:
-        raise typer.BadParameter("--image or --text must be given, or both, as the model takes them")
-    network, processor = _load(model)
-    picture = None if image is None else _open(image)
-    inputs = _inputs(network, processor, picture, text or [])
+    if dtype is not None and dtype not in MODEL_DTYPES:
+        raise typer.BadParameter(f"--dtype must be one of {', '.join(MODEL_DTYPES)}; got {dtype}")
+    if answer is not None and generate is not None:
+        raise typer.BadParameter("--answer must be given without --generate; got both")
+    if target is not None and (answer is not None or generate is not None):
+        raise typer.BadParameter("--target must be given without --answer and --generate; got both")
+    options = Options(model, method, start_layer, tuple(text or ()), target, answer, generate, dtype)
     try:
-        explanation = run(network, inputs, target=target, method=method, start_layer=start_layer)
+        if dataset is None:
+            return _explain_one(options, image, out, device)
+        if image is not None:
+            raise typer.BadParameter("--image must be given without --dataset; got both")
+        sizes = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
+        outcome = explain_dataset(dataset, out, options, device=device, **sizes)
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(f"--{error}") from error
+    if outcome.first:
+        inputs = outcome.done + outcome.failed + outcome.skipped
+        typer.echo(f"done {outcome.done}, failed {outcome.failed}, skipped {outcome.skipped} (done before), of {inputs}: {out}")
+        if outcome.failed:
+            typer.echo(f"what failed, and why: {out / FAILURES}")
+            raise typer.Exit(1)
+
+
+def _explain_one(options: Options, image: Path | None, out: Path, device: str | None) -> None:
+    from vlattn_fast.interpret import explain as run
+
+    texts = list(options.text)
+    if out.suffix not in (".html", ".png"):
+        raise ValueError(f"out must end in .html or .png; got {out.name!r}")
+    if not out.parent.is_dir():
+        raise ValueError(f"out must be in a directory; there is no directory {out.parent}")
+    if image is None and not texts:
+        raise ValueError("image or --text must be given, or both, as the model takes them")
+    model, processor = load_model(options.model, None if options.dtype is None else getattr(torch, options.dtype))
+    if device is not None:
+        model = model.to(device)
+    picture = None if image is None else open_image(image)
+    inputs = moved(build_inputs(model, processor, picture, texts), model)
+    answer: Any = options.answer
+    if options.generate is not None:
+        answer = generate_answer(model, inputs, options.generate)
+    explanation = run(
+        model,
+        inputs,
+        target=options.target,
+        method=options.method,
+        start_layer=options.start_layer,
+        answer=answer,
+        tokenizer=processor,
+    )
     if explanation.text is not None:
         explanation = explanation.with_tokens(processor)
-    shown = _shown(processor, inputs, picture)
+    shown = seen_image(processor, inputs, picture)
     if out.suffix == ".html":
-        explanation.save_html(out, shown, title=" | ".join(text or [str(image)]))
+        explanation.save_html(out, shown, title=" | ".join(texts or [str(image)]))
     else:
         explanation.plot(shown).savefig(out, dpi=120)
     scores = [] if explanation.scores is None else explanation.scores.tolist()
-    for row, score in enumerate(scores):
+    if answer is not None:
+        for number, score in enumerate(scores[0]):
+            word = processor.decode(token_ids(answer, processor, 1)[0][number])
+            typer.echo(f"token {number}: log-probability {score:.6g} {word!r}")
+    for row, score in enumerate(scores if answer is None else []):
         aim = "" if explanation.target is None else f" (target {explanation.target[row]})"
         typer.echo(f"score {row}: {score:.6g}{aim}")
     typer.echo(f"wrote {out}")
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    """The model, of the class its configuration names, and its processor, tokenizer or image processor."""
-    with extra("explain"):
-        import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        architecture = (config.architectures or [""])[0]
-        loaded = getattr(transformers, architecture, transformers.AutoModel).from_pretrained(name)
-        return loaded.eval(), transformers.AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"--model {name}: {str(error).splitlines()[0]}") from error
-
-
-def _open(image: Path) -> Any:
-    with extra("viz"):
-        from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise typer.BadParameter(f"--image: {image} is no picture") from error
-
-
-def _inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> Any:
-    """What the processor makes of picture and texts, in the form that the model's kind asks for."""
-    from vlattn_fast.interpret.families import find_family
-
-    takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
-    takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
-    for option, present, taken in (("--image", picture is not None, takes_image), ("--text", bool(texts), takes_text)):
-        if present != taken:
-            raise typer.BadParameter(f"{option}: {type(model).__name__} takes {'one' if taken else 'none'}")
-    if not takes_text:
-        return processor(images=picture, return_tensors="pt")
-    if (family := find_family(model)) is None:
-        raise typer.BadParameter(
-            f"--model: {type(model).__name__} is of no known family; va.explain takes it with read= and target="
-        )
-    decoder = family.score == "token"
-    padding = "max_length" if model.config.model_type.startswith("siglip") else True  # SigLIP was trained with it
-    if decoder and len(texts) > 1:
-        raise typer.BadParameter(f"--text: {type(model).__name__} takes one; got {len(texts)}")
-    if not takes_image:
-        return processor(list(texts), padding=padding, return_tensors="pt")
-    prompts = [_prompt(processor, one) for one in texts] if decoder else list(texts)
-    return processor(images=picture, text=prompts, padding=padding, return_tensors="pt")
-
-
-def _prompt(processor: Any, text: str) -> str:
-    """The text behind the picture's token, as the model was trained."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-    token = getattr(processor, "image_token", None)
-    return text if token is None or token in text else f"{token}\n{text}"
-
-
-def _shown(processor: Any, inputs: Any, picture: Any) -> Any:
-    """The picture as the model saw it, resized and cropped, so that the map lies over the right pixels."""
-    pixels = inputs.get("pixel_values")
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
-        return picture
-    prepare = getattr(processor, "image_processor", processor)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (prepare.image_mean, prepare.image_std))
-    return (pixels[0] * std + mean).clamp(0, 1)
 
 
 @app.command()

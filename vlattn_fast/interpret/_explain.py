@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from vlattn_fast.interpret.trace import Trace
 from vlattn_fast.ops.relevancy_residual import Weighting
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
+_progress: ContextVar[bool] = ContextVar("_progress", default=True)
 
 
 def explain(
@@ -205,9 +207,19 @@ def _position(said: Answer | None, passes: list[Pass], tower: int) -> Tensor | N
     return start.argmax(-1).cpu() if alone else None
 
 
+@contextlib.contextmanager
+def without_progress() -> Iterator[None]:
+    """Within it `explain` shows no progress bar of its own."""
+    token = _progress.set(False)
+    try:
+        yield
+    finally:
+        _progress.reset(token)
+
+
 def _with_progress(passes: list[Pass]) -> Iterable[Pass]:
     """`passes`, with a progress bar on a terminal where there are several and tqdm is installed."""
-    if len(passes) > 1:
+    if len(passes) > 1 and _progress.get():
         with contextlib.suppress(ModuleNotFoundError):
             from tqdm import tqdm
 

@@ -69,7 +69,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], famil
     prompts = inputs.get("input_ids")
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError("inputs must contain 'input_ids' (B, N), which the answer is put behind; got none")
-    ids = _token_ids(answer, tokenizer, len(prompts))
+    ids = token_ids(answer, tokenizer, len(prompts))
     length = max((len(row) for row in ids), default=0)
     shape = (prompts.shape[0], prompts.shape[1])
     last = last_real(family.towers[0].tokens, inputs, shape)
@@ -102,7 +102,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], famil
     return Answer(ids, arguments, last[:, None] + torch.arange(length))
 
 
-def _token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
+def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
     if isinstance(answer, str):
         answer = [answer] * batch
     if hasattr(answer, "tolist"):

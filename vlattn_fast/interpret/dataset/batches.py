@@ -1,0 +1,211 @@
+"""Inputs made ready one by one, put together by shape, and explained in batches."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret._explain import explain, without_progress
+from vlattn_fast.interpret.answers import token_ids
+from vlattn_fast.interpret.dataset.items import Item
+from vlattn_fast.interpret.dataset.pieces import split
+from vlattn_fast.interpret.explanation import Explanation
+from vlattn_fast.interpret.families import find_family
+from vlattn_fast.interpret.inputs import prepare_inputs
+from vlattn_fast.interpret.loading import build_inputs, generate, moved, open_image
+
+_WINDOW = 32  # batches whose inputs may wait for others of their shape
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the results.
+
+    Args:
+        model: directory or id.
+        text, target, answer: for inputs without their own.
+        generate: explain the model's own answer, of so many tokens at most, where an input has none.
+        dtype: of the model; None = as it is stored.
+    """
+
+    model: str
+    method: str = "gradient"
+    start_layer: int = 0
+    text: tuple[str, ...] = ()
+    target: int | None = None
+    answer: str | None = None
+    generate: int | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One input as tensors.
+
+    Args:
+        number: its place in the dataset.
+        rows: its rows in a batch.
+        target: of each row; for CLIP-like models the text of each row, which is paired with its image already.
+        answer: token ids.
+        shape: what the inputs of one batch have in common, so that none is padded for another.
+    """
+
+    number: int
+    item: Item
+    inputs: dict[str, Any]
+    rows: int
+    target: list[int] | None
+    answer: list[int] | None
+    shape: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An input that could not be explained, and why."""
+
+    number: int
+    item: Item
+    error: str
+
+
+def reason(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
+
+
+def in_threads(make: Callable[[int], Any], numbers: Iterable[int], workers: int) -> Iterator[Any]:
+    """`make` of each number, in order, by threads that run a little ahead; 0 = in this thread."""
+    if workers == 0:
+        yield from map(make, numbers)
+        return
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[Any] = deque()
+    try:
+        for number in numbers:
+            waiting.append(pool.submit(make, number))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Batches:
+    """Explains items with one model."""
+
+    def __init__(self, model: Any, processor: Any, options: Options) -> None:
+        self.model, self.processor, self.options = model, processor, options
+        family = find_family(model)
+        if family is None:
+            raise ValueError(
+                f"model must be of a known family; got {type(model).__name__}: vlattn_fast.interpret.register_family"
+            )
+        if family.score != "token" and (options.generate is not None or options.answer is not None):
+            raise ValueError(f"answer and generate must be asked of a decoder; got {type(model).__name__}")
+        self.family = family
+        self._of_thread = threading.local()
+
+    def prepare(self, number: int, item: Item) -> Prepared | Failed:
+        """The processor's tensors of one item. Threads may call it."""
+        if item.problem is not None:
+            return Failed(number, item, item.problem)
+        try:
+            return self._prepared(number, item)
+        except Exception as error:
+            return Failed(number, item, reason(error))
+
+    def _prepared(self, number: int, item: Item) -> Prepared:
+        if not hasattr(self._of_thread, "processor"):  # fast tokenizers refuse two threads at once
+            self._of_thread.processor = copy.deepcopy(self.processor)
+        processor, options = self._of_thread.processor, self.options
+        picture = item.image
+        if picture is not None:
+            picture = open_image(picture) if isinstance(picture, (str, Path)) else picture.convert("RGB")
+        inputs = build_inputs(self.model, processor, picture, item.texts or options.text)
+        target = item.target if item.target is not None else options.target
+        said = item.answer if item.answer is not None else options.answer
+        if target is not None and (said is not None or options.generate is not None):
+            raise ValueError("answer must be given without target, which it takes the place of; got both")
+        answer = None if said is None else token_ids(said, processor, 1)[0]
+        if self.family.score == "pair":
+            inputs, targets = prepare_inputs(self.model, inputs, self.family, target)
+            rows = len(targets or [])
+        else:
+            rows = len(inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"])
+            targets = None if target is None else [target] * rows
+        alike = [(k, (v.shape[1:], v.dtype) if isinstance(v, Tensor) else repr(v)) for k, v in sorted(inputs.items())]
+        shape = (*alike, targets is None, None if answer is None else len(answer))
+        return Prepared(number, item, inputs, rows, targets, answer, shape)
+
+    def explained(self, stream: Iterable[Prepared | Failed], batch_size: int) -> Iterator[list[tuple[Any, Explanation | str]]]:
+        """Batch by batch, each input with its explanation or the reason why it has none."""
+        groups: dict[Any, list[Prepared]] = {}
+        for one in stream:
+            if isinstance(one, Failed):
+                yield [(one, one.error)]
+                continue
+            group = groups.setdefault(one.shape, [])
+            if group and _rows(group) + one.rows > batch_size:
+                yield self._explain(group)
+                group = groups[one.shape] = []
+            group.append(one)
+            if _rows(group) >= batch_size:
+                yield self._explain(groups.pop(one.shape))
+            elif sum(map(_rows, groups.values())) > _WINDOW * batch_size:
+                yield self._explain(groups.pop(max(groups, key=lambda shape: _rows(groups[shape]))))
+        for group in groups.values():
+            yield self._explain(group)
+
+    def _explain(self, group: list[Prepared]) -> list[tuple[Any, Explanation | str]]:
+        """Of one batch; where that fails, of its inputs one by one, so that a bad one is found."""
+        try:
+            return self._batch(group)
+        except torch.AcceleratorError:
+            raise  # nothing runs on the device from here on
+        except Exception as error:
+            if len(group) == 1:
+                return [(group[0], reason(error))]
+        return [found for one in group for found in self._explain([one])]
+
+    def _batch(self, group: list[Prepared]) -> list[tuple[Any, Explanation | str]]:
+        first = group[0]
+        joined = {
+            name: torch.cat([one.inputs[name] for one in group]) if isinstance(value, Tensor) else value
+            for name, value in first.inputs.items()
+        }
+        inputs = moved(joined, self.model)
+        answer: Any = None if first.answer is None else [one.answer for one in group]
+        if answer is None and self.options.generate is not None:
+            answer = generate(self.model, inputs, self.options.generate)
+            if len({len(row) for row in answer}) > 1:  # answers of one length are explained together
+                by_length: dict[int, list[Prepared]] = {}
+                for one, row in zip(group, answer, strict=True):
+                    by_length.setdefault(len(row), []).append(replace(one, answer=row))
+                return [found for part in by_length.values() for found in self._explain(part)]
+        paired = self.family.score == "pair"
+        targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
+        options = self.options
+        with without_progress():
+            explanation = explain(
+                self.model, inputs, target=targets, method=options.method, start_layer=options.start_layer, answer=answer
+            )
+        found: list[tuple[Any, Explanation | str]] = []
+        for one, piece in zip(group, split(explanation, [one.rows for one in group]), strict=True):
+            if paired:
+                piece = replace(piece, target=one.target)
+            found.append((one, piece if piece.token_ids is None else piece.with_tokens(self.processor)))
+        return found
+
+
+def _rows(group: list[Prepared]) -> int:
+    return sum(one.rows for one in group)

@@ -1,0 +1,174 @@
+"""The inputs of many explanations: JSON lines, CSV, a folder of images, or a Hugging Face dataset saved on disk."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlattn_fast._extras import extra
+
+COLUMNS = ("image", "text", "target", "answer", "id")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One input.
+
+    Args:
+        id: its name in the index.
+        image: a path; a picture, where a Hugging Face dataset holds it; or None.
+        texts: the texts beside it.
+        target, answer: as for `explain`; None = as the command says.
+        problem: why it cannot be read, where that is known already.
+    """
+
+    id: str
+    image: Any = None
+    texts: list[str] = field(default_factory=list)
+    target: int | None = None
+    answer: str | None = None
+    problem: str | None = None
+
+
+class Items(Sequence[Item]):
+    """The inputs of a dataset in its order. Pictures are not read.
+
+    Args:
+        source: a .jsonl or .csv file, whose paths count from its folder; a folder of images, which is searched through; or a
+            folder that `datasets.Dataset.save_to_disk` wrote.
+
+    Raises:
+        ValueError: `source` is none of these, has none of the columns, or two inputs have one id.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = Path(source)
+        self._rows: Sequence[Mapping[str, Any]]
+        if self.source.is_dir():
+            saved = any((self.source / name).exists() for name in ("state.json", "dataset_dict.json"))
+            self._rows = _saved(self.source) if saved else _folder(self.source)
+        elif not self.source.exists():
+            raise ValueError(f"dataset must be a file or a folder; got {self.source}, which is not there")
+        elif self.source.suffix == ".csv":
+            self._rows = _csv(self.source)
+        elif self.source.suffix in (".jsonl", ".ndjson"):
+            self._rows = _json_lines(self.source)
+        else:
+            raise ValueError(f"dataset must end in .csv or .jsonl, or be a folder; got {self.source.name}")
+        facts = self._rows.facts() if isinstance(self._rows, _Saved) else self._rows
+        digest, seen = hashlib.sha256(), set()
+        for number, row in enumerate(facts):
+            identity = _id(row, number)
+            if identity in seen:
+                raise ValueError(f"id must be of one input alone; got {identity!r} twice in {self.source}")
+            seen.add(identity)
+            digest.update(json.dumps([identity, *(str(row.get(name)) for name in COLUMNS)]).encode())
+        if not seen:
+            raise ValueError(f"dataset must have at least one input; got none in {self.source}")
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        row = self._rows[number]
+        identity = _id(row, number)
+        if "problem" in row:
+            return Item(identity, problem=row["problem"])
+        image, texts, target, answer = (_filled(row, name) for name in COLUMNS[:-1])
+        texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return Item(identity, problem=f"text must be a text or a list of texts; got {texts!r}")
+        if answer is not None and not isinstance(answer, str):
+            return Item(identity, problem=f"answer must be a text; got {answer!r}")
+        if isinstance(target, str) and target.strip().lstrip("-").isdecimal():
+            target = int(target)
+        if target is not None and (not isinstance(target, int) or isinstance(target, bool)):
+            return Item(identity, problem=f"target must be an int; got {target!r}")
+        if isinstance(image, str):
+            image = (self.source if self.source.is_dir() else self.source.parent) / image
+        return Item(identity, image, texts, target, answer)
+
+
+def _filled(row: Mapping[str, Any], name: str) -> Any:
+    value = row.get(name)
+    return None if isinstance(value, str) and not value else value
+
+
+def _id(row: Mapping[str, Any], number: int) -> str:
+    identity = _filled(row, "id")
+    return str(number if identity is None else identity)
+
+
+def _check_columns(names: Sequence[str], source: Path) -> None:
+    if not {"image", "text"} & set(names):
+        raise ValueError(f"dataset must have a column image or text; got {', '.join(names)} in {source}")
+
+
+def _csv(source: Path) -> list[dict[str, Any]]:
+    with source.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        _check_columns(reader.fieldnames or [], source)
+        return [{name: row.get(name) for name in COLUMNS} for row in reader]
+
+
+def _json_lines(source: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with source.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                row = str(error)
+            if isinstance(row, dict):
+                rows.append({name: row.get(name) for name in COLUMNS})
+            else:
+                rows.append({"problem": f"line {number} must be a JSON object; got {row!r}"})
+    if not any(row.get("image") is not None or row.get("text") is not None for row in rows):
+        _check_columns([], source)
+    return rows
+
+
+def _folder(source: Path) -> list[dict[str, Any]]:
+    files = (file for file in source.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    names = sorted(file.relative_to(source).as_posix() for file in files)
+    return [{"image": name, "id": name} for name in names]
+
+
+class _Saved(Sequence[Mapping[str, Any]]):
+    """The rows of a Hugging Face dataset, read when they are asked for."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+
+    def facts(self) -> Any:
+        """All columns but the pictures."""
+        names = [name for name in self.rows.column_names if name != "image"]
+        return self.rows.select_columns(names) if names else [{}] * len(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.rows[number]
+
+
+def _saved(source: Path) -> _Saved:
+    with extra("datasets"):
+        import datasets
+
+    rows = datasets.load_from_disk(str(source))
+    if hasattr(rows, "keys"):
+        raise ValueError(f"dataset must be one split; got {', '.join(rows.keys())}: name the folder of one, {source}/...")
+    _check_columns(rows.column_names, source)
+    return _Saved(rows)

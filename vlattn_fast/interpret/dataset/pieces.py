@@ -1,0 +1,103 @@
+"""An explanation of a batch as one explanation per input, and an explanation as tensors and facts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret.explanation import Explanation
+
+_TENSOR, _TUPLE = "$tensor", "$tuple"
+
+
+def split(explanation: Explanation, counts: Sequence[int]) -> list[Explanation]:
+    """The explanations of the inputs that lie one behind the other in a batch.
+
+    Args:
+        counts: how many rows each input has.
+    """
+    if len(counts) == 1:
+        return [explanation]
+    pieces, first = [], 0
+    for count in counts:
+        pieces.append(_rows(explanation, first, first + count))
+        first += count
+    return pieces
+
+
+def _rows(explanation: Explanation, first: int, end: int) -> Explanation:
+    """What `explain` gives for these rows alone."""
+    batch, map_rows = len(explanation), explanation.image_rows or []
+    maps = [place for place, row in enumerate(map_rows) if first <= row < end]
+
+    def part(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: part(one) for name, one in value.items()}
+        if not isinstance(value, (Tensor, list)):
+            return value
+        if len(value) == batch:
+            return value[first:end]
+        if isinstance(value, Tensor) and len(value) == len(map_rows):  # a tower that sees one image at a time
+            return value[maps]
+        raise ValueError(f"explanation must have {batch} rows in each field; got {len(value)}")
+
+    def images(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: images(one) for name, one in value.items()}
+        if isinstance(value, Tensor):
+            return value[maps]
+        if value is None:
+            return None
+        chosen = tuple(value[place] for place in maps)
+        return torch.stack(chosen) if len({one.shape for one in chosen}) == 1 else chosen
+
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(explanation):
+        value = getattr(explanation, field.name)
+        if field.name == "image_rows":
+            fields[field.name] = None if value is None else [map_rows[place] - first for place in maps]
+        else:
+            fields[field.name] = (images if field.name in ("image", "tower_images") else part)(value)
+    if fields["text"] is not None and fields["token_ids"] is not None:
+        fields["text"] = fields["text"][..., : max(map(len, fields["token_ids"]))]  # zeros of longer texts in the batch
+    return Explanation(**fields)
+
+
+def pack(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Its tensors, on the CPU and by the place of each, and its other facts, as JSON can hold them."""
+    tensors: dict[str, Tensor] = {}
+
+    def walk(value: Any, place: str) -> Any:
+        if isinstance(value, Tensor):
+            # safetensors refuses tensors that share memory, and a map may be a view of its row.
+            tensors[place] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return {_TENSOR: place}
+        if isinstance(value, Mapping):
+            return {str(name): walk(one, f"{place}.{name}") for name, one in value.items()}
+        if isinstance(value, (tuple, list)):
+            parts = [walk(one, f"{place}.{i}") for i, one in enumerate(value)]
+            return {_TUPLE: parts} if isinstance(value, tuple) else parts
+        return value
+
+    values = ((field.name, getattr(explanation, field.name)) for field in dataclasses.fields(explanation))
+    facts = {name: walk(value, name) for name, value in values if value is not None}
+    return tensors, facts
+
+
+def unpack(facts: Mapping[str, Any], read: Callable[[str], Tensor]) -> Explanation:
+    """The explanation that `pack` took apart; `read` gives the tensor of a place."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            if _TENSOR in value:
+                return read(value[_TENSOR])
+            if _TUPLE in value:
+                return tuple(walk(one) for one in value[_TUPLE])
+            return {name: walk(one) for name, one in value.items()}
+        return [walk(one) for one in value] if isinstance(value, list) else value
+
+    return Explanation(**{name: walk(value) for name, value in facts.items()})

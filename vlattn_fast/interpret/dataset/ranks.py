@@ -1,0 +1,77 @@
+"""The processes of one run: alone, or as many as torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+_FOREVER = timedelta(days=365)  # ranks end at different times
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world`, with a counter that all share."""
+
+    rank: int
+    world: int
+    local: int
+    store: Any = None
+
+    def from_first(self, value: Any) -> Any:
+        """What the first rank has as `value`."""
+        values = [value]
+        if self.world > 1:
+            distributed.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value: list[Any]) -> list[Any]:
+        """All ranks' lists, joined, on the first rank; an empty one on the others."""
+        if self.world == 1:
+            return value
+        gathered: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        distributed.gather_object(value, gathered)
+        return [one for part in gathered or [] for one in part]
+
+    def count(self, more: int) -> int:
+        """Add to the shared counter, and return it; of one process, what was added."""
+        return more if self.store is None else int(self.store.add("items", more))
+
+    def wait(self, total: int, seen: Callable[[int], None]) -> None:
+        """On the first rank, watch the counter until it reaches `total`."""
+        while self.world > 1 and self.rank == 0:
+            seen(count := self.count(0))
+            if count >= total:
+                return
+            time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """The process group that torchrun's environment describes; without it, this process alone."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks(0, 1, 0)
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"  # lists of ids and failures are on the CPU
+    store, rank, world = next(rendezvous("env://", timeout=_FOREVER))
+    distributed.init_process_group(
+        backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=_FOREVER
+    )
+    try:
+        yield Ranks(rank, world, local, PrefixStore("explained", store))
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,166 @@
+"""A model's explanations of a whole dataset, by one process or many, which a killed run is resumed for."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlattn_fast.interpret.dataset.batches import Batches, Options, in_threads
+from vlattn_fast.interpret.dataset.items import Item, Items
+from vlattn_fast.interpret.dataset.ranks import Ranks, joined
+from vlattn_fast.interpret.dataset.store import (
+    FAILURES,
+    FORMAT,
+    SETTINGS,
+    SHARDS,
+    ShardWriter,
+    check_settings,
+    clean,
+    finished,
+    locked,
+    to_lines,
+    write_text,
+)
+from vlattn_fast.interpret.loading import load_model
+from vlattn_fast.interpret.methods import find_method
+
+_SECONDS = 60.0  # after which a shard is written, however small
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How many inputs this run explained, how many failed, how many were done before, and whether this is the first rank."""
+
+    done: int
+    failed: int
+    skipped: int
+    first: bool
+
+
+def explain_dataset(
+    source: str | Path,
+    out: str | Path,
+    options: Options,
+    *,
+    batch_size: int = 8,
+    shard_size: int = 256,
+    workers: int = 2,
+    device: str | None = None,
+) -> Outcome:
+    """Explain each input of `source` and write the explanations to the directory `out`.
+
+    Under torchrun each process takes its share. What `out` has already is skipped; what failed is tried again. `out` must be on
+    a file system that all processes share.
+
+    Args:
+        source: see `Items`.
+        batch_size: rows explained together, of inputs of one shape.
+        shard_size: explanations in a file. A shard is also written a minute after the last.
+        workers: threads that read pictures ahead.
+        device: of the model; by default a GPU of its own for each process, or the CPU where there is none.
+
+    Raises:
+        ValueError: no such model or dataset; `out` was begun with other options, or is being written to.
+    """
+    find_method(options.method)
+    out = Path(out)
+    with joined() as ranks, contextlib.ExitStack() as stack:
+        items = Items(source)
+        model_name = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+        settings = {"format": FORMAT, **asdict(options), "text": list(options.text), "model": model_name, "dataset": items.digest}
+        _by_first(ranks, lambda: check_settings(out, settings))
+        batches = Batches(*_load(options, ranks, device), options)
+        done = _by_first(ranks, lambda: _begin(out, settings, stack))
+        if ranks.rank > 0:
+            stack.enter_context(locked(out, alone=False))
+        todo = [number for number in range(len(items)) if number not in done]
+        numbers = todo[ranks.rank :: ranks.world]
+        stream = in_threads(lambda number: batches.prepare(number, items[number]), numbers, workers)
+        writer, failures = ShardWriter(out, ranks.rank), []
+        written = time.monotonic()
+        with _bar(ranks, len(items), len(done)) as seen:
+            for batch in batches.explained(stream, batch_size):
+                for one, result in batch:
+                    if isinstance(result, str):
+                        failures.append(_failure(one.number, one.item, result))
+                        writer.fail(failures[-1])
+                    else:
+                        writer.add(one.number, one.item.id, result)
+                if len(writer) >= shard_size or time.monotonic() - written > _SECONDS:
+                    writer.flush()
+                    written = time.monotonic()
+                seen(ranks.count(len(batch)))
+            writer.flush()
+            ranks.wait(len(todo), seen)
+        failures = sorted(ranks.gather(failures), key=lambda line: line["item"])
+        if ranks.rank == 0:
+            write_text(out / FAILURES, to_lines(failures))
+        failed = ranks.from_first(len(failures))
+        return Outcome(len(todo) - failed, failed, len(done), ranks.rank == 0)
+
+
+def _by_first(ranks: Ranks, act: Callable[[], Any]) -> Any:
+    """What the first rank's `act` returns, or its ValueError, on all ranks."""
+    result, refusal = None, None
+    if ranks.rank == 0:
+        try:
+            result = act()
+        except ValueError as error:
+            refusal = str(error)
+    result, refusal = ranks.from_first((result, refusal))
+    if refusal is not None:
+        raise ValueError(refusal)
+    return result
+
+
+def _begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack) -> set[int]:
+    """Make or take up the directory, and lock it; the numbers of the items that are done."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / SETTINGS).exists():
+        write_text(out / SETTINGS, to_lines([settings]))
+    stack.enter_context(locked(out, alone=True))
+    (out / SHARDS).mkdir(exist_ok=True)
+    clean(out)
+    return {line["item"] for _, lines in finished(out) for line in lines if "error" not in line}
+
+
+def _load(options: Options, ranks: Ranks, device: str | None) -> tuple[Any, Any]:
+    if ranks.rank > 0:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+    model, processor = load_model(options.model, None if options.dtype is None else getattr(torch, options.dtype))
+    if device is None:
+        device = f"cuda:{ranks.local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return model.to(device), processor
+
+
+def _failure(number: int, item: Item, error: str) -> dict[str, Any]:
+    image = item.image if item.image is None else str(item.image)
+    return {"item": number, "id": item.id, "image": image, "text": item.texts, "error": error}
+
+
+@contextlib.contextmanager
+def _bar(ranks: Ranks, total: int, before: int) -> Any:
+    """A bar of all ranks' items, on the first rank's terminal; gives what moves it to a count of this run."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        yield lambda count: None
+        return
+    alone = 0
+
+    with tqdm(total=total, initial=before, desc="explaining", unit="input", disable=True if ranks.rank else None) as bar:
+
+        def seen(count: int) -> None:
+            nonlocal alone
+            alone = count if ranks.world > 1 else alone + count
+            bar.update(before + alone - bar.n)
+
+        yield seen

@@ -1,0 +1,87 @@
+"""`load_explanations`: what a run over a dataset wrote, read item by item."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlattn_fast._extras import extra
+from vlattn_fast.interpret.dataset.pieces import unpack
+from vlattn_fast.interpret.dataset.store import SHARDS, finished, read_settings
+from vlattn_fast.interpret.explanation import Explanation
+
+
+class Explanations(Sequence[Explanation]):
+    """A lazy sequence: an explanation is read when it is asked for.
+
+    Args:
+        ids: the id of each explanation, in the order of the dataset.
+        failures: the inputs that failed and are missing: dicts with item, id, image, text and error.
+        settings: the options of the run.
+    """
+
+    def __init__(
+        self, directory: Path, settings: dict[str, Any], entries: list[tuple[int, str, str]], failures: list[Any]
+    ) -> None:
+        self.directory, self.settings, self.failures = directory, settings, failures
+        self._entries = entries
+        self._opened: tuple[str, Any] | None = None
+
+    @property
+    def ids(self) -> list[str]:
+        return [identity for _, identity, _ in self._entries]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The explanation at `index`; of a slice the lazy sequence of that part."""
+        if isinstance(index, slice):
+            return Explanations(self.directory, self.settings, self._entries[index], self.failures)
+        item, _, name = self._entries[index]
+        shard, facts = self._shard(name)
+        return unpack(facts(item), lambda place: shard.get_tensor(f"{item}/{place}"))
+
+    def _shard(self, name: str) -> Any:
+        with extra("explain"):
+            from safetensors import safe_open
+
+        if self._opened is None or self._opened[0] != name:
+            shard = safe_open(self.directory / SHARDS / f"{name}.safetensors", framework="pt")
+            metadata = shard.metadata()
+            self._opened = name, (shard, lambda item: json.loads(metadata[str(item)]))
+        return self._opened[1]
+
+    def __repr__(self) -> str:
+        return f"Explanations({str(self.directory)!r}, {len(self)} explanations, {len(self.failures)} failures)"
+
+
+def load_explanations(directory: str | Path) -> Explanations:
+    """The explanations that `vlattn explain --dataset FILE --out DIR` wrote, also while it runs.
+
+    Args:
+        directory: DIR.
+
+    Returns:
+        A lazy sequence of `Explanation` in the order of the dataset. Inputs that failed are missing; `failures` lists them. `ids`
+        names the inputs.
+
+    Raises:
+        ValueError: no such run wrote `directory`.
+    """
+    directory = Path(directory)
+    settings = read_settings(directory)
+    if settings is None:
+        raise ValueError(f"directory must be one that `vlattn explain --dataset` wrote; got {directory}")
+    entries: dict[int, tuple[int, str, str]] = {}
+    failures: dict[int, dict[str, Any]] = {}
+    for name, lines in finished(directory):
+        for line in lines:
+            if "error" in line:
+                failures[line["item"]] = line
+            else:
+                entries.setdefault(line["item"], (line["item"], line["id"], name))
+    missing = [failures[item] for item in sorted(failures) if item not in entries]
+    return Explanations(directory, settings, [entries[item] for item in sorted(entries)], missing)

@@ -1,0 +1,136 @@
+"""A Hugging Face model and its processor by name, and what the processor makes of pictures and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._extras import extra
+from vlattn_fast.interpret.families import find_family
+
+
+def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The model, of the class its configuration names, and its processor, tokenizer or image processor.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    with extra("explain"):
+        import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = (config.architectures or [""])[0]
+        cls = getattr(transformers, architecture, transformers.AutoModel)
+        loaded = cls.from_pretrained(name) if dtype is None else cls.from_pretrained(name, dtype=dtype)
+        return loaded.eval(), transformers.AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model must be a directory or id of a Hugging Face model; got {name}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def open_image(path: str | Path) -> Any:
+    """The picture in `path`, RGB. ValueError where it is none."""
+    with extra("viz"):
+        from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"image must be a file; got {path}, which is not there") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, by the kind of damage
+        raise ValueError(f"image must be a picture; got {path}, which is no picture: {_first_line(error)}") from error
+
+
+def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """What the processor makes of one picture (or None) and its texts, in the form that the model's kind asks for.
+
+    Raises:
+        ValueError: a picture or text too many or too few, or too long a text; or a model without a record.
+    """
+    name = type(model).__name__
+    takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
+    takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
+    for part, present, taken in (("image", picture is not None, takes_image), ("text", bool(texts), takes_text)):
+        if present != taken:
+            raise ValueError(
+                f"{part} must be {'given to' if taken else 'left out for'} {name}; got {'one' if present else 'none'}"
+            )
+    if not takes_text:
+        return dict(processor(images=picture, return_tensors="pt"))
+    if (family := find_family(model)) is None:
+        raise ValueError(f"model must be of a known family; got {name}, which va.explain takes with read= and target=")
+    decoder = family.score == "token"
+    padding = "max_length" if model.config.model_type.startswith("siglip") else True  # SigLIP was trained with it
+    if decoder and len(texts) > 1:
+        raise ValueError(f"text must be one text, which is what {name} takes; got {len(texts)}")
+    if not takes_image:
+        inputs = dict(processor(list(texts), padding=padding, return_tensors="pt"))
+    else:
+        prompts = [_prompt(processor, one) for one in texts] if decoder else list(texts)
+        inputs = dict(processor(images=picture, text=prompts, padding=padding, return_tensors="pt"))
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if (
+        not decoder and most is not None and inputs["input_ids"].shape[1] > most
+    ):  # on a GPU the model's own error ends the process
+        raise ValueError(f"text must have at most {most} tokens for {name}; got {inputs['input_ids'].shape[1]}")
+    return inputs
+
+
+def _prompt(processor: Any, text: str) -> str:
+    """The text behind the picture's token, as the model was trained."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    token = getattr(processor, "image_token", None)
+    return text if token is None or token in text else f"{token}\n{text}"
+
+
+def seen_image(processor: Any, inputs: Mapping[str, Any], picture: Any) -> Any:
+    """The picture as the model saw it, resized and cropped, so that the map lies over the right pixels."""
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
+        return picture
+    prepare = getattr(processor, "image_processor", processor)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (prepare.image_mean, prepare.image_std))
+    return (pixels[0].float() * std + mean).clamp(0, 1)
+
+
+def moved(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The inputs on the model's device, pixels and other floats in its dtype."""
+    placed = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value = value.to(model.device, model.dtype if value.is_floating_point() else None)
+        placed[name] = value
+    return placed
+
+
+def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int]]:
+    """At most `count` tokens behind each prompt, the most likely one each time; the token that ends an answer is left out.
+
+    Raises:
+        ValueError: the model is no decoder with a record; an answer has no token.
+    """
+    family = find_family(model)
+    if family is None or family.score != "token":
+        raise ValueError(f"generate must be asked of a decoder with a record; got {type(model).__name__}")
+    with torch.no_grad():
+        made = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1)
+    ends = model.generation_config.eos_token_id
+    stops = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+    answers = []
+    for row in made[:, inputs["input_ids"].shape[1] :].tolist():
+        end = next((place for place, token in enumerate(row) if token in stops), len(row))
+        if end == 0:
+            raise ValueError("generate must give an answer with a token; got the end of the text at once")
+        answers.append(row[:end])
+    return answers
