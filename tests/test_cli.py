@@ -10,21 +10,12 @@ import torch
 typer_testing = pytest.importorskip("typer.testing")
 transformers = pytest.importorskip("transformers")
 
+from tests import saved_models  # noqa: E402
 from vlattn_fast import _native, cli, verify  # noqa: E402
 from vlattn_fast.cuda import _shared_library  # noqa: E402
 from vlattn_fast.interpret import loading  # noqa: E402
 from vlattn_fast.interpret.methods import METHODS  # noqa: E402
 from vlattn_fast.ops import _dispatch  # noqa: E402
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 24,
-    "patch_size": 6,
-}
-WORDS = ["<start>", "<end>", "<pad>", "a", "red", "blue", "square", "circle"]
 
 
 def vlattn(*arguments):
@@ -36,103 +27,24 @@ def said(result) -> str:
     return re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", "", result.output))
 
 
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<start>", eos_token="<end>", pad_token="<pad>", model_max_length=8
-    )
-
-
-def image_processor():
-    return transformers.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": len(WORDS),
-        "max_position_embeddings": 8,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    }
-    transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
-    transformers.CLIPProcessor(image_processor(), tokenizer()).save_pretrained(folder)
-    return folder
+    return saved_models.save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vit")
-    transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=5)).save_pretrained(folder)
-    image_processor().save_pretrained(folder)
-    return folder
+    return saved_models.save_vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("llava")
-    words = tokenizer()
-    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": len(words),
-        "max_position_embeddings": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-        "model_type": "llama",
-    }
-    config = transformers.LlavaConfig(
-        text_config=text,
-        vision_config={**VISION, "model_type": "clip_vision_model"},
-        image_token_id=len(words) - 1,
-        vision_feature_layer=-1,
-    )
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
-    transformers.LlavaProcessor(
-        image_processor(),
-        words,
-        patch_size=6,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
-    return folder
+    return saved_models.save_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("bert")
-    config = transformers.BertConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=len(WORDS),
-        pad_token_id=2,
-        num_labels=3,
-    )
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return saved_models.save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")

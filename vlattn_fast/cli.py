@@ -28,6 +28,7 @@ from vlattn_fast.ops._dispatch import BACKEND_NAMES
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 BACKENDS = tuple(name for name in BACKEND_NAMES if name != "auto")
+_EXPLAIN_OPTIONS = ("model", "out", "image", "text", "method", "target", "answer", "generate", "dtype", "device", "dataset")
 MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
@@ -194,7 +195,8 @@ def explain(
         sizes = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
         outcome = explain_dataset(dataset, out, options, device=device, **sizes)
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(f"--{error}") from error
+        option = str(error).partition(" ")[0]
+        raise typer.BadParameter(f"--{error}" if option in _EXPLAIN_OPTIONS else str(error)) from error
     if outcome.first:
         inputs = outcome.done + outcome.failed + outcome.skipped
         typer.echo(f"done {outcome.done}, failed {outcome.failed}, skipped {outcome.skipped} (done before), of {inputs}: {out}")

@@ -123,8 +123,12 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int
     family = find_family(model)
     if family is None or family.score != "token":
         raise ValueError(f"generate must be asked of a decoder with a record; got {type(model).__name__}")
+    images = [
+        getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")
+    ]  # they stand for pixels, no words
+    never = [*(model.generation_config.suppress_tokens or []), *(token for token in images if token is not None)]
     with torch.no_grad():
-        made = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1)
+        made = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1, suppress_tokens=never or None)
     ends = model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
     answers = []

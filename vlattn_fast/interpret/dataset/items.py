@@ -134,7 +134,7 @@ def _json_lines(source: Path) -> list[dict[str, Any]]:
                 rows.append({name: row.get(name) for name in COLUMNS})
             else:
                 rows.append({"problem": f"line {number} must be a JSON object; got {row!r}"})
-    if not any(row.get("image") is not None or row.get("text") is not None for row in rows):
+    if rows and not any(row.get("image") is not None or row.get("text") is not None for row in rows):
         _check_columns([], source)
     return rows
 

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
-_FOREVER = timedelta(days=365)  # ranks end at different times
+_MEETING, _FOREVER = timedelta(minutes=10), timedelta(days=365)  # ranks begin together and end at different times
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,15 @@ def joined() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, 0)
         return
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # torch does not list them
+
     local = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"  # lists of ids and failures are on the CPU
-    store, rank, world = next(rendezvous("env://", timeout=_FOREVER))
-    distributed.init_process_group(
-        backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=_FOREVER
-    )
+    store, rank, world = next(rendezvous("env://", timeout=_MEETING))
+    distributed.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=_FOREVER)
     try:
         yield Ranks(rank, world, local, PrefixStore("explained", store))
     finally:
