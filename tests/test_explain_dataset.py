@@ -308,21 +308,21 @@ def start(*command):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("die", ["lines", "shard"])
-def test_processes_killed_and_resumed_by_others(models, many, tmp_path, die):
+def test_processes_killed_twice_and_resumed_by_others(models, many, tmp_path):
     dataset, rows = many
     out = tmp_path / "out"
-    command = ("-m", "tests.explain_ranks")
-    killed = start(*command, 2, die, models["clip"], dataset, out)
-    assert killed.returncode == 1 and "Traceback" not in killed.stderr, killed.stderr
-    shards = out / store.SHARDS
-    left = {path.name for path in shards.iterdir()}
-    assert ("00001-000001.safetensors" if die == "lines" else "00001-000001.safetensors.tmp") in left
-    assert "00001-000000.jsonl" in left and "00001-000001.jsonl" not in left
-    done = len(va.load_explanations(out))
-    assert 0 < done < 38
-    written = {path: path.stat().st_mtime_ns for path in shards.glob("*.jsonl")}
-    resumed = start(*command, 4, "no", models["clip"], dataset, out)
+    shards, done, written = out / store.SHARDS, 0, {}
+    for number, (die, left) in enumerate((("lines", ".safetensors"), ("shard", ".safetensors.tmp"))):
+        killed = start("-m", "tests.explain_ranks", 2, die, models["clip"], dataset, out)
+        assert killed.returncode == 1 and "Traceback" not in killed.stderr, killed.stderr
+        names = {path.name for path in shards.iterdir()}
+        unfinished = f"00001-{number + 1:06}"
+        assert unfinished + left in names and unfinished + ".jsonl" not in names
+        assert done < len(va.load_explanations(out)) < 38
+        done = len(va.load_explanations(out))
+        assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+        written = {path: path.stat().st_mtime_ns for path in shards.glob("*.jsonl")}
+    resumed = start("-m", "tests.explain_ranks", 4, "no", models["clip"], dataset, out)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.split() == [str(38 - done), "2", str(done)]
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
