@@ -28,8 +28,8 @@ ROWS = {
 HEAD = """# Models
 
 `va.explain(model, inputs)` takes these classes of transformers as they are, and any other model with `read=` and `target=` (see
-[Explain a model](guides/explain_a_model.md)). This page is written from the package's records. A test names each class. It compares
-a small random model with the published rule on stored maps, or runs every method on a class that shares such a tower.
+[Explain a model](guides/explain_a_model.md)). This page is written from the package's records. A test names each class. It
+compares a small random model with the published rule on stored maps, or runs every method on a class with such a tower.
 
 *maps* says which parts of the image have a map: patches, image tokens on their grid, or boxes. *weighted* says whether the record
 names the residual branch that `method="weighted"` needs. *connector* says whether `through_connector=True` goes on into the
