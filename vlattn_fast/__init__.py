@@ -1,7 +1,7 @@
 """vlattn_fast: look inside, train on, and change the attention of vision-language models at FlashAttention cost."""
 
 from vlattn_fast import lab, models, nn, reference, scores
-from vlattn_fast.interpret import Explanation, explain, load_explanations
+from vlattn_fast.interpret import Evaluation, Explanation, evaluate, explain, load_explanations
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -13,11 +13,13 @@ from vlattn_fast.reference.attention_statistics import AttentionStatistics
 
 __all__ = [
     "AttentionStatistics",
+    "Evaluation",
     "Explanation",
     "attention_map",
     "attention_statistics",
     "congruence_loss",
     "damsm_similarity",
+    "evaluate",
     "explain",
     "lab",
     "load_explanations",

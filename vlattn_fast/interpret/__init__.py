@@ -2,8 +2,20 @@
 
 from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret.dataset import Explanations, load_explanations
+from vlattn_fast.interpret.evaluation import Evaluation, evaluate
 from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import FAMILIES, register_family
 from vlattn_fast.interpret.records import Family, Tower
 
-__all__ = ["FAMILIES", "Explanation", "Explanations", "Family", "Tower", "explain", "load_explanations", "register_family"]
+__all__ = [
+    "FAMILIES",
+    "Evaluation",
+    "Explanation",
+    "Explanations",
+    "Family",
+    "Tower",
+    "evaluate",
+    "explain",
+    "load_explanations",
+    "register_family",
+]
