@@ -51,7 +51,7 @@ class Evaluation:
             samples; None without any), "sd" (their standard deviation; None below two), "samples", and "left_out": samples
             that have no such part, no boxes, or too little of them.
         curves: a row for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
-            a step), "samples". Of "sanity" the steps are the share of randomised modules.
+            a step), "samples". Of "sanity" the steps are the share of randomised modules, and samples have maps at each of them.
         facts: the arguments of the run.
     """
 
@@ -140,7 +140,8 @@ def evaluate(
 
     - "sanity": Spearman's correlation with the map of the same model with every weight randomised (Adebayo et al., NeurIPS
       2018). A map that depends on what the model learned is near 0. The curve has the cascade from the output to the input.
-      Weights become normal numbers with the mean and standard deviation of the trained tensor.
+      Weights become normal numbers with the mean and standard deviation of the trained tensor. A correlation with a constant
+      map is undefined, and such a sample is left out.
 
     Removed patches become 0, the mean pixel of normalised images. Removed regions and words are dropped from the inputs; special
     tokens stay, and of a decoder the token at the reading position.
@@ -424,7 +425,7 @@ def _sanity(
     generator: torch.Generator,
     found: _Found,
 ) -> None:
-    """Correlations with the maps of ever more randomised models. A sample without one of them is left out."""
+    """Correlations with the maps of ever more randomised models. They are undefined for constant maps, which are left out."""
     changed = copy.deepcopy(model)
     curves: dict[tuple[str, str, int, int], list[float | None]] = {}
     first = remembered[0][0].inputs
@@ -442,10 +443,7 @@ def _sanity(
                         curves.setdefault((name, part, item, row), []).append(value)
     for (name, part, _, _), curve in curves.items():
         numbers = [value for value in curve if value is not None]
-        if len(numbers) == len(curve):
-            found.add((name, "sanity", part), numbers[-1], numbers)
-        else:
-            found.add((name, "sanity", part), None)
+        found.add((name, "sanity", part), curve[-1], numbers if len(numbers) == len(curve) else None)
 
 
 def _stages(model: nn.Module, inputs: Mapping[str, Any], stages: int, seed: int) -> Iterator[int]:

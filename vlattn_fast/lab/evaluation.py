@@ -57,20 +57,26 @@ def run(samples: int, seed: int, methods: Sequence[str] = METHODS) -> Evaluation
 
 
 def over_seeds(runs: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """A row for each method, test and part: mean and standard deviation over the runs, and of the difference from "gradient" in
-    the same run."""
+    """A row for each method, test and part: mean and standard deviation over the runs that have a value ("seeds" of them), and of
+    the difference from "gradient" in the same run."""
     rows = []
     for first in runs[0].table:
         place = (first["method"], first["test"], first["part"])
         same = [next(r for r in e.table if (r["method"], r["test"], r["part"]) == place) for e in runs]
-        values = torch.tensor([row["value"] for row in same], dtype=torch.float64)
-        plain = torch.tensor([e.value("gradient", first["test"], first["part"]) for e in runs], dtype=torch.float64)
-        row = {"method": first["method"], "test": first["test"], "part": first["part"], "values": values.tolist()}
-        for name, numbers in (("", values), ("minus_gradient", values - plain)):
-            sd = float(numbers.std()) if len(numbers) > 1 else None
-            row |= {name or "value": float(numbers.mean()), f"{name}_sd".lstrip("_"): sd}
-        rows.append({**row, "seeds": len(runs), **{key: sum(r[key] for r in same) for key in ("samples", "left_out")}})
+        pairs = [(row["value"], e.value("gradient", *place[1:])) for row, e in zip(same, runs, strict=True)]
+        values = [one for one, _ in pairs if one is not None]
+        row = {**dict(zip(("method", "test", "part"), place, strict=True)), "values": [one for one, _ in pairs]}
+        row |= dict(zip(("value", "sd"), _mean(values), strict=True))
+        differences = [one - two for one, two in pairs if one is not None and two is not None]
+        row |= dict(zip(("minus_gradient", "minus_gradient_sd"), _mean(differences), strict=True))
+        rows.append({**row, "seeds": len(values), **{key: sum(r[key] for r in same) for key in ("samples", "left_out")}})
     return rows
+
+
+def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation; None where there are too few for one."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return float(numbers.mean()) if values else None, float(numbers.std()) if len(values) > 1 else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("{\n" + ",\n".join(lines) + f',\n"rows": [\n{rows}\n]\n}}\n')
     for row in table:
-        print(f"{row['method']:15}{row['test']:10}{row['part']:6}{row['value']:8.4f} ± {row['sd'] or 0:.4f}")
+        value, sd = ("-" if row[name] is None else f"{row[name]:.4f}" for name in ("value", "sd"))
+        print(f"{row['method']:15}{row['test']:10}{row['part']:6}{value:>8} ± {sd}")
     print(f"{report['cpu_seconds']} s of processor time; wrote {options.out}")
 
 
