@@ -22,6 +22,7 @@ CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "load": ("safetensors", "explain", lambda path: va.Explanation.load(path)),
     "plot": ("matplotlib", "viz", lambda path: EXPLANATION.plot()),
     "table": ("pandas", "tables", lambda path: EXPLANATION.to_pandas()),
+    "curves": ("matplotlib", "viz", lambda path: va.Evaluation([]).plot()),
     "page": ("jinja2", "viz", lambda path: EXPLANATION.save_html(path)),
     "model": ("transformers", "explain", lambda path: loading.load_model("x")),
     "picture": ("PIL", "viz", lambda path: loading.open_image(path)),

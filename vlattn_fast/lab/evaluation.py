@@ -56,6 +56,21 @@ def run(samples: int, seed: int, methods: Sequence[str] = METHODS) -> Evaluation
     )
 
 
+@torch.no_grad()
+def accepted(samples: int, seeds: int) -> dict[str, Any]:
+    """Share of the true captions that the model accepts: as they are, and without their first to fifth word."""
+    model, _ = load_uniter()
+    counts = torch.zeros(6, dtype=torch.float64)
+    for seed in range(seeds):
+        for inputs, _, _ in matching(samples, seed):
+            for word in range(6):
+                stays = [column for column in range(7) if column != word or word == 0]
+                left = {name: inputs[name][:, stays] for name in ("input_ids", "attention_mask")}
+                counts[word] += (log_odds(model(**{**inputs, **left})) > 0).sum()
+    shares = (counts / (samples * seeds)).tolist()
+    return {"whole": shares[0], "without_word": shares[1:]}
+
+
 def over_seeds(runs: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """A row for each method, test and part: mean and standard deviation over the runs that have a value ("seeds" of them), and of
     the difference from "gradient" in the same run."""
@@ -95,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "cpu_seconds": round(time.process_time() - began, 1),
         "facts": runs[0].facts,
+        "accepted": accepted(options.samples, options.seeds),
     }
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in report.items()]
     rows = ",\n".join(json.dumps(row) for row in table)
