@@ -235,6 +235,18 @@ def test_a_batch_is_its_rows(name):
             assert one["mean"] == pytest.approx(two["mean"], abs=1e-4)
 
 
+def test_a_decoder_keeps_the_token_that_it_reads():
+    model, inputs = made("llava")
+    single = {name: value[1:] for name, value in inputs.items()}  # words at 1, 2, 3, 20, 21 of 22 tokens; the last one is read
+    result = va.evaluate(model, [(single, 7, None)], tests=("deletion",), steps=[0, 1])
+    stay = [0, *range(4, 20), 21]
+    text = {name: single[name][:, stay] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = model(**text, pixel_values=single["pixel_values"]).logits[0, -1]
+    (curve,) = (c for c in result.curves if c["part"] == "text")
+    assert curve["mean"][1] == pytest.approx(float(logits.softmax(0)[7]), rel=1e-4)
+
+
 def test_patches_of_qwen_are_merged_cells():
     model, inputs = made("qwen2_5_vl")
     first = torch.zeros(8)
