@@ -199,7 +199,7 @@ def evaluate(
             shown = explain(model, question.inputs, target=question.target, method="attention")
         if shown is None:
             shown = next((e for e in explained.values() if getattr(e, "image", None) is not None), None)
-        samples = split(model, judge.family, question.rows_inputs, question.rows, shown, words)
+        samples = split(judge.family, question.rows_inputs, question.rows, shown, words)
         maps = {name: _maps(name, result, samples, generator) for name, result in explained.items()}
         truth = check_boxes(boxes, question.rows)
         for name, rows in maps.items():

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlattn_fast.interpret.boxes import grid_entries
 from vlattn_fast.interpret.inputs import last_real
-from vlattn_fast.interpret.methods import find_method
-from vlattn_fast.interpret.readout import word_positions
 from vlattn_fast.interpret.records import Family
-from vlattn_fast.interpret.towers import TowerTrace
 
 STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as LXMERT's perturbation test of Chefer et al. has
 _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
@@ -137,9 +134,7 @@ def _masked(pixels: Tensor, grids: list[tuple[int, int]], stays: Tensor) -> Tens
     return pixels * torch.stack(masks).to(pixels)[:, None]
 
 
-def split(
-    model: nn.Module, family: Family | None, inputs: Mapping[str, Any], rows: int, shown: Any, words: Words | None
-) -> list[Sample]:
+def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: Any, words: Words | None) -> list[Sample]:
     """A batch as its rows.
 
     Args:
@@ -150,7 +145,7 @@ def split(
     image, owners = getattr(shown, "image", None), getattr(shown, "image_rows", None)
     grids = [tuple(part.shape[-2:]) for part in image] if image is not None else []
     owners = list(range(len(grids))) if owners is None else owners
-    text = _words(model, family, inputs, shown)
+    text = _words(family, inputs, shown)
     removable = text if text is None or words is None else _asked(words, inputs, None if family is None else text)
     if family is None:
         text = removable
@@ -189,23 +184,21 @@ def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tens
     return found.cpu() if text is None else found.cpu() & text
 
 
-def _words(model: nn.Module, family: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:
+def _words(family: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:
     """bool (B, N), True = a word, as `.text` has them; None without text."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
         return None
     if family is not None and family.towers:
-        for record in family.towers:
-            relevancy = getattr(shown, "relevancy", {}).get(record.name)
-            if relevancy is None:
-                continue
-            tower = TowerTrace(record, model, find_method("attention"), "equal", False)
-            tower.batch, tower.size = relevancy.shape[0], relevancy.shape[-1]
-            config = model.config if record.tokens == "image_text" else tower.config
-            positions = word_positions(tower, config, inputs, ids)
-            if positions is not None:
-                return positions[:, : ids.shape[1]].cpu()
-        return None
+        places = getattr(shown, "places", None)
+        if places is None:
+            return None
+        # Where patches come in front of the words, places count from the first patch.
+        fronts = [shown.relevancy[t.name].shape[-1] - ids.shape[-1] for t in family.towers if t.tokens == "patches_text"]
+        positions = torch.zeros(len(places), ids.shape[-1], dtype=torch.bool)
+        for row, columns in enumerate(places):
+            positions[row, torch.tensor(columns, dtype=torch.long) - sum(fronts)] = True
+        return positions
     # Without a record: everything but padding and the first and last token, as [CLS] and [SEP] are.
     mask = inputs.get("attention_mask")
     real = mask.bool().cpu() if isinstance(mask, Tensor) else torch.ones(ids.shape, dtype=torch.bool)
