@@ -45,10 +45,11 @@ def readable(mangled: list[str]) -> list[str]:
     return [re.sub(r"vlattn::|\(anonymous namespace\)::", "", name) for name in names.splitlines()]
 
 
-def built() -> Path:
-    from tests.cuda.building import CUDA, build
+def built(*, all_targets: bool = False) -> Path:
+    """The library for sm_90a, or for all targets, which takes minutes."""
+    from tests.cuda.building import CUDA, TARGETS, build
 
-    return build("cuda", *CUDA) / "libvlattn_cuda.so"
+    return build(*(TARGETS if all_targets else CUDA)) / "libvlattn_cuda.so"
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="store what is compiled")
     parser.add_argument("--library", type=Path, help="another one than that of build/cuda")
     options = parser.parse_args()
-    compiled, table, version = rows_of(options.library or built()), read(TABLE), nvcc_version()
+    compiled, table, version = rows_of(options.library or built(all_targets=True)), read(TABLE), nvcc_version()
     if options.write:
         table[version] = compiled
         write(TABLE, table)

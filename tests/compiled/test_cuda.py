@@ -55,7 +55,8 @@ def test_kernels_compile_as_stored(nvcc: str) -> None:
     table = read(cuda.TABLE)
     if table and nvcc not in table:
         pytest.skip(f"the table has no nvcc {nvcc}, only {', '.join(table)}: python -m tests.compiled.cuda --write adds it")
-    assert differences(rows_of(cuda.built()), table.get(nvcc, {})) == []
+    stored = {key: row for key, row in table.get(nvcc, {}).items() if key.endswith(" sm_90a")}
+    assert differences(rows_of(cuda.built()), stored) == []
 
 
 def test_forward_kernels_have_no_stack_on_sm_90() -> None:

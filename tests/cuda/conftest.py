@@ -16,7 +16,7 @@ from tests.cuda.building import CUDA, SANITIZED, build
 from tests.ops import backends
 from tests.ops.backends import cuda_library  # noqa: F401  a fixture
 
-LATE = {"cuda/test_build.py": ("cuda", *CUDA), "compiled/test_cuda.py": ("cuda", *CUDA)}
+LATE = {"cuda/test_build.py": CUDA, "compiled/test_cuda.py": CUDA}
 EARLY = {**LATE, "cuda/test_sanitized.py": ("asan", *SANITIZED)}
 
 

@@ -1,4 +1,4 @@
-"""The library for GPUs, built without one: targets, and schemas like those of the Python operators."""
+"""The library for GPUs, built without one: its target, and schemas like those of the Python operators."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def _on_device() -> None:
     """No kernel runs here: the library for the CPU, which other tests in this folder start with, is not needed."""
 
 
-def test_it_has_its_targets() -> None:
+def test_it_has_its_target() -> None:
+    """`make table` builds all of them."""
     if shutil.which("nvcc") is None:
         pytest.skip("the CUDA C++ kernels are not compiled: nvcc is not installed")
     pytest.importorskip("triton", reason="cuobjdump comes with it")
     built = build_library()
     kernels = len(list(CSRC.glob("*.cu")))
     machine_code = re.findall(r"\.(sm_\w+)\.cubin$", cuobjdump("--list-elf", built), re.M)
-    assert sorted(machine_code) == sorted(["sm_80", "sm_90a", "sm_100"] * kernels)
-    assert re.findall(r"\.(sm_\w+)\.ptx$", cuobjdump("--list-ptx", built), re.M) == ["sm_100"] * kernels
+    assert sorted(machine_code) == ["sm_90a"] * kernels
 
 
 def test_its_errors_are_those_of_cuda() -> None:
