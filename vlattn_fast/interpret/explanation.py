@@ -32,8 +32,10 @@ class Explanation:
     Args:
         relevancy: tower -> (B, N), the read-out row over all of that tower's tokens, special ones included. (images, N) where a
             tower sees one image at a time and prompts hold several; not the first tower.
-        image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several images; a tuple of (h, w)
-            where the grids differ; None without an image.
+        image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several maps; a tuple of (h, w) where
+            the grids differ; None without an image. Maps come in the order of their tokens. An image that is cut into tiles has
+            one map of all tiles, where config and inputs say how they lie, and one of its thumbnail; else each tile has its own.
+            A video has a map per frame.
         image_rows: the row of the batch each map of `image` belongs to.
         text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros.
         token_ids: the ids of the entries of `text`, row by row, as long as each text is.
