@@ -1,10 +1,17 @@
-"""Who may import whom: a file imports from its own floor or from a floor below, and no two files import each other."""
+"""Who may import whom: a file imports from its own floor or from a floor below, and no two files import each other.
+
+And no file is longer than one can read at a time.
+"""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
@@ -15,6 +22,7 @@ FLOORS = (
     ("benchmarks", "_demo", "_info"),
     ("cli", "__init__", "__main__"),
 )
+LONGEST = 450  # lines of a Python file outside kernels/
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 
 
@@ -55,3 +63,12 @@ def test_no_import_runs_upwards() -> None:
 
 def test_no_two_files_import_each_other() -> None:
     graphlib.TopologicalSorter(imports()).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a git checkout")
+def test_no_file_is_too_long() -> None:
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in tracked if (ROOT / name).is_file()}
+    assert "tests/test_floors.py" in lines
+    too_long = {name: count for name, count in lines.items() if count > LONGEST and not name.startswith("kernels/")}
+    assert not too_long

@@ -1,4 +1,4 @@
-"""The fixture that builds a small random model of the family a test names."""
+"""The fixtures that build a small random model of the family a test names."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.interpret.cases import CASES, Case, lively  # noqa: E402
+from tests.interpret.decoder_cases import DECODERS, Decoder, mllama  # noqa: E402
 
 
 @pytest.fixture
@@ -15,5 +16,13 @@ def case(request: pytest.FixtureRequest) -> Case:
     """The case named by the test's parameter, its model in eval mode."""
     torch.manual_seed(0)
     made = CASES[request.param]()
+    lively(made.model).eval()
+    return made
+
+
+@pytest.fixture
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    torch.manual_seed(6)
+    made = {**DECODERS, "mllama": mllama}[request.param]()
     lively(made.model).eval()
     return made

@@ -64,7 +64,7 @@ def page() -> str:
 
 
 def named(name: str, text: str) -> bool:
-    """Whether a test names a class; `both("CLIPSeg")` of test_encoders.py makes CLIPSegModel."""
+    """Whether a test names a class; `both("CLIPSeg")` of encoder_cases.py makes CLIPSegModel."""
     return re.search(rf'\b{name}\b|both\("{name.removesuffix("Model")}"', text) is not None
 
 

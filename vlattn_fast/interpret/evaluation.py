@@ -23,6 +23,7 @@ from vlattn_fast.interpret.judging import Judge, Question
 from vlattn_fast.interpret.methods import METHODS
 from vlattn_fast.interpret.perturbation import STEPS, Sample, Words, area_under, kept, split
 from vlattn_fast.interpret.randomised import cascade, rank_correlation
+from vlattn_fast.interpret.tally import Tally
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -186,7 +187,7 @@ def evaluate(
     model = unwrapped(model)
     judge = Judge(model, find_family(model), accuracy, probability, batch_size)
     generator = torch.Generator().manual_seed(seed)
-    found = _Found([(name, test, part) for name in chosen for test in tests for part in _parts(test)])
+    found = Tally([(name, test, part) for name in chosen for test in tests for part in _parts(test)])
     remembered: list[tuple[Question, list[Sample], dict[str, Maps]]] = []
     for item in _with_progress(dataset, "evaluating"):
         inputs, target, boxes = _triple(item)
@@ -347,51 +348,13 @@ def _entries(name: str, values: Tensor, index: Tensor) -> Tensor:
 # --- tests ---
 
 
-class _Found:
-    """What each sample brought, by (method, test, part)."""
-
-    def __init__(self, keys: list[tuple[str, str, str]]) -> None:
-        self._values: dict[tuple[str, str, str], list[float]] = {key: [] for key in keys}
-        self._curves: dict[tuple[str, str, str], list[list[float]]] = {key: [] for key in keys}
-        self._left_out = dict.fromkeys(keys, 0)
-
-    def add(self, key: tuple[str, str, str], value: float | None, curve: list[float] | None = None) -> None:
-        """A sample's value; None = it has none."""
-        if value is None:
-            self._left_out[key] += 1
-            return
-        self._values[key].append(value)
-        if curve is not None:
-            self._curves[key].append(curve)
-
-    def table(self) -> list[dict[str, Any]]:
-        rows = []
-        for (method, test, part), values in self._values.items():
-            numbers = torch.tensor(values, dtype=torch.float64)
-            row: dict[str, Any] = {"method": method, "test": test, "part": part}
-            row |= {"value": float(numbers.mean()) if values else None, "sd": float(numbers.std()) if len(values) > 1 else None}
-            rows.append({**row, "samples": len(values), "left_out": self._left_out[method, test, part]})
-        return rows
-
-    def curves(self, steps: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-        rows = []
-        for (method, test, part), curves in self._curves.items():
-            if not curves:
-                continue
-            numbers = torch.tensor(curves, dtype=torch.float64)
-            sd = numbers.std(0).tolist() if len(curves) > 1 else None
-            row = {"method": method, "test": test, "part": part, "steps": list(steps[test])}
-            rows.append({**row, "mean": numbers.mean(0).tolist(), "sd": sd, "samples": len(curves)})
-        return rows
-
-
 def _perturb(
     judge: Judge,
     question: Question,
     samples: list[Sample],
     maps: Mapping[str, Maps],
     drawn: Mapping[str, Sequence[float]],
-    found: _Found,
+    found: Tally,
 ) -> None:
     """Curves of every method; inputs that several steps, tests or methods come to are run once."""
     wanted: dict[tuple[int, str, tuple[int, ...]], int] = {}
@@ -423,7 +386,7 @@ def _sanity(
     stages: int,
     seed: int,
     generator: torch.Generator,
-    found: _Found,
+    found: Tally,
 ) -> None:
     """Correlations with the maps of ever more randomised models. They are undefined for constant maps, which are left out."""
     changed = copy.deepcopy(model)

@@ -11,10 +11,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vlattn_fast.ops.attention_map import attention_map
+from vlattn_fast.interpret.multihead import attend, heads, multihead_attention
 
 
 def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -44,26 +43,11 @@ def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
     """The function for the class that defines `kind`'s forward. A subclass with a forward of its own has none."""
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     if owner is nn.MultiheadAttention:
-        return _multihead
+        return multihead_attention
     return _TRANSFORMERS.get(owner.__name__) if owner.__module__.startswith("transformers.") else None
 
 
 # --- what they share ---
-
-
-def _heads(states: Tensor, size: int) -> Tensor:
-    """(B, N, H * size) to (B, H, N, size)."""
-    return states.unflatten(-1, (-1, size)).transpose(1, 2)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
-) -> Tensor:
-    """Attention of (B, H, N, D) tensors as (B, N, H * D), in one call."""
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=is_causal, scale=scale
-    )
-    return output.transpose(1, 2).flatten(2)
 
 
 def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | None:
@@ -96,7 +80,7 @@ def _keys_and_values(
     part = (cache.cross_attention_cache if cross else cache.self_attention_cache) if joint else cache
     if joint and cross and cache.is_updated.get(module.layer_idx):
         return part.layers[module.layer_idx].keys, part.layers[module.layer_idx].values
-    keys, values = _heads(key(states), size), _heads(value(states), size)
+    keys, values = heads(key(states), size), heads(value(states), size)
     if part is not None:
         keys, values = part.update(keys, values, module.layer_idx)
         if joint and cross:
@@ -110,8 +94,8 @@ def _keys_and_values(
 def _plain(module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: Tensor | None) -> Tensor:
     """The attention (B, N, H * D) of a module with query, key and value projections."""
     size = module.attention_head_size
-    query, key, value = _heads(module.query(queries), size), _heads(module.key(keys), size), _heads(module.value(values), size)
-    return _attend(query, key, value, _added(module, query, *masks))
+    query, key, value = heads(module.query(queries), size), heads(module.key(keys), size), heads(module.value(values), size)
+    return attend(query, key, value, _added(module, query, *masks))
 
 
 def _bert(
@@ -192,8 +176,8 @@ def _mpnet(
     **kwargs: Any,
 ) -> tuple[Tensor]:
     _refuse_maps(module, output_attentions)
-    query, key, value = (_heads(p(hidden_states), module.attention_head_size) for p in (module.q, module.k, module.v))
-    return (module.o(_attend(query, key, value, _added(module, query, position_bias, attention_mask))),)
+    query, key, value = (heads(p(hidden_states), module.attention_head_size) for p in (module.q, module.k, module.v))
+    return (module.o(attend(query, key, value, _added(module, query, position_bias, attention_mask))),)
 
 
 def _perceiver(
@@ -207,16 +191,16 @@ def _perceiver(
     _refuse_maps(module, output_attentions)
     hidden_states = module.layernorm1(hidden_states)
     states, mask = (hidden_states, attention_mask) if inputs is None else (module.layernorm2(inputs), inputs_mask)
-    query = _heads(module.query(hidden_states), module.qk_channels_per_head)
-    key = _heads(module.key(states), module.qk_channels_per_head)
-    value = _heads(module.value(states), module.v_channels_per_head)
-    return (_attend(query, key, value, _added(module, query, mask)),)
+    query = heads(module.query(hidden_states), module.qk_channels_per_head)
+    key = heads(module.key(states), module.qk_channels_per_head)
+    value = heads(module.value(states), module.v_channels_per_head)
+    return (attend(query, key, value, _added(module, query, mask)),)
 
 
 def _packed(module: Any, hidden_states: Tensor) -> Tensor:
     """The attention (B, N, H * D) of a module with one projection for query, key and value."""
     query, key, value = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return _attend(query, key, value, scale=module.scale)
+    return attend(query, key, value, scale=module.scale)
 
 
 def _blip_vision(module: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
@@ -243,7 +227,7 @@ def _sam(module: Any, hidden_states: Tensor, output_attentions: Any = None) -> t
     if module.use_rel_pos:
         bias = module.get_decomposed_rel_pos(query.flatten(0, 1), module.rel_pos_h, module.rel_pos_w, grid, grid)
         bias = bias.reshape(*query.shape[:3], -1)
-    output = _attend(query, key, value, bias, scale=module.scale)
+    output = attend(query, key, value, bias, scale=module.scale)
     return module.proj(output.unflatten(1, grid)), None
 
 
@@ -254,9 +238,9 @@ def _decoder(
     cross = encoder_hidden_states is not None
     states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     size = module.attention_head_size
-    query = _heads(module.query(hidden_states), size)
+    query = heads(module.query(hidden_states), size)
     key, value = _keys_and_values(module, module.key, module.value, size, states, past_key_values, cross)
-    return _attend(query, key, value, _added(module, query, mask))
+    return attend(query, key, value, _added(module, query, mask))
 
 
 def _blip_text(
@@ -311,12 +295,12 @@ def _bart(
     module: Any, hidden_states: Tensor, states: Tensor | None, mask: Tensor | None, past_key_values: Any, scale: float
 ) -> Tensor:
     """The output of an attention with projections q_proj, k_proj, v_proj and out_proj, to its own sequence or to `states`."""
-    query = _heads(module.q_proj(hidden_states), module.head_dim)
+    query = heads(module.q_proj(hidden_states), module.head_dim)
     source = hidden_states if states is None else states
     key, value = _keys_and_values(
         module, module.k_proj, module.v_proj, module.head_dim, source, past_key_values, states is not None
     )
-    return module.out_proj(_attend(query, key, value, _added(module, query, mask), scale=scale))
+    return module.out_proj(attend(query, key, value, _added(module, query, mask), scale=scale))
 
 
 def _groupvit(
@@ -341,86 +325,6 @@ def _trocr(
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, output_attentions)
     return _bart(module, hidden_states, key_value_states, attention_mask, past_key_values, module.scaling), None
-
-
-# --- torch ---
-
-
-def _multihead(
-    module: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """nn.MultiheadAttention with every option but maps per head. Its bool masks say which keys are masked."""
-    if need_weights and not average_attn_weights:
-        raise ValueError("model must not ask nn.MultiheadAttention for maps per head; got average_attn_weights=False")
-    if is_causal and attn_mask is None:
-        raise ValueError("attn_mask must be the causal mask where is_causal is set in nn.MultiheadAttention; got None")
-    if query.is_nested or key.is_nested or value.is_nested:
-        raise ValueError("query, key and value must be dense in nn.MultiheadAttention; got a nested tensor")
-    batched = query.dim() == 3
-    if not batched:
-        query, key, value = query[None], key[None], value[None]
-    elif not module.batch_first:
-        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-
-    weights: Any = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    if module._qkv_same_embed_dim:
-        weights = module.in_proj_weight.chunk(3)
-    biases: Any = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    projected = [nn.functional.linear(*each) for each in zip((query, key, value), weights, biases, strict=True)]
-    for index, bias in ((1, module.bias_k), (2, module.bias_v)):
-        if bias is not None:
-            projected[index] = torch.cat([projected[index], bias.expand(query.shape[0], -1, -1)], 1)
-        if module.add_zero_attn:
-            projected[index] = nn.functional.pad(projected[index], (0, 0, 0, 1))
-    queries, keys, values = (_heads(states, module.head_dim) for states in projected)
-
-    # As torch does: the hint stands for the mask where nothing else needs it.
-    is_causal = is_causal and key_padding_mask is None and not need_weights
-    mask = None
-    if not is_causal:
-        if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (-1, module.num_heads))
-        if key_padding_mask is not None:
-            key_padding_mask = (key_padding_mask if batched else key_padding_mask[None])[:, None, None]
-        mask = _visible(queries, keys.shape[2] - key.shape[1], attn_mask, key_padding_mask)
-    output = module.out_proj(_attend(queries, keys, values, mask, is_causal))
-    maps = attention_map(queries, keys, attn_mask=mask).to(output.dtype) if need_weights else None
-    if not batched:
-        return output[0], maps if maps is None else maps[0]
-    return output if module.batch_first else output.transpose(0, 1), maps
-
-
-def _visible(query: Tensor, extra: int, *masks: Tensor | None) -> Tensor | None:
-    """torch's masks, True or -inf where a key is masked, as one mask for SDPA; `extra` last keys are visible to all."""
-    total: Tensor | None = None
-    for mask in masks:
-        if mask is None:
-            continue
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ValueError(f"masks of nn.MultiheadAttention must be bool or float; got {mask.dtype}")
-        mask = nn.functional.pad(mask, (0, extra))
-        mask = ~mask if mask.dtype == torch.bool else mask
-        if total is None:
-            total = mask
-        elif total.dtype == mask.dtype == torch.bool:
-            total = total & mask
-        else:
-            total = _as_float(total, query) + _as_float(mask, query)
-    return total
-
-
-def _as_float(mask: Tensor, query: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
 
 
 _TRANSFORMERS: dict[str, Callable[..., Any]] = {

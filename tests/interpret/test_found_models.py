@@ -1,0 +1,182 @@
+"""Models that no record names: torch's and open_clip's encoders, and classes of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+transformers = pytest.importorskip("transformers")
+
+from tests.interpret.cases import VISION, lively, one_hot  # noqa: E402
+from tests.interpret.stored_maps import Place, beside, rows_of  # noqa: E402
+from tests.interpret.tower_cases import HEADS, METHODS, T5, check, first_rows, made, sequences, text  # noqa: E402
+from vlattn_fast.interpret import explain  # noqa: E402
+
+# --- torch's and open_clip's encoders ---
+
+
+class Encoder(nn.Module):
+    def __init__(self, batch_first: bool, norm_first: bool, width: int = 32) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, HEADS, 48, batch_first=batch_first, norm_first=norm_first)
+        self.embed, self.head, self.batch_first = nn.Linear(10, width), nn.Linear(width, 3), batch_first
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=batch_first and not norm_first)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None, causal: bool = False) -> Tensor:
+        x = self.embed(x) if self.batch_first else self.embed(x).transpose(0, 1)
+        size = x.shape[1 if self.batch_first else 0]
+        mask = nn.Transformer.generate_square_subsequent_mask(size).to(x.dtype) if causal else None
+        x = self.encoder(x, mask=mask, src_key_padding_mask=padding, is_causal=causal)
+        x = x if self.batch_first else x.transpose(0, 1)
+        return self.head(x[:, -1 if causal else 0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_transformer_encoder(batch_first, norm_first, causal):
+    torch.manual_seed(0)
+    model, inputs = lively(Encoder(batch_first, norm_first)).eval(), sequences()
+    real = None if causal else inputs["attention_mask"].bool()
+    inputs = {"x": inputs["x"], "padding": None if real is None else ~real, "causal": causal}
+    row = one_hot(torch.tensor([6, 6]), 7) if causal else first_rows(7)
+    # Nothing tells that `padding` is a mask, and Grad-CAM's mean would take what is padded.
+    methods = METHODS if causal else METHODS[:3]
+    check(model, inputs, {"tower0": Place("encoder", row, real)}, -1 if causal else "cls", methods=methods)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """As in open_clip: tokens first or batch first, and a causal mask (N, N)."""
+
+    def __init__(self, width: int, batch_first: bool) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2, self.mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, width)
+        self.attn = nn.MultiheadAttention(width, HEADS, batch_first=batch_first)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=None if mask is None else mask.to(y.dtype))[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class OpenCLIPLike(nn.Module):
+    def __init__(self, batch_first: bool, width: int = 32) -> None:
+        super().__init__()
+        self.batch_first, self.visual, self.token = batch_first, nn.Module(), nn.Embedding(60, width)
+        self.visual.conv1, self.visual.proj = nn.Conv2d(3, width, 6, stride=6), nn.Linear(width, 16)
+        self.visual.cls = nn.Parameter(torch.randn(width))
+        self.visual.resblocks = nn.ModuleList(ResidualAttentionBlock(width, batch_first) for _ in range(3))
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, batch_first) for _ in range(2))
+        self.text_projection = nn.Linear(width, 16)
+
+    def run(self, layers: nn.ModuleList, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        for layer in layers:
+            x = layer(x, mask)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        patches = self.visual.conv1(image).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.visual.cls.expand(len(image), 1, -1), patches], 1)
+        seen = self.visual.proj(self.run(self.visual.resblocks, tokens)[:, 0])
+        mask = torch.full((text.shape[1],) * 2, -torch.inf).triu(1)
+        read = self.run(self.resblocks, self.token(text), mask)[torch.arange(len(text)), text.argmax(-1)]
+        return functional.normalize(seen, dim=-1), functional.normalize(self.text_projection(read), dim=-1)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_open_clip(batch_first):
+    torch.manual_seed(0)
+    model = lively(OpenCLIPLike(batch_first)).eval()
+    text = torch.randint(3, 50, (2, 9))
+    text[0, 8] = text[1, 5] = 59
+    end = one_hot(text.argmax(-1), 9)
+    places = {"tower0": Place("visual.resblocks", first_rows(17)), "tower1": Place("resblocks", end)}
+    inputs = {"image": torch.randn(2, 3, 24, 24), "text": text}
+    check(model, inputs, places, {"tower0": "cls", "tower1": end}, lambda outputs: (outputs[0] * outputs[1]).sum(-1))
+
+
+# --- transformers, without a record ---
+
+
+def pixels() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 3, 24, 24)}
+
+
+def test_beit_with_position_bias():
+    torch.manual_seed(0)
+    config = transformers.BeitConfig(**VISION, num_labels=3, use_relative_position_bias=True)
+    place = Place("beit.layers", torch.full((2, 17), 1 / 17).double())
+    model, inputs = (
+        made(transformers.BeitForImageClassification(config)).double(),
+        {"pixel_values": pixels()["pixel_values"].double()},
+    )
+    for method in METHODS:
+        want = rows_of(model, inputs, lambda o: o.logits[:, 1], {"tower0": place}, method)["tower0"]
+        got = explain(model, inputs, read="mean", target=1, method=method).relevancy["tower0"]
+        assert float((got - want).abs().max()) < 1e-6 * float(beside(want, place).abs().max())
+
+
+def test_vit_mae_with_a_noise_of_its_own():
+    torch.manual_seed(0)
+    model = made(transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION, mask_ratio=0.5)))
+    inputs = {**pixels(), "noise": torch.rand(2, 16)}
+    score = lambda outputs: outputs.last_hidden_state[:, 0, 3]  # noqa: E731
+    check(model, inputs, {"tower0": Place("layers", first_rows(9))}, "cls", score)
+
+
+def test_blip_image_text_retrieval_without_cross_attention():
+    torch.manual_seed(0)
+    words = dict(T5, encoder_hidden_size=32, bos_token_id=1, eos_token_id=2, sep_token_id=3)
+    config = transformers.BlipConfig(text_config=words, vision_config=VISION, image_text_hidden_size=16)
+    model, inputs = made(transformers.BlipForImageTextRetrieval(config)), {**text(), **pixels(), "use_itm_head": False}
+    places = {
+        "tower0": Place("vision_model", first_rows(17)),
+        "tower1": Place("text_encoder", first_rows(9), inputs["attention_mask"]),
+    }
+    check(model, inputs, places, "cls", lambda outputs: outputs.itm_score.diagonal())
+
+
+def test_owlvit_detects_by_one_patch():
+    """Several queries an image: the image's tower is read, at CLS and at the patch."""
+    torch.manual_seed(0)
+    config = transformers.OwlViTConfig(text_config=T5, vision_config=VISION, projection_dim=32)
+    model, inputs = made(transformers.OwlViTForObjectDetection(config)), {**text(4), **pixels()}
+    row = one_hot(torch.tensor([6, 6]), 17)
+    score = lambda outputs: outputs.logits[:, 5, 1]  # noqa: E731
+    check(model, inputs, {"tower0": Place("owlvit.vision_model", row)}, {"tower0": 6}, score)
+    with pytest.raises(ValueError, match=r"tower 'tower1' on whole inputs; got a batch of 4 for 2 scores"):
+        explain(model, inputs, read="cls", target=score)
+
+
+def test_xclip_reads_the_text_and_refuses_frames():
+    torch.manual_seed(0)
+    frames = dict(num_frames=2, mit_hidden_size=32, mit_intermediate_size=48, mit_num_attention_heads=4, mit_num_hidden_layers=1)
+    config = transformers.XCLIPConfig(
+        text_config=dict(T5, eos_token_id=58), vision_config={**VISION, **frames}, projection_dim=32
+    )
+    model, inputs = made(transformers.XCLIPModel(config)), {**text(), "pixel_values": torch.randn(2, 2, 3, 24, 24)}
+    inputs["input_ids"][0, 8] = inputs["input_ids"][1, 5] = 58
+    end = (inputs["input_ids"] == 58).float()
+    score = lambda outputs: outputs.logits_per_video.diagonal()  # noqa: E731
+    check(model, inputs, {"tower3": Place("text_model", end, inputs["attention_mask"])}, {"tower3": end}, score)
+    with pytest.raises(ValueError, match="on whole inputs; got a batch of 4 for 2 scores"):
+        explain(model, inputs, read={"tower1": "cls"}, target=score)
+
+
+def test_clipseg_reads_the_decoder_behind_frozen_towers():
+    """Its CLIP runs without gradients, so that only the decoder can be read."""
+    torch.manual_seed(0)
+    decoder = dict(reduce_dim=16, decoder_num_attention_heads=4, decoder_intermediate_size=20, extract_layers=[0, 1])
+    config = transformers.CLIPSegConfig(text_config=dict(T5, eos_token_id=58), vision_config=VISION, projection_dim=32, **decoder)
+    model, inputs = made(transformers.CLIPSegForImageSegmentation(config)), {**text(), **pixels()}
+    inputs["input_ids"][0, 8] = inputs["input_ids"][1, 5] = 58
+    model.decoder.reduces[0].weight.data.mul_(0.2)  # even maps: float32 keeps their gradients apart
+    model.decoder.reduces[1].weight.data.mul_(0.2)
+    score = lambda outputs: outputs.logits.flatten(1)[:, 5]  # noqa: E731
+    row = one_hot(torch.tensor([1, 1]), 17)
+    check(model, inputs, {"tower2": Place("decoder", row)}, {"tower2": 1}, score)
+    with pytest.raises(ValueError, match=r"tower 'tower0' with gradients on; got attention 'clip\.vision_model"):
+        explain(model, inputs, read={"tower0": "cls"}, target=score)
