@@ -230,7 +230,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*queries, *keys, text_mask, image_mask, maps)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if grad_loss is None:  # the loss has no part in what is differentiated
+        return [None] * 4, [None] * 4, *(None,) * 6
     *tensors, text_mask, image_mask, maps = ctx.saved_tensors
     inputs = maps, tensors[:4], tensors[4:], text_mask, image_mask
     grad_queries, grad_keys = _backward_op(grad_loss, *inputs, ctx.kind, ctx.direction, ctx.scale, ctx.backend)
