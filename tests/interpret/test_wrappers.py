@@ -1,0 +1,82 @@
+"""What stands around a model: pipelines, DistributedDataParallel, FSDP2 and PEFT's wrapper change nothing in its explanation."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+from tests.interpret.cases import TEXT, lively  # noqa: E402
+from vlattn_fast.interpret import explain  # noqa: E402
+
+
+@pytest.fixture
+def bert():
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=3))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    return lively(model).eval(), {"input_ids": torch.randint(5, 50, (2, 7)), "attention_mask": mask}
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def same(got, want):
+    torch.testing.assert_close(got.relevancy["text"], want.relevancy["text"], rtol=1e-5, atol=1e-6)
+    assert got.target == want.target
+
+
+def test_distributed_data_parallel(bert, one_process):
+    model, inputs = bert
+    want = explain(model, inputs)
+    same(explain(nn.parallel.DistributedDataParallel(model), inputs), want)
+
+
+def test_sharded_parameters(bert, one_process):
+    """FSDP2 changes the class of the model and makes its parameters DTensors, gathered layer by layer."""
+    model, inputs = bert
+    want = explain(model, inputs)
+    for layer in model.bert.encoder.layer:
+        torch.distributed.fsdp.fully_shard(layer)
+    torch.distributed.fsdp.fully_shard(model)
+    same(explain(model, inputs), want)
+
+
+def test_pipeline(bert):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model, inputs = bert
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+    pipeline = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    same(explain(pipeline, inputs), explain(model, inputs))
+
+
+def test_peft(bert):
+    """PEFT puts its layers into the model and keeps that as its base model; prompts it would prepend itself."""
+    model, inputs = bert
+
+    class Wrapped(nn.Module):
+        def __init__(self, prompts: bool) -> None:
+            super().__init__()
+            self.inner, self.peft_config = model, {}
+            self.active_peft_config = SimpleNamespace(is_prompt_learning=prompts, peft_type="PREFIX_TUNING")
+
+        def get_base_model(self) -> nn.Module:
+            return self.inner
+
+    same(explain(Wrapped(False), inputs), explain(model, inputs))
+    with pytest.raises(ValueError, match="model must take its prompts as inputs; got PEFT's PREFIX_TUNING"):
+        explain(Wrapped(True), inputs)
