@@ -100,15 +100,25 @@ def test_the_target_is_the_one_asked_for(vit, picture, tmp_path):
     assert len(scores) == 2
 
 
-def test_the_picture_shown_is_the_one_the_model_saw(vit, picture):
+def test_the_part_that_the_model_saw_is_known(vit, picture):
+    """The box cut out of the whole picture is what the pixels show."""
     from PIL import Image
 
     processor = transformers.AutoProcessor.from_pretrained(vit)
-    seen = Image.open(picture)
-    shown = loading.seen_image(processor, processor(images=seen, return_tensors="pt"), seen)
-    assert shown.shape == (3, 24, 24)
-    middle = np.asarray(seen.resize((32, 24), Image.Resampling.BICUBIC).crop((4, 0, 28, 24))) / 255
-    torch.testing.assert_close(shown.permute(1, 2, 0), torch.from_numpy(middle).float(), atol=1e-2, rtol=0)
+    seen = Image.open(picture).convert("RGB")
+    inputs = processor(images=seen, return_tensors="pt")
+    box = loading.seen_part(processor, inputs, seen)
+    assert box == pytest.approx((4 / 32, 0, 28 / 32, 1))
+    width, height = seen.size
+    cut = seen.resize(
+        (24, 24), Image.Resampling.BICUBIC, box=tuple(x * size for x, size in zip(box, (width, height) * 2, strict=True))
+    )
+    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+    shown = (inputs["pixel_values"][0] * std + mean).clamp(0, 1).permute(1, 2, 0)
+    torch.testing.assert_close(shown, torch.from_numpy(np.asarray(cut) / 255).float(), atol=3e-2, rtol=0)
+    processor.do_center_crop, processor.size = False, {"height": 24, "width": 24}
+    assert loading.seen_part(processor, inputs, seen) == (0, 0, 1, 1)
+    assert loading.seen_part(processor, {"pixel_values": torch.zeros(1, 4, 3, 24, 24)}, seen) is None  # tiles
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from vlattn_fast.interpret.answers import token_ids
 from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
-from vlattn_fast.interpret.loading import build_inputs, load_model, moved, open_image, seen_image
+from vlattn_fast.interpret.loading import build_inputs, load_model, moved, open_image, seen_part
 from vlattn_fast.interpret.loading import generate as generate_answer
 from vlattn_fast.interpret.methods import METHODS
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
@@ -234,11 +234,11 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
     )
     if explanation.text is not None:
         explanation = explanation.with_tokens(processor)
-    shown = seen_image(processor, inputs, picture)
+    crop = None if explanation.image is None else seen_part(processor, inputs, picture)
     if out.suffix == ".html":
-        explanation.save_html(out, shown, title=" | ".join(texts or [str(image)]))
+        explanation.save_html(out, picture, crop=crop, title=" | ".join(texts or [str(image)]))
     else:
-        explanation.plot(shown).savefig(out, dpi=120)
+        explanation.plot(picture, crop=crop).savefig(out, dpi=120)
     scores = [] if explanation.scores is None else explanation.scores.tolist()
     if answer is not None:
         for number, score in enumerate(scores[0]):

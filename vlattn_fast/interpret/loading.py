@@ -94,14 +94,26 @@ def _prompt(processor: Any, text: str) -> str:
     return text if token is None or token in text else f"{token}\n{text}"
 
 
-def seen_image(processor: Any, inputs: Mapping[str, Any], picture: Any) -> Any:
-    """The picture as the model saw it, resized and cropped, so that the map lies over the right pixels."""
+def seen_part(processor: Any, inputs: Mapping[str, Any], picture: Any) -> tuple[float, float, float, float] | None:
+    """x1, y1, x2, y2 of the part of a picture that the model saw, relative to its size; None where the processor cuts tiles.
+
+    transformers' image processors resize a picture, to a size or by its shortest edge, and then cut out the middle.
+    """
     pixels = inputs.get("pixel_values")
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
-        return picture
+    if picture is None or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
+        return None
     prepare = getattr(processor, "image_processor", processor)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (prepare.image_mean, prepare.image_std))
-    return (pixels[0].float() * std + mean).clamp(0, 1)
+    width, height = picture.size
+    size = getattr(prepare, "size", None) or {}
+    if getattr(prepare, "do_resize", False) and "shortest_edge" in size:
+        scale = size["shortest_edge"] / min(width, height)
+        width, height = width * scale, height * scale
+    elif getattr(prepare, "do_resize", False):
+        width, height = size.get("width", width), size.get("height", height)
+    if not getattr(prepare, "do_center_crop", False):
+        return 0.0, 0.0, 1.0, 1.0
+    x, y = (0.5 * prepare.crop_size[side] / full for side, full in (("width", width), ("height", height)))
+    return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
 
 def moved(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
