@@ -42,8 +42,7 @@ variant is shown.
 
 def write(results: Path, out: Path) -> list[Path]:
     """The report and the pictures of each file of rows; the paths written."""
-    other = ("evaluation-", "models-")  # rows of other forms
-    paths = [path for path in sorted(results.glob("*.json")) if not path.stem.startswith(other)]
+    paths = [path for path in sorted(results.glob("*.json")) if not path.stem.startswith("evaluation-")]  # no measured costs
     stored = {path.stem: json.loads(path.read_text()) for path in paths}
     files = {name: found for name, rows in stored.items() if (found := newest(rows))}
     out.parent.mkdir(parents=True, exist_ok=True)
