@@ -54,8 +54,9 @@ def traced(model: nn.Module, family: Family, method: Method, weighting: str | We
     trace = Trace(model, family, method, weighting)
     roots = [submodule(model, tower.path, tower) for tower in family.towers] if not trace.finds else [model]
     with contextlib.ExitStack() as stack:
+        modules = [module for root in roots for module in root.modules()]
         changes = chain(
-            configs(roots), _functions(roots), _fused(roots), _in_order(roots), *(replacements(root) for root in roots)
+            configs(roots), _functions(modules), _fused(modules), _in_order(modules), *(replacements(root) for root in roots)
         )
         stack.enter_context(overridden(changes))
         for handle in trace.install():
@@ -64,23 +65,23 @@ def traced(model: nn.Module, family: Family, method: Method, weighting: str | We
         yield trace
 
 
-def _functions(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """Our attention function for modules that hold their own as `attention_function`, as this package's UNITER does."""
-    for module in (module for root in roots for module in root.modules()):
+    for module in modules:
         if callable(getattr(module, "attention_function", None)):
             yield module, "attention_function", attention_function
 
 
-def _fused(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+def _fused(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere."""
-    for module in (module for root in roots for module in root.modules()):
-        if vars(module).get("fused_attn") is False:
+    for module in modules:
+        if "fused_attn" in vars(module):  # also where another run has set it, which may end before this one
             yield module, "fused_attn", True
 
 
-def _in_order(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+def _in_order(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """ViLT shuffles the patches of an image, which changes nothing but their places in the sequence: those must be known."""
-    for module in (module for root in roots for module in root.modules()):
+    for module in modules:
         if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
             yield module, "visual_embed", functools.partial(_visual_embed, module)
 
@@ -114,6 +115,6 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     # A compiled module inside of the model holds the attributes of the module that it wraps, which is met as well.
     modes = [(module, "training", False) for module in model.modules() if "_orig_mod" not in module._modules]
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters()]
-    compiled = [(m, "_compiled_call_impl", None) for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    compiled = [(module, "_compiled_call_impl", None) for module in model.modules() if "_compiled_call_impl" in vars(module)]
     with overridden([*modes, *frozen, *compiled, *_plainly()]):
         yield

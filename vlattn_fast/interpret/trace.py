@@ -123,10 +123,14 @@ class Trace(TorchFunctionMode):
 
     def _explains(self, path: str | None) -> bool:
         """Whether the module at `path` belongs to what is explained: all of a model whose towers are found, else the towers."""
-        if path is None or self.finds:
-            return path is not None
-        roots = (tower.record.path for tower in self.towers if tower.record is not None)
-        return any(not root or f"{path}.".startswith(f"{root}.") for root in roots)
+        return path is not None and (self.finds or self._tower_around(path) is not None)
+
+    def _tower_around(self, path: str) -> TowerTrace | None:
+        """The recorded tower that the module at `path` lies in, if any."""
+        for tower in self.towers:
+            if tower.record is not None and (not tower.record.path or f"{path}.".startswith(f"{tower.record.path}.")):
+                return tower
+        return None
 
     def _calls_of(self, values: Any) -> int:
         """The calls that `values` were computed from."""
@@ -284,12 +288,11 @@ class Trace(TorchFunctionMode):
 
     def _refuse_foreign(self, path: str) -> None:
         """ValueError for a call inside of a recorded tower that is none of its layers: the map would leave it out."""
-        for tower in self.towers:
-            if tower.record is not None and path.startswith(tower.record.path):
-                raise ValueError(
-                    f"model must call only the attention of its layers in tower '{tower.name}'; got a call of '{path}', which is "
-                    "in none of them"
-                )
+        if (tower := self._tower_around(path)) is not None:
+            raise ValueError(
+                f"model must call only the attention of its layers in tower '{tower.name}'; got a call of '{path}', which is "
+                "in none of them"
+            )
 
     # --- after the forward pass ---
 
