@@ -87,10 +87,11 @@ def _setting(row: Row) -> str:
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Those of each setting, the one with most rows first."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(_setting(row), []).append(row)
-    return found
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
 def _is_scaling(row: Row) -> bool:
