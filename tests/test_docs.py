@@ -20,6 +20,7 @@ OPERATORS = {
     "score_attention", "relevancy_attention", "relevancy_step", "relevancy_residual", "attention_map", "attention_statistics",
     "congruence_loss", "stacked_cross_attention", "damsm_similarity",
 }  # fmt: skip
+NO_OPERATORS = {"evaluate", "explain", "load_explanations", "prompt_maps"}
 
 
 def text(name: str) -> str:
@@ -100,7 +101,7 @@ def test_every_public_call_has_a_page():
     named = {name.removeprefix("vlattn_fast.") for page in PAGES for name in re.findall(r"^::: (\S+)$", text(page), re.M)}
     assert OPERATORS <= named
     calls = {name for name in va.__all__ if inspect.isfunction(getattr(va, name))}
-    assert OPERATORS == calls - {"evaluate", "explain", "load_explanations"}
+    assert OPERATORS == calls - NO_OPERATORS
     for name in named:
         module, _, attribute = f"vlattn_fast.{name}".rpartition(".")
         documented = getattr(importlib.import_module(module), attribute)
@@ -109,7 +110,7 @@ def test_every_public_call_has_a_page():
         assert not re.search(r"[\w)]\*[\w(]", prose), f"{name}: a product without blanks is set in italics"
 
 
-@pytest.mark.parametrize("name", sorted(OPERATORS | {"evaluate", "explain", "load_explanations"}))
+@pytest.mark.parametrize("name", sorted(OPERATORS | NO_OPERATORS))
 def test_docstrings_describe_the_arguments_there_are(name):
     """Each name before a colon under Args is an argument; one line may describe several."""
     call = getattr(va, name)

@@ -1,7 +1,7 @@
 """vlattn_fast: look inside, train on, and change the attention of vision-language models at FlashAttention cost."""
 
 from vlattn_fast import lab, models, nn, reference, scores
-from vlattn_fast.interpret import Evaluation, Explanation, evaluate, explain, load_explanations
+from vlattn_fast.interpret import Evaluation, Explanation, PromptMaps, evaluate, explain, load_explanations, prompt_maps
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -15,6 +15,7 @@ __all__ = [
     "AttentionStatistics",
     "Evaluation",
     "Explanation",
+    "PromptMaps",
     "attention_map",
     "attention_statistics",
     "congruence_loss",
@@ -25,6 +26,7 @@ __all__ = [
     "load_explanations",
     "models",
     "nn",
+    "prompt_maps",
     "reference",
     "relevancy_attention",
     "relevancy_residual",

@@ -5,6 +5,7 @@ from vlattn_fast.interpret.dataset import Explanations, load_explanations
 from vlattn_fast.interpret.evaluation import Evaluation, evaluate
 from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import FAMILIES, register_family
+from vlattn_fast.interpret.prompts import PromptMaps, prompt_maps
 from vlattn_fast.interpret.records import Family, Tower
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "Explanation",
     "Explanations",
     "Family",
+    "PromptMaps",
     "Tower",
     "evaluate",
     "explain",
     "load_explanations",
+    "prompt_maps",
     "register_family",
 ]

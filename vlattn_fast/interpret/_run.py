@@ -110,11 +110,18 @@ def _plainly() -> Iterator[tuple[Any, str, Any]]:
 
 
 @contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """What torch.compile made of the model and of its parts runs as plain Python; the last run over it puts everything back."""
+    compiled = [(module, "_compiled_call_impl", None) for module in model.modules() if "_compiled_call_impl" in vars(module)]
+    with overridden([*compiled, *_plainly()]):
+        yield
+
+
+@contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, with frozen parameters and not compiled; the last run over it puts everything back."""
     # A compiled module inside of the model holds the attributes of the module that it wraps, which is met as well.
     modes = [(module, "training", False) for module in model.modules() if "_orig_mod" not in module._modules]
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters()]
-    compiled = [(module, "_compiled_call_impl", None) for module in model.modules() if "_compiled_call_impl" in vars(module)]
-    with overridden([*modes, *frozen, *compiled, *_plainly()]):
+    with overridden([*modes, *frozen]), uncompiled(model):
         yield

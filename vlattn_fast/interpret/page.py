@@ -68,12 +68,19 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[str] 
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("explanation.html")
-    return Page(template.render(title=title, data=data, groups=_groups(first, listed, labels), each=first.each))
+    return Page(template.render(title=title, data=data, groups=_groups(first, listed, labels), kind=_words_are(first)))
 
 
 def _kind(choice: Choice) -> tuple[Any, ...]:
     """What choices must have in common to be shown in each other's place."""
     return choice.row, choice.label, len(choice.words), len(choice.patches), *choice.rows, *choice.towers
+
+
+def _words_are(explanation: Explained) -> str:
+    """What the page chooses among: rows, or words of an answer or of the prompt."""
+    if not explanation.each:
+        return "Rows"
+    return "Answer" if explanation.text is not None else "Prompt"
 
 
 def _groups(explanation: Explained, listed: list[Choice], labels: Sequence[str] | None) -> list[dict[str, Any]]:

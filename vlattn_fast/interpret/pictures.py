@@ -199,7 +199,8 @@ def _draw_answer(part: Any, explanation: Explained, title: str, group: list[Choi
         _draw_maps(parts.pop(0), group, painter, lines)
     if parts:
         _draw_table(parts.pop(0), explanation, group, painter.cmap)
-    _title(part.suptitle("", fontsize=_SIZE), title, sum(choice.score or 0.0 for choice in group))
+    scores = [choice.score for choice in group if choice.score is not None]
+    _title(part.suptitle("", fontsize=_SIZE), title, sum(scores) if scores else None)
 
 
 def _draw_maps(part: Any, group: list[Choice], painter: _Painter, lines: int) -> None:

@@ -123,7 +123,7 @@ def choices(explanation: Explained, labels: Sequence[str] | None = None) -> list
 def row_label(explanation: Explained, row: int) -> str:
     """The text of a row; its class or number where it has none. An answer with rows of its own is not repeated."""
     prompt, answer = row_words(explanation, row)
-    words = prompt if explanation.each else [*prompt, *answer]
+    words = prompt if explanation.each and explanation.text is not None else [*prompt, *answer]
     text = "".join(" " * word.space + word.text for word in words).strip()
     if text:
         return text if len(text) <= 80 else text[:79] + "…"
@@ -132,7 +132,7 @@ def row_label(explanation: Explained, row: int) -> str:
 
 def row_words(explanation: Explained, row: int) -> tuple[list[Word], list[Word]]:
     """The words of a row's text, and those of its answer, which `Choice.words` has behind them."""
-    if explanation.text is None or explanation.tokens is None:
+    if explanation.tokens is None or (explanation.text is None and not explanation.each):
         return [], []
     tokens, vocabulary = explanation.tokens[row], _vocabulary(explanation)
     if explanation.answer_tokens is None:

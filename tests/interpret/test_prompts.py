@@ -1,0 +1,462 @@
+"""`prompt_maps` against maps that are all stored and then added up as published, on small diffusion models of diffusers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vlattn_fast as va
+from tests.interpret.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Case, Words, stable_diffusion
+from vlattn_fast.interpret import prompt_trace
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def stored(case: Case, passes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
+    """Every softmax (B, H, N, M) of torch's attention in these forward passes, and the number of its pass.
+
+    The outputs are torch's own, so that later calls get what they always do: a deep network enlarges roundings.
+    """
+    kept: list[tuple[Tensor, int]] = []
+    torchs = functional.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        kept.append((scores.softmax(-1), number))
+        return torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    number = 0
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(functional, "scaled_dot_product_attention", attention)
+        for number, inputs in enumerate(passes):  # noqa: B007 (attention reads it)
+            case.model(**inputs)
+    return kept
+
+
+def published(case: Case, kept: list[tuple[Tensor, int]], rows: slice, size=(HEIGHT, WIDTH), mode="bicubic") -> Tensor:
+    """(B, L, h, w): maps of every head, layer and step, each enlarged, then their mean."""
+    maps = []
+    for probabilities, _ in kept:
+        cut = case.cut(probabilities)
+        if cut is None:
+            continue
+        attention, grid = cut
+        for head in attention[rows].unbind(1):
+            heat = head.mT.unflatten(-1, grid)
+            maps.append(heat if grid == size else functional.interpolate(heat, size=size, mode=mode))
+    return torch.stack(maps).mean(0)
+
+
+def traced(case: Case, passes: list[dict[str, Any]], **options: Any) -> va.PromptMaps:
+    with torch.no_grad(), va.prompt_maps(case.model, **{"guidance": "none", **options}) as maps:
+        for inputs in passes:
+            case.model(**inputs)
+    return maps
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    torch.manual_seed(0)
+    return CASES[request.param]()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_equals_stored_maps(case, dtype, monkeypatch):
+    case.model.to(dtype)
+    passes = [case.inputs(batch=2, dtype=dtype) for _ in range(2)]
+    maps = traced(case, passes)
+    assert maps.steps == 2 and set(maps.grids) == case.grids
+    expected = published(case, stored(case, passes, monkeypatch), slice(None), case.size)
+    assert expected.shape == (2, LENGTH, *case.size)
+    torch.testing.assert_close(maps.token_maps(), expected, rtol=0, atol=TOLERANCES[dtype])
+    assert (expected[0] - expected[1]).abs().max() > 1e-3 and expected.std() > 1e-3  # two prompts, and no even maps
+
+
+def test_only_the_conditional_half_counts(case, monkeypatch):
+    passes = [case.inputs(batch=4) for _ in range(2)]
+    expected = published(case, stored(case, passes, monkeypatch), slice(2, 4), case.size)
+    torch.testing.assert_close(traced(case, passes, guidance="batch").token_maps(), expected, rtol=0, atol=1e-5)
+
+
+def test_only_conditional_calls_count(case, monkeypatch):
+    passes = [case.inputs(batch=2) for _ in range(4)]
+    kept = [each for each in stored(case, passes, monkeypatch) if each[1] in (0, 2)]
+    maps = traced(case, passes, guidance="calls")
+    assert maps.steps == 2
+    torch.testing.assert_close(maps.token_maps(), published(case, kept, slice(None), case.size), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["unet", "pixart"])
+def test_padding_gets_nothing(name):
+    case = CASES[name]()
+    maps = traced(case, [case.inputs(batch=2, real=5)]).token_maps()
+    assert (maps[1, 5:].abs() < 1e-7).all() and (maps[1, :5].abs().amax((1, 2)) > 1e-3).all()
+    assert (maps[0, 5:].abs().amax((1, 2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_any_size(mode, monkeypatch):
+    case = CASES["unet"]()
+    passes = [case.inputs(batch=1)]
+    expected = published(case, stored(case, passes, monkeypatch), slice(None), (20, 30), mode)
+    maps = traced(case, passes)
+    torch.testing.assert_close(maps.token_maps(size=(20, 30), mode=mode), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(maps.token_maps(3, size=(20, 30), mode=mode), expected[:, 3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(maps.token_maps([4, 1], size=(20, 30), mode=mode), expected[:, [4, 1]], rtol=0, atol=1e-5)
+
+
+def test_chosen_layers(monkeypatch):
+    """Without the middle block, as DAAM's own code: the fourth to last... of the calls in their order."""
+    case = CASES["unet"]()
+    passes = [case.inputs(batch=1)]
+    kept = [each for each in stored(case, passes, monkeypatch) if case.cut(each[0]) is not None]
+    paths = []
+    for path, module in case.model.named_modules():
+        if hasattr(module, "processor") and path.endswith("attn2"):
+            paths.append(path)
+    order = sorted(paths, key=lambda path: ("down", "mid", "up").index(path.split("_")[0]))
+    assert len(order) == len(kept)
+    without = [each for path, each in zip(order, kept, strict=True) if "mid_block" not in path]
+    assert len(without) == len(kept) - 1
+    maps = traced(case, passes, layers=lambda path: "mid_block" not in path)
+    torch.testing.assert_close(maps.token_maps(), published(case, without, slice(None)), rtol=0, atol=1e-5)
+
+
+def test_text_as_long_as_the_picture(monkeypatch):
+    """The order is not to be seen in lengths then; it is known by name, or said."""
+    for name in ("sd3", "flux"):
+        torch.manual_seed(0)
+        case = CASES[name]()
+        length = case.size[0] * case.size[1]
+        passes = [case.inputs(batch=1, length=length)]
+        kept = stored(case, passes, monkeypatch)
+        expected = published(case, kept, slice(None), case.size)
+        torch.testing.assert_close(traced(case, passes).token_maps(), expected, rtol=0, atol=1e-5)
+        monkeypatch.setattr(prompt_trace, "TEXT_FIRST", {})
+        with pytest.raises(ValueError, match=r"text_first must be True or False.*got None for \w+Transformer2DModel, in '"):
+            traced(case, passes)
+        said = traced(case, passes, text_first=name == "flux").token_maps()
+        torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
+        monkeypatch.undo()
+
+
+def test_joint_attention_in_slices(monkeypatch):
+    monkeypatch.setattr(prompt_trace, "_ELEMENTS", 100)
+    for name in ("sd3", "flux"):
+        case = CASES[name]()
+        passes = [case.inputs(batch=2)]
+        expected = published(case, stored(case, passes, monkeypatch), slice(None), case.size)
+        torch.testing.assert_close(traced(case, passes).token_maps(), expected, rtol=0, atol=1e-5)
+
+
+# --- what is kept, and what the model notices ---
+
+
+@dataclass
+class Largest(TorchDispatchMode):
+    """The largest result of any operator, and how often attention_map ran."""
+
+    elements: int = 0
+    maps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.maps += "attention_map" in str(func)
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_no_map_per_head_is_made():
+    """The largest tensor is one head mean; all heads of that layer would be twice as large."""
+    case = CASES["unet"]()
+    inputs = case.inputs(batch=1, length=600)
+    with torch.no_grad(), Largest() as plain:
+        case.model(**inputs)
+    with torch.no_grad(), Largest() as largest, va.prompt_maps(case.model, guidance="none") as maps:
+        case.model(**inputs)
+    assert plain.elements < largest.elements == HEIGHT * WIDTH * 600
+    assert plain.maps == 0 and largest.maps == sum(path.endswith("attn2") for path, _ in case.model.named_modules())
+    kept = maps._trace.sums
+    assert {grid: tuple(total.shape) for grid, total in kept.items()} == {(h, w): (1, h * w, 600) for h, w in case.grids}
+    assert not any(total._is_view() for total in kept.values())  # which would hold a larger one
+
+
+def test_the_model_stays_as_it_was(case):
+    inputs = case.inputs(batch=2)
+    processors, modes = dict(case.model.attn_processors), [module.training for module in case.model.modules()]
+    with torch.no_grad():
+        plain = case.model(**inputs).sample
+        with va.prompt_maps(case.model, guidance="none"):
+            seen = case.model(**inputs).sample
+            assert all(case.model.attn_processors[path] is each for path, each in processors.items())
+        torch.testing.assert_close(seen, plain, rtol=0, atol=0)
+    assert all(case.model.attn_processors[path] is each for path, each in processors.items())
+    assert modes == [module.training for module in case.model.modules()]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in case.model.modules())
+
+
+def test_an_error_leaves_nothing(case):
+    with pytest.raises(RuntimeError, match="stop"), va.prompt_maps(case.model, guidance="none") as maps:
+        case.model(**case.inputs(batch=1))
+        raise RuntimeError("stop")
+    assert maps.steps == 1
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in case.model.modules())
+
+
+def test_gradients_pass():
+    case = CASES["unet"]()
+    inputs = case.inputs(batch=1)
+    case.model(**inputs).sample.sum().backward()
+    expected = [parameter.grad.clone() for parameter in case.model.parameters() if parameter.grad is not None]
+    case.model.zero_grad()
+    with va.prompt_maps(case.model, guidance="none") as maps:
+        case.model(**inputs).sample.sum().backward()
+    assert not maps.token_maps().requires_grad
+    torch.testing.assert_close([p.grad for p in case.model.parameters() if p.grad is not None], expected)
+
+
+def test_inference_mode_and_plain_runs_add_up():
+    case = CASES["unet"]()
+    passes = [case.inputs(batch=1) for _ in range(2)]
+    with va.prompt_maps(case.model, guidance="none") as maps:
+        with torch.inference_mode():
+            case.model(**passes[0])
+        case.model(**passes[1])
+    torch.testing.assert_close(maps.token_maps(), traced(case, passes).token_maps())
+
+
+def test_other_threads_do_not_count():
+    case = CASES["unet"]()
+    passes = [case.inputs(batch=1) for _ in range(2)]
+    with va.prompt_maps(case.model, guidance="none") as maps:
+        other = threading.Thread(target=lambda: case.model(**passes[1]))
+        other.start()
+        other.join()
+        case.model(**passes[0])
+    assert maps.steps == 1
+    torch.testing.assert_close(maps.token_maps(), traced(case, passes[:1]).token_maps())
+
+
+def test_a_compiled_network(monkeypatch):
+    """It runs uncompiled meanwhile: what is compiled shows no attention."""
+    case = CASES["unet"]()
+    passes = [case.inputs(batch=1)]
+    expected = traced(case, passes).token_maps()
+    compiled = torch.compile(case.model, backend="eager")
+    with torch.no_grad(), va.prompt_maps(compiled, guidance="none") as maps:
+        compiled(**passes[0])
+    torch.testing.assert_close(maps.token_maps(), expected)
+
+
+# --- attention that is not seen ---
+
+
+def test_processors_without_sdpa_are_refused():
+    from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+
+    for processor in (AttnProcessor(), SlicedAttnProcessor(1)):
+        case = CASES["unet"]()
+        case.model.set_attn_processor(processor)
+        with pytest.raises(ValueError, match=rf"got {type(processor).__name__} in 'down_blocks\.0\.attentions\.0.*attn2'"):
+            traced(case, [case.inputs(batch=1)])
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_joint_attention_by_hand_is_refused(name):
+    """Also where text and picture come as one sequence, as in Flux's single blocks."""
+    case = CASES[name]()
+    path = "single_transformer_blocks.0.attn" if name == "flux" else "transformer_blocks.1.attn"
+    module = case.model.get_submodule(path)
+
+    class ByHand:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, *_, **options):
+            return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+
+    module.processor = ByHand()
+    with pytest.raises(ValueError, match=f"must compute attention by .*; got ByHand in '{path}'"):
+        traced(case, [case.inputs(batch=1)])
+
+
+def test_backends_of_diffusers_are_named():
+    case = CASES["flux"]()
+    module = case.model.transformer_blocks[0].attn
+    assert prompt_trace._computed_by(module) == "FluxAttnProcessor (backend 'native')"
+    module.processor._attention_backend = "flex"
+    assert prompt_trace._computed_by(module) == "FluxAttnProcessor (backend 'flex')"
+
+
+def test_a_network_without_text_is_refused():
+    class Denoiser(nn.Module):
+        def forward(self, sample):
+            tokens = sample.flatten(2).mT[:, None]
+            return functional.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    network = Denoiser()
+    with pytest.raises(ValueError, match=r"Denoiser with no text tokens and attention of queries x keys: 24 x 24; grid="):
+        with va.prompt_maps(network, guidance="none"):
+            network(torch.randn(1, 8, 4, 6))
+
+
+def test_tokens_whose_grid_is_said():
+    class Denoiser(nn.Module):
+        def forward(self, hidden_states, encoder_hidden_states):
+            return functional.scaled_dot_product_attention(hidden_states[:, None], *[encoder_hidden_states[:, None]] * 2)
+
+    network, inputs = Denoiser(), (torch.randn(1, 24, 8), torch.randn(1, 5, 8))
+    with pytest.raises(ValueError, match=r"5 text tokens and attention of queries x keys: 24 x 5; grid=\(h, w\) says"):
+        with va.prompt_maps(network, guidance="none"):
+            network(*inputs)
+    with va.prompt_maps(network, guidance="none", grid=(4, 6)) as maps:
+        network(*inputs)
+    expected = (inputs[0] @ inputs[1].mT / 8**0.5).softmax(-1).mT.unflatten(-1, (4, 6))
+    torch.testing.assert_close(maps.token_maps(), expected)
+
+
+def test_a_reference_picture_does_not_count(monkeypatch):
+    """Flux Kontext puts a further picture's tokens behind those that are made, with another first id."""
+    case = CASES["flux"]()
+    inputs = case.inputs(batch=1)
+    height, width = case.size
+    inputs["hidden_states"] = torch.randn(1, 2 * height * width, 4)
+    other = inputs["img_ids"].clone()
+    other[:, 0] = 1
+    inputs["img_ids"] = torch.cat([inputs["img_ids"], other])
+    kept = stored(case, [inputs], monkeypatch)
+    expected = torch.stack([p[0, :, LENGTH : LENGTH + height * width, :LENGTH].mean(0) for p, _ in kept]).mean(0)
+    maps = traced(case, [inputs])
+    torch.testing.assert_close(maps.token_maps()[0], expected.mT.unflatten(-1, case.size), rtol=0, atol=1e-5)
+
+
+# --- pipelines, words, pictures ---
+
+
+def test_a_pipeline():
+    """With guidance, two prompts and two pictures of each: what the pipeline says is what counts."""
+    pipeline = stable_diffusion()
+    embeds = {"prompt_embeds": torch.randn(2, LENGTH, 16), "negative_prompt_embeds": torch.randn(2, LENGTH, 16)}
+    options = {"height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent", "num_images_per_prompt": 2}
+
+    def run(guidance_scale: float) -> Tensor:
+        return pipeline(**embeds, **options, guidance_scale=guidance_scale, generator=torch.Generator().manual_seed(0)).images
+
+    plain = run(5.0)
+    passes = []
+    handle = pipeline.unet.register_forward_pre_hook(lambda _, args, kwargs: passes.append((args, kwargs)), with_kwargs=True)
+    with va.prompt_maps(pipeline) as maps:
+        torch.testing.assert_close(run(5.0), plain, rtol=0, atol=0)
+    handle.remove()
+    assert [args[0].shape[0] for args, _ in passes] == [8] * maps.steps and maps.steps == 2
+    assert maps.token_maps().shape == (4, LENGTH, HEIGHT, WIDTH)
+    with torch.no_grad(), va.prompt_maps(pipeline.unet, guidance="none") as conditional:
+        for args, kwargs in passes:
+            pipeline.unet(args[0][4:], args[1], **{**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"][4:]})
+    torch.testing.assert_close(maps.token_maps(), conditional.token_maps())
+    with va.prompt_maps(pipeline) as unguided:
+        run(1.0)
+    assert unguided.token_maps().shape[0] == 4
+
+    explanation = maps.explanation(["a cat", "two small dogs"], Words())
+    assert explanation.image.shape == (4, 3, HEIGHT, WIDTH) and explanation.tokens[1:3] == [
+        ["a", "cat"],
+        ["two", "small", "dogs"],
+    ]
+    torch.testing.assert_close(explanation.image[2], maps.token_maps([1, 2, 3])[2])
+    torch.testing.assert_close(explanation.image[0, :2], maps.token_maps([1, 2])[0])
+    assert (explanation.image[0, 2] == 0).all()
+
+
+def test_words(monkeypatch):
+    case = CASES["unet"]()
+    maps = traced(case, [case.inputs(batch=2)])
+    prompts = ["A giraffe by a tree", "tree"]  # "giraffe" has two tokens
+    tokens = maps.token_maps()
+    torch.testing.assert_close(maps.word_map("giraffe", prompts[0], Words())[1], tokens[1, 2] + tokens[1, 3])
+    both = maps.word_map("Tree", prompts, Words())
+    torch.testing.assert_close(both, torch.stack([tokens[0, 6], tokens[1, 1]]))
+    torch.testing.assert_close(maps.word_map("a", prompts[0], Words())[0], tokens[0, 1] + tokens[0, 5])
+    torch.testing.assert_close(maps.word_map("tree", "tree", Words(), first=2)[0], tokens[0, 3])
+    with pytest.raises(ValueError, match=r"word must be a word of each prompt; got 'giraffe' for 'tree'"):
+        maps.word_map("giraffe", prompts, Words())
+
+
+def test_pictures_and_pages(tmp_path):
+    case = CASES["unet"]()
+    maps = traced(case, [case.inputs(batch=2)])
+    explanation = maps.explanation(["a giraffe", "by a tree"], Words())
+    figure = explanation.plot(torch.rand(3, 32, 48))
+    titles = [part.get_suptitle() for part in figure.subfigs]
+    assert titles == ["a giraffe", "by a tree"]
+    assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["a", "giraffe", "by", "a", "tree"]
+    page = explanation.to_html(torch.rand(3, 32, 48), title="Prompt")
+    assert "<h2>Prompt</h2>" in page and "where the picture attended to it" in page and ">giraffe</span>" in page
+    assert "Answer" not in page
+    saved = va.Explanation.load(explanation.save(tmp_path / "maps"))
+    torch.testing.assert_close(saved.image, explanation.image)
+    assert saved.tokens == explanation.tokens and repr(saved) == repr(explanation)
+    best = explanation.top(1)[0]
+    assert (best.row, best.answer, best.part, best.tower) == (0, 0, "patch", "image")
+    torch.testing.assert_close(torch.tensor(best.value), explanation.image[0, 0].max())
+
+
+# --- bad input ---
+
+
+BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: va.prompt_maps(object()), TypeError, "model must be a torch.nn.Module, or a pipeline .*got object"),
+    (lambda: va.prompt_maps(nn.Linear(1, 1)), ValueError, "guidance must be 'none'.*got None and Linear"),
+    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="both"), ValueError, "guidance must be one of .*got 'both'"),
+    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", text_first=1), TypeError, "text_first must be True, .*got 1"),
+    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", layers="mid"), TypeError, "layers must be a function"),
+    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", grid=(0, 3)), ValueError, r"grid must be \(h, w\).*got \(0, 3\)"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message), call():
+        pass
+
+
+def test_bad_reading():
+    case = CASES["unet"]()
+    with va.prompt_maps(case.model, guidance="none") as maps:
+        with pytest.raises(ValueError, match="maps must have seen a forward pass; got none"):
+            maps.token_maps()
+        case.model(**case.inputs(batch=2))
+    with pytest.raises(ValueError, match=f"columns must be from 0 to {LENGTH - 1}.*got {LENGTH}"):
+        maps.token_maps(LENGTH)
+    with pytest.raises(ValueError, match="mode must be one of .*got 'area'"):
+        maps.token_maps(mode="area")
+    with pytest.raises(ValueError, match=r"size must be \(h, w\).*got 64"):
+        maps.token_maps(size=64)
+    with pytest.raises(ValueError, match="prompt must be a text, or one for each of 2 pictures.*got "):
+        maps.explanation(["a", "b", "c"], Words())
+    with pytest.raises(ValueError, match=f"within the network's {LENGTH} text tokens; got 4 from column 8"):
+        maps.explanation("a tree", Words(), first=8)
+
+
+def test_an_odd_batch_is_not_guided():
+    case = CASES["unet"]()
+    with pytest.raises(ValueError, match="guidance must be 'batch' only where .*got 3 rows"):
+        traced(case, [case.inputs(batch=3)], guidance="batch")
+
+
+def test_texts_of_one_length():
+    case = CASES["unet"]()
+    with pytest.raises(ValueError, match="texts of one length .*got 5 tokens and a batch of 1 after 9 and 1"):
+        traced(case, [case.inputs(batch=1), case.inputs(batch=1, length=5)])
