@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
+    ChromaTransformer2DModel,
     DDIMScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -32,12 +38,14 @@ class Case:
             arguments of its forward pass.
         cut: (B, H, N, M) to the part between picture and text, and its grid; None for other attention.
         grids: of all layers.
+        registers: tokens of its own that stand before the text.
     """
 
     model: Any
     inputs: Callable[..., Any]
     cut: Callable[[Tensor], Cut | None]
     grids: set[tuple[int, int]]
+    registers: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -170,24 +178,181 @@ def flux() -> Case:
     )
 
     def inputs(batch: int, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> dict[str, Any]:
-        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
         return {
             "hidden_states": torch.randn(batch, height * width, 4, dtype=dtype),
             "encoder_hidden_states": torch.randn(batch, length, 12, dtype=dtype),
             "pooled_projections": torch.randn(batch, 8, dtype=dtype),
             "timestep": torch.full((batch,), 0.5, dtype=dtype),
-            "img_ids": ids,
+            "img_ids": ids(3),
             "txt_ids": torch.zeros(length, 3),
         }
 
+    return Case(lively(model), inputs, text_first, {(height, width)})
+
+
+def added() -> Case:
+    """A UNet whose image queries attend to text and picture, with the text first (DeepFloyd IF)."""
+    made = unet()
+    blocks = {
+        "down_block_types": ("SimpleCrossAttnDownBlock2D",) * 2,
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D",) * 2,
+        "attention_head_dim": 8,
+    }
+    model = UNet2DConditionModel(**{name: value for name, value in made.model.config.items() if name[0] != "_"} | blocks)
+
     def cut(probabilities: Tensor) -> Cut | None:
-        text = probabilities.shape[3] - height * width
-        return probabilities[:, :, text:, :text], (height, width)
+        rows = probabilities.shape[2]
+        grid = (HEIGHT, WIDTH) if rows == HEIGHT * WIDTH else (HEIGHT // 2, WIDTH // 2)
+        return probabilities[:, :, :, :-rows], grid
 
-    return Case(lively(model), inputs, cut, {(height, width)})
+    return Case(lively(model), made.inputs, cut, made.grids)
 
 
-CASES: dict[str, Callable[[], Case]] = {"unet": unet, "pixart": pixart, "sd3": sd3, "flux": flux}
+def sana() -> Case:
+    """Linear self-attention, which is no softmax, and cross-attention."""
+    model = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        sample_size=8,
+        patch_size=1,
+    )
+
+    def inputs(batch: int, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.randn(batch, 4, HEIGHT, WIDTH, dtype=dtype),
+            "encoder_hidden_states": torch.randn(batch, length, 12, dtype=dtype),
+            "timestep": torch.full((batch,), 10),
+        }
+
+    return Case(lively(model), inputs, across, {(HEIGHT, WIDTH)})
+
+
+def auraflow() -> Case:
+    """Text tokens with eight register tokens before them, then the picture's."""
+    model = AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
+
+    def inputs(batch: int, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.randn(batch, 4, HEIGHT, WIDTH, dtype=dtype),
+            "encoder_hidden_states": torch.randn(batch, length, 12, dtype=dtype),
+            "timestep": torch.full((batch,), 0.5, dtype=dtype),
+        }
+
+    return Case(lively(model), inputs, text_first, {(HEIGHT // 2, WIDTH // 2)}, registers=8)
+
+
+def packed(model: nn.Module, **options: Callable[[int, int], Any]) -> Case:
+    """A transformer over picture tokens (B, N, C), with further arguments by (batch, length)."""
+    height, width = HEIGHT // 2, WIDTH // 2
+
+    def inputs(batch: int, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.randn(batch, height * width, 4, dtype=dtype),
+            "encoder_hidden_states": torch.randn(batch, length, 12, dtype=dtype),
+            "timestep": torch.full((batch,), 0.5, dtype=dtype),
+            **{name: option(batch, length) for name, option in options.items()},
+        }
+
+    return Case(lively(model), inputs, text_first, {(height, width)})
+
+
+def text_first(probabilities: Tensor) -> Cut | None:
+    picture = HEIGHT * WIDTH // 4
+    text = probabilities.shape[3] - picture
+    return probabilities[:, :, text:, :text], (HEIGHT // 2, WIDTH // 2)
+
+
+def ids(columns: int) -> Tensor:
+    """Picture, row and column of each token; a fourth counts those of the text."""
+    sides = [torch.zeros(1), torch.arange(HEIGHT / 2), torch.arange(WIDTH / 2), torch.zeros(1)]
+    return torch.cartesian_prod(*sides[:columns])
+
+
+def chroma() -> Case:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers calls what it deprecates
+        model = ChromaTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            axes_dims_rope=(4, 6, 6),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        )
+    return packed(model, img_ids=lambda batch, length: ids(3), txt_ids=lambda batch, length: torch.zeros(length, 3))
+
+
+def flux2() -> Case:
+    model = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    return packed(
+        model,
+        img_ids=lambda batch, length: ids(4).expand(batch, -1, -1),
+        txt_ids=lambda batch, length: torch.zeros(batch, length, 4),
+        guidance=lambda batch, length: torch.ones(batch),
+    )
+
+
+def qwen() -> Case:
+    model = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=1,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return packed(model, img_shapes=lambda batch, length: [[(1, HEIGHT // 2, WIDTH // 2)]] * batch)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "unet": unet,
+    "added": added,
+    "pixart": pixart,
+    "sana": sana,
+    "sd3": sd3,
+    "auraflow": auraflow,
+    "flux": flux,
+    "flux2": flux2,
+    "chroma": chroma,
+    "qwen": qwen,
+}
 
 
 def stable_diffusion() -> StableDiffusionPipeline:

@@ -77,7 +77,7 @@ def test_equals_stored_maps(case, dtype, monkeypatch):
     maps = traced(case, passes)
     assert maps.steps == 2 and set(maps.grids) == case.grids
     expected = published(case, stored(case, passes, monkeypatch), slice(None), case.size)
-    assert expected.shape == (2, LENGTH, *case.size)
+    assert expected.shape == (2, case.registers + LENGTH, *case.size)
     torch.testing.assert_close(maps.token_maps(), expected, rtol=0, atol=TOLERANCES[dtype])
     assert (expected[0] - expected[1]).abs().max() > 1e-3 and expected.std() > 1e-3  # two prompts, and no even maps
 
@@ -116,7 +116,7 @@ def test_any_size(mode, monkeypatch):
 
 
 def test_chosen_layers(monkeypatch):
-    """Without the middle block, as DAAM's own code: the fourth to last... of the calls in their order."""
+    """Without the middle block, as in DAAM's own code."""
     case = CASES["unet"]()
     passes = [case.inputs(batch=1)]
     kept = [each for each in stored(case, passes, monkeypatch) if case.cut(each[0]) is not None]
@@ -200,9 +200,9 @@ def test_the_model_stays_as_it_was(case):
     inputs = case.inputs(batch=2)
     processors, modes = dict(case.model.attn_processors), [module.training for module in case.model.modules()]
     with torch.no_grad():
-        plain = case.model(**inputs).sample
+        plain = case.model(**inputs)[0]
         with va.prompt_maps(case.model, guidance="none"):
-            seen = case.model(**inputs).sample
+            seen = case.model(**inputs)[0]
             assert all(case.model.attn_processors[path] is each for path, each in processors.items())
         torch.testing.assert_close(seen, plain, rtol=0, atol=0)
     assert all(case.model.attn_processors[path] is each for path, each in processors.items())
@@ -448,6 +448,27 @@ def test_bad_reading():
         maps.explanation(["a", "b", "c"], Words())
     with pytest.raises(ValueError, match=f"within the network's {LENGTH} text tokens; got 4 from column 8"):
         maps.explanation("a tree", Words(), first=8)
+
+
+def test_an_unknown_guided_pipeline_must_be_told():
+    """That it is guided does not say whether in one batch or in two calls; unguided it needs no telling."""
+
+    class Pipeline:
+        do_classifier_free_guidance = True
+
+        def __init__(self) -> None:
+            self.unet = CASES["unet"]().model
+
+    pipeline, inputs = Pipeline(), CASES["unet"]().inputs(batch=2)
+    with pytest.raises(ValueError, match="guidance must be 'none', 'batch' or 'calls' .*got None and Pipeline"):
+        with va.prompt_maps(pipeline):
+            pipeline.unet(**inputs)
+    with va.prompt_maps(pipeline, guidance="batch") as guided:
+        pipeline.unet(**inputs)
+    pipeline.do_classifier_free_guidance = False
+    with va.prompt_maps(pipeline) as unguided:
+        pipeline.unet(**inputs)
+    assert (guided.token_maps().shape[0], unguided.token_maps().shape[0]) == (1, 2)
 
 
 def test_an_odd_batch_is_not_guided():

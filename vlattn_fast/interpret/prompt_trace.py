@@ -119,15 +119,11 @@ class PromptTrace(TorchFunctionMode):
             return  # a part of the model by itself
         first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         shape = tuple(first.shape) if isinstance(first, Tensor) else ()
-        self._running.append(
-            _Running(
-                path,
-                module,
-                picture=_patches(module, shape) if len(shape) == 4 else None,
-                tokens=shape[1] if len(shape) == 3 else None,
-                text=_length(argument(module, "encoder_hidden_states", args, kwargs)),
-            )
-        )
+        text = _length(argument(module, "encoder_hidden_states", args, kwargs))
+        if text and text not in self._texts and (module is self.model or hasattr(module, "processor")):
+            self._texts.append(text)
+        picture, tokens = _patches(module, shape) if len(shape) == 4 else None, shape[1] if len(shape) == 3 else None
+        self._running.append(_Running(path, module, picture, tokens, text))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the whole model."""
@@ -137,10 +133,16 @@ class PromptTrace(TorchFunctionMode):
         self._passes += 1
         self._text_first: dict[tuple[int, int], bool | None] = {}  # (L, N) -> the order of the last concatenation
         self._before, self._others = self.maps, set[tuple[int, int]]()
-        self._packed = self._said_grid, None if self._said_grid is None else self._said_grid[0] * self._said_grid[1]
-        ids = argument(self.model, "img_ids", args, kwargs)
-        if self._said_grid is None and isinstance(ids, Tensor) and self._counts:
-            self._packed = _grid_of(ids), ids.shape[-2]
+        self._texts: list[int] = []  # the lengths of this pass: the model's text, and what blocks may have put before it
+        self._packed: tuple[Grid | None, int] = None, 0  # the picture's grid, and how many image tokens there are
+        if self._said_grid is not None:
+            self._packed = self._said_grid, self._said_grid[0] * self._said_grid[1]
+        elif self._counts:
+            ids, shapes = (argument(self.model, name, args, kwargs) for name in ("img_ids", "img_shapes"))
+            if isinstance(ids, Tensor):
+                self._packed = _grid_of(ids), ids.shape[-2]
+            elif shapes:
+                self._packed = _first_of(shapes)
 
     def _pop(self, path: str, module: nn.Module, *_: Any) -> None:
         if threading.get_ident() != self._thread or not self._running:
@@ -172,14 +174,9 @@ class PromptTrace(TorchFunctionMode):
         """Whether attention between picture and text is expected in a module."""
         if not hasattr(run.module, "processor") or not self._is_chosen(run.path):
             return False
-        text = self._text()
-        return run.text is not None or (
-            run.tokens is not None and bool(text) and self._grid(run.tokens - (text or 0)) is not None
-        )
-
-    def _text(self) -> int | None:
-        """L of the model's own `encoder_hidden_states`; None outside of a forward pass, or where it has none."""
-        return self._running[0].text if self._running else None
+        if run.text is not None or run.tokens is None:
+            return run.text is not None
+        return any(self._grid(run.tokens - text) is not None for text in self._texts)
 
     def _is_chosen(self, path: str) -> bool:
         return self.layers is None or bool(self.layers(path))
@@ -258,21 +255,18 @@ class PromptTrace(TorchFunctionMode):
     # --- what is picture and what is text ---
 
     def _part(self, run: _Running, rows: int, columns: int) -> _Part | None:
-        text = run.text if run.text is not None else self._text()
-        if not text:
-            return None
-        grid = self._grid(rows)
-        if run.text is not None and grid is not None and columns == text:
+        grid, text = self._grid(rows), run.text
+        if grid is not None and text and columns == text:
             return _Part(grid, _slice(0, grid), slice(0, text))
-        if run.text is not None and grid is not None and columns == rows + text:
+        if grid is not None and text and columns == rows + text:
             first = self._is_text_first(run, text, rows)
             return _Part(grid, _slice(0, grid), slice(0, text) if first else slice(rows, columns))
-        grid = self._grid(rows - text)
-        if grid is not None and rows == columns:
-            picture = rows - text
-            if self._is_text_first(run, text, picture):
-                return _Part(grid, _slice(text, grid), slice(0, text))
-            return _Part(grid, _slice(0, grid), slice(picture, columns))
+        for text in self._texts if run.text is None else [run.text]:
+            grid, picture = self._grid(rows - text), rows - text
+            if grid is not None and rows == columns:
+                if self._is_text_first(run, text, picture):
+                    return _Part(grid, _slice(text, grid), slice(0, text))
+                return _Part(grid, _slice(0, grid), slice(picture, columns))
         return None
 
     def _grid(self, tokens: int) -> Grid | None:
@@ -313,7 +307,8 @@ def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[s
     """An argument of a forward pass; None where it was not given."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    names = _parameters(type(module))
+    kind: Any = type(module)
+    names = _parameters(kind)
     return args[names.index(name)] if name in names[: len(args)] else None
 
 
@@ -337,13 +332,23 @@ def _patches(module: nn.Module, shape: tuple[int, ...]) -> Grid:
 
 
 def _grid_of(ids: Tensor) -> Grid | None:
-    """h, w of (N, 3) or (B, N, 3) ids: the picture, row and column of each token. The first picture is the one that is made."""
+    """h, w of (N, 3) or (B, N, 3) ids: the picture, row and column of each token. The first picture is the one that is made.
+
+    A fourth id may count the tokens of the text.
+    """
     ids = ids[0] if ids.ndim == 3 else ids
-    if ids.ndim != 2 or ids.shape[1] != 3 or not len(ids):
+    if ids.ndim != 2 or ids.shape[1] not in (3, 4) or not len(ids):
         return None
     ids = ids[ids[:, 0] == ids[0, 0]]
     height, width = (int(ids[:, i].unique().numel()) for i in (1, 2))
     return (height, width) if height * width == len(ids) else None
+
+
+def _first_of(shapes: Any) -> tuple[Grid | None, int]:
+    """h, w of the first picture, which is made, and the number of all tokens, from (frames, h, w) of each picture of each row."""
+    pictures = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
+    frames, height, width = pictures[0]
+    return ((height, width) if frames == 1 else None), sum(f * h * w for f, h, w in pictures)
 
 
 def _slice(start: int, grid: Grid) -> slice:

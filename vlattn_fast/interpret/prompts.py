@@ -17,6 +17,8 @@ from vlattn_fast.interpret.words import join_tokens
 
 GUIDANCE = (None, "none", "batch", "calls")
 MODES = ("bicubic", "bilinear")
+_KINDS = ("", "Img2Img", "Inpaint", "ControlNet")
+_IN_BATCH = {f"StableDiffusion{version}{kind}Pipeline" for version in ("", "XL", "3") for kind in _KINDS} | {"SanaPipeline"}
 
 
 @contextlib.contextmanager
@@ -42,8 +44,9 @@ def prompt_maps(
         model: a pipeline of diffusers, or its network (`pipe.unet`, `pipe.transformer`): UNets and transformers with
             cross-attention, and transformers that attend to text and picture jointly.
         guidance: how classifier-free guidance runs, whose unconditional part does not count. "batch": the first half of each
-            batch is unconditional (Stable Diffusion, SD3, PixArt). "calls": every second forward pass is (Flux with a negative
-            prompt). "none": there is none, or the prompt of every row counts. None: what the pipeline says.
+            batch is unconditional (Stable Diffusion, SDXL, SD3, PixArt). "calls": every second forward pass is (Flux with a
+            negative prompt, Qwen-Image). "none": there is none, or the prompt of every row counts. None: what the pipeline says,
+            which is enough for those of Stable Diffusion and where nothing is guided.
         text_first: whether text tokens stand before image tokens in joint attention; None: as the model concatenates them.
         grid: (h, w) of the image tokens, where the model gets neither latents (B, C, H, W) nor `img_ids`.
         layers: says by the path of a module in the network whether its attention counts; None: all. DAAM's own code leaves out
@@ -73,7 +76,7 @@ def prompt_maps(
     if grid is not None:
         grid = _checked_size("grid", grid)
     network = _network(model)
-    trace = PromptTrace(network, _guidance(model, network, guidance), text_first, grid, layers)
+    trace = PromptTrace(network, _guidance(model, guidance), text_first, grid, layers)
     with uncompiled(network), trace:
         yield PromptMaps(trace)
 
@@ -233,18 +236,24 @@ def _network(model: Any) -> nn.Module:
     return unwrapped(parts[0])
 
 
-def _guidance(model: Any, network: nn.Module, guidance: str | None) -> Callable[[], str]:
+def _guidance(model: Any, guidance: str | None) -> Callable[[], str]:
     """What is asked before each forward pass, since a pipeline may stop to guide on the way."""
     if guidance is not None:
         return lambda: guidance
-    if isinstance(model, nn.Module) or not hasattr(type(model), "do_classifier_free_guidance"):
-        raise ValueError(
-            "guidance must be 'none', 'batch' (unconditional rows before conditional ones) or 'calls' for a model that does not "
-            f"say whether it is guided; got None and {type(model).__name__}"
-        )
-    if getattr(model, "do_perturbed_attention_guidance", False):
-        raise ValueError(f"model must not run perturbed rows as well; got {type(model).__name__}")
-    return lambda: "batch" if model.do_classifier_free_guidance else "none"
+    name = type(model).__name__
+    says, known = hasattr(type(model), "do_classifier_free_guidance"), any(k.__name__ in _IN_BATCH for k in type(model).__mro__)
+    told = f"guidance must be 'none', 'batch' or 'calls' for a model that does not say how it is guided; got None and {name}"
+    if isinstance(model, nn.Module) or not says:
+        raise ValueError(told)
+
+    def asked() -> str:
+        if not model.do_classifier_free_guidance:
+            return "none"
+        if not known:
+            raise ValueError(told)
+        return "batch"
+
+    return asked
 
 
 def _checked_size(name: str, size: Any) -> Grid:
