@@ -241,15 +241,23 @@ def test_inference_mode_and_plain_runs_add_up():
 
 
 def test_other_threads_do_not_count():
+    """One runs the network from beginning to end in the middle of a pass that counts."""
     case = CASES["unet"]()
     passes = [case.inputs(batch=1) for _ in range(2)]
-    with va.prompt_maps(case.model, guidance="none") as maps:
-        other = threading.Thread(target=lambda: case.model(**passes[1]))
-        other.start()
-        other.join()
+    expected, this = traced(case, passes[:1]).token_maps(), threading.current_thread()
+
+    def meanwhile(*_: Any) -> None:
+        if threading.current_thread() is this:
+            other = threading.Thread(target=lambda: case.model(**passes[1]))
+            other.start()
+            other.join()
+
+    with va.prompt_maps(case.model, guidance="calls") as maps:
+        handle = case.model.mid_block.attentions[0].register_forward_pre_hook(meanwhile)
         case.model(**passes[0])
+        handle.remove()
     assert maps.steps == 1
-    torch.testing.assert_close(maps.token_maps(), traced(case, passes[:1]).token_maps())
+    torch.testing.assert_close(maps.token_maps(), expected)
 
 
 def test_a_compiled_network(monkeypatch):
