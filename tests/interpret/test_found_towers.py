@@ -90,12 +90,6 @@ def test_attention_without_a_softmax_is_missed():
         explain(stack("exponentials", "exponentials"), sequences(), read="cls", target=second)
 
 
-@pytest.mark.parametrize("score", ["cosine", "additive", "activated_general"])
-def test_other_scores_are_named(score):
-    with pytest.raises(ValueError, match=r"got 'blocks\.1\.attend\.inside' \(ScoreAttention\)"):
-        explain(stack("torch", f"score {score}"), sequences(), read="cls", target=second)
-
-
 class FlexBlock(Block):
     """A layer of another class than its neighbours, so that nothing else tells that it attends."""
 

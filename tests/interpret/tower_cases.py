@@ -142,11 +142,11 @@ class Stack(nn.Module):
         self.embed, self.head = nn.Linear(10, width), nn.Linear(width, 3)
         self.blocks = nn.ModuleList(Block(kind, width) for kind in kinds)
 
-    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor, read: int = 0) -> Tensor:
         x = self.embed(x)
         for block in self.blocks:
             x = self.run(block, x, attention_mask.bool())
-        return self.head(x[:, 0])
+        return self.head(x[:, read])
 
     def run(self, block: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
         return block(x, visible)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.methods import Attended
+from vlattn_fast.interpret.scored import mean_map
 from vlattn_fast.interpret.towers import TowerTrace
-from vlattn_fast.ops.attention_map import attention_map
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _additions(found: Relevancies, call: Call, grad: Tensor | None) -> list[tupl
     if grad is None:
         return []
     s, q, seen = call.tower, call.source, call.attended
-    abar = attention_map(seen.query, seen.key, seen.value, grad, rule="gradient", **seen.masks)
+    abar = mean_map(seen.query, seen.key, seen.value, grad, seen.masks)
     if s is q:
         return [((s, t), abar @ part) for (of, t), part in found.items() if of is s]
     additions = [((s, q), normalized(found[s, s]).transpose(1, 2) @ abar @ normalized(found[q, q]))]

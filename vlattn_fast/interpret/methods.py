@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._tensors import expand_heads
+from vlattn_fast.interpret.scored import logits
 from vlattn_fast.ops.relevancy_residual import Weighting, relevancy_residual
 
 
@@ -158,15 +159,15 @@ def _attention_rows(query: Tensor, key: Tensor, index: Tensor, masks: dict[str, 
     """Rows `index` (B, R) of the attention probabilities: (B, H, R, M); fully masked rows are zero."""
     batch, heads, _, dim = query.shape
     count = key.shape[2]
-    chosen = query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim))
-    scale = dim**-0.5 if masks["scale"] is None else masks["scale"]
-    scores = chosen @ key.transpose(-1, -2) * scale
+    scores = logits(query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim)), key, masks)
     mask = masks["attn_mask"]
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]  # torch takes (N, M) and (H, N, M) as well
         mask = mask.expand(batch, mask.shape[1], query.shape[2], count)
         mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, count))
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    if masks.get("key_mask") is not None:
+        scores = scores.masked_fill(~masks["key_mask"][:, None, None], -torch.inf)
     if masks["is_causal"]:
         later = torch.arange(count, device=key.device) > index[:, None, :, None]
         scores = scores.masked_fill(later, -torch.inf)

@@ -1,7 +1,7 @@
 """One tower during a run: its attention calls, and the carrier that passes through them.
 
-Each self-attention call hands the carrier on through `relevancy_attention`, so that one backward pass brings the relevancy row
-from the end of the tower to its beginning.
+Each self-attention call hands the carrier on, so that one backward pass brings the relevancy row from the end of the tower to its
+beginning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlattn_fast._tensors import compute_dtype
 from vlattn_fast.interpret.methods import Attended, Method, weigh
 from vlattn_fast.interpret.records import Tokens, Tower
-from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.interpret.scored import Through, attention, relevancy_through
 from vlattn_fast.ops.relevancy_residual import Weighting
 
 _NUMBER = re.compile(r"\b\d+\b")
@@ -167,16 +167,16 @@ class TowerTrace:
 
     def _carry(self, query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, masks: dict[str, Any]) -> Tensor:
         method = self.method
-        output, carrier = relevancy_attention(
+        output, carrier = relevancy_through(
             query,
             key,
             value,
             carrier,
+            masks,
             rule=method.rule,
             row_normalize=method.row_normalize,
             residual_weight=method.residual_weight,
             attention_weight=method.attention_weight,
-            **masks,
         )
         carrier = carrier.to(self.dtype)
         if not carrier.requires_grad and self._without_gradients is None:
@@ -215,9 +215,9 @@ class TowerTrace:
             return self._leaf(query, key, value, masks, output)
         if self.method.needs_score and output.requires_grad:
             self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
-        output, carrier = PoolingRead.apply(
-            output, self._outs[-1], query, key, value, masks, self.method.rule, self.method.row_normalize
-        )
+        # The head's queries are learnt and no tokens, so there is no residual term.
+        options = masks, self.method.rule, self.method.row_normalize, 0.0, 1.0
+        output, carrier = Through.apply(output, self._outs[-1], query, key, value, *options)
         self._outs = [carrier]
         return output if self.method.needs_score else output.detach()
 
@@ -327,52 +327,6 @@ class TowerTrace:
         if self.last is None:
             raise ValueError(f"model must call the last attention of tower '{self.name}'; got no call")
         return self.last
-
-
-class PoolingRead(torch.autograd.Function):
-    """The identity on the attention output of a pooling head. Its backward pass turns the relevancy r of the head's queries into
-    that of the tokens, r Abar.
-
-    The head's queries are learnt and no tokens, so there is no residual term.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        carrier: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        masks: dict[str, Any],
-        rule: str,
-        row_normalize: bool,
-    ) -> tuple[Tensor, Tensor]:
-        mask = masks["attn_mask"]
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.masks, ctx.rule, ctx.row_normalize = masks, rule, row_normalize
-        return output.view_as(output), carrier.new_zeros(carrier.shape[0], carrier.shape[1], query.shape[2])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        grad_output = grad if ctx.rule == "gradient" else None
-        tokens = relevancy_step(
-            relevancy,
-            query,
-            key,
-            value,
-            grad_output,
-            rule=ctx.rule,
-            row_normalize=ctx.row_normalize,
-            **{**ctx.masks, "attn_mask": mask},
-        )
-        return grad, tokens, None, None, None, None, None, None
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
-    """torch's attention, as the model asked for it."""
-    return nn.functional.scaled_dot_product_attention(query, key, value, **masks)
 
 
 def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:

@@ -1,8 +1,8 @@
 """Sees every attention call of a model in one forward pass, and finds out which calls belong to one tower.
 
 A call reaches a `Trace` in one of two ways: transformers' attention interface hands it over (dispatch.py), or the model calls
-`torch.nn.functional.scaled_dot_product_attention`, which the trace sees as a mode of torch. Attention that a module writes out by
-hand is replaced for the run (handwritten.py), so that it takes the second way.
+`torch.nn.functional.scaled_dot_product_attention` or this package's operator `score_attention`, which the trace sees as a mode of
+torch. Attention that a module writes out by hand is replaced for the run (handwritten.py), so that it takes the second way.
 
 A tower is the calls over the same tokens. Every tensor remembers the attention calls it was computed from, as bits of an int: a
 query continues the tower whose calls it came through. Where its keys came through other calls, the call is cross-attention.
@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast._tensors import compute_dtype
+import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
+from vlattn_fast._tensors import compute_dtype, expand_heads, mask_padding
 from vlattn_fast.interpret.bimodal import Call
 from vlattn_fast.interpret.methods import Attended, Method
 from vlattn_fast.interpret.records import Family
-from vlattn_fast.interpret.towers import TowerTrace, attention, in_layers, layers_of
-from vlattn_fast.nn.score_attention import ScoreAttention
+from vlattn_fast.interpret.scored import Scored, attention
+from vlattn_fast.interpret.towers import TowerTrace, in_layers, layers_of
 from vlattn_fast.ops.relevancy_residual import Weighting
 
 _running: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("vlattn_trace", default=None)
 _SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
+_SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
 
 def running_trace() -> Trace | None:
@@ -84,8 +86,6 @@ class Trace(TorchFunctionMode):
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         path = self._paths[-1] if isinstance(module, nn.Softmax) else self._names.get(module)  # whoever asks takes the softmax
-        if isinstance(module, ScoreAttention) and path is not None:
-            self.by_hand[path] = True  # unless its score is a product of features, which torch's attention takes
         self._paths.append(path)
         self._run += 1
         self._runs.append(self._run)
@@ -104,6 +104,8 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
+        if func is _SCORE_ATTENTION:
+            return self._score_attention(*args)
         if func is functional.multi_head_attention_forward and self._explains(self._paths[-1]):
             raise ValueError(
                 f"model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
@@ -176,6 +178,37 @@ class Trace(TorchFunctionMode):
         result = output.squeeze(1)
         self._note(result, self._calls_of((output,)))
         return result
+
+    def _score_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        vector: Tensor | None,
+        attn_mask: Tensor | None,
+        key_mask: Tensor | None,
+        seed: Tensor | None,
+        kind: str,
+        parameter: float,
+        scale: float,
+        dropout_p: float,
+        is_causal: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """The operator's output and log-sum-exp; dropout is off, as everywhere in a run."""
+        calls = [self._calls_of((tensor,)) for tensor in (query, key, value)]
+        with torch._C.DisableTorchFunction():
+            options = None, kind, parameter, scale, 0.0, is_causal, backend
+            output, lse = _SCORE_ATTENTION(query, key, value, vector, attn_mask, key_mask, *options)
+            heads = query.shape[1]
+            keys, values = (expand_heads(x.detach(), heads) for x in mask_padding(key_mask, key, value))
+            tensors = query.detach(), keys, values
+        for tensor, each in zip(tensors, calls, strict=True):
+            self._note(tensor, each)
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "scale": scale}
+        result = self.attend(*tensors, {**masks, "score": Scored(kind, vector, parameter, output)})
+        self._note(lse, calls[0] | calls[1])
+        return result, lse
 
     def _one_head(self, tensor: Tensor) -> Tensor:
         head = tensor.unsqueeze(1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._tensors import compute_dtype
+from vlattn_fast.streaming._scores import score_tile
 from vlattn_fast.streaming._tiles import Masks, Tiling, probabilities
 
 
@@ -22,17 +23,25 @@ def abar_tile(
     b: slice,
     i: slice,
     head_reduction: str = "mean",
+    score: str = "dot",
+    vector: Tensor | None = None,
+    parameter: float = 0.0,
 ) -> Tensor:
     """Rows i of Abar, (b, i, M), from heads-expanded query, key, value; lse (B, H, N) as in `probabilities`.
 
     rule "attention": A; "gradient": relu(A * dA), dA = grad_output @ value^T. row_normalize divides each row by its sum; a
-    zero row stays zero.
+    zero row stays zero. score, vector, parameter: the core score, as in score_attention.
     """
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     dtype = compute_dtype(query)
     abar: Tensor | None = None
     for h in Tiling(*shape).heads():
-        logits = masks.apply((query[b, h, i].to(dtype) * scale) @ key[b, h].to(dtype).mT, shape, b, h, i)
+        q, k = query[b, h, i].to(dtype), key[b, h].to(dtype)
+        if score == "dot":
+            tile = (q * scale) @ k.mT
+        else:
+            tile = score_tile(score, q, k, None if vector is None else vector[h].to(dtype), parameter) * scale
+        logits = masks.apply(tile, shape, b, h, i)
         tile = probabilities(logits, dtype, None if lse is None else lse[b, h, i].to(dtype))
         if rule == "gradient":
             assert value is not None and grad_output is not None

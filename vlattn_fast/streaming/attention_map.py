@@ -21,13 +21,17 @@ def forward(
     row_normalize: bool,
     scale: float,
     is_causal: bool,
+    score: str = "dot",
+    vector: Tensor | None = None,
+    parameter: float = 0.0,
 ) -> Tensor:
-    """Abar (B, N, M)."""
+    """Abar (B, N, M); also for the other core scores of score_attention."""
     batch, num_heads, num_queries, num_keys = *query.shape[:3], key.shape[2]
     key = expand_heads(key, num_heads)
     value = None if value is None else expand_heads(value, num_heads)
     masks = Masks(attn_mask, key_mask, is_causal)
     abar = query.new_empty(batch, num_queries, num_keys, dtype=compute_dtype(query))
+    options, core = (masks, rule, row_normalize, scale), (head_reduction, score, vector, parameter)
     for b, i in Tiling(batch, num_heads, num_queries, num_keys).rows():
-        abar[b, i] = abar_tile(query, key, value, grad_output, None, masks, rule, row_normalize, scale, b, i, head_reduction)
+        abar[b, i] = abar_tile(query, key, value, grad_output, None, *options, b, i, *core)
     return abar

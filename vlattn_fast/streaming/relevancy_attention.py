@@ -80,15 +80,19 @@ def step(
     row_normalize: bool,
     scale: float,
     is_causal: bool,
+    score: str = "dot",
+    vector: Tensor | None = None,
+    parameter: float = 0.0,
 ) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
+    """relevancy @ Abar, (B, T, N) -> (B, T, M); also for the other core scores of score_attention."""
     num_heads = query.shape[1]
     key = expand_heads(key, num_heads)
     value = None if value is None else expand_heads(value, num_heads)
     masks = Masks(attn_mask, key_mask, is_causal)
     dtype = compute_dtype(query)
     result = torch.zeros(*relevancy.shape[:2], key.shape[2], dtype=dtype, device=query.device)
+    options, core = (masks, rule, row_normalize, scale), ("mean", score, vector, parameter)
     for b, i in Tiling(query.shape[0], num_heads, query.shape[2], key.shape[2]).rows():
-        abar = abar_tile(query, key, value, grad_output, lse, masks, rule, row_normalize, scale, b, i)
+        abar = abar_tile(query, key, value, grad_output, lse, *options, b, i, *core)
         result[b] += relevancy[b, :, i].to(dtype) @ abar
     return result.to(relevancy.dtype)

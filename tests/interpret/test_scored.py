@@ -1,0 +1,286 @@
+"""Layers with any score function: explain against stored maps of the formula, and without a map a head in memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vlattn_fast as va
+from tests.interpret.cases import lively
+from tests.interpret.stored_maps import Kept, Place, error, layer_sums, rows_of
+from tests.interpret.test_linked import encoder_decoder_published
+from tests.interpret.tower_cases import METHODS, Stack, first_rows, second, sequences, stack
+from tests.nn.test_score_attention import CASES
+from vlattn_fast.interpret import FAMILIES, Family, Tower, explain
+from vlattn_fast.nn import ScoreAttention
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "leaky_relu": lambda x: functional.leaky_relu(x, 0.01),
+}
+
+
+def pairs(layer: ScoreAttention, q: Tensor, k: Tensor) -> Tensor:
+    """The scores (B, H, N, M) of all pairs, from q (B, H, N, 1, D) and k (B, H, 1, M, D), by Cao et al.'s table."""
+    if isinstance(layer.score, str):
+        dot = (q * k).sum(-1)
+        return {"dot": dot, "scaled_dot": dot / q.shape[-1] ** 0.5, "cosine": functional.cosine_similarity(q, k, -1)}[layer.score]
+
+    def part(name: str) -> Any:  # one per head, or one for all
+        value = dict(layer.score.named_parameters()).get(name)
+        if value is None:
+            return 0.0
+        vector = name in ("vector", "bias")
+        per_head = value.dim() == (2 if vector else 3)
+        shape = value.shape[1:] if per_head else value.shape
+        return value.reshape(-1, 1, 1, *shape)
+
+    def times(name: str, x: Tensor) -> Tensor:
+        return (part(name) @ x[..., None])[..., 0]
+
+    if layer.score.make is va.scores.Additive:
+        units = torch.tanh(times("query_weight", q) + times("key_weight", k) + part("bias"))
+        return (part("vector") * units).sum(-1)
+    act = ACTIVATIONS[layer.score.options.get("activation")]
+    if layer.score.options.get("projects") == "query":
+        q = times("weight", q) + part("bias")
+    else:
+        k = times("weight", k) + part("bias")
+    return (part("vector") * act(q * k)).sum(-1) if layer.score.make is va.scores.Hadamard else act((q * k).sum(-1))
+
+
+class Written(nn.Module):
+    """A ScoreAttention with its map in memory."""
+
+    def __init__(self, layer: ScoreAttention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, query: Tensor, key: Tensor | None = None, *, key_mask: Any = None, attn_mask: Any = None, is_causal: bool = False
+    ) -> Tensor:
+        layer, key = self.layer, query if key is None else key
+        projected = zip((query, key, key), (layer.q_proj, layer.k_proj, layer.v_proj), strict=True)
+        q, k, v = (project(x).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for x, project in projected)
+        scores = pairs(layer, q[:, :, :, None], k[:, :, None]) * (1.0 if layer.scale is None else layer.scale)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
+        if is_causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        return layer.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def written(model: nn.Module) -> nn.Module:
+    """The same model with maps in memory."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, ScoreAttention):
+                setattr(module, name, Written(child))
+    return model
+
+
+def negative(outputs: Tensor) -> Tensor:
+    return -outputs[:, 1]
+
+
+def compare(model: nn.Module, inputs: dict[str, Tensor], read: int = 0) -> None:
+    """Every method against stored maps, in float64 and then in float32."""
+    place = Place("blocks", first_rows(7).roll(read, 1), inputs["attention_mask"])
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model.to(dtype)
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        exact = written(model).double()
+        in_double = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+        for method in METHODS:
+            for target in (second, negative):  # Grad-CAM of the one may be zero throughout
+                want = rows_of(exact, in_double, target, {"tower0": place}, method)["tower0"]
+                if bool(want.any()):
+                    break
+            got = explain(model, inputs, method=method, read=read, target=target).relevancy["tower0"]
+            assert got.dtype == dtype
+            assert error(got.double(), want, place, method) < bound, (dtype, method)
+
+
+class Masked(Stack):
+    """Hides from each layer what `mask` says, instead of the padding, and classifies by the last token."""
+
+    mask: str
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().forward(x, attention_mask, -1)
+
+    def run(self, block: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(4)
+        some = torch.rand(2, 1, 7, 7, generator=generator) < 0.7
+        options = {
+            "causal": {"is_causal": True},
+            "bool": {"attn_mask": some | torch.eye(7, dtype=torch.bool)},
+            "float": {"attn_mask": torch.randn(4, 7, 7, generator=generator).to(x.dtype)},
+            "key": {"key_mask": visible},
+        }
+        x = x + block.attend.inside(block.norm(x), **options[self.mask])
+        return x + block.mlp(x)
+
+
+def scored(name: str, per_head: bool = False, make: type[Stack] = Stack, **options: Any) -> nn.Module:
+    model = stack("score dot", "score dot", "score dot", make=make)
+    for block in model.blocks:
+        block.attend.inside = ScoreAttention(32, 4, name, per_head=per_head, score_options=options)
+    return lively(model).eval()
+
+
+@pytest.mark.parametrize(("name", "per_head", "options"), CASES)
+def test_every_score_with_padding(name, per_head, options):
+    compare(scored(name, per_head, **options), sequences())
+
+
+@pytest.mark.parametrize("name", ["scaled_dot", "cosine", "additive", "activated_general"])
+@pytest.mark.parametrize("mask", ["causal", "bool", "float"])
+def test_masks(name, mask):
+    model = scored(name, make=Masked)
+    model.mask = mask
+    compare(model, {**sequences(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}, -1)
+
+
+def test_beside_torchs_attention():
+    model = stack("score additive", "torch", "nn.MultiheadAttention", "score cosine")
+    compare(model, sequences())
+
+
+def test_weights_of_the_residual_branch_and_layers_to_start_from(monkeypatch):
+    model, inputs = scored("additive").double(), sequences()
+    inputs["x"] = inputs["x"].double()
+    monkeypatch.setitem(FAMILIES, "Stack", Family((Tower("text", "", "blocks", "cls", "text", branch="attend"),), "class"))
+    place = Place("blocks", first_rows(7), inputs["attention_mask"], layer_sums("blocks", 3, "", "mlp"))
+    want = rows_of(written(model), inputs, second, {"text": place}, "weighted")["text"]
+    got = explain(model, inputs, method="weighted", target=second)
+    assert error(got.relevancy["text"], want, place, "weighted") < 1e-10
+    last = Place("blocks.2", place.row, place.real)
+    want = rows_of(written(model), inputs, second, {"text": last})["text"]
+    assert error(explain(model, inputs, start_layer=2, target=second).relevancy["text"], want, last, "gradient") < 1e-10
+
+
+class Reader(nn.Module):
+    """Words that attend to patches, each with a score."""
+
+    def __init__(self, score: str, width: int = 32) -> None:
+        super().__init__()
+        make = lambda: ScoreAttention(width, 4, score)  # noqa: E731
+        self.patches = nn.ModuleList(nn.ModuleDict({"attend": make()}) for _ in range(2))
+        self.words = nn.ModuleList(nn.ModuleDict({"attend": make(), "look": make()}) for _ in range(2))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, image: Tensor, text: Tensor, padding: Tensor) -> Tensor:
+        for layer in self.patches:
+            image = image + layer["attend"](image)
+        for layer in self.words:
+            text = text + layer["attend"](text, key_mask=~padding)
+            text = text + layer["look"](text, image)
+        return self.head(text[:, 0])
+
+
+@pytest.mark.parametrize("score", ["scaled_dot", "cosine", "additive"])
+def test_between_towers(score):
+    torch.manual_seed(0)
+    model = lively(Reader(score)).eval().double()
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    inputs = {"image": torch.randn(2, 9, 32).double(), "text": torch.randn(2, 6, 32).double(), "padding": padding}
+    kept = Kept(written(model))
+    with kept.watching():
+        outputs = kept.model(**inputs)
+    maps = [found for _, found in kept.maps]
+    want_words, want_patches = encoder_decoder_published(None, second(outputs).sum(), maps[:2], maps[2::2], maps[3::2])
+    got = explain(model, inputs, read={"tower1": "cls"}, target=second).relevancy
+    want_words[:, 0, 0] = 0
+    torch.testing.assert_close(got["tower0"], want_patches[:, 0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got["tower1"], want_words[:, 0], rtol=1e-9, atol=1e-11)
+    assert want_patches.abs().max() > 1e-4 and (got["tower1"][1, 4:] == 0).all()
+
+
+class Grouped(nn.Module):
+    """The function itself, with shared key heads, and a log-sum-exp that is part of the score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.head = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (project(x).unflatten(-1, (-1, 8)).transpose(1, 2) for project in (self.query, self.key))
+        y, lse = va.score_attention(q, k, k, score=va.scores.Additive(self.head.weight[0, :8]), enable_gqa=True, return_lse=True)
+        y += 0.0  # in place
+        return self.head(y.transpose(1, 2).flatten(2)[:, 0]) + lse[:, :3, 0]
+
+
+def test_the_function_with_grouped_heads():
+    torch.manual_seed(0)
+    model, x = lively(Grouped()).double(), torch.randn(2, 5, 16).double()
+    got = explain(model, {"x": x}, read=0, target=second)
+    q, k = (project(x).unflatten(-1, (-1, 8)).transpose(1, 2) for project in (model.query, model.key))
+    k = k.repeat_interleave(2, 1)
+    vector = model.head.weight[0, :8]
+    maps = (torch.tanh(q[:, :, :, None] + k[:, :, None]) * vector).sum(-1).softmax(-1)
+    (grad,) = torch.autograd.grad(second(model.head((maps @ k).transpose(1, 2).flatten(2)[:, 0])).sum(), maps)
+    want = (maps * grad).clamp(min=0).mean(1)[:, 0]
+    want[:, 0] += 1
+    torch.testing.assert_close(got.relevancy["tower0"], want.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got.scores, second(model(x)).detach())
+
+
+def test_the_layers_gradient_is_its_own():
+    """What runs is the layer: outputs and gradients equal those without explain to the bit."""
+    model, inputs = scored("additive"), sequences()
+    seen = []
+
+    def score(outputs: Tensor) -> Tensor:
+        seen.append((outputs.detach().clone(), torch.autograd.grad(second(outputs).sum(), x, retain_graph=True)[0]))
+        return second(outputs)
+
+    x = inputs["x"].requires_grad_()
+    explain(model, inputs, read="cls", target=score)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    score(model(**inputs))
+    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            self.elements = max(self.elements, x.numel() if isinstance(x, Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["cosine", "additive"])
+def test_no_map_is_held(name, method):
+    torch.manual_seed(0)
+    model, size = lively(Stack(f"score {name}", width=16)).eval(), 1100
+    inputs = {"x": torch.randn(1, size, 10), "attention_mask": torch.ones(1, size)}
+    with Largest() as seen:
+        explain(model, inputs, read="cls", target=second, method=method)
+    assert size < seen.elements < size * size // 2
+
+
+def test_whole_maps_are_named():
+    model = scored("additive")
+    model.blocks[1].attend.inside.backend = "reference"
+    with pytest.raises(ValueError, match=r"got 'blocks\.1\.attend\.inside' \(ScoreAttention\), which takes a softmax itself"):
+        explain(model, sequences(), read="cls", target=second)
