@@ -6,8 +6,13 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import lively
-from vlattn_fast.interpret import explain
+from tests.interpret.cases import last_real_row, lively
+from tests.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, pixels
+from tests.interpret.stored_maps import Kept
+from tests.interpret.test_decoder_images import pixels_at
+from vlattn_fast.interpret import FAMILIES, explain
+from vlattn_fast.interpret.cut import vision_maps
+from vlattn_fast.interpret.dataset.pieces import split
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
 TEXT = dict(
@@ -118,3 +123,182 @@ def test_what_is_refused():
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}))
     with pytest.raises(ValueError, match="without a record of its connector; got LlamaForCausalLM"):
         explain(llama, {"input_ids": ids}, through_connector=True)
+
+
+# --- every record with a connector ---
+
+CONNECTED = [name for name in DECODERS if getattr(FAMILIES.get(name), "vision", None) is not None]
+
+# Tokens of each prompt's pictures, where the tower sees tiles, or all at once. Three and five tiles; 4 x 8 and 8 x 4 patches.
+OF_PROMPTS = {
+    "LlavaNextForConditionalGeneration": [3 * 17, 5 * 17],
+    "LlavaOnevisionForConditionalGeneration": [3 * 16, 5 * 16],
+    "Qwen2VLForConditionalGeneration": [32, 32],
+    "Qwen2_5_VLForConditionalGeneration": [32, 32],
+}
+SHAPES = {  # of the tower
+    "LlavaNextForConditionalGeneration": (8, 17),
+    "LlavaOnevisionForConditionalGeneration": (8, 16),
+    "Qwen2VLForConditionalGeneration": (1, 64),
+    "Qwen2_5_VLForConditionalGeneration": (1, 64),
+}
+
+
+def in_double(decoder, side):
+    decoder.model.double()
+    return {name: x.double() if x.is_floating_point() else x for name, x in decoder.inputs(side).items()}
+
+
+def vision_layers(decoder):
+    tower = FAMILIES[type(decoder.model).__name__].vision
+    return f"{tower.path}.{tower.layers}"
+
+
+def made_of(model, embeddings, outputs):
+    """bool (tokens, images * N): whether an embedding has a gradient at a token of the last vision layer that the model reads."""
+    for states in reversed(outputs):
+        rows = []
+        for embedding in embeddings:
+            (grad,) = torch.autograd.grad(embedding.abs().sum(), states, retain_graph=True, allow_unused=True)
+            rows.append(torch.zeros(states.shape[:-1]) if grad is None else grad.abs().sum(-1))
+        if any(bool(row.any()) for row in rows):
+            return torch.stack(rows).flatten(1) != 0
+    raise AssertionError("no vision layer is read")
+
+
+def kept_run(decoder, inputs):
+    """Outputs, maps by module, the embeddings of all tokens, and the outputs of the vision layers."""
+    model, states, embeddings = decoder.model, [], []
+    model.set_attn_implementation("literal")
+    language = model.get_submodule(decoder.layers.rpartition(".")[0])
+    handles = [language.register_forward_pre_hook(lambda m, a, k: embeddings.append(k["inputs_embeds"]), with_kwargs=True)]
+    for layer in model.get_submodule(vision_layers(decoder)):
+        handles.append(layer.register_forward_hook(lambda m, a, o: states.append(o[0] if isinstance(o, tuple) else o)))
+    kept = Kept(model)
+    with kept.watching():
+        outputs = model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return outputs, kept.maps, embeddings[0].flatten(0, 1), states
+
+
+def layer_bars(maps, score, layers):
+    """Abar (B, N, N) of each layer; where it attends in chunks, with the chunks' along the diagonal."""
+    grouped = {}
+    for path, found in maps:
+        if path.startswith(f"{layers}."):
+            grouped.setdefault(path, []).append(found)
+    bars = []
+    for parts in grouped.values():
+        grads = torch.autograd.grad(score, parts, retain_graph=True, allow_unused=True)
+        of_parts = [(a * (0 * a if g is None else g)).clamp(min=0).mean(1).detach() for a, g in zip(parts, grads, strict=True)]
+        bars.append(of_parts[0] if len(parts) == 1 else torch.block_diag(*(bar[0] for bar in of_parts))[None])
+    return bars
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("decoder", CONNECTED, indirect=True)
+def test_every_connector(decoder, side):
+    inputs = in_double(decoder, side)
+    got = explain(decoder.model, inputs, through_connector=True)
+    outputs, maps, embeddings, states = kept_run(decoder, inputs)
+    score = next_logits(outputs, inputs).max(-1).values.sum()
+    row = last_real_row(inputs, inputs["input_ids"].shape[1]).double()[:, None]
+    for bar in reversed(layer_bars(maps, score, decoder.layers)):
+        row = row + row @ bar
+    torch.testing.assert_close(got.relevancy["language"], row[:, 0], rtol=1e-8, atol=1e-10)
+
+    of_image = (inputs["input_ids"] == IMAGE).flatten()
+    parts = made_of(decoder.model, embeddings[of_image], states).double()
+    start = row.flatten()[of_image] @ (parts / parts.sum(1, keepdim=True).clamp(min=1))
+    vision = layer_bars(maps, score, vision_layers(decoder))
+    start = start.view(vision[0].shape[0], 1, -1)
+    for bar in reversed(vision):
+        start = start + start @ bar
+    want = start[:, 0]
+    if (sizes := OF_PROMPTS.get(type(decoder.model).__name__)) is not None:
+        want = torch.nn.utils.rnn.pad_sequence(want.flatten().split(sizes), batch_first=True)
+    torch.testing.assert_close(got.relevancy["vision"], want, rtol=1e-8, atol=1e-10)
+    assert sum(bool((bar != 0).any()) for bar in vision) >= len(vision) - 1 > 0
+    assert "<canvas" in got.to_html()
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+    ],
+    indirect=True,
+)
+def test_maps_are_the_patches_of_their_place(decoder):
+    """Each entry is of the vision token that depends on the pixels at its place, and on no others."""
+    inputs = decoder.inputs()
+    got = explain(decoder.model, inputs, through_connector=True)
+    row, family = got.relevancy["vision"], FAMILIES[type(decoder.model).__name__]
+    shape = SHAPES.get(type(decoder.model).__name__, row.shape)
+    numbers = 1 + torch.arange(shape[0] * shape[1]).view(shape)  # 0 pads
+    of_prompts, found = vision_maps(numbers, family.connector, decoder.model.config, inputs, {})
+    assert found["image_rows"] == got.image_rows == [place.row for place in decoder.maps]
+    decoder.model.get_submodule(decoder.vision).set_attn_implementation("nothing")
+    inputs["pixel_values"].requires_grad_()
+    seen = []
+    layer = decoder.model.get_submodule(vision_layers(decoder))[-1]
+    hook = layer.register_forward_pre_hook(lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
+    decoder.model(**inputs)
+    hook.remove()
+    states = seen[0].flatten(0, -2)
+    for image_map, (place, index) in enumerate(zip(decoder.maps, found["image"], strict=True)):
+        read = torch.stack([row[of_prompts == number][0] for number in index.flatten()])
+        assert torch.equal(got.image[image_map].flatten(), read)
+        for y, x in [(y, x) for y in range(index.shape[0]) for x in range(index.shape[1])]:
+            (grad,) = torch.autograd.grad(states[index[y, x] - 1].abs().sum(), inputs["pixel_values"], retain_graph=True)
+            if grad.ndim == 2:  # Qwen: a row a patch, in squares of two by two
+                first, columns = 32 * image_map, index.shape[1] // 2
+                want = torch.zeros_like(grad, dtype=torch.bool)
+                want[first + 4 * (y // 2 * columns + x // 2) + 2 * (y % 2) + x % 2] = True
+            else:
+                want = pixels_at(decoder, place, y, x, grad)
+            assert torch.equal(grad != 0, want), (place, y, x)
+
+
+@pytest.mark.parametrize("decoder", ["LlavaOnevisionForConditionalGeneration"], indirect=True)
+def test_images_that_the_connector_scales_or_does_not_tile(decoder):
+    config, model = decoder.model.config, decoder.model
+    ids = torch.tensor([[1, *image(17), 6, *image(17), 7]])
+    images = {**pixels(2, 1), "image_sizes": torch.tensor([[64, 64], [32, 64]]), "batch_num_images": torch.tensor([2])}
+    got = explain(model, {"input_ids": ids, **images}, through_connector=True)
+    assert got.image.shape == (2, 4, 4) and got.image_rows == [0, 0]
+    assert torch.equal(got.image.flatten(1), got.relevancy["vision"])
+    config.vision_aspect_ratio = "anyres_max_1"
+    ids = torch.tensor([[1, *image(16 + 4 * 5), 7]])
+    inputs = {"input_ids": ids, **pixels(1, 5), "image_sizes": torch.tensor([[128, 128]])}
+    with pytest.raises(ValueError, match=r"off for images that the model scales down; got \(8, 8\) patches"):
+        explain(model, inputs, through_connector=True)
+
+
+@pytest.mark.parametrize("decoder", ["Qwen2_5_VLForConditionalGeneration"], indirect=True)
+def test_videos_are_refused(decoder):
+    ids = torch.tensor([[1, 95, *[97] * 8, 96, 6]])
+    clip = {"pixel_values_videos": torch.randn(32, 96), "video_grid_thw": torch.tensor([[2, 4, 4]])}
+    with pytest.raises(ValueError, match="through_connector must be off for videos"):
+        explain(decoder.model, {"input_ids": ids, "mm_token_type_ids": 2 * (ids == 97).int(), **clip}, through_connector=True)
+
+
+@pytest.mark.parametrize("decoder", ["LlavaNextForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"], indirect=True)
+def test_answers_entries_and_parts_of_a_batch(decoder):
+    """What the tower ran at once is cut by prompts, also with a row for each token of an answer."""
+    inputs = decoder.inputs("left")
+    inputs.pop("mm_token_type_ids", None)
+    alone = explain(decoder.model, inputs, answer=[[7], [9]], through_connector=True, each=False)
+    each = explain(decoder.model, inputs, answer=[[7, 4], [9, 5]], through_connector=True)
+    assert each.relevancy["vision"].shape == (2, 2, alone.relevancy["vision"].shape[1])
+    torch.testing.assert_close(each.relevancy["vision"][:, 0], alone.relevancy["vision"], rtol=1e-4, atol=1e-6)
+    for row, best in ((best.row, best) for best in alone.top(1) if best.tower == "vision"):
+        image, y, x = best.place
+        assert alone.image_rows[image] == row and float(alone.image[image][y, x]) == best.value
+    second = split(alone, [1, 1])[1]
+    assert torch.equal(second.relevancy["vision"], alone.relevancy["vision"][1:]) and second.image_rows == [0] * len(second.image)

@@ -69,8 +69,9 @@ def explain(
             DataParallel, DDP, PEFT, a pipeline) are seen through.
         inputs: the model's keyword arguments, e.g. what a processor returns. An empty batch gives empty results.
         target: None = CLIP-like: similarity logit of image i with text i (one image and T texts: T rows); classifier: the
-            argmax class; decoder: the argmax token after the last real position. An int or (B,) ints = that text, class or
-            token. A callable(outputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as many.
+            argmax class; decoder: the argmax token after the last real position; detector: the largest class logit of the
+            object query that is surest of its class. An int or (B,) ints = that text, class, token or object query. A
+            callable(outputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as many.
         start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.
@@ -86,7 +87,7 @@ def explain(
             log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass.
         tokenizer: the tokenizer or processor, where `answer` is text.
         through_connector: for decoders that see images, method "gradient": carry the relevancy of the image tokens on into the
-            vision tower, as relevancy["vision"] (images, N). Each image token's is divided equally among its patches.
+            vision tower, as relevancy["vision"]. Each image token's is divided equally among its patches.
 
     Returns:
         An `Explanation`; values are raw.
@@ -117,6 +118,8 @@ def explain(
         family = Family((), "class")
     if family.bimodal:
         check_between(rule)
+    if family.score == "query" and read is not None and not callable(target):
+        raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
     if through_connector:
         family = _with_vision(model, family, rule, start_layer)
     with torch.inference_mode(False), torch.enable_grad(), at_rest(model):
@@ -124,7 +127,7 @@ def explain(
         empty = is_empty(arguments)
         with traced(model, family, rule, weighting) as trace:
             if through_connector:
-                connect(trace.towers[-1], trace.towers[0], model.config, arguments)
+                connect(trace.towers[-1], trace.towers[0], family.connector, model.config, arguments)
             outputs = model(**(with_one_row(model, arguments, family) if empty else arguments))
         trace.check()
         towers, others = _chosen(trace, read)
@@ -142,6 +145,8 @@ def explain(
                 scores, chosen = choose_score(
                     outputs, family, target, arguments, pairs, [tower.shape for tower in towers], rule.needs_score
                 )
+                if family.score == "query" and chosen is not None:
+                    read = torch.eye(towers[0].size)[chosen]
                 passes: list[Pass] = [(scores, [_start(tower, read, arguments) for tower in read_towers])]
             else:
                 scores, chosen = said.scores(outputs.logits, arguments.get("logits_to_keep")), None
@@ -164,7 +169,8 @@ def explain(
     relevancy = dict(zip(names, rows, strict=True))
     fields = parts(model, [*read_towers, *others], arguments, relevancy, said)
     if through_connector:
-        fields |= vision_maps(relevancy["vision"], model.config, arguments, fields)
+        relevancy["vision"], maps = vision_maps(relevancy["vision"], family.connector, model.config, arguments, fields)
+        fields |= maps
     return Explanation(
         relevancy=relevancy,
         **fields,

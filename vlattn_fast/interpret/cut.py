@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.answers import Answer
-from vlattn_fast.interpret.connectors import grid_of
 from vlattn_fast.interpret.grids import image_tokens
 from vlattn_fast.interpret.inputs import region_names
+from vlattn_fast.interpret.merging import Connector
 from vlattn_fast.interpret.readout import gather_words, image_maps, word_positions
 from vlattn_fast.interpret.towers import TowerTrace
 
@@ -50,15 +50,33 @@ def parts(
     return found
 
 
-def vision_maps(row: Tensor, config: Any, arguments: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields with the maps of the vision tower behind a connector, from its rows (images, N) or (images, T, N)."""
-    height, width = grid_of(config, arguments)
-    of_row = image_tokens(config, arguments).nonzero()[:, 0].tolist()
-    found: dict[str, Any] = {"image": row[..., -height * width :].unflatten(-1, (height, width))}
-    found["image_rows"] = of_row[:: len(of_row) // len(row)]
-    if fields.get("image_rows") == found["image_rows"]:
+def vision_maps(
+    row: Tensor, connector: Connector, config: Any, arguments: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The rows of the vision tower behind a connector, and fields with its maps.
+
+    Args:
+        row: (images, N) or (images, T, N), as the tower ran.
+
+    Returns:
+        The rows, where there is one for each map; else (B, [T,] n), all that the tower saw of a prompt in its order, with zeros
+        behind shorter ones.
+    """
+    of_token = image_tokens(config, arguments)
+    prompts = of_token.nonzero()[:, 0].cpu()
+    merged = connector(config, arguments, (row.shape[0], row.shape[-1]), len(prompts))
+    flat = row.movedim(0, -2).flatten(-2)  # ([T,] images * N)
+    maps = tuple(flat[..., index.to(flat.device)] for index in merged.maps)
+    alike = len({index.shape for index in merged.maps}) == 1
+    rows = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
+    found: dict[str, Any] = {"image": torch.stack(maps) if alike else maps, "image_rows": rows}
+    if fields.get("image_rows") == rows:
         found["tower_images"] = {"language": fields["image"]}
-    return found
+    if len(row) != len(rows):
+        owners = torch.tensor(rows)[merged.owners].to(flat.device)
+        parts = [flat[..., owners == prompt].movedim(-1, 0) for prompt in range(len(of_token))]
+        row = nn.utils.rnn.pad_sequence(parts, batch_first=True).movedim(1, -1)
+    return row, found
 
 
 def _each(rows: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:

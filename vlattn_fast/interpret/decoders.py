@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vlattn_fast.interpret import grids
+from vlattn_fast.interpret import grids, merging
 from vlattn_fast.interpret.records import Family, Tower
 
 _QUERIES = Tower("language", "model.language_model", "layers", "target", "image_text", branch="self_attn")
@@ -23,6 +23,8 @@ _OPT = replace(_TEXT, path="model.decoder")
 _NEOX = replace(_TEXT, path="gpt_neox", branch="attention")
 
 _VISION = Tower("vision", "model.vision_tower", "encoder.layers", "mean", "patches")
+_PACKED = replace(_VISION, path="model.visual", layers="blocks")
+_ANYRES = Family((replace(_QUERIES, grid=grids.anyres),), "token", vision=_VISION, connector=merging.tiles)
 
 DECODERS: dict[str, Family] = {
     # One token a patch, or a square of patches.
@@ -30,17 +32,17 @@ DECODERS: dict[str, Family] = {
     "PaliGemmaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION),
     "Gemma3ForConditionalGeneration": Family((_GEMMA,), "token", vision=_VISION),
     "Mistral3ForConditionalGeneration": Family((replace(_QUERIES, grid=grids.merged_sizes),), "token"),
-    "Qwen2VLForConditionalGeneration": Family((_QWEN,), "token"),
-    "Qwen2_5_VLForConditionalGeneration": Family((_QWEN,), "token"),
-    "Qwen3VLForConditionalGeneration": Family((_QWEN,), "token"),
+    "Qwen2VLForConditionalGeneration": Family((_QWEN,), "token", vision=_PACKED, connector=merging.packed),
+    "Qwen2_5_VLForConditionalGeneration": Family((_QWEN,), "token", vision=_PACKED, connector=merging.packed),
+    "Qwen3VLForConditionalGeneration": Family((_QWEN,), "token"),  # its image tokens are made of several layers' patches
     # Tiles and thumbnails.
     "Idefics3ForConditionalGeneration": Family((_TILES,), "token", vision=replace(_VISION, path="model.vision_model")),
     "SmolVLMForConditionalGeneration": Family((_TILES,), "token", vision=replace(_VISION, path="model.vision_model")),
     "InternVLForConditionalGeneration": Family(
         (replace(_QUERIES, grid=grids.shuffled),), "token", vision=replace(_VISION, layers="encoder.layer")
     ),
-    "LlavaNextForConditionalGeneration": Family((replace(_QUERIES, grid=grids.anyres),), "token"),
-    "LlavaOnevisionForConditionalGeneration": Family((replace(_QUERIES, grid=grids.anyres),), "token"),
+    "LlavaNextForConditionalGeneration": _ANYRES,
+    "LlavaOnevisionForConditionalGeneration": _ANYRES,
     "Llama4ForConditionalGeneration": Family((_LLAMA4,), "token"),
     # Queries that look at the whole image.
     "Blip2ForConditionalGeneration": Family((_Q_FORMER,), "token"),

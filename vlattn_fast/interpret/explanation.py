@@ -31,7 +31,8 @@ class Explanation:
 
     Args:
         relevancy: tower -> (B, N), the read-out row over all of that tower's tokens, special ones included. (images, N) where a
-            tower sees one image at a time and prompts hold several; not the first tower.
+            tower sees one image at a time and prompts hold several; not the first tower. Where it sees tiles, or all images at
+            once, (B, N) holds all of a prompt, with zeros behind shorter ones.
         image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several maps; a tuple of (h, w) where
             the grids differ; None without an image. Maps come in the order of their tokens. An image that is cut into tiles has
             one map of all tiles, where config and inputs say how they lie, and one of its thumbnail; else each tile has its own.

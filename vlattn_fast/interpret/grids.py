@@ -94,6 +94,15 @@ def pooled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     return [whole((side // kernel, side // kernel))] * len(inputs["pixel_values"])
 
 
+def behind_mean(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """The map of a convolutional vision tower, behind its mean (Florence-2)."""
+    vision = config.vision_config
+    height, width = (int(size) for size in inputs["pixel_values"].shape[-2:])
+    for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
+        height, width = ((size + 2 * padding - kernel) // stride + 1 for size in (height, width))
+    return [whole((height, width), 1)] * len(inputs["pixel_values"])
+
+
 # --- tiles ---
 
 
@@ -207,31 +216,51 @@ def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
     Images that the model does not tile are a thumbnail and one token. A map for each frame of a video.
     """
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
     side = config.vision_config.image_size // config.vision_config.patch_size
     thumbnail = torch.arange(side * side).view(side, side)
-    counts = inputs.get("batch_num_images")
-    sizes = inputs["image_sizes"] if inputs.get("pixel_values") is not None else []
-    limit = getattr(config, "vision_aspect_ratio", None)  # the model reads no other, though its forward takes one
-    tiled = [True] * len(sizes) if counts is None else [int(n) == 1 for n in counts for _ in range(n)]
     layouts: list[Layout] = []
-    for size, of_tiles in zip(sizes, tiled, strict=True):
-        if not of_tiles:
+    for _, index in anyres_tiles(config, inputs):
+        if index is None:
             layouts.append(Layout(side * side + 1, (thumbnail,)))
             continue
-        rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        height, width = unpad_image(torch.empty(1, rows * side, columns * side), size).shape[1:]
-        if limit is not None:
-            ratio = math.sqrt(height * width / (int(limit.removeprefix("anyres_max_")) * side**2))
-            if ratio > 1.1:  # as the model scales large images down
-                height, width = int(height // ratio), int(width // ratio)
+        height, width = anyres_shape(config, index.shape)
         ends = _after(side * side, (height, width + 1))
         layouts.append(Layout(side * side + ends.numel(), (thumbnail, ends[:, :-1])))
     videos = inputs.get("pixel_values_videos")
     half = (side + 1) // 2  # frames are scaled down by two
     shown = [] if videos is None else [frames(videos.shape[1], (half, half), after=1)] * len(videos)
     return _in_order(config, inputs, layouts, shown)
+
+
+def anyres_tiles(config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, Tensor | None]]:
+    """Of each image how many tiles it has, and the indices (h, w) of their features without padding, counted tile by tile."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    size = config.vision_config.image_size
+    side = size // config.vision_config.patch_size
+    counts = inputs.get("batch_num_images")
+    shapes = inputs["image_sizes"] if inputs.get("pixel_values") is not None else []
+    tiled = [True] * len(shapes) if counts is None else [int(n) == 1 for n in counts for _ in range(n)]
+    found: list[tuple[int, Tensor | None]] = []
+    for shape, of_tiles in zip(shapes, tiled, strict=True):
+        if not of_tiles:
+            found.append((0, None))
+            continue
+        grid = get_anyres_image_grid_shape(shape, config.image_grid_pinpoints, size)
+        found.append((math.prod(grid), unpad_image(_tiled(grid, (side, side))[None], shape)[0]))
+    return found
+
+
+def anyres_shape(config: Any, shape: Sequence[int]) -> Shape:
+    """(h, w) of an image's features in the prompt: large ones are scaled down (LLaVA-OneVision)."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    limit = getattr(config, "vision_aspect_ratio", None)  # the model reads no other, though its forward takes one
+    height, width = int(shape[0]), int(shape[1])
+    if limit is not None:
+        ratio = math.sqrt(height * width / (int(limit.removeprefix("anyres_max_")) * side**2))
+        if ratio > 1.1:
+            return int(height // ratio), int(width // ratio)
+    return height, width
 
 
 # --- parts ---

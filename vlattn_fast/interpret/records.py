@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from vlattn_fast.interpret.grids import Grid
+from vlattn_fast.interpret.merging import Connector, squares
 
-ReadOut = Literal["cls", "eot", "last", "target", "before_sep", "mean", "patch_mean", "pool"]
+ReadOut = Literal["cls", "eot", "last", "target", "before_sep", "mean", "patch_mean", "pool", "query"]
 Tokens = Literal[
     "patches",
     "packed_patches",
@@ -24,6 +25,9 @@ Tokens = Literal[
     "text_patches",
     "patches_text",
     "boxes",
+    "features",
+    "queries",
+    "decoded",
 ]
 
 
@@ -38,12 +42,13 @@ class Tower:
         readout: the row that is read: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last position,
             "target" the position that predicts the target token, "before_sep" the token before the text's last real one,
             "mean" and "patch_mean" 1/N over all (patch) tokens,
-            "pool" the row of an attention-pooling head.
+            "pool" the row of an attention-pooling head, "query" the object query that the target names.
         tokens: what the tokens are, which decides how `.image` and `.text` are cut: "patches", "clip_text", "text" (special
             ids as the config names them), "bert_text", "image_text" (text with image tokens in it), "image" (image tokens alone,
             as `grid` has them), "regions" (BERT's text, then image regions), "text_patches" (BERT's text, then patches),
             "patches_text" (patches, then text), "packed_patches" (as many rows of patches as the largest image has, and their
-            grids in `spatial_shapes`) or "boxes" (image regions alone).
+            grids in `spatial_shapes`), "boxes" (image regions alone), "features" (a backbone's map, whose stride is a power of
+            two), "queries" (learnt ones, of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
         branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
@@ -77,18 +82,25 @@ class Family:
 
     Args:
         towers: the towers to explain; other parts of the model run as they are.
-        score: "pair" = `logits_per_image[i, i]`, "class" = `logits[b, class]`, "token" = `logits[b, position, token]`.
+        score: "pair" = `logits_per_image[i, i]`, "class" = `logits[b, class]`, "token" = `logits[b, position, token]`, "query" =
+            the largest logit of an object query, `max logits[b, query, :-1]`, the last of which says that there is none.
         bimodal: the towers attend to one another, and relevancy follows the rules for two modalities (Chefer et al. 2021,
             equations 5 to 11). The row of the first tower is read.
         logits: the field of the outputs that holds the logits.
         vision: the tower whose tokens a connector makes the image tokens of; explained where the caller asks for it.
+        connector: what it makes of them, see `merging`.
+        within: the part of a bimodal model where attention is explained; other parts run as they are.
+        background: of "query" scores: the last logit is that of no object. Without, all are objects.
     """
 
     towers: tuple[Tower, ...]
-    score: Literal["pair", "class", "token"]
+    score: Literal["pair", "class", "token", "query"]
     bimodal: bool = False
     logits: str = "logits"
     vision: Tower | None = None
+    connector: Connector = squares
+    within: str = ""
+    background: bool = True
 
 
 def alone(tower: Tower) -> Family:
