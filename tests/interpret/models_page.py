@@ -13,7 +13,13 @@ from vlattn_fast.interpret.records import Family
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "models.md"
 KINDS = {"Encoders": ENCODERS, "Decoders": DECODERS, "Towers that attend to one another": LINKED}
-SCORES = {"pair": "similarity of image i and text i", "class": "largest logit", "token": "next token, or `answer=`"}
+SCORES = {
+    "pair": "similarity of image i and text i",
+    "class": "largest logit",
+    "token": "next token, or `answer=`",
+    "query": "surest object query",
+    "decoded": "next token",
+}
 ROWS = {
     "cls": "first token",
     "eot": "end-of-text token",
@@ -23,6 +29,7 @@ ROWS = {
     "mean": "mean of all",
     "patch_mean": "mean of the patches",
     "pool": "pooling head",
+    "query": "object query",
 }
 
 HEAD = """# Models
@@ -31,9 +38,9 @@ HEAD = """# Models
 [Explain a model](guides/explain_a_model.md)). This page is written from the package's records. A test names each class. It
 compares a small random model with the published rule on stored maps, or runs every method on a class with such a tower.
 
-*maps* says which parts of the image have a map: patches, image tokens on their grid, or boxes. *weighted* says whether the record
-names the residual branch that `method="weighted"` needs. *connector* says whether `through_connector=True` goes on into the
-vision tower.
+*maps* says which parts of the image have a map: patches, a backbone's features, image tokens on their grid, or boxes. *weighted*
+says whether the record names the residual branch that `method="weighted"` needs. *connector* says whether
+`through_connector=True` goes on into the vision tower.
 """
 
 
@@ -47,11 +54,12 @@ def row(name: str, family: Family) -> str:
     read = towers[:1] if family.bimodal else towers
     rows = ", ".join(f"{tower.name}: {ROWS[tower.readout]}" for tower in read)
     seen = {"patches": "patches", "packed_patches": "patches", "text_patches": "patches", "patches_text": "patches"}
-    seen |= {"regions": "boxes", "boxes": "boxes"}
+    seen |= {"regions": "boxes", "boxes": "boxes", "features": "features"}
     maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in family.towers]
     shown = ", ".join(dict.fromkeys(part for part in maps if part)) or "–"
     weighted = "yes" if not family.bimodal and all(tower.branch for tower in towers) else "no"
-    return f"| `{name}` | {rows} | {SCORES[family.score]} | {shown} | {weighted} | {'yes' if family.vision else '–'} |"
+    score = SCORES["decoded" if towers[0].tokens == "decoded" else family.score]
+    return f"| `{name}` | {rows} | {score} | {shown} | {weighted} | {'yes' if family.vision else '–'} |"
 
 
 def page() -> str:

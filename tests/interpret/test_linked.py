@@ -122,38 +122,6 @@ def encoder_decoder_published(outputs, score, encoder, decoder, cross):
     return qq, qi
 
 
-def test_detr():
-    torch.manual_seed(0)
-    backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
-    config = transformers.DetrConfig(
-        use_timm_backbone=False,
-        backbone=None,
-        use_pretrained_backbone=False,
-        backbone_config=backbone,
-        num_queries=5,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        num_labels=3,
-    )
-    model = lively(transformers.DetrForObjectDetection(config)).eval().double()
-    model.set_attn_implementation("eager")
-    inputs = {"pixel_values": torch.randn(2, 3, 32, 40).double()}
-    score = lambda o: o.logits[:, 3, 1]  # noqa: E731
-    o = model(**inputs, output_attentions=True)
-    qq, qi = encoder_decoder_published(o, score(o).sum(), o.encoder_attentions, o.decoder_attentions, o.cross_attentions)
-    got = explain(model, inputs, target=score, read=3)
-    assert {name: tuple(row.shape) for name, row in got.relevancy.items()} == {"tower1": (2, 5), "tower0": (2, qi.shape[-1])}
-    torch.testing.assert_close(got.relevancy["tower0"], qi[:, 3], rtol=1e-9, atol=1e-10)
-    qq[:, 3, 3] = 0
-    torch.testing.assert_close(got.relevancy["tower1"], qq[:, 3], rtol=1e-9, atol=1e-10)
-    assert qi[:, 3].abs().max() > 1e-4
-
-
 @pytest.mark.parametrize("kind", ["bart", "t5"])
 def test_text_encoder_decoders(kind):
     torch.manual_seed(0)
@@ -187,3 +155,51 @@ def test_other_methods_are_refused_between_towers():
     for method in ("rollout", "gradcam", "attention", "weighted"):
         with pytest.raises(ValueError, match="method must be"):
             explain(model, inputs, method=method)
+
+
+def florence():
+    torch.manual_seed(0)
+    heads = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
+    text = dict(model_type="bart", d_model=32, encoder_layers=2, decoder_layers=2, **heads, vocab_size=60)
+    stages = dict(patch_size=[7, 3], patch_stride=[4, 2], patch_padding=[3, 1], patch_prenorm=[False, True], window_size=2)
+    vision = dict(stages, depths=[1, 1], embed_dim=[16, 32], num_heads=[2, 4], num_groups=[2, 4], projection_dim=32)
+    config = transformers.Florence2Config(text_config=text, vision_config=vision, image_token_id=59)
+    return lively(transformers.Florence2ForConditionalGeneration(config)).eval()
+
+
+def test_florence_explains_the_prompt_and_the_image_tokens():
+    model = florence().double()
+    ids = torch.randint(3, 50, (2, 20))
+    ids[:, :13], mask = 59, torch.ones(2, 20, dtype=torch.long)  # the mean of the features, then 3 x 4 of them
+    mask[1, 17:] = 0
+    decoded = torch.randint(3, 50, (2, 4))
+    inputs = {"pixel_values": torch.randn(2, 3, 24, 32).double(), "input_ids": ids, "attention_mask": mask}
+    inputs |= {"decoder_input_ids": decoded, "decoder_attention_mask": torch.ones_like(decoded)}
+    inputs["decoder_attention_mask"][1, 3:] = 0
+    got = explain(model, inputs)
+
+    score = lambda o: o.logits[torch.arange(2), torch.tensor([3, 2])].max(-1).values  # noqa: E731
+    model.model.language_model.set_attn_implementation("literal")
+    o = model(**inputs, output_attentions=True)
+    qq, qi = encoder_decoder_published(o, score(o).sum(), o.encoder_attentions, o.decoder_attentions, o.cross_attentions)
+    rows = torch.arange(2), torch.tensor([3, 2])
+    qq[(*rows, rows[1])] = 0
+    torch.testing.assert_close(got.scores, score(o).detach())
+    torch.testing.assert_close(got.relevancy["language"], qq[rows], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got.relevancy["prompt"], qi[rows], rtol=1e-9, atol=1e-11)
+    assert qi[rows].abs().max() > 1e-4 and (got.relevancy["prompt"][1, 17:] == 0).all()
+    assert torch.equal(got.image, got.relevancy["prompt"][:, 1:13].view(2, 3, 4)) and got.image_rows == [0, 1]
+    assert got.token_ids == [ids[0, 13:].tolist(), ids[1, 13:17].tolist()] and got.position["language"].tolist() == [3, 2]
+    assert got.target == o.logits[rows].argmax(-1).tolist() and "<canvas" in got.to_html()
+
+
+def test_florence_begins_by_itself_and_refuses_what_it_cannot():
+    model = florence()
+    ids = torch.full((1, 15), 7)
+    ids[:, :13] = 59
+    inputs = {"pixel_values": torch.randn(1, 3, 24, 32), "input_ids": ids}
+    assert explain(model, inputs).relevancy["language"].shape == (1, 1)  # the start token alone
+    with pytest.raises(ValueError, match="answer must be the decoder_input_ids"):
+        explain(model, inputs, answer=[5])
+    with pytest.raises(ValueError, match="without a record of its connector; got Florence2"):
+        explain(model, inputs, through_connector=True)

@@ -18,6 +18,7 @@ from vlattn_fast.interpret.dispatch import attention_function, configs
 from vlattn_fast.interpret.handwritten import replacements
 from vlattn_fast.interpret.methods import Method
 from vlattn_fast.interpret.records import Family
+from vlattn_fast.interpret.refused import check_rules
 from vlattn_fast.interpret.towers import submodule
 from vlattn_fast.interpret.trace import Trace
 from vlattn_fast.ops.relevancy_residual import Weighting
@@ -52,7 +53,10 @@ def unwrapped(model: Any) -> nn.Module:
 def traced(model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> Iterator[Trace]:
     """A trace of the forward pass within it; everything is put back on leaving, also by an exception."""
     trace = Trace(model, family, method, weighting)
-    roots = [submodule(model, tower.path, tower) for tower in family.towers] if not trace.finds else [model]
+    roots = [submodule(model, tower.path, tower) for tower in family.towers]
+    if trace.finds:
+        roots = [model.get_submodule(family.within)]
+        check_rules(roots[0])
     with contextlib.ExitStack() as stack:
         modules = [module for root in roots for module in root.modules()]
         changes = chain(

@@ -66,6 +66,8 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], famil
     """
     if family is None or family.score != "token":
         raise ValueError("answer must be of a decoder with a record, which predicts the next token; got another model")
+    if family.towers[0].tokens == "decoded":
+        raise ValueError("answer must be the decoder_input_ids of a model whose prompt an encoder reads; got answer")
     prompts = inputs.get("input_ids")
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError("inputs must contain 'input_ids' (B, N), which the answer is put behind; got none")

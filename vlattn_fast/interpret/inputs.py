@@ -43,7 +43,8 @@ def prepare_inputs(
         arguments["return_dict"] = True
     if family.score == "token" or "use_cache" in accepted:
         arguments["use_cache"] = False
-    joint = any(tower.tokens == "patches_text" for tower in family.towers)  # positions count from the first patch
+    # Positions count from the first patch, or are those of another sequence than the prompt's.
+    joint = any(tower.tokens in ("patches_text", "decoded") for tower in family.towers)
     if family.score == "token" and not callable(target) and "logits_to_keep" in accepted and not joint:
         # Logits of the whole prompt are large and only a few rows of them are asked for.
         sequence = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
@@ -138,9 +139,9 @@ def real_tokens(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[i
         shape: (B, N) of the tower.
         config: of the tower, which tells the size of a patch where images are padded.
     """
-    if tokens in ("patches", "boxes"):
+    if tokens in ("patches", "boxes", "features", "queries"):
         return None
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("decoder_attention_mask" if tokens == "decoded" else "attention_mask")
     if tokens == "packed_patches":
         mask = inputs.get("pixel_attention_mask")
         return mask.bool() if isinstance(mask, Tensor) else None
@@ -173,11 +174,15 @@ def region_names(inputs: Mapping[str, Any]) -> tuple[str, str]:
 
 def padded_grids(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
     """Rows and columns of patches of each image; `pixel_mask` (B, height, width) says what of it is padding."""
-    batch, grid = inputs["pixel_values"].shape[0], patch_shape(config, inputs["pixel_values"].shape[-2:])
+    return real_grids(inputs, patch_shape(config, inputs["pixel_values"].shape[-2:]))
+
+
+def real_grids(inputs: Mapping[str, Any], grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """Rows and columns of each image's part of a grid that lies over the padded images."""
     mask = inputs.get("pixel_mask")
     if mask is None:
-        return [grid] * batch
-    mask = nn.functional.interpolate(mask[:, None].float(), size=grid)[:, 0].bool()  # as ViLT takes it
+        return [grid] * len(inputs["pixel_values"])
+    mask = nn.functional.interpolate(mask[:, None].float(), size=grid)[:, 0].bool()  # as ViLT and DETR take it
     return [(int(each[:, 0].sum()), int(each[0].sum())) for each in mask]
 
 

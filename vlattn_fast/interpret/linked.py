@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vlattn_fast.interpret import grids
 from vlattn_fast.interpret.records import Family, Tower
 
 _TEXT = Tower("text", "lxmert", "encoder.layer", "cls", "bert_text")
 _REGIONS = Tower("vision", "lxmert", "encoder.r_layers", "cls", "boxes")
 _LXMERT = Family((_TEXT, _REGIONS), "class", bimodal=True, logits="question_answering_score")
 
+_QUERIES = Tower("queries", "model.decoder", "layers", "query", "queries")
+_FEATURES = Tower("vision", "model.encoder", "layers", "mean", "features")
+_DETR = Family((_QUERIES, _FEATURES), "query", bimodal=True)
+
+# DaViT attends in windows and between channels, so no relevancy goes through it: the language model's part is explained.
+_DECODED = Tower("language", "model.language_model.decoder", "layers", "target", "decoded")
+_PROMPT = Tower("prompt", "model.language_model.encoder", "layers", "mean", "image_text", grid=grids.behind_mean)
+_FLORENCE = Family((_DECODED, _PROMPT), "token", bimodal=True, within="model.language_model")
+
 LINKED: dict[str, Family] = {
     "LxmertForQuestionAnswering": _LXMERT,
     "LxmertForPreTraining": _LXMERT,
     "LxmertModel": replace(_LXMERT, towers=(replace(_TEXT, path=""), replace(_REGIONS, path=""))),
+    "DetrForObjectDetection": _DETR,
+    "ConditionalDetrForObjectDetection": replace(_DETR, background=False),
+    "Florence2ForConditionalGeneration": _FLORENCE,
 }

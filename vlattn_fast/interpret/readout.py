@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.grids import image_tokens, patch_shape
-from vlattn_fast.interpret.inputs import last_real, padded_grids, real_tokens, real_words
+from vlattn_fast.interpret.inputs import last_real, padded_grids, real_grids, real_tokens, real_words
 from vlattn_fast.interpret.records import Tower
 from vlattn_fast.interpret.towers import TowerTrace
 
@@ -56,6 +56,8 @@ def start_rows(tower: TowerTrace, read: Read | None, inputs: Mapping[str, Any], 
             if tower.record is None:
                 raise ValueError(f"read must say which row of tower '{tower.name}' is read; got None")
             readout = tower.record.readout
+        if readout == "query":
+            raise ValueError("read must say which object query a callable target scores; got None")
         if readout == "pool":
             return rows.fill_(1.0)
         if readout in ("mean", "patch_mean"):
@@ -93,7 +95,7 @@ def prefix_tokens(tower: Tower, config: Any) -> int:
 
 def word_positions(tower: TowerTrace, config: Any, inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
     """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
-    if tower.tokens in ("patches", "packed_patches", "image", "boxes"):
+    if tower.tokens in ("patches", "packed_patches", "image", "boxes", "features", "queries", "decoded"):
         return None
     if tower.tokens == "clip_text":
         position = torch.arange(ids.shape[1], device=ids.device)
@@ -159,6 +161,8 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
         return patches.reshape(-1, height, width), list(range(len(patches)))
     if tower.tokens in ("packed_patches", "text_patches", "patches_text"):
         return _joint_maps(tower, config, inputs, relevancy)
+    if tower.tokens == "features":
+        return None if inputs.get("pixel_values") is None else _feature_maps(inputs, relevancy)
     seen = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
     if tower.grid is None or _ids(inputs) is None or not seen:
         return None
@@ -178,6 +182,18 @@ def image_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: 
         of_rows += row * len(layout.maps)
     alike = len({image.shape for image in maps}) == 1
     return torch.stack(maps) if alike else tuple(maps), of_rows
+
+
+def _feature_maps(inputs: Mapping[str, Any], relevancy: Tensor) -> Maps:
+    """Maps of a backbone's features, without what of them is padding. Their number tells the stride, a power of two."""
+    size, count = inputs["pixel_values"].shape[-2:], relevancy.shape[1]
+    shapes = [(-(-size[0] // 2**n), -(-size[1] // 2**n)) for n in range(9)]
+    shape = next((shape for shape in shapes if shape[0] * shape[1] == count), None)
+    if shape is None:
+        raise ValueError(f"pixel_values must have {count} features in steps of a power of two; got images of {tuple(size)}")
+    grids = real_grids(inputs, shape)
+    maps = tuple(row.view(shape)[:height, :width] for row, (height, width) in zip(relevancy, grids, strict=True))
+    return torch.stack(maps) if len(set(grids)) == 1 else maps, list(range(len(maps)))
 
 
 def _joint_maps(tower: Tower, config: Any, inputs: Mapping[str, Any], relevancy: Tensor) -> Maps | None:

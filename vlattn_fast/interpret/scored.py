@@ -1,8 +1,8 @@
 """One attention call: its output, rows of its map, and relevancy through it.
 
 A call is torch's scaled_dot_product_attention, with its options as `masks`. Or it is this package's score_attention, with any
-score function: then `masks` also holds a `Scored`, and query and key are the features that the core score takes. Relevancy through
-a dot product takes the operators; through any other core score the map is made again, one tile at a time.
+score function: then `masks` also holds a `Scored`, and query and key are the features that the core score takes. Relevancy
+through a dot product takes the operators; through any other core score the map is made again, one tile at a time.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ def choose_score(
         if scores.ndim != 1 or (family.towers and scores.shape != (batch,)):
             raise ValueError(f"target must return scores of shape (B,) = ({batch},); got {tuple(scores.shape)}")
         chosen = None
+    elif family.score == "query":
+        scores, chosen = _of_query(getattr(outputs, family.logits), family, target)
     elif family.score == "pair":
         scores, chosen = outputs.logits_per_image.diagonal(), pairs
     else:
@@ -60,6 +62,22 @@ def choose_score(
         chosen = logits.argmax(-1).tolist() if target is None else indices(target, batch, logits.shape[1], what)
         scores = logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0]
     return scores, chosen
+
+
+def _of_query(logits: Tensor, family: Family, target: Any) -> tuple[Tensor, list[int]]:
+    """The largest class logit (B,) of an object query, and the query: by default the one that is surest of its class.
+
+    Args:
+        logits: (B, queries, classes).
+    """
+    objects = logits[..., :-1] if family.background else logits
+    if target is None:
+        # Where a logit stands for no object, the others are sure relative to it; else each is sure by itself.
+        sure = logits.softmax(-1)[..., :-1] if family.background else logits
+        chosen = sure.amax(-1).argmax(-1).tolist()
+    else:
+        chosen = indices(target, logits.shape[0], logits.shape[1], "object queries")
+    return objects[torch.arange(len(chosen), device=logits.device), chosen].max(-1).values, chosen
 
 
 def check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None) -> None:

@@ -58,8 +58,12 @@ class Trace(TorchFunctionMode):
         self.towers = [self._make(record) for record in family.towers]
         self.calls: list[Call] = []  # in the order in which they ran, where rules for several towers may read them
         self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
-        self._names: dict[nn.Module, str | None] = {module: path for path, module in model.named_modules()}
-        self._paths: list[str | None] = [""]  # of the modules that run now, the outermost first; None = of another model
+        within = f"{family.within}." if family.within else ""
+        self._names: dict[nn.Module, str | None] = {
+            module: path for path, module in model.named_modules() if f"{path}.".startswith(within)
+        }
+        # Of the modules that run now, the outermost first; None = of another model, or a part that is not explained.
+        self._paths: list[str | None] = [""]
         self._runs, self._run = [0], 0  # a number of its own for each run of each module: those on the way, and the last
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = f"_vlattn_calls_{id(self)}"

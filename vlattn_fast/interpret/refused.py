@@ -1,0 +1,24 @@
+"""Modules that no published rule covers. A model is refused by their names where its towers are found."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# By the end of the class's name.
+_REASONS = {
+    "DeformableAttention": "which samples values at a few learnt points and takes no softmax over keys",
+    "BiMultiHeadAttention": "which takes two softmaxes of one clamped score matrix, over its rows and over its columns",
+    "BridgeTowerLinkTower": "which adds up two streams of the same tokens, whose relevancies no published rule joins",
+}
+
+
+def check_rules(model: nn.Module) -> None:
+    """ValueError, naming the modules, if the rules for relevancy do not cover `model`."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        for ending, reason in _REASONS.items():
+            if kind.endswith(ending):
+                found.setdefault(ending, f"'{name}' ({kind}), {reason}")
+    if found:
+        raise ValueError(f"model must have no modules in its towers that no rule covers; got {'; '.join(found.values())}")
