@@ -154,6 +154,14 @@ def test_masks(name, mask):
     compare(model, {**sequences(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}, -1)
 
 
+@pytest.mark.parametrize("name", ["dot", "cosine", "additive", "activated_general"])
+def test_a_scale_of_the_layer(name):
+    model = scored(name)
+    for block in model.blocks:
+        block.attend.inside.scale = 0.6
+    compare(model, sequences())
+
+
 def test_beside_torchs_attention():
     model = stack("score additive", "torch", "nn.MultiheadAttention", "score cosine")
     compare(model, sequences())
@@ -284,3 +292,40 @@ def test_whole_maps_are_named():
     model.blocks[1].attend.inside.backend = "reference"
     with pytest.raises(ValueError, match=r"got 'blocks\.1\.attend\.inside' \(ScoreAttention\), which takes a softmax itself"):
         explain(model, sequences(), read="cls", target=second)
+
+
+def cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Parts in dtypes of their own, which hooks bring their inputs to, as those of a device_map do with devices."""
+    for path, dtype in dtypes.items():
+        part = model.get_submodule(path).to(dtype)
+        move = lambda x, dtype=dtype: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+        hook = lambda m, a, k, move=move: (tuple(map(move, a)), {n: move(x) for n, x in k.items()})  # noqa: E731
+        part.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["torch", "score additive"])
+def test_parts_of_a_tower_that_are_moved(kind, method):
+    model, inputs = stack(kind, kind, kind), sequences()
+    exact = copy.deepcopy(model).double()
+    want = explain(exact, {**inputs, "x": inputs["x"].double()}, read="cls", target=second, method=method)
+    cast(model, {"blocks.1": torch.float64, "blocks.2": torch.float32, "head": torch.float32})
+    got = explain(model, inputs, read="cls", target=second, method=method).relevancy["tower0"]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want.relevancy["tower0"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wide", ["patches", "words"])
+def test_towers_that_are_moved(wide):
+    torch.manual_seed(0)
+    model = lively(Reader("scaled_dot")).eval()
+    inputs = {"image": torch.randn(2, 9, 32), "text": torch.randn(2, 6, 32), "padding": torch.zeros(2, 6, dtype=torch.bool)}
+    want = explain(model, inputs, read={"tower1": "cls"}, target=second).relevancy
+    others = {"patches": "words", "words": "patches"}
+    attends = [(part, dtype) for part, dtype in ((wide, torch.float64), (others[wide], torch.float32))]
+    paths = [(path, dtype) for part, dtype in attends for path, m in model.named_modules()
+             if path.startswith(part) and isinstance(m, ScoreAttention)]  # fmt: skip
+    cast(model, {**dict(paths), "words.1.look": torch.float32, "head": torch.float32})
+    got = explain(model, inputs, read={"tower1": "cls"}, target=second).relevancy
+    for name, row in want.items():
+        torch.testing.assert_close(got[name].float(), row, rtol=1e-4, atol=1e-5)

@@ -59,12 +59,12 @@ def _additions(found: Relevancies, call: Call, grad: Tensor | None) -> list[tupl
     if grad is None:
         return []
     s, q, seen = call.tower, call.source, call.attended
-    abar = mean_map(seen.query, seen.key, seen.value, grad, seen.masks)
+    abar = mean_map(seen.query, seen.key, seen.value, grad, seen.masks).to(found[s, s])  # layers may have several devices
     if s is q:
         return [((s, t), abar @ part) for (of, t), part in found.items() if of is s]
-    additions = [((s, q), normalized(found[s, s]).transpose(1, 2) @ abar @ normalized(found[q, q]))]
+    additions = [((s, q), normalized(found[s, s]).transpose(1, 2) @ abar @ normalized(found[q, q]).to(abar))]
     if (q, s) in found:
-        additions.append(((s, s), abar @ found[q, s]))
+        additions.append(((s, s), abar @ found[q, s].to(abar)))
     return additions
 
 

@@ -217,7 +217,8 @@ class TowerTrace:
             self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
         # The head's queries are learnt and no tokens, so there is no residual term.
         options = masks, self.method.rule, self.method.row_normalize, 0.0, 1.0
-        output, carrier = Through.apply(output, self._outs[-1], query, key, value, *options)
+        around = self._outs[-1].to(query.device, compute_dtype(query))
+        output, carrier = Through.apply(output, around, query, key, value, *options)
         self._outs = [carrier]
         return output if self.method.needs_score else output.detach()
 
