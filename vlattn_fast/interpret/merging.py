@@ -64,7 +64,7 @@ def packed(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> 
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("through_connector must be off for videos; got pixel_values_videos")
     vision = config.vision_config
-    side, places, maps = vision.spatial_merge_size, [], []
+    side, places, maps = vision.spatial_merge_size, list[Tensor](), list[Tensor]()
     for frames, height, width in inputs["image_grid_thw"].tolist():
         rows, columns = height // side, width // side
         index = torch.arange(frames * rows * columns).view(frames, rows, columns) + sum(part.numel() for part in places)
@@ -109,7 +109,7 @@ def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> M
         raise ValueError(
             f"through_connector must be off where image_sizes do not tell the tiles; got {count} tokens for a tower of {shape}"
         )
-    numbers, maps, owners = torch.full((images * size,), -1), [], []
+    numbers, maps, owners = torch.full((images * size,), -1), list[Tensor](), list[Tensor]()
     tile = token = 0
     for layout, (tiles_of_image, index) in parts:
         places = [tile * size + before + torch.arange(area).view(side, side)]
