@@ -302,3 +302,12 @@ def test_answers_entries_and_parts_of_a_batch(decoder):
         assert alone.image_rows[image] == row and float(alone.image[image][y, x]) == best.value
     second = split(alone, [1, 1])[1]
     assert torch.equal(second.relevancy["vision"], alone.relevancy["vision"][1:]) and second.image_rows == [0] * len(second.image)
+
+
+@pytest.mark.parametrize("decoder", CONNECTED, indirect=True)
+def test_prompts_without_pictures_and_empty_batches(decoder):
+    empty = {name: x[:0] for name, x in decoder.inputs().items()}
+    got = explain(decoder.model, empty, through_connector=True)
+    assert got.relevancy["language"].shape == (0, empty["input_ids"].shape[1]) and got.relevancy["vision"].shape == (0, 0)
+    with pytest.raises(ValueError, match="inputs must contain 'pixel_values' where through_connector is set; got none"):
+        explain(decoder.model, {"input_ids": torch.tensor([[1, 5, 6, 7]])}, through_connector=True)

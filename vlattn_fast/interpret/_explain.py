@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret._run import at_rest, traced, unwrapped
 from vlattn_fast.interpret.answers import Answer, prepare_answer
-from vlattn_fast.interpret.connectors import connect
+from vlattn_fast.interpret.connectors import check_pictures, connect
 from vlattn_fast.interpret.cut import parts, vision_maps
 from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import find_family
 from vlattn_fast.interpret.inputs import is_empty, prepare_inputs, with_one_row
 from vlattn_fast.interpret.methods import Method, check_weighting, find_method
 from vlattn_fast.interpret.readout import Read, check_read, start_rows
-from vlattn_fast.interpret.records import Family
+from vlattn_fast.interpret.records import Family, Tower
 from vlattn_fast.interpret.rows import check_between, read_rows
 from vlattn_fast.interpret.targets import check_scores, choose_score
 from vlattn_fast.interpret.towers import TowerTrace
@@ -121,12 +121,16 @@ def explain(
     if family.score == "query" and read is not None and not callable(target):
         raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
     if through_connector:
-        family = _with_vision(model, family, rule, start_layer)
+        vision = _vision_of(model, family, rule, start_layer)
     with torch.inference_mode(False), torch.enable_grad(), at_rest(model):
         arguments, pairs = prepare_inputs(model, inputs, family, target, None if said is None else said.positions)
         empty = is_empty(arguments)
+        connects = through_connector and not empty
+        if connects:
+            check_pictures(arguments)
+            family = replace(family, towers=(*family.towers, vision))
         with traced(model, family, rule, weighting) as trace:
-            if through_connector:
+            if connects:
                 connect(trace.towers[-1], trace.towers[0], family.connector, model.config, arguments)
             outputs = model(**(with_one_row(model, arguments, family) if empty else arguments))
         trace.check()
@@ -134,7 +138,7 @@ def explain(
         for tower in towers:
             tower.check_start(start_layer)
         # No row of a vision tower behind a connector is read.
-        read_towers = towers[:-1] if through_connector else towers
+        read_towers = towers[:-1] if connects else towers
         if said is not None and towers[0].tokens == "patches_text":  # positions in the text, which stands behind the patches
             said = replace(said, positions=said.positions + towers[0].size - said.arguments["input_ids"].shape[1])
         positions = None
@@ -168,9 +172,11 @@ def explain(
     rows = [row.detach() if said is not None and each else row.detach()[:, 0] for row in rows]
     relevancy = dict(zip(names, rows, strict=True))
     fields = parts(model, [*read_towers, *others], arguments, relevancy, said)
-    if through_connector:
+    if connects:
         relevancy["vision"], maps = vision_maps(relevancy["vision"], family.connector, model.config, arguments, fields)
         fields |= maps
+    elif through_connector:  # an empty batch
+        relevancy["vision"] = rows[0].new_zeros(0, 0)
     return Explanation(
         relevancy=relevancy,
         **fields,
@@ -182,8 +188,8 @@ def explain(
     )
 
 
-def _with_vision(model: nn.Module, family: Family, rule: Method, start_layer: int) -> Family:
-    """The family with the vision tower behind its connector."""
+def _vision_of(model: nn.Module, family: Family, rule: Method, start_layer: int) -> Tower:
+    """The vision tower behind a family's connector."""
     if family.vision is None:
         raise ValueError(
             f"through_connector must be off for a model without a record of its connector; got {type(model).__name__}"
@@ -192,7 +198,7 @@ def _with_vision(model: nn.Module, family: Family, rule: Method, start_layer: in
         raise ValueError(
             f"through_connector must be off but for method 'gradient' and start_layer 0; got {rule.name!r} and {start_layer}"
         )
-    return replace(family, towers=(*family.towers, family.vision))
+    return family.vision
 
 
 def _passes(said: Answer, scores: Tensor, towers: list[TowerTrace], each: bool) -> list[Pass]:

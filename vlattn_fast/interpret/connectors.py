@@ -17,6 +17,14 @@ from vlattn_fast.interpret.merging import Connector
 from vlattn_fast.interpret.towers import TowerTrace
 
 
+def check_pictures(arguments: Mapping[str, Any]) -> None:
+    """ValueError for prompts with videos, or without images."""
+    if arguments.get("pixel_values_videos") is not None:
+        raise ValueError("through_connector must be off for videos; got 'pixel_values_videos'")
+    if arguments.get("pixel_values") is None:
+        raise ValueError("inputs must contain 'pixel_values' where through_connector is set; got none")
+
+
 def connect(vision: TowerTrace, language: TowerTrace, connector: Connector, config: Any, arguments: Mapping[str, Any]) -> None:
     """Let the relevancy of `language`'s image tokens go on into `vision`, which runs before it."""
 

@@ -61,8 +61,6 @@ def packed(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> 
 
     Where the tower attends in windows, it takes the squares window by window.
     """
-    if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("through_connector must be off for videos; got pixel_values_videos")
     vision = config.vision_config
     side, places, maps = vision.spatial_merge_size, list[Tensor](), list[Tensor]()
     for frames, height, width in inputs["image_grid_thw"].tolist():
@@ -98,8 +96,6 @@ def _in_windows(index: Tensor, size: int, of_square: int) -> Tensor:
 def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> Merged:
     """One image token a patch: those of a thumbnail, then of tiles without padding, with a token behind each row (LLaVA-NeXT,
     LLaVA-OneVision)."""
-    if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("through_connector must be off for videos; got pixel_values_videos")
     side = config.vision_config.image_size // config.vision_config.patch_size
     area, (images, size) = side * side, shape
     before = size - area  # CLS
