@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from tests.interpret.cases import lively
+from tests.interpret.stored_maps import Kept
 from vlattn_fast.interpret import explain
 
 LXMERT = dict(
@@ -203,3 +204,59 @@ def test_florence_begins_by_itself_and_refuses_what_it_cannot():
         explain(model, inputs, answer=[5])
     with pytest.raises(ValueError, match="without a record of its connector; got Florence2"):
         explain(model, inputs, through_connector=True)
+
+
+class Merging(torch.nn.Module):
+    """Two streams whose layers attend to themselves, and then to the other as it was in front of the layer (as METER's do)."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        kinds = ("self", "cross")
+        make = lambda: torch.nn.MultiheadAttention(width, 4, batch_first=True)  # noqa: E731
+        layers = lambda: torch.nn.ModuleList(torch.nn.ModuleDict({k: make() for k in kinds[: 1 + (i > 0)]}) for i in range(3))  # noqa: E731
+        self.text, self.image = layers(), layers()
+        self.head = torch.nn.Linear(width, 3)
+
+    def forward(self, text, image):
+        for number, (of_text, of_image) in enumerate(zip(self.text, self.image, strict=True)):
+            if number == 0:  # each by itself
+                text = text + of_text["self"](text, text, text, need_weights=False)[0]
+                image = image + of_image["self"](image, image, image, need_weights=False)[0]
+                continue
+            before = text
+            text = text + of_text["self"](text, text, text, need_weights=False)[0]
+            text = text + of_text["cross"](text, image, image, need_weights=False)[0]
+            image = image + of_image["self"](image, image, image, need_weights=False)[0]
+            image = image + of_image["cross"](image, before, before, need_weights=False)[0]
+        return self.head(text[:, 0])
+
+
+@pytest.mark.parametrize("patches", [6, 8])
+def test_streams_that_read_one_another_as_they_were(patches):
+    torch.manual_seed(0)
+    model = lively(Merging()).eval().double()
+    inputs = {"text": torch.randn(2, 6, 32).double(), "image": torch.randn(2, patches, 32).double()}
+    kept = Kept(model)
+    with kept.watching():
+        score = model(**inputs)[:, 1]
+    maps = [found for _, found in kept.maps]
+    grads = torch.autograd.grad(score.sum(), maps, allow_unused=True)
+    bars = iter([abar(a.detach(), torch.zeros_like(a) if g is None else g) for a, g in zip(maps, grads, strict=True)])
+    tt, ii = eyes(2, 6, patches)
+    ti, it = torch.zeros(2, 6, patches).double(), torch.zeros(2, patches, 6).double()
+    tt, ii = tt + next(bars) @ tt, ii + next(bars) @ ii
+    for _ in range(2):
+        old_tt, old_ti = tt, ti
+        a = next(bars)
+        tt, ti = tt + a @ tt, ti + a @ ti
+        c = next(bars)
+        ti, tt = ti + bar(tt).transpose(1, 2) @ c @ bar(ii), tt + c @ it
+        a = next(bars)
+        ii, it = ii + a @ ii, it + a @ it
+        c = next(bars)
+        it, ii = it + bar(ii).transpose(1, 2) @ c @ bar(old_tt), ii + c @ old_ti
+    row = tt[:, 0].clone()
+    row[:, 0] = 0
+    got = explain(model, inputs, read={"tower0": "cls"}, target=lambda outputs: outputs[:, 1]).relevancy
+    torch.testing.assert_close(got["tower0"], row, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got["tower1"], ti[:, 0], rtol=1e-9, atol=1e-11)

@@ -3,11 +3,15 @@
 R_st (B, N_s, N_t) holds how much the tokens of tower t count for those of tower s. It begins as the identity where s = t, and as
 zero elsewhere. The attention calls are gone through in the order in which they ran; Abar (N x M) is a call's head mean
 relu(A * dA), streamed without a head axis.
+
+Keys may be older than the tokens they are of: both directions of a cross-attention layer read its input, so neither sees what
+the other adds. So a call takes R of its keys as it was behind the last call that they came through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +24,19 @@ from vlattn_fast.interpret.towers import TowerTrace
 
 @dataclass(frozen=True)
 class Call:
-    """An attention call whose queries are tokens of `tower` and whose keys are tokens of `source`, often the same."""
+    """An attention call whose queries are tokens of `tower` and whose keys are tokens of `source`, often the same.
+
+    Args:
+        number: of the call in the run.
+        seen: of cross-attention, the number of the last call of `source` that the keys came through; None without one.
+    """
 
     path: str
     tower: TowerTrace
     source: TowerTrace
     attended: Attended
+    number: int
+    seen: int | None
 
 
 Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]
@@ -38,23 +49,24 @@ def relevancies(calls: Sequence[Call], grads: Sequence[Tensor | None]) -> Releva
         for tower in (call.tower, call.source):
             eye = torch.eye(tower.size, dtype=tower.dtype, device=tower.device)
             found.setdefault((tower, tower), eye.expand(tower.batch or 0, -1, -1))
-    number = 0
-    while number < len(calls):
-        # Both directions of a cross-attention layer read its input, so neither sees what the other adds.
-        paired = number + 1 < len(calls) and _is_pair(calls[number], calls[number + 1])
-        step = range(number, number + 1 + paired)
-        additions = [addition for i in step for addition in _additions(found, calls[i], grads[i])]
-        for pair, addition in additions:
+    waited = Counter(call.seen for call in calls if call.seen is not None)
+    behind: dict[int, Relevancies] = {}  # R_s behind a call of s that keys came through, while calls wait for it
+    for call, grad in zip(calls, grads, strict=True):
+        of_keys = found if call.seen is None else behind[call.seen]
+        for pair, addition in _additions(found, of_keys, call, grad):
             found[pair] = found[pair] + addition if pair in found else addition
-        number = step.stop
+        if call.seen is not None:
+            waited[call.seen] -= 1
+            if not waited[call.seen]:
+                del behind[call.seen]
+        if waited[call.number]:
+            behind[call.number] = {pair: part for pair, part in found.items() if pair[0] is call.tower}
     return found
 
 
-def _is_pair(one: Call, other: Call) -> bool:
-    return one.tower is not one.source and (one.tower, one.source) == (other.source, other.tower)
-
-
-def _additions(found: Relevancies, call: Call, grad: Tensor | None) -> list[tuple[tuple[TowerTrace, TowerTrace], Tensor]]:
+def _additions(
+    found: Relevancies, of_keys: Mapping[tuple[TowerTrace, TowerTrace], Tensor], call: Call, grad: Tensor | None
+) -> list[tuple[tuple[TowerTrace, TowerTrace], Tensor]]:
     """What a call adds to the relevancies (equations 6, 7, 10 and 11)."""
     if grad is None:
         return []
@@ -62,9 +74,9 @@ def _additions(found: Relevancies, call: Call, grad: Tensor | None) -> list[tupl
     abar = mean_map(seen.query, seen.key, seen.value, grad, seen.masks).to(found[s, s])  # layers may have several devices
     if s is q:
         return [((s, t), abar @ part) for (of, t), part in found.items() if of is s]
-    additions = [((s, q), normalized(found[s, s]).transpose(1, 2) @ abar @ normalized(found[q, q]).to(abar))]
-    if (q, s) in found:
-        additions.append(((s, s), abar @ found[q, s].to(abar)))
+    additions = [((s, q), normalized(found[s, s]).transpose(1, 2) @ abar @ normalized(of_keys[q, q]).to(abar))]
+    if (q, s) in of_keys:
+        additions.append(((s, s), abar @ of_keys[q, s].to(abar)))
     return additions
 
 

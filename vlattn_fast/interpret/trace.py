@@ -257,7 +257,7 @@ class Trace(TorchFunctionMode):
             chunk = again and not calls >> (tower.last_call or 0) & 1
             tower.last_run = self._runs[-1]
             output = tower.attend(path, query, key, value, masks, len(self._owners), chunk)
-            self._keep(path, tower, tower, Attended(query, key, value, masks, output))
+            self._keep(path, tower, tower, Attended(query, key, value, masks, output), key_calls)
             return output, tower
         if not self.finds:
             raise ValueError(
@@ -266,12 +266,14 @@ class Trace(TorchFunctionMode):
             )
         source = self._source_of(key_calls, key)
         output = tower.cross(path, query, key, value, masks, len(self._owners))
-        self._keep(path, tower, source, Attended(query, key, value, masks, output))
+        self._keep(path, tower, source, Attended(query, key, value, masks, output), key_calls)
         return output, tower
 
-    def _keep(self, *call: Any) -> None:
+    def _keep(self, path: str, tower: TowerTrace, source: TowerTrace, attended: Attended, key_calls: int) -> None:
         if self.finds:
-            self.calls.append(Call(*call))
+            behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
+            seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
+            self.calls.append(Call(path, tower, source, attended, len(self._owners), seen))
 
     # --- towers ---
 
