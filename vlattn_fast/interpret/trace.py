@@ -32,8 +32,8 @@ from vlattn_fast.interpret.towers import TowerTrace, in_layers, layers_of
 from vlattn_fast.ops.relevancy_residual import Weighting
 
 _running: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("vlattn_trace", default=None)
-_SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
-_SCORE_ATTENTION = torch.ops.vlattn.score_attention
+SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
+SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
 
 def running_trace() -> Trace | None:
@@ -108,7 +108,7 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
-        if func is _SCORE_ATTENTION:
+        if func is SCORE_ATTENTION:
             return self._score_attention(*args)
         if func is functional.multi_head_attention_forward and self._explains(self._paths[-1]):
             raise ValueError(
@@ -118,7 +118,7 @@ class Trace(TorchFunctionMode):
         path = self._paths[-1]
         if getattr(func, "__name__", None) == "flex_attention" and path is not None and self._concerns(path):
             raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
-        if func in _SOFTMAX and args[0].ndim > 2 and path is not None:
+        if func in SOFTMAX and args[0].ndim > 2 and path is not None:
             self.by_hand[path] = self.by_hand.get(path, False) or _is_map(args, kwargs)
         result = func(*args, **kwargs)
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
@@ -203,7 +203,7 @@ class Trace(TorchFunctionMode):
         calls = [self._calls_of((tensor,)) for tensor in (query, key, value)]
         with torch._C.DisableTorchFunction():
             options = None, kind, parameter, scale, 0.0, is_causal, backend
-            output, lse = _SCORE_ATTENTION(query, key, value, vector, attn_mask, key_mask, *options)
+            output, lse = SCORE_ATTENTION(query, key, value, vector, attn_mask, key_mask, *options)
             heads = query.shape[1]
             keys, values = (expand_heads(x.detach(), heads) for x in mask_padding(key_mask, key, value))
             tensors = query.detach(), keys, values

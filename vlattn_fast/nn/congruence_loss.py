@@ -1,19 +1,35 @@
-"""The congruence losses as a module, and the schedule that their authors weight them with in training."""
+"""The congruence losses as a module for training loops, and the schedule that their authors weight them with."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
 from vlattn_fast._checks import check_choice, check_number
+from vlattn_fast.nn.capture_attention import AttentionCapture, CapturedLayer
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, congruence_loss
 
 SCHEDULES = ("linear", "exp", "log", "const")
 
 
 class CongruenceLoss(nn.Module):
-    """vlattn_fast.congruence_loss with its options held. The arguments are explained there.
+    """A congruence loss for a training loop: `vlattn_fast.congruence_loss`, its schedule, and what `capture_attention` hands out.
+
+    CACR is tiny: 1e-5 for a fresh model, whose maps are close to uniform on both sides of the divergence, and about 1e-3 where
+    attention is sharp. IAIS is about 1. The authors of both add the loss as it is times the schedule's weight, and sum the task's
+    loss over a batch of one positive and 31 negatives, so `weight` is worth a search.
+
+    Args:
+        kind, direction, scale, reduction, backend: as in `vlattn_fast.congruence_loss`; direction also "alternate": "image" at the
+            first call and every second one from there, "text" at the others, as the official training does.
+        schedule: "linear", "exp", "log" or "const", see `training_signal_annealing`; needs num_steps unless "const".
+        num_steps: of the training, after which the schedule's weight is 1.
+        weight: multiplies the loss, beside the schedule.
+
+    The module counts its calls in training mode; the count is part of its state. A call's `step` says otherwise, as where several
+    calls make one step of the optimizer.
 
     >>> import torch
     >>> loss = CongruenceLoss("iais_singular", direction="text")
@@ -29,38 +45,92 @@ class CongruenceLoss(nn.Module):
         scale: float | None = None,
         reduction: str = "mean",
         backend: str = "auto",
+        *,
+        schedule: str = "const",
+        num_steps: int | None = None,
+        weight: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("kind", kind, KINDS)
-        check_choice("direction", direction, DIRECTIONS)
+        check_choice("direction", direction, (*DIRECTIONS, "alternate"))
         check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("schedule", schedule, SCHEDULES)
+        check_number("weight", weight, low=0.0)
         if scale is not None:
             check_number("scale", scale)
+        if num_steps is not None:
+            check_number("num_steps", num_steps, low=1)
+        elif schedule != "const":
+            raise ValueError(f"num_steps must be the number of training steps where schedule is {schedule!r}; got None")
         self.kind, self.direction, self.scale, self.reduction, self.backend = kind, direction, scale, reduction, backend
+        self.schedule, self.num_steps, self.weight = schedule, num_steps, weight
+        self.calls = 0
 
     def forward(
         self,
-        text: tuple[Tensor, Tensor],
-        image: tuple[Tensor, Tensor],
+        text: tuple[Tensor, Tensor] | AttentionCapture | CapturedLayer,
+        image: tuple[Tensor, Tensor] | None = None,
         cross: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         text_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
+        *,
+        step: int | None = None,
     ) -> Tensor:
-        return congruence_loss(
+        """The weighted loss of (query, key) of words and of image tokens, or of what `capture_attention` hands out.
+
+        Args:
+            text, image, cross, text_mask, image_mask: as in `vlattn_fast.congruence_loss`. A capture takes the place of text,
+                image and cross; where the model has one sequence, text_mask (B, L) tells how many of its tokens are words.
+            step: of the training, from 0; default: the calls in training mode so far.
+        """
+        if isinstance(text, AttentionCapture | CapturedLayer):
+            if image is not None or cross is not None:
+                raise ValueError("image and cross must be left out where the first argument is a capture; got both")
+            text, image, cross = _parts(text, text_mask)
+        elif image is None:
+            raise ValueError("image must be the (query, key) of image tokens; got None")
+        step = self.calls if step is None else step
+        direction = ("image", "text")[step % 2] if self.direction == "alternate" else self.direction
+        loss = congruence_loss(
             text,
             image,
             cross,
             kind=self.kind,
-            direction=self.direction,
+            direction=direction,
             text_mask=text_mask,
             image_mask=image_mask,
             scale=self.scale,
             reduction=self.reduction,
             backend=self.backend,
         )
+        weight = self.weight
+        if self.num_steps is not None:
+            weight *= training_signal_annealing(step, self.num_steps, self.schedule)
+        if self.training:
+            self.calls += 1
+        return loss if weight == 1.0 else weight * loss
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
 
     def extra_repr(self) -> str:
-        return f"{self.kind!r}, direction={self.direction!r}, scale={self.scale}, reduction={self.reduction!r}"
+        options = f"{self.kind!r}, direction={self.direction!r}, scale={self.scale}, reduction={self.reduction!r}"
+        return f"{options}, schedule={self.schedule!r}, num_steps={self.num_steps}, weight={self.weight}"
+
+
+def _parts(captured: AttentionCapture | CapturedLayer, text_mask: Tensor | None) -> tuple[Any, Any, Any]:
+    """text, image and cross of a captured layer."""
+    layer = captured.layer if isinstance(captured, AttentionCapture) else captured
+    if layer.text is not None and layer.image is not None:
+        return layer.text, layer.image, layer.cross
+    if layer.joint is None:
+        raise ValueError("model must attend to words and to image tokens; the captured layer has only one of them")
+    if text_mask is None:
+        raise ValueError("text_mask (B, L) must tell how many tokens of the captured sequence are words; got None")
+    return layer.split(text_mask.shape[1])
 
 
 def training_signal_annealing(step: int, num_steps: int, schedule: str = "exp") -> float:

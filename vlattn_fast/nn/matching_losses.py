@@ -1,0 +1,121 @@
+"""The losses that train image-text matching on attended words and regions: SCAN's hinge and DAMSM's two-way cross-entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._checks import check_bool, check_number, describe
+from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
+
+
+class ScanLoss(nn.Module):
+    """SCAN's triplet loss over `stacked_cross_attention` (Lee et al., ECCV 2018, equations 8 to 10).
+
+    With S_ij the similarity of image i and caption j, pair i being (image i, caption i):
+    sum_i [margin - S_ii + S_ij]_+ + [margin - S_ii + S_ji]_+, over the hardest j of each pair, or summed over all j.
+
+    Args:
+        margin: least difference of a true pair to a false one.
+        hardest: the hardest caption of each image and the hardest image of each caption, instead of all of them.
+        options: of `stacked_cross_attention`.
+
+    >>> loss = ScanLoss(direction="i2t")
+    >>> loss(torch.randn(4, 36, 16), torch.randn(4, 7, 16), torch.tensor([7, 4, 5, 6])).shape
+    torch.Size([])
+    """
+
+    def __init__(self, margin: float = 0.2, hardest: bool = True, **options: Any) -> None:
+        super().__init__()
+        check_number("margin", margin, low=0.0)
+        check_bool(hardest=hardest)
+        self.margin, self.hardest, self.options = margin, hardest, options
+
+    def forward(
+        self,
+        images: Tensor,
+        captions: Tensor,
+        caption_lengths: Tensor | None = None,
+        image_lengths: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """images (B, R, D) and captions (B, T, D), pair by pair, with their lengths -> scalar, a sum over the batch.
+
+        ids: int (B). Pairs with equal ids, such as two captions of one image, are no false pairs of each other.
+        """
+        similarity = stacked_cross_attention(images, captions, caption_lengths, image_lengths, **self.options)
+        same = _same(similarity, ids)
+        true = similarity.diagonal()
+        captions_of = (self.margin + similarity - true[:, None]).clamp(min=0).masked_fill(same, 0.0)
+        images_of = (self.margin + similarity - true[None, :]).clamp(min=0).masked_fill(same, 0.0)
+        if not self.hardest:
+            return captions_of.sum() + images_of.sum()
+        if not len(true):
+            return similarity.sum()
+        return captions_of.amax(1).sum() + images_of.amax(0).sum()
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"margin={self.margin}, hardest={self.hardest}", *(f"{k}={v!r}" for k, v in self.options.items())])
+
+
+class DamsmLoss(nn.Module):
+    """AttnGAN's word-level matching loss over `damsm_similarity` (Xu et al., CVPR 2018, equations 10 to 12).
+
+    With R_ij the score of image i and caption j: -log softmax_j(gamma3 R_ij) - log softmax_i(gamma3 R_ij) at j = i, averaged over
+    the batch. The sentence-level part of the paper's loss is a cosine of two vectors and not here.
+
+    Args:
+        gamma1, gamma2: see `damsm_similarity`. gamma3: factor in the softmax over images and over captions.
+        backend: as in `damsm_similarity`.
+
+    >>> DamsmLoss()(torch.randn(4, 289, 16), torch.randn(4, 7, 16), torch.tensor([7, 4, 5, 6])).shape
+    torch.Size([])
+    """
+
+    def __init__(self, gamma1: float = 4.0, gamma2: float = 5.0, gamma3: float = 10.0, *, backend: str = "auto") -> None:
+        super().__init__()
+        for name, gamma in (("gamma1", gamma1), ("gamma2", gamma2), ("gamma3", gamma3)):
+            check_number(name, gamma, low=0.0)
+        self.gamma1, self.gamma2, self.gamma3, self.backend = gamma1, gamma2, gamma3, backend
+
+    def forward(
+        self,
+        images: Tensor,
+        captions: Tensor,
+        caption_lengths: Tensor | None = None,
+        image_lengths: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """images (B, R, D) and captions (B, T, D), pair by pair, with their lengths -> scalar.
+
+        ids: int (B). Pairs with equal ids, such as images of one class, are no false pairs of each other.
+        """
+        options = {"gamma1": self.gamma1, "gamma2": self.gamma2, "backend": self.backend}
+        scores = self.gamma3 * damsm_similarity(images, captions, caption_lengths, image_lengths, **options)
+        same = _same(scores, ids)
+        if not len(scores):
+            return scores.sum()
+        others = same & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(others, -torch.inf)
+        true = torch.arange(len(scores), device=scores.device)
+        return nn.functional.cross_entropy(scores, true) + nn.functional.cross_entropy(scores.T, true)
+
+    def extra_repr(self) -> str:
+        return f"gamma1={self.gamma1}, gamma2={self.gamma2}, gamma3={self.gamma3}"
+
+
+def _same(similarity: Tensor, ids: Tensor | None) -> Tensor:
+    """bool (B, B): pairs that are true, or count as such."""
+    pairs, captions = similarity.shape
+    if pairs != captions:
+        raise ValueError(f"captions must be as many as images, pair by pair; got {captions} for {pairs} images")
+    if ids is None:
+        return torch.eye(pairs, dtype=torch.bool, device=similarity.device)
+    if not isinstance(ids, Tensor) or ids.shape != (pairs,) or ids.is_floating_point():
+        raise ValueError(f"ids must be an integer tensor of shape ({pairs},); got {describe(ids)}")
+    ids = ids.to(similarity.device)
+    return ids[:, None] == ids[None, :]
