@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from vlattn_fast.interpret.trace import running_trace
 
 SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
-_NAME = "_attn_implementation_internal"  # where a config of transformers keeps the name
+CONFIG_NAME = "_attn_implementation_internal"  # where a config of transformers keeps the name
+# What nn.replace_attention puts on a module: its score, and whether `module.is_causal` decides without a mask.
+REPLACED, RULE = "attention_score", "_attention_causal_by_module"
 
 
 def attention_function(
@@ -31,21 +33,13 @@ def attention_function(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    cache: Any = None,
-    cu_seq_lens_q: Tensor | None = None,
     *,
     causal_by_module: bool = False,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention contract: query, key, value (B, H, N, D) in, (output (B, N, H, D), None) out.
 
-    A mask already contains causality and windows. Without a mask `is_causal` decides, and where that is None too,
-    `module.is_causal` if `causal_by_module` is set (SDPA's rule). Dropout is off, since explained models run in eval mode.
+    Dropout is off, since explained models run in eval mode. `causal_by_module` and `options` are those of `masks_of`.
 
     Raises:
         ValueError: an option that the operator does not support (softcap, attention sinks, paged or packed sequences) in an
@@ -56,12 +50,39 @@ def attention_function(
         raise ValueError(
             f"model must be run by explain while its attention is '{SDPA_NAME}'; got {type(module).__name__} outside of it"
         )
+    masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
+    output = trace.attend(query, key, value, {**masks, "scale": scaling}, module)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def masks_of(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    *,
+    causal_by_module: bool,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """attn_mask, is_causal and enable_gqa of a call by transformers' interface, as SDPA takes them.
+
+    A mask already contains causality and windows. Without a mask `is_causal` decides, and where that is None too,
+    `module.is_causal` if `causal_by_module` is set (SDPA's rule).
+
+    Raises:
+        ValueError: softcap, attention sinks, paged or packed sequences; a window without a mask.
+    """
     refused = {"softcap": softcap, "s_aux": s_aux, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
     for name, option in refused.items():
         if option is not None:
-            raise ValueError(
-                f"model must not use {name}, which relevancy attention does not support; got {type(module).__name__}"
-            )
+            raise ValueError(f"model must not use {name}, which attention here does not support; got {type(module).__name__}")
     if attention_mask is None and sliding_window is not None and sliding_window < key.shape[2]:
         raise ValueError(
             f"model must pass the mask of a sliding window; got {type(module).__name__} with {sliding_window} and none"
@@ -72,9 +93,7 @@ def attention_function(
         causal = getattr(module, "is_causal", True) if is_causal is None and causal_by_module else bool(is_causal)
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal), False
-    masks = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    output = trace.attend(query, key, value, masks, module)
-    return output.transpose(1, 2).contiguous(), None
+    return {"attn_mask": attention_mask, "is_causal": causal, "enable_gqa": key.shape[1] != query.shape[1]}
 
 
 def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -114,11 +133,15 @@ def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
                 names.pop(module, None)
                 if dispatches:
                     names[module] = name
-    # A module may hold its config under other names as well.
-    held = [(module, key, value) for module in names for key, value in vars(module).items() if hasattr(value, _NAME)]
+    # A module may hold its config under other names as well. Where a score is replaced it stays.
+    own = [module for module in names if not hasattr(module, REPLACED)]
+    held = [(module, key, value) for module in own for key, value in vars(module).items() if hasattr(value, CONFIG_NAME)]
     chosen = {id(config): names[module] for module, _, config in held}
     if chosen:
         _register()
+    for module in names:
+        if hasattr(module, RULE):
+            yield module, RULE, names[module] == SDPA_NAME
     copies: dict[int, Any] = {}
     for module, attribute, config in held:
         yield module, attribute, _naming_us(config, names[module], chosen, copies)
@@ -128,8 +151,8 @@ def _naming_us(config: Any, name: str, chosen: dict[int, str], copies: dict[int,
     """A copy of `config` that names our function; models also read the configs inside it, so those are copied, too."""
     if id(config) not in copies:
         copies[id(config)] = copied = copy.copy(config)
-        setattr(copied, _NAME, chosen.get(id(config), name))  # the public setter would overwrite the sub-configs
+        setattr(copied, CONFIG_NAME, chosen.get(id(config), name))  # the public setter would overwrite the sub-configs
         for key in getattr(config, "sub_configs", None) or ():
-            if hasattr(part := getattr(config, key, None), _NAME):
+            if hasattr(part := getattr(config, key, None), CONFIG_NAME):
                 setattr(copied, key, _naming_us(part, name, chosen, copies))
     return copies[id(config)]

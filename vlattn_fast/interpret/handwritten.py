@@ -13,7 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.dispatch import REPLACED
 from vlattn_fast.interpret.multihead import attend, heads, multihead_attention
+
+# of a module, its query, key and value (B, H, N, D) and the mask: the output (B, H, N, D)
+Core = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -27,7 +31,7 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """
     for name, module in model.named_modules():
         function = _replacement(type(module))
-        if function is None:
+        if function is None or hasattr(module, REPLACED):  # a replaced score's operator shows by itself
             continue
         # accelerate's hooks call what was the forward before.
         attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
@@ -45,6 +49,12 @@ def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
     if owner is nn.MultiheadAttention:
         return multihead_attention
     return _TRANSFORMERS.get(owner.__name__) if owner.__module__.startswith("transformers.") else None
+
+
+def replaceable(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """The function for a class with query, key and value projections alone, which takes another `core`; None for others."""
+    function = _replacement(kind)
+    return function if function in (_bert, _lxmert) else None
 
 
 # --- what they share ---
@@ -91,25 +101,37 @@ def _keys_and_values(
 # --- transformers ---
 
 
-def _plain(module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: Tensor | None) -> Tensor:
+def _plain(module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: Tensor | None, core: Core | None = None) -> Tensor:
     """The attention (B, N, H * D) of a module with query, key and value projections."""
     size = module.attention_head_size
     query, key, value = heads(module.query(queries), size), heads(module.key(keys), size), heads(module.value(values), size)
-    return attend(query, key, value, _added(module, query, *masks))
+    mask = _added(module, query, *masks)
+    if core is not None:
+        return core(module, query, key, value, mask).transpose(1, 2).flatten(2)
+    return attend(query, key, value, mask)
 
 
 def _bert(
-    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: Any = False,
+    core: Core | None = None,
 ) -> tuple[Tensor]:
     _refuse_maps(module, output_attentions)
-    return (_plain(module, hidden_states, hidden_states, hidden_states, attention_mask),)
+    return (_plain(module, hidden_states, hidden_states, hidden_states, attention_mask, core=core),)
 
 
 def _lxmert(
-    module: Any, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+    module: Any,
+    hidden_states: Tensor,
+    context: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: Any = False,
+    core: Core | None = None,
 ) -> tuple[Tensor]:
     _refuse_maps(module, output_attentions)
-    return (_plain(module, hidden_states, context, context, attention_mask),)
+    return (_plain(module, hidden_states, context, context, attention_mask, core=core),)
 
 
 def _grounding(

@@ -30,10 +30,10 @@ def in_layers(path: str) -> bool:
 
 def layers_of(path: str) -> str:
     """The innermost list of layers on a module's path: "encoder.layers" for "encoder.layers.3.attn". Else the path itself."""
-    return _split(path)[0]
+    return split_path(path)[0]
 
 
-def _split(path: str) -> tuple[str, int]:
+def split_path(path: str) -> tuple[str, int]:
     found = _INDEX.match(path)
     return (path, 0) if found is None else (found[1] or "", int(found[2]))
 
@@ -124,7 +124,7 @@ class TowerTrace:
             self.lists.append(layers_of(path))
         if self.batch is None:
             self.batch, self.dtype, self.device = batch, compute_dtype(query), query.device
-        if not chunk and (self.path is None or path in self.paths or _split(self.path) != _split(path)):
+        if not chunk and (self.path is None or path in self.paths or split_path(self.path) != split_path(path)):
             self._depth += 1
         if not self.paths or (chunk and self._carrier is None):
             self.size += size
@@ -192,7 +192,7 @@ class TowerTrace:
 
     def _read_last(self, path: str, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
         output = attention(query, key, value, masks)
-        layers, index = _split(path)
+        layers, index = split_path(path)
         of_last = not in_layers(path) or index == len(list(self.model.get_submodule(layers).children())) - 1
         if self.pooling_path is not None or not of_last:
             return output

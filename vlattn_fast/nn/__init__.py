@@ -3,6 +3,7 @@
 from vlattn_fast.nn.capture_attention import AttentionCapture, CapturedLayer, capture_attention
 from vlattn_fast.nn.congruence_loss import CongruenceLoss, training_signal_annealing
 from vlattn_fast.nn.matching_losses import DamsmLoss, ScanLoss
+from vlattn_fast.nn.replace_attention import ReplacedAttention, replace_attention
 from vlattn_fast.nn.score_attention import ScoreAttention
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "CapturedLayer",
     "CongruenceLoss",
     "DamsmLoss",
+    "ReplacedAttention",
     "ScanLoss",
     "ScoreAttention",
     "capture_attention",
+    "replace_attention",
     "training_signal_annealing",
 ]

@@ -1,11 +1,11 @@
 """Queries and keys of chosen layers of any model, as the congruence losses take them, while the model runs as it is.
 
 Nothing of the model is replaced: a mode of torch sees the attention calls, and the products in front of a softmax where a module
-writes attention out by hand. So dropout, autocast and gradients are those of the model. What torch.compile made of it runs as plain
-Python meanwhile, since compiled code shows no calls.
+writes attention out by hand. So dropout, autocast and gradients are those of the model. What torch.compile made of it runs as
+plain Python meanwhile, since compiled code shows no calls.
 
-Words and image are told apart by where tokens come from. Every tensor remembers whether it was computed from an input with text or
-with an image. A query's tokens are those that its own residual stream comes from; what cross-attention adds to it does not count.
+Words and image are told apart by where tokens come from. Every tensor remembers whether it was computed from an input with text
+or with an image. A query's tokens are those that its own residual stream comes from; what cross-attention adds does not count.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CapturedLayer:
         """(text, image, cross) of one sequence with the words first, as `congruence_loss` takes them; cross is None, since one
         attention serves for all."""
         if self.joint is None:
-            raise ValueError("split must be called for a model that attends to words and image together; this one has two streams")
+            raise ValueError("split must be called for a model that attends to words and image together; got two streams")
         query, key = self.joint
         if isinstance(num_text_tokens, bool) or not 0 <= num_text_tokens <= query.shape[2]:
             raise ValueError(f"num_text_tokens must be from 0 to {query.shape[2]}, the tokens; got {num_text_tokens!r}")
@@ -192,7 +192,9 @@ class AttentionCapture:
 
     def _finish(self, calls: Sequence[_Call]) -> None:
         own = {kinds: _in_order(c for c in calls if c.kinds == c.key_kinds == kinds) for kinds in (TEXT, IMAGE, TEXT | IMAGE)}
-        across = {kinds: _in_order(c for c in calls if (c.kinds, c.key_kinds) == kinds) for kinds in ((TEXT, IMAGE), (IMAGE, TEXT))}
+        across = {
+            kinds: _in_order(c for c in calls if (c.kinds, c.key_kinds) == kinds) for kinds in ((TEXT, IMAGE), (IMAGE, TEXT))
+        }
         lengths = {len(found) for found in own.values() if found}
         if not lengths:
             raise ValueError("model must have self-attention over tokens of text or image; got none in its forward pass")
@@ -224,11 +226,10 @@ def _in_order(calls: Iterable[_Call]) -> list[Pair]:
 class _Running:
     """A module whose forward pass is under way.
 
-    product: the last matmul in it, its operands and the shape of its result; written: the kinds of the queries of attention that it
-    writes out by hand.
+    product: the last matmul in it, its operands and the shape of its result; written: the kinds of the queries of attention that
+    it writes out by hand.
     """
 
-    path: str | None
     product: tuple[Tensor, Tensor, torch.Size] | None = None
     written: int = 0
 
@@ -239,7 +240,6 @@ class _Mode(TorchFunctionMode):
     def __init__(self, model: nn.Module, modality: Mapping[str, str], finish: Callable[[Sequence[_Call]], None]) -> None:
         super().__init__()
         self._model, self._modality, self._finish = model, modality, finish
-        self._names = {module: path for path, module in model.named_modules()}
         self._mark = f"_vlattn_kinds_{id(self)}"
         self._stack: list[_Running] = []
         self._calls: list[_Call] = []
@@ -249,12 +249,11 @@ class _Mode(TorchFunctionMode):
         self._thread = threading.get_ident()
         self._fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it hides the attention of nn.MultiheadAttention in eval mode
-        hooks = nn.modules.module
-        self._handles: list[Any] = [
-            hooks.register_module_forward_pre_hook(self._push),
-            hooks.register_module_forward_hook(self._pop, always_call=True),
-            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
-        ]
+        self._handles: list[Any] = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for module in self._model.modules():
+            if not isinstance(module, (nn.Softmax, nn.Dropout)):  # whoever asks takes the softmax
+                self._handles.append(module.register_forward_pre_hook(self._push))
+                self._handles.append(module.register_forward_hook(self._pop, always_call=True))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -273,18 +272,14 @@ class _Mode(TorchFunctionMode):
     # --- modules ---
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        if isinstance(module, (nn.Softmax, nn.Dropout)) and self._stack:
-            self._stack.append(self._stack[-1])  # whoever asks takes the softmax
-        else:
-            self._stack.append(_Running(self._names.get(module)))
+        if threading.get_ident() == self._thread:
+            self._stack.append(_Running())
 
     def _pop(self, module: nn.Module, args: Any, result: Any) -> None:
         if threading.get_ident() != self._thread or not self._stack:
             return
         run = self._stack.pop()
-        if run.written and not (self._stack and self._stack[-1] is run):
+        if run.written:
             self._set(result, run.written)
         if module is self._model and result is not None:
             calls = self._calls
@@ -366,14 +361,13 @@ class _Mode(TorchFunctionMode):
         run.product = None
 
     def _keep(self, query: Tensor, key: Tensor, kinds: int, key_kinds: int) -> int:
-        """Keeps a call of a module of the model, and gives the kinds of its queries."""
+        """Keeps a call, and gives the kinds of its queries."""
         if self._learns and not torch.is_grad_enabled():
             raise ValueError(
                 "model must keep the graph of its attention; got a call without gradients, as torch.utils.checkpoint makes with "
                 "use_reentrant=True"
             )
-        if self._stack[-1].path is not None:
-            self._calls.append(_Call(kinds, key_kinds, query, key))
+        self._calls.append(_Call(kinds, key_kinds, query, key))
         return kinds
 
     def _kinds(self, values: Any) -> int:

@@ -22,8 +22,8 @@ class CongruenceLoss(nn.Module):
     loss over a batch of one positive and 31 negatives, so `weight` is worth a search.
 
     Args:
-        kind, direction, scale, reduction, backend: as in `vlattn_fast.congruence_loss`; direction also "alternate": "image" at the
-            first call and every second one from there, "text" at the others, as the official training does.
+        kind, direction, scale, reduction, backend: as in `vlattn_fast.congruence_loss`; direction also "alternate": "image" at
+            the first call and every second one from there, "text" at the others, as the official training does.
         schedule: "linear", "exp", "log" or "const", see `training_signal_annealing`; needs num_steps unless "const".
         num_steps: of the training, after which the schedule's weight is 1.
         weight: multiplies the loss, beside the schedule.

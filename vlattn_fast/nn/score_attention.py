@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from vlattn_fast import scores
 from vlattn_fast._checks import check_bool, check_choice, check_number, check_tensor, describe
+from vlattn_fast._tensors import as_dtype, autocast, resolve_scale, without_autocast
+from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.score_attention import score_attention
+from vlattn_fast.streaming.attention_map import forward as streaming_map
 
 FIXED = ("dot", "scaled_dot", "cosine")
 LEARNED: dict[str, tuple[type, tuple[str, ...]]] = {
@@ -55,6 +58,23 @@ class LearnedScore(nn.Module):
         return self.make(**dict(self.named_parameters()), **self.options)
 
 
+def make_score(
+    score: str | ScoreFactory, num_heads: int, head_dim: int, per_head: bool, options: dict[str, Any]
+) -> nn.Module | str:
+    """The score of a layer: a module where it has parameters, else its name. per_head says nothing of a score without any."""
+    if not isinstance(score, str) and callable(score):
+        made = score(num_heads, head_dim)
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"score must make a torch.nn.Module; got {describe(made)}")
+        return made
+    check_choice("score", score, (*FIXED, *LEARNED))
+    if score in LEARNED:
+        return LearnedScore(score, num_heads, head_dim, per_head=per_head, **options)
+    if options:
+        raise ValueError(f"score_options belong to scores with parameters; score is {score!r}")
+    return score
+
+
 class ScoreAttention(nn.Module):
     """Multi-head attention softmax(scale * score(Q x, K y) + mask) V y, with projections in and out, batch first.
 
@@ -62,9 +82,10 @@ class ScoreAttention(nn.Module):
         embed_dim: C of the query, and of key and value unless kdim and vdim say otherwise. num_heads: divides embed_dim.
         score: "dot", "scaled_dot", "cosine", "general", "biased_general", "activated_general", "additive", "hadamard"; or
             a function (num_heads, head_dim) -> module whose call without arguments gives an object of vlattn_fast.scores.
-        per_head: whether each head has score parameters of its own.
+        per_head: whether each head has score parameters of its own, where the score has any.
         dropout: probability of dropping an attention weight while training.
         bias: whether the four projections have one.
+        batch_first: inputs and output are (B, N, C); False: (N, B, C).
         scale, backend: as in vlattn_fast.score_attention.
         score_options: options of the score's class in vlattn_fast.scores.
 
@@ -87,6 +108,7 @@ class ScoreAttention(nn.Module):
         vdim: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
+        batch_first: bool = True,
         scale: float | None = None,
         backend: str = "auto",
         score_options: dict[str, Any] | None = None,
@@ -99,69 +121,117 @@ class ScoreAttention(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim = {embed_dim}; got {num_heads}")
         check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)
-        check_bool(per_head=per_head, bias=bias)
+        check_bool(per_head=per_head, bias=bias, batch_first=batch_first)
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
-        self.scale, self.backend = scale, backend
-        self.score = self._score(score, per_head, score_options or {})
+        self.batch_first, self.scale, self.backend = batch_first, scale, backend
+        self.score = make_score(score, num_heads, embed_dim // num_heads, per_head, score_options or {})
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.k_proj = nn.Linear(self.kdim, embed_dim, bias=bias)
         self.v_proj = nn.Linear(self.vdim, embed_dim, bias=bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-
-    def _score(self, score: str | ScoreFactory, per_head: bool, options: dict[str, Any]) -> nn.Module | str:
-        head_dim = self.embed_dim // self.num_heads
-        if not isinstance(score, str) and callable(score):
-            made = score(self.num_heads, head_dim)
-            if not isinstance(made, nn.Module):
-                raise TypeError(f"score must make a torch.nn.Module; got {describe(made)}")
-            return made
-        check_choice("score", score, (*FIXED, *LEARNED))
-        if score in LEARNED:
-            return LearnedScore(score, self.num_heads, head_dim, per_head=per_head, **options)
-        if per_head or options:
-            raise ValueError(f"per_head and score_options belong to scores with parameters; score is {score!r}")
-        return score
 
     def forward(
         self,
         query: Tensor,
         key: Tensor | None = None,
         value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
         *,
         key_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         """query (B, N, C), key (B, M, kdim), value (B, M, vdim) -> (B, N, C). key defaults to query, value to key.
 
-        key_mask: bool (B, M), True = a real token. attn_mask: bool or float, broadcastable to (B, H, N, M).
+        Args:
+            key_padding_mask: as in nn.MultiheadAttention: bool (B, M), True = padding, or float (B, M), which is added.
+            key_mask: the same the other way round: bool (B, M), True = a real token. One of the two.
+            need_weights: also return the attention's head mean (B, N, M), a constant, made without a map per head.
+            attn_mask: bool, True = may attend (as SDPA has it, the opposite of nn.MultiheadAttention), or float (added);
+                broadcastable to (B, H, N, M).
+            is_causal: query i sees keys j <= i.
         """
+        check_bool(need_weights=need_weights)
         key = query if key is None else key
         value = key if value is None else value
         q = self._heads("query", query, self.q_proj)
         k, v = self._heads("key", key, self.k_proj), self._heads("value", value, self.v_proj)
+        if key_padding_mask is not None:
+            if key_mask is not None:
+                raise ValueError("key_mask must be None where key_padding_mask is given; got both")
+            key_mask, attn_mask = _without_padding(key_padding_mask, attn_mask, k)
+        score = scores.resolve(self.score() if isinstance(self.score, nn.Module) else self.score)
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
         out = score_attention(
             q,
             k,
             v,
-            score=self.score() if isinstance(self.score, nn.Module) else self.score,
-            attn_mask=attn_mask,
-            key_mask=key_mask,
+            score=score,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
             scale=self.scale,
             backend=self.backend,
+            **masks,
         )
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = out if self.batch_first else out.transpose(0, 1)
+        return (out, self._weights(q, k, score, masks)) if need_weights else out
+
+    @torch.no_grad()
+    def _weights(self, query: Tensor, key: Tensor, score: scores.Score, masks: dict[str, Any]) -> Tensor:
+        """The head mean (B, N, M) of the attention."""
+        scale = resolve_scale(self.scale, score.default_scale(query.shape[-1]))
+        core = score.core(query, key)
+        query, key, vector = autocast(core.query, core.key, core.vector)
+        if core.kind == "dot":
+            return as_dtype(attention_map(query, key, scale=scale, backend=_map_backend(self.backend), **masks), query.dtype)
+        options = masks["attn_mask"], masks["key_mask"], "attention", "mean", False, scale, masks["is_causal"]
+        with without_autocast(query):
+            return as_dtype(streaming_map(query, key, None, None, *options, core.kind, vector, core.parameter), query.dtype)
 
     def _heads(self, name: str, x: Tensor, project: nn.Linear) -> Tensor:
-        check_tensor(name, x, rank=3, shape="(B, tokens, features)")
+        check_tensor(name, x, rank=3, shape="(B, tokens, features)" if self.batch_first else "(tokens, B, features)")
         if x.shape[2] != project.in_features:
             raise ValueError(f"{name} must have {project.in_features} features; got {describe(x)}")
+        x = x if self.batch_first else x.transpose(0, 1)
         return project(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Also takes the state of an nn.MultiheadAttention of the same sizes."""
+        for kind in ("weight", "bias"):
+            joint = state_dict.pop(f"{prefix}in_proj_{kind}", None)
+            parts = (None,) * 3 if joint is None else joint.chunk(3)
+            for name, part in zip("qkv", parts, strict=True):
+                part = state_dict.pop(f"{prefix}{name}_proj_{kind}", None) if part is None else part
+                if part is not None:
+                    state_dict[f"{prefix}{name}_proj.{kind}"] = part
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         score = f", score={self.score!r}" if isinstance(self.score, str) else ""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}{score}, dropout={self.dropout}"
+
+
+def _without_padding(padding: Tensor, attn_mask: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """key_mask and attn_mask that stand for nn.MultiheadAttention's key_padding_mask (B, M)."""
+    shape = key.shape[0], key.shape[2]
+    check_tensor("key_padding_mask", padding, rank=2, shape="(B, M)")
+    if padding.shape != shape:
+        raise ValueError(f"key_padding_mask must have shape {shape}; got {describe(padding)}")
+    if padding.dtype == torch.bool:
+        return ~padding, attn_mask
+    if not padding.is_floating_point():
+        raise TypeError(f"key_padding_mask must be bool or float; got {describe(padding)}")
+    added = padding[:, None, None]
+    if attn_mask is None:
+        return None, added
+    if attn_mask.dtype == torch.bool:
+        return None, added.expand(torch.broadcast_shapes(added.shape, attn_mask.shape)).masked_fill(~attn_mask, -torch.inf)
+    return None, added + attn_mask
+
+
+def _map_backend(backend: str) -> str:
+    """attention_map has no backend "sdpa"."""
+    return "auto" if backend == "sdpa" else backend

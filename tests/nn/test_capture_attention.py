@@ -1,0 +1,273 @@
+"""capture_attention against the projections that a model's own hooks see, in training mode, and the loss in real loops."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.nn.models import BOXES, HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer, uniter, visual_bert
+from vlattn_fast.nn import CongruenceLoss, capture_attention
+from vlattn_fast.reference.congruence_loss import congruence_loss as formula
+
+# The modules that project: path of the layer's query and key, of words, image or both, and of cross-attention.
+JOINT = {
+    "VisualBERT": "visual_bert.encoder.layer.1.attention.self",
+    "ViLT": "vilt.encoder.layer.1.attention.attention",
+    "UNITER": "uniter.encoder.layer.1.attention.self",
+}
+STREAMS = {
+    "LXMERT": ("lxmert.encoder.x_layers.1.lang_self_att.self", "lxmert.encoder.x_layers.1.visn_self_att.self"),
+    "CLIP, sdpa": ("text_model.encoder.layers.1.self_attn", "vision_model.encoder.layers.2.self_attn"),
+    "CLIP, eager": ("text_model.encoder.layers.1.self_attn", "vision_model.encoder.layers.2.self_attn"),
+}
+
+
+def watched(model: nn.Module, path: str) -> dict[str, list[Tensor]]:
+    """Lists that each forward pass adds the outputs of the module's query and key projections to, as (B, H, N, D)."""
+    module, found = model.get_submodule(path), {"query": [], "key": []}
+    for name, projections in (("query", ("query", "q_proj")), ("key", ("key", "k_proj"))):
+        linear = next(getattr(module, each) for each in projections if hasattr(module, each))
+
+        def keep(module: nn.Module, args: Any, output: Tensor, into: list[Tensor] = found[name]) -> None:
+            into.append(output.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2))
+
+        linear.register_forward_hook(keep)
+    return found
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_one_sequence(name: str) -> None:
+    model, inputs = MODELS[name]()
+    seen = watched(model.train(), JOINT[name])
+    with capture_attention(model) as captured:
+        model(**inputs)
+    assert torch.equal(captured.query, seen["query"][0]) and torch.equal(captured.key, seen["key"][0])
+    text, image, cross = captured.split(WORDS)
+    assert cross is None
+    assert torch.equal(text[0], captured.query[:, :, :WORDS]) and torch.equal(image[1], captured.key[:, :, WORDS:])
+    weight = next(parameter for name, parameter in model.named_parameters() if "layer.0" in name)
+    ours, hooked = (
+        torch.autograd.grad(x.square().sum(), weight, retain_graph=True)[0] for x in (captured.query, seen["query"][0])
+    )
+    assert torch.equal(ours, hooked) and bool(ours.any())
+    with pytest.raises(ValueError, match="text tokens by themselves; got attention over joint; split"):
+        _ = captured.text
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_two_streams(name: str) -> None:
+    model, inputs = MODELS[name]()
+    paths = STREAMS[name]
+    seen = [watched(model.train(), path) for path in paths]
+    with capture_attention(model) as captured:
+        model(**inputs)
+    for pair, each in ((captured.text, seen[0]), (captured.image, seen[1])):
+        assert torch.equal(pair[0], each["query"][0]) and torch.equal(pair[1], each["key"][0])
+    assert (captured.cross is None) == name.startswith("CLIP")
+    with pytest.raises(ValueError, match="joint tokens by themselves; got attention over text, image"):
+        _ = captured.query
+
+
+def test_cross_attention_both_ways() -> None:
+    """LXMERT's layer has one module for both directions: words ask first."""
+    model, inputs = MODELS["LXMERT"]()
+    seen = watched(model.train(), "lxmert.encoder.x_layers.0.visual_attention.att")
+    with capture_attention(model, layers=[-2, -1]) as captured:
+        model(**inputs)
+    assert len(captured) == 2
+    cross = captured[0].cross
+    assert cross is not None
+    for way in (0, 1):
+        assert torch.equal(cross[way][0], seen["query"][way]) and torch.equal(cross[way][1], seen["key"][way])
+    with pytest.raises(ValueError, match=r"layers must be one index where fields are read directly; got 2"):
+        _ = captured.text
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_grouped_heads_of_a_decoder(implementation: str) -> None:
+    model, inputs = MODELS[f"Llama, {implementation}"]()
+    with capture_attention(model.train(), layers=0) as captured:
+        model(**inputs)
+    assert captured.query.shape == captured.key.shape == (2, HEADS, WORDS, HEAD_DIM)
+    assert torch.equal(captured.key[:, 0], captured.key[:, 1]) and not torch.equal(captured.key[:, 0], captured.key[:, 2])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("joint", [True, False])
+def test_layers_of_torch(joint: bool, training: bool) -> None:
+    """nn.MultiheadAttention, also where eval mode would take its fast path."""
+    model = Joined(joint).train(training)
+    inputs = {"input_ids": torch.randint(99, (2, 5)), "features": torch.randn(2, 3, 20)}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with torch.set_grad_enabled(training), capture_attention(model, modality={"features": "image"}) as captured:
+        model(**inputs)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    if joint:
+        assert captured.query.shape == (2, 4, 8, 8)
+    else:
+        assert captured.text[0].shape == (2, 4, 5, 8) and captured.image[0].shape == (2, 4, 3, 8)
+        weight, bias = model.encoder.layers[0].self_attn.in_proj_weight, model.encoder.layers[0].self_attn.in_proj_bias
+        with torch.set_grad_enabled(training), capture_attention(model, layers=0, modality={"features": "image"}) as first:
+            model(**inputs)
+        query = nn.functional.linear(model.embed(inputs["input_ids"]), weight[:32], bias[:32])
+        torch.testing.assert_close(first.text[0], query.unflatten(-1, (4, 8)).transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_modality_by_names() -> None:
+    model = Joined(joint=True)
+    inputs = {"input_ids": torch.randint(99, (2, 5)), "features": torch.randn(2, 3, 20)}
+    for wrong, words in (({"features": "sound"}, "one of"), ({"pictures": "image"}, "must name inputs of the model")):
+        with pytest.raises(ValueError, match=words), capture_attention(model, modality=wrong):
+            model(**inputs)
+
+
+def test_refusals() -> None:
+    model, inputs = visual_bert()
+    for layers in ([], [True], "last"):
+        with pytest.raises(ValueError, match="layers must be an int, or some"):
+            capture_attention(model, layers=layers)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layers must be among 2 layers; got 2"), capture_attention(model, layers=2):
+        model(**inputs)
+    with capture_attention(model) as captured:
+        pass
+    with pytest.raises(ValueError, match="got no forward pass"):
+        _ = captured.query
+    with pytest.raises(ValueError, match="got none in its forward pass"), capture_attention(nn.Linear(3, 3)) as captured:
+        captured.model(torch.randn(2, 3))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.train().get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="use_reentrant=True"), capture_attention(model):
+        model(**inputs)
+
+
+def test_leaves_nothing_behind() -> None:
+    model, inputs = MODELS["LXMERT"]()
+    before = {name: dict(vars(x)) for name, x in inputs.items()}
+    plain = answer(model.eval()(**inputs))
+    with capture_attention(model) as captured:
+        assert torch.equal(answer(model(**inputs)), plain)
+        first = captured.text[0]
+        model(**inputs)
+        assert captured.text[0] is not first  # the last forward pass counts
+    assert {name: dict(vars(x)) for name, x in inputs.items()} == before
+    assert not model._forward_pre_hooks and not nn.modules.module._global_forward_hooks
+    with pytest.raises(RuntimeError, match="no"), capture_attention(model):
+        raise RuntimeError("no")
+    assert not nn.modules.module._global_forward_hooks
+
+
+# --- the loss in a loop ---
+
+
+def masks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"text_mask": inputs["attention_mask"].bool(), "image_mask": torch.ones(2, BOXES, dtype=torch.bool)}
+
+
+def loss_and_grads(model: nn.Module, inputs: dict[str, Tensor], loss: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    with capture_attention(model) as captured:
+        outputs = answer(model(**inputs))
+    value = loss(captured, **masks(inputs))
+    (value + outputs.square().mean()).backward()
+    return value.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["cacr", "iais_singular", "iais_distributed"])
+@pytest.mark.parametrize("name", ["VisualBERT", "LXMERT", "UNITER"])
+def test_gradient_of_the_loss(name: str, kind: str) -> None:
+    """Of every weight of the model, against the formula on what the layer's projections gave."""
+    model, inputs = MODELS[name]()
+    model = model.double().eval()
+    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    got = loss_and_grads(model, inputs, CongruenceLoss(kind))
+
+    def reference(captured: Any, **masks: Tensor) -> Tensor:
+        parts = captured.split(WORDS) if name in JOINT else (captured.text, captured.image, captured.cross)
+        return formula(*parts, kind=kind, direction="both", scale=HEAD_DIM**-0.5, reduction="mean", **masks)
+
+    wanted = loss_and_grads(model, inputs, reference)
+    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-11)
+
+
+def test_a_training_curve() -> None:
+    """200 steps with CACR, ours and the formula: the losses stay together."""
+    curves = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model, inputs = uniter()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        loss, curve = CongruenceLoss("cacr", schedule="exp", num_steps=200, weight=50.0), []
+        for step in range(200):
+            with capture_attention(model) as captured:
+                logits = model(**inputs).logits
+            if ours:
+                congruence = loss(captured, **masks(inputs))
+            else:
+                parts = captured.split(WORDS)
+                options = {"kind": "cacr", "direction": "both", "scale": HEAD_DIM**-0.5, "reduction": "mean"}
+                congruence = 50.0 * math.exp(5 * (step / 200 - 1)) * formula(*parts, **options, **masks(inputs))
+            total = nn.functional.cross_entropy(logits, torch.tensor([0, 1])) + congruence
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            curve.append(total.detach())
+        curves.append(torch.stack(curve))
+    assert curves[0][-1] < 0.5 * curves[0][0]
+    torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=1e-3)
+
+
+def test_under_autocast() -> None:
+    """bf16 projections, a float32 loss, float32 gradients near those without autocast."""
+    model, inputs = visual_bert()
+    wanted = loss_and_grads(model.eval(), inputs, CongruenceLoss("iais_distributed"))
+    with torch.autocast("cpu", torch.bfloat16):
+        value, grads = loss_and_grads(model, inputs, CongruenceLoss("iais_distributed"))
+    assert value.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads.values())
+    torch.testing.assert_close(value, wanted[0], rtol=0.05, atol=1e-4)
+
+
+def test_gradient_accumulation() -> None:
+    model, inputs = uniter()
+    model = model.double().eval()
+    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    loss = CongruenceLoss("iais_distributed", reduction="none")
+    _, whole = loss_and_grads(model, inputs, lambda captured, **masks: loss(captured, **masks).sum())
+    model.zero_grad()
+    for row in range(2):
+        part = {key: x[row : row + 1] for key, x in inputs.items()}
+        with capture_attention(model) as captured:
+            outputs = model(**part).logits
+        of_row = {name: mask[row : row + 1] for name, mask in masks(inputs).items()}
+        (loss(captured, **of_row).sum() + outputs.square().mean() / 2).backward()
+    for name, parameter in model.named_parameters():
+        if name in whole:
+            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-8, atol=1e-11)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_wrapped(alone: None) -> None:
+    """DDP, and torch.compile in both its forms: the same loss and gradients as of the model itself."""
+    model, inputs = uniter()
+    model.eval()
+    wanted = loss_and_grads(model, inputs, CongruenceLoss("cacr"))
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
+    value, grads = loss_and_grads(wrapped, inputs, CongruenceLoss("cacr"))
+    torch.testing.assert_close((value, {name.removeprefix("module."): g for name, g in grads.items()}), wanted)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    value, grads = loss_and_grads(compiled, inputs, CongruenceLoss("cacr"))
+    torch.testing.assert_close((value, {name.removeprefix("_orig_mod."): g for name, g in grads.items()}), wanted)
+    in_place = copy.deepcopy(model)
+    in_place.compile(backend="aot_eager")
+    torch.testing.assert_close(loss_and_grads(in_place, inputs, CongruenceLoss("cacr")), wanted)

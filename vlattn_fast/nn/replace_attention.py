@@ -1,0 +1,249 @@
+"""Another score function in the attention of a model that exists already, in place, with its projections as they are.
+
+transformers' models look their attention function up by the name in a module's config: a replaced module gets a copy of it that
+names ours. Of models that write attention out by hand, the forward of the instance is replaced. The parameters of a learned score
+become a part of the attention module, `attention_score`, so that they are trained, moved and saved with the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlattn_fast import scores
+from vlattn_fast.interpret._run import unwrapped
+from vlattn_fast.interpret.dispatch import CONFIG_NAME, REPLACED, RULE, masks_of
+from vlattn_fast.interpret.handwritten import replaceable
+from vlattn_fast.interpret.towers import split_path
+from vlattn_fast.nn.score_attention import ScoreFactory, make_score
+from vlattn_fast.ops.score_attention import score_attention
+
+_NAME = "vlattn_score"
+Layers = int | Sequence[int] | Callable[[str], bool] | None
+
+
+def replace_attention(
+    model: nn.Module,
+    *,
+    score: str | ScoreFactory,
+    layers: Layers = None,
+    per_head: bool = False,
+    score_options: dict[str, Any] | None = None,
+    backend: str = "auto",
+) -> ReplacedAttention:
+    """Puts a score function into the attention of `model`, in place; gives the handle that puts everything back.
+
+    With "scaled_dot" the outputs stay what they are. A score with parameters has new ones, drawn as `ScoreAttention` draws them,
+    so the model wants training. Dropout of attention weights, masks, causality and grouped heads are those of the model. Replaced
+    models can be explained, exported and compiled; compile after replacing.
+
+    Args:
+        model: a transformers model whose attention goes through its interface (BERT, ViT, CLIP, decoders, ...) or is that of
+            LXMERT, ViLT, VisualBERT, FLAVA. Wrappers are seen through.
+        score, per_head, score_options, backend: as in `ScoreAttention`.
+        layers: None = all; an index or several, counted in each list of layers, negative from the end; or a function that says by
+            the path of an attention module whether it is replaced, as `lambda path: "visual_attention" in path`.
+
+    Returns:
+        A handle; `handle.restore()`, or leaving it as a context manager, puts the model's own attention back.
+
+    Raises:
+        ValueError, TypeError: a model without such attention, or whose attention is replaced already; layers that it lacks.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))
+        >>> with replace_attention(model, score="additive", layers=-1) as replaced:
+        ...     print(list(replaced.scores))
+        ['encoder.layer.1.attention.self']
+    """
+    inner = unwrapped(model)
+    found = dict(_attention_of(inner))
+    if not found:
+        raise ValueError(
+            "model must be of transformers, with attention by its interface, or LXMERT's, ViLT's, VisualBERT's or FLAVA's; got "
+            f"{type(inner).__name__} without"
+        )
+    chosen = [path for path in found if _is_chosen(path, found, layers)]
+    if not chosen:
+        raise ValueError(f"layers must choose some of {', '.join(found)}; got {layers!r}")
+    for path in chosen:
+        if hasattr(found[path], REPLACED):
+            raise ValueError(f"model must have its own attention; that of '{path}' is replaced already, restore it first")
+    made = {path: make_score(score, *_sizes(path, found[path]), per_head, score_options or {}) for path in chosen}
+    for path, each in made.items():
+        _replace(found[path], each, backend)
+    return ReplacedAttention({path: found[path] for path in chosen})
+
+
+class ReplacedAttention:
+    """What `replace_attention` has changed.
+
+    scores: path of each replaced attention -> its score, a module where it has parameters.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
+        self.scores: dict[str, nn.Module | str] = {path: getattr(module, REPLACED) for path, module in modules.items()}
+
+    def restore(self) -> None:
+        """The model's own attention again, without the scores' parameters. A second call changes nothing."""
+        for module in self._modules.values():
+            _restore(module)
+        self._modules = {}
+
+    def __enter__(self) -> ReplacedAttention:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        return f"ReplacedAttention({list(self.scores)})"
+
+
+# --- finding ---
+
+
+def _attention_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if replaceable(type(module)) is not None or (_sizes_of(module) and _dispatches(module)):
+            yield path, module
+
+
+def _dispatches(module: nn.Module) -> bool:
+    """Whether the module asks transformers' interface for its attention function."""
+    of_class = sys.modules.get(type(module).__module__)
+    return hasattr(getattr(module, "config", None), CONFIG_NAME) and hasattr(of_class, "ALL_ATTENTION_FUNCTIONS")
+
+
+def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
+    """Number and size of the heads of an attention module; None for other modules."""
+    sizes = [getattr(module, name, None) for name in ("attention_head_size", "head_dim")]
+    size = next((size for size in sizes if isinstance(size, int)), None)
+    if size is None:
+        return None
+    counts = [getattr(module, name, None) for name in ("num_attention_heads", "num_heads")]
+    counts.append(getattr(getattr(module, "config", None), "num_attention_heads", None))
+    count = next((count for count in counts if isinstance(count, int)), None)
+    return None if count is None else (count, size)
+
+
+def _sizes(path: str, module: nn.Module) -> tuple[int, int]:
+    sizes = _sizes_of(module)
+    if sizes is None:
+        raise ValueError(f"model must tell the number and size of its heads; got '{path}' ({type(module).__name__}) without")
+    return sizes
+
+
+def _is_chosen(path: str, found: dict[str, nn.Module], layers: Layers) -> bool:
+    if layers is None:
+        return True
+    if callable(layers):
+        return bool(layers(path))
+    asked = [layers] if isinstance(layers, int) else list(layers)
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in asked):
+        raise TypeError(f"layers must be None, an int, several, or a function of a path; got {layers!r}")
+    name, index = split_path(path)
+    count = 1 + max(i for n, i in map(split_path, found) if n == name)
+    for i in asked:
+        if not -count <= i < count:
+            raise ValueError(f"layers must be from {-count} to {count - 1} in '{name}'; got {i}")
+    return index in [i % count for i in asked]
+
+
+# --- replacing ---
+
+
+def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
+    if isinstance(score, nn.Module):
+        like = next(module.parameters())
+        score = score.to(like.device, like.dtype).train(module.training)
+    setattr(module, REPLACED, score)
+    module._attention_backend = backend  # type: ignore[assignment]
+    if (forward := replaceable(type(module))) is not None:
+        module.forward = types.MethodType(_with_score(forward), module)  # type: ignore[method-assign]
+        return
+    _register()
+    config = module.config
+    setattr(module, RULE, getattr(config, CONFIG_NAME) != "eager")  # eager masks hold causality
+    module._attention_config = config  # type: ignore[assignment]
+    named = copy.copy(config)
+    setattr(named, CONFIG_NAME, _NAME)
+    module.config = named
+
+
+def _restore(module: nn.Module) -> None:
+    if "forward" in vars(module):
+        del module.forward
+    else:
+        module.config = module._attention_config
+        delattr(module, "_attention_config")
+        delattr(module, RULE)
+    delattr(module, REPLACED)
+    delattr(module, "_attention_backend")
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _by_interface)
+
+
+def _by_interface(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention contract, with the score of the module."""
+    key_mask = None
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:  # as flash attention gets it
+        attention_mask, key_mask = None, attention_mask.bool()
+    elif attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            "model must have attention 'sdpa' or 'eager' where its score is replaced; got a mask of "
+            f"{type(attention_mask).__name__}: set_attn_implementation('sdpa')"
+        )
+    masks = masks_of(module, query, key, attention_mask, causal_by_module=getattr(module, RULE), **options)
+    output = _attend(module, query, key, value, dropout if module.training else 0.0, scaling, key_mask=key_mask, **masks)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, **masks: Any
+) -> Tensor:
+    held = getattr(module, REPLACED)
+    score: str | scores.Score = held() if isinstance(held, nn.Module) else held
+    return score_attention(
+        query,
+        key,
+        value,
+        score=score,
+        dropout_p=dropout,
+        scale=scaling if score == "scaled_dot" else None,  # the model's own factor belongs to the scaled dot product
+        backend=str(module._attention_backend),
+        **masks,
+    )
+
+
+def _with_score(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward written out by hand, whose core is the module's score."""
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        dropout = module.dropout.p if module.training else 0.0
+        return _attend(module, query, key, value, dropout, module.attention_head_size**-0.5, attn_mask=mask)
+
+    def replaced(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(module, *args, core=attend, **kwargs)
+
+    return replaced
