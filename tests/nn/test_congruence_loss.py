@@ -35,3 +35,35 @@ def test_training_signal_annealing() -> None:
     for arguments, words in (((-1, 10), "step"), ((1, 0), "num_steps"), ((1, 10, "cosine"), "schedule")):
         with pytest.raises(ValueError, match=f"{words} must be"):
             training_signal_annealing(*arguments)
+
+
+def test_schedule_weight_and_state() -> None:
+    x = make(6, 9, b=3)
+    parts = (x["text_query"], x["text_key"]), (x["image_query"], x["image_key"])
+    loss = CongruenceLoss("iais_distributed", schedule="linear", num_steps=4, weight=2.0)
+    whole = CongruenceLoss("iais_distributed")(*parts)
+    for step in range(6):
+        torch.testing.assert_close(loss(*parts), 2.0 * min(step / 4, 1.0) * whole)
+    again = CongruenceLoss("iais_distributed", schedule="linear", num_steps=4, weight=2.0)
+    again.load_state_dict(loss.state_dict())
+    assert again.calls == loss.calls == 6
+    loss.eval()
+    loss(*parts)
+    assert loss.calls == 6  # counted in training alone
+    with pytest.raises(ValueError, match="num_steps must be the number of training steps"):
+        CongruenceLoss(schedule="exp")
+    for wrong in ({"schedule": "cosine", "num_steps": 3}, {"weight": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            CongruenceLoss(**wrong)  # type: ignore[arg-type]
+
+
+def test_alternating_directions() -> None:
+    """As the official training: the image's loss first, then the text's."""
+    x, got = make(6, 9, b=3), []
+    loss = CongruenceLoss("iais_singular", direction="alternate")
+    parts = (x["text_query"], x["text_key"]), (x["image_query"], x["image_key"])
+    for _ in range(3):
+        got.append(loss(*parts))
+    got.append(loss(*parts, step=4))
+    for value, direction in zip(got, ("image", "text", "image", "image"), strict=True):
+        assert torch.equal(value, congruence_loss(*parts, kind="iais_singular", direction=direction))

@@ -130,7 +130,7 @@ def test_parameters_are_those_of_the_score():
         ((10, 3), {}, "num_heads must divide"),
         ((0, 1), {}, "embed_dim must be a positive"),
         ((8, 2, "bilinear"), {}, "score must be one of"),
-        ((8, 2, "dot"), {"per_head": True}, "belong to scores with parameters"),
+        ((8, 2, "dot"), {"score_options": {"activation": "tanh"}}, "belong to scores with parameters"),
         ((8, 2), {"dropout": 1.0}, "dropout must be"),
     ],
 )

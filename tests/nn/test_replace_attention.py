@@ -1,0 +1,226 @@
+"""replace_attention on models of transformers: in, out again, trained, saved, compiled, exported, explained."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.nn.models import MODELS, answer, lxmert, visual_bert
+from vlattn_fast import explain, scores
+from vlattn_fast.nn import ScoreAttention, replace_attention
+from vlattn_fast.nn.score_attention import FIXED, LEARNED, LearnedScore
+from vlattn_fast.reference.score_attention import score_attention
+
+COUNTS = {"LXMERT": 2 + 1 + 2 * 3, "CLIP, sdpa": 5, "CLIP, eager": 5}
+
+
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    torch.manual_seed(0)  # ViLT shuffles patches
+    return answer(model(**inputs))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "UNITER"])
+def test_in_and_out_again(name: str) -> None:
+    model, inputs = MODELS[name]()
+    plain, names = run(model.eval(), inputs), list(model.state_dict())
+    with replace_attention(model, score="scaled_dot") as replaced:
+        torch.testing.assert_close(run(model, inputs), plain, rtol=1e-4, atol=1e-5)
+        assert len(replaced.scores) == COUNTS.get(name, 2) and list(model.state_dict()) == names
+    handle = replace_attention(model, score="additive", per_head=True)
+    other = run(model, inputs)
+    assert (other - plain).abs().max() > 1e-6
+    assert len(model.state_dict()) == len(names) + 4 * len(handle.scores)
+    other.sum().backward()
+    grads = [p.grad for score in handle.scores.values() for p in score.parameters()]
+    assert any(grad is not None and bool(grad.any()) for grad in grads)
+    handle.restore()
+    handle.restore()
+    assert torch.equal(run(model, inputs), plain) and list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("score", [*FIXED, *LEARNED])
+def test_equals_the_formula(score: str) -> None:
+    """BERT's last layer with each score, against the formula on its projections."""
+    model, inputs = MODELS["BERT"]()
+    model.double().eval()
+    path = "bert.encoder.layer.1.attention.self"
+    module, seen = model.get_submodule(path), {}
+    for part in ("query", "key", "value"):
+        hook = lambda m, a, out, part=part: seen.__setitem__(part, out.unflatten(-1, (4, 8)).transpose(1, 2))  # noqa: E731
+        getattr(module, part).register_forward_hook(hook)
+    module.register_forward_hook(lambda m, a, out: seen.__setitem__("out", out[0]))
+    handle = replace_attention(model, score=score, layers=-1)
+    assert list(handle.scores) == [path]
+    model(**inputs)
+    held = handle.scores[path]
+    made: Any = held() if isinstance(held, nn.Module) else held
+    mask = inputs["attention_mask"].bool()[:, None, None]
+    made = scores.resolve(made)
+    want = score_attention(
+        *(seen[part] for part in ("query", "key", "value")), score=made, attn_mask=mask, scale=made.default_scale(8)
+    )
+    torch.testing.assert_close(seen["out"], want.transpose(1, 2).flatten(2), rtol=1e-9, atol=1e-11)
+
+
+def test_layers() -> None:
+    model, _ = lxmert()
+    cross = replace_attention(model, score="cosine", layers=lambda path: "visual_attention" in path)
+    assert len(cross.scores) == 2 and all("visual_attention" in path for path in cross.scores)
+    with pytest.raises(ValueError, match="is replaced already, restore it first"):
+        replace_attention(model, score="cosine")
+    cross.restore()
+    assert len(replace_attention(model, score="cosine", layers=[0]).scores) == 1 + 1 + 3
+    other, _ = visual_bert()
+    for wrong, words in ((2, "from -2 to 1"), ([], "layers must choose"), (lambda path: False, "layers must choose")):
+        with pytest.raises(ValueError, match=words):
+            replace_attention(other, score="cosine", layers=wrong)
+    with pytest.raises(TypeError, match="layers must be None"):
+        replace_attention(other, score="cosine", layers=["0"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="model must be of transformers"):
+        replace_attention(nn.Linear(2, 2), score="cosine")
+    with pytest.raises(ValueError, match="score must be one of"):
+        replace_attention(other, score="cosinus")
+
+
+def test_a_score_of_ones_own() -> None:
+    model, inputs = visual_bert()
+    handle = replace_attention(model, score=lambda heads, size: LearnedScore("hadamard", heads, size, activation="tanh"))
+    run(model, inputs)
+    assert all(isinstance(score, LearnedScore) for score in handle.scores.values())
+
+
+def test_dropout_is_the_models() -> None:
+    model, inputs = visual_bert()
+    replace_attention(model, score="cosine")
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(run(model, inputs), run(model, inputs))
+    model.visual_bert.encoder.layer[1].attention.self.dropout.p = 0.5
+    first = answer(model(**inputs))
+    assert not torch.equal(first, answer(model(**inputs)))
+    model.eval()
+    assert torch.equal(run(model, inputs), run(model, inputs))
+
+
+@pytest.mark.parametrize("make", [MODELS["BERT"], visual_bert], ids=["interface", "by hand"])
+def test_copied_saved_compiled_exported(make: Any) -> None:
+    model, inputs = make()
+    model.eval()
+    replace_attention(model, score="general", per_head=True)
+    wanted = run(model, inputs)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1)
+    assert torch.equal(run(twin, inputs), wanted)  # the copy has its own weights
+    saved = io.BytesIO()
+    torch.save(twin.state_dict(), saved)
+    model.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
+    assert torch.equal(run(model, inputs), wanted)
+    compiled = torch.compile(twin, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, inputs), wanted, rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(model, (), inputs).module()
+    torch.testing.assert_close(run(exported, inputs), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["VisualBERT", "LXMERT", "ViLT", "CLIP, sdpa", "CLIP, eager", "BERT", "ViT", "Llama, eager"])
+def test_explained(name: str) -> None:
+    """With the scaled dot product a replaced model has the relevancy that it has without; with another score it has some."""
+    model, inputs = MODELS[name]()
+    model.double()
+    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    torch.manual_seed(0)
+    wanted = explain(model, inputs)
+    with replace_attention(model, score="scaled_dot"):
+        torch.manual_seed(0)
+        got = explain(model, inputs)
+    torch.testing.assert_close(got.relevancy, wanted.relevancy, rtol=1e-8, atol=1e-10)
+    with replace_attention(model, score="additive"):
+        torch.manual_seed(0)
+        other = explain(model, inputs)
+    assert other.relevancy.keys() == wanted.relevancy.keys()
+    assert any((other.relevancy[tower] - row).abs().max() > 1e-9 for tower, row in wanted.relevancy.items())
+
+
+def test_masks_of_flash_attention_and_flex() -> None:
+    """A mask (B, N) of real tokens is taken; one that is no tensor is refused with the line that helps."""
+    model, inputs = MODELS["BERT"]()
+    module = model.bert.encoder.layer[0].attention.self
+    replace_attention(model, score="additive", layers=0)
+    states = torch.randn(2, 7, 32)
+    visible = inputs["attention_mask"].bool()
+    got = module.eval()(states, visible)[0]
+    torch.testing.assert_close(got, module(states, visible[:, None, None])[0])
+    with pytest.raises(ValueError, match=r"got a mask of str: set_attn_implementation\('sdpa'\)"):
+        module(states, "blocks")
+
+
+# --- ScoreAttention beside nn.MultiheadAttention ---
+
+
+@pytest.mark.parametrize("kdim", [None, 10])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_state_and_arguments_of_multihead_attention(kdim: int | None, bias: bool, batch_first: bool) -> None:
+    options: dict[str, Any] = {"kdim": kdim, "vdim": kdim, "bias": bias, "batch_first": batch_first}
+    theirs = nn.MultiheadAttention(12, 3, **options).double()
+    ours = ScoreAttention(12, 3, **options).double()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    ours.load_state_dict(theirs.state_dict())
+    query, key = torch.randn(2, 4, 12), torch.randn(2, 5, kdim or 12)
+    query, key = (x.double() if batch_first else x.double().transpose(0, 1) for x in (query, key))
+    padding = torch.tensor([[False] * 5, [False, False, True, True, True]])
+    added = torch.randn(4, 5, dtype=torch.float64)
+    for mask, pad in (
+        (None, None),
+        (None, padding),
+        (added, None),
+        (added, torch.zeros(2, 5).double().masked_fill(padding, -1e9)),
+    ):
+        want, maps = theirs(query, key, key, key_padding_mask=pad, attn_mask=mask)
+        got, weights = ours(query, key, key, pad, True, mask)
+        torch.testing.assert_close((got, weights), (want, maps), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(ours(query, key, key_padding_mask=pad, attn_mask=mask), want, rtol=1e-9, atol=1e-11)
+    ours.load_state_dict(ours.state_dict())
+    with pytest.raises(RuntimeError, match="bias_k"):
+        ScoreAttention(12, 3).load_state_dict(nn.MultiheadAttention(12, 3, add_bias_kv=True).state_dict())
+
+
+@pytest.mark.parametrize("score", [*FIXED, *LEARNED])
+@pytest.mark.parametrize("per_head", [True, False])
+def test_weights_of_each_score(score: str, per_head: bool) -> None:
+    """One sweep over all names; the weights are the head mean of the softmax that makes the output."""
+    layer = ScoreAttention(12, 3, score, per_head=per_head).double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    visible = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    out, weights = layer(x, key_mask=visible, need_weights=True)
+    assert weights.shape == (2, 5, 5) and not weights.requires_grad
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5, dtype=torch.float64))
+    assert not weights[1][:, ~visible[1]].any()
+    # With values that name the keys, the output of each head is its row of the map.
+    one_head = ScoreAttention(5, 1, score, per_head=per_head).double()
+    for linear, weight in ((one_head.v_proj, torch.eye(5)), (one_head.out_proj, torch.eye(5))):
+        linear.weight.data.copy_(weight)
+        linear.bias.data.zero_()
+    states, names = torch.randn(2, 5, 5).double(), torch.eye(5).double().expand(2, 5, 5)
+    out, weights = one_head(states, states, names, key_mask=visible, need_weights=True)
+    torch.testing.assert_close(weights, out.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_wrong_padding() -> None:
+    layer, x = ScoreAttention(12, 3), torch.randn(2, 5, 12)
+    for padding, error, words in (
+        (torch.zeros(2, 4, dtype=torch.bool), ValueError, r"key_padding_mask must have shape \(2, 5\)"),
+        (torch.zeros(2, 5, dtype=torch.int64), TypeError, "key_padding_mask must be bool or float"),
+    ):
+        with pytest.raises(error, match=words):
+            layer(x, key_padding_mask=padding)
+    with pytest.raises(ValueError, match="key_mask must be None where key_padding_mask is given"):
+        layer(x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool), key_mask=torch.ones(2, 5, dtype=torch.bool))
