@@ -203,12 +203,17 @@ class AttentionCapture:
                 raise ValueError(f"layers must be among {min(lengths)} layers; got {index}")
         self._captured = [
             CapturedLayer(
-                *(own[kinds][index] if own[kinds] else None for kinds in (TEXT, IMAGE)),
-                _both(across[TEXT, IMAGE], across[IMAGE, TEXT], index),
-                own[TEXT | IMAGE][index] if own[TEXT | IMAGE] else None,
+                text=_at(own[TEXT], index),
+                image=_at(own[IMAGE], index),
+                cross=_both(across[TEXT, IMAGE], across[IMAGE, TEXT], index),
+                joint=_at(own[TEXT | IMAGE], index),
             )
             for index in self._layers
         ]
+
+
+def _at(found: Sequence[Pair], index: int) -> Pair | None:
+    return found[index] if found else None
 
 
 def _both(one: Sequence[Pair], other: Sequence[Pair], index: int) -> tuple[Pair, Pair] | None:
@@ -332,7 +337,8 @@ class _Mode(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention or func is SCORE_ATTENTION:
             query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
             kinds = self._kinds((query,)), self._kinds((key,))
-            return self._keep(*(x.unsqueeze(1) if x.ndim == 3 else x for x in (query, key)), *kinds)
+            query, key = (x.unsqueeze(1) if x.ndim == 3 else x for x in (query, key))
+            return self._keep((query, key), kinds)
         if func is functional.multi_head_attention_forward:
             bound = inspect.signature(func).bind(*args, **kwargs)
             bound.apply_defaults()
@@ -349,26 +355,27 @@ class _Mode(TorchFunctionMode):
             weights = given["in_proj_weight"].chunk(3)[:2]
         biases = (None, None) if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)[:2]
         states = (x[:, None] if x.ndim == 2 else x for x in (query, key))  # torch takes (N, C) as well as (N, B, C)
-        pair = (functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True))
-        return self._keep(*(heads(x, size) for x in pair), *kinds)
+        projected = (functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True))
+        query, key = (heads(x, size) for x in projected)
+        return self._keep((query, key), kinds)
 
     def _softmax(self, run: _Running, scores: Tensor) -> None:
         """A module takes a softmax itself: its last product was of queries and keys, if it has the shape of the scores."""
         if run.product is None or run.product[2] != scores.shape:
             return
         query, key, _ = run.product
-        run.written |= self._keep(query, key.transpose(-1, -2), self._kinds((query,)), self._kinds((key,)))
+        run.written |= self._keep((query, key.transpose(-1, -2)), (self._kinds((query,)), self._kinds((key,))))
         run.product = None
 
-    def _keep(self, query: Tensor, key: Tensor, kinds: int, key_kinds: int) -> int:
+    def _keep(self, pair: Pair, kinds: tuple[int, int]) -> int:
         """Keeps a call, and gives the kinds of its queries."""
         if self._learns and not torch.is_grad_enabled():
             raise ValueError(
                 "model must keep the graph of its attention; got a call without gradients, as torch.utils.checkpoint makes with "
                 "use_reentrant=True"
             )
-        self._calls.append(_Call(kinds, key_kinds, query, key))
-        return kinds
+        self._calls.append(_Call(*kinds, *pair))
+        return kinds[0]
 
     def _kinds(self, values: Any) -> int:
         """What `values` were computed from."""

@@ -86,13 +86,15 @@ class CongruenceLoss(nn.Module):
         if isinstance(text, AttentionCapture | CapturedLayer):
             if image is not None or cross is not None:
                 raise ValueError("image and cross must be left out where the first argument is a capture; got both")
-            text, image, cross = _parts(text, text_mask)
+            words, image, cross = _parts(text, text_mask)
         elif image is None:
             raise ValueError("image must be the (query, key) of image tokens; got None")
+        else:
+            words = text
         step = self.calls if step is None else step
         direction = ("image", "text")[step % 2] if self.direction == "alternate" else self.direction
         loss = congruence_loss(
-            text,
+            words,
             image,
             cross,
             kind=self.kind,

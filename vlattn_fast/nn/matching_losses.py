@@ -94,7 +94,7 @@ class DamsmLoss(nn.Module):
 
         ids: int (B). Pairs with equal ids, such as images of one class, are no false pairs of each other.
         """
-        options = {"gamma1": self.gamma1, "gamma2": self.gamma2, "backend": self.backend}
+        options: dict[str, Any] = {"gamma1": self.gamma1, "gamma2": self.gamma2, "backend": self.backend}
         scores = self.gamma3 * damsm_similarity(images, captions, caption_lengths, image_lengths, **options)
         same = _same(scores, ids)
         if not len(scores):

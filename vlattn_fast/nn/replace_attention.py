@@ -167,12 +167,12 @@ def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
     setattr(module, REPLACED, score)
     module._attention_backend = backend  # type: ignore[assignment]
     if (forward := replaceable(type(module))) is not None:
-        module.forward = types.MethodType(_with_score(forward), module)  # type: ignore[method-assign]
+        module.forward = types.MethodType(_with_score(forward), module)
         return
     _register()
     config = module.config
     setattr(module, RULE, getattr(config, CONFIG_NAME) != "eager")  # eager masks hold causality
-    module._attention_config = config  # type: ignore[assignment]
+    module._attention_config = config
     named = copy.copy(config)
     setattr(named, CONFIG_NAME, _NAME)
     module.config = named
@@ -200,7 +200,7 @@ def _by_interface(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
     **options: Any,

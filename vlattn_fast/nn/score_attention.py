@@ -164,7 +164,7 @@ class ScoreAttention(nn.Module):
                 raise ValueError("key_mask must be None where key_padding_mask is given; got both")
             key_mask, attn_mask = _without_padding(key_padding_mask, attn_mask, k)
         score = scores.resolve(self.score() if isinstance(self.score, nn.Module) else self.score)
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
         out = score_attention(
             q,
             k,
