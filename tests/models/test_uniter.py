@@ -67,7 +67,7 @@ def test_parameters_are_named_and_shaped_as_published():
 def test_a_published_state_dict_loads_other_heads_aside():
     model = small()
     state = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in model.state_dict().items()}
-    state |= {"cls.predictions.bias": torch.zeros(11), "region_classifier.net.0.bias": torch.zeros(16)}
+    state |= {"region_classifier.net.0.bias": torch.zeros(16), "feat_regress.bias": torch.zeros(5)}
     loaded = UNITER.from_published(state, num_attention_heads=2)
     assert replace(loaded.config, initializer_range=0.5) == SMALL and not loaded.training
     assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
@@ -75,6 +75,31 @@ def test_a_published_state_dict_loads_other_heads_aside():
         lacking = {key: tensor for key, tensor in state.items() if not key.startswith(name)}
         with pytest.raises(ValueError, match=f"state_dict must be .*; got none of .*{name}"):
             UNITER.from_published(lacking, num_attention_heads=2)
+
+
+def test_the_head_of_masked_words():
+    """Named as published, its weight that of the embeddings, and the formula of the published code."""
+    model = small(masked_words=True)
+    head = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith("cls.")}
+    assert head == {
+        "cls.predictions.bias": (11,),
+        "cls.predictions.decoder.weight": (11, 16),
+        "cls.predictions.transform.dense.weight": (16, 16),
+        "cls.predictions.transform.dense.bias": (16,),
+        "cls.predictions.transform.LayerNorm.weight": (16,),
+        "cls.predictions.transform.LayerNorm.bias": (16,),
+    }
+    torch.nn.init.normal_(model.cls.predictions.bias)
+    loaded = UNITER.from_published(model.state_dict(), num_attention_heads=2)
+    assert loaded.config.masked_words and torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+    states = model(**batch()).last_hidden_state[:, 2]
+    transform = model.cls.predictions.transform
+    hidden = F.layer_norm(F.gelu(transform.dense(states)), (16,), transform.LayerNorm.weight, transform.LayerNorm.bias, 1e-12)
+    want = hidden @ model.uniter.embeddings.word_embeddings.weight.T + model.cls.predictions.bias
+    torch.testing.assert_close(loaded.word_logits(states), want)
+    assert loaded.cls.predictions.decoder.weight is loaded.uniter.embeddings.word_embeddings.weight
+    with pytest.raises(ValueError, match="config.masked_words must be True"):
+        small().word_logits(states)
 
 
 def test_forward_is_the_formula_of_the_published_code():

@@ -3,6 +3,7 @@
 Needs scikit-learn (the scans) and safetensors (the weights) only when they are first used.
 """
 
+from vlattn_fast.lab import winoground
 from vlattn_fast.lab.processor import DigitProcessor
 from vlattn_fast.lab.scenes import Scenes, digit_scans, digit_scenes, held_out_captions, swapped_pairs
 from vlattn_fast.lab.uniter import load_uniter, matching_accuracy, matching_score, winoground_scores
@@ -17,5 +18,6 @@ __all__ = [
     "matching_accuracy",
     "matching_score",
     "swapped_pairs",
+    "winoground",
     "winoground_scores",
 ]

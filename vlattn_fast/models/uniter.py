@@ -21,7 +21,8 @@ class UNITERConfig:
     """Sizes of a `UNITER`; the defaults are UNITER-base. Names as in the published JSON where it has one.
 
     region_dim: features per region (2048, the detector's); position_dim: box features per region (7: x1, y1, x2, y2,
-    width, height and area, all relative to the image); initializer_range: standard deviation of all initial weights.
+    width, height and area, all relative to the image); initializer_range: standard deviation of all initial weights;
+    masked_words: whether the model has the head that predicts masked words.
     """
 
     vocab_size: int = 28996
@@ -37,6 +38,7 @@ class UNITERConfig:
     initializer_range: float = 0.02
     region_dim: int = 2048
     position_dim: int = 7
+    masked_words: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -220,6 +222,42 @@ class UNITERPooler(nn.Module):
         return torch.tanh(self.dense(hidden_states[:, 0]))
 
 
+class UNITERWordTransform(nn.Module):
+    def __init__(self, config: UNITERConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.hidden_act = config.hidden_act
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.LayerNorm(ACTIVATIONS[self.hidden_act](self.dense(hidden_states)))
+
+
+class UNITERWordPredictions(nn.Module):
+    """The decoder's weight is that of the word embeddings."""
+
+    def __init__(self, config: UNITERConfig, embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.transform = UNITERWordTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decoder.weight = embeddings.weight
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden_states)) + self.bias
+
+
+class UNITERWordHead(nn.Module):
+    """What the published names prefix with `cls.`."""
+
+    def __init__(self, config: UNITERConfig, embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.predictions = UNITERWordPredictions(config, embeddings)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.predictions(hidden_states)
+
+
 class UNITERModel(nn.Module):
     """The encoder without a task head: what the published names prefix with `uniter.`."""
 
@@ -232,7 +270,8 @@ class UNITERModel(nn.Module):
 
 
 class UNITER(nn.Module):
-    """UNITER with its image-text matching head (Chen et al., ECCV 2020, sections 3.1 and 3.2).
+    """UNITER with its image-text matching head and, where the config has `masked_words`, its head of masked words (Chen et al.,
+    ECCV 2020, sections 3.1 and 3.2).
 
     Words and regions form one sequence, the words first. A published checkpoint loads through `from_published`.
     Each layer's `uniter.encoder.layer[i].attention.self.attention_function` is called as Hugging Face calls its
@@ -246,12 +285,13 @@ class UNITER(nn.Module):
         self.config = config
         self.uniter = UNITERModel(config)
         self.itm_output = nn.Linear(config.hidden_size, 2)
+        self.cls = UNITERWordHead(config, self.uniter.embeddings.word_embeddings) if config.masked_words else None
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
@@ -261,7 +301,8 @@ class UNITER(nn.Module):
         """A model in eval mode from the state dict of a published checkpoint (`torch.load("uniter-base.pt")`).
 
         Sizes are read off the tensors; num_attention_heads cannot be and defaults to hidden_size // 64, as published.
-        Tensors of heads for other pre-training tasks are ignored. ValueError where a tensor of this model is missing.
+        The head of masked words comes along where the checkpoint has it; tensors of heads for other pre-training tasks are
+        ignored. ValueError where a tensor of this model is missing.
         """
         state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in state_dict.items()}
         layers = {int(name.split(".")[3]) for name in state if name.startswith("uniter.encoder.layer.")}
@@ -277,6 +318,7 @@ class UNITER(nn.Module):
                 type_vocab_size=state["uniter.embeddings.token_type_embeddings.weight"].shape[0],
                 region_dim=state["uniter.img_embeddings.img_linear.weight"].shape[1],
                 position_dim=state["uniter.img_embeddings.pos_linear.weight"].shape[1],
+                masked_words="cls.predictions.bias" in state,
             )
         except KeyError as error:
             raise ValueError(f"state_dict must be a published UNITER checkpoint; got none of {error.args[0]!r}") from None
@@ -325,6 +367,13 @@ class UNITER(nn.Module):
         regions = self.uniter.img_embeddings(region_features, region_positions, image_type, masked_regions)
         hidden_states = self.uniter.encoder(torch.cat([words, regions], dim=1), mask)
         return UNITEROutput(self.itm_output(self.uniter.pooler(hidden_states)), hidden_states)
+
+    def word_logits(self, hidden_states: Tensor) -> Tensor:
+        """(..., C), such as the last hidden states of masked words -> (..., vocab_size). ValueError without `masked_words`."""
+        if self.cls is None:
+            raise ValueError("config.masked_words must be True for the logits of words; got False")
+        logits: Tensor = self.cls(hidden_states)
+        return logits
 
     def _check(
         self,

@@ -1,0 +1,52 @@
+"""The Winoground scores, against the batched ones of DigitScenes' own model and on tables made by hand."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from PIL import Image
+
+from vlattn_fast import lab
+from vlattn_fast.lab import winoground
+
+
+def test_equals_the_batched_scores() -> None:
+    model, _ = lab.load_uniter()
+    one, two = lab.swapped_pairs(40, seed=3)
+    sides = (one, two)
+    table = {(a, b): lab.matching_score(model, sides[a], input_ids=sides[b].input_ids).tolist() for a in (0, 1) for b in (0, 1)}
+    pairs = [(((0, i), (1, i)), ((0, i), (1, i))) for i in range(40)]
+    got = winoground.evaluate(lambda image, caption: table[image[0], caption[0]][image[1]], pairs)
+    assert got == lab.winoground_scores(model, count=40, seed=3)
+
+
+def test_chance_and_ties() -> None:
+    draw = random.Random(0)
+    pairs = [((0, 1), (0, 1))] * 20000
+    got = winoground.evaluate(lambda image, caption: draw.random(), pairs)
+    for name, chance in (("text", 1 / 4), ("image", 1 / 4), ("group", 1 / 6)):
+        assert got[name] == pytest.approx(chance, abs=0.02)
+    assert winoground.evaluate(lambda image, caption: 1.0, pairs[:3]) == {"text": 0.0, "image": 0.0, "group": 0.0}
+    assert winoground.evaluate(lambda image, caption: image == caption, pairs[:3]) == {"text": 1.0, "image": 1.0, "group": 1.0}
+
+
+def test_a_local_copy(tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    for i, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / "images" / f"ex_0_img_{i}.png")
+    line = {"id": 0, "image_0": "ex_0_img_0", "image_1": "ex_0_img_1", "caption_0": "red", "caption_1": "blue"}
+    (tmp_path / "examples.jsonl").write_text(json.dumps(line) + "\n")
+    channel = {"red": 0, "blue": 2}
+    score = lambda image, caption: image.getpixel((0, 0))[channel[caption]]  # noqa: E731
+    assert winoground.evaluate(score, winoground.load_pairs(tmp_path)) == {"text": 1.0, "image": 1.0, "group": 1.0}
+
+
+def test_refusals(tmp_path) -> None:
+    with pytest.raises(ValueError, match="pairs must be some; got none"):
+        winoground.evaluate(lambda image, caption: 1.0, [])
+    with pytest.raises(ValueError, match="pairs must be of two images and two captions; got 1 and 2"):
+        winoground.evaluate(lambda image, caption: 1.0, [((0,), (0, 1))])
+    with pytest.raises(ValueError, match="directory must hold examples.jsonl"):
+        list(winoground.load_pairs(tmp_path))

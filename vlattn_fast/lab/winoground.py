@@ -1,0 +1,64 @@
+"""Text, image and group score on swapped pairs (Thrush et al., "Winoground", CVPR 2022), for any scoring function.
+
+A pair is two images and two captions; caption 0 belongs to image 0, caption 1 to image 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlattn_fast._extras import extra
+
+Pair = tuple[Sequence[Any], Sequence[Any]]
+
+
+def evaluate(score: Callable[[Any, Any], float], pairs: Iterable[Pair]) -> dict[str, float]:
+    """Shares of the pairs where the scores are as the captions say; a tie counts as wrong.
+
+    - "text": of each image, its own caption scores higher (equation 1);
+    - "image": of each caption, its own image scores higher (equation 2);
+    - "group": both (equation 3). Chance is 1/4, 1/4 and 1/6.
+
+    Args:
+        score: (image, caption) -> a number, higher where they fit better.
+        pairs: of (two images, two captions), such as `load_pairs` gives.
+
+    Raises:
+        ValueError: a pair of another form; no pairs.
+
+    >>> evaluate(lambda image, caption: -abs(image - len(caption)), [((3, 5), ("cat", "camel")), ((1, 9), ("a", "a"))])
+    {'text': 0.5, 'image': 0.5, 'group': 0.5}
+    """
+    hits, count = {"text": 0, "image": 0, "group": 0}, 0
+    for images, captions in pairs:
+        count += 1
+        if len(images) != 2 or len(captions) != 2:
+            raise ValueError(f"pairs must be of two images and two captions; got {len(images)} and {len(captions)}")
+        (s00, s01), (s10, s11) = ([float(score(image, caption)) for caption in captions] for image in images)
+        text, image = s00 > s01 and s11 > s10, s00 > s10 and s11 > s01
+        for name, hit in (("text", text), ("image", image), ("group", text and image)):
+            hits[name] += hit
+    if not count:
+        raise ValueError("pairs must be some; got none")
+    return {name: hit / count for name, hit in hits.items()}
+
+
+def load_pairs(directory: str | Path) -> Iterator[Pair]:
+    """The pairs of a local copy of Winoground, one by one: `examples.jsonl` and a folder `images` of PNG files.
+
+    Each line has "image_0", "image_1" (names of files without ".png"), "caption_0" and "caption_1". Images come as PIL
+    images, RGB.
+    """
+    with extra("viz"):
+        from PIL import Image
+    folder = Path(directory)
+    lines = folder / "examples.jsonl"
+    if not lines.is_file():
+        raise ValueError(f"directory must hold examples.jsonl and images/; got {directory} without")
+    for line in lines.read_text().splitlines():
+        example = json.loads(line)
+        names = [folder / "images" / f"{example[f'image_{i}']}.png" for i in (0, 1)]
+        yield [Image.open(name).convert("RGB") for name in names], [example[f"caption_{i}"] for i in (0, 1)]
