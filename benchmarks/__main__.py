@@ -7,8 +7,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._rows import HERE, RESULTS
-from vlattn_fast.benchmarks._run import choose, run
+from vlattn_fast.benchmarks._run import run
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -77,6 +77,7 @@ class Benchmark:
     build: Callable[[Sizes, torch.device, torch.dtype], Problem]
     cuda_dtype: torch.dtype = torch.bfloat16
     compile_when_quick: bool = False
+    isolated: bool = False  # on a CPU each variant runs in a process of its own (_isolated.py)
 
     @property
     def name(self) -> str:
@@ -210,12 +211,14 @@ class Measurement:
         compiled: bool = True,
         dtype: torch.dtype | None = None,
         only: Sequence[str] | None = None,
+        truth: Tensors | None = None,
     ) -> None:
         """A quick one has few rounds, on a CPU small sizes, and under torch.compile on a GPU the one benchmark that says so.
 
         Args:
             overrides: the largest size by name.
             only: variants to measure; all by default.
+            truth: what the formula gives in float64, where it is known.
         """
         torch._dynamo.reset()  # its limit of compilations counts per function, and would fall back to eager silently
         self.benchmark, self.device, self.quick = benchmark, device, quick
@@ -229,12 +232,12 @@ class Measurement:
             for name, variant in self.problem.variants.items()
             if (compiled or not variant.compiled) and (only is None or name in only)
         }
-        truth = self._truth()
+        self.truth = self._truth() if truth is None else truth
         gc.collect()
         for name, standing in self.standing.items():
             standing.not_run = self._too_large(self.problem.variants[name])
             if not standing.not_run:
-                self._try(name, functools.partial(self._warm_up, name, truth))
+                self._try(name, functools.partial(self._warm_up, name))
 
     def _truth(self) -> Tensors | None:
         """None where the formula in float64 needs more memory than there is."""
@@ -243,11 +246,12 @@ class Measurement:
             small = part(name, x.detach())
             share = min(share, small.numel() / x.numel())
             inputs[name] = (small.double() if small.is_floating_point() else small).requires_grad_(x.requires_grad)
-        formula = self.problem.variants.get("reference")
+        variants = self.problem.variants
+        formula = variants.get("reference", variants.get("maps stored, one backward"))
         if formula is not None and not self._fits(8 * share * formula.maps * self.problem.map_elements):
             return None
         try:
-            return {name: x.double() for name, x in self.problem.truth(inputs).items() if x.is_floating_point()}
+            return {name: x.detach().double() for name, x in self.problem.truth(inputs).items() if x.is_floating_point()}
         except torch.OutOfMemoryError:
             return None
 
@@ -271,9 +275,9 @@ class Measurement:
             self.standing[name].not_run = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
             gc.collect()
 
-    def _warm_up(self, name: str, truth: Tensors | None) -> None:
+    def _warm_up(self, name: str) -> None:
         run, standing = functools.partial(self.problem.variants[name].run, self.problem.tensors), self.standing[name]
-        standing.error = largest_error({n: self.problem.part(n, x) for n, x in run().items()}, truth)
+        standing.error = largest_error({n: self.problem.part(n, x) for n, x in run().items()}, self.truth)
         standing.peak, spent, host = _peak_of(run, self.device)
         standing.backlog = min(1.5 * host + 5e-5, LONGEST_BACKLOG)
         affordable = max(LEAST_ROUNDS, int(SECONDS_A_VARIANT[self.device.type] / (10 if self.quick else 1) / spent))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlattn_fast.benchmarks import scaling
-from vlattn_fast.benchmarks._run import OURS
+from vlattn_fast.benchmarks._choice import OURS
 
 from vlattn_fast._extras import extra
 

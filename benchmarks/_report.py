@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlattn_fast.benchmarks import _pictures
-from vlattn_fast.benchmarks._run import OURS, declared
+from vlattn_fast.benchmarks._choice import OURS, declared
 
 Row = dict[str, Any]
 

@@ -1,8 +1,7 @@
-"""Which benchmarks there are, how a name chooses among them, and a whole run: measured, printed, stored."""
+"""A whole run: benchmarks measured, printed, stored."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -10,40 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vlattn_fast.benchmarks._measure import Benchmark, Measurement
-from vlattn_fast.benchmarks._rows import HERE, RESULTS, append, device_name, provenance, slug
+from vlattn_fast.benchmarks import _isolated
+from vlattn_fast.benchmarks._choice import OURS, choose
+from vlattn_fast.benchmarks._measure import Measurement
+from vlattn_fast.benchmarks._rows import RESULTS, append, device_name, provenance, slug
 
-from vlattn_fast import verify
-from vlattn_fast.ops._dispatch import BACKEND_NAMES
-
-# One file per operator, one of all over the length, and one per task; the tasks are found by the names of their files.
-MODULES = (*verify.OPERATORS, "scaling", *sorted(path.stem for path in HERE.glob("task_*.py")))
-OURS = tuple(name for name in BACKEND_NAMES if name not in ("auto", "reference"))
 COLUMNS = """
 p20, p50, p80: percentiles of the time of a call. MiB: what a call adds to memory at its peak.
 error: the largest error over the largest magnitude, against the formula in float64.
 of bound: p50 over that of the bound, marked *, which does the least work that the benchmark needs.
 of floor: p50 over the least time that an H200's rates allow; on an H200 only.
 """
-
-
-def declared() -> list[Benchmark]:
-    modules = (importlib.import_module(f"{__package__}.{name}") for name in MODULES)
-    return [benchmark for module in modules for benchmark in module.BENCHMARKS]
-
-
-def choose(names: Sequence[str]) -> list[Benchmark]:
-    """Those named: by file, file/what or in full; all by default. ValueError with the list for an unknown name."""
-    everything = declared()
-    for name in names:
-        if not any(_answers(benchmark, name) for benchmark in everything):
-            known = "\n  ".join([*MODULES, *(benchmark.name for benchmark in everything)])
-            raise ValueError(f"there is no benchmark {name!r}; there are\n  {known}")
-    return [benchmark for benchmark in everything if not names or any(_answers(benchmark, name) for name in names)]
-
-
-def _answers(benchmark: Benchmark, name: str) -> bool:
-    return f"{benchmark.name}/".startswith(f"{name}/")
 
 
 def check_device(name: str) -> torch.device:
@@ -79,7 +55,10 @@ def run(
     passed, origin, start = True, {"device": device_name(place), **provenance(command)}, time.perf_counter()
     for done, benchmark in enumerate(benchmarks):
         print(_progress(done, len(benchmarks), time.perf_counter() - start, benchmark.name), file=sys.stderr, flush=True)
-        rows = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled).run()
+        if benchmark.isolated and place.type == "cpu" and not quick:
+            rows = _isolated.measure(benchmark.name, rounds=rounds)
+        else:
+            rows = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled).run()
         rows = [{**row, **origin} for row in rows]
         show(rows)
         if path is not None:

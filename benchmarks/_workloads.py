@@ -68,3 +68,40 @@ UNITER_ENCODER = Workload(
     {"layers": 1, "B": 3},
 )
 SCAN_BATCH = Workload("scan-batch", "SCAN, a training batch", SCAN.full, {}, {"images": 24, "captions": 24})
+
+# Whole models of transformers: on a CPU a reduced depth and width of decoders. CLIP's text tower has half the depth and three
+# quarters of the heads, LXMERT's boxes and cross-attention half the layers, and T tokens are those of an answer.
+CLIP_MODEL = Workload(
+    "clip-model",
+    "CLIP ViT-L/14@336, both towers",
+    {"layers": 24, "B": 8, "H": 16, "N": 577, "L": 77, "D": 64, "C": 1024, "vocabulary": 49408},
+    {"B": 1},
+    {"layers": 2},
+)
+LXMERT_MODEL = Workload(
+    "lxmert-model",
+    "LXMERT",
+    {"layers": 9, "B": 64, "H": 12, "L": 20, "V": 36, "D": 64, "C": 768, "vocabulary": 30522},
+    {"B": 8},
+    {"layers": 1},
+)
+LLAVA_MODEL = Workload(
+    "llava-model",
+    "LLaVA-7B, whole",
+    {"layers": 32, "vision_layers": 24, "B": 1, "H": 32, "N": 704, "D": 128, "C": 4096, "vocabulary": 32000},
+    {"layers": 12, "vision_layers": 4, "H": 8, "C": 1024},
+    {"layers": 1, "vision_layers": 1},
+)
+QWEN_MODEL = Workload(
+    "qwen-model",
+    "Qwen2.5-VL-3B, whole",
+    {"layers": 36, "vision_layers": 32, "B": 1, "H": 16, "N": 704, "D": 128, "C": 2048, "vocabulary": 151936},
+    {"layers": 8, "vision_layers": 2, "H": 8, "C": 1024, "vocabulary": 32000},
+    {"layers": 1, "vision_layers": 1},
+)
+LLAVA_ANSWER = LLAVA_MODEL._replace(
+    key="llava-answer", full={**LLAVA_MODEL.full, "T": 24}, cpu={**LLAVA_MODEL.cpu, "layers": 3, "vision_layers": 2}
+)
+QWEN_ANSWER = QWEN_MODEL._replace(
+    key="qwen-answer", full={**QWEN_MODEL.full, "T": 24}, cpu={**QWEN_MODEL.cpu, "layers": 2, "vision_layers": 1}
+)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vlattn_fast.benchmarks._choice import declared
 from vlattn_fast.benchmarks._measure import Benchmark, Measurement
 from vlattn_fast.benchmarks._rows import append, device_name, provenance
-from vlattn_fast.benchmarks._run import check_device, declared, show
+from vlattn_fast.benchmarks._run import check_device, show
 
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.filterwarnings("default")  # torch.compile warns of what is not ours

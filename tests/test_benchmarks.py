@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _bounds, _isolated, _measure, _pictures, _report, _rows, _run, _workloads
+from vlattn_fast.benchmarks import _bounds, _choice, _isolated, _measure, _pictures, _report, _rows, _run, _workloads
 
 TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7, "images": 4, "captions": 4, "R": 6, "T": 5, "layers": 2, "C": 16}
+TINY |= {"vision_layers": 1, "vocabulary": 120}
 CPU = torch.device("cpu")
-DECLARED = _run.declared()
+DECLARED = _choice.declared()
 ONE_LENGTH = [
     benchmark for benchmark in DECLARED if not benchmark.name.startswith("scaling/") or benchmark.name.endswith("/n256")
 ]
@@ -24,7 +25,7 @@ def measured(benchmark, **options):
 
 
 def test_every_operator_and_task_has_a_benchmark():
-    assert {benchmark.name.split("/")[0] for benchmark in DECLARED} == set(_run.MODULES)
+    assert {benchmark.name.split("/")[0] for benchmark in DECLARED} == set(_choice.MODULES)
     names = [benchmark.name for benchmark in DECLARED]
     assert len(set(names)) == len(names)
 
@@ -38,7 +39,7 @@ def test_every_variant_of_every_benchmark_runs(declaration):
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] < math.inf
         assert row["rounds"] == 2 and row["ratio_to_bound"] > 0 and row["ratio_to_floor"] is None
         assert row["error"] is None if row["is_bound"] else row["error"] <= 1e-4, (name, row["error"])
-    assert "streaming" in rows
+    assert {"streaming", _choice.EXPLAIN} & set(rows)
 
 
 def test_what_the_published_procedures_compute_in_float64():
@@ -57,7 +58,7 @@ def test_a_backend_joins_by_itself_when_it_refuses_no_longer(monkeypatch):
     table = {**attention_map.BACKENDS, "new": _dispatch.Backend(_dispatch.accept, "vlattn_fast.streaming.attention_map")}
     monkeypatch.setattr(attention_map, "BACKENDS", table)
     monkeypatch.setattr(_dispatch, "BACKEND_NAMES", (*_dispatch.BACKEND_NAMES, "new"))
-    (benchmark,) = _run.choose(["attention_map/attention/clip"])
+    (benchmark,) = _choice.choose(["attention_map/attention/clip"])
     assert {row["variant"] for row in measured(benchmark)} >= {"new", "streaming"}
 
 
@@ -67,19 +68,19 @@ def test_what_is_emulated_on_a_cpu_is_not_timed(monkeypatch):
     monkeypatch.setattr(_dispatch, "INTERPRETED", True)
     table = {**congruence_loss.BACKENDS, "cuda": congruence_loss.BACKENDS["cuda"]._replace(refusals=_dispatch.accept)}
     monkeypatch.setattr(congruence_loss, "BACKENDS", table)
-    (benchmark,) = _run.choose(["congruence_loss/cacr, forward+backward/uniter"])
+    (benchmark,) = _choice.choose(["congruence_loss/cacr, forward+backward/uniter"])
     assert not {"triton", "cuda"} & {row["variant"] for row in measured(benchmark)}
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own use of it
 def test_compiled_variants():
-    (benchmark,) = _run.choose(["attention_map/attention/uniter"])
+    (benchmark,) = _choice.choose(["attention_map/attention/uniter"])
     (row,) = (row for row in measured(benchmark, compiled=True) if row["variant"] == "reference compiled")
     assert row["error"] <= 1e-5
 
 
 def test_a_variant_that_fails_or_does_not_fit_is_a_row(monkeypatch):
-    (benchmark,) = _run.choose(["attention_map/gradient/clip"])
+    (benchmark,) = _choice.choose(["attention_map/gradient/clip"])
     monkeypatch.setattr(_measure, "_free_memory", lambda device: 1000)
     monkeypatch.setattr("vlattn_fast.streaming.attention_map.forward", lambda *inputs: 1 / 0)
     rows = {row["variant"]: row for row in measured(benchmark)}
@@ -90,7 +91,7 @@ def test_a_variant_that_fails_or_does_not_fit_is_a_row(monkeypatch):
 
 def test_a_slow_variant_sits_out_some_rounds(monkeypatch):
     monkeypatch.setitem(_measure.SECONDS_A_VARIANT, "cpu", 0.0)
-    (benchmark,) = _run.choose(["attention_map/attention/clip"])
+    (benchmark,) = _choice.choose(["attention_map/attention/clip"])
     assert {row["rounds"] for row in measured(benchmark, rounds=30)} == {_measure.LEAST_ROUNDS}
 
 
@@ -132,10 +133,10 @@ def test_a_gpu_is_timed_by_events_behind_a_backlog(monkeypatch):
     monkeypatch.setattr(_measure, "_clock", lambda device: 1e9)
     monkeypatch.setattr(_measure, "device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(_rows, "device_name", lambda device: "NVIDIA H200")
-    (benchmark,) = _run.choose(["attention_map/attention/clip"])
+    (benchmark,) = _choice.choose(["attention_map/attention/clip"])
     measurement = _measure.Measurement(benchmark, CPU, overrides=TINY, compiled=False)
     measurement.device = torch.device("cuda")
-    measurement._warm_up("streaming", None)
+    measurement._warm_up("streaming")
     measurement.round()
     assert asked[0] > 5e4 and asked[1:4] == ["record", "record", "synchronize"]  # 50 us and more of backlog
     (row,) = (row for row in measurement.rows() if row["variant"] == "streaming")
@@ -165,7 +166,7 @@ def test_variants_in_processes_of_their_own():
 def test_a_slow_variant_in_its_own_process_misses_no_round(monkeypatch):
     monkeypatch.setitem(_measure.SECONDS_A_VARIANT, "cpu", 0.0)
     monkeypatch.setattr(_isolated, "_measurements", [])
-    _isolated._start("task_explain_clip", "streaming", 3, TINY)
+    _isolated._start("task_explain_clip", "streaming", 3, TINY, {})
     for number in range(3):
         _isolated._round(number)
     assert _isolated._rows()[0]["rounds"] == 3
@@ -184,7 +185,7 @@ def test_a_quick_run_is_smaller_and_stores_nothing_unless_told(only_congruence, 
 
 
 def test_a_run_says_how_far_it_is_and_what_its_columns_are(only_congruence, tmp_path, monkeypatch, capsys):
-    chosen = _run.choose([])
+    chosen = _choice.choose([])
     monkeypatch.setattr(_run, "choose", lambda names: chosen * 3)
     assert _run.run(quick=True, rounds=1, out=tmp_path)
     said = capsys.readouterr()
@@ -200,7 +201,7 @@ def test_a_run_says_how_far_it_is_and_what_its_columns_are(only_congruence, tmp_
 @pytest.fixture
 def only_congruence(monkeypatch):
     """The runs of a test have one tiny benchmark."""
-    (found,) = _run.choose(["congruence_loss/cacr, forward+backward"])
+    (found,) = _choice.choose(["congruence_loss/cacr, forward+backward"])
     tiny = replace(found, workload=found.workload._replace(cpu=TINY, quick={}))
     monkeypatch.setattr(_run, "choose", lambda names: [tiny])
     return tiny.name
@@ -321,7 +322,7 @@ def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
     ]
     (tmp_path / "h200.json").write_text(json.dumps(rows))
     _, rivals, scaling = _report.write(tmp_path, tmp_path / "REPORT.md")
-    assert list(panels) == [name for name in _run.MODULES if name != "scaling"]
+    assert list(panels) == [name for name in _choice.MODULES if name != "scaling"]
     for module, lines in panels.items():
         assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
     for picture in (rivals, scaling):

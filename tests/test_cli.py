@@ -332,9 +332,9 @@ def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, caps
     def measure(name, variants, overrides):
         """Rows at a tiny size; the processes are tested with the benchmarks."""
         assert name == "task_explain_clip" and overrides == {"layers": 6}
-        from vlattn_fast.benchmarks import _measure, _run
+        from vlattn_fast.benchmarks import _choice, _measure
 
-        (benchmark,) = _run.choose([name])
+        (benchmark,) = _choice.choose([name])
         sizes = {"layers": 2, "H": 2, "N": 12, "C": 16}
         rows = _measure.Measurement(benchmark, torch.device("cpu"), rounds=1, overrides=sizes, only=variants).run()
         return [next(row for row in rows if row["variant"] == variant) for variant in variants]

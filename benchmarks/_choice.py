@@ -1,0 +1,36 @@
+"""Which benchmarks there are, and how a name chooses among them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from vlattn_fast.benchmarks._measure import Benchmark
+from vlattn_fast.benchmarks._rows import HERE
+
+from vlattn_fast import verify
+from vlattn_fast.ops._dispatch import BACKEND_NAMES
+
+# One file per operator, one of all over the length, and one per task; the tasks are found by the names of their files.
+MODULES = (*verify.OPERATORS, "scaling", *sorted(path.stem for path in HERE.glob("task_*.py")))
+EXPLAIN = "va.explain"  # the variant of tasks on whole models, where the backend is chosen call by call
+OURS = (*(name for name in BACKEND_NAMES if name not in ("auto", "reference")), EXPLAIN)
+
+
+def declared() -> list[Benchmark]:
+    modules = (importlib.import_module(f"{__package__}.{name}") for name in MODULES)
+    return [benchmark for module in modules for benchmark in module.BENCHMARKS]
+
+
+def choose(names: Sequence[str]) -> list[Benchmark]:
+    """Those named: by file, file/what or in full; all by default. ValueError with the list for an unknown name."""
+    everything = declared()
+    for name in names:
+        if not any(_answers(benchmark, name) for benchmark in everything):
+            known = "\n  ".join([*MODULES, *(benchmark.name for benchmark in everything)])
+            raise ValueError(f"there is no benchmark {name!r}; there are\n  {known}")
+    return [benchmark for benchmark in everything if not names or any(_answers(benchmark, name) for name in names)]
+
+
+def _answers(benchmark: Benchmark, name: str) -> bool:
+    return f"{benchmark.name}/".startswith(f"{name}/")

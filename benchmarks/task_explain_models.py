@@ -1,0 +1,261 @@
+"""Explain whole models of transformers by `va.explain`, as a user calls it: models, hooks and preparation included.
+
+Bound: the model's own forward and backward pass down to its embeddings, with SDPA. Published (Chefer et al.): every map stored,
+one gradient a layer, the whole product; for LXMERT one backward pass with the gradients of all weights, as the authors have it.
+Beside it the same maps with one backward pass and no gradient of a weight. Of an answer of 24 tokens every one is explained by
+itself; there the bound is one forward pass and a backward pass a token.
+
+Models have published shapes at a size that the machine runs, and random weights. On a CPU each variant has a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from vlattn_fast.benchmarks._bounds import pairs
+from vlattn_fast.benchmarks._choice import EXPLAIN
+from vlattn_fast.benchmarks._measure import Benchmark, Problem, Run, Tensors, Variant, without_output
+from vlattn_fast.benchmarks._whole_models import CLIP, LLAVA, LXMERT, QWEN, Whole, lively
+from vlattn_fast.benchmarks._workloads import CLIP_MODEL, LLAVA_ANSWER, LLAVA_MODEL, LXMERT_MODEL, QWEN_ANSWER, QWEN_MODEL, Sizes
+
+import vlattn_fast as va
+from vlattn_fast.interpret.answers import prepare_answer
+from vlattn_fast.interpret.families import find_family
+
+PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
+BACKWARDS = "one forward, a backward a token"
+Row = dict[str, tuple[int, int]]  # of each tower: its tokens, and the row that is read
+
+
+class _Maps(TorchFunctionMode):
+    """Keeps every softmax over maps (B, H, N, M) that has a gradient. It is in float32, or in float64 where its scores are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is functional.softmax and kwargs.get("dtype") is not None:
+            kwargs["dtype"] = torch.promote_types(args[0].dtype, torch.float32)  # float64 stays
+        result = func(*args, **kwargs)
+        if func is functional.softmax and result.ndim == 4 and result.requires_grad:
+            self.maps.append(result)
+        return result
+
+
+@contextlib.contextmanager
+def _starting(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]]:
+    """The outputs of the modules at `paths`, where the graph begins."""
+    kept: list[Tensor] = []
+
+    def begin(module: nn.Module, args: Any, output: Any) -> None:
+        for part in output if isinstance(output, tuple) else (output,):
+            kept.append(part.requires_grad_())
+
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.callback(model.get_submodule(path).register_forward_hook(begin).remove)
+        yield kept
+
+
+@contextlib.contextmanager
+def _eager(model: Any, whole: Whole) -> Iterator[None]:
+    if whole.eager is None:
+        yield
+        return
+    model.set_attn_implementation(whole.eager)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa" if isinstance(whole.eager, str) else dict.fromkeys(whole.eager, "sdpa"))
+
+
+def _model(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return lively(whole.make(sizes), device, dtype)
+
+
+def _run(model: nn.Module, whole: Whole, t: Tensors) -> Tensor:
+    return whole.score(model(**t, **whole.options))
+
+
+def _plain(model: nn.Module, whole: Whole, t: Tensors) -> Tensors:
+    with _starting(model, whole.embeddings) as kept:
+        torch.autograd.grad(_run(model, whole, t).sum(), kept)
+    return {}
+
+
+def _stored(model: nn.Module, whole: Whole, read: Row, one_backward: bool, t: Tensors) -> Tensors:
+    with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
+        score = _run(model, whole, t).sum()
+    if one_backward:
+        return _relevancy(kept.maps, torch.autograd.grad(score, kept.maps, allow_unused=True), read)
+    grads = (torch.autograd.grad(score, one, retain_graph=True)[0] for one in kept.maps)
+    return _relevancy(kept.maps, grads, read)
+
+
+def _with_weights(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tensors:
+    """As LXMERT's authors have it: a backward pass through the weights as well."""
+    model.requires_grad_(True)
+    try:
+        with _Maps() as kept:
+            score = _run(model, whole, t).sum()
+        for one in kept.maps:
+            one.retain_grad()
+        score.backward(retain_graph=True)
+        return _relevancy(kept.maps, (one.grad for one in kept.maps), read)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)
+
+
+def _ours(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tensors:
+    found = va.explain(model, t, **whole.explained).relevancy
+    return {f"relevancy {name}": _others(found[name], row) for name, (_, row) in read.items()}
+
+
+def _others(row: Tensor, own: int) -> Tensor:
+    """The row (B, ..., N) without its own entry, which may hold the identity that the recursion starts from."""
+    return torch.cat([row[..., :own], row[..., own + 1 :]], dim=-1)
+
+
+def _relevancy(maps: Sequence[Tensor], grads: Iterable[Tensor | None], read: Row) -> Tensors:
+    """The rows that are read, by the rules for one or two modalities of Chefer et al. (ICCV 2021)."""
+    names = {tokens: name for name, (tokens, _) in read.items()}
+    linked = any(one.shape[2] != one.shape[3] for one in maps)
+    found: dict[tuple[str, str], Tensor] = {}
+    for name, (tokens, _) in read.items():
+        eye = torch.eye(tokens, dtype=maps[0].dtype, device=maps[0].device)
+        found[name, name] = eye.expand(len(maps[0]), tokens, tokens)
+        for other, (others, _) in read.items():
+            if linked and other != name:
+                found[name, other] = eye.new_zeros(len(maps[0]), tokens, others)
+    waiting: list[tuple[tuple[str, str], Tensor]] = []
+    crossings = 0
+    for one, grad in zip(maps, grads, strict=True):
+        s, q = names[one.shape[2]], names[one.shape[3]]
+        crossings += s != q
+        if grad is not None:
+            abar = (grad * one.detach()).clamp(min=0).mean(dim=1)
+            if s == q:
+                found |= {(s, name): found[s, name] + abar @ found[s, name] for of, name in list(found) if of == s}
+            else:  # equations 10 and 11
+                waiting.append(((s, q), _normalized(found[s, s]).mT @ abar @ _normalized(found[q, q])))
+                waiting.append(((s, s), abar @ found[q, s]))
+        if crossings == 2:  # both directions of a layer read what was there before it
+            for pair, addition in waiting:
+                found[pair] = found[pair] + addition
+            waiting, crossings = [], 0
+    first = next(iter(read))
+    rows = {}
+    for name, (_, own) in read.items():
+        one = found[first, name][:, read[first][1]] if linked else found[name, name][:, own]
+        rows[f"relevancy {name}"] = _others(one, own)
+    return rows
+
+
+def _normalized(relevancy: Tensor) -> Tensor:
+    """Equations 8 and 9."""
+    eye = torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
+    beside = relevancy - eye
+    total = beside.sum(-1, keepdim=True)
+    return beside / torch.where(total == 0, 1.0, total) + eye
+
+
+def _part(name: str, x: Tensor) -> Tensor:
+    return x[:1] if name != "pixel_values" or x.ndim == 4 else x  # Qwen packs patches, of a batch of one
+
+
+def _problem(
+    whole: Whole, variants: dict[str, Variant], bound: str, truth: Run, sizes: Sizes, device: torch.device, dtype: torch.dtype
+) -> Problem:
+    if importlib.util.find_spec("transformers") is None:
+        return Problem({}, {}, bound, lambda t: {}, _part, 0, (), {"whole model": "transformers is not installed"})
+    inputs = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in whole.inputs(sizes).items()}
+    return Problem(inputs, variants, bound, truth, _part, pairs(sizes), ())
+
+
+def build(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    make = functools.cache(lambda: _model(whole, sizes, device, dtype))  # by the first variant that runs
+    read, layers = whole.read(sizes), sizes["layers"]
+
+    def truth(t: Tensors) -> Tensors:
+        return _stored(copy.deepcopy(make()).double(), whole, read, True, t)
+
+    def published(t: Tensors) -> Tensors:
+        return _with_weights(make(), whole, read, t) if whole.eager is None else _stored(make(), whole, read, False, t)
+
+    variants = {
+        EXPLAIN: Variant(lambda t: _ours(make(), whole, read, t)),
+        ONE_BACKWARD: Variant(lambda t: _stored(make(), whole, read, True, t), 4 * layers),
+        PUBLISHED: Variant(published, 4 * layers),
+        PLAIN: Variant(without_output(lambda t: _plain(make(), whole, t))),
+    }
+    return _problem(whole, variants, PLAIN, truth, sizes, device, dtype)
+
+
+# --- every token of an answer ---
+
+
+def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    make = functools.cache(lambda: _model(whole, sizes, device, dtype))
+    answer = list(range(10, 10 + sizes["T"]))
+
+    def forward(model: nn.Module, t: Tensors) -> Tensor:
+        """The log-probabilities (B, T) of the answer's tokens."""
+        said = prepare_answer(answer, None, t, find_family(model))
+        kept = said.positions.unique().to(device)
+        return said.scores(model(**said.arguments, use_cache=False, logits_to_keep=kept).logits, kept)
+
+    def plain(t: Tensors) -> Tensors:
+        model = make()
+        with _starting(model, whole.embeddings) as kept:
+            scores = forward(model, t)
+        for token in range(scores.shape[1]):
+            torch.autograd.grad(scores[:, token].sum(), kept, retain_graph=token + 1 < scores.shape[1])
+        return {}
+
+    def ours(t: Tensors) -> Tensors:
+        found = va.explain(make(), t, answer=answer).relevancy["language"]
+        return {name: _others(found[:, token], row) for name, (token, row) in places.items()}
+
+    last = sizes["N"] + sizes["T"] - 2  # the place that predicts the last token
+    places = {"relevancy, first token": (0, sizes["N"] - 1), "relevancy, last token": (sizes["T"] - 1, last)}
+
+    def truth(t: Tensors) -> Tensors:
+        model = copy.deepcopy(make()).double()
+        with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
+            scores = forward(model, t)
+        found: Tensors = {}
+        for name, (token, row) in places.items():
+            grads = torch.autograd.grad(scores[:, token].sum(), kept.maps, retain_graph=True)
+            (found[name],) = _relevancy(kept.maps, grads, {name: (sizes["N"] + sizes["T"], row)}).values()
+        return found
+
+    variants = {EXPLAIN: Variant(ours), BACKWARDS: Variant(without_output(plain))}
+    return _problem(whole, variants, BACKWARDS, truth, sizes, device, dtype)
+
+
+BENCHMARKS = [
+    *(
+        Benchmark(__name__, "relevancy", workload, partial(build, whole), isolated=True)
+        for workload, whole in ((CLIP_MODEL, CLIP), (LLAVA_MODEL, LLAVA), (LXMERT_MODEL, LXMERT), (QWEN_MODEL, QWEN))
+    ),
+    *(
+        Benchmark(__name__, "each token of an answer", workload, partial(build_answer, whole), isolated=True)
+        for workload, whole in ((LLAVA_ANSWER, LLAVA), (QWEN_ANSWER, QWEN))
+    ),
+]
