@@ -71,7 +71,8 @@ def _additions(
     if grad is None:
         return []
     s, q, seen = call.tower, call.source, call.attended
-    abar = mean_map(seen.query, seen.key, seen.value, grad, seen.masks).to(found[s, s])  # layers may have several devices
+    abar = mean_map(seen.query, seen.key, seen.value, grad, seen.masks, seen.mesh)
+    abar = abar.to(found[s, s])  # layers may have several devices
     if s is q:
         return [((s, t), abar @ part) for (of, t), part in found.items() if of is s]
     additions = [((s, q), normalized(found[s, s]).transpose(1, 2) @ abar @ normalized(of_keys[q, q]).to(abar))]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._tensors import expand_heads
+from vlattn_fast.interpret.ranks import mean_over
 from vlattn_fast.interpret.scored import logits
 from vlattn_fast.ops.relevancy_residual import Weighting, relevancy_residual
 
@@ -93,19 +94,23 @@ def weigh(
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention call that is read later: query, key, value (B, H, N, D) as the operators take them, and its output."""
+    """One attention call that is read later: query, key, value (B, H, N, D) as the operators take them, and its output.
+
+    `mesh`: the processes that share its heads; None = all heads are here.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     masks: dict[str, Any]
     output: Tensor
+    mesh: Any = None
 
 
 def raw_attention(rows: Tensor, call: Attended) -> Tensor:
     """rows @ mean_h A of one attention call: (B, 1, N) -> (B, 1, M). Only rows with a weight are computed."""
     key = expand_heads(call.key.to(rows.dtype), call.query.shape[1])
-    return _read(rows, call.query.to(rows.dtype), key, call.masks, lambda attention: attention.mean(1))
+    return _read(rows, call.query.to(rows.dtype), key, call.masks, lambda attention: mean_over(call.mesh, attention.mean(1)))
 
 
 def gradcam(rows: Tensor, call: Attended, grad_output: Tensor, real_queries: Tensor | None, real_keys: Tensor | None) -> Tensor:
@@ -133,8 +138,11 @@ def gradcam(rows: Tensor, call: Attended, grad_output: Tensor, real_queries: Ten
     pairs = (queries.sum(-1) * keys.sum(-1)).clamp(min=1)
     weights = (gradient_sum * value_sum).sum(-1) / pairs[:, None]
 
-    heads = query.shape[1]
-    return _read(rows, query, key, call.masks, lambda a: torch.einsum("bh,bhnm->bnm", weights, a).div(heads).relu())
+    def combine(attention: Tensor) -> Tensor:
+        mean = torch.einsum("bh,bhnm->bnm", weights, attention).div(query.shape[1])
+        return mean_over(call.mesh, mean).relu()
+
+    return _read(rows, query, key, call.masks, combine)
 
 
 def _read(rows: Tensor, query: Tensor, key: Tensor, masks: dict[str, Any], combine: Callable[[Tensor], Tensor]) -> Tensor:

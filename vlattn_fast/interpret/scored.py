@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._tensors import without_autocast
+from vlattn_fast.interpret.ranks import local, mean_over, on_mesh
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
 from vlattn_fast.streaming import attention_map as streaming_map
@@ -58,10 +59,12 @@ def relevancy_through(
     row_normalize: bool,
     residual_weight: float,
     attention_weight: float,
+    mesh: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The output and the carrier (B, T, N), whose cotangent r becomes r * a + (r * b) Abar; see `relevancy_attention`."""
     if "score" not in masks:
-        return relevancy_attention(
+        (query, key, value), masks, carrier = on_mesh(mesh, (query, key, value), masks, carrier)
+        output, carrier = relevancy_attention(
             query,
             key,
             value,
@@ -72,17 +75,20 @@ def relevancy_through(
             attention_weight=attention_weight,
             **masks,
         )
+        return local(output), local(carrier)
     output = attention(query, key, value, masks)
-    return Through.apply(output, carrier, query, key, value, masks, rule, row_normalize, residual_weight, attention_weight)
+    options = rule, row_normalize, residual_weight, attention_weight, mesh
+    return Through.apply(output, carrier, query, key, value, masks, *options)
 
 
-def mean_map(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, masks: dict[str, Any]) -> Tensor:
+def mean_map(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, masks: dict[str, Any], mesh: Any = None) -> Tensor:
     """Abar = mean_h relu(A * dA), (B, N, M)."""
     score: Scored | None = masks.get("score")
     if score is None or score.kind == "dot":
-        return attention_map(query, key, value, grad_output, rule="gradient", **_for_operators(masks))
+        tensors, options = on_mesh(mesh, (query, key, value, grad_output), _for_operators(masks))
+        return local(attention_map(*tensors, rule="gradient", **options))
     with without_autocast(query):
-        return streaming_map.forward(
+        found = streaming_map.forward(
             query,
             key,
             value,
@@ -98,6 +104,7 @@ def mean_map(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, mas
             score.vector,
             score.parameter,
         )
+    return mean_over(mesh, found)
 
 
 def step(
@@ -109,14 +116,19 @@ def step(
     masks: dict[str, Any],
     rule: str,
     row_normalize: bool,
+    mesh: Any = None,
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
     score: Scored | None = masks.get("score")
     if score is None or score.kind == "dot":
-        options = _for_operators(masks)
-        return relevancy_step(relevancy, query, key, value, grad_output, rule=rule, row_normalize=row_normalize, **options)
+        heads, options, relevancy = on_mesh(mesh, (query, key, value, grad_output), _for_operators(masks), relevancy)
+        return local(relevancy_step(relevancy, *heads, rule=rule, row_normalize=row_normalize, **options))
+    if mesh is not None and row_normalize:
+        raise ValueError(
+            f"method must be one without normalized rows where processes share heads of {score.kind} scores; got 'weighted'"
+        )
     with without_autocast(query):
-        return streaming_relevancy.step(
+        found = streaming_relevancy.step(
             relevancy,
             query,
             key,
@@ -133,6 +145,7 @@ def step(
             score.vector,
             score.parameter,
         )
+    return mean_over(mesh, found)
 
 
 def _for_operators(masks: dict[str, Any]) -> dict[str, Any]:
@@ -156,10 +169,11 @@ class Through(torch.autograd.Function):
         row_normalize: bool,
         residual_weight: float,
         attention_weight: float,
+        mesh: Any = None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(query, key, value, masks["attn_mask"])
         ctx.masks, ctx.rule, ctx.row_normalize = masks, rule, row_normalize
-        ctx.weights = residual_weight, attention_weight
+        ctx.weights, ctx.mesh = (residual_weight, attention_weight), mesh
         # A copy, since the model may write into it.
         return output.clone(), carrier.new_zeros(carrier.shape[0], carrier.shape[1], query.shape[2])
 
@@ -168,7 +182,8 @@ class Through(torch.autograd.Function):
         query, key, value, mask = ctx.saved_tensors
         masks, (residual_weight, attention_weight) = {**ctx.masks, "attn_mask": mask}, ctx.weights
         grad_output = grad if ctx.rule == "gradient" else None
-        rows = step(relevancy * attention_weight, query, key, value, grad_output, masks, ctx.rule, ctx.row_normalize)
+        rows = relevancy * attention_weight
+        rows = step(rows, query, key, value, grad_output, masks, ctx.rule, ctx.row_normalize, ctx.mesh)
         if residual_weight:
             rows = rows + relevancy * residual_weight
-        return grad, rows, *(None,) * 8
+        return grad, rows, *(None,) * 9

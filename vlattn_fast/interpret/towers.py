@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._tensors import compute_dtype
 from vlattn_fast.interpret.methods import Attended, Method, weigh
+from vlattn_fast.interpret.ranks import has_dtensors, heads_mesh
 from vlattn_fast.interpret.records import Tokens, Tower
 from vlattn_fast.interpret.scored import Through, attention, relevancy_through
 from vlattn_fast.ops.relevancy_residual import Weighting
@@ -76,6 +77,8 @@ class TowerTrace:
         self.pooling_path: str | None = None
         self.pooled = False
         self.config: Any = getattr(model, "config", None)
+        self.mesh: Any = None  # the processes that share the heads of the last call; None = all heads are here
+        self._has_dtensors = has_dtensors(model)
         if record is not None:
             root = submodule(model, record.path, record)
             self.config = getattr(root, "config", self.config)
@@ -118,7 +121,7 @@ class TowerTrace:
         # Of models whose layers lie in several lists beside one another, or are lists themselves.
         return self.keeps and (_parent(layers) == _parent(last) or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
 
-    def _enter(self, path: str, query: Tensor, call: int, chunk: bool = False) -> None:
+    def _enter(self, path: str, query: Tensor, key: Tensor, call: int, chunk: bool = False) -> None:
         batch, size = query.shape[0], query.shape[2]
         if layers_of(path) not in self.lists:
             self.lists.append(layers_of(path))
@@ -130,6 +133,11 @@ class TowerTrace:
             self.size += size
         self.paths.append(path)
         self.last_call = call
+        self._find_mesh(path, query, key)
+
+    def _find_mesh(self, path: str, query: Tensor, key: Tensor) -> None:
+        if self._has_dtensors:
+            self.mesh = heads_mesh(self.model.get_submodule(path), query, key)
 
     # --- attention calls ---
 
@@ -143,7 +151,7 @@ class TowerTrace:
             chunk: it takes a further part of the sequence through the module of the last call.
         """
         depth = self._depth
-        self._enter(path, query, call, chunk)
+        self._enter(path, query, key, call, chunk)
         if not self.method.carries:
             return self._read_last(path, query, key, value, masks)
         if not chunk:
@@ -177,6 +185,7 @@ class TowerTrace:
             row_normalize=method.row_normalize,
             residual_weight=method.residual_weight,
             attention_weight=method.attention_weight,
+            mesh=self.mesh,
         )
         carrier = carrier.to(self.dtype)
         if not carrier.requires_grad and self._without_gradients is None:
@@ -201,7 +210,7 @@ class TowerTrace:
     def _leaf(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], output: Tensor) -> Tensor:
         """`output`, where the graph starts: only the gradient at it is used."""
         output = output.detach().requires_grad_()
-        self.last = Attended(query.detach(), key.detach(), value.detach(), masks, output)
+        self.last = Attended(query.detach(), key.detach(), value.detach(), masks, output, self.mesh)
         self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
         return output
 
@@ -210,13 +219,14 @@ class TowerTrace:
         if self.pooled:
             raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
         self.pooled = True
+        self._find_mesh(self.pooling_path or "", query, key)
         output = attention(query, key, value, masks)
         if not self.method.carries:
             return self._leaf(query, key, value, masks, output)
         if self.method.needs_score and output.requires_grad:
             self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
         # The head's queries are learnt and no tokens, so there is no residual term.
-        options = masks, self.method.rule, self.method.row_normalize, 0.0, 1.0
+        options = masks, self.method.rule, self.method.row_normalize, 0.0, 1.0, self.mesh
         around = self._outs[-1].to(query.device, compute_dtype(query))
         output, carrier = Through.apply(output, around, query, key, value, *options)
         self._outs = [carrier]
@@ -224,7 +234,7 @@ class TowerTrace:
 
     def cross(self, path: str, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], call: int) -> Tensor:
         """Cross-attention from this tower's tokens to others: its output, at which the score has a gradient."""
-        self._enter(path, query, call)
+        self._enter(path, query, key, call)
         output = attention(query, key, value, masks)
         if not self.method.needs_score:
             return output.detach()

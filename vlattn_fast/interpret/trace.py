@@ -257,7 +257,7 @@ class Trace(TorchFunctionMode):
             chunk = again and not calls >> (tower.last_call or 0) & 1
             tower.last_run = self._runs[-1]
             output = tower.attend(path, query, key, value, masks, len(self._owners), chunk)
-            self._keep(path, tower, tower, Attended(query, key, value, masks, output), key_calls)
+            self._keep(path, tower, tower, Attended(query, key, value, masks, output, tower.mesh), key_calls)
             return output, tower
         if not self.finds:
             raise ValueError(
@@ -266,7 +266,7 @@ class Trace(TorchFunctionMode):
             )
         source = self._source_of(key_calls, key)
         output = tower.cross(path, query, key, value, masks, len(self._owners))
-        self._keep(path, tower, source, Attended(query, key, value, masks, output), key_calls)
+        self._keep(path, tower, source, Attended(query, key, value, masks, output, tower.mesh), key_calls)
         return output, tower
 
     def _keep(self, path: str, tower: TowerTrace, source: TowerTrace, attended: Attended, key_calls: int) -> None:

@@ -5,6 +5,7 @@ Formula: reference/attention_map.py. Heads reduced while streaming: streaming/at
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +26,28 @@ from vlattn_fast._checks import (
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.ops._dispatch import Call, load, select, table
 from vlattn_fast.ops._registration import define, not_differentiable
+from vlattn_fast.ops._shards import ATTENTION, MASKS, ROWS, Local, Shards, over_shards
 
 BACKENDS = table("attention_map", cpu=lambda call: [])
 RULES = ("attention", "gradient")
 HEAD_REDUCTIONS = ("mean", "max", "min")
 
 
+def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:
+    """On this process's heads; then reduced over all of them."""
+    found = call(**{**x, "row_normalize": x["row_normalize"] if not shards.by_heads else False})
+    if not shards.by_heads:
+        return found
+    mean = x["head_reduction"] == "mean"
+    found = shards.over_heads(found * shards.share if mean else found, "sum" if mean else x["head_reduction"])
+    check_bool(row_normalize=x["row_normalize"])
+    if not x["row_normalize"]:
+        return found
+    total = found.sum(-1, keepdim=True)
+    return found / torch.where(total == 0, 1.0, total)
+
+
+@over_shards(dict.fromkeys(("query", "key", "value", "grad_output"), ATTENTION) | MASKS, [ROWS], _on_shards)
 def attention_map(
     query: Tensor,
     key: Tensor,

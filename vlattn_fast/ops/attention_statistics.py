@@ -5,6 +5,7 @@ Formula: reference/attention_statistics.py. O(N + M) memory: streaming/attention
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,24 @@ from vlattn_fast._checks import (
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.ops._dispatch import Call, load, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.reference.attention_statistics import AttentionStatistics
 
 BACKENDS = table("attention_statistics", cpu=lambda call: [])
 
 
+def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Local) -> AttentionStatistics:
+    groups = x["key_groups"]
+    if x["num_groups"] is None and isinstance(groups, Tensor) and groups.ndim == 2 and "batch" in shards.kinds:
+        raise ValueError("num_groups must be given where key_groups is sharded over the batch; got None")
+    return call(**x)
+
+
+@over_shards(
+    {"query": ATTENTION, "key": ATTENTION, "key_groups": TOKENS, "row_weight": TOKENS, **MASKS},
+    [ATTENTION, PER_ROW, PER_ROW, PER_ROW, PER_ROW],
+    _on_shards,
+)
 def attention_statistics(
     query: Tensor,
     key: Tensor,

@@ -38,8 +38,10 @@ from vlattn_fast._tensors import (
     rows_first,
     scaled_dot_default,
 )
+from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._dispatch import Call, load, select, table
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
+from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -59,8 +61,12 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
 
 BACKENDS = table("relevancy_attention", cuda=_cuda_limits, cpu=lambda call: [])
 RULES = ("gradient", "attention")
+_INPUTS = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
+_WEIGHED = {"carrier": ROWS, "residual_weight": TOKENS, "attention_weight": TOKENS}
+_STEPS = {"relevancy": ROWS, "grad_output": ATTENTION, "lse": PER_ROW}
 
 
+@over_shards(_INPUTS | _WEIGHED, [ATTENTION, ROWS], _relevancy_shards.attention)
 def relevancy_attention(
     query: Tensor,
     key: Tensor,
@@ -161,6 +167,7 @@ def describe_call(query: Any, key: Any, value: Any, carrier: Any, **options: Any
     return call
 
 
+@over_shards(_INPUTS | _STEPS, [ROWS], _relevancy_shards.step)
 def relevancy_step(
     relevancy: Tensor,
     query: Tensor,

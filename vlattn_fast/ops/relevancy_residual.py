@@ -13,11 +13,13 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
 from vlattn_fast._tensors import compute_dtype
+from vlattn_fast.ops._shards import ROWS, over_shards
 
 WEIGHTINGS = ("contribution", "norm", "equal")
 Weighting = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@over_shards(dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), ROWS), [ROWS, ROWS])
 def relevancy_residual(
     residual: Tensor,
     branch: Tensor,

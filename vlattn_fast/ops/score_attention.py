@@ -5,6 +5,7 @@ Formula: reference/score_attention.py. O(N) memory: streaming/score_attention.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vlattn_fast._checks import (
     check_number,
     check_tensor,
     check_value,
+    describe,
     varies,
 )
 from vlattn_fast._tensors import (
@@ -36,6 +38,7 @@ from vlattn_fast._tensors import (
 )
 from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.sdpa import score_attention as sdpa
 
 
@@ -87,6 +90,16 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
 BACKENDS = table("score_attention", _triton_refusals, _cuda_limits, _sdpa_limits, cpu=lambda call: [])
 
 
+def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
+    if not isinstance(scores.resolve(x["score"]), (scores.Dot, scores.Cosine)):
+        raise ValueError(f"score must have no parameters where query is a DTensor; got {describe(x['score'])}")
+    check_number("dropout_p", x["dropout_p"])
+    if x["dropout_p"] != 0:
+        raise ValueError(f"dropout_p must be 0 where query is a DTensor, as each process draws by itself; got {x['dropout_p']}")
+    return call(**x)
+
+
+@over_shards(dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS, [ATTENTION, PER_ROW], _on_shards)
 def score_attention(
     query: Tensor,
     key: Tensor,

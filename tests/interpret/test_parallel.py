@@ -1,0 +1,58 @@
+"""Models that two processes share give each of them the explanation of the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch.distributed.tensor")
+
+from tests.interpret import parallel_cases  # noqa: E402
+from tests.two_ranks import results_of  # noqa: E402
+from vlattn_fast.interpret.ranks import heads_mesh  # noqa: E402
+
+MODULE = parallel_cases.__name__
+
+
+def check(found: list[dict[str, torch.Tensor]], *names: str) -> None:
+    wanted = {key: row for name in names for key, row in parallel_cases.alone(name).items()}
+    for rank in found:
+        assert set(rank) == set(wanted)
+        for key, row in wanted.items():
+            torch.testing.assert_close(rank[key], row, rtol=1e-10, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_tensor_parallel(tmp_path: Path) -> None:
+    check(results_of(MODULE, "tensor_parallel", tmp_path), *parallel_cases.MODELS)
+
+
+def test_the_plan_of_transformers(tmp_path: Path) -> None:
+    check(results_of(MODULE, "planned_by_transformers", tmp_path), "llama")
+
+
+def test_fully_sharded(tmp_path: Path) -> None:
+    check(results_of(MODULE, "fully_sharded", tmp_path), "llava", "llama")
+
+
+def test_heads_that_are_cut_in_two_are_refused(tmp_path: Path) -> None:
+    """Half of the rows of the projection are neither all heads nor this process's."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    dist.init_process_group("fake", rank=0, world_size=2)
+    try:
+        attention = nn.Module()
+        attention.q_proj = nn.Linear(8, 8, bias=False)
+        weight = DTensor.from_local(torch.zeros(4, 8), DeviceMesh("cpu", [0, 1]), [Shard(0)], run_check=False)
+        attention.q_proj.weight = nn.Parameter(weight)
+        assert heads_mesh(attention, torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)) is None  # all heads are here
+        assert heads_mesh(attention, torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)) is not None
+        with pytest.raises(ValueError, match=r"model must divide whole heads among processes.*got 'q_proj.weight'"):
+            heads_mesh(attention, torch.zeros(1, 3, 3, 2), torch.zeros(1, 3, 3, 2))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,187 @@
+"""Operators on DTensors that two processes share: outputs and gradients are those of whole tensors, with the same placements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.two_ranks import results_of
+
+pytest.importorskip("torch.distributed.tensor")
+B, H, N, M, D = 3, 4, 5, 6, 8
+
+
+def ways(name: str) -> tuple[str, ...]:
+    return ("batch", "whole") if name == "relevancy_residual" else ("batch", "heads", "whole")
+
+
+def tensors(*, keys: int = M, heads: int = H) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "query": (B, H, N, D),
+        "key": (B, heads, keys, D),
+        "value": (B, heads, keys, D - 2),
+        "grad_output": (B, H, N, D - 2),
+    }
+    return {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+KEY_MASK = torch.ones(B, M, dtype=torch.bool)
+KEY_MASK[1, 4:] = False
+ATTN_MASK = rows(B, 1, N, M)
+HEAD_MASK = rows(1, H, N, M) > 0.3
+
+
+def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
+    """Of each call the operator, its arguments, and which of them have a gradient."""
+    maps = tensors()
+    attends = {name: x for name, x in maps.items() if name != "grad_output"}
+    square = {name: x for name, x in tensors(keys=N).items() if name != "grad_output"}
+    grouped = {name: x for name, x in tensors(keys=N, heads=2).items() if name != "grad_output"}
+    scored = {"query": maps["query"], "key": maps["key"]}
+    carried = {**square, "carrier": rows(B, 2, N), "residual_weight": rows(B, N), "attention_weight": 0.7}
+    of_carried = ("query", "key", "value", "carrier")
+    groups = torch.tensor([0, 1, 1, 0, 2, -1])
+    return {
+        "score_attention": (va.score_attention, {**attends, "key_mask": KEY_MASK, "return_lse": True}, ("query", "key", "value")),
+        "score_attention, masks": (va.score_attention, {**attends, "attn_mask": HEAD_MASK}, ("query", "key", "value")),
+        "score_attention, grouped": (
+            va.score_attention,
+            {**grouped, "enable_gqa": True, "score": "cosine"},
+            ("query", "key", "value"),
+        ),
+        "relevancy_attention": (va.relevancy_attention, carried, of_carried),
+        "relevancy_attention, normalized": (
+            va.relevancy_attention,
+            {**carried, "row_normalize": True, "is_causal": True},
+            of_carried,
+        ),
+        "relevancy_attention, rollout": (
+            va.relevancy_attention,
+            {**grouped, "carrier": rows(B, 2, N), "rule": "attention", "enable_gqa": True},
+            of_carried,
+        ),
+        "relevancy_step": (va.relevancy_step, {"relevancy": rows(B, 2, N), **maps, "attn_mask": ATTN_MASK}, ()),
+        "relevancy_step, normalized": (va.relevancy_step, {"relevancy": rows(B, 2, N), **maps, "row_normalize": True}, ()),
+        "attention_map": (va.attention_map, {**scored, "key_mask": KEY_MASK}, ()),
+        "attention_map, gradient": (va.attention_map, {**maps, "rule": "gradient", "row_normalize": True}, ()),
+        "attention_map, max": (
+            va.attention_map,
+            {**maps, "rule": "gradient", "head_reduction": "max", "row_normalize": True},
+            (),
+        ),
+        "attention_statistics": (
+            va.attention_statistics,
+            {**scored, "key_groups": groups, "num_groups": 3, "row_weight": rows(B, N)},
+            ("query", "key", "row_weight"),
+        ),
+        "relevancy_residual": (
+            va.relevancy_residual,
+            {name: rows(B, N, N) + i for i, name in enumerate(("residual", "branch", "residual_carrier", "branch_carrier"))},
+            ("residual", "branch", "residual_carrier", "branch_carrier"),
+        ),
+    }
+
+
+def results(operator: Any, arguments: dict[str, Any], differentiable: tuple[str, ...]) -> dict[str, Tensor]:
+    """Outputs, and gradients of a sum with weights of its own for each output."""
+    inputs = {name: x.requires_grad_(name in differentiable) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    outputs = operator(**inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    if differentiable:
+        total = sum((x * (i + 1.5)).square().sum() for i, x in enumerate(outputs) if x.requires_grad)
+        grads = torch.autograd.grad(total, [inputs[name] for name in differentiable])
+        found |= {f"gradient of {name}": x for name, x in zip(differentiable, grads, strict=True)}
+    return found
+
+
+def on_two_ranks() -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    for name, (operator, arguments, differentiable) in calls().items():
+        for way in ways(name):
+            divided = dict(arguments)
+            for each, x in arguments.items():
+                if isinstance(x, Tensor):
+                    # only what leads the call is divided from the start; the operator cuts what is replicated
+                    dim = {"batch": 0, "heads": 1, "whole": None}[way]
+                    main = each in ("query", "key", "residual") and dim is not None
+                    divided[each] = distribute_tensor(x.detach(), mesh, [Shard(dim) if main else Replicate()])
+            for each, x in results(operator, divided, differentiable).items():
+                assert isinstance(x, DTensor) and not any(p.is_partial() for p in x.placements), (name, way, each)
+                if way != "whole" and each == "output 0" and operator in (va.score_attention, va.relevancy_attention):
+                    assert x.placements == (Shard({"batch": 0, "heads": 1}[way]),), (name, way, x.placements)
+                found[f"{name}|{way}|{each}"] = x.full_tensor()
+    return found
+
+
+def refused() -> dict[str, Tensor]:
+    """Wrong calls; each rank checks the messages."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, x = init_device_mesh("cpu", (2,)), tensors(keys=N)
+
+    def on(name: str, *placements: Any) -> Any:
+        return distribute_tensor(x[name], mesh, placements)
+
+    by_heads = {name: on(name, Shard(1)) for name in ("query", "key", "value")}
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (va.score_attention, {**by_heads, "query": on("query", Shard(2))}, "query must be replicated or sharded over batch or h"),
+        (va.score_attention, {**by_heads, "key": on("key", Shard(0))}, "key must be replicated, or sharded as query"),
+        (va.score_attention, {**by_heads, "key": x["key"]}, "key must be a DTensor as query is; got a torch.float64 tensor"),
+        (va.score_attention, {**by_heads, "query": x["query"]}, "key must be a dense torch.Tensor"),
+        (va.score_attention, {**by_heads, "dropout_p": 0.5}, "dropout_p must be 0 where query is a DTensor"),
+        (va.score_attention, {**by_heads, "score": va.scores.Additive(torch.ones(D))}, "score must have no parameters"),
+        (
+            va.congruence_loss,
+            {"text": (by_heads["query"],) * 2, "image": (by_heads["query"],) * 2},
+            "must be a dense torch.Tensor",
+        ),
+        (
+            va.attention_statistics,
+            {
+                "query": on("query", Shard(0)),
+                "key": on("key", Shard(0)),
+                "key_groups": distribute_tensor(torch.zeros(B, N, dtype=torch.long), mesh, [Shard(0)]),
+            },
+            "num_groups must be given",
+        ),
+    ]
+    grouped = {name: tensor[:, :1] for name, tensor in x.items() if name in ("key", "value")}
+    one_head = {name: distribute_tensor(tensor.repeat(1, 1, 1, 1), mesh, [Replicate()]) for name, tensor in grouped.items()}
+    for operator, arguments, words in wrong:
+        with pytest.raises((TypeError, ValueError), match=words):
+            operator(**arguments)
+    with pytest.raises(ValueError, match="key must"):
+        va.attention_map(by_heads["query"], one_head["key"])
+    return {}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    return results_of(__name__, "on_two_ranks", tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name, way", [(name, way) for name in calls() for way in ways(name)])
+def test_a_divided_call_gives_what_the_whole_one_gives(name: str, way: str, ranks: list[dict[str, Tensor]]) -> None:
+    operator, arguments, differentiable = calls()[name]
+    for each, want in results(operator, arguments, differentiable).items():
+        for found in ranks:
+            torch.testing.assert_close(found[f"{name}|{way}|{each}"], want, rtol=1e-10, atol=1e-10)
+
+
+def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
+    results_of(__name__, "refused", tmp_path)

@@ -1,0 +1,92 @@
+"""Relevancy where several processes share the heads: Abar is a mean over all of them.
+
+r Abar is linear in Abar, so each process takes its heads' part of it and the parts are summed. Rows of Abar that are divided by
+their sums need the sums over all heads first: one more all-reduce, of (B, N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._checks import check_bool
+from vlattn_fast.ops._shards import Local, Shards
+from vlattn_fast.ops.attention_map import attention_map
+
+_MASKS = ("attn_mask", "key_mask", "is_causal", "scale", "enable_gqa")
+
+
+def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
+    """relevancy_attention on the heads of this process. The cotangent of its carrier is this process's part of the sum."""
+    check_bool(row_normalize=x["row_normalize"])
+    if not shards.by_heads:
+        return call(**x)
+    if not x["row_normalize"]:
+        weights = {name: _part_of(x[name], shards.share) for name in ("residual_weight", "attention_weight")}
+        return call(**{**x, **weights})
+    _check_backend(x)
+    out, _ = call(**{**x, "row_normalize": False})
+    return _Normalized.apply(out, x["carrier"], x, shards)
+
+
+def step(call: Callable[..., Any], shards: Shards, x: Local) -> Tensor:
+    """relevancy_step, summed over all heads."""
+    check_bool(row_normalize=x["row_normalize"])
+    if not shards.by_heads:
+        return call(**x)
+    found = call(**{**x, "row_normalize": False}) * shards.share
+    if x["row_normalize"]:
+        _check_backend(x)
+        rows = x["relevancy"]
+        found = _normalized(rows, x, x["grad_output"], shards).to(rows.dtype)
+    return shards.over_heads(found)
+
+
+def _part_of(weight: Any, share: float) -> Any:
+    if weight is None:
+        return share
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    return weight * share if is_number or isinstance(weight, Tensor) else weight  # the call refuses anything else
+
+
+def _check_backend(x: Local) -> None:
+    if x["backend"] != "auto":
+        raise ValueError(f"backend must be 'auto' for rows normalized over sharded heads; got {x['backend']!r}")
+
+
+def _normalized(rows: Tensor, x: Local, grad_output: Tensor | None, shards: Shards) -> Tensor:
+    """This process's part of rows (B, T, N) @ Abar, whose rows are divided by their sums over all heads."""
+    by_gradient = x["rule"] == "gradient"
+    tensors = (x["value"], grad_output) if by_gradient else (None, None)
+    masks = {name: x[name] for name in _MASKS}
+    abar = attention_map(x["query"], x["key"], *tensors, rule=x["rule"], **masks) * shards.share
+    total = shards.over_heads(abar.sum(-1))
+    return (rows.to(abar.dtype) / torch.where(total == 0, 1.0, total)[:, None]) @ abar
+
+
+class _Normalized(torch.autograd.Function):
+    """The identity on the output of attention. Its backward pass takes the carrier's cotangent r to this process's part of
+    r * a + (r * b) Abar."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, carrier: Tensor, x: Local, shards: Shards) -> tuple[Tensor, Tensor]:
+        names = [name for name, value in x.items() if isinstance(value, Tensor)]
+        ctx.save_for_backward(*(x[name].detach() for name in names))
+        ctx.names, ctx.shards = names, shards
+        ctx.others = {name: value for name, value in x.items() if name not in names}
+        return out.view_as(out), carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, r: Tensor) -> tuple[Tensor | None, ...]:
+        x = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=True))}
+        a, b = (_weight(x[name]) for name in ("residual_weight", "attention_weight"))
+        found = _normalized(r * b, x, grad, ctx.shards).to(r.dtype)
+        return grad, r * a * ctx.shards.share + found, None, None
+
+
+def _weight(weight: Any) -> Any:
+    """A weight of (B, N) as one of (B, 1, N), or a number."""
+    return 1.0 if weight is None else weight[:, None] if isinstance(weight, Tensor) else weight

@@ -1,0 +1,182 @@
+"""Operators on DTensors that are sharded over the batch or the heads: each process runs the operator on its part.
+
+Nothing is moved between processes but what is averaged over heads: one all-reduce of the result. The placements of the first
+tensor say how a call is divided; the other tensors have the same, or are replicated and cut to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._checks import describe
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Dims = tuple[int, int | None]  # where a tensor has its batch and its heads, counted from the last dimension
+ATTENTION: Dims = (-4, -3)  # (B, H, N, D)
+ROWS: Dims = (-3, None)  # (B, T, N)
+TOKENS: Dims = (-2, None)  # (B, N), and (N) that has no batch
+PER_ROW: Dims = (-3, -2)  # (B, H, N)
+MASKS: dict[str, Dims] = {"attn_mask": ATTENTION, "key_mask": TOKENS}
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether `x` is a DTensor. Where nobody imported them there are none."""
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(x, distributed.DTensor)
+
+
+class Shards:
+    """How a call is divided on the mesh of its first tensor.
+
+    Args:
+        name, first: that tensor, with `dims`.
+    """
+
+    def __init__(self, name: str, first: Any, dims: Dims) -> None:
+        self.name, self.first, self.dims, self.mesh = name, first, dims, first.device_mesh
+        self.kinds = [self._kind(placement) for placement in first.placements]
+
+    def _kind(self, placement: Any) -> str:
+        if placement.is_replicate():
+            return "whole"
+        if placement.is_shard():
+            for kind, dim in zip(("batch", "heads"), self.dims, strict=True):
+                if dim is not None and placement.dim % self.first.ndim == self.first.ndim + dim:
+                    return kind
+        where = "batch" if self.dims[1] is None else "batch or heads"
+        raise ValueError(f"{self.name} must be replicated or sharded over {where}; got {_shown(self.first)}")
+
+    @property
+    def by_heads(self) -> bool:
+        return "heads" in self.kinds
+
+    @property
+    def share(self) -> float:
+        """This process's part of the heads."""
+        dim = self.dims[1]
+        return 1.0 if dim is None else self.first.to_local().shape[dim] / self.first.shape[dim]
+
+    def local(self, name: str, x: Any, dims: Dims) -> Tensor:
+        """This process's part of `x`.
+
+        Raises:
+            TypeError: `x` is no DTensor.
+            ValueError: it lies on another mesh, or otherwise than the first tensor.
+        """
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
+        if not is_dtensor(x):
+            raise TypeError(f"{name} must be a DTensor as {self.name} is; got {describe(x)}")
+        if x.device_mesh != self.mesh:
+            raise ValueError(f"{name} must be on {self.name}'s mesh {self.mesh}; got {x.device_mesh}")
+        placements: list[Any] = []
+        of_gradient: list[Any] = []
+        for kind, placement, size in zip(self.kinds, x.placements, self.mesh.shape, strict=True):
+            dim = {"batch": dims[0], "heads": dims[1], "whole": None}[kind]
+            cut = dim is not None and x.ndim >= -dim and x.shape[dim] != 1
+            wanted: Any = Shard(x.ndim + dim) if cut and dim is not None else Replicate()
+            normal = Shard(placement.dim % x.ndim) if placement.is_shard() else placement
+            if normal not in (wanted, Replicate()):
+                raise ValueError(f"{name} must be replicated, or sharded as {self.name}, {_shown(self.first)}; got {_shown(x)}")
+            if cut and kind == "heads" and x.shape[dim] != self.first.shape[self.dims[1]] and x.shape[dim] % size:
+                raise ValueError(f"{name} must have a number of heads that {size} processes can share; got {tuple(x.shape)}")
+            placements.append(wanted)
+            of_gradient.append(wanted if cut or kind == "whole" else Partial())
+        if list(x.placements) == placements:
+            return x.to_local(grad_placements=of_gradient)
+        return Defined.apply(x.redistribute(placements=placements).to_local(grad_placements=of_gradient))
+
+    def over_heads(self, x: Tensor, operation: str = "sum") -> Tensor:
+        """The sum, largest or least of `x` over the processes that share the heads, in place."""
+        import torch.distributed as dist
+
+        operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        for dim, kind in enumerate(self.kinds):
+            if kind == "heads":
+                dist.all_reduce(x, operations[operation], group=self.mesh.get_group(dim))
+        return x
+
+    def whole(self, x: Tensor, dims: Dims) -> Tensor:
+        """The DTensor whose part in this process is `x`; it is replicated among those that share heads where it has none."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        shape = list(x.shape)
+        placements: list[Any] = []
+        for kind in self.kinds:
+            dim, of_first = {"batch": (dims[0], self.dims[0]), "heads": (dims[1], self.dims[1])}.get(kind, (None, None))
+            if dim is None or of_first is None:
+                placements.append(Replicate())
+            else:
+                placements.append(Shard(x.ndim + dim))
+                shape[dim] = self.first.shape[of_first]
+        order = sorted(range(x.ndim), key=lambda i: (-x.stride()[i], i))
+        stride, step = [0] * x.ndim, 1
+        for i in reversed(order):
+            stride[i], step = step, step * max(shape[i], 1)
+        return DTensor.from_local(x, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+
+
+class Defined(torch.autograd.Function):
+    """The identity; torch makes zeros of a gradient that is not defined, which its redistribution needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _shown(x: Any) -> str:
+    return f"placements {tuple(x.placements)} of shape {tuple(x.shape)}"
+
+
+Local = dict[str, Any]  # arguments of a call, with the tensors of this process
+Run = Callable[[Callable[..., Any], Shards, Local], Any]
+
+
+def over_shards(
+    inputs: dict[str, Dims], outputs: Sequence[Dims], run: Run | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets a public call take DTensors, too.
+
+    Args:
+        inputs: of each tensor argument its batch and heads; the others follow the first.
+        outputs: of each output likewise.
+        run: calls the operator on the parts of this process, where more is to do than that.
+    """
+
+    def decorate(call: Callable[P, R]) -> Callable[P, R]:
+        signature, name = inspect.signature(call), next(iter(inputs))
+        place = list(signature.parameters).index(name)
+
+        @functools.wraps(call)
+        def public(*args: P.args, **kwargs: P.kwargs) -> R:
+            first = args[place] if len(args) > place else kwargs.get(name)
+            if type(first) is Tensor or not is_dtensor(first):
+                return call(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments: Local = dict(bound.arguments)
+            shards = Shards(name, first, inputs[name])
+            for each, dims in inputs.items():
+                if isinstance(arguments.get(each), Tensor):
+                    arguments[each] = shards.local(each, arguments[each], dims)
+            found: Any = call(**arguments) if run is None else run(call, shards, arguments)  # type: ignore[call-arg]
+            if isinstance(found, Tensor):
+                return shards.whole(found, outputs[0])  # type: ignore[return-value]
+            parts = [shards.whole(x, dims) for x, dims in zip(found, outputs, strict=True)]
+            return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)  # type: ignore[return-value]
+
+        return public
+
+    return decorate
