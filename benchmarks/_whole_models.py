@@ -184,6 +184,8 @@ def _qwen(sizes: Sizes) -> nn.Module:
         vocab_size=sizes["vocabulary"],
         rope_parameters=rope,
         pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     width = max(16, c * 5 // 128 * 16)
     depth = sizes["vision_layers"]
