@@ -90,7 +90,8 @@ class Shards:
                 raise ValueError(f"{name} must have a number of heads that {size} processes can share; got {tuple(x.shape)}")
             placements.append(wanted)
             of_gradient.append(wanted if cut or kind == "whole" else Partial())
-        if list(x.placements) == placements:
+        summed = any(placement.is_partial() for placement in of_gradient)
+        if list(x.placements) == placements and not summed:  # else the gradient of what redistributes is the sum
             return x.to_local(grad_placements=of_gradient)
         return Defined.apply(x.redistribute(placements=placements).to_local(grad_placements=of_gradient))
 
