@@ -1,4 +1,4 @@
-"""Add CACR to a training loop: `va.nn.CongruenceLoss` beside the loss of the task.
+"""Add CACR to a training loop: `va.nn.CongruenceLoss` of what `va.nn.capture_attention` hands out, beside the loss of the task.
 
 CACR asks that words attend to each other as the regions do that they look at. The model is a single stream over three words and
 four regions. Each region shows one object in one colour; the words name three of the objects. The question: which colour has the
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import vlattn_fast as va
 
 OBJECTS, COLOURS, WORDS, REGIONS, WIDTH, HEADS, STEPS = 8, 4, 3, 4, 32, 4, 150
-congruence = va.nn.CongruenceLoss("cacr")
 
 
 class Model(nn.Module):
@@ -22,14 +21,12 @@ class Model(nn.Module):
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, COLOURS))
 
-    def forward(self, words: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, 4) and the congruence loss of the attention layer."""
+    def forward(self, words: Tensor, regions: Tensor) -> Tensor:
+        """Logits (B, 4)."""
         x = torch.cat([self.word(words) + self.position, self.region(regions)], dim=1)  # (B, L + V, C)
         query, key, value = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L + V, D) each
         x = x + self.out(va.score_attention(query, key, value).transpose(1, 2).flatten(2))
-        text = query[:, :, :WORDS], key[:, :, :WORDS]
-        image = query[:, :, WORDS:], key[:, :, WORDS:]
-        return self.head(x[:, 0]), congruence(text, image)
+        return self.head(x[:, 0])
 
 
 def batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,22 +38,30 @@ def batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
     return objects.gather(1, order), features + 0.1 * torch.randn(features.shape), colours.gather(1, order)[:, 0]
 
 
+def run(model: Model, words: Tensor, regions: Tensor, congruence: va.nn.CongruenceLoss) -> tuple[Tensor, Tensor]:
+    """Logits, and the congruence loss of the attention layer: the first WORDS tokens are words."""
+    with va.nn.capture_attention(model, modality={"words": "text", "regions": "image"}) as captured:
+        logits = model(words, regions)
+    return logits, congruence(captured, text_mask=torch.ones_like(words, dtype=torch.bool))
+
+
 def train(use_cacr: bool) -> tuple[float, float]:
     torch.manual_seed(0)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(STEPS):
+    congruence = va.nn.CongruenceLoss("cacr", schedule="linear", num_steps=STEPS)  # the weight grows with time
+    for _ in range(STEPS):
         words, regions, colour = batch(64)
-        logits, cacr = model(words, regions)
+        logits, cacr = run(model, words, regions, congruence)
         loss = nn.functional.cross_entropy(logits, colour)
         if use_cacr:
-            loss = loss + va.nn.training_signal_annealing(step, STEPS, "linear") * cacr  # the weight grows with time
+            loss = loss + cacr
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     words, regions, colour = batch(1000)
     with torch.no_grad():
-        logits, cacr = model(words, regions)
+        logits, cacr = run(model, words, regions, va.nn.CongruenceLoss("cacr"))
     return (logits.argmax(1) == colour).double().mean().item(), cacr.item()
 
 

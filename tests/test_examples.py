@@ -14,7 +14,7 @@ import vlattn_fast as va
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
     "explain_clip", "relevancy_in_your_transformer", "relevancy_behind_sdpa", "swap_score_function", "train_with_cacr",
-    "decoder_statistics", "prompt_maps",
+    "decoder_statistics", "prompt_maps", "replace_attention", "match_images_and_captions",
 }  # fmt: skip
 
 
@@ -78,6 +78,20 @@ def test_train_with_cacr(run):
     assert plain_accuracy > 0.95 and accuracy > 0.95
     assert cacr < plain / 5
     assert f"{cacr:.1e} nats" in printed
+
+
+def test_replace_attention(run):
+    pytest.importorskip("transformers")
+    got, printed = run("replace_attention")
+    assert got["own"] > 0.6 and got["trained"] > 0.7 and tuple(got["explanation"].image.shape) == (1, 4, 4)
+    assert list(got["replaced"].scores) == ["vit.layers.1.attention"] and f"{got['trained']:.1%} after" in printed
+    assert not any("attention_score" in name for name in got["model"].state_dict())
+
+
+def test_match_images_and_captions(run):
+    got, printed = run("match_images_and_captions")
+    assert min(got["results"].values()) > 0.5, got["results"]
+    assert f"{got['results']['SCAN']:.0%} of 50" in printed
 
 
 def test_decoder_statistics(run):

@@ -1,0 +1,52 @@
+"""Put another score function into a model that is trained already: `va.nn.replace_attention`.
+
+A small ViT of transformers learns handwritten digits. Then its last layer gets a Hadamard score, whose parameters are new, and
+learns on for a while; in the end the model gets its own attention back.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+import vlattn_fast as va
+
+STEPS = 120
+torch.manual_seed(0)
+config = ViTConfig(
+    hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=8, patch_size=2, num_channels=1
+)
+config.num_labels = 10
+model = ViTForImageClassification(config)
+scans, digits, _ = va.lab.digit_scans("train")
+new_scans, new_digits, _ = va.lab.digit_scans("test")
+
+
+def train(steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(steps):
+        rows = torch.randint(len(scans), (64,))
+        loss = nn.functional.cross_entropy(model.train()(pixel_values=scans[rows, None]).logits, digits[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def logits() -> Tensor:
+    return model.eval()(pixel_values=new_scans[:, None]).logits
+
+
+def accuracy() -> float:
+    return (logits().argmax(1) == new_digits).double().mean().item()
+
+
+train(STEPS)
+own = accuracy()
+with va.nn.replace_attention(model, score="hadamard", layers=-1, per_head=True) as replaced:
+    untrained = accuracy()
+    train(STEPS // 2)
+    trained = accuracy()
+    explanation = va.explain(model, {"pixel_values": new_scans[:1, None]})  # a replaced model is explained as any other
+print(f"replaced: {', '.join(replaced.scores)}")
+print(f"accuracy on new scans: {own:.1%} with its own score, {untrained:.1%} with a new one, {trained:.1%} after training it")
+print(f"relevancy of the patches {tuple(explanation.image.shape)}; back to its own attention: {accuracy():.1%}")
