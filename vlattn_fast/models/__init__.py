@@ -1,5 +1,6 @@
 """Vision-language models in plain PyTorch whose attention the package can explain and change."""
 
+from vlattn_fast.models.clip_mapper import CLIPMapper, CLIPMapperOutput
 from vlattn_fast.models.uniter import UNITER, UNITERConfig, UNITEROutput
 
-__all__ = ["UNITER", "UNITERConfig", "UNITEROutput"]
+__all__ = ["CLIPMapper", "CLIPMapperOutput", "UNITER", "UNITERConfig", "UNITEROutput"]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
+
 LAYER_NORM_EPS = 1e-12  # of the published models
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -75,25 +75,6 @@ class UNITEROutput:
 
     logits: Tensor
     last_hidden_state: Tensor
-
-
-def sdpa_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-) -> tuple[Tensor, None]:
-    """torch's SDPA under the Hugging Face attention interface.
-
-    query, key, value (B, H, N, D); attention_mask None or bool (B, 1, 1, N), True = may be attended; returns
-    (out (B, N, H, D), None): no weights are returned.
-    """
-    out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, bool(module.is_causal), scale=scaling)
-    return out.transpose(1, 2), None
 
 
 class UNITERSelfAttention(nn.Module):

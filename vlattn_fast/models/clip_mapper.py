@@ -1,0 +1,374 @@
+"""CLIPMapper: a mapper over the two encoders of a CLIP-like model, for answers and captions (Huang et al., "Generic
+Attention-model Explainability by Weighted Relevance Accumulation", 2023). The authors published no code: the order of the
+parts within a layer is ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlattn_fast._checks import readable
+from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
+
+
+@dataclass(frozen=True)
+class CLIPMapperOutput:
+    """logits (B, num_answers), or (B, T, vocab_size) of the token after each; last_hidden_state (B, T, C): the mapper's text
+    states."""
+
+    logits: Tensor
+    last_hidden_state: Tensor
+
+
+class CLIPMapperAttention(nn.Module):
+    """Multi-head attention from text states to `context`; its core, `attention_function`, can be replaced on the instance."""
+
+    def __init__(self, hidden_size: int, num_heads: int, *, is_causal: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = is_causal
+        self.dropout = dropout
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+        self.attention_function: AttentionFunction = sdpa_attention
+
+    def forward(self, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """hidden_states (B, T, C), context (B, M, C), attention_mask None or bool (B, 1, T or 1, M) -> (B, T, C)."""
+        query, key, value = (
+            linear(states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for linear, states in ((self.query, hidden_states), (self.key, context), (self.value, context))
+        )
+        out, _ = self.attention_function(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=self.dropout if self.training else 0.0
+        )
+        return self.output(out.flatten(2))
+
+
+class CLIPMapperMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.intermediate = nn.Linear(hidden_size, intermediate_size)
+        self.output = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.output(F.gelu(self.intermediate(hidden_states)))
+
+
+class CLIPMapperResidual(nn.Module):
+    """stream + dropout(branch), as a module, so that a hook sees both terms and the sum."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, stream: Tensor, branch: Tensor) -> Tensor:
+        return stream + self.dropout(branch)
+
+
+class CLIPMapperLayer(nn.Module):
+    """Pre-norm: self-attention over the text, cross-attention to the image, MLP, each ended by its residual sum."""
+
+    def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, *, is_causal: bool, dropout: float) -> None:
+        super().__init__()
+        self.self_attention_norm = nn.LayerNorm(hidden_size)
+        self.self_attention = CLIPMapperAttention(hidden_size, num_heads, is_causal=is_causal, dropout=dropout)
+        self.self_attention_residual = CLIPMapperResidual(dropout)
+        self.cross_attention_norm = nn.LayerNorm(hidden_size)
+        self.cross_attention = CLIPMapperAttention(hidden_size, num_heads, dropout=dropout)
+        self.cross_attention_residual = CLIPMapperResidual(dropout)
+        self.mlp_norm = nn.LayerNorm(hidden_size)
+        self.mlp = CLIPMapperMLP(hidden_size, intermediate_size)
+        self.mlp_residual = CLIPMapperResidual(dropout)
+
+    def forward(self, hidden_states: Tensor, image_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        normed = self.self_attention_norm(hidden_states)
+        hidden_states = self.self_attention_residual(hidden_states, self.self_attention(normed, normed, attention_mask))
+        normed = self.cross_attention_norm(hidden_states)
+        hidden_states = self.cross_attention_residual(hidden_states, self.cross_attention(normed, image_states))
+        return self.mlp_residual(hidden_states, self.mlp(self.mlp_norm(hidden_states)))
+
+
+class CLIPMapper(nn.Module):
+    """Answers or texts from an image and a text, by layers over the states of CLIP's two encoders (Huang et al. 2023).
+
+    Every text state is a token of the mapper; each layer attends to the text, then to the image tokens.
+    With `num_answers` the answer's logits are read at the end-of-text token. With `vocab_size` the mapper's self-attention is
+    causal and every token gives the logits of the next one; the text encoder must be causal, too, as CLIP's is.
+
+    Args:
+        vision, text: the encoders, such as CLIPVisionModel and CLIPTextModel of transformers or `vision_model` and `text_model`
+            of a CLIPModel: called with pixel_values, or with input_ids and attention_mask, they return `last_hidden_state`;
+            `config.hidden_size` is its size.
+        hidden_size, num_layers, num_heads: of the mapper.
+        num_answers, vocab_size: exactly one of them.
+        intermediate_size: of the mapper's MLPs; None = 4 * hidden_size.
+        dropout: of the mapper's attention and residual branches.
+        freeze_encoders: the encoders' parameters ask for no gradient, and train() leaves the encoders in eval mode, so that
+            `encode_image` and `encode_text` give states that can be kept for the whole training.
+        eos_token_id: the end-of-text token; None = `text.config.eos_token_id`. As in transformers' CLIP a row is read at its
+            first one, and 2 stands for the highest id of a row. Where the config has none either, the last real token is read.
+    """
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        text: nn.Module,
+        *,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        num_answers: int | None = None,
+        vocab_size: int | None = None,
+        intermediate_size: int | None = None,
+        dropout: float = 0.0,
+        freeze_encoders: bool = True,
+        eos_token_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {name: _hidden_size(name, encoder) for name, encoder in (("vision", vision), ("text", text))}
+        _check_sizes(hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size must be a multiple of num_heads ({num_heads}); got {hidden_size}")
+        if (num_answers is None) == (vocab_size is None):
+            raise ValueError(f"num_answers or vocab_size must be given, and not both; got {num_answers} and {vocab_size}")
+        optional = {"num_answers": num_answers, "vocab_size": vocab_size, "intermediate_size": intermediate_size}
+        _check_sizes(**{name: size for name, size in optional.items() if size is not None})
+        known = getattr(text.config, "vocab_size", None)
+        if vocab_size is not None and known is not None and vocab_size > known:
+            raise ValueError(f"vocab_size must be at most that of text, {known}, which reads what is generated; got {vocab_size}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be a probability in [0, 1); got {dropout}")
+        self.vision, self.text = vision, text
+        self.num_answers, self.vocab_size = num_answers, vocab_size
+        self.freeze_encoders = freeze_encoders
+        self.eos_token_id = getattr(text.config, "eos_token_id", None) if eos_token_id is None else eos_token_id
+        self.vision_norm = nn.LayerNorm(sizes["vision"])
+        self.vision_projection = nn.Linear(sizes["vision"], hidden_size)
+        self.text_projection = nn.Linear(sizes["text"], hidden_size)
+        inner = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.layers = nn.ModuleList(
+            CLIPMapperLayer(hidden_size, num_heads, inner, is_causal=vocab_size is not None, dropout=dropout)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size)
+        self.head = nn.Linear(hidden_size, num_answers or vocab_size or 0)
+        for part in (self.vision_projection, self.text_projection, self.layers, self.head):
+            part.apply(_initialize)
+        if freeze_encoders:
+            for encoder in (vision, text):
+                encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> CLIPMapper:
+        super().train(mode)
+        if self.freeze_encoders:
+            self.vision.eval()
+            self.text.eval()
+        return self
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """The vision encoder's states (B, N, Cv), as `forward` and `generate` take them for image_states."""
+        states: Tensor = self.vision(pixel_values=pixel_values).last_hidden_state
+        return states
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The text encoder's states (B, T, Ct), as `forward` takes them for text_states."""
+        mask = None if attention_mask is None else attention_mask.long()  # what transformers' tokenizers give
+        states: Tensor = self.text(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        return states
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        image_states: Tensor | None = None,
+        text_states: Tensor | None = None,
+    ) -> CLIPMapperOutput:
+        """Answers a text about an image, or continues the text.
+
+        Args:
+            pixel_values: as the vision encoder takes them, float (B, channels, height, width).
+            input_ids: int64 (B, T).
+            attention_mask: (B, T), bool or 0/1, True = a real token. None = with num_answers all up to the end-of-text token,
+                with vocab_size all.
+            image_states, text_states: what `encode_image` and `encode_text` gave, in place of running an encoder again;
+                image_states take the place of pixel_values, text_states go beside input_ids.
+        """
+        ids = self._check(pixel_values, input_ids, attention_mask, image_states, text_states)
+        end = self._end_of_text(ids, attention_mask) if self.num_answers is not None else None
+        real = None if attention_mask is None else attention_mask.bool()
+        if end is not None and real is None:
+            real = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
+        if image_states is None:
+            assert pixel_values is not None
+            image_states = self.encode_image(pixel_values)
+        if text_states is None:
+            text_states = self.encode_text(ids, attention_mask)
+        image_states = self.vision_projection(self.vision_norm(image_states))
+        hidden_states = self.text_projection(text_states)
+        mask = self._mask(real)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, image_states, mask)
+        hidden_states = self.norm(hidden_states)
+        read = hidden_states if end is None else hidden_states[torch.arange(len(end), device=end.device), end]
+        return CLIPMapperOutput(self.head(read), hidden_states)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        image_states: Tensor | None = None,
+        max_new_tokens: int = 16,
+        stop_token: int | None = None,
+    ) -> Tensor:
+        """The tokens int64 (B, up to max_new_tokens) that follow prompts (B, T), each the likeliest one.
+
+        Args:
+            pixel_values, input_ids, attention_mask, image_states: as in `forward`; shorter prompts are padded on the right.
+            max_new_tokens: at most so many.
+            stop_token: where a row has given it, the row is finished and filled up with it; None = the eos_token_id.
+        """
+        if self.vocab_size is None:
+            raise ValueError("generate must be called on a model with vocab_size; got one with num_answers")
+        ids = self._check(pixel_values, input_ids, attention_mask, image_states, None)
+        _check_sizes(max_new_tokens=max_new_tokens)
+        self._check_length("input_ids and max_new_tokens", ids.shape[1] + max_new_tokens - 1)
+        stop = self.eos_token_id if stop_token is None else stop_token
+        if not isinstance(stop, int) or not 0 <= stop < self.vocab_size:
+            raise ValueError(f"stop_token must be an int from 0 to {self.vocab_size - 1}; got {stop!r}")
+        real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if bool((real[:, 1:] & ~real[:, :-1]).any() | ~real[:, 0].all()):
+            raise ValueError("attention_mask must have real tokens first and padding on the right; got another order")
+        if image_states is None:
+            assert pixel_values is not None
+            image_states = self.encode_image(pixel_values)
+        lengths, rows, prompt = real.sum(1), torch.arange(len(ids), device=ids.device), ids.shape[1]
+        ids = F.pad(ids, (0, max_new_tokens))
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        given: list[Tensor] = []
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for count in range(max_new_tokens):
+            seen = prompt + count
+            mask = positions[:seen] < lengths[:, None]
+            logits = self(input_ids=ids[:, :seen], attention_mask=mask, image_states=image_states).logits
+            token = logits[rows, lengths - 1].argmax(-1).masked_fill(done, stop)
+            given.append(token)
+            done = done | (token == stop)
+            if bool(done.all()):
+                break
+            ids[rows, lengths] = token.to(ids.dtype)
+            lengths = lengths + 1
+        return torch.stack(given, dim=1)
+
+    def _mask(self, real: Tensor | None) -> Tensor | None:
+        """Of the self-attention, from bool (B, T); without padding, causal attention needs none."""
+        if real is None:
+            return None
+        mask = real[:, None, None, :]
+        if self.vocab_size is None:
+            return mask
+        length = real.shape[1]
+        earlier = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
+        # padding attends itself: a row that may attend nothing would be NaN
+        return (mask & earlier) | torch.eye(length, dtype=torch.bool, device=real.device)
+
+    def _end_of_text(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """int64 (B): where each row is read."""
+        eos = self.eos_token_id
+        if eos is None:
+            if attention_mask is None:
+                return torch.full_like(ids[:, 0], ids.shape[1] - 1, dtype=torch.int64)
+            return (attention_mask.long() * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1)
+        if eos == 2:  # configs from before transformers 4.31 say 2, whatever the tokenizer's id is
+            return ids.argmax(1)
+        found = torch.isin(ids, torch.as_tensor(eos, dtype=ids.dtype, device=ids.device))
+        if ids.device.type == "cpu" and readable(ids) and not bool(found.any(1).all()):
+            raise ValueError(f"input_ids must have the end-of-text token {eos} in every row; got rows without")
+        return found.int().argmax(1)
+
+    def _check(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        image_states: Tensor | None,
+        text_states: Tensor | None,
+    ) -> Tensor:
+        if (pixel_values is None) == (image_states is None):
+            raise ValueError(
+                f"pixel_values or image_states must be given, and not both; got {'neither' if pixel_values is None else 'both'}"
+            )
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"input_ids must be a tensor; got {type(input_ids).__name__}")
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.shape[1]:
+            raise ValueError(f"input_ids must be int64 (B, T), T at least 1; got {input_ids.dtype} {tuple(input_ids.shape)}")
+        batch, length = input_ids.shape
+        self._check_length("input_ids", length)
+        states: dict[str, tuple[Any, tuple[int | None, ...]]] = {
+            "pixel_values": (pixel_values, (batch, None, None, None)),
+            "image_states": (image_states, (batch, None, self.vision_projection.in_features)),
+            "text_states": (text_states, (batch, length, self.text_projection.in_features)),
+        }
+        for name, (value, wanted) in states.items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+            fits = value.ndim == len(wanted) and all(size in (None, is_) for size, is_ in zip(wanted, value.shape, strict=True))
+            if not fits or not value.is_floating_point():
+                shape = ", ".join("*" if size is None else str(size) for size in wanted)
+                raise ValueError(f"{name} must be floating point ({shape}); got {value.dtype} {tuple(value.shape)}")
+        if attention_mask is not None:
+            if not isinstance(attention_mask, Tensor):
+                raise TypeError(f"attention_mask must be a tensor or None; got {type(attention_mask).__name__}")
+            if attention_mask.shape != input_ids.shape or attention_mask.is_floating_point():
+                raise ValueError(
+                    f"attention_mask must be bool {(batch, length)}; got {attention_mask.dtype} {tuple(attention_mask.shape)}"
+                )
+        # The range of the ids is checked on the CPU only: on a GPU it would cost a synchronisation.
+        known = getattr(self.text.config, "vocab_size", None)
+        if known is not None and input_ids.device.type == "cpu" and readable(input_ids) and input_ids.numel():
+            low, high = input_ids.min().item(), input_ids.max().item()
+            if low < 0 or high >= known:
+                raise ValueError(f"input_ids must be from 0 to {known - 1}; got {low} to {high}")
+        return input_ids
+
+    def _check_length(self, name: str, length: int) -> None:
+        most = getattr(self.text.config, "max_position_embeddings", None)
+        if most is not None and length > most:
+            raise ValueError(f"{name} must have at most {most} tokens, the positions of text; got {length}")
+
+
+def _hidden_size(name: str, encoder: Any) -> int:
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"{name} must be a module; got {type(encoder).__name__}")
+    size = getattr(getattr(encoder, "config", None), "hidden_size", None)
+    if not isinstance(size, int):
+        raise ValueError(f"{name} must have config.hidden_size; got {type(encoder).__name__} without")
+    return size
+
+
+def _check_sizes(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int; got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}")
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.5)
+        nn.init.zeros_(module.bias)
