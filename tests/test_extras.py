@@ -18,6 +18,7 @@ EXPLANATION = va.Explanation({"vision": torch.rand(1, 5)}, torch.rand(1, 2, 2), 
 CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "scans": ("sklearn", "lab", lambda path: va.lab.digit_scans.__wrapped__("train")),
     "weights": ("safetensors", "lab", lambda path: va.lab.load_uniter()),
+    "encoders": ("transformers", "explain", lambda path: va.lab.load_clip()),
     "save": ("safetensors", "explain", lambda path: EXPLANATION.save(path)),
     "load": ("safetensors", "explain", lambda path: va.Explanation.load(path)),
     "plot": ("matplotlib", "viz", lambda path: EXPLANATION.plot()),

@@ -1,59 +1,149 @@
-"""The training script at a few steps: it runs, learns, repeats itself and leaves weights that load."""
+"""The trainings at a few steps: they run, learn, repeat themselves and leave weights that load."""
 
 import json
 
 import pytest
 import torch
 
-from vlattn_fast.lab import digit_scenes, load_uniter
-from vlattn_fast.lab import train as training
+from vlattn_fast.lab import digit_scenes, load_captioner, load_clip, load_uniter, load_vqa
 from vlattn_fast.lab.processor import VOCABULARY
+from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, ask
+from vlattn_fast.lab.scenes import sample_scenes
+from vlattn_fast.lab.train import clip, mapper, run, uniter
+from vlattn_fast.models import CLIPMapper
+
+LOADERS = {"uniter": load_uniter, "clip": load_clip, "vqa": load_vqa, "captions": load_captioner}
 
 
-def test_five_steps_write_weights_and_a_report_that_belong_together(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "EVALUATED", 50)
-    training.main(["--steps", "5", "--seed", "7", "--threads", "1", "--output", str(tmp_path)])
-    report = json.loads((tmp_path / training.WEIGHTS).with_suffix(".json").read_text())
-    assert (report["steps"], report["seed"], report["threads"]) == (5, 7, 1) and report["torch"] == torch.__version__
-    assert "--steps 5 --seed 7 --threads 1" in report["command"] and "step 5: matching" in capsys.readouterr().out
-    model, _ = load_uniter(tmp_path)
-    assert report["test"] == {"count": 50, "seed": 0, **training.evaluate(model, count=50)}
-    again = training.train(5, seed=7, log_every=0)
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name]), name
+@pytest.fixture(scope="module")
+def untrained_clip(tmp_path_factory):
+    """A directory with CLIP weights of one step, on which the others are trained."""
+    directory = tmp_path_factory.mktemp("clip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run.EVALUATED, "clip", 100)
+        run.main(["clip", "--steps", "1", "--threads", "1", "--output", str(directory)])
+    return directory
 
 
-def test_every_loss_falls_and_reaches_every_parameter():
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    model, heads = training.UNITER(training.CONFIG), training.TrainingHeads(training.CONFIG.hidden_size)
-    scenes = training.sample_scenes(training.KINDS, "train", None, generator)
-    parameters = dict(model.named_parameters(prefix="model")) | dict(heads.named_parameters(prefix="heads"))
+@pytest.mark.parametrize("name", LOADERS)
+def test_two_steps_write_weights_and_a_report_that_belong_together(name, untrained_clip, tmp_path, monkeypatch, capsys):
+    count = 100 if name == "clip" else 8
+    monkeypatch.setitem(run.EVALUATED, name, count)
+    monkeypatch.setattr(mapper, "LEARNED", 50)
+    more = {"clip": untrained_clip} if name in ("vqa", "captions") else {}
+    options = ["--clip", str(untrained_clip)] if more else []
+    run.main([name, "--steps", "2", "--seed", "7", "--threads", "1", "--output", str(tmp_path), *options])
+    training = run.TRAININGS[name]
+    report = json.loads((tmp_path / training.weights).with_suffix(".json").read_text())
+    assert (report["steps"], report["seed"], report["threads"]) == (2, 7, 1) and report["torch"] == torch.__version__
+    assert report["command"] == f"python -m vlattn_fast.lab.train {name} --steps 2 --seed 7 --threads 1"
+    assert "step 2: " in capsys.readouterr().out
+    model, _ = LOADERS[name](tmp_path)
+    assert not model.training
+    assert report["test"] == {"count": count, "seed": 0, **training.evaluate(model, count=count)}
+    again = training.train(2, seed=7, log_every=0, **more)
+    stored = {key: tensor.half().float() if training.half else tensor for key, tensor in again.state_dict().items()}
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(stored[key], tensor), key
+
+
+def learn(parameters, losses, steps=12):
+    """(the losses at each step on the same input, the parameters that none of them reaches)"""
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
     history = []
-    for _ in range(12):
-        parts = training.losses(model, heads, scenes, torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        parts = losses()
         history.append({name: loss.item() for name, loss in parts.items()})
         optimizer.zero_grad()
         sum(parts.values()).backward()
         optimizer.step()
+    return history, {name for name, parameter in parameters.items() if parameter.grad is None}
+
+
+def named(model, heads):
+    return dict(model.named_parameters(prefix="model")) | dict(heads.named_parameters(prefix="heads"))
+
+
+def test_every_loss_of_uniter_falls_and_reaches_every_parameter():
+    torch.manual_seed(0)
+    model, heads = uniter.UNITER(uniter.CONFIG), uniter.TrainingHeads(uniter.CONFIG.hidden_size)
+    scenes = sample_scenes(uniter.KINDS, "train", None, torch.Generator().manual_seed(0))
+    history, still = learn(named(model, heads), lambda: uniter.losses(model, heads, scenes, torch.Generator().manual_seed(1)))
     assert all(history[-1][name] < history[0][name] for name in ("matching", "word", "box")), history
-    still = [name for name, parameter in parameters.items() if parameter.grad is None]
-    assert still == ["model.uniter.img_embeddings.mask_embedding.weight"], "only masked-region modelling would train it"
+    assert still == {"model.uniter.img_embeddings.mask_embedding.weight"}, "only masked-region modelling would train it"
+
+
+def test_every_loss_of_clip_falls_and_reaches_every_parameter():
+    torch.manual_seed(0)
+    model, heads = clip.build_clip(clip.CONFIG), clip.TrainingHeads(64)
+    clip.place(model)
+    scenes = digit_scenes(16, split="train")
+    history, still = learn(named(model, heads), lambda: clip.losses(model, heads, scenes, torch.Generator().manual_seed(1)))
+    assert all(history[-1][name] < history[0][name] for name in ("contrast", "digit", "centre")), history
+    assert not still
+
+
+@pytest.mark.parametrize(("task", "kinds", "losses"), [("vqa", QUESTIONS, "question"), ("captions", PROMPTS, "prompt")])
+def test_every_loss_of_the_mapper_falls_and_reaches_every_parameter(task, kinds, losses):
+    torch.manual_seed(0)
+    encoders = clip.build_clip(clip.CONFIG)
+    model = CLIPMapper(encoders.vision_model, encoders.text_model, **mapper.CONFIG[task], freeze_encoders=False)
+    heads = mapper.TrainingHeads(mapper.CONFIG[task]["hidden_size"])
+    scenes = digit_scenes(16, split="train")
+    asked, rows = ask(scenes, kinds, prompts=task == "captions", generator=torch.Generator().manual_seed(0))
+    assert torch.equal(scenes.images[rows], asked.images)
+    states = model.encode_image(scenes.images[:, None]).detach()[rows]
+    history, still = learn(
+        {name: parameter for name, parameter in named(model, heads).items() if not name.startswith("model.vision.")},
+        lambda: getattr(mapper, f"{losses}_losses")(model, heads, asked, states),
+    )
+    assert all(history[-1][name] < history[0][name] for name in ("answer", "centre")), history
+    assert not still
+
+
+def test_patches_are_told_the_digit_they_show():
+    """By the ink itself: a patch has a class where one digit's box covers at least half of it, and none where only a part."""
+    scenes = digit_scenes(20)
+    digits, centres = clip.patch_truth(scenes)
+    assert digits.shape == (20, 64) and centres.shape == (20, 64, 2)
+    for n in range(20):
+        owner = torch.full((32, 32), -1)
+        for region, (x1, y1, x2, y2) in enumerate(scenes.boxes[n].long().tolist()):
+            owner[y1:y2, x1:x2] = region
+        for patch in range(64):
+            y, x = 4 * (patch // 8), 4 * (patch % 8)
+            inside = owner[y : y + 4, x : x + 4].flatten()
+            counts = torch.bincount(inside[inside >= 0], minlength=4)
+            if counts.sum() == 0:
+                assert digits[n, patch] == clip.BACKGROUND
+            elif counts.max() < 8:
+                assert digits[n, patch] == clip.UNSURE
+            else:
+                regions = [region for region in range(4) if counts[region] == counts.max()]
+                assert digits[n, patch] in scenes.digits[n][regions]
+                x1, y1, x2, y2 = scenes.boxes[n][scenes.digits[n].tolist().index(digits[n, patch])].tolist()
+                assert centres[n, patch].tolist() == [(x1 + x2) / 64, (y1 + y2) / 64]
 
 
 def test_masked_words_are_one_of_the_captions_three_parts():
     ids = digit_scenes(300).input_ids
-    masked, where = training.mask_words(ids, torch.Generator().manual_seed(0))
+    masked, where = uniter.mask_words(ids, torch.Generator().manual_seed(0))
     assert {tuple(torch.nonzero(row).flatten().tolist()) for row in where} == {(1,), (2, 3), (5,)}
     assert torch.equal(masked, torch.where(where, VOCABULARY.index("[MASK]"), ids))
 
 
 def test_a_training_batch_is_balanced():
-    masked, matching = training.KINDS[: training.MASKED], training.KINDS[training.MASKED :]
+    masked, matching = uniter.KINDS[: uniter.MASKED], uniter.KINDS[uniter.MASKED :]
     assert (masked == 0).all() and torch.bincount(matching).tolist() == [96, 32, 32, 32]
 
 
-def test_wrong_steps_are_named():
-    with pytest.raises(ValueError, match="steps"):
-        training.train(0)
+@pytest.mark.parametrize("name", LOADERS)
+def test_wrong_steps_are_named(name):
+    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
+        run.TRAININGS[name].train(0)
+
+
+def test_the_model_must_be_named(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--steps", "1"])
+    assert "uniter,clip,vqa,captions" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def test_shipped_weights_are_small_and_their_report_is_theirs(shipped):
     for measure in ("matching_accuracy", "winoground_scores"):
         assert report["test"][measure].keys() == {"all", "seen", "held_out"}
     steps, seed, threads = (report[name] for name in ("steps", "seed", "threads"))
-    assert report["command"] == f"python -m vlattn_fast.lab.train --steps {steps} --seed {seed} --threads {threads}"
+    assert report["command"] == f"python -m vlattn_fast.lab.train uniter --steps {steps} --seed {seed} --threads {threads}"
     assert report["cpu_seconds"] < 15 * 60
 
 

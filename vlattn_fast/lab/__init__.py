@@ -1,22 +1,39 @@
-"""DigitScenes, the embedded benchmark: real handwritten digits, captions that relate them, and a small UNITER trained on it.
+"""DigitScenes, the embedded benchmark: real handwritten digits, captions that relate them, questions about them, and small models
+trained on it: UNITER, a CLIP dual encoder, and two CLIPMapper on top of that, for answers and for captions.
 
-Needs scikit-learn (the scans) and safetensors (the weights) only when they are first used.
+Needs scikit-learn (the scans), safetensors (the weights) and, for all but UNITER, transformers only when they are first used.
 """
 
 from vlattn_fast.lab import winoground
+from vlattn_fast.lab.clip import caption_accuracy, load_clip, retrieval
+from vlattn_fast.lab.mapper import load_captioner, load_vqa, prompt_accuracy, question_accuracy
 from vlattn_fast.lab.processor import DigitProcessor
+from vlattn_fast.lab.questions import Questions, digit_prompts, digit_questions, is_true
 from vlattn_fast.lab.scenes import Scenes, digit_scans, digit_scenes, held_out_captions, swapped_pairs
+from vlattn_fast.lab.texts import SceneProcessor
 from vlattn_fast.lab.uniter import load_uniter, matching_accuracy, matching_score, winoground_scores
 
 __all__ = [
     "DigitProcessor",
+    "Questions",
+    "SceneProcessor",
     "Scenes",
+    "caption_accuracy",
+    "digit_prompts",
+    "digit_questions",
     "digit_scans",
     "digit_scenes",
     "held_out_captions",
+    "is_true",
+    "load_captioner",
+    "load_clip",
     "load_uniter",
+    "load_vqa",
     "matching_accuracy",
     "matching_score",
+    "prompt_accuracy",
+    "question_accuracy",
+    "retrieval",
     "swapped_pairs",
     "winoground",
     "winoground_scores",

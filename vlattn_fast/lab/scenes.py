@@ -103,6 +103,16 @@ def held_out_captions() -> Tensor:
     return (rest == 0)[..., None] | ((rest == 1)[..., None] & vertical)
 
 
+def sayable_captions(split: str, pairs: str | None) -> Tensor:
+    """bool (10,10,4): [first digit, second digit, relation] that captions of `pairs` may say; None = "seen" for the train split
+    and "all" for the test split."""
+    if pairs is not None and pairs not in PAIRS:
+        raise ValueError(f"pairs must be None or one of {PAIRS}; got {pairs!r}")
+    held_out = held_out_captions()
+    pairs = ("seen" if split == "train" else "all") if pairs is None else pairs
+    return {"all": torch.ones_like(held_out), "seen": ~held_out, "held_out": held_out}[pairs]
+
+
 def digit_scenes(
     count: int, *, split: str = "test", seed: int = 0, negative: str | None = None, pairs: str | None = None
 ) -> Scenes:
@@ -125,23 +135,19 @@ def digit_scenes(
         raise ValueError(f"count must be at least 1; got {count}")
     if negative is not None and negative not in NEGATIVES:
         raise ValueError(f"negative must be None or one of {NEGATIVES}; got {negative!r}")
-    if pairs is not None and pairs not in PAIRS:
-        raise ValueError(f"pairs must be None or one of {PAIRS}; got {pairs!r}")
     kind = 0 if negative is None else 1 + NEGATIVES.index(negative)
     return sample_scenes(torch.full((count,), kind), split, pairs, torch.Generator().manual_seed(seed))
 
 
 def sample_scenes(kind: Tensor, split: str, pairs: str | None, generator: torch.Generator) -> Scenes:
     """As `digit_scenes`, one scene per entry of kind int64 (B): 0 = true caption, 1 + i = false as in NEGATIVES[i]."""
-    pairs = ("seen" if split == "train" else "all") if pairs is None else pairs
-    held_out = held_out_captions()
-    sayable = {"all": torch.ones_like(held_out), "seen": ~held_out, "held_out": held_out}[pairs]
+    sayable = sayable_captions(split, pairs)
     scan, corners, chosen = _draw(kind.numel(), split, sayable, generator)
     scans, scan_digits, _ = digit_scans(split)
     digits = scan_digits[scan]
     first, second, relation = (chosen // 16, chosen // 4 % 4, chosen % 4)
-    wrong = ~held_out if pairs == "seen" else torch.ones_like(held_out)
-    words, named = _caption(kind, digits, corners, first, second, relation, wrong, generator)
+    wrong = torch.ones_like(sayable) if pairs == "held_out" else sayable  # what is no held-out caption may be false, too
+    words, named = caption_words(kind, digits, corners, first, second, relation, wrong, generator)
 
     captions = tuple(f"{DIGIT_WORDS[a]} {RELATIONS[r]} a {DIGIT_WORDS[b]}" for a, r, b in words.tolist())
     return Scenes(
@@ -179,7 +185,7 @@ def _paint(crops: Tensor, corners: Tensor) -> Tensor:
     return images
 
 
-def _displacement(corners: Tensor) -> Tensor:
+def displacement(corners: Tensor) -> Tensor:
     """corners (B, R, 2) x, y -> (B, R, R, 4): how many pixels i lies left of, right of, above and below j."""
     right, down = (corners[:, None, :, :] - corners[:, :, None, :]).unbind(-1)
     return torch.stack([right, -right, down, -down], dim=-1)
@@ -200,7 +206,7 @@ def _draw(count: int, split: str, sayable: Tensor, generator: torch.Generator) -
         corners = corners[apart]
         digits = torch.rand(len(corners), 10, generator=generator).argsort(1)[:, :REGIONS]
         pick = (torch.rand(digits.shape, generator=generator) * per_digit[digits]).long()
-        true = (_displacement(corners) >= CLEARANCE) & sayable[digits[:, :, None], digits[:, None, :]]
+        true = (displacement(corners) >= CLEARANCE) & sayable[digits[:, :, None], digits[:, None, :]]
         true = true.flatten(1)
         told = true.any(1)
         caption = torch.multinomial(true[told].float(), 1, generator=generator).squeeze(1)
@@ -209,7 +215,7 @@ def _draw(count: int, split: str, sayable: Tensor, generator: torch.Generator) -
     return scan, corners, caption
 
 
-def _caption(
+def caption_words(
     kind: Tensor,
     digits: Tensor,
     corners: Tensor,
@@ -229,7 +235,7 @@ def _caption(
     allowed = torch.where(replace_first[:, None], sayable[:, kept, relation].T, sayable[kept, :, relation])
     stranger = torch.multinomial((absent & allowed).float(), 1, generator=generator).squeeze(1)
 
-    false_relations = (_displacement(corners)[rows, first, second] <= 0) & sayable[a, b]
+    false_relations = (displacement(corners)[rows, first, second] <= 0) & sayable[a, b]
     other_relation = torch.multinomial(false_relations.float(), 1, generator=generator).squeeze(1)
 
     wrong_digit, wrong_relation, wrong_order = (kind == 1 + i for i in range(3))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vlattn_fast._extras import extra
 from vlattn_fast.lab.processor import POSITION_DIM, REGION_DIM, VOCABULARY, DigitProcessor
 from vlattn_fast.lab.scenes import NEGATIVES, Scenes, digit_scenes, swapped_pairs
+from vlattn_fast.lab.weights import DATA, load_weights
 from vlattn_fast.models.uniter import UNITER, UNITERConfig
 
 WEIGHTS = "uniter_digitscenes.safetensors"
-DATA = Path(__file__).parent / "data"
 CONFIG = UNITERConfig(
     vocab_size=len(VOCABULARY),
     hidden_size=96,
@@ -32,15 +30,10 @@ CONFIG = UNITERConfig(
 
 def load_uniter(directory: str | Path = DATA) -> tuple[UNITER, DigitProcessor]:
     """The UNITER trained on DigitScenes, in eval mode, and its processor; by default with the shipped weights, otherwise
-    with those `python -m vlattn_fast.lab.train --output DIR` left in a directory."""
-    with extra("lab"):
-        from safetensors.torch import load_file
-
-    weights = Path(directory) / WEIGHTS
-    if not weights.is_file():
-        raise ValueError(f"directory must hold {WEIGHTS}, written by python -m vlattn_fast.lab.train; got {directory} without")
-    model = UNITER(UNITERConfig(**json.loads(weights.with_suffix(".json").read_text())["config"]))
-    model.load_state_dict(load_file(weights))
+    with those `python -m vlattn_fast.lab.train uniter --output DIR` left in a directory."""
+    config, state = load_weights(directory, WEIGHTS, "uniter")
+    model = UNITER(UNITERConfig(**config))
+    model.load_state_dict(state)
     return model.eval(), DigitProcessor()
 
 

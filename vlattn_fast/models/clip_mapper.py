@@ -244,10 +244,10 @@ class CLIPMapper(nn.Module):
             raise ValueError("generate must be called on a model with vocab_size; got one with num_answers")
         ids = self._check(pixel_values, input_ids, attention_mask, image_states, None)
         _check_sizes(max_new_tokens=max_new_tokens)
-        self._check_length("input_ids and max_new_tokens", ids.shape[1] + max_new_tokens - 1)
         stop = self.eos_token_id if stop_token is None else stop_token
         if not isinstance(stop, int) or not 0 <= stop < self.vocab_size:
             raise ValueError(f"stop_token must be an int from 0 to {self.vocab_size - 1}; got {stop!r}")
+        self._check_length("input_ids and max_new_tokens", ids.shape[1] + max_new_tokens - 1)
         real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if bool((real[:, 1:] & ~real[:, :-1]).any() | ~real[:, 0].all()):
             raise ValueError("attention_mask must have real tokens first and padding on the right; got another order")

@@ -1,4 +1,4 @@
-"""Trains the small UNITER of DigitScenes: python -m vlattn_fast.lab.train [--steps N] [--seed S] [--threads T] [--output DIR].
+"""The training of the small UNITER of DigitScenes.
 
 Three losses: image-text matching, masked words, and the centre of the digit that each digit word names, from the word's
 final state. Without the last one the model needs about twice as many steps to learn relations.
@@ -6,20 +6,14 @@ final state. Without the last one the model needs about twice as many steps to l
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast.lab.processor import VOCABULARY
 from vlattn_fast.lab.scenes import CANVAS, Scenes, sample_scenes
-from vlattn_fast.lab.uniter import CONFIG, WEIGHTS, matching_accuracy, winoground_scores
+from vlattn_fast.lab.train.fit import check_steps, fit
+from vlattn_fast.lab.uniter import CONFIG, matching_accuracy, winoground_scores
 from vlattn_fast.models.uniter import UNITER
 
 # Of 256 scenes 64 have a masked word. Half of the others are true; the false ones are of each kind in equal parts.
@@ -28,7 +22,6 @@ MASKED = 64
 NOISE = 0.15  # standard deviation added to the pixels, without it the model memorises the 1,437 training scans
 MASK_ID = VOCABULARY.index("[MASK]")
 ZERO_ID = VOCABULARY.index("zero")
-EVALUATED = 5000  # test scenes per kind and set of captions
 FIRST, RELATION, SECOND = (1,), (2, 3), (5,)  # where a caption has its words
 
 
@@ -73,24 +66,18 @@ def losses(model: UNITER, heads: TrainingHeads, scenes: Scenes, generator: torch
 
 def train(steps: int = 3000, *, seed: int = 0, log_every: int = 100) -> UNITER:
     """A model trained for `steps` steps of 256 scenes with AdamW, one learning-rate cycle up to 1e-3; eval mode."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
+    check_steps(steps)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, heads = UNITER(CONFIG), TrainingHeads(CONFIG.hidden_size)
     parameters = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=max(steps, 2))
-    for step in range(1, steps + 1):
-        parts = losses(model, heads, sample_scenes(KINDS, "train", None, generator), generator)
-        optimizer.zero_grad(set_to_none=True)
-        (parts["matching"] + parts["word"] + 10 * parts["box"]).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if log_every and (step % log_every == 0 or step == steps):
-            print(f"step {step}: " + ", ".join(f"{name} {loss.item():.4f}" for name, loss in parts.items()), flush=True)
+    weights = {"matching": 1.0, "word": 1.0, "box": 10.0}
+
+    def drawn() -> dict[str, Tensor]:
+        return losses(model, heads, sample_scenes(KINDS, "train", None, generator), generator)
+
+    fit(parameters, drawn, weights, steps, learning_rate=1e-3, log_every=log_every)
     return model.eval()
 
 
@@ -101,39 +88,3 @@ def evaluate(model: UNITER, *, count: int, seed: int = 0) -> dict[str, dict[str,
         measure.__name__: {pairs: measure(model, count=count, seed=seed, pairs=pairs) for pairs in ("all", "seen", "held_out")}
         for measure in (matching_accuracy, winoground_scores)
     }
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlattn_fast.lab.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("digitscenes"), help="directory for weights and report")
-    options = parser.parse_args(arguments)
-    from safetensors.torch import save_file
-
-    torch.set_num_threads(options.threads)
-    began, cpu_began = time.perf_counter(), time.process_time()
-    model = train(options.steps, seed=options.seed)
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    report = {
-        "command": f"python -m vlattn_fast.lab.train --steps {options.steps} --seed {options.seed} --threads {options.threads}",
-        "steps": options.steps,
-        "seed": options.seed,
-        "threads": options.threads,
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
-        "torch": torch.__version__,
-        "config": asdict(model.config),
-        "test": {"count": EVALUATED, "seed": 0, **evaluate(model, count=EVALUATED)},
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    weights = options.output / WEIGHTS
-    save_file(model.state_dict(), weights)
-    weights.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report["test"], indent=2))
-    print(f"{seconds:.0f} s, {cpu_seconds:.0f} s of processor time; wrote {weights}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,132 @@
+"""The small CLIP model of DigitScenes: its sizes, its shipped weights, how it is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._extras import extra
+from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
+from vlattn_fast.lab.scenes import CANVAS, CLEARANCE, NEGATIVES, Scenes, digit_scenes
+from vlattn_fast.lab.texts import END, MOST_WORDS, PAD, START, TEXT_VOCABULARY, SceneProcessor
+from vlattn_fast.lab.weights import DATA, load_weights
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+WEIGHTS = "clip_digitscenes.safetensors"
+PATCH = 4  # pixels, both sides: 8 x 8 patches, and a digit covers at least one of them
+CONFIG: dict[str, Any] = {
+    "projection_dim": 64,
+    "text_config": {
+        "vocab_size": len(TEXT_VOCABULARY),
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MOST_WORDS,
+        "hidden_act": "gelu",
+        "pad_token_id": PAD,
+        "bos_token_id": START,
+        "eos_token_id": END,
+    },
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_channels": 1,
+        "image_size": CANVAS,
+        "patch_size": PATCH,
+        "hidden_act": "gelu",
+    },
+}
+RETRIEVED = 100  # captions that one is to be found among
+
+
+def build_clip(config: dict[str, Any]) -> CLIPModel:
+    """A CLIPModel of these sizes with weights drawn at random."""
+    with extra("explain"):
+        from transformers import CLIPConfig, CLIPModel
+
+    return CLIPModel(CLIPConfig(**config))
+
+
+def load_clip(directory: str | Path = DATA) -> tuple[CLIPModel, SceneProcessor]:
+    """The CLIP model (transformers' CLIPModel) trained on DigitScenes, in eval mode, and its processor; by default with the
+    shipped weights, otherwise with those `python -m vlattn_fast.lab.train clip --output DIR` left in a directory."""
+    config, state = load_weights(directory, WEIGHTS, "clip")
+    model = build_clip(config)
+    model.load_state_dict(state)
+    return model.eval(), SceneProcessor()
+
+
+def words_of(scenes: Scenes) -> Tensor:
+    """int64 (B, 3): first digit, relation and second digit of each caption."""
+    rows = [caption.split() for caption in scenes.captions]
+    words = [[DIGIT_WORDS.index(row[0]), RELATIONS.index(" ".join(row[1:3])), DIGIT_WORDS.index(row[4])] for row in rows]
+    return torch.tensor(words, dtype=torch.int64)
+
+
+def caption_ids(words: Tensor) -> Tensor:
+    """words (T, 3) -> input_ids (T, 7) of the captions that say them."""
+    ids = {word: i for i, word in enumerate(TEXT_VOCABULARY)}
+    digits = torch.tensor([ids[word] for word in DIGIT_WORDS])
+    relations = torch.tensor([[ids[word] for word in relation.split()] for relation in RELATIONS])
+    start, article, end = (torch.full((len(words), 1), i) for i in (START, ids["a"], END))
+    return torch.cat([start, digits[words[:, :1]], relations[words[:, 1]], article, digits[words[:, 2:]], end], dim=1)
+
+
+def caption_pixels(scenes: Scenes, words: Tensor) -> Tensor:
+    """(B, T): by how many pixels each of T captions holds of each of B scenes; -inf where a digit it names is not there."""
+    corners = torch.full((len(scenes), 10, 2), torch.nan)
+    corners = corners.scatter(1, scenes.digits[..., None].expand(-1, -1, 2), scenes.boxes[..., :2])
+    right, down = (corners[:, words[:, 2]] - corners[:, words[:, 0]]).unbind(-1)
+    along = torch.stack([right, -right, down, -down], dim=-1)
+    pixels = along.gather(2, words[None, :, 1, None].expand(len(scenes), -1, 1)).squeeze(2)
+    return pixels.nan_to_num(nan=-torch.inf)
+
+
+def similarity(model: CLIPModel, scenes: Scenes, words: Tensor) -> Tensor:
+    """(B, T): cosine of each of B images and each of T captions."""
+    image = model.visual_projection(model.vision_model(pixel_values=scenes.images[:, None]).pooler_output)
+    text = model.text_projection(model.text_model(input_ids=caption_ids(words)).pooler_output)
+    return torch.nn.functional.normalize(image, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
+
+
+@torch.no_grad()
+def retrieval(model: CLIPModel, *, count: int = 1000, seed: int = 0) -> dict[str, float]:
+    """Of test scenes and their captions in groups of RETRIEVED: how often the most similar caption is the image's own, and how
+    often it is true of the image, which others of the group may be, too; the same from captions to images."""
+    scenes = digit_scenes(count, seed=seed)
+    words = words_of(scenes)
+    hits: dict[str, list[Tensor]] = {"image_to_text": [], "image_to_true_text": [], "text_to_image": [], "text_to_true_image": []}
+    true = caption_pixels(scenes, words) >= CLEARANCE
+    cosines = similarity(model, scenes, words)
+    for rows in torch.arange(count).split(RETRIEVED):
+        group = cosines[rows][:, rows]
+        same = (words[rows][:, None] == words[rows][None]).all(-1)  # where two say the same, either is its own
+        for name, best in (("text", group.argmax(1)), ("image", group.argmax(0))):
+            other = "image" if name == "text" else "text"
+            place = torch.arange(len(rows))
+            hits[f"{other}_to_{name}"].append(same[place, best] if name == "text" else best == place)
+            hits[f"{other}_to_true_{name}"].append(
+                true[rows][:, rows][place, best] if name == "text" else true[rows][:, rows][best, place]
+            )
+    return {name: round(float(torch.cat(hit).double().mean()), 4) for name, hit in hits.items()}
+
+
+@torch.no_grad()
+def caption_accuracy(model: CLIPModel, *, count: int = 1000, seed: int = 0, pairs: str | None = None) -> dict[str, float]:
+    """How often a test image is closer to its true caption than to a false one, for each kind of wrong caption; arguments as in
+    `digit_scenes`. Chance is 1/2."""
+    true = digit_scenes(count, seed=seed, pairs=pairs)
+    accuracy = {}
+    for negative in NEGATIVES:
+        false = digit_scenes(count, seed=seed, pairs=pairs, negative=negative)
+        own, other = (similarity(model, true, words_of(scenes)).diagonal() for scenes in (true, false))
+        accuracy[negative] = round(float((own > other).double().mean()), 4)
+    return accuracy

@@ -1,0 +1,104 @@
+"""The two `CLIPMapper` of DigitScenes, one that answers questions and one that writes captions: their sizes, their shipped
+weights, how they are measured."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlattn_fast.lab.clip import build_clip
+from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, digit_prompts, digit_questions, is_true
+from vlattn_fast.lab.texts import ANSWERS, END, TEXT_VOCABULARY, SceneProcessor
+from vlattn_fast.lab.weights import DATA, load_weights
+from vlattn_fast.models.clip_mapper import CLIPMapper
+
+WEIGHTS = {"vqa": "vqa_digitscenes.safetensors", "captions": "captions_digitscenes.safetensors"}
+_SIZES = {"hidden_size": 96, "num_layers": 3, "num_heads": 4}
+CONFIG: dict[str, dict[str, int]] = {
+    "vqa": {**_SIZES, "num_answers": len(ANSWERS)},
+    "captions": {**_SIZES, "vocab_size": len(TEXT_VOCABULARY)},
+}
+LONGEST = 10  # tokens of an answer, [END] among them
+
+
+def load_vqa(directory: str | Path = DATA) -> tuple[CLIPMapper, SceneProcessor]:
+    """The CLIPMapper that answers `digit_questions`, in eval mode, and its processor, whose `answers` are the classes; by default
+    with the shipped weights, otherwise with those `python -m vlattn_fast.lab.train vqa --output DIR` left in a directory."""
+    return _load("vqa", directory), SceneProcessor()
+
+
+def load_captioner(directory: str | Path = DATA) -> tuple[CLIPMapper, SceneProcessor]:
+    """The CLIPMapper that continues `digit_prompts`, in eval mode, and its processor; weights as in `load_vqa`, from
+    `python -m vlattn_fast.lab.train captions`."""
+    return _load("captions", directory), SceneProcessor(end=False)
+
+
+def _load(task: str, directory: str | Path) -> CLIPMapper:
+    config, state = load_weights(directory, WEIGHTS[task], task)
+    clip = build_clip(config["clip"])
+    model = CLIPMapper(clip.vision_model, clip.text_model, **config["mapper"])
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@torch.no_grad()
+def answer(model: CLIPMapper, questions: Questions) -> tuple[str, ...]:
+    """The model's answers."""
+    logits = model(**SceneProcessor()(questions.images, questions.questions)).logits
+    return tuple(ANSWERS[i] for i in logits.argmax(1).tolist())
+
+
+def question_accuracy(model: CLIPMapper, *, count: int = 1000, seed: int = 0, pairs: str | None = None) -> dict[str, float]:
+    """Share of right answers to `count` test questions of each kind; pairs as in `digit_scenes`."""
+    accuracy = {}
+    for kind in QUESTIONS:
+        asked = digit_questions(count, seed=seed, kind=kind, pairs=pairs)
+        accuracy[kind] = _share([said == right for said, right in zip(answer(model, asked), asked.answers, strict=True)])
+    return accuracy
+
+
+def blind_accuracy(*, count: int = 1000, learned: int, seed: int = 0) -> dict[str, dict[str, float]]:
+    """What `question_accuracy` is without the images: "kind" always gives the most frequent answer to the kind of question,
+    "text" that to the very question, both counted over `learned` training questions of each kind."""
+    accuracy: dict[str, dict[str, float]] = {"kind": {}, "text": {}}
+    for kind in QUESTIONS:
+        asked = digit_questions(count, seed=seed, kind=kind)
+        known = digit_questions(learned, split="train", seed=seed, kind=kind)
+        frequent = Counter(known.answers).most_common(1)[0][0]
+        counted: dict[str, Counter[str]] = defaultdict(Counter)
+        for question, said in zip(known.questions, known.answers, strict=True):
+            counted[question][said] += 1
+        best = {question: counts.most_common(1)[0][0] for question, counts in counted.items()}
+        accuracy["kind"][kind] = _share([frequent == right for right in asked.answers])
+        said_blind = [best.get(question, frequent) for question in asked.questions]
+        accuracy["text"][kind] = _share([said == right for said, right in zip(said_blind, asked.answers, strict=True)])
+    return accuracy
+
+
+def complete(model: CLIPMapper, prompts: Questions, *, images: Any = None) -> list[str]:
+    """The model's answers to prompts, about other images where they are given."""
+    inputs = SceneProcessor(end=False)(prompts.images if images is None else images, prompts.questions)
+    return SceneProcessor().decode(model.generate(**inputs, max_new_tokens=LONGEST, stop_token=END))
+
+
+def prompt_accuracy(
+    model: CLIPMapper, *, count: int = 1000, seed: int = 0, pairs: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Share of answers to `count` test prompts of each kind that are true of the scene, and of those that the model gives when it
+    sees another scene's image; pairs as in `digit_scenes`."""
+    accuracy: dict[str, dict[str, float]] = {"true": {}, "other_image": {}}
+    for kind in PROMPTS:
+        asked = digit_prompts(count, seed=seed, kind=kind, pairs=pairs)
+        for name, images in (("true", None), ("other_image", asked.images.roll(1, 0))):
+            said = complete(model, asked, images=images)
+            accuracy[name][kind] = _share(
+                [is_true(*row) for row in zip(asked.questions, said, asked.digits, asked.boxes, strict=True)]
+            )
+    return accuracy
+
+
+def _share(hits: list[bool]) -> float:
+    return round(sum(hits) / len(hits), 4)

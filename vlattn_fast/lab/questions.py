@@ -1,0 +1,223 @@
+"""Questions and prompts about the scenes of DigitScenes, with answers that are true of them.
+
+A relation is said to hold from CLEARANCE pixels between two centres on, and not to hold where there are none; questions whose
+answer depends on something in between are not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
+from vlattn_fast.lab.scenes import CLEARANCE, Scenes, displacement, sample_scenes, sayable_captions
+
+QUESTIONS = ("what", "is", "there", "many")
+PROMPTS = ("caption", "where", "what", "which")
+WHICH = "which digits are there"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A batch of B scenes with a question or prompt each.
+
+    images, boxes, digits: the scenes', as in `Scenes`.
+    kinds: B of QUESTIONS or PROMPTS.
+    questions: B strings, such as "what is left of a seven"; "" where a caption is asked for.
+    answers: B strings: of a question the one answer, of a prompt one that is true.
+    named: bool (B, R), the digits that the question or the answer names.
+    """
+
+    images: Tensor
+    boxes: Tensor
+    digits: Tensor
+    kinds: tuple[str, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    named: Tensor
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+
+_Text = Callable[[list[int], Tensor, bool], tuple[str, str]]  # (indices, digits of the scene, yes or no) -> question and answer
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is so in B scenes; [b, i, j, r] is about digit i left of, right of, above, below digit j."""
+
+    true: Tensor  # bool (B, R, R, 4): surely so, and sayable
+    false: Tensor  # bool (B, R, R, 4): surely not so, and sayable
+    single: Tensor  # bool (B, R, R, 4): true, and false of all others than i
+    clear: Tensor  # bool (B, R, 4): of every other digit it is sure whether it is on that side of digit j
+    beside: Tensor  # bool (B, R, R, 4): surely so
+
+    @classmethod
+    def of(cls, scenes: Scenes, sayable: Tensor) -> _Facts:
+        pixels = displacement(scenes.boxes[..., :2].long())
+        other = ~torch.eye(pixels.shape[1], dtype=torch.bool)[..., None]
+        said = sayable[scenes.digits[:, :, None], scenes.digits[:, None, :]] & other
+        holds, fails = (pixels >= CLEARANCE) & other, (pixels <= 0) & other
+        others_fail = fails.sum(1, keepdim=True) == pixels.shape[1] - 2
+        clear = (holds | fails | ~other).all(1)
+        return cls(holds & said, fails & said, holds & said & others_fail, clear, holds)
+
+
+def digit_questions(
+    count: int, *, split: str = "test", seed: int = 0, kind: str | None = None, pairs: str | None = None
+) -> Questions:
+    """`count` questions, each with its one answer; the same arguments give the same questions.
+
+    Args:
+        count, split, seed: as in `digit_scenes`.
+        kind: "what" is left of a six: a digit, where only one is there; "is" a three left of a six: yes or no, and both are
+            there; "there": is there a three; "many": how many are left of a six. None = each kind in equal parts.
+        pairs: which pairs of digits "what" and "is" relate (see `held_out_captions`); None = as in `digit_scenes`.
+    """
+    return _sample(QUESTIONS, count, split, seed, kind, pairs)
+
+
+def digit_prompts(
+    count: int, *, split: str = "test", seed: int = 0, kind: str | None = None, pairs: str | None = None
+) -> Questions:
+    """`count` prompts, each with an answer of several words that is true; others may be, too (see `is_true`).
+
+    Args:
+        count, split, seed, pairs: as in `digit_questions`.
+        kind: "caption": no words, "three left of a six"; "where" is a three: "left of a six"; "what" is left of a six: "a three";
+            "which" digits are there: the four, smallest first. None = each kind in equal parts.
+    """
+    return _sample(PROMPTS, count, split, seed, kind, pairs)
+
+
+def _sample(kinds: Sequence[str], count: int, split: str, seed: int, kind: str | None, pairs: str | None) -> Questions:
+    for name, value in (("count", count), ("seed", seed)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int; got {value!r}")
+    if count < 1:
+        raise ValueError(f"count must be at least 1; got {count}")
+    if kind is not None and kind not in kinds:
+        raise ValueError(f"kind must be None or one of {tuple(kinds)}; got {kind!r}")
+    chosen = tuple(kinds) if kind is None else (kind,)
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[Questions] = []
+    for i, name in enumerate(chosen):
+        share = count // len(chosen) + (i < count % len(chosen))
+        while share:
+            scenes = sample_scenes(torch.zeros(2 * share + 8, dtype=torch.int64), split, pairs, generator)
+            asked, _ = ask(scenes, [name], prompts=kinds is PROMPTS, split=split, pairs=pairs, generator=generator)
+            kept.append(select(asked, torch.arange(min(share, len(asked)))))
+            share -= len(kept[-1])
+    return _joined(kept)
+
+
+def ask(
+    scenes: Scenes,
+    kinds: Sequence[str],
+    *,
+    prompts: bool = False,
+    split: str = "train",
+    pairs: str | None = None,
+    generator: torch.Generator,
+) -> tuple[Questions, Tensor]:
+    """A question (or prompt) of each kind about each scene, in this order, and the scene of each, int64. Scenes about which a
+    kind has nothing to ask are left out of it."""
+    facts = _Facts.of(scenes, sayable_captions(split, pairs))
+    parts = [_ask(scenes, facts, kind, prompts, generator) for kind in kinds]
+    return _joined([part for part, _ in parts]), torch.cat([rows for _, rows in parts])
+
+
+def _ask(scenes: Scenes, facts: _Facts, kind: str, prompts: bool, generator: torch.Generator) -> tuple[Questions, Tensor]:
+    count = len(scenes)
+    yes = torch.rand(count, generator=generator) < 0.5
+    present = torch.zeros(count, 10, dtype=torch.bool).scatter_(1, scenes.digits, True)
+    if kind == "is":
+        candidates = torch.where(yes[:, None, None, None], facts.true, facts.false)
+    elif kind == "there":
+        candidates = torch.where(yes[:, None], present, ~present)
+    elif kind == "many":
+        candidates = facts.clear
+    elif kind == "which":
+        candidates = torch.ones(count, 1, dtype=torch.bool)
+    else:
+        candidates = facts.true if prompts else facts.single
+    rows = torch.nonzero(candidates.flatten(1).any(1)).squeeze(1)
+    candidates = candidates[rows]
+    flat = torch.multinomial(candidates.flatten(1).float(), 1, generator=generator).squeeze(1)
+    index = torch.stack(torch.unravel_index(flat, candidates.shape[1:]), dim=1)
+    texts, named = [], torch.zeros(len(rows), scenes.digits.shape[1], dtype=torch.bool)
+    for n, (row, indices) in enumerate(zip(rows.tolist(), index.tolist(), strict=True)):
+        digits = scenes.digits[row].tolist()
+        if kind == "there":
+            texts.append((f"is there a {DIGIT_WORDS[indices[0]]}", "yes" if yes[row] else "no"))
+            names = [digits.index(indices[0])] if yes[row] else []
+        elif kind == "which":
+            texts.append((WHICH, " ".join(DIGIT_WORDS[digit] for digit in sorted(digits))))
+            names = list(range(len(digits)))
+        elif kind == "many":
+            beside = facts.beside[row, :, indices[0], indices[1]]
+            texts.append(
+                (f"how many are {RELATIONS[indices[1]]} a {DIGIT_WORDS[digits[indices[0]]]}", DIGIT_WORDS[int(beside.sum())])
+            )
+            names = [indices[0], *torch.nonzero(beside).flatten().tolist()]
+        else:
+            first, second, relation = DIGIT_WORDS[digits[indices[0]]], DIGIT_WORDS[digits[indices[1]]], RELATIONS[indices[2]]
+            names = indices[:2]
+            texts.append(
+                {
+                    "caption": ("", f"{first} {relation} a {second}"),
+                    "where": (f"where is a {first}", f"{relation} a {second}"),
+                    "what": (f"what is {relation} a {second}", f"a {first}" if prompts else first),
+                    "is": (f"is a {first} {relation} a {second}", "yes" if yes[row] else "no"),
+                }[kind]
+            )
+        named[n, names] = True
+    questions, answers = zip(*texts, strict=True) if texts else ((), ())
+    asked = Questions(
+        scenes.images[rows], scenes.boxes[rows], scenes.digits[rows], (kind,) * len(rows), questions, answers, named
+    )
+    return asked, rows
+
+
+def select(questions: Questions, rows: Tensor) -> Questions:
+    """The questions at `rows`, int64."""
+    numbers = rows.tolist()
+    tensors = (questions.images[rows], questions.boxes[rows], questions.digits[rows])
+    texts = (questions.kinds, questions.questions, questions.answers)
+    return Questions(*tensors, *(tuple(text[i] for i in numbers) for text in texts), questions.named[rows])  # type: ignore[arg-type]
+
+
+def _joined(parts: Sequence[Questions]) -> Questions:
+    if len(parts) == 1:
+        return parts[0]
+    return Questions(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.boxes for part in parts]),
+        torch.cat([part.digits for part in parts]),
+        *(tuple(text for part in parts for text in getattr(part, name)) for name in ("kinds", "questions", "answers")),  # type: ignore[arg-type]
+        named=torch.cat([part.named for part in parts]),
+    )
+
+
+def is_true(question: str, answer: str, digits: Tensor, boxes: Tensor) -> bool:
+    """Whether an answer to one of `digit_prompts` is one, and true of the scene with digits (R) and boxes (R, 4)."""
+    if question == WHICH:
+        return answer.split() == [DIGIT_WORDS[digit] for digit in sorted(digits.tolist())]
+    if question.startswith("where is a "):
+        sentence = f"{question.removeprefix('where is a ')} {answer}"
+    elif question.startswith("what is "):
+        sentence = f"{answer.removeprefix('a ')} {question.removeprefix('what is ')}" if answer.startswith("a ") else ""
+    elif not question:
+        sentence = answer
+    else:
+        raise ValueError(f"question must be one of digit_prompts; got {question!r}")
+    present = {DIGIT_WORDS[digit]: i for i, digit in enumerate(digits.tolist())}
+    words = sentence.split()
+    if len(words) != 5 or words[3] != "a" or " ".join(words[1:3]) not in RELATIONS or not {words[0], words[4]} <= present.keys():
+        return False
+    pixels = displacement(boxes[None, :, :2])[0, present[words[0]], present[words[4]], RELATIONS.index(" ".join(words[1:3]))]
+    return bool(pixels >= CLEARANCE)

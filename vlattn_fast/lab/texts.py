@@ -1,0 +1,78 @@
+"""From images and texts of DigitScenes to the inputs of the CLIP model and of `CLIPMapper`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.lab.processor import DIGIT_WORDS
+
+_WORDS = (
+    *DIGIT_WORDS,
+    *("left", "right", "up", "down", "of", "above", "below", "a"),
+    *("what", "is", "there", "how", "many", "are", "where", "which", "digits", "yes", "no"),
+)
+# [END] has the highest id: Hugging Face's CLIP finds the end of a text by it.
+TEXT_VOCABULARY = ("[PAD]", "[START]", *_WORDS, "[END]")
+ANSWERS = (*DIGIT_WORDS, "yes", "no")
+MOST_WORDS = 16  # with [START] and [END]: positions of the text encoders
+PAD, START, END = 0, 1, len(TEXT_VOCABULARY) - 1
+_IDS = {word: i for i, word in enumerate(TEXT_VOCABULARY)}
+
+
+class SceneProcessor:
+    """Images to pixel values and texts to ids, without parameters.
+
+    `processor(images, texts)` gives the keyword arguments of the CLIP model, and of a `CLIPMapper`'s `forward` and `generate`.
+
+    Args:
+        end: texts end with [END], as the CLIP model and question answering take them; False = they are prompts to be continued.
+    """
+
+    answers = ANSWERS  # what the logits of the model that answers questions stand for
+
+    def __init__(self, *, end: bool = True) -> None:
+        self.end = end
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
+        """images (B, 32, 32) float in [0, 1]; texts: B strings, "" for a prompt without words."""
+        if isinstance(texts, Sequence) and not isinstance(texts, str) and len(texts) != len(images):
+            raise ValueError(f"texts must be as many as images; got {len(texts)} for {len(images)} images")
+        return {"pixel_values": self.pixels(images), **self.words(texts)}
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """images (B, H, W) -> pixel values (B, 1, H, W)."""
+        if not isinstance(images, Tensor) or images.ndim != 3:
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images must be a tensor (B, H, W); got {shape}")
+        return images[:, None]
+
+    def words(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """B texts -> input_ids int64 (B, T), attention_mask bool (B, T); shorter texts are padded on the right."""
+        if isinstance(texts, str):
+            raise TypeError(f"texts must be a sequence of strings; got the string {texts!r}")
+        rows = []
+        for text in texts:
+            words = text.split()
+            if unknown := [word for word in words if word not in _WORDS]:
+                raise ValueError(f"texts must have words of {_WORDS} alone; got the words {unknown} in {text!r}")
+            if len(words) + 2 > MOST_WORDS:
+                raise ValueError(f"texts must have at most {MOST_WORDS - 2} words; got {len(words)} in {text!r}")
+            rows.append([START, *(_IDS[word] for word in words), *([END] if self.end else [])])
+        length = max(map(len, rows), default=0)
+        input_ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows], dtype=torch.int64)
+        return {"input_ids": input_ids, "attention_mask": input_ids != PAD}
+
+    def convert_ids_to_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
+        """Ids (T) -> the T words they stand for."""
+        return [TEXT_VOCABULARY[i] for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Ids (B, T), as `CLIPMapper.generate` gives them -> B strings: the words in front of the first [END]."""
+        texts = []
+        for row in ids.tolist():
+            words = row[: row.index(END)] if END in row else row
+            texts.append(" ".join(TEXT_VOCABULARY[i] for i in words if i not in (PAD, START)))
+        return texts

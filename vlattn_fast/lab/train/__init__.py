@@ -1,0 +1,1 @@
+"""Trains the models of DigitScenes: python -m vlattn_fast.lab.train uniter|clip|vqa|captions [options]."""

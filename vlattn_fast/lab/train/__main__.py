@@ -1,0 +1,3 @@
+from vlattn_fast.lab.train.run import main
+
+main()

@@ -1,0 +1,133 @@
+"""The training of the small CLIP model of DigitScenes.
+
+Three losses: captions and images find one another in a batch (Radford et al., ICML 2021); each patch's state says which digit the
+patch shows, and where that digit's centre is. The contrast alone leaves the patches without the digits they show, for which a
+`CLIPMapper` looks, and needs many more steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlattn_fast.lab.clip import CONFIG, PATCH, build_clip, caption_accuracy, caption_ids, caption_pixels, retrieval, words_of
+from vlattn_fast.lab.scenes import CANVAS, DIGIT, NEGATIVES, Scenes, caption_words, sample_scenes, sayable_captions
+from vlattn_fast.lab.train.fit import check_steps, fit
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+BATCH = 128
+NOISE = 0.2  # largest standard deviation added to the pixels of an image; without it the scans are memorised
+BACKGROUND = 10  # the class of a patch without ink
+UNSURE = -100  # a patch that a digit covers by less than half: no class
+MOST_SCALE = math.log(100)  # of the logits, as published
+
+
+class TrainingHeads(nn.Module):
+    """The heads that only training uses: which digit a patch shows, and where the digit's centre is."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.digit = nn.Linear(hidden_size, BACKGROUND + 1)
+        self.centre = nn.Linear(hidden_size, 2)
+
+
+def place(model: CLIPModel) -> None:
+    """Position embeddings of the patches begin as sines of row and column, which spares the model learning that they form a
+    grid, and patch embeddings large enough to be seen beside them."""
+    embeddings = model.vision_model.embeddings
+    side, size = CANVAS // PATCH, embeddings.position_embedding.embedding_dim // 4
+    frequency = math.pi / side * torch.arange(1, size + 1) / 2
+    angles = torch.arange(side)[:, None] * frequency
+    along = torch.cat([angles.sin(), angles.cos()], dim=1)
+    grid = torch.cat([along[:, None].expand(-1, side, -1), along[None].expand(side, -1, -1)], dim=-1)
+    with torch.no_grad():
+        embeddings.position_embedding.weight[1:] = 0.3 * grid.flatten(0, 1)
+        nn.init.normal_(embeddings.patch_embedding.weight, std=1 / PATCH)
+
+
+def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
+    """images (B, H, W) with noise, as strong in each as chance has it up to NOISE -> pixel values (B, 1, H, W)."""
+    strength = NOISE * torch.rand(len(images), 1, 1, generator=generator)
+    return (images + strength * torch.randn(images.shape, generator=generator))[:, None]
+
+
+def patch_truth(scenes: Scenes) -> tuple[Tensor, Tensor]:
+    """(digit int64 (B, P), BACKGROUND or UNSURE; centre (B, P, 2) in 0 to 1 of the digit): of the patches, row by row."""
+    edge = PATCH * torch.arange(CANVAS // PATCH)
+    low, high = scenes.boxes[..., None, :2], scenes.boxes[..., None, 2:]
+    overlap = (torch.minimum(high, edge[:, None] + PATCH) - torch.maximum(low, edge[:, None])).clamp(min=0)  # (B, R, side, 2)
+    area = (overlap[..., 1][..., :, None] * overlap[..., 0][..., None, :]).flatten(2)  # (B, R, P)
+    most, region = area.max(1)
+    digit = scenes.digits.gather(1, region)
+    digit = torch.where(most >= PATCH * PATCH / 2, digit, torch.where(area.sum(1) == 0, BACKGROUND, UNSURE))
+    centre = ((scenes.boxes[..., :2] + DIGIT / 2) / CANVAS).gather(1, region[..., None].expand(-1, -1, 2))
+    return digit, centre
+
+
+def losses(model: CLIPModel, heads: TrainingHeads, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
+    """The three losses on scenes with true captions. To each scene come three false captions, one of each kind; captions of other
+    scenes that are true of an image, or nearly so, are no wrong ones for it."""
+    own = words_of(scenes)
+    first, second = ((scenes.digits == own[:, i, None]).int().argmax(1) for i in (0, 2))
+    corners, sayable = scenes.boxes[..., :2].long(), sayable_captions("train", None)
+    words = [own]
+    for kind in range(1, 1 + len(NEGATIVES)):
+        kinds = torch.full((len(scenes),), kind)
+        words.append(caption_words(kinds, scenes.digits, corners, first, second, own[:, 1], sayable, generator)[0])
+    said = torch.cat(words)
+    image = model.vision_model(pixel_values=noisy(scenes.images, generator))
+    text = model.text_model(input_ids=caption_ids(said))
+    image_embeds = F.normalize(model.visual_projection(image.pooler_output), dim=-1)
+    text_embeds = F.normalize(model.text_projection(text.pooler_output), dim=-1)
+    count = len(scenes)
+    logits = model.logit_scale.clamp(max=MOST_SCALE).exp() * image_embeds @ text_embeds.T
+    rival = caption_pixels(scenes, said) <= 0
+    rival[:, :count] |= torch.eye(count, dtype=torch.bool)
+    logits = logits.masked_fill(~rival, -torch.inf)
+    target = torch.arange(count)
+    contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
+
+    digit, centre = patch_truth(scenes)
+    states = heads.norm(image.last_hidden_state[:, 1:])
+    shows = (digit != BACKGROUND) & (digit != UNSURE)
+    return {
+        "contrast": contrast,
+        "digit": F.cross_entropy(heads.digit(states).flatten(0, 1), digit.flatten(), ignore_index=UNSURE),
+        "centre": F.smooth_l1_loss(heads.centre(states)[shows], centre[shows], beta=0.1),
+    }
+
+
+def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
+    """A model trained for `steps` steps of BATCH scenes with AdamW, one learning-rate cycle; eval mode."""
+    check_steps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_clip(CONFIG)
+        place(model)
+        heads = TrainingHeads(model.config.vision_config.hidden_size)
+    parameters = [*model.parameters(), *heads.parameters()]
+    kinds = torch.zeros(BATCH, dtype=torch.int64)
+
+    def drawn() -> dict[str, Tensor]:
+        return losses(model, heads, sample_scenes(kinds, "train", None, generator), generator)
+
+    fit(parameters, drawn, {"contrast": 1.0, "digit": 2.0, "centre": 10.0}, steps, learning_rate=2e-3, log_every=log_every)
+    return model.eval()
+
+
+def evaluate(model: CLIPModel, *, count: int, seed: int = 0) -> dict[str, object]:
+    """Retrieval on test scenes, and accuracies per kind of wrong caption for all captions, those seen in training and those held
+    out from it."""
+    pairs = ("all", "seen", "held_out")
+    return {
+        "retrieval": retrieval(model, count=count, seed=seed),
+        "caption_accuracy": {name: caption_accuracy(model, count=count, seed=seed, pairs=name) for name in pairs},
+    }

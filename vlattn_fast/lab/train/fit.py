@@ -1,0 +1,37 @@
+"""The loop that all trainings share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+
+
+def fit(
+    parameters: Sequence[nn.Parameter],
+    losses: Callable[[], dict[str, Tensor]],
+    weights: dict[str, float],
+    steps: int,
+    *,
+    learning_rate: float,
+    log_every: int,
+) -> None:
+    """`steps` steps of AdamW down the weighted sum of `losses()`, one learning-rate cycle up to `learning_rate`; a line is
+    printed every log_every steps and at the end, none with 0."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
+    for step in range(1, steps + 1):
+        parts = losses()
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack([weights[name] * loss for name, loss in parts.items()]).sum().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if log_every and (step % log_every == 0 or step == steps):
+            print(f"step {step}: " + ", ".join(f"{name} {loss.item():.4f}" for name, loss in parts.items()), flush=True)

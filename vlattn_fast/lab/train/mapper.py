@@ -1,0 +1,110 @@
+"""The trainings of the two CLIPMapper of DigitScenes, for questions and for captions, on the trained CLIP model.
+
+The vision encoder stays as it is. The text encoder is trained on, since the captions that CLIP saw have few of the words of
+questions. Two losses: the answer, and the centre of the digit that each digit word names, from the word's state in the mapper.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlattn_fast.lab.clip import load_clip
+from vlattn_fast.lab.mapper import CONFIG, blind_accuracy, prompt_accuracy, question_accuracy
+from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, ask
+from vlattn_fast.lab.scenes import CANVAS, DIGIT, sample_scenes
+from vlattn_fast.lab.texts import ANSWERS, PAD, TEXT_VOCABULARY, SceneProcessor
+from vlattn_fast.lab.train.clip import noisy
+from vlattn_fast.lab.train.fit import check_steps, fit
+from vlattn_fast.lab.weights import DATA
+from vlattn_fast.models.clip_mapper import CLIPMapper
+
+SCENES = 64  # a step, with a question of each kind about each
+LEARNED = 20000  # training questions of each kind that the blind baselines count
+ZERO_ID = TEXT_VOCABULARY.index("zero")
+WEIGHTS = {"answer": 1.0, "centre": 5.0}
+
+
+class TrainingHeads(nn.Module):
+    """The head that only training uses: a regression of centres."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.centre = nn.Linear(hidden_size, 2)
+
+
+def centre_loss(heads: TrainingHeads, states: Tensor, digits: Tensor, asked: Questions) -> Tensor:
+    """Of the states (B, T, C) that stand for a digit, 0 to 9 in digits (B, T), where that digit is in the scene."""
+    names = digits[..., None] == asked.digits[:, None]
+    centres = (asked.boxes[..., :2] + DIGIT / 2) / CANVAS
+    present = names.any(-1)
+    return F.smooth_l1_loss(heads.centre(states[present]), (names.float() @ centres)[present], beta=0.1)
+
+
+def question_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, image_states: Tensor) -> dict[str, Tensor]:
+    words = SceneProcessor().words(asked.questions)
+    ids, mask = words["input_ids"], words["attention_mask"]
+    output = model(input_ids=ids, attention_mask=mask, image_states=image_states)
+    target = torch.tensor([ANSWERS.index(text) for text in asked.answers])
+    # the state that is read stands for the digit it answers with, where the answer is one and no number
+    stands = torch.where(torch.tensor([kind == "what" for kind in asked.kinds]), target, -1)
+    digits = (ids - ZERO_ID).scatter(1, mask.sum(1, keepdim=True) - 1, stands[:, None])
+    return {
+        "answer": F.cross_entropy(output.logits, target),
+        "centre": centre_loss(heads, output.last_hidden_state, digits, asked),
+    }
+
+
+def prompt_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, image_states: Tensor) -> dict[str, Tensor]:
+    texts = [f"{question} {text}" for question, text in zip(asked.questions, asked.answers, strict=True)]
+    words = SceneProcessor().words(texts)
+    ids = words["input_ids"]
+    output = model(input_ids=ids, attention_mask=words["attention_mask"], image_states=image_states)
+    asks = torch.tensor([len(question.split()) for question in asked.questions])
+    later = ids[:, 1:]
+    learned = (torch.arange(later.shape[1]) >= asks[:, None]) & (later != PAD)  # the words of the answer, and its end
+    return {
+        "answer": F.cross_entropy(output.logits[:, :-1][learned], later[learned]),
+        "centre": centre_loss(heads, output.last_hidden_state, ids - ZERO_ID, asked),
+    }
+
+
+def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: str | Path = DATA) -> CLIPMapper:
+    """A model of task "vqa" or "captions", trained for `steps` steps of SCENES scenes with AdamW, one learning-rate cycle; eval
+    mode. clip: the directory of the CLIP weights."""
+    check_steps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    encoders, _ = load_clip(clip)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPMapper(encoders.vision_model, encoders.text_model, **CONFIG[task], freeze_encoders=False)
+        heads = TrainingHeads(CONFIG[task]["hidden_size"])
+    model.vision.requires_grad_(False)
+    parameters = [parameter for part in (model, heads) for parameter in part.parameters() if parameter.requires_grad]
+    prompts = task == "captions"
+    of_task, kinds = (prompt_losses, PROMPTS) if prompts else (question_losses, QUESTIONS)
+
+    def drawn() -> dict[str, Tensor]:
+        scenes = sample_scenes(torch.zeros(SCENES, dtype=torch.int64), "train", None, generator)
+        with torch.no_grad():
+            states = model.encode_image(noisy(scenes.images, generator))
+        asked, rows = ask(scenes, kinds, prompts=prompts, generator=generator)
+        return of_task(model, heads, asked, states[rows])
+
+    fit(parameters, drawn, WEIGHTS, steps, learning_rate=1e-3, log_every=log_every)
+    return model.eval()
+
+
+def evaluate(task: str, model: CLIPMapper, *, count: int, seed: int = 0) -> dict[str, Any]:
+    """On test scenes, for all captions and those whose pairs of digits no training question or prompt relates."""
+    measure = prompt_accuracy if task == "captions" else question_accuracy
+    report: dict[str, Any] = {
+        measure.__name__: {pairs: measure(model, count=count, seed=seed, pairs=pairs) for pairs in ("all", "seen", "held_out")}
+    }
+    if task == "vqa":
+        report["blind_accuracy"] = blind_accuracy(count=count, seed=seed, learned=LEARNED)
+    return report

@@ -1,0 +1,106 @@
+"""The command line of the trainings."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlattn_fast.lab import clip as clip_model
+from vlattn_fast.lab import mapper as mapper_model
+from vlattn_fast.lab import uniter as uniter_model
+from vlattn_fast.lab.train import clip, mapper, uniter
+from vlattn_fast.lab.weights import DATA
+
+EVALUATED = {"uniter": 5000, "clip": 5000, "vqa": 2000, "captions": 2000}  # test scenes per measure
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, how long by default, and where the result goes.
+
+    config: what the loader builds the model from; half: the weights are stored in float16.
+    """
+
+    weights: str
+    steps: int
+    train: Callable[..., nn.Module]
+    evaluate: Callable[..., dict[str, Any]]
+    config: Callable[[nn.Module], dict[str, Any]]
+    half: bool = True
+
+
+def _mapper(task: str, steps: int) -> Training:
+    return Training(
+        mapper_model.WEIGHTS[task],
+        steps,
+        functools.partial(mapper.train, task),
+        functools.partial(mapper.evaluate, task),
+        lambda model: {"clip": clip_model.CONFIG, "mapper": mapper_model.CONFIG[task]},
+    )
+
+
+TRAININGS = {
+    "uniter": Training(
+        uniter_model.WEIGHTS, 3000, uniter.train, uniter.evaluate, lambda model: asdict(uniter_model.CONFIG), half=False
+    ),
+    "clip": Training(clip_model.WEIGHTS, 2000, clip.train, clip.evaluate, lambda model: clip_model.CONFIG),
+    "vqa": _mapper("vqa", 2000),
+    "captions": _mapper("captions", 2000),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlattn_fast.lab.train", description="Trains a model of DigitScenes.")
+    named = parser.add_subparsers(dest="name", required=True)
+    for name, training in TRAININGS.items():
+        options = named.add_parser(name)
+        options.add_argument("--steps", type=int, default=training.steps)
+        options.add_argument("--seed", type=int, default=0)
+        options.add_argument("--threads", type=int, default=2)
+        options.add_argument("--output", type=Path, default=Path("digitscenes"), help="directory for weights and report")
+        if name in mapper_model.WEIGHTS:
+            options.add_argument("--clip", type=Path, default=DATA, help="directory of the CLIP weights")
+    chosen = parser.parse_args(arguments)
+    run(chosen)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    from safetensors.torch import save_file
+
+    training, count = TRAININGS[chosen.name], EVALUATED[chosen.name]
+    torch.set_num_threads(chosen.threads)
+    more = {"clip": chosen.clip} if hasattr(chosen, "clip") else {}
+    began, cpu_began = time.perf_counter(), time.process_time()
+    model = training.train(chosen.steps, seed=chosen.seed, **more)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    state = model.state_dict()
+    if training.half:
+        state = {name: tensor.half() for name, tensor in state.items()}
+        model.load_state_dict(state)  # what is measured is what is stored
+    command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}"
+    report = {
+        "command": f"python -m vlattn_fast.lab.train {command}",
+        "steps": chosen.steps,
+        "seed": chosen.seed,
+        "threads": chosen.threads,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "torch": torch.__version__,
+        "config": training.config(model),
+        "test": {"count": count, "seed": 0, **training.evaluate(model, count=count)},
+    }
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    weights = chosen.output / training.weights
+    save_file(state, weights)
+    weights.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report["test"], indent=2))
+    print(f"{seconds:.0f} s, {cpu_seconds:.0f} s of processor time; wrote {weights}")
