@@ -104,7 +104,7 @@ def test_every_loss_of_the_mapper_falls_and_reaches_every_parameter(task, kinds,
 def test_patches_are_told_the_digit_they_show():
     """By the ink itself: a patch has a class where one digit's box covers at least half of it, and none where only a part."""
     scenes = digit_scenes(20)
-    digits, centres = clip.patch_truth(scenes)
+    digits, centres = clip.patch_truth(scenes.digits, scenes.boxes)
     assert digits.shape == (20, 64) and centres.shape == (20, 64, 2)
     for n in range(20):
         owner = torch.full((32, 32), -1)

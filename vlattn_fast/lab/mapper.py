@@ -16,7 +16,7 @@ from vlattn_fast.lab.weights import DATA, load_weights
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 WEIGHTS = {"vqa": "vqa_digitscenes.safetensors", "captions": "captions_digitscenes.safetensors"}
-_SIZES = {"hidden_size": 96, "num_layers": 3, "num_heads": 4}
+_SIZES = {"hidden_size": 64, "num_layers": 3, "num_heads": 4}
 CONFIG: dict[str, dict[str, int]] = {
     "vqa": {**_SIZES, "num_answers": len(ANSWERS)},
     "captions": {**_SIZES, "vocab_size": len(TEXT_VOCABULARY)},

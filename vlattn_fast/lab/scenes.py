@@ -151,7 +151,7 @@ def sample_scenes(kind: Tensor, split: str, pairs: str | None, generator: torch.
 
     captions = tuple(f"{DIGIT_WORDS[a]} {RELATIONS[r]} a {DIGIT_WORDS[b]}" for a, r, b in words.tolist())
     return Scenes(
-        images=_paint(scans[scan], corners),
+        images=paint(scans[scan], corners),
         boxes=torch.cat([corners, corners + DIGIT], dim=-1).float(),
         digits=digits,
         captions=captions,
@@ -171,12 +171,12 @@ def swapped_pairs(count: int, *, split: str = "test", seed: int = 0, pairs: str 
     region[true.named] = torch.nonzero(true.named)[:, 1].view(-1, 2).flip(1).reshape(-1)
     boxes = true.boxes.gather(1, region[..., None].expand(-1, -1, 4))
     crops = DigitProcessor().regions(true.images, true.boxes)["region_features"]
-    images = _paint(crops.unflatten(-1, (DIGIT, DIGIT)), boxes[..., :2].long())
+    images = paint(crops.unflatten(-1, (DIGIT, DIGIT)), boxes[..., :2].long())
     swapped = Scenes(images, boxes, true.digits, other.captions, other.input_ids, true.label, true.named)
     return true, swapped
 
 
-def _paint(crops: Tensor, corners: Tensor) -> Tensor:
+def paint(crops: Tensor, corners: Tensor) -> Tensor:
     """crops (B, R, 8, 8) at corners (B, R, 2) x, y -> images (B, 32, 32)."""
     rows = torch.arange(len(crops))[:, None, None, None]
     y, x = (corners[..., axis, None] + torch.arange(DIGIT) for axis in (1, 0))

@@ -1,12 +1,14 @@
 """The training of the small CLIP model of DigitScenes.
 
 Three losses: captions and images find one another in a batch (Radford et al., ICML 2021); each patch's state says which digit the
-patch shows, and where that digit's centre is. The contrast alone leaves the patches without the digits they show, for which a
-`CLIPMapper` looks, and needs many more steps.
+patch shows, and where that digit's centre is. The last two come first and alone, on images crowded with digits: as long as the
+encoder tells no digits apart, the contrast has nothing to learn from. They go on beside it, so that the patches keep the digits
+for which a `CLIPMapper` looks.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -15,13 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast.lab.clip import CONFIG, PATCH, build_clip, caption_accuracy, caption_ids, caption_pixels, retrieval, words_of
-from vlattn_fast.lab.scenes import CANVAS, DIGIT, NEGATIVES, Scenes, caption_words, sample_scenes, sayable_captions
+from vlattn_fast.lab.scenes import (
+    CANVAS,
+    DIGIT,
+    NEGATIVES,
+    Scenes,
+    caption_words,
+    digit_scans,
+    paint,
+    sample_scenes,
+    sayable_captions,
+)
 from vlattn_fast.lab.train.fit import check_steps, fit
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
-BATCH = 128
+CROWDS, BATCH = 16, 64  # images a step in the first part of the training, and in the second
+FIRST = 0.5  # the first part of all steps
+SIDE = 3  # digits in a row and in a column of a crowded image
 NOISE = 0.2  # largest standard deviation added to the pixels of an image; without it the scans are memorised
 BACKGROUND = 10  # the class of a patch without ink
 UNSURE = -100  # a patch that a digit covers by less than half: no class
@@ -43,12 +57,11 @@ def place(model: CLIPModel) -> None:
     grid, and patch embeddings large enough to be seen beside them."""
     embeddings = model.vision_model.embeddings
     side, size = CANVAS // PATCH, embeddings.position_embedding.embedding_dim // 4
-    frequency = math.pi / side * torch.arange(1, size + 1) / 2
-    angles = torch.arange(side)[:, None] * frequency
+    angles = torch.arange(side)[:, None] * math.pi / 2 * torch.arange(1, size + 1) / size
     along = torch.cat([angles.sin(), angles.cos()], dim=1)
     grid = torch.cat([along[:, None].expand(-1, side, -1), along[None].expand(side, -1, -1)], dim=-1)
     with torch.no_grad():
-        embeddings.position_embedding.weight[1:] = 0.3 * grid.flatten(0, 1)
+        embeddings.position_embedding.weight[1:] = grid.flatten(0, 1) / 2
         nn.init.normal_(embeddings.patch_embedding.weight, std=1 / PATCH)
 
 
@@ -58,17 +71,53 @@ def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images + strength * torch.randn(images.shape, generator=generator))[:, None]
 
 
-def patch_truth(scenes: Scenes) -> tuple[Tensor, Tensor]:
+def crowd(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """`count` images with as many digits as have room, of the training scans, each some pixels off a grid: (images (B, 32, 32),
+    digits (B, 9), boxes (B, 9, 4))."""
+    scans, labels, _ = digit_scans("train")
+    drawn = torch.randint(0, len(scans), (count, SIDE, SIDE), generator=generator)
+    room = CANVAS - SIDE * DIGIT
+
+    def starts(rows: int) -> Tensor:
+        """(B, rows, SIDE): where the digits of a row begin, in order, with gaps of whole pixels that `room` has in all."""
+        gaps = torch.rand(count, rows, SIDE + 1, generator=generator)
+        gaps = room * (gaps.cumsum(-1) / gaps.sum(-1, keepdim=True))[..., :-1]
+        return gaps.round().long() + DIGIT * torch.arange(SIDE)
+
+    corners = torch.stack([starts(SIDE), starts(1).transpose(1, 2).expand(-1, -1, SIDE)], dim=-1).flatten(1, 2)
+    drawn = drawn.flatten(1)
+    return paint(scans[drawn], corners), labels[drawn], torch.cat([corners, corners + DIGIT], dim=-1).float()
+
+
+def patch_truth(digits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """(digit int64 (B, P), BACKGROUND or UNSURE; centre (B, P, 2) in 0 to 1 of the digit): of the patches, row by row."""
     edge = PATCH * torch.arange(CANVAS // PATCH)
-    low, high = scenes.boxes[..., None, :2], scenes.boxes[..., None, 2:]
+    low, high = boxes[..., None, :2], boxes[..., None, 2:]
     overlap = (torch.minimum(high, edge[:, None] + PATCH) - torch.maximum(low, edge[:, None])).clamp(min=0)  # (B, R, side, 2)
     area = (overlap[..., 1][..., :, None] * overlap[..., 0][..., None, :]).flatten(2)  # (B, R, P)
     most, region = area.max(1)
-    digit = scenes.digits.gather(1, region)
-    digit = torch.where(most >= PATCH * PATCH / 2, digit, torch.where(area.sum(1) == 0, BACKGROUND, UNSURE))
-    centre = ((scenes.boxes[..., :2] + DIGIT / 2) / CANVAS).gather(1, region[..., None].expand(-1, -1, 2))
+    digit = digits.gather(1, region)
+    digit = torch.where(most >= PATCH * PATCH / 2, digit, torch.where(most == 0, BACKGROUND, UNSURE))
+    centre = ((boxes[..., :2] + DIGIT / 2) / CANVAS).gather(1, region[..., None].expand(-1, -1, 2))
     return digit, centre
+
+
+def patch_losses(heads: TrainingHeads, states: Tensor, digits: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    """Of the vision encoder's states (B, 1 + P, C)."""
+    digit, centre = patch_truth(digits, boxes)
+    states = heads.norm(states[:, 1:])
+    shows = (digit != BACKGROUND) & (digit != UNSURE)
+    return {
+        "digit": F.cross_entropy(heads.digit(states).flatten(0, 1), digit.flatten(), ignore_index=UNSURE),
+        "centre": F.smooth_l1_loss(heads.centre(states)[shows], centre[shows], beta=0.1),
+    }
+
+
+def crowd_losses(model: CLIPModel, heads: TrainingHeads, generator: torch.Generator) -> dict[str, Tensor]:
+    """The two losses of the first part."""
+    images, digits, boxes = crowd(CROWDS, generator)
+    states = model.vision_model(pixel_values=noisy(images, generator)).last_hidden_state
+    return patch_losses(heads, states, digits, boxes)
 
 
 def losses(model: CLIPModel, heads: TrainingHeads, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
@@ -94,18 +143,12 @@ def losses(model: CLIPModel, heads: TrainingHeads, scenes: Scenes, generator: to
     target = torch.arange(count)
     contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
 
-    digit, centre = patch_truth(scenes)
-    states = heads.norm(image.last_hidden_state[:, 1:])
-    shows = (digit != BACKGROUND) & (digit != UNSURE)
-    return {
-        "contrast": contrast,
-        "digit": F.cross_entropy(heads.digit(states).flatten(0, 1), digit.flatten(), ignore_index=UNSURE),
-        "centre": F.smooth_l1_loss(heads.centre(states)[shows], centre[shows], beta=0.1),
-    }
+    return {"contrast": contrast, **patch_losses(heads, image.last_hidden_state, scenes.digits, scenes.boxes)}
 
 
 def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
-    """A model trained for `steps` steps of BATCH scenes with AdamW, one learning-rate cycle; eval mode."""
+    """A model trained with AdamW for `steps` steps, the first of them on crowded images, the others on scenes, with one
+    learning-rate cycle for each part; eval mode."""
     check_steps(steps)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -113,13 +156,18 @@ def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
         model = build_clip(CONFIG)
         place(model)
         heads = TrainingHeads(model.config.vision_config.hidden_size)
-    parameters = [*model.parameters(), *heads.parameters()]
+    weights = {"contrast": 1.0, "digit": 2.0, "centre": 10.0}
     kinds = torch.zeros(BATCH, dtype=torch.int64)
 
     def drawn() -> dict[str, Tensor]:
         return losses(model, heads, sample_scenes(kinds, "train", None, generator), generator)
 
-    fit(parameters, drawn, {"contrast": 1.0, "digit": 2.0, "centre": 10.0}, steps, learning_rate=2e-3, log_every=log_every)
+    first, parameters = round(FIRST * steps), [*model.vision_model.parameters(), *heads.parameters()]
+    if first:
+        alone = functools.partial(crowd_losses, model, heads, generator)
+        fit(parameters, alone, weights, first, learning_rate=3e-3, log_every=log_every, warmup=0.1)
+    parameters = [*model.parameters(), *heads.parameters()]
+    fit(parameters, drawn, weights, steps - first, learning_rate=2e-3, log_every=log_every, warmup=0.1)
     return model.eval()
 
 

@@ -26,6 +26,7 @@ from vlattn_fast.models.clip_mapper import CLIPMapper
 SCENES = 64  # a step, with a question of each kind about each
 LEARNED = 20000  # training questions of each kind that the blind baselines count
 ZERO_ID = TEXT_VOCABULARY.index("zero")
+LR = 2e-3
 WEIGHTS = {"answer": 1.0, "centre": 5.0}
 
 
@@ -95,7 +96,7 @@ def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: s
         asked, rows = ask(scenes, kinds, prompts=prompts, generator=generator)
         return of_task(model, heads, asked, states[rows])
 
-    fit(parameters, drawn, WEIGHTS, steps, learning_rate=1e-3, log_every=log_every)
+    fit(parameters, drawn, WEIGHTS, steps, learning_rate=LR, log_every=log_every, warmup=0.1)
     return model.eval()
 
 
