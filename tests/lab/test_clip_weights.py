@@ -122,8 +122,8 @@ def test_answers_of_the_loaded_models_are_words(vqa, captioner):
 def test_the_clip_model_takes_what_its_processor_gives(clip):
     scenes = digit_scenes(6, seed=2)
     output = clip(**load_clip()[1](scenes.images, scenes.captions))
-    cosines = clip_model.similarity(clip, scenes, clip_model.words_of(scenes))
-    torch.testing.assert_close(output.logits_per_image, clip.logit_scale.exp() * cosines, rtol=1e-4, atol=1e-4)
+    image, text = clip_model.embeddings(clip, scenes, clip_model.words_of(scenes))
+    torch.testing.assert_close(output.logits_per_image, clip.logit_scale.exp() * image @ text.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FILES)

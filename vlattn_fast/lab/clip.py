@@ -90,32 +90,33 @@ def caption_pixels(scenes: Scenes, words: Tensor) -> Tensor:
     return pixels.nan_to_num(nan=-torch.inf)
 
 
-def similarity(model: CLIPModel, scenes: Scenes, words: Tensor) -> Tensor:
-    """(B, T): cosine of each of B images and each of T captions."""
-    image = model.visual_projection(model.vision_model(pixel_values=scenes.images[:, None]).pooler_output)
+def embed_captions(model: CLIPModel, words: Tensor) -> Tensor:
+    """Unit vectors (T, D) of captions that say words (T, 3)."""
     text = model.text_projection(model.text_model(input_ids=caption_ids(words)).pooler_output)
-    return torch.nn.functional.normalize(image, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
+    return torch.nn.functional.normalize(text, dim=-1)
+
+
+def embeddings(model: CLIPModel, scenes: Scenes, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors (B, D) of the images and (T, D) of captions; the cosine of the two is their product."""
+    image = model.visual_projection(model.vision_model(pixel_values=scenes.images[:, None]).pooler_output)
+    return torch.nn.functional.normalize(image, dim=-1), embed_captions(model, words)
 
 
 @torch.no_grad()
 def retrieval(model: CLIPModel, *, count: int = 1000, seed: int = 0) -> dict[str, float]:
     """Of test scenes and their captions in groups of RETRIEVED: how often the most similar caption is the image's own, and how
     often it is true of the image, which others of the group may be, too; the same from captions to images."""
-    scenes = digit_scenes(count, seed=seed)
-    words = words_of(scenes)
     hits: dict[str, list[Tensor]] = {"image_to_text": [], "image_to_true_text": [], "text_to_image": [], "text_to_true_image": []}
-    true = caption_pixels(scenes, words) >= CLEARANCE
-    cosines = similarity(model, scenes, words)
-    for rows in torch.arange(count).split(RETRIEVED):
-        group = cosines[rows][:, rows]
-        same = (words[rows][:, None] == words[rows][None]).all(-1)  # where two say the same, either is its own
-        for name, best in (("text", group.argmax(1)), ("image", group.argmax(0))):
-            other = "image" if name == "text" else "text"
-            place = torch.arange(len(rows))
-            hits[f"{other}_to_{name}"].append(same[place, best] if name == "text" else best == place)
-            hits[f"{other}_to_true_{name}"].append(
-                true[rows][:, rows][place, best] if name == "text" else true[rows][:, rows][best, place]
-            )
+    for group in range(-(-count // RETRIEVED)):
+        scenes = digit_scenes(min(RETRIEVED, count - group * RETRIEVED), seed=seed + group)
+        words, row = words_of(scenes), torch.arange(len(scenes))
+        image, text = embeddings(model, scenes, words)
+        true = caption_pixels(scenes, words) >= CLEARANCE
+        found_text, found_image = (image @ text.T).argmax(1), (text @ image.T).argmax(1)
+        hits["image_to_text"].append((words[found_text] == words).all(1))  # where two say the same, either is the image's own
+        hits["image_to_true_text"].append(true[row, found_text])
+        hits["text_to_image"].append(found_image == row)
+        hits["text_to_true_image"].append(true[found_image, row])
     return {name: round(float(torch.cat(hit).double().mean()), 4) for name, hit in hits.items()}
 
 
@@ -124,9 +125,10 @@ def caption_accuracy(model: CLIPModel, *, count: int = 1000, seed: int = 0, pair
     """How often a test image is closer to its true caption than to a false one, for each kind of wrong caption; arguments as in
     `digit_scenes`. Chance is 1/2."""
     true = digit_scenes(count, seed=seed, pairs=pairs)
+    image, own = embeddings(model, true, words_of(true))
     accuracy = {}
     for negative in NEGATIVES:
         false = digit_scenes(count, seed=seed, pairs=pairs, negative=negative)
-        own, other = (similarity(model, true, words_of(scenes)).diagonal() for scenes in (true, false))
-        accuracy[negative] = round(float((own > other).double().mean()), 4)
+        other = embed_captions(model, words_of(false))
+        accuracy[negative] = round(float(((image * (own - other)).sum(1) > 0).double().mean()), 4)
     return accuracy

@@ -370,5 +370,5 @@ def _check_sizes(**sizes: Any) -> None:
 
 def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.5)
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
         nn.init.zeros_(module.bias)

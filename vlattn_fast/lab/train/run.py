@@ -20,7 +20,7 @@ from vlattn_fast.lab import uniter as uniter_model
 from vlattn_fast.lab.train import clip, mapper, uniter
 from vlattn_fast.lab.weights import DATA
 
-EVALUATED = {"uniter": 5000, "clip": 5000, "vqa": 2000, "captions": 2000}  # test scenes per measure
+EVALUATED = {"uniter": 5000, "clip": 2000, "vqa": 1000, "captions": 1000}  # test scenes per measure
 
 
 @dataclass(frozen=True)
