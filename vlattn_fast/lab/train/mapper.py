@@ -1,7 +1,8 @@
 """The trainings of the two CLIPMapper of DigitScenes, for questions and for captions, on the trained CLIP model.
 
 The vision encoder stays as it is. The text encoder is trained on, since the captions that CLIP saw have few of the words of
-questions. Two losses: the answer, and the centre of the digit that each digit word names, from the word's state in the mapper.
+questions. Beside the answer, the state of each digit word learns the centre of that digit, and the state that a question is
+read at learns which digits it is about, and how far apart two are that it compares: yes and no alone teach that very slowly.
 """
 
 from __future__ import annotations
@@ -28,24 +29,31 @@ SCENES = 16  # a step, with a question of each kind about each
 LEARNED = 10000  # training questions of each kind that the blind baselines count
 ZERO_ID = TEXT_VOCABULARY.index("zero")
 LR = 2e-3
-WEIGHTS = {"answer": 1.0, "centre": 5.0}
+WEIGHTS = {"answer": 1.0, "centre": 5.0, "about": 5.0, "apart": 5.0}
+FIRST, SECOND = 3, 7  # where "[START] is a three left of a seven [END]" has its digits
 
 
 class TrainingHeads(nn.Module):
-    """The head that only training uses: a regression of centres."""
+    """The heads that only training uses: where a word's digit is; which digits a question is about; how far apart they are."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.centre = nn.Linear(hidden_size, 2)
+        self.about = nn.Linear(hidden_size, 10)
+        self.apart = nn.Linear(hidden_size, 2)
 
 
 def centre_loss(heads: TrainingHeads, states: Tensor, named: Tensor, digits: Tensor, boxes: Tensor) -> Tensor:
     """Of the states (B, T, C) that stand for a digit, 0 to 9 in named (B, T), where that digit is in the scene with digits (B, R)
     and boxes (B, R, 4)."""
+    centres, present = centres_of(named, digits, boxes)
+    return F.smooth_l1_loss(heads.centre(states[present]), centres[present], beta=0.1)
+
+
+def centres_of(named: Tensor, digits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, 2) in 0 to 1, and bool (B, T), whether there is such a digit."""
     names = named[..., None] == digits[:, None]
-    centres = (boxes[..., :2] + DIGIT / 2) / CANVAS
-    present = names.any(-1)
-    return F.smooth_l1_loss(heads.centre(states[present]), (names.float() @ centres)[present], beta=0.1)
+    return names.float() @ ((boxes[..., :2] + DIGIT / 2) / CANVAS), names.any(-1)
 
 
 def question_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, image_states: Tensor) -> dict[str, Tensor]:
@@ -60,12 +68,21 @@ def question_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, i
     output = model(input_ids=ids, attention_mask=mask, image_states=image_states[rows])
     target = torch.tensor([ANSWERS.index(text) for text in asked.answers])
     # the state that is read stands for the digit it answers with, where the answer is one and no number
-    stands = torch.where(torch.tensor([kind == "what" for kind in asked.kinds]), target, -1)
+    kinds = torch.tensor([QUESTIONS.index(kind) for kind in asked.kinds])
+    stands = torch.where(kinds == QUESTIONS.index("what"), target, -1)
     stands = torch.cat([stands, torch.full((len(listed),), -1)])
-    named = (ids - ZERO_ID).scatter(1, mask.sum(1, keepdim=True) - 1, stands[:, None])
+    end = mask.sum(1) - 1
+    named = (ids - ZERO_ID).scatter(1, end[:, None], stands[:, None])
+    read = output.last_hidden_state[torch.arange(count), end[:count]]
+    about = torch.zeros(count, 10).scatter_(1, asked.digits, asked.named.float())
+    compares = kinds == QUESTIONS.index("is")
+    centres, _ = centres_of(named[:count][compares], asked.digits[compares], asked.boxes[compares])
+    apart = centres[:, FIRST] - centres[:, SECOND]
     return {
         "answer": F.cross_entropy(output.logits[:count], target),
         "centre": centre_loss(heads, output.last_hidden_state, named, asked.digits[rows], asked.boxes[rows]),
+        "about": F.binary_cross_entropy_with_logits(heads.about(read), about),
+        "apart": F.smooth_l1_loss(heads.apart(read[compares]), apart, beta=0.1),
     }
 
 

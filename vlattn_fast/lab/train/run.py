@@ -86,6 +86,9 @@ def run(chosen: argparse.Namespace) -> None:
     if training.half:
         state = {name: tensor.half() for name, tensor in state.items()}
         model.load_state_dict(state)  # what is measured is what is stored
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    weights = chosen.output / training.weights
+    save_file(state, weights)  # before the measures, which take their time
     command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}"
     report = {
         "command": f"python -m vlattn_fast.lab.train {command}",
@@ -98,9 +101,6 @@ def run(chosen: argparse.Namespace) -> None:
         "config": training.config(model),
         "test": {"count": count, "seed": 0, **training.evaluate(model, count=count)},
     }
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    weights = chosen.output / training.weights
-    save_file(state, weights)
     weights.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["test"], indent=2))
     print(f"{seconds:.0f} s, {cpu_seconds:.0f} s of processor time; wrote {weights}")
