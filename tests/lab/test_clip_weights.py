@@ -1,6 +1,7 @@
 """The shipped weights of the CLIP model and of the two CLIPMapper reach what their reports say."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,3 +134,30 @@ def test_a_directory_without_weights_is_named(name, tmp_path):
     (tmp_path / FILES[name]).touch()
     with pytest.raises(ValueError, match=r"^directory must hold \w+\.json, "):
         LOADERS[name](tmp_path)
+
+
+def test_the_page_says_what_is_stored():
+    """Every row of the tables in docs/digitscenes.md, and the sentences around them."""
+    page = " ".join((Path(__file__).parents[2] / "docs" / "digitscenes.md").read_text(encoding="utf-8").split())
+
+    def percent(*shares):
+        return " | ".join(f"{share:.1%}".replace("%", " %") for share in shares)
+
+    asked, told, clip = (report(name)["test"] for name in ("vqa", "captions", "clip"))
+    for kind in QUESTIONS:
+        right, blind = asked["question_accuracy"], asked["blind_accuracy"]
+        row = percent(right["all"][kind], right["held_out"][kind], blind["kind"][kind], blind["text"][kind])
+        assert f"| `{kind}` | {row} |" in page
+    for kind in PROMPTS:
+        true = told["prompt_accuracy"]
+        row = percent(true["all"]["true"][kind], true["held_out"]["true"][kind], true["all"]["other_image"][kind])
+        assert f"| `{kind}` | {row} |" in page
+    for kind in ("digit", "relation", "order"):
+        row = percent(*(clip["caption_accuracy"][pairs][kind] for pairs in ("all", "seen", "held_out")))
+        assert f"(`{kind}`) | {row} |" in page
+    for share in clip["retrieval"].values():
+        assert f" in {percent(share)}" in page
+    for name in ("uniter", *FILES):
+        seconds = json.loads((DATA / f"{name}_digitscenes.json").read_text())["cpu_seconds"]
+        assert f"{seconds:.0f} s ({name})" in page
+    assert f"{asked['count']:,} of each kind of question" in page and f"{clip['count']:,} of each kind of caption" in page
