@@ -110,7 +110,7 @@ def _sample(kinds: Sequence[str], count: int, split: str, seed: int, kind: str |
         while share:
             scenes = sample_scenes(torch.zeros(2 * share + 8, dtype=torch.int64), split, pairs, generator)
             asked, _ = ask(scenes, [name], prompts=kinds is PROMPTS, split=split, pairs=pairs, generator=generator)
-            kept.append(select(asked, torch.arange(min(share, len(asked)))))
+            kept.append(_first(asked, share))
             share -= len(kept[-1])
     return _joined(kept)
 
@@ -183,24 +183,17 @@ def _ask(scenes: Scenes, facts: _Facts, kind: str, prompts: bool, generator: tor
     return asked, rows
 
 
-def select(questions: Questions, rows: Tensor) -> Questions:
-    """The questions at `rows`, int64."""
-    numbers = rows.tolist()
-    tensors = (questions.images[rows], questions.boxes[rows], questions.digits[rows])
-    texts = (questions.kinds, questions.questions, questions.answers)
-    return Questions(*tensors, *(tuple(text[i] for i in numbers) for text in texts), questions.named[rows])  # type: ignore[arg-type]
+def _first(questions: Questions, count: int) -> Questions:
+    """The first `count` of them, or all."""
+    return Questions(**{name: part[:count] for name, part in vars(questions).items()})
 
 
 def _joined(parts: Sequence[Questions]) -> Questions:
-    if len(parts) == 1:
-        return parts[0]
-    return Questions(
-        torch.cat([part.images for part in parts]),
-        torch.cat([part.boxes for part in parts]),
-        torch.cat([part.digits for part in parts]),
-        *(tuple(text for part in parts for text in getattr(part, name)) for name in ("kinds", "questions", "answers")),  # type: ignore[arg-type]
-        named=torch.cat([part.named for part in parts]),
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("images", "boxes", "digits", "named")}
+    kinds, questions, answers = (
+        tuple(text for part in parts for text in getattr(part, name)) for name in ("kinds", "questions", "answers")
     )
+    return Questions(kinds=kinds, questions=questions, answers=answers, **tensors)
 
 
 def is_true(question: str, answer: str, digits: Tensor, boxes: Tensor) -> bool:

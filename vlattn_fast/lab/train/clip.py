@@ -155,7 +155,7 @@ def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
         torch.manual_seed(seed)
         model = build_clip(CONFIG)
         place(model)
-        heads = TrainingHeads(model.config.vision_config.hidden_size)
+        heads = TrainingHeads(CONFIG["vision_config"]["hidden_size"])
     weights = {"contrast": 1.0, "digit": 2.0, "centre": 10.0}
     kinds = torch.zeros(BATCH, dtype=torch.int64)
 
