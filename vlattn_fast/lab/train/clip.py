@@ -1,9 +1,10 @@
 """The training of the small CLIP model of DigitScenes.
 
-Three losses: captions and images find one another in a batch (Radford et al., ICML 2021); each patch's state says which digit the
-patch shows, and where that digit's centre is. The last two come first and alone, on images crowded with digits: as long as the
-encoder tells no digits apart, the contrast has nothing to learn from. They go on beside it, so that the patches keep the digits
-for which a `CLIPMapper` looks.
+Captions and images find one another in a batch (Radford et al., ICML 2021). That alone teaches which digits a caption names, and
+hardly how they lie: captions are read as bags of words. Other losses see to it that the two vectors have what a relation needs:
+of each patch, which digit it shows and where that digit's centre is; of the image's pooled state, which digits are there, and
+where; of the caption's, its words in order. Those of the patches come first and alone, on images crowded with digits: as long as
+the encoder tells no digits apart, the others have nothing to learn from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast.lab.clip import CONFIG, PATCH, build_clip, caption_accuracy, caption_ids, caption_pixels, retrieval, words_of
+from vlattn_fast.lab.processor import RELATIONS
 from vlattn_fast.lab.scenes import (
     CANVAS,
     DIGIT,
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from transformers import CLIPModel
 
 CROWDS, BATCH = 16, 64  # images a step in the first part of the training, and in the second
-FIRST = 0.5  # the first part of all steps
+WEIGHTS = {"contrast": 1.0, "present": 2.0, "places": 10.0, "words": 1.0, "digit": 2.0, "centre": 10.0}
+FIRST = 0.4  # the first part of all steps
 SIDE = 3  # digits in a row and in a column of a crowded image
 NOISE = 0.2  # largest standard deviation added to the pixels of an image; without it the scans are memorised
 BACKGROUND = 10  # the class of a patch without ink
@@ -43,13 +46,16 @@ MOST_SCALE = math.log(100)  # of the logits, as published
 
 
 class TrainingHeads(nn.Module):
-    """The heads that only training uses: which digit a patch shows, and where the digit's centre is."""
+    """The heads that only training uses, on patches, pooled images and pooled captions (see above)."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, vision_size: int, text_size: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.digit = nn.Linear(hidden_size, BACKGROUND + 1)
-        self.centre = nn.Linear(hidden_size, 2)
+        self.norm = nn.LayerNorm(vision_size)
+        self.digit = nn.Linear(vision_size, BACKGROUND + 1)
+        self.centre = nn.Linear(vision_size, 2)
+        self.present = nn.Linear(vision_size, 10)
+        self.places = nn.Linear(vision_size, 20)
+        self.words = nn.ModuleList(nn.Linear(text_size, size) for size in (10, len(RELATIONS), 10))
 
 
 def place(model: CLIPModel) -> None:
@@ -121,7 +127,7 @@ def crowd_losses(model: CLIPModel, heads: TrainingHeads, generator: torch.Genera
 
 
 def losses(model: CLIPModel, heads: TrainingHeads, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
-    """The three losses on scenes with true captions. To each scene come three false captions, one of each kind; captions of other
+    """All losses on scenes with true captions. To each scene come three false captions, one of each kind; captions of other
     scenes that are true of an image, or nearly so, are no wrong ones for it."""
     own = words_of(scenes)
     first, second = ((scenes.digits == own[:, i, None]).int().argmax(1) for i in (0, 2))
@@ -143,7 +149,17 @@ def losses(model: CLIPModel, heads: TrainingHeads, scenes: Scenes, generator: to
     target = torch.arange(count)
     contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
 
-    return {"contrast": contrast, **patch_losses(heads, image.last_hidden_state, scenes.digits, scenes.boxes)}
+    present = torch.zeros(count, 10).scatter_(1, scenes.digits, 1.0)
+    places = heads.places(image.pooler_output).unflatten(1, (10, 2)).gather(1, scenes.digits[..., None].expand(-1, -1, 2))
+    return {
+        "contrast": contrast,
+        "present": F.binary_cross_entropy_with_logits(heads.present(image.pooler_output), present),
+        "places": F.smooth_l1_loss(places, (scenes.boxes[..., :2] + DIGIT / 2) / CANVAS, beta=0.1),
+        "words": torch.stack(
+            [F.cross_entropy(head(text.pooler_output), said[:, i]) for i, head in enumerate(heads.words)]
+        ).mean(),
+        **patch_losses(heads, image.last_hidden_state, scenes.digits, scenes.boxes),
+    }
 
 
 def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
@@ -155,8 +171,7 @@ def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
         torch.manual_seed(seed)
         model = build_clip(CONFIG)
         place(model)
-        heads = TrainingHeads(CONFIG["vision_config"]["hidden_size"])
-    weights = {"contrast": 1.0, "digit": 2.0, "centre": 10.0}
+        heads = TrainingHeads(CONFIG["vision_config"]["hidden_size"], CONFIG["text_config"]["hidden_size"])
     kinds = torch.zeros(BATCH, dtype=torch.int64)
 
     def drawn() -> dict[str, Tensor]:
@@ -165,9 +180,9 @@ def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
     first, parameters = round(FIRST * steps), [*model.vision_model.parameters(), *heads.parameters()]
     if first:
         alone = functools.partial(crowd_losses, model, heads, generator)
-        fit(parameters, alone, weights, first, learning_rate=3e-3, log_every=log_every, warmup=0.1)
+        fit(parameters, alone, WEIGHTS, first, learning_rate=3e-3, log_every=log_every, warmup=0.1)
     parameters = [*model.parameters(), *heads.parameters()]
-    fit(parameters, drawn, weights, steps - first, learning_rate=2e-3, log_every=log_every, warmup=0.1)
+    fit(parameters, drawn, WEIGHTS, steps - first, learning_rate=2e-3, log_every=log_every, warmup=0.1)
     return model.eval()
 
 

@@ -1,8 +1,9 @@
 """The trainings of the two CLIPMapper of DigitScenes, for questions and for captions, on the trained CLIP model.
 
 The vision encoder stays as it is. The text encoder is trained on, since the captions that CLIP saw have few of the words of
-questions. Beside the answer, the state of each digit word learns the centre of that digit, and the state that a question is
-read at learns which digits it is about, and how far apart two are that it compares: yes and no alone teach that very slowly.
+questions. Beside the answer, the state of each digit word learns the centre of that digit. The state that a question is read at
+learns which digits it is about, and how far apart two are that it compares: yes and no alone teach that very slowly. The state in
+front of a text's last digit learns all digits that would make it true, of which the text has one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vlattn_fast.lab.clip import load_clip
 from vlattn_fast.lab.mapper import CONFIG, blind_accuracy, prompt_accuracy, question_accuracy
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, ask
-from vlattn_fast.lab.scenes import CANVAS, DIGIT, sample_scenes
+from vlattn_fast.lab.scenes import CANVAS, CLEARANCE, DIGIT, sample_scenes, sayable_captions
 from vlattn_fast.lab.texts import ANSWERS, PAD, TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.train.clip import noisy
 from vlattn_fast.lab.train.fit import check_steps, fit
@@ -27,14 +28,15 @@ from vlattn_fast.models.clip_mapper import CLIPMapper
 
 SCENES = 16  # a step, with a question of each kind about each
 LEARNED = 10000  # training questions of each kind that the blind baselines count
-ZERO_ID = TEXT_VOCABULARY.index("zero")
+ZERO_ID, LEFT_ID = TEXT_VOCABULARY.index("zero"), TEXT_VOCABULARY.index("left")  # of ten digits, and of four relations
 LR = 2e-3
 WEIGHTS = {"answer": 1.0, "centre": 5.0, "about": 5.0, "apart": 5.0}
 FIRST, SECOND = 3, 7  # where "[START] is a three left of a seven [END]" has its digits
 
 
 class TrainingHeads(nn.Module):
-    """The heads that only training uses: where a word's digit is; which digits a question is about; how far apart they are."""
+    """The heads that only training uses: where a word's digit is; which digits a question is about, or make a text true; how far
+    apart two are."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -94,10 +96,34 @@ def prompt_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, ima
     asks = torch.tensor([len(question.split()) for question in asked.questions])
     later = ids[:, 1:]
     learned = (torch.arange(later.shape[1]) >= asks[:, None]) & (later != PAD)  # the words of the answer, and its end
+    related = torch.tensor([kind != "which" for kind in asked.kinds])
+    last = words["attention_mask"].sum(1)[related] - 2
+    before = output.last_hidden_state[related, last - 1]
+    fitting, sayable = fitting_digits(asked, ids, related, last)
     return {
         "answer": F.cross_entropy(output.logits[:, :-1][learned], later[learned]),
         "centre": centre_loss(heads, output.last_hidden_state, ids - ZERO_ID, asked.digits, asked.boxes),
+        "about": F.binary_cross_entropy_with_logits(heads.about(before), fitting.float(), sayable.float()),
     }
+
+
+def fitting_digits(asked: Questions, ids: Tensor, rows: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """(bool (N, 10), bool (N, 10)) of the texts at `rows`: which digits at their position `last` make them true, and which a
+    training text may have there."""
+    ids, boxes = ids[rows], asked.boxes[rows]
+    asks = torch.tensor([kind == "what" for kind in asked.kinds])[
+        rows
+    ]  # ... left of a six a [three]; else: three left of a [six]
+    place = torch.arange(len(ids))
+    known = ids[place, torch.where(asks, last - 2, last - 4)] - ZERO_ID
+    relation = ids[place, torch.where(asks, last - 5, last - 3)] - LEFT_ID
+    corners = torch.full((len(ids), 10, 2), torch.nan)
+    corners = corners.scatter(1, asked.digits[rows][..., None].expand(-1, -1, 2), boxes[..., :2])
+    right, down = (corners - corners[place, known][:, None]).unbind(-1)  # of the known digit
+    pixels = torch.stack([right, -right, down, -down], dim=-1)[place, :, relation]
+    may = sayable_captions("train", None)
+    sayable = torch.where(asks[:, None], may[:, known, relation].T, may[known, :, relation])
+    return torch.where(asks[:, None], -pixels, pixels) >= CLEARANCE, sayable
 
 
 def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: str | Path = DATA) -> CLIPMapper:

@@ -52,9 +52,9 @@ TRAININGS = {
     "uniter": Training(
         uniter_model.WEIGHTS, 3000, uniter.train, uniter.evaluate, lambda model: asdict(uniter_model.CONFIG), half=False
     ),
-    "clip": Training(clip_model.WEIGHTS, 2000, clip.train, clip.evaluate, lambda model: clip_model.CONFIG),
-    "vqa": _mapper("vqa", 2000),
-    "captions": _mapper("captions", 2000),
+    "clip": Training(clip_model.WEIGHTS, 3600, clip.train, clip.evaluate, lambda model: clip_model.CONFIG),
+    "vqa": _mapper("vqa", 3000),
+    "captions": _mapper("captions", 3000),
 }
 
 
