@@ -71,14 +71,14 @@ def test_the_report_is_of_these_weights(name):
 def test_retrieval_is_what_is_stored(clip):
     stored, fresh = report("clip")["test"]["retrieval"], retrieval(clip, count=500, seed=1)
     assert fresh == pytest.approx(stored, abs=0.08)
-    assert fresh["image_to_true_text"] > 0.8
+    assert fresh["image_to_true_text"] > 0.9 and fresh["text_to_true_image"] > 0.9
 
 
 @pytest.mark.parametrize("pairs", ["all", "seen", "held_out"])
 def test_captions_are_told_from_wrong_ones(clip, pairs):
     stored, fresh = report("clip")["test"]["caption_accuracy"][pairs], caption_accuracy(clip, count=500, seed=1, pairs=pairs)
     assert fresh == pytest.approx(stored, abs=0.05)
-    assert min(fresh.values()) > 0.85
+    assert min(fresh.values()) > (0.85 if pairs == "held_out" else 0.9)
 
 
 @pytest.mark.parametrize("pairs", ["all", "held_out"])
