@@ -267,6 +267,8 @@ def test_generate_is_greedy_and_batches_prompts_of_different_lengths():
     for row, whole in zip(stopped, unstopped, strict=True):
         at = whole.tolist().index(stop) if stop in whole else 5
         assert row[:at].tolist() == whole[:at].tolist()[: len(row)] and row[at:].eq(stop).all()
+    longest = model.generate(images, prompts, mask, stop_token=never)
+    assert longest.shape == (2, 6) and torch.equal(longest[:, :5], unstopped), "nine positions, and the last token is not read"
     alone = model.generate(images[:1], prompts[:1], max_new_tokens=5, stop_token=stop)
     assert alone.shape[1] == unstopped[0].tolist().index(stop) + 1, "it ends where all rows have"
 
@@ -335,6 +337,13 @@ def test_wrong_generation_is_named(changes, words):
     ids = torch.ones(2, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=f"^{words} must .*; got "):
         mapper(vocab_size=13).generate(pixels(), ids, **{"max_new_tokens": 3, **changes})
+
+
+def test_without_positions_the_length_must_be_given(monkeypatch):
+    model = mapper(vocab_size=13)
+    monkeypatch.setattr(model.text, "config", SimpleNamespace(hidden_size=8))
+    with pytest.raises(ValueError, match="^max_new_tokens must be given .*; got None"):
+        model.generate(pixels(), IDS, MASK)
 
 
 def test_only_a_model_of_texts_generates():

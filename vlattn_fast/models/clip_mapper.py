@@ -230,19 +230,24 @@ class CLIPMapper(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         image_states: Tensor | None = None,
-        max_new_tokens: int = 16,
+        max_new_tokens: int | None = None,
         stop_token: int | None = None,
     ) -> Tensor:
         """The tokens int64 (B, up to max_new_tokens) that follow prompts (B, T), each the likeliest one.
 
         Args:
             pixel_values, input_ids, attention_mask, image_states: as in `forward`; shorter prompts are padded on the right.
-            max_new_tokens: at most so many.
+            max_new_tokens: at most so many; None = as many as the text encoder has positions for.
             stop_token: where a row has given it, the row is finished and filled up with it; None = the eos_token_id.
         """
         if self.vocab_size is None:
             raise ValueError("generate must be called on a model with vocab_size; got one with num_answers")
         ids = self._check(pixel_values, input_ids, attention_mask, image_states, None)
+        if max_new_tokens is None:
+            most = getattr(self.text.config, "max_position_embeddings", None)
+            if most is None:
+                raise ValueError("max_new_tokens must be given where text has no config.max_position_embeddings; got None")
+            max_new_tokens = most - ids.shape[1] + 1
         _check_sizes(max_new_tokens=max_new_tokens)
         stop = self.eos_token_id if stop_token is None else stop_token
         if not isinstance(stop, int) or not 0 <= stop < self.vocab_size:
