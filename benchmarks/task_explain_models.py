@@ -216,7 +216,7 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
 
     def forward(model: nn.Module, t: Tensors) -> Tensor:
         """The log-probabilities (B, T) of the answer's tokens."""
-        said = prepare_answer(answer, None, t, find_family(model))
+        said = prepare_answer(answer, None, t, find_family(model), model)
         kept = said.positions.unique().to(device)
         return said.scores(model(**said.arguments, use_cache=False, logits_to_keep=kept).logits, kept)
 

@@ -34,9 +34,10 @@ ROWS = {
 
 HEAD = """# Models
 
-`va.explain(model, inputs)` takes these classes of transformers as they are, and any other model with `read=` and `target=` (see
-[Explain a model](guides/explain_a_model.md)). This page is written from the package's records. A test names each class. It
-compares a small random model with the published rule on stored maps, or runs every method on a class with such a tower.
+`va.explain(model, inputs)` takes these classes of transformers, and this package's UNITER and CLIPMapper, as they are, and any
+other model with `read=` and `target=` (see [Explain a model](guides/explain_a_model.md)). This page is written from the
+package's records. A test names each class. It compares a small random model with the published rule on stored maps, or runs every
+method on a class with such a tower.
 
 *maps* says which parts of the image have a map: patches, a backbone's features, image tokens on their grid, or boxes. *weighted*
 says whether the record names the residual branch that `method="weighted"` needs. *connector* says whether
@@ -49,17 +50,23 @@ def sources() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
 
 
+def rows(name: str, family: Family) -> list[str]:
+    """A class, and those of its models that have a vocabulary."""
+    more = [] if family.generating is None else [row(f"{name}(vocab_size=...)", family.generating)]
+    return [row(name, family), *more]
+
+
 def row(name: str, family: Family) -> str:
     towers = [tower for tower in family.towers if tower.layers]
     read = towers[:1] if family.bimodal else towers
-    rows = ", ".join(f"{tower.name}: {ROWS[tower.readout]}" for tower in read)
+    shown_rows = ", ".join(f"{tower.name}: {ROWS[tower.readout]}" for tower in read)
     seen = {"patches": "patches", "packed_patches": "patches", "text_patches": "patches", "patches_text": "patches"}
     seen |= {"regions": "boxes", "boxes": "boxes", "features": "features"}
     maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in family.towers]
     shown = ", ".join(dict.fromkeys(part for part in maps if part)) or "–"
     weighted = "yes" if not family.bimodal and all(tower.branch for tower in towers) else "no"
     score = SCORES["decoded" if towers[0].tokens == "decoded" else family.score]
-    return f"| `{name}` | {rows} | {score} | {shown} | {weighted} | {'yes' if family.vision else '–'} |"
+    return f"| `{name}` | {shown_rows} | {score} | {shown} | {weighted} | {'yes' if family.vision else '–'} |"
 
 
 def page() -> str:
@@ -67,7 +74,7 @@ def page() -> str:
     for kind, families in KINDS.items():
         parts.append(f"## {kind}\n\n| class | row that is read | default score | maps | weighted | connector |")
         parts[-1] += "\n| --- | --- | --- | --- | --- | --- |\n"
-        parts[-1] += "\n".join(row(name, family) for name, family in sorted(families.items())) + "\n"
+        parts[-1] += "\n".join(line for name, family in sorted(families.items()) for line in rows(name, family)) + "\n"
     return "\n".join(parts)
 
 

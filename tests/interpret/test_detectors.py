@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
+from tests.interpret import linked_maps
 from tests.interpret.cases import TEXT, lively
-from tests.interpret.test_linked import encoder_decoder_published
 from vlattn_fast.interpret import explain
 
 SIZES = dict(
@@ -46,15 +46,15 @@ def pictures(padded: bool) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def published(model: Any, inputs: dict[str, Any], score: Any, queries: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def published(
+    model: Any, inputs: dict[str, Any], score: Any, queries: list[int], method: str = "gradient"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The row of each picture's query in R_qq, its own entry 0, and in R_qi."""
     model.set_attn_implementation("literal")
     o = model(**inputs, output_attentions=True)
-    qq, qi = encoder_decoder_published(o, score(o).sum(), o.encoder_attentions, o.decoder_attentions, o.cross_attentions)
-    rows = torch.arange(2), torch.tensor(queries)
-    qq[(*rows, rows[1])] = 0
-    assert qi[rows].abs().max() > 1e-4 * qi.abs().max() > 0
-    return qq[rows], qi[rows]
+    rows = linked_maps.published(method, linked_maps.encoder_decoder_maps(o, score(o).sum()), queries)
+    assert rows[1].abs().max() > 1e-6
+    return rows
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -88,6 +88,16 @@ def test_against_stored_maps(kind, padded):
     torch.testing.assert_close(single.relevancy["vision"].double(), want[1], rtol=0, atol=1e-5 * float(want[1].abs().max()))
 
 
+@pytest.mark.parametrize("method", linked_maps.METHODS)
+@pytest.mark.parametrize("kind", ["detr", "conditional"])
+def test_every_method(kind, method):
+    model, inputs = detr(kind), pictures(False)
+    want = published(model, inputs, lambda o: o.logits[:, 3, :3].max(-1).values, [3, 3], method)
+    got = explain(model, inputs, target=3, method=method)
+    torch.testing.assert_close(got.relevancy["queries"], want[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got.relevancy["vision"], want[1], rtol=1e-9, atol=1e-11)
+
+
 def test_a_callable_target_names_its_query_by_read():
     model, inputs = detr("detr"), pictures(False)
     score = lambda o: o.logits[:, 3, 1] - o.logits[:, 3, 3]  # noqa: E731
@@ -106,8 +116,8 @@ def test_other_calls():
     model = detr("detr").float()
     empty = explain(model, {"pixel_values": torch.zeros(0, 3, 32, 40)})
     assert empty.relevancy["vision"].shape == (0, 20) and empty.target == []
-    with pytest.raises(ValueError, match="method must be 'gradient' for towers that attend to one another"):
-        explain(model, {"pixel_values": torch.randn(1, 3, 32, 40)}, method="rollout")
+    with pytest.raises(ValueError, match="method must be another one for towers that attend to one another"):
+        explain(model, {"pixel_values": torch.randn(1, 3, 32, 40)}, method="weighted")
 
 
 # --- what no rule covers ---

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from tests.interpret.cases import lively
+from tests.interpret.linked_maps import METHODS, bar, encoder_decoder_maps, published
 from tests.interpret.stored_maps import Kept
 from vlattn_fast.interpret import explain
 
@@ -22,59 +23,21 @@ LXMERT = dict(
 )
 
 
-def abar(attention, grad):
-    return (attention * grad).clamp(min=0).mean(1)
-
-
-def bar(relevancy):
-    """Equations 8 and 9; a zero row stays zero."""
-    eye = torch.eye(relevancy.shape[-1], dtype=relevancy.dtype)
-    beside = relevancy - eye
-    total = beside.sum(-1, keepdim=True)
-    return torch.where(total == 0, beside, beside / total) + eye
-
-
-def eyes(batch, *sizes):
-    return [torch.eye(size, dtype=torch.float64).expand(batch, -1, -1) for size in sizes]
-
-
-def lxmert_published(model, inputs, score):
-    """Rows 0 of R_tt and R_ti, in the order of LXMERT's ExplanationGenerator, from maps of the model's own attention."""
+def lxmert_maps(model, inputs, score):
+    """The maps of the model's own attention, in the order in which they ran, and their gradients."""
     maps = []
     softmax = torch.nn.functional.softmax
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "softmax", lambda *a, **k: maps.append(softmax(*a, **k)) or maps[-1])
         outputs = model(**inputs)
-    grads = torch.autograd.grad(score(outputs), maps, allow_unused=True)
-    bars = (abar(a.detach(), torch.zeros_like(a) if g is None else g) for a, g in zip(maps, grads, strict=True))
-
-    batch, texts = inputs["input_ids"].shape
-    images = inputs["visual_feats"].shape[1]
-    tt, ii = eyes(batch, texts, images)
-    ti, it = torch.zeros(batch, texts, images).double(), torch.zeros(batch, images, texts).double()
-    for _ in range(LXMERT["l_layers"]):
-        a = next(bars)
-        tt, ti = tt + a @ tt, ti + a @ ti
-    for _ in range(LXMERT["r_layers"]):
-        a = next(bars)
-        ii, it = ii + a @ ii, it + a @ it
-    for _ in range(LXMERT["x_layers"]):
-        a_ti, a_it = next(bars), next(bars)
-        add_ti, add_tt = bar(tt).transpose(1, 2) @ a_ti @ bar(ii), a_ti @ it
-        add_it, add_ii = bar(ii).transpose(1, 2) @ a_it @ bar(tt), a_it @ ti
-        tt, ti, it, ii = tt + add_tt, ti + add_ti, it + add_it, ii + add_ii
-        a = next(bars)
-        tt, ti = tt + a @ tt, ti + a @ ti
-        a = next(bars)
-        ii, it = ii + a @ ii, it + a @ it
-    row = tt[:, 0].clone()
-    row[:, 0] = 0
-    return row, ti[:, 0]
+    kinds = ["tt"] * LXMERT["l_layers"] + ["ii"] * LXMERT["r_layers"] + ["ti", "it", "tt", "ii"] * LXMERT["x_layers"]
+    return list(zip(kinds, maps, torch.autograd.grad(score(outputs), maps, allow_unused=True), strict=True))
 
 
 @pytest.mark.parametrize("regions", [7, 9])  # as many as words, too: nothing but the tensors' past tells the two apart then
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_lxmert(regions, dtype):
+@pytest.mark.parametrize("method", METHODS)
+def test_lxmert(regions, dtype, method):
     torch.manual_seed(0)
     model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
     ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
@@ -82,9 +45,10 @@ def test_lxmert(regions, dtype):
     inputs = {"input_ids": ids, "attention_mask": mask}
     inputs |= {"visual_feats": torch.randn(2, regions, 10, dtype=torch.float64), "visual_pos": torch.rand(2, regions, 4).double()}
     model.double()
-    want = lxmert_published(model, inputs, lambda o: o.question_answering_score.max(-1).values.sum())
+    maps = lxmert_maps(model, inputs, lambda o: o.question_answering_score.max(-1).values.sum())
+    want = published(method, maps, [0, 0], mask)
     model.to(dtype)
-    got = explain(model, {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})
+    got = explain(model, {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}, method=method)
     assert list(got.relevancy) == ["text", "vision"] and got.relevancy["text"].dtype == dtype
     for row, wanted in zip(got.relevancy.values(), want, strict=True):
         assert (row - wanted).abs().max() < (1e-4 if dtype == torch.float32 else 1e-10) * wanted.abs().max()
@@ -107,24 +71,7 @@ def test_other_classes_of_lxmert():
             torch.testing.assert_close(got.relevancy[name], row, rtol=1e-4, atol=1e-5)
 
 
-def encoder_decoder_published(outputs, score, encoder, decoder, cross):
-    """R_qq and R_qi of an encoder-decoder: rule 11 plays no part, since the encoder does not see the decoder."""
-    maps = [*encoder, *decoder, *cross]
-    grads = torch.autograd.grad(score, maps, allow_unused=True)
-    bars = [abar(a.detach(), torch.zeros_like(a) if g is None else g) for a, g in zip(maps, grads, strict=True)]
-    first, second = len(encoder), len(encoder) + len(decoder)
-    ii, qq = eyes(len(maps[0]), encoder[0].shape[-1], decoder[0].shape[-1])
-    qi = torch.zeros(len(maps[0]), qq.shape[-1], ii.shape[-1]).double()
-    for a in bars[:first]:
-        ii = ii + a @ ii
-    for a, c in zip(bars[first:second], bars[second:], strict=True):
-        qq, qi = qq + a @ qq, qi + a @ qi
-        qi = qi + bar(qq).transpose(1, 2) @ c @ bar(ii)
-    return qq, qi
-
-
-@pytest.mark.parametrize("kind", ["bart", "t5"])
-def test_text_encoder_decoders(kind):
+def text_encoder_decoder(kind):
     torch.manual_seed(0)
     if kind == "bart":
         heads = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
@@ -139,23 +86,113 @@ def test_text_encoder_decoders(kind):
     model.set_attn_implementation("eager")
     ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[1, 6:] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(3, 60, (2, 5))}
+    return model, {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.parametrize("method", METHODS)
+def test_text_encoder_decoders(kind, method):
+    model, inputs = text_encoder_decoder(kind)
+    inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 5))
     score = lambda o: o.logits[:, -1, 7]  # noqa: E731
     o = model(**inputs, output_attentions=True)
-    qq, qi = encoder_decoder_published(o, score(o).sum(), o.encoder_attentions, o.decoder_attentions, o.cross_attentions)
-    got = explain(model, inputs, target=score, read="last")
-    torch.testing.assert_close(got.relevancy["tower0"], qi[:, -1], rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(got.relevancy["tower1"][:, :-1], qq[:, -1, :-1], rtol=1e-9, atol=1e-10)
-    assert qi[:, -1].abs().max() > 1e-4
+    qq, qi = published(method, encoder_decoder_maps(o, score(o).sum()), [4, 4], None, inputs["attention_mask"])
+    got = explain(model, inputs, target=score, read="last", method=method)
+    torch.testing.assert_close(got.relevancy["tower0"], qi, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(got.relevancy["tower1"], qq, rtol=1e-9, atol=1e-10)
+    assert qi.abs().max() > 1e-4
 
 
-def test_other_methods_are_refused_between_towers():
+def test_the_last_token_of_a_decoder_is_by_its_own_mask():
+    """Also where the encoder has as many tokens, and another padding."""
+    model, inputs = text_encoder_decoder("bart")
+    inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 9))
+    score = lambda o: o.logits[:, -1, 7]  # noqa: E731
+    want = explain(model, inputs, target=score, read=8)
+    torch.testing.assert_close(explain(model, inputs, target=score, read="last").relevancy["tower1"], want.relevancy["tower1"])
+    padded = {**inputs, "decoder_attention_mask": torch.tensor([[1] * 7 + [0] * 2, [1] * 9])}
+    score = lambda o: torch.stack([o.logits[0, 6, 7], o.logits[1, 8, 7]])  # noqa: E731
+    rows = torch.eye(9)[[6, 8]]
+    want = explain(model, padded, target=score, read={"tower1": rows})
+    torch.testing.assert_close(explain(model, padded, target=score, read="last").relevancy["tower0"], want.relevancy["tower0"])
+
+
+@pytest.mark.parametrize("prompt", [None, [[0, 9], [0, 8]]])
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_of_encoder_decoders(kind, method, prompt):
+    """Each token's rows are those that predict it; the answer stands behind the decoder's start token, or its prompt."""
+    model, inputs = text_encoder_decoder(kind)
+    start = [[2 if kind == "bart" else 0]] * 2 if prompt is None else prompt
+    if prompt is not None:
+        inputs["decoder_input_ids"] = torch.tensor(prompt)
+    answers, count = [[17, 30, 21], [14, 40]], len(start[0])
+    got = explain(model, inputs, answer=answers, method=method)
+    assert got.relevancy["tower1"].shape == (2, 3, count + 3) and got.relevancy["tower0"].shape == (2, 3, 9)
+    assert got.token_ids == answers and got.scores.shape == (2, 3)
+    for row, answer in enumerate(answers):
+        size = int(inputs["attention_mask"][row].sum())
+        single = {"input_ids": inputs["input_ids"][row : row + 1, :size]}
+        o = model(**single, decoder_input_ids=torch.tensor([start[row] + answer]), output_attentions=True)
+        for number, token in enumerate(answer):
+            place = count - 1 + number
+            score = o.logits[0, place].log_softmax(-1)[token]
+            qq, qi = published(method, encoder_decoder_maps(o, score), [place])
+            torch.testing.assert_close(got.scores[row, number], score.detach(), rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(got.relevancy["tower0"][row, number, :size], qi[0], rtol=1e-9, atol=1e-10)
+            mine = got.relevancy["tower1"][row, number]
+            torch.testing.assert_close(mine[: qq.shape[1]], qq[0], rtol=1e-9, atol=1e-10)
+            assert (mine[qq.shape[1] :] == 0).all() and (got.relevancy["tower0"][row, number, size:] == 0).all()
+            assert torch.equal(got.text[row, number, : len(answer)], mine[count : count + len(answer)])
+        assert (got.relevancy["tower0"][row, len(answer) :] == 0).all() and (got.scores[row, len(answer) :] == 0).all()
+    together = explain(model, inputs, answer=answers, method=method, each=False)
+    assert together.relevancy["tower0"].shape == (2, 9) and together.scores.shape == (2,)
+    torch.testing.assert_close(together.scores, got.scores.sum(1))
+    assert "<canvas" in got.to_html()
+
+
+def test_answers_about_an_image():
+    """An encoder-decoder of a vision transformer and BERT."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    parts = transformers.ViTConfig(**sizes, image_size=24, patch_size=6), transformers.BertConfig(**sizes, vocab_size=60)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    model = lively(transformers.VisionEncoderDecoderModel(config)).eval().double()
+    model.set_attn_implementation("literal")  # eager, with softmax in float64
+    pixels, answer = torch.randn(1, 3, 24, 24).double(), [17, 30]
+    o = model(pixel_values=pixels, decoder_input_ids=torch.tensor([[1, *answer]]), output_attentions=True)
+    got = explain(model, {"pixel_values": pixels}, answer=answer)
+    assert got.relevancy["tower0"].shape == (1, 2, 17) and got.relevancy["tower1"].shape == (1, 2, 3)
+    for place, token in enumerate(answer):
+        score = o.logits[0, place].log_softmax(-1)[token]
+        qq, qi = published("gradient", encoder_decoder_maps(o, score), [place])
+        torch.testing.assert_close(got.relevancy["tower0"][:, place], qi, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(got.relevancy["tower1"][:, place], qq, rtol=1e-9, atol=1e-10)
+        assert qi.abs().max() > 1e-4
+
+
+def test_what_is_refused_between_towers():
     torch.manual_seed(0)
     model = transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))
     inputs = {"input_ids": torch.randint(3, 60, (1, 4)), "visual_feats": torch.randn(1, 5, 10), "visual_pos": torch.rand(1, 5, 4)}
-    for method in ("rollout", "gradcam", "attention", "weighted"):
-        with pytest.raises(ValueError, match="method must be"):
-            explain(model, inputs, method=method)
+    with pytest.raises(ValueError, match="method must be another one for towers that attend to one another; got 'weighted'"):
+        explain(model, inputs, method="weighted")
+    for method in ("gradient", "rollout"):
+        with pytest.raises(ValueError, match="start_layer must be 0 for towers that attend to one another; got -1"):
+            explain(model, inputs, method=method, start_layer=-1)
+    bart, texts = text_encoder_decoder("bart")
+    with pytest.raises(ValueError, match="start_layer must be 0 for towers that attend"):
+        explain(bart, {**texts, "decoder_input_ids": texts["input_ids"]}, target=lambda o: o.logits[:, -1, 7], read="last",
+                start_layer=1)  # fmt: skip
+    bart.config.decoder_start_token_id = bart.generation_config.decoder_start_token_id = None
+    classes = transformers.BartForSequenceClassification(bart.config).eval()
+    asked = {"input_ids": torch.tensor([[5, 7, 2]]), "decoder_input_ids": torch.tensor([[2, 5]])}
+    for model, got in ((classes, r"\(1, 3\)"), (classes.model, "none")):
+        with pytest.raises(ValueError, match=f"answer must be of a model whose logits are .*; got logits {got}"):
+            explain(model, asked, answer=[2])
+    with pytest.raises(ValueError, match="inputs must contain 'decoder_input_ids' where the config has no"):
+        explain(bart, texts, answer=[7])
 
 
 def florence():
@@ -182,16 +219,37 @@ def test_florence_explains_the_prompt_and_the_image_tokens():
     score = lambda o: o.logits[torch.arange(2), torch.tensor([3, 2])].max(-1).values  # noqa: E731
     model.model.language_model.set_attn_implementation("literal")
     o = model(**inputs, output_attentions=True)
-    qq, qi = encoder_decoder_published(o, score(o).sum(), o.encoder_attentions, o.decoder_attentions, o.cross_attentions)
-    rows = torch.arange(2), torch.tensor([3, 2])
-    qq[(*rows, rows[1])] = 0
+    qq, qi = published("gradient", encoder_decoder_maps(o, score(o).sum()), [3, 2])
     torch.testing.assert_close(got.scores, score(o).detach())
-    torch.testing.assert_close(got.relevancy["language"], qq[rows], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(got.relevancy["prompt"], qi[rows], rtol=1e-9, atol=1e-11)
-    assert qi[rows].abs().max() > 1e-4 and (got.relevancy["prompt"][1, 17:] == 0).all()
+    torch.testing.assert_close(got.relevancy["language"], qq, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got.relevancy["prompt"], qi, rtol=1e-9, atol=1e-11)
+    assert qi.abs().max() > 1e-4 and (got.relevancy["prompt"][1, 17:] == 0).all()
     assert torch.equal(got.image, got.relevancy["prompt"][:, 1:13].view(2, 3, 4)) and got.image_rows == [0, 1]
     assert got.token_ids == [ids[0, 13:].tolist(), ids[1, 13:17].tolist()] and got.position["language"].tolist() == [3, 2]
-    assert got.target == o.logits[rows].argmax(-1).tolist() and "<canvas" in got.to_html()
+    assert got.target == o.logits[torch.arange(2), torch.tensor([3, 2])].argmax(-1).tolist() and "<canvas" in got.to_html()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_of_florence(method):
+    """The prompt's words and the answer are one text, and each word of the answer has its map."""
+    model = florence().double()
+    ids = torch.randint(3, 50, (1, 20))
+    ids[:, :13] = 59
+    inputs = {"pixel_values": torch.randn(1, 3, 24, 32).double(), "input_ids": ids}
+    answer = [17, 30]
+    got = explain(model, inputs, answer=answer, method=method)
+    assert got.relevancy["language"].shape == (1, 2, 3) and got.image.shape == (1, 2, 3, 4)
+    assert got.token_ids == [[*ids[0, 13:].tolist(), *answer]] and got.text.shape == (1, 2, 9)
+    model.model.language_model.set_attn_implementation("literal")
+    o = model(**inputs, decoder_input_ids=torch.tensor([[2, *answer]]), output_attentions=True)
+    for place, token in enumerate(answer):
+        score = o.logits[0, place].log_softmax(-1)[token]
+        qq, qi = published(method, encoder_decoder_maps(o, score), [place])
+        torch.testing.assert_close(got.relevancy["language"][:, place], qq, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(got.relevancy["prompt"][:, place], qi, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(got.text[0, place], torch.cat([qi[0, 13:], qq[0, 1:]]), rtol=1e-9, atol=1e-11)
+    page = got.to_html()
+    assert "<canvas" in page and page.count('role="radio"') == 2
 
 
 def test_florence_begins_by_itself_and_refuses_what_it_cannot():
@@ -200,8 +258,6 @@ def test_florence_begins_by_itself_and_refuses_what_it_cannot():
     ids[:, :13] = 59
     inputs = {"pixel_values": torch.randn(1, 3, 24, 32), "input_ids": ids}
     assert explain(model, inputs).relevancy["language"].shape == (1, 1)  # the start token alone
-    with pytest.raises(ValueError, match="answer must be the decoder_input_ids"):
-        explain(model, inputs, answer=[5])
     with pytest.raises(ValueError, match="without a record of its connector; got Florence2"):
         explain(model, inputs, through_connector=True)
 
@@ -241,8 +297,9 @@ def test_streams_that_read_one_another_as_they_were(patches):
         score = model(**inputs)[:, 1]
     maps = [found for _, found in kept.maps]
     grads = torch.autograd.grad(score.sum(), maps, allow_unused=True)
-    bars = iter([abar(a.detach(), torch.zeros_like(a) if g is None else g) for a, g in zip(maps, grads, strict=True)])
-    tt, ii = eyes(2, 6, patches)
+    steps = [a.detach() * (torch.zeros_like(a) if g is None else g) for a, g in zip(maps, grads, strict=True)]
+    bars = iter([step.clamp(min=0).mean(1) for step in steps])
+    tt, ii = (torch.eye(size, dtype=torch.float64).expand(2, -1, -1) for size in (6, patches))
     ti, it = torch.zeros(2, 6, patches).double(), torch.zeros(2, patches, 6).double()
     tt, ii = tt + next(bars) @ tt, ii + next(bars) @ ii
     for _ in range(2):

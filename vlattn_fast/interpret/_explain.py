@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret._run import at_rest, traced, unwrapped
-from vlattn_fast.interpret.answers import Answer, prepare_answer
+from vlattn_fast.interpret.answers import Answer, encoder_decoder, prepare_answer
 from vlattn_fast.interpret.connectors import check_pictures, connect
 from vlattn_fast.interpret.cut import parts, vision_maps
 from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import find_family
-from vlattn_fast.interpret.inputs import is_empty, prepare_inputs, with_one_row
+from vlattn_fast.interpret.inputs import decoder_inputs, is_empty, prepare_inputs, with_one_row
 from vlattn_fast.interpret.methods import Method, check_weighting, find_method
 from vlattn_fast.interpret.readout import Read, check_read, start_rows
 from vlattn_fast.interpret.records import Family, Tower
-from vlattn_fast.interpret.rows import check_between, read_rows
+from vlattn_fast.interpret.rows import check_between, check_rows, read_rows
 from vlattn_fast.interpret.targets import check_scores, choose_score
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
@@ -63,6 +63,11 @@ def explain(
     - "attention": the read-out row of mean_h A in the last layer. It takes no gradient; `start_layer` has no effect.
     - "gradcam": the read-out row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h. `start_layer` has no effect.
 
+    Towers that attend to one another have the rules for two modalities (the same paper, equations 5 to 11, and its baselines):
+    "gradient"; "rollout", R_ti = rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i; "attention" and
+    "gradcam", the last attention of t to itself and to i. The entry of the token that is read is set to zero. "weighted" is not
+    defined there.
+
     Args:
         model: a Hugging Face model of a known family (CLIP, SigLIP, ViT, DINOv2, BERT, LLaVA, Qwen-VL, ...; see `FAMILIES`),
             `vlattn_fast.models.UNITER`, or any other model, where `read` and `target` are given. Wrappers (torch.compile,
@@ -80,12 +85,14 @@ def explain(
             "mean" (1/N of each), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to these.
             Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower that
             is read through cross-attention alone needs no row of its own, see Chefer et al. 2021, equations 5 to 11.
-        answer: for decoders, an answer to the prompts of `inputs` instead of `target`: token ids (B, T) or (T,), lists of ids, a
-            text or one text a row. Its T tokens go behind the last real token of each prompt. The row that is read is that of
-            the position which predicts the token.
+        answer: for decoders and encoder-decoders, an answer to the prompts of `inputs` instead of `target`: token ids (B, T) or
+            (T,), lists of ids, a text or one text a row. Its T tokens go behind the last real token of each prompt, of an
+            encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the position which
+            predicts the token.
         each: True = every token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities, from
             one forward pass and one backward pass a token. False = all of them together, with the sum of the
-            log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass.
+            log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass. A tower of M
+            tokens that is attended to has (B, T, M), or (B, M).
         tokenizer: the tokenizer or processor, where `answer` is text.
         through_connector: for decoders that see images, method "gradient": carry the relevancy of the image tokens on into the
             vision tower, as relevancy["vision"]. Each image token's is divided equally among its patches.
@@ -111,14 +118,15 @@ def explain(
     if answer is not None:
         if target is not None or read is not None:
             raise ValueError("answer must be given without target and read, which it takes the place of; got both")
-        said = prepare_answer(answer, tokenizer, inputs, family)
+        family = encoder_decoder(model) if family is None else family
+        said = prepare_answer(answer, tokenizer, inputs, family, model)
         inputs = said.arguments
     if family is None:
         if read is None:
             raise ValueError(_how_to_read(model, inputs))
         family = Family((), "class")
     if family.bimodal:
-        check_between(rule)
+        check_between(rule, start_layer)
     if family.score == "query" and read is not None and not callable(target):
         raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
     if through_connector:
@@ -152,9 +160,9 @@ def explain(
                 )
                 if family.score == "query" and chosen is not None:
                     read = torch.eye(towers[0].size)[chosen]
-                passes: list[Pass] = [(scores, [_start(tower, read, arguments) for tower in read_towers])]
+                passes: list[Pass] = [(scores, [_start(tower, read, arguments, bool(others)) for tower in read_towers])]
             else:
-                scores, chosen = said.scores(outputs.logits, arguments.get("logits_to_keep")), None
+                scores, chosen = said.scores(getattr(outputs, family.logits, None), arguments.get("logits_to_keep")), None
                 passes = _passes(said, scores, read_towers, each)
                 scores = scores if each else scores.sum(1)
             if scores is not None:
@@ -169,6 +177,8 @@ def explain(
                 starts = [*starts, *(torch.zeros_like(tower.leaving()) for tower in towers[len(starts) :])]
                 found.append(read_rows(trace, towers, others, starts, score, start_layer, arguments, keep))
             rows = [torch.cat(row, 1) for row in zip(*found, strict=True)]
+            if rule.carries and rule.needs_score:
+                check_rows(rows, [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in passes), strict=True)])
     names = [tower.name for tower in [*towers, *others]]
     rows = [row.detach() if said is not None and each else row.detach()[:, 0] for row in rows]
     relevancy = dict(zip(names, rows, strict=True))
@@ -287,8 +297,9 @@ def _check_batches(towers: list[TowerTrace], scores: int) -> None:
             )
 
 
-def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any]) -> Tensor:
-    """The weights (B, 1, N) of the rows that are read at the end of a tower."""
+def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
+    """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others."""
+    arguments = decoder_inputs(arguments) if attends and tower.record is None else arguments
     rows = tower.rows_at_end()
     like = torch.zeros(tower.batch or 0, 1, rows, dtype=tower.dtype, device=tower.device)
     return start_rows(tower, read[tower.name] if isinstance(read, Mapping) else read, arguments, like)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret._override import overridden
-from vlattn_fast.interpret.dispatch import attention_function, configs
+from vlattn_fast.interpret.dispatch import configs, sdpa_function
 from vlattn_fast.interpret.handwritten import replacements
 from vlattn_fast.interpret.methods import Method
 from vlattn_fast.interpret.records import Family
@@ -70,10 +70,10 @@ def traced(model: nn.Module, family: Family, method: Method, weighting: str | We
 
 
 def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Our attention function for modules that hold their own as `attention_function`, as this package's UNITER does."""
+    """Our attention function for modules that hold their own as `attention_function`, as this package's models do."""
     for module in modules:
         if callable(getattr(module, "attention_function", None)):
-            yield module, "attention_function", attention_function
+            yield module, "attention_function", sdpa_function
 
 
 def _fused(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:

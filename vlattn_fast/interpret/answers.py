@@ -1,4 +1,4 @@
-"""An answer of a decoder: its tokens behind the prompt, their log-probabilities, and the rows that predict them."""
+"""An answer: its tokens behind the prompt, their log-probabilities, and the rows that predict them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlattn_fast.interpret.inputs import last_real
 from vlattn_fast.interpret.records import Family
@@ -33,12 +33,18 @@ class Answer:
         lengths = torch.tensor([len(row) for row in self.ids])
         return torch.arange(self.positions.shape[1]) < lengths[:, None]
 
-    def scores(self, logits: Tensor, kept: Tensor | None) -> Tensor:
+    def scores(self, logits: Any, kept: Tensor | None) -> Tensor:
         """The log-probabilities (B, T) of the answer's tokens, 0 for padding.
 
         Args:
             logits: (B, N + T, vocabulary), or of the positions `kept` alone.
+
+        Raises:
+            ValueError: other logits, or none.
         """
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
+            raise ValueError(f"answer must be of a model whose logits are (B, N, vocabulary); got logits {got}")
         positions = self.positions.to(logits.device)
         if kept is not None:
             positions = torch.searchsorted(kept.to(logits.device), positions)
@@ -57,27 +63,36 @@ class Answer:
         return torch.zeros_like(like[:, 0]).scatter_add_(1, positions.to(like.device), weights)[:, None]
 
 
-def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], family: Family | None) -> Answer:
-    """`answer` behind the prompts of `inputs`.
+def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], family: Family | None, model: nn.Module) -> Answer:
+    """`answer` behind the prompts of `inputs`; in an encoder-decoder behind the decoder's, which is its start token alone unless
+    `inputs` have another.
 
     Raises:
         TypeError: neither token ids nor texts.
-        ValueError: the model is no decoder with a record; no tokenizer for texts; no tokens; no `input_ids` to put them behind.
+        ValueError: the model is neither a decoder with a record nor an encoder-decoder; no tokenizer for texts; no tokens;
+            nothing to put them behind.
     """
     if family is None or family.score != "token":
-        raise ValueError("answer must be of a decoder with a record, which predicts the next token; got another model")
-    if family.towers[0].tokens == "decoded":
-        raise ValueError("answer must be the decoder_input_ids of a model whose prompt an encoder reads; got answer")
-    prompts = inputs.get("input_ids")
+        raise ValueError(
+            "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
+            f"{type(model).__name__}"
+        )
+    if family.answers not in inputs and family.answers != "input_ids":
+        inputs = {**inputs, family.answers: _start_tokens(model, inputs)}
+    prompts = inputs.get(family.answers)
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
-        raise ValueError("inputs must contain 'input_ids' (B, N), which the answer is put behind; got none")
+        raise ValueError(f"inputs must contain '{family.answers}' (B, N), which the answer is put behind; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
     length = max((len(row) for row in ids), default=0)
     shape = (prompts.shape[0], prompts.shape[1])
-    last = last_real(family.towers[0].tokens, inputs, shape)
+    prefix = family.answers.removesuffix("input_ids")
+    beside = {name.removeprefix(prefix): name for name in inputs if name.startswith(prefix)}  # what goes along with the tokens
+    of_tower = "text" if prefix else family.towers[0].tokens
+    last = last_real(of_tower, {name: inputs[full] for name, full in beside.items()}, shape)
     arguments = dict(inputs)
-    if inputs.get("attention_mask") is None and any(len(row) < length for row in ids):
-        arguments["attention_mask"] = torch.ones_like(prompts)
+    if inputs.get(f"{prefix}attention_mask") is None and any(len(row) < length for row in ids):
+        arguments[f"{prefix}attention_mask"] = torch.ones_like(prompts)
+        beside["attention_mask"] = f"{prefix}attention_mask"
     # Where each of the N + T columns comes from: the prompt, the answer, then what was behind the prompt's last real token.
     column = torch.arange(shape[1] + length)
     answered = (column > last[:, None]) & (column <= last[:, None] + length)
@@ -86,7 +101,8 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], famil
     for row, row_ids in enumerate(ids):
         tokens[row, : len(row_ids)] = torch.tensor(row_ids)
     real = torch.arange(length) < torch.tensor([len(row) for row in ids])[:, None]
-    for name, value in arguments.items():
+    for name, full in beside.items():
+        value = arguments[full]
         if not isinstance(value, Tensor) or value.shape[:2] != shape or name.startswith("pixel"):
             continue
         places = answered.to(value.device)
@@ -100,8 +116,29 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], famil
             longer[places] += torch.arange(1, length + 1, device=value.device).repeat(shape[0])
         elif name.endswith("type_ids"):
             longer[places] = 0  # text
-        arguments[name] = longer
+        arguments[full] = longer
     return Answer(ids, arguments, last[:, None] + torch.arange(length))
+
+
+def encoder_decoder(model: nn.Module) -> Family | None:
+    """The family of an encoder-decoder without a record, whose towers are found; None for other models."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return Family((), "token", answers="decoder_input_ids")
+    return None
+
+
+def _start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, 1), the token that the answers of an encoder-decoder begin with."""
+    configs = [getattr(model, "generation_config", None), config := getattr(model, "config", None)]
+    configs += [getattr(config, name, None) for name in ("text_config", "decoder")]
+    known = (getattr(config, "decoder_start_token_id", None) for config in configs)
+    start = next((token for token in known if isinstance(token, int)), None)
+    first = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim), None)
+    if start is None or first is None:
+        raise ValueError(
+            f"inputs must contain 'decoder_input_ids' where the config has no decoder_start_token_id; got {sorted(inputs)}"
+        )
+    return torch.full((len(first), 1), start, device=first.device)
 
 
 def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:

@@ -11,14 +11,14 @@ the other adds. So a call takes R of its keys as it was behind the last call tha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.methods import Attended
-from vlattn_fast.interpret.scored import mean_map
+from vlattn_fast.interpret.methods import Attended, gradcam, raw_attention
+from vlattn_fast.interpret.scored import mean_map, step
 from vlattn_fast.interpret.towers import TowerTrace
 
 
@@ -39,6 +39,7 @@ class Call:
     seen: int | None
 
 
+Real = Callable[[TowerTrace], Tensor | None]
 Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]
 
 
@@ -87,3 +88,64 @@ def normalized(relevancy: Tensor) -> Tensor:
     beside = relevancy - eye
     total = beside.sum(-1, keepdim=True)
     return beside / total.masked_fill(total == 0, 1.0) + eye
+
+
+# --- the baselines, as the code of the same authors has them ---
+
+
+def rolled_out(calls: Sequence[Call], tower: TowerTrace, source: TowerTrace, start: Tensor, real: Real) -> Tensor:
+    """Rollout: the row `start` (B, 1, N) of `tower` over its own tokens, or over those of `source`, which it attends to.
+
+    Between towers it is rollout(tower)^T A rollout(source), with A = mean_h A of the last attention from one to the other and the
+    self-attention in front of it. Rows of padding are left out of the sum that the transposition makes.
+    """
+    if tower is source:
+        return _rolled(calls, tower, start)
+    last = _last(calls, tower, source)
+    column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
+    for call in calls[:last]:
+        if call.tower is tower and call.source is tower:
+            column = (column + column @ _mean_attention(eye, call).mT) / 2
+    if (words := real(tower)) is not None:
+        column = column.masked_fill(~words[:, None].to(column.device), 0.0)
+    return _rolled(calls[:last], source, _mean_attention(column, calls[last]))
+
+
+def _rolled(calls: Sequence[Call], tower: TowerTrace, row: Tensor) -> Tensor:
+    """row (B, 1, N) times the product of (I + mean_h A) / 2 over the self-attention of a tower, the last on the left."""
+    for call in reversed(calls):
+        if call.tower is tower and call.source is tower:
+            row = (row + _mean_attention(row, call)) / 2
+    return row
+
+
+def _mean_attention(rows: Tensor, call: Call) -> Tensor:
+    """rows (B, T, N) @ mean_h A, (B, T, M)."""
+    seen = call.attended
+    found = step(rows.to(seen.query.device), seen.query, seen.key, seen.value, None, seen.masks, "attention", False, seen.mesh)
+    return found.to(rows)  # layers may have several devices
+
+
+def last_attention(
+    calls: Sequence[Call], grads: Sequence[Tensor | None] | None, tower: TowerTrace, source: TowerTrace, start: Tensor, real: Real
+) -> Tensor:
+    """The row `start` (B, 1, N) of the last attention from `tower` to `source`: of mean_h A, or Grad-CAM's with `grads`.
+
+    Args:
+        real: bool (B, N) of a tower, False = padding; None = no padding.
+    """
+    last = _last(calls, tower, source)
+    seen = calls[last].attended
+    rows, device = start.to(seen.query.device), seen.query.device
+    if grads is None:
+        return raw_attention(rows, seen).to(start)
+    grad = torch.zeros_like(seen.output) if (of_call := grads[last]) is None else of_call
+    queries, keys = (None if (words := real(of)) is None else words.to(device) for of in (tower, source))
+    return gradcam(rows, seen, grad, queries, keys).to(start)
+
+
+def _last(calls: Sequence[Call], tower: TowerTrace, source: TowerTrace) -> int:
+    numbers = [number for number, call in enumerate(calls) if call.tower is tower and call.source is source]
+    if not numbers:
+        raise ValueError(f"model must attend from tower '{tower.name}' to '{source.name}' for this method; got no such call")
+    return numbers[-1]

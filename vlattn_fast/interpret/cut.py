@@ -36,7 +36,7 @@ def parts(
         if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
             first = words.shape[1] - ids.shape[1] if record.tokens == "patches_text" else 0
             placed = nn.functional.pad(ids, (first, 0))
-            if said is not None:  # of an answer every token is shown
+            if said is not None and tower is towers[0]:  # of an answer every token is shown
                 words[torch.arange(len(words))[:, None], said.positions + 1] |= said.real.to(words.device)
             found["text"] = gather_words(row, words)
             found["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
@@ -47,7 +47,29 @@ def parts(
             found["regions"] = row[:, row.shape[1] - features.shape[1] :]
             if "region_positions" in arguments:
                 found["boxes"] = arguments["region_positions"][..., :4].detach()
+    if said is not None and "decoder_input_ids" in arguments:
+        found |= _behind(found, relevancy[towers[0].name], said)
     return found
+
+
+def _behind(found: Mapping[str, Any], row: Tensor, said: Answer) -> dict[str, Any]:
+    """Fields of text with the answer behind that of the encoder, if there is one.
+
+    Args:
+        row: (B, N) or (B, T, N), of the decoder.
+    """
+    places = [spots[: len(ids)] for spots, ids in zip((said.positions + 1).tolist(), said.ids, strict=True)]
+    text, before = found.get("text"), found.get("token_ids", [[] for _ in places])
+    rows = []
+    for number, (spots, ids) in enumerate(zip(places, before, strict=True)):
+        prompt = [] if text is None else [text[number][..., : len(ids)].to(row)]
+        rows.append(torch.cat([*prompt, row[number][..., spots]], -1).movedim(-1, 0))
+    joined = nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(1, -1) if rows else row[..., :0]
+    return {
+        "text": joined,
+        "places": [[*one, *other] for one, other in zip(found.get("places", before), places, strict=True)],
+        "token_ids": [[*one, *other] for one, other in zip(before, said.ids, strict=True)],
+    }
 
 
 def vision_maps(

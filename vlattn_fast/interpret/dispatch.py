@@ -104,7 +104,8 @@ def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def _sdpa_named(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+def sdpa_function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`attention_function` where `module.is_causal` decides without a mask."""
     return attention_function(*args, causal_by_module=True, **kwargs)
 
 
@@ -112,7 +113,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    for name, function, mask in ((SDPA_NAME, _sdpa_named, sdpa_mask), (ADDITIVE_NAME, attention_function, eager_mask)):
+    for name, function, mask in ((SDPA_NAME, sdpa_function, sdpa_mask), (ADDITIVE_NAME, attention_function, eager_mask)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, mask)
 

@@ -48,7 +48,8 @@ class Explanation:
         method, start_layer: the arguments of `explain`.
         position: tower -> (B,) int64, the token whose row is read. Its own entry is about 1 whatever the input, so pictures and
             tables leave it out; `own` tells it. Towers without one such token (mean, pooling head) are missing.
-        places: the token of its tower that each entry of `text` stands for, row by row.
+        places: the token of its tower that each entry of `text` stands for, row by row; for the answer of an encoder-decoder the
+            token of its decoder.
         answer: the ids of the answer's tokens, row by row, where an answer of a decoder is explained, or of the
             prompt where `prompt_maps` made the maps; None otherwise.
         tower_images: tower -> maps in the form of `image`, for the same images, where several towers see them. `image` is the

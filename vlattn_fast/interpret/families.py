@@ -21,8 +21,9 @@ def register_family(class_name: str, family: Family) -> None:
 
 def find_family(model: nn.Module) -> Family | None:
     """The record of `model`'s class or its nearest base class."""
+    generates = getattr(model, "vocab_size", None) is not None
     for cls in type(model).__mro__:
         family = FAMILIES.get(cls.__name__)
         if family is not None:
-            return family
+            return family.generating if family.generating is not None and generates else family
     return None

@@ -41,7 +41,8 @@ def prepare_inputs(
     accepted = inspect.signature(model.forward).parameters
     if hasattr(model, "config") and hasattr(model.config, "return_dict"):
         arguments["return_dict"] = True
-    if family.score == "token" or "use_cache" in accepted:
+    others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    if "use_cache" in accepted or (family.score == "token" and others):
         arguments["use_cache"] = False
     # Positions count from the first patch, or are those of another sequence than the prompt's.
     joint = any(tower.tokens in ("patches_text", "decoded") for tower in family.towers)
@@ -80,6 +81,8 @@ def with_one_row(model: nn.Module, arguments: Mapping[str, Any], family: Family)
             continue
         if isinstance(value, Tensor) and value.ndim and value.shape[0] == 0:
             filling = int(name.endswith("mask") or name == "spatial_shapes")
+            if name == "input_ids" and isinstance(end := getattr(model, "eos_token_id", None), int):
+                filling = end  # the model may look for it
             value = torch.full((1, *value.shape[1:]), filling, dtype=value.dtype, device=value.device)
         filled[name] = value
     return filled
@@ -139,7 +142,7 @@ def real_tokens(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[i
         shape: (B, N) of the tower.
         config: of the tower, which tells the size of a patch where images are padded.
     """
-    if tokens in ("patches", "boxes", "features", "queries"):
+    if tokens in ("patches", "boxes", "features", "queries", "image"):
         return None
     mask = inputs.get("decoder_attention_mask" if tokens == "decoded" else "attention_mask")
     if tokens == "packed_patches":
@@ -159,6 +162,11 @@ def real_tokens(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[i
         return None
     got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(f"attention_mask must have shape (B, N) = {shape}; got {got}")
+
+
+def decoder_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the decoder of an encoder-decoder gets, under the names of a decoder's inputs; `inputs` themselves of other models."""
+    return {name.removeprefix("decoder_"): inputs[name] for name in inputs if name.startswith("decoder_")} or inputs
 
 
 def real_words(inputs: Mapping[str, Any]) -> Tensor:

@@ -18,9 +18,19 @@ _DETR = Family((_QUERIES, _FEATURES), "query", bimodal=True)
 # DaViT attends in windows and between channels, so no relevancy goes through it: the language model's part is explained.
 _DECODED = Tower("language", "model.language_model.decoder", "layers", "target", "decoded")
 _PROMPT = Tower("prompt", "model.language_model.encoder", "layers", "mean", "image_text", grid=grids.behind_mean)
-_FLORENCE = Family((_DECODED, _PROMPT), "token", bimodal=True, within="model.language_model")
+_FLORENCE = Family((_DECODED, _PROMPT), "token", bimodal=True, within="model.language_model", answers="decoder_input_ids")
+
+# Its layers go on from the text encoder's states, token by token, and attend to the image's.
+_MAPPED = Tower("text", "text", "encoder.layers", "eot", "clip_text", further=("layers",))
+_TO_MAP = Tower("vision", "vision", "encoder.layers", "cls", "patches", prefix=1)
+_MAPPER = Family((replace(_MAPPED, readout="target", tokens="text"), _TO_MAP), "token", bimodal=True)
+
+_BLIP_DECODER = Tower("text", "text_decoder.bert", "encoder.layer", "target", "text")
+_BLIP_VISION = replace(_TO_MAP, path="vision_model")
 
 LINKED: dict[str, Family] = {
+    "BlipForConditionalGeneration": Family((_BLIP_DECODER, _BLIP_VISION), "token", bimodal=True),
+    "CLIPMapper": Family((_MAPPED, _TO_MAP), "class", bimodal=True, generating=_MAPPER),
     "LxmertForQuestionAnswering": _LXMERT,
     "LxmertForPreTraining": _LXMERT,
     "LxmertModel": replace(_LXMERT, towers=(replace(_TEXT, path=""), replace(_REGIONS, path=""))),

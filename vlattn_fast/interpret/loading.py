@@ -12,6 +12,8 @@ from torch import Tensor
 from vlattn_fast._extras import extra
 from vlattn_fast.interpret.families import find_family
 
+_CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
+
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """The model, of the class its configuration names, and its processor, tokenizer or image processor.
@@ -68,6 +70,8 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
         return dict(processor(images=picture, return_tensors="pt"))
     if (family := find_family(model)) is None:
         raise ValueError(f"model must be of a known family; got {name}, which va.explain takes with read= and target=")
+    if name in _CHANGES_PROMPTS:
+        raise ValueError(f"model must generate behind the prompt that its processor makes; got {name}, which va.explain takes")
     decoder = family.score == "token"
     padding = "max_length" if model.config.model_type.startswith("siglip") else True  # SigLIP was trained with it
     if decoder and len(texts) > 1:

@@ -67,7 +67,7 @@ def start_rows(tower: TowerTrace, read: Read | None, inputs: Mapping[str, Any], 
         if readout == "cls":
             position = torch.zeros(batch, dtype=torch.long)
         elif readout == "eot":
-            position = end_of_text(tower.config, inputs)
+            position = end_of_text(tower, inputs)
         elif readout == "before_sep":
             position = (real_words(inputs).sum(-1) - 2).clamp(min=0)
         elif readout == "last" and read is None:
@@ -77,12 +77,16 @@ def start_rows(tower: TowerTrace, read: Read | None, inputs: Mapping[str, Any], 
     return rows.scatter_(2, position.to(rows.device)[:, None, None], 1.0)
 
 
-def end_of_text(config: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """(B,) the position CLIP pools: the first end-of-text token, which old configs (eos_token_id 2) take as the largest id."""
+def end_of_text(tower: TowerTrace, inputs: Mapping[str, Any]) -> Tensor:
+    """(B,) the position CLIP pools: the first end-of-text token, which old configs (eos_token_id 2) take as the largest id; the
+    last real token where neither model nor config names it."""
     ids = _ids(inputs)
     if ids is None:
         raise ValueError("inputs must contain 'input_ids', where CLIP's end-of-text token is searched; got none")
-    return ids.int().argmax(-1) if config.eos_token_id == 2 else (ids == config.eos_token_id).int().argmax(-1)
+    eos = getattr(tower.model, "eos_token_id", getattr(tower.config, "eos_token_id", None))
+    if eos is None:
+        return last_real(tower.tokens, inputs, tower.shape)
+    return ids.int().argmax(-1) if eos == 2 else torch.isin(ids, torch.as_tensor(eos, device=ids.device)).int().argmax(-1)
 
 
 def prefix_tokens(tower: Tower, config: Any) -> int:
@@ -99,7 +103,7 @@ def word_positions(tower: TowerTrace, config: Any, inputs: Mapping[str, Any], id
         return None
     if tower.tokens == "clip_text":
         position = torch.arange(ids.shape[1], device=ids.device)
-        return (position > 0) & (position < end_of_text(config, inputs)[:, None])
+        return (position > 0) & (position < end_of_text(tower, inputs).to(ids.device)[:, None])
     if tower.tokens == "patches_text":
         real: Tensor | None = real_words(inputs)
     else:

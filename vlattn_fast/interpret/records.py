@@ -55,6 +55,7 @@ class Tower:
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
         grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see `grids`;
             None where they have no place in it, as the queries of a Q-Former.
+        further: lists of layers, by their path in the model, that the tokens go on through behind `layers`.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Tower:
     prefix: int = 0
     pooling: str | None = None
     grid: Grid | None = None
+    further: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, kind in (("readout", ReadOut), ("tokens", Tokens)):
@@ -91,6 +93,8 @@ class Family:
         connector: what it makes of them, see `merging`.
         within: the part of a bimodal model where attention is explained; other parts run as they are.
         background: of "query" scores: the last logit is that of no object. Without, all are objects.
+        answers: the input that an answer is put into, behind the prompt; "decoder_input_ids" of encoder-decoders.
+        generating: the record of those models of the class that have a vocabulary (`vocab_size`) and predict its tokens.
     """
 
     towers: tuple[Tower, ...]
@@ -101,6 +105,8 @@ class Family:
     connector: Connector = squares
     within: str = ""
     background: bool = True
+    answers: str = "input_ids"
+    generating: Family | None = None
 
 
 def alone(tower: Tower) -> Family:

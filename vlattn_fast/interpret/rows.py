@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.bimodal import relevancies
-from vlattn_fast.interpret.inputs import real_tokens
+from vlattn_fast.interpret.bimodal import last_attention, relevancies, rolled_out
+from vlattn_fast.interpret.inputs import decoder_inputs, real_tokens
 from vlattn_fast.interpret.methods import Method, gradcam, raw_attention
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
@@ -32,20 +32,12 @@ def read_rows(
         others: those that they attend to.
         scores: (B,); None for methods without a gradient.
         keep: keep the graph for a further call.
-
-    Raises:
-        ValueError: the rows say nothing, since the score does not depend on what is read.
     """
-    method = trace.method
     if others:
-        rows = _between(trace, towers, others, starts, scores, keep)
-    elif method.carries:
-        rows = _carried(towers, start_layer, starts, scores, keep)
-    else:
-        rows = _last_only(towers, starts, arguments, scores, keep)
-    if method.carries and method.needs_score:
-        _check(rows, starts)
-    return rows
+        return _between(trace, towers, others, starts, scores, start_layer, arguments, keep)
+    if trace.method.carries:
+        return _carried(towers, start_layer, starts, scores, keep)
+    return _last_only(towers, starts, arguments, scores, keep)
 
 
 def _carried(towers: list[TowerTrace], start_layer: int, starts: list[Tensor], scores: Tensor | None, keep: bool) -> list[Tensor]:
@@ -83,34 +75,69 @@ def _last_only(
 
 
 def _between(
-    trace: Trace, towers: list[TowerTrace], others: list[TowerTrace], starts: list[Tensor], scores: Tensor | None, keep: bool
+    trace: Trace,
+    towers: list[TowerTrace],
+    others: list[TowerTrace],
+    starts: list[Tensor],
+    scores: Tensor | None,
+    start_layer: int,
+    arguments: Mapping[str, Any],
+    keep: bool,
 ) -> list[Tensor]:
     """The rows (B, 1, N) of `towers`, their own entries set to zero, and those of `others` that they count for them."""
-    check_between(trace.method)
-    assert scores is not None  # "gradient" needs them
+    method = trace.method
+    check_between(method, start_layer)
     reached = set(towers)  # calls of other towers cost time, and no row that is read comes through them
     while more := {call.source for call in trace.calls if call.tower in reached} - reached:
         reached |= more
     calls = [call for call in trace.calls if call.tower in reached]
-    outputs = [call.attended.output for call in calls]
-    grads = torch.autograd.grad(scores.sum(), outputs, retain_graph=keep, allow_unused=True)
+    grads = None
+    if scores is not None:
+        outputs = [call.attended.output for call in calls]
+        used = [output for output in outputs if output.requires_grad]
+        of_used = iter(torch.autograd.grad(scores.sum(), used, retain_graph=keep, allow_unused=True))
+        grads = [next(of_used) if output.requires_grad else None for output in outputs]
+
+    def real(tower: TowerTrace) -> Tensor | None:
+        inputs = decoder_inputs(arguments) if tower.record is None and tower in towers else arguments
+        return real_tokens(tower.tokens, inputs, tower.shape, tower.config)
+
     with torch.no_grad():
-        found = relevancies(calls, grads)
-        rows = [(start @ found[t, t]).masked_fill(start == 1, 0.0) for t, start in zip(towers, starts, strict=True)]
+        found = relevancies(calls, grads) if method.name == "gradient" and grads is not None else {}
+
+        def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+            if method.name == "rollout":
+                return rolled_out(calls, tower, source, start, real)
+            if not method.carries:
+                return last_attention(calls, grads, tower, source, start, real)
+            if (tower, source) not in found:  # the score depends on no attention between them
+                return start.new_zeros(*start.shape[:2], source.size)
+            return start @ found[tower, source]
+
+        linked = {(call.tower, call.source) for call in calls}
+        pairs = list(zip(towers, starts, strict=True))
+        rows = [read(tower, tower, start).masked_fill(start == 1, 0.0) for tower, start in pairs]
         for other in others:
-            parts = [start @ found[t, other] for t, start in zip(towers, starts, strict=True) if (t, other) in found]
-            rows.append(torch.stack(parts).sum(0))
+            rows.append(torch.stack([read(tower, other, start) for tower, start in pairs if (tower, other) in linked]).sum(0))
     return rows
 
 
-def check_between(method: Method) -> None:
-    """ValueError for a method without rules for towers that attend to one another."""
-    if method.name != "gradient":
-        raise ValueError(f"method must be 'gradient' for towers that attend to one another; got {method.name!r}")
+def check_between(method: Method, start_layer: int) -> None:
+    """ValueError for a method without rules for towers that attend to one another, or layers that they cannot begin with."""
+    if method.weighted:
+        raise ValueError(f"method must be another one for towers that attend to one another; got {method.name!r}")
+    if method.carries and start_layer != 0:
+        raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {start_layer}")
 
 
-def _check(rows: list[Tensor], starts: list[Tensor]) -> None:
-    """ValueError where no row is more than the row that was read."""
+def check_rows(rows: list[Tensor], starts: list[Tensor]) -> None:
+    """ValueError where no row (B, T, N) is more than the row that was read: the score does not depend on what is read.
+
+    Args:
+        starts: the weights (B, T, N) of the rows that are read; there are none for towers that are read through others.
+    """
+    if any(bool((row != 0).any()) for row in rows[len(starts) :]):
+        return
     for row, start in zip(rows, starts, strict=False):
         beside = row.masked_fill(start == 1, 0.0) if bool((start == 1).any()) else row - start
         if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):

@@ -85,6 +85,9 @@ class TowerTrace:
             if record.layers:
                 submodule(root, record.layers, record)
                 self.lists.append(_joined(record.path, record.layers))
+            for further in record.further:
+                submodule(model, further, record)
+                self.lists.append(further)
             if record.pooling is not None:
                 submodule(root, record.pooling, record)
                 self.pooling_path = _joined(record.path, record.pooling)
@@ -208,8 +211,8 @@ class TowerTrace:
         return self._leaf(query, key, value, masks, output)
 
     def _leaf(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], output: Tensor) -> Tensor:
-        """`output`, where the graph starts: only the gradient at it is used."""
-        output = output.detach().requires_grad_()
+        """`output`, where the graph starts: only the gradient at it is used, unless those of several calls are."""
+        output = (output if self.keeps else output.detach()).requires_grad_()
         self.last = Attended(query.detach(), key.detach(), value.detach(), masks, output, self.mesh)
         self._edges.append((self._depth, torch.autograd.graph.get_gradient_edge(output)))
         return output

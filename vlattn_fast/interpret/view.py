@@ -206,8 +206,10 @@ def home(explanation: Explained, *names: str) -> str:
 def text_row(explanation: Explained, row: int) -> Tensor:
     """The text's entries for one row of the batch, 0 at the position that is read."""
     values = explanation.text[row] if explanation.text is not None else torch.zeros(0)
-    position = (explanation.position or {}).get(home(explanation, "text", "language"))
-    if position is None or explanation.places is None:
+    tower = home(explanation, "text", "language")
+    position = (explanation.position or {}).get(tower)
+    # Between towers that entry is zero, and `text` may be of another tower.
+    if position is None or explanation.places is None or not bool(explanation.own[tower].any()):
         return values
     places = torch.tensor([*explanation.places[row], *[-1] * (values.shape[-1] - len(explanation.places[row]))])
     read = position[row].cpu().reshape(-1, 1) == places  # (1, L) or (T, L)

@@ -172,11 +172,11 @@ function showTokens(choice) {
     if (row.high > row.low) context.fillRect(i * step, Math.min(y, base), Math.max(step * 0.85, 0.5), Math.abs(base - y));
   });
   const text = `${row.cells.length} tokens of "${state.tower}", special ones included: ${format(row.low)} to ${format(row.high)}`;
-  const kept = own === undefined ? "" : `. The position that is read keeps ${format(own)} for itself, left out here`;
+  const kept = !own ? "" : `. The position that is read keeps ${format(own)} for itself, left out here`;
   element("counted").textContent = text + kept + ".";
   canvas.setAttribute("aria-label", text);
   const reads = Object.values(choice.own)[0];
-  element("own").textContent = document.querySelector(".answer") && reads !== undefined ? `Left out: ${format(reads)}, which the position that predicts the word gives itself.` : "";
+  element("own").textContent = document.querySelector(".answer") && reads ? `Left out: ${format(reads)}, which the position that predicts the word gives itself.` : "";
 }
 
 /* --- choosing --- */
