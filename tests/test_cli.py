@@ -319,9 +319,12 @@ def test_verify_refuses(options, words):
 def test_demo_writes_its_pictures(tmp_path):
     result = vlattn("demo", "--out", tmp_path / "demo", "--no-costs")
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "demo" / "digitscenes.png").read_bytes().startswith(b"\x89PNG")
-    assert "base64" in (tmp_path / "demo" / "digitscenes.html").read_text()
-    assert re.search(r"^gradient +\d", result.output, re.M)
+    assert (tmp_path / "demo" / "answer.png").read_bytes().startswith(b"\x89PNG")
+    assert "base64" in (tmp_path / "demo" / "answer.html").read_text()
+    assert len(re.findall(r"^gradient +\d", result.output, re.M)) == 2
+    words = re.search(r'^"which digits are there"\? "(\w+) (\w+) (\w+) (\w+)"', result.output, re.M).groups()
+    for word in words:  # each word's map is strongest on its own digit
+        assert re.search(rf"^{word} +[01]\.\d\d +{word} +\d", result.output, re.M)
 
 
 def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, capsys):

@@ -216,10 +216,11 @@ def test_the_picture_is_the_demos(tmp_path):
     _demo.picture(tmp_path)
     shown, made = (
         np.asarray(image.open(path).convert("RGB"), dtype=float)
-        for path in (ROOT / "docs" / "digitscenes.png", tmp_path / "digitscenes.png")
+        for path in (ROOT / "docs" / "answer.png", tmp_path / "answer.png")
     )
     assert shown.shape == made.shape
     assert abs(shown - made).mean() < 2
+    assert (ROOT / "docs" / "answer.png").stat().st_size < 200_000
 
 
 def test_ci_runs_make_test():

@@ -21,6 +21,7 @@ def run(out: Path, *, costs: bool = True) -> bool:
     passed = check()
     picture(out)
     pointing()
+    answers()
     if costs:
         compare()
     return passed
@@ -50,17 +51,31 @@ def log_odds(outputs: Any) -> Tensor:
 
 
 def picture(out: Path) -> None:
-    """The first scene and its caption, as PNG and as a page."""
+    """A question about a scene and what each word of the model's answer rests on, as PNG and as a page. The scene is the first of
+    ten whose digits the model names rightly."""
     from vlattn_fast import lab
-    from vlattn_fast.interpret import explain
+    from vlattn_fast.lab.mapper import complete
+    from vlattn_fast.lab.pictures import answer_figure
+    from vlattn_fast.lab.pointing import box_shares, explain_answers, select
+    from vlattn_fast.lab.processor import DIGIT_WORDS
 
-    model, processor = lab.load_uniter()
-    scene = lab.digit_scenes(1, seed=SEED)
-    explanation = explain(model, scene.inputs(), target=log_odds, method="gradient").with_tokens(processor)
-    caption, pixels = scene.captions[0], scene.render()
-    explanation.plot(pixels).savefig(out / "digitscenes.png", dpi=80, metadata={"Software": None})
-    explanation.save_html(out / "digitscenes.html", pixels, title=caption)
-    print(f'Relevancy of a picture to its caption "{caption}": {out / "digitscenes.png"}, {out / "digitscenes.html"}\n')
+    model, processor = lab.load_captioner()
+    asked = lab.digit_prompts(10, seed=SEED, kind="which")
+    right = [said == answer for said, answer in zip(complete(model, asked), asked.answers, strict=True)]
+    asked = select(asked, [right.index(True)])
+    explanation, (words,) = explain_answers(model, processor, asked)
+    question = asked.questions[0]
+    assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # an answer about a picture has both
+    answer_figure(explanation, asked, words).savefig(out / "answer.png", dpi=130, metadata={"Software": None})
+    photo = (1 - asked.images[0]).repeat_interleave(10, 0).repeat_interleave(10, 1)
+    explanation.save_html(out / "answer.html", photo, title=f"{question}?")
+    print(f'"{question}"? "{" ".join(words)}". What each word rests on: {out / "answer.png"}, {out / "answer.html"}\n')
+    print(f"{'word':12}{'probability':>12}   strongest on the digit   share of its map there")
+    shares = box_shares(explanation.image, asked.boxes)[0] / explanation.image[0].sum((1, 2))[:, None]
+    for word, score, share in zip(words, explanation.scores[0].exp().tolist(), shares, strict=True):
+        top = int(share.argmax())
+        print(f"{word:12}{score:12.2f}   {DIGIT_WORDS[int(asked.digits[0, top])]:24}{share[top]:.1%}")
+    print(flush=True)
 
 
 def pointing() -> None:
@@ -78,6 +93,18 @@ def pointing() -> None:
         hit = scenes.named.gather(1, regions.topk(2).indices).double()
         print(f"{method:12}{hit[:, 0].mean():22.1%}{hit.prod(1).mean():24.1%}")
     print(f"{'chance':12}{1 / 2:22.1%}{1 / 6:24.1%}\n", flush=True)
+
+
+def answers() -> None:
+    from vlattn_fast.lab.pointing import CHANCE, METHODS, question_pointing, word_pointing
+
+    print("The same of questions: how often the digit with the largest part of the map is the one that it is about.\n")
+    heads = {"answer": "what is left of a six", "there": "is there a three", "is": "is a three left of a six", "word": "words"}
+    print(f"{'method':12}" + "".join(f"{head:>26}" for head in heads.values()))
+    for method in METHODS:
+        shares = {**question_pointing(method, count=SCENES, seed=SEED), **word_pointing(method, count=SCENES, seed=SEED)}
+        print(f"{method:12}" + "".join(f"{shares[name]:26.1%}" for name in heads))
+    print(f"{'chance':12}" + "".join(f"{CHANCE[name]:26.1%}" for name in heads) + "\n", flush=True)
 
 
 def compare() -> None:

@@ -1,0 +1,54 @@
+"""Whether explanations of the CLIPMapper of DigitScenes point at the digit that a question or a word is about."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlattn_fast import lab
+from vlattn_fast.lab.pointing import CHANCE, METHODS, box_shares, explain_answers, question_pointing, word_pointing
+from vlattn_fast.lab.processor import DIGIT_WORDS
+
+
+def test_a_patch_counts_by_its_part_in_the_box():
+    image = torch.zeros(2, 3, 8, 8)  # patches of four pixels
+    image[0, 0, 0, 1] = 16.0
+    image[1, 2, 7, 7], image[1, 2, 0, 0] = 1.0, 5.0
+    boxes = torch.tensor([[[2, 1, 10, 9], [6, 3, 14, 11]], [[24, 24, 32, 32], [20, 22, 28, 30]]]).float()
+    shares = box_shares(image, boxes)
+    assert shares.shape == (2, 3, 2)
+    assert shares[0, 0].tolist() == [12.0, 2.0]  # columns 4 to 7, rows 1 to 3; columns 6 and 7, row 3
+    assert shares[1, 2].tolist() == [1.0, 0.0] and shares.sum() == 15.0
+    whole = box_shares(torch.rand(1, 8, 8).double(), torch.tensor([[[0.0, 0.0, 32.0, 32.0]]]))
+    assert whole.dtype == torch.float64 and 0 < whole < 64
+
+
+# Of 100 questions each; measured are the figures of `make demo` in docs/evaluation.md.
+FLOORS = {"gradient": {"answer": 0.85, "there": 0.85, "is": 0.65, "word": 0.9}}
+
+
+@pytest.mark.parametrize("method", FLOORS)
+def test_maps_point_at_the_digit(method):
+    shares = {**question_pointing(method, count=100), **word_pointing(method, count=60)}
+    assert shares.pop("words") > 60
+    assert set(shares) == set(CHANCE) and method in METHODS
+    for name, floor in FLOORS[method].items():
+        assert shares[name] >= floor > CHANCE[name], f"{name}: {shares[name]}"
+
+
+def test_the_picture_frames_a_digit_for_each_word_of_one():
+    pytest.importorskip("matplotlib")
+    from vlattn_fast.lab.pictures import answer_figure
+
+    model, processor = lab.load_captioner()
+    asked = lab.digit_prompts(2, kind="where")
+    explanation, words = explain_answers(model, processor, asked)
+    figure = answer_figure(explanation, asked, words[1], 1)
+    assert [axis.get_title() for axis in figure.axes] == ["", *words[1]]
+    top = box_shares(explanation.image, asked.boxes)[1].argmax(-1)
+    frames = [axis.patches for axis in figure.axes[1:]]
+    assert [len(of_word) for of_word in frames] == [word in DIGIT_WORDS for word in words[1]] and any(frames)
+    for of_word, region in zip(frames, top, strict=True):
+        for frame in of_word:
+            x1, y1, x2, y2 = asked.boxes[1, region].tolist()
+            assert (frame.get_x(), frame.get_y(), frame.get_width(), frame.get_height()) == (x1, y1, x2 - x1, y2 - y1)

@@ -1,0 +1,97 @@
+"""How often explanations of the two CLIPMapper of DigitScenes point at the digit that a question or a word is about.
+
+A map points at the digit whose box has the largest share of it. All boxes have one size, so chance is one in four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret import Explanation, explain
+from vlattn_fast.lab.mapper import LONGEST, load_captioner, load_vqa
+from vlattn_fast.lab.processor import DIGIT_WORDS
+from vlattn_fast.lab.questions import Questions, digit_prompts, digit_questions
+from vlattn_fast.lab.scenes import CANVAS
+from vlattn_fast.lab.texts import END, SceneProcessor
+from vlattn_fast.models.clip_mapper import CLIPMapper
+
+METHODS = ("gradient", "rollout", "attention", "gradcam")  # that there are for towers which attend to one another
+CHANCE = {"answer": 1 / 4, "there": 1 / 4, "is": 1 / 2, "word": 1 / 4}
+
+
+def box_shares(image: Tensor, boxes: Tensor) -> Tensor:
+    """Maps (B, ..., h, w) of scenes with boxes (B, R, 4) in pixels -> (B, ..., R): the sum over each box; a patch counts by the
+    part of it that lies in the box."""
+    height, width = image.shape[-2:]
+    inside = []
+    for axis, cells in ((0, width), (1, height)):
+        edges = torch.linspace(0, CANVAS, cells + 1, dtype=image.dtype)
+        low, high = boxes[..., axis, None].to(image), boxes[..., axis + 2, None].to(image)
+        inside.append((torch.minimum(edges[1:], high) - torch.maximum(edges[:-1], low)).clamp(min=0) * cells / CANVAS)
+    return torch.einsum("b...hw,brh,brw->b...r", image, inside[1], inside[0])
+
+
+def question_pointing(method: str = "gradient", *, count: int = 200, seed: int = 0) -> dict[str, float]:
+    """Shares of `count` test questions each, explained for the answer that the model gives:
+
+    - "answer": "what is left of a six" points at the digit that is the right answer,
+    - "there": "is there a three", where there is, points at it,
+    - "is": "is a three left of a six" points at one of the two.
+    """
+    model, processor = load_vqa()
+    shares = {}
+    for name, kind in (("answer", "what"), ("there", "there"), ("is", "is")):
+        asked = digit_questions(2 * count if name == "there" else count, seed=seed, kind=kind)
+        aims = asked.named
+        if name == "answer":
+            aims = asked.digits == torch.tensor([DIGIT_WORDS.index(answer) for answer in asked.answers])[:, None]
+        kept = aims.any(1).nonzero()[:count, 0]
+        maps = explain(model, processor(asked.images, asked.questions), method=method).image
+        assert isinstance(maps, Tensor)
+        top = box_shares(maps, asked.boxes).argmax(-1)
+        shares[name] = float(aims.gather(1, top[:, None])[kept].double().mean())
+    return shares
+
+
+def word_pointing(method: str = "gradient", *, count: int = 200, seed: int = 0) -> dict[str, float]:
+    """How the digits in the model's own answers to `count` test prompts are pointed at: "word", the share of words for a
+    digit of the scene whose map points at it, and "words", how many these are."""
+    model, processor = load_captioner()
+    asked = digit_prompts(count, seed=seed)
+    hits, words = 0, 0
+    for start in range(0, count, 50):
+        part = select(asked, range(start, min(start + 50, count)))
+        explanation, answers = explain_answers(model, processor, part, method)
+        assert isinstance(explanation.image, Tensor)
+        top = box_shares(explanation.image, part.boxes).argmax(-1)
+        for row, answer in enumerate(answers):
+            for number, word in enumerate(answer):
+                aim = part.digits[row] == (DIGIT_WORDS.index(word) if word in DIGIT_WORDS else -1)
+                if bool(aim.any()):
+                    words += 1
+                    hits += int(aim[top[row, number]])
+    return {"word": hits / max(words, 1), "words": words}
+
+
+def select(questions: Questions, rows: Sequence[int]) -> Questions:
+    """The questions of some rows."""
+    parts: dict[str, Any] = {
+        name: value[list(rows)] if isinstance(value, Tensor) else tuple(value[i] for i in rows)
+        for name, value in vars(questions).items()
+    }
+    return Questions(**parts)
+
+
+def explain_answers(
+    model: CLIPMapper, processor: SceneProcessor, prompts: Questions, method: str = "gradient"
+) -> tuple[Explanation, list[list[str]]]:
+    """The explanation of the model's own answers to prompts, each word by itself, and the words; [END] where there are none."""
+    inputs = processor(prompts.images, prompts.questions)
+    given = model.generate(**inputs, max_new_tokens=LONGEST, stop_token=END).tolist()
+    ids = [(row[: row.index(END)] or [END]) if END in row else row for row in given]
+    explanation = explain(model, inputs, answer=ids, method=method).with_tokens(processor)
+    return explanation, [processor.convert_ids_to_tokens(row) for row in ids]
