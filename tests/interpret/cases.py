@@ -352,10 +352,10 @@ def one_sample(method, start_layer, maps, grads, streams, sums, sum_grads, row, 
             relevancy = mixed / mixed.sum(-1, keepdim=True) @ relevancy
             continue
         step = (grads[layer] * maps[layer]).clamp(min=0).mean(0)
-        if method == "gradient":
-            relevancy = relevancy + step @ relevancy
+        if method.startswith("gradient"):
+            relevancy = step @ relevancy if method == "gradient:no_aggregation" else relevancy + step @ relevancy
             continue
-        step = normalised(step)
+        step = step if method == "weighted:no_normalization" else normalised(step)
         x, o, g = streams[layer], sums[layer] - streams[layer], sum_grads[layer]
         before, after = (g * x).sum(-1).abs(), (g * o).sum(-1).abs()
         share = torch.where(before + after > 0, before / (before + after), 0.5)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Maps = Sequence[tuple[str, Tensor, Tensor | None]]  # "tt", "ti", "it" or "ii", a map (B, H, N, M) and its gradient, as they ran
 METHODS = ("gradient", "rollout", "attention", "gradcam")
+ABLATIONS = ("gradient:no_aggregation", "gradient:no_normalization", "gradient:no_self_attention")
 
 
 def published(
@@ -24,8 +25,8 @@ def published(
         real_t, real_i: bool (B, N) and (B, M), False = padding, which Grad-CAM leaves out of its means and rollout of its sum.
     """
     maps = [(kind, a.detach(), torch.zeros_like(a) if g is None else g.detach()) for kind, a, g in maps]
-    if method == "gradient":
-        tt, ti = gradient(maps)
+    if method.startswith("gradient"):
+        tt, ti = gradient(maps, method.partition(":")[2])
     elif method == "rollout":
         tt, ti = rollout(maps, real_t)
     else:
@@ -58,8 +59,19 @@ def bar(relevancy: Tensor) -> Tensor:
     return torch.where(total == 0, beside, beside / total) + identity
 
 
-def gradient(maps: Maps) -> tuple[Tensor, Tensor]:
-    """Both directions of one cross-attention layer, "ti" and then "it", read the state in front of it."""
+def gradient(maps: Maps, ablation: str = "") -> tuple[Tensor, Tensor]:
+    """Both directions of one cross-attention layer, "ti" and then "it", read the state in front of it.
+
+    Without aggregation the published run goes without normalization, too (lxmert/lxmert/perturbation.py, DETR/mask_generator.py).
+    """
+    norm = bar if ablation in ("", "no_self_attention") else lambda relevancy: relevancy
+
+    def put(old: Tensor, addition: Tensor) -> Tensor:
+        return addition if ablation == "no_aggregation" else old + addition
+
+    def ten(ss: Tensor, step: Tensor, qq: Tensor) -> Tensor:
+        return step if ablation == "no_self_attention" else norm(ss).transpose(1, 2) @ step @ norm(qq)
+
     tt, ii = eye(maps, "t"), eye(maps, "i")
     ti, it = tt.new_zeros(len(tt), tt.shape[1], ii.shape[1]), tt.new_zeros(len(tt), ii.shape[1], tt.shape[1])
     kinds = [kind for kind, *_ in maps]
@@ -67,18 +79,20 @@ def gradient(maps: Maps) -> tuple[Tensor, Tensor]:
     for number, (kind, a, g) in enumerate(maps):
         step = (a * g).clamp(min=0).mean(1)
         if kind == "tt":
-            tt, ti = tt + step @ tt, ti + step @ ti
+            tt, ti = put(tt, step @ tt), put(ti, step @ ti)
         elif kind == "ii":
-            ii, it = ii + step @ ii, it + step @ it
+            ii, it = put(ii, step @ ii), put(it, step @ it)
         elif kind == "ti" and kinds[number + 1 : number + 2] == ["it"]:
             both = step
-        elif kind == "ti":
-            ti, tt = ti + bar(tt).transpose(1, 2) @ step @ bar(ii), tt + step @ it
+        elif kind == "ti" and "it" in kinds:
+            ti, tt = put(ti, ten(tt, step, ii)), put(tt, step @ it)
+        elif kind == "ti":  # the other side does not see this one, and rule 11 plays no part
+            ti = put(ti, ten(tt, step, ii))
         else:
             assert both is not None, "image to text comes behind text to image"
-            add_ti, add_tt = bar(tt).transpose(1, 2) @ both @ bar(ii), both @ it
-            add_it, add_ii = bar(ii).transpose(1, 2) @ step @ bar(tt), step @ ti
-            tt, ti, it, ii = tt + add_tt, ti + add_ti, it + add_it, ii + add_ii
+            add_ti, add_tt = ten(tt, both, ii), both @ it
+            add_it, add_ii = ten(ii, step, tt), step @ ti
+            tt, ti, it, ii = put(tt, add_tt), put(ti, add_ti), put(it, add_it), put(ii, add_ii)
     return tt, ti
 
 

@@ -64,7 +64,7 @@ def row(name: str, family: Family) -> str:
     seen |= {"regions": "boxes", "boxes": "boxes", "features": "features"}
     maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in family.towers]
     shown = ", ".join(dict.fromkeys(part for part in maps if part)) or "–"
-    weighted = "yes" if not family.bimodal and all(tower.branch for tower in towers) else "no"
+    weighted = "yes" if all(tower.branch and (tower.sums or not tower.further) for tower in family.towers) else "no"
     score = SCORES["decoded" if towers[0].tokens == "decoded" else family.score]
     return f"| `{name}` | {shown_rows} | {score} | {shown} | {weighted} | {'yes' if family.vision else '–'} |"
 

@@ -192,8 +192,6 @@ def test_what_is_refused():
     classes, inputs = mapper(), inputs_of(IDS)
     with pytest.raises(ValueError, match="answer must be of a decoder with a record.*; got CLIPMapper"):
         explain(classes, inputs, answer=[17])
-    with pytest.raises(ValueError, match="method must be another one for towers that attend to one another; got 'weighted'"):
-        explain(classes, inputs, method="weighted")
     states = {"image_states": classes.encode_image(inputs["pixel_values"]), "input_ids": IDS}
     with pytest.raises(ValueError, match="attention of every layer of tower 'vision'"):
         explain(classes, states)

@@ -62,11 +62,14 @@ def explain(
     - "rollout": r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
     - "attention": the read-out row of mean_h A in the last layer. It takes no gradient; `start_layer` has no effect.
     - "gradcam": the read-out row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h. `start_layer` has no effect.
+    - The papers' ablations. "gradient:no_aggregation": r <- r Abar. Of towers that attend to one another also
+      "gradient:no_normalization", without equations 8 and 9, and "gradient:no_self_attention", whose equation 10 adds Abar alone.
+      "weighted:no_normalization": the rows of Abar as they are.
 
     Towers that attend to one another have the rules for two modalities (the same paper, equations 5 to 11, and its baselines):
     "gradient"; "rollout", R_ti = rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i; "attention" and
-    "gradcam", the last attention of t to itself and to i. The entry of the token that is read is set to zero. "weighted" is not
-    defined there.
+    "gradcam", the last attention of t to itself and to i. The entry of the token that is read is set to zero. "weighted" is
+    defined where the record says where the sums are, as `CLIPMapper`'s does: an addition to R becomes diag(a) R + diag(b) (...).
 
     Args:
         model: a Hugging Face model of a known family (CLIP, SigLIP, ViT, DINOv2, BERT, LLaVA, Qwen-VL, ...; see `FAMILIES`),
@@ -126,7 +129,7 @@ def explain(
             raise ValueError(_how_to_read(model, inputs))
         family = Family((), "class")
     if family.bimodal:
-        check_between(rule, start_layer)
+        check_between(rule, start_layer, family.towers)
     if family.score == "query" and read is not None and not callable(target):
         raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
     if through_connector:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.methods import Attended, gradcam, raw_attention
+from vlattn_fast.interpret.methods import Attended, Method, gradcam, raw_attention
 from vlattn_fast.interpret.scored import mean_map, step
 from vlattn_fast.interpret.towers import TowerTrace
 
@@ -40,22 +40,43 @@ class Call:
 
 
 Real = Callable[[TowerTrace], Tensor | None]
+Weights = tuple[Tensor, Tensor]
 Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]
 
 
-def relevancies(calls: Sequence[Call], grads: Sequence[Tensor | None]) -> Relevancies:
-    """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it)."""
+def relevancies(
+    calls: Sequence[Call], grads: Sequence[Tensor | None], method: Method, weights: Sequence[Weights | None]
+) -> Relevancies:
+    """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it).
+
+    With weights an addition to R becomes diag(a) R + diag(b) (what is added), our reading of weighted relevancy (after Huang et
+    al. 2023) between towers. Equations 8 and 9 keep what is added to the identity in bounds. Where a + b = 1, and the rows of
+    Abar are divided by their sums, rows sum to one anyway, so R itself stands in equation 10 but with equal weights.
+
+    Args:
+        method: "gradient", "weighted" or an ablation of these.
+        weights: a and b (B, N) of each call; None = 1 and 1.
+    """
     found: Relevancies = {}
     for call in calls:
         for tower in (call.tower, call.source):
             eye = torch.eye(tower.size, dtype=tower.dtype, device=tower.device)
             found.setdefault((tower, tower), eye.expand(tower.batch or 0, -1, -1))
+    if not method.aggregates:  # zeros count where they take the place of something
+        linked = {(call.tower, call.source) for call in calls if call.tower is not call.source}
+        for s, q in linked:
+            if (q, s) in linked:
+                found[s, q] = found[s, s].new_zeros(s.batch or 0, s.size, q.size)
     waited = Counter(call.seen for call in calls if call.seen is not None)
     behind: dict[int, Relevancies] = {}  # R_s behind a call of s that keys came through, while calls wait for it
-    for call, grad in zip(calls, grads, strict=True):
+    for call, grad, weight in zip(calls, grads, weights, strict=True):
         of_keys = found if call.seen is None else behind[call.seen]
-        for pair, addition in _additions(found, of_keys, call, grad):
-            found[pair] = found[pair] + addition if pair in found else addition
+        for pair, addition in _additions(found, of_keys, call, grad, method):
+            old = found.get(pair) if method.aggregates else None
+            if weight is not None:
+                a, b = (part[..., None].to(addition) for part in weight)
+                old, addition = None if old is None else a * old, b * addition
+            found[pair] = addition if old is None else old + addition
         if call.seen is not None:
             waited[call.seen] -= 1
             if not waited[call.seen]:
@@ -66,7 +87,7 @@ def relevancies(calls: Sequence[Call], grads: Sequence[Tensor | None]) -> Releva
 
 
 def _additions(
-    found: Relevancies, of_keys: Mapping[tuple[TowerTrace, TowerTrace], Tensor], call: Call, grad: Tensor | None
+    found: Relevancies, of_keys: Mapping[tuple[TowerTrace, TowerTrace], Tensor], call: Call, grad: Tensor | None, method: Method
 ) -> list[tuple[tuple[TowerTrace, TowerTrace], Tensor]]:
     """What a call adds to the relevancies (equations 6, 7, 10 and 11)."""
     if grad is None:
@@ -74,9 +95,15 @@ def _additions(
     s, q, seen = call.tower, call.source, call.attended
     abar = mean_map(seen.query, seen.key, seen.value, grad, seen.masks, seen.mesh)
     abar = abar.to(found[s, s])  # layers may have several devices
+    if method.row_normalize:
+        total = abar.sum(-1, keepdim=True)
+        abar = abar / total.masked_fill(total == 0, 1.0)
     if s is q:
         return [((s, t), abar @ part) for (of, t), part in found.items() if of is s]
-    additions = [((s, q), normalized(found[s, s]).transpose(1, 2) @ abar @ normalized(of_keys[q, q]).to(abar))]
+    of_s, of_q = found[s, s], of_keys[q, q].to(abar)
+    if method.normalizes and (not method.weighted or s.weighting == "equal"):
+        of_s, of_q = normalized(of_s), normalized(of_q)
+    additions = [((s, q), of_s.transpose(1, 2) @ abar @ of_q if method.mixes else abar)]
     if (q, s) in of_keys:
         additions.append(((s, s), abar @ of_keys[q, s].to(abar)))
     return additions

@@ -20,7 +20,7 @@ from vlattn_fast.interpret.boxes import check_boxes, intersection_over_union, ma
 from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import find_family
 from vlattn_fast.interpret.judging import Judge, Question
-from vlattn_fast.interpret.methods import METHODS
+from vlattn_fast.interpret.methods import ABLATIONS, METHODS
 from vlattn_fast.interpret.perturbation import STEPS, Sample, Words, area_under, kept, split
 from vlattn_fast.interpret.randomised import cascade, rank_correlation
 from vlattn_fast.interpret.tally import Tally
@@ -153,9 +153,9 @@ def evaluate(
         dataset: (inputs, target, boxes) for each sample or batch. inputs and target as for `explain`. target None = what the
             model answers to the whole input: the class, the token or, of an image with several texts, the text. boxes = ground
             truth (K, 4), x1, y1, x2, y2 relative to the image; of a batch, one (K, 4) or None a row; or None.
-        methods: names of `explain`'s methods, "weighted:norm" and "weighted:equal" with another weighting, "random", or
-            callables (model, inputs, target) -> whatever has `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an
-            `Explanation` has. A dict names them.
+        methods: names of `explain`'s methods and ablations, "weighted:norm" and "weighted:equal" (and
+            "weighted:norm:no_normalization") with another weighting, "random", or callables (model, inputs, target) -> whatever
+            has `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has. A dict names them.
         tests: some of "positive", "negative", "insertion", "deletion", "pointing", "iou", "mass", "sanity".
         steps: increasing fractions removed (of "insertion": put in), from 0 to 1. None = 0, .25, .5, .75, .8, .85, .9, .95, 1 as
             published; for "insertion" and "deletion" 0, .05, ..., 1.
@@ -248,13 +248,19 @@ def _named(methods: Any) -> dict[str, str | Rival]:
             continue
         if not isinstance(method, str):
             raise TypeError(f"methods must be names and callables; got {type(method).__name__}")
-        rule, _, weighting = method.partition(":")
-        if method != "random" and (
-            rule not in METHODS or (":" in method and (rule != "weighted" or weighting not in WEIGHTINGS))
-        ):
-            known = ", ".join([*METHODS, *(f"weighted:{name}" for name in WEIGHTINGS), "random"])
-            raise ValueError(f"methods must be callables or among {known}; got {method!r}")
+        rule, weighting = _with_weighting(method)
+        known = [*METHODS, *ABLATIONS]
+        if method != "random" and (rule not in known or (weighting and not rule.startswith("weighted"))):
+            known += [*(f"weighted:{name}" for name in WEIGHTINGS), "random"]
+            raise ValueError(f"methods must be callables or among {', '.join(known)}; got {method!r}")
     return named
+
+
+def _with_weighting(method: str) -> tuple[str, str]:
+    """`explain`'s method and its weighting, "" where the name says none: "weighted:norm:no_normalization" has both."""
+    rule, *parts = method.split(":")
+    weighting = parts.pop(0) if parts and parts[0] in WEIGHTINGS else ""
+    return ":".join([rule, *parts]), weighting
 
 
 def _checked_tests(tests: Any) -> tuple[str, ...]:
@@ -308,7 +314,7 @@ def _explained(model: nn.Module, question: Question, method: str | Rival, option
         return method(model, question.inputs, question.target)
     if method == "random":
         return None
-    rule, _, weighting = method.partition(":")
+    rule, weighting = _with_weighting(method)
     arguments = {"weighting": weighting, **options} if weighting else dict(options)
     return explain(model, question.inputs, target=question.target, method=rule, **arguments)
 

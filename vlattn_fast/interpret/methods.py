@@ -1,4 +1,4 @@
-"""The relevancy methods: the operator settings of each, and the two that read the last attention alone.
+"""The relevancy methods: the operator settings of each, the two that read the last attention alone, and the papers' ablations.
 
 gradient, weighted and rollout are one recursion from the last layer to the first, r <- a*r + b*(r Abar)
 (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row). They differ only in Abar, a and b. Raw attention and
@@ -8,7 +8,7 @@ Grad-CAM read the last attention alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ class Method:
         row_normalize: each row of Abar is divided by its sum.
         residual_weight, attention_weight: a and b of the recursion.
         weighted: a and b come from the residual sum behind each layer (after Huang et al. 2023, see `relevancy_residual`).
+        aggregates: what a call adds is added to the relevancy; False = it takes its place ("no aggregation").
+        normalizes: equations 8 and 9 are applied in rule 10.
+        mixes: rule 10 multiplies by the relevancies within the two towers; False = it adds the cross-attention alone.
     """
 
     name: str
@@ -42,6 +45,14 @@ class Method:
     residual_weight: float = 1.0
     attention_weight: float = 1.0
     weighted: bool = False
+    aggregates: bool = True
+    normalizes: bool = True
+    mixes: bool = True
+
+    @property
+    def between_alone(self) -> bool:
+        """Whether it differs from another method only where towers attend to one another."""
+        return self.aggregates and not (self.normalizes and self.mixes)
 
 
 METHODS: dict[str, Method] = {
@@ -58,11 +69,26 @@ METHODS: dict[str, Method] = {
 }
 
 
+def _ablations() -> dict[str, Method]:
+    gradient, weighted = METHODS["gradient"], METHODS["weighted"]
+    ablations = (
+        # As published it goes without the normalization, too: what takes the place of the identity may have no residual.
+        ("no_aggregation", replace(gradient, residual_weight=0.0, aggregates=False, normalizes=False)),
+        ("no_normalization", replace(gradient, normalizes=False)),
+        ("no_self_attention", replace(gradient, mixes=False)),
+        ("no_normalization", replace(weighted, row_normalize=False)),
+    )
+    return {name: replace(method, name=name) for name, method in ((f"{m.name}:{part}", m) for part, m in ablations)}
+
+
+ABLATIONS: dict[str, Method] = _ablations()
+
+
 def find_method(name: str) -> Method:
-    """The record of a method; ValueError names the known ones."""
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
-    return METHODS[name]
+    """The record of a method or an ablation; ValueError names the known ones."""
+    if isinstance(name, str) and (found := METHODS.get(name) or ABLATIONS.get(name)):
+        return found
+    raise ValueError(f"method must be one of {', '.join([*METHODS, *ABLATIONS])}; got {name!r}")
 
 
 def check_weighting(weighting: str | Weighting) -> None:

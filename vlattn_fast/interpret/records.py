@@ -56,6 +56,8 @@ class Tower:
         grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see `grids`;
             None where they have no place in it, as the queries of a Q-Former.
         further: lists of layers, by their path in the model, that the tokens go on through behind `layers`.
+        sums: inside a layer of `further`, modules called with x and o that return x + o, one behind each attention. Method
+            "weighted" needs them.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Tower:
     pooling: str | None = None
     grid: Grid | None = None
     further: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, kind in (("readout", ReadOut), ("tokens", Tokens)):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.bimodal import last_attention, relevancies, rolled_out
+from vlattn_fast.interpret.bimodal import Call, Weights, last_attention, relevancies, rolled_out
 from vlattn_fast.interpret.inputs import decoder_inputs, real_tokens
 from vlattn_fast.interpret.methods import Method, gradcam, raw_attention
+from vlattn_fast.interpret.records import Tower
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
+from vlattn_fast.ops.relevancy_residual import residual_weights
 
 
 def read_rows(
@@ -33,6 +35,11 @@ def read_rows(
         scores: (B,); None for methods without a gradient.
         keep: keep the graph for a further call.
     """
+    if not others and trace.method.between_alone:
+        raise ValueError(
+            f"method must be 'gradient' for towers that do not attend to one another; got {trace.method.name!r}, which leaves "
+            "out a part of the rules for those that do"
+        )
     if others:
         return _between(trace, towers, others, starts, scores, start_layer, arguments, keep)
     if trace.method.carries:
@@ -86,24 +93,29 @@ def _between(
 ) -> list[Tensor]:
     """The rows (B, 1, N) of `towers`, their own entries set to zero, and those of `others` that they count for them."""
     method = trace.method
-    check_between(method, start_layer)
+    check_between(method, start_layer, [tower.record for tower in [*towers, *others]])
     reached = set(towers)  # calls of other towers cost time, and no row that is read comes through them
     while more := {call.source for call in trace.calls if call.tower in reached} - reached:
         reached |= more
     calls = [call for call in trace.calls if call.tower in reached]
+    sums = _sums(trace, reached) if method.weighted else []
     grads = None
+    weights: list[Weights | None] = [None] * len(calls)
     if scores is not None:
-        outputs = [call.attended.output for call in calls]
+        outputs = [*(call.attended.output for call in calls), *(branch for _, branch in sums)]
         used = [output for output in outputs if output.requires_grad]
         of_used = iter(torch.autograd.grad(scores.sum(), used, retain_graph=keep, allow_unused=True))
         grads = [next(of_used) if output.requires_grad else None for output in outputs]
+        grads, at_sums = grads[: len(calls)], grads[len(calls) :]
+        if sums:
+            weights = [_weights(call, *terms, grad) for call, terms, grad in zip(calls, sums, at_sums, strict=True)]
 
     def real(tower: TowerTrace) -> Tensor | None:
         inputs = decoder_inputs(arguments) if tower.record is None and tower in towers else arguments
         return real_tokens(tower.tokens, inputs, tower.shape, tower.config)
 
     with torch.no_grad():
-        found = relevancies(calls, grads) if method.name == "gradient" and grads is not None else {}
+        found = relevancies(calls, grads, method, weights) if method.carries and grads is not None else {}
 
         def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
             if method.name == "rollout":
@@ -122,9 +134,20 @@ def _between(
     return rows
 
 
-def check_between(method: Method, start_layer: int) -> None:
+def _sums(trace: Trace, reached: set[TowerTrace]) -> list[tuple[Tensor, Tensor]]:
+    """x and o behind each call of the towers `reached`."""
+    of_tower = {tower: iter(tower.sums) for tower in reached}
+    return [next(of_tower[call.tower]) for call in trace.calls if call.tower in reached]
+
+
+def _weights(call: Call, stream: Tensor, branch: Tensor, grad: Tensor | None) -> Weights | None:
+    """a and b; None where the score does not depend on the sum."""
+    return None if grad is None else residual_weights(stream, branch.detach(), grad, call.tower.weighting)
+
+
+def check_between(method: Method, start_layer: int, records: Sequence[Tower | None]) -> None:
     """ValueError for a method without rules for towers that attend to one another, or layers that they cannot begin with."""
-    if method.weighted:
+    if method.weighted and not all(r is not None and r.branch and (r.sums or not r.further) for r in records):
         raise ValueError(f"method must be another one for towers that attend to one another; got {method.name!r}")
     if method.carries and start_layer != 0:
         raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {start_layer}")

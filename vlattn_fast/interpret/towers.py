@@ -72,6 +72,7 @@ class TowerTrace:
         self._outs: list[Tensor] = []  # behind it, one a chunk
         self._branch: Tensor | None = None  # behind it and in front of the residual sum ("weighted")
         self._stream: Tensor | None = None
+        self.sums: list[tuple[Tensor, Tensor]] = []  # x and o behind each attention, where calls are kept ("weighted")
         self._without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
         self.below: Callable[[Tensor], Tensor] | None = None  # what another tower brings into the first carrier, see connectors
         self.pooling_path: str | None = None
@@ -194,7 +195,7 @@ class TowerTrace:
         if not carrier.requires_grad and self._without_gradients is None:
             self._without_gradients = self.path
         self._outs.append(carrier)
-        if method.weighted:
+        if method.weighted and not self.keeps:
             self._branch = carrier
         if not method.needs_score:
             return output.detach()  # only the carrier needs a graph between the layers
@@ -259,11 +260,28 @@ class TowerTrace:
             stream = submodule(layer, self.record.stream, self.record)
             yield stream.register_forward_pre_hook(of_this_run(self._keep_stream), with_kwargs=True)
             branch = submodule(layer, self.record.branch, self.record)
-            yield branch.register_forward_hook(of_this_run(self._weigh))
+            yield branch.register_forward_hook(of_this_run(self._keep_sum if self.keeps else self._weigh))
+        for layers in self.record.further:
+            for layer in self.model.get_submodule(layers).children():
+                for path in self.record.sums:
+                    summed = submodule(layer, path, self.record)
+                    yield summed.register_forward_pre_hook(of_this_run(lambda _, terms: self._add_sum(*terms)))
 
     def _keep_stream(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs.get("hidden_states")
         self._stream = None if stream is None else stream.detach()
+
+    def _keep_sum(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._add_sum(self._stream, output[0] if isinstance(output, tuple) else output)
+
+    def _add_sum(self, stream: Tensor | None, branch: Tensor) -> None:
+        if stream is None or stream.shape != branch.shape or len(self.sums) + 1 != len(self.paths):
+            raise ValueError(
+                f"model must add the output of each attention of tower '{self.name}' to its residual stream; got "
+                f"{'no stream' if stream is None else tuple(stream.shape)} and a branch of {tuple(branch.shape)} behind "
+                f"'{self.path}'"
+            )
+        self.sums.append((stream.detach(), branch))
 
     def _weigh(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         branch = output[0] if isinstance(output, tuple) else output
@@ -301,6 +319,8 @@ class TowerTrace:
                 f"model must call the attention of the pooling head of tower '{self.name}'; got '{self.pooling_path}', which was "
                 "not called"
             )
+        if self.method.weighted and self.keeps and len(self.sums) != len(self.paths):
+            raise ValueError(f"model must add each attention of tower '{self.name}' to its stream; got none behind '{self.path}'")
         if self._branch is not None and self.record is not None:
             raise ValueError(f"model must call '{self.record.branch}' in every layer of tower '{self.name}'; got no last call")
 

@@ -91,11 +91,12 @@ class _Residual(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         residual, branch = ctx.saved_tensors
         with torch.no_grad():  # constants of the rule; everything else here is linear in grad and r
-            a, b = _residual_weights(residual, branch, grad, ctx.weighting)
+            a, b = residual_weights(residual, branch, grad, ctx.weighting)
         return grad, grad, r * a[:, None].to(r.dtype), r * b[:, None].to(r.dtype), None
 
 
-def _residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: str | Weighting) -> tuple[Tensor, Tensor]:
+def residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: str | Weighting) -> tuple[Tensor, Tensor]:
+    """a and b (B, N) of `relevancy_residual` from both terms and the gradient at their sum, (B, N, C)."""
     if callable(weighting):
         weights = weighting(residual, branch, grad)
         shape = residual.shape[:2]

@@ -1,0 +1,99 @@
+"""The papers' ablations against the published rules on stored maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.interpret.cases import CASES, in_double, lively
+from tests.interpret.cases import published as alone
+from tests.interpret.evaluation_cases import made, rows
+from tests.interpret.linked_maps import ABLATIONS, published
+from tests.interpret.test_linked import LXMERT, encoder_decoder_maps, lxmert_maps, text_encoder_decoder
+from vlattn_fast.interpret import evaluate, explain
+
+OF_ONE_TOWER = ("gradient:no_aggregation", "weighted:no_normalization")
+
+
+@pytest.mark.parametrize("method", OF_ONE_TOWER)
+@pytest.mark.parametrize("name", ["clip", "siglip", "bert", "llava", "uniter"])
+def test_towers_by_themselves(name, method):
+    torch.manual_seed(0)
+    case = CASES[name]()
+    lively(case.model).eval()
+    inputs = in_double(case)
+    whole = method.partition(":")[0]
+    want, other = (alone(case, m, inputs=inputs, form="literal") for m in (method, whole))
+    got = explain(case.model, inputs, method=method)
+    assert got.method == method
+    for tower, row in want.items():
+        assert (got.relevancy[tower] - row).abs().max() < 1e-10 * row.abs().max()
+        assert (other[tower] - row).abs().max() > 1e-2 * row.abs().max()
+
+
+def test_equal_weights_without_normalization_are_the_plain_rule():
+    model, inputs = made("vit")
+    plain = explain(model, inputs).relevancy["vision"]
+    same = explain(model, inputs, method="weighted:no_normalization", weighting="equal").relevancy["vision"]
+    torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-6)
+
+
+def lxmert():
+    torch.manual_seed(0)
+    model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
+    ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return model.double(), {**inputs, "visual_feats": torch.randn(2, 7, 10).double(), "visual_pos": torch.rand(2, 7, 4).double()}
+
+
+def agrees(got, plain, want):
+    for row, other, wanted in zip(got, plain, want, strict=True):
+        assert (row - wanted).abs().max() < 1e-10 * max(part.abs().max() for part in want)
+        assert (row - other).abs().max() > 1e-3 * other.abs().max()
+
+
+@pytest.mark.parametrize("method", ABLATIONS)
+def test_towers_that_attend_to_one_another(method):
+    model, inputs = lxmert()
+    maps = lxmert_maps(model, inputs, lambda o: o.question_answering_score.max(-1).values.sum())
+    want = published(method, maps, [0, 0])
+    agrees(*(explain(model, inputs, method=m).relevancy.values() for m in (method, "gradient")), want)
+    if method == "gradient:no_aggregation":  # what rule 11 puts in place of R_tt is zero in every other layer
+        assert want[0].count_nonzero() == 0 and want[1].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("method", [m for m in ABLATIONS if m != "gradient:no_self_attention"])
+def test_encoder_decoders(method):
+    model, inputs = text_encoder_decoder("bart")
+    inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 5))
+    score = lambda o: o.logits[:, -1, 7]  # noqa: E731
+    outputs = model(**inputs, output_attentions=True)
+    qq, qi = published(method, encoder_decoder_maps(outputs, score(outputs).sum()), [4, 4])
+    got = explain(model, inputs, target=score, read="last", method=method).relevancy
+    torch.testing.assert_close(got["tower0"], qi, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(got["tower1"], qq, rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_left_out_must_be_there():
+    model, inputs = made("vit")
+    for method in set(ABLATIONS) - set(OF_ONE_TOWER):  # without aggregation is a rule of one tower, too
+        with pytest.raises(ValueError, match="method must be 'gradient' for towers that do not attend to one another; got"):
+            explain(model, inputs, method=method)
+    model, inputs = lxmert()
+    with pytest.raises(ValueError, match="towers that attend to one another; got 'weighted:no_normalization'"):
+        explain(model, inputs, method="weighted:no_normalization")
+
+
+def test_evaluate_knows_their_names():
+    model, inputs = made("vit")
+    names = ("gradient", *OF_ONE_TOWER, "weighted:norm:no_normalization", "weighted:equal:no_normalization")
+    table = rows(evaluate(model, [(inputs, None, None)], methods=names, tests=("mass", "positive", "insertion")))
+    assert {name for name, _, _ in table} == set(names)
+    insertion = {name: table[name, "insertion", "image"]["value"] for name in names}
+    assert insertion["gradient"] == pytest.approx(insertion["weighted:equal:no_normalization"], abs=1e-6)
+    assert len({round(value, 6) for value in insertion.values()}) == 4
+    for name in ("gradient:norm", "weighted:no_aggregation", "weighted:no_normalization:norm", "gradient:norm:no_aggregation"):
+        with pytest.raises(ValueError, match="methods must be callables or among gradient, .*gradient:no_aggregation.*; got"):
+            evaluate(model, [(inputs, None, None)], methods=(name,))
