@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,24 +14,95 @@ pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
 
 import vlattn_fast as va  # noqa: E402
-from vlattn_fast.lab import evaluation  # noqa: E402
+from tests.interpret.cases import lively  # noqa: E402
+from vlattn_fast.interpret.evaluation import _named  # noqa: E402
+from vlattn_fast.lab import evaluation, tasks  # noqa: E402
+from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG  # noqa: E402
+from vlattn_fast.lab.clip import build_clip  # noqa: E402
+from vlattn_fast.lab.mapper import CONFIG as MAPPER_CONFIG  # noqa: E402
+from vlattn_fast.lab.processor import DIGIT_WORDS  # noqa: E402
+from vlattn_fast.lab.texts import SceneProcessor  # noqa: E402
+from vlattn_fast.models.clip_mapper import CLIPMapper  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_the_run_writes_rows(tmp_path, capsys):
+@pytest.fixture
+def untrained(monkeypatch):
+    """The models of the tasks with random weights (UNITER with its own), and two methods beside the rivals of CLIP."""
+    clip = lively(build_clip(CLIP_CONFIG)).eval()
+    models = {name: lively(CLIPMapper(clip.vision_model, clip.text_model, **c)).eval() for name, c in MAPPER_CONFIG.items()}
+    # Captions with digits in their places, which random weights would not say.
+    words = SceneProcessor(end=False).words(va.lab.digit_scenes(2).captions)["input_ids"][:, 1:]
+    models["captions"].generate = lambda pixels, start, max_new_tokens: words[:, :max_new_tokens]
+    models |= {"clip": clip, "matching": va.lab.load_uniter()[0]}
+    for name, task in evaluation.TASKS.items():
+        rivals = tuple(kind for kind in task.rivals if kind != "CAPTUM")
+        changed = replace(task, load=lambda model=models[name]: model, methods=("gradient", "weighted"), rivals=rivals)
+        monkeypatch.setitem(evaluation.TASKS, name, changed)
+
+
+@pytest.mark.parametrize("name", list(evaluation.TASKS))
+def test_the_run_writes_rows(name, untrained, tmp_path, capsys):
     out = tmp_path / "rows.json"
-    evaluation.main(["--samples", "4", "--seeds", "2", "--out", str(out)])
+    evaluation.main([name, "--samples", "2", "--seeds", "2", "--out", str(out)])
     report = json.loads(out.read_text())
-    assert report["command"] == "python -m vlattn_fast.lab.evaluation --samples 4 --seeds 2"
-    assert {"commit", "versions", "threads", "cpu_seconds", "facts"} <= set(report)
-    assert len(report["accepted"]["without_word"]) == 5
-    assert {row["method"] for row in report["rows"]} == set(evaluation.METHODS)
+    assert report["command"] == f"python -m vlattn_fast.lab.evaluation {name} --samples 2 --seeds 2"
+    assert {"commit", "versions", "threads", "cpu_seconds", "facts", "accuracy_of_whole", "residual_shares"} <= set(report)
+    assert ("accepted" in report) == (name == "matching")
+    of_clip = {"legrad", "grad_eclip", "clip_surgery"} if name == "clip" else set()
+    assert {row["method"] for row in report["rows"]} == {"gradient", "weighted"} | of_clip
+    samples = 8 if name == "captions" else 4  # two words a caption
     for row in report["rows"]:
-        assert len(row["values"]) == 2 and row["samples"] + row["left_out"] == 8
-        if row["method"] == "gradient" and row["test"] != "sanity":
-            assert row["minus_gradient"] == 0 and row["value"] == pytest.approx(sum(row["values"]) / 2)
-    assert "gradient       positive" in capsys.readouterr().out
+        assert len(row["values"]) == 2 and row["samples"] + row["left_out"] == samples
+        if row["method"] == "gradient" and row["test"] != "sanity" and row["value"] is not None:
+            assert row["minus_gradient"] == 0 and row["value"] == pytest.approx(sum(row["values"]) / row["seeds"])
+    assert all(0 <= row["p5"] <= row["mean"] <= row["p95"] <= 1 for row in report["residual_shares"])
+    printed = capsys.readouterr().out
+    assert printed.count("| less `gradient` | positive | negative |") == 2
+    row = next(row for row in report["rows"] if row["method"] == "weighted" and row["test"] == "mass")
+    assert f"| {row['value']:.3f} ± {row['sd']:.3f} |" in printed
+
+
+def test_evaluate_knows_the_methods():
+    for name, task in evaluation.TASKS.items():
+        methods = evaluation.methods_of(task)
+        assert list(_named(methods)) == list(methods)
+        assert {"gradient", "weighted", "weighted:norm", "weighted:equal", "random"} <= set(methods)
+        assert ({"legrad", "grad_eclip", "clip_surgery"} <= set(methods)) == (name == "clip")
+
+
+def test_a_caption_is_explained_word_by_word(monkeypatch):
+    """Of captions with digits in their places; the truth is the digit that the word says."""
+    scenes = va.lab.digit_scenes(6, seed=5)
+    words = SceneProcessor(end=False).words(scenes.captions)["input_ids"][:, 1:]
+    words[1, 0] = words[1, 1]  # "left left of a ..." says no digit
+    words[2, 4] = SceneProcessor().words(["zero"])["input_ids"][0, 1]
+
+    class Said:
+        def generate(self, pixels, start, max_new_tokens):
+            return words[:, :max_new_tokens]
+
+    first, second = tasks.captioning(Said(), 6, 5)
+    kept = [0, 2, 3, 4, 5]
+    for (inputs, target, boxes), place in ((first, 0), (second, 4)):
+        assert target == words[kept, place].tolist()
+        assert torch.equal(inputs["input_ids"][:, 1:], words[kept, :place]) and inputs["attention_mask"].all()
+        assert torch.equal(inputs["pixel_values"][:, 0], scenes.images[kept])
+        for row, (index, box) in enumerate(zip(kept, boxes, strict=True)):
+            said = SceneProcessor().convert_ids_to_tokens(target)[row]
+            digits = [DIGIT_WORDS[digit] for digit in scenes.digits[index].tolist()]
+            there = [corners / 32 for digit, corners in zip(digits, scenes.boxes[index], strict=True) if digit == said]
+            assert torch.equal(box, torch.stack(there) if there else torch.zeros(0, 4))
+
+
+def test_a_caption_is_found_among_those_of_its_item():
+    """Captions that are the same have the same index."""
+    inputs, target, boxes = next(tasks.retrieval(None, 60, 0, batch=60))
+    ids = inputs["input_ids"]
+    assert len(ids) == len(target) == len(boxes) == 60
+    assert torch.equal(ids[target], ids) and all(index <= place for place, index in enumerate(target))
+    assert len({tuple(row) for row in ids.tolist()}) == len(set(target)) < 60
 
 
 def test_weights_by_contribution_are_halves_behind_a_norm():
@@ -50,39 +122,51 @@ def test_weights_by_contribution_are_halves_behind_a_norm():
     assert float((norm * 2**layers - two).abs().max()) > 0.01 * float(two.abs().max())
 
 
+def pieces(text, mark):
+    """(heading, what follows it) of each heading of this level."""
+    parts = re.split(rf"^{mark} (.+)$", text, flags=re.M)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
 def test_the_page_has_the_stored_rows():
+    """Every value of the files of rows that the page names, and the differences that it shows."""
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    report = json.loads((ROOT / "benchmarks" / "results" / "evaluation-digitscenes.json").read_text())
-    rows, accepted = report["rows"], report["accepted"]
-    for share in (accepted["whole"], *accepted["without_word"]):
-        assert f"{share:.1%}".replace("%", " %") in page
-    stored = {(row["method"], row["test"], row["part"]): row for row in rows}
-    tables = re.findall(r"((?:^\|.+\|\n)+)", page, re.M)
-    assert len(tables) == 5
-    seen = set()
-    for number, table in enumerate(tables):
-        heads, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines())
-        for method, *cells in lines:
-            for test, cell in zip(heads[1:], cells, strict=True):
-                part = "image" if number < 2 else "text"
-                if number == 4:
-                    continue
-                row = stored[method.strip("`"), test, part]
-                keys = ("value", "sd") if number in (0, 2) else ("minus_gradient", "minus_gradient_sd")
-                sign = "+" if number in (1, 3) else ""
-                assert cell == f"{row[keys[0]]:{sign}.3f} ± {row[keys[1]]:.3f}"
-                seen.add((method.strip("`"), test, part))
-            if number == 4:
-                image, text = (stored[method.strip("`"), "sanity", part] for part in ("image", "text"))
-                expected = [f"{image['value']:+.3f} ± {image['sd']:.3f}", str(image["left_out"])]
-                assert cells == [*expected, f"{text['value']:+.3f} ± {text['sd']:.3f}", str(text["left_out"])]
-                seen |= {(method.strip("`"), "sanity", part) for part in ("image", "text")}
-    assert seen == set(stored)
+    named = set()
+    for _, section in pieces(page, "##"):
+        found = re.search(r"`(benchmarks/results/evaluation-\w+\.json)`", section)
+        if found is None:
+            continue
+        named.add(found[1])
+        report = json.loads((ROOT / found[1]).read_text())
+        stored = {(row["method"], row["test"], row["part"]): row for row in report["rows"]}
+        seen = set()
+        for heading, body in pieces(section, "###"):
+            part = heading.rpartition(" ")[2]
+            for table in re.findall(r"((?:^\|.+\|\n)+)", body, re.M) if part in ("image", "text") else []:
+                heads, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines())
+                less = heads[0] == "less `gradient`"
+                assert less or heads[0] == "method"
+                keys = ("minus_gradient", "minus_gradient_sd") if less else ("value", "sd")
+                for method, *cells in lines:
+                    for test, cell in zip(heads[1:], cells, strict=True):
+                        row = stored[method.strip("`"), test, part]
+                        sign = "+" if less or test == "sanity" else ""
+                        known = all(row[key] is not None for key in keys)
+                        assert cell == (f"{row[keys[0]]:{sign}.3f} ± {row[keys[1]]:.3f}" if known else "–")
+                        seen |= set() if less else {(method.strip("`"), test, part)}
+        assert {place for place, row in stored.items() if row["value"] is not None} <= seen
+        task = re.search(r"evaluation-(\w+)", found[1])[1]
+        weights = evaluation.fingerprint(evaluation.TASKS[task].load())
+        assert report["weights"] == weights, f"python -m vlattn_fast.lab.evaluation {task} measures the present weights anew"
+        assert f"{report['accuracy_of_whole']:.1%}".replace("%", " %") in section
+        for share in report.get("accepted", {}).get("without_word", []):
+            assert f"{share:.1%}".replace("%", " %") in section
+    assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks" / "results").glob("evaluation-*.json")}
 
 
 def test_captions_are_accepted_by_their_odds():
-    inputs, target, boxes = next(evaluation.matching(3, 0))
     model, _ = va.lab.load_uniter()
+    inputs, target, boxes = next(tasks.matching(model, 3, 0))
     with torch.no_grad():
         assert torch.equal(target(model(**inputs)), va.lab.matching_score(model, va.lab.digit_scenes(3, seed=0)))
     assert len(boxes) == 3 and all(part.shape == (2, 4) and part.max() <= 1 for part in boxes)

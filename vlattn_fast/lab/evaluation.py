@@ -1,68 +1,109 @@
-"""Evaluates explanations of the shipped UNITER on DigitScenes: python -m vlattn_fast.lab.evaluation [--samples N] [--seeds S].
+"""Evaluates explanations of the shipped models on DigitScenes: python -m vlattn_fast.lab.evaluation [TASK] [--samples N].
 
-Image-text matching of true captions on test scans. Ground truth are the boxes of the two digits that a caption names.
+Tasks: matching (UNITER, the default), clip (the dual encoder), vqa and captions (CLIPMapper), see `tasks`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlattn_fast.interpret.evaluation import TESTS, Evaluation, evaluate
-from vlattn_fast.lab.scenes import CANVAS, digit_scenes
-from vlattn_fast.lab.uniter import load_uniter
+from vlattn_fast.interpret._explain import explain
+from vlattn_fast.interpret.evaluation import PARTS, TESTS, Evaluation, Rival, evaluate
+from vlattn_fast.lab.tasks import TASKS, Task, log_odds, matching
+from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.ops.relevancy_residual import residual_weights
 
-METHODS = ("gradient", "weighted", "weighted:norm", "weighted:equal", "rollout", "attention", "gradcam", "random")
-RESULTS = Path("benchmarks/results/evaluation-digitscenes.json")
-
-
-def log_odds(outputs: Any) -> Tensor:
-    """(B): that the caption is true of the picture."""
-    logits: Tensor = outputs.logits
-    return logits[:, 1] - logits[:, 0]
+RESULTS = Path("benchmarks/results")
 
 
-def matching(samples: int, seed: int, batch: int = 50) -> Iterator[tuple[dict[str, Tensor], Any, list[Tensor]]]:
-    """True captions of `samples` test scenes as `evaluate` takes them."""
-    scenes = digit_scenes(samples, seed=seed)
-    for start in range(0, samples, batch):
-        rows = slice(start, start + batch)
-        inputs = {name: value[rows] for name, value in scenes.inputs().items()}
-        boxes = [corners[named] / CANVAS for corners, named in zip(scenes.boxes[rows], scenes.named[rows], strict=True)]
-        yield inputs, log_odds, boxes
+def methods_of(task: Task) -> dict[str, str | Rival]:
+    """Everything that is compared on a task, by its name; captum's methods where captum is installed."""
+    from vlattn_fast.benchmarks import rivals
+
+    found: dict[str, str | Rival] = {name: name for name in task.methods}
+    for kind in task.rivals:
+        if kind != "CAPTUM" or _version("captum") is not None:
+            found |= getattr(rivals, kind)
+    return found
 
 
-def run(samples: int, seed: int, methods: Sequence[str] = METHODS) -> Evaluation:
-    """All tests on scenes drawn with one seed. A caption is accepted where its log odds are above 0."""
-    model, _ = load_uniter()
+def run(task: Task, model: nn.Module, samples: int, seed: int, methods: Mapping[str, str | Rival] | None = None) -> Evaluation:
+    """All tests on scenes drawn with one seed."""
     return evaluate(
         model,
-        matching(samples, seed),
-        methods=methods,
+        task.items(model, samples, seed, task.batch),
+        methods=methods_of(task) if methods is None else methods,
         tests=TESTS,
-        accuracy=lambda outputs: (log_odds(outputs) > 0).float(),
-        probability=lambda outputs: log_odds(outputs).sigmoid(),
+        accuracy=task.accuracy,
+        probability=task.probability,
         seed=seed,
     )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the weights: rows tell which ones they were measured with."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def whole(runs: Sequence[Evaluation]) -> float | None:
+    """Accuracy of the whole inputs, over all runs; None where a run has none."""
+    curves = [[curve for curve in run.curves if curve["test"] == "positive" and curve["part"] == "image"] for run in runs]
+    first = [found[0]["mean"][0] for found in curves if found]
+    return sum(first) / len(first) if len(first) == len(runs) else None
+
+
+def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str, Any]]:
+    """Of weighted relevancy, the weight a of the residual term by "contribution", a row for each attention of each tower, first
+    to last: its mean, and its 5th and 95th percentile over the tokens at which the score has a gradient."""
+    found: dict[tuple[str, int], list[Tensor]] = {}
+    for inputs, target, _ in task.items(model, samples, 0, task.batch):
+        seen: dict[int, list[Tensor]] = {}  # by the number of tokens, which tells the towers apart
+
+        def weighting(
+            residual: Tensor, branch: Tensor, gradient: Tensor, seen: dict[int, list[Tensor]] = seen
+        ) -> tuple[Tensor, Tensor]:
+            a, b = residual_weights(residual, branch, gradient, "contribution")
+            seen.setdefault(residual.shape[1], []).append(a[gradient.abs().amax(-1) > 0])
+            return a, b
+
+        explain(model, inputs, target=target, method="weighted", weighting=weighting)
+        for size, parts in seen.items():
+            image = "image" if "pixel_values" in inputs else "joint"
+            # One row goes from the last layer to the first. Between towers the layers come in the order in which they ran.
+            ordered = parts if isinstance(model, CLIPMapper) else parts[::-1]
+            for number, part in enumerate(ordered, 1):
+                found.setdefault(("text" if size == inputs["input_ids"].shape[1] else image, number), []).append(part)
+    rows = []
+    for (tower, number), parts in sorted(found.items()):
+        numbers = torch.cat(parts).double()
+        low, high = numbers.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+        row = {"tower": tower, "attention": number, "tokens": len(numbers), "mean": float(numbers.mean())}
+        rows.append({**row, "p5": low, "p95": high})
+    return rows
 
 
 @torch.no_grad()
 def accepted(samples: int, seeds: int) -> dict[str, Any]:
     """Share of the true captions that the model accepts: as they are, and without their first to fifth word."""
-    model, _ = load_uniter()
+    model = TASKS["matching"].load()
     counts = torch.zeros(6, dtype=torch.float64)
     for seed in range(seeds):
-        for inputs, _, _ in matching(samples, seed):
+        for inputs, _, _ in matching(model, samples, seed):
             for word in range(6):
                 stays = [column for column in range(7) if column != word or word == 0]
                 left = {name: inputs[name][:, stays] for name in ("input_ids", "attention_mask")}
@@ -96,30 +137,66 @@ def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.lab.evaluation", description=__doc__.splitlines()[0])
+    parser.add_argument("task", nargs="?", choices=list(TASKS), default="matching")
     parser.add_argument("--samples", type=int, default=200, help="scenes for each seed")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULTS}/evaluation-TASK.json")
     options = parser.parse_args(arguments)
+    name, out = options.task, options.out or RESULTS / f"evaluation-{options.task}.json"
+    task = TASKS[name]
     began = time.process_time()
-    runs = [run(options.samples, seed) for seed in range(options.seeds)]
+    model, methods = task.load(), methods_of(task)
+    if "CAPTUM" in task.rivals and _version("captum") is None:
+        print("captum is not installed: without its methods")
+    runs = [run(task, model, options.samples, seed, methods) for seed in range(options.seeds)]
     table = over_seeds(runs)
     report = {
-        "command": f"python -m vlattn_fast.lab.evaluation --samples {options.samples} --seeds {options.seeds}",
+        "command": f"python -m vlattn_fast.lab.evaluation {name} --samples {options.samples} --seeds {options.seeds}",
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "vlattn_fast": _version()},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in ("torch", "transformers", "captum", "vlattn_fast")},
+        },
+        "weights": fingerprint(model),
         "threads": torch.get_num_threads(),
-        "cpu_seconds": round(time.process_time() - began, 1),
         "facts": runs[0].facts,
-        "accepted": accepted(options.samples, options.seeds),
+        "accuracy_of_whole": whole(runs),
     }
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in report.items()]
+    report["residual_shares"] = residual_shares(task, model, options.samples)
+    if name == "matching":
+        report["accepted"] = accepted(options.samples, options.seeds)
+    report["cpu_seconds"] = round(time.process_time() - began, 1)
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items()]
     rows = ",\n".join(json.dumps(row) for row in table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("{\n" + ",\n".join(lines) + f',\n"rows": [\n{rows}\n]\n}}\n')
-    for row in table:
-        value, sd = ("-" if row[name] is None else f"{row[name]:.4f}" for name in ("value", "sd"))
-        print(f"{row['method']:15}{row['test']:10}{row['part']:6}{value:>8} ± {sd}")
-    print(f"{report['cpu_seconds']} s of processor time; wrote {options.out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("{\n" + ",\n".join(lines) + f',\n"rows": [\n{rows}\n]\n}}\n')
+    print(*tables(table), f"{report['cpu_seconds']} s of processor time; wrote {out}", sep="\n\n")
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """As Markdown, of the image and of the text: every method, and what weights and ablations change."""
+    stored = {(row["method"], row["test"], row["part"]): row for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for part in PARTS:
+        tests = [test for test in TESTS if ("gradient", test, part) in stored]
+        shown = [m for m in methods if any(stored[m, test, part]["value"] is not None for test in tests)]
+        less = [m for m in shown if m.startswith(("gradient:", "weighted"))]
+        for head, of, keys in (("method", shown, _VALUE), ("less `gradient`", less, _LESS)):
+            heads = tests if keys == _VALUE else [test for test in tests if test != "sanity"]
+            lines = [f"| {head} | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
+            for method in of:
+                cells = [_cell(stored[method, test, part], keys, test == "sanity") for test in heads]
+                lines.append(f"| `{method}` | {' | '.join(cells)} |")
+            if of:
+                yield "\n".join(lines)
+
+
+_VALUE, _LESS = ("value", "sd"), ("minus_gradient", "minus_gradient_sd")
+
+
+def _cell(row: Mapping[str, Any], keys: tuple[str, str], signed: bool) -> str:
+    value, sd = (row[key] for key in keys)
+    return "–" if value is None or sd is None else f"{value:{'+' if signed or keys == _LESS else ''}.3f} ± {sd:.3f}"
 
 
 def _commit() -> str:
@@ -140,9 +217,9 @@ def _commit() -> str:
         return "unknown"
 
 
-def _version() -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return metadata.version("vlattn_fast")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
