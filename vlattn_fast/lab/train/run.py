@@ -53,7 +53,7 @@ TRAININGS = {
         uniter_model.WEIGHTS, 3000, uniter.train, uniter.evaluate, lambda model: asdict(uniter_model.CONFIG), half=False
     ),
     "clip": Training(clip_model.WEIGHTS, 3600, clip.train, clip.evaluate, lambda model: clip_model.CONFIG),
-    "vqa": _mapper("vqa", 3000),
+    "vqa": _mapper("vqa", 5000),
     "captions": _mapper("captions", 3000),
 }
 
