@@ -51,10 +51,21 @@ def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
     return _TRANSFORMERS.get(owner.__name__) if owner.__module__.startswith("transformers.") else None
 
 
-def replaceable(kind: type[nn.Module]) -> Callable[..., Any] | None:
-    """The function for a class with query, key and value projections alone, which takes another `core`; None for others."""
+def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]] | None:
+    """The forward of a class with query, key and value projections alone, around another core; None for other classes."""
+
+    def of_itself(
+        module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+    ) -> tuple[Tensor]:
+        return _projected(module, hidden_states, hidden_states, attention_mask, output_attentions, core)
+
+    def of_context(
+        module: Any, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+    ) -> tuple[Tensor]:
+        return _projected(module, hidden_states, context, attention_mask, output_attentions, core)
+
     function = _replacement(kind)
-    return function if function in (_bert, _lxmert) else None
+    return of_itself if function is _bert else of_context if function is _lxmert else None
 
 
 # --- what they share ---
@@ -111,27 +122,23 @@ def _plain(module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: T
     return attend(query, key, value, mask)
 
 
-def _bert(
-    module: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    output_attentions: Any = False,
-    core: Core | None = None,
+def _projected(
+    module: Any, queries: Tensor, context: Tensor, mask: Tensor | None, output_attentions: Any, core: Core | None = None
 ) -> tuple[Tensor]:
     _refuse_maps(module, output_attentions)
-    return (_plain(module, hidden_states, hidden_states, hidden_states, attention_mask, core=core),)
+    return (_plain(module, queries, context, context, mask, core=core),)
+
+
+def _bert(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+) -> tuple[Tensor]:
+    return _projected(module, hidden_states, hidden_states, attention_mask, output_attentions)
 
 
 def _lxmert(
-    module: Any,
-    hidden_states: Tensor,
-    context: Tensor,
-    attention_mask: Tensor | None = None,
-    output_attentions: Any = False,
-    core: Core | None = None,
+    module: Any, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
 ) -> tuple[Tensor]:
-    _refuse_maps(module, output_attentions)
-    return (_plain(module, hidden_states, context, context, attention_mask, core=core),)
+    return _projected(module, hidden_states, context, attention_mask, output_attentions)
 
 
 def _grounding(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlattn_fast import scores
 from vlattn_fast.interpret._run import unwrapped
 from vlattn_fast.interpret.dispatch import CONFIG_NAME, REPLACED, RULE, masks_of
-from vlattn_fast.interpret.handwritten import replaceable
+from vlattn_fast.interpret.handwritten import with_core
 from vlattn_fast.interpret.towers import split_path
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
 from vlattn_fast.ops.score_attention import score_attention
@@ -112,7 +112,7 @@ class ReplacedAttention:
 
 def _attention_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
-        if replaceable(type(module)) is not None or (_sizes_of(module) and _dispatches(module)):
+        if with_core(type(module), _by_hand) is not None or (_sizes_of(module) and _dispatches(module)):
             yield path, module
 
 
@@ -166,8 +166,8 @@ def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
         score = score.to(like.device, like.dtype).train(module.training)
     setattr(module, REPLACED, score)
     module._attention_backend = backend  # type: ignore[assignment]
-    if (forward := replaceable(type(module))) is not None:
-        module.forward = types.MethodType(_with_score(forward), module)
+    if (forward := with_core(type(module), _by_hand)) is not None:
+        module.forward = types.MethodType(forward, module)
         return
     _register()
     config = module.config
@@ -236,14 +236,7 @@ def _attend(
     )
 
 
-def _with_score(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward written out by hand, whose core is the module's score."""
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        dropout = module.dropout.p if module.training else 0.0
-        return _attend(module, query, key, value, dropout, module.attention_head_size**-0.5, attn_mask=mask)
-
-    def replaced(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(module, *args, core=attend, **kwargs)
-
-    return replaced
+def _by_hand(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The core of a forward that is written out by hand, with the score of the module."""
+    dropout = module.dropout.p if module.training else 0.0
+    return _attend(module, query, key, value, dropout, module.attention_head_size**-0.5, attn_mask=mask)
