@@ -87,7 +87,7 @@ def test_questions_are_answered(vqa, pairs):
     fresh = question_accuracy(vqa, count=250, seed=1, pairs=pairs)
     assert fresh == pytest.approx(stored, abs=0.07)
     if pairs == "all":
-        assert min(fresh.values()) > 0.85 and sum(fresh.values()) / len(QUESTIONS) > 0.9
+        assert min(fresh.values()) > 0.8 and sum(fresh.values()) / len(QUESTIONS) > 0.93
 
 
 def test_blind_answers_are_what_is_stored():
