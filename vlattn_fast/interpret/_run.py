@@ -20,7 +20,7 @@ from vlattn_fast.interpret.methods import Method
 from vlattn_fast.interpret.records import Family
 from vlattn_fast.interpret.refused import check_rules
 from vlattn_fast.interpret.towers import submodule
-from vlattn_fast.interpret.trace import Trace
+from vlattn_fast.interpret.trace import Trace, plain
 from vlattn_fast.ops.relevancy_residual import Weighting
 
 
@@ -58,15 +58,26 @@ def traced(model: nn.Module, family: Family, method: Method, weighting: str | We
         roots = [model.get_submodule(family.within)]
         check_rules(roots[0])
     with contextlib.ExitStack() as stack:
-        modules = [module for root in roots for module in root.modules()]
-        changes = chain(
-            configs(roots), _functions(modules), _fused(modules), _in_order(modules), *(replacements(root) for root in roots)
-        )
-        stack.enter_context(overridden(changes))
+        stack.enter_context(overridden(_changes(roots)))
         for handle in trace.install():
             stack.callback(handle.remove)
         stack.enter_context(trace)
         yield trace
+
+
+@contextlib.contextmanager
+def dispatched(model: nn.Module) -> Iterator[None]:
+    """Within it, `model` attends by calls of scaled_dot_product_attention or score_attention, which a mode of torch sees."""
+    with overridden(_changes([model])), plain():
+        yield
+
+
+def _changes(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """What makes the attention below `roots` visible. A generator, see `configs`."""
+    modules = [module for root in roots for module in root.modules()]
+    return chain(
+        configs(roots), _functions(modules), _fused(modules), _in_order(modules), *(replacements(root) for root in roots)
+    )
 
 
 def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:

@@ -12,10 +12,11 @@ A trace is active in the thread and context that entered it; other threads may r
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,38 @@ from vlattn_fast.interpret.scored import Scored, attention
 from vlattn_fast.interpret.towers import TowerTrace, in_layers, layers_of
 from vlattn_fast.ops.relevancy_residual import Weighting
 
-_running: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("vlattn_trace", default=None)
+
+class Attends(Protocol):
+    """Whoever takes the calls of transformers' attention interface during a run."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None
+    ) -> Tensor: ...
+
+
+_running: contextvars.ContextVar[Attends | None] = contextvars.ContextVar("vlattn_trace", default=None)
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
 
-def running_trace() -> Trace | None:
+def running_trace() -> Attends | None:
     """The innermost trace of this thread."""
     return _running.get()
+
+
+class _Plain:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
+        return functional.scaled_dot_product_attention(query, key, value, **masks)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within it, the calls of transformers' attention interface become calls of torch, which any mode sees."""
+    token = _running.set(_Plain())
+    try:
+        yield
+    finally:
+        _running.reset(token)
 
 
 class Trace(TorchFunctionMode):

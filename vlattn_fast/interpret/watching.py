@@ -1,0 +1,268 @@
+"""Sees the attention calls of a model while it runs, and whether their tokens come from text or from an image.
+
+A mode of torch sees the calls, and the products in front of a softmax where a module writes attention out by hand. Words and
+image are told apart by where tokens come from. Every tensor remembers whether it was computed from an input with text or with an
+image. A query's tokens are those that its own residual stream comes from; what cross-attention adds does not count.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from vlattn_fast.interpret.multihead import heads
+from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX
+
+Pair = tuple[Tensor, Tensor]  # query (B, H, N, D), key (B, H, M, D)
+MODALITIES = ("text", "image")
+TEXT, IMAGE = 1, 2  # as bits: what a tensor was computed from
+_KINDS = {"text": TEXT, "image": IMAGE}
+_TEXT_INPUTS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "text")
+_IMAGE_INPUTS = ("pixel_values", "visual_feats", "visual_embeds", "region_features", "image", "images", "video")
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention.
+
+    kinds, key_kinds: what the tokens of the queries and of the keys come from. masks: what of its options `attention_statistics`
+    takes as well; None where a module writes attention out by hand. score: the core score.
+    """
+
+    kinds: int
+    key_kinds: int
+    query: Tensor
+    key: Tensor
+    masks: Mapping[str, Any] | None = None
+    score: str = "dot"
+
+
+@dataclass
+class _Running:
+    """A module whose forward pass is under way.
+
+    product: the last matmul in it, its operands and the shape of its result; written: the kinds of the queries of attention that
+    it writes out by hand; listed: whether it is one of a list of modules, as layers are; calls: the numbers of the calls within,
+    where no other of a list lies between.
+    """
+
+    product: tuple[Tensor, Tensor, torch.Size] | None = None
+    written: int = 0
+    listed: bool = False
+    calls: list[int] = field(default_factory=list)
+
+
+class Watch(TorchFunctionMode):
+    """Sees one model's forward passes.
+
+    Args:
+        modality: input name -> "text" or "image", for inputs without the usual names.
+        finish: called after a forward pass with its attention calls.
+        sees: called with each attention call and its number as it comes; then none is kept, and `finish` gets none.
+        leaves: called with the number of a call and what the layer around it returned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modality: Mapping[str, str],
+        finish: Callable[[Sequence[AttentionCall]], None],
+        sees: Callable[[int, AttentionCall], None] | None = None,
+        leaves: Callable[[int, Any], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._model, self._modality, self._finish, self._sees, self._leaves = model, modality, finish, sees, leaves
+        lists = (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)))
+        self._listed = {part for parts in lists for part in parts}
+        self._number = 0
+        self._mark = f"_vlattn_kinds_{id(self)}"
+        self._stack: list[_Running] = []
+        self._calls: list[AttentionCall] = []
+        self._marked: list[Tensor] = []
+
+    def __enter__(self) -> Watch:
+        self._thread = threading.get_ident()
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it hides the attention of nn.MultiheadAttention in eval mode
+        self._handles: list[Any] = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for module in self._model.modules():
+            if not isinstance(module, (nn.Softmax, nn.Dropout)):  # whoever asks takes the softmax
+                self._handles.append(module.register_forward_pre_hook(self._push))
+                self._handles.append(module.register_forward_hook(self._pop, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.backends.mha.set_fastpath_enabled(self._fast)
+        for handle in self._handles:
+            handle.remove()
+        self._forget()
+
+    def _forget(self) -> None:
+        for tensor in self._marked:
+            if hasattr(tensor, self._mark):
+                delattr(tensor, self._mark)
+        self._stack, self._calls, self._marked = [], [], []
+
+    # --- modules ---
+
+    def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() == self._thread:
+            self._stack.append(_Running(listed=module in self._listed))
+
+    def _pop(self, module: nn.Module, args: Any, result: Any) -> None:
+        if threading.get_ident() != self._thread or not self._stack:
+            return
+        run = self._stack.pop()
+        if run.written:
+            self._set(result, run.written)
+        if self._leaves is not None and result is not None:
+            for number in run.calls:
+                self._leaves(number, result)
+        if module is self._model and result is not None:
+            calls = self._calls
+            self._forget()
+            self._finish(calls)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The inputs of a forward pass get the kinds that their names tell."""
+        if threading.get_ident() != self._thread:
+            return
+        self._calls, self._number, self._learns = [], 0, torch.is_grad_enabled()
+        named = list(kwargs.items())
+        if args:
+            names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+            named += list(zip(names, args, strict=False))
+        for name in self._modality:
+            if name not in dict(named):
+                raise ValueError(f"modality must name inputs of the model; got {name!r}, the inputs are {[n for n, _ in named]}")
+        for name, value in named:
+            kind = _KINDS.get(self._modality.get(name, ""), _kind_of(name))
+            if kind and isinstance(value, Tensor):
+                setattr(value, self._mark, kind)
+                self._marked.append(value)
+
+    # --- tensors ---
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._stack:
+            return func(*args, **kwargs)
+        run = self._stack[-1]
+        attends = self._attends(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if attends is not None:
+            self._set(result, attends)
+            return result
+        if func in _PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
+            run.product = args[0], args[1], result.shape
+        elif func in SOFTMAX:
+            self._softmax(run, args[0])
+        kinds = self._kinds(args) | self._kinds(kwargs.values())
+        if kinds:
+            self._set(args[0] if result is None and args else result, kinds, also=True)
+        return result
+
+    def _attends(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """The kinds of the queries, where `func` is attention; the call is kept."""
+        if func is functional.scaled_dot_product_attention or func is SCORE_ATTENTION:
+            query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
+            kinds = self._kinds((query,)), self._kinds((key,))
+            query, key = (x.unsqueeze(1) if x.ndim == 3 else x for x in (query, key))
+            return self._keep((query, key), kinds, *_masks(func, args, kwargs))
+        if func is functional.multi_head_attention_forward:
+            bound = inspect.signature(func).bind(*args, **kwargs)
+            bound.apply_defaults()
+            return self._multihead(bound.arguments)
+        return None
+
+    def _multihead(self, given: Mapping[str, Any]) -> int:
+        """nn.MultiheadAttention splits into heads where no mode sees it, so its projections are made once more."""
+        query, key, size = given["query"], given["key"], given["embed_dim_to_check"] // given["num_heads"]
+        kinds = self._kinds((query,)), self._kinds((key,))
+        if given["use_separate_proj_weight"]:
+            weights = given["q_proj_weight"], given["k_proj_weight"]
+        else:
+            weights = given["in_proj_weight"].chunk(3)[:2]
+        biases = (None, None) if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)[:2]
+        states = (x[:, None] if x.ndim == 2 else x for x in (query, key))  # torch takes (N, C) as well as (N, B, C)
+        projected = (functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True))
+        query, key = (heads(x, size) for x in projected)
+        return self._keep((query, key), kinds)
+
+    def _softmax(self, run: _Running, scores: Tensor) -> None:
+        """A module takes a softmax itself: its last product was of queries and keys, if it has the shape of the scores."""
+        if run.product is None or run.product[2] != scores.shape:
+            return
+        query, key, _ = run.product
+        run.written |= self._keep((query, key.transpose(-1, -2)), (self._kinds((query,)), self._kinds((key,))))
+        run.product = None
+
+    def _keep(self, pair: Pair, kinds: tuple[int, int], masks: Mapping[str, Any] | None = None, score: str = "dot") -> int:
+        """Keeps a call, and gives the kinds of its queries."""
+        if self._learns and not torch.is_grad_enabled():
+            raise ValueError(
+                "model must keep the graph of its attention; got a call without gradients, as torch.utils.checkpoint makes with "
+                "use_reentrant=True"
+            )
+        call = AttentionCall(*kinds, *pair, masks, score)
+        if self._sees is None:
+            self._calls.append(call)
+        else:
+            self._sees(self._number, call)
+        around = next((run for run in reversed(self._stack) if run.listed), None)
+        if around is not None:
+            around.calls.append(self._number)
+        self._number += 1
+        return kinds[0]
+
+    def _kinds(self, values: Any) -> int:
+        """What `values` were computed from."""
+        kinds = 0
+        for value in values:
+            if isinstance(value, Tensor):
+                kinds |= getattr(value, self._mark, 0)
+            elif isinstance(value, (tuple, list)):
+                kinds |= self._kinds(value)
+        return kinds
+
+    def _set(self, value: Any, kinds: int, also: bool = False) -> None:
+        if isinstance(value, Tensor):
+            setattr(value, self._mark, kinds | (getattr(value, self._mark, 0) if also else 0))
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                self._set(part, kinds, also)
+        elif isinstance(value, Mapping):
+            for part in value.values():
+                self._set(part, kinds, also)
+
+
+def _kind_of(name: str) -> int:
+    if name in _TEXT_INPUTS:
+        return TEXT
+    return IMAGE if name in _IMAGE_INPUTS or name.startswith("pixel_values") else 0
+
+
+def _masks(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """Which keys a call lets its queries see, and its core score."""
+    if func is SCORE_ATTENTION:
+        _, _, _, _, attn_mask, key_mask, _, kind, _, scale, _, is_causal, _ = args
+        return {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "scale": scale}, kind
+    given = {**dict(zip(_SDPA, args, strict=False)), **kwargs}
+    mask = given.get("attn_mask")
+    if mask is not None and mask.ndim == 3 and given["query"].ndim == 3:
+        mask = mask.unsqueeze(1)
+    options = {name: given.get(name, False) for name in ("is_causal", "enable_gqa")}
+    return {"attn_mask": mask, "scale": given.get("scale"), **options}, "dot"
