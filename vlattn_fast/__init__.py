@@ -1,7 +1,17 @@
 """vlattn_fast: look inside, train on, and change the attention of vision-language models at FlashAttention cost."""
 
 from vlattn_fast import lab, models, nn, reference, scores
-from vlattn_fast.interpret import Evaluation, Explanation, PromptMaps, evaluate, explain, load_explanations, prompt_maps
+from vlattn_fast.interpret import (
+    Evaluation,
+    Explanation,
+    ProbeReport,
+    PromptMaps,
+    evaluate,
+    explain,
+    load_explanations,
+    probe,
+    prompt_maps,
+)
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -15,6 +25,7 @@ __all__ = [
     "AttentionStatistics",
     "Evaluation",
     "Explanation",
+    "ProbeReport",
     "PromptMaps",
     "attention_map",
     "attention_statistics",
@@ -26,6 +37,7 @@ __all__ = [
     "load_explanations",
     "models",
     "nn",
+    "probe",
     "prompt_maps",
     "reference",
     "relevancy_attention",

@@ -147,7 +147,7 @@ class Watch(TorchFunctionMode):
             if name not in dict(named):
                 raise ValueError(f"modality must name inputs of the model; got {name!r}, the inputs are {[n for n, _ in named]}")
         for name, value in named:
-            kind = _KINDS.get(self._modality.get(name, ""), _kind_of(name))
+            kind = kind_of(name, self._modality)
             if kind and isinstance(value, Tensor):
                 setattr(value, self._mark, kind)
                 self._marked.append(value)
@@ -249,7 +249,10 @@ class Watch(TorchFunctionMode):
                 self._set(part, kinds, also)
 
 
-def _kind_of(name: str) -> int:
+def kind_of(name: str, modality: Mapping[str, str]) -> int:
+    """TEXT or IMAGE, as an input of this name is; 0 = neither."""
+    if name in modality:
+        return _KINDS[modality[name]]
     if name in _TEXT_INPUTS:
         return TEXT
     return IMAGE if name in _IMAGE_INPUTS or name.startswith("pixel_values") else 0

@@ -7,6 +7,7 @@ Needs scikit-learn (the scans), safetensors (the weights) and, for all but UNITE
 from vlattn_fast.lab import winoground
 from vlattn_fast.lab.clip import caption_accuracy, load_clip, retrieval
 from vlattn_fast.lab.mapper import load_captioner, load_vqa, prompt_accuracy, question_accuracy
+from vlattn_fast.lab.probing import probe_samples
 from vlattn_fast.lab.processor import DigitProcessor
 from vlattn_fast.lab.questions import Questions, digit_prompts, digit_questions, is_true
 from vlattn_fast.lab.scenes import Scenes, digit_scans, digit_scenes, held_out_captions, swapped_pairs
@@ -31,6 +32,7 @@ __all__ = [
     "load_vqa",
     "matching_accuracy",
     "matching_score",
+    "probe_samples",
     "prompt_accuracy",
     "question_accuracy",
     "retrieval",

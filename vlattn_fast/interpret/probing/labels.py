@@ -1,0 +1,90 @@
+"""What a data set for `probe` says of its inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vlattn_fast.interpret.probing.layout import Layout
+
+_KEYS = ("phrases", "relations", "sentence")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Of one row: phrases as (columns of the input ids, regions), relations as (region, region, class), classes by task."""
+
+    phrases: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    relations: list[tuple[int, int, Any]] = field(default_factory=list)
+    sentence: dict[str, Any] = field(default_factory=dict)
+
+
+def read_item(item: Any) -> tuple[Mapping[str, Any], list[Labels]]:
+    """Inputs, and the labels of each row."""
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
+        raise TypeError(f"dataset must give (inputs, labels); got {got}")
+    inputs, labels = item
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"dataset must give inputs as a mapping of the model's keyword arguments; got {type(inputs).__name__}")
+    rows = next((len(inputs[name]) for name in ("input_ids", "inputs_embeds") if isinstance(inputs.get(name), Tensor)), None)
+    rows = next((len(x) for x in inputs.values() if isinstance(x, Tensor) and x.ndim), 1) if rows is None else rows
+    listed = [labels] if not isinstance(labels, (list, tuple)) else list(labels)
+    if len(listed) != rows:
+        raise ValueError(f"dataset must give labels for each of {rows} rows of the inputs; got {len(listed)}")
+    return inputs, [_labels(one) for one in listed]
+
+
+def _labels(given: Any) -> Labels:
+    if given is None:
+        return Labels()
+    if dataclasses.is_dataclass(given) and not isinstance(given, type):
+        given = {name: getattr(given, name, None) for name in _KEYS}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"dataset must give labels as a dict, a dataclass or None; got {type(given).__name__}")
+    if unknown := [name for name in given if name not in _KEYS]:
+        raise ValueError(f"labels must be among {', '.join(_KEYS)}; got {unknown}")
+    phrases, relations = [], []
+    for phrase in given.get("phrases") or ():
+        if not isinstance(phrase, Sequence) or len(phrase) != 2:
+            raise ValueError(f"phrases must be ((start, stop), region or regions) each; got {phrase!r}")
+        span, regions = phrase
+        phrases.append((_span(span), [regions] if isinstance(regions, int) else list(regions)))
+        if not phrases[-1][1]:
+            raise ValueError(f"phrases must name a region each; got {phrase!r}")
+    for relation in given.get("relations") or ():
+        if not isinstance(relation, Sequence) or len(relation) != 3:
+            raise ValueError(f"relations must be (region, region, class) each; got {relation!r}")
+        relations.append((int(relation[0]), int(relation[1]), relation[2]))
+    sentence = given.get("sentence") or {}
+    if not isinstance(sentence, Mapping):
+        raise TypeError(f"sentence must be a dict of task -> class; got {type(sentence).__name__}")
+    return Labels(phrases, relations, dict(sentence))
+
+
+def _span(span: Any) -> list[int]:
+    if not isinstance(span, Sequence) or len(span) != 2 or not 0 <= span[0] < span[1]:
+        raise ValueError(f"phrases must have a span (start, stop) of columns of the input ids; got {span!r}")
+    return list(range(span[0], span[1]))
+
+
+def tokens_of(layout: Layout, row: int, columns: Sequence[int]) -> list[int]:
+    """Positions in the sequence of columns of the input ids."""
+    tokens = [column + layout.offset for column in columns]
+    parts = layout.parts[row]
+    if tokens[-1] >= len(parts) or bool((parts[tokens] != 0).any()):
+        raise ValueError(f"phrases must be of text tokens in row {row}; got columns {list(columns)}")
+    return tokens
+
+
+def regions_of(layout: Layout, row: int, regions: Sequence[int]) -> list[int]:
+    """Positions in the sequence of image tokens by their number."""
+    places = layout.regions[row]
+    for region in regions:
+        if not 0 <= region < len(places) or layout.parts[row, places[region]] != 1:
+            raise ValueError(f"regions must be among the {len(places)} image tokens of row {row}, padding left out; got {region}")
+    return [places[region] for region in regions]

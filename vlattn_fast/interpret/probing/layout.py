@@ -1,0 +1,122 @@
+"""Which tokens of one sequence are words, image tokens, special tokens and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.grids import image_tokens
+from vlattn_fast.interpret.inputs import real_tokens
+from vlattn_fast.interpret.methods import METHODS
+from vlattn_fast.interpret.readout import word_positions
+from vlattn_fast.interpret.records import Family, Tower
+from vlattn_fast.interpret.towers import TowerTrace
+
+TEXT, IMAGE, SPECIAL, NONE = 0, 1, 2, -1
+Parts = Callable[[Mapping[str, Any]], Any]
+_TEXTS = ("text", "bert_text", "clip_text")
+_IMAGES = ("regions", "text_patches", "patches_text", "image_text")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The tokens of a batch of sequences.
+
+    Args:
+        parts: int64 (B, N), 0 = text, 1 = image, -1 = padding.
+        special: bool (B, N), tokens of either part that stand for no word and no region, such as [CLS].
+        row: int64 (B), the token whose attention tells what the answer rests on.
+        offset: the position of the first input id in the sequence.
+        regions: of each row the positions of its image tokens, special ones left out, padding included.
+    """
+
+    parts: Tensor
+    special: Tensor
+    row: Tensor
+    offset: int
+    regions: list[list[int]]
+
+    def groups(self, special: bool) -> Tensor:
+        """int64 (B, N): 0 = text, 1 = image, 2 = special where these are apart, -1 = padding."""
+        return self.parts if special else torch.where(self.special & (self.parts != NONE), SPECIAL, self.parts)
+
+    @property
+    def words(self) -> Tensor:
+        """bool (B, N): words, without special tokens and padding."""
+        return (self.parts == TEXT) & ~self.special
+
+
+class Layouts:
+    """Lays out the tokens of a model's inputs, by its record or by what the caller says.
+
+    Args:
+        parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither; None = by the record.
+    """
+
+    def __init__(self, model: nn.Module, family: Family | None, parts: Parts | None) -> None:
+        if parts is not None and not callable(parts):
+            raise TypeError(f"parts must be None or a callable(inputs) -> (B, N); got {type(parts).__name__}")
+        self.model, self.parts = model, parts
+        self.tower: Tower | None = None if family is None else _one_stream(family)
+
+    def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
+        """The layout of a sequence of tokens (B, N)."""
+        if self.parts is not None:
+            return self._given(self.parts(inputs), shape)
+        if self.tower is None:
+            raise ValueError(
+                "parts must be a callable that tells text from image tokens where a model has no record of one stream; got None "
+                f"for {type(self.model).__name__}"
+            )
+        return self._recorded(self.tower, inputs, shape)
+
+    def _given(self, told: Any, shape: tuple[int, int]) -> Layout:
+        parts = torch.as_tensor(told).long()
+        if tuple(parts.shape) not in (shape, shape[1:]):
+            raise ValueError(f"parts must give (N) or (B, N) = {shape}; got {tuple(parts.shape)}")
+        if bool(((parts < NONE) | (parts > IMAGE)).any()):
+            raise ValueError(f"parts must give 0 (text), 1 (image) or -1 (neither); got {sorted(set(parts.flatten().tolist()))}")
+        parts = parts.expand(shape)
+        regions = [(row == IMAGE).nonzero()[:, 0].tolist() for row in parts]
+        return Layout(parts, torch.zeros_like(parts, dtype=torch.bool), torch.zeros(shape[0], dtype=torch.long), 0, regions)
+
+    def _recorded(self, tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
+        trace = TowerTrace(tower, self.model, METHODS["attention"], "equal", False)
+        trace.batch, trace.size = shape
+        config = self.model.config if tower.tokens == "image_text" else trace.config
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.shape[0] != shape[0]:
+            raise ValueError("inputs must contain 'input_ids' (B, T), one text for each row of the sequence; got none")
+        real = real_tokens(tower.tokens, inputs, shape, config)
+        real = torch.ones(shape, dtype=torch.bool) if real is None else real.cpu()
+        parts = torch.full(shape, TEXT)
+        before = shape[1] - ids.shape[1] if tower.tokens == "patches_text" else 0
+        if tower.tokens == "image_text":
+            parts[image_tokens(config, inputs).cpu()] = IMAGE
+        elif tower.tokens == "patches_text":
+            parts[:, :before] = IMAGE
+        elif tower.tokens in _IMAGES:
+            parts[:, ids.shape[1] :] = IMAGE
+        words = word_positions(trace, config, inputs, ids)
+        if words is None:
+            raise ValueError(f"model must have words among the tokens of '{tower.name}'; got {tower.tokens}")
+        prefix = torch.zeros(shape, dtype=torch.bool)
+        if tower.tokens in ("text_patches", "patches_text"):
+            start = 0 if before else ids.shape[1]
+            prefix[:, start : start + tower.prefix] = True
+        special = torch.where(parts == TEXT, ~words.cpu(), prefix)
+        regions = [row.nonzero()[:, 0].tolist() for row in (parts == IMAGE) & ~special]
+        row = torch.zeros(shape[0], dtype=torch.long)
+        if tower.readout in ("target", "last"):
+            row = shape[1] - 1 - real.flip(-1).int().argmax(-1)
+        return Layout(torch.where(real, parts, NONE), special, row, before, regions)
+
+
+def _one_stream(family: Family) -> Tower | None:
+    """The tower with words in it, where there is no other with words that is read."""
+    towers = [tower for tower in family.towers if tower.tokens in (*_IMAGES, *_TEXTS)]
+    return towers[0] if len(towers) == 1 and not family.bimodal else None

@@ -1,0 +1,80 @@
+"""What a linear probe and a clustering can tell: held-out accuracy, and mutual information with labels. Needs scikit-learn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Held-out accuracy, that of the largest class, and that on shuffled labels; None where `reason` says why there is none."""
+
+    value: float | None
+    chance: float | None
+    control: float | None
+    samples: int
+    reason: str | None = None
+
+
+def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], seed: int, control: bool = True) -> Probed:
+    """Accuracy of a logistic regression of labels (S) on features (S, F), over five folds that part no group."""
+    classes, coded = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
+    samples, counts = len(coded), np.bincount(coded, minlength=1)
+    chance = float(counts.max() / samples) if samples else None
+    if len(classes) < 2:
+        return Probed(None, chance, None, samples, "one class alone" if samples else "no samples")
+    folds = _folds(np.asarray(groups), seed)
+    if len(np.unique(folds)) < FOLDS:
+        return Probed(None, chance, None, samples, f"fewer than {FOLDS} inputs")
+    shuffled = coded[np.random.default_rng(seed).permutation(samples)]
+    value = _held_out(features, coded, folds)
+    return Probed(value, chance, _held_out(features, shuffled, folds) if control else None, samples)
+
+
+def _folds(groups: Array, seed: int) -> Array:
+    """The fold of each sample."""
+    names, index = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    return (order % FOLDS)[index]
+
+
+def _held_out(features: Array, labels: Array, folds: Array) -> float:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    right = 0
+    for fold in np.unique(folds):
+        train, test = folds != fold, folds == fold
+        present = np.unique(labels[train])
+        if len(present) < 2:
+            right += int((labels[test] == present[0]).sum())
+            continue
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            right += int((probe.fit(features[train], labels[train]).predict(features[test]) == labels[test]).sum())
+    return right / len(labels)
+
+
+def fusion(states: Array, image: Array, seed: int) -> tuple[float, float]:
+    """Normalised mutual information (arithmetic mean) of two clusters of states (N, C) with image (N), and with it shuffled."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.metrics import normalized_mutual_info_score
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # equal states are one cluster
+        clusters = KMeans(n_clusters=2, n_init=4, random_state=seed).fit_predict(states)
+    shuffled = np.random.default_rng(seed).permutation(image)
+    return tuple(float(normalized_mutual_info_score(labels, clusters)) for labels in (image, shuffled))  # type: ignore[return-value]

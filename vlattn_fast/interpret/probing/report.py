@@ -1,0 +1,96 @@
+"""What `probe` found: a table, heat maps, a page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlattn_fast._extras import extra
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_FORMAT = "vlattn_fast.probe.1"
+COLUMNS = ("test", "kind", "layer", "head", "value", "chance", "control", "samples", "left_out", "note")
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeReport:
+    """What `probe` measured.
+
+    Args:
+        table: a row for each test, kind, layer and head. "test"; "kind": of "modality" whose mass, of "linguistic" the task, else
+            None; "layer" and "head", None where all of them are meant; "value", None where "note" says why there is none;
+            "chance": the share of the largest class; "control": the same test on shuffled labels; "samples", and "left_out": how
+            many could not be taken.
+        facts: the arguments of the run.
+    """
+
+    table: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, test: str, layer: int | None = None, head: int | None = None, kind: str | None = None) -> float | None:
+        """The value of one row of the table. ValueError where there is no such row."""
+        wanted = (test, kind, layer, head)
+        for row in self.table:
+            if tuple(row[name] for name in COLUMNS[:4]) == wanted:
+                return row["value"]
+        raise ValueError(f"test, kind, layer and head must be those of a row of the table; got {wanted}")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The table as a data frame, with a column for each of a row's names."""
+        with extra("tables"):
+            import pandas as pd
+
+            return pd.DataFrame(self.table, columns=list(COLUMNS))
+
+    def plot(self) -> Figure:
+        """Draw a heat map over layers and heads, or a line over layers, for each test and kind.
+
+        Returns:
+            A matplotlib Figure (without pyplot: nothing is shown or kept open).
+        """
+        with extra("viz"):
+            from vlattn_fast.interpret.probing.charts import draw
+
+            return draw(self.table)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write the heat maps and the table to `path` as one page that needs no network."""
+        with extra("viz"):
+            from vlattn_fast.interpret.probing.charts import page
+
+            text = page(self.table, self.facts)
+        Path(path).write_text(text, encoding="utf-8")
+        return Path(path)
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to `path` as JSON; `ProbeReport.load` reads it back."""
+        whole = {"format": _FORMAT, "facts": self.facts, "table": self.table}
+        Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProbeReport:
+        """Read what `save` wrote. ValueError where `path` holds something else."""
+        try:
+            whole = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError:
+            whole = None
+        if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
+            raise ValueError(f"path must be a file that ProbeReport.save wrote ({_FORMAT}); got {path}")
+        return cls(whole["table"], whole["facts"])
+
+    def __str__(self) -> str:
+        """The table as text, without single heads."""
+        lines = [f"{'test':12}{'kind':14}{'layer':>5}  {'value':>7}  {'chance':>7}  {'control':>7}  samples  note"]
+        for row in self.table:
+            if row["head"] is None:
+                numbers = "  ".join(f"{'-' if row[n] is None else format(row[n], '.4f'):>7}" for n in COLUMNS[4:7])
+                layer = "all" if row["layer"] is None else row["layer"]
+                head = f"{row['test']:12}{row['kind'] or '':14}{layer:>5}"
+                lines.append(f"{head}  {numbers}  {row['samples']:7}  {row['note'] or ''}".rstrip())
+        return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""`probe`: what heads attend to and what states hold, over a data set (VALUE: Cao et al., "Behind the Scene", ECCV 2020)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlattn_fast._extras import extra
+from vlattn_fast.interpret._run import at_rest, unwrapped
+from vlattn_fast.interpret.families import find_family
+from vlattn_fast.interpret.probing.gathered import Gathered
+from vlattn_fast.interpret.probing.labels import read_item
+from vlattn_fast.interpret.probing.layout import Layouts, Parts
+from vlattn_fast.interpret.probing.report import ProbeReport
+from vlattn_fast.interpret.probing.watched import Watched
+from vlattn_fast.interpret.watching import MODALITIES
+
+TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "linguistic")
+READS = ("mean", "cls")
+
+
+def probe(
+    model: nn.Module,
+    dataset: Iterable[tuple[Mapping[str, Any], Any]],
+    *,
+    tests: Sequence[str] | None = None,
+    special: bool = True,
+    read: str = "mean",
+    parts: Parts | None = None,
+    modality: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> ProbeReport:
+    """What the heads of a model attend to, and what its states hold, over a data set: the probes of VALUE.
+
+    One stream of words and image tokens is probed (UNITER, VisualBERT, ViLT, decoders that see images), or a text alone for
+    "linguistic". Of attention only statistics are kept, `attention_statistics` of one layer at a time.
+
+    Of attention, for each layer and head:
+
+    - "modality": how much the row that is read attends to the text and to the image, the sum over its tokens; mean over samples.
+      The row is [CLS], and of a decoder the last token.
+    - "cross_modal": the share of samples in which some image token gives more than half of its attention to the text.
+    - "coreference": accuracy of a linear probe that tells a phrase's region from another of the same image. It reads the trace:
+      of every head the largest attention of the phrase's tokens on the region, and of the region on the phrase. Rows of one head
+      have the accuracy of that head's two numbers.
+    - "relation": accuracy of a linear probe that tells the class of a relation from the trace of its two regions.
+
+    Of the states behind each layer:
+
+    - "fusion": how well two clusters (k-means) match text and image tokens, by normalised mutual information with the arithmetic
+      mean; mean over samples. Low = fused.
+    - "linguistic": accuracy of linear probes on the text, as SentEval's: "length" (number of words, in six classes at most),
+      "word_content" (whether it has the word that is in about half of the texts), "word_order" (whether two neighbours were
+      exchanged; every text is run once more), and the tasks that the data set names.
+
+    Linear probes are logistic regressions on standardised features. Accuracy is held out, over five folds that part no input.
+
+    Args:
+        model: as `explain` takes it.
+        dataset: (inputs, labels) for each sample or batch; labels a dict or dataclass, of a batch a list of one for each row,
+            or None. "phrases": ((start, stop), region or regions) each, columns of input_ids and the numbers of image tokens;
+            "relations": (region, region, class) each; "sentence": a dict of further tasks -> the text's class.
+        tests: some of the names above. None = all; where one cannot be had, its row says why.
+        special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = they are a kind of
+            their own in "modality", and left out in "cross_modal" and "fusion".
+        read: "mean" = linguistic probes read the mean state of the words; "cls" = that of the row that is read.
+        parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither, for models without a record; spans of
+            phrases then count positions of the sequence, and the row that is read is the first.
+        modality: input name -> "text" or "image", see `capture_attention`.
+        seed: of folds, shuffled labels, k-means, the regions to tell apart and the words to exchange.
+
+    Returns:
+        A `ProbeReport`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong (it is named), attention that is not one stream's, a test of `tests` that the
+            data set has no labels for.
+    """
+    names = _checked(tests)
+    if read not in READS:
+        raise ValueError(f"read must be one of {READS}; got {read!r}")
+    for name, kind in (modality or {}).items():
+        if kind not in MODALITIES:
+            raise ValueError(f"modality must be one of {MODALITIES}; got {kind!r} for {name!r}")
+    with extra("probe"):
+        import sklearn  # noqa: F401 (probes without it would end after the forward passes)
+    inner = unwrapped(model)
+    watched = Watched(inner, Layouts(inner, find_family(inner), parts), dict(modality or {}), special)
+    gathered = Gathered(names, special, read, seed)
+    with torch.no_grad(), at_rest(inner):
+        for item in _with_progress(dataset):
+            inputs, labels = read_item(item)
+            gathered.add(watched, inputs, labels)
+    table = gathered.table()
+    for row in table:
+        if tests is not None and row["value"] is None and row["kind"] is None:
+            raise ValueError(f"tests must be those that the data set has labels for; got {row['test']!r}: {row['note']}")
+    facts = {
+        "model": type(inner).__name__,
+        "tests": list(names),
+        "special": special,
+        "read": read,
+        "seed": seed,
+        "inputs": gathered.count,
+    }
+    return ProbeReport(table, facts)
+
+
+def _checked(tests: Any) -> tuple[str, ...]:
+    if tests is None:
+        return TESTS
+    if isinstance(tests, str) or not isinstance(tests, Iterable):
+        raise TypeError(f"tests must be None or a sequence of names; got {tests!r}")
+    names = tuple(dict.fromkeys(tests))
+    if not names:
+        raise ValueError("tests must name at least one; got none")
+    for name in names:
+        if name not in TESTS:
+            raise ValueError(f"tests must be among {', '.join(TESTS)}; got {name!r}")
+    return names
+
+
+def _with_progress(items: Iterable[Any]) -> Iterable[Any]:
+    """`items`, with a progress bar on a terminal where tqdm is installed."""
+    with contextlib.suppress(ModuleNotFoundError):
+        from tqdm import tqdm
+
+        return tqdm(items, desc="probing", disable=None)
+    return items

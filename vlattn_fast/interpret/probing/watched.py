@@ -1,0 +1,169 @@
+"""One forward pass of a model: what its attention says, layer by layer, and the states behind each layer.
+
+Of attention only statistics stay (`attention_statistics`); queries and keys of a layer are gone before the next one runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret._run import dispatched
+from vlattn_fast.interpret.probing.layout import IMAGE, TEXT, Layout, Layouts
+from vlattn_fast.interpret.watching import TEXT as FROM_TEXT
+from vlattn_fast.interpret.watching import AttentionCall, Watch, kind_of
+from vlattn_fast.ops.attention_statistics import attention_statistics
+
+_KEYS = 16  # groups of one key each in one call: so much of a map is there at a time
+Sets = tuple[list[int], list[int]]  # two sets of positions in a row's sequence
+
+
+@dataclass
+class Seen:
+    """What a pass over B rows showed of L layers with H heads.
+
+    mass: (L, B, H, 3), the attention of the row that is read on text, image and special tokens. crossing: (L, B, H), the largest
+    attention of an image token on all text. maxima: of each row, (L, H, sets, 2): the largest attention of the first of two sets
+    of tokens on the second, and of the second on the first. states: of each layer (B, N, C).
+    """
+
+    layout: Layout
+    mass: Tensor
+    crossing: Tensor
+    maxima: list[Tensor]
+    states: list[Tensor]
+
+
+@dataclass
+class _Stream:
+    """Calls over the same kinds of tokens, by their number."""
+
+    numbers: list[int] = field(default_factory=list)
+    mass: list[Tensor] = field(default_factory=list)
+    crossing: list[Tensor] = field(default_factory=list)
+    maxima: list[list[Tensor]] = field(default_factory=list)
+    layout: Layout | None = None
+
+
+class Watched:
+    """Runs a model, and keeps statistics of the attention of its one stream.
+
+    Args:
+        special: whether special tokens count as part of the text or image that they stand in.
+        modality: see `capture_attention`.
+    """
+
+    def __init__(self, model: nn.Module, layouts: Layouts, modality: Mapping[str, str], special: bool) -> None:
+        self.model, self.layouts, self.modality, self.special = model, layouts, modality, special
+
+    def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> Seen:
+        """One pass.
+
+        Args:
+            sets: a callable(layout) -> of each row the sets of tokens whose attention to one another is asked for.
+            statistics: False = states alone.
+
+        Raises:
+            ValueError: attention of another score than the dot product, or of two streams.
+        """
+        wanted = 0
+        for name, value in inputs.items():
+            wanted |= kind_of(name, self.modality) if isinstance(value, Tensor) else 0
+        stream, others = _Stream(), list[int]()
+        states: dict[int, Tensor] = {}
+
+        def sees(number: int, call: AttentionCall) -> None:
+            if call.kinds != call.key_kinds or call.kinds != wanted:
+                others.append(number)  # of a tower in front of the one stream, or cross-attention
+                return
+            stream.numbers.append(number)
+            with torch._C.DisableTorchFunction():
+                self._add(stream, call, inputs, sets, statistics)
+
+        def leaves(number: int, result: Any) -> None:
+            state = result[0] if isinstance(result, (tuple, list)) else result
+            if isinstance(state, Tensor) and state.ndim == 3:
+                states[number] = state.detach()
+
+        arguments = dict(inputs)
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
+            arguments.setdefault("use_cache", False)
+        with dispatched(self.model), Watch(self.model, self.modality, lambda calls: None, sees, leaves):
+            self.model(**arguments)
+        if not stream.numbers:
+            kind = "words" if wanted == FROM_TEXT else "words and image tokens in one stream"
+            got = f"{len(others)} calls of other attention in {type(self.model).__name__}"
+            raise ValueError(f"model must attend to {kind}; got {got}")
+        return self._seen(stream, states)
+
+    def _seen(self, stream: _Stream, states: Mapping[int, Tensor]) -> Seen:
+        assert stream.layout is not None
+        name = type(self.model).__name__
+        found = [states.get(number) for number in stream.numbers]
+        size = stream.layout.parts.shape[1]
+        whole = [state for state in found if state is not None and state.shape[1] == size]
+        if len(whole) != len(stream.numbers):
+            raise ValueError(f"model must hold its layers in a list and give (B, {size}, C) behind each; got others in {name}")
+        mass, crossing = (torch.stack(values) if values else torch.zeros(0) for values in (stream.mass, stream.crossing))
+        rows = range(len(stream.layout.parts)) if stream.maxima else ()
+        maxima = [torch.stack([layer[row] for layer in stream.maxima]) for row in rows]
+        return Seen(stream.layout, mass, crossing, maxima, whole)
+
+    def _add(self, stream: _Stream, call: AttentionCall, inputs: Mapping[str, Any], sets: Any, statistics: bool) -> None:
+        shape = call.query.shape[0], call.query.shape[2]
+        if stream.layout is None:
+            stream.layout = self.layouts.of(inputs, shape)
+        layout = stream.layout
+        if tuple(layout.parts.shape) != shape or call.key.shape[2] != shape[1]:
+            raise ValueError(
+                f"inputs must give the whole sequence in one forward pass; got {shape[1]} queries and {call.key.shape[2]} keys "
+                f"in a layer of {tuple(layout.parts.shape)} tokens"
+            )
+        if call.masks is None or call.score != "dot":
+            what = "attention that is written out by hand" if call.masks is None else f"the score {call.score!r}"
+            raise ValueError(f"model must attend by a dot product, by calls of torch or transformers; got {what}")
+        if not statistics:
+            return
+        device = call.query.device
+        groups = layout.groups(self.special).to(device)
+        mass = attention_statistics(call.query, call.key, key_groups=groups, num_groups=3, **call.masks).mass  # (B, H, N, 3)
+        rows = torch.arange(shape[0], device=device)
+        stream.mass.append(mass[rows, :, layout.row.to(device)].double().cpu())
+        from_image = (groups == IMAGE)[:, None]  # (B, 1, N)
+        stream.crossing.append(mass[..., TEXT].masked_fill(~from_image, 0).amax(-1).double().cpu())
+        if sets is not None:
+            stream.maxima.append(_maxima(call, sets(layout)))
+
+
+def _maxima(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
+    """Of each row (H, sets, 2). A group of keys that is one key has its weight as mass: so single weights are read, no map."""
+    assert call.masks is not None
+    batch, heads, size = call.query.shape[:3]
+    keys = [sorted({token for pair in row for part in pair for token in part}) for row in sets]
+    longest = max(map(len, keys), default=0)
+    weights = [torch.zeros(heads, len(row), len(row), dtype=torch.float64) for row in keys]
+    for start in range(0, longest, _KEYS):
+        groups = torch.full((batch, call.key.shape[2]), -1)
+        chosen = [row[start : start + _KEYS] for row in keys]
+        for row, some in enumerate(chosen):
+            groups[row, some] = torch.arange(len(some))
+        device = call.query.device
+        count = max(map(len, chosen))
+        mass = attention_statistics(call.query, call.key, key_groups=groups.to(device), num_groups=count, **call.masks).mass
+        for row, some in enumerate(chosen):
+            weights[row][:, :, start : start + len(some)] = mass[row][:, keys[row], : len(some)].double().cpu()
+    found = []
+    for row, pairs in enumerate(sets):
+        place = {token: index for index, token in enumerate(keys[row])}
+        both = torch.zeros(heads, len(pairs), 2, dtype=torch.float64)
+        for index, (one, two) in enumerate(pairs):
+            first, second = ([place[token] for token in part] for part in (one, two))
+            both[:, index, 0] = weights[row][:, first][:, :, second].amax((1, 2))
+            both[:, index, 1] = weights[row][:, second][:, :, first].amax((1, 2))
+        found.append(both)
+    return found

@@ -1,0 +1,42 @@
+"""DigitScenes as `probe` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
+from vlattn_fast.lab.scenes import digit_scenes
+
+_FIRST, _ARTICLE, _SECOND = 1, 4, 5  # columns of the input ids: [CLS] three left of a seven [SEP]
+
+
+def probe_samples(count: int, *, seed: int = 0, batch: int = 50) -> Iterator[tuple[dict[str, Tensor], list[dict[str, Any]]]]:
+    """`count` test scenes with true captions, in batches: (inputs, labels of each scene).
+
+    phrases: the two digits that a caption names, the second with its article. relations: the regions of the two, in the order of
+    the caption, and how they are related. sentence: "first_digit", the word that a caption begins with.
+
+    >>> inputs, labels = next(probe_samples(1, seed=3))
+    >>> sorted(labels[0]), len(labels[0]["phrases"])
+    (['phrases', 'relations', 'sentence'], 2)
+    """
+    scenes = digit_scenes(count, seed=seed)
+    whole = scenes.inputs()
+    labels = []
+    for caption, digits in zip(scenes.captions, scenes.digits.tolist(), strict=True):
+        words = caption.split()
+        first, second = (digits.index(DIGIT_WORDS.index(word)) for word in (words[0], words[-1]))
+        relation = next(name for name in RELATIONS if name in caption)
+        labels.append(
+            {
+                "phrases": [((_FIRST, _FIRST + 1), first), ((_ARTICLE, _SECOND + 1), second)],
+                "relations": [(first, second, relation)],
+                "sentence": {"first_digit": words[0]},
+            }
+        )
+    for start in range(0, count, batch):
+        rows = slice(start, start + batch)
+        yield {name: value[rows] for name, value in whole.items()}, labels[rows]
