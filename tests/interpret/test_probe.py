@@ -1,0 +1,429 @@
+"""`probe` against stored maps, on planted heads, and its report, page and errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("sklearn")
+
+import transformers as hf  # noqa: E402
+
+import vlattn_fast as va  # noqa: E402
+from tests.interpret.stored_maps import SOFTMAX, Kept  # noqa: E402
+from tests.nn import models  # noqa: E402
+from vlattn_fast.interpret.families import find_family  # noqa: E402
+from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
+from vlattn_fast.interpret.probing.linear import fusion, linear_probe  # noqa: E402
+from vlattn_fast.interpret.probing.watched import Watched  # noqa: E402
+from vlattn_fast.models import UNITER, UNITERConfig  # noqa: E402
+
+WORDS, BOXES = models.WORDS, models.BOXES
+PICTURE = 98  # the id of an image token
+
+
+def llava() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A prompt of 2 words, 16 image tokens and 4 words; the second row has two words less and padding on the left."""
+    text = {
+        "model_type": "llama",
+        "vocab_size": 99,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        **models.DEEP,
+    }
+    vision = hf.CLIPVisionConfig(**models.DEEP, **models.PATCHES)
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=PICTURE))
+    ids = torch.tensor([[1, 7, *[PICTURE] * 16, 8, 9, 10, 11], [0, 0, 1, 7, *[PICTURE] * 16, 12, 13]])
+    return model, {"input_ids": ids, "attention_mask": (ids != 0).long(), **models.pixels()}
+
+
+# Of each row: which tokens are text and image, the special ones, and the row that is read.
+def _bert(inputs: dict[str, Tensor], image: int, prefix: int = 0) -> tuple[Tensor, Tensor, list[int]]:
+    real = torch.cat([inputs["attention_mask"].bool(), torch.ones(2, image, dtype=torch.bool)], 1)
+    parts = torch.cat([torch.zeros(2, WORDS), torch.ones(2, image)], 1).masked_fill(~real, -1)
+    special = torch.zeros_like(real)
+    special[:, 0] = True
+    for row, last in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        special[row, :WORDS] |= inputs["input_ids"][row] == inputs["input_ids"][row, int(last) - 1]
+    special[:, WORDS : WORDS + prefix] = True
+    return parts, special & (parts >= 0), [0, 0]
+
+
+def _llava(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    parts = (inputs["input_ids"] == PICTURE).float().masked_fill(inputs["input_ids"] == 0, -1)
+    return parts, inputs["input_ids"] == 1, [21, 21]
+
+
+class _Double(Kept):
+    """Softmaxes in the dtype of the model: a decoder's are in float32 otherwise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, {**(kwargs or {}), "dtype": None} if func in SOFTMAX else kwargs)
+
+
+CASES: dict[str, Any] = {
+    "VisualBERT": (models.visual_bert, lambda inputs: _bert(inputs, BOXES), "visual_bert"),
+    "ViLT": (models.vilt, lambda inputs: _bert(inputs, 17, prefix=1), "vilt"),
+    "UNITER": (models.uniter, lambda inputs: _bert(inputs, BOXES), "uniter"),
+    "LLaVA": (llava, _llava, "model.language_model"),
+}
+
+
+def case(name: str) -> tuple[nn.Module, dict[str, Tensor], tuple[Tensor, Tensor, list[int]], Tensor]:
+    """A model in double precision with uneven attention, its inputs, layout and stored maps (L, B, H, N, N)."""
+    torch.manual_seed(0)
+    make, lay_out, prefix = CASES[name]
+    model, inputs = make()
+    model = model.double().eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and any(word in parameter_name for word in ("query", "key", "q_proj", "k_proj")):
+            parameter.data.mul_(8)
+    inputs = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    eager = copy.deepcopy(model)
+    if hasattr(eager, "set_attn_implementation"):
+        eager.set_attn_implementation("eager")
+    kept = _Double(eager)
+    with torch.no_grad(), kept.watching():
+        eager(**inputs)
+    maps = torch.stack([each for path, each in kept.maps if path.startswith(prefix)])
+    return model, inputs, lay_out(inputs), maps
+
+
+@pytest.fixture(autouse=True)
+def patches_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ViLT shuffles its patches; where all are drawn, the stored maps have them in order."""
+    draw = torch.multinomial
+
+    def in_order(weights: Tensor, count: int, *args: Any, **kwargs: Any) -> Tensor:
+        if weights.ndim == 1 and not args and not kwargs and len(weights) == int(count):
+            return torch.arange(len(weights))
+        return draw(weights, count, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "multinomial", in_order)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_masses_are_those_of_stored_maps(name: str, special: bool) -> None:
+    model, inputs, (parts, specials, read), maps = case(name)
+    groups = parts if special else parts.masked_fill(specials, 2)
+    report = va.probe(model, [(inputs, [None, None])], tests=("modality", "cross_modal"), special=special)
+    rows = torch.arange(2)
+    for kind, group in (("text", 0), ("image", 1), ("special", 2))[: 2 if special else 3]:
+        mass = (maps * (groups == group)[:, None, None, :]).sum(-1)  # (L, B, H, N)
+        expected = mass[:, rows, :, read].mean(0)  # (L, H); advanced indices come first
+        cells = [[report.value("modality", i, h, kind) for h in range(4)] for i in range(len(maps))]
+        torch.testing.assert_close(torch.tensor(cells, dtype=torch.float64), expected, rtol=0, atol=1e-10)
+    on_text = (maps * (groups == 0)[:, None, None, :]).sum(-1).masked_fill((groups != 1)[:, None], 0).amax(-1)
+    for (layer, head), share in np.ndenumerate((on_text > 0.5).double().mean(1).numpy()):
+        assert report.value("cross_modal", layer, head) == share
+    total = sum(report.value("modality", 0, 0, kind) for kind in ("text", "image", "special")[: 2 if special else 3])
+    assert total == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_maxima_are_those_of_stored_maps(name: str) -> None:
+    """Of more tokens than one call has groups, too."""
+    model, inputs, (parts, _, _), maps = case(name)
+    text, image = ([(row == kind).nonzero()[:, 0].tolist() for row in parts] for kind in (0, 1))
+    sets = [[(text[row][:2], image[row][1:3]), (image[row], text[row])] for row in range(2)]
+    watched = Watched(model, Layouts(model, find_family(model), None), {}, True)
+    with torch.no_grad():
+        seen = watched.run(inputs, lambda layout: sets)
+    for row in range(2):
+        for index, (one, two) in enumerate(sets[row]):
+            there, back = maps[:, row][:, :, one][..., two].amax((-2, -1)), maps[:, row][:, :, two][..., one].amax((-2, -1))
+            torch.testing.assert_close(seen.maxima[row][:, :, index], torch.stack([there, back], -1), rtol=0, atol=1e-10)
+            assert float(torch.maximum(there, back).max()) > 0  # a causal model looks back alone
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_states_are_the_hidden_states(name: str) -> None:
+    model, inputs, _, _ = case(name)
+    watched = Watched(model, Layouts(model, find_family(model), None), {}, True)
+    with torch.no_grad():
+        seen = watched.run(inputs)
+        if name == "UNITER":
+            expected = [model(**inputs).last_hidden_state]
+        else:
+            expected = list(model(**inputs, output_hidden_states=True).hidden_states[1:])
+    expected = expected[:-1] if name == "LLaVA" else expected  # its last one is behind the norm
+    states = seen.states[-1:] if name == "UNITER" else seen.states[: len(expected)]
+    for one, two in zip(states, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
+
+
+# --- planted heads ---
+
+REGIONS, CODES = 6, 8
+
+
+def planted(head: int) -> UNITER:
+    """A UNITER whose words and regions with the same code have the same state; in layer 0 one head goes from each region to the
+    word with its code. Other heads have small random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 16, "num_hidden_layers": 2}
+    model = UNITER(UNITERConfig(vocab_size=4 + CODES, region_dim=CODES, initializer_range=0.02, **sizes)).eval()
+    inner = model.uniter
+    with torch.no_grad():
+        for module in (inner.embeddings, inner.img_embeddings):
+            for parameter in module.parameters():
+                if parameter.ndim == 2:
+                    parameter.zero_()
+        inner.embeddings.word_embeddings.weight[4:, :CODES] = torch.eye(CODES)
+        inner.img_embeddings.img_linear.weight[:CODES] = torch.eye(CODES)
+        inner.embeddings.token_type_embeddings.weight[0, 20] = 0.5  # of text
+        inner.embeddings.token_type_embeddings.weight[1, 20] = -2.5  # of the image
+        attention = inner.encoder.layer[0].attention.self
+        rows = slice(8 * head, 8 * head + 8)
+        for linear in (attention.query, attention.key):
+            linear.weight[rows] = 0
+            linear.bias[rows] = 0
+        attention.query.weight[rows, :CODES] = attention.key.weight[rows, :CODES] = torch.eye(CODES) * 2
+        attention.key.weight[rows, 20] = 4.0  # keys of text have more of everything that a query asks for
+    return model
+
+
+def scenes(count: int, seed: int = 0) -> list[tuple[dict[str, Tensor], list[dict[str, Any]]]]:
+    """Texts [CLS] one two [SEP], of two codes among those of six regions."""
+    random = np.random.default_rng(seed)
+    ids, features, labels = [], [], []
+    for _ in range(count):
+        codes = random.permutation(CODES)[:REGIONS]
+        named = random.permutation(REGIONS)[:2]
+        ids.append([1, *(4 + codes[named]), 2])
+        features.append(np.eye(CODES)[codes])
+        labels.append({"phrases": [((1, 2), int(named[0])), ((2, 3), [int(named[1])])]})
+    inputs = {"input_ids": torch.tensor(np.array(ids)), "region_features": torch.tensor(np.array(features)).float()}
+    return [({**inputs, "region_positions": torch.zeros(count, REGIONS, 7)}, labels)]
+
+
+@pytest.mark.parametrize("head", [0, 2])
+def test_a_planted_head_is_found_and_random_ones_are_not(head: int) -> None:
+    report = va.probe(planted(head), scenes(60), tests=("coreference", "cross_modal"))
+    cells = {(i, h): report.value("coreference", i, h) for i in range(2) for h in range(4)}
+    assert cells[0, head] > 0.95 and report.value("coreference") > 0.95
+    assert all(value < 0.75 for place, value in cells.items() if place != (0, head)), cells
+    shares = {(i, h): report.value("cross_modal", i, h) for i in range(2) for h in range(4)}
+    assert shares[0, head] == 1.0
+    assert all(value == 0.0 for place, value in shares.items() if place != (0, head)), shares
+
+
+def test_shuffled_labels_are_chance() -> None:
+    report = va.probe(planted(1), scenes(100), tests=("coreference",))
+    whole = next(row for row in report.table if row["head"] is None)
+    assert (whole["samples"], whole["left_out"], whole["chance"]) == (400, 0, 0.5)
+    assert whole["value"] > 0.95 and abs(whole["control"] - 0.5) < 0.12
+
+
+def test_a_relation_is_read_from_its_two_regions() -> None:
+    """A head that goes to the same code, whichever token has it, tells regions that have one from others."""
+    model = planted(1)
+    model.uniter.encoder.layer[0].attention.self.key.weight.data[8:16, 20] = 0
+    (inputs, labels), *_ = scenes(100)
+    inputs["region_features"][:, 3] = inputs["region_features"][:, 0]
+    for row, label in enumerate(labels):
+        label["relations"] = [(0, 3, "alike") if row % 2 else (1, 4, "different")]
+    report = va.probe(model, [(inputs, labels)], tests=("relation",))
+    whole = report.table[0]
+    assert (whole["samples"], whole["chance"]) == (100, 0.5) and abs(whole["control"] - 0.5) < 0.2
+    assert report.value("relation", 0, 1) > 0.95
+
+
+# --- states ---
+
+
+def test_fusion_of_separate_and_of_mixed_states() -> None:
+    random = np.random.default_rng(0)
+    image = np.arange(40) < 20
+    apart = random.normal(size=(40, 8)) + 20 * image[:, None]
+    value, control = fusion(apart, image, 0)
+    assert value == pytest.approx(1.0) and control < 0.3
+    assert fusion(random.normal(size=(40, 8)), image, 0)[0] < 0.3
+
+
+def test_linguistic_probes() -> None:
+    """Word content and a text's class are in the word embeddings, of which the first layer's states are nearly made."""
+    torch.manual_seed(0)
+    model = UNITER(
+        UNITERConfig(
+            vocab_size=40, hidden_size=32, num_attention_heads=4, intermediate_size=16, num_hidden_layers=1, region_dim=4
+        )
+    ).eval()
+    random = np.random.default_rng(0)
+    dataset = []
+    for _ in range(60):
+        length = int(random.integers(2, 5))
+        words = random.permutation(np.arange(4, 10))[:length]
+        ids = torch.tensor([[1, *words.tolist(), 2]])
+        inputs = {"input_ids": ids, "region_features": torch.randn(1, 3, 4), "region_positions": torch.randn(1, 3, 7)}
+        dataset.append((inputs, {"sentence": {"has_4": bool(4 in words)}}))
+    report = va.probe(model, dataset, tests=("linguistic", "fusion"))
+    rows = {row["kind"]: row for row in report.table if row["test"] == "linguistic"}
+    assert set(rows) == {"length", "word_content", "word_order", "has_4"}
+    assert rows["word_content"]["value"] > 0.85 and rows["has_4"]["value"] > 0.85
+    assert rows["length"]["value"] > rows["length"]["chance"]
+    assert rows["word_order"]["samples"] == 120 and rows["word_order"]["chance"] == 0.5
+    assert report.value("fusion", 0) is not None and report.facts["inputs"] == 60
+    other = va.probe(model, dataset, tests=("linguistic",), read="cls")
+    assert other.value("linguistic", 0, kind="has_4") < rows["has_4"]["value"]
+
+
+def test_a_text_alone() -> None:
+    torch.manual_seed(0)
+    model, inputs = models.llama("sdpa")
+    report = va.probe(model, [(inputs, [None, None])] * 6)
+    notes = {row["test"]: row["note"] for row in report.table}
+    assert notes["modality"] == notes["cross_modal"] == "no image tokens"
+    assert notes["fusion"] == "no words beside image tokens"
+    assert notes["coreference"] == "no phrases in the labels" and notes["relation"] == "no relations in the labels"
+    assert report.value("linguistic", 1, kind="word_order") is not None
+
+
+def test_a_linear_probe_parts_no_input() -> None:
+    """Samples of one input are alike and labels are random by input: a probe that saw others of the same input would know."""
+    random = np.random.default_rng(0)
+    inputs = np.repeat(np.arange(60), 4)
+    features, labels = random.normal(size=(60, 100))[inputs], random.integers(0, 2, 60)[inputs]
+    assert abs(linear_probe(features, labels, inputs, 0).value - 0.5) < 0.2
+    assert linear_probe(features, labels, np.arange(240), 0).value > 0.9
+    assert linear_probe(features[:12], labels[:12], inputs[:12], 0).reason in ("fewer than 5 inputs", "one class alone")
+
+
+def test_rows_of_a_batch_are_what_they_are_alone() -> None:
+    model, inputs, _, _ = case("VisualBERT")
+    first = {name: value[:1] for name, value in inputs.items()}
+    second = {name: value[1:, :5] if name in ("input_ids", "attention_mask") else value[1:] for name, value in inputs.items()}
+    whole = va.probe(model, [(inputs, [None, None])], tests=("modality", "cross_modal"))
+    single = va.probe(model, [(first, None), (second, None)], tests=("modality", "cross_modal"))
+    for one, two in zip(whole.table, single.table, strict=True):
+        assert one["value"] == pytest.approx(two["value"], abs=1e-10) and one["samples"] == two["samples"] == 2
+
+
+def test_the_model_is_as_before() -> None:
+    model, inputs, _, _ = case("VisualBERT")
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    va.probe(model, [(inputs, [None, None])], tests=("modality",))
+    assert model.training and all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_without_a_record_says_its_parts() -> None:
+    class Joined(models.Joined):
+        pass
+
+    torch.manual_seed(0)
+    model = Joined(True).eval()
+    inputs = {"input_ids": torch.randint(99, (2, 5)), "features": torch.randn(2, 3, 20)}
+    dataset = [(inputs, [{"phrases": [((1, 3), 2)]}, None])] * 10
+    options: dict[str, Any] = {"modality": {"features": "image"}, "tests": ("modality", "coreference", "fusion")}
+    report = va.probe(model, dataset, parts=lambda inputs: torch.tensor([0] * 5 + [1] * 3), **options)
+    assert report.value("modality", 1, 3, "text") + report.value("modality", 1, 3, "image") == pytest.approx(1.0)
+    assert report.table[16]["samples"] == 20  # ten phrases, each with another region
+    with pytest.raises(ValueError, match="parts must be a callable that tells text from image tokens .* got None for Joined"):
+        va.probe(model, dataset, **options)
+    with pytest.raises(ValueError, match=r"parts must give \(N\) or \(B, N\) = \(2, 8\); got \(7,\)"):
+        va.probe(model, dataset, parts=lambda inputs: torch.zeros(7), **options)
+    with pytest.raises(ValueError, match=r"parts must give 0 \(text\), 1 \(image\) or -1 \(neither\); got \[0, 5\]"):
+        va.probe(model, dataset, parts=lambda inputs: torch.tensor([0] * 7 + [5]), **options)
+
+
+# --- the report ---
+
+
+def test_the_report(tmp_path: Path) -> None:
+    report = va.probe(planted(0), scenes(20))
+    again = va.ProbeReport.load(report.save(tmp_path / "report.json"))
+    assert again.table == report.table and again.facts == report.facts
+    assert json.loads((tmp_path / "report.json").read_text())["format"] == "vlattn_fast.probe.1"
+    with pytest.raises(ValueError, match="path must be a file that ProbeReport.save wrote"):
+        va.ProbeReport.load(__file__)
+    with pytest.raises(ValueError, match=r"must be those of a row of the table; got \('modality', None, 7, None\)"):
+        report.value("modality", 7)
+    figure = report.plot()
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles[:4] == ["modality: text", "modality: image", "cross_modal", "coreference"] and "fusion" in titles
+    image = next(axis for axis in figure.axes if axis.get_title() == "coreference").images[0].get_array()
+    assert image.shape == (2, 4) and image[0, 0] == report.value("coreference", 0, 0)
+    page = report.save_html(tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page and page.count("<tr>") == len(report.table) + 1
+    assert "http" not in page.split("data:image")[0].replace("http-equiv", "")
+    frame = report.to_pandas()
+    assert list(frame.columns) == list(report.table[0]) and len(frame) == len(report.table)
+    assert "relation" in str(report) and "no relations in the labels" in str(report)
+
+
+def test_digit_scenes() -> None:
+    """The trained UNITER has a head that goes between a digit's word and its region."""
+    model, _ = va.lab.load_uniter()
+    report = va.probe(model, va.lab.probe_samples(80), tests=("coreference",))
+    assert report.value("coreference", 1, 2) > 0.85 and report.value("coreference") > 0.85
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"tests": "modality"}, "tests must be None or a sequence of names; got 'modality'"),
+        ({"tests": ["heads"]}, "tests must be among modality, .* got 'heads'"),
+        ({"tests": []}, "tests must name at least one"),
+        ({"read": "last"}, "read must be one of .* got 'last'"),
+        ({"parts": 3}, "parts must be None or a callable"),
+        ({"modality": {"input_ids": "sound"}}, "modality must be one of .* got 'sound' for 'input_ids'"),
+        ({"tests": ["relation"]}, "tests must be those that the data set has labels for; got 'relation': no relations"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        va.probe(planted(0), scenes(2), **arguments)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([None], "labels for each of 2 rows of the inputs; got 1"),
+        ([3, None], "labels as a dict, a dataclass or None; got int"),
+        ([{"phrase": []}, None], r"labels must be among phrases, relations, sentence; got \['phrase'\]"),
+        ([{"phrases": [(1, 2, 3)]}, None], "phrases must be .* each"),
+        ([{"phrases": [((2, 2), 0)]}, None], r"phrases must have a span \(start, stop\)"),
+        ([{"phrases": [((1, 2), [])]}, None], "phrases must name a region each"),
+        ([{"phrases": [((3, 5), 0)]}, None], r"phrases must be of text tokens in row 0; got columns \[3, 4\]"),
+        ([None, {"phrases": [((1, 2), 6)]}], "regions must be among the 6 image tokens of row 1, padding left out; got 6"),
+        ([{"relations": [(0, 1)]}, None], "relations must be .* each"),
+        ([{"sentence": "long"}, None], "sentence must be a dict"),
+    ],
+)
+def test_bad_labels(labels: Any, message: str) -> None:
+    (inputs, _), *_ = scenes(2)
+    with pytest.raises((TypeError, ValueError), match=message):
+        va.probe(planted(0), [(inputs, labels)])
+
+
+def test_what_is_no_pair_or_no_stream() -> None:
+    with pytest.raises(TypeError, match=r"dataset must give \(inputs, labels\); got 3 of them"):
+        va.probe(planted(0), [({}, None, None)])
+    with pytest.raises(TypeError, match="dataset must give inputs as a mapping"):
+        va.probe(planted(0), [(3, None)])
+    for name in ("LXMERT", "CLIP, sdpa"):
+        model, inputs = models.MODELS[name]()
+        with pytest.raises(ValueError, match="model must attend to words and image tokens in one stream; got .* calls of other"):
+            va.probe(model, [(inputs, [None, None])])
+    report = va.probe(planted(0), [])
+    assert {row["note"] for row in report.table} == {"no inputs in the data set"}
+    model = hf.BertModel(hf.BertConfig(vocab_size=99, **models.DEEP))
+    with va.nn.replace_attention(model, score="additive"):
+        with pytest.raises(ValueError, match="model must attend by a dot product, .* got the score 'additive'"):
+            va.probe(model, [(models.words(), [None, None])])
