@@ -212,7 +212,7 @@ def test_a_planted_head_is_found_and_random_ones_are_not(head: int) -> None:
     report = va.probe(planted(head), scenes(60), tests=("coreference", "cross_modal"))
     cells = {(i, h): report.value("coreference", i, h) for i in range(2) for h in range(4)}
     assert cells[0, head] > 0.95 and report.value("coreference") > 0.95
-    assert all(value < 0.75 for place, value in cells.items() if place != (0, head)), cells
+    assert all(value < 0.85 for place, value in cells.items() if place != (0, head)), cells
     shares = {(i, h): report.value("cross_modal", i, h) for i in range(2) for h in range(4)}
     assert shares[0, head] == 1.0
     assert all(value == 0.0 for place, value in shares.items() if place != (0, head)), shares
