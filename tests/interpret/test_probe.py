@@ -1,10 +1,8 @@
-"""`probe` against stored maps, on planted heads, and its report, page and errors."""
+"""`probe` against stored maps, on planted heads, and what its probes of states find."""
 
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,13 @@ pytest.importorskip("sklearn")
 import transformers as hf  # noqa: E402
 
 import vlattn_fast as va  # noqa: E402
+from tests.interpret.probe_cases import planted, scenes  # noqa: E402
 from tests.interpret.stored_maps import SOFTMAX, Kept  # noqa: E402
 from tests.nn import models  # noqa: E402
 from vlattn_fast.interpret.families import find_family  # noqa: E402
 from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
 from vlattn_fast.interpret.probing.linear import fusion, linear_probe  # noqa: E402
+from vlattn_fast.interpret.probing.two_streams import TwoStreams  # noqa: E402
 from vlattn_fast.interpret.probing.watched import Watched  # noqa: E402
 from vlattn_fast.models import UNITER, UNITERConfig  # noqa: E402
 
@@ -142,7 +142,7 @@ def test_maxima_are_those_of_stored_maps(name: str) -> None:
     for row in range(2):
         for index, (one, two) in enumerate(sets[row]):
             there, back = maps[:, row][:, :, one][..., two].amax((-2, -1)), maps[:, row][:, :, two][..., one].amax((-2, -1))
-            torch.testing.assert_close(seen.maxima[row][:, :, index], torch.stack([there, back], -1), rtol=0, atol=1e-10)
+            torch.testing.assert_close(seen.maxima[row][index], torch.stack([there, back], -1), rtol=0, atol=1e-10)
             assert float(torch.maximum(there, back).max()) > 0  # a causal model looks back alone
 
 
@@ -162,49 +162,55 @@ def test_states_are_the_hidden_states(name: str) -> None:
         torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
 
 
-# --- planted heads ---
-
-REGIONS, CODES = 6, 8
-
-
-def planted(head: int) -> UNITER:
-    """A UNITER whose words and regions with the same code have the same state; in layer 0 one head goes from each region to the
-    word with its code. Other heads have small random weights."""
+def test_two_streams_against_stored_maps() -> None:
+    """LXMERT: words and regions in the cross-attention both ways, two regions in their own stream."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 16, "num_hidden_layers": 2}
-    model = UNITER(UNITERConfig(vocab_size=4 + CODES, region_dim=CODES, initializer_range=0.02, **sizes)).eval()
-    inner = model.uniter
+    model, inputs = models.lxmert()
+    model = model.double().eval()
+    inputs = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    inputs["visual_attention_mask"] = torch.ones(2, BOXES)
+    inputs["visual_attention_mask"][1, 5:] = 0
+    for name, parameter in model.named_parameters():
+        if "query" in name or "key" in name:
+            parameter.data.mul_(8)
+    kept = _Double(copy.deepcopy(model))
+    with torch.no_grad(), kept.watching():
+        kept.model(**inputs)
+    across = [each for path, each in kept.maps if "visual_attention" in path]  # the words ask first
+    regions = torch.stack([each for path, each in kept.maps if "r_layers" in path or "visn_self_att" in path])
+    there, back = torch.stack(across[::2]), torch.stack(across[1::2])
+    sets = [[([1, 2], [WORDS + 3]), ([WORDS], [WORDS + 4]), ([3], [WORDS, WORDS + 2])]] * 2
+    watched = TwoStreams(model, Layouts(model, find_family(model), None), {}, True)
     with torch.no_grad():
-        for module in (inner.embeddings, inner.img_embeddings):
-            for parameter in module.parameters():
-                if parameter.ndim == 2:
-                    parameter.zero_()
-        inner.embeddings.word_embeddings.weight[4:, :CODES] = torch.eye(CODES)
-        inner.img_embeddings.img_linear.weight[:CODES] = torch.eye(CODES)
-        inner.embeddings.token_type_embeddings.weight[0, 20] = 0.5  # of text
-        inner.embeddings.token_type_embeddings.weight[1, 20] = -2.5  # of the image
-        attention = inner.encoder.layer[0].attention.self
-        rows = slice(8 * head, 8 * head + 8)
-        for linear in (attention.query, attention.key):
-            linear.weight[rows] = 0
-            linear.bias[rows] = 0
-        attention.query.weight[rows, :CODES] = attention.key.weight[rows, :CODES] = torch.eye(CODES) * 2
-        attention.key.weight[rows, 20] = 4.0  # keys of text have more of everything that a query asks for
-    return model
+        seen = watched.run(inputs, lambda layout: sets)
+    assert seen.layout.parts.tolist()[1] == [0] * 5 + [-1] * 2 + [1] * 5 + [-1] * 2 and len(seen.states) == 4
+    for row in range(2):
+        for index, (one, two) in ((0, ([1, 2], [3])), (2, ([3], [0, 2]))):
+            ways = there[:, row][:, :, one][..., two].amax((-2, -1)), back[:, row][:, :, two][..., one].amax((-2, -1))
+            torch.testing.assert_close(seen.maxima[row][index], torch.stack(ways, -1), rtol=0, atol=1e-10)
+        both = torch.stack([regions[:, row, :, 0, 4], regions[:, row, :, 4, 0]], -1)
+        torch.testing.assert_close(seen.maxima[row][1], both, rtol=0, atol=1e-10)
 
 
-def scenes(count: int, seed: int = 0) -> list[tuple[dict[str, Tensor], list[dict[str, Any]]]]:
-    """Texts [CLS] one two [SEP], of two codes among those of six regions."""
-    random = np.random.default_rng(seed)
-    ids, features, labels = [], [], []
-    for _ in range(count):
-        codes = random.permutation(CODES)[:REGIONS]
-        named = random.permutation(REGIONS)[:2]
-        ids.append([1, *(4 + codes[named]), 2])
-        features.append(np.eye(CODES)[codes])
-        labels.append({"phrases": [((1, 2), int(named[0])), ((2, 3), [int(named[1])])]})
-    inputs = {"input_ids": torch.tensor(np.array(ids)), "region_features": torch.tensor(np.array(features)).float()}
-    return [({**inputs, "region_positions": torch.zeros(count, REGIONS, 7)}, labels)]
+@pytest.mark.parametrize("name", ["LXMERT", "CLIP, sdpa"])
+def test_what_two_streams_have(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = models.MODELS[name]()
+    inputs["input_ids"][:, -1] = 98  # CLIP's end of the text
+    labels = [{"phrases": [((1, 3), 2)], "relations": [(0, 1, "one"), (2, 3, "other")]}, None]
+    report = va.probe(model, [(inputs, labels)] * 6)
+    notes = {row["test"]: row["note"] for row in report.table if row["kind"] is None}
+    for test in ("modality", "cross_modal", "fusion"):
+        assert notes[test] == "words and image in two streams"
+    assert notes["coreference"] == (None if name == "LXMERT" else "no attention both ways")
+    layers = {row["layer"] for row in report.table if row["test"] == "relation"}
+    assert layers == {None, 0, 1, 2}
+    assert report.value("linguistic", 1, kind="word_order") is not None
+    with pytest.raises(ValueError, match="tests must be .* got 'fusion': words and image in two streams"):
+        va.probe(model, [(inputs, labels)], tests=("fusion",))
+
+
+# --- planted heads ---
 
 
 @pytest.mark.parametrize("head", [0, 2])
@@ -337,93 +343,3 @@ def test_a_model_without_a_record_says_its_parts() -> None:
         va.probe(model, dataset, parts=lambda inputs: torch.zeros(7), **options)
     with pytest.raises(ValueError, match=r"parts must give 0 \(text\), 1 \(image\) or -1 \(neither\); got \[0, 5\]"):
         va.probe(model, dataset, parts=lambda inputs: torch.tensor([0] * 7 + [5]), **options)
-
-
-# --- the report ---
-
-
-def test_the_report(tmp_path: Path) -> None:
-    report = va.probe(planted(0), scenes(20))
-    again = va.ProbeReport.load(report.save(tmp_path / "report.json"))
-    assert again.table == report.table and again.facts == report.facts
-    assert json.loads((tmp_path / "report.json").read_text())["format"] == "vlattn_fast.probe.1"
-    with pytest.raises(ValueError, match="path must be a file that ProbeReport.save wrote"):
-        va.ProbeReport.load(__file__)
-    with pytest.raises(ValueError, match=r"must be those of a row of the table; got \('modality', None, 7, None\)"):
-        report.value("modality", 7)
-    figure = report.plot()
-    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
-    assert titles[:4] == ["modality: text", "modality: image", "cross_modal", "coreference"] and "fusion" in titles
-    image = next(axis for axis in figure.axes if axis.get_title() == "coreference").images[0].get_array()
-    assert image.shape == (2, 4) and image[0, 0] == report.value("coreference", 0, 0)
-    page = report.save_html(tmp_path / "report.html").read_text()
-    assert "data:image/png;base64," in page and page.count("<tr>") == len(report.table) + 1
-    assert "http" not in page.split("data:image")[0].replace("http-equiv", "")
-    frame = report.to_pandas()
-    assert list(frame.columns) == list(report.table[0]) and len(frame) == len(report.table)
-    assert "relation" in str(report) and "no relations in the labels" in str(report)
-
-
-def test_digit_scenes() -> None:
-    """The trained UNITER has a head that goes between a digit's word and its region."""
-    model, _ = va.lab.load_uniter()
-    report = va.probe(model, va.lab.probe_samples(80), tests=("coreference",))
-    assert report.value("coreference", 1, 2) > 0.85 and report.value("coreference") > 0.85
-
-
-# --- errors ---
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"tests": "modality"}, "tests must be None or a sequence of names; got 'modality'"),
-        ({"tests": ["heads"]}, "tests must be among modality, .* got 'heads'"),
-        ({"tests": []}, "tests must name at least one"),
-        ({"read": "last"}, "read must be one of .* got 'last'"),
-        ({"parts": 3}, "parts must be None or a callable"),
-        ({"modality": {"input_ids": "sound"}}, "modality must be one of .* got 'sound' for 'input_ids'"),
-        ({"tests": ["relation"]}, "tests must be those that the data set has labels for; got 'relation': no relations"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        va.probe(planted(0), scenes(2), **arguments)
-
-
-@pytest.mark.parametrize(
-    "labels, message",
-    [
-        ([None], "labels for each of 2 rows of the inputs; got 1"),
-        ([3, None], "labels as a dict, a dataclass or None; got int"),
-        ([{"phrase": []}, None], r"labels must be among phrases, relations, sentence; got \['phrase'\]"),
-        ([{"phrases": [(1, 2, 3)]}, None], "phrases must be .* each"),
-        ([{"phrases": [((2, 2), 0)]}, None], r"phrases must have a span \(start, stop\)"),
-        ([{"phrases": [((1, 2), [])]}, None], "phrases must name a region each"),
-        ([{"phrases": [((3, 5), 0)]}, None], r"phrases must be of text tokens in row 0; got columns \[3, 4\]"),
-        ([None, {"phrases": [((1, 2), 6)]}], "regions must be among the 6 image tokens of row 1, padding left out; got 6"),
-        ([{"relations": [(0, 1)]}, None], "relations must be .* each"),
-        ([{"sentence": "long"}, None], "sentence must be a dict"),
-    ],
-)
-def test_bad_labels(labels: Any, message: str) -> None:
-    (inputs, _), *_ = scenes(2)
-    with pytest.raises((TypeError, ValueError), match=message):
-        va.probe(planted(0), [(inputs, labels)])
-
-
-def test_what_is_no_pair_or_no_stream() -> None:
-    with pytest.raises(TypeError, match=r"dataset must give \(inputs, labels\); got 3 of them"):
-        va.probe(planted(0), [({}, None, None)])
-    with pytest.raises(TypeError, match="dataset must give inputs as a mapping"):
-        va.probe(planted(0), [(3, None)])
-    for name in ("LXMERT", "CLIP, sdpa"):
-        model, inputs = models.MODELS[name]()
-        with pytest.raises(ValueError, match="model must attend to words and image tokens in one stream; got .* calls of other"):
-            va.probe(model, [(inputs, [None, None])])
-    report = va.probe(planted(0), [])
-    assert {row["note"] for row in report.table} == {"no inputs in the data set"}
-    model = hf.BertModel(hf.BertConfig(vocab_size=99, **models.DEEP))
-    with va.nn.replace_attention(model, score="additive"):
-        with pytest.raises(ValueError, match="model must attend by a dot product, .* got the score 'additive'"):
-            va.probe(model, [(models.words(), [None, None])])

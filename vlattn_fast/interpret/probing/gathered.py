@@ -16,6 +16,7 @@ from vlattn_fast.interpret.probing.linear import Array, Probed, fusion, linear_p
 from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched
 
 KINDS = {TEXT: "text", IMAGE: "image", SPECIAL: "special"}
+_NO_INPUTS = "no inputs in the data set"
 _CROSSING = 0.5  # attention on the text above which a head is cross-modal
 _CLASSES = 6  # of lengths
 _OF_TRACES = {"coreference": "phrases", "relation": "relations"}
@@ -33,6 +34,7 @@ class Gathered:
         self.count = 0  # inputs
         self._random = np.random.default_rng(seed)
         self._without_image = 0
+        self._two_streams = False
         self._mass: list[Array] = []  # (L, H, 3) each
         self._crossing: list[Array] = []  # (L, H)
         # Of "coreference" and "relation": traces (L, H, 2), classes, inputs, and labels that could not be taken.
@@ -55,9 +57,10 @@ class Gathered:
         attends = of_labels is not None or any(name in self.tests for name in ("modality", "cross_modal"))
         seen = watched.run(inputs, of_labels, statistics=attends)
         batch = len(seen.layout.parts)
+        self._two_streams = seen.mass is None
         for row in range(batch):
             self._attention(seen, row, asked[row] if asked else [], attends)
-            if "fusion" in self.tests:
+            if "fusion" in self.tests and not self._two_streams:
                 self._clusters(seen, row)
         if "linguistic" in self.tests:
             self._linguistic(watched, inputs, seen, labels)
@@ -81,13 +84,19 @@ class Gathered:
     def _attention(self, seen: Seen, row: int, asked: Sequence[tuple[str, Any, Sets]], attends: bool) -> None:
         if not attends:
             return
-        if bool((seen.layout.parts[row] == IMAGE).any()):
+        if seen.mass is None or seen.crossing is None:
+            pass
+        elif bool((seen.layout.parts[row] == IMAGE).any()):
             self._mass.append(seen.mass[:, row].numpy())
             self._crossing.append(seen.crossing[:, row].numpy())
         else:
             self._without_image += 1
         for index, (test, kind, _) in enumerate(asked):
-            self._traces[test].append((seen.maxima[row][:, :, index].numpy(), kind, self.count + row))
+            trace = seen.maxima[row][index].numpy()
+            if len(trace):
+                self._traces[test].append((trace, kind, self.count + row))
+            else:
+                self._left_out[test] += 1
 
     def _clusters(self, seen: Seen, row: int) -> None:
         parts = seen.layout.groups(self.special)[row]
@@ -132,10 +141,15 @@ class Gathered:
         layout, rows = seen.layout, range(len(seen.layout.parts))
         if self.read == "cls":
             return [np.stack([_numbers(state[row, layout.row[row]]) for state in seen.states]) for row in rows]
-        weight = layout.words.double()
+        weight = layout.words[:, : seen.states[0].shape[1]].double()  # of two streams the states of the text
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
         means = [torch.einsum("bn,bnc->bc", weight, state.double().cpu()).numpy() for state in seen.states]
         return [np.stack([mean[row] for mean in means]) for row in rows]
+
+    def _reason(self, otherwise: str) -> str:
+        if not self.count:
+            return _NO_INPUTS
+        return "words and image in two streams" if self._two_streams else otherwise
 
     # --- the table ---
 
@@ -154,7 +168,7 @@ class Gathered:
     def _of_heads(self, test: str) -> list[dict[str, Any]]:
         samples = len(self._mass)
         if not samples:
-            return [_row(test, note=_reason(self.count, "no image tokens"), left_out=self._without_image)]
+            return [_row(test, note=self._reason("no image tokens"), left_out=self._without_image)]
         if test == "cross_modal":
             values = {None: (np.stack(self._crossing) > _CROSSING).mean(0)}
         else:
@@ -170,7 +184,8 @@ class Gathered:
     def _of_traces(self, test: str) -> list[dict[str, Any]]:
         left_out = self._left_out[test]
         if not self._traces[test]:
-            return [_row(test, note=_reason(self.count, f"no {_OF_TRACES[test]} in the labels"), left_out=left_out)]
+            missing = "no attention both ways" if self._two_streams and left_out else f"no {_OF_TRACES[test]} in the labels"
+            return [_row(test, note=missing if self.count else _NO_INPUTS, left_out=left_out)]
         traces, classes, groups = zip(*self._traces[test], strict=True)
         stacked = np.stack(traces)  # (S, L, H, 2)
         whole = linear_probe(stacked.reshape(len(stacked), -1), classes, groups, self.seed)
@@ -183,7 +198,7 @@ class Gathered:
     def _of_fusion(self) -> list[dict[str, Any]]:
         left_out = self._left_out["fusion"]
         if not self._fusion:
-            return [_row("fusion", note=_reason(self.count, "no words beside image tokens"), left_out=left_out)]
+            return [_row("fusion", note=self._reason("no words beside image tokens"), left_out=left_out)]
         means = np.array(self._fusion).mean(0)  # (L, 2)
         return [
             _row("fusion", None, layer, None, float(value), control=float(control), samples=len(self._fusion), left_out=left_out)
@@ -193,7 +208,7 @@ class Gathered:
     def _of_texts(self) -> list[dict[str, Any]]:
         left_out = self._left_out["linguistic"]
         if not self._texts:
-            return [_row("linguistic", note=_reason(self.count, "no words"), left_out=left_out)]
+            return [_row("linguistic", note="no words" if self.count else _NO_INPUTS, left_out=left_out)]
         states = np.stack([text[0] for text in self._texts])  # (S, L, C)
         groups = range(len(states))
         rows = []
@@ -223,10 +238,6 @@ class Gathered:
 
 def _numbers(states: Tensor) -> Array:
     return states.double().cpu().numpy()
-
-
-def _reason(count: int, otherwise: str) -> str:
-    return otherwise if count else "no inputs in the data set"
 
 
 def _middle_word(texts: Sequence[set[int]]) -> int:

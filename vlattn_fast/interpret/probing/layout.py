@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from vlattn_fast.interpret.grids import image_tokens
 from vlattn_fast.interpret.inputs import real_tokens
 from vlattn_fast.interpret.methods import METHODS
-from vlattn_fast.interpret.readout import word_positions
+from vlattn_fast.interpret.readout import end_of_text, word_positions
 from vlattn_fast.interpret.records import Family, Tower
 from vlattn_fast.interpret.towers import TowerTrace
 
 TEXT, IMAGE, SPECIAL, NONE = 0, 1, 2, -1
 Parts = Callable[[Mapping[str, Any]], Any]
 _TEXTS = ("text", "bert_text", "clip_text")
+_PICTURES = ("patches", "boxes")
 _IMAGES = ("regions", "text_patches", "patches_text", "image_text")
 
 
@@ -62,6 +63,7 @@ class Layouts:
             raise TypeError(f"parts must be None or a callable(inputs) -> (B, N); got {type(parts).__name__}")
         self.model, self.parts = model, parts
         self.tower: Tower | None = None if family is None else _one_stream(family)
+        self.pair: tuple[Tower, Tower] | None = None if family is None or parts is not None else _two_streams(family)
 
     def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of a sequence of tokens (B, N)."""
@@ -73,6 +75,22 @@ class Layouts:
                 f"for {type(self.model).__name__}"
             )
         return self._recorded(self.tower, inputs, shape)
+
+    def of_two(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
+        """The layout of words, and behind them the image tokens (B, R) of a stream of their own."""
+        assert self.pair is not None
+        text, image = self.pair
+        words = self._recorded(text, inputs, tuple(inputs["input_ids"].shape))
+        if len(words.parts) != shape[0]:
+            raise ValueError(f"inputs must have one text for each image; got {len(words.parts)} texts and {shape[0]} images")
+        mask = inputs.get("visual_attention_mask")
+        real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        parts = torch.where(real, IMAGE, NONE)
+        special = torch.zeros(shape, dtype=torch.bool)
+        special[:, : image.prefix] = True
+        start = words.parts.shape[1]
+        regions = [list(range(start + image.prefix, start + shape[1]))] * shape[0]
+        return Layout(torch.cat([words.parts, parts], 1), torch.cat([words.special, special], 1), words.row, 0, regions)
 
     def _given(self, told: Any, shape: tuple[int, int]) -> Layout:
         parts = torch.as_tensor(told).long()
@@ -111,7 +129,9 @@ class Layouts:
         special = torch.where(parts == TEXT, ~words.cpu(), prefix)
         regions = [row.nonzero()[:, 0].tolist() for row in (parts == IMAGE) & ~special]
         row = torch.zeros(shape[0], dtype=torch.long)
-        if tower.readout in ("target", "last"):
+        if tower.readout == "eot":
+            row = end_of_text(config, inputs).cpu()
+        elif tower.readout in ("target", "last"):
             row = shape[1] - 1 - real.flip(-1).int().argmax(-1)
         return Layout(torch.where(real, parts, NONE), special, row, before, regions)
 
@@ -119,4 +139,10 @@ class Layouts:
 def _one_stream(family: Family) -> Tower | None:
     """The tower with words in it, where there is no other with words that is read."""
     towers = [tower for tower in family.towers if tower.tokens in (*_IMAGES, *_TEXTS)]
-    return towers[0] if len(towers) == 1 and not family.bimodal else None
+    return towers[0] if len(towers) == 1 and not family.bimodal and _two_streams(family) is None else None
+
+
+def _two_streams(family: Family) -> tuple[Tower, Tower] | None:
+    """The tower of words and that of image tokens, where there is one of each."""
+    texts, images = ([tower for tower in family.towers if tower.tokens in kinds] for kinds in (_TEXTS, _PICTURES))
+    return (texts[0], images[0]) if len(family.towers) == 2 and len(texts) == len(images) == 1 else None

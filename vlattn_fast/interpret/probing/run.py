@@ -16,6 +16,7 @@ from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
 from vlattn_fast.interpret.probing.report import ProbeReport
+from vlattn_fast.interpret.probing.two_streams import TwoStreams
 from vlattn_fast.interpret.probing.watched import Watched
 from vlattn_fast.interpret.watching import MODALITIES
 
@@ -37,7 +38,9 @@ def probe(
     """What the heads of a model attend to, and what its states hold, over a data set: the probes of VALUE.
 
     One stream of words and image tokens is probed (UNITER, VisualBERT, ViLT, decoders that see images), or a text alone for
-    "linguistic". Of attention only statistics are kept, `attention_statistics` of one layer at a time.
+    "linguistic". Models with a stream of each have "coreference" in the layers where both attend to one another (LXMERT),
+    "relation" in those of the image, and "linguistic". Of attention only statistics are kept, `attention_statistics` of one layer
+    at a time.
 
     Of attention, for each layer and head:
 
@@ -89,7 +92,9 @@ def probe(
     with extra("probe"):
         import sklearn  # noqa: F401 (probes without it would end after the forward passes)
     inner = unwrapped(model)
-    watched = Watched(inner, Layouts(inner, find_family(inner), parts), dict(modality or {}), special)
+    layouts = Layouts(inner, find_family(inner), parts)
+    kind_of_model = Watched if layouts.pair is None else TwoStreams
+    watched = kind_of_model(inner, layouts, dict(modality or {}), special)
     gathered = Gathered(names, special, read, seed)
     with torch.no_grad(), at_rest(inner):
         for item in _with_progress(dataset):
@@ -98,7 +103,7 @@ def probe(
     table = gathered.table()
     for row in table:
         if tests is not None and row["value"] is None and row["kind"] is None:
-            raise ValueError(f"tests must be those that the data set has labels for; got {row['test']!r}: {row['note']}")
+            raise ValueError(f"tests must be those that the model and the data set have; got {row['test']!r}: {row['note']}")
     facts = {
         "model": type(inner).__name__,
         "tests": list(names),

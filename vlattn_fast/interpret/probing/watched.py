@@ -6,7 +6,7 @@ Of attention only statistics stay (`attention_statistics`); queries and keys of 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,15 +27,16 @@ Sets = tuple[list[int], list[int]]  # two sets of positions in a row's sequence
 class Seen:
     """What a pass over B rows showed of L layers with H heads.
 
-    mass: (L, B, H, 3), the attention of the row that is read on text, image and special tokens. crossing: (L, B, H), the largest
-    attention of an image token on all text. maxima: of each row, (L, H, sets, 2): the largest attention of the first of two sets
-    of tokens on the second, and of the second on the first. states: of each layer (B, N, C).
+    mass: (L, B, H, 3), the attention of the row that is read on text, image and special tokens; None of two streams. crossing:
+    (L, B, H), the largest attention of an image token on all text; likewise. maxima: of each row and two sets of tokens
+    (L, H, 2), the largest attention of the first on the second, and of the second on the first. states: of each layer (B, N, C);
+    of two streams those of the text.
     """
 
     layout: Layout
-    mass: Tensor
-    crossing: Tensor
-    maxima: list[Tensor]
+    mass: Tensor | None
+    crossing: Tensor | None
+    maxima: list[list[Tensor]]
     states: list[Tensor]
 
 
@@ -85,6 +86,16 @@ class Watched:
             with torch._C.DisableTorchFunction():
                 self._add(stream, call, inputs, sets, statistics)
 
+        self.forward(inputs, sees, states)
+        if not stream.numbers:
+            kind = "words" if wanted == FROM_TEXT else "words and image tokens in one stream"
+            got = f"{len(others)} calls of other attention in {type(self.model).__name__}"
+            raise ValueError(f"model must attend to {kind}; got {got}")
+        return self._seen(stream, states)
+
+    def forward(self, inputs: Mapping[str, Any], sees: Callable[[int, AttentionCall], None], states: dict[int, Tensor]) -> None:
+        """One pass: each call to `sees`, and what the first tensor behind its layer is to `states`."""
+
         def leaves(number: int, result: Any) -> None:
             state = result[0] if isinstance(result, (tuple, list)) else result
             if isinstance(state, Tensor) and state.ndim == 3:
@@ -95,23 +106,13 @@ class Watched:
             arguments.setdefault("use_cache", False)
         with dispatched(self.model), Watch(self.model, self.modality, lambda calls: None, sees, leaves):
             self.model(**arguments)
-        if not stream.numbers:
-            kind = "words" if wanted == FROM_TEXT else "words and image tokens in one stream"
-            got = f"{len(others)} calls of other attention in {type(self.model).__name__}"
-            raise ValueError(f"model must attend to {kind}; got {got}")
-        return self._seen(stream, states)
 
     def _seen(self, stream: _Stream, states: Mapping[int, Tensor]) -> Seen:
         assert stream.layout is not None
-        name = type(self.model).__name__
-        found = [states.get(number) for number in stream.numbers]
-        size = stream.layout.parts.shape[1]
-        whole = [state for state in found if state is not None and state.shape[1] == size]
-        if len(whole) != len(stream.numbers):
-            raise ValueError(f"model must hold its layers in a list and give (B, {size}, C) behind each; got others in {name}")
+        whole = behind(self.model, stream.numbers, states, stream.layout.parts.shape[1])
         mass, crossing = (torch.stack(values) if values else torch.zeros(0) for values in (stream.mass, stream.crossing))
         rows = range(len(stream.layout.parts)) if stream.maxima else ()
-        maxima = [torch.stack([layer[row] for layer in stream.maxima]) for row in rows]
+        maxima = [list(torch.stack([layer[row] for layer in stream.maxima]).unbind(2)) for row in rows]
         return Seen(stream.layout, mass, crossing, maxima, whole)
 
     def _add(self, stream: _Stream, call: AttentionCall, inputs: Mapping[str, Any], sets: Any, statistics: bool) -> None:
@@ -124,29 +125,55 @@ class Watched:
                 f"inputs must give the whole sequence in one forward pass; got {shape[1]} queries and {call.key.shape[2]} keys "
                 f"in a layer of {tuple(layout.parts.shape)} tokens"
             )
-        if call.masks is None or call.score != "dot":
-            what = "attention that is written out by hand" if call.masks is None else f"the score {call.score!r}"
-            raise ValueError(f"model must attend by a dot product, by calls of torch or transformers; got {what}")
+        masks = checked(call)
         if not statistics:
             return
         device = call.query.device
         groups = layout.groups(self.special).to(device)
-        mass = attention_statistics(call.query, call.key, key_groups=groups, num_groups=3, **call.masks).mass  # (B, H, N, 3)
+        mass = attention_statistics(call.query, call.key, key_groups=groups, num_groups=3, **masks).mass  # (B, H, N, 3)
         rows = torch.arange(shape[0], device=device)
         stream.mass.append(mass[rows, :, layout.row.to(device)].double().cpu())
         from_image = (groups == IMAGE)[:, None]  # (B, 1, N)
         stream.crossing.append(mass[..., TEXT].masked_fill(~from_image, 0).amax(-1).double().cpu())
         if sets is not None:
-            stream.maxima.append(_maxima(call, sets(layout)))
+            stream.maxima.append(both_ways(call, sets(layout)))
 
 
-def _maxima(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
-    """Of each row (H, sets, 2). A group of keys that is one key has its weight as mass: so single weights are read, no map."""
-    assert call.masks is not None
-    batch, heads, size = call.query.shape[:3]
-    keys = [sorted({token for pair in row for part in pair for token in part}) for row in sets]
+def checked(call: AttentionCall) -> Mapping[str, Any]:
+    """Its masks. ValueError for attention whose statistics cannot be had."""
+    if call.masks is None or call.score != "dot":
+        what = "attention that is written out by hand" if call.masks is None else f"the score {call.score!r}"
+        raise ValueError(f"model must attend by a dot product, by calls of torch or transformers; got {what}")
+    return call.masks
+
+
+def behind(model: nn.Module, numbers: Sequence[int], states: Mapping[int, Tensor], size: int) -> list[Tensor]:
+    """The states (B, size, C) behind the layers of some calls."""
+    found = [states.get(number) for number in numbers]
+    whole = [state for state in found if state is not None and state.shape[1] == size]
+    if len(whole) != len(numbers):
+        got = f"others in {type(model).__name__}"
+        raise ValueError(f"model must hold its layers in a list and give (B, {size}, C) behind each; got {got}")
+    return whole
+
+
+def both_ways(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
+    """Of each row (H, sets, 2)."""
+    there, back = one_way(call, sets), one_way(call, [[(two, one) for one, two in row] for row in sets])
+    return [torch.stack(both, -1) for both in zip(there, back, strict=True)]
+
+
+def one_way(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
+    """Of each row (H, sets): the largest attention of the first set on the second.
+
+    A group of keys that is one key has its weight as mass: so single weights are read, and no map.
+    """
+    masks = checked(call)
+    batch, heads = call.query.shape[:2]
+    keys = [sorted({token for _, part in row for token in part}) for row in sets]
+    queries = [sorted({token for part, _ in row for token in part}) for row in sets]
     longest = max(map(len, keys), default=0)
-    weights = [torch.zeros(heads, len(row), len(row), dtype=torch.float64) for row in keys]
+    weights = [torch.zeros(heads, len(rows), len(row), dtype=torch.float64) for rows, row in zip(queries, keys, strict=True)]
     for start in range(0, longest, _KEYS):
         groups = torch.full((batch, call.key.shape[2]), -1)
         chosen = [row[start : start + _KEYS] for row in keys]
@@ -154,16 +181,15 @@ def _maxima(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]
             groups[row, some] = torch.arange(len(some))
         device = call.query.device
         count = max(map(len, chosen))
-        mass = attention_statistics(call.query, call.key, key_groups=groups.to(device), num_groups=count, **call.masks).mass
+        mass = attention_statistics(call.query, call.key, key_groups=groups.to(device), num_groups=count, **masks).mass
         for row, some in enumerate(chosen):
-            weights[row][:, :, start : start + len(some)] = mass[row][:, keys[row], : len(some)].double().cpu()
+            weights[row][:, :, start : start + len(some)] = mass[row][:, queries[row], : len(some)].double().cpu()
     found = []
     for row, pairs in enumerate(sets):
-        place = {token: index for index, token in enumerate(keys[row])}
-        both = torch.zeros(heads, len(pairs), 2, dtype=torch.float64)
+        of_key, of_query = ({token: index for index, token in enumerate(some[row])} for some in (keys, queries))
+        largest = torch.zeros(heads, len(pairs), dtype=torch.float64)
         for index, (one, two) in enumerate(pairs):
-            first, second = ([place[token] for token in part] for part in (one, two))
-            both[:, index, 0] = weights[row][:, first][:, :, second].amax((1, 2))
-            both[:, index, 1] = weights[row][:, second][:, :, first].amax((1, 2))
-        found.append(both)
+            rows, columns = [of_query[token] for token in one], [of_key[token] for token in two]
+            largest[:, index] = weights[row][:, rows][:, :, columns].amax((1, 2))
+        found.append(largest)
     return found

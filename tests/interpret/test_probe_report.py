@@ -1,0 +1,108 @@
+"""The report, page and errors of `probe`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("sklearn")
+
+import transformers as hf  # noqa: E402
+
+import vlattn_fast as va  # noqa: E402
+from tests.interpret.probe_cases import planted, scenes  # noqa: E402
+from tests.nn import models  # noqa: E402
+
+# --- the report ---
+
+
+def test_the_report(tmp_path: Path) -> None:
+    report = va.probe(planted(0), scenes(20))
+    again = va.ProbeReport.load(report.save(tmp_path / "report.json"))
+    assert again.table == report.table and again.facts == report.facts
+    assert json.loads((tmp_path / "report.json").read_text())["format"] == "vlattn_fast.probe.1"
+    with pytest.raises(ValueError, match="path must be a file that ProbeReport.save wrote"):
+        va.ProbeReport.load(__file__)
+    with pytest.raises(ValueError, match=r"must be those of a row of the table; got \('modality', None, 7, None\)"):
+        report.value("modality", 7)
+    figure = report.plot()
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles[:4] == ["modality: text", "modality: image", "cross_modal", "coreference"] and "fusion" in titles
+    image = next(axis for axis in figure.axes if axis.get_title() == "coreference").images[0].get_array()
+    assert image.shape == (2, 4) and image[0, 0] == report.value("coreference", 0, 0)
+    page = report.save_html(tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page and page.count("<tr>") == len(report.table) + 1
+    assert "http" not in page.split("data:image")[0].replace("http-equiv", "")
+    frame = report.to_pandas()
+    assert list(frame.columns) == list(report.table[0]) and len(frame) == len(report.table)
+    assert "relation" in str(report) and "no relations in the labels" in str(report)
+
+
+def test_digit_scenes() -> None:
+    """The trained UNITER has a head that goes between a digit's word and its region."""
+    model, _ = va.lab.load_uniter()
+    report = va.probe(model, va.lab.probe_samples(80), tests=("coreference",))
+    assert report.value("coreference", 1, 2) > 0.85 and report.value("coreference") > 0.85
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"tests": "modality"}, "tests must be None or a sequence of names; got 'modality'"),
+        ({"tests": ["heads"]}, "tests must be among modality, .* got 'heads'"),
+        ({"tests": []}, "tests must name at least one"),
+        ({"read": "last"}, "read must be one of .* got 'last'"),
+        ({"parts": 3}, "parts must be None or a callable"),
+        ({"modality": {"input_ids": "sound"}}, "modality must be one of .* got 'sound' for 'input_ids'"),
+        ({"tests": ["relation"]}, "tests must be those that the model and the data set have; got 'relation': no relations"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        va.probe(planted(0), scenes(2), **arguments)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([None], "labels for each of 2 rows of the inputs; got 1"),
+        ([3, None], "labels as a dict, a dataclass or None; got int"),
+        ([{"phrase": []}, None], r"labels must be among phrases, relations, sentence; got \['phrase'\]"),
+        ([{"phrases": [(1, 2, 3)]}, None], "phrases must be .* each"),
+        ([{"phrases": [((2, 2), 0)]}, None], r"phrases must have a span \(start, stop\)"),
+        ([{"phrases": [((1, 2), [])]}, None], "phrases must name a region each"),
+        ([{"phrases": [((3, 5), 0)]}, None], r"phrases must be of text tokens in row 0; got columns \[3, 4\]"),
+        ([None, {"phrases": [((1, 2), 6)]}], "regions must be among the 6 image tokens of row 1, padding left out; got 6"),
+        ([{"relations": [(0, 1)]}, None], "relations must be .* each"),
+        ([{"sentence": "long"}, None], "sentence must be a dict"),
+    ],
+)
+def test_bad_labels(labels: Any, message: str) -> None:
+    (inputs, _), *_ = scenes(2)
+    with pytest.raises((TypeError, ValueError), match=message):
+        va.probe(planted(0), [(inputs, labels)])
+
+
+def test_what_is_no_pair_or_no_stream() -> None:
+    with pytest.raises(TypeError, match=r"dataset must give \(inputs, labels\); got 3 of them"):
+        va.probe(planted(0), [({}, None, None)])
+    with pytest.raises(TypeError, match="dataset must give inputs as a mapping"):
+        va.probe(planted(0), [(3, None)])
+    joined = models.Joined(False).eval()
+    inputs = {"input_ids": torch.randint(99, (2, 5)), "features": torch.randn(2, 3, 20)}
+    with pytest.raises(ValueError, match="model must attend to words and image tokens in one stream; got 7 calls of other"):
+        va.probe(joined, [(inputs, [None, None])], modality={"features": "image"})
+    report = va.probe(planted(0), [])
+    assert {row["note"] for row in report.table} == {"no inputs in the data set"}
+    model = hf.BertModel(hf.BertConfig(vocab_size=99, **models.DEEP))
+    with va.nn.replace_attention(model, score="additive"):
+        with pytest.raises(ValueError, match="model must attend by a dot product, .* got the score 'additive'"):
+            va.probe(model, [(models.words(), [None, None])])

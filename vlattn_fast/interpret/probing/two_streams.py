@@ -1,0 +1,88 @@
+"""One forward pass of a model with a stream of words and another of image tokens, such as LXMERT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret.probing.layout import Layout
+from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched, behind, both_ways, checked, one_way
+from vlattn_fast.interpret.watching import IMAGE, TEXT, AttentionCall
+
+Place = tuple[int, int]  # a row, and the number of the sets that are asked for in it
+
+
+class TwoStreams(Watched):
+    """Image tokens are counted behind the words.
+
+    A phrase and a region have maxima in the layers where words and image attend to one another both ways; two regions have them
+    in the layers of the image's own stream. What heads give to text and image in one softmax is not defined here.
+    """
+
+    def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> Seen:
+        """See `Watched.run`."""
+        layout: Layout | None = None
+        states: dict[int, Tensor] = {}
+        numbers: list[int] = []
+        asked: list[list[Sets]] = []
+        of_words: dict[tuple[int, int], list[dict[Place, Tensor]]] = {(TEXT, IMAGE): [], (IMAGE, TEXT): []}
+        of_regions: list[dict[Place, Tensor]] = []
+        words = int(inputs["input_ids"].shape[1])
+
+        def sees(number: int, call: AttentionCall) -> None:
+            nonlocal layout
+            kinds = call.kinds, call.key_kinds
+            if kinds == (TEXT, TEXT):
+                numbers.append(number)
+                return
+            with torch._C.DisableTorchFunction():
+                checked(call)
+                if layout is None:
+                    image = call.query if call.kinds == IMAGE else call.key
+                    layout = self.layouts.of_two(inputs, (image.shape[0], image.shape[2]))
+                    asked.extend(sets(layout) if sets is not None else [])
+                if not statistics or not asked:
+                    return
+                chosen, places = _chosen(asked, words, with_words=kinds != (IMAGE, IMAGE))
+                if kinds == (IMAGE, IMAGE):
+                    of_regions.append(_by_place(both_ways(call, chosen), places))
+                elif kinds in of_words:
+                    turned = [[(two, one) if kinds == (IMAGE, TEXT) else (one, two) for one, two in row] for row in chosen]
+                    of_words[kinds].append(_by_place(one_way(call, turned), places))
+
+        self.forward(inputs, sees, states)
+        if layout is None or not numbers:
+            raise ValueError(f"model must attend to words and to image tokens; got neither in {type(self.model).__name__}")
+        ways = of_words.values()
+        crossing = []
+        if len({len(way) for way in ways}) == 1:
+            there, back = ways
+            crossing = [{p: torch.stack([one[p], two[p]], -1) for p in one} for one, two in zip(there, back, strict=True)]
+        maxima = []
+        for row, some in enumerate(asked):
+            layers = [crossing if one[0] < words else of_regions for one, _ in some]
+            maxima.append([_stacked([layer[row, i] for layer in mine]) for i, mine in enumerate(layers)])
+        return Seen(layout, None, None, maxima, behind(self.model, numbers, states, words))
+
+
+def _chosen(asked: list[list[Sets]], words: int, with_words: bool) -> tuple[list[list[Sets]], list[list[int]]]:
+    """The sets that a call has maxima of, counted in its streams, and which they are."""
+    places = [[i for i, (one, _) in enumerate(row) if (one[0] < words) == with_words] for row in asked]
+    chosen = []
+    for row, some in zip(asked, places, strict=True):
+        pairs = (row[i] for i in some)
+        chosen.append([([i if with_words else i - words for i in one], [i - words for i in two]) for one, two in pairs])
+    return chosen, places
+
+
+def _by_place(found: list[Tensor], places: list[list[int]]) -> dict[Place, Tensor]:
+    """Maxima (H, ...) by row and set."""
+    return {(row, place): found[row][:, i] for row, some in enumerate(places) for i, place in enumerate(some)}
+
+
+def _stacked(layers: list[Tensor]) -> Tensor:
+    """(L, H, 2); L = 0 where there is no such layer."""
+    return torch.stack(layers) if layers else torch.zeros(0, 0, 2, dtype=torch.float64)
