@@ -130,7 +130,7 @@ class Layouts:
         regions = [row.nonzero()[:, 0].tolist() for row in (parts == IMAGE) & ~special]
         row = torch.zeros(shape[0], dtype=torch.long)
         if tower.readout == "eot":
-            row = end_of_text(config, inputs).cpu()
+            row = end_of_text(trace, inputs).cpu()
         elif tower.readout in ("target", "last"):
             row = shape[1] - 1 - real.flip(-1).int().argmax(-1)
         return Layout(torch.where(real, parts, NONE), special, row, before, regions)

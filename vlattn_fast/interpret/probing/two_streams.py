@@ -38,6 +38,8 @@ class TwoStreams(Watched):
             if kinds == (TEXT, TEXT):
                 numbers.append(number)
                 return
+            if kinds not in of_words and kinds != (IMAGE, IMAGE):
+                return  # neither of the streams
             with torch._C.DisableTorchFunction():
                 checked(call)
                 if layout is None:
@@ -49,7 +51,7 @@ class TwoStreams(Watched):
                 chosen, places = _chosen(asked, words, with_words=kinds != (IMAGE, IMAGE))
                 if kinds == (IMAGE, IMAGE):
                     of_regions.append(_by_place(both_ways(call, chosen), places))
-                elif kinds in of_words:
+                else:
                     turned = [[(two, one) if kinds == (IMAGE, TEXT) else (one, two) for one, two in row] for row in chosen]
                     of_words[kinds].append(_by_place(one_way(call, turned), places))
 
