@@ -1,4 +1,4 @@
-"""`vlattn info | explain | verify | bench | demo`."""
+"""`vlattn info | explain | probe | verify | bench | demo`."""
 
 from __future__ import annotations
 
@@ -247,6 +247,40 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
     for row, score in enumerate(scores if answer is None else []):
         aim = "" if explanation.target is None else f" (target {explanation.target[row]})"
         typer.echo(f"score {row}: {score:.6g}{aim}")
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
+    dataset: Annotated[Path, typer.Option(help=".jsonl: text, image, phrases, relations, sentence.")],
+    out: Annotated[Path, typer.Option(help="File to write, .html or .json.")],
+    test: Annotated[list[str] | None, typer.Option(help="One or more of the tests; all by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU.")] = None,
+) -> None:
+    """Probe what a model's heads attend to and what its states hold: modalities, phrases, relations, fusion, texts.
+
+    Prints the table without single heads; --out has all of it.
+    """
+    from vlattn_fast.interpret.probing import probe as run
+    from vlattn_fast.interpret.probing.files import samples
+
+    if dtype is not None and dtype not in MODEL_DTYPES:
+        raise typer.BadParameter(f"--dtype must be one of {', '.join(MODEL_DTYPES)}; got {dtype}")
+    if out.suffix not in (".html", ".json"):
+        raise typer.BadParameter(f"--out must end in .html or .json; got {out.name}")
+    try:
+        loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
+        loaded = loaded if device is None else loaded.to(device)
+        report = run(loaded, samples(loaded, processor, dataset), tests=test)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(str(report))
+    if out.suffix == ".html":
+        report.save_html(out)
+    else:
+        report.save(out)
     typer.echo(f"wrote {out}")
 
 

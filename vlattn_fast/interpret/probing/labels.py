@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlattn_fast.interpret.probing.layout import Layout
 
-_KEYS = ("phrases", "relations", "sentence")
+KEYS = ("phrases", "relations", "sentence")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ def _labels(given: Any) -> Labels:
     if given is None:
         return Labels()
     if dataclasses.is_dataclass(given) and not isinstance(given, type):
-        given = {name: getattr(given, name, None) for name in _KEYS}
+        given = {name: getattr(given, name, None) for name in KEYS}
     if not isinstance(given, Mapping):
         raise TypeError(f"dataset must give labels as a dict, a dataclass or None; got {type(given).__name__}")
-    if unknown := [name for name in given if name not in _KEYS]:
-        raise ValueError(f"labels must be among {', '.join(_KEYS)}; got {unknown}")
+    if unknown := [name for name in given if name not in KEYS]:
+        raise ValueError(f"labels must be among {', '.join(KEYS)}; got {unknown}")
     phrases, relations = [], []
     for phrase in given.get("phrases") or ():
         if not isinstance(phrase, Sequence) or len(phrase) != 2:

@@ -1,0 +1,60 @@
+"""`vlattn probe` on a small random decoder saved to a temporary folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+
+from PIL import Image  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+import vlattn_fast as va  # noqa: E402
+from tests import saved_models  # noqa: E402
+from vlattn_fast.cli import app  # noqa: E402
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["probe", *arguments], env={"COLUMNS": "300"})
+
+
+def test_a_file_of_samples(tmp_path: Path) -> None:
+    model = str(saved_models.save_llava(tmp_path / "llava"))
+    Image.new("RGB", (24, 24), "red").save(tmp_path / "red.png")
+    row = {"text": "a red square", "image": "red.png", "relations": [[0, 1, "beside"]], "sentence": {"colour": "red"}}
+    other = {**row, "text": "a blue circle", "relations": [[0, 4, "above"]], "sentence": {"colour": "blue"}, "id": 7}
+    source = tmp_path / "samples.jsonl"
+    source.write_text("\n".join(json.dumps(each) for each in [row, other] * 4) + "\n")
+    result = run("--model", model, "--dataset", str(source), "--out", str(tmp_path / "report.json"))
+    assert result.exit_code == 0, result.output
+    report = va.ProbeReport.load(tmp_path / "report.json")
+    assert report.facts["inputs"] == 8 and report.value("relation") is not None
+    assert report.value("modality", 0, 0, "text") + report.value("modality", 0, 0, "image") == pytest.approx(1.0)
+    assert "linguistic" in result.output and f"wrote {tmp_path / 'report.json'}" in result.output
+    again = run("--model", model, "--dataset", str(source), "--out", str(tmp_path / "report.html"), "--test", "modality")
+    assert again.exit_code == 0 and "data:image/png" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "line, options, message",
+    [
+        ("[]", [], "JSON object with a text in line 1; got []"),
+        ('{"text": "a", "phrase": []}', [], "got ['phrase'] in line 1"),
+        ('{"text": "a"}', ["--test", "heads"], "tests must be among modality"),
+        ('{"text": "a"}', ["--dtype", "int8"], "--dtype must be one of"),
+        ('{"text": "a"}', ["--out", "report.png"], "--out must end in .html or .json; got report.png"),
+        ('{"text": "a"}', ["--dataset", "samples.csv"], "dataset must be a .jsonl file; got samples.csv"),
+    ],
+)
+def test_refuses(line: str, options: list[str], message: str, tmp_path: Path) -> None:
+    model = str(saved_models.save_bert(tmp_path / "bert"))
+    (tmp_path / "samples.jsonl").write_text(line)
+    given = {"--model": model, "--dataset": str(tmp_path / "samples.jsonl"), "--out": str(tmp_path / "out.json")}
+    given.update(zip(options[::2], options[1::2], strict=True))
+    result = run(*[word for pair in given.items() for word in pair])
+    assert result.exit_code == 2 and message in result.output

@@ -1,0 +1,43 @@
+"""A data set for `probe` from a file of JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlattn_fast.interpret.loading import build_inputs, moved, open_image
+from vlattn_fast.interpret.probing.labels import KEYS
+
+_COLUMNS = ("image", "text", *KEYS)
+
+
+def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
+    """(inputs, labels) of each line: "text", "image" (a path that counts from the file's folder), and labels as `probe` has them.
+
+    Raises:
+        ValueError: `source` is no such file, or a line is not as said (it is named).
+    """
+    source = Path(source)
+    if source.suffix not in (".jsonl", ".ndjson") or not source.is_file():
+        raise ValueError(f"dataset must be a .jsonl file; got {source}")
+    with source.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                row = _row(line, number)
+                picture = None if row.get("image") is None else open_image(source.parent / row["image"])
+                inputs = moved(build_inputs(model, processor, picture, [row["text"]]), model)
+                yield inputs, {name: row[name] for name in KEYS if row.get(name) is not None}
+
+
+def _row(line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        row = str(error)
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f"dataset must have a JSON object with a text in line {number}; got {row!r}")
+    if unknown := [name for name in row if name not in (*_COLUMNS, "id")]:
+        raise ValueError(f"dataset must have columns among {', '.join(_COLUMNS)} and id; got {unknown} in line {number}")
+    return row
