@@ -64,6 +64,7 @@ def capture_attention(
     Raises:
         ValueError: within, a forward pass without such attention, or with fewer layers; an input of unknown modality.
 
+    >>> import torch
     >>> from vlattn_fast.models import UNITER, UNITERConfig
     >>> config = UNITERConfig(99, 32, 2, 4, 64, region_dim=8)
     >>> with capture_attention(UNITER(config)) as seen:
