@@ -10,8 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAM = """
-import json, sys, time
+import gc, json, sys, time
 import torch
+gc.disable()  # a collection goes through all that torch has made, and may come at any time
 before = set(sys.modules)
 start = time.process_time()  # not the clock: other processes share the cores
 import vlattn_fast

@@ -1,6 +1,9 @@
 """vlattn_fast: look inside, train on, and change the attention of vision-language models at FlashAttention cost."""
 
-from vlattn_fast import lab, models, nn, reference, scores
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vlattn_fast import nn, reference, scores
 from vlattn_fast.interpret import (
     Evaluation,
     Explanation,
@@ -20,6 +23,9 @@ from vlattn_fast.ops.relevancy_residual import relevancy_residual
 from vlattn_fast.ops.score_attention import score_attention
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
 from vlattn_fast.reference.attention_statistics import AttentionStatistics
+
+if TYPE_CHECKING:
+    from vlattn_fast import lab, models
 
 __all__ = [
     "AttentionStatistics",
@@ -47,3 +53,14 @@ __all__ = [
     "scores",
     "stacked_cross_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The packages that most programs do without are imported when they are first asked for."""
+    if name in ("lab", "models"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
