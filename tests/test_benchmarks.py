@@ -185,7 +185,7 @@ def test_a_quick_run_is_smaller_and_stores_nothing_unless_told(only_congruence, 
 
 
 def test_a_run_says_how_far_it_is_and_what_its_columns_are(only_congruence, tmp_path, monkeypatch, capsys):
-    chosen = _choice.choose([])
+    chosen = _run.choose([])
     monkeypatch.setattr(_run, "choose", lambda names: chosen * 3)
     assert _run.run(quick=True, rounds=1, out=tmp_path)
     said = capsys.readouterr()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import platform
 import subprocess
@@ -30,7 +31,7 @@ RESULTS = Path("benchmarks/results")
 
 def methods_of(task: Task) -> dict[str, str | Rival]:
     """Everything that is compared on a task, by its name; captum's methods where captum is installed."""
-    from vlattn_fast.benchmarks import rivals
+    rivals = importlib.import_module("vlattn_fast.benchmarks.rivals")  # by name, since benchmarks are built on this package
 
     found: dict[str, str | Rival] = {name: name for name in task.methods}
     for kind in task.rivals:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlattn_fast.interpret.probing.report import COLUMNS
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+COLUMNS = ("test", "kind", "layer", "head", "value", "chance", "control", "samples", "left_out", "note")
 
 Rows = Sequence[dict[str, Any]]
 

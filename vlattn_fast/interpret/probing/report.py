@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlattn_fast._extras import extra
+from vlattn_fast.interpret.probing.charts import COLUMNS, draw, page
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 _FORMAT = "vlattn_fast.probe.1"
-COLUMNS = ("test", "kind", "layer", "head", "value", "chance", "control", "samples", "left_out", "note")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +54,11 @@ class ProbeReport:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
         with extra("viz"):
-            from vlattn_fast.interpret.probing.charts import draw
-
             return draw(self.table)
 
     def save_html(self, path: str | Path) -> Path:
         """Write the heat maps and the table to `path` as one page that needs no network."""
         with extra("viz"):
-            from vlattn_fast.interpret.probing.charts import page
-
             text = page(self.table, self.facts)
         Path(path).write_text(text, encoding="utf-8")
         return Path(path)
