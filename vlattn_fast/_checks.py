@@ -6,6 +6,7 @@ A check takes the time of each call, so it reads no property twice, and makes wo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -124,6 +125,19 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise TypeError(f"{name} must be one of {allowed}; got {describe(value)}")
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}; got {value!r}")
+
+
+def check_names(name: str, value: Any, known: Iterable[str], legend: str = "a sequence of names") -> tuple[str, ...]:
+    """Those of `value`, each once: some of `known`. `legend` is what the message says that `value` must be."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be {legend}; got {value!r}")
+    names = tuple(dict.fromkeys(value))
+    if not names:
+        raise ValueError(f"{name} must name at least one; got none")
+    for each in names:
+        if each not in known:
+            raise ValueError(f"{name} must be among {', '.join(known)}; got {each!r}")
+    return names
 
 
 def check_bool(**flags: Any) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -18,3 +21,13 @@ def extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as missing:
         command = f"pip install 'vlattn_fast[{name}]'"
         raise ModuleNotFoundError(f"{missing.name} is needed here and not installed: {command}", name=missing.name) from missing
+
+
+def with_progress(items: Iterable[T], what: str, **options: Any) -> Iterable[T]:
+    """`items`, with a progress bar on a terminal where tqdm is installed; `options` are tqdm's."""
+    with contextlib.suppress(ModuleNotFoundError):
+        from tqdm import tqdm
+
+        bar: Iterable[T] = tqdm(items, desc=what, disable=None, **options)
+        return bar
+    return items

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._extras import with_progress
 from vlattn_fast.interpret._run import at_rest, traced, unwrapped
 from vlattn_fast.interpret.answers import Answer, encoder_decoder, prepare_answer
 from vlattn_fast.interpret.connectors import check_pictures, connect
@@ -244,13 +245,8 @@ def without_progress() -> Iterator[None]:
 
 
 def _with_progress(passes: list[Pass]) -> Iterable[Pass]:
-    """`passes`, with a progress bar on a terminal where there are several and tqdm is installed."""
-    if len(passes) > 1 and _progress.get():
-        with contextlib.suppress(ModuleNotFoundError):
-            from tqdm import tqdm
-
-            return tqdm(passes, desc="explaining", unit="token", disable=None)
-    return passes
+    """`passes`, with a progress bar where there are several."""
+    return with_progress(passes, "explaining", unit="token") if len(passes) > 1 and _progress.get() else passes
 
 
 def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._extras import extra
+from vlattn_fast._checks import check_names
+from vlattn_fast._extras import extra, with_progress
 from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret._run import at_rest, unwrapped
 from vlattn_fast.interpret.boxes import check_boxes, intersection_over_union, mass, pointing
@@ -179,7 +179,7 @@ def evaluate(
             not fit; and what `explain` raises.
     """
     chosen = _named(methods)
-    tests = _checked_tests(tests)
+    tests = check_names("tests", tests, TESTS)
     drawn = {test: _checked_steps(steps, test) for test in tests if test in _PERTURBED}
     for name, value in (("sanity_stages", sanity_stages), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -189,7 +189,7 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     found = Tally([(name, test, part) for name in chosen for test in tests for part in _parts(test)])
     remembered: list[tuple[Question, list[Sample], dict[str, Maps]]] = []
-    for item in _with_progress(dataset, "evaluating"):
+    for item in with_progress(dataset, "evaluating"):
         inputs, target, boxes = _triple(item)
         question = judge.ask(inputs, target)
         if question is None:
@@ -263,18 +263,6 @@ def _with_weighting(method: str) -> tuple[str, str]:
     return ":".join([rule, *parts]), weighting
 
 
-def _checked_tests(tests: Any) -> tuple[str, ...]:
-    if isinstance(tests, str) or not isinstance(tests, Iterable):
-        raise TypeError(f"tests must be a sequence of names; got {tests!r}")
-    names = tuple(dict.fromkeys(tests))
-    if not names:
-        raise ValueError("tests must name at least one; got none")
-    for name in names:
-        if name not in TESTS:
-            raise ValueError(f"tests must be among {', '.join(TESTS)}; got {name!r}")
-    return names
-
-
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:
     if steps is None:
         return STEPS if test in ("positive", "negative") else tuple(step / 20 for step in range(21))
@@ -294,15 +282,6 @@ def _triple(item: Any) -> tuple[Mapping[str, Any], Any, Any]:
 
 def _parts(test: str) -> tuple[str, ...]:
     return ("image",) if test in _BOXES else PARTS
-
-
-def _with_progress(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """`items`, with a progress bar on a terminal where tqdm is installed."""
-    with contextlib.suppress(ModuleNotFoundError):
-        from tqdm import tqdm
-
-        return tqdm(items, desc=what, disable=None)
-    return items
 
 
 # --- maps ---
@@ -398,7 +377,7 @@ def _sanity(
     changed = copy.deepcopy(model)
     curves: dict[tuple[str, str, int, int], list[float | None]] = {}
     first = remembered[0][0].inputs
-    for _ in _with_progress(_stages(changed, first, stages, seed), "randomising"):
+    for _ in with_progress(_stages(changed, first, stages, seed), "randomising"):
         for item, (question, samples, maps) in enumerate(remembered):
             for name, method in chosen.items():
                 try:

@@ -249,6 +249,13 @@ class Watch(TorchFunctionMode):
                 self._set(part, kinds, also)
 
 
+def check_modality(modality: Mapping[str, str] | None) -> dict[str, str]:
+    for name, kind in (modality or {}).items():
+        if kind not in MODALITIES:
+            raise ValueError(f"modality must be one of {MODALITIES}; got {kind!r} for {name!r}")
+    return dict(modality or {})
+
+
 def kind_of(name: str, modality: Mapping[str, str]) -> int:
     """TEXT or IMAGE, as an input of this name is; 0 = neither."""
     if name in modality:

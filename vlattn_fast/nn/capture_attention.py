@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._tensors import expand_heads
 from vlattn_fast.interpret._run import uncompiled, unwrapped
-from vlattn_fast.interpret.watching import IMAGE, MODALITIES, TEXT, AttentionCall, Pair, Watch
+from vlattn_fast.interpret.watching import IMAGE, TEXT, AttentionCall, Pair, Watch, check_modality
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,8 @@ class AttentionCapture:
         asked: Any = (layers,) if isinstance(layers, int) else tuple(layers)
         if not asked or any(isinstance(i, bool) or not isinstance(i, int) for i in asked):
             raise ValueError(f"layers must be an int, or some; got {layers!r}")
-        for name, kind in (modality or {}).items():
-            if kind not in MODALITIES:
-                raise ValueError(f"modality must be one of {MODALITIES}; got {kind!r} for {name!r}")
         self._layers: tuple[int, ...] = asked
-        self._modality = dict(modality or {})
+        self._modality = check_modality(modality)
         self._captured: list[CapturedLayer] | None = None
         self._stack: contextlib.ExitStack | None = None
 

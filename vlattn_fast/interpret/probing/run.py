@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlattn_fast._extras import extra
+from vlattn_fast._checks import check_names
+from vlattn_fast._extras import extra, with_progress
 from vlattn_fast.interpret._run import at_rest, unwrapped
 from vlattn_fast.interpret.families import find_family
 from vlattn_fast.interpret.probing.gathered import Gathered
@@ -18,7 +18,7 @@ from vlattn_fast.interpret.probing.layout import Layouts, Parts
 from vlattn_fast.interpret.probing.report import ProbeReport
 from vlattn_fast.interpret.probing.two_streams import TwoStreams
 from vlattn_fast.interpret.probing.watched import Watched
-from vlattn_fast.interpret.watching import MODALITIES
+from vlattn_fast.interpret.watching import check_modality
 
 TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "linguistic")
 READS = ("mean", "cls")
@@ -83,21 +83,19 @@ def probe(
         TypeError, ValueError: an argument is wrong (it is named), attention that is not one stream's, a test of `tests` that the
             data set has no labels for.
     """
-    names = _checked(tests)
+    names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
     if read not in READS:
         raise ValueError(f"read must be one of {READS}; got {read!r}")
-    for name, kind in (modality or {}).items():
-        if kind not in MODALITIES:
-            raise ValueError(f"modality must be one of {MODALITIES}; got {kind!r} for {name!r}")
+    modality = check_modality(modality)
     with extra("probe"):
         import sklearn  # noqa: F401 (probes without it would end after the forward passes)
     inner = unwrapped(model)
     layouts = Layouts(inner, find_family(inner), parts)
     kind_of_model = Watched if layouts.pair is None else TwoStreams
-    watched = kind_of_model(inner, layouts, dict(modality or {}), special)
+    watched = kind_of_model(inner, layouts, modality, special)
     gathered = Gathered(names, special, read, seed)
     with torch.no_grad(), at_rest(inner):
-        for item in _with_progress(dataset):
+        for item in with_progress(dataset, "probing"):
             inputs, labels = read_item(item)
             gathered.add(watched, inputs, labels)
     table = gathered.table()
@@ -113,26 +111,3 @@ def probe(
         "inputs": gathered.count,
     }
     return ProbeReport(table, facts)
-
-
-def _checked(tests: Any) -> tuple[str, ...]:
-    if tests is None:
-        return TESTS
-    if isinstance(tests, str) or not isinstance(tests, Iterable):
-        raise TypeError(f"tests must be None or a sequence of names; got {tests!r}")
-    names = tuple(dict.fromkeys(tests))
-    if not names:
-        raise ValueError("tests must name at least one; got none")
-    for name in names:
-        if name not in TESTS:
-            raise ValueError(f"tests must be among {', '.join(TESTS)}; got {name!r}")
-    return names
-
-
-def _with_progress(items: Iterable[Any]) -> Iterable[Any]:
-    """`items`, with a progress bar on a terminal where tqdm is installed."""
-    with contextlib.suppress(ModuleNotFoundError):
-        from tqdm import tqdm
-
-        return tqdm(items, desc="probing", disable=None)
-    return items
