@@ -9,11 +9,8 @@ import argparse
 import hashlib
 import importlib
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret.evaluation import PARTS, TESTS, Evaluation, Rival, evaluate
+from vlattn_fast.lab.provenance import commit, version, versions
 from vlattn_fast.lab.tasks import TASKS, Task, log_odds, matching
 from vlattn_fast.models.clip_mapper import CLIPMapper
 from vlattn_fast.ops.relevancy_residual import residual_weights
@@ -35,7 +33,7 @@ def methods_of(task: Task) -> dict[str, str | Rival]:
 
     found: dict[str, str | Rival] = {name: name for name in task.methods}
     for kind in task.rivals:
-        if kind != "CAPTUM" or _version("captum") is not None:
+        if kind != "CAPTUM" or version("captum") is not None:
             found |= getattr(rivals, kind)
     return found
 
@@ -147,17 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = TASKS[name]
     began = time.process_time()
     model, methods = task.load(), methods_of(task)
-    if "CAPTUM" in task.rivals and _version("captum") is None:
+    if "CAPTUM" in task.rivals and version("captum") is None:
         print("captum is not installed: without its methods")
     runs = [run(task, model, options.samples, seed, methods) for seed in range(options.seeds)]
     table = over_seeds(runs)
     report = {
         "command": f"python -m vlattn_fast.lab.evaluation {name} --samples {options.samples} --seeds {options.seeds}",
-        "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: _version(package) for package in ("torch", "transformers", "captum", "vlattn_fast")},
-        },
+        "commit": commit(),
+        "versions": versions("torch", "transformers", "captum", "vlattn_fast"),
         "weights": fingerprint(model),
         "threads": torch.get_num_threads(),
         "facts": runs[0].facts,
@@ -198,31 +193,6 @@ _VALUE, _LESS = ("value", "sd"), ("minus_gradient", "minus_gradient_sd")
 def _cell(row: Mapping[str, Any], keys: tuple[str, str], signed: bool) -> str:
     value, sd = (row[key] for key in keys)
     return "–" if value is None or sd is None else f"{value:{'+' if signed or keys == _LESS else ''}.3f} ± {sd:.3f}"
-
-
-def _commit() -> str:
-    """The commit of the checkout that holds this file, "+dirty" where it differs from it in more than results."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    try:
-        top = Path(git("rev-parse", "--show-toplevel"))
-        if top / "vlattn_fast" / "lab" / Path(__file__).name != Path(__file__).resolve():
-            return "unknown"
-        changes = git("-C", str(top), "status", "--porcelain", "--", ".", ":!benchmarks/results")
-        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

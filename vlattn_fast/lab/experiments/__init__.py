@@ -1,0 +1,6 @@
+"""The claims of the four papers, repeated on DigitScenes: python -m vlattn_fast.lab.experiments NAME.
+
+`scores` (Cao et al., COLING 2022), `congruence` (Pandey et al., ACL 2023), `value` (Cao et al., ECCV 2020) and
+`weighted_relevancy` (Huang et al., 2023). Each takes under 30 minutes on two cores, and leaves its rows in
+benchmarks/results/experiment-NAME.json and its pictures in docs/experiments/.
+"""

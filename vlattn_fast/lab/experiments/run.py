@@ -1,0 +1,138 @@
+"""The command line of the experiments: measures what is not stored yet, stores each row as it comes, then draws and prints.
+
+A run that was interrupted goes on where it was: rows of the same commit stay, unless the checkout has changes of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlattn_fast._extras import with_progress
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage
+from vlattn_fast.lab.provenance import commit, versions
+
+NAMES = ("scores", "congruence", "value", "weighted_relevancy")
+RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
+
+
+def experiment(name: str) -> Experiment:
+    found: Experiment = import_module(f"vlattn_fast.lab.experiments.{name}").EXPERIMENT
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m vlattn_fast.lab.experiments", description="Repeats an experiment on DigitScenes."
+    )
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="each has one thread")
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS}/experiment-NAME.json")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="directory of the pictures")
+    parser.add_argument("--smoke", action="store_true", help="everything once and short, to see that it runs")
+    chosen = parser.parse_args(arguments)
+    for option in ("seeds", "processes"):
+        if getattr(chosen, option) < 1:
+            parser.error(f"--{option} must be at least 1; got {getattr(chosen, option)}")
+    if chosen.smoke and chosen.out is None:
+        parser.error("--out must be given with --smoke, so that rows of a real run stay")
+    out = chosen.out or RESULTS / f"experiment-{chosen.name}.json"
+    rows = run(chosen.name, Settings(chosen.seeds, chosen.smoke), out, chosen.processes)
+    found = experiment(chosen.name)
+    chosen.figures.mkdir(parents=True, exist_ok=True)
+    for figure, draw in found.figures.items():
+        draw(rows).savefig(chosen.figures / f"{figure}.png", dpi=120, bbox_inches="tight")
+    print(*found.tables(rows), f"wrote {out}", sep="\n\n")
+
+
+def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Row]:
+    """All rows of an experiment. Those that `out` holds from this commit are taken from there; `out` is written after each."""
+    here = commit()
+    stored = _stored(out, name, settings, here)
+    rows: list[Row] = []
+    for number, stage in enumerate(experiment(name).stages):
+        cells = stage.cells(settings, rows)
+        kept = [row for row in stored if row["stage"] == number and _cell(row, cells) is not None]
+        done = [_cell(row, cells) for row in kept]
+        missing = [cell for cell in cells if cell not in done]
+        found = list(kept)
+        bar = with_progress(_measured(name, number, missing, settings, 1 if stage.alone else processes), name, total=len(missing))
+        for cell, result, seconds in bar:
+            found.append({"stage": number, **cell, **result, "seconds": round(seconds, 1), "commit": here})
+            _write(out, name, settings, rows + found)
+        order = {json.dumps(cell): place for place, cell in enumerate(cells)}
+        rows += sorted(found, key=lambda row: order[json.dumps(_cell(row, cells))])
+    _write(out, name, settings, rows)
+    return rows
+
+
+def _cell(row: Row, cells: Sequence[Cell]) -> Cell | None:
+    """The cell that a row is of."""
+    return next((cell for cell in cells if all(row.get(key) == value for key, value in cell.items())), None)
+
+
+def _measured(
+    name: str, number: int, cells: Sequence[Cell], settings: Settings, processes: int
+) -> Iterator[tuple[Cell, dict[str, Any], float]]:
+    """(cell, what came out, seconds) as they come."""
+    stage = experiment(name).stages[number]
+    if stage.alone or processes == 1 or len(cells) < 2:
+        for cell in cells:
+            yield _measure(name, number, cell, settings)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for future in as_completed([pool.submit(_measure, name, number, cell, settings) for cell in cells]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _measure(name: str, number: int, cell: Cell, settings: Settings) -> tuple[Cell, dict[str, Any], float]:
+    stage: Stage = experiment(name).stages[number]
+    threads, began = torch.get_num_threads(), time.process_time()
+    if not stage.alone:
+        torch.set_num_threads(1)  # sums have the same order in every run
+    try:
+        return cell, stage.measure(cell, settings), time.process_time() - began
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stored(out: Path, name: str, settings: Settings, here: str) -> list[Row]:
+    if not out.is_file():
+        return []
+    report = json.loads(out.read_text())
+    if report["experiment"] != name or report["smoke"] != settings.smoke:
+        raise ValueError(f"out must be a file of {name}, smoke={settings.smoke}; got {out} of {report['experiment']}")
+    rows: list[Row] = report["rows"]
+    return [] if here.endswith("+dirty") else [row for row in rows if row["commit"] == here]
+
+
+def _write(out: Path, name: str, settings: Settings, rows: Sequence[Row]) -> None:
+    """By way of a second file, so that an interrupted run leaves a whole one."""
+    head = {
+        "experiment": name,
+        "command": f"python -m vlattn_fast.lab.experiments {name} --seeds {settings.seeds}",
+        "smoke": settings.smoke,
+        "versions": versions("torch", "vlattn_fast"),
+        "cpu_seconds": round(sum(row["seconds"] for row in rows), 1),
+    }
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_text("{\n" + ",\n".join(lines) + ',\n"rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]\n}\n")
+    part.replace(out)
