@@ -21,6 +21,7 @@ from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG  # noqa: E402
 from vlattn_fast.lab.clip import build_clip  # noqa: E402
 from vlattn_fast.lab.mapper import CONFIG as MAPPER_CONFIG  # noqa: E402
 from vlattn_fast.lab.processor import DIGIT_WORDS  # noqa: E402
+from vlattn_fast.lab.provenance import fingerprint  # noqa: E402
 from vlattn_fast.lab.texts import SceneProcessor  # noqa: E402
 from vlattn_fast.models.clip_mapper import CLIPMapper  # noqa: E402
 
@@ -156,7 +157,7 @@ def test_the_page_has_the_stored_rows():
                         seen |= set() if less else {(method.strip("`"), test, part)}
         assert {place for place, row in stored.items() if row["value"] is not None} <= seen
         task = re.search(r"evaluation-(\w+)", found[1])[1]
-        weights = evaluation.fingerprint(evaluation.TASKS[task].load())
+        weights = fingerprint(evaluation.TASKS[task].load())
         assert report["weights"] == weights, f"python -m vlattn_fast.lab.evaluation {task} measures the present weights anew"
         assert f"{report['accuracy_of_whole']:.1%}".replace("%", " %") in section
         for share in report.get("accepted", {}).get("without_word", []):

@@ -6,7 +6,6 @@ Tasks: matching (UNITER, the default), clip (the dual encoder), vqa and captions
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import json
 import time
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret.evaluation import PARTS, TESTS, Evaluation, Rival, evaluate
-from vlattn_fast.lab.provenance import commit, version, versions
+from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
 from vlattn_fast.lab.tasks import TASKS, Task, log_odds, matching
 from vlattn_fast.models.clip_mapper import CLIPMapper
 from vlattn_fast.ops.relevancy_residual import residual_weights
@@ -49,14 +48,6 @@ def run(task: Task, model: nn.Module, samples: int, seed: int, methods: Mapping[
         probability=task.probability,
         seed=seed,
     )
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of the weights: rows tell which ones they were measured with."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def whole(runs: Sequence[Evaluation]) -> float | None:

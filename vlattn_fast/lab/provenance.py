@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+
+from torch import nn
 
 
 def commit() -> str:
@@ -36,3 +39,11 @@ def version(package: str) -> str | None:
 def versions(*packages: str) -> dict[str, str | None]:
     """Of Python and of packages; None where one is not installed."""
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the weights: rows tell which ones they were measured with."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -33,7 +33,7 @@ def read_item(item: Any) -> tuple[Mapping[str, Any], list[Labels]]:
         raise TypeError(f"dataset must give inputs as a mapping of the model's keyword arguments; got {type(inputs).__name__}")
     rows = next((len(inputs[name]) for name in ("input_ids", "inputs_embeds") if isinstance(inputs.get(name), Tensor)), None)
     rows = next((len(x) for x in inputs.values() if isinstance(x, Tensor) and x.ndim), 1) if rows is None else rows
-    listed = [labels] if not isinstance(labels, (list, tuple)) else list(labels)
+    listed = [None] * rows if labels is None else list(labels) if isinstance(labels, (list, tuple)) else [labels]
     if len(listed) != rows:
         raise ValueError(f"dataset must give labels for each of {rows} rows of the inputs; got {len(listed)}")
     return inputs, [_labels(one) for one in listed]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,10 +17,12 @@ Row = dict[str, Any]  # a cell and what came out
 
 @dataclass(frozen=True)
 class Settings:
-    """seeds: how many, 0 to seeds - 1. smoke: everything runs, but so short that nothing can be learnt from it."""
+    """seeds: how many, 0 to seeds - 1. smoke: everything runs, but so short that nothing can be learnt from it. models: directory
+    of models trained before, one folder for each seed; None = an experiment trains its own."""
 
     seeds: int
     smoke: bool = False
+    models: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,23 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     mean = sum(values) / len(values)
     squares = sum((value - mean) ** 2 for value in values)
     return mean, (squares / max(len(values) - 1, 1)) ** 0.5
+
+
+def paired_test(differences: Sequence[float]) -> tuple[float, float]:
+    """(t, p) of Student's two-sided test that the mean of paired differences is 0; (0, 1) where all are 0."""
+    from scipy.stats import t as student  # scikit-learn, which the scenes need, brings it
+
+    mean, deviation = mean_and_deviation(differences)
+    if deviation == 0.0:
+        return (0.0, 1.0) if mean == 0.0 else (math.copysign(math.inf, mean), 0.0)
+    ratio = mean / (deviation / len(differences) ** 0.5)
+    return ratio, 2 * float(student.sf(abs(ratio), len(differences) - 1))
+
+
+def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float:
+    """Spearman's; 0 where one side is constant, so that nothing goes with anything."""
+    from scipy.stats import spearmanr
+
+    if len(set(one)) == 1 or len(set(two)) == 1:
+        return 0.0
+    return float(spearmanr(one, two).statistic)

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="each has one thread")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS}/experiment-NAME.json")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="directory of the pictures")
+    parser.add_argument("--models", type=Path, help="of value: directory whose folders 0, 1, ... hold what lab.train uniter left")
     parser.add_argument("--smoke", action="store_true", help="everything once and short, to see that it runs")
     chosen = parser.parse_args(arguments)
     for option in ("seeds", "processes"):
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.smoke and chosen.out is None:
         parser.error("--out must be given with --smoke, so that rows of a real run stay")
     out = chosen.out or RESULTS / f"experiment-{chosen.name}.json"
-    rows = run(chosen.name, Settings(chosen.seeds, chosen.smoke), out, chosen.processes)
+    rows = run(chosen.name, Settings(chosen.seeds, chosen.smoke, chosen.models), out, chosen.processes)
     found = experiment(chosen.name)
     chosen.figures.mkdir(parents=True, exist_ok=True)
     for figure, draw in found.figures.items():
@@ -126,7 +127,8 @@ def _write(out: Path, name: str, settings: Settings, rows: Sequence[Row]) -> Non
     """By way of a second file, so that an interrupted run leaves a whole one."""
     head = {
         "experiment": name,
-        "command": f"python -m vlattn_fast.lab.experiments {name} --seeds {settings.seeds}",
+        "command": f"python -m vlattn_fast.lab.experiments {name} --seeds {settings.seeds}"
+        + (" --models MODELS" if settings.models else ""),
         "smoke": settings.smoke,
         "versions": versions("torch", "vlattn_fast"),
         "cpu_seconds": round(sum(row["seconds"] for row in rows), 1),

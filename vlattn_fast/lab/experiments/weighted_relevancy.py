@@ -1,0 +1,102 @@
+"""Does weighted relevancy (Huang et al., 2023) give better maps than the plain rule? Gathered from the stored evaluations.
+
+`python -m vlattn_fast.lab.evaluation TASK` measures; here the two rules are compared on the same scenes, test by test, and held
+against chance. The seeds are sets of test scenes; the models are those that the package ships.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage, mean_and_deviation, paired_test
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = Path("benchmarks/results")
+TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "CLIPMapper, answers", "captions": "CLIPMapper, captions"}
+METHODS = {"weighted": "its weights from gradients", "weighted:norm": "its weights from norms", "weighted:equal": "weights 1/2"}
+LOW_IS_GOOD = ("positive", "deletion")
+LEFT_OUT = ("sanity",)  # says nothing about which map is better
+LEVEL = 0.05
+
+
+def path_of(task: str) -> Path:
+    return RESULTS / f"evaluation-{task}.json"
+
+
+def cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
+    found: list[Cell] = [{"task": task} for task in TASKS if path_of(task).is_file()]
+    if not found:
+        raise ValueError(f"{RESULTS} must hold a stored evaluation (python -m vlattn_fast.lab.evaluation); got none")
+    return found
+
+
+def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
+    report = json.loads(path_of(cell["task"]).read_text())
+    stored = {(row["method"], row["test"], row["part"]): row["values"] for row in report["rows"]}
+    compared = []
+    for (method, test, part), values in stored.items():
+        plain = stored["gradient", test, part]
+        pairs = [(one, two) for one, two in zip(values, plain, strict=True) if one is not None and two is not None]
+        if method not in METHODS or test in LEFT_OUT or len(pairs) < 2:
+            continue
+        sign = -1 if test in LOW_IS_GOOD else 1
+        better = [sign * (one - two) for one, two in pairs]
+        mean, deviation = mean_and_deviation(better)
+        compared.append(
+            {"method": method, "test": test, "part": part, "better_by": mean, "sd": deviation, "sets": len(pairs)}
+            | {"p": paired_test(better)[1]}
+        )
+    return {"measured_at": report["commit"], "weights": report["weights"], "compared": compared}
+
+
+def verdict(one: dict[str, Any]) -> str:
+    return "open" if one["p"] >= LEVEL else "better" if one["better_by"] > 0 else "worse"
+
+
+def tables(rows: Sequence[Row]) -> Iterator[str]:
+    lines = ["| model | map of the | weights | better | worse | open | largest gain | largest loss |"]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: | --- | --- |")
+    for row in rows:
+        for part in ("image", "text"):
+            for method, what in METHODS.items():
+                found = [one for one in row["compared"] if (one["method"], one["part"]) == (method, part)]
+                if not found:
+                    continue
+                counts = [sum(verdict(one) == name for one in found) for name in ("better", "worse", "open")]
+                most, least = max(found, key=lambda one: one["better_by"]), min(found, key=lambda one: one["better_by"])
+                ends = [f"{one['better_by']:+.3f} ({one['test']})" for one in (most, least)]
+                lines.append(f"| {TASKS[row['task']]} | {part} | {what} | " + " | ".join(map(str, [*counts, *ends])) + " |")
+    yield "\n".join(lines)
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Every test's difference with the spread over the sets of scenes."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(3.1 * len(rows), 4.6), layout="constrained")
+    axes = drawn.subplots(1, len(rows), squeeze=False)[0]
+    colours = dict(zip(METHODS, ("#1d4ed8", "#c2410c", "#8a8a8a"), strict=True))
+    for axis, row in zip(axes, rows, strict=True):
+        places = list(dict.fromkeys((one["part"], one["test"]) for one in row["compared"]))
+        for shift, (method, colour) in zip((-0.22, 0.0, 0.22), colours.items(), strict=True):
+            found = [one for one in row["compared"] if one["method"] == method]
+            heights = [places.index((one["part"], one["test"])) + shift for one in found]
+            axis.errorbar(
+                [one["better_by"] for one in found], heights, xerr=[one["sd"] for one in found],
+                fmt="o", markersize=3.5, linewidth=1, color=colour, label=METHODS[method],
+            )  # fmt: skip
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=TASKS[row["task"]], xlabel="better than the plain rule by")
+        axis.set_yticks(range(len(places)), [f"{test}, {part}" for part, test in places], fontsize=8)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return drawn
+
+
+EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"weighted_relevancy": figure})
