@@ -14,7 +14,8 @@ import vlattn_fast as va
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
     "explain_clip", "relevancy_in_your_transformer", "relevancy_behind_sdpa", "swap_score_function", "train_with_cacr",
-    "decoder_statistics", "prompt_maps", "replace_attention", "match_images_and_captions",
+    "decoder_statistics", "prompt_maps", "replace_attention", "match_images_and_captions", "probe_heads",
+    "score_swapped_pairs",
 }  # fmt: skip
 
 
@@ -120,6 +121,21 @@ def test_prompt_maps(run):
     assert not torch.equal(*got["cat"])
     row, column = map(int, re.search(r"cat on.*row (\d+), column (\d+)", printed).groups())
     assert got["cat"][0, row, column] == got["cat"][0].max()
+
+
+def test_probe_heads(run):
+    got, printed = run("probe_heads")
+    assert got["best"]["trained"]["value"] > 0.9 and got["best"]["untrained"]["value"] < 0.8
+    assert f"best alone {got['best']['trained']['value']:.0%}" in printed
+
+
+def test_score_swapped_pairs(run):
+    """The scores are those of whole batches."""
+    pytest.importorskip("transformers")
+    got, printed = run("score_swapped_pairs")
+    assert got["results"]["UNITER"] == va.lab.winoground_scores(got["uniter"], count=100, seed=1)
+    assert min(got["results"]["UNITER"].values()) > 0.8 and min(got["results"]["CLIP"].values()) > 0.6, got["results"]
+    assert f"group {got['results']['CLIP']['group']:4.0%}" in printed
 
 
 def notebook() -> dict[str, Any]:

@@ -1,0 +1,31 @@
+"""Which heads know what region a phrase names? `va.probe` asks a trained model, and the same model before its training.
+
+The model is `va.models.UNITER` with the weights trained on DigitScenes: a caption names two of four handwritten digits. A linear
+probe on the attention of one head, between a phrase and a region, tells the named region from another of the picture. One head
+does it almost as well as all of them together; before training none does.
+"""
+
+import torch
+
+import vlattn_fast as va
+
+TESTS = ("modality", "coreference")
+trained, _ = va.lab.load_uniter()
+torch.manual_seed(0)
+untrained = va.models.UNITER(trained.config).eval()
+
+reports, best = {}, {}
+for name, model in (("trained", trained), ("untrained", untrained)):
+    reports[name] = va.probe(model, va.lab.probe_samples(100), tests=TESTS)
+    heads = [row for row in reports[name].table if row["test"] == "coreference" and row["head"] is not None]
+    best[name] = max(heads, key=lambda row: row["value"])
+
+for name, row in best.items():
+    together = reports[name].value("coreference")
+    print(
+        f"{name:10} all heads {together:.0%}, best alone {row['value']:.0%} (layer {row['layer']}, head {row['head']}); chance 50%"
+    )
+head = best["trained"]
+text = reports["trained"].value("modality", layer=head["layer"], head=head["head"], kind="text")
+print(f"In that head [CLS] gives {text:.0%} of its attention to the text.")
+# reports["trained"].save_html("probe.html") writes heat maps of all layers and heads, and the table.
