@@ -21,10 +21,8 @@ for name, model in (("trained", trained), ("untrained", untrained)):
     best[name] = max(heads, key=lambda row: row["value"])
 
 for name, row in best.items():
-    together = reports[name].value("coreference")
-    print(
-        f"{name:10} all heads {together:.0%}, best alone {row['value']:.0%} (layer {row['layer']}, head {row['head']}); chance 50%"
-    )
+    alone = f"best alone {row['value']:.0%} (layer {row['layer']}, head {row['head']})"
+    print(f"{name:10} all heads {reports[name].value('coreference'):.0%}, {alone}; chance 50%")
 head = best["trained"]
 text = reports["trained"].value("modality", layer=head["layer"], head=head["head"], kind="text")
 print(f"In that head [CLS] gives {text:.0%} of its attention to the text.")

@@ -45,9 +45,13 @@ def differences(compiled: dict[str, Row], stored: dict[str, Row]) -> list[str]:
     return lines
 
 
-def cuobjdump(*arguments: str | Path) -> str:
-    """What it prints. It comes with Triton, as not every CUDA toolkit has it."""
+def tool(name: str) -> Path:
+    """A program that comes with Triton, as not every CUDA toolkit has it."""
     spec = importlib.util.find_spec("triton")
-    assert spec is not None and spec.origin is not None, "cuobjdump comes with Triton, which is not installed"
-    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    assert spec is not None and spec.origin is not None, f"{name} comes with Triton, which is not installed"
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    """What it prints."""
+    return subprocess.run([tool("cuobjdump"), *arguments], capture_output=True, text=True, check=True).stdout
