@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 RESULTS = Path("benchmarks/results")
 TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "CLIPMapper, answers", "captions": "CLIPMapper, captions"}
-METHODS = {"weighted": "its weights from gradients", "weighted:norm": "its weights from norms", "weighted:equal": "weights 1/2"}
+METHODS = {
+    "weighted": "its weights from gradients",
+    "weighted:norm": "its weights from norms",
+    "weighted:equal": "weights 1/2",
+    "weighted:no_normalization": "from gradients, rows not divided",
+}
 LOW_IS_GOOD = ("positive", "deletion")
 LEFT_OUT = ("sanity",)  # says nothing about which map is better
 LEVEL = 0.05
@@ -59,7 +64,7 @@ def verdict(one: dict[str, Any]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
-    lines = ["| model | map of the | weights | better | worse | open | largest gain | largest loss |"]
+    lines = ["| model | map of the | weights | better | worse | open | most in favour | most against |"]
     lines.append("| --- | --- | --- | ---: | ---: | ---: | --- | --- |")
     for row in rows:
         for part in ("image", "text"):
@@ -78,12 +83,12 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Every test's difference with the spread over the sets of scenes."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(3.1 * len(rows), 4.6), layout="constrained")
+    drawn = Figure(figsize=(3.4 * len(rows), 5), layout="constrained")
     axes = drawn.subplots(1, len(rows), squeeze=False)[0]
-    colours = dict(zip(METHODS, ("#1d4ed8", "#c2410c", "#8a8a8a"), strict=True))
+    colours = dict(zip(METHODS, ("#1d4ed8", "#c2410c", "#111111", "#a3a3a3"), strict=True))
     for axis, row in zip(axes, rows, strict=True):
-        places = list(dict.fromkeys((one["part"], one["test"]) for one in row["compared"]))
-        for shift, (method, colour) in zip((-0.22, 0.0, 0.22), colours.items(), strict=True):
+        places = sorted(dict.fromkeys((one["part"], one["test"]) for one in row["compared"]), key=lambda place: place[0])
+        for shift, (method, colour) in zip((-0.3, -0.1, 0.1, 0.3), colours.items(), strict=True):
             found = [one for one in row["compared"] if one["method"] == method]
             heights = [places.index((one["part"], one["test"])) + shift for one in found]
             axis.errorbar(
@@ -95,7 +100,7 @@ def figure(rows: Sequence[Row]) -> Figure:
         axis.set_yticks(range(len(places)), [f"{test}, {part}" for part, test in places], fontsize=8)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
-    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
     return drawn
 
 
