@@ -23,7 +23,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["probe", *arguments], env={"COLUMNS": "300"})
 
 
-def test_a_file_of_samples(tmp_path: Path) -> None:
+def test_a_file_of_samples_or_its_folder(tmp_path: Path) -> None:
     model = str(saved_models.save_llava(tmp_path / "llava"))
     Image.new("RGB", (24, 24), "red").save(tmp_path / "red.png")
     row = {"text": "a red square", "image": "red.png", "relations": [[0, 1, "beside"]], "sentence": {"colour": "red"}}
@@ -36,6 +36,8 @@ def test_a_file_of_samples(tmp_path: Path) -> None:
     assert report.facts["inputs"] == 8 and report.value("relation") is not None
     assert report.value("modality", 0, 0, "text") + report.value("modality", 0, 0, "image") == pytest.approx(1.0)
     assert "linguistic" in result.output and f"wrote {tmp_path / 'report.json'}" in result.output
+    shown = run("--model", model, "--dataset", str(tmp_path))
+    assert shown.exit_code == 0 and result.stdout.startswith(shown.stdout) and "relation" in shown.stdout
     again = run("--model", model, "--dataset", str(source), "--out", str(tmp_path / "report.html"), "--test", "modality")
     assert again.exit_code == 0 and "data:image/png" in (tmp_path / "report.html").read_text()
 
@@ -48,7 +50,8 @@ def test_a_file_of_samples(tmp_path: Path) -> None:
         ('{"text": "a"}', ["--test", "heads"], "tests must be among modality"),
         ('{"text": "a"}', ["--dtype", "int8"], "--dtype must be one of"),
         ('{"text": "a"}', ["--out", "report.png"], "--out must end in .html or .json; got report.png"),
-        ('{"text": "a"}', ["--dataset", "samples.csv"], "dataset must be a .jsonl file; got samples.csv"),
+        ('{"text": "a"}', ["--dataset", "samples.csv"], "dataset must be a .jsonl file, or a folder with one; got samples.csv"),
+        ('{"text": "a"}', ["--dataset", "."], "a folder with one .jsonl file, or the file; got none in ."),
     ],
 )
 def test_refuses(line: str, options: list[str], message: str, tmp_path: Path) -> None:

@@ -253,8 +253,8 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
 @app.command()
 def probe(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
-    dataset: Annotated[Path, typer.Option(help=".jsonl: text, image, phrases, relations, sentence.")],
-    out: Annotated[Path, typer.Option(help="File to write, .html or .json.")],
+    dataset: Annotated[Path, typer.Option(help=".jsonl, or a folder with one: text, image, phrases, relations, sentence.")],
+    out: Annotated[Path | None, typer.Option(help="File to write, .html or .json.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="One or more of the tests; all by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU.")] = None,
@@ -268,7 +268,7 @@ def probe(
 
     if dtype is not None and dtype not in MODEL_DTYPES:
         raise typer.BadParameter(f"--dtype must be one of {', '.join(MODEL_DTYPES)}; got {dtype}")
-    if out.suffix not in (".html", ".json"):
+    if out is not None and out.suffix not in (".html", ".json"):
         raise typer.BadParameter(f"--out must end in .html or .json; got {out.name}")
     try:
         loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
@@ -277,6 +277,8 @@ def probe(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(str(report))
+    if out is None:
+        return
     if out.suffix == ".html":
         report.save_html(out)
     else:

@@ -117,6 +117,7 @@ def test_masses_are_those_of_stored_maps(name: str, special: bool) -> None:
     model, inputs, (parts, specials, read), maps = case(name)
     groups = parts if special else parts.masked_fill(specials, 2)
     report = va.probe(model, [(inputs, [None, None])], tests=("modality", "cross_modal"), special=special)
+    assert va.probe(model, [(inputs, None)], tests=("modality", "cross_modal"), special=special).table == report.table
     rows = torch.arange(2)
     for kind, group in (("text", 0), ("image", 1), ("special", 2))[: 2 if special else 3]:
         mass = (maps * (groups == group)[:, None, None, :]).sum(-1)  # (L, B, H, N)

@@ -11,17 +11,27 @@ from vlattn_fast.interpret.loading import build_inputs, moved, open_image
 from vlattn_fast.interpret.probing.labels import KEYS
 
 _COLUMNS = ("image", "text", *KEYS)
+SUFFIXES = (".jsonl", ".ndjson")
 
 
 def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
     """(inputs, labels) of each line: "text", "image" (a path that counts from the file's folder), and labels as `probe` has them.
 
+    Args:
+        source: the file, or a folder that holds one such file.
+
     Raises:
-        ValueError: `source` is no such file, or a line is not as said (it is named).
+        ValueError: `source` is none of these, or a line is not as said (it is named).
     """
     source = Path(source)
-    if source.suffix not in (".jsonl", ".ndjson") or not source.is_file():
-        raise ValueError(f"dataset must be a .jsonl file; got {source}")
+    if source.is_dir():
+        found = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES)
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise ValueError(f"dataset must be a folder with one .jsonl file, or the file; got {names} in {source}")
+        source = found[0]
+    if source.suffix not in SUFFIXES or not source.is_file():
+        raise ValueError(f"dataset must be a .jsonl file, or a folder with one; got {source}")
     with source.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
