@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
 from vlattn_fast.lab import digit_scenes, load_uniter, matching_accuracy, matching_score, winoground_scores
 from vlattn_fast.lab.processor import DigitProcessor
+from vlattn_fast.lab.scenes import NEGATIVES
+from vlattn_fast.lab.train import run
 from vlattn_fast.lab.uniter import CONFIG, DATA, WEIGHTS
 
 
@@ -69,3 +72,24 @@ def test_a_caption_padded_to_a_longer_one_scores_as_alone(shipped):
 def test_a_directory_without_weights_is_named(tmp_path):
     with pytest.raises(ValueError, match="directory"):
         load_uniter(tmp_path)
+
+
+def test_every_seed_holds_and_the_page_has_their_rows():
+    """Five trainings with the recipe as it is; the shipped weights are those of seed 0."""
+    root = Path(__file__).parents[2]
+    rows = json.loads((root / "benchmarks/results/digitscenes-uniter-seeds.json").read_text())
+    page = (root / "docs/digitscenes.md").read_text(encoding="utf-8")
+    assert [row["seed"] for row in rows] == list(range(5)) and len({row["commit"] for row in rows}) == 1
+    steps = run.TRAININGS["uniter"].steps
+    lowest = 1.0
+    for row in rows:
+        options = f"--steps {steps} --seed {row['seed']} --threads 1"
+        assert row["command"] == f"python -m vlattn_fast.lab.train uniter {options}" and row["seconds"] < 15 * 60
+        accuracy, swapped = row["test"]["matching_accuracy"], row["test"]["winoground_scores"]
+        lowest = min(lowest, *accuracy["all"].values())
+        shares = [accuracy[pairs][kind] for pairs in ("all", "held_out") for kind in NEGATIVES] + [swapped["all"]["group"]]
+        cells = " | ".join(f"{share:.1%}".replace("%", " %") for share in shares)
+        assert f"\n| {row['seed']} | {cells} | {row['cpu_seconds']:.0f} s |\n" in page
+    assert lowest >= 0.97 and f"is {lowest:.1%}.".replace("%", " %") in page and f"{steps:,} steps" in page
+    report = json.loads((DATA / WEIGHTS).with_suffix(".json").read_text())
+    assert {key: value for key, value in report.items() if key != "config"} == rows[0]
