@@ -8,6 +8,7 @@ from vlattn_fast.lab.processor import DIGIT_WORDS
 
 WORDS = {word: digit for digit, word in enumerate(DIGIT_WORDS)}
 CLEARANCE = 4
+RELATIONS = ("left", "right", "up", "down")
 
 
 def parse(caption):
@@ -39,7 +40,7 @@ def assert_same(one, two):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "test", "fit", "validation"])
 def test_the_same_seed_gives_the_same_tensors(split):
     state = torch.get_rng_state()
     assert_same(digit_scenes(50, split=split, seed=3), digit_scenes(50, split=split, seed=3))
@@ -57,6 +58,22 @@ def test_train_and_test_share_no_scan():
     from sklearn.datasets import load_digits
 
     assert torch.equal(train[0] * 16, torch.from_numpy(load_digits().images).float()[train[2]])
+
+
+def test_validation_scans_are_a_fifth_of_the_training_scans():
+    splits = {name: digit_scans(name) for name in ("train", "test", "fit", "validation")}
+    places = {name: set(index.tolist()) for name, (_, _, index) in splits.items()}
+    assert places["fit"] | places["validation"] == places["train"]
+    assert not places["fit"] & places["validation"] and not places["train"] & places["test"]
+    counts = {name: torch.bincount(digits, minlength=10) for name, (_, digits, _) in splits.items()}
+    assert counts["validation"].tolist() == [-(-count // 5) for count in counts["train"].tolist()]
+    drawn = digit_scenes(300, split="validation")
+    crops = DigitProcessor().regions(drawn.images, drawn.boxes)["region_features"].flatten(0, 1)
+    assert torch.cdist(crops, splits["validation"][0].flatten(1)).amin(1).max() < 1e-3
+    held_out = held_out_captions()
+    for split in ("fit", "validation"):  # what training does not say is not looked at, either
+        captions = map(parse, digit_scenes(500, split=split).captions)
+        assert not any(held_out[a, b, RELATIONS.index(relation)] for a, relation, b in captions)
 
 
 def test_boxes_hold_all_the_ink_and_the_digit_they_are_labelled_with():

@@ -22,6 +22,7 @@ REGIONS = 4  # digits a scene
 CLEARANCE = 4  # pixels between two centres from which on a relation is said to hold
 NEGATIVES = ("digit", "relation", "order")
 PAIRS = ("all", "seen", "held_out")
+SPLITS = ("train", "test", "fit", "validation")
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,21 @@ class Scenes:
 
 @cache
 def digit_scans(split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(scans float32 (S,8,8) in [0,1], digits int64 (S), index int64 (S) into `load_digits`) of split "train" or "test":
-    every fifth scan of each digit is a test scan."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
+    """(scans float32 (S,8,8) in [0,1], digits int64 (S), index int64 (S) into `load_digits`) of a split: every fifth scan of
+    each digit is a "test" scan, the others are "train". Whoever chooses between trainings sees no test scan: they train on "fit"
+    and are compared on "validation", which is every fifth training scan of each digit."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}; got {split!r}")
     with extra("lab"):
         from sklearn.datasets import load_digits
 
     data = load_digits()
     digits = torch.from_numpy(data.target).long()
     rank = torch.nn.functional.one_hot(digits, 10).cumsum(0).gather(1, digits[:, None]).squeeze(1) - 1
-    index = torch.nonzero((rank % 5 == 0) == (split == "test")).squeeze(1)
+    test = rank % 5 == 0
+    validation = ~test & ((rank - rank // 5 - 1) % 5 == 0)  # the rank among training scans
+    chosen = {"train": ~test, "test": test, "fit": ~test & ~validation, "validation": validation}[split]
+    index = torch.nonzero(chosen).squeeze(1)
     return torch.from_numpy(data.images).float()[index] / 16.0, digits[index], index
 
 
@@ -104,12 +109,12 @@ def held_out_captions() -> Tensor:
 
 
 def sayable_captions(split: str, pairs: str | None) -> Tensor:
-    """bool (10,10,4): [first digit, second digit, relation] that captions of `pairs` may say; None = "seen" for the train split
-    and "all" for the test split."""
+    """bool (10,10,4): [first digit, second digit, relation] that captions of `pairs` may say; None = "all" for the test split
+    and "seen" for the others."""
     if pairs is not None and pairs not in PAIRS:
         raise ValueError(f"pairs must be None or one of {PAIRS}; got {pairs!r}")
     held_out = held_out_captions()
-    pairs = ("seen" if split == "train" else "all") if pairs is None else pairs
+    pairs = ("all" if split == "test" else "seen") if pairs is None else pairs
     return {"all": torch.ones_like(held_out), "seen": ~held_out, "held_out": held_out}[pairs]
 
 
@@ -120,13 +125,13 @@ def digit_scenes(
 
     Args:
         count: how many, at least 1.
-        split: "train" or "test": whose scans are drawn.
+        split: whose scans are drawn, see `digit_scans`.
         seed: of the generator; scenes and true captions depend on it, on count, split and pairs only.
         negative: None = every caption is true (label 1). Otherwise every caption is false (label 0), because it names
             "digit": a digit that is not in the scene in place of one that is; "relation": another relation;
             "order": the two digits in the wrong order (the words are those of the true caption).
-        pairs: which captions (see `held_out_captions`): "seen" in training, "held_out", or "all" of them; None = "seen"
-            for the train split and "all" for the test split.
+        pairs: which captions (see `held_out_captions`): "seen" in training, "held_out", or "all" of them; None = "all"
+            for the test split and "seen" for the others.
     """
     for name, value in (("count", count), ("seed", seed)):
         if not isinstance(value, int) or isinstance(value, bool):
