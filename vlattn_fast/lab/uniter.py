@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -47,21 +48,26 @@ def matching_score(model: UNITER, scenes: Scenes, *, input_ids: Tensor | None = 
     return logits[:, 1] - logits[:, 0]
 
 
-def matching_accuracy(model: UNITER, *, count: int = 1000, seed: int = 0, pairs: str | None = None) -> dict[str, float]:
-    """Accuracy on test scenes for each kind of wrong caption: "digit", "relation", "order". Each is over `count` scenes
-    with their true caption and the same scenes with a false one. pairs as in `digit_scenes`."""
-    true = (matching_score(model, digit_scenes(count, seed=seed, pairs=pairs)) > 0).double().mean()
+def matching_accuracy(
+    model: UNITER, *, count: int = 1000, seed: int = 0, split: str = "test", pairs: str | None = None
+) -> dict[str, float]:
+    """Accuracy for each kind of wrong caption: "digit", "relation", "order". Each is over `count` scenes with their true caption
+    and the same scenes with a false one. Other arguments as in `digit_scenes`."""
+    drawn = functools.partial(digit_scenes, count, seed=seed, split=split, pairs=pairs)
+    true = (matching_score(model, drawn()) > 0).double().mean()
     accuracy = {}
     for negative in NEGATIVES:
-        false = (matching_score(model, digit_scenes(count, seed=seed, pairs=pairs, negative=negative)) <= 0).double().mean()
+        false = (matching_score(model, drawn(negative=negative)) <= 0).double().mean()
         accuracy[negative] = float(true + false) / 2
     return accuracy
 
 
-def winoground_scores(model: UNITER, *, count: int = 1000, seed: int = 0, pairs: str | None = None) -> dict[str, float]:
-    """Text, image and group score over `count` swapped pairs of test scenes (Thrush et al., "Winoground", CVPR 2022,
+def winoground_scores(
+    model: UNITER, *, count: int = 1000, seed: int = 0, split: str = "test", pairs: str | None = None
+) -> dict[str, float]:
+    """Text, image and group score over `count` swapped pairs of scenes (Thrush et al., "Winoground", CVPR 2022,
     equations 1 to 3); chance is 1/4, 1/4 and 1/6."""
-    one, two = swapped_pairs(count, seed=seed, pairs=pairs)
+    one, two = swapped_pairs(count, seed=seed, split=split, pairs=pairs)
     own_one, own_two = matching_score(model, one), matching_score(model, two)
     crossed_one = matching_score(model, one, input_ids=two.input_ids)
     crossed_two = matching_score(model, two, input_ids=one.input_ids)

@@ -17,6 +17,7 @@ from torch import nn
 from vlattn_fast.lab import clip as clip_model
 from vlattn_fast.lab import mapper as mapper_model
 from vlattn_fast.lab import uniter as uniter_model
+from vlattn_fast.lab.provenance import commit
 from vlattn_fast.lab.train import clip, mapper, uniter
 from vlattn_fast.lab.weights import DATA
 
@@ -67,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.add_argument("--seed", type=int, default=0)
         options.add_argument("--threads", type=int, default=2)
         options.add_argument("--output", type=Path, default=Path("digitscenes"), help="directory for weights and report")
+        options.add_argument("--rows", type=Path, help="JSON list that the report is added to, without its config")
         if name in mapper_model.WEIGHTS:
             options.add_argument("--clip", type=Path, default=DATA, help="directory of the CLIP weights")
+        if name == "uniter":
+            options.add_argument("--validate", action="store_true", help="train on 'fit' and measure on 'validation' scans")
     chosen = parser.parse_args(arguments)
     run(chosen)
 
@@ -79,6 +83,11 @@ def run(chosen: argparse.Namespace) -> None:
     training, count = TRAININGS[chosen.name], EVALUATED[chosen.name]
     torch.set_num_threads(chosen.threads)
     more = {"clip": chosen.clip} if hasattr(chosen, "clip") else {}
+    validate = getattr(chosen, "validate", False)
+    measured, held = ("validation", {"split": "validation"}) if validate else ("test", {})
+    if validate:
+        more["split"] = "fit"
+    origin = commit()
     began, cpu_began = time.perf_counter(), time.process_time()
     model = training.train(chosen.steps, seed=chosen.seed, **more)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
@@ -89,7 +98,7 @@ def run(chosen: argparse.Namespace) -> None:
     chosen.output.mkdir(parents=True, exist_ok=True)
     weights = chosen.output / training.weights
     save_file(state, weights)  # before the measures, which take their time
-    command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}"
+    command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}" + " --validate" * validate
     report = {
         "command": f"python -m vlattn_fast.lab.train {command}",
         "steps": chosen.steps,
@@ -97,10 +106,21 @@ def run(chosen: argparse.Namespace) -> None:
         "threads": chosen.threads,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
+        "commit": origin,
         "torch": torch.__version__,
         "config": training.config(model),
-        "test": {"count": count, "seed": 0, **training.evaluate(model, count=count)},
+        measured: {"count": count, "seed": 0, **training.evaluate(model, count=count, **held)},
     }
     weights.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report["test"], indent=2))
+    if chosen.rows is not None:
+        store(chosen.rows, {key: value for key, value in report.items() if key != "config"})
+    print(json.dumps(report[measured], indent=2))
     print(f"{seconds:.0f} s, {cpu_seconds:.0f} s of processor time; wrote {weights}")
+
+
+def store(rows: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a file of rows, in place of one of the same command."""
+    stored = json.loads(rows.read_text()) if rows.exists() else []
+    stored = [other for other in stored if other["command"] != row["command"]] + [row]
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    rows.write_text("[\n" + ",\n".join(map(json.dumps, stored)) + "\n]\n")
