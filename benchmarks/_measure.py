@@ -7,7 +7,6 @@ while the host prepares the call, since a pair of events on an idle stream would
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 import math
@@ -27,6 +26,7 @@ from vlattn_fast.benchmarks._workloads import Sizes, Workload
 
 import vlattn_fast as va
 from vlattn_fast import verify
+from vlattn_fast.lab.experiments.memory import peak_of_call
 
 ROUNDS = {"cpu": 7, "cuda": 50}
 QUICK_ROUNDS = {"cpu": 3, "cuda": 10}
@@ -369,20 +369,8 @@ def _peak_of(run: Callable[[], Any], device: torch.device) -> tuple[int | None, 
         host = time.perf_counter() - start
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - held, time.perf_counter() - start, host
-    linux = Path("/proc/self/clear_refs").exists()
-    held = 0
-    if linux:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not to serve this one unseen
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        held = _status("VmRSS")
-    start = time.perf_counter()
-    run()
-    spent = time.perf_counter() - start
-    return _status("VmHWM") - held if linux else None, spent, spent
-
-
-def _status(name: str) -> int:
-    return int(re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[0]) * 1024
+    peak, spent = peak_of_call(run)
+    return peak, spent, spent
 
 
 def _free_memory(device: torch.device) -> int | None:

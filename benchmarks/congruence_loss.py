@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa
 from vlattn_fast.benchmarks._measure import (
@@ -26,6 +25,8 @@ from vlattn_fast.benchmarks._measure import (
 )
 from vlattn_fast.benchmarks._workloads import UNITER, Sizes
 
+from vlattn_fast.lab.experiments.congruence.official import published_loss
+
 BLOCKS = ("text_query", "text_key", "image_query", "image_key")
 
 
@@ -38,40 +39,6 @@ def masks(sizes: Sizes, batch: int, device: torch.device) -> Tensors:
         return (torch.arange(longest) < lengths).to(device)
 
     return {"text_mask": mask(sizes["L"]), "image_mask": mask(sizes["V"])}
-
-
-def published_loss(t: Tensors, kind: str) -> Tensor:
-    """(B) losses, each sample cut out by lengths that are read from its masks."""
-    text, image = t["text_mask"], t["image_mask"]
-    ll, vv = _block(t["text_query"], t["text_key"], text, text), _block(t["image_query"], t["image_key"], image, image)
-    lv, vl = _block(t["text_query"], t["image_key"], text, image), _block(t["image_query"], t["text_key"], image, text)
-    losses = []
-    for i in range(len(ll)):
-        n, m = int(text[i].sum().item()), int(image[i].sum().item())
-        own, cross = (ll[i, :n, :n], vv[i, :m, :m]), (lv[i, :n, :m], vl[i, :m, :n])
-        losses.append(_direction(kind, *own, *cross) + _direction(kind, *own[::-1], *cross[::-1]))
-    return torch.stack(losses)
-
-
-def _block(query: Tensor, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    real = (rows[:, None, :, None] & columns[:, None, None, :]).to(query.dtype)
-    scores = query @ key.mT * query.shape[-1] ** -0.5 + (1.0 - real) * -10000.0
-    return (torch.softmax(scores, dim=-1) * real).mean(dim=1)
-
-
-def _direction(kind: str, own: Tensor, other: Tensor, cross: Tensor, back: Tensor) -> Tensor:
-    if kind == "cacr":
-        change = cross.detach()
-        return _symmetric(torch.softmax(own, dim=-1), torch.softmax(change @ other @ change.mT, dim=-1), 0.0)
-    if kind == "iais_singular":
-        index = cross.argmax(dim=-1)
-        return _symmetric(own, torch.softmax(other[index][:, index], dim=-1), 0.0)
-    return _symmetric(own, cross @ back, 1e-6)
-
-
-def _symmetric(p: Tensor, t: Tensor, epsilon: float) -> Tensor:
-    divergence = partial(F.kl_div, reduction="batchmean")
-    return divergence((p + epsilon).log(), t) + divergence((t + epsilon).log(), p)
 
 
 def build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:

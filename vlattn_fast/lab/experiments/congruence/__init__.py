@@ -1,0 +1,74 @@
+"""Does a congruence loss (Pandey et al., ACL 2023; Ren et al., ACL 2021) make a model learn order and relation sooner, or better?
+
+The weight and the layer of each loss are chosen on validation scenes and by seeds of their own. Then no loss and the three losses
+train from the same initial weights on the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from vlattn_fast.lab.experiments.congruence.cost import PROBLEMS
+from vlattn_fast.lab.experiments.congruence.cost import measure as measure_cost
+from vlattn_fast.lab.experiments.congruence.report import ARMS, FIGURES, chosen, tables
+from vlattn_fast.lab.experiments.congruence.training import CONFIG, Sizes, final_scores, train
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage
+
+SIZES = Sizes(steps=1500, every=20, validation=300, test=1000)
+SMOKE = Sizes(steps=4, every=2, validation=12, test=12)
+WEIGHTS = {"iais_singular": (0.01, 0.1, 1.0), "iais_distributed": (0.01, 0.1, 1.0), "cacr": (0.1, 1.0, 10.0)}
+SWEEP_SEEDS = (100, 101, 102)  # none of those that are reported
+ROUNDS = 7
+NO_LOSS = {"loss": "none", "weight": 0.0, "layer": 0}
+
+
+def sweep_cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
+    layers = range(CONFIG.num_hidden_layers)
+    tried = [{"loss": kind, "weight": weight, "layer": i} for kind in ARMS[1:] for weight in WEIGHTS[kind] for i in layers]
+    if settings.smoke:
+        tried = [{"loss": kind, "weight": WEIGHTS[kind][0], "layer": 0} for kind in ARMS[1:]]
+    seeds = SWEEP_SEEDS[:1] if settings.smoke else SWEEP_SEEDS
+    return [{"what": "sweep", **arm, "seed": seed} for seed in seeds for arm in (NO_LOSS, *tried)]
+
+
+def measure_sweep(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Up to the jump and no further."""
+    sizes = SMOKE if settings.smoke else SIZES
+    _, curve = train(cell["seed"], cell["loss"], cell["weight"], cell["layer"], sizes, stop_at_jump=True)
+    return {"curve": curve}
+
+
+def training_cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
+    arms: list[Cell] = [{**NO_LOSS, "loss": "untrained"}, NO_LOSS, *(chosen(rows, kind) for kind in ARMS[1:])]
+    return [{"what": "training", **arm, "seed": seed} for seed in range(settings.seeds) for arm in arms]
+
+
+def measure_training(cell: Cell, settings: Settings) -> dict[str, Any]:
+    sizes = SMOKE if settings.smoke else SIZES
+    if untrained := cell["loss"] == "untrained":
+        sizes = replace(sizes, steps=0)
+    model, curve = train(cell["seed"], "none" if untrained else cell["loss"], cell["weight"], cell["layer"], sizes)
+    model.eval()
+    return {"curve": curve, **{pairs: final_scores(model, sizes.test, pairs) for pairs in ("held_out", "seen")}}
+
+
+def cost_cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
+    kinds = ARMS[3:] if settings.smoke else ARMS[1:]
+    return [{"what": "cost", "problem": problem, "loss": kind, "seed": 0} for problem in PROBLEMS for kind in kinds]
+
+
+def measure_costs(cell: Cell, settings: Settings) -> dict[str, Any]:
+    return measure_cost(PROBLEMS[cell["problem"]], cell["loss"], 1 if settings.smoke else ROUNDS)
+
+
+EXPERIMENT = Experiment(
+    stages=[
+        Stage(sweep_cells, measure_sweep),
+        Stage(training_cells, measure_training),
+        Stage(cost_cells, measure_costs, alone=True),
+    ],
+    tables=tables,
+    figures=FIGURES,
+)

@@ -1,0 +1,141 @@
+"""What a congruence loss costs in a training step: ours and the authors' loop over samples, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlattn_fast.lab.experiments.congruence.official import published_loss
+from vlattn_fast.lab.experiments.congruence.training import CONFIG, MATCHED, REGIONS
+from vlattn_fast.lab.experiments.memory import peak_of_call
+from vlattn_fast.models.uniter import UNITER, UNITERConfig
+from vlattn_fast.nn import capture_attention
+from vlattn_fast.ops.congruence_loss import congruence_loss
+
+Pair = tuple[Tensor, Tensor]  # query, key (B, H, N, D)
+Loss = Callable[[Pair, Pair, Tensor, Tensor], Tensor]  # words, regions, their masks -> a scalar
+DIRECTION = "image"  # one of the two a step, as the authors train
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training step. text, image: tokens; matched: of the batch, these samples first have the loss; uneven: captions and
+    pictures differ in length, and are padded."""
+
+    config: UNITERConfig
+    batch: int
+    matched: int
+    text: int
+    image: int
+    uneven: bool
+
+
+BASE = UNITERConfig(num_hidden_layers=1, vocab_size=1000, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+PROBLEMS = {
+    "this experiment's model": Problem(CONFIG, 3 * MATCHED, MATCHED, 7, REGIONS, uneven=False),
+    "one layer of UNITER-base": Problem(BASE, 16, 16, 40, 64, uneven=True),
+}
+
+
+def ours(kind: str) -> Loss:
+    def loss(text: Pair, image: Pair, text_mask: Tensor, image_mask: Tensor) -> Tensor:
+        return congruence_loss(text, image, kind=kind, direction=DIRECTION, text_mask=text_mask, image_mask=image_mask)
+
+    return loss
+
+
+def official(kind: str) -> Loss:
+    def loss(text: Pair, image: Pair, text_mask: Tensor, image_mask: Tensor) -> Tensor:
+        names = ("text_query", "text_key", "image_query", "image_key", "text_mask", "image_mask")
+        tensors = dict(zip(names, (*text, *image, text_mask, image_mask), strict=True))
+        return published_loss(tensors, kind, DIRECTION).mean()
+
+    return loss
+
+
+def measure(problem: Problem, kind: str, rounds: int) -> dict[str, Any]:
+    """Milliseconds, the least of `rounds` that take turns, and MiB at the peak of one call: of a training step without the loss,
+    with ours and with the authors' loop, and of the two losses alone, forward and backward."""
+    steps = {name: _step(problem, loss) for name, loss in (("none", None), ("ours", ours(kind)), ("official", official(kind)))}
+    calls = {f"step {name}": step for name, step in steps.items()}
+    calls |= {f"loss {name}": _alone(problem, loss) for name, loss in (("ours", ours(kind)), ("official", official(kind)))}
+    result: dict[str, Any] = {"threads": torch.get_num_threads()}
+    for name, call in calls.items():
+        call()
+        peak, _ = peak_of_call(call)
+        result[f"{name} MiB"] = None if peak is None else round(peak / 2**20, 2)
+    seconds: dict[str, float] = {}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - began)
+    return result | {f"{name} ms": round(1e3 * value, 3) for name, value in seconds.items()}
+
+
+def _masks(problem: Problem, count: int) -> tuple[Tensor, Tensor]:
+    """bool (B, L) and (B, V); uneven ones are from a quarter of the length to all of it."""
+    generator = torch.Generator().manual_seed(1)
+
+    def mask(longest: int) -> Tensor:
+        least = longest // 4 if problem.uneven else longest
+        return torch.arange(longest) < torch.randint(least, longest + 1, (count, 1), generator=generator)
+
+    return mask(problem.text), mask(problem.image)
+
+
+def _step(problem: Problem, loss: Loss | None) -> Callable[[], None]:
+    """Forward, matching loss, the congruence loss of the last layer, backward, AdamW."""
+    config, generator = problem.config, torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = UNITER(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # costs the same, and every call has the same weights
+    count, text, image = problem.batch, problem.text, problem.image
+    text_mask, image_mask = _masks(problem, count)
+    inputs = {
+        "input_ids": torch.randint(config.vocab_size, (count, text), generator=generator),
+        "region_features": torch.randn(count, image, config.region_dim, generator=generator),
+        "region_positions": torch.randn(count, image, config.position_dim, generator=generator),
+    }
+    if problem.uneven:
+        inputs |= {"attention_mask": text_mask, "region_mask": image_mask}
+    label = torch.zeros(count, dtype=torch.int64)
+    label[: problem.matched] = 1
+
+    def step() -> None:
+        if loss is None:
+            total = F.cross_entropy(model(**inputs).logits, label)
+        else:
+            with capture_attention(model) as captured:
+                logits = model(**inputs).logits
+            query, key = (x[: problem.matched] for x in (captured.query, captured.key))
+            words, regions = (query[:, :, :text], key[:, :, :text]), (query[:, :, text:], key[:, :, text:])
+            masks = text_mask[: problem.matched], image_mask[: problem.matched]
+            total = F.cross_entropy(logits, label) + loss(words, regions, *masks)
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+
+    return step
+
+
+def _alone(problem: Problem, loss: Loss) -> Callable[[], None]:
+    config, generator = problem.config, torch.Generator().manual_seed(0)
+    count, heads, head_dim = problem.matched, config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    tensors = [
+        torch.randn(count, heads, length, head_dim, generator=generator).requires_grad_()
+        for length in (problem.text, problem.text, problem.image, problem.image)
+    ]
+    masks = _masks(problem, count)
+
+    def call() -> None:
+        torch.autograd.grad(loss((tensors[0], tensors[1]), (tensors[2], tensors[3]), *masks), tensors, allow_unused=True)
+
+    return call

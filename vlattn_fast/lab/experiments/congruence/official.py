@@ -1,0 +1,55 @@
+"""The losses as the authors' code computes them (KhoomeiK/CACR and lancopku/IAIS): to be measured against, not for use.
+
+The four blocks for the whole batch, then a Python loop over its samples that cuts off each one's padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def published_loss(t: Mapping[str, Tensor], kind: str, direction: str = "both") -> Tensor:
+    """(B) losses, each sample cut out by lengths that are read from its masks.
+
+    t: text_query, text_key (B, H, L, D), image_query, image_key (B, H, V, D), text_mask (B, L), image_mask (B, V).
+    """
+    text, image = t["text_mask"], t["image_mask"]
+    ll, vv = _block(t["text_query"], t["text_key"], text, text), _block(t["image_query"], t["image_key"], image, image)
+    lv, vl = _block(t["text_query"], t["image_key"], text, image), _block(t["image_query"], t["text_key"], image, text)
+    losses = []
+    for i in range(len(ll)):
+        n, m = int(text[i].sum().item()), int(image[i].sum().item())
+        own, cross = (ll[i, :n, :n], vv[i, :m, :m]), (lv[i, :n, :m], vl[i, :m, :n])
+        parts = []
+        if direction != "image":
+            parts.append(_direction(kind, *own, *cross))
+        if direction != "text":
+            parts.append(_direction(kind, *own[::-1], *cross[::-1]))
+        losses.append(sum(parts[1:], parts[0]))
+    return torch.stack(losses)
+
+
+def _block(query: Tensor, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    real = (rows[:, None, :, None] & columns[:, None, None, :]).to(query.dtype)
+    scores = query @ key.mT * query.shape[-1] ** -0.5 + (1.0 - real) * -10000.0
+    return (torch.softmax(scores, dim=-1) * real).mean(dim=1)
+
+
+def _direction(kind: str, own: Tensor, other: Tensor, cross: Tensor, back: Tensor) -> Tensor:
+    if kind == "cacr":
+        change = cross.detach()
+        return _symmetric(torch.softmax(own, dim=-1), torch.softmax(change @ other @ change.mT, dim=-1), 0.0)
+    if kind == "iais_singular":
+        index = cross.argmax(dim=-1)
+        return _symmetric(own, torch.softmax(other[index][:, index], dim=-1), 0.0)
+    return _symmetric(own, cross @ back, 1e-6)
+
+
+def _symmetric(p: Tensor, t: Tensor, epsilon: float) -> Tensor:
+    divergence = partial(F.kl_div, reduction="batchmean")
+    return divergence((p + epsilon).log(), t) + divergence((t + epsilon).log(), p)

@@ -1,0 +1,276 @@
+"""The model, its scenes and its training: image-text matching alone, with or without a congruence loss beside it.
+
+Smaller than the UNITER of `vlattn_fast.lab.train`, so that a training takes under a minute of one core, and without the loss that
+tells it where a digit is. Such a model sits at chance on order and relation for a while, and then finds them at once.
+
+So that this while is short, regions come as from a detector, with scores of the ten digits and a place, and the model begins
+where a first training would end: a region with the embedding of the word for its digit, and words looking at regions like them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlattn_fast.lab import winoground
+from vlattn_fast.lab.processor import DIGIT_WORDS, VOCABULARY
+from vlattn_fast.lab.scenes import (
+    CANVAS,
+    DIGIT,
+    NEGATIVES,
+    Scenes,
+    digit_scans,
+    digit_scenes,
+    paint,
+    sample_scenes,
+    swapped_pairs,
+)
+from vlattn_fast.models.uniter import UNITER, UNITERConfig, UNITEROutput
+from vlattn_fast.nn import CongruenceLoss, capture_attention
+from vlattn_fast.nn.capture_attention import CapturedLayer
+from vlattn_fast.ops.congruence_loss import KINDS
+
+CONFIG = UNITERConfig(
+    vocab_size=len(VOCABULARY),
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=256,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    max_position_embeddings=16,
+    initializer_range=0.1,
+    region_dim=len(DIGIT_WORDS),
+    position_dim=3,
+    masked_words=True,
+)
+FALSE = torch.tensor([1] * 12 + [2] * 12 + [3] * 24)  # a batch: as many scenes, each three times, see `batches`
+MATCHED = len(FALSE)  # true captions come first
+REGIONS = 2  # digits a scene
+LEARNING_RATE, WARMUP = 1e-3, 100  # constant after the warm-up, so that the jump does not hang on the length of the run
+NOISE = 0.15  # standard deviation added to the pixels in training
+AHEAD = 16  # batches drawn at once, which is cheaper
+RELATION, MASK_ID = slice(2, 4), VOCABULARY.index("[MASK]")
+WORDS, CAPTION = slice(1, 6), 7  # the five words among the tokens, without [CLS] and [SEP]; regions come behind the caption
+JUMP = 0.75  # the model is past the jump where its accuracy of order and of relation is this at least
+VALIDATION_SEED, TEST_SEED = 1, 2
+RELATIONAL = ("relation", "order")
+
+Curve = dict[str, list[float]]  # "step", accuracies by kind of caption, values of losses
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """steps: of a training; every: steps between two evaluations; validation, test: scenes of each kind."""
+
+    steps: int
+    every: int
+    validation: int
+    test: int
+
+
+@cache
+def _scans(part: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(scans (S, 8, 8) by digit, how many of each, where each begins): every fifth training scan of a digit is for "validation",
+    the others are for "fit"."""
+    scans, digits, _ = digit_scans("train")
+    rank = F.one_hot(digits, 10).cumsum(0).gather(1, digits[:, None]).squeeze(1) - 1
+    chosen = (rank % 5 == 0) == (part == "validation")
+    order, count = digits[chosen].argsort(stable=True), torch.bincount(digits[chosen], minlength=10)
+    return scans[chosen][order], count, count.cumsum(0) - count
+
+
+@cache
+def _detector() -> tuple[Tensor, Tensor]:
+    """Weights (64, 10) and bias (10) of a ridge regression from the scans to fit to their digits."""
+    scans, count, _ = _scans("fit")
+    pixels = F.pad(scans.flatten(1).double(), (0, 1), value=1.0)
+    digits = F.one_hot(torch.arange(10).repeat_interleave(count), 10).double()
+    solved = torch.linalg.solve(pixels.mT @ pixels + torch.eye(65, dtype=torch.float64), pixels.mT @ digits).float()
+    return solved[:-1], solved[-1]
+
+
+def training_scenes(captions: Tensor, part: str, generator: torch.Generator) -> tuple[Scenes, Tensor]:
+    """(scenes with digits of one part of the training scans and true captions, the ids (B, 7) of other captions that `captions`
+    asks for as in `sample_scenes`)."""
+    state = generator.get_state()
+    other = sample_scenes(captions, "train", None, generator).input_ids
+    generator.set_state(state)  # the same scenes again
+    scenes = sample_scenes(torch.zeros_like(captions), "train", None, generator)
+    scans, count, start = _scans(part)
+    pick = (torch.rand(scenes.digits.shape, generator=generator) * count[scenes.digits]).long()
+    return fewer(replace(scenes, images=paint(scans[start[scenes.digits] + pick], scenes.boxes[..., :2].long()))), other
+
+
+def fewer(scenes: Scenes) -> Scenes:
+    """REGIONS of the digits of each scene, the named ones among them; ink outside of the boxes is not shown to the model."""
+    place = torch.arange(scenes.named.shape[1])
+    kept = torch.where(scenes.named, -1, place).argsort(dim=1, stable=True)[:, :REGIONS].sort(1).values
+    return replace(
+        scenes,
+        boxes=scenes.boxes.gather(1, kept[..., None].expand(-1, -1, 4)),
+        digits=scenes.digits.gather(1, kept),
+        named=scenes.named.gather(1, kept),
+    )
+
+
+def model_inputs(scenes: Scenes, *, noise: Tensor | None = None) -> Inputs:
+    """Regions have ten scores, and 1, x and y of their centre, from about -1 to 1. Nothing is padded, so there are no masks."""
+    pixels = scenes.inputs()["region_features"]
+    weight, bias = _detector()
+    centres = 3.0 * ((scenes.boxes[..., :2] + DIGIT / 2) / CANVAS - 0.5)
+    return {
+        "input_ids": scenes.input_ids,
+        "region_features": (pixels if noise is None else pixels + noise) @ weight + bias,
+        "region_positions": F.pad(centres, (1, 0), value=1.0),
+    }
+
+
+def batches(generator: torch.Generator) -> Iterator[tuple[Inputs, Tensor]]:
+    """(inputs with noise, labels), without end. Each of MATCHED scenes comes with its true caption, with a false one as FALSE
+    says, and with the true one without its relation; labels (2 MATCHED) are of the first two."""
+    label = torch.cat([torch.ones_like(FALSE), torch.zeros_like(FALSE)])
+    while True:
+        scenes, other = training_scenes(FALSE.repeat(AHEAD), "fit", generator)
+        inputs = model_inputs(scenes, noise=NOISE * torch.randn(*scenes.digits.shape, 64, generator=generator))
+        asked = inputs["input_ids"].clone()
+        asked[:, RELATION] = MASK_ID
+        for rows in torch.arange(len(other)).split(MATCHED):
+            batch = {name: x[rows].repeat(3, *[1] * (x.ndim - 1)) for name, x in inputs.items()}
+            yield batch | {"input_ids": torch.cat([x[rows] for x in (inputs["input_ids"], other, asked)])}, label
+
+
+def congruence(loss: CongruenceLoss, layer: CapturedLayer, matched: int) -> Tensor:
+    """The loss over the first `matched` samples: between the words of their captions and the regions of their scenes."""
+    assert layer.joint is not None
+    query, key = (x[:matched] for x in layer.joint)
+    return loss((query[:, :, WORDS], key[:, :, WORDS]), (query[:, :, CAPTION:], key[:, :, CAPTION:]))
+
+
+def losses(model: UNITER, output: UNITEROutput, inputs: Inputs, label: Tensor) -> Tensor:
+    """Matching, and the masked relations of the last third of the batch."""
+    words = inputs["input_ids"][:MATCHED, RELATION]
+    said = model.word_logits(output.last_hidden_state[2 * MATCHED :, RELATION])
+    return F.cross_entropy(output.logits[: 2 * MATCHED], label) + F.cross_entropy(said.flatten(0, 1), words.flatten())
+
+
+def new_model(seed: int) -> UNITER:
+    """A region begins with the embedding of the word for the digit that the detector says, and in the first layer the keys are
+    projected as the queries are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UNITER(CONFIG)
+    zero = VOCABULARY.index(DIGIT_WORDS[0])
+    words = model.uniter.embeddings.word_embeddings.weight[zero : zero + len(DIGIT_WORDS)]
+    with torch.no_grad():
+        model.uniter.img_embeddings.img_linear.weight.copy_(words.T)
+        first = model.uniter.encoder.get_submodule("layer.0.attention.self")
+        first.get_submodule("key").load_state_dict(first.get_submodule("query").state_dict())
+    return model
+
+
+def train(seed: int, loss: str, weight: float, layer: int, sizes: Sizes, *, stop_at_jump: bool = False) -> tuple[UNITER, Curve]:
+    """A trained model, and what was seen of it every `sizes.every` steps on validation scenes.
+
+    Seeds pair the runs: initial weights, scenes, captions and noise are those of the seed, whatever the loss.
+
+    Args:
+        loss: a kind of `CongruenceLoss`, or "none".
+        stop_at_jump: stop at the first look where order and relation are past it.
+    """
+    model, drawn, watch = new_model(seed), batches(torch.Generator().manual_seed(seed)), Watch(sizes.validation)
+    extra = None if loss == "none" else CongruenceLoss(loss, direction="alternate", weight=weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
+    for step in range(1, sizes.steps + 1):
+        inputs, label = next(drawn)
+        if extra is None:
+            total = losses(model, model(**inputs), inputs, label)
+        else:
+            with capture_attention(model, layers=layer) as captured:
+                output = model(**inputs)
+            total = losses(model, output, inputs, label) + congruence(extra, captured.layer, MATCHED)
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        warmup.step()
+        if step % sizes.every == 0:
+            watch.look(model, step)
+            if stop_at_jump and None not in [jump(watch.curve, name) for name in RELATIONAL]:
+                break
+    return model, watch.curve
+
+
+def jump(curve: Curve, name: str) -> int | None:
+    """The first step at which the accuracy of a kind of caption was seen past the jump; None where it never was."""
+    return next((int(step) for step, value in zip(curve["step"], curve[name], strict=True) if value >= JUMP), None)
+
+
+class Watch:
+    """Looks at a model while it trains: its accuracies on validation scenes as `matching_accuracy` has them, and the congruence
+    of its attention by each loss and in each layer."""
+
+    def __init__(self, count: int) -> None:
+        self._false = []
+        for kind in range(1, 1 + len(NEGATIVES)):
+            generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same scenes for each kind of caption
+            scenes, other = training_scenes(torch.full((count,), kind), "validation", generator)
+            self._true = model_inputs(scenes)
+            self._false.append(self._true | {"input_ids": other})
+        self.curve: Curve = {}
+
+    @torch.no_grad()
+    def look(self, model: UNITER, step: int) -> None:
+        values, odds = congruences(model, self._true)
+        true = float((odds > 0).double().mean())
+        seen: dict[str, float] = {"step": step}
+        for name, inputs in zip(NEGATIVES, self._false, strict=True):
+            seen[name] = (true + float((log_odds(model, inputs) <= 0).double().mean())) / 2
+        for name, value in (seen | values).items():
+            self.curve.setdefault(name, []).append(float(f"{value:.4g}"))
+
+
+def log_odds(model: UNITER, inputs: Inputs) -> Tensor:
+    """(B): that the captions are true."""
+    logits: Tensor = model(**inputs).logits
+    return logits[:, 1] - logits[:, 0]
+
+
+@torch.no_grad()
+def congruences(model: UNITER, inputs: Inputs) -> tuple[dict[str, float], Tensor]:
+    """(the losses in each layer, in both directions, by `value_name`; the log odds) of true captions."""
+    with capture_attention(model, layers=range(CONFIG.num_hidden_layers)) as captured:
+        odds = log_odds(model, inputs)
+    return {
+        value_name(kind, layer): float(congruence(CongruenceLoss(kind), captured[layer], len(odds)))
+        for kind in KINDS
+        for layer in range(CONFIG.num_hidden_layers)
+    }, odds
+
+
+def value_name(kind: str, layer: int) -> str:
+    return f"{kind} in layer {layer}"
+
+
+@torch.no_grad()
+def final_scores(model: UNITER, count: int, pairs: str) -> dict[str, float]:
+    """On scenes with test scans: accuracies by kind of wrong caption, Winoground's three scores on swapped pairs, and the
+    congruence losses of true captions."""
+    scores: dict[str, float] = {}
+    true = model_inputs(fewer(digit_scenes(count, seed=TEST_SEED, pairs=pairs)))
+    accepted = float((log_odds(model, true) > 0).double().mean())
+    for name in NEGATIVES:
+        false = digit_scenes(count, seed=TEST_SEED, pairs=pairs, negative=name).input_ids
+        scores[name] = (accepted + float((log_odds(model, true | {"input_ids": false}) <= 0).double().mean())) / 2
+    sides = [model_inputs(fewer(side)) for side in swapped_pairs(count, seed=TEST_SEED, pairs=pairs)]
+    table = [[log_odds(model, scene | {"input_ids": text["input_ids"]}).tolist() for text in sides] for scene in sides]
+    examples = ((((0, number), (1, number)), (0, 1)) for number in range(count))
+    scores |= winoground.evaluate(lambda image, caption: table[image[0]][caption][image[1]], examples)
+    return scores | congruences(model, true)[0]
