@@ -58,7 +58,8 @@ def test_the_run_writes_rows(name, untrained, tmp_path, capsys):
         assert len(row["values"]) == 2 and row["samples"] + row["left_out"] == samples
         if row["method"] == "gradient" and row["test"] != "sanity" and row["value"] is not None:
             assert row["minus_gradient"] == 0 and row["value"] == pytest.approx(sum(row["values"]) / row["seeds"])
-    assert all(0 <= row["p5"] <= row["mean"] <= row["p95"] <= 1 for row in report["residual_shares"])
+    # A skewed mean may lie outside of its percentiles: halves differ by rounding alone.
+    assert all(0 <= row["p5"] <= row["p95"] <= 1 and 0 <= row["mean"] <= 1 for row in report["residual_shares"])
     printed = capsys.readouterr().out
     assert printed.count("| less `gradient` | positive | negative |") == 2
     row = next(row for row in report["rows"] if row["method"] == "weighted" and row["test"] == "mass")
