@@ -21,7 +21,7 @@ from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settin
 from vlattn_fast.lab.probing import probe_samples
 from vlattn_fast.lab.provenance import fingerprint
 from vlattn_fast.lab.uniter import CONFIG, load_uniter, matching_accuracy
-from vlattn_fast.models.uniter import UNITER
+from vlattn_fast.models.uniter import UNITER, UNITERLayer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,15 +96,16 @@ def ablated(model: UNITER, count: int, seed: int) -> Iterator[tuple[int, int, fl
 
 @contextlib.contextmanager
 def without_head(model: UNITER, layer: int, head: int) -> Iterator[None]:
-    attention = model.uniter.encoder.layer[layer].attention
-    width = attention.self.head_dim
+    chosen = model.uniter.encoder.layer[layer]
+    assert isinstance(chosen, UNITERLayer)
+    width = chosen.attention.self.head_dim
 
     def silence(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         heads = inputs[0].clone()
         heads[..., head * width : (head + 1) * width] = 0
         return (heads, *inputs[1:])
 
-    hook = attention.output.register_forward_pre_hook(silence)
+    hook = chosen.attention.output.register_forward_pre_hook(silence)
     try:
         yield
     finally:
