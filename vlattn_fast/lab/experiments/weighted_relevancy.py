@@ -23,6 +23,7 @@ METHODS = {
     "weighted:norm": "its weights from norms",
     "weighted:equal": "weights 1/2",
     "weighted:no_normalization": "from gradients, rows not divided",
+    "weighted:norm:no_normalization": "from norms, rows not divided",
 }
 LOW_IS_GOOD = ("positive", "deletion")
 LEFT_OUT = ("sanity",)  # says nothing about which map is better
@@ -85,10 +86,10 @@ def figure(rows: Sequence[Row]) -> Figure:
 
     drawn = Figure(figsize=(3.4 * len(rows), 5), layout="constrained")
     axes = drawn.subplots(1, len(rows), squeeze=False)[0]
-    colours = dict(zip(METHODS, ("#1d4ed8", "#c2410c", "#111111", "#a3a3a3"), strict=True))
+    colours = dict(zip(METHODS, ("#1d4ed8", "#c2410c", "#111111", "#93c5fd", "#fdba74"), strict=True))
     for axis, row in zip(axes, rows, strict=True):
         places = sorted(dict.fromkeys((one["part"], one["test"]) for one in row["compared"]), key=lambda place: place[0])
-        for shift, (method, colour) in zip((-0.3, -0.1, 0.1, 0.3), colours.items(), strict=True):
+        for shift, (method, colour) in zip((-0.32, -0.16, 0.0, 0.16, 0.32), colours.items(), strict=True):
             found = [one for one in row["compared"] if one["method"] == method]
             heights = [places.index((one["part"], one["test"])) + shift for one in found]
             axis.errorbar(
@@ -100,7 +101,7 @@ def figure(rows: Sequence[Row]) -> Figure:
         axis.set_yticks(range(len(places)), [f"{test}, {part}" for part, test in places], fontsize=8)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
-    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return drawn
 
 
