@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import vlattn_fast as va
+from vlattn_fast.lab.experiments.run import NAMES as EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
@@ -63,6 +64,10 @@ def test_every_command_exists(name):
         if program == "pip":
             extras = re.search(r"\[(.+)\]", line)
             assert extras and all(f"\n{extra} = [" in text("pyproject.toml") for extra in extras[1].split(",")), line
+            continue
+        if program == "python":
+            module, experiment, *_ = rest
+            assert (subject, module) == ("-m", "vlattn_fast.lab.experiments") and experiment in EXPERIMENTS, line
             continue
         known = {"make": targets, "vlattn": commands}[program]
         assert subject in known, line
