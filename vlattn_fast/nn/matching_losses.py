@@ -47,18 +47,22 @@ class ScanLoss(nn.Module):
         ids: int (B). Pairs with equal ids, such as two captions of one image, are no false pairs of each other.
         """
         similarity = stacked_cross_attention(images, captions, caption_lengths, image_lengths, **self.options)
-        same = _same(similarity, ids)
-        true = similarity.diagonal()
-        captions_of = (self.margin + similarity - true[:, None]).clamp(min=0).masked_fill(same, 0.0)
-        images_of = (self.margin + similarity - true[None, :]).clamp(min=0).masked_fill(same, 0.0)
-        if not self.hardest:
-            return captions_of.sum() + images_of.sum()
-        if not len(true):
-            return similarity.sum()
-        return captions_of.amax(1).sum() + images_of.amax(0).sum()
+        return triplet_loss(similarity, _same(similarity, ids), self.margin, self.hardest)
 
     def extra_repr(self) -> str:
         return ", ".join([f"margin={self.margin}, hardest={self.hardest}", *(f"{k}={v!r}" for k, v in self.options.items())])
+
+
+def triplet_loss(similarity: Tensor, same: Tensor, margin: float = 0.2, hardest: bool = True) -> Tensor:
+    """The sum of `ScanLoss` over similarities (B, B) of any origin; same: bool (B, B), pairs that are no false ones."""
+    true = similarity.diagonal()
+    captions_of = (margin + similarity - true[:, None]).clamp(min=0).masked_fill(same, 0.0)
+    images_of = (margin + similarity - true[None, :]).clamp(min=0).masked_fill(same, 0.0)
+    if not hardest:
+        return captions_of.sum() + images_of.sum()
+    if not len(true):
+        return similarity.sum()
+    return captions_of.amax(1).sum() + images_of.amax(0).sum()
 
 
 class DamsmLoss(nn.Module):

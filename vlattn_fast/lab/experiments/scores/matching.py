@@ -1,0 +1,127 @@
+"""Image-text matching as in SCAN (Lee et al., ECCV 2018), from texts to images: each word of a caption attends to the regions of
+an image; how well they belong together is the mean cosine of a word and what it found."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlattn_fast.lab.clip import caption_pixels, words_of
+from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, spearman, weights_and_relevancy
+from vlattn_fast.lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, seeded, text_ids
+from vlattn_fast.lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes
+from vlattn_fast.lab.train.fit import fit
+from vlattn_fast.nn.matching_losses import triplet_loss
+
+WORDS, SIZE = 5, 32
+FIRST, SECOND = 0, 4  # the places of the two digits in a caption
+BATCH, LEARNING_RATE = 32, 3e-3
+GROUP = 100  # captions and images that are told apart when recall is measured
+
+
+class Sizes(NamedTuple):
+    """steps: of the training. scenes: trained with. tested: test scenes, a multiple of GROUP."""
+
+    steps: int = 2500
+    scenes: int = 8192
+    tested: int = 1000
+
+
+SMOKE = Sizes(3, 64, GROUP)
+
+
+class Matcher(nn.Module):
+    def __init__(self, arm: str, backend: str = "auto") -> None:
+        super().__init__()
+        self.text, self.region = TextEncoder(WORDS, SIZE), region_encoder(SIZE)
+        self.attend = Attend(arm, SIZE, backend)
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Regions (Bi, R, FEATURES) and captions (Bc, WORDS) -> similarity (Bi, Bc), in one call of attention."""
+        words = self.text(ids)[0].flatten(0, 1).expand(len(images), -1, -1)
+        found = self.attend(words, self.region(images))
+        return F.cosine_similarity(words, found, dim=-1).unflatten(1, (len(ids), WORDS)).mean(-1)
+
+    def pairs(self, images: Tensor, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """As many images as captions -> similarity (B) of each pair."""
+        words = self.text(ids)[0]
+        return F.cosine_similarity(words, self.attend(words, self.region(images), key_mask=key_mask), dim=-1).mean(-1)
+
+
+@functools.cache
+def scenes_of(count: int, seed: int, split: str, negative: str | None = None) -> Scenes:
+    return digit_scenes(count, split=split, seed=seed, negative=negative)
+
+
+def train(arm: str, seed: int, sizes: Sizes) -> tuple[Matcher, Matcher]:
+    """The model, and what it was before training."""
+    first, model = (seeded(seed, lambda: Matcher(arm)) for _ in range(2))
+    scenes, generator = scenes_of(sizes.scenes, 1000 + seed, "train"), torch.Generator().manual_seed(seed)
+    seen, ids, words = regions(reader(seed), scenes.images, scenes.boxes), text_ids(scenes.captions, WORDS), words_of(scenes)
+    holds = functools.partial(_holds, scenes, words)
+
+    def losses() -> dict[str, Tensor]:
+        rows = torch.randint(sizes.scenes, (BATCH,), generator=generator)
+        return {"triplets": triplet_loss(model(seen[rows], ids[rows]), holds(rows), hardest=False) / BATCH}
+
+    fit(list(model.parameters()), losses, {"triplets": 1.0}, sizes.steps, learning_rate=LEARNING_RATE, log_every=0)
+    return model.eval(), first.eval()
+
+
+def _holds(scenes: Scenes, words: Tensor, rows: Tensor) -> Tensor:
+    """bool (B, B): whether a caption of these rows is true of an image of them, or nearly so: no wrong one."""
+    part = Scenes(**{name: value[rows] if isinstance(value, Tensor) else () for name, value in vars(scenes).items()})
+    return (caption_pixels(part, words[rows]) > 0) | torch.eye(len(rows), dtype=torch.bool)
+
+
+def said_regions(scenes: Scenes) -> Tensor:
+    """int64 (B, 2): the region of each of the two digits that a true caption names."""
+    named = words_of(scenes)[:, ::2]
+    return (scenes.digits[:, None] == named[..., None]).int().argmax(-1)
+
+
+def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
+    """On test scenes. accuracy: how often the most similar of GROUP captions is true of an image, and the most similar of GROUP
+    images one of which a caption is true, the mean of both."""
+    net, scenes = reader(seed), scenes_of(sizes.tested, seed, "test")
+    images, ids, words = regions(net, scenes.images, scenes.boxes), text_ids(scenes.captions, WORDS), words_of(scenes)
+    found: dict[str, float] = {}
+    hits: dict[str, list[Tensor]] = {"caption": [], "image": [], "chance": []}
+    with torch.no_grad():
+        for start in range(0, sizes.tested, GROUP):
+            rows = torch.arange(start, start + GROUP)
+            part = Scenes(**{name: value[rows] if isinstance(value, Tensor) else () for name, value in vars(scenes).items()})
+            true = caption_pixels(part, words[rows]) >= CLEARANCE
+            similarity = model(images[rows], ids[rows])
+            each = torch.arange(GROUP)
+            hits["caption"].append(true[each, similarity.argmax(1)])
+            hits["image"].append(true[similarity.argmax(0), each])
+            hits["chance"].append(true.double().mean(1))
+        for name, hit in hits.items():
+            found[f"recall_{name}"] = float(torch.cat(hit).double().mean())
+        found["accuracy"] = (found["recall_caption"] + found["recall_image"]) / 2
+        own = model.pairs(images, ids)
+        wrong = {}
+        for negative in NEGATIVES:
+            wrong[negative] = text_ids(scenes_of(sizes.tested, seed, "test", negative).captions, WORDS)
+            found[negative] = float((own > model.pairs(images, wrong[negative])).double().mean())
+
+    [(weights, relevancy)] = weights_and_relevancy(model.attend, lambda: model.pairs(images, ids))
+    places, target = torch.tensor([FIRST, SECOND]), said_regions(scenes)
+    weights, relevancy = weights[:, places], relevancy[:, places]
+    found["share"] = float(weights.gather(2, target[..., None]).mean())
+    found["chance"] = 1 / REGIONS
+    found["pointing"] = float((weights.argmax(-1) == target).double().mean())
+    found["agreement"] = float(spearman(weights, relevancy).mean())
+
+    @torch.no_grad()
+    def accuracy(mask: Tensor) -> float:
+        """True captions against those with a wrong digit; a tie is half."""
+        one, two = (model.pairs(images, captions, mask) for captions in (ids, wrong["digit"]))
+        return float((one > two).double().mean() + (one == two).double().mean() / 2)
+
+    return found | perturbation(weights.amax(1), accuracy, seed)

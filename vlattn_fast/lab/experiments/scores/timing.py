@@ -1,0 +1,100 @@
+"""Time of a step, forward and backward: this package's attention, the formula, and the formula under torch.compile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.lab.experiments.scores import answering, encoders, generation, matching
+from vlattn_fast.lab.experiments.scores.attend import Attend
+from vlattn_fast.lab.experiments.scores.material import FEATURES, seeded
+from vlattn_fast.lab.scenes import REGIONS
+from vlattn_fast.lab.texts import TEXT_VOCABULARY
+
+VARIANTS = ("ours", "formula", "compiled")
+IMAGES, CAPTION_WORDS, BOXES, WIDTH = 32, 32 * 12, 36, 64  # SCAN's batch is 128 images of 36 regions, 1024 features wide
+
+
+class Alone(nn.Module):
+    """The words of 32 captions attend to the 36 regions of 32 images."""
+
+    def __init__(self, arm: str, backend: str) -> None:
+        super().__init__()
+        self.words = nn.Parameter(torch.randn(CAPTION_WORDS, WIDTH))
+        self.regions = nn.Parameter(torch.randn(IMAGES, BOXES, WIDTH))
+        self.attend = Attend(arm, WIDTH, backend)
+
+    def forward(self) -> Tensor:
+        found: Tensor = self.attend(self.words.expand(IMAGES, -1, -1), self.regions)
+        return found
+
+
+def _ids(count: int, length: int) -> Tensor:
+    return torch.randint(1, len(TEXT_VOCABULARY), (count, length))
+
+
+def _matching(arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return matching.Matcher(arm, backend), (torch.randn(matching.BATCH, REGIONS, FEATURES), _ids(matching.BATCH, matching.WORDS))
+
+
+def _answering(arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    inputs = torch.randn(answering.BATCH, REGIONS, FEATURES), _ids(answering.BATCH, answering.WORDS)
+    return answering.Mac(arm, backend), inputs
+
+
+def _generation(arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    words = torch.randn(encoders.BATCH, encoders.WORDS, encoders.SIZE)
+    return generation.Generator(arm, backend), (words, words[:, 0], torch.randn(encoders.BATCH, generation.NOISE))
+
+
+def _alone(arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return Alone(arm, backend), ()
+
+
+MADE: dict[str, Callable[[str, str], tuple[nn.Module, tuple[Tensor, ...]]]] = {
+    "matching": _matching,
+    "answering": _answering,
+    "generation": _generation,
+    "SCAN": _alone,
+}
+
+
+def step_of(what: str, arm: str, variant: str) -> Callable[[], None]:
+    """A step of one of the models with random inputs, or of attention alone at a size near SCAN's."""
+    inputs: tuple[Tensor, ...] = ()
+
+    def make() -> nn.Module:
+        nonlocal inputs
+        model, inputs = MADE[what](arm, "auto" if variant == "ours" else "reference")
+        return model
+
+    model = seeded(0, make)
+    if variant == "compiled":
+        next(part for part in model.modules() if isinstance(part, Attend)).compile()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(*inputs).square().sum().backward()
+
+    return step
+
+
+def measure(what: str, arm: str, *, rounds: int, least: float, variants: tuple[str, ...] = VARIANTS) -> dict[str, float]:
+    """Milliseconds of one thread: the least of some rounds, in which the variants take turns, `least` seconds each."""
+    torch.set_num_threads(1)
+    steps = {variant: step_of(what, arm, variant) for variant in variants}
+    for step in steps.values():
+        step()
+        step()
+    times = dict.fromkeys(steps, float("inf"))
+    for _ in range(rounds):
+        for variant, step in steps.items():
+            began, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - began < least:
+                step()
+                count += 1
+            times[variant] = min(times[variant], (time.perf_counter() - began) / count)
+    return {f"{variant}_ms": round(1e3 * seconds, 4) for variant, seconds in times.items()}
