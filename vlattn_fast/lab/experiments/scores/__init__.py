@@ -13,7 +13,7 @@ from typing import Any
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage
 from vlattn_fast.lab.experiments.scores import answering, generation, matching, timing
 from vlattn_fast.lab.experiments.scores.attend import ARMS, SCORES
-from vlattn_fast.lab.experiments.scores.page import accuracy_and_interpretability, tables
+from vlattn_fast.lab.experiments.scores.page import accuracy_and_interpretability, pictures, tables
 
 TASKS: dict[str, Any] = {"matching": matching, "answering": answering, "generation": generation}
 REFERENCES = {"answering": "frequent", "generation": "real"}  # arms without a model
@@ -34,17 +34,25 @@ def train(cell: Cell, settings: Settings) -> dict[str, Any]:
     module, arm, seed = TASKS[cell["task"]], cell["arm"], cell["seed"]
     sizes = module.SMOKE if settings.smoke else module.Sizes()
     if arm == "frequent":
-        return {"trained": answering.blind(sizes, seed)}
+        return {"trained": _rounded(answering.blind(sizes, seed))}
     if arm == "real":
-        return {"trained": generation.measure_real(seed, sizes)}
+        return {"trained": _rounded(generation.measure_real(seed, sizes)), **_shown(None, seed, sizes)}
     if module is generation:
         generation.prepare(seed, sizes)
     began = time.process_time()
     model, first = module.train(arm, seed, sizes)
     found: dict[str, Any] = {"training_seconds": round(time.process_time() - began, 2)}
     for name, one in (("trained", model), ("untrained", first)):
-        found[name] = {key: round(value, 4) for key, value in module.measure(one, seed, sizes).items()}
-    return found
+        found[name] = _rounded(module.measure(one, seed, sizes))
+    return found | (_shown(model, seed, sizes) if module is generation else {})
+
+
+def _rounded(found: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def _shown(model: generation.Generator | None, seed: int, sizes: generation.Sizes) -> dict[str, Any]:
+    return generation.samples(model, seed, sizes) if seed == 0 else {}
 
 
 def timings(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
@@ -61,5 +69,5 @@ def time_steps(cell: Cell, settings: Settings) -> dict[str, Any]:
 EXPERIMENT = Experiment(
     stages=[Stage(trainings, train), Stage(timings, time_steps, alone=True)],
     tables=tables,
-    figures={"scores": accuracy_and_interpretability},
+    figures={"scores": accuracy_and_interpretability, "scores-pictures": pictures},
 )

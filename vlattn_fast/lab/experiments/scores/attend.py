@@ -109,8 +109,10 @@ def perturbation(values: Tensor, accuracy: Callable[[Tensor], float], seed: int)
     number = values.shape[1]
     random = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed))
     steps = [k / number for k in range(number + 1)]
+    whole, none = (accuracy(torch.full(values.shape, stays)) for stays in (True, False))
     areas = {}
     for name, order in (("auc_most", -values), ("auc_least", values), ("auc_random", random)):
-        place = order.argsort(1, stable=True).argsort(1)
-        areas[name] = area_under(steps, [accuracy(place >= removed) for removed in range(number + 1)])
+        place = order.argsort(dim=1, stable=True).argsort(1)
+        between = [accuracy(place >= removed) for removed in range(1, number)]
+        areas[name] = area_under(steps, [whole, *between, none])
     return areas

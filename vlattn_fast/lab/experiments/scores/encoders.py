@@ -107,8 +107,17 @@ def pair(seed: int, sizes: PairSizes) -> Pair:
         return found | _of_cells(net, images, scenes.digits[rows], scenes.boxes[rows])
 
     weights = {"match": 1.0, "digit": 2.0, "centre": 10.0}
-    fit(list(net.parameters()), of_crowds, weights, sizes.first, learning_rate=LEARNING_RATE, log_every=0, warmup=0.1)
-    fit(list(net.parameters()), of_captions, weights, sizes.steps, learning_rate=LEARNING_RATE, log_every=0, warmup=0.1)
+    fit(list(net.parameters()), of_crowds, weights, sizes.first, learning_rate=LEARNING_RATE, log_every=0, warmup=0.1, fused=True)
+    fit(
+        list(net.parameters()),
+        of_captions,
+        weights,
+        sizes.steps,
+        learning_rate=LEARNING_RATE,
+        log_every=0,
+        warmup=0.1,
+        fused=True,
+    )
     return net.requires_grad_(False).eval()
 
 

@@ -27,19 +27,21 @@ from vlattn_fast.lab.experiments.scores.encoders import (
     similarity,
 )
 from vlattn_fast.lab.experiments.scores.material import seeded, text_ids
+from vlattn_fast.lab.texts import SceneProcessor
 from vlattn_fast.lab.train.fit import fit
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity
 
 NOISE, LEARNING_RATE = 16, 3e-3
 WRONG = 29  # captions beside the right one
+SHOWN = 6  # pictures of the first seed that the rows keep
 DIGIT_PLACES = torch.tensor([0, 4])  # of a caption's words
 
 
 class Sizes(NamedTuple):
     """steps: of the training. tested: held-out captions, of which pictures are made. pair: of the encoders."""
 
-    steps: int = 600
-    tested: int = 500
+    steps: int = 300
+    tested: int = 240
     pair: PairSizes = PairSizes()
 
 
@@ -87,7 +89,16 @@ def train(arm: str, seed: int, sizes: Sizes) -> tuple[Generator, Generator]:
         images = model(words, sentence, torch.randn(BATCH, NOISE, generator=generator))
         return {"match": damsm_loss(*net.picture(images), words, sentence, keys[rows])}
 
-    fit(list(model.parameters()), losses, {"match": 1.0}, sizes.steps, learning_rate=LEARNING_RATE, log_every=0, warmup=0.1)
+    fit(
+        list(model.parameters()),
+        losses,
+        {"match": 1.0},
+        sizes.steps,
+        learning_rate=LEARNING_RATE,
+        log_every=0,
+        warmup=0.1,
+        fused=True,
+    )
     return model.eval(), first.eval()
 
 
@@ -165,6 +176,17 @@ def measure(model: Generator, seed: int, sizes: Sizes) -> dict[str, float]:
         return precision(judge, model(words, sentence, captions.noise, mask), captions)
 
     return found | perturbation(each.mean(1), accuracy, seed)
+
+
+@torch.no_grad()
+def samples(model: Generator | None, seed: int, sizes: Sizes) -> dict[str, list[str]]:
+    """The pictures of the first SHOWN captions as hexadecimal numbers, two digits a pixel, and the captions; of the scenes
+    themselves where there is no model."""
+    captions = held_out(seed, sizes.tested)
+    words, sentence = pair(seed, sizes.pair).text(captions.ids[:SHOWN])
+    images = captions.images[:SHOWN] if model is None else model(words, sentence, captions.noise[:SHOWN])
+    said = [" ".join(SceneProcessor().convert_ids_to_tokens(ids)) for ids in captions.ids[:SHOWN]]
+    return {"captions": said, "pictures": [bytes(row).hex() for row in (255 * images).round().int().flatten(1).tolist()]}
 
 
 def _mean(x: Tensor) -> float:

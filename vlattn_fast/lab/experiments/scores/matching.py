@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlattn_fast.lab.clip import caption_pixels, words_of
 from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, spearman, weights_and_relevancy
 from vlattn_fast.lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, seeded, text_ids
-from vlattn_fast.lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes
+from vlattn_fast.lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes, swapped_pairs
 from vlattn_fast.lab.train.fit import fit
 from vlattn_fast.nn.matching_losses import triplet_loss
 
@@ -24,14 +24,14 @@ GROUP = 100  # captions and images that are told apart when recall is measured
 
 
 class Sizes(NamedTuple):
-    """steps: of the training. scenes: trained with. tested: test scenes, a multiple of GROUP."""
+    """steps: of the training. scenes: trained with, and as many swapped ones. tested: test scenes, a multiple of GROUP."""
 
-    steps: int = 2500
-    scenes: int = 8192
+    steps: int = 1200
+    scenes: int = 4096
     tested: int = 1000
 
 
-SMOKE = Sizes(3, 64, GROUP)
+SMOKE = Sizes(3, 32, GROUP)
 
 
 class Matcher(nn.Module):
@@ -57,25 +57,40 @@ def scenes_of(count: int, seed: int, split: str, negative: str | None = None) ->
     return digit_scenes(count, split=split, seed=seed, negative=negative)
 
 
+@functools.cache
+def swapped_scenes(count: int, seed: int) -> Scenes:
+    """Training scenes, then the same with their two named digits exchanged: a caption of the one is false of the other."""
+    parts = swapped_pairs(count, split="train", seed=seed)
+    captions = tuple(caption for part in parts for caption in part.captions)
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "captions"}
+    return Scenes(captions=captions, **tensors)
+
+
 def train(arm: str, seed: int, sizes: Sizes) -> tuple[Matcher, Matcher]:
     """The model, and what it was before training."""
     first, model = (seeded(seed, lambda: Matcher(arm)) for _ in range(2))
-    scenes, generator = scenes_of(sizes.scenes, 1000 + seed, "train"), torch.Generator().manual_seed(seed)
+    scenes, generator = swapped_scenes(sizes.scenes, 1000 + seed), torch.Generator().manual_seed(seed)
     seen, ids, words = regions(reader(seed), scenes.images, scenes.boxes), text_ids(scenes.captions, WORDS), words_of(scenes)
     holds = functools.partial(_holds, scenes, words)
 
     def losses() -> dict[str, Tensor]:
-        rows = torch.randint(sizes.scenes, (BATCH,), generator=generator)
+        rows = torch.randint(sizes.scenes, (BATCH // 2,), generator=generator)
+        rows = torch.cat([rows, rows + sizes.scenes])
         return {"triplets": triplet_loss(model(seen[rows], ids[rows]), holds(rows), hardest=False) / BATCH}
 
-    fit(list(model.parameters()), losses, {"triplets": 1.0}, sizes.steps, learning_rate=LEARNING_RATE, log_every=0)
+    fit(list(model.parameters()), losses, {"triplets": 1.0}, sizes.steps, learning_rate=LEARNING_RATE, log_every=0, fused=True)
     return model.eval(), first.eval()
+
+
+def part_of(scenes: Scenes, rows: Tensor) -> Scenes:
+    captions = tuple(scenes.captions[row] for row in rows.tolist())
+    tensors = {name: value[rows] for name, value in vars(scenes).items() if isinstance(value, Tensor)}
+    return Scenes(captions=captions, **tensors)
 
 
 def _holds(scenes: Scenes, words: Tensor, rows: Tensor) -> Tensor:
     """bool (B, B): whether a caption of these rows is true of an image of them, or nearly so: no wrong one."""
-    part = Scenes(**{name: value[rows] if isinstance(value, Tensor) else () for name, value in vars(scenes).items()})
-    return (caption_pixels(part, words[rows]) > 0) | torch.eye(len(rows), dtype=torch.bool)
+    return (caption_pixels(part_of(scenes, rows), words[rows]) > 0) | torch.eye(len(rows), dtype=torch.bool)
 
 
 def said_regions(scenes: Scenes) -> Tensor:
@@ -94,8 +109,7 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
     with torch.no_grad():
         for start in range(0, sizes.tested, GROUP):
             rows = torch.arange(start, start + GROUP)
-            part = Scenes(**{name: value[rows] if isinstance(value, Tensor) else () for name, value in vars(scenes).items()})
-            true = caption_pixels(part, words[rows]) >= CLEARANCE
+            true = caption_pixels(part_of(scenes, rows), words[rows]) >= CLEARANCE
             similarity = model(images[rows], ids[rows])
             each = torch.arange(GROUP)
             hits["caption"].append(true[each, similarity.argmax(1)])

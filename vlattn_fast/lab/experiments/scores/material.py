@@ -47,7 +47,7 @@ def reader(seed: int, steps: int = READER_STEPS) -> nn.Sequential:
         pixels = pixels + NOISE * torch.randn(pixels.shape, generator=generator)
         return {"digit": F.cross_entropy(net(pixels), digits[rows])}
 
-    fit(list(net.parameters()), losses, {"digit": 1.0}, steps, learning_rate=5e-3, log_every=0)
+    fit(list(net.parameters()), losses, {"digit": 1.0}, steps, learning_rate=5e-3, log_every=0, fused=True)
     return net.requires_grad_(False).eval()
 
 

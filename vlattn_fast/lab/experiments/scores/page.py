@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._extras import extra
-from vlattn_fast.lab.experiments.experiment import Row, mean_and_deviation
+from vlattn_fast.lab.experiments.experiment import Row, mean_and_deviation, paired_test
 from vlattn_fast.lab.experiments.scores.attend import SCORES, UNIFORM, spearman
+from vlattn_fast.lab.scenes import CANVAS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,18 +43,6 @@ def values(rows: Sequence[Row], task: str, arm: str, name: str, when: str = "tra
 
 def tasks(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["task"] for row in rows if "task" in row))
-
-
-def paired_p(one: Sequence[float], two: Sequence[float]) -> float:
-    """Of a two-sided paired t-test over seeds; nan of fewer than two seeds, or where every seed has the same difference."""
-    differences = torch.tensor(one, dtype=torch.float64) - torch.tensor(two, dtype=torch.float64)
-    if len(differences) < 2 or float(differences.std()) == 0.0:
-        return math.nan
-    with extra("lab"):
-        from scipy.stats import t
-
-    statistic = float(differences.mean() / differences.std() * len(differences) ** 0.5)
-    return float(2 * t.sf(abs(statistic), len(differences) - 1))
 
 
 def correlation(rows: Sequence[Row], task: str, name: str) -> dict[str, float]:
@@ -111,10 +99,11 @@ def main_table(rows: Sequence[Row], task: str) -> str:
     lines = []
     for arm in dict.fromkeys([*SCORES, *(row["arm"] for row in rows if row.get("task") == task)]):
         found = {name: values(rows, task, arm, name) for name in names}
-        p = paired_p(found["accuracy"], base) if arm in SCORES and arm != BASE else math.nan
+        compared = len(base) > 1 and arm in SCORES and arm != BASE
+        p = paired_test([x - y for x, y in zip(found["accuracy"], base, strict=True)])[1] if compared else None
         title = f"`{arm}`" if arm in SCORES else CONTROLS[arm]
         cells = [_cell(found[name]) for name in names]
-        lines.append([title, cells[0], "" if math.isnan(p) else f"{p:.3f}", *cells[1:]])
+        lines.append([title, cells[0], "" if p is None else f"{p:.3f}", *cells[1:]])
     untrained = {name: _mean_of_scores(rows, task, name) for name in names}
     cells = [_cell(untrained[name]) for name in names]
     lines.append(["untrained, mean of the scores", cells[0], "", *cells[1:]])
@@ -166,7 +155,7 @@ def time_table(rows: Sequence[Row]) -> str:
     return _table(head, lines)
 
 
-# --- picture ---
+# --- pictures ---
 
 
 def accuracy_and_interpretability(rows: Sequence[Row]) -> Figure:
@@ -193,4 +182,26 @@ def accuracy_and_interpretability(rows: Sequence[Row]) -> Figure:
                 axes.set_xlabel({"generation": "R-precision"}.get(task, "accuracy") + f" ({task})")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def pictures(rows: Sequence[Row]) -> Figure:
+    """What the generators of the first seed draw, and the scenes that their captions were said of."""
+    with extra("viz"):
+        from matplotlib.figure import Figure
+
+    shown = [row for row in rows if "pictures" in row]
+    shown.sort(key=lambda row: row["arm"] != "real")
+    figure = Figure(figsize=(1.15 * len(shown[0]["pictures"]) + 1.2, 1.15 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), len(shown[0]["pictures"]), squeeze=False)
+    for row, line in zip(shown, panels, strict=True):
+        for place, (axes, picture, caption) in enumerate(zip(line, row["pictures"], row["captions"], strict=True)):
+            ink = torch.tensor(list(bytes.fromhex(picture))).view(CANVAS, CANVAS).tolist()
+            axes.imshow(ink, cmap="gray_r", vmin=0, vmax=255)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color("0.8")
+            if row is shown[0]:
+                axes.set_title(caption.replace(" a ", "\na "), fontsize=8)
+            if place == 0:
+                axes.set_ylabel(row["arm"], rotation=0, ha="right", va="center", fontsize=9)
     return figure
