@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage
 from vlattn_fast.lab.experiments.scores import answering, generation, matching, timing
 from vlattn_fast.lab.experiments.scores.attend import ARMS, SCORES
@@ -31,6 +33,15 @@ def trainings(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
 
 
 def train(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Without denormal numbers: gradients of a saturated sigmoid are some, and CPUs are slow on them."""
+    torch.set_flush_denormal(True)
+    try:
+        return _train(cell, settings)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _train(cell: Cell, settings: Settings) -> dict[str, Any]:
     module, arm, seed = TASKS[cell["task"]], cell["arm"], cell["seed"]
     sizes = module.SMOKE if settings.smoke else module.Sizes()
     if arm == "frequent":
