@@ -13,8 +13,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import vlattn_fast as va  # noqa: E402
-from vlattn_fast.lab.experiments import run  # noqa: E402
-from vlattn_fast.lab.experiments.experiment import rank_correlation  # noqa: E402
+from vlattn_fast.lab.experiments import run, scores  # noqa: E402
+from vlattn_fast.lab.experiments.experiment import Settings, rank_correlation  # noqa: E402
 from vlattn_fast.lab.experiments.scores import TASKS, answering, encoders, generation, matching, page  # noqa: E402
 from vlattn_fast.lab.experiments.scores.attend import (  # noqa: E402
     ARMS,
@@ -145,6 +145,22 @@ def test_statistics_of_made_rows():
     assert page.best(rows, "matching", "accuracy") == list(SCORES)[-1] and page.best(rows, "matching", "agreement") == "dot"
 
 
+def test_rates_are_chosen_by_validation():
+    rows = [
+        {"task": task, "arm": arm, "rate": rate, "validation": {"accuracy": accuracy}}
+        for task, arm, rate, accuracy in [
+            ("matching", "dot", 1, 0.2),
+            ("matching", "dot", 2, 0.4),
+            ("matching", "additive", 3, 0.9),
+        ]
+    ]
+    cells = scores.trainings(Settings(2), rows)
+    chosen = {(cell["task"], cell["arm"], cell["seed"]): cell["rate"] for cell in cells if "rate" in cell}
+    assert chosen["matching", "dot", 0] == chosen["matching", "dot", 1] == 2 and chosen["matching", "additive", 0] == 3
+    assert chosen["generation", "dot", 1] == generation.RATES[0]
+    assert all(cell["seed"] == scores.CHOICE_SEED for cell in scores.choices(Settings(2), []))
+
+
 def test_smoke(tmp_path, capsys):
     """Everything once, and nothing a second time."""
     out = tmp_path / "rows.json"
@@ -161,7 +177,7 @@ def test_smoke(tmp_path, capsys):
             found = row.get(name, {})
             assert all(math.isfinite(value) for value in found.values()), row
             assert all(0 <= found[key] <= 1 for key in ("accuracy", "share", "pointing", "auc_most") if key in found), row
-        if row["arm"] == UNIFORM:
+        if row["arm"] == UNIFORM and "trained" in row:
             assert row["trained"]["share"] == pytest.approx(row["trained"]["chance"], abs=1e-3)
     assert {row["what"] for row in rows if "what" in row} == {*TASKS, "SCAN"}
     printed = capsys.readouterr().out

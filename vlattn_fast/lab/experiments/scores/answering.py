@@ -19,15 +19,19 @@ from vlattn_fast.lab.texts import ANSWERS, PAD
 from vlattn_fast.lab.train.fit import fit
 
 WORDS, SIZE, STEPS = 7, 48, 3
-BATCH, LEARNING_RATE = 128, 2e-3
+BATCH = 128
+RATES = (6e-4, 1.2e-3, 2.4e-3)  # of learning; which one a score has is chosen on validation scans
 
 
 class Sizes(NamedTuple):
-    """steps: of the training. questions: trained with. tested: test questions of each kind."""
+    """steps: of the training. questions: trained with. tested: test questions of each kind.
+    learn, test: splits."""
 
     steps: int = 1700
     questions: int = 16384
     tested: int = 500
+    learn: str = "train"
+    test: str = "test"
 
 
 SMOKE = Sizes(3, 64, 20)
@@ -77,11 +81,11 @@ def asked(questions: Questions, net: nn.Sequential) -> Asked:
     return Asked(regions(net, questions.images, questions.boxes), text_ids(questions.questions, WORDS), answers)
 
 
-def train(arm: str, seed: int, sizes: Sizes) -> tuple[Mac, Mac]:
+def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Mac, Mac]:
     """The model, and what it was before training."""
     first, model = (seeded(seed, lambda: Mac(arm)) for _ in range(2))
     known, generator = (
-        asked(questions_of(sizes.questions, 1000 + seed, "train"), reader(seed)),
+        asked(questions_of(sizes.questions, 1000 + seed, sizes.learn), reader(seed, sizes.learn)),
         torch.Generator().manual_seed(seed),
     )
 
@@ -89,7 +93,7 @@ def train(arm: str, seed: int, sizes: Sizes) -> tuple[Mac, Mac]:
         rows = torch.randint(len(known.ids), (BATCH,), generator=generator)
         return {"answer": F.cross_entropy(model(known.images[rows], known.ids[rows]), known.answers[rows])}
 
-    fit(list(model.parameters()), losses, {"answer": 1.0}, sizes.steps, learning_rate=LEARNING_RATE, log_every=0, fused=True)
+    fit(list(model.parameters()), losses, {"answer": 1.0}, sizes.steps, learning_rate=rate, log_every=0, fused=True)
     return model.eval(), first.eval()
 
 
@@ -105,8 +109,8 @@ def aims(questions: Questions) -> Tensor:
 
 def measure(model: Mac, seed: int, sizes: Sizes) -> dict[str, float]:
     """On test questions, as many of each kind. accuracy: mean over the kinds."""
-    net = reader(seed)
-    parts = {kind: questions_of(sizes.tested, seed, "test", kind) for kind in QUESTIONS}
+    net = reader(seed, sizes.learn)
+    parts = {kind: questions_of(sizes.tested, seed, sizes.test, kind) for kind in QUESTIONS}
     every = [asked(questions, net) for questions in parts.values()]
     found: dict[str, float] = {}
     with torch.no_grad():
@@ -143,7 +147,7 @@ def blind(sizes: Sizes, seed: int) -> dict[str, float]:
     """Accuracy of the most frequent answer to each kind of question."""
     found = {}
     for kind in QUESTIONS:
-        known, test = (questions_of(sizes.tested, seed, split, kind).answers for split in ("train", "test"))
+        known, test = (questions_of(sizes.tested, seed, split, kind).answers for split in (sizes.learn, sizes.test))
         frequent = max(sorted(set(known)), key=known.count)
         found[kind] = test.count(frequent) / len(test)
     return {**found, "accuracy": sum(found.values()) / len(found)}

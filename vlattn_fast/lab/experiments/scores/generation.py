@@ -31,7 +31,8 @@ from vlattn_fast.lab.texts import SceneProcessor
 from vlattn_fast.lab.train.fit import fit
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity
 
-NOISE, LEARNING_RATE = 16, 3e-3
+NOISE = 16
+RATES = (3e-3,)  # of learning, one for all
 WRONG = 29  # captions beside the right one
 SHOWN = 6  # pictures of the first seed that the rows keep
 DIGIT_PLACES = torch.tensor([0, 4])  # of a caption's words
@@ -76,7 +77,7 @@ def prepare(seed: int, sizes: Sizes) -> None:
         pair(number, sizes.pair)
 
 
-def train(arm: str, seed: int, sizes: Sizes) -> tuple[Generator, Generator]:
+def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Generator, Generator]:
     """The model, and what it was before training. Its encoders are those of the same seed."""
     first, model = (seeded(seed, lambda: Generator(arm)) for _ in range(2))
     net, generator = pair(seed, sizes.pair), torch.Generator().manual_seed(seed)
@@ -89,16 +90,7 @@ def train(arm: str, seed: int, sizes: Sizes) -> tuple[Generator, Generator]:
         images = model(words, sentence, torch.randn(BATCH, NOISE, generator=generator))
         return {"match": damsm_loss(*net.picture(images), words, sentence, keys[rows])}
 
-    fit(
-        list(model.parameters()),
-        losses,
-        {"match": 1.0},
-        sizes.steps,
-        learning_rate=LEARNING_RATE,
-        log_every=0,
-        warmup=0.1,
-        fused=True,
-    )
+    fit(list(model.parameters()), losses, {"match": 1.0}, sizes.steps, learning_rate=rate, log_every=0, warmup=0.1, fused=True)
     return model.eval(), first.eval()
 
 

@@ -19,16 +19,20 @@ from vlattn_fast.nn.matching_losses import triplet_loss
 
 WORDS, SIZE = 5, 32
 FIRST, SECOND = 0, 4  # the places of the two digits in a caption
-BATCH, LEARNING_RATE = 32, 3e-3
+BATCH = 32
+RATES = (1.5e-3, 3e-3, 6e-3)  # of learning; which one a score has is chosen on validation scans
 GROUP = 100  # captions and images that are told apart when recall is measured
 
 
 class Sizes(NamedTuple):
-    """steps: of the training. scenes: trained with, and as many swapped ones. tested: test scenes, a multiple of GROUP."""
+    """steps: of the training. scenes: trained with, and as many swapped ones. tested: test scenes, a multiple of GROUP.
+    learn, test: splits."""
 
     steps: int = 1200
     scenes: int = 4096
     tested: int = 1000
+    learn: str = "train"
+    test: str = "test"
 
 
 SMOKE = Sizes(3, 32, GROUP)
@@ -58,19 +62,23 @@ def scenes_of(count: int, seed: int, split: str, negative: str | None = None) ->
 
 
 @functools.cache
-def swapped_scenes(count: int, seed: int) -> Scenes:
+def swapped_scenes(count: int, seed: int, split: str) -> Scenes:
     """Training scenes, then the same with their two named digits exchanged: a caption of the one is false of the other."""
-    parts = swapped_pairs(count, split="train", seed=seed)
+    parts = swapped_pairs(count, split=split, seed=seed)
     captions = tuple(caption for part in parts for caption in part.captions)
     tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "captions"}
     return Scenes(captions=captions, **tensors)
 
 
-def train(arm: str, seed: int, sizes: Sizes) -> tuple[Matcher, Matcher]:
+def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Matcher, Matcher]:
     """The model, and what it was before training."""
     first, model = (seeded(seed, lambda: Matcher(arm)) for _ in range(2))
-    scenes, generator = swapped_scenes(sizes.scenes, 1000 + seed), torch.Generator().manual_seed(seed)
-    seen, ids, words = regions(reader(seed), scenes.images, scenes.boxes), text_ids(scenes.captions, WORDS), words_of(scenes)
+    scenes, generator = swapped_scenes(sizes.scenes, 1000 + seed, sizes.learn), torch.Generator().manual_seed(seed)
+    seen, ids, words = (
+        regions(reader(seed, sizes.learn), scenes.images, scenes.boxes),
+        text_ids(scenes.captions, WORDS),
+        words_of(scenes),
+    )
     holds = functools.partial(_holds, scenes, words)
 
     def losses() -> dict[str, Tensor]:
@@ -78,7 +86,7 @@ def train(arm: str, seed: int, sizes: Sizes) -> tuple[Matcher, Matcher]:
         rows = torch.cat([rows, rows + sizes.scenes])
         return {"triplets": triplet_loss(model(seen[rows], ids[rows]), holds(rows), hardest=False) / BATCH}
 
-    fit(list(model.parameters()), losses, {"triplets": 1.0}, sizes.steps, learning_rate=LEARNING_RATE, log_every=0, fused=True)
+    fit(list(model.parameters()), losses, {"triplets": 1.0}, sizes.steps, learning_rate=rate, log_every=0, fused=True)
     return model.eval(), first.eval()
 
 
@@ -102,7 +110,7 @@ def said_regions(scenes: Scenes) -> Tensor:
 def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
     """On test scenes. accuracy: how often the most similar of GROUP captions is true of an image, and the most similar of GROUP
     images one of which a caption is true, the mean of both."""
-    net, scenes = reader(seed), scenes_of(sizes.tested, seed, "test")
+    net, scenes = reader(seed, sizes.learn), scenes_of(sizes.tested, seed, sizes.test)
     images, ids, words = regions(net, scenes.images, scenes.boxes), text_ids(scenes.captions, WORDS), words_of(scenes)
     found: dict[str, float] = {}
     hits: dict[str, list[Tensor]] = {"caption": [], "image": [], "chance": []}
@@ -121,7 +129,7 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
         own = model.pairs(images, ids)
         wrong = {}
         for negative in NEGATIVES:
-            wrong[negative] = text_ids(scenes_of(sizes.tested, seed, "test", negative).captions, WORDS)
+            wrong[negative] = text_ids(scenes_of(sizes.tested, seed, sizes.test, negative).captions, WORDS)
             found[negative] = float((own > model.pairs(images, wrong[negative])).double().mean())
 
     [(weights, relevancy)] = weights_and_relevancy(model.attend, lambda: model.pairs(images, ids))

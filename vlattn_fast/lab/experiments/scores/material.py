@@ -31,15 +31,15 @@ def seeded(seed: int, make: Callable[[], Model]) -> Model:
 
 
 @functools.cache
-def reader(seed: int, steps: int = READER_STEPS) -> nn.Sequential:
-    """A network that tells the digits of the training scans apart; all but its last layer give features, as the detectors and
+def reader(seed: int, split: str) -> nn.Sequential:
+    """A network that tells the digits of a split's scans apart; all but its last layer give features, as the detectors and
     the convolutional networks in front of the published models do. It learns no more."""
 
     def make() -> nn.Sequential:
         return nn.Sequential(nn.Linear(REGION_DIM, 64), nn.ReLU(), nn.Linear(64, READ), nn.ReLU(), nn.Linear(READ, 10))
 
     net, generator = seeded(seed, make), torch.Generator().manual_seed(seed)
-    scans, digits, _ = digit_scans("train")
+    scans, digits, _ = digit_scans(split)
 
     def losses() -> dict[str, Tensor]:
         rows = torch.randint(len(scans), (128,), generator=generator)
@@ -47,7 +47,7 @@ def reader(seed: int, steps: int = READER_STEPS) -> nn.Sequential:
         pixels = pixels + NOISE * torch.randn(pixels.shape, generator=generator)
         return {"digit": F.cross_entropy(net(pixels), digits[rows])}
 
-    fit(list(net.parameters()), losses, {"digit": 1.0}, steps, learning_rate=5e-3, log_every=0, fused=True)
+    fit(list(net.parameters()), losses, {"digit": 1.0}, READER_STEPS, learning_rate=5e-3, log_every=0, fused=True)
     return net.requires_grad_(False).eval()
 
 

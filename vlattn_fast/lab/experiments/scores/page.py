@@ -31,7 +31,7 @@ def values(rows: Sequence[Row], task: str, arm: str, name: str, when: str = "tra
     """Of each seed, in order; none where the arm has no such figure. focus: share / chance. gap: auc_least - auc_most."""
     found = []
     for row in sorted((row for row in rows if row.get("task") == task and row["arm"] == arm), key=lambda row: int(row["seed"])):
-        part = row.get(when, {})
+        part = row.get(when, {})  # a row of a choice has neither
         if name == "focus" and "share" in part:
             part = {"focus": part["share"] / part["chance"] if part["chance"] else 0.0}
         elif name == "gap" and "auc_most" in part:
@@ -75,6 +75,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
         yield main_table(rows, task)
         yield more_table(rows, task)
     yield correlation_table(rows)
+    yield choice_table(rows)
     yield time_table(rows)
 
 
@@ -142,6 +143,17 @@ def correlation_table(rows: Sequence[Row]) -> str:
             )
     head = ["accuracy and", "rank correlation", "95 % of samples", "within a seed", "most accurate", "most interpretable"]
     return _table(head, lines)
+
+
+def choice_table(rows: Sequence[Row]) -> str:
+    """Accuracy on validation scenes."""
+    tried = [row for row in rows if "validation" in row]
+    arms = list(dict.fromkeys(row["arm"] for row in tried))
+    lines = []
+    for task, rate in dict.fromkeys((row["task"], row["rate"]) for row in tried):
+        found = {row["arm"]: row["validation"]["accuracy"] for row in tried if (row["task"], row["rate"]) == (task, rate)}
+        lines.append([f"{task}: {rate:g}", *(f"{found[arm]:.3f}" for arm in arms)])
+    return _table(["learning rate", *(f"`{arm}`" for arm in arms)], lines)
 
 
 def time_table(rows: Sequence[Row]) -> str:
