@@ -20,7 +20,7 @@ from vlattn_fast.lab.train.fit import fit
 
 WORDS, SIZE, STEPS = 7, 48, 3
 BATCH = 128
-RATES = (6e-4, 1.2e-3, 2.4e-3)  # of learning; which one a score has is chosen on validation scans
+RATES = (8e-4, 2e-3)  # of learning; which one a score has is chosen on validation scans
 
 
 class Sizes(NamedTuple):
