@@ -183,7 +183,7 @@ def accuracy_and_interpretability(rows: Sequence[Row]) -> Figure:
             axes = panels[line][column]
             for number, arm in enumerate((*SCORES, UNIFORM)):
                 (x, dx), (y, dy) = (mean_and_deviation(values(rows, task, arm, key)) for key in ("accuracy", name))
-                colour = "0.5" if arm == UNIFORM else f"C{number}"
+                colour = "0.5" if arm == UNIFORM else f"C{number + (number > 6)}"  # C7 is grey, too
                 marker = "x" if arm == UNIFORM else "osD^vP*h"[number]
                 axes.errorbar(x, y, dy, dx, fmt=marker, color=colour, elinewidth=0.8, markersize=6, label=arm)
             axes.spines[["top", "right"]].set_visible(False)
