@@ -71,7 +71,7 @@ class Asked(NamedTuple):
     answers: Tensor
 
 
-@functools.cache
+@functools.lru_cache(maxsize=12)  # of one seed
 def questions_of(count: int, seed: int, split: str, kind: str | None = None) -> Questions:
     return digit_questions(count, split=split, seed=seed, kind=kind)
 

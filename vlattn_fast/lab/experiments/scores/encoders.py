@@ -81,12 +81,12 @@ def damsm_loss(cells: Tensor, whole: Tensor, words: Tensor, sentence: Tensor, ke
     return of_words + F.cross_entropy(cosine, true) + F.cross_entropy(cosine.T, true)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # of one seed and its judge
 def captioned(count: int, seed: int, split: str, pairs: str | None = None) -> Scenes:
     return digit_scenes(count, split=split, seed=seed, pairs=pairs)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=3)  # two are of one seed
 def pair(seed: int, sizes: PairSizes) -> Pair:
     """Trained, and frozen. A process that asks again gets the same."""
     net, generator = seeded(seed, Pair), torch.Generator().manual_seed(seed)

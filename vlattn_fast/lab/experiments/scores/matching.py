@@ -61,12 +61,12 @@ def _cosine(words: Tensor, found: Tensor) -> Tensor:
     return (found * F.normalize(words, dim=-1)).sum(-1) / torch.linalg.vector_norm(found, dim=-1).clamp(min=1e-8)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # of one seed
 def scenes_of(count: int, seed: int, split: str, negative: str | None = None) -> Scenes:
     return digit_scenes(count, split=split, seed=seed, negative=negative)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def swapped_scenes(count: int, seed: int, split: str) -> Scenes:
     """Training scenes, then the same with their two named digits exchanged: a caption of the one is false of the other."""
     parts = swapped_pairs(count, split=split, seed=seed)
