@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,9 +27,6 @@ from vlattn_fast.lab.experiments.scores.attend import (  # noqa: E402
 from vlattn_fast.lab.experiments.scores.material import FEATURES, seeded  # noqa: E402
 from vlattn_fast.lab.texts import TEXT_VOCABULARY  # noqa: E402
 from vlattn_fast.reference.score_attention import score_map  # noqa: E402
-
-ROOT = Path(__file__).parent.parent.parent
-PAGE, ROWS = ROOT / "docs/experiments/scores.md", ROOT / "benchmarks/results/experiment-scores.json"
 
 
 def ids(count: int, length: int) -> torch.Tensor:
@@ -185,13 +181,3 @@ def test_smoke(tmp_path, capsys):
     if not run.commit().endswith("+dirty"):
         run.main(asked)
         assert json.loads(out.read_text())["rows"] == rows
-
-
-def test_the_page_has_the_tables():
-    """Every table that the stored rows give stands on the page; neither is there without the other."""
-    assert PAGE.is_file() == ROWS.is_file()
-    if ROWS.is_file():
-        rows = json.loads(ROWS.read_text())["rows"]
-        text = PAGE.read_text()
-        for table in page.tables(rows):
-            assert table in text, table.splitlines()[0]
