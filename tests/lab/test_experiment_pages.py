@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from vlattn_fast.lab.experiments.run import NAMES, experiment  # noqa: E402
+from vlattn_fast.lab.experiments import weighted_relevancy  # noqa: E402
+from vlattn_fast.lab.experiments.run import NAMES, experiment, main  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 STORED = {path.stem.removeprefix("experiment-"): path for path in (ROOT / "benchmarks" / "results").glob("experiment-*.json")}
@@ -29,3 +30,24 @@ def test_tables_and_pictures_are_those_of_the_rows(name):
         assert table in page
     for picture in experiment(name).figures:
         assert f"({picture}.png)" in page and (ROOT / "docs" / "experiments" / f"{picture}.png").is_file()
+
+
+def test_weighted_relevancy_gathers_what_is_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "rows.json"
+    main(["weighted_relevancy", "--smoke", "--out", str(out), "--figures", str(tmp_path)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["task"] for row in rows] == [
+        task for task in weighted_relevancy.TASKS if weighted_relevancy.path_of(task).is_file()
+    ]
+    of_rollout = [one for row in rows for one in row["compared"] if one["method"] not in weighted_relevancy.METHODS]
+    assert not of_rollout and (tmp_path / "weighted_relevancy.png").is_file() and "UNITER" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="must hold a stored evaluation"):
+        main(["weighted_relevancy", "--out", str(tmp_path / "none.json")])
+
+
+def test_a_difference_counts_where_chance_is_unlikely():
+    one = {"better_by": 0.1, "p": 0.01}
+    assert weighted_relevancy.verdict(one) == "better" and weighted_relevancy.verdict({**one, "p": 0.06}) == "open"
+    assert weighted_relevancy.verdict({**one, "better_by": -0.1}) == "worse"
