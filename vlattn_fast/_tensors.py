@@ -78,6 +78,20 @@ def mask_is_small(elements: int, query_elements: int) -> bool:
     return elements <= max(1 << 22, query_elements)
 
 
+SHORT_PAIRS = 1 << 19
+
+
+def has_short_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether attention on the CPU has a backward pass and few pairs of queries and keys. There torch's own kernel takes several
+    times as long as the C++ kernel, in bfloat16 and float16 most."""
+    if query.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    if not (query.requires_grad or key.requires_grad or value.requires_grad):
+        return False
+    batch, heads, rows = query.shape[:3]
+    return batch * heads * rows * key.shape[2] <= SHORT_PAIRS
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """`x`, copied where its last stride is not 1: no kernel takes a stride for the last dimension."""
     return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()

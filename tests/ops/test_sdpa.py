@@ -53,6 +53,23 @@ def test_auto_takes_it_for_dot_products(score: Any) -> None:
     assert (got.double() - exact).abs().max() < (1e-2 if score is SERIES else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_leaves_short_backward_passes_on_the_cpu_to_its_kernels(dtype: torch.dtype) -> None:
+    query, key, value = (x.to(dtype, copy=True).requires_grad_() for x in (Q, K, V))
+    call = describe(query, key, value)
+    assert _dispatch.select(BACKENDS, call, "auto") == "cpu" and _dispatch.select(BACKENDS, call, "sdpa") == "sdpa"
+    others = [
+        describe(score="cosine"),
+        describe(query.detach(), key.detach(), value.detach()),
+        describe(*(x.to("meta") for x in (query, key, value))),
+    ]
+    long = torch.empty(1, 2, 513, 8, dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        others.append(describe(query, key, value))
+    assert not any(one.flags["short_backward"] for one in (*others, describe(long, long, long)))
+    assert describe(long[:, :, 1:], long[:, :, 1:], long[:, :, 1:]).flags["short_backward"]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -129,7 +129,8 @@ def table(
 ) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
-    `sdpa`: the limits of torch's own attention, which is the fastest for what it takes. `cpu`: those of the CPU's C++ kernels.
+    `sdpa`: the limits of torch's own attention, which is the fastest for most of what it takes. `cpu`: those of the CPU's C++
+    kernels, which come first where `call` has the flag "short_backward" (`has_short_backward`).
     `triton`: the refusals of the Triton kernels. `cuda`: the limits of the CUDA C++ kernels, which come after Triton until they
     have been measured. "auto" never takes the reference.
     """
@@ -151,6 +152,8 @@ def select(backends: Table, call: Call, backend: Any) -> str:
     """
     check_choice("backend", backend, BACKEND_NAMES)
     if backend == "auto":
+        if call.flags.get("short_backward") and not backends["cpu"].refusals(call):
+            return "cpu"
         for name, candidate in backends.items():
             if not candidate.refusals(call) and not (name in ("triton", "cuda") and call.device_type == "cpu"):
                 return name

@@ -28,6 +28,7 @@ from vlattn_fast._tensors import (
     autocast,
     compute_dtype,
     empty_rows_first,
+    has_short_backward,
     joined_mask_elements,
     lse_dtype,
     mask_is_small,
@@ -271,6 +272,7 @@ def describe_call(
             "float_mask": attn_mask is not None and attn_mask.dtype != torch.bool,
             "positive_scale": scale > 0.0,
             "varying_scale": varying_scale,
+            "short_backward": score.is_dot_product and has_short_backward(query, key, value),
         },
     )
 

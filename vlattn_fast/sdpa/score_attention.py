@@ -11,12 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._tensors import expand_heads, pad_head_dim
-
-# torch's fused CPU kernel recomputes P from a rounded log-sum-exp: float32 gradients were seen at 4.1 times the error of the
-# plain formula. Calls with at most this many pairs of queries and keys run in float64 where they have gradients, which costs
-# little there. The output itself is as exact as the formula's.
-FLOAT64_PAIRS = 1 << 19
+from vlattn_fast._tensors import expand_heads, has_short_backward, pad_head_dim
 
 
 def attention(
@@ -26,9 +21,9 @@ def attention(
     size, dtype, num_heads = value.shape[3], query.dtype, query.shape[1]
     mask, is_causal = _join_masks(query, key, attn_mask, key_mask, is_causal, scale)
     if query.device.type == "cpu":
-        has_gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        pairs = query.shape[0] * num_heads * query.shape[2] * key.shape[2]
-        if has_gradients and dtype == torch.float32 and pairs <= FLOAT64_PAIRS:
+        # torch's fused CPU kernel recomputes P from a rounded log-sum-exp: float32 gradients were seen at 4.1 times the error of
+        # the plain formula, on short rows. The output itself is as exact as the formula's.
+        if dtype == torch.float32 and has_short_backward(query, key, value):
             query, key, value = query.double(), key.double(), value.double()
         # torch's fused CPU kernel wants one head count and one head_dim; what has several runs with whole maps
         query, key, value = pad_head_dim(query, expand_heads(key, num_heads), expand_heads(value, num_heads))
