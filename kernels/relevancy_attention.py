@@ -40,6 +40,7 @@ from vlattn_fast.kernels._tiles import (
 from vlattn_fast._tensors import unit_stride, weigh_rows
 
 MAX_T = 64  # rows of r in one program
+ROWS = tl.constexpr(64)  # row vectors are padded to a multiple of it, and every tile of queries divides it
 
 
 @on_device
@@ -131,7 +132,7 @@ def step(
     if lse is None or row_normalize or launch.float_mask:
         rows, sums = _statistics(launch, lse, row_normalize)
     else:
-        rows, sums = _RowStatistics(lse), None
+        rows, sums = _RowStatistics(_padded(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf)), None
     out = _backward_kv(launch, rows, relevancy, sums)[2]
     assert out is not None  # relevancy was there
     return out.to(relevancy.dtype)
@@ -160,21 +161,31 @@ class _Launch(NamedTuple):
     def or_query(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(self.tensors[0] if x is None else x for x in tensors)
 
+    @property
+    def padded_rows(self) -> int:
+        """N, up to a multiple of ROWS."""
+        return triton.cdiv(self.tensors[0].shape[2], ROWS.value) * ROWS.value
+
     def new_row(self) -> Tensor:
-        """(B,H,N)"""
-        return self.tensors[0].new_empty(self.tensors[0].shape[:3], dtype=torch.float32)
+        """(B,H,N), N padded"""
+        return self.tensors[0].new_empty((*self.tensors[0].shape[:2], self.padded_rows), dtype=torch.float32)
 
 
 class _RowStatistics(NamedTuple):
-    """What the key-major kernel needs of each row, (B, H, N) float32.
+    """What the key-major kernel needs of each row, (B, H, N) float32 with N padded, so that it loads them without a mask.
 
-    `lse` is the natural log-sum-exp. With `total` it is a base-2 shift instead: P = exp2(logit - shift) / total. It is infinite
-    for a fully masked row. delta = sum(dO * O).
+    P = exp2(logit - shift) / total; without `total` that is 1. The shift is in base 2, and infinite for fully masked rows and for
+    padding: P is 0 there. delta = sum(dO * O).
     """
 
-    lse: Tensor
+    shift: Tensor
     total: Tensor | None = None
     delta: Tensor | None = None
+
+
+def _padded(rows: Tensor, value: float = 0.0) -> Tensor:
+    """(..., N) as row vectors are: N up to a multiple of ROWS, contiguous."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % ROWS.value), value=value).contiguous()
 
 
 def _describe(
@@ -226,11 +237,11 @@ def _statistics(
     """
     query = launch.tensors[0]
     pair = launch.float_mask or (lse is None and query.dtype == torch.float32)
-    shift = launch.new_row() if pair or lse is None else lse
+    shift = launch.new_row()
     total, sums = (launch.new_row() if needed else None for needed in (pair, summed))
     if not launch.empty:
         config = _config("statistics", launch)
-        _statistics_kernel[(triton.cdiv(query.shape[2], config["BLOCK_Q"]) * query.shape[0] * query.shape[1],)](
+        _statistics_kernel[(launch.padded_rows // config["BLOCK_Q"] * query.shape[0] * query.shape[1],)](
             *launch.tensors,
             *launch.or_query(lse, shift, total, sums),
             *launch.numbers,
@@ -250,17 +261,17 @@ def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tupl
     batch, heads, num_q, size = query.shape
     grad_q = query.new_empty(batch, num_q, heads, size).transpose(1, 2)
     exact = query.dtype == torch.float32
-    delta = launch.new_row()
-    shift, total, sums = (launch.new_row() if needed else None for needed in (exact, exact, summed))
+    shift, delta = launch.new_row(), launch.new_row()
+    total, sums = (launch.new_row() if needed else None for needed in (exact, summed))
     if launch.float_mask:
         rows, _ = _statistics(launch, lse, False, OWN_LSE)
-        lse = shift = rows.lse
+        lse = shift = rows.shift
         total = rows.total
     if launch.empty:
         grad_q.zero_()
     else:
         out, config = unit_stride(out), _config("backward_q", launch)
-        _backward_q_kernel[(triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
+        _backward_q_kernel[(launch.padded_rows // config["BLOCK_Q"] * batch * heads,)](
             *launch.tensors,
             out,
             *launch.or_query(lse, delta, shift, total, sums),
@@ -273,7 +284,7 @@ def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tupl
             SUMS=summed,
             **config,
         )
-    return grad_q, _RowStatistics(lse if shift is None else shift, total, delta), sums
+    return grad_q, _RowStatistics(shift, total, delta), sums
 
 
 def _backward_kv(
@@ -303,11 +314,13 @@ def _backward_kv(
                 x.zero_()
     elif rows.delta is not None or num_t > 0:
         factor = 1.0 / num_heads
-        weighted_r = query if relevancy is None else relevancy.to(torch.float32).contiguous()
+        block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
+        weighted_r = query
+        if relevancy is not None:
+            weighted_r = _padded(relevancy.to(torch.float32))
         if sums is not None:
             total, factor = sums.sum(1, keepdim=True), 1.0
             weighted_r = weighted_r / torch.where(total == 0.0, 1.0, total)  # where the sum is 0, so is the row of Abar
-        block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
         config = _config("backward_kv", launch, block_t)
         precision = input_precision() if query.dtype == torch.float32 or input_precision() == "widen" else "tf32"
         blocks = triton.cdiv(num_kv, config["BLOCK_KV"]) * max(1, triton.cdiv(num_t, MAX_T))
@@ -405,9 +418,10 @@ def _statistics_kernel(
     WITH_LSE: the log-sum-exp is there, and is computed only where it `is_coarse`. SUMS: also the row sums of this head's share of
     Abar.
     """
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    NP = tl.cdiv(N, ROWS) * ROWS
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP)
     if CAUSAL:
-        i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
+        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_v += i_b * stride_vb + i_hk * stride_vh
     p_mask += i_b * stride_mb + i_h * stride_mh
@@ -448,7 +462,7 @@ def _statistics_kernel(
     b_weight = 1.0 / b_one
     b_shift = b_max
     if WITH_LSE:
-        b_lse = _shift(p_lse + i_bh * N, o_q, N, True)
+        b_lse = _shift(p_lse + i_bh * N, o_q, N)
         if PAIR:
             b_shift = tl.where(m_coarse, b_max, b_lse)
             b_one = tl.where(m_coarse, b_one, 1.0)
@@ -456,12 +470,12 @@ def _statistics_kernel(
         else:
             b_weight = tl.exp2(b_max - b_lse)  # of the sums over the keys that are here
     if PAIR:
-        tl.store(p_shift + i_bh * N + o_q, b_shift, mask=m_q)
-        tl.store(p_total + i_bh * N + o_q, b_one, mask=m_q)
-    elif not WITH_LSE:
-        tl.store(p_shift + i_bh * N + o_q, (b_max + tl.log2(b_one)) * 0.6931471805599453, mask=m_q)
+        tl.store(p_total + i_bh * NP + o_q, b_one)
+    else:
+        b_shift = b_lse if WITH_LSE else b_max + tl.log2(b_one)
+    tl.store(p_shift + i_bh * NP + o_q, tl.where(m_q & (b_shift != float("-inf")), b_shift, float("inf")))
     if SUMS:
-        tl.store(p_sums + i_bh * N + o_q, (b_sums if BY_GRADIENT else b_total) * b_weight, mask=m_q)
+        tl.store(p_sums + i_bh * NP + o_q, (b_sums if BY_GRADIENT else b_total) * b_weight)
 
 
 @triton.jit
@@ -520,12 +534,13 @@ def _backward_q_kernel(
 ):
     """dQ and delta.
 
-    EXACT: also the shift and total that give P better than a rounded lse. SUMS: as in `_statistics_kernel`. Under a float mask
-    p_lse and p_total come as shift and total.
+    EXACT: also the total that gives P better than a rounded lse. SUMS: as in `_statistics_kernel`. Under a float mask p_lse and
+    p_total come as shift and total, as `_RowStatistics` has them.
     """
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    NP = tl.cdiv(N, ROWS) * ROWS
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP)
     if CAUSAL:
-        i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
+        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_v += i_b * stride_vb + i_hk * stride_vh
     p_mask += i_b * stride_mb + i_h * stride_mh
@@ -537,7 +552,10 @@ def _backward_q_kernel(
     b_o = load_tile(p_out + i_b * stride_ob + i_h * stride_oh, stride_on, o_q, o_dv, N, DV)  # [q,Dv]
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
     b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
-    b_shift = _shift(p_lse + i_bh * N, o_q, N, MASK != 2)
+    if MASK == 2:
+        b_shift = tl.load(p_lse + i_bh * NP + o_q)
+    else:
+        b_shift = _shift(p_lse + i_bh * N, o_q, N)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if EXACT:
@@ -547,7 +565,7 @@ def _backward_q_kernel(
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     full, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     if MASK == 2:
-        b_weight = 1.0 / tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)
+        b_weight = 1.0 / tl.load(p_total + i_bh * NP + o_q)
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -568,7 +586,6 @@ def _backward_q_kernel(
             if EXACT:
                 b_rest += tl.sum(b_ds, axis=1)
                 b_mean += dot(b_p, b_k, PRECISION)
-    m_q = o_q < N
     if not BY_GRADIENT:
         b_sums = b_total
     if EXACT:
@@ -577,11 +594,12 @@ def _backward_q_kernel(
         b_delta += b_rest
         b_dq = (b_dq - b_rest[:, None] * b_mean) / b_total[:, None]
         b_sums /= b_total
-        tl.store(p_shift + i_bh * N + o_q, b_shift, mask=m_q)
-        tl.store(p_total + i_bh * N + o_q, b_total / b_weight if MASK == 2 else b_total, mask=m_q)
+        tl.store(p_total + i_bh * NP + o_q, b_total / b_weight if MASK == 2 else b_total)
+    if MASK != 2:
+        tl.store(p_shift + i_bh * NP + o_q, b_shift)
     if SUMS:
-        tl.store(p_sums + i_bh * N + o_q, b_sums, mask=m_q)
-    tl.store(p_delta + i_bh * N + o_q, b_delta, mask=m_q)
+        tl.store(p_sums + i_bh * NP + o_q, b_sums)
+    tl.store(p_delta + i_bh * NP + o_q, b_delta)
     store_tile(p_dq + (i_b * N * H + i_h) * D, H * D, o_q, o_d, N, D, b_dq * scale)
 
 
@@ -593,7 +611,7 @@ def _backward_kv_kernel(
     p_do,
     p_mask,
     p_key_mask,
-    p_lse,
+    p_shift,
     p_total,
     p_delta,
     p_r,
@@ -651,7 +669,8 @@ def _backward_kv_kernel(
     o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T if BLOCK_T > 0 else 1)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    p_r += i_b * T * N
+    NP = tl.cdiv(N, ROWS) * ROWS
+    p_r += i_b * T * NP
     m_kv = o_kv < M
     if KEY_MASK:
         # keys are rows of the tiles below: those of padding are dropped at the end
@@ -680,7 +699,6 @@ def _backward_kv_kernel(
                 i_h = i_hk if GROUP == 1 else i_hk * GROUP + j // num_q
                 i_bh = i_b * H + i_h
                 o_q = first + (j if GROUP == 1 else j % num_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                m_q = o_q < N
                 b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
                 b_s = dot(b_k, tl.trans(b_q), PRECISION) * scale_log2  # [kv,q]
                 if MASK != 0:
@@ -700,28 +718,26 @@ def _backward_kv_kernel(
                     )
                 if CAUSAL and PART == 0:
                     b_s = tl.where(o_kv[:, None] <= o_q[None, :], b_s, float("-inf"))
-                b_p = tl.exp2(b_s - _shift(p_lse + i_bh * N, o_q, N, not EXACT)[None, :])
+                b_p = tl.exp2(b_s - tl.load(p_shift + i_bh * NP + o_q)[None, :])
                 if EXACT:
-                    b_p = tl.div_rn(b_p, tl.load(p_total + i_bh * N + o_q, mask=m_q, other=1.0)[None, :])
+                    b_p = tl.div_rn(b_p, tl.load(p_total + i_bh * NP + o_q)[None, :])
                 if GRADS or BY_GRADIENT:
                     b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
                     b_dp = dot(b_v, tl.trans(b_do), PRECISION)
                 if BLOCK_T > 0:
                     b_map = relu(b_p * b_dp) if BY_GRADIENT else b_p
                     if BLOCK_T == 1:
-                        b_r = tl.load(p_r + o_q, mask=m_q, other=0.0)
+                        b_r = tl.load(p_r + o_q)
                         b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
                     else:
-                        b_r = tl.load(
-                            p_r + o_t[None, :].to(tl.int64) * N + o_q[:, None], mask=m_q[:, None] & (o_t < T)[None, :], other=0.0
-                        )  # [q,T]
+                        o_r = o_t[None, :].to(tl.int64) * NP + o_q[:, None]
+                        b_r = tl.load(p_r + o_r, mask=(o_t < T)[None, :], other=0.0)  # [q,T]
                         if ROUND:
                             b_map, b_r = _round_tf32(b_map), _round_tf32(b_r)
                         b_r_abar += dot(b_map, b_r, PRECISION_T)
                 if GRADS:
                     b_dv += dot(b_p.to(b_do.dtype), b_do, PRECISION)
-                    b_delta = tl.load(p_delta + i_bh * N + o_q, mask=m_q, other=0.0)
-                    b_ds = b_p * (b_dp - b_delta[None, :])
+                    b_ds = b_p * (b_dp - tl.load(p_delta + i_bh * NP + o_q)[None, :])
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
     if GRADS:
         Hk = H // GROUP
@@ -760,11 +776,9 @@ def _mask_padding(
 
 
 @triton.jit
-def _shift(p_lse, o_q, N, NATURAL: tl.constexpr):
-    """[q] in base 2. It is +inf for fully masked rows and rows beyond N: exp2(logit - inf) = 0."""
-    b = tl.load(p_lse + o_q, mask=o_q < N, other=float("inf"))
-    if NATURAL:
-        b *= 1.4426950408889634
+def _shift(p_lse, o_q, N):
+    """A natural log-sum-exp [q] as `_RowStatistics` has it: exp2(logit - inf) = 0 in fully masked rows and beyond N."""
+    b = tl.load(p_lse + o_q, mask=o_q < N, other=float("inf")) * 1.4426950408889634
     return tl.where(b == float("-inf"), float("inf"), b)
 
 
