@@ -13,19 +13,20 @@ import triton.language as tl
 def precomputed_at(p, i_bh, rows, A, UNITS: tl.constexpr):
     """The output of `_prepare` at its batch and head.
 
-    For scores over hidden units: (hidden units, rows), the first padded to an even number, the second to a multiple of 16.
+    For scores over hidden units: (hidden units, rows), the first padded to an even number, the second to a multiple of 16. For
+    cosine the rows alone, padded to a multiple of 128, as many as the largest tile has.
     """
     if UNITS:
         return p + i_bh * ((A + 1) // 2 * 2) * ((rows + 15) // 16 * 16)
     else:
-        return p + i_bh * rows
+        return p + i_bh * ((rows + 127) // 128 * 128)
 
 
 @triton.jit
-def row_norm_and_bound(b_x, p_pre, o_row, num_rows, SCORE: tl.constexpr):
+def row_norm_and_bound(b_x, p_pre, o_row, SCORE: tl.constexpr):
     """For a tile [row,A]: 1 / |x| of each row for cosine, and `largest_magnitude`."""
     if SCORE == "cosine":
-        b_row = tl.load(p_pre + o_row, mask=o_row < num_rows, other=1.0)
+        b_row = tl.load(p_pre + o_row)
     else:
         b_row = tl.zeros_like(o_row).to(tl.float32)
     return b_row, largest_magnitude(b_x, SCORE)

@@ -16,11 +16,22 @@ from torch import Tensor
 from vlattn_fast._tensors import additive
 
 LOG2_E = 1.4426950408889634
+ROWS = tl.constexpr(64)  # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
 
 
 def block_size(size: int, smallest: int = 16) -> int:
     """The power of two that holds `size`. A matrix instruction needs at least `smallest`."""
     return max(smallest, triton.next_power_of_2(size))
+
+
+def padded_rows(size: int) -> int:
+    """`size` up to a multiple of ROWS."""
+    return triton.cdiv(size, ROWS.value) * ROWS.value
+
+
+def pad_rows(rows: Tensor, value: float = 0.0) -> Tensor:
+    """(..., N) -> (..., padded N), contiguous. Kernels load such vectors without a mask."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % ROWS.value), value=value).contiguous()
 
 
 def input_precision() -> str:
@@ -135,6 +146,13 @@ def natural_lse(b_max, b_sum, MASK: tl.constexpr):
     if MASK == 2:  # `mask_logits` clamps there
         b_lse = tl.where(tl.abs(b_max) >= 3.4028234e38, b_max, b_lse)
     return tl.where(empty, float("-inf"), b_lse)
+
+
+@triton.jit
+def row_shift(p_lse, o_q, N):
+    """A natural log-sum-exp [q] in base 2; +inf for fully masked rows and beyond N, since exp2(logit - inf) = 0."""
+    b = tl.load(p_lse + o_q, mask=o_q < N, other=float("inf")) * 1.4426950408889634
+    return tl.where(b == float("-inf"), float("inf"), b)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
     OWN_LSE,
+    ROWS,
     block_and_head,
     block_size,
     dot,
@@ -33,14 +34,16 @@ from vlattn_fast.kernels._tiles import (
     load_tile,
     mask_arguments,
     mask_logits,
+    pad_rows,
+    padded_rows,
     relu,
+    row_shift,
     store_tile,
 )
 
 from vlattn_fast._tensors import unit_stride, weigh_rows
 
 MAX_T = 64  # rows of r in one program
-ROWS = tl.constexpr(64)  # row vectors are padded to a multiple of it, and every tile of queries divides it
 
 
 @on_device
@@ -132,7 +135,7 @@ def step(
     if lse is None or row_normalize or launch.float_mask:
         rows, sums = _statistics(launch, lse, row_normalize)
     else:
-        rows, sums = _RowStatistics(_padded(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf)), None
+        rows, sums = _RowStatistics(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf)), None
     out = _backward_kv(launch, rows, relevancy, sums)[2]
     assert out is not None  # relevancy was there
     return out.to(relevancy.dtype)
@@ -161,14 +164,10 @@ class _Launch(NamedTuple):
     def or_query(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(self.tensors[0] if x is None else x for x in tensors)
 
-    @property
-    def padded_rows(self) -> int:
-        """N, up to a multiple of ROWS."""
-        return triton.cdiv(self.tensors[0].shape[2], ROWS.value) * ROWS.value
-
     def new_row(self) -> Tensor:
         """(B,H,N), N padded"""
-        return self.tensors[0].new_empty((*self.tensors[0].shape[:2], self.padded_rows), dtype=torch.float32)
+        batch, heads, num_q = self.tensors[0].shape[:3]
+        return self.tensors[0].new_empty((batch, heads, padded_rows(num_q)), dtype=torch.float32)
 
 
 class _RowStatistics(NamedTuple):
@@ -181,11 +180,6 @@ class _RowStatistics(NamedTuple):
     shift: Tensor
     total: Tensor | None = None
     delta: Tensor | None = None
-
-
-def _padded(rows: Tensor, value: float = 0.0) -> Tensor:
-    """(..., N) as row vectors are: N up to a multiple of ROWS, contiguous."""
-    return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % ROWS.value), value=value).contiguous()
 
 
 def _describe(
@@ -241,7 +235,7 @@ def _statistics(
     total, sums = (launch.new_row() if needed else None for needed in (pair, summed))
     if not launch.empty:
         config = _config("statistics", launch)
-        _statistics_kernel[(launch.padded_rows // config["BLOCK_Q"] * query.shape[0] * query.shape[1],)](
+        _statistics_kernel[(padded_rows(query.shape[2]) // config["BLOCK_Q"] * query.shape[0] * query.shape[1],)](
             *launch.tensors,
             *launch.or_query(lse, shift, total, sums),
             *launch.numbers,
@@ -271,7 +265,7 @@ def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tupl
         grad_q.zero_()
     else:
         out, config = unit_stride(out), _config("backward_q", launch)
-        _backward_q_kernel[(launch.padded_rows // config["BLOCK_Q"] * batch * heads,)](
+        _backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
             *launch.tensors,
             out,
             *launch.or_query(lse, delta, shift, total, sums),
@@ -317,7 +311,7 @@ def _backward_kv(
         block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
         weighted_r = query
         if relevancy is not None:
-            weighted_r = _padded(relevancy.to(torch.float32))
+            weighted_r = pad_rows(relevancy.to(torch.float32))
         if sums is not None:
             total, factor = sums.sum(1, keepdim=True), 1.0
             weighted_r = weighted_r / torch.where(total == 0.0, 1.0, total)  # where the sum is 0, so is the row of Abar
@@ -462,7 +456,7 @@ def _statistics_kernel(
     b_weight = 1.0 / b_one
     b_shift = b_max
     if WITH_LSE:
-        b_lse = _shift(p_lse + i_bh * N, o_q, N)
+        b_lse = row_shift(p_lse + i_bh * N, o_q, N)
         if PAIR:
             b_shift = tl.where(m_coarse, b_max, b_lse)
             b_one = tl.where(m_coarse, b_one, 1.0)
@@ -555,7 +549,7 @@ def _backward_q_kernel(
     if MASK == 2:
         b_shift = tl.load(p_lse + i_bh * NP + o_q)
     else:
-        b_shift = _shift(p_lse + i_bh * N, o_q, N)
+        b_shift = row_shift(p_lse + i_bh * N, o_q, N)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if EXACT:
@@ -773,13 +767,6 @@ def _mask_padding(
     elif KEY_MASK:
         b_s = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_s, float("-inf"))
     return b_s
-
-
-@triton.jit
-def _shift(p_lse, o_q, N):
-    """A natural log-sum-exp [q] as `_RowStatistics` has it: exp2(logit - inf) = 0 in fully masked rows and beyond N."""
-    b = tl.load(p_lse + o_q, mask=o_q < N, other=float("inf")) * 1.4426950408889634
-    return tl.where(b == float("-inf"), float("inf"), b)
 
 
 @triton.jit

@@ -36,6 +36,7 @@ from vlattn_fast.kernels._scores import (
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     OWN_LSE,
+    ROWS,
     block_and_head,
     block_size,
     dot,
@@ -47,6 +48,8 @@ from vlattn_fast.kernels._tiles import (
     mask_arguments,
     mask_logits,
     natural_lse,
+    padded_rows,
+    row_shift,
     store_tile,
 )
 
@@ -111,7 +114,7 @@ def backward(
         query, key, value, vector, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal
     )
     config_q, config_kv = (_config(name, score, query, value, attn_mask is not None) for name in ("backward_q", "backward_kv"))
-    blocks_q, blocks_kv = triton.cdiv(num_q, config_q["BLOCK_Q"]), triton.cdiv(num_kv, config_kv["BLOCK_KV"])
+    blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], triton.cdiv(num_kv, config_kv["BLOCK_KV"])
     grad_q = _rows_first(query, heads, num_q, size)
     # with weights per head the key can have more heads than the value: both gradients get as many heads, and are summed here
     grad_k, grad_v = (
@@ -125,18 +128,19 @@ def backward(
         dtype=torch.float32,
     )
     grad_out, lse = unit_stride(grad_out), lse.contiguous()
-    delta, total = torch.empty_like(lse), torch.empty_like(lse)
-    shift = lse  # probabilities are exp(logit - lse); under a float mask exp2(base-2 logit - shift) / total
+    # probabilities are exp2(base-2 logit - shift), in float32 and under a float mask over total; N is padded in these three
+    shift, total, delta = (lse.new_empty((batch, heads, padded_rows(num_q))) for _ in range(3))
     strides = (*grad_out.stride()[:3], scale)
     if lse.numel() > 0:
         out = out.transpose(1, 2).contiguous()  # (B,N,H,Dv), as forward lays it out
         if constants["MASK"] == 2:
-            shift, config = torch.empty_like(lse), _config("forward", score, query, value, True)
-            grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
+            config = _config("forward", score, query, value, True)
+            grid = (padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)
             _rows_kernel[grid](*tensors, lse, shift, total, *numbers, **constants, **config)
         _backward_q_kernel[(blocks_q * batch * heads,)](
             *tensors,
             grad_out,
+            lse,
             shift,
             delta,
             total,
@@ -254,13 +258,13 @@ def _arguments(
 def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     """What a score needs of the rows of x (B, H, N, A) alone.
 
-    Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A, N) with A padded to an even number.
+    Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A, N) with A padded to an even number. `precomputed_at` says how N is padded.
     """
     batch, heads, rows, size = x.shape
-    shape = (batch, heads, rows) if score == "cosine" else (batch, heads, size + size % 2, triton.cdiv(rows, 16) * 16)
-    precomputed = x.new_empty(shape, dtype=torch.float32)
+    length = rows + -rows % (128 if score == "cosine" else 16)
+    precomputed = x.new_empty((batch, heads, *(() if score == "cosine" else (size + size % 2,)), length), dtype=torch.float32)
     if precomputed.numel() > 0:
-        grid = (triton.cdiv(rows, 32) * batch * heads,)
+        grid = (triton.cdiv(length, 32) * batch * heads,)
         _prepare_kernel[grid](
             x,
             precomputed,
@@ -309,14 +313,16 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
 def _prepare_kernel(
     p_x, p_pre, H, N, A, stride_b, stride_h, stride_n, factor, SCORE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(N, BLOCK_N), H, 1)
+    length = (N + 127) // 128 * 128 if SCORE == "cosine" else (N + 15) // 16 * 16
+    i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(length, BLOCK_N), H, 1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_a = tl.arange(0, BLOCK_A)
     b_x = load_tile(p_x + i_b * stride_b + i_h * stride_h, stride_n, o_n, o_a, N, A).to(tl.float32)  # [n,A]
     if SCORE == "cosine":
         b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))
         b_inverse = tl.where(b_norm > 0.0, tl.div_rn(1.0, tl.where(b_norm > 0.0, b_norm, 1.0)), float("inf"))
-        tl.store(p_pre + i_bh * N + o_n, tl.where(b_norm == b_norm, b_inverse, b_norm), mask=o_n < N)
+        b_inverse = tl.where(o_n < N, tl.where(b_norm == b_norm, b_inverse, b_norm), 1.0)
+        tl.store(p_pre + i_bh * length + o_n, b_inverse)
     else:
         if SCORE == "additive":
             # e^-2x = 2^n e^rest: a rounded large exponent would show where terms cancel; `largest_magnitude` reports the clamp
@@ -326,7 +332,6 @@ def _prepare_kernel(
             b_y = tl.exp2(b_rest * 1.4426950408889634) * tl.exp2(b_power)
         else:
             b_y = b_x * factor
-        length = (N + 15) // 16 * 16
         m_y = (o_n < length)[:, None] & (o_a < (A + 1) // 2 * 2)[None, :]
         tl.store(precomputed_at(p_pre, i_bh, N, A, True) + o_a.to(tl.int64)[None, :] * length + o_n[:, None], b_y, mask=m_y)
 
@@ -398,7 +403,7 @@ def _forward_kernel(
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
     b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
@@ -430,7 +435,7 @@ def _forward_kernel(
                     PRECISION,
                 )
             else:
-                b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
+                b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
                 b_s, _ = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
             if EDGE:
@@ -529,7 +534,8 @@ def _rows_kernel(
     They are the lse and 1. Where the lse `is_coarse` they are the largest logit and the sum of exp2(logit - largest). The keys
     are read only by blocks that have such a row.
     """
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
+    NP = tl.cdiv(N, ROWS) * ROWS
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP_K)
     p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_mask += i_b * stride_mb + i_h * stride_mh
@@ -542,7 +548,7 @@ def _rows_kernel(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), OWN_LSE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -550,7 +556,7 @@ def _rows_kernel(
     for start in range(0, tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0), BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
         b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
-        b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
+        b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
         if UNITS:
             b_s = sum_units(
                 p_q,
@@ -597,9 +603,8 @@ def _rows_kernel(
     empty = b_sum == 0.0
     b_max = tl.where(empty, float("inf"), b_max)
     b_sum = tl.where(empty, 1.0, b_sum)
-    b_shift = tl.where(m_coarse, b_max, _lse_log2(p_lse + i_bh * N, o_q, N, False))
-    tl.store(p_shift + i_bh * N + o_q, b_shift, mask=o_q < N)
-    tl.store(p_total + i_bh * N + o_q, tl.where(m_coarse, b_sum, 1.0), mask=o_q < N)
+    tl.store(p_shift + i_bh * NP + o_q, tl.where(m_coarse, b_max, row_shift(p_lse + i_bh * N, o_q, N)))
+    tl.store(p_total + i_bh * NP + o_q, tl.where(m_coarse, b_sum, 1.0))
 
 
 @triton.jit
@@ -615,6 +620,7 @@ def _backward_q_kernel(
     p_seed,
     p_grad,
     p_lse,
+    p_shift,
     p_delta,
     p_total,
     p_scratch,
@@ -664,7 +670,8 @@ def _backward_q_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
+    NP = tl.cdiv(N, ROWS) * ROWS
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP_K)
     p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_v += i_b * stride_vb + (i_h // GROUP_V) * stride_vh
@@ -682,9 +689,13 @@ def _backward_q_kernel(
     b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
     b_do = load_tile(p_grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
     b_out = load_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     b_weight = tl.minimum(b_row, parameter)
-    b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
+    if MASK == 2:
+        b_shift = tl.load(p_shift + i_bh * NP + o_q)
+    else:
+        b_shift = row_shift(p_lse + i_bh * N, o_q, N)
+        tl.store(p_shift + i_bh * NP + o_q, b_shift)
     b_grad_lse = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if LSE:
         b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
@@ -702,7 +713,7 @@ def _backward_q_kernel(
                 o_kv = start + tl.arange(0, BLOCK_KV)
                 b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
                 b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-                b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
+                b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 if UNITS:
                     b_s = sum_units(
                         p_q,
@@ -744,7 +755,7 @@ def _backward_q_kernel(
                         CAUSAL,
                     )
                     b_logit = b_logit + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
-                b_p = tl.exp2(b_logit - b_lse[:, None])
+                b_p = tl.exp2(b_logit - b_shift[:, None])
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
                 if DROPOUT:
                     b_dp *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
@@ -790,10 +801,10 @@ def _backward_q_kernel(
         b_dq = b_dq * b_weight[:, None] - norm_backward(b_q, b_row, b_along)
     if EXACT:
         b_dq /= b_total[:, None]
-        tl.store(p_total + i_bh * N + o_q, b_total, mask=o_q < N)
+        tl.store(p_total + i_bh * NP + o_q, b_total)
     elif MASK == 2:
-        b_dq /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[:, None]
-    tl.store(p_delta + i_bh * N + o_q, b_delta, mask=o_q < N)
+        b_dq /= tl.load(p_total + i_bh * NP + o_q)[:, None]
+    tl.store(p_delta + i_bh * NP + o_q, b_delta)
     store_tile(p_grad_q + (i_b * N * H + i_h) * A, H * A, o_q, o_a, N, A, b_dq)
 
 
@@ -809,7 +820,7 @@ def _backward_kv_kernel(
     p_key_mask,
     p_seed,
     p_grad,
-    p_lse,
+    p_shift,
     p_delta,
     p_total,
     p_scratch,
@@ -861,6 +872,7 @@ def _backward_kv_kernel(
     BLOCK_KV: tl.constexpr,
 ):
     # tiles are [kv,q], so that they are the left operand of the products with dO and q
+    NP = tl.cdiv(N, ROWS) * ROWS
     num_kv = tl.cdiv(M, BLOCK_KV)
     i_kv, _, i_b, i_hkv, _ = block_and_head(num_kv, HEADS_KV, 1)
     i_hk = i_hkv * GROUP // GROUP_K
@@ -874,7 +886,7 @@ def _backward_kv_kernel(
     o_d = tl.arange(0, BLOCK_DV)
     b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
     b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-    b_row, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
+    b_row, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
     b_weight = tl.minimum(b_row, parameter)
     b_dk = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
@@ -901,7 +913,7 @@ def _backward_kv_kernel(
                 o_q = start + tl.arange(0, BLOCK_Q)
                 b_q = load_tile(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
                 b_do = load_tile(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-                b_column, bound_q = row_norm_and_bound(b_q, p_pre_h, o_q, N, SCORE)
+                b_column, bound_q = row_norm_and_bound(b_q, p_pre_h, o_q, SCORE)
                 if UNITS:
                     b_s = sum_units(
                         p_k,
@@ -948,12 +960,9 @@ def _backward_kv_kernel(
                         m_kv = tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0
                         b_masked = tl.where(m_kv[:, None], b_masked, float("-inf"))
                     b_logit = b_logit + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
-                b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
-                b_p = tl.exp2(b_logit - b_lse[None, :])
-                if EXACT:
-                    b_p /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[None, :]
-                elif MASK == 2:
-                    b_p /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[None, :]
+                b_p = tl.exp2(b_logit - tl.load(p_shift + i_bh * NP + o_q)[None, :])
+                if EXACT or MASK == 2:
+                    b_p /= tl.load(p_total + i_bh * NP + o_q)[None, :]
                 b_dp = dot(b_v, tl.trans(b_do), PRECISION)  # [kv,q]
                 b_kept = b_p
                 if DROPOUT:
@@ -961,8 +970,7 @@ def _backward_kv_kernel(
                     b_kept = b_p * b_factor
                     b_dp *= b_factor
                 b_dv += dot(keep_layout(b_kept, UNITS, PRECISION).to(b_do.dtype), b_do, PRECISION)
-                b_delta = tl.load(p_delta + i_bh * N + o_q, mask=o_q < N, other=0.0)
-                b_ds = b_p * (b_dp - b_delta[None, :]) * scale
+                b_ds = b_p * (b_dp - tl.load(p_delta + i_bh * NP + o_q)[None, :]) * scale
                 if UNITS:
                     b_units, b_du = units_backward(
                         b_units,
@@ -998,10 +1006,3 @@ def _backward_kv_kernel(
     i_row = i_b * M * HEADS_KV + i_hkv
     store_tile(p_grad_k + i_row * A, HEADS_KV * A, o_kv, o_a, M, A, b_dk)
     store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
-
-
-@triton.jit
-def _lse_log2(p_lse, o_q, N, IN_BASE_2: tl.constexpr):
-    """[q] in base 2. It is +inf for fully masked rows and rows beyond N, which makes their probabilities 0."""
-    b_lse = tl.load(p_lse + o_q, mask=o_q < N, other=float("-inf"))
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse if IN_BASE_2 else b_lse * 1.4426950408889634)
