@@ -348,9 +348,9 @@ def _config(kernel: str, launch: _Launch, block_t: int = 0) -> dict[str, int]:
     if query.dtype == torch.float32:
         block_q, block_kv, warps, stages = (32, 32, 8, 1) if size <= 64 else (16, 16, 8, 1)
     elif size > 128:
-        block_q, block_kv, warps, stages = (32, 32, 8, 1) if block_t <= 16 else (16, 32, 8, 1)
+        block_q, block_kv, warps, stages = (32, 32, 4, 1) if block_t <= 16 else (16, 32, 4, 1)
     elif kernel == "backward_kv" and size > 64:
-        block_q, block_kv, warps, stages = (32, 64, 4, 2) if plain and block_t <= 1 else (32, 64, 8, 2)
+        block_q, block_kv, warps, stages = (32, 64, 4, 2) if plain and block_t <= 1 else (16, 64, 4, 2)
     elif kernel == "backward_kv":
         block_q, block_kv, warps, stages = (64, 128, 8, 2) if plain and block_t <= 16 else (32, 128, 8, 2)
     else:

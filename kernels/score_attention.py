@@ -303,9 +303,9 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
     elif size > 128:
         tile = (32, 32, 4, 1)
     elif kv:
-        tile = (64, 64, 4 if plain else 8, 2) if size <= 64 else (32, 64, 8, 2)
+        tile = (64, 64, 4, 2) if size <= 64 and score != "cosine" and not masked else (32, 64, 4, 2)
     else:
-        tile = (64, 64, 4, 3) if plain and size <= 64 else (64, 64, 8, 1) if size <= 64 else (64, 32, 8 if masked else 4, 2)
+        tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" else (64, 32, 4, 2)
     return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
 
 
