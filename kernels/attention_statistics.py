@@ -175,8 +175,8 @@ def _rows_config(size: int, dtype: torch.dtype, masked: bool, num_groups: int) -
         return {"BLOCK_Q": 16, "BLOCK_KV": 32, **groups, "num_warps": 8, "num_stages": 1}
     if dtype == torch.float32 or size > 128:
         return {"BLOCK_Q": 32, "BLOCK_KV": 32, **groups, "num_warps": 4, "num_stages": 1}
-    warps = 4 if num_groups <= 32 else 8
-    return {"BLOCK_Q": 64, "BLOCK_KV": 32 if masked and size > 64 else 64, **groups, "num_warps": warps, "num_stages": 2}
+    keys = 32 if num_groups > 32 or (masked and size > 64) else 64
+    return {"BLOCK_Q": 64, "BLOCK_KV": keys, **groups, "num_warps": 4, "num_stages": 2}
 
 
 def _received_config(size: int, dtype: torch.dtype) -> dict[str, int]:
@@ -188,10 +188,12 @@ def _received_config(size: int, dtype: torch.dtype) -> dict[str, int]:
 
 def _backward_config(size: int, dtype: torch.dtype, many_registers: bool) -> dict[str, int]:
     """As above. `many_registers`: attn_mask or a product with grad_mass takes registers, too."""
-    if dtype == torch.float32 or size > 128:
-        return {"BLOCK_Q": 16 if dtype == torch.float32 and size > 64 else 32, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
+    if dtype == torch.float32:
+        return {"BLOCK_Q": 32 if size <= 64 else 16, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
+    if size > 128:
+        return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
     if many_registers:
-        return {"BLOCK_Q": 64, "BLOCK_KV": 64 if size <= 64 else 32, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_Q": 64, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
     return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2 if size <= 64 else 1}
 
 
