@@ -313,13 +313,14 @@ def _config(sizes: tuple[int, int], features: int, dtype: torch.dtype, kernel: s
             return {"BLOCK_Q": 16, **tiles}
         if kernel == "map":
             return {"BLOCK_Q": 64, **tiles, "num_stages": 2 if features <= 64 else 1}
-        return {"BLOCK_Q": 64 if kind == "cacr" and features <= 64 else 32, **tiles}
+        if kind == "iais_singular":
+            return {"BLOCK_Q": 32, **tiles}
+        return {"BLOCK_Q": 64 if features <= 64 else 32, **tiles, "num_warps": 4}
     if dtype == torch.float32:
         block = 64 if features <= 64 else 32
         return {"BLOCK_Q": 16, "BLOCK_L": block, "BLOCK_V": block, "num_warps": 8, "num_stages": 1}
     block = 64 if features <= 128 else 32
-    warps = 8 if kernel == "gradient" and kind == "iais_singular" else 4
-    return {"BLOCK_Q": block, "BLOCK_L": block, "BLOCK_V": block, "num_warps": warps, "num_stages": 1}
+    return {"BLOCK_Q": block, "BLOCK_L": block, "BLOCK_V": block, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
