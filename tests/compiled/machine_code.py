@@ -83,15 +83,20 @@ def disassembled(cubin: bytes) -> str:
 
 
 def facts(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Of a compiled Triton kernel and what it was launched with: its tile, and what the main loop holds."""
-    loop = main_loop(disassembled(kernel.asm["cubin"]))
-    sizes = [options.get(name) for name in ("BLOCK_Q", "BLOCK_KV")]
+    """Of a compiled Triton kernel and what it was launched with: its tile, and what the main loop holds.
+
+    per_pair: instructions of all threads in the main loop for each pair of a query and a key, where a turn of the loop is a tile.
+    """
+    loop, warps = main_loop(disassembled(kernel.asm["cubin"])), kernel.metadata.num_warps
+    rows, keys = (options.get(name) for name in ("BLOCK_Q", "BLOCK_KV"))
+    tiled = loop is not None and loop.mma > 0 and rows and keys
     return {
-        "tile": None if None in sizes else "x".join(map(str, sizes)),
-        "warps": kernel.metadata.num_warps,
+        "tile": f"{rows}x{keys}" if rows and keys else None,
+        "warps": warps,
         "repeated": repeated(kernel.asm["ttgir"]),
         "cp_async": "cp.async" in kernel.asm["ptx"],
         "loop": loop and loop.instructions,
         "mma": loop and loop.mma,
         "mufu": loop and loop.mufu,
+        "per_pair": round(loop.instructions * 32 * warps / (rows * keys), 1) if tiled else None,
     }

@@ -49,6 +49,17 @@ def test_forward_kernels_do_not_spill_on_sm_90() -> None:
     assert [key for key, row in forward if row["spills"] > 0] == []
 
 
+def test_no_product_is_computed_by_two_warps() -> None:
+    """Where the layout of the warps is larger than the tile, they are. Heads of 256 features leave no registers for fewer warps."""
+    assert [key for key, row in STORED if row["repeated"] > 1 and " 256 " not in key] == []
+
+
+def test_loops_over_tiles_of_16_bit_copy_ahead_of_use() -> None:
+    """The forward kernels of dot products load the next tile of keys while they compute this one."""
+    hot = [row for key, row in STORED if re.match(r"score_attention (dot|cosine)\S* bf16 .*_forward_kernel", key)]
+    assert len(hot) > 10 and all(row["cp_async"] for row in hot)
+
+
 def test_16_bit_products_run_on_tensor_cores() -> None:
     products = [
         (key, row) for key, row in STORED if ("bf16" in key or "fp16" in key) and not any(name in key for name in NO_PRODUCTS)

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to: registers, shared memory, spills and tensor cores, held to a stored table.
+"""What the Triton kernels compile to: registers, shared memory, spills, tensor cores and the main loop, held to a stored table.
 
     python -m tests.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
     python -m tests.compiled.triton [OPERATOR ...] --write        # store what is compiled
@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from tests.compiled.machine_code import facts
 from tests.compiled.table import Row, cuobjdump, differences, read, write
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -64,7 +65,7 @@ def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         narrow = narrow_offsets(kernel.asm["ttir"])
         assert not narrow, f"{operator} {name} {self.fn.__name__}: products of 32 bits reach an address: {narrow}"
-        launched.setdefault(self.fn.__name__, []).append(_row(kernel))
+        launched.setdefault(self.fn.__name__, []).append(_row(kernel) | facts(kernel, kwargs))
 
     driver.set_active(Device())
     JITFunction.run = compile_only
