@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast._tensors import additive
+from vlattn_fast._tensors import additive, unit_stride
 
 LOG2_E = 1.4426950408889634
 ROWS = tl.constexpr(64)  # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
@@ -46,6 +46,19 @@ def input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def aligned(x: Tensor) -> Tensor:
+    """`x` with a last stride of 1. Rows of a multiple of 8 features begin at multiples of 8, as `load_rows` expects.
+
+    It is copied where that is not so. Triton sees by itself what is divisible by 16; heads of 72 features are not.
+    """
+    x = unit_stride(x)
+    if x.shape[-1] % 8 == 0 and (
+        any(stride % 8 != 0 and size > 1 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)) or x.data_ptr() % 16
+    ):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
 def mask_arguments(
     attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], dict[str, int | bool]]:
@@ -76,6 +89,19 @@ def load_tile(p, stride_row, o_row, o_col, num_rows, num_cols):
     """[rows, cols] of a matrix, zeros outside."""
     offsets = o_row.to(tl.int64)[:, None] * stride_row + o_col[None, :]
     return tl.load(p + offsets, mask=(o_row < num_rows)[:, None] & (o_col < num_cols)[None, :], other=0.0)
+
+
+@triton.jit
+def rows_at(p, offset, SIZE: tl.constexpr):
+    """p + offset, the rows of a head in an `aligned` tensor. The compiler takes a hint of `tl.multiple_of` neither on an argument
+    nor in a function, so a division says it."""
+    return p + (offset // 8 * 8 if SIZE % 8 == 0 else offset)
+
+
+@triton.jit
+def load_rows(p, stride_row, o_row, o_col, num_rows, SIZE: tl.constexpr):
+    """[rows, SIZE] at `rows_at`, zeros outside; in vectors, where SIZE is a multiple of 8."""
+    return load_tile(p, stride_row // 8 * 8 if SIZE % 8 == 0 else stride_row, o_row, o_col, num_rows, SIZE)
 
 
 @triton.jit

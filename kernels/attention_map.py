@@ -19,20 +19,20 @@ from torch import Tensor
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
+    aligned,
     below_max,
     block_and_head,
     block_size,
     dot,
     input_precision,
     key_range,
-    load_tile,
+    load_rows,
     mask_arguments,
     mask_logits,
     relu,
+    rows_at,
     store_tile,
 )
-
-from vlattn_fast._tensors import unit_stride
 
 
 @on_device
@@ -55,10 +55,10 @@ def forward(
     abar = query.new_empty((batch, num_q, num_kv), dtype=torch.float32)
     if abar.numel() == 0:
         return abar
-    query, key = unit_stride(query), unit_stride(key)
+    query, key = aligned(query), aligned(key)
     gradient = rule == "gradient"
-    value = unit_stride(value) if gradient and value is not None else key
-    grad_output = unit_stride(grad_output) if gradient and grad_output is not None else query
+    value = aligned(value) if gradient and value is not None else key
+    grad_output = aligned(grad_output) if gradient and grad_output is not None else query
     size_v = value.shape[3] if gradient else 0
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, num_kv)
     sizes = (heads, heads // key.shape[1], num_q, num_kv, size)
@@ -153,7 +153,7 @@ def _rows_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -176,19 +176,19 @@ def _rows_kernel(
 ):
     """For each row of a head: the largest logit (+inf for a fully masked row) and 1 / sum exp2(base-2 logit - largest)."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
-    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
     for PART in tl.static_range(2):  # first the keys that need no mask, then the others
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -220,8 +220,8 @@ def _map_kernel(
     GROUP,
     N,
     M,
-    D,
-    DV,
+    D: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -274,8 +274,8 @@ def _map_kernel(
     for h in range(0, heads):
         i_h = tl.full([], 0, dtype=tl.int64) + h
         i_hk = i_h // GROUP
-        b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
-        b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
+        b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
         if FOLDED:
             b_s *= scale_log2
@@ -298,8 +298,8 @@ def _map_kernel(
             b_p = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
             b_inverse = tl.load(p_inverse + o_row, mask=o_q < N, other=0.0)
         if GRADIENT:
-            b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
-            b_v = load_tile(p_v + i_b * stride_vb + i_hk * stride_vh, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_do = load_rows(rows_at(p_do, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+            b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV), stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
             b_p = relu(b_p * dot(b_do, tl.trans(b_v), PRECISION))
         if REDUCTION == "mean":
             b_map += b_p * b_inverse[:, None]

@@ -22,19 +22,20 @@ from torch import Tensor
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
+    aligned,
     below_max,
     block_and_head,
     block_size,
     dot,
     input_precision,
     key_range,
+    load_rows,
     load_tile,
     mask_arguments,
     mask_logits,
+    rows_at,
     store_tile,
 )
-
-from vlattn_fast._tensors import unit_stride
 
 
 @on_device
@@ -134,10 +135,10 @@ def _arguments(
 
     The query stands in for tensors that are absent.
     """
-    query, key = unit_stride(query), unit_stride(key)
+    query, key = aligned(query), aligned(key)
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
-    groups = query if key_groups is None else unit_stride(key_groups)
-    weight = query if row_weight is None else unit_stride(row_weight)
+    groups = query if key_groups is None else aligned(key_groups)
+    weight = query if row_weight is None else aligned(row_weight)
     numbers = (
         query.shape[1],
         query.shape[1] // max(1, key.shape[1]),
@@ -214,7 +215,7 @@ def _rows_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     G,
     scale_log2,
     stride_qb,
@@ -249,14 +250,14 @@ def _rows_kernel(
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
     i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP)
     i_q, i_g = i // blocks_g, i % blocks_g
-    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_groups += i_b * stride_groups
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -266,7 +267,7 @@ def _rows_kernel(
     for PART in tl.static_range(2):  # first the keys that need no mask, then the others
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -309,7 +310,7 @@ def _received_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     G,
     scale_log2,
     stride_qb,
@@ -337,17 +338,17 @@ def _received_kernel(
 ):
     """sum_i w_i P_ij of a block of keys. The `maximum` of a row is 1 / sum exp2(logit - row_max)."""
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP)
-    p_q += i_b * stride_qb + i_h * stride_qh
+    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
-    b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+    b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
     b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over its rows once, at the end
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     for start in range(begin, N, BLOCK_Q):
         o_q = start + tl.arange(0, BLOCK_Q)
-        b_q = load_tile(p_q, stride_qn, o_q, o_d, N, D)  # [q,D]
+        b_q = load_rows(p_q, stride_qn, o_q, o_d, N, D)  # [q,D]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
         if FOLDED:
             b_s *= scale_log2
@@ -385,7 +386,7 @@ def _backward_q_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     G,
     scale_log2,
     stride_qb,
@@ -422,7 +423,7 @@ def _backward_q_kernel(
     `shift` is -sum P dP without what cancels in `_grad_score`. grad_weight = sum_j P_ij grad_received_j.
     """
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
-    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_groups += i_b * stride_groups
@@ -431,7 +432,7 @@ def _backward_q_kernel(
     p_grad_received += i_bh * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     b_ge, b_gm, b_first, b_w = _grad_rows(
         p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
     )
@@ -445,7 +446,7 @@ def _backward_q_kernel(
     for PART in tl.static_range(2):
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -485,7 +486,7 @@ def _backward_q_kernel(
     for PART in tl.static_range(2):
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -552,7 +553,7 @@ def _backward_kv_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     G,
     scale_log2,
     stride_qb,
@@ -591,7 +592,7 @@ def _backward_kv_kernel(
     p_weight += i_b * stride_weight
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
-    b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+    b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
     b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     for head in range(0, GROUP):
@@ -599,7 +600,7 @@ def _backward_kv_kernel(
         i_bh = i_b * H + i_h
         for start in range(begin, N, BLOCK_Q):
             o_q = start + tl.arange(0, BLOCK_Q)
-            b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+            b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2

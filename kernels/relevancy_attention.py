@@ -25,23 +25,25 @@ from vlattn_fast.kernels._tiles import (
     LOG2_E,
     OWN_LSE,
     ROWS,
+    aligned,
     block_and_head,
     block_size,
     dot,
     input_precision,
     is_coarse,
     key_range,
-    load_tile,
+    load_rows,
     mask_arguments,
     mask_logits,
     pad_rows,
     padded_rows,
     relu,
+    rows_at,
     row_shift,
     store_tile,
 )
 
-from vlattn_fast._tensors import unit_stride, weigh_rows
+from vlattn_fast._tensors import weigh_rows
 
 MAX_T = 64  # rows of r in one program
 
@@ -193,8 +195,8 @@ def _describe(
     scale: float,
     is_causal: bool,
 ) -> _Launch:
-    query, key = unit_stride(query), unit_stride(key)
-    value, grad_out = (query if x is None else unit_stride(x) for x in (value, grad_out))
+    query, key = aligned(query), aligned(key)
+    value, grad_out = (query if x is None else aligned(x) for x in (value, grad_out))
     heads, num_q, size = query.shape[1:]
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     numbers = (
@@ -264,7 +266,7 @@ def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tupl
     if launch.empty:
         grad_q.zero_()
     else:
-        out, config = unit_stride(out), _config("backward_q", launch)
+        out, config = aligned(out), _config("backward_q", launch)
         _backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
             *launch.tensors,
             out,
@@ -374,8 +376,8 @@ def _statistics_kernel(
     GROUP: tl.constexpr,
     N,
     M,
-    D,
-    DV,
+    D: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -416,16 +418,16 @@ def _statistics_kernel(
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP)
     if CAUSAL:
         i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + i_hk * stride_vh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
+    p_v = rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     if SUMS and BY_GRADIENT:
-        b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+        b_do = load_rows(rows_at(p_do, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -437,7 +439,7 @@ def _statistics_kernel(
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
             b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
@@ -446,7 +448,7 @@ def _statistics_kernel(
             b_p = tl.exp2(b_s - b_safe[:, None])
             b_total = b_total * b_alpha + tl.sum(b_p, axis=1)
             if SUMS and BY_GRADIENT:
-                b_v = load_tile(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+                b_v = load_rows(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)
                 b_sums = b_sums * b_alpha + tl.sum(relu(b_p * b_dp), axis=1)
             b_max = b_new
@@ -491,8 +493,8 @@ def _backward_q_kernel(
     GROUP: tl.constexpr,
     N,
     M,
-    D,
-    DV,
+    D: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -535,17 +537,17 @@ def _backward_q_kernel(
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP)
     if CAUSAL:
         i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + i_hk * stride_vh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
+    p_v = rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
-    b_o = load_tile(p_out + i_b * stride_ob + i_h * stride_oh, stride_on, o_q, o_dv, N, DV)  # [q,Dv]
+    b_do = load_rows(rows_at(p_do, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+    b_o = load_rows(rows_at(p_out, i_b * stride_ob + i_h * stride_oh, DV), stride_on, o_q, o_dv, N, DV)  # [q,Dv]
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     if MASK == 2:
         b_shift = tl.load(p_lse + i_bh * NP + o_q)
     else:
@@ -563,8 +565,8 @@ def _backward_q_kernel(
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
-            b_v = load_tile(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_v = load_rows(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
             b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
             b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
             b_p = tl.exp2(b_s - b_shift[:, None])
@@ -616,8 +618,8 @@ def _backward_kv_kernel(
     GROUP: tl.constexpr,
     N,
     M,
-    D,
-    DV,
+    D: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -683,9 +685,9 @@ def _backward_kv_kernel(
     full = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q) if CAUSAL and MASK == 0 else N
     for i in range(KEY_HEADS):
         i_hk = i_p * KEY_HEADS + i
-        b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
         if GRADS or BY_GRADIENT:
-            b_v = load_tile(p_v + i_b * stride_vb + i_hk * stride_vh, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV), stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
         for PART in tl.static_range(0 if CAUSAL or MASK != 0 else 1, 1 if MASK != 0 else 2):
             first = full if CAUSAL and PART == 1 else begin
             num_q = tl.cdiv((full if PART == 0 else N) - first, BLOCK_Q)
@@ -693,7 +695,7 @@ def _backward_kv_kernel(
                 i_h = i_hk if GROUP == 1 else i_hk * GROUP + j // num_q
                 i_bh = i_b * H + i_h
                 o_q = first + (j if GROUP == 1 else j % num_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+                b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
                 b_s = dot(b_k, tl.trans(b_q), PRECISION) * scale_log2  # [kv,q]
                 if MASK != 0:
                     b_s = mask_logits(
@@ -716,7 +718,7 @@ def _backward_kv_kernel(
                 if EXACT:
                     b_p = tl.div_rn(b_p, tl.load(p_total + i_bh * NP + o_q)[None, :])
                 if GRADS or BY_GRADIENT:
-                    b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+                    b_do = load_rows(rows_at(p_do, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
                     b_dp = dot(b_v, tl.trans(b_do), PRECISION)
                 if BLOCK_T > 0:
                     b_map = relu(b_p * b_dp) if BY_GRADIENT else b_p

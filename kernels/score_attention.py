@@ -37,6 +37,7 @@ from vlattn_fast.kernels._tiles import (
     LOG2_E,
     OWN_LSE,
     ROWS,
+    aligned,
     block_and_head,
     block_size,
     dot,
@@ -44,16 +45,16 @@ from vlattn_fast.kernels._tiles import (
     is_coarse,
     keep_factor,
     key_range,
-    load_tile,
+    load_rows,
     mask_arguments,
     mask_logits,
     natural_lse,
     padded_rows,
     row_shift,
+    rows_at,
     store_tile,
 )
 
-from vlattn_fast._tensors import unit_stride
 
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
@@ -127,7 +128,7 @@ def backward(
         max(tiles * config["BLOCK_Q"] * config["BLOCK_KV"] for tiles, config in ((tiles_q, config_q), (tiles_kv, config_kv))),
         dtype=torch.float32,
     )
-    grad_out, lse = unit_stride(grad_out), lse.contiguous()
+    grad_out, lse = aligned(grad_out), lse.contiguous()
     # probabilities are exp2(base-2 logit - shift), in float32 and under a float mask over total; N is padded in these three
     shift, total, delta = (lse.new_empty((batch, heads, padded_rows(num_q))) for _ in range(3))
     strides = (*grad_out.stride()[:3], scale)
@@ -203,7 +204,7 @@ def _arguments(
     The query stands in for tensors that are absent.
     """
     batch, heads, num_q, size = query.shape
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    query, key, value = aligned(query), aligned(key), aligned(value)
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     precision, units = input_precision(), score in UNIT_KINDS
     pre_q = pre_k = query
@@ -317,7 +318,7 @@ def _prepare_kernel(
     i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(length, BLOCK_N), H, 1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_a = tl.arange(0, BLOCK_A)
-    b_x = load_tile(p_x + i_b * stride_b + i_h * stride_h, stride_n, o_n, o_a, N, A).to(tl.float32)  # [n,A]
+    b_x = load_rows(p_x + i_b * stride_b + i_h * stride_h, stride_n, o_n, o_a, N, A).to(tl.float32)  # [n,A]
     if SCORE == "cosine":
         b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))
         b_inverse = tl.where(b_norm > 0.0, tl.div_rn(1.0, tl.where(b_norm > 0.0, b_norm, 1.0)), float("inf"))
@@ -354,8 +355,8 @@ def _forward_kernel(
     GROUP_V,
     N,
     M,
-    A,
-    DV,
+    A: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     parameter,
     dropout_p,
@@ -389,9 +390,9 @@ def _forward_kernel(
     BLOCK_KV: tl.constexpr,
 ):
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + (i_h // GROUP_V) * stride_vh
+    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
+    p_v = rows_at(p_v, i_b * stride_vb + (i_h // GROUP_V) * stride_vh, DV)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_u += i_h * A
@@ -402,7 +403,7 @@ def _forward_kernel(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
-    b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
+    b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
     b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -413,7 +414,7 @@ def _forward_kernel(
     for EDGE in tl.static_range(0 if SPLIT else 1, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
             if UNITS:
                 b_s = sum_units(
                     p_q,
@@ -467,7 +468,7 @@ def _forward_kernel(
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if DROPOUT:
                 b_p *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
-            b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+            b_v = load_rows(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
             b_o = b_o * b_alpha[:, None] + dot(keep_layout(b_p, UNITS, PRECISION).to(b_v.dtype), b_v, PRECISION)
             b_max = b_new
     empty = b_sum == 0.0
@@ -496,8 +497,8 @@ def _rows_kernel(
     GROUP_V,
     N,
     M,
-    A,
-    DV,
+    A: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     parameter,
     dropout_p,
@@ -536,8 +537,8 @@ def _rows_kernel(
     """
     NP = tl.cdiv(N, ROWS) * ROWS
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP_K)
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_u += i_h * A
@@ -547,7 +548,7 @@ def _rows_kernel(
     )
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
-    b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
+    b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
     b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), OWN_LSE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
@@ -555,7 +556,7 @@ def _rows_kernel(
     whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
     for start in range(0, tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0), BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
-        b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+        b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
         b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
         if UNITS:
             b_s = sum_units(
@@ -632,8 +633,8 @@ def _backward_q_kernel(
     GROUP_V,
     N,
     M,
-    A,
-    DV,
+    A: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     parameter,
     dropout_p,
@@ -672,9 +673,9 @@ def _backward_q_kernel(
 ):
     NP = tl.cdiv(N, ROWS) * ROWS
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP_K)
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + (i_h // GROUP_V) * stride_vh
+    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
+    p_v = rows_at(p_v, i_b * stride_vb + (i_h // GROUP_V) * stride_vh, DV)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_u += i_h * A
@@ -686,9 +687,9 @@ def _backward_q_kernel(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
-    b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-    b_do = load_tile(p_grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-    b_out = load_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
+    b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
+    b_do = load_rows(rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_d, N, DV)  # [q,Dv]
+    b_out = load_rows(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
     b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     b_weight = tl.minimum(b_row, parameter)
     if MASK == 2:
@@ -711,8 +712,8 @@ def _backward_q_kernel(
         for EDGE in tl.static_range(0 if SPLIT else 1, 2):
             for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
                 o_kv = start + tl.arange(0, BLOCK_KV)
-                b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
-                b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+                b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+                b_v = load_rows(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
                 b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 if UNITS:
                     b_s = sum_units(
@@ -832,8 +833,8 @@ def _backward_kv_kernel(
     GROUP_V,
     N,
     M,
-    A,
-    DV,
+    A: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     parameter,
     dropout_p,
@@ -876,16 +877,16 @@ def _backward_kv_kernel(
     num_kv = tl.cdiv(M, BLOCK_KV)
     i_kv, _, i_b, i_hkv, _ = block_and_head(num_kv, HEADS_KV, 1)
     i_hk = i_hkv * GROUP // GROUP_K
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + (i_hkv * GROUP // GROUP_V) * stride_vh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
+    p_v = rows_at(p_v, i_b * stride_vb + (i_hkv * GROUP // GROUP_V) * stride_vh, DV)
     p_key_mask += i_b * M
     p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
     p_pre_k = precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
-    b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
-    b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+    b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+    b_v = load_rows(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
     b_row, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
     b_weight = tl.minimum(b_row, parameter)
     b_dk = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
@@ -900,8 +901,8 @@ def _backward_kv_kernel(
     for i_g in range(0, GROUP):
         i_h = i_hkv * GROUP + i_g
         i_bh = i_b * H + i_h
-        p_q_h = p_q + i_b * stride_qb + i_h * stride_qh
-        p_grad_h = p_grad + i_b * stride_gb + i_h * stride_gh
+        p_q_h = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
+        p_grad_h = rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV)
         p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
         p_u_h = p_u + i_h * A
         p_pre_h = precomputed_at(p_pre_q, i_bh, N, A, UNITS)
@@ -911,8 +912,8 @@ def _backward_kv_kernel(
         for EDGE in tl.static_range(0 if SPLIT else 1, 2 if CAUSAL or not SPLIT else 1):
             for start in range(begin if EDGE else whole, whole if SPLIT and EDGE else N, BLOCK_Q):
                 o_q = start + tl.arange(0, BLOCK_Q)
-                b_q = load_tile(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
-                b_do = load_tile(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
+                b_q = load_rows(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
+                b_do = load_rows(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
                 b_column, bound_q = row_norm_and_bound(b_q, p_pre_h, o_q, SCORE)
                 if UNITS:
                     b_s = sum_units(

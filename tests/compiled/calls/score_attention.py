@@ -1,4 +1,4 @@
-"""Calls of score_attention to compile: every core score, every dtype, head sizes 64 and 128, masks and dropout together."""
+"""Calls of score_attention to compile: every core score, every dtype, head sizes 64, 72 and 128, masks and dropout together."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ KINDS = ("dot", "cosine", "dot_relu", "dot_tanh", "dot_sigmoid", "additive", "ha
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for kind in KINDS:
         yield f"{kind} bf16 64", lambda kind=kind: run(kind, torch.bfloat16, 64)
+    yield "dot bf16 72", lambda: run("dot", torch.bfloat16, 72)  # SigLIP-so400m's heads
     for kind in ("dot", "additive"):
         yield f"{kind} bf16 128", lambda kind=kind: run(kind, torch.bfloat16, 128)
         yield f"{kind} fp32 64", lambda kind=kind: run(kind, torch.float32, 64)
