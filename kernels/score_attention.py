@@ -262,7 +262,7 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A, N) with A padded to an even number. `precomputed_at` says how N is padded.
     """
     batch, heads, rows, size = x.shape
-    length = rows + -rows % (128 if score == "cosine" else 16)
+    length = rows + -rows % 128
     precomputed = x.new_empty((batch, heads, *(() if score == "cosine" else (size + size % 2,)), length), dtype=torch.float32)
     if precomputed.numel() > 0:
         grid = (triton.cdiv(length, 32) * batch * heads,)
@@ -312,13 +312,24 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
 
 @triton.jit
 def _prepare_kernel(
-    p_x, p_pre, H, N, A, stride_b, stride_h, stride_n, factor, SCORE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr
+    p_x,
+    p_pre,
+    H,
+    N,
+    A: tl.constexpr,
+    stride_b,
+    stride_h,
+    stride_n,
+    factor,
+    SCORE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    length = (N + 127) // 128 * 128 if SCORE == "cosine" else (N + 15) // 16 * 16
+    length = (N + 127) // 128 * 128
     i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(length, BLOCK_N), H, 1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_a = tl.arange(0, BLOCK_A)
-    b_x = load_rows(p_x + i_b * stride_b + i_h * stride_h, stride_n, o_n, o_a, N, A).to(tl.float32)  # [n,A]
+    b_x = load_rows(rows_at(p_x, i_b * stride_b + i_h * stride_h, A), stride_n, o_n, o_a, N, A).to(tl.float32)  # [n,A]
     if SCORE == "cosine":
         b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))
         b_inverse = tl.where(b_norm > 0.0, tl.div_rn(1.0, tl.where(b_norm > 0.0, b_norm, 1.0)), float("inf"))
@@ -333,7 +344,7 @@ def _prepare_kernel(
             b_y = tl.exp2(b_rest * 1.4426950408889634) * tl.exp2(b_power)
         else:
             b_y = b_x * factor
-        m_y = (o_n < length)[:, None] & (o_a < (A + 1) // 2 * 2)[None, :]
+        m_y = (o_a < (A + 1) // 2 * 2)[None, :]
         tl.store(precomputed_at(p_pre, i_bh, N, A, True) + o_a.to(tl.int64)[None, :] * length + o_n[:, None], b_y, mask=m_y)
 
 
