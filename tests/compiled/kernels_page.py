@@ -1,7 +1,7 @@
 """docs/kernels.md, from the stored table of the Triton kernels: `python -m tests.compiled.kernels_page` writes it.
 
-The time of a kernel is predicted as the largest of four: instructions over issue slots, those of the special function unit, matrix
-products, and bytes. Counted are the loops over tiles; what lies outside of them is left out.
+The time of a kernel is predicted as the largest of four: instructions over issue slots, those of the special function unit,
+matrix products, and bytes. Counted are the loops over tiles; what lies outside of them is left out.
 """
 
 from __future__ import annotations
@@ -177,20 +177,21 @@ def goal_of(entry: Entry) -> float:
 
 HEAD = """# Triton kernels, predicted
 
-Nothing on this page was measured on a GPU. It is **predicted from machine code**: Triton {version} compiles each kernel for sm_90, and
-the instructions of its loops over tiles are counted. Each time below is what one part of an H200 would need for them alone:
+Nothing on this page was measured on a GPU. It is **predicted from machine code**: Triton {version} compiles each kernel for
+sm_90, and the instructions of its loops over tiles are counted. Each time below is what one part of an H200 would need for them
+alone:
 
 - *issue*: all instructions, at 128 a clock and SM;
 - *special*: exponentials, reciprocals and tanh, at 16 a clock and SM;
 - *products*: matrix products, padding of tiles included, at 790 TFLOP/s;
 - *memory*: every tensor read or written once, at 4.3 TB/s.
 
-*predicted* is the largest of the four, and no more than a bound: what waits for something else than these four is not in it, and what
-lies outside of the loops is not counted. *floor* is the largest of special, products and memory for the least work that the pass
-needs. The goal is 1.4 times the floor for a forward pass and 1.6 times for a backward pass; passes beyond it are marked with !.
+*predicted* is the largest of the four, and a bound: waiting for anything else is not in it, nor what lies outside of the loops.
+*floor* is the largest of special, products and memory for the least work that the pass needs. The goal is 1.4 times the floor for
+a forward pass and 1.6 times for a backward pass; passes beyond it are marked with !.
 
-`congruence_loss` and `stacked_cross_attention` are not here: their loops are a few turns long, and most of their work lies outside.
-The counts of all kernels are in `tests/compiled/triton.json`.
+`congruence_loss` and `stacked_cross_attention` are not here: their loops are a few turns long, and most of their work lies
+outside. The counts of all kernels are in `tests/compiled/triton.json`.
 
 """
 

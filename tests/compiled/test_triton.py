@@ -50,7 +50,7 @@ def test_forward_kernels_do_not_spill_on_sm_90() -> None:
 
 
 def test_no_product_is_computed_by_two_warps() -> None:
-    """Where the layout of the warps is larger than the tile, they are. Heads of 256 features leave no registers for fewer warps."""
+    """Warps whose layout is larger than the tile do. Heads of 256 features leave no registers for fewer warps."""
     assert [key for key, row in STORED if row["repeated"] > 1 and " 256 " not in key] == []
 
 

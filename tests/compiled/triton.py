@@ -98,7 +98,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     A product with a constant, as of a block's number and its size, stays within the number of rows. A quotient or a remainder is
     no larger than what is divided, whatever it is divided by, and a condition only chooses.
     """
-    # of each name its definitions with their lines: regions beside one another use names anew, so the last one above a line counts
+    # of each name its definitions with their lines: regions beside one another use names anew, so the last above a line counts
     definitions: dict[str, list[tuple[int, str, list[str], str]]] = {}
     for number, line in enumerate(ttir.splitlines()):
         if match := re.match(r"\s*(%[\w#]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
