@@ -1,4 +1,4 @@
-"""docs/kernels.md, from the stored table of the Triton kernels: `python -m tests.compiled.kernels_page` writes it.
+"""docs/kernels.md, from the stored table of the Triton kernels: `python -m tests.compiled.kernels_page` writes it and its counts.
 
 The time of a kernel is predicted as the largest of four: instructions over issue slots, those of the special function unit,
 matrix products, and bytes. Counted are the loops over tiles; what lies outside of them is left out.
@@ -6,14 +6,17 @@ matrix products, and bytes. Counted are the loops over tiles; what lies outside 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.compiled.table import Row, read
 from tests.compiled.triton import TABLE
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "kernels.md"
+COUNTS = ROOT / "benchmarks" / "results" / "machine_code.json"  # of these kernels, before they were worked on and as they are
 
 # an H200: matrix products of bfloat16 and copies as they were measured on one, the rest from its clock of 1.83 GHz and 132 SMs
 PRODUCTS, BYTES = 790e12, 4.3e12
@@ -195,10 +198,44 @@ outside. The counts of all kernels are in `tests/compiled/triton.json`.
 
 """
 
+BEFORE = """Before: commit {commit}. The rows are in `benchmarks/results/machine_code.json`.
+"""
 
-def page() -> str:
+
+def newest() -> tuple[str, dict[str, Row]]:
+    """The newest stored version of Triton, and its rows."""
     table = read(TABLE)
     version = max(table, key=lambda name: [int(part) for part in name.split(".")])
+    return version, table[version]
+
+
+def counts() -> dict[str, Any]:
+    """What COUNTS holds, with the present counts as those after."""
+    stored: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8"))
+    version, table = newest()
+    keys = sorted({f"{entry.call} {kernel} sm_90" for entry in ENTRIES for kernel in entry.kernels})
+    return {**stored, "triton": version, "after": {key: table[key] for key in keys}}
+
+
+def _changes() -> list[str]:
+    lines = [
+        "| kernel | instructions a pair | registers | spilled bytes | warps, each computing |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    found = counts()
+    sizes = {f"{entry.call} {kernel} sm_90": (kernel, entry.workload.size) for entry in ENTRIES for kernel in entry.kernels}
+    for key, after in found["after"].items():
+        before = found["before"][key]
+        pairs = [f"{per_pair(sizes[key][0], row, sizes[key][1])[0]:.1f}" for row in (before, after)]
+        warps = [f"{row['warps']}, {'a part' if row['repeated'] == 1 else 'all of it'}" for row in (before, after)]
+        cells = (pairs, *([str(row[name]) for row in (before, after)] for name in ("registers", "spills")), warps)
+        changes = (one if one == two else f"{one} → {two}" for one, two in cells)
+        lines.append(f"| `{key.removesuffix(' sm_90')}` | {' | '.join(changes)} |")
+    return lines
+
+
+def page() -> str:
+    version, table = newest()
     lines = [HEAD.format(version=version).rstrip("\n"), ""]
     for workload in dict.fromkeys(entry.workload for entry in ENTRIES):
         causal = ", causal" if workload.causal else ""
@@ -211,16 +248,18 @@ def page() -> str:
         lines += ["| µs | issue | special | products | memory | predicted | floor | of floor |", f"| --- |{' ---: |' * 7}"]
         for entry in ENTRIES:
             if entry.workload == workload:
-                times, floor = times_of(entry, table[version]), floor_of(entry)
+                times, floor = times_of(entry, table), floor_of(entry)
                 ratio = times.longest / floor
                 cells = (times.issue, times.special, times.products, times.memory, times.longest, floor)
                 beyond = " !" if ratio > goal_of(entry) else ""
                 lines.append(f"| {entry.what} | {' | '.join(f'{x:,.0f}' for x in cells)} | {ratio:.2f}{beyond} |")
         lines.append("")
+    lines += ["## Before and after", "", BEFORE.format(commit=counts()["commit_before"]).rstrip("\n"), "", *_changes(), ""]
     return "\n".join(lines)
 
 
 def main() -> None:
+    COUNTS.write_text(json.dumps(counts(), indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
 
 

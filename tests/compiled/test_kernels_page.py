@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from tests.compiled.kernels_page import CLIP, LLAVA, PAGE, page, per_pair
+import json
+
+from tests.compiled.kernels_page import CLIP, COUNTS, LLAVA, PAGE, counts, page, per_pair
 
 
 def test_the_page_is_that_of_the_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.compiled.kernels_page writes it anew"
+    assert json.loads(COUNTS.read_text(encoding="utf-8")) == counts()
 
 
 def test_pairs_are_those_of_whole_tiles() -> None:
