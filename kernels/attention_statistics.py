@@ -29,6 +29,7 @@ from vlattn_fast.kernels._tiles import (
     dot,
     input_precision,
     key_range,
+    load_keys,
     load_rows,
     load_tile,
     mask_arguments,
@@ -486,7 +487,7 @@ def _backward_q_kernel(
     for PART in tl.static_range(2):
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M, D, KEY_MASK)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._tiles import LOG2_E, block_size, dot, input_precision, load_tile, store_tile
-from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, real_tokens, statistics_kernel
+from vlattn_fast.kernels._tiles import LOG2_E, block_size, dot, input_precision, load_tile, real_tokens, store_tile
+from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, statistics_kernel
 
 from vlattn_fast._tensors import unit_stride
 from vlattn_fast.reference.congruence_loss import EPSILON

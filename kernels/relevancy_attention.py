@@ -32,6 +32,7 @@ from vlattn_fast.kernels._tiles import (
     input_precision,
     is_coarse,
     key_range,
+    load_keys,
     load_rows,
     mask_arguments,
     mask_logits,
@@ -448,7 +449,7 @@ def _statistics_kernel(
             b_p = tl.exp2(b_s - b_safe[:, None])
             b_total = b_total * b_alpha + tl.sum(b_p, axis=1)
             if SUMS and BY_GRADIENT:
-                b_v = load_rows(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+                b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_dv, M, DV, KEY_MASK)  # [kv,Dv]
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)
                 b_sums = b_sums * b_alpha + tl.sum(relu(b_p * b_dp), axis=1)
             b_max = b_new
@@ -565,8 +566,8 @@ def _backward_q_kernel(
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
-            b_v = load_rows(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M, D, KEY_MASK)  # [kv,D]
+            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_dv, M, DV, KEY_MASK)  # [kv,Dv]
             b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
             b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
             b_p = tl.exp2(b_s - b_shift[:, None])

@@ -24,7 +24,7 @@ from vlattn_fast._checks import (
     describe,
 )
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, ROWS, Local, Shards, over_shards
 
@@ -129,7 +129,7 @@ def attention_map(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if chosen != "cpu":  # its kernel hides padding itself
+    if not masks_padding(chosen):
         key, value = mask_padding(key_mask, key, value)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
     return _forward_op(

@@ -24,7 +24,7 @@ from vlattn_fast._checks import (
     readable,
 )
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.reference.attention_statistics import AttentionStatistics
@@ -119,7 +119,7 @@ def attention_statistics(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if chosen != "cpu":  # its kernels hide padding themselves
+    if not masks_padding(chosen):
         (key,) = mask_padding(key_mask, key)
     query, key = autocast(query, key)
     if key_groups is not None:

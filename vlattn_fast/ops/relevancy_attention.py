@@ -39,7 +39,7 @@ from vlattn_fast._tensors import (
     scaled_dot_default,
 )
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
 
@@ -144,7 +144,7 @@ def relevancy_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if chosen != "cpu":  # its kernels read no padding
+    if not masks_padding(chosen):
         key, value = mask_padding(key_mask, key, value)
     out, carrier, _ = _forward_op(
         query, key, value, carrier, *weights, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
@@ -240,7 +240,7 @@ def relevancy_step(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if chosen != "cpu":  # its kernels read no padding
+    if not masks_padding(chosen):
         key, value = mask_padding(key_mask, key, value)
     return _step_op(
         relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
