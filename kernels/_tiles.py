@@ -85,6 +85,16 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def round_tf32(b):
+    """Rounded to the nearest of 10 mantissa bits.
+
+    The matrix unit would cut off, which is a bias: no sum averages it out.
+    """
+    b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would turn into -0
+
+
+@triton.jit
 def load_tile(p, stride_row, o_row, o_col, num_rows, num_cols):
     """[rows, cols] of a matrix, zeros outside."""
     return load_where(p, stride_row, o_row, o_col, o_row < num_rows, num_cols)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._tiles import LOG2_E, block_size, dot, input_precision, load_tile, real_tokens, store_tile
+from vlattn_fast.kernels._tiles import LOG2_E, block_size, dot, input_precision, load_tile, real_tokens, round_tf32, store_tile
 from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, statistics_kernel
 
 from vlattn_fast._tensors import unit_stride
@@ -324,6 +324,12 @@ def _config(sizes: tuple[int, int], features: int, dtype: torch.dtype, kernel: s
 
 
 @triton.jit
+def _dot_tf32(b_a, b_b):
+    """b_a @ b_b of float32 tiles in tf32."""
+    return dot(round_tf32(b_a), round_tf32(b_b), "tf32")
+
+
+@triton.jit
 def _expm1(x):
     """exp(x) - 1 to a few ulp. Small x take the power series, since exp(x) - 1 would cancel."""
     b = 1.0 + x * 0.1
@@ -404,11 +410,11 @@ def _divergence_kernel(
         o_m = tl.arange(0, BLOCK_M)
         b_x = load_tile(p_cross, stride_on, o_q, o_m, N, M)  # [q,m]
         if KIND == "cacr":
-            b_x = dot(b_x, load_tile(p_target, stride_tn, o_m, o_m, M, M), "tf32")
+            b_x = _dot_tf32(b_x, load_tile(p_target, stride_tn, o_m, o_m, M, M))
             b_back = tl.trans(load_tile(p_cross, stride_on, o_kv, o_m, N, M))  # [m,kv]
         else:
             b_back = load_tile(p_target, stride_tn, o_m, o_kv, M, N)  # [m,kv]
-        b_target = dot(b_x, b_back, "tf32")
+        b_target = _dot_tf32(b_x, b_back)
     else:
         b_target = tl.load(p_target + o_q.to(tl.int64)[:, None] * stride_tn + o_kv[None, :], mask=m_pair, other=0.0)  # [q,kv]
     b_weight = b_weight[:, None]
@@ -497,7 +503,7 @@ def _target_backward_kernel(
             b_cross_t = tl.where(b_index[None, :] == o_q[:, None], 1.0, 0.0)  # [q,n]
         else:
             b_cross_t = tl.trans(load_tile(p_cross + i_b * stride_b, stride_n, o_n, o_q, N, M))  # [q,n]
-        b_out = dot(b_cross_t, load_tile(p_grad_target, N, o_n, o_n, N, N), "tf32")  # [q,n]
+        b_out = _dot_tf32(b_cross_t, load_tile(p_grad_target, N, o_n, o_n, N, N))  # [q,n]
         if KIND == "iais_distributed":
             _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_n, M, N, b_out, ADD)
         else:
@@ -505,9 +511,9 @@ def _target_backward_kernel(
                 b_x = tl.where(b_index[:, None] == o_m[None, :], 1.0, 0.0)  # [n,m]
             else:
                 b_x = load_tile(p_cross + i_b * stride_b, stride_n, o_n, o_m, N, M)  # [n,m]
-            _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_m, M, M, dot(b_out, b_x, "tf32"), ADD)
+            _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_m, M, M, _dot_tf32(b_out, b_x), ADD)
     elif KIND == "iais_distributed":
         o_row = o_q - tiles * BLOCK_Q
         b_back = tl.trans(load_tile(p_back + i_b * stride_b, stride_n, o_m, o_n, M, N))  # [n,m]
-        b_grad_cross = dot(load_tile(p_grad_target, N, o_row, o_n, N, N), b_back, "tf32")  # [q,m]
+        b_grad_cross = _dot_tf32(load_tile(p_grad_target, N, o_row, o_n, N, N), b_back)  # [q,m]
         _store_or_add(p_grad_cross + i_b * stride_b, stride_n, o_row, o_m, N, M, b_grad_cross, ADD)

@@ -39,8 +39,9 @@ from vlattn_fast.kernels._tiles import (
     pad_rows,
     padded_rows,
     relu,
-    rows_at,
+    round_tf32,
     row_shift,
+    rows_at,
     store_tile,
 )
 
@@ -730,7 +731,7 @@ def _backward_kv_kernel(
                         o_r = o_t[None, :].to(tl.int64) * NP + o_q[:, None]
                         b_r = tl.load(p_r + o_r, mask=(o_t < T)[None, :], other=0.0)  # [q,T]
                         if ROUND:
-                            b_map, b_r = _round_tf32(b_map), _round_tf32(b_r)
+                            b_map, b_r = round_tf32(b_map), round_tf32(b_r)
                         b_r_abar += dot(b_map, b_r, PRECISION_T)
                 if GRADS:
                     b_dv += dot(b_p.to(b_do.dtype), b_do, PRECISION)
@@ -770,13 +771,3 @@ def _mask_padding(
     elif KEY_MASK:
         b_s = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_s, float("-inf"))
     return b_s
-
-
-@triton.jit
-def _round_tf32(b):
-    """Rounded to the nearest of 10 mantissa bits.
-
-    The matrix unit would cut off, which is a bias: no sum over queries averages it out.
-    """
-    b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would turn into -0

@@ -309,6 +309,7 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
         tile = (64, 64, 4, 2) if size <= 64 and score != "cosine" and not masked else (32, 64, 4, 2)
     else:
         tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" else (64, 32, 4, 2)
+    assert score not in UNIT_KINDS or tile[3] == 1, "units_backward takes one stage"
     return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
 
 
