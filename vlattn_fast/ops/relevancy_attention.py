@@ -22,6 +22,7 @@ from vlattn_fast._checks import (
     check_grad_output,
     check_head_dim,
     check_heads,
+    check_lse,
     check_masks,
     check_number,
     check_tensor,
@@ -216,11 +217,7 @@ def relevancy_step(
     )
     if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-    if lse is not None:
-        check_tensor("lse", lse, rank=3, shape="(B, H, N)")
-        check_device("lse", lse, "query", query)
-        if lse.shape != query.shape[:3] or lse.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"lse must be floating point of shape (B, H, N) = {tuple(query.shape[:3])}; got {describe(lse)}")
+    check_lse(lse, query)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
