@@ -23,6 +23,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, name, size in ((BF16, "bf16", 64), (BF16, "bf16", 128), (FP32, "fp32", 64)):
         yield f"step {name} {size}", lambda dtype=dtype, size=size: step(dtype, size, 1, "gradient")
     yield "step 577 rows bf16 64", lambda: step(BF16, 64, 577, "gradient")
+    yield "step 577 rows of long maps bf16 64", lambda: step(BF16, 64, 577, "gradient", 2304)  # too large to be stored
     yield "step attention bf16 64", lambda: step(BF16, 64, 1, "attention")
 
 
@@ -47,7 +48,7 @@ def backward(
     relevancy_attention.backward(query, carrier, query, key, key, query, lse, None, None, *masks, *options)
 
 
-def step(dtype: torch.dtype, size: int, rows: int, rule: str) -> None:
+def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577) -> None:
     """Without an lse: with the kernel that recomputes it."""
-    query = torch.empty(1, 16, 577, size, dtype=dtype)
-    relevancy_attention.step(torch.empty(1, rows, 577), query, query, query, query, None, None, None, rule, True, 0.125, False)
+    query = torch.empty(1, 16, length, size, dtype=dtype)
+    relevancy_attention.step(torch.empty(1, rows, length), query, query, query, query, None, None, None, rule, True, 0.125, False)
