@@ -297,7 +297,8 @@ def units_backward(
     """b_dx [x,A] plus sum_y b_ds [x,y] slope(x,y), before the weight of the unit; with VECTOR also b_du plus sum_y b_ds act(x,y).
 
     One column of b_ds at a time is multiplied with one row of y, for all hidden units, in registers. Triton cannot index
-    registers. So the columns go through scratch memory [y,x], which only this program uses and which stays in its cache.
+    registers. So the columns go through scratch memory [y,x], which only this program uses and which stays in its cache. With
+    more than one stage the compiler may load columns before these barriers.
     """
     o_x = tl.arange(0, BLOCK_X)
     o_y = tl.arange(0, BLOCK_Y)

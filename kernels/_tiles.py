@@ -85,10 +85,26 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def round_tf32(b):
+    """Rounded to the nearest of 10 mantissa bits.
+
+    The matrix unit would cut off, which is a bias: no sum averages it out.
+    """
+    b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would turn into -0
+
+
+@triton.jit
 def load_tile(p, stride_row, o_row, o_col, num_rows, num_cols):
     """[rows, cols] of a matrix, zeros outside."""
+    return load_where(p, stride_row, o_row, o_col, o_row < num_rows, num_cols)
+
+
+@triton.jit
+def load_where(p, stride_row, o_row, o_col, m_row, num_cols):
+    """[rows, cols] of a matrix, zeros in rows without m_row."""
     offsets = o_row.to(tl.int64)[:, None] * stride_row + o_col[None, :]
-    return tl.load(p + offsets, mask=(o_row < num_rows)[:, None] & (o_col < num_cols)[None, :], other=0.0)
+    return tl.load(p + offsets, mask=m_row[:, None] & (o_col < num_cols)[None, :], other=0.0)
 
 
 @triton.jit
@@ -102,6 +118,25 @@ def rows_at(p, offset, SIZE: tl.constexpr):
 def load_rows(p, stride_row, o_row, o_col, num_rows, SIZE: tl.constexpr):
     """[rows, SIZE] at `rows_at`, zeros outside; in vectors, where SIZE is a multiple of 8."""
     return load_tile(p, stride_row // 8 * 8 if SIZE % 8 == 0 else stride_row, o_row, o_col, num_rows, SIZE)
+
+
+@triton.jit
+def real_tokens(p_mask, o, size, MASKED: tl.constexpr):
+    """Which of the tokens `o` of a sample are real, and not padding."""
+    m = o < size
+    if MASKED:
+        m = m & (tl.load(p_mask + o, mask=m, other=0) != 0)
+    return m
+
+
+@triton.jit
+def load_keys(p, stride_row, p_key_mask, o_kv, o_col, M, SIZE: tl.constexpr, KEY_MASK: tl.constexpr):
+    """Keys or values [kv, SIZE] as `load_rows` loads them, with zeros at padding, whatever stands there.
+
+    The factor of padding in a product is 0, and 0 times NaN or infinity is NaN.
+    """
+    m_kv = real_tokens(p_key_mask, o_kv, M, KEY_MASK)
+    return load_where(p, stride_row // 8 * 8 if SIZE % 8 == 0 else stride_row, o_kv, o_col, m_kv, SIZE)
 
 
 @triton.jit

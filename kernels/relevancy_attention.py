@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels import score_attention
+from vlattn_fast.kernels import attention_map, score_attention
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
@@ -32,14 +32,16 @@ from vlattn_fast.kernels._tiles import (
     input_precision,
     is_coarse,
     key_range,
+    load_keys,
     load_rows,
     mask_arguments,
     mask_logits,
     pad_rows,
     padded_rows,
     relu,
-    rows_at,
+    round_tf32,
     row_shift,
+    rows_at,
     store_tile,
 )
 
@@ -94,10 +96,11 @@ def backward(
         weighted_r = weigh_rows(grad_carrier, attention_weight)
     if need_inputs and grad_out is not None:
         launch = _describe(query, key, value, grad_out, attn_mask, key_mask, rule, scale, is_causal)
-        grad_q, rows, sums = _backward_q(launch, out, lse.contiguous(), weighted_r is not None and row_normalize)
-        grad_k, grad_v, r_abar = _backward_kv(launch, rows, weighted_r, sums)
+        beside = None if weighted_r is None or weighted_r.shape[1] > MAX_T else weighted_r
+        grad_q, rows, sums = _backward_q(launch, out, lse.contiguous(), beside is not None and row_normalize)
+        grad_k, grad_v, r_abar = _backward_kv(launch, rows, beside, sums)
         grads = (grad_q, grad_k, grad_v)
-    elif weighted_r is not None:
+    if weighted_r is not None and r_abar is None:
         # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
         exact = query.dtype == torch.float32 or (attn_mask is not None and attn_mask.dtype != torch.bool)
         known_lse = None if exact else lse
@@ -127,20 +130,55 @@ def step(
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M).
 
+    Up to MAX_T rows are multiplied while Abar is computed. More would compute it again for each MAX_T of them: it is stored then,
+    for as many samples at once as `_stored_maps` says.
+
     `lse` may count keys that are not here: probabilities are exp(logit - lse). Under a float mask, rows whose lse `is_coarse` are
     normalised over the keys that are here.
     """
     if rule == "attention":
         value = grad_output = None
+    samples = _stored_maps(relevancy, query, key)
+    if samples > 0:
+        result = relevancy.new_empty((*relevancy.shape[:2], key.shape[2]), dtype=torch.float32)
+        for start in range(0, query.shape[0], samples):
+            b = slice(start, start + samples)
+            abar = attention_map.forward(
+                query[b],
+                key[b],
+                None if value is None else value[b],
+                None if grad_output is None else grad_output[b],
+                None if lse is None else lse[b],
+                attn_mask[b] if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[0] > 1 else attn_mask,
+                None if key_mask is None else key_mask[b],
+                rule,
+                "mean",
+                row_normalize,
+                scale,
+                is_causal,
+            )
+            torch.bmm(relevancy[b].to(torch.float32), abar, out=result[b])
+        return result.to(relevancy.dtype)
     launch = _describe(query, key, value, grad_output, attn_mask, key_mask, rule, scale, is_causal)
     lse = None if lse is None else lse.to(torch.float32).contiguous()
     if lse is None or row_normalize or launch.float_mask:
         rows, sums = _statistics(launch, lse, row_normalize)
     else:
         rows, sums = _RowStatistics(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf)), None
-    out = _backward_kv(launch, rows, relevancy, sums)[2]
-    assert out is not None  # relevancy was there
-    return out.to(relevancy.dtype)
+    r_abar = _backward_kv(launch, rows, relevancy, sums)[2]
+    assert r_abar is not None  # relevancy was there
+    return r_abar.to(relevancy.dtype)
+
+
+def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
+    """Of how many samples `step` stores Abar (N, M) at once; 0 for few rows, and where not even one is small enough.
+
+    Together they have no more elements than the queries or the result, or 2^22: memory stays linear in the sequence's length.
+    """
+    (batch, heads, num_q, size), num_kv, num_t = query.shape, key.shape[2], relevancy.shape[1]
+    if num_t <= MAX_T or min(batch, heads, num_q, size, num_kv) == 0:
+        return 0
+    return max(1 << 22, query.numel(), batch * num_t * num_kv) // (num_q * num_kv)
 
 
 class _Launch(NamedTuple):
@@ -291,9 +329,6 @@ def _backward_kv(
     `sums` are the row sums that Abar is divided by.
     """
     num_t = 0 if relevancy is None else relevancy.shape[1]
-    if rows.delta is not None and num_t > MAX_T:
-        grad_k, grad_v, _ = _backward_kv(launch, rows, None, None)
-        return grad_k, grad_v, _backward_kv(launch, rows._replace(delta=None), relevancy, sums)[2]
     query, key, value = launch.tensors[:3]
     batch, num_heads, num_kv = query.shape[0], query.shape[1], key.shape[2]
     grad_k = grad_v = r_abar = None
@@ -448,7 +483,7 @@ def _statistics_kernel(
             b_p = tl.exp2(b_s - b_safe[:, None])
             b_total = b_total * b_alpha + tl.sum(b_p, axis=1)
             if SUMS and BY_GRADIENT:
-                b_v = load_rows(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+                b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_dv, M, DV, KEY_MASK)  # [kv,Dv]
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)
                 b_sums = b_sums * b_alpha + tl.sum(relu(b_p * b_dp), axis=1)
             b_max = b_new
@@ -565,8 +600,8 @@ def _backward_q_kernel(
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
-            b_v = load_rows(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M, D, KEY_MASK)  # [kv,D]
+            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_dv, M, DV, KEY_MASK)  # [kv,Dv]
             b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
             b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
             b_p = tl.exp2(b_s - b_shift[:, None])
@@ -729,7 +764,7 @@ def _backward_kv_kernel(
                         o_r = o_t[None, :].to(tl.int64) * NP + o_q[:, None]
                         b_r = tl.load(p_r + o_r, mask=(o_t < T)[None, :], other=0.0)  # [q,T]
                         if ROUND:
-                            b_map, b_r = _round_tf32(b_map), _round_tf32(b_r)
+                            b_map, b_r = round_tf32(b_map), round_tf32(b_r)
                         b_r_abar += dot(b_map, b_r, PRECISION_T)
                 if GRADS:
                     b_dv += dot(b_p.to(b_do.dtype), b_do, PRECISION)
@@ -769,13 +804,3 @@ def _mask_padding(
     elif KEY_MASK:
         b_s = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_s, float("-inf"))
     return b_s
-
-
-@triton.jit
-def _round_tf32(b):
-    """Rounded to the nearest of 10 mantissa bits.
-
-    The matrix unit would cut off, which is a bias: no sum over queries averages it out.
-    """
-    b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would turn into -0

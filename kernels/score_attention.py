@@ -45,11 +45,13 @@ from vlattn_fast.kernels._tiles import (
     is_coarse,
     keep_factor,
     key_range,
+    load_keys,
     load_rows,
     mask_arguments,
     mask_logits,
     natural_lse,
     padded_rows,
+    real_tokens,
     row_shift,
     rows_at,
     store_tile,
@@ -307,6 +309,7 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
         tile = (64, 64, 4, 2) if size <= 64 and score != "cosine" and not masked else (32, 64, 4, 2)
     else:
         tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" else (64, 32, 4, 2)
+    assert score not in UNIT_KINDS or tile[3] == 1, "units_backward takes one stage"
     return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
 
 
@@ -479,7 +482,7 @@ def _forward_kernel(
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if DROPOUT:
                 b_p *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
-            b_v = load_rows(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
             b_o = b_o * b_alpha[:, None] + dot(keep_layout(b_p, UNITS, PRECISION).to(b_v.dtype), b_v, PRECISION)
             b_max = b_new
     empty = b_sum == 0.0
@@ -723,8 +726,8 @@ def _backward_q_kernel(
         for EDGE in tl.static_range(0 if SPLIT else 1, 2):
             for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
                 o_kv = start + tl.arange(0, BLOCK_KV)
-                b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
-                b_v = load_rows(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+                b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
+                b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
                 b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 if UNITS:
                     b_s = sum_units(
@@ -903,8 +906,9 @@ def _backward_kv_kernel(
     b_dk = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
-    # rows from `whole` on see every key of this block. Rows beyond N have P = 0, and keys beyond M are not stored: no masks
-    SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
+    # rows from `whole` on see every key of this block. Rows beyond N have P = 0, keys beyond M are not stored, and what padding
+    # gets is dropped at the end, since keys are rows of these tiles: no masks
+    SPLIT: tl.constexpr = MASK == 0 and not UNITS
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     whole = begin
     if SPLIT and CAUSAL:
@@ -968,9 +972,6 @@ def _backward_kv_kernel(
                     )
                     if CAUSAL:
                         b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-                    if KEY_MASK:
-                        m_kv = tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0
-                        b_masked = tl.where(m_kv[:, None], b_masked, float("-inf"))
                     b_logit = b_logit + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_p = tl.exp2(b_logit - tl.load(p_shift + i_bh * NP + o_q)[None, :])
                 if EXACT or MASK == 2:
@@ -1012,9 +1013,14 @@ def _backward_kv_kernel(
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
         if UNITS:
             b_dk += b_units * tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
+            if KEY_MASK:
+                b_du = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_du, 0.0)
             tl.store(p_grad_u + (i_bh * num_kv + i_kv) * A + o_a, tl.sum(b_du, axis=0), mask=o_a < A)
     if SCORE == "cosine":
         b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along)
+    if KEY_MASK:
+        m_real = real_tokens(p_key_mask, o_kv, M, True)[:, None]
+        b_dk, b_dv = tl.where(m_real, b_dk, 0.0), tl.where(m_real, b_dv, 0.0)
     i_row = i_b * M * HEADS_KV + i_hkv
     store_tile(p_grad_k + i_row * A, HEADS_KV * A, o_kv, o_a, M, A, b_dk)
     store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
