@@ -13,19 +13,17 @@ import triton.language as tl
 def precomputed_at(p, i_bh, rows, A, UNITS: tl.constexpr):
     """The output of `_prepare` at its batch and head.
 
-    For scores over hidden units: (hidden units, rows), the first padded to an even number, the second to a multiple of 16.
+    For scores over hidden units: (hidden units, rows), the first padded to an even number; for cosine the rows alone. Rows are
+    padded to a multiple of 128, as many as the largest tile has, so that tiles are loaded without a mask.
     """
-    if UNITS:
-        return p + i_bh * ((A + 1) // 2 * 2) * ((rows + 15) // 16 * 16)
-    else:
-        return p + i_bh * rows
+    return p + i_bh * ((A + 1) // 2 * 2 if UNITS else 1) * ((rows + 127) // 128 * 128)
 
 
 @triton.jit
-def row_norm_and_bound(b_x, p_pre, o_row, num_rows, SCORE: tl.constexpr):
+def row_norm_and_bound(b_x, p_pre, o_row, SCORE: tl.constexpr):
     """For a tile [row,A]: 1 / |x| of each row for cosine, and `largest_magnitude`."""
     if SCORE == "cosine":
-        b_row = tl.load(p_pre + o_row, mask=o_row < num_rows, other=1.0)
+        b_row = tl.load(p_pre + o_row)
     else:
         b_row = tl.zeros_like(o_row).to(tl.float32)
     return b_row, largest_magnitude(b_x, SCORE)
@@ -238,7 +236,7 @@ def _sum_pairs(
     # the tile stays in its threads
     b_s = tl.dot(tl.zeros([o_x.shape[0], 16], dtype=tl.float16), tl.zeros([16, o_y.shape[0]], dtype=tl.float16))
     constant = 0.0
-    for a in range(0, A, 2):
+    for a in tl.range(0, A, 2, loop_unroll_factor=1 if EXACT else 2):
         w1 = tl.load(p_u + a).to(tl.float32)
         w2 = tl.load(p_u + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
         b_d1 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE, METHOD)
@@ -264,9 +262,8 @@ def _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y,
         b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
         b_d = 1.0 + tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
     else:
-        length_x, length_y = (X + 15) // 16 * 16, (Y + 15) // 16 * 16
-        b_x = tl.load(p_pre_x + i_a * length_x + o_x, mask=o_x < length_x, other=0.0)
-        b_y = tl.load(p_pre_y + i_a * length_y + o_y, mask=o_y < length_y, other=0.0)
+        b_x = tl.load(p_pre_x + i_a * ((X + 127) // 128 * 128) + o_x)
+        b_y = tl.load(p_pre_y + i_a * ((Y + 127) // 128 * 128) + o_y)
         b_d = b_x[:, None] * b_y[None, :]
         if SCORE == "additive":
             b_d += 1.0
@@ -300,7 +297,8 @@ def units_backward(
     """b_dx [x,A] plus sum_y b_ds [x,y] slope(x,y), before the weight of the unit; with VECTOR also b_du plus sum_y b_ds act(x,y).
 
     One column of b_ds at a time is multiplied with one row of y, for all hidden units, in registers. Triton cannot index
-    registers. So the columns go through scratch memory [y,x], which only this program uses and which stays in its cache.
+    registers. So the columns go through scratch memory [y,x], which only this program uses and which stays in its cache. With
+    more than one stage the compiler may load columns before these barriers.
     """
     o_x = tl.arange(0, BLOCK_X)
     o_y = tl.arange(0, BLOCK_Y)

@@ -13,14 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast._tensors import additive
+from vlattn_fast._tensors import additive, unit_stride
 
 LOG2_E = 1.4426950408889634
+ROWS = tl.constexpr(64)  # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
 
 
 def block_size(size: int, smallest: int = 16) -> int:
     """The power of two that holds `size`. A matrix instruction needs at least `smallest`."""
     return max(smallest, triton.next_power_of_2(size))
+
+
+def padded_rows(size: int) -> int:
+    """`size` up to a multiple of ROWS."""
+    return triton.cdiv(size, ROWS.value) * ROWS.value
+
+
+def pad_rows(rows: Tensor, value: float = 0.0) -> Tensor:
+    """(..., N) -> (..., padded N), contiguous. Kernels load such vectors without a mask."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % ROWS.value), value=value).contiguous()
 
 
 def input_precision() -> str:
@@ -33,6 +44,19 @@ def input_precision() -> str:
     if triton.knobs.runtime.interpret:
         return "widen"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` with a last stride of 1. Rows of a multiple of 8 features begin at multiples of 8, as `load_rows` expects.
+
+    It is copied where that is not so. Triton sees by itself what is divisible by 16; heads of 72 features are not.
+    """
+    x = unit_stride(x)
+    if x.shape[-1] % 8 == 0 and (
+        any(stride % 8 != 0 and size > 1 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)) or x.data_ptr() % 16
+    ):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def mask_arguments(
@@ -61,10 +85,58 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def round_tf32(b):
+    """Rounded to the nearest of 10 mantissa bits.
+
+    The matrix unit would cut off, which is a bias: no sum averages it out.
+    """
+    b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would turn into -0
+
+
+@triton.jit
 def load_tile(p, stride_row, o_row, o_col, num_rows, num_cols):
     """[rows, cols] of a matrix, zeros outside."""
+    return load_where(p, stride_row, o_row, o_col, o_row < num_rows, num_cols)
+
+
+@triton.jit
+def load_where(p, stride_row, o_row, o_col, m_row, num_cols):
+    """[rows, cols] of a matrix, zeros in rows without m_row."""
     offsets = o_row.to(tl.int64)[:, None] * stride_row + o_col[None, :]
-    return tl.load(p + offsets, mask=(o_row < num_rows)[:, None] & (o_col < num_cols)[None, :], other=0.0)
+    return tl.load(p + offsets, mask=m_row[:, None] & (o_col < num_cols)[None, :], other=0.0)
+
+
+@triton.jit
+def rows_at(p, offset, SIZE: tl.constexpr):
+    """p + offset, the rows of a head in an `aligned` tensor. The compiler takes a hint of `tl.multiple_of` neither on an argument
+    nor in a function, so a division says it."""
+    return p + (offset // 8 * 8 if SIZE % 8 == 0 else offset)
+
+
+@triton.jit
+def load_rows(p, stride_row, o_row, o_col, num_rows, SIZE: tl.constexpr):
+    """[rows, SIZE] at `rows_at`, zeros outside; in vectors, where SIZE is a multiple of 8."""
+    return load_tile(p, stride_row // 8 * 8 if SIZE % 8 == 0 else stride_row, o_row, o_col, num_rows, SIZE)
+
+
+@triton.jit
+def real_tokens(p_mask, o, size, MASKED: tl.constexpr):
+    """Which of the tokens `o` of a sample are real, and not padding."""
+    m = o < size
+    if MASKED:
+        m = m & (tl.load(p_mask + o, mask=m, other=0) != 0)
+    return m
+
+
+@triton.jit
+def load_keys(p, stride_row, p_key_mask, o_kv, o_col, M, SIZE: tl.constexpr, KEY_MASK: tl.constexpr):
+    """Keys or values [kv, SIZE] as `load_rows` loads them, with zeros at padding, whatever stands there.
+
+    The factor of padding in a product is 0, and 0 times NaN or infinity is NaN.
+    """
+    m_kv = real_tokens(p_key_mask, o_kv, M, KEY_MASK)
+    return load_where(p, stride_row // 8 * 8 if SIZE % 8 == 0 else stride_row, o_kv, o_col, m_kv, SIZE)
 
 
 @triton.jit
@@ -135,6 +207,13 @@ def natural_lse(b_max, b_sum, MASK: tl.constexpr):
     if MASK == 2:  # `mask_logits` clamps there
         b_lse = tl.where(tl.abs(b_max) >= 3.4028234e38, b_max, b_lse)
     return tl.where(empty, float("-inf"), b_lse)
+
+
+@triton.jit
+def row_shift(p_lse, o_q, N):
+    """A natural log-sum-exp [q] in base 2; +inf for fully masked rows and beyond N, since exp2(logit - inf) = 0."""
+    b = tl.load(p_lse + o_q, mask=o_q < N, other=float("inf")) * 1.4426950408889634
+    return tl.where(b == float("-inf"), float("inf"), b)
 
 
 @triton.jit

@@ -5,9 +5,10 @@ float32.
 Roofline: HBM for short sequences (each input once, the map once). For long ones two exponentials (MUFU) and two matrix products
 per pair and head, three for the gradient rule.
 Trick: the heads are the inner loop, so no map of one head exists. Padding and the causal mask are the same in all heads and are
-applied once, to the reduced tile. Up to 256 keys a tile holds whole rows, and one kernel does everything. Beyond that a first
-kernel stores the maximum and 1/sum of each row. It does not store their logarithm, which would be rounded. A fully masked row has
-the maximum +inf, so that exp2(s - max) is 0 without a test. Not yet measured on a GPU.
+applied once, to the reduced tile. Up to 256 keys a tile holds whole rows, and one kernel does everything. So it does where the
+caller has the log-sum-exp of the rows. Otherwise a first kernel stores the maximum and 1/sum of each row. It does not store their
+logarithm, which would be rounded. A fully masked row has the maximum +inf, so that exp2(s - max) is 0 without a test. Not yet
+measured on a GPU.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
+    CALLER_LSE,
     LOG2_E,
+    aligned,
     below_max,
     block_and_head,
     block_size,
     dot,
     input_precision,
     key_range,
-    load_tile,
+    load_rows,
     mask_arguments,
     mask_logits,
     relu,
+    row_shift,
+    rows_at,
     store_tile,
 )
-
-from vlattn_fast._tensors import unit_stride
 
 
 @on_device
@@ -41,6 +44,7 @@ def forward(
     key: Tensor,
     value: Tensor | None,
     grad_output: Tensor | None,
+    lse: Tensor | None,
     attn_mask: Tensor | None,
     key_mask: Tensor | None,
     rule: str,
@@ -49,16 +53,20 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> Tensor:
-    """Abar (B, N, M) float32."""
+    """Abar (B, N, M) float32.
+
+    Probabilities are exp(logit - lse) where there is an lse (B, H, N), which may count keys that are not here. Under a float
+    mask, rows whose lse `is_coarse` are normalised over the keys that are here.
+    """
     batch, heads, num_q, size = query.shape
     num_kv = key.shape[2]
     abar = query.new_empty((batch, num_q, num_kv), dtype=torch.float32)
     if abar.numel() == 0:
         return abar
-    query, key = unit_stride(query), unit_stride(key)
+    query, key = aligned(query), aligned(key)
     gradient = rule == "gradient"
-    value = unit_stride(value) if gradient and value is not None else key
-    grad_output = unit_stride(grad_output) if gradient and grad_output is not None else query
+    value = aligned(value) if gradient and value is not None else key
+    grad_output = aligned(grad_output) if gradient and grad_output is not None else query
     size_v = value.shape[3] if gradient else 0
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, num_kv)
     sizes = (heads, heads // key.shape[1], num_q, num_kv, size)
@@ -71,14 +79,21 @@ def forward(
         "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
     }
     config = _config(num_kv, max(size, size_v), query.dtype, gradient, attn_mask is not None)
-    one_tile = num_kv <= config["BLOCK_KV"]
-    row_max = row_inverse = abar  # placeholders where one tile holds whole rows
-    if not one_tile:
+    one_tile, float_mask, exact = num_kv <= config["BLOCK_KV"], constants["MASK"] == 2, query.dtype == torch.float32
+    rows = "statistics" if lse is not None or not one_tile else "tile"
+    if lse is not None and not float_mask and not exact:
+        rows = "lse"
+    row_max = row_inverse = abar  # placeholders where the kernel does not read them
+    if rows == "statistics" and (lse is None or float_mask):
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
         rows_config = _rows_config(size, query.dtype, attn_mask is not None)
         _rows_kernel[(triton.cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
             query, key, *masks, row_max, row_inverse, *sizes, scale * LOG2_E, *strides, **constants, **rows_config
         )
+    if rows == "statistics" and lse is not None:
+        known = (row_max, row_inverse) if float_mask else None
+        row_max, row_inverse = _rows_by_lse(lse, 1.0 / LOG2_E if constants["FOLDED"] else scale, known)
+    lse = lse.to(torch.float32).contiguous() if rows == "lse" and lse is not None else abar
     grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * triton.cdiv(num_kv, config["BLOCK_KV"]) * batch,)
     _map_kernel[grid](
         query,
@@ -86,6 +101,7 @@ def forward(
         value,
         grad_output,
         *masks,
+        lse,
         row_max,
         row_inverse,
         abar,
@@ -100,6 +116,7 @@ def forward(
         REDUCTION=head_reduction,
         NORMALIZE=row_normalize,
         ONE_TILE=one_tile,
+        ROWS=rows,
         BLOCK_DV=block_size(size_v),
         **config,
     )
@@ -107,6 +124,22 @@ def forward(
         total = abar.sum(-1, keepdim=True)
         abar.div_(torch.where(total == 0, 1.0, total))
     return abar
+
+
+def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """What the map needs of each row for probabilities exp(logit - lse): a maximum, in the unit that logits have in the tile,
+    and the factor of exp(logit - maximum).
+
+    The maximum is `known` from the keys, with the factor of rows whose lse `is_coarse`. Otherwise it is the lse in float32, and
+    the factor holds what was rounded away: logits and maximum cancel, and float32 maps would show it.
+    """
+    wide = lse.double()
+    row_max = (wide / unit).float() if known is None else known[0]
+    inverse = torch.exp(row_max.double() * unit - wide).float()
+    if known is not None:
+        inverse = torch.where(wide.abs() >= CALLER_LSE.value, known[1], inverse)
+    empty = wide.isinf() | row_max.isinf()
+    return torch.where(empty, torch.inf, row_max), torch.where(empty, 0.0, inverse)
 
 
 def _config(num_kv: int, size: int, dtype: torch.dtype, gradient: bool, masked: bool) -> dict[str, int]:
@@ -153,7 +186,7 @@ def _rows_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -176,19 +209,19 @@ def _rows_kernel(
 ):
     """For each row of a head: the largest logit (+inf for a fully masked row) and 1 / sum exp2(base-2 logit - largest)."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
-    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
     for PART in tl.static_range(2):  # first the keys that need no mask, then the others
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -213,6 +246,7 @@ def _map_kernel(
     p_do,
     p_mask,
     p_key_mask,
+    p_lse,
     p_max,
     p_inverse,
     p_map,
@@ -220,8 +254,8 @@ def _map_kernel(
     GROUP,
     N,
     M,
-    D,
-    DV,
+    D: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -249,11 +283,15 @@ def _map_kernel(
     REDUCTION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
     """One tile of the map.
+
+    ROWS: what its probabilities are computed from. "tile": the tile, which holds whole rows. "statistics": the maximum and the
+    inverse of each row. "lse": a natural log-sum-exp.
 
     Neighbouring programs share query rows, and those of one batch share all keys, so both stay in the cache.
     """
@@ -269,44 +307,46 @@ def _map_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     b_map = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if REDUCTION == "min" else 0.0, dtype=tl.float32)
+    KEYS: tl.constexpr = ROWS == "tile"  # else masks that are the same in all heads are applied after the loop
     # no head has anything above the diagonal
     heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if CAUSAL else H
     for h in range(0, heads):
         i_h = tl.full([], 0, dtype=tl.int64) + h
         i_hk = i_h // GROUP
-        b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
-        b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
+        b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-        if FOLDED:
+        if FOLDED or ROWS == "lse":
             b_s *= scale_log2
-        if ONE_TILE:
+        if MASK != 0 or KEYS:
+            p_head = p_mask + i_h * stride_mh
             b_s = mask_logits(
-                b_s, p_mask + i_h * stride_mh, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL
+                b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK and KEYS, CAUSAL and KEYS
             )
+        o_row = (i_b * H + i_h) * N + o_q
+        if ROWS == "lse":
+            b_p = tl.exp2(b_s - row_shift(p_lse + (i_b * H + i_h) * N, o_q, N)[:, None])
+        elif ROWS == "tile":
             b_max = tl.max(b_s, axis=1)
             b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
             b_p = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
             b_sum = tl.sum(b_p, axis=1)
             b_inverse = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
         else:
-            if MASK != 0:  # masks that are the same in all heads are applied after the loop
-                b_s = mask_logits(
-                    b_s, p_mask + i_h * stride_mh, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, False
-                )
-            o_row = (i_b * H + i_h) * N + o_q
             b_max = tl.load(p_max + o_row, mask=o_q < N, other=float("inf"))
             b_p = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
             b_inverse = tl.load(p_inverse + o_row, mask=o_q < N, other=0.0)
         if GRADIENT:
-            b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
-            b_v = load_tile(p_v + i_b * stride_vb + i_hk * stride_vh, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_do = load_rows(rows_at(p_do, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+            b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV), stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
             b_p = relu(b_p * dot(b_do, tl.trans(b_v), PRECISION))
+        b_share = b_p if ROWS == "lse" else b_p * b_inverse[:, None]
         if REDUCTION == "mean":
-            b_map += b_p * b_inverse[:, None]
+            b_map += b_share
         elif REDUCTION == "max":
-            b_map = tl.maximum(b_map, b_p * b_inverse[:, None], propagate_nan=tl.PropagateNan.ALL)
+            b_map = tl.maximum(b_map, b_share, propagate_nan=tl.PropagateNan.ALL)
         else:
-            b_map = tl.minimum(b_map, b_p * b_inverse[:, None], propagate_nan=tl.PropagateNan.ALL)
+            b_map = tl.minimum(b_map, b_share, propagate_nan=tl.PropagateNan.ALL)
     if KEY_MASK:
         b_map = tl.where((tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[None, :], b_map, 0.0)
     if CAUSAL:

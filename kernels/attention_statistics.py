@@ -6,13 +6,15 @@ Roofline: HBM for short sequences. For long ones a matrix product and an exponen
 dozen instructions per pair for maximum, entropy and argmax (issue-bound at head dimension 64). Backward: five matrix products and
 three exponentials per pair.
 Trick: one pass over the keys gives all statistics of a row. The entropy is ln l - sum e x / l with x = logit - maximum and l =
-sum e, two terms of one sign. The mass of the groups is a matrix product with 0s and 1s, with the weights in two halves so that
-16-bit products keep 24 bits of them. `received` is key-major, without atomics, and has the same bits each time. The backward pass
-needs one more number per row, sum P dP, which the query-major kernel computes before its second loop. Not yet measured on a GPU.
+sum e, two terms of one sign. The mass of up to four groups is a sum for each: a multiply-add per pair. That of more groups is a
+matrix product with 0s and 1s, with the weights in two halves so that 16-bit products keep 24 bits of them. `received` is
+key-major, without atomics, and has the same bits each time. The backward pass needs one more number per row, sum P dP, which the
+query-major kernel computes before its second loop. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,19 +24,25 @@ from torch import Tensor
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
+    ROWS,
+    aligned,
     below_max,
     block_and_head,
     block_size,
     dot,
     input_precision,
     key_range,
+    load_keys,
+    load_rows,
     load_tile,
     mask_arguments,
     mask_logits,
+    padded_rows,
+    rows_at,
     store_tile,
 )
 
-from vlattn_fast._tensors import unit_stride
+FEW_GROUPS = 4
 
 
 @on_device
@@ -46,24 +54,29 @@ def forward(
     attn_mask: Tensor | None,
     key_mask: Tensor | None,
     num_groups: int,
+    statistics: Collection[str],
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M)."""
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); garbage for what `statistics` does not name."""
     rows = query.shape[:3]
     mass = query.new_empty((*rows, num_groups), dtype=torch.float32)
     entropy, maximum, row_max = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
     argmax = query.new_empty(rows, dtype=torch.int64)
-    received = query.new_empty((*rows[:2], key.shape[2]), dtype=torch.float32)
+    received = query.new_empty((*rows[:2], key.shape[2] if "received" in statistics else 0), dtype=torch.float32)
     tensors, numbers, constants = _arguments(
         query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal
     )
     if maximum.numel() > 0:
         config = _rows_config(query.shape[3], query.dtype, attn_mask is not None, num_groups)
         grid = (triton.cdiv(rows[2], config["BLOCK_Q"]) * max(1, triton.cdiv(num_groups, config["BLOCK_G"])) * rows[0] * rows[1],)
-        _rows_kernel[grid](
-            *tensors, mass, entropy, maximum, argmax, row_max, *numbers, **constants, GROUPS=num_groups > 0, **config
-        )
+        wanted = {
+            "ENTROPY": "entropy" in statistics,
+            "ARGMAX": "argmax" in statistics,
+            "FEW": _few(num_groups),
+            "MANY": num_groups > FEW_GROUPS,
+        }
+        _rows_kernel[grid](*tensors, mass, entropy, maximum, argmax, row_max, *numbers, **constants, **wanted, **config)
     if received.numel() > 0:
         config = _received_config(query.shape[3], query.dtype)
         grid = (triton.cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
@@ -98,7 +111,7 @@ def backward(
     tensors, numbers, constants = _arguments(
         query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal
     )
-    few = num_groups if num_groups <= 4 else 0
+    few = _few(num_groups)
     constants |= {
         "MASS": grad_mass is not None,
         "ENTROPY": grad_entropy is not None,
@@ -134,10 +147,12 @@ def _arguments(
 
     The query stands in for tensors that are absent.
     """
-    query, key = unit_stride(query), unit_stride(key)
+    query, key = aligned(query), aligned(key)
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
-    groups = query if key_groups is None else unit_stride(key_groups)
-    weight = query if row_weight is None else unit_stride(row_weight)
+    groups = query if key_groups is None else aligned(key_groups)
+    if _few(num_groups) > 0:
+        groups = _members(groups, num_groups)
+    weight = query if row_weight is None else aligned(row_weight)
     numbers = (
         query.shape[1],
         query.shape[1] // max(1, key.shape[1]),
@@ -164,6 +179,24 @@ def _arguments(
     return (query, key, groups, weight, *masks), numbers, constants
 
 
+def _members(key_groups: Tensor, num_groups: int) -> Tensor:
+    """(B, G, M) float32 with M padded: 1 where a key is in a group, else 0."""
+    batch, num_kv = key_groups.shape
+    length = padded_rows(num_kv)
+    members = key_groups.new_empty((batch, num_groups, length), dtype=torch.float32)
+    if members.numel() > 0:
+        grid = (triton.cdiv(length, 256) * batch,)
+        _members_kernel[grid](
+            key_groups, members, num_kv, length, key_groups.stride(0), FEW=num_groups, BLOCK_KV=256, num_warps=4
+        )
+    return members
+
+
+def _few(num_groups: int) -> int:
+    """How many groups are summed one by one; 0 where a product sums all of them."""
+    return num_groups if num_groups <= FEW_GROUPS else 0
+
+
 def _rows_config(size: int, dtype: torch.dtype, masked: bool, num_groups: int) -> dict[str, int]:
     """Tile sizes of the forward pass.
 
@@ -175,8 +208,8 @@ def _rows_config(size: int, dtype: torch.dtype, masked: bool, num_groups: int) -
         return {"BLOCK_Q": 16, "BLOCK_KV": 32, **groups, "num_warps": 8, "num_stages": 1}
     if dtype == torch.float32 or size > 128:
         return {"BLOCK_Q": 32, "BLOCK_KV": 32, **groups, "num_warps": 4, "num_stages": 1}
-    warps = 4 if num_groups <= 32 else 8
-    return {"BLOCK_Q": 64, "BLOCK_KV": 32 if masked and size > 64 else 64, **groups, "num_warps": warps, "num_stages": 2}
+    keys = 32 if num_groups > 32 or (masked and size > 64) else 64
+    return {"BLOCK_Q": 64, "BLOCK_KV": keys, **groups, "num_warps": 4, "num_stages": 2}
 
 
 def _received_config(size: int, dtype: torch.dtype) -> dict[str, int]:
@@ -188,11 +221,23 @@ def _received_config(size: int, dtype: torch.dtype) -> dict[str, int]:
 
 def _backward_config(size: int, dtype: torch.dtype, many_registers: bool) -> dict[str, int]:
     """As above. `many_registers`: attn_mask or a product with grad_mass takes registers, too."""
-    if dtype == torch.float32 or size > 128:
-        return {"BLOCK_Q": 16 if dtype == torch.float32 and size > 64 else 32, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
+    if dtype == torch.float32:
+        return {"BLOCK_Q": 32 if size <= 64 else 16, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
+    if size > 128:
+        return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
     if many_registers:
-        return {"BLOCK_Q": 64, "BLOCK_KV": 64 if size <= 64 else 32, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_Q": 64, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
     return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2 if size <= 64 else 1}
+
+
+@triton.jit
+def _members_kernel(p_groups, p_members, M, length, stride_groups, FEW: tl.constexpr, BLOCK_KV: tl.constexpr):
+    blocks = tl.cdiv(length, BLOCK_KV)
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_kv = tl.program_id(0) % blocks * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    b_group = tl.load(p_groups + i_b * stride_groups + o_kv, mask=o_kv < M, other=-1)
+    for g in tl.static_range(FEW):
+        tl.store(p_members + (i_b * FEW + g) * length + o_kv, tl.where(b_group == g, 1.0, 0.0), mask=o_kv < length)
 
 
 @triton.jit
@@ -212,7 +257,7 @@ def _rows_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     G,
     scale_log2,
     stride_qb,
@@ -235,46 +280,59 @@ def _rows_kernel(
     SPLIT: tl.constexpr,
     FOLDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GROUPS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    FEW: tl.constexpr,
+    MANY: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """All statistics of a block of rows, with the mass of BLOCK_G groups, and the largest logit of each row.
+    """The statistics of a block of rows, with the mass of FEW or of BLOCK_G groups, and the largest logit of each row.
 
     The largest logit of a fully masked row is +inf, so that exp2(logit - largest) is 0 without a test.
     """
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
     i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP)
     i_q, i_g = i // blocks_g, i % blocks_g
-    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_groups += i_b * stride_groups
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_first = tl.full([BLOCK_Q], -1, dtype=tl.int32)
     b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
+    b_mass_0, b_mass_1, b_mass_2, b_mass_3 = b_sum, b_sum, b_sum, b_sum
     free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
     for PART in tl.static_range(2):  # first the keys that need no mask, then the others
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
             if PART == 1:
                 b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
-            b_new, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED)
-            b_here = tl.min(tl.where(b_s == b_new[:, None], o_kv[None, :], 2147483647), axis=1)
-            b_first = tl.where(b_new == b_max, b_first, b_here)
+            b_new, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED, ENTROPY)
+            if ARGMAX:
+                b_here = tl.min(tl.where(b_s == b_new[:, None], o_kv[None, :], 2147483647), axis=1)
+                b_first = tl.where(b_new == b_max, b_first, b_here)
             b_max = b_new
-            if GROUPS:
+            if FEW > 0:
+                b_mass_0 = b_mass_0 * b_alpha + _sum_group(b_e, p_groups, o_kv, M, 0)
+                if FEW > 1:
+                    b_mass_1 = b_mass_1 * b_alpha + _sum_group(b_e, p_groups, o_kv, M, 1)
+                if FEW > 2:
+                    b_mass_2 = b_mass_2 * b_alpha + _sum_group(b_e, p_groups, o_kv, M, 2)
+                if FEW > 3:
+                    b_mass_3 = b_mass_3 * b_alpha + _sum_group(b_e, p_groups, o_kv, M, 3)
+            if MANY:
                 b_member = _groups(p_groups, o_kv, M, G)[:, None] == o_g[None, :]  # [kv,G]
                 b_mass = b_mass * b_alpha[:, None] + _dot_members(b_e, b_member, tl.float16, SPLIT, PRECISION)
     b_empty = b_sum == 0.0
@@ -283,12 +341,23 @@ def _rows_kernel(
     o_row = i_bh * N + o_q
     if i_g == 0:
         m_row = o_q < N
-        b_entropy = 0.6931471805599453 * (tl.log2(b_total) - b_log * b_inverse)
-        tl.store(p_entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
+        if ENTROPY:
+            b_entropy = 0.6931471805599453 * (tl.log2(b_total) - b_log * b_inverse)
+            tl.store(p_entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
+        if ARGMAX:
+            tl.store(p_argmax + o_row, tl.where(b_sum > 0.0, b_first, -1).to(tl.int64), mask=m_row)
         tl.store(p_maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
-        tl.store(p_argmax + o_row, tl.where(b_sum > 0.0, b_first, -1).to(tl.int64), mask=m_row)
         tl.store(p_row_max + o_row, tl.where(b_empty, float("inf"), b_max), mask=m_row)
-    if GROUPS:
+    p_row = p_mass + o_row * G
+    if FEW > 0:
+        tl.store(p_row, b_mass_0 * b_inverse, mask=o_q < N)
+    if FEW > 1:
+        tl.store(p_row + 1, b_mass_1 * b_inverse, mask=o_q < N)
+    if FEW > 2:
+        tl.store(p_row + 2, b_mass_2 * b_inverse, mask=o_q < N)
+    if FEW > 3:
+        tl.store(p_row + 3, b_mass_3 * b_inverse, mask=o_q < N)
+    if MANY:
         store_tile(p_mass + i_bh * N * G, G, o_q, o_g, N, G, b_mass * b_inverse[:, None])
 
 
@@ -307,7 +376,7 @@ def _received_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     G,
     scale_log2,
     stride_qb,
@@ -335,17 +404,17 @@ def _received_kernel(
 ):
     """sum_i w_i P_ij of a block of keys. The `maximum` of a row is 1 / sum exp2(logit - row_max)."""
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP)
-    p_q += i_b * stride_qb + i_h * stride_qh
+    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
-    b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+    b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
     b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over its rows once, at the end
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     for start in range(begin, N, BLOCK_Q):
         o_q = start + tl.arange(0, BLOCK_Q)
-        b_q = load_tile(p_q, stride_qn, o_q, o_d, N, D)  # [q,D]
+        b_q = load_rows(p_q, stride_qn, o_q, o_d, N, D)  # [q,D]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
         if FOLDED:
             b_s *= scale_log2
@@ -383,7 +452,7 @@ def _backward_q_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     G,
     scale_log2,
     stride_qb,
@@ -420,7 +489,7 @@ def _backward_q_kernel(
     `shift` is -sum P dP without what cancels in `_grad_score`. grad_weight = sum_j P_ij grad_received_j.
     """
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
-    p_k += i_b * stride_kb + i_hk * stride_kh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_groups += i_b * stride_groups
@@ -429,7 +498,7 @@ def _backward_q_kernel(
     p_grad_received += i_bh * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     b_ge, b_gm, b_first, b_w = _grad_rows(
         p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
     )
@@ -443,13 +512,13 @@ def _backward_q_kernel(
     for PART in tl.static_range(2):
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
             if PART == 1:
                 b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
-            b_max, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED)
+            b_max, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED, ENTROPY)
             if MASS or MAXIMUM or RECEIVED:
                 b_terms = _grad_terms(
                     b_gm,
@@ -483,7 +552,7 @@ def _backward_q_kernel(
     for PART in tl.static_range(2):
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M, D, KEY_MASK)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -550,7 +619,7 @@ def _backward_kv_kernel(
     GROUP,
     N,
     M,
-    D,
+    D: tl.constexpr,
     G,
     scale_log2,
     stride_qb,
@@ -589,7 +658,7 @@ def _backward_kv_kernel(
     p_weight += i_b * stride_weight
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
-    b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+    b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
     b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     for head in range(0, GROUP):
@@ -597,7 +666,7 @@ def _backward_kv_kernel(
         i_bh = i_b * H + i_h
         for start in range(begin, N, BLOCK_Q):
             o_q = start + tl.arange(0, BLOCK_Q)
-            b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+            b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -644,19 +713,22 @@ def _backward_kv_kernel(
 
 
 @triton.jit
-def _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED: tl.constexpr):
-    """Online softmax: (largest logit, e, alpha, sum e, sum e x) after a tile b_s [q,kv].
+def _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED: tl.constexpr, LOG: tl.constexpr):
+    """Online softmax: (largest logit, e, alpha, sum e, with LOG sum e x) after a tile b_s [q,kv].
 
-    x = logit - largest in base 2, e = 2^x of the tile, and alpha is the factor for earlier sums. x stops where e is 0 in float32,
-    so that e x is a number.
+    x = logit - largest in base 2, e = 2^x of the tile, and alpha is the factor for earlier sums. With LOG x stops where e is 0 in
+    float32, so that e x is a number.
     """
     b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_x = tl.maximum(below_max(b_s, b_safe, scale_log2, FOLDED), -160.0, propagate_nan=tl.PropagateNan.ALL)
-    b_e = tl.exp2(b_x)
-    b_change = tl.maximum(b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2, -160.0)
-    b_alpha = tl.exp2(b_change)
-    b_log = b_alpha * (b_log + b_sum * b_change) + tl.sum(b_e * b_x, axis=1)
+    b_x = below_max(b_s, b_safe, scale_log2, FOLDED)
+    b_change = b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2
+    if LOG:
+        b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
+        b_change = tl.maximum(b_change, -160.0)
+    b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)
+    if LOG:
+        b_log = b_alpha * (b_log + b_sum * b_change) + tl.sum(b_e * b_x, axis=1)
     b_sum = b_alpha * b_sum + tl.sum(b_e, axis=1)
     return b_new, b_e, b_alpha, b_sum, b_log
 
@@ -721,7 +793,9 @@ def _grad_score(
     BLOCK_KV: tl.constexpr,
 ):
     """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits."""
-    b_x = tl.maximum(below_max(b_s, b_max, scale_log2, FOLDED), -160.0, propagate_nan=tl.PropagateNan.ALL)
+    b_x = below_max(b_s, b_max, scale_log2, FOLDED)
+    if ENTROPY:  # else -inf gives 0
+        b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_dp = b_shift[:, None]
     if MASS or MAXIMUM or RECEIVED:
         b_dp = b_dp + _grad_terms(
@@ -798,14 +872,14 @@ def _grad_mass(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """[q,kv]: grad_mass of each query for the group of each key, 0 without a group. FEW groups are selected one by one."""
-    b_group = _groups(p_groups, o_kv, M, G)
+    """[q,kv]: grad_mass of each query for the group of each key, 0 without a group. FEW groups are added one by one."""
     b_tile = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
     if FEW > 0:
         for g in tl.static_range(FEW):
             b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0)
-            b_tile = tl.where((b_group == g)[None, :], b_one[:, None], b_tile)
+            b_tile += b_one[:, None] * _member(p_groups, o_kv, M, g)[None, :]
     else:
+        b_group = _groups(p_groups, o_kv, M, G)
         for start in range(0, G, 16):
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
@@ -827,6 +901,18 @@ def _dot_members(b_x, b_member, HALF: tl.constexpr, SPLIT: tl.constexpr, PRECISI
         return dot(b_high, b_ones, PRECISION) + dot(b_low, b_ones, PRECISION)
     else:
         return dot(b_x, b_ones, PRECISION)
+
+
+@triton.jit
+def _sum_group(b_e, p_members, o_kv, M, g: tl.constexpr):
+    """The sum [q] of b_e [q,kv] over the keys of group g. A product with 1 or 0 takes one instruction, a selection two."""
+    return tl.sum(b_e * _member(p_members, o_kv, M, g)[None, :], axis=1)
+
+
+@triton.jit
+def _member(p_members, o_kv, M, g: tl.constexpr):
+    """[kv] of `_members`."""
+    return tl.load(p_members + g * (tl.cdiv(M, ROWS) * ROWS) + o_kv)
 
 
 @triton.jit

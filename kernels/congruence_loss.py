@@ -4,14 +4,14 @@ Shapes: queries and keys of the blocks LL, VV, LV, VL, (B, H, L or V, D); loss (
 image, LV text to image, VL image to text.
 Roofline: at short lengths reading queries and keys once (HBM) and one exponential per head and pair (MUFU).
 Trick: the four blocks lie in one map (B, S, S), text first. One launch with the heads in an inner loop computes all of them, and
-its neighbouring programs share queries and keys in the cache. Where a row fits in a tile (`_holds_rows`) only that map is stored,
-and the backward pass computes both gradients of a head in one sweep over its queries. Gradients at the map are taken without the
-cotangent, which is multiplied in last. Not yet measured on a GPU.
+its neighbouring programs share queries and keys in the cache. One more launch compares both directions with their targets. Where
+a row fits in a tile (`_holds_rows`) only that map is stored, and the backward pass computes both gradients of a head in one sweep
+over its queries. Gradients at the map are taken without the cotangent, which is multiplied in last. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._tiles import LOG2_E, block_size, dot, input_precision, load_tile, store_tile
-from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, real_tokens, statistics_kernel
+from vlattn_fast.kernels._tiles import LOG2_E, block_size, dot, input_precision, load_tile, real_tokens, round_tf32, store_tile
+from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, statistics_kernel
 
 from vlattn_fast._tensors import unit_stride
 from vlattn_fast.reference.congruence_loss import EPSILON
@@ -40,7 +40,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss of each sample, (B), and nothing that is kept. For queries and keys see reference.congruence_loss.block_inputs."""
     losses = [part.losses() for _, part in _chunks(queries, keys, text_mask, image_mask, kind, direction, scale)]
-    loss = torch.cat(losses) if losses else queries[0].new_zeros(queries[0].shape[0], dtype=torch.float32)
+    if len(losses) == 1:
+        loss = losses[0]
+    else:
+        loss = torch.cat(losses) if losses else queries[0].new_zeros(queries[0].shape[0], dtype=torch.float32)
     return loss, loss.new_empty(0)
 
 
@@ -67,8 +70,13 @@ def backward(
         for xs in (queries, keys)
     )
     for b, part in _chunks(queries, keys, text_mask, image_mask, kind, direction, scale):
-        part.gradients([grad[b] for grad in grad_queries], [grad[b] for grad in grad_keys], grad_loss[b].float().contiguous())
+        part.gradients(_at(grad_queries, b), _at(grad_keys, b), _at([grad_loss], b)[0].float().contiguous())
     return grad_queries, grad_keys
+
+
+def _at(xs: Sequence[Tensor], b: slice | None) -> list[Tensor]:
+    """These samples of each; None: all of them, without a view, which takes the host longer than a launch."""
+    return list(xs) if b is None else [x[b] for x in xs]
 
 
 def _without_tokens(queries: list[Tensor]) -> bool:
@@ -83,8 +91,8 @@ def _chunks(
     kind: str,
     direction: str,
     scale: float,
-) -> Iterator[tuple[slice, _Chunk]]:
-    """The samples in chunks whose maps have a bounded size."""
+) -> Iterator[tuple[slice | None, _Chunk]]:
+    """The samples in chunks whose maps have a bounded size; None where one chunk has all of them."""
     if _without_tokens(queries):
         return
     batch, length = queries[0].shape[0], queries[0].shape[2] + queries[1].shape[2]
@@ -97,8 +105,8 @@ def _chunks(
         )
     step = max(1, _CHUNK_BYTES // (_MAPS * 4 * length**2))
     for start in range(0, batch, step):
-        b = slice(start, min(start + step, batch))
-        part = tuple(x[b] for x in queries), tuple(x[b] for x in keys), masks and tuple(mask[b] for mask in masks)
+        b = None if step >= batch else slice(start, min(start + step, batch))
+        part = tuple(_at(queries, b)), tuple(_at(keys, b)), masks and tuple(_at(masks, b))
         yield b, _Chunk(*part, kind, direction, scale)
 
 
@@ -126,72 +134,69 @@ class _Chunk:
 
     def losses(self) -> Tensor:
         """(b)"""
-        rows = [self._divergence(side, *self._target(side)[:2]).sum(1) for side in self.sides]
-        return rows[0] if len(rows) == 1 else rows[0] + rows[1]
+        return self._divergence([self._target(side) for side in self.sides])[0].sum(1)
 
     def gradients(self, grad_queries: list[Tensor], grad_keys: list[Tensor], grad_loss: Tensor) -> None:
         """Writes the gradients of queries and keys: of the blocks LL and VV, or of all four."""
         singular, both = self.kind == "iais_singular", len(self.sides) == 2
         grad_map = torch.empty_like(self.map) if self.fused and (both or not singular) else torch.zeros_like(self.map)
         grad_log = torch.zeros_like(self.map) if singular else grad_map
-        targets = []
-        for side in self.sides:
-            target, cross = self._target(side)
-            targets.append((side, cross, self._divergence(side, target, cross, grad_log)))
-        for side, cross, grad_target in targets:
+        targets = [self._target(side) for side in self.sides]
+        grad_targets = self._divergence(targets, grad_log)
+        for side, target, grad_target in zip(self.sides, targets, grad_targets, strict=True):
             add = both and (self.kind == "cacr" or (side == 1 and not singular))
+            cross = target if singular else self._part(self.map, side, 1 - side)
             (self._target_backward if self.fused else self._target_backward_long)(side, cross, grad_target, grad_map, add)
         self._write_gradients(grad_map, grad_log, grad_queries, grad_keys, grad_loss)
 
-    def _target(self, side: int) -> tuple[Tensor, Tensor]:
-        """What `_divergence_kernel` computes the target of one direction from.
+    def _target(self, side: int) -> Tensor:
+        """What `_divergence_kernel` takes beside the map to compute the target of one direction.
 
-        For iais_singular it is a block and the indices (b, N) of its rows and columns. Otherwise it is a block and the cross
-        block to multiply it with, or the target (b, N, N) itself and the cross block.
+        For iais_singular it is the indices (b, N) of the rows and columns of the other modality's block, for long rows the target
+        (b, N, N). Otherwise the map is enough.
         """
+        if self.fused and self.kind != "iais_singular":
+            return self.map
         other = 1 - side
         cross = self._part(self.map, side, other)
-        inner = self._part(self.map, other, side if self.kind == "iais_distributed" else other)
         if self.kind == "iais_singular":
-            return inner, cross.argmax(-1)  # the first of equal entries
-        if self.fused:
-            return inner, cross
-        return (cross @ inner @ cross.mT if self.kind == "cacr" else cross @ inner), cross
+            return cross.argmax(-1)  # the first of equal entries
+        inner = self._part(self.map, other, side if self.kind == "iais_distributed" else other)
+        return cross @ inner @ cross.mT if self.kind == "cacr" else cross @ inner
 
-    def _divergence(self, side: int, target: Tensor, cross: Tensor, grad_intra: Tensor | None = None) -> Tensor:
-        """The loss of each row of one direction, (b, N).
+    def _divergence(self, targets: list[Tensor], grad_intra: Tensor | None = None) -> list[Tensor]:
+        """The loss of each row of all directions, [(b, N or S)].
 
-        With `grad_intra` it is the gradient at the target (b, N, N), and the gradient at the modality's own block is written to
-        `grad_intra`: at its logarithm for iais_singular, which is then that of the sum over the heads.
+        With `grad_intra` they are the gradients at the target of each direction (b, N, N), and the gradient at the modality's own
+        block is written to `grad_intra`: at its logarithm for iais_singular, which is then that of the sum over the heads.
         """
-        size, other, grad = self.sizes[side], self.sizes[1 - side], grad_intra is not None
-        out = self._empty(self.batch, size, size) if grad else self._empty(self.batch, size)
-        intra = self._part(self.log_map if self.kind == "iais_singular" else self.map, side, side)
-        masks = (intra, intra) if self.masks is None else (self.masks[side], self.masks[1 - side])
-        block = block_size(size)
-        tiles = {"BLOCK_Q": max(1, 2048 // block), "num_warps": 4 if block <= 2048 else 16}
-        if self.fused:
-            tiles = {"BLOCK_Q": 32, "num_warps": 8}
-        _divergence_kernel[(triton.cdiv(size, tiles["BLOCK_Q"]) * self.batch,)](
+        sizes, grad = [self.sizes[side] for side in self.sides], grad_intra is not None
+        out = [self._empty(self.batch, size, size) for size in sizes] if grad else [self._empty(self.batch, sum(sizes))]
+        intra = self.log_map if self.kind == "iais_singular" else self.map
+        blocks = [block_size(size) for size in self.sizes]
+        rows = [32 if self.fused else max(1, 2048 // block) for block in blocks]
+        tiles = sum(triton.cdiv(self.sizes[side], rows[side]) for side in self.sides)
+        _divergence_kernel[(tiles * self.batch,)](
             intra,
-            target,
-            cross,
-            *masks,
-            out,
-            intra if grad_intra is None else self._part(grad_intra, side, side),
-            size,
-            other,
-            *intra.stride()[:2],
-            *target.stride()[:2],
+            self.map,
+            tuple(targets * 2)[:2],
+            (intra, intra) if self.masks is None else self.masks,
+            tuple(out * 2)[:2],
+            intra if grad_intra is None else grad_intra,
+            *self.sizes,
             1.0 / self.heads,
             EPSILON,
             KIND=self.kind,
             MASKED=self.masks is not None,
             GRAD=grad,
             FUSED=self.fused,
-            BLOCK_KV=block,
-            BLOCK_M=block_size(other),
-            **tiles,
+            TEXT=0 in self.sides,
+            IMAGE=1 in self.sides,
+            BLOCK_L=blocks[0],
+            BLOCK_V=blocks[1],
+            ROWS_L=rows[0],
+            ROWS_V=rows[1],
+            num_warps=8 if self.fused else 4 if max(blocks) <= 2048 else 16,
         )
         return out
 
@@ -313,13 +318,20 @@ def _config(sizes: tuple[int, int], features: int, dtype: torch.dtype, kernel: s
             return {"BLOCK_Q": 16, **tiles}
         if kernel == "map":
             return {"BLOCK_Q": 64, **tiles, "num_stages": 2 if features <= 64 else 1}
-        return {"BLOCK_Q": 64 if kind == "cacr" and features <= 64 else 32, **tiles}
+        if kind == "iais_singular":
+            return {"BLOCK_Q": 32, **tiles}
+        return {"BLOCK_Q": 64 if features <= 64 else 32, **tiles, "num_warps": 4}
     if dtype == torch.float32:
         block = 64 if features <= 64 else 32
         return {"BLOCK_Q": 16, "BLOCK_L": block, "BLOCK_V": block, "num_warps": 8, "num_stages": 1}
     block = 64 if features <= 128 else 32
-    warps = 8 if kernel == "gradient" and kind == "iais_singular" else 4
-    return {"BLOCK_Q": block, "BLOCK_L": block, "BLOCK_V": block, "num_warps": warps, "num_stages": 1}
+    return {"BLOCK_Q": block, "BLOCK_L": block, "BLOCK_V": block, "num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def _dot_tf32(b_a, b_b):
+    """b_a @ b_b of float32 tiles in tf32."""
+    return dot(round_tf32(b_a), round_tf32(b_b), "tf32")
 
 
 @triton.jit
@@ -350,18 +362,105 @@ def _log1p(x):
 @triton.jit
 def _divergence_kernel(
     p_intra,
+    p_map,
+    p_targets,
+    p_masks,
+    p_outs,
+    p_grad_intra,
+    L,
+    V,
+    per_head,
+    EPSILON,
+    KIND: tl.constexpr,
+    MASKED: tl.constexpr,
+    GRAD: tl.constexpr,
+    FUSED: tl.constexpr,
+    TEXT: tl.constexpr,
+    IMAGE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS_L: tl.constexpr,
+    ROWS_V: tl.constexpr,
+):
+    """One program per sample and tile of rows, of the text direction first, then of the image direction.
+
+    With one direction alone, both entries of p_targets and p_outs are its own.
+    """
+    tiles_l = tl.cdiv(L, ROWS_L) if TEXT else 0
+    tiles_v = tl.cdiv(V, ROWS_V) if IMAGE else 0
+    i = tl.program_id(0)
+    i_b, i_q = (i // (tiles_l + tiles_v)).to(tl.int64), i % (tiles_l + tiles_v)
+    S = L + V
+    first = i_b * S * S
+    if TEXT:
+        if i_q < tiles_l:
+            _divergence_tile(
+                p_intra + first,
+                p_map + first,
+                p_targets[0],
+                p_masks[0] + i_b * L,
+                p_masks[1] + i_b * V,
+                p_outs[0] if GRAD else p_outs[0] + (i_b * S if IMAGE else i_b * L),
+                p_grad_intra + first,
+                i_b,
+                i_q * ROWS_L,
+                0,
+                i_b * 0 + L,
+                L,
+                V,
+                per_head,
+                EPSILON,
+                KIND,
+                MASKED,
+                GRAD,
+                FUSED,
+                ROWS_L,
+                BLOCK_L,
+                BLOCK_V,
+            )
+    if IMAGE:
+        if i_q >= tiles_l:
+            _divergence_tile(
+                p_intra + first,
+                p_map + first,
+                p_targets[1],
+                p_masks[1] + i_b * V,
+                p_masks[0] + i_b * L,
+                p_outs[1] if GRAD else p_outs[1] + (i_b * S + L if TEXT else i_b * V),
+                p_grad_intra + first,
+                i_b,
+                (i_q - tiles_l) * ROWS_V,
+                i_b * 0 + L,
+                0,
+                V,
+                L,
+                per_head,
+                EPSILON,
+                KIND,
+                MASKED,
+                GRAD,
+                FUSED,
+                ROWS_V,
+                BLOCK_V,
+                BLOCK_L,
+            )
+
+
+@triton.jit
+def _divergence_tile(
+    p_intra,
+    p_map,
     p_target,
-    p_cross,
     p_row_mask,
     p_other_mask,
     p_out,
     p_grad_intra,
+    i_b,
+    start,
+    place,
+    other_place,
     N,
     M,
-    stride_ob,
-    stride_on,
-    stride_tb,
-    stride_tn,
     per_head,
     EPSILON,
     KIND: tl.constexpr,
@@ -375,41 +474,40 @@ def _divergence_kernel(
     """sym(p, t) of whole rows, or its gradients at the own block and at the target, divided by the number of heads (not so where
     the own block is the logarithm of the sum over the heads).
 
-    Nothing cancels: with d = log p - log t, the loss sum (p - t) d = sum t expm1(d) d has no negative term.
+    `place` and `other_place` are where the tokens of this modality and of the other one begin in the sample's map. Nothing
+    cancels: with d = log p - log t, the loss sum (p - t) d = sum t expm1(d) d has no negative term.
     """
-    tiles = tl.cdiv(N, BLOCK_Q)
-    i = tl.program_id(0)
-    i_b = (i // tiles).to(tl.int64)
-    o_q = (i % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_kv = tl.arange(0, BLOCK_KV)
-    m_q, m_kv = real_tokens(p_row_mask + i_b * N, o_q, N, MASKED), real_tokens(p_row_mask + i_b * N, o_kv, N, MASKED)
+    S = N + M
+    o_q, o_kv = start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
+    m_q, m_kv = real_tokens(p_row_mask, o_q, N, MASKED), real_tokens(p_row_mask, o_kv, N, MASKED)
     b_weight = tl.where(m_q, 1.0 / N, 0.0)
     if MASKED:
         num_real = tl.sum(m_kv.to(tl.int32), axis=0)
         num_others = 0
-        for start in range(0, M, BLOCK_KV):
-            num_others += tl.sum(real_tokens(p_other_mask + i_b * M, start + o_kv, M, True).to(tl.int32), axis=0)
+        for begin in range(0, M, BLOCK_KV):
+            num_others += tl.sum(real_tokens(p_other_mask, begin + o_kv, M, True).to(tl.int32), axis=0)
         b_weight = tl.where(m_q & (num_others > 0), 1.0 / tl.maximum(num_real, 1).to(tl.float32), 0.0)
     m_pair = (b_weight > 0.0)[:, None] & m_kv[None, :]
-    offsets = o_q.to(tl.int64)[:, None] * stride_on + o_kv[None, :]
-    b_intra = tl.load(p_intra + i_b * stride_ob + offsets, mask=m_pair, other=0.0)  # [q,kv]
-    p_target += i_b * stride_tb
+    own = place * S + place
+    b_intra = tl.load(p_intra + own + o_q.to(tl.int64)[:, None] * S + o_kv[None, :], mask=m_pair, other=0.0)  # [q,kv]
+    p_inner = p_map + other_place * S + (place if KIND == "iais_distributed" else other_place)
     if KIND == "iais_singular":
-        b_row = tl.load(p_cross + i_b * N + o_q, mask=m_q, other=0)
-        b_column = tl.load(p_cross + i_b * N + o_kv, mask=m_kv, other=0)
-        b_target = tl.load(p_target + b_row[:, None] * stride_tn + b_column[None, :], mask=m_pair, other=0.0)  # [q,kv]
+        b_row = tl.load(p_target + i_b * N + o_q, mask=m_q, other=0)
+        b_column = tl.load(p_target + i_b * N + o_kv, mask=m_kv, other=0)
+        b_target = tl.load(p_inner + b_row[:, None] * S + b_column[None, :], mask=m_pair, other=0.0)  # [q,kv]
     elif FUSED:
-        p_cross += i_b * stride_ob
+        p_cross = p_map + place * S + other_place
         o_m = tl.arange(0, BLOCK_M)
-        b_x = load_tile(p_cross, stride_on, o_q, o_m, N, M)  # [q,m]
+        b_x = load_tile(p_cross, S, o_q, o_m, N, M)  # [q,m]
         if KIND == "cacr":
-            b_x = dot(b_x, load_tile(p_target, stride_tn, o_m, o_m, M, M), "tf32")
-            b_back = tl.trans(load_tile(p_cross, stride_on, o_kv, o_m, N, M))  # [m,kv]
+            b_x = _dot_tf32(b_x, load_tile(p_inner, S, o_m, o_m, M, M))
+            b_back = tl.trans(load_tile(p_cross, S, o_kv, o_m, N, M))  # [m,kv]
         else:
-            b_back = load_tile(p_target, stride_tn, o_m, o_kv, M, N)  # [m,kv]
-        b_target = dot(b_x, b_back, "tf32")
+            b_back = load_tile(p_inner, S, o_m, o_kv, M, N)  # [m,kv]
+        b_target = _dot_tf32(b_x, b_back)
     else:
-        b_target = tl.load(p_target + o_q.to(tl.int64)[:, None] * stride_tn + o_kv[None, :], mask=m_pair, other=0.0)  # [q,kv]
+        offsets = (i_b * N + o_q)[:, None] * N + o_kv[None, :]
+        b_target = tl.load(p_target + offsets, mask=m_pair, other=0.0)  # [q,kv]
     b_weight = b_weight[:, None]
     if KIND == "iais_distributed":
         # t (log t - log(p + eps)) + p (log p - log(t + eps)), with log x - log(x + eps) = -log1p(eps / x)
@@ -448,11 +546,10 @@ def _divergence_kernel(
         b_grad_target *= per_head
         if KIND != "iais_singular":  # a head's share of the logarithm is taken where it is known
             b_grad_intra *= per_head
-        store_tile(p_grad_intra + i_b * stride_ob, stride_on, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_intra, 0.0))
-        p_out += i_b * N * N
-        store_tile(p_out, N, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_target, 0.0))
+        store_tile(p_grad_intra + own, S, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_intra, 0.0))
+        store_tile(p_out + i_b * N * N, N, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_target, 0.0))
     else:
-        tl.store(p_out + i_b * N + o_q, tl.sum(tl.where(m_pair, b_weight * b_loss, 0.0), axis=1), mask=o_q < N)
+        tl.store(p_out + o_q, tl.sum(tl.where(m_pair, b_weight * b_loss, 0.0), axis=1), mask=o_q < N)
 
 
 @triton.jit
@@ -496,7 +593,7 @@ def _target_backward_kernel(
             b_cross_t = tl.where(b_index[None, :] == o_q[:, None], 1.0, 0.0)  # [q,n]
         else:
             b_cross_t = tl.trans(load_tile(p_cross + i_b * stride_b, stride_n, o_n, o_q, N, M))  # [q,n]
-        b_out = dot(b_cross_t, load_tile(p_grad_target, N, o_n, o_n, N, N), "tf32")  # [q,n]
+        b_out = _dot_tf32(b_cross_t, load_tile(p_grad_target, N, o_n, o_n, N, N))  # [q,n]
         if KIND == "iais_distributed":
             _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_n, M, N, b_out, ADD)
         else:
@@ -504,9 +601,9 @@ def _target_backward_kernel(
                 b_x = tl.where(b_index[:, None] == o_m[None, :], 1.0, 0.0)  # [n,m]
             else:
                 b_x = load_tile(p_cross + i_b * stride_b, stride_n, o_n, o_m, N, M)  # [n,m]
-            _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_m, M, M, dot(b_out, b_x, "tf32"), ADD)
+            _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_m, M, M, _dot_tf32(b_out, b_x), ADD)
     elif KIND == "iais_distributed":
         o_row = o_q - tiles * BLOCK_Q
         b_back = tl.trans(load_tile(p_back + i_b * stride_b, stride_n, o_m, o_n, M, N))  # [n,m]
-        b_grad_cross = dot(load_tile(p_grad_target, N, o_row, o_n, N, N), b_back, "tf32")  # [q,m]
+        b_grad_cross = _dot_tf32(load_tile(p_grad_target, N, o_row, o_n, N, N), b_back)  # [q,m]
         _store_or_add(p_grad_cross + i_b * stride_b, stride_n, o_row, o_m, N, M, b_grad_cross, ADD)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from vlattn_fast.kernels._tiles import dot, load_tile, store_tile
+from vlattn_fast.kernels._tiles import dot, load_tile, load_where, real_tokens, store_tile
 
 
 @triton.jit
@@ -33,15 +33,6 @@ def _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k):
 
 
 @triton.jit
-def real_tokens(p_mask, o, size, MASKED: tl.constexpr):
-    """Which of the tokens `o` of a sample are real, and not padding."""
-    m = o < size
-    if MASKED:
-        m = m & (tl.load(p_mask + o, mask=m, other=0) != 0)
-    return m
-
-
-@triton.jit
 def _logits(b_q, b_k, m_kv, scale_log2, PRECISION: tl.constexpr):
     """Base-2 logits [q,kv], -inf at padding."""
     return tl.where(m_kv[None, :], dot(b_q, tl.trans(b_k), PRECISION) * scale_log2, float("-inf"))
@@ -64,6 +55,7 @@ def _map_tile(
     stride_qn,
     stride_kh,
     stride_kn,
+    p_row_mask,
     p_mask,
     p_max,
     p_sum,
@@ -87,13 +79,13 @@ def _map_tile(
 ):
     o_kv = start + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
-    m_kv = real_tokens(p_mask, o_kv, M, MASKED)
+    m_q, m_kv = real_tokens(p_row_mask, o_q, N, MASKED), real_tokens(p_mask, o_kv, M, MASKED)
     b_mean = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
     b_high = tl.full([BLOCK_Q, BLOCK_KV], -3.0e38, dtype=tl.float32)
     for h in range(H):
         i_h = tl.full([], 0, tl.int64) + h
-        b_q = load_tile(p_q + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
-        b_k = load_tile(p_k + i_h * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        b_q = load_where(p_q + i_h * stride_qh, stride_qn, o_q, o_d, m_q, D)  # [q,D]
+        b_k = load_where(p_k + i_h * stride_kh, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
         b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
         if WHOLE:
             b_max, b_sum = _max_and_sum(b_s)
@@ -155,6 +147,7 @@ def map_kernel(
     S, N = L + V, tl.where(i_r == 0, L, V)
     p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
     o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    p_row_mask = tl.where(i_r == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
     first = i_b * S + i_r * L
     p_out += first * S + i_c * L
     p_log += first * S + i_c * L
@@ -171,6 +164,7 @@ def map_kernel(
             stride_qn,
             stride_kh,
             stride_kn,
+            p_row_mask,
             p_text_mask + i_b * L,
             p_max,
             p_sum,
@@ -200,6 +194,7 @@ def map_kernel(
             stride_qn,
             stride_kh,
             stride_kn,
+            p_row_mask,
             p_image_mask + i_b * V,
             p_max,
             p_sum,
@@ -253,16 +248,19 @@ def statistics_kernel(
     S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
     i_b, i_h = i_bh // H, i_bh % H
     p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
+    p_row_mask = tl.where(i_r == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
     p_mask = tl.where(i_c == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
     o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
-    b_q = load_tile(p_q + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    m_q = real_tokens(p_row_mask, o_q, N, MASKED)
+    b_q = load_where(p_q + i_h * stride_qh, stride_qn, o_q, o_d, m_q, D)  # [q,D]
     b_max = tl.full([BLOCK_Q], -3.0e38, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     for start in range(0, M, BLOCK_V):
         o_kv = start + tl.arange(0, BLOCK_V)
-        b_k = load_tile(p_k + i_h * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
-        b_s = _logits(b_q, b_k, real_tokens(p_mask, o_kv, M, MASKED), scale_log2, PRECISION)
+        m_kv = real_tokens(p_mask, o_kv, M, MASKED)
+        b_k = load_where(p_k + i_h * stride_kh, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
+        b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
         b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
         b_max = b_new
@@ -315,6 +313,7 @@ def _gradient_tile(
     p_k,
     stride_qn,
     stride_kn,
+    p_row_mask,
     p_mask,
     p_grad_map,
     p_grad_log,
@@ -343,11 +342,12 @@ def _gradient_tile(
     o_kv = start + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
     m_kv = real_tokens(p_mask, o_kv, M, MASKED)
-    b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+    b_k = load_where(p_k, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
     b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
     for first in range(0, N, BLOCK_Q):
         o_q = first + tl.arange(0, BLOCK_Q)
-        b_q = load_tile(p_q, stride_qn, o_q, o_d, N, D)  # [q,D]
+        m_q = real_tokens(p_row_mask, o_q, N, MASKED)
+        b_q = load_where(p_q, stride_qn, o_q, o_d, m_q, D)  # [q,D]
         b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
         if WHOLE:
             b_max, b_sum = _max_and_sum(b_s)
@@ -363,9 +363,15 @@ def _gradient_tile(
             b_delta_log = tl.load(p_delta_log + o_q, mask=o_q < N, other=0.0) if LOG else b_delta
         b_ds = _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG)
         if WHOLE:
-            store_tile(p_grad_q, D, o_q, o_d, N, D, _dot_small(b_ds, b_k, PRECISION) * factor)
+            b_dq = _dot_small(b_ds, b_k, PRECISION) * factor
+            if MASKED:
+                b_dq = tl.where(m_q[:, None], b_dq, 0.0)
+            store_tile(p_grad_q, D, o_q, o_d, N, D, b_dq)
         b_dk += _dot_small(tl.trans(b_ds), b_q, PRECISION)
-    store_tile(p_grad_k, D, o_kv, o_d, M, D, b_dk * factor)
+    b_dk *= factor
+    if MASKED:
+        b_dk = tl.where(m_kv[:, None], b_dk, 0.0)
+    store_tile(p_grad_k, D, o_kv, o_d, M, D, b_dk)
 
 
 @triton.jit
@@ -439,6 +445,7 @@ def gradient_kernel(
         p_sum += offset
         p_delta += offset
         p_delta_log += offset
+    p_row_mask = tl.where(i_r == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
     factor = scale * tl.load(p_grad_loss + i_b)
     if 2 * i_r + i_c != UNREAD:
         if i_c == 0:
@@ -448,6 +455,7 @@ def gradient_kernel(
                     p_k,
                     stride_qn,
                     stride_kn,
+                    p_row_mask,
                     p_text_mask + i_b * L,
                     p_grad_map,
                     p_grad_log,
@@ -480,6 +488,7 @@ def gradient_kernel(
                     p_k,
                     stride_qn,
                     stride_kn,
+                    p_row_mask,
                     p_image_mask + i_b * V,
                     p_grad_map,
                     p_grad_log,
@@ -549,6 +558,7 @@ def gradient_q_kernel(
     S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
     p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
     p_k += i_h * stride_kh
+    p_row_mask = tl.where(i_r == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
     p_mask = tl.where(i_c == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
     i_bh = i_b * H + i_h
     offset = (i_b * S + i_r * L) * S + i_c * L
@@ -563,13 +573,15 @@ def gradient_q_kernel(
         o_d = tl.arange(0, BLOCK_D)
         b_max = tl.load(p_max + offset + o_q, mask=o_q < N, other=0.0)
         b_sum = tl.load(p_sum + offset + o_q, mask=o_q < N, other=1.0)
-        b_q = load_tile(p_q + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+        m_q = real_tokens(p_row_mask, o_q, N, MASKED)
+        b_q = load_where(p_q + i_h * stride_qh, stride_qn, o_q, o_d, m_q, D)  # [q,D]
         b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_delta_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for start in range(0, M, BLOCK_V):
             o_kv = start + tl.arange(0, BLOCK_V)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
-            b_s = _logits(b_q, b_k, real_tokens(p_mask, o_kv, M, MASKED), scale_log2, PRECISION)
+            m_kv = real_tokens(p_mask, o_kv, M, MASKED)
+            b_k = load_where(p_k, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
+            b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
             b_p, b_g, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
             b_delta += tl.sum(b_p * b_g, axis=1)
             if LOG:
@@ -580,9 +592,13 @@ def gradient_q_kernel(
         b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         for start in range(0, M, BLOCK_V):
             o_kv = start + tl.arange(0, BLOCK_V)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
-            b_s = _logits(b_q, b_k, real_tokens(p_mask, o_kv, M, MASKED), scale_log2, PRECISION)
+            m_kv = real_tokens(p_mask, o_kv, M, MASKED)
+            b_k = load_where(p_k, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
+            b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
             b_p, b_g, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
             b_dq += _dot_small(_grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), b_k, PRECISION)
         p_grad_q = _of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
-        store_tile(p_grad_q, D, o_q, o_d, N, D, b_dq * (scale * tl.load(p_grad_loss + i_b)))
+        b_dq *= scale * tl.load(p_grad_loss + i_b)
+        if MASKED:
+            b_dq = tl.where(m_q[:, None], b_dq, 0.0)
+        store_tile(p_grad_q, D, o_q, o_d, N, D, b_dq)

@@ -18,26 +18,34 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels import score_attention
+from vlattn_fast.kernels import attention_map, score_attention
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
     OWN_LSE,
+    ROWS,
+    aligned,
     block_and_head,
     block_size,
     dot,
     input_precision,
     is_coarse,
     key_range,
-    load_tile,
+    load_keys,
+    load_rows,
     mask_arguments,
     mask_logits,
+    pad_rows,
+    padded_rows,
     relu,
+    round_tf32,
+    row_shift,
+    rows_at,
     store_tile,
 )
 
-from vlattn_fast._tensors import unit_stride, weigh_rows
+from vlattn_fast._tensors import weigh_rows
 
 MAX_T = 64  # rows of r in one program
 
@@ -88,10 +96,11 @@ def backward(
         weighted_r = weigh_rows(grad_carrier, attention_weight)
     if need_inputs and grad_out is not None:
         launch = _describe(query, key, value, grad_out, attn_mask, key_mask, rule, scale, is_causal)
-        grad_q, rows, sums = _backward_q(launch, out, lse.contiguous(), weighted_r is not None and row_normalize)
-        grad_k, grad_v, r_abar = _backward_kv(launch, rows, weighted_r, sums)
+        beside = None if weighted_r is None or weighted_r.shape[1] > MAX_T else weighted_r
+        grad_q, rows, sums = _backward_q(launch, out, lse.contiguous(), beside is not None and row_normalize)
+        grad_k, grad_v, r_abar = _backward_kv(launch, rows, beside, sums)
         grads = (grad_q, grad_k, grad_v)
-    elif weighted_r is not None:
+    if weighted_r is not None and r_abar is None:
         # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
         exact = query.dtype == torch.float32 or (attn_mask is not None and attn_mask.dtype != torch.bool)
         known_lse = None if exact else lse
@@ -121,20 +130,55 @@ def step(
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M).
 
+    Up to MAX_T rows are multiplied while Abar is computed. More would compute it again for each MAX_T of them: it is stored then,
+    for as many samples at once as `_stored_maps` says.
+
     `lse` may count keys that are not here: probabilities are exp(logit - lse). Under a float mask, rows whose lse `is_coarse` are
     normalised over the keys that are here.
     """
     if rule == "attention":
         value = grad_output = None
+    samples = _stored_maps(relevancy, query, key)
+    if samples > 0:
+        result = relevancy.new_empty((*relevancy.shape[:2], key.shape[2]), dtype=torch.float32)
+        for start in range(0, query.shape[0], samples):
+            b = slice(start, start + samples)
+            abar = attention_map.forward(
+                query[b],
+                key[b],
+                None if value is None else value[b],
+                None if grad_output is None else grad_output[b],
+                None if lse is None else lse[b],
+                attn_mask[b] if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[0] > 1 else attn_mask,
+                None if key_mask is None else key_mask[b],
+                rule,
+                "mean",
+                row_normalize,
+                scale,
+                is_causal,
+            )
+            torch.bmm(relevancy[b].to(torch.float32), abar, out=result[b])
+        return result.to(relevancy.dtype)
     launch = _describe(query, key, value, grad_output, attn_mask, key_mask, rule, scale, is_causal)
     lse = None if lse is None else lse.to(torch.float32).contiguous()
     if lse is None or row_normalize or launch.float_mask:
         rows, sums = _statistics(launch, lse, row_normalize)
     else:
-        rows, sums = _RowStatistics(lse), None
-    out = _backward_kv(launch, rows, relevancy, sums)[2]
-    assert out is not None  # relevancy was there
-    return out.to(relevancy.dtype)
+        rows, sums = _RowStatistics(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf)), None
+    r_abar = _backward_kv(launch, rows, relevancy, sums)[2]
+    assert r_abar is not None  # relevancy was there
+    return r_abar.to(relevancy.dtype)
+
+
+def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
+    """Of how many samples `step` stores Abar (N, M) at once; 0 for few rows, and where not even one is small enough.
+
+    Together they have no more elements than the queries or the result, or 2^22: memory stays linear in the sequence's length.
+    """
+    (batch, heads, num_q, size), num_kv, num_t = query.shape, key.shape[2], relevancy.shape[1]
+    if num_t <= MAX_T or min(batch, heads, num_q, size, num_kv) == 0:
+        return 0
+    return max(1 << 22, query.numel(), batch * num_t * num_kv) // (num_q * num_kv)
 
 
 class _Launch(NamedTuple):
@@ -161,18 +205,19 @@ class _Launch(NamedTuple):
         return tuple(self.tensors[0] if x is None else x for x in tensors)
 
     def new_row(self) -> Tensor:
-        """(B,H,N)"""
-        return self.tensors[0].new_empty(self.tensors[0].shape[:3], dtype=torch.float32)
+        """(B,H,N), N padded"""
+        batch, heads, num_q = self.tensors[0].shape[:3]
+        return self.tensors[0].new_empty((batch, heads, padded_rows(num_q)), dtype=torch.float32)
 
 
 class _RowStatistics(NamedTuple):
-    """What the key-major kernel needs of each row, (B, H, N) float32.
+    """What the key-major kernel needs of each row, (B, H, N) float32 with N padded, so that it loads them without a mask.
 
-    `lse` is the natural log-sum-exp. With `total` it is a base-2 shift instead: P = exp2(logit - shift) / total. It is infinite
-    for a fully masked row. delta = sum(dO * O).
+    P = exp2(logit - shift) / total; without `total` that is 1. The shift is in base 2, and infinite for fully masked rows and for
+    padding: P is 0 there. delta = sum(dO * O).
     """
 
-    lse: Tensor
+    shift: Tensor
     total: Tensor | None = None
     delta: Tensor | None = None
 
@@ -188,8 +233,8 @@ def _describe(
     scale: float,
     is_causal: bool,
 ) -> _Launch:
-    query, key = unit_stride(query), unit_stride(key)
-    value, grad_out = (query if x is None else unit_stride(x) for x in (value, grad_out))
+    query, key = aligned(query), aligned(key)
+    value, grad_out = (query if x is None else aligned(x) for x in (value, grad_out))
     heads, num_q, size = query.shape[1:]
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     numbers = (
@@ -226,11 +271,11 @@ def _statistics(
     """
     query = launch.tensors[0]
     pair = launch.float_mask or (lse is None and query.dtype == torch.float32)
-    shift = launch.new_row() if pair or lse is None else lse
+    shift = launch.new_row()
     total, sums = (launch.new_row() if needed else None for needed in (pair, summed))
     if not launch.empty:
         config = _config("statistics", launch)
-        _statistics_kernel[(triton.cdiv(query.shape[2], config["BLOCK_Q"]) * query.shape[0] * query.shape[1],)](
+        _statistics_kernel[(padded_rows(query.shape[2]) // config["BLOCK_Q"] * query.shape[0] * query.shape[1],)](
             *launch.tensors,
             *launch.or_query(lse, shift, total, sums),
             *launch.numbers,
@@ -250,17 +295,17 @@ def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tupl
     batch, heads, num_q, size = query.shape
     grad_q = query.new_empty(batch, num_q, heads, size).transpose(1, 2)
     exact = query.dtype == torch.float32
-    delta = launch.new_row()
-    shift, total, sums = (launch.new_row() if needed else None for needed in (exact, exact, summed))
+    shift, delta = launch.new_row(), launch.new_row()
+    total, sums = (launch.new_row() if needed else None for needed in (exact, summed))
     if launch.float_mask:
         rows, _ = _statistics(launch, lse, False, OWN_LSE)
-        lse = shift = rows.lse
+        lse = shift = rows.shift
         total = rows.total
     if launch.empty:
         grad_q.zero_()
     else:
-        out, config = unit_stride(out), _config("backward_q", launch)
-        _backward_q_kernel[(triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
+        out, config = aligned(out), _config("backward_q", launch)
+        _backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
             *launch.tensors,
             out,
             *launch.or_query(lse, delta, shift, total, sums),
@@ -273,7 +318,7 @@ def _backward_q(launch: _Launch, out: Tensor, lse: Tensor, summed: bool) -> tupl
             SUMS=summed,
             **config,
         )
-    return grad_q, _RowStatistics(lse if shift is None else shift, total, delta), sums
+    return grad_q, _RowStatistics(shift, total, delta), sums
 
 
 def _backward_kv(
@@ -284,9 +329,6 @@ def _backward_kv(
     `sums` are the row sums that Abar is divided by.
     """
     num_t = 0 if relevancy is None else relevancy.shape[1]
-    if rows.delta is not None and num_t > MAX_T:
-        grad_k, grad_v, _ = _backward_kv(launch, rows, None, None)
-        return grad_k, grad_v, _backward_kv(launch, rows._replace(delta=None), relevancy, sums)[2]
     query, key, value = launch.tensors[:3]
     batch, num_heads, num_kv = query.shape[0], query.shape[1], key.shape[2]
     grad_k = grad_v = r_abar = None
@@ -303,11 +345,13 @@ def _backward_kv(
                 x.zero_()
     elif rows.delta is not None or num_t > 0:
         factor = 1.0 / num_heads
-        weighted_r = query if relevancy is None else relevancy.to(torch.float32).contiguous()
+        block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
+        weighted_r = query
+        if relevancy is not None:
+            weighted_r = pad_rows(relevancy.to(torch.float32))
         if sums is not None:
             total, factor = sums.sum(1, keepdim=True), 1.0
             weighted_r = weighted_r / torch.where(total == 0.0, 1.0, total)  # where the sum is 0, so is the row of Abar
-        block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
         config = _config("backward_kv", launch, block_t)
         precision = input_precision() if query.dtype == torch.float32 or input_precision() == "widen" else "tf32"
         blocks = triton.cdiv(num_kv, config["BLOCK_KV"]) * max(1, triton.cdiv(num_t, MAX_T))
@@ -341,9 +385,9 @@ def _config(kernel: str, launch: _Launch, block_t: int = 0) -> dict[str, int]:
     if query.dtype == torch.float32:
         block_q, block_kv, warps, stages = (32, 32, 8, 1) if size <= 64 else (16, 16, 8, 1)
     elif size > 128:
-        block_q, block_kv, warps, stages = (32, 32, 8, 1) if block_t <= 16 else (16, 32, 8, 1)
+        block_q, block_kv, warps, stages = (32, 32, 4, 1) if block_t <= 16 else (16, 32, 4, 1)
     elif kernel == "backward_kv" and size > 64:
-        block_q, block_kv, warps, stages = (32, 64, 4, 2) if plain and block_t <= 1 else (32, 64, 8, 2)
+        block_q, block_kv, warps, stages = (32, 64, 4, 2) if plain and block_t <= 1 else (16, 64, 4, 2)
     elif kernel == "backward_kv":
         block_q, block_kv, warps, stages = (64, 128, 8, 2) if plain and block_t <= 16 else (32, 128, 8, 2)
     else:
@@ -367,8 +411,8 @@ def _statistics_kernel(
     GROUP: tl.constexpr,
     N,
     M,
-    D,
-    DV,
+    D: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -405,19 +449,20 @@ def _statistics_kernel(
     WITH_LSE: the log-sum-exp is there, and is computed only where it `is_coarse`. SUMS: also the row sums of this head's share of
     Abar.
     """
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    NP = tl.cdiv(N, ROWS) * ROWS
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP)
     if CAUSAL:
-        i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + i_hk * stride_vh
+        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
+    p_v = rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     if SUMS and BY_GRADIENT:
-        b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+        b_do = load_rows(rows_at(p_do, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -429,7 +474,7 @@ def _statistics_kernel(
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
             b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
@@ -438,7 +483,7 @@ def _statistics_kernel(
             b_p = tl.exp2(b_s - b_safe[:, None])
             b_total = b_total * b_alpha + tl.sum(b_p, axis=1)
             if SUMS and BY_GRADIENT:
-                b_v = load_tile(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+                b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_dv, M, DV, KEY_MASK)  # [kv,Dv]
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)
                 b_sums = b_sums * b_alpha + tl.sum(relu(b_p * b_dp), axis=1)
             b_max = b_new
@@ -448,7 +493,7 @@ def _statistics_kernel(
     b_weight = 1.0 / b_one
     b_shift = b_max
     if WITH_LSE:
-        b_lse = _shift(p_lse + i_bh * N, o_q, N, True)
+        b_lse = row_shift(p_lse + i_bh * N, o_q, N)
         if PAIR:
             b_shift = tl.where(m_coarse, b_max, b_lse)
             b_one = tl.where(m_coarse, b_one, 1.0)
@@ -456,12 +501,12 @@ def _statistics_kernel(
         else:
             b_weight = tl.exp2(b_max - b_lse)  # of the sums over the keys that are here
     if PAIR:
-        tl.store(p_shift + i_bh * N + o_q, b_shift, mask=m_q)
-        tl.store(p_total + i_bh * N + o_q, b_one, mask=m_q)
-    elif not WITH_LSE:
-        tl.store(p_shift + i_bh * N + o_q, (b_max + tl.log2(b_one)) * 0.6931471805599453, mask=m_q)
+        tl.store(p_total + i_bh * NP + o_q, b_one)
+    else:
+        b_shift = b_lse if WITH_LSE else b_max + tl.log2(b_one)
+    tl.store(p_shift + i_bh * NP + o_q, tl.where(m_q & (b_shift != float("-inf")), b_shift, float("inf")))
     if SUMS:
-        tl.store(p_sums + i_bh * N + o_q, (b_sums if BY_GRADIENT else b_total) * b_weight, mask=m_q)
+        tl.store(p_sums + i_bh * NP + o_q, (b_sums if BY_GRADIENT else b_total) * b_weight)
 
 
 @triton.jit
@@ -483,8 +528,8 @@ def _backward_q_kernel(
     GROUP: tl.constexpr,
     N,
     M,
-    D,
-    DV,
+    D: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -520,24 +565,28 @@ def _backward_q_kernel(
 ):
     """dQ and delta.
 
-    EXACT: also the shift and total that give P better than a rounded lse. SUMS: as in `_statistics_kernel`. Under a float mask
-    p_lse and p_total come as shift and total.
+    EXACT: also the total that gives P better than a rounded lse. SUMS: as in `_statistics_kernel`. Under a float mask p_lse and
+    p_total come as shift and total, as `_RowStatistics` has them.
     """
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    NP = tl.cdiv(N, ROWS) * ROWS
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP)
     if CAUSAL:
-        i_q = tl.cdiv(N, BLOCK_Q) - 1 - i_q  # the longest rows first
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + i_hk * stride_vh
+        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
+    p_v = rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
-    b_o = load_tile(p_out + i_b * stride_ob + i_h * stride_oh, stride_on, o_q, o_dv, N, DV)  # [q,Dv]
+    b_do = load_rows(rows_at(p_do, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+    b_o = load_rows(rows_at(p_out, i_b * stride_ob + i_h * stride_oh, DV), stride_on, o_q, o_dv, N, DV)  # [q,Dv]
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
-    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
-    b_shift = _shift(p_lse + i_bh * N, o_q, N, MASK != 2)
+    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
+    if MASK == 2:
+        b_shift = tl.load(p_lse + i_bh * NP + o_q)
+    else:
+        b_shift = row_shift(p_lse + i_bh * N, o_q, N)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if EXACT:
@@ -547,12 +596,12 @@ def _backward_q_kernel(
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     full, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     if MASK == 2:
-        b_weight = 1.0 / tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)
+        b_weight = 1.0 / tl.load(p_total + i_bh * NP + o_q)
     for PART in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(0 if PART == 0 else full, full if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
-            b_v = load_tile(p_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M, D, KEY_MASK)  # [kv,D]
+            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_dv, M, DV, KEY_MASK)  # [kv,Dv]
             b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [q,kv]
             b_s = _mask_padding(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, PART)
             b_p = tl.exp2(b_s - b_shift[:, None])
@@ -568,7 +617,6 @@ def _backward_q_kernel(
             if EXACT:
                 b_rest += tl.sum(b_ds, axis=1)
                 b_mean += dot(b_p, b_k, PRECISION)
-    m_q = o_q < N
     if not BY_GRADIENT:
         b_sums = b_total
     if EXACT:
@@ -577,11 +625,12 @@ def _backward_q_kernel(
         b_delta += b_rest
         b_dq = (b_dq - b_rest[:, None] * b_mean) / b_total[:, None]
         b_sums /= b_total
-        tl.store(p_shift + i_bh * N + o_q, b_shift, mask=m_q)
-        tl.store(p_total + i_bh * N + o_q, b_total / b_weight if MASK == 2 else b_total, mask=m_q)
+        tl.store(p_total + i_bh * NP + o_q, b_total / b_weight if MASK == 2 else b_total)
+    if MASK != 2:
+        tl.store(p_shift + i_bh * NP + o_q, b_shift)
     if SUMS:
-        tl.store(p_sums + i_bh * N + o_q, b_sums, mask=m_q)
-    tl.store(p_delta + i_bh * N + o_q, b_delta, mask=m_q)
+        tl.store(p_sums + i_bh * NP + o_q, b_sums)
+    tl.store(p_delta + i_bh * NP + o_q, b_delta)
     store_tile(p_dq + (i_b * N * H + i_h) * D, H * D, o_q, o_d, N, D, b_dq * scale)
 
 
@@ -593,7 +642,7 @@ def _backward_kv_kernel(
     p_do,
     p_mask,
     p_key_mask,
-    p_lse,
+    p_shift,
     p_total,
     p_delta,
     p_r,
@@ -604,8 +653,8 @@ def _backward_kv_kernel(
     GROUP: tl.constexpr,
     N,
     M,
-    D,
-    DV,
+    D: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -651,7 +700,8 @@ def _backward_kv_kernel(
     o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T if BLOCK_T > 0 else 1)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    p_r += i_b * T * N
+    NP = tl.cdiv(N, ROWS) * ROWS
+    p_r += i_b * T * NP
     m_kv = o_kv < M
     if KEY_MASK:
         # keys are rows of the tiles below: those of padding are dropped at the end
@@ -670,9 +720,9 @@ def _backward_kv_kernel(
     full = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q) if CAUSAL and MASK == 0 else N
     for i in range(KEY_HEADS):
         i_hk = i_p * KEY_HEADS + i
-        b_k = load_tile(p_k + i_b * stride_kb + i_hk * stride_kh, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
         if GRADS or BY_GRADIENT:
-            b_v = load_tile(p_v + i_b * stride_vb + i_hk * stride_vh, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV), stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
         for PART in tl.static_range(0 if CAUSAL or MASK != 0 else 1, 1 if MASK != 0 else 2):
             first = full if CAUSAL and PART == 1 else begin
             num_q = tl.cdiv((full if PART == 0 else N) - first, BLOCK_Q)
@@ -680,8 +730,7 @@ def _backward_kv_kernel(
                 i_h = i_hk if GROUP == 1 else i_hk * GROUP + j // num_q
                 i_bh = i_b * H + i_h
                 o_q = first + (j if GROUP == 1 else j % num_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                m_q = o_q < N
-                b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_q, o_d, N, D)  # [q,D]
+                b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
                 b_s = dot(b_k, tl.trans(b_q), PRECISION) * scale_log2  # [kv,q]
                 if MASK != 0:
                     b_s = mask_logits(
@@ -700,28 +749,26 @@ def _backward_kv_kernel(
                     )
                 if CAUSAL and PART == 0:
                     b_s = tl.where(o_kv[:, None] <= o_q[None, :], b_s, float("-inf"))
-                b_p = tl.exp2(b_s - _shift(p_lse + i_bh * N, o_q, N, not EXACT)[None, :])
+                b_p = tl.exp2(b_s - tl.load(p_shift + i_bh * NP + o_q)[None, :])
                 if EXACT:
-                    b_p = tl.div_rn(b_p, tl.load(p_total + i_bh * N + o_q, mask=m_q, other=1.0)[None, :])
+                    b_p = tl.div_rn(b_p, tl.load(p_total + i_bh * NP + o_q)[None, :])
                 if GRADS or BY_GRADIENT:
-                    b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+                    b_do = load_rows(rows_at(p_do, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
                     b_dp = dot(b_v, tl.trans(b_do), PRECISION)
                 if BLOCK_T > 0:
                     b_map = relu(b_p * b_dp) if BY_GRADIENT else b_p
                     if BLOCK_T == 1:
-                        b_r = tl.load(p_r + o_q, mask=m_q, other=0.0)
+                        b_r = tl.load(p_r + o_q)
                         b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
                     else:
-                        b_r = tl.load(
-                            p_r + o_t[None, :].to(tl.int64) * N + o_q[:, None], mask=m_q[:, None] & (o_t < T)[None, :], other=0.0
-                        )  # [q,T]
+                        o_r = o_t[None, :].to(tl.int64) * NP + o_q[:, None]
+                        b_r = tl.load(p_r + o_r, mask=(o_t < T)[None, :], other=0.0)  # [q,T]
                         if ROUND:
-                            b_map, b_r = _round_tf32(b_map), _round_tf32(b_r)
+                            b_map, b_r = round_tf32(b_map), round_tf32(b_r)
                         b_r_abar += dot(b_map, b_r, PRECISION_T)
                 if GRADS:
                     b_dv += dot(b_p.to(b_do.dtype), b_do, PRECISION)
-                    b_delta = tl.load(p_delta + i_bh * N + o_q, mask=m_q, other=0.0)
-                    b_ds = b_p * (b_dp - b_delta[None, :])
+                    b_ds = b_p * (b_dp - tl.load(p_delta + i_bh * NP + o_q)[None, :])
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
     if GRADS:
         Hk = H // GROUP
@@ -757,22 +804,3 @@ def _mask_padding(
     elif KEY_MASK:
         b_s = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_s, float("-inf"))
     return b_s
-
-
-@triton.jit
-def _shift(p_lse, o_q, N, NATURAL: tl.constexpr):
-    """[q] in base 2. It is +inf for fully masked rows and rows beyond N: exp2(logit - inf) = 0."""
-    b = tl.load(p_lse + o_q, mask=o_q < N, other=float("inf"))
-    if NATURAL:
-        b *= 1.4426950408889634
-    return tl.where(b == float("-inf"), float("inf"), b)
-
-
-@triton.jit
-def _round_tf32(b):
-    """Rounded to the nearest of 10 mantissa bits.
-
-    The matrix unit would cut off, which is a bias: no sum over queries averages it out.
-    """
-    b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would turn into -0

@@ -36,6 +36,8 @@ from vlattn_fast.kernels._scores import (
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     OWN_LSE,
+    ROWS,
+    aligned,
     block_and_head,
     block_size,
     dot,
@@ -43,14 +45,18 @@ from vlattn_fast.kernels._tiles import (
     is_coarse,
     keep_factor,
     key_range,
-    load_tile,
+    load_keys,
+    load_rows,
     mask_arguments,
     mask_logits,
     natural_lse,
+    padded_rows,
+    real_tokens,
+    row_shift,
+    rows_at,
     store_tile,
 )
 
-from vlattn_fast._tensors import unit_stride
 
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
@@ -111,7 +117,7 @@ def backward(
         query, key, value, vector, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal
     )
     config_q, config_kv = (_config(name, score, query, value, attn_mask is not None) for name in ("backward_q", "backward_kv"))
-    blocks_q, blocks_kv = triton.cdiv(num_q, config_q["BLOCK_Q"]), triton.cdiv(num_kv, config_kv["BLOCK_KV"])
+    blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], triton.cdiv(num_kv, config_kv["BLOCK_KV"])
     grad_q = _rows_first(query, heads, num_q, size)
     # with weights per head the key can have more heads than the value: both gradients get as many heads, and are summed here
     grad_k, grad_v = (
@@ -124,19 +130,20 @@ def backward(
         max(tiles * config["BLOCK_Q"] * config["BLOCK_KV"] for tiles, config in ((tiles_q, config_q), (tiles_kv, config_kv))),
         dtype=torch.float32,
     )
-    grad_out, lse = unit_stride(grad_out), lse.contiguous()
-    delta, total = torch.empty_like(lse), torch.empty_like(lse)
-    shift = lse  # probabilities are exp(logit - lse); under a float mask exp2(base-2 logit - shift) / total
+    grad_out, lse = aligned(grad_out), lse.contiguous()
+    # probabilities are exp2(base-2 logit - shift), in float32 and under a float mask over total; N is padded in these three
+    shift, total, delta = (lse.new_empty((batch, heads, padded_rows(num_q))) for _ in range(3))
     strides = (*grad_out.stride()[:3], scale)
     if lse.numel() > 0:
         out = out.transpose(1, 2).contiguous()  # (B,N,H,Dv), as forward lays it out
         if constants["MASK"] == 2:
-            shift, config = torch.empty_like(lse), _config("forward", score, query, value, True)
-            grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
+            config = _config("forward", score, query, value, True)
+            grid = (padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)
             _rows_kernel[grid](*tensors, lse, shift, total, *numbers, **constants, **config)
         _backward_q_kernel[(blocks_q * batch * heads,)](
             *tensors,
             grad_out,
+            lse,
             shift,
             delta,
             total,
@@ -199,7 +206,7 @@ def _arguments(
     The query stands in for tensors that are absent.
     """
     batch, heads, num_q, size = query.shape
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    query, key, value = aligned(query), aligned(key), aligned(value)
     masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     precision, units = input_precision(), score in UNIT_KINDS
     pre_q = pre_k = query
@@ -254,13 +261,13 @@ def _arguments(
 def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     """What a score needs of the rows of x (B, H, N, A) alone.
 
-    Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A, N) with A padded to an even number.
+    Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A, N) with A padded to an even number. `precomputed_at` says how N is padded.
     """
     batch, heads, rows, size = x.shape
-    shape = (batch, heads, rows) if score == "cosine" else (batch, heads, size + size % 2, triton.cdiv(rows, 16) * 16)
-    precomputed = x.new_empty(shape, dtype=torch.float32)
+    length = rows + -rows % 128
+    precomputed = x.new_empty((batch, heads, *(() if score == "cosine" else (size + size % 2,)), length), dtype=torch.float32)
     if precomputed.numel() > 0:
-        grid = (triton.cdiv(rows, 32) * batch * heads,)
+        grid = (triton.cdiv(length, 32) * batch * heads,)
         _prepare_kernel[grid](
             x,
             precomputed,
@@ -299,24 +306,38 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
     elif size > 128:
         tile = (32, 32, 4, 1)
     elif kv:
-        tile = (64, 64, 4 if plain else 8, 2) if size <= 64 else (32, 64, 8, 2)
+        tile = (64, 64, 4, 2) if size <= 64 and score != "cosine" and not masked else (32, 64, 4, 2)
     else:
-        tile = (64, 64, 4, 3) if plain and size <= 64 else (64, 64, 8, 1) if size <= 64 else (64, 32, 8 if masked else 4, 2)
+        tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" else (64, 32, 4, 2)
+    assert score not in UNIT_KINDS or tile[3] == 1, "units_backward takes one stage"
     return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
 
 
 @triton.jit
 def _prepare_kernel(
-    p_x, p_pre, H, N, A, stride_b, stride_h, stride_n, factor, SCORE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr
+    p_x,
+    p_pre,
+    H,
+    N,
+    A: tl.constexpr,
+    stride_b,
+    stride_h,
+    stride_n,
+    factor,
+    SCORE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(N, BLOCK_N), H, 1)
+    length = (N + 127) // 128 * 128
+    i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(length, BLOCK_N), H, 1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_a = tl.arange(0, BLOCK_A)
-    b_x = load_tile(p_x + i_b * stride_b + i_h * stride_h, stride_n, o_n, o_a, N, A).to(tl.float32)  # [n,A]
+    b_x = load_rows(rows_at(p_x, i_b * stride_b + i_h * stride_h, A), stride_n, o_n, o_a, N, A).to(tl.float32)  # [n,A]
     if SCORE == "cosine":
         b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))
         b_inverse = tl.where(b_norm > 0.0, tl.div_rn(1.0, tl.where(b_norm > 0.0, b_norm, 1.0)), float("inf"))
-        tl.store(p_pre + i_bh * N + o_n, tl.where(b_norm == b_norm, b_inverse, b_norm), mask=o_n < N)
+        b_inverse = tl.where(o_n < N, tl.where(b_norm == b_norm, b_inverse, b_norm), 1.0)
+        tl.store(p_pre + i_bh * length + o_n, b_inverse)
     else:
         if SCORE == "additive":
             # e^-2x = 2^n e^rest: a rounded large exponent would show where terms cancel; `largest_magnitude` reports the clamp
@@ -326,8 +347,7 @@ def _prepare_kernel(
             b_y = tl.exp2(b_rest * 1.4426950408889634) * tl.exp2(b_power)
         else:
             b_y = b_x * factor
-        length = (N + 15) // 16 * 16
-        m_y = (o_n < length)[:, None] & (o_a < (A + 1) // 2 * 2)[None, :]
+        m_y = (o_a < (A + 1) // 2 * 2)[None, :]
         tl.store(precomputed_at(p_pre, i_bh, N, A, True) + o_a.to(tl.int64)[None, :] * length + o_n[:, None], b_y, mask=m_y)
 
 
@@ -349,8 +369,8 @@ def _forward_kernel(
     GROUP_V,
     N,
     M,
-    A,
-    DV,
+    A: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     parameter,
     dropout_p,
@@ -384,9 +404,9 @@ def _forward_kernel(
     BLOCK_KV: tl.constexpr,
 ):
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + (i_h // GROUP_V) * stride_vh
+    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
+    p_v = rows_at(p_v, i_b * stride_vb + (i_h // GROUP_V) * stride_vh, DV)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_u += i_h * A
@@ -397,8 +417,8 @@ def _forward_kernel(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
-    b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
+    b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
@@ -408,7 +428,7 @@ def _forward_kernel(
     for EDGE in tl.static_range(0 if SPLIT else 1, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
             if UNITS:
                 b_s = sum_units(
                     p_q,
@@ -430,7 +450,7 @@ def _forward_kernel(
                     PRECISION,
                 )
             else:
-                b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
+                b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
                 b_s, _ = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
             if EDGE:
@@ -462,7 +482,7 @@ def _forward_kernel(
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if DROPOUT:
                 b_p *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
-            b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
             b_o = b_o * b_alpha[:, None] + dot(keep_layout(b_p, UNITS, PRECISION).to(b_v.dtype), b_v, PRECISION)
             b_max = b_new
     empty = b_sum == 0.0
@@ -491,8 +511,8 @@ def _rows_kernel(
     GROUP_V,
     N,
     M,
-    A,
-    DV,
+    A: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     parameter,
     dropout_p,
@@ -529,9 +549,10 @@ def _rows_kernel(
     They are the lse and 1. Where the lse `is_coarse` they are the largest logit and the sum of exp2(logit - largest). The keys
     are read only by blocks that have such a row.
     """
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_hk * stride_kh
+    NP = tl.cdiv(N, ROWS) * ROWS
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP_K)
+    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_u += i_h * A
@@ -541,16 +562,16 @@ def _rows_kernel(
     )
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
-    b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
+    b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), OWN_LSE)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
     for start in range(0, tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0), BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
-        b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
-        b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
+        b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+        b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
         if UNITS:
             b_s = sum_units(
                 p_q,
@@ -597,9 +618,8 @@ def _rows_kernel(
     empty = b_sum == 0.0
     b_max = tl.where(empty, float("inf"), b_max)
     b_sum = tl.where(empty, 1.0, b_sum)
-    b_shift = tl.where(m_coarse, b_max, _lse_log2(p_lse + i_bh * N, o_q, N, False))
-    tl.store(p_shift + i_bh * N + o_q, b_shift, mask=o_q < N)
-    tl.store(p_total + i_bh * N + o_q, tl.where(m_coarse, b_sum, 1.0), mask=o_q < N)
+    tl.store(p_shift + i_bh * NP + o_q, tl.where(m_coarse, b_max, row_shift(p_lse + i_bh * N, o_q, N)))
+    tl.store(p_total + i_bh * NP + o_q, tl.where(m_coarse, b_sum, 1.0))
 
 
 @triton.jit
@@ -615,6 +635,7 @@ def _backward_q_kernel(
     p_seed,
     p_grad,
     p_lse,
+    p_shift,
     p_delta,
     p_total,
     p_scratch,
@@ -626,8 +647,8 @@ def _backward_q_kernel(
     GROUP_V,
     N,
     M,
-    A,
-    DV,
+    A: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     parameter,
     dropout_p,
@@ -664,10 +685,11 @@ def _backward_q_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + (i_h // GROUP_V) * stride_vh
+    NP = tl.cdiv(N, ROWS) * ROWS
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP_K)
+    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
+    p_v = rows_at(p_v, i_b * stride_vb + (i_h // GROUP_V) * stride_vh, DV)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
     p_u += i_h * A
@@ -679,12 +701,16 @@ def _backward_q_kernel(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
-    b_q = load_tile(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-    b_do = load_tile(p_grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-    b_out = load_tile(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, N, SCORE)
+    b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
+    b_do = load_rows(rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_d, N, DV)  # [q,Dv]
+    b_out = load_rows(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     b_weight = tl.minimum(b_row, parameter)
-    b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
+    if MASK == 2:
+        b_shift = tl.load(p_shift + i_bh * NP + o_q)
+    else:
+        b_shift = row_shift(p_lse + i_bh * N, o_q, N)
+        tl.store(p_shift + i_bh * NP + o_q, b_shift)
     b_grad_lse = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if LSE:
         b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
@@ -700,9 +726,9 @@ def _backward_q_kernel(
         for EDGE in tl.static_range(0 if SPLIT else 1, 2):
             for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
                 o_kv = start + tl.arange(0, BLOCK_KV)
-                b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
-                b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-                b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
+                b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
+                b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
+                b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 if UNITS:
                     b_s = sum_units(
                         p_q,
@@ -744,7 +770,7 @@ def _backward_q_kernel(
                         CAUSAL,
                     )
                     b_logit = b_logit + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
-                b_p = tl.exp2(b_logit - b_lse[:, None])
+                b_p = tl.exp2(b_logit - b_shift[:, None])
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
                 if DROPOUT:
                     b_dp *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
@@ -790,10 +816,10 @@ def _backward_q_kernel(
         b_dq = b_dq * b_weight[:, None] - norm_backward(b_q, b_row, b_along)
     if EXACT:
         b_dq /= b_total[:, None]
-        tl.store(p_total + i_bh * N + o_q, b_total, mask=o_q < N)
+        tl.store(p_total + i_bh * NP + o_q, b_total)
     elif MASK == 2:
-        b_dq /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[:, None]
-    tl.store(p_delta + i_bh * N + o_q, b_delta, mask=o_q < N)
+        b_dq /= tl.load(p_total + i_bh * NP + o_q)[:, None]
+    tl.store(p_delta + i_bh * NP + o_q, b_delta)
     store_tile(p_grad_q + (i_b * N * H + i_h) * A, H * A, o_q, o_a, N, A, b_dq)
 
 
@@ -809,7 +835,7 @@ def _backward_kv_kernel(
     p_key_mask,
     p_seed,
     p_grad,
-    p_lse,
+    p_shift,
     p_delta,
     p_total,
     p_scratch,
@@ -821,8 +847,8 @@ def _backward_kv_kernel(
     GROUP_V,
     N,
     M,
-    A,
-    DV,
+    A: tl.constexpr,
+    DV: tl.constexpr,
     scale_log2,
     parameter,
     dropout_p,
@@ -861,26 +887,28 @@ def _backward_kv_kernel(
     BLOCK_KV: tl.constexpr,
 ):
     # tiles are [kv,q], so that they are the left operand of the products with dO and q
+    NP = tl.cdiv(N, ROWS) * ROWS
     num_kv = tl.cdiv(M, BLOCK_KV)
     i_kv, _, i_b, i_hkv, _ = block_and_head(num_kv, HEADS_KV, 1)
     i_hk = i_hkv * GROUP // GROUP_K
-    p_k += i_b * stride_kb + i_hk * stride_kh
-    p_v += i_b * stride_vb + (i_hkv * GROUP // GROUP_V) * stride_vh
+    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
+    p_v = rows_at(p_v, i_b * stride_vb + (i_hkv * GROUP // GROUP_V) * stride_vh, DV)
     p_key_mask += i_b * M
     p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
     p_pre_k = precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
-    b_k = load_tile(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
-    b_v = load_tile(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-    b_row, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, M, SCORE)
+    b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+    b_v = load_rows(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
+    b_row, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
     b_weight = tl.minimum(b_row, parameter)
     b_dk = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
-    # rows from `whole` on see every key of this block. Rows beyond N have P = 0, and keys beyond M are not stored: no masks
-    SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
+    # rows from `whole` on see every key of this block. Rows beyond N have P = 0, keys beyond M are not stored, and what padding
+    # gets is dropped at the end, since keys are rows of these tiles: no masks
+    SPLIT: tl.constexpr = MASK == 0 and not UNITS
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     whole = begin
     if SPLIT and CAUSAL:
@@ -888,8 +916,8 @@ def _backward_kv_kernel(
     for i_g in range(0, GROUP):
         i_h = i_hkv * GROUP + i_g
         i_bh = i_b * H + i_h
-        p_q_h = p_q + i_b * stride_qb + i_h * stride_qh
-        p_grad_h = p_grad + i_b * stride_gb + i_h * stride_gh
+        p_q_h = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
+        p_grad_h = rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV)
         p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
         p_u_h = p_u + i_h * A
         p_pre_h = precomputed_at(p_pre_q, i_bh, N, A, UNITS)
@@ -899,9 +927,9 @@ def _backward_kv_kernel(
         for EDGE in tl.static_range(0 if SPLIT else 1, 2 if CAUSAL or not SPLIT else 1):
             for start in range(begin if EDGE else whole, whole if SPLIT and EDGE else N, BLOCK_Q):
                 o_q = start + tl.arange(0, BLOCK_Q)
-                b_q = load_tile(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
-                b_do = load_tile(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-                b_column, bound_q = row_norm_and_bound(b_q, p_pre_h, o_q, N, SCORE)
+                b_q = load_rows(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
+                b_do = load_rows(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
+                b_column, bound_q = row_norm_and_bound(b_q, p_pre_h, o_q, SCORE)
                 if UNITS:
                     b_s = sum_units(
                         p_k,
@@ -944,16 +972,10 @@ def _backward_kv_kernel(
                     )
                     if CAUSAL:
                         b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-                    if KEY_MASK:
-                        m_kv = tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0
-                        b_masked = tl.where(m_kv[:, None], b_masked, float("-inf"))
                     b_logit = b_logit + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
-                b_lse = _lse_log2(p_lse + i_bh * N, o_q, N, MASK == 2)
-                b_p = tl.exp2(b_logit - b_lse[None, :])
-                if EXACT:
-                    b_p /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[None, :]
-                elif MASK == 2:
-                    b_p /= tl.load(p_total + i_bh * N + o_q, mask=o_q < N, other=1.0)[None, :]
+                b_p = tl.exp2(b_logit - tl.load(p_shift + i_bh * NP + o_q)[None, :])
+                if EXACT or MASK == 2:
+                    b_p /= tl.load(p_total + i_bh * NP + o_q)[None, :]
                 b_dp = dot(b_v, tl.trans(b_do), PRECISION)  # [kv,q]
                 b_kept = b_p
                 if DROPOUT:
@@ -961,8 +983,7 @@ def _backward_kv_kernel(
                     b_kept = b_p * b_factor
                     b_dp *= b_factor
                 b_dv += dot(keep_layout(b_kept, UNITS, PRECISION).to(b_do.dtype), b_do, PRECISION)
-                b_delta = tl.load(p_delta + i_bh * N + o_q, mask=o_q < N, other=0.0)
-                b_ds = b_p * (b_dp - b_delta[None, :]) * scale
+                b_ds = b_p * (b_dp - tl.load(p_delta + i_bh * NP + o_q)[None, :]) * scale
                 if UNITS:
                     b_units, b_du = units_backward(
                         b_units,
@@ -992,16 +1013,14 @@ def _backward_kv_kernel(
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
         if UNITS:
             b_dk += b_units * tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
+            if KEY_MASK:
+                b_du = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_du, 0.0)
             tl.store(p_grad_u + (i_bh * num_kv + i_kv) * A + o_a, tl.sum(b_du, axis=0), mask=o_a < A)
     if SCORE == "cosine":
         b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along)
+    if KEY_MASK:
+        m_real = real_tokens(p_key_mask, o_kv, M, True)[:, None]
+        b_dk, b_dv = tl.where(m_real, b_dk, 0.0), tl.where(m_real, b_dv, 0.0)
     i_row = i_b * M * HEADS_KV + i_hkv
     store_tile(p_grad_k + i_row * A, HEADS_KV * A, o_kv, o_a, M, A, b_dk)
     store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
-
-
-@triton.jit
-def _lse_log2(p_lse, o_q, N, IN_BASE_2: tl.constexpr):
-    """[q] in base 2. It is +inf for fully masked rows and rows beyond N, which makes their probabilities 0."""
-    b_lse = tl.load(p_lse + o_q, mask=o_q < N, other=float("-inf"))
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse if IN_BASE_2 else b_lse * 1.4426950408889634)

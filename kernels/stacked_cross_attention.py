@@ -24,7 +24,7 @@ from torch import Tensor
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import block_size, dot, input_precision, load_tile, store_tile
 
-MAP_ELEMENTS = 1 << 22  # of each map of a chunk, or of one pair where that is more; the backward pass holds about twelve maps
+MAP_ELEMENTS = 1 << 22  # the least that `_map_elements` gives
 EPS = tl.constexpr(1e-8)  # of SCAN's norms and cosine
 
 
@@ -144,13 +144,26 @@ def _sides(
 
 
 def _chunks(context: Side, query: Side) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of the context sets, each with the slices of the query sets. They depend on shapes alone."""
+    """Slices of the context sets, each with the slices of the query sets. They depend on shapes and the device's size alone."""
     (num_x, m, _), (num_y, n, _) = context[0].shape, query[0].shape
-    step_x = _even(num_x, MAP_ELEMENTS // (m * max(m, num_y * n)))  # m for the Gram matrices
-    step_y = _even(num_y, MAP_ELEMENTS // (m * step_x * n))
+    most = _map_elements(context[0].device)
+    step_x = _even(num_x, most // (m * max(m, num_y * n)))  # m for the Gram matrices
+    step_y = _even(num_y, most // (m * step_x * n))
     tiles_y = [slice(y, min(y + step_y, num_y)) for y in range(0, num_y, step_y)]
     for x in range(0, num_x, step_x):
         yield slice(x, min(x + step_x, num_x)), tiles_y
+
+
+def _map_elements(device: torch.device) -> int:
+    """Elements of each map of a chunk, or of one pair where that is more: a power of two.
+
+    The backward pass holds about twelve maps of at most eight bytes. They take a sixteenth of the device's memory; what of it is
+    free is not asked, since the order of sums would depend on it.
+    """
+    if device.type != "cuda":
+        return MAP_ELEMENTS
+    most = int(torch.cuda.get_device_properties(device).total_memory) // (16 * 12 * 8)
+    return max(MAP_ELEMENTS, 1 << (most.bit_length() - 1))
 
 
 def _even(count: int, most: int) -> int:

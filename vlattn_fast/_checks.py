@@ -190,6 +190,16 @@ def check_grad_output(grad_output: Tensor, query: Tensor, value: Tensor) -> None
         raise ValueError(f"grad_output must have the shape {shape} of the attention's output; got {describe(grad_output)}")
 
 
+def check_lse(lse: Any, query: Tensor) -> None:
+    """lse (B, H, N) is a log-sum-exp of query's rows, or None."""
+    if lse is None:
+        return
+    check_tensor("lse", lse, rank=3, shape="(B, H, N)")
+    check_device("lse", lse, "query", query)
+    if lse.shape != query.shape[:3] or lse.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"lse must be floating point of shape (B, H, N) = {tuple(query.shape[:3])}; got {describe(lse)}")
+
+
 def check_masks(query: Tensor, key: Tensor, attn_mask: Any, key_mask: Any, is_causal: Any) -> None:
     """attn_mask broadcasts to (B, H, N, M), bool or float; key_mask is bool (B, M)."""
     check_bool(is_causal=is_causal)

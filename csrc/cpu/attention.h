@@ -292,6 +292,10 @@ struct TakeGradient {
     }
 };
 
+// A log-sum-exp that the caller gave is a float32 at best, and counts as long as P = e^(logit - lse) is right to 1e-3. Where it is
+// larger, rows are divided by the sum over the keys that are here.
+static const double LARGEST_GIVEN_LSE = 16384.;
+
 // Of finished rows: shift and factor, and the log-sum-exp where it is wanted. `largest` and `total` may be those of `s`.
 static void finish_rows(const float* largest, const float* total, Size rows, Size w, const Statistics& s, double* lse) {
     for (Size i = 0; i < w; ++i) {

@@ -18,6 +18,7 @@ struct MapCall {
     Attention a;  // with value for the rule "gradient"
     Rows grad_output;
     Size gradient, reduction, row_normalize;
+    const double* lse;  // (B, H, N) natural log-sum-exp of the caller, or null; it may count keys that are not here
     float* map;  // (B, N, M)
     // Query rows of a tile, and how many heads' tiles there are at once: fewer where rows are long, to stay in the second cache
     Size lanes() const { return a.M > MOST_KEYS ? LONG_LANES : LANES; }
@@ -62,6 +63,11 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
         online_softmax(S + j0 * w, least(block, keys - j0), w, j0 == 0, x.largest, x.shift, x.total, x.rescale);
     float* factor = x.factor + t.h * LANES;
     finish_rows(x.shift, x.total, t.rows, w, {x.shift, factor}, nullptr);
+    for (Size i = 0; c.lse && i < t.rows; ++i) {
+        const double lse = c.lse[(t.b * a.H + t.h) * a.N + t.first + i];
+        if (fabs(lse) == INFINITY) factor[i] = 0.f;  // a fully masked row
+        else if (factor[i] != 0.f && fabs(lse) <= LARGEST_GIVEN_LSE) factor[i] = (float)exp(x.shift[i] - lse);
+    }
     for (Size i = 0; c.reduction == MEAN && i < w; ++i) factor[i] /= a.H;
     if (!c.gradient) return;
     load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.rows, a.Dv, x.grad_output);

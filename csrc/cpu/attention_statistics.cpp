@@ -219,7 +219,7 @@ struct StatisticsForward {
     RowWeight weight;
     float *mass, *entropy, *maximum;  // (B, H, N, G), (B, H, N), (B, H, N)
     int64_t* argmax;  // (B, H, N)
-    float* received;  // (B, H, M)
+    float* received;  // (B, H, M); null for none
 
     struct Space {
         StatisticsRows lanes;
@@ -231,9 +231,9 @@ struct StatisticsForward {
     };
     // received attention: a vector for each key, whose lanes are added at the end
     Size unit() const { return tiles_of(a); }
-    Size floats() const { return a.M * VL; }
+    Size floats() const { return received ? a.M * VL : 0; }
     void finish(Size head, const float* x) const {
-        for (Size j = 0; j < a.M; ++j) received[head * a.M + j] = sum(load(x + j * VL));
+        for (Size j = 0; received && j < a.M; ++j) received[head * a.M + j] = sum(load(x + j * VL));
     }
     void add(Space& space, const Tile& t, float* sums) const;
 };
@@ -287,7 +287,7 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
     store_rows(*this, r, t);
     for (Size i = 0; i < w; ++i) r.weight[i] *= r.factor[i];
     memset(space.mass, 0, (groups.count + 1) * w * sizeof(float));
-    for (Size j0 = 0; j0 < keys; j0 += block) {
+    for (Size j0 = 0; j0 < keys && (groups.count > 0 || received); j0 += block) {
         const Size count = least(block, keys - j0);
         if (a.M > MOST_KEYS) {
             r.logits(a, t, j0, count);
@@ -297,7 +297,7 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
             groups.rows(t.b, j0, count, w, r.group);
             add_mass(r.S, r.group, count, w, space.mass);
         }
-        add_received(r.S, count, w, r.weight, sums + j0 * VL);
+        if (received) add_received(r.S, count, w, r.weight, sums + j0 * VL);
     }
     scale_rows(space.mass, groups.count, w, r.factor);
     transpose(space.mass, w, groups.count, t.rows, mass + ((t.b * a.H + t.h) * a.N + t.first) * groups.count, groups.count);

@@ -91,8 +91,7 @@ static void statistics_by_blocks(const Attention& a, const Score& score, Logits&
     finish_rows(largest, total, t.rows, t.width, s, nullptr);
 }
 // In float64 a log-sum-exp of up to 2^24 gives P = e^(logit - lse) to 2^-29; where it is larger the statistics are found anew.
-// One that the caller gave is a float32 at best, and counts as long as P is right to 1e-3.
-static const double LARGEST_LSE = 16777216., LARGEST_GIVEN_LSE = 16384.;
+static const double LARGEST_LSE = 16777216.;
 
 // Statistics of a tile where its keys come in blocks; `scratch` holds 5 * LANES
 static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,

@@ -1,7 +1,6 @@
 """What the loops of a compiled kernel hold, and whether its warps do the same work twice.
 
-Instructions are counted in the main loop: of the innermost loops with the most matrix instructions the shortest one, which is
-that of whole tiles without masks; without matrix instructions the longest.
+Instructions are counted in innermost loops.
 """
 
 from __future__ import annotations
@@ -9,10 +8,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tests.compiled.table import tool
+from vlattn_fast.kernels.score_attention import UNIT_KINDS
 
 CLASSES = {"mma": r"(HGMMA|HMMA|UTC\w*MMA)\b", "mufu": r"MUFU\b"}
 
@@ -49,14 +50,10 @@ def innermost_loops(sass: str) -> list[Loop]:
     return found
 
 
-def main_loop(sass: str) -> Loop | None:
-    loops = innermost_loops(sass)
-    if not loops:
-        return None
-    most = max(loop.mma for loop in loops)
-    if most == 0:
-        return max(loops, key=lambda loop: loop.instructions)
-    return min((loop for loop in loops if loop.mma == most), key=lambda loop: loop.instructions)
+def main_loop(loops: Sequence[Loop]) -> Loop | None:
+    """Of those with the most matrix instructions the shortest, which is that of whole tiles without masks."""
+    most = max((loop.mma for loop in loops), default=0)
+    return None if most == 0 else min((loop for loop in loops if loop.mma == most), key=lambda loop: loop.instructions)
 
 
 def repeated(ttgir: str) -> int:
@@ -83,15 +80,20 @@ def disassembled(cubin: bytes) -> str:
 
 
 def facts(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Of a compiled Triton kernel and what it was launched with: its tile, and what the main loop holds."""
-    loop = main_loop(disassembled(kernel.asm["cubin"]))
-    sizes = [options.get(name) for name in ("BLOCK_Q", "BLOCK_KV")]
+    """Of a compiled Triton kernel and what it was launched with: its tile, and what the innermost loops hold.
+
+    loops: (instructions, those of matrices, those of the special function unit) of each. per_pair: instructions of all threads in
+    the main loop for each pair of a query and a key, where a turn of the loop is a tile.
+    """
+    loops, warps = innermost_loops(disassembled(kernel.asm["cubin"])), kernel.metadata.num_warps
+    rows, keys = (options.get(name) for name in ("BLOCK_Q", "BLOCK_KV"))
+    # scores that are sums over units have no product of queries and keys, and loops within the tile
+    loop = None if options.get("SCORE") in UNIT_KINDS or not (rows and keys) else main_loop(loops)
     return {
-        "tile": None if None in sizes else "x".join(map(str, sizes)),
-        "warps": kernel.metadata.num_warps,
+        "tile": f"{rows}x{keys}" if rows and keys else None,
+        "warps": warps,
         "repeated": repeated(kernel.asm["ttgir"]),
         "cp_async": "cp.async" in kernel.asm["ptx"],
-        "loop": loop and loop.instructions,
-        "mma": loop and loop.mma,
-        "mufu": loop and loop.mufu,
+        "loops": [[one.instructions, one.mma, one.mufu] for one in loops if one.instructions > 1],
+        "per_pair": loop and round(loop.instructions * 32 * warps / (rows * keys), 1),
     }

@@ -49,6 +49,17 @@ def test_forward_kernels_do_not_spill_on_sm_90() -> None:
     assert [key for key, row in forward if row["spills"] > 0] == []
 
 
+def test_no_product_is_computed_by_two_warps() -> None:
+    """Warps whose layout is larger than the tile do. Heads of 256 features leave no registers for fewer warps."""
+    assert [key for key, row in STORED if row["repeated"] > 1 and " 256 " not in key] == []
+
+
+def test_loops_over_tiles_of_16_bit_copy_ahead_of_use() -> None:
+    """The forward kernels of dot products load the next tile of keys while they compute this one."""
+    hot = [row for key, row in STORED if re.match(r"score_attention (dot|cosine)\S* bf16 .*_forward_kernel", key)]
+    assert len(hot) > 10 and all(row["cp_async"] for row in hot)
+
+
 def test_16_bit_products_run_on_tensor_cores() -> None:
     products = [
         (key, row) for key, row in STORED if ("bf16" in key or "fp16" in key) and not any(name in key for name in NO_PRODUCTS)
@@ -61,5 +72,7 @@ def test_products_of_32_bits_that_reach_an_address_are_seen() -> None:
     assert narrow_offsets(TTIR) == ["%b = %a * %stride"]
     assert narrow_offsets("%stride = arith.constant 64 : i32\n" + TTIR) == []
     assert narrow_offsets(TTIR.replace("i32 loc(#loc4)", "i64 loc(#loc4)")) == []
+    beside = TTIR + "    %b = arith.addi %a, %a : i32 loc(#loc3)\n"  # another region's %b
+    assert narrow_offsets(beside) == ["%b = %a * %stride"]
     tiles = TTIR.replace("i32 loc(#loc4)", "tensor<64xi32> loc(#loc4)").replace("!tt.ptr<f32>", "tensor<64x!tt.ptr<f32>>")
     assert narrow_offsets(tiles) == ["%b = %a * %stride"]

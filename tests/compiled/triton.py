@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to: registers, shared memory, spills and tensor cores, held to a stored table.
+"""What the Triton kernels compile to: registers, shared memory, spills, tensor cores and the main loop, held to a stored table.
 
     python -m tests.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
     python -m tests.compiled.triton [OPERATOR ...] --write        # store what is compiled
@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from tests.compiled.machine_code import facts
 from tests.compiled.table import Row, cuobjdump, differences, read, write
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -64,7 +65,7 @@ def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         narrow = narrow_offsets(kernel.asm["ttir"])
         assert not narrow, f"{operator} {name} {self.fn.__name__}: products of 32 bits reach an address: {narrow}"
-        launched.setdefault(self.fn.__name__, []).append(_row(kernel))
+        launched.setdefault(self.fn.__name__, []).append(_row(kernel) | facts(kernel, kwargs))
 
     driver.set_active(Device())
     JITFunction.run = compile_only
@@ -97,25 +98,32 @@ def narrow_offsets(ttir: str) -> list[str]:
     A product with a constant, as of a block's number and its size, stays within the number of rows. A quotient or a remainder is
     no larger than what is divided, whatever it is divided by, and a condition only chooses.
     """
-    definitions: dict[str, tuple[str, list[str], str]] = {}
-    for line in ttir.splitlines():
+    # of each name its definitions with their lines: regions beside one another use names anew, so the last above a line counts
+    definitions: dict[str, list[tuple[int, str, list[str], str]]] = {}
+    for number, line in enumerate(ttir.splitlines()):
         if match := re.match(r"\s*(%[\w#]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
-            definitions[match[1]] = (match[2], re.findall(r"%[\w#]+", match[3]), match[4])
-    constants = {name for name, (operation, _, _) in definitions.items() if operation == "arith.constant"}
+            found = (number, match[2], re.findall(r"%[\w#]+", match[3]), match[4])
+            definitions.setdefault(match[1], []).append(found)
+
+    def above(name: str, number: int) -> tuple[int, str, list[str], str] | None:
+        return next((one for one in reversed(definitions.get(name, [])) if one[0] < number), None)
+
     narrow: list[str] = []
-    for operation, operands, kind in definitions.values():
+    for place, operation, operands, kind in (one for every in definitions.values() for one in every):
         if operation != "tt.addptr" or not re.search(r"(, |x)i32>?$", kind.strip()):
             continue
-        ahead, seen = [operands[1]], set()
+        ahead, seen = [(operands[1], place)], set()
         while ahead:
-            name = ahead.pop()
-            if name in seen or name not in definitions:
+            name, number = ahead.pop()
+            found_above = above(name, number)
+            if found_above is None or found_above[0] in seen:
                 continue
-            seen.add(name)
-            inner, of, _ = definitions[name]
-            if inner == "arith.muli" and constants.isdisjoint(of):
+            line_of, inner, of, _ = found_above
+            seen.add(line_of)
+            constants = [operand for operand in of if (one := above(operand, line_of)) and one[1] == "arith.constant"]
+            if inner == "arith.muli" and not constants:
                 narrow.append(f"{name} = {' * '.join(of)}")
-            ahead += of[:1] if inner in DIVISIONS else of[1:] if inner == "arith.select" else of
+            ahead += [(x, line_of) for x in (of[:1] if inner in DIVISIONS else of[1:] if inner == "arith.select" else of)]
     return narrow
 
 

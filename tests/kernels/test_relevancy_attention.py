@@ -33,8 +33,15 @@ def test_masks_over_several_tiles(mask: str) -> None:
     check("triton", tensors(130, b=2, d=8, rows=1, dtype=torch.float16), row_normalize=True, **MASKS[mask](130))
 
 
+@pytest.fixture
+def _without_stored_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a sample's map is too large for `step` to store it."""
+    monkeypatch.setattr(kernels, "_stored_maps", lambda *_: 0)
+
+
 @pytest.mark.parametrize("rows", (16, 17, 64, 70, 130))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.usefixtures("_without_stored_maps")
 def test_number_of_carried_rows(dtype: torch.dtype, rows: int) -> None:
     inputs = tensors(40, h=1, kv=1, rows=rows, dtype=dtype)
     if rows % 2:
@@ -43,8 +50,33 @@ def test_number_of_carried_rows(dtype: torch.dtype, rows: int) -> None:
         check("triton", inputs, residual_weight=torch.rand(1, 40), attention_weight=torch.randn(1, 40))
 
 
+@pytest.mark.usefixtures("_without_stored_maps")
 def test_grouped_heads_with_many_carried_rows() -> None:
     check("triton", tensors(40, h=4, kv=2, rows=70), row_normalize=True)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_many_carried_rows_by_stored_maps(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All samples at once, and one at a time, with masks that are a sample's own or shared."""
+    for samples in (1, 5):
+        monkeypatch.setattr(kernels, "_stored_maps", lambda r, *_, samples=samples: samples if r.shape[1] > kernels.MAX_T else 0)
+        inputs = tensors(20, b=2, h=2, kv=1, rows=65, dtype=torch.bfloat16 if samples == 1 else torch.float32)
+        options = {"rule": "attention" if samples == 1 else "gradient", "row_normalize": samples == 5}
+        check("triton", inputs, **options, **MASKS[mask](20))
+
+
+def test_maps_are_stored_where_they_are_small() -> None:
+    """No more elements than the queries, the result or 2^22, and none for few rows."""
+
+    def samples(batch: int, heads: int, n: int, rows: int, size: int = 64) -> int:
+        query = torch.empty(batch, heads, n, size, device="meta")
+        return kernels._stored_maps(torch.empty(batch, rows, n, device="meta"), query, query)
+
+    assert samples(64, 16, 577, 577) == 64 * 16 * 64 // 577  # CLIP ViT-L/14@336
+    assert samples(64, 16, 577, 64) == 0
+    assert samples(1, 2, 577, 65) == (1 << 22) // 577**2
+    assert samples(1, 32, 16384, 128, 128) == 0 and samples(1, 32, 16384, 16384, 128) == 1
+    assert samples(1, 16, 577, 577, 0) == samples(0, 16, 577, 577) == 0
 
 
 @pytest.mark.parametrize("d, dv", [(1, 1), (17, 3), (64, 40), (80, 128), (130, 72), (24, 256)])
@@ -54,7 +86,7 @@ def test_head_dims(d: int, dv: int) -> None:
 
 
 def test_no_partial_sum_is_larger_than_the_output_where_there_are_many_rows() -> None:
-    rows, n, h = 130, 40, 8
+    rows, n, h = 130, 64, 8
     query, key, value, _ = tensors(n, h=h, kv=h, d=3, dv=3).values()
     with LargestAllocation() as largest:
         kernels.step(torch.rand(1, rows, n), query, key, value, value, None, None, None, "gradient", False, 1.0, False)

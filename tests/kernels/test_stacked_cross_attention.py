@@ -6,6 +6,7 @@ The rest stands in tests/ops/test_stacked_cross_attention.py.
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_sizes_either_side_of_a_tile_in_half_precision(direction: str, regions: 
 @pytest.mark.parametrize("elements", (1, 700))
 def test_chunks_add_up(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps of few elements: one pair at a time, and several sets of either side."""
-    monkeypatch.setattr(kernels, "MAP_ELEMENTS", elements)
+    monkeypatch.setattr(kernels, "_map_elements", lambda device: elements)
     check("triton", tensors(dtype=F32), **RAGGED)
     pairs = torch.zeros(3, 5)
     for x, tiles_y in kernels._chunks((torch.empty(3, 7, 2), None), (torch.empty(5, 9, 2), None)):
@@ -45,6 +46,20 @@ def test_chunks_add_up(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
             pairs[x, y] += 1
             assert pairs[x, y].numel() * 7 * 9 <= max(elements, 63)
     assert (pairs == 1).all()
+
+
+def test_chunks_grow_with_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve maps of eight bytes take at most a sixteenth of its memory, and at least half of that where it is large."""
+    for gigabytes in (1, 8, 24, 80, 141):
+        memory = gigabytes * 10**9
+        properties = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        elements = kernels._map_elements(torch.device("cuda", 0))
+        assert elements >= 1 << 22 and elements & (elements - 1) == 0
+        if elements > 1 << 22:
+            assert memory / 32 < elements * 12 * 8 <= memory / 16
+    assert elements >= 1 << 26
+    assert kernels._map_elements(torch.device("cpu")) == 1 << 22
 
 
 @pytest.mark.parametrize(

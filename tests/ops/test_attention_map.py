@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import LargestAllocation, as_dtype, bytes_of
+from compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -30,6 +30,7 @@ from tests.ops.map_cases import (
     sharp,
 )
 from tests.ops.score_cases import LAYOUTS, lay_out
+from vlattn_fast import reference
 from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES, attention_map
 from vlattn_fast.reference.attention_map import attention_map as formula
 from vlattn_fast.streaming import _tiles
@@ -152,6 +153,63 @@ def test_sharp_rows_far_from_zero(backend: str) -> None:
     for masks in ({"key_mask": keys}, {"is_causal": True}, {"attn_mask": keys[:, None, None]}):
         check_map(backend, tensors, rule="gradient", scale=1.0, **masks)
         check_map(backend, {name: tensors[name] for name in ("query", "key")}, scale=1.0, **masks)
+
+
+def lse_of(query: Tensor, key: Tensor, **masks: Any) -> Tensor:
+    """(B, H, N) in float64, as an attention gives it."""
+    key = key.double()
+    return reference.score_attention(query.double(), key, key, return_lse=True, **masks)[1]
+
+
+def check_with_lse(
+    backend: str, tensors: dict[str, Tensor], masks: dict[str, Any], dtype: torch.dtype, sign: float = -1.0, **options: Any
+) -> None:
+    """With the lse of these very logits in `dtype`; `sign` is that of its infinity for a fully masked row."""
+
+    def run(**drawn: Tensor) -> Tensor:
+        lse = lse_of(drawn["query"], drawn["key"], **masks).to(dtype)
+        lse = torch.where(torch.isneginf(lse), sign * torch.inf, lse)
+        return attention_map(**drawn, lse=lse, backend=backend, **masks, **options)
+
+    assert_all_close_to(run, partial(formula, **masks, **options), tensors, grads=False)
+
+
+@on(*FAST)
+@pytest.mark.parametrize("mask", MASKS)
+def test_with_the_lse_of_the_attention(mask: str, backend: str) -> None:
+    masks = MASKS[mask]()
+    for rule, sign in zip(RULES, (-1.0, 1.0), strict=True):
+        tensors = as_dtype(map_inputs(rule), finest(backend))
+        for row_normalize in (False, True):
+            check_with_lse(backend, tensors, masks, F64, sign, rule=rule, row_normalize=row_normalize)
+
+
+@on(*FAST)
+def test_with_an_lse_and_more_tiles(backend: str) -> None:
+    """As an attention gives it for 16-bit and float32 inputs."""
+    tensors = as_dtype(map_inputs("gradient", 9, 150), torch.float32)
+    for masks, reduction in (({}, "min"), ({"is_causal": True}, "mean"), ({"attn_mask": torch.randn(9, 150)}, "max")):
+        check_with_lse(backend, tensors, masks, torch.float32, rule="gradient", head_reduction=reduction)
+
+
+@on(*FAST)
+@pytest.mark.parametrize("rule", RULES)
+def test_an_lse_is_taken_as_it_is(rule: str, backend: str) -> None:
+    """It may count keys that are not here, and an infinite one makes a fully masked row, whatever the masks here say."""
+    tensors = as_dtype(map_inputs(rule, 20, 150), torch.float32)
+    for masks in ({}, {"attn_mask": torch.randn(20, 150)}):
+        lse = lse_of(tensors["query"], tensors["key"], **masks).float()
+        here = tensors | {name: tensors[name][:, :, :70] for name in ("key", "value") if name in tensors}
+        masks_here = {name: x[:, :70] for name, x in masks.items()}
+        whole = attention_map(**tensors, rule=rule, lse=lse, backend=backend, **masks)
+        part = attention_map(**here, rule=rule, lse=lse, backend=backend, **masks_here)
+        torch.testing.assert_close(part, whole[:, :, :70], rtol=1e-5, atol=1e-7)
+        lse[:, :, 3] = torch.inf
+        lse[:, :, 4] = -torch.inf
+        part = attention_map(**here, rule=rule, row_normalize=True, lse=lse, backend=backend, **masks_here)
+        assert not part[:, 3:5].any() and part[:, 5].any() and part.isfinite().all()
+        far = attention_map(**tensors, rule=rule, lse=torch.full_like(lse, 1e3), backend=backend, **masks)
+        assert not far.any()  # all that counts is elsewhere
 
 
 @on("reference", *FAST)
@@ -295,6 +353,9 @@ BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"head_reduction": "median"}, ValueError, "head_reduction must be one of"),
     ({"head_reduction": None}, ValueError, "head_reduction must be one of"),
     ({"row_normalize": 1}, TypeError, "row_normalize must be True or False"),
+    ({"lse": torch.zeros(2, 2, 6, 1)}, ValueError, "lse must have 3 dimensions (B, H, N)"),
+    ({"lse": torch.zeros(2, 2, 1)}, ValueError, "lse must be floating point of shape (B, H, N) ="),
+    ({"lse": 0.0}, TypeError, "lse must be a torch.Tensor (B, H, N)"),
     (GRADIENT | {"value": None}, ValueError, "value must be given for rule='gradient'"),
     (GRADIENT | {"grad_output": None}, ValueError, "grad_output must be given for rule='gradient'"),
     (GRADIENT | {"rule": "attention"}, ValueError, "value must not be given for rule='attention'"),

@@ -277,13 +277,15 @@ def test_small_relevancy_does_not_underflow(backend: str, dtype: torch.dtype) ->
 def test_garbage_in_padding_stays_there(backend: str) -> None:
     inputs, mask = tensors(20, b=2, dtype=finest(backend)), padding(20)
     grads = cotangents(inputs)
-    run = call(va.relevancy_attention, key_mask=mask, row_normalize=True, backend=backend)
-    clean = outputs_and_grads(run, inputs, grads)
-    for name in ("key", "value"):
-        inputs[name] = inputs[name].masked_fill(~mask[:, None, :, None], torch.nan)
-    dirty = outputs_and_grads(run, inputs, grads)
-    for name, x in clean.items():
-        assert torch.equal(x, dirty[name]), name
+    there = ~mask[:, None, :, None]
+    dirty = inputs | {name: inputs[name].masked_fill(there, torch.nan) for name in ("key", "value")}
+    for more in ({}, {"is_causal": True}, {"attn_mask": torch.randn(20, 20)}):
+        run = call(va.relevancy_attention, key_mask=mask, row_normalize=True, backend=backend, **more)
+        clean, got = outputs_and_grads(run, inputs, grads), outputs_and_grads(run, dirty, grads)
+        for name, x in clean.items():
+            assert torch.equal(x, got[name]), f"{list(more)} {name}"
+        for name in ("grad key", "grad value"):
+            assert not clean[name].masked_select(there).any() and clean[name].any()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter

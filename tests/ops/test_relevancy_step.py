@@ -151,10 +151,14 @@ def test_a_backward_pass_is_refused() -> None:
 def test_garbage_in_padding_stays_there(backend: str) -> None:
     r, query, key, value, grad = step_tensors(9, 20, dtype=finest(backend))
     mask = padding(20)[:1]
-    clean = va.relevancy_step(r, query, key, value, grad, key_mask=mask, backend=backend)
-    key, value = (x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (key, value))
-    got = va.relevancy_step(r, query, key, value, grad, key_mask=mask, backend=backend)
-    assert torch.equal(got, clean) and not got.masked_fill(mask[:, None], 0.0).any()
+    there = ~mask[:, None, :, None]
+    for rule, row_normalize in RULES:
+        rest = (value, grad) if rule == "gradient" else (None, None)
+        fixed = {"rule": rule, "row_normalize": row_normalize, "key_mask": mask, "backend": backend}
+        clean = va.relevancy_step(r, query, key, *rest, **fixed)
+        dirty = None if rest[0] is None else rest[0].masked_fill(there, torch.inf)
+        got = va.relevancy_step(r, query, key.masked_fill(there, torch.nan), dirty, rest[1], **fixed)
+        assert torch.equal(got, clean) and not got.masked_fill(mask[:, None], 0.0).any() and got.any()
 
 
 @each("empty", **{backend: ("h", "n", "m", "d", "dv", "rows") for backend in BACKENDS})

@@ -70,21 +70,43 @@ def test_mask_broadcasts(backend: str, shape: tuple[int, ...]) -> None:
             check(backend, *tensors(backend, score), cancels=True, attn_mask=mask, what=f"{kind} {score}")
 
 
-@each("score", **FEW)
+@each("score", **FEW | {"triton": ("dot", "general-tanh-key", *FEW["triton"])})
 def test_garbage_in_padding_stays_there(backend: str, score: str) -> None:
-    inputs, make = tensors(backend, score)
-    mask = padding()
-    there = ~mask[:, None].expand(B, H, M)
-    run = call(va.score_attention, make, key_mask=mask, return_lse=backend != "sdpa", backend=backend)
+    sizes = sizes_of(backend, score)
+    inputs, make = tensors(backend, score, **sizes)
+    lse, keys = backend != "sdpa", padding(sizes["m"])
+    keys[0] &= torch.rand(sizes["m"]) > 0.3
+    there = ~keys[:, None].expand(B, H, sizes["m"])
+    joined = ("key", "bool key causal", *(("float key causal",) if lse else ()))
+    for masks in joined if score == "dot" else joined[-1:]:
+        run = call(va.score_attention, make, **MASKS[masks](**sizes) | {"key_mask": keys}, return_lse=lse, backend=backend)
+        clean = outputs_and_grads(run, inputs)
+        for garbage in (math.nan, math.inf, -math.inf)[: 1 if backend == "triton" else 3]:
+            bad = {name: x.clone() for name, x in inputs.items()}
+            for name in ("key", "value"):
+                bad[name][there] = garbage
+            for name, x in outputs_and_grads(run, bad).items():
+                assert torch.equal(x, clean[name]), f"{masks} {name}"
+        for name in ("grad key", "grad value"):
+            assert not clean[name][there].any(), f"{name}: the gradient of padding must be zero"
+
+
+@on("streaming", "cpu", "triton")
+def test_garbage_in_padding_under_dropout_and_grouped_heads(backend: str) -> None:
+    inputs, make = tensors(backend, "dot", n=34, m=37, h=4, kv=2)
+    keys = torch.rand(B, 37) > 0.3
+    there = ~keys[:, None].expand(B, 2, 37)
+
+    def run(**x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        options = {"key_mask": keys, "dropout_p": 0.4, "enable_gqa": True, "backend": backend}
+        return call(va.score_attention, make, **options)(**x)
+
+    bad = inputs | {name: inputs[name].masked_fill(there[..., None], math.nan) for name in ("key", "value")}
     clean = outputs_and_grads(run, inputs)
-    for garbage in (math.nan, math.inf, -math.inf)[: 1 if backend == "triton" else 3]:
-        bad = {name: x.clone() for name, x in inputs.items()}
-        for name in ("key", "value"):
-            bad[name][there] = garbage
-        for name, x in outputs_and_grads(run, bad).items():
-            assert torch.equal(x, clean[name]), name
-    for name in ("grad key", "grad value"):
-        assert not clean[name][there].any(), f"{name}: the gradient of padding must be zero"
+    for name, x in outputs_and_grads(run, bad).items():
+        assert torch.equal(x, clean[name]), name
+    assert not clean["grad key"][there].any() and clean["grad key"].any()
 
 
 @each("score", reference=("dot",), **FEW)

@@ -9,7 +9,7 @@ from vlattn_fast._native import kernel, pointer, rows
 from vlattn_fast._tensors import unit_strides
 from vlattn_fast.cpu._attention import FIELDS, fields, masks
 
-_run = kernel("attention_map", f"={FIELDS} 4q 3q q")
+_run = kernel("attention_map", f"={FIELDS} 4q 3q q q")
 _REDUCTIONS = ("mean", "max", "min")  # Reduction of the kernel
 
 
@@ -18,6 +18,7 @@ def forward(
     key: Tensor,
     value: Tensor | None,
     grad_output: Tensor | None,
+    lse: Tensor | None,
     attn_mask: Tensor | None,
     key_mask: Tensor | None,
     rule: str,
@@ -29,11 +30,13 @@ def forward(
     """Abar (B, N, M)."""
     query, key, value, grad_output = unit_strides(query, key, value, grad_output)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    lse = None if lse is None else lse.double().contiguous()
     abar = query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=torch.float32)
     _run(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
         *rows(grad_output),
         *(rule == "gradient", _REDUCTIONS.index(head_reduction), row_normalize),
+        pointer(lse),
         pointer(abar),
     )
     return abar

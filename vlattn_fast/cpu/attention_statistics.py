@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,12 @@ def forward(
     attn_mask: Tensor | None,
     key_mask: Tensor | None,
     num_groups: int,
+    statistics: Collection[str],
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M)."""
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); nothing for mass and received where
+    `statistics` does not name them. The others are computed in any case: they are by the way."""
     query, key = unit_strides(query, key)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
     batch, heads, queries, _ = query.shape
@@ -33,11 +37,12 @@ def forward(
     entropy = query.new_empty(batch, heads, queries, dtype=torch.float32)
     maximum = torch.empty_like(entropy)
     argmax = query.new_empty(batch, heads, queries, dtype=torch.int64)
-    received = query.new_empty(batch, heads, key.shape[2], dtype=torch.float32)
+    receives = "received" in statistics
+    received = query.new_empty(batch, heads, key.shape[2] if receives else 0, dtype=torch.float32)
     _forward(
         *fields(query, key, None, attn_mask, key_mask, scale, is_causal),
         *_constants(key_groups, num_groups, row_weight),
-        *map(pointer, (mass, entropy, maximum, argmax, received)),
+        *map(pointer, (mass, entropy, maximum, argmax, received if receives else None)),
     )
     return mass, entropy, maximum, argmax, received if queries else received.zero_()  # the kernel runs over queries
 

@@ -93,6 +93,7 @@ def mean_map(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, mas
             key,
             value,
             grad_output,
+            None,
             masks["attn_mask"],
             masks["key_mask"],
             "gradient",

@@ -189,7 +189,7 @@ class ScoreAttention(nn.Module):
             return as_dtype(attention_map(query, key, scale=scale, backend=_map_backend(self.backend), **masks), query.dtype)
         options = masks["attn_mask"], masks["key_mask"], "attention", "mean", False, scale, masks["is_causal"]
         with without_autocast(query):
-            return as_dtype(streaming_map(query, key, None, None, *options, core.kind, vector, core.parameter), query.dtype)
+            return as_dtype(streaming_map(query, key, None, None, None, *options, core.kind, vector, core.parameter), query.dtype)
 
     def _heads(self, name: str, x: Tensor, project: nn.Linear) -> Tensor:
         check_tensor(name, x, rank=3, shape="(B, tokens, features)" if self.batch_first else "(tokens, B, features)")

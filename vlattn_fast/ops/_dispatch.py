@@ -163,6 +163,12 @@ def select(backends: Table, call: Call, backend: Any) -> str:
     return str(backend)
 
 
+def masks_padding(backend: str) -> bool:
+    """Whether the backend's kernels themselves keep what stands in padded keys and values from outputs and gradients, so that the
+    public call need not copy them with zeros there."""
+    return backend in ("cpu", "triton")
+
+
 def load(backends: Table, name: str) -> ModuleType:
     """The backend's module. torch.compile can trace this only where the module is there already."""
     module = sys.modules.get(backends[name].module)

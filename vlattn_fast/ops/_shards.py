@@ -175,7 +175,7 @@ def over_shards(
             found: Any = call(**arguments) if run is None else run(call, shards, arguments)  # type: ignore[call-arg]
             if isinstance(found, Tensor):
                 return shards.whole(found, outputs[0])  # type: ignore[return-value]
-            parts = [shards.whole(x, dims) for x, dims in zip(found, outputs, strict=True)]
+            parts = [None if x is None else shards.whole(x, dims) for x, dims in zip(found, outputs, strict=True)]
             return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)  # type: ignore[return-value]
 
         return public

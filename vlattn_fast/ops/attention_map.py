@@ -18,15 +18,16 @@ from vlattn_fast._checks import (
     check_grad_output,
     check_head_dim,
     check_heads,
+    check_lse,
     check_masks,
     check_tensor,
     check_value,
     describe,
 )
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, not_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, ROWS, Local, Shards, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
 
 BACKENDS = table("attention_map", cpu=lambda call: [])
 RULES = ("attention", "gradient")
@@ -47,7 +48,7 @@ def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:
     return found / torch.where(total == 0, 1.0, total)
 
 
-@over_shards(dict.fromkeys(("query", "key", "value", "grad_output"), ATTENTION) | MASKS, [ROWS], _on_shards)
+@over_shards(dict.fromkeys(("query", "key", "value", "grad_output"), ATTENTION) | {"lse": PER_ROW} | MASKS, [ROWS], _on_shards)
 def attention_map(
     query: Tensor,
     key: Tensor,
@@ -57,6 +58,7 @@ def attention_map(
     rule: str = "attention",
     head_reduction: str = "mean",
     row_normalize: bool = False,
+    lse: Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -77,6 +79,8 @@ def attention_map(
         rule: "attention" (A) or "gradient" (relu(A * dA), clamped per head before the heads are reduced).
         head_reduction: "mean", "max" or "min" over the heads.
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
+        lse: (B, H, N) natural log-sum-exp of the attention's rows, where the attention that ran returned it; -inf or +inf
+            marks a row without visible keys. Recomputed where it is None, and by "reference", which does not read it.
         attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
         key_mask: bool (B, M), True = a real token. Masked keys and values have no influence.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
@@ -107,6 +111,7 @@ def attention_map(
         rule=rule,
         head_reduction=head_reduction,
         row_normalize=row_normalize,
+        lse=lse,
         attn_mask=attn_mask,
         key_mask=key_mask,
         is_causal=is_causal,
@@ -123,17 +128,18 @@ def attention_map(
             rule=rule,
             head_reduction=head_reduction,
             row_normalize=row_normalize,
+            lse=lse,
             attn_mask=attn_mask,
             key_mask=key_mask,
             is_causal=is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if chosen != "cpu":  # its kernel hides padding itself
+    if not masks_padding(chosen):
         key, value = mask_padding(key_mask, key, value)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
     return _forward_op(
-        query, key, value, grad_output, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, chosen
+        query, key, value, grad_output, lse, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, chosen
     )
 
 
@@ -146,6 +152,7 @@ def describe_call(
     rule: Any = "attention",
     head_reduction: Any = "mean",
     row_normalize: Any = False,
+    lse: Any = None,
     attn_mask: Any = None,
     key_mask: Any = None,
     is_causal: Any = False,
@@ -178,6 +185,7 @@ def describe_call(
     if query.shape[1] == 0:
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
     check_head_dim(query, key)
+    check_lse(lse, query)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     return Call(
         "attention_map",
@@ -204,8 +212,8 @@ def _forward_fake(query: Tensor, key: Tensor, *_: Any) -> Tensor:
 
 
 _forward_op = define(
-    "attention_map(Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? attn_mask, Tensor? key_mask, "
-    "str rule, str head_reduction, bool row_normalize, float scale, bool is_causal, str backend) -> Tensor",
+    "attention_map(Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, Tensor? attn_mask, "
+    "Tensor? key_mask, str rule, str head_reduction, bool row_normalize, float scale, bool is_causal, str backend) -> Tensor",
     _forward,
     _forward_fake,
 )

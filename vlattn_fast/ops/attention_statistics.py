@@ -5,7 +5,7 @@ Formula: reference/attention_statistics.py. O(N + M) memory: streaming/attention
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +19,19 @@ from vlattn_fast._checks import (
     check_head_dim,
     check_heads,
     check_masks,
+    check_names,
     check_tensor,
     describe,
     readable,
 )
-from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
-from vlattn_fast.reference.attention_statistics import AttentionStatistics
+from vlattn_fast.reference.attention_statistics import AttentionStatistics, chosen_statistics
 
 BACKENDS = table("attention_statistics", cpu=lambda call: [])
+STATISTICS = AttentionStatistics._fields
 
 
 def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Local) -> AttentionStatistics:
@@ -48,6 +50,7 @@ def attention_statistics(
     query: Tensor,
     key: Tensor,
     *,
+    statistics: Sequence[str] | None = None,
     key_groups: Tensor | None = None,
     num_groups: int | None = None,
     row_weight: Tensor | None = None,
@@ -67,6 +70,8 @@ def attention_statistics(
     Args:
         query: (B, H, N, D) float16, bfloat16, float32 or float64.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
+        statistics: names of those to compute, of "mass", "entropy", "maximum", "argmax" and "received"; default all. The others
+            are None in the result.
         key_groups: int64 (M) or (B, M), the group of each key, -1 = none.
         num_groups: G. On a GPU pass it: then no value of key_groups is read, the call does not wait for the device, and a
             value out of range counts as none, as it does under torch.compile and CUDA graph capture. Elsewhere a value out
@@ -80,7 +85,7 @@ def attention_statistics(
 
     Returns:
         AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),
-        received (B, H, M)).
+        received (B, H, M)), None for what `statistics` does not name.
         A query without a visible key has mass, entropy and maximum 0, argmax -1 and zero gradients.
 
     Raises:
@@ -92,9 +97,11 @@ def attention_statistics(
     >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
     (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
     """
+    asked = STATISTICS if statistics is None else check_names("statistics", statistics, STATISTICS)
     call = describe_call(
         query,
         key,
+        statistics=asked,
         key_groups=key_groups,
         num_groups=num_groups,
         row_weight=row_weight,
@@ -110,6 +117,7 @@ def attention_statistics(
         return load(BACKENDS, chosen).attention_statistics(
             query,
             key,
+            statistics=asked,
             key_groups=key_groups,
             num_groups=num_groups,
             row_weight=row_weight,
@@ -119,22 +127,38 @@ def attention_statistics(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if chosen != "cpu":  # its kernels hide padding themselves
+    if not masks_padding(chosen):
         (key,) = mask_padding(key_mask, key)
     query, key = autocast(query, key)
     if key_groups is not None:
         key_groups = key_groups.expand(key.shape[0], -1)
     if row_weight is not None:
         row_weight = row_weight.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[0], -1)
-    return AttentionStatistics(
-        *_forward_op(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal, chosen)
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    needed = list(asked)
+    if differentiated and ("maximum" in asked or chosen == "cpu"):
+        needed.append("argmax")  # the backward pass reads it
+    found = _forward_op(
+        query,
+        key,
+        key_groups,
+        row_weight,
+        attn_mask,
+        key_mask,
+        num_groups if "mass" in asked else 0,
+        " ".join([name for name in STATISTICS if name in needed]),
+        scale,
+        is_causal,
+        chosen,
     )
+    return chosen_statistics(found, asked)
 
 
 def describe_call(
     query: Any,
     key: Any,
     *,
+    statistics: Any = None,
     key_groups: Any = None,
     num_groups: Any = None,
     row_weight: Any = None,
@@ -153,6 +177,8 @@ def describe_call(
     check_heads(query, key, enable_gqa)
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
+    if statistics is not None:
+        check_names("statistics", statistics, STATISTICS)
     if key_groups is not None:
         check_tensor("key_groups", key_groups, shape="(M) or (B, M)")
         if key_groups.dtype != torch.int64:
@@ -207,18 +233,35 @@ def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)
+    """Tensors without elements stand for the statistics that are not asked for."""
+    *inputs, statistics, scale, is_causal, backend = args
+    query, asked = inputs[0], statistics.split()
+    found = load(BACKENDS, backend).forward(*inputs, asked, scale, is_causal)
+    return tuple(
+        [x if name in asked else query.new_empty(0, dtype=_dtype(name, query)) for name, x in zip(STATISTICS, found, strict=True)]
+    )
+
+
+def _dtype(name: str, query: Tensor) -> torch.dtype:
+    return torch.int64 if name == "argmax" else compute_dtype(query)
 
 
 def _forward_fake(
-    query: Tensor, key: Tensor, key_groups: Any, row_weight: Any, attn_mask: Any, key_mask: Any, num_groups: int, *_: Any
+    query: Tensor,
+    key: Tensor,
+    key_groups: Any,
+    row_weight: Any,
+    attn_mask: Any,
+    key_mask: Any,
+    num_groups: int,
+    statistics: str,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
-    dtype, rows = torch.promote_types(query.dtype, torch.float32), query.shape[:3]
-    entropy, maximum = (query.new_empty(rows, dtype=dtype) for _ in range(2))
-    received = query.new_empty(*rows[:2], key.shape[2], dtype=dtype)
-    argmax = query.new_empty(rows, dtype=torch.int64)
-    return query.new_empty(*rows, num_groups, dtype=dtype), entropy, maximum, argmax, received
+    rows, asked = query.shape[:3], statistics.split()
+    shapes = {"mass": (*rows, num_groups), "received": (*rows[:2], key.shape[2])}
+    return tuple(
+        query.new_empty(shapes.get(name, rows) if name in asked else (0,), dtype=_dtype(name, query)) for name in STATISTICS
+    )
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,26 +286,24 @@ def _backward_fake(
     return query.new_empty(query.shape), key.new_empty(key.shape), grad_weight
 
 
-_CONSTANTS = (
-    "Tensor? key_groups, Tensor? row_weight, Tensor? attn_mask, Tensor? key_mask, SymInt num_groups, float scale, "
-    "bool is_causal, str backend"
-)
+_TENSORS = "Tensor? key_groups, Tensor? row_weight, Tensor? attn_mask, Tensor? key_mask"
+_OPTIONS = "float scale, bool is_causal, str backend"
 _forward_op = define(
-    f"attention_statistics(Tensor query, Tensor key, {_CONSTANTS}) "
+    f"attention_statistics(Tensor query, Tensor key, {_TENSORS}, SymInt num_groups, str statistics, {_OPTIONS}) "
     "-> (Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received)",
     _forward,
     _forward_fake,
 )
 _backward_op = define(
     "attention_statistics_backward(Tensor? grad_mass, Tensor? grad_entropy, Tensor? grad_maximum, Tensor? grad_received, "
-    f"Tensor query, Tensor key, Tensor argmax, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor query, Tensor key, Tensor argmax, {_TENSORS}, SymInt num_groups, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.num_groups, ctx.scale, ctx.is_causal, ctx.backend = inputs
+    *tensors, ctx.num_groups, _, ctx.scale, ctx.is_causal, ctx.backend = inputs
     argmax = output[3]
     ctx.save_for_backward(*tensors, argmax)
     ctx.mark_non_differentiable(argmax)
@@ -288,7 +329,7 @@ def _autograd(ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _:
         ctx.is_causal,
         ctx.backend,
     )
-    return grad_q, grad_k, None, None if row_weight is None else grad_weight, *(None,) * 6
+    return grad_q, grad_k, None, None if row_weight is None else grad_weight, *(None,) * 7
 
 
 differentiable("attention_statistics", _autograd, _setup_context)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
 from vlattn_fast._tensors import autocast, resolve_scale, scaled_dot_default
 from vlattn_fast.cpu.congruence_loss import maps_shape
-from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.congruence_loss import block_inputs
 
@@ -113,7 +113,7 @@ def congruence_loss(
         return loss
     if cross is not None:
         cross = (autocast(*cross[0]), autocast(*cross[1]))
-    masks = (None, None) if chosen == "cpu" else (text_mask, image_mask)  # the CPU kernels read no padding
+    masks = (None, None) if masks_padding(chosen) else (text_mask, image_mask)
     queries, keys = block_inputs(autocast(*text), autocast(*image), cross, *masks)
     loss, _ = _forward_op(queries, keys, text_mask, image_mask, kind, direction, scale, chosen)
     if reduction == "none":

@@ -22,6 +22,7 @@ from vlattn_fast._checks import (
     check_grad_output,
     check_head_dim,
     check_heads,
+    check_lse,
     check_masks,
     check_number,
     check_tensor,
@@ -39,7 +40,7 @@ from vlattn_fast._tensors import (
     scaled_dot_default,
 )
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, load, select, table
+from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
 
@@ -144,7 +145,7 @@ def relevancy_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if chosen != "cpu":  # its kernels read no padding
+    if not masks_padding(chosen):
         key, value = mask_padding(key_mask, key, value)
     out, carrier, _ = _forward_op(
         query, key, value, carrier, *weights, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
@@ -216,11 +217,7 @@ def relevancy_step(
     )
     if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-    if lse is not None:
-        check_tensor("lse", lse, rank=3, shape="(B, H, N)")
-        check_device("lse", lse, "query", query)
-        if lse.shape != query.shape[:3] or lse.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"lse must be floating point of shape (B, H, N) = {tuple(query.shape[:3])}; got {describe(lse)}")
+    check_lse(lse, query)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     chosen = select(BACKENDS, call, backend)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
@@ -240,7 +237,7 @@ def relevancy_step(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if chosen != "cpu":  # its kernels read no padding
+    if not masks_padding(chosen):
         key, value = mask_padding(key_mask, key, value)
     return _step_op(
         relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen

@@ -37,7 +37,7 @@ from vlattn_fast._tensors import (
     rows_first,
     without_autocast,
 )
-from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.sdpa import score_attention as sdpa
@@ -174,9 +174,9 @@ def score_attention(
             enable_gqa=enable_gqa,
             return_lse=return_lse,
         )
-    if chosen != "cpu":  # its kernels read no padding
+    if not masks_padding(chosen):
         (value,) = mask_padding(key_mask, value)
-    if chosen != "cpu" or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
+    if not masks_padding(chosen) or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
         (key,) = mask_padding(key_mask, key, fill=score.masked_key)
     core = score.core(query, key)
     *features, value = autocast(core.query, core.key, core.vector, value)

@@ -22,13 +22,15 @@ def attention_map(
     rule: str = "attention",
     head_reduction: str = "mean",
     row_normalize: bool = False,
+    lse: Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The formula behind vlattn_fast.attention_map; the same arguments and shapes, without `backend`."""
+    """The formula behind vlattn_fast.attention_map; the same arguments and shapes, without `backend`. The log-sum-exp is
+    recomputed; `lse` is not read."""
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))

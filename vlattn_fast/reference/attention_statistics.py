@@ -6,6 +6,7 @@ M keys, G groups of keys; query (B, H, N, D), key (B, Hkv, M, D).
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from vlattn_fast.reference._softmax import attend
 
 
 class AttentionStatistics(NamedTuple):
-    """Statistics of A (B, H, N, M), float32 (float64 for float64 input); argmax is int64."""
+    """Statistics of A (B, H, N, M), float32 (float64 for float64 input); argmax is int64. None is what was not asked for."""
 
     mass: Tensor
     """(B, H, N, G): the attention of a query on each group of keys, sum_{j in g} A_ij."""
@@ -30,10 +31,17 @@ class AttentionStatistics(NamedTuple):
     """(B, H, M): the attention a key receives, sum_i row_weight_i A_ij."""
 
 
+def chosen_statistics(found: Iterable[Tensor], names: Collection[str]) -> AttentionStatistics:
+    """Those of `found` that are named. Most calls ask for all: to type checkers the fields are tensors."""
+    chosen = (x if name in names else None for name, x in zip(AttentionStatistics._fields, found, strict=True))
+    return AttentionStatistics(*chosen)  # type: ignore[arg-type]
+
+
 def attention_statistics(
     query: Tensor,
     key: Tensor,
     *,
+    statistics: Collection[str] | None = None,
     key_groups: Tensor | None = None,
     num_groups: int | None = None,
     row_weight: Tensor | None = None,
@@ -64,4 +72,5 @@ def attention_statistics(
     else:
         maximum, argmax = prob.sum(-1), torch.full_like(prob.sum(-1), -1, dtype=torch.int64)
     dtype = torch.promote_types(prob.dtype, torch.float32)
-    return AttentionStatistics(mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype))
+    found = mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)
+    return chosen_statistics(found, AttentionStatistics._fields if statistics is None else statistics)

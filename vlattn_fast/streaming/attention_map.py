@@ -14,6 +14,7 @@ def forward(
     key: Tensor,
     value: Tensor | None,
     grad_output: Tensor | None,
+    lse: Tensor | None,
     attn_mask: Tensor | None,
     key_mask: Tensor | None,
     rule: str,
@@ -33,5 +34,5 @@ def forward(
     abar = query.new_empty(batch, num_queries, num_keys, dtype=compute_dtype(query))
     options, core = (masks, rule, row_normalize, scale), (head_reduction, score, vector, parameter)
     for b, i in Tiling(batch, num_heads, num_queries, num_keys).rows():
-        abar[b, i] = abar_tile(query, key, value, grad_output, None, *options, b, i, *core)
+        abar[b, i] = abar_tile(query, key, value, grad_output, lse, *options, b, i, *core)
     return abar

@@ -6,7 +6,7 @@ inputs it needs argmax only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ def forward(
     attn_mask: Tensor | None,
     key_mask: Tensor | None,
     num_groups: int,
+    statistics: Collection[str],
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M)."""
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); anything for what `statistics` does not name."""
     dtype, rows = compute_dtype(query), query.shape[:3]
     mass = query.new_zeros(*rows, num_groups, dtype=dtype)
     entropy, maximum = (query.new_zeros(rows, dtype=dtype) for _ in range(2))
@@ -35,11 +36,14 @@ def forward(
     received = query.new_zeros(*rows[:2], key.shape[2], dtype=dtype)
     key = expand_heads(key, query.shape[1])
     for b, h, i, prob in _probability_tiles(query, key, Masks(attn_mask, key_mask, is_causal), scale):
-        entropy[b, h, i] = torch.special.entr(prob).sum(-1)
-        largest, where = prob.max(-1)
-        maximum[b, h, i] = largest
-        argmax[b, h, i] = where.masked_fill(largest == 0, -1)
-        received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, None, None, i] @ prob).squeeze(2)
+        if "entropy" in statistics:
+            entropy[b, h, i] = torch.special.entr(prob).sum(-1)
+        if "maximum" in statistics or "argmax" in statistics:
+            largest, where = prob.max(-1)
+            maximum[b, h, i] = largest
+            argmax[b, h, i] = where.masked_fill(largest == 0, -1)
+        if "received" in statistics:
+            received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, None, None, i] @ prob).squeeze(2)
         for g, columns in _group_columns(key_groups, num_groups, b, dtype):
             mass[b, h, i, g] = (prob.flatten(1, 2) @ columns).view(*prob.shape[:3], -1)
     return mass, entropy, maximum, argmax, received

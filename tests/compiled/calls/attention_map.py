@@ -17,12 +17,14 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{rule} fp32 577 64", lambda r=rule: run(r, torch.float32, 577, 64)
         for length in (100, 577):
             yield f"{rule} masked bf16 {length} 64", lambda r=rule, n=length: run(r, torch.bfloat16, n, 64, masked=True)
+        yield f"{rule} lse bf16 577 64", lambda r=rule: run(r, torch.bfloat16, 577, 64, lse=True)
     yield "gradient bf16 577 256", lambda: run("gradient", torch.bfloat16, 577, 256)
 
 
-def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False) -> None:
+def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False, lse: bool = False) -> None:
     """At the sizes of UNITER, LXMERT and CLIP ViT-L/14@336."""
     q, k, v, do = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
     given = (v, do) if rule == "gradient" else (None, None)
     masks = (torch.zeros(length, length), torch.ones(1, length, dtype=torch.bool)) if masked else (None, None)
-    attention_map.forward(q, k, *given, *masks, rule, "max" if masked else "mean", masked, 0.125, masked)
+    rows = torch.empty(1, 16, length) if lse else None
+    attention_map.forward(q, k, *given, rows, *masks, rule, "max" if masked else "mean", masked, 0.125, masked)

@@ -18,10 +18,12 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "backward 16 rows fp32 64", lambda: backward(FP32, 64, 16)
     yield "backward 64 rows bf16 256", lambda: backward(BF16, 256, 64)
     yield "backward masked normalized bf16 64", lambda: backward(BF16, 64, 1, masked=True, row_normalize=True)
+    yield "backward padded bf16 64", lambda: backward(BF16, 64, 1, padded=True)
     yield "backward causal grouped bf16 128", lambda: backward(BF16, 128, 1, key_heads=4, causal=True)
     for dtype, name, size in ((BF16, "bf16", 64), (BF16, "bf16", 128), (FP32, "fp32", 64)):
         yield f"step {name} {size}", lambda dtype=dtype, size=size: step(dtype, size, 1, "gradient")
     yield "step 577 rows bf16 64", lambda: step(BF16, 64, 577, "gradient")
+    yield "step 577 rows of long maps bf16 64", lambda: step(BF16, 64, 577, "gradient", 2304)  # too large to be stored
     yield "step attention bf16 64", lambda: step(BF16, 64, 1, "attention")
 
 
@@ -32,6 +34,7 @@ def backward(
     *,
     key_heads: int = 16,
     masked: bool = False,
+    padded: bool = False,
     causal: bool = False,
     row_normalize: bool = False,
 ) -> None:
@@ -39,12 +42,13 @@ def backward(
     query = torch.empty(1, 16, 577, size, dtype=dtype)
     key = torch.empty(1, key_heads, 577, size, dtype=dtype)
     carrier, lse = torch.empty(1, rows, 577), torch.empty(1, 16, 577)
-    masks = (torch.zeros(577, 577), torch.ones(1, 577, dtype=torch.bool)) if masked else (None, None)
+    real = torch.ones(1, 577, dtype=torch.bool)
+    masks = (torch.zeros(577, 577) if masked else None, real if masked or padded else None)
     options = ("gradient", row_normalize, 0.125, masked or causal, True)
     relevancy_attention.backward(query, carrier, query, key, key, query, lse, None, None, *masks, *options)
 
 
-def step(dtype: torch.dtype, size: int, rows: int, rule: str) -> None:
+def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577) -> None:
     """Without an lse: with the kernel that recomputes it."""
-    query = torch.empty(1, 16, 577, size, dtype=dtype)
-    relevancy_attention.step(torch.empty(1, rows, 577), query, query, query, query, None, None, None, rule, True, 0.125, False)
+    query = torch.empty(1, 16, length, size, dtype=dtype)
+    relevancy_attention.step(torch.empty(1, rows, length), query, query, query, query, None, None, None, rule, True, 0.125, False)

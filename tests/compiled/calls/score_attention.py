@@ -1,4 +1,4 @@
-"""Calls of score_attention to compile: every core score, every dtype, head sizes 64 and 128, masks and dropout together."""
+"""Calls of score_attention to compile: every core score, every dtype, head sizes 64, 72 and 128, masks and dropout together."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ KINDS = ("dot", "cosine", "dot_relu", "dot_tanh", "dot_sigmoid", "additive", "ha
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for kind in KINDS:
         yield f"{kind} bf16 64", lambda kind=kind: run(kind, torch.bfloat16, 64)
+    yield "dot padded bf16 64", lambda: run("dot", torch.bfloat16, 64, padded=True)
+    yield "dot bf16 72", lambda: run("dot", torch.bfloat16, 72)  # SigLIP-so400m's heads
     for kind in ("dot", "additive"):
         yield f"{kind} bf16 128", lambda kind=kind: run(kind, torch.bfloat16, 128)
         yield f"{kind} fp32 64", lambda kind=kind: run(kind, torch.float32, 64)
         yield f"{kind} masked fp16 64", lambda kind=kind: run(kind, torch.float16, 64, masked=True)
 
 
-def run(kind: str, dtype: torch.dtype, size: int, masked: bool = False) -> None:
+def run(kind: str, dtype: torch.dtype, size: int, masked: bool = False, padded: bool = False) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
     q, k, v = (torch.empty(1, 16, 577, size, dtype=dtype) for _ in range(3))
     vector = torch.empty(16, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
     masks = (torch.zeros(577, 577), torch.ones(1, 577, dtype=torch.bool), torch.zeros((), dtype=torch.int64))
-    absent = masks if masked else (None, None, None)
+    absent = masks if masked else (None, masks[1] if padded else None, None)
     options = (kind, 0.5, 0.125, 0.1 if masked else 0.0, masked)
     out, lse = score_attention.forward(q, k, v, vector, *absent, *options)
     score_attention.backward(out, None, q, k, v, out, lse, vector, *absent, *options)

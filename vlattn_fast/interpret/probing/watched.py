@@ -130,7 +130,8 @@ class Watched:
             return
         device = call.query.device
         groups = layout.groups(self.special).to(device)
-        mass = attention_statistics(call.query, call.key, key_groups=groups, num_groups=3, **masks).mass  # (B, H, N, 3)
+        fixed = {"statistics": ("mass",), **masks}
+        mass = attention_statistics(call.query, call.key, key_groups=groups, num_groups=3, **fixed).mass  # (B, H, N, 3)
         rows = torch.arange(shape[0], device=device)
         stream.mass.append(mass[rows, :, layout.row.to(device)].double().cpu())
         from_image = (groups == IMAGE)[:, None]  # (B, 1, N)
@@ -168,7 +169,7 @@ def one_way(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]
 
     A group of keys that is one key has its weight as mass: so single weights are read, and no map.
     """
-    masks = checked(call)
+    fixed = {"statistics": ("mass",), **checked(call)}
     batch, heads = call.query.shape[:2]
     keys = [sorted({token for _, part in row for token in part}) for row in sets]
     queries = [sorted({token for part, _ in row for token in part}) for row in sets]
@@ -181,7 +182,7 @@ def one_way(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]
             groups[row, some] = torch.arange(len(some))
         device = call.query.device
         count = max(map(len, chosen))
-        mass = attention_statistics(call.query, call.key, key_groups=groups.to(device), num_groups=count, **masks).mass
+        mass = attention_statistics(call.query, call.key, key_groups=groups.to(device), num_groups=count, **fixed).mass
         for row, some in enumerate(chosen):
             weights[row][:, :, start : start + len(some)] = mass[row][:, queries[row], : len(some)].double().cpu()
     found = []

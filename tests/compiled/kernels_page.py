@@ -1,0 +1,267 @@
+"""docs/kernels.md, from the stored table of the Triton kernels: `python -m tests.compiled.kernels_page` writes it and its counts.
+
+The time of a kernel is predicted as the largest of four: instructions over issue slots, those of the special function unit,
+matrix products, and bytes. Counted are the loops over tiles; what lies outside of them is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.compiled.table import Row, read
+from tests.compiled.triton import TABLE
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "kernels.md"
+COUNTS = ROOT / "benchmarks" / "results" / "machine_code.json"  # of these kernels, before they were worked on and as they are
+
+# an H200: matrix products of bfloat16 and copies as they were measured on one, the rest from its clock of 1.83 GHz and 132 SMs
+PRODUCTS, BYTES = 790e12, 4.3e12
+CLOCKS = 132 * 1.83e9
+ISSUE, SPECIAL = 128 * CLOCKS, 16 * CLOCKS  # instructions of threads a second
+UNITS_A_TURN = 4  # hidden units in a turn of the loop of `_sum_pairs`
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    batch: int
+    heads: int
+    tokens: int
+    size: int
+    causal: bool = False
+
+    @property
+    def pairs(self) -> float:
+        return self.batch * self.heads * self.tokens**2 / (2 if self.causal else 1)
+
+    def padded_pairs(self, rows: int, keys: int) -> int:
+        """Pairs of the tiles that hold any."""
+        blocks = range(-(-self.tokens // rows))
+        ends = [min(self.tokens, (i + 1) * rows) if self.causal else self.tokens for i in blocks]
+        return self.batch * self.heads * sum(rows * keys * -(-end // keys) for end in ends)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of (B, H, N, D) in bfloat16."""
+        return 2 * self.batch * self.heads * self.tokens * self.size
+
+
+CLIP = Workload("CLIP ViT-L/14@336, batch of 64", 64, 16, 577, 64)
+LLAVA = Workload("LLaVA-7B, batch of 4", 4, 32, 704, 128, causal=True)
+HIGHRES = Workload("16,384 tokens, 32 heads of 128", 1, 32, 16384, 128, causal=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pass of an operator.
+
+    call: as in tests/compiled/calls/. kernels: the name of each and its matrix products over pairs. products, tensors, special:
+    of the floor: matrix products over pairs, tensors of B H N D read or written, special functions a pair.
+    """
+
+    what: str
+    workload: Workload
+    call: str
+    kernels: dict[str, int]
+    products: int
+    tensors: int
+    special: float = 1
+
+
+FORWARD, BACKWARD = {"_forward_kernel": 2}, {"_backward_q_kernel": 3, "_backward_kv_kernel": 4}
+
+
+def _scores() -> list[Entry]:
+    entries = []
+    for kind, special in (("dot", 1), ("cosine", 1), ("dot_relu", 1), ("dot_tanh", 2), ("dot_sigmoid", 2)):
+        call = f"score_attention {kind} bf16 64"
+        entries.append(Entry(f"score_attention, {kind}, forward", CLIP, call, FORWARD, 2, 4, special))
+        entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, BACKWARD, 5, 8, special))
+    # two hidden units share a reciprocal; Hadamard's take an exponential each as well
+    for kind, special in (("additive", 32.0), ("hadamard_tanh", 96.0)):
+        call = f"score_attention {kind} bf16 64"
+        entries.append(Entry(f"score_attention, {kind}, forward", CLIP, call, {"_forward_kernel": 1}, 1, 4, special))
+        kernels = {"_backward_q_kernel": 1, "_backward_kv_kernel": 2}
+        entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, kernels, 2, 8, 64.0))
+    for workload in (LLAVA, HIGHRES):
+        call = "score_attention dot bf16 128"
+        entries.append(Entry("score_attention, dot, forward", workload, call, FORWARD, 2, 4))
+        entries.append(Entry("score_attention, dot, backward", workload, call, BACKWARD, 5, 8))
+    return entries
+
+
+ENTRIES = [
+    *_scores(),
+    Entry("relevancy_attention, backward", CLIP, "relevancy_attention backward bf16 64", BACKWARD, 5, 8),
+    Entry("relevancy_attention, backward", LLAVA, "relevancy_attention backward bf16 128", BACKWARD, 5, 8),
+    Entry("relevancy_attention, backward", HIGHRES, "relevancy_attention backward bf16 128", BACKWARD, 5, 8),
+    Entry("relevancy_step, lse given", CLIP, "relevancy_attention step bf16 64", {"_backward_kv_kernel": 2}, 2, 4),
+    Entry("attention_map, attention", CLIP, "attention_map attention bf16 577 64", {"_rows_kernel": 1, "_map_kernel": 1}, 1, 2),
+    Entry("attention_map, gradient", CLIP, "attention_map gradient bf16 577 64", {"_rows_kernel": 1, "_map_kernel": 2}, 2, 4),
+    Entry(
+        "attention_statistics, 2 groups, forward",
+        CLIP,
+        "attention_statistics 2 groups bf16 64",
+        {"_rows_kernel": 1, "_received_kernel": 1},
+        1,
+        2,
+    ),
+    Entry(
+        "attention_statistics, 2 groups, backward",
+        CLIP,
+        "attention_statistics 2 groups bf16 64",
+        {"_backward_q_kernel": 3, "_backward_kv_kernel": 2},
+        3,
+        4,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of the loops over tiles, by what they wait for."""
+
+    issue: float
+    special: float
+    products: float
+    memory: float
+
+    @property
+    def longest(self) -> float:
+        return max(self.issue, self.special, self.products, self.memory)
+
+
+def per_pair(kernel: str, row: Row, size: int) -> tuple[float, float]:
+    """Instructions of all threads for each pair of a query and a key, and those of the special function unit among them."""
+    rows, keys = map(int, row["tile"].split("x"))
+    threads = 32 * row["warps"]
+    if row["per_pair"] is not None:
+        # a pass over the tiles for each number of matrix instructions, and of its loops that of whole tiles
+        counts = {loop[1] for loop in row["loops"]} - {0}
+        turns = [(min(loop for loop in row["loops"] if loop[1] == count), threads / (rows * keys)) for count in counts]
+    else:
+        # sums over hidden units: the shortest loop sums the scores; in a backward pass the last one takes a row of the other side
+        loops = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
+        turns = []
+        if "backward" in kernel:
+            turns.append((loops.pop(), threads / (keys if "_kv_" in kernel else rows)))
+        turns.append((min(loops), threads / (rows * keys) * size / UNITS_A_TURN))
+    issue, special = (sum(loop[k] * factor for loop, factor in turns) for k in (0, 2))
+    return issue, special
+
+
+def times_of(entry: Entry, rows: dict[str, Row]) -> Times:
+    """Of all kernels of the pass, one after another."""
+    work, total = entry.workload, Times(0.0, 0.0, 0.0, 0.0)
+    for kernel, products in entry.kernels.items():
+        row = rows[f"{entry.call} {kernel} sm_90"]
+        pairs = work.padded_pairs(*map(int, row["tile"].split("x")))
+        issue, special = per_pair(kernel, row, work.size)
+        one = Times(issue * pairs / ISSUE, special * pairs / SPECIAL, 2 * products * work.size * pairs / PRODUCTS, 0.0)
+        total = Times(total.issue + one.issue, total.special + one.special, total.products + one.products, 0.0)
+    return Times(*(1e6 * x for x in (total.issue, total.special, total.products, entry.tensors * work.tensor_bytes / BYTES)))
+
+
+def floor_of(entry: Entry) -> float:
+    """The least time that the machine's rates allow, in microseconds."""
+    work = entry.workload
+    products = 2 * entry.products * work.size * work.pairs / PRODUCTS
+    return 1e6 * max(products, entry.special * work.pairs / SPECIAL, entry.tensors * work.tensor_bytes / BYTES)
+
+
+def goal_of(entry: Entry) -> float:
+    """How many times the floor a pass may take."""
+    return 1.6 if "backward" in entry.what else 1.4
+
+
+HEAD = """# Triton kernels, predicted
+
+Nothing on this page was measured on a GPU. It is **predicted from machine code**: Triton {version} compiles each kernel for
+sm_90, and the instructions of its loops over tiles are counted. Each time below is what one part of an H200 would need for them
+alone:
+
+- *issue*: all instructions, at 128 a clock and SM;
+- *special*: exponentials, reciprocals and tanh, at 16 a clock and SM;
+- *products*: matrix products, padding of tiles included, at 790 TFLOP/s;
+- *memory*: every tensor read or written once, at 4.3 TB/s.
+
+*predicted* is the largest of the four, and a bound: waiting for anything else is not in it, nor what lies outside of the loops.
+*floor* is the largest of special, products and memory for the least work that the pass needs. The goal is 1.4 times the floor for
+a forward pass and 1.6 times for a backward pass; passes beyond it are marked with !.
+
+`congruence_loss` and `stacked_cross_attention` are not here: their loops are a few turns long, and most of their work lies
+outside. The counts of all kernels are in `tests/compiled/triton.json`.
+
+"""
+
+BEFORE = """Before: commit {commit}. The rows are in `benchmarks/results/machine_code.json`.
+"""
+
+
+def newest() -> tuple[str, dict[str, Row]]:
+    """The newest stored version of Triton, and its rows."""
+    table = read(TABLE)
+    version = max(table, key=lambda name: [int(part) for part in name.split(".")])
+    return version, table[version]
+
+
+def counts() -> dict[str, Any]:
+    """What COUNTS holds, with the present counts as those after."""
+    stored: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8"))
+    version, table = newest()
+    keys = sorted({f"{entry.call} {kernel} sm_90" for entry in ENTRIES for kernel in entry.kernels})
+    return {**stored, "triton": version, "after": {key: table[key] for key in keys}}
+
+
+def _changes() -> list[str]:
+    lines = [
+        "| kernel | instructions a pair | registers | spilled bytes | warps, each computing |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    found = counts()
+    sizes = {f"{entry.call} {kernel} sm_90": (kernel, entry.workload.size) for entry in ENTRIES for kernel in entry.kernels}
+    for key, after in found["after"].items():
+        before = found["before"][key]
+        pairs = [f"{per_pair(sizes[key][0], row, sizes[key][1])[0]:.1f}" for row in (before, after)]
+        warps = [f"{row['warps']}, {'a part' if row['repeated'] == 1 else 'all of it'}" for row in (before, after)]
+        cells = (pairs, *([str(row[name]) for row in (before, after)] for name in ("registers", "spills")), warps)
+        changes = (one if one == two else f"{one} → {two}" for one, two in cells)
+        lines.append(f"| `{key.removesuffix(' sm_90')}` | {' | '.join(changes)} |")
+    return lines
+
+
+def page() -> str:
+    version, table = newest()
+    lines = [HEAD.format(version=version).rstrip("\n"), ""]
+    for workload in dict.fromkeys(entry.workload for entry in ENTRIES):
+        causal = ", causal" if workload.causal else ""
+        lines += [
+            f"## {workload.name}",
+            "",
+            f"{workload.heads} heads of {workload.size}, {workload.tokens:,} tokens{causal}, bfloat16.",
+            "",
+        ]
+        lines += ["| µs | issue | special | products | memory | predicted | floor | of floor |", f"| --- |{' ---: |' * 7}"]
+        for entry in ENTRIES:
+            if entry.workload == workload:
+                times, floor = times_of(entry, table), floor_of(entry)
+                ratio = times.longest / floor
+                cells = (times.issue, times.special, times.products, times.memory, times.longest, floor)
+                beyond = " !" if ratio > goal_of(entry) else ""
+                lines.append(f"| {entry.what} | {' | '.join(f'{x:,.0f}' for x in cells)} | {ratio:.2f}{beyond} |")
+        lines.append("")
+    lines += ["## Before and after", "", BEFORE.format(commit=counts()["commit_before"]).rstrip("\n"), "", *_changes(), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    COUNTS.write_text(json.dumps(counts(), indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
