@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#else
+#ifdef VLATTN_HOST
 #include "host/emulation.h"
+#else
+#include <cuda_runtime.h>
 #endif
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -31,9 +31,9 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-#if defined(__CUDACC__)
+const char* error_string(cudaError_t status);
 
-inline const char* error_string(cudaError_t status) { return cudaGetErrorString(status); }
+#ifndef VLATTN_HOST
 
 // The block's dynamic shared memory.
 __device__ __forceinline__ void* shared_memory() {
@@ -74,8 +74,6 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
 }
 
 #else
-
-inline const char* error_string(cudaError_t status) { return emulation::error_string(status); }
 
 inline void* shared_memory() { return emulation::shared_memory(); }
 inline float fast_exp2(float x) { return exp2f(x); }
