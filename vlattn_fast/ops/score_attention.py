@@ -36,7 +36,7 @@ from vlattn_fast._tensors import (
     rows_first,
     without_autocast,
 )
-from vlattn_fast.ops._dispatch import Call, load, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, capability, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.sdpa import score_attention as sdpa
@@ -272,6 +272,7 @@ def describe_call(
             "positive_scale": scale > 0.0,
             "varying_scale": varying_scale,
         },
+        capability(query.device),
     )
 
 
