@@ -1,8 +1,9 @@
 """What pyproject.toml cannot express: where packages lie, and the two libraries of C++ kernels, each built where it can be.
 
-CPU: where a C++ compiler is found, without torch. CUDA: where nvcc, a C++ compiler and a torch for CUDA are found. Elsewhere the
-install goes on without. VLATTN_CPU=1 (VLATTN_CUDA=1) builds the library or fails, =0 leaves it out. CMakeLists.txt alone says how
-they are built. What was built, or why nothing was, is written beside it: `vlattn info` reads that (vlattn_fast/_native.py).
+Neither needs torch. CPU: where a C++ compiler is found. CUDA: where nvcc and a C++ compiler are found, and no torch that is not
+for CUDA. Elsewhere the install goes on without. VLATTN_CPU=1 (VLATTN_CUDA=1) builds the library or fails, =0 leaves it out.
+CMakeLists.txt alone says how they are built. What was built, or why nothing was, is written beside it: `vlattn info` reads that
+(vlattn_fast/_native.py).
 """
 
 from __future__ import annotations
@@ -156,16 +157,11 @@ def nvcc_version() -> str:
     return found[1] if (found := re.search(r"release ([\d.]+)", said)) else "of unknown version"
 
 
-def torch_folder() -> Path | None:
+def torch_without_cuda() -> bool:
+    """Whether there is a torch here, and it is not built for CUDA: the kernels need none, but would have nothing to run on."""
     folders = (Path(place).absolute() / "torch" for place in [*sys.path, *SITE])
-    return next((folder for folder in folders if (folder / "version.py").is_file()), None)
-
-
-def torch_version(folder: Path) -> tuple[str, bool]:
-    """The version, and whether it is built for CUDA."""
-    text = (folder / "version.py").read_text()
-    found = re.search(r"^__version__ = ['\"](.+)['\"]", text, re.M)
-    return found[1] if found else "of unknown version", re.search(r"^cuda\b.*= ['\"]", text, re.M) is not None
+    version = next((folder / "version.py" for folder in folders if (folder / "version.py").is_file()), None)
+    return version is not None and re.search(r"^cuda\b.*= ['\"]", version.read_text(), re.M) is None
 
 
 def older(version: str, than: tuple[int, int]) -> bool:
@@ -179,21 +175,15 @@ def cuda_obstacle(asked: str) -> str | None:
         return reason
     if older(nvcc_version(), (12, 8)):
         return f"nvcc {nvcc_version()} was found, and sm_100 needs 12.8 or newer"
-    if (folder := torch_folder()) is None:
-        return "torch was not found (install it first, then vlattn_fast again)"
-    version, for_cuda = torch_version(folder)
-    if older(version, (2, 11)):
-        return f"torch {version} was found, and 2.11 or newer is needed"
-    return None if for_cuda or asked == "1" else "this torch is not built for CUDA; VLATTN_CUDA=1 builds anyway"
+    return "this torch is not built for CUDA; VLATTN_CUDA=1 builds anyway" if asked != "1" and torch_without_cuda() else None
 
 
 def cuda_facts(folder: Path) -> dict[str, object]:
-    torch = torch_version(torch_folder())[0]
-    return {"targets": cached(folder, "VLATTN_TARGETS").split(";"), "nvcc": nvcc_version(), "torch": torch}
+    return {"targets": cached(folder, "VLATTN_TARGETS").split(";"), "nvcc": nvcc_version()}
 
 
 CPU = Kernels("cpu", "CPU C++", cpu_obstacle, lambda: ["-DVLATTN_CPU=ON"], cpu_facts, ROOT / "build" / "install")
-CUDA = Kernels("cuda", "CUDA C++", cuda_obstacle, lambda: [f"-DVLATTN_TORCH={torch_folder()}"], cuda_facts)
+CUDA = Kernels("cuda", "CUDA C++", cuda_obstacle, list, cuda_facts)
 BOTH = (CPU, CUDA)
 
 

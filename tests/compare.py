@@ -158,7 +158,7 @@ class _KernelsOnTheCpu:
         else:
             self._watch(GridExecutor, "__call__")
         if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
-            self._watch(_shared_library, "_load")  # each call of a kernel asks for the library
+            self._watch(_shared_library, "_function")  # each call of a kernel asks for the library
         return self
 
     def _watch(self, owner: Any, name: str) -> None:

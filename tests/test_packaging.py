@@ -219,10 +219,9 @@ def test_the_library_is_built_into_the_wheel(asked, tmp_path):
     assert tags.startswith("py3-none-linux_")  # neither Python's version nor torch's
     assert library == "the library"
     assert record.pop("seconds") < 60
-    assert record == {"targets": ["80-real", "100-virtual"], "nvcc": "13.0", "torch": "2.13.0+cu130"}
+    assert record == {"targets": ["80-real", "100-virtual"], "nvcc": "13.0"}
     assert not any(name.startswith(("csrc", "CMake")) for name in names)
-    configured, built = (tmp_path / "machine" / "bin" / "cmake.log").read_text().splitlines()
-    assert f"-DVLATTN_TORCH={tmp_path / 'machine' / 'torch'}" in configured.split()
+    _, built = (tmp_path / "machine" / "bin" / "cmake.log").read_text().splitlines()
     assert built.endswith(f"--parallel {os.cpu_count()}")
 
 
@@ -300,7 +299,7 @@ def test_the_source_distribution_can_build_it(tmp_path):
     with tarfile.open(made) as archive:
         found = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert {"CMakeLists.txt", "csrc/cuda/binding.cpp", *wanted} <= found
+    assert {"CMakeLists.txt", "csrc/cuda/device.h", *wanted} <= found
     assert not {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD} & found
 
 
@@ -329,8 +328,6 @@ def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
         ("1", {"nvcc": "release 12.6, V12.6.20"}, "nvcc 12.6 was found, and sm_100 needs 12.8 or newer"),
         ("", {"nvcc": "release 12.8, V12.8.61"}, None),
         ("", {"nvcc": "Segmentation fault"}, "nvcc of unknown version was found, and sm_100 needs 12.8 or newer"),
-        ("1", {"version": "2.9.1+cu130"}, "torch 2.9.1+cu130 was found, and 2.11 or newer is needed"),
-        ("", {"version": "2.11.0a0+git0"}, None),
         ("", {"cuda": "None"}, "this torch is not built for CUDA; VLATTN_CUDA=1 builds anyway"),
         ("1", {"cuda": "None"}, None),
     ],
@@ -360,14 +357,11 @@ def test_what_stands_in_the_way_of_the_cpu(asked, tools, compiler, reason, tmp_p
 
 
 def test_torch_is_found_where_it_cannot_be_imported(tmp_path, monkeypatch):
-    """pip's build isolation takes the environment from sys.path; without any torch the install goes on."""
-    environment = machine(tmp_path / "machine")
+    """pip's build isolation takes the environment from sys.path; without any torch the kernels are built."""
+    environment = machine(tmp_path / "machine", cuda="None")
     setup = setup_module_of(environment, monkeypatch)
-    assert setup.torch_folder() == tmp_path / "machine" / "torch"
+    assert setup.torch_without_cuda()
     (tmp_path / "machine" / "torch" / "version.py").unlink()
-    assert setup.cuda_obstacle("") == "torch was not found (install it first, then vlattn_fast again)"
-    monkeypatch.undo()
-    setup = setup_module_of(environment, monkeypatch)
+    assert not setup.torch_without_cuda() and setup.cuda_obstacle("") is None
     monkeypatch.setattr(setup, "SITE", [str(Path(torch.__file__).parents[1])])
-    assert setup.torch_folder() == Path(torch.__file__).parent
-    assert setup.torch_version(setup.torch_folder()) == (torch.__version__, torch.version.cuda is not None)
+    assert setup.torch_without_cuda() == (torch.version.cuda is None)

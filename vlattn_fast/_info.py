@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, select
+from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, capability, select
 
 PACKAGES = ("torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -69,11 +69,12 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
     from vlattn_fast.verify import OPERATORS, backends_of, cases, facts_of
 
     everything = cases()
+    here = capability(torch.device(device_type)) if device_type == "cuda" else None
     rows = [[title, *(name for name in BACKEND_NAMES if name != "auto"), "auto"]]
     for operator in OPERATORS:
         calls = {
             (dtype, case.name): facts_of(operator, case.arguments(case.in_dtype(torch.float32)))._replace(
-                dtype=getattr(torch, dtype), device_type=device_type
+                dtype=getattr(torch, dtype), device_type=device_type, capability=here
             )
             for case in everything
             if case.operator == operator

@@ -1,8 +1,8 @@
-"""The library of the CPU's C++ kernels (csrc/cpu/): where it lies, which instruction set runs, and how a kernel is called.
+"""Libraries of C++ kernels, and that of the CPU (csrc/cpu/): where it lies, which instruction set runs, how a kernel is called.
 
-A call is one packed struct of pointers, strides, sizes and numbers, each of 8 bytes, through ctypes, which releases the GIL.
-Refusals look only at whether the file exists; it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than the
-installed one, VLATTN_CPU_ISA one of the instruction sets: v4, v3 or baseline.
+A call is one packed struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL; for the CPU each has 8
+bytes. Refusals look only at whether the file exists; it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than
+the installed one, VLATTN_CPU_ISA one of the instruction sets: v4, v3 or baseline. The library for GPUs: cuda/_shared_library.py.
 """
 
 from __future__ import annotations
@@ -21,18 +21,39 @@ import torch
 from torch import Tensor
 
 INSTALLED = Path(__file__).parent / "cpu" / "libvlattn_cpu.so"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # Dtype of csrc/cpu/rows.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # in csrc/cpu/rows.h and csrc/cuda/device.h
 
 
 class Library(NamedTuple):
-    """A file and whether it is there. torch.compile traces what asks, and cannot look at a disk."""
+    """A file of kernels and what refusals need to know of it. torch.compile traces what asks, and cannot look at a disk."""
 
     path: Path
     exists: bool
+    title: str
+    device_type: str  # what its kernels run on
+
+    @classmethod
+    def find(cls, path: Path, title: str, device_type: str) -> Library:
+        return cls(path.absolute(), path.is_file(), title, device_type)
+
+    @functools.cache  # noqa: B019  there are two
+    def load(self) -> ctypes.CDLL:
+        try:
+            return ctypes.CDLL(str(self.path))
+        except OSError as error:
+            raise RuntimeError(f"the {self.title} kernels cannot be loaded (install vlattn_fast again): {error}") from error
+
+    def function(self, name: str, result: Any, *arguments: Any) -> Any:
+        """The C function `name`, with the types of its result and arguments."""
+        function = getattr(self.load(), name, None)
+        if function is None:
+            raise RuntimeError(f"{self.path} has no {name}: it does not fit this vlattn_fast; install it again")
+        function.restype, function.argtypes = result, arguments
+        return function
 
 
 def find(path: Path) -> Library:
-    return Library(path.absolute(), path.is_file())
+    return Library.find(path, "CPU", "cpu")
 
 
 library = find(Path(os.environ.get("VLATTN_CPU_LIBRARY") or INSTALLED))
@@ -67,10 +88,7 @@ def _library() -> ctypes.CDLL:
     # libtorch is loaded already; the functions of its C interface exist since torch 2.10
     suffix = "dylib" if sys.platform == "darwin" else "so"
     libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
-    try:
-        loaded = ctypes.CDLL(str(library.path))
-    except OSError as error:
-        raise RuntimeError(f"the CPU kernels cannot be loaded (install vlattn_fast again): {error}") from error
+    loaded = library.load()
     loaded.vlattn_set_threads(libtorch.torch_parallel_for, libtorch.torch_get_num_threads)
     loaded.vlattn_instruction_sets.restype = ctypes.c_char_p
     return loaded
@@ -97,11 +115,8 @@ def kernel(name: str, fields: str) -> Callable[..., None]:
 
     @functools.cache
     def function() -> Any:
-        found = getattr(_library(), f"vlattn_{instruction_set()}_{name}", None)
-        if found is None:
-            raise RuntimeError(f"{library.path} has no {name}: it does not fit this vlattn_fast; install it again")
-        found.argtypes, found.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int64
-        return found
+        symbol = f"vlattn_{instruction_set()}_{name}"
+        return library.function(symbol, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
 
     def run(*values: Any) -> None:
         code = function()(pack(*values), size)
@@ -118,7 +133,7 @@ def pointer(x: Tensor | None) -> int:
 
 
 def rows(x: Tensor | None) -> tuple[int, int, int, int]:
-    """Rows of csrc/cpu/rows.h: a tensor (B, H, N, *) with a last stride of 1, or none."""
+    """Rows of csrc/cpu/rows.h and csrc/cuda/attention.h: a tensor (B, H, N, *) with a last stride of 1, or none."""
     if x is None:
         return 0, 0, 0, 0
     b, h, n, _ = x.stride()

@@ -1,4 +1,4 @@
-// What the attention kernels share: the layout of tensors and masks.
+// What the attention kernels share: the layout of tensors and masks. vlattn_fast/cuda/_shared_library.py packs them.
 #pragma once
 
 #include "device.h"
@@ -29,7 +29,7 @@ struct Masks {
     int64_t num_keys;
 
     // The base-2 logit with the masks applied: -inf where query i does not see key j. Only -inf in a float mask masks a pair; a
-    // finite value is data, however large.
+    // finite value is data, however large, and NaN stays NaN.
     __device__ __forceinline__ float apply(float log2_logit, int64_t b, int64_t h, int64_t i, int64_t j) const {
         const float masked = -INFINITY;
         if (causal && j > i) return masked;
@@ -42,14 +42,15 @@ struct Masks {
         // a value may be finite in base e and not in base 2: it is clamped to the largest number
         log2_logit += added * LOG2_E;
         if (log2_logit < -LARGEST_LOGIT) return -LARGEST_LOGIT;
-        return added > 2.35e38f && added < INFINITY ? LARGEST_LOGIT : log2_logit;
+        return added > 2.35e38f && added < INFINITY && log2_logit == log2_logit ? LARGEST_LOGIT : log2_logit;
     }
 };
 
-// The natural log-sum-exp from a row's largest base-2 logit and the sum of the powers less it; -inf for a fully masked row.
+// The natural log-sum-exp from a row's largest base-2 logit and the sum of the powers less it; -inf for a fully masked row. A NaN
+// among the logits is in the sum alone: fmaxf drops it.
 __device__ __forceinline__ float natural_lse(float top, float total) {
     if (total == 0.0f) return -INFINITY;
-    return fabsf(top) >= LARGEST_LOGIT ? top : (top + log2f(total)) * LN_2;
+    return fabsf(top) >= LARGEST_LOGIT && total == total ? top : (top + log2f(total)) * LN_2;
 }
 
 // Whether rounding a natural log-sum-exp shows in exp(logit - lse), because it is so far from 0. Float masks of -1e5 or of the

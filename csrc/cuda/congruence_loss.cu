@@ -53,15 +53,16 @@ struct Sample {
     float* const maps;  // (regions,S,S), S = L + V: the blocks LL, LV over VL, VV
     bool counts;  // false for a sample without text or without image tokens: it has no loss
 
-    enum Region { MAP, TARGET, LOG, BY_MAP, BY_LOG };  // LOG and BY_LOG are there for iais_singular alone
+    // call.regions of them; LOG and BY_LOG are there for iais_singular alone
+    enum Region { MAP, TARGET, LOG, BY_MAP, BY_LOG };
 
-    __device__ Sample(const Congruence& call, int regions)
+    __device__ explicit Sample(const Congruence& call)
         : call(call),
           b(blockIdx.x),
           shared(*static_cast<Shared*>(shared_memory())),
           tile(reinterpret_cast<T*>(static_cast<char*>(shared_memory()) + SHARED_BYTES)),
           factor(fmaxf(fabsf(call.scale) * LOG2_E, TINY)),
-          maps(call.workspace + b * regions * (call.L + call.V) * (call.L + call.V)) {
+          maps(call.maps + b * call.regions * (call.L + call.V) * (call.L + call.V)) {
         for (int a = 0; a < 2; ++a) {
             const uint8_t* mask = a == 0 ? call.text_mask : call.image_mask;
             for (int i = threadIdx.x; i < TOKENS; i += blockDim.x)
@@ -435,16 +436,11 @@ struct Sample {
     }
 };
 
-int num_regions(const Congruence& call, bool backward) {
-    const bool singular = call.kind == Congruence::IAIS_SINGULAR;
-    return backward ? (singular ? 5 : 3) : (singular ? 3 : 2);
-}
-
 // Forward or `backward`: one kernel, since both begin alike and the maps take the most registers.
 template <class T, int K>
 __global__ void __launch_bounds__(TOKENS / STRIP * WARP)
-    congruence_loss_kernel(const __grid_constant__ Congruence call, int regions, bool backward) {
-    Sample<T, K> sample(call, regions);
+    congruence_loss_kernel(const __grid_constant__ Congruence call, bool backward) {
+    Sample<T, K> sample(call);
     const bool singular = call.kind == Congruence::IAIS_SINGULAR, cross = call.kind == Congruence::IAIS_DISTRIBUTED;
     auto needed = [&](int a) { return a == 0 ? call.text : call.image; };
     float loss = 0.0f;
@@ -495,24 +491,23 @@ template <class T, int K>
 cudaError_t run(const Congruence& call, bool backward, cudaStream_t stream) {
     const int rows = std::max(round_up(static_cast<int>(std::max(call.L, call.V)), STRIP), STRIP);
     const size_t shared = SHARED_BYTES + std::max(tile_bytes<T, K>(rows), PRODUCT_BYTES);
-    const int threads = rows / STRIP * WARP, regions = num_regions(call, backward);
-    return launch(congruence_loss_kernel<T, K>, call.B, threads, shared, stream, call, regions, backward);
+    const int threads = rows / STRIP * WARP;
+    return launch(congruence_loss_kernel<T, K>, call.B, threads, shared, stream, call, backward);
 }
 
 cudaError_t run(const Congruence& call, bool backward, cudaStream_t stream) {
-    if (std::max(call.L, call.V) > TOKENS || call.D > 128) return cudaErrorInvalidConfiguration;
+    if (std::max(call.L, call.V) > TOKENS || call.D > 128) return cudaErrorInvalidValue;
     return with_type(call.dtype, [&](auto x) {
         using T = decltype(x);
         return call.D <= 64 ? run<T, 64>(call, backward, stream) : run<T, 128>(call, backward, stream);
     });
 }
 
-}  // namespace
-
-int64_t congruence_loss_workspace(const Congruence& call, bool backward) {
-    return call.B * num_regions(call, backward) * (call.L + call.V) * (call.L + call.V);
-}
-cudaError_t congruence_loss_forward(const Congruence& call, cudaStream_t stream) { return run(call, false, stream); }
+cudaError_t congruence_loss(const Congruence& call, cudaStream_t stream) { return run(call, false, stream); }
 cudaError_t congruence_loss_backward(const Congruence& call, cudaStream_t stream) { return run(call, true, stream); }
 
+}  // namespace
 }  // namespace vlattn
+
+OPERATOR(congruence_loss, Congruence)
+OPERATOR(congruence_loss_backward, Congruence)

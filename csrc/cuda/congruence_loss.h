@@ -1,4 +1,4 @@
-// congruence_loss of each sample, and its gradients.
+// congruence_loss of each sample, and its gradients. Packed by vlattn_fast/cuda/congruence_loss.py.
 #pragma once
 
 #include "attention.h"
@@ -6,12 +6,12 @@
 namespace vlattn {
 
 struct Congruence {
-    enum Kind { CACR, IAIS_SINGULAR, IAIS_DISTRIBUTED };
+    enum Kind : int32_t { CACR, IAIS_SINGULAR, IAIS_DISTRIBUTED };
     DType dtype;
-    Kind kind;
-    bool text, image;  // the directions
     int64_t B, H, L, V;
-    int D;
+    int D, regions;  // regions: of Sample::Region, those that this kind and pass keep
+    Kind kind;
+    bool text, image;                   // the directions
     Rows query[4], key[4];              // of the blocks LL, LV, VL, VV: (B,H,L or V,D)
     const uint8_t *text_mask, *image_mask;  // (B,L), (B,V), contiguous; null: every token is real
     float scale;
@@ -19,11 +19,7 @@ struct Congruence {
     // backward
     const float* grad_loss;       // (B)
     Rows grad_query[4], grad_key[4];  // absent: a block without a gradient
-    float* workspace;
+    float* maps;                      // (B,regions,L+V,L+V), for the kernel alone
 };
-
-int64_t congruence_loss_workspace(const Congruence& call, bool backward);  // in floats
-cudaError_t congruence_loss_forward(const Congruence& call, cudaStream_t stream);
-cudaError_t congruence_loss_backward(const Congruence& call, cudaStream_t stream);
 
 }  // namespace vlattn

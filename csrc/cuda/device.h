@@ -4,20 +4,19 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#elif defined(USE_CUDA)  // binding.cpp in the library for GPUs: it calls launchers and has no kernel
-#include <cuda_runtime_api.h>
-#else
+#ifdef VLATTN_HOST
 #include "host/emulation.h"
+#else
+#include <cuda_runtime.h>
 #endif
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 namespace vlattn {
 
-enum class DType { FLOAT32, FLOAT16, BFLOAT16 };
+enum class DType : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 
 // Calls use(T()) with the type of that name.
 template <class Use>
@@ -32,13 +31,9 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-#if defined(__CUDACC__) || defined(USE_CUDA)
-inline const char* error_string(cudaError_t status) { return cudaGetErrorString(status); }
-#else
-inline const char* error_string(cudaError_t status) { return emulation::error_string(status); }
-#endif
+const char* error_string(cudaError_t status);
 
-#if defined(__CUDACC__)
+#ifndef VLATTN_HOST
 
 // The block's dynamic shared memory.
 __device__ __forceinline__ void* shared_memory() {
@@ -78,7 +73,7 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-#elif !defined(USE_CUDA)
+#else
 
 inline void* shared_memory() { return emulation::shared_memory(); }
 inline float fast_exp2(float x) { return exp2f(x); }
@@ -114,3 +109,15 @@ __host__ __device__ constexpr int round_up(int x, int to) { return (x + to - 1) 
 __host__ __device__ constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 }  // namespace vlattn
+
+// extern "C" const char* vlattn_cuda_<name>(call, size, stream): `name(const Type&, cudaStream_t)` of namespace vlattn for Python,
+// which packs Type's fields. The result is null, or says what went wrong.
+#define OPERATOR(name, Type)                                                                            \
+    extern "C" __attribute__((visibility("default")))                                                   \
+    const char* vlattn_cuda_##name(const void* packed, int64_t size, void* stream) {                    \
+        vlattn::Type call;                                                                              \
+        if (size != sizeof(call)) return "the library does not fit this vlattn_fast: install it again"; \
+        memcpy(&call, packed, sizeof(call));                                                            \
+        const cudaError_t status = vlattn::name(call, static_cast<cudaStream_t>(stream));               \
+        return status == cudaSuccess ? nullptr : vlattn::error_string(status);                          \
+    }

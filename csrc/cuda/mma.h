@@ -70,20 +70,21 @@ __device__ __forceinline__ uint32_t pack(T low, T high) {
     return bits;
 }
 
-// c (16,8) += a (16,16) b (16,8). a[0], a[1]: rows g, g+8 at columns 2t, 2t+1; a[2], a[3]: at columns 2t+8, 2t+9. b[0]: rows
+// c (16,8) += a (16,16) b (16,8), by all lanes together: volatile, so that the compiler does not move it to where only some of them
+// come by, as it may a computation. a[0], a[1]: rows g, g+8 at columns 2t, 2t+1; a[2], a[3]: at columns 2t+8, 2t+9. b[0]: rows
 // 2t, 2t+1 of column g; b[1]: rows 2t+8, 2t+9.
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#ifdef __CUDACC__
+#ifndef VLATTN_HOST
     if constexpr (std::is_same_v<T, __half>) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
         static_assert(std::is_same_v<T, __nv_bfloat16>, "16-bit types");
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 #else
     struct Operands {
@@ -117,7 +118,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
 // Four 8 x 8 matrices of 16-bit numbers from shared memory, transposed: lane i gives the address of row i % 8 of matrix i / 8 (8
 // numbers, 16-byte aligned) and gets of each matrix rows 2t, 2t+1 at column g.
 __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* row) {
-#ifdef __CUDACC__
+#ifndef VLATTN_HOST
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))

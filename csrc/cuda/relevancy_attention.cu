@@ -20,7 +20,6 @@ namespace {
 
 constexpr int SLAB = 16;  // rows of a warp at a time, and columns of one step
 constexpr int MAX_WARPS = 8;
-constexpr int64_t MANY_SAMPLES = 132, MANY_BLOCKS = 264;  // one and two blocks per multiprocessor of a large GPU
 enum Passes { QUERY_ROWS = 1, KEY_ROWS = 2 };
 
 // Rows of r in one sweep: as many as fit into registers and 99 KB of shared memory.
@@ -176,11 +175,11 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(Rele
 
 // ---- backward: one block per sample, or per range of its heads
 
-// The workspace has four arrays (B,H,N): SHIFT and WEIGHT, with which P = 2^(logit - SHIFT) * WEIGHT, DELTA = sum(P dP), and SUM,
-// the row sum of this head's A or relu(A * dA). Then come PARTIAL sums of r Abar, (B,T,M), for all ranges of heads but the first.
-enum RowData { SHIFT, WEIGHT, DELTA, SUM, PARTIAL };
+// Of each row (B,H,N): SHIFT and WEIGHT, with which P = 2^(logit - SHIFT) * WEIGHT, DELTA = sum(P dP), and SUM, the row sum of this
+// head's A or relu(A * dA). `partial` has sums of r Abar, (B,T,M), for all ranges of heads but the first.
+enum RowData { SHIFT, WEIGHT, DELTA, SUM };
 __device__ __forceinline__ float* row_data(const Relevancy& call, RowData what) {
-    return call.workspace + what * call.B * call.H * call.N;
+    return call.rows + what * call.B * call.H * call.N;
 }
 
 // An empty tensor has no data either: with head_dim 0 only the values have a gradient.
@@ -403,14 +402,14 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
 }
 
 template <class T, int WIDTH>
-__global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(Relevancy call, int parts, int passes) {
-    const int b = blockIdx.x / parts, part = blockIdx.x % parts, key_heads = static_cast<int>(call.key_heads);
+__global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(Relevancy call, int passes) {
+    const int parts = call.parts, b = blockIdx.x / parts, part = blockIdx.x % parts, key_heads = static_cast<int>(call.key_heads);
     const int begin = part * key_heads / parts, end = (part + 1) * key_heads / parts;
     const int64_t rows = call.N > call.M ? call.N : call.M, size = call.T * call.M;
     T* first = static_cast<T*>(shared_memory());
     T* second = next_tile<T, WIDTH>(first, rows);
     float* columns = reinterpret_cast<float*>(next_tile<T, WIDTH>(second, rows));
-    float* r_abar = (part == 0 ? call.r_abar : row_data(call, PARTIAL) + (part - 1) * call.B * size) + b * size;
+    float* r_abar = (part == 0 ? call.r_abar : call.partial + (part - 1) * call.B * size) + b * size;
     if (passes & KEY_ROWS) {
         for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
             float kept = 0.0f;
@@ -434,21 +433,15 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(Rel
     }
 }
 
-__global__ void add_parts_kernel(Relevancy call, int parts) {
+__global__ void add_parts_kernel(Relevancy call) {
     const int64_t size = call.B * call.T * call.M, i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= size) return;
     float sum = call.r_abar[i];
-    for (int part = 1; part < parts; ++part) sum += row_data(call, PARTIAL)[(part - 1) * size + i];
+    for (int part = 1; part < call.parts; ++part) sum += call.partial[(part - 1) * size + i];
     call.r_abar[i] = sum;
 }
 
 // ---- launches
-
-// The number of ranges of key heads of a sample.
-int parts_of(const Relevancy& call) {
-    if (call.B == 0 || call.B >= MANY_SAMPLES) return 1;
-    return static_cast<int>(std::max<int64_t>(1, std::min(call.key_heads, divide_up(MANY_BLOCKS, call.B))));
-}
 
 // The fewest warps that need no more rounds over these rows than MAX_WARPS.
 int threads_for(int64_t rows) {
@@ -465,13 +458,10 @@ cudaError_t with_shape(const Relevancy& call, Use use) {
     });
 }
 
-}  // namespace
+bool too_large(const Relevancy& call) { return std::max(call.D, call.DV) > 128; }
 
-int64_t relevancy_workspace(const Relevancy& call) {
-    return 4 * call.B * call.H * call.N + (parts_of(call) - 1) * call.B * call.T * call.M;
-}
-
-cudaError_t relevancy_forward(const Relevancy& call, cudaStream_t stream) {
+cudaError_t relevancy_attention(const Relevancy& call, cudaStream_t stream) {
+    if (too_large(call)) return cudaErrorInvalidValue;
     return with_shape(call, [&](auto type, auto width) {
         using T = decltype(type);
         constexpr int WIDTH = decltype(width)::value;
@@ -480,8 +470,10 @@ cudaError_t relevancy_forward(const Relevancy& call, cudaStream_t stream) {
     });
 }
 
-cudaError_t relevancy_backward(const Relevancy& call, cudaStream_t stream) {
-    const int parts = parts_of(call);
+// Gradients and r Abar, or r Abar alone.
+cudaError_t relevancy_step(const Relevancy& call, cudaStream_t stream) {
+    if (too_large(call) || call.parts < 1) return cudaErrorInvalidValue;
+    const int parts = call.parts;
     const int64_t longest = std::max(call.N, call.M);
     const cudaError_t status = with_shape(call, [&](auto type, auto width) {
         using T = decltype(type);
@@ -491,14 +483,20 @@ cudaError_t relevancy_backward(const Relevancy& call, cudaStream_t stream) {
                               of_queries * round_up(static_cast<int>(call.N), SLAB);
         const auto run = [&](int passes) {
             return launch(
-                relevancy_backward_kernel<T, WIDTH>, call.B * parts, threads_for(longest), shared, stream, call, parts, passes);
+                relevancy_backward_kernel<T, WIDTH>, call.B * parts, threads_for(longest), shared, stream, call, passes);
         };
         if (parts == 1 || !with_sums(call)) return run(QUERY_ROWS | KEY_ROWS);
         const cudaError_t first = run(QUERY_ROWS);  // row sums of all ranges of heads are divisors
         return first == cudaSuccess ? run(KEY_ROWS) : first;
     });
     if (status != cudaSuccess || parts == 1) return status;
-    return launch(add_parts_kernel, divide_up(call.B * call.T * call.M, 256), 256, size_t{0}, stream, call, parts);
+    return launch(add_parts_kernel, divide_up(call.B * call.T * call.M, 256), 256, size_t{0}, stream, call);
 }
+cudaError_t relevancy_attention_backward(const Relevancy& call, cudaStream_t stream) { return relevancy_step(call, stream); }
 
+}  // namespace
 }  // namespace vlattn
+
+OPERATOR(relevancy_attention, Relevancy)
+OPERATOR(relevancy_attention_backward, Relevancy)
+OPERATOR(relevancy_step, Relevancy)

@@ -1,4 +1,5 @@
-// Attention over short sequences, its backward pass and r Abar; Abar = mean_h relu(A * dA) or mean_h A.
+// Attention over short sequences, its backward pass and r Abar; Abar = mean_h relu(A * dA) or mean_h A. Packed by
+// vlattn_fast/cuda/relevancy_attention.py.
 #pragma once
 
 #include "attention.h"
@@ -14,7 +15,7 @@ struct RowWeight {
 struct Relevancy {
     DType dtype;
     int64_t B, H, key_heads, N, M, T;
-    int D, DV;
+    int D, DV, parts;        // parts: ranges of key heads into which a backward pass cuts a sample
     Rows query, key, value;  // (B,H,N,D), (B,key_heads,M,D), (B,key_heads,M,DV); value absent where nothing needs it
     Masks masks;
     float scale;
@@ -27,12 +28,8 @@ struct Relevancy {
     const float* relevancy;                       // r (B,T,N), contiguous; null: only gradients are needed
     RowWeight residual_weight, attention_weight;  // a, b
     bool residual;                                // r_abar = r * a + (r * b) Abar, or without the first term
-    float* r_abar;                                 // (B,T,M)
-    float* workspace;
+    float* r_abar;                                // (B,T,M)
+    float *rows, *partial;                        // (4,B,H,N) and (parts-1,B,T,M), for the kernels alone
 };
-
-int64_t relevancy_workspace(const Relevancy& call);  // of a backward pass, in floats
-cudaError_t relevancy_forward(const Relevancy& call, cudaStream_t stream);
-cudaError_t relevancy_backward(const Relevancy& call, cudaStream_t stream);
 
 }  // namespace vlattn

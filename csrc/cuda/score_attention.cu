@@ -340,31 +340,22 @@ cudaError_t backward(const ScoreAttention& call, cudaStream_t stream) {
     const int64_t heads = std::max(call.key_heads, call.value_heads);
     const size_t g_bytes = sizeof(float) * COLUMNS * (GRAD_STRIDE + 3);
     const size_t shared = Shared::bytes(call.A, BACKWARD_ROWS) + g_bytes + tile_bytes<T, SIZE>(COLUMNS);
-    const int64_t rows = call.B * call.H * call.N;
-    float *delta = call.workspace, *norm = delta + rows, *parts = delta + 3 * rows;
+    float *delta = call.rows, *parts = call.parts;
     if (call.masks.kind == Masks::ADDED) {
-        const cudaError_t status = forward<T, SIZE, true>(call, norm, stream);
+        const cudaError_t status = forward<T, SIZE, true>(call, delta + call.B * call.H * call.N, stream);
         if (status != cudaSuccess) return status;
     }
     const int64_t blocks_q = divide_up(call.N, BACKWARD_ROWS) * call.B * call.H;
-    const int64_t blocks_kv = score_attention_blocks(call.M) * call.B * heads;
+    const int64_t blocks_kv = call.blocks * call.B * heads;
     cudaError_t status = launch(additive_backward_kernel<T, SIZE, false>, blocks_q, THREADS, shared, stream, call, delta, parts);
     if (status != cudaSuccess) return status;
     return launch(additive_backward_kernel<T, SIZE, true>, blocks_kv, THREADS, shared, stream, call, delta, parts);
 }
 
-}  // namespace
+bool too_large(const ScoreAttention& call) { return std::max(call.A, call.DV) > 128; }
 
-int64_t score_attention_blocks(int64_t M) { return divide_up(M, BACKWARD_ROWS); }
-
-// Backward: delta, norm and shift of each row (B,H,N); and a gradient (B,heads,M,A) where query heads share a key.
-int64_t score_attention_workspace(const ScoreAttention& call, bool backward) {
-    if (!backward) return 0;
-    const int64_t heads = std::max(call.key_heads, call.value_heads);
-    return call.B * (3 * call.H * call.N + (heads < call.H ? heads * call.M * call.A : 0));
-}
-
-cudaError_t score_attention_forward(const ScoreAttention& call, cudaStream_t stream) {
+cudaError_t score_attention(const ScoreAttention& call, cudaStream_t stream) {
+    if (too_large(call)) return cudaErrorInvalidValue;
     return with_type(call.dtype, [&](auto type) {
         using T = decltype(type);
         return call.DV <= 64 ? forward<T, 64, false>(call, nullptr, stream) : forward<T, 128, false>(call, nullptr, stream);
@@ -372,10 +363,15 @@ cudaError_t score_attention_forward(const ScoreAttention& call, cudaStream_t str
 }
 
 cudaError_t score_attention_backward(const ScoreAttention& call, cudaStream_t stream) {
+    if (too_large(call) || call.blocks != divide_up(call.M, BACKWARD_ROWS)) return cudaErrorInvalidValue;
     return with_type(call.dtype, [&](auto type) {
         using T = decltype(type);
         return std::max(call.A, call.DV) <= 64 ? backward<T, 64>(call, stream) : backward<T, 128>(call, stream);
     });
 }
 
+}  // namespace
 }  // namespace vlattn
+
+OPERATOR(score_attention, ScoreAttention)
+OPERATOR(score_attention_backward, ScoreAttention)

@@ -1,4 +1,4 @@
-// score_attention with exact additive scores: s_ij = sum_a u_a tanh(x_ia + y_ja).
+// score_attention with exact additive scores: s_ij = sum_a u_a tanh(x_ia + y_ja). Packed by vlattn_fast/cuda/score_attention.py.
 #pragma once
 
 #include "attention.h"
@@ -20,13 +20,10 @@ struct ScoreAttention {
     const float* grad_lse;                  // (B,H,N), contiguous; null: zero
     Rows grad_query, grad_key, grad_value;  // heads: H, and as many key heads as max(key_heads, value_heads) for both
     bool wide_grad_key, wide_grad_value;    // grad_key, grad_value in float32, to be summed over heads outside
-    float* grad_vector;                     // (B,H,score_attention_blocks(M),A), to be summed over the first and third
-    float* workspace;
+    int64_t blocks;                         // of keys: ceil(M / BACKWARD_ROWS)
+    float* grad_vector;                     // (B,H,blocks,A), to be summed over the first and third
+    float* rows;                            // (3,B,H,N): delta, norm and shift of each row, for the kernels alone
+    float* parts;  // (B,key heads of grad_key,M,A), where query heads share a key; for the kernels alone
 };
-
-int64_t score_attention_blocks(int64_t M);
-int64_t score_attention_workspace(const ScoreAttention& call, bool backward);  // in floats
-cudaError_t score_attention_forward(const ScoreAttention& call, cudaStream_t stream);
-cudaError_t score_attention_backward(const ScoreAttention& call, cudaStream_t stream);
 
 }  // namespace vlattn

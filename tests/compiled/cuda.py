@@ -1,10 +1,12 @@
-"""What the CUDA C++ kernels compile to: registers, shared memory and stack of every kernel and target, held to a stored table.
+"""What the CUDA C++ kernels compile to: registers, shared memory, stack and instructions of every kernel and target, held to a
+stored table.
 
     python -m tests.compiled.cuda            # compare build/cuda, brought up to date, with tests/compiled/cuda.json
     python -m tests.compiled.cuda --write    # store what is compiled there
 
 "shared" is what is allocated statically, with the KiB that CUDA keeps for itself in every block since sm_90; what a launch asks
-for besides is not in the library. "stack" is bytes of a thread: spilled registers, and arrays that are indexed at run time.
+for besides is not in the library. "stack" is bytes of a thread: spilled registers, and arrays that are indexed at run time. "mma"
+counts the matrix instructions of the whole kernel, "loop" all instructions of its main loop (machine_code.py).
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from tests.compiled.table import Row, cuobjdump, differences, read, write
+from tests.compiled.machine_code import CLASSES, main_loop
+from tests.compiled.table import Row, cuobjdump, differences, read, tool, write
 
 TABLE = Path(__file__).with_suffix(".json")
 
@@ -36,7 +40,26 @@ def rows_of(library: Path) -> dict[str, Row]:
             assert key not in rows, f"two kernels are called {name}: give one of them another name"
             numbers = {word: int(number) for word, number in re.findall(r"(\w+):(\d+)", words)}
             rows[key] = {"registers": numbers["REG"], "shared": numbers["SHARED"], "stack": numbers["STACK"]}
+    for key, sass in machine_code(library).items():
+        loop = main_loop(sass)
+        rows[key] |= {"mma": len(re.findall(rf"\s{CLASSES['mma']}", sass)), "loop": loop and loop.instructions}
     return rows
+
+
+def machine_code(library: Path) -> dict[str, str]:
+    """nvdisasm's text of each kernel and target."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [tool("cuobjdump"), "--extract-elf", "all", library.absolute()], cwd=folder, check=True, capture_output=True
+        )
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            target = cubin.suffixes[-2].removeprefix(".")
+            text = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+            _, *parts = re.split(r"^\t\.section\t\.text\.", text, flags=re.M)
+            names = readable([part.split(",", 1)[0] for part in parts])
+            found |= {f"{name} {target}": part for name, part in zip(names, parts, strict=True)}
+    return found
 
 
 def readable(mangled: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels compile with the registers, shared memory and stack of the stored table."""
+"""The CUDA C++ kernels compile with the registers, shared memory, stack and instructions of the stored table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.compiled.cuda import nvcc_version, rows_of
 from tests.compiled.table import differences, read, write
 
 BACKWARD = r"backward|grad"  # in the name of every kernel that is not a forward pass's
-ROW = {"registers": 100, "shared": 1024, "stack": 0}
+ROW = {"registers": 100, "shared": 1024, "stack": 0, "mma": 16, "loop": 200}
 TINY = """
 namespace vlattn {
 namespace {
@@ -57,6 +57,15 @@ def test_kernels_compile_as_stored(nvcc: str) -> None:
         pytest.skip(f"the table has no nvcc {nvcc}, only {', '.join(table)}: python -m tests.compiled.cuda --write adds it")
     stored = {key: row for key, row in table.get(nvcc, {}).items() if key.endswith(" sm_90a")}
     assert differences(rows_of(cuda.built()), stored) == []
+
+
+def test_16_bit_types_are_multiplied_by_the_tensor_cores() -> None:
+    """And float32, which they would round, by no kernel. The pass over rows alone has no product."""
+    rows_alone = re.compile(r"additive_forward_kernel<\w+, \d+, true>")
+    rows = [(key, row) for stored in read(cuda.TABLE).values() for key, row in stored.items() if "<" in key]
+    assert len(rows) > 100
+    for key, row in rows:
+        assert (row["mma"] == 0) == ("<float" in key or rows_alone.match(key) is not None), key
 
 
 def test_forward_kernels_have_no_stack_on_sm_90() -> None:

@@ -1,21 +1,19 @@
-"""The library for GPUs, built without one: its target, and schemas like those of the Python operators."""
+"""The library for GPUs, built without one: its target, and what it needs and holds."""
 
 from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
-import vlattn_fast  # noqa: F401  registers torch.ops.vlattn
 from tests.compiled.cuda import built as build_library
 from tests.compiled.table import cuobjdump
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cuda"
-BINDING = (CSRC / "binding.cpp").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -23,51 +21,59 @@ def _on_device() -> None:
     """No kernel runs here: the library for the CPU, which other tests in this folder start with, is not needed."""
 
 
-def test_it_has_its_target() -> None:
-    """`make table` builds all of them."""
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """`make table` builds all targets."""
     if shutil.which("nvcc") is None:
         pytest.skip("the CUDA C++ kernels are not compiled: nvcc is not installed")
+    return build_library()
+
+
+def said(*command: str | Path) -> str:
+    if shutil.which(str(command[0])) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_it_has_its_target(library: Path) -> None:
     pytest.importorskip("triton", reason="cuobjdump comes with it")
-    built = build_library()
     kernels = len(list(CSRC.glob("*.cu")))
-    machine_code = re.findall(r"\.(sm_\w+)\.cubin$", cuobjdump("--list-elf", built), re.M)
+    machine_code = re.findall(r"\.(sm_\w+)\.cubin$", cuobjdump("--list-elf", library), re.M)
     assert sorted(machine_code) == ["sm_90a"] * kernels
 
 
-def test_its_errors_are_those_of_cuda() -> None:
-    """The binding is compiled by the C++ compiler, as the emulation is: it must not have the texts of the emulation."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("the CUDA C++ kernels are not compiled: nvcc is not installed")
+def symbols(library: Path) -> dict[str, list[str]]:
+    """Those of each object, demangled, with nm's letter: "T f" is defined there, "U f" elsewhere."""
+    objects = sorted((library.parent / "CMakeFiles" / "vlattn_cuda.dir" / "csrc" / "cuda").glob("*.o"))
+    assert [file.name.removesuffix(".o") for file in objects] == sorted(file.name for file in CSRC.glob("*.cu"))
+    return {file.name: [line[17:] for line in said("nm", "-C", file).splitlines()] for file in objects}
+
+
+def test_nothing_of_the_emulation_is_in_it(library: Path) -> None:
+    every = symbols(library)
+    assert [line for lines in every.values() for line in lines if "emulation" in line] == []
     text = re.search(r'\? "([^"]+)" : "invalid configuration"', (CSRC / "host" / "emulation.h").read_text())[1]
-    assert text.encode() not in build_library().read_bytes()
+    assert text.encode() not in library.read_bytes()
 
 
-def schemas() -> dict[str, str]:
-    """Of csrc/cuda/binding.cpp, by name."""
-    texts = ["".join(re.findall(r'"([^"]*)"', text)) for text in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\);', BINDING)]
-    return {text.split("(", 1)[0]: text for text in texts}
+def test_errors_have_the_texts_of_cuda_and_one_definition(library: Path) -> None:
+    """It is used by each operator, and defined in none of their headers."""
+    name = "vlattn::error_string(cudaError)"
+    letters = {file: [line[0] for line in lines if line[2:] == name] for file, lines in symbols(library).items()}
+    assert letters.pop("library.cu.o") == ["T"]
+    assert len(letters) == 3 and set(map(tuple, letters.values())) == {("U",)}
+    assert any(line[2:].startswith("cudaGetErrorString") for line in symbols(library)["library.cu.o"])
 
 
-@pytest.mark.parametrize("name", schemas())
-def test_an_operator_has_the_schema_of_its_python_operator(name: str) -> None:
-    ours = torch._C.parse_schema(f"vlattn_cuda::{schemas()[name]}")
-    python = getattr(torch.ops.vlattn, name).default._schema
-    *arguments, backend = [(x.name, str(x.type)) for x in python.arguments if x.name != "maps"]  # of the CPU's kernels alone
-    assert backend == ("backend", "str")
-    assert [(x.name, str(x.type)) for x in ours.arguments] == arguments
-    types = [str(x.type) for x in python.returns if x.name != "maps"]
-    assert [str(x.type) for x in ours.returns] == types
+def test_no_torch_in_it(library: Path) -> None:
+    """It serves every version of torch, and is built without one."""
+    needed = {line.split("[")[1].split(".so")[0] for line in said("readelf", "-d", library).splitlines() if "(NEEDED)" in line}
+    assert needed <= {"libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64", "libpthread", "librt", "libdl"}
+    assert "libc" in needed
 
 
-def test_every_operator_is_defined_and_implemented_once() -> None:
-    defined = re.findall(r'm\.def\(\s*"(\w+)\(', BINDING)
-    implemented = re.findall(r'm\.impl\("(\w+)", TORCH_BOX\(&ops::(\w+)\)\)', BINDING)
-    assert len(defined) == BINDING.count("m.def(") > 0 and len(implemented) == BINDING.count("m.impl(")
-    assert defined == list(schemas())
-    assert sorted(implemented) == sorted((name, name) for name in defined)
-
-
-def test_only_the_binding_knows_torch() -> None:
-    files = [path for path in CSRC.rglob("*") if path.is_file()]
-    torchs = r"#\s*include\s*[<\"](torch|ATen|c10)/|\b(at|c10|torch)::"
-    assert [path.name for path in files if re.search(torchs, path.read_text())] == ["binding.cpp"]
+def test_it_gives_out_its_operators_and_nothing_else(library: Path) -> None:
+    given = {line.split()[-1] for line in said("nm", "-D", "--defined-only", library).splitlines()}
+    operators = {name for file in CSRC.glob("*.cu") for name in re.findall(r"^OPERATOR\((\w+),", file.read_text(), re.M)}
+    assert len(operators) == 7
+    assert {name for name in given if "vlattn" in name} == {f"vlattn_cuda_{name}" for name in operators}

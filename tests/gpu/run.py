@@ -118,10 +118,8 @@ def build(options: argparse.Namespace) -> Found:
     if missing := [tool for tool in ("nvcc", "cmake", "ninja") if shutil.which(tool) is None]:
         there = "; the library that is there is taken" if library.exists() else ""
         return {"passed": True, "summary": f"not run: {', '.join(missing)} not installed{there}"}
-    import torch
-
-    folder, torch_folder = str(library.parent), Path(torch.__file__).parent
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", folder, f"-DVLATTN_TORCH={torch_folder}"]
+    folder = str(library.parent)
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", folder]
     if options.device == "cpu":
         configure.append("-DVLATTN_HOST=ON")
     for command in (configure, ["cmake", "--build", folder]):

@@ -107,7 +107,7 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
         if backend == "cuda":
             assert library is not None
             patch.setattr(_shared_library, "library", _shared_library.find(library))
-            # what the binding allocates, outputs and workspaces, comes full of NaN
+            # what is allocated for a kernel, outputs and workspaces, comes full of NaN
             torch.use_deterministic_algorithms(True, warn_only=True)
             patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         if DEVICE != "cpu":  # a default device is a mode, and in a mode every call goes through torch's dispatcher

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 import vlattn_fast as va
 from vlattn_fast import _native, verify
 from vlattn_fast import scores as S
+from vlattn_fast.cuda import _shared_library
 from vlattn_fast.ops import _dispatch
 
 Q, K, V = torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 6)
@@ -363,6 +366,52 @@ def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatc
     monkeypatch.setattr(_native, "library", _native.find(Path("nowhere")))
     assert refusals(call) == ["the CPU kernels are not built (`vlattn info` says why)"]
     assert _dispatch.table("some")["cpu"].refusals(call) == ["there is no CPU kernel for this operator"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"dtype": torch.float64}, "the CUDA C++ kernels take float16, bfloat16 and float32"),
+        ({"capability": (7, 5)}, "the CUDA C++ kernels need a compute capability of 8.0 (Ampere) or more"),
+        ({"sizes": {"rows": 0}}, "an own limit"),
+    ],
+)
+def test_what_no_cuda_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def limits(call: _dispatch.Call) -> list[tuple[str, bool]]:
+        return [("an own limit", "rows" in call.sizes)]
+
+    refusals = _dispatch.table("some", cuda=limits)["cuda"].refusals
+    library = _shared_library.library._replace(exists=True, device_type="cuda")
+    monkeypatch.setattr(_shared_library, "library", library)
+    call = _dispatch.Call("some", torch.bfloat16, "cuda", {}, {}, (8, 0))
+    assert refusals(call) == [] == refusals(call._replace(capability=None))
+    assert refusals(call._replace(**change)) == [words]
+    assert refusals(call._replace(device_type="cpu", capability=None)) != []
+    monkeypatch.setattr(_shared_library, "library", library._replace(exists=False))
+    assert refusals(call) == ["the CUDA C++ kernels are not built (`vlattn info` says why)"]
+
+
+@pytest.mark.parametrize("operator", TABLES)
+def test_a_call_carries_the_capability_of_its_device(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a device that is too old is refused by name, and not failed at the launch."""
+    assert a_call(operator).capability is None
+    ops = importlib.import_module(f"vlattn_fast.ops.{'relevancy_attention' if 'relevancy' in operator else operator}")
+    monkeypatch.setattr(ops, "capability", lambda device: (7, 0))
+    call = a_call(operator)
+    assert call.capability == (7, 0) and "device=cpu (sm_70)" in str(call)
+
+
+def test_the_capability_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_CAPABILITIES", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _dispatch.capability(torch.device("cpu")) is None and _dispatch.capability(torch.device("cuda", 3)) is None
+    monkeypatch.setattr(_dispatch, "_CAPABILITIES", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: asked.append(device) or SimpleNamespace(major=9, minor=0)
+    )
+    assert [_dispatch.capability(torch.device("cuda", 1)) for _ in range(2)] == [(9, 0)] * 2 and len(asked) == 1
 
 
 @pytest.mark.parametrize("backend", ("triton", "cuda"))

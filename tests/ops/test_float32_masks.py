@@ -117,3 +117,41 @@ def test_nan_goes_through(backend: str, bad: float) -> None:
             backend=backend,
         )
         assert torch.isnan(moved).any()
+
+
+MIN, MAX = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("rest", (0.0, MIN, MAX, -torch.inf), ids=str)
+@on("streaming", "cpu", "cuda")
+def test_nan_in_a_mask_is_not_dropped(backend: str, rest: float) -> None:
+    """Whatever the other values of its row are; where another mask hides its pair it is not there."""
+    tensors, mask = inputs(torch.float32), torch.zeros(ROWS, KEYS)
+    mask[5] = mask[6] = mask[7] = rest
+    mask[5, 7], mask[6, 45], mask[7, 46] = torch.nan, torch.nan, 0.0
+    mask[8, 46] = torch.nan
+    key_mask = torch.ones(2, KEYS, dtype=torch.bool)
+    key_mask[:, 46] = False
+    options = {"score": va.scores.Additive(torch.linspace(-1.0, 1.0, SIZE)), "attn_mask": mask, "key_mask": key_mask}
+    for causal, rows in ((False, [5, 6]), (True, [])):
+        ours, formula = (
+            va.score_attention(**tensors, **options, is_causal=causal, return_lse=True, backend=b) for b in (backend, "reference")
+        )
+        for got, right in zip(ours, formula, strict=True):
+            got, right = (x.flatten(3).isnan().any(-1) if x.dim() == 4 else x.isnan() for x in (got, right))
+            assert right.all((0, 1)).nonzero().flatten().tolist() == rows
+            assert torch.equal(got, right)
+
+
+@on("streaming", "cpu", "triton", "cuda")
+def test_nan_in_a_mask_reaches_relevancy(backend: str) -> None:
+    query, key, value, grad = (torch.randn(1, 2, ROWS, SIZE) for _ in range(4))
+    for rest in (0.0, MIN, -torch.inf):
+        mask = torch.zeros(ROWS, ROWS)
+        mask[5] = rest
+        mask[5, 3] = torch.nan
+        start = torch.zeros(1, 1, ROWS, requires_grad=True)
+        out, carrier = va.relevancy_attention(query, key, value.requires_grad_(), start, attn_mask=mask, backend=backend)
+        assert out.isnan().any(-1).all((0, 1)).nonzero().flatten().tolist() == [5]
+        of_start, of_value = torch.autograd.grad([out, carrier], [start, value], [grad, torch.eye(ROWS)[5][None, None]])
+        assert of_start.isnan().any() and of_value.isnan().any()

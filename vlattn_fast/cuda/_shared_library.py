@@ -1,36 +1,34 @@
-"""The library of CUDA C++ kernels: where it is, what it runs on, and how arguments are prepared.
+"""The library of CUDA C++ kernels: where it is, what it runs on, and how a kernel is called.
 
-Refusals look only at whether the file exists. It is loaded at the first call and then registers torch.ops.vlattn_cuda.
+A call is a struct of csrc/cuda/, as Python's `struct` packs it with C's own alignment, through ctypes, which releases the GIL.
+The device and the stream are torch's. Refusals look only at whether the file exists; it is loaded at the first call.
 VLATTN_CUDA_LIBRARY names another file than the installed one: your own build, or libvlattn_host.so, which is built from the
 same sources for CPU tensors in tests (see CMakeLists.txt).
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast._native import described
+from vlattn_fast._native import DTYPES, Library, described, pointer
 from vlattn_fast._tensors import additive
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
-
-
-class Library(NamedTuple):
-    """A file and what refusals need to know of it. torch.compile traces them and cannot look at a disk."""
-
-    path: Path
-    exists: bool
-    device_type: str  # what it runs on
+ROWS, MASKS = "4q", "i?7q"  # Rows, Masks of csrc/cuda/attention.h
+_NO_MASK, _BOOL, _ADDED = range(3)  # Masks::Kind
 
 
 def find(path: Path) -> Library:
-    return Library(path, path.exists(), "cpu" if path.name.startswith("libvlattn_host") else "cuda")
+    return Library.find(path, "CUDA C++", "cpu" if path.name.startswith("libvlattn_host") else "cuda")
 
 
 library = find(Path(os.environ.get("VLATTN_CUDA_LIBRARY") or INSTALLED))
@@ -42,8 +40,7 @@ def state() -> str:
 
 
 def _built(stored: dict[str, Any]) -> str:
-    targets = ", ".join(map(_target, stored["targets"]))
-    return f"built for {targets}, with nvcc {stored['nvcc']} and the headers of torch {stored['torch']}"
+    return f"built for {', '.join(map(_target, stored['targets']))}, with nvcc {stored['nvcc']}"
 
 
 def _target(name: str) -> str:
@@ -51,15 +48,38 @@ def _target(name: str) -> str:
     return f"PTX of compute_{number}" if kind == "virtual" else f"sm_{number}"
 
 
+def kernel(name: str, sizes: str, fields: str) -> Callable[..., None]:
+    """The kernel `name` as a function of a tensor, on whose device and current stream it runs, and of its struct's fields.
+
+    The first field is the dtype, that of the tensor. `fields` are the others: q for an integer of 64 bits or a pointer, i for one
+    of 32 bits, f for a number, ? for a flag. The first of them are the sizes whose names `sizes` lists, for what goes wrong.
+    """
+    names = sizes.split()
+    layout = struct.Struct(f"@i{fields}0q")  # 0q: up to the alignment, as sizeof counts
+    pack, size = layout.pack, layout.size
+
+    def run(like: Tensor, *values: Any) -> None:
+        function, call = _function(library, name), pack(DTYPES[like.dtype], *values)
+        if like.is_cuda:
+            with torch.cuda.device(like.device):
+                message = function(call, size, torch.cuda.current_stream(like.device).cuda_stream)
+        else:
+            message = function(call, size, None)
+        if message is not None:
+            facts = ", ".join(f"{fact}={value}" for fact, value in zip(names, values, strict=False))
+            raise RuntimeError(f"{name}({facts}) on {like.device}: {message.decode()}")
+
+    return run
+
+
 @functools.cache
-def _load(file: Path) -> Any:
-    torch.ops.load_library(file)
-    return torch.ops.vlattn_cuda
+def _function(of: Library, name: str) -> Any:
+    return of.function(f"vlattn_cuda_{name}", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p)
 
 
-def operators() -> Any:
-    """torch.ops.vlattn_cuda"""
-    return _load(library.path)
+def single(x: float) -> float:
+    """As C++ narrows it: `struct` refuses what is finite in float64 alone."""
+    return ctypes.c_float(x).value
 
 
 def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -67,3 +87,12 @@ def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key:
     if attn_mask is not None:
         attn_mask = additive(attn_mask, torch.float32).expand(*query.shape[:3], key.shape[2])
     return attn_mask, None if key_mask is None else key_mask.contiguous()
+
+
+def mask_fields(attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool) -> tuple[Any, ...]:
+    """Those of MASKS, of what `masks` made; the caller keeps the tensors until the call is over."""
+    pairs: tuple[Any, ...] = (_NO_MASK, is_causal, 0, 0, 0, 0, 0)
+    if attn_mask is not None:
+        kind = _BOOL if attn_mask.dtype == torch.bool else _ADDED
+        pairs = kind, is_causal, attn_mask.data_ptr(), *attn_mask.stride()
+    return *pairs, pointer(key_mask), 0 if key_mask is None else key_mask.shape[1]

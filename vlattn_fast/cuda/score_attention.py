@@ -4,18 +4,50 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from vlattn_fast._tensors import unit_strides
-from vlattn_fast.cuda._shared_library import masks, operators
+from vlattn_fast._native import pointer, rows
+from vlattn_fast._tensors import as_dtype, empty_rows_first, fold_heads, unit_strides
+from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, single
+
+_SIZES = "B H key_heads value_heads N M A DV"
+_FIELDS = f"6q2i{3 * ROWS}q{MASKS}f{ROWS}q{ROWS}q{3 * ROWS}2?2q2q"  # ScoreAttention
+_forward = kernel("score_attention", _SIZES, _FIELDS)
+_backward = kernel("score_attention_backward", _SIZES, _FIELDS)
+_BLOCK = 64  # keys of a block in the backward pass: BACKWARD_ROWS
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, vector: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, *options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    vector: Tensor,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    score: str,
+    parameter: float,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv) and lse (B, H, N)."""
     query, key, value = unit_strides(query, key, value)
-    return operators().score_attention(query, key, value, vector.contiguous(), *masks(attn_mask, key_mask, query, key), *options)
+    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    vector = vector.contiguous()
+    batch, heads, queries, _ = query.shape
+    out = empty_rows_first(query, heads, queries, value.shape[3])
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    _forward(
+        query,
+        *_inputs(query, key, value, vector, attn_mask, key_mask, scale, is_causal),
+        *(*rows(out), lse.data_ptr()),
+        *(*rows(None), 0),  # grad_out, grad_lse
+        *(*rows(None), *rows(None), *rows(None), False, False),
+        *(0, 0, 0, 0),
+    )
+    return out, lse
 
 
 def backward(
@@ -29,19 +61,62 @@ def backward(
     vector: Tensor,
     attn_mask: Tensor | None,
     key_mask: Tensor | None,
-    *options: Any,
+    seed: Tensor | None,
+    score: str,
+    parameter: float,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and vector."""
     grad_out, query, key, value, out = unit_strides(grad_out, query, key, value, out)
-    return operators().score_attention_backward(
-        grad_out,
-        None if grad_lse is None else grad_lse.contiguous(),
+    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    weights, lse = vector.contiguous(), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    (batch, heads, queries, units), keys, f32 = query.shape, key.shape[2], torch.float32
+    key_heads = max(key.shape[1], value.shape[1])
+    grad_query = empty_rows_first(query, heads, queries, units)
+    grad_key, grad_value = _empty(key, key_heads), _empty(value, key_heads)
+    blocks = -(-keys // _BLOCK)
+    grad_vector = query.new_empty(batch, heads, blocks, units, dtype=f32)
+    row_data = query.new_empty(3, batch, heads, queries, dtype=f32)
+    parts = query.new_empty(batch, key_heads, keys, units, dtype=f32) if key_heads < heads else None
+    _backward(
         query,
-        key,
-        value,
-        out,
-        lse.contiguous(),
-        vector.contiguous(),
-        *masks(attn_mask, key_mask, query, key),
-        *options,
+        *_inputs(query, key, value, weights, attn_mask, key_mask, scale, is_causal),
+        *(*rows(out), lse.data_ptr()),
+        *(*rows(grad_out), pointer(grad_lse)),
+        *(*rows(grad_query), *rows(grad_key), *rows(grad_value), key.shape[1] != key_heads, value.shape[1] != key_heads),
+        *(blocks, grad_vector.data_ptr(), row_data.data_ptr(), pointer(parts)),
     )
+    summed = as_dtype(grad_vector.sum((0, 2)), vector.dtype)
+    return grad_query, _folded(grad_key, key), _folded(grad_value, value), summed
+
+
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    vector: Tensor,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Any, ...]:
+    """The first fields; the caller keeps the tensors until the call is over."""
+    (batch, heads, queries, units), (_, key_heads, keys, _), (_, value_heads, _, value_dim) = query.shape, key.shape, value.shape
+    return (
+        *(batch, heads, key_heads, value_heads, queries, keys, units, value_dim),
+        *(*rows(query), *rows(key), *rows(value), vector.data_ptr()),
+        *(*mask_fields(attn_mask, key_mask, is_causal), single(scale)),
+    )
+
+
+def _empty(x: Tensor, heads: int) -> Tensor:
+    """For the gradient of `x`, with this number of heads; where those are more, in float32, to be summed."""
+    like = x if x.shape[1] == heads else x.new_empty(x.shape[0], 0, dtype=torch.float32)
+    return empty_rows_first(like, heads, x.shape[2], x.shape[3])
+
+
+def _folded(grad: Tensor, x: Tensor) -> Tensor:
+    return as_dtype(fold_heads(grad, x.shape[1]), x.dtype)

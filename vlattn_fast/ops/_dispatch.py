@@ -29,10 +29,35 @@ class Call(NamedTuple):
     device_type: str
     sizes: dict[str, int]
     flags: dict[str, Any]
+    capability: tuple[int, int] | None = None  # of the CUDA device; None where it is another or not known
 
     def __str__(self) -> str:
-        facts = {"dtype": self.dtype, "device": self.device_type, **self.sizes, **self.flags}
+        device = (
+            self.device_type if self.capability is None else f"{self.device_type} (sm_{self.capability[0]}{self.capability[1]})"
+        )
+        facts = {"dtype": self.dtype, "device": device, **self.sizes, **self.flags}
         return f"{self.operator}({', '.join(f'{name}={value}' for name, value in facts.items())})"
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device, where there is one."""
+    if device.type != "cuda":
+        return None
+    if not torch.compiler.is_compiling():  # which makes a constant of what follows, and would watch the numbers that are kept
+        if device.index not in _CAPABILITIES:
+            _CAPABILITIES[device.index] = _capability(device)
+        return _CAPABILITIES[device.index]
+    return _capability(device)
+
+
+_CAPABILITIES: dict[int | None, tuple[int, int] | None] = {}
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if not torch.cuda.is_available():  # tensors without memory may name a device that is not here
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
 
 
 class Backend(NamedTuple):
@@ -98,6 +123,8 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
         reasons.append("the CUDA C++ kernels run on CUDA devices (on CPU tensors where they are built for the host, for tests)")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")
+    if call.capability is not None and call.capability < (8, 0):
+        reasons.append("the CUDA C++ kernels need a compute capability of 8.0 (Ampere) or more")
     if reasons and torch.compiler.is_compiling():
         return reasons  # comparing sizes would cost a graph for each outcome
     return reasons + limited(call, limits)

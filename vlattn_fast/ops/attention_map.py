@@ -25,7 +25,7 @@ from vlattn_fast._checks import (
     describe,
 )
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, capability, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
 
@@ -198,6 +198,7 @@ def describe_call(
             "value_dim": 0 if value is None else value.shape[3],
         },
         {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize},
+        capability(query.device),
     )
 
 

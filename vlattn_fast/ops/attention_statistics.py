@@ -25,7 +25,7 @@ from vlattn_fast._checks import (
     readable,
 )
 from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, capability, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.reference.attention_statistics import AttentionStatistics, chosen_statistics
@@ -202,6 +202,7 @@ def describe_call(
         query.device.type,
         {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]},
         {"key_groups": key_groups is not None, "row_weight": row_weight is not None},
+        capability(query.device),
     )
 
 

@@ -40,7 +40,7 @@ from vlattn_fast._tensors import (
     scaled_dot_default,
 )
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, capability, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
 
@@ -302,6 +302,7 @@ def _check(
             "rows": carrier.shape[1],
         },
         {"rule": rule, "row_normalize": row_normalize},
+        capability(query.device),
     )
 
 

@@ -37,7 +37,7 @@ from vlattn_fast._tensors import (
     rows_first,
     without_autocast,
 )
-from vlattn_fast.ops._dispatch import Call, load, masks_padding, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, capability, load, masks_padding, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.sdpa import score_attention as sdpa
@@ -274,6 +274,7 @@ def describe_call(
             "varying_scale": varying_scale,
             "short_backward": score.is_dot_product and has_short_backward(query, key, value),
         },
+        capability(query.device),
     )
 
 

@@ -1,0 +1,93 @@
+"""The library itself: what it says of calls that it cannot run or that do not fit it, and the way to it: VLATTN_CUDA_LIBRARY."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.cuda.building import ROOT
+from vlattn_fast.cuda import _shared_library
+
+
+def attend(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By the registered operator, past what the public call refuses."""
+    carrier = torch.zeros(x.shape[0], 1, x.shape[2])
+    return torch.ops.vlattn.relevancy_attention(x, x, x, carrier, None, None, None, None, "gradient", False, 0.1, False, "cuda")
+
+
+def test_a_failed_launch_names_kernel_sizes_and_device() -> None:
+    """More shared memory than there is: what the public call refuses beforehand."""
+    x = torch.zeros(2, 1, 500, 100)
+    words = f"relevancy_attention(B=2, H=1, key_heads=1, N=500, M=500, T=0, D=100, DV=100) on {x.device}: "
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        attend(x)
+    out, _, lse = attend(x[:, :, :5])
+    assert (out == 0).all() and torch.isfinite(lse).all()  # what comes after it runs
+
+
+def score(x: Tensor, value: Tensor) -> Tensor:
+    options = (None, None, None, "additive", 0.0, 1.0, 0.0, False, "cuda")
+    return torch.ops.vlattn.score_attention(x, x, value, torch.zeros(1, x.shape[3]), *options)[0]
+
+
+def congruence(x: Tensor) -> Tensor:
+    return torch.ops.vlattn.congruence_loss([x] * 4, [x] * 4, None, None, "cacr", "both", 1.0, "cuda")[0]
+
+
+def test_what_is_too_large_is_refused_not_computed_in_part() -> None:
+    """Also past the public call: no kernel takes more than 128 features."""
+    small, large = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 200)
+    for run in (lambda: score(small, large), lambda: score(large, small), lambda: attend(large), lambda: congruence(large)):
+        with pytest.raises(RuntimeError, match=r"invalid (argument|configuration)"):
+            run()
+    leaves = [torch.zeros(1, 1, 4, size, requires_grad=True) for size in (8, 8, 200)]
+    with pytest.raises(ValueError, match="the CUDA C\\+\\+ kernel takes value sizes of at most 128"):
+        va.score_attention(*leaves, score=va.scores.Additive(torch.zeros(8)), backend="cuda")
+
+
+def test_a_struct_of_another_size_is_told_from_one_that_fits() -> None:
+    with pytest.raises(RuntimeError, match="does not fit this vlattn_fast: install it again"):
+        _shared_library.kernel("congruence_loss", "B", "q")(torch.zeros(1), 1)
+
+
+def test_a_kernel_that_is_not_there() -> None:
+    with pytest.raises(RuntimeError, match="has no vlattn_cuda_transmogrify: it does not fit this vlattn_fast; install it again"):
+        _shared_library.kernel("transmogrify", "B", "q")(torch.zeros(1), 1)
+
+
+def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / f"{'libvlattn_host' if torch.get_default_device().type == 'cpu' else 'libvlattn_cuda'}.so"
+    file.write_text("not a library")
+    monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
+    with pytest.raises(RuntimeError, match=r"the CUDA C\+\+ kernels cannot be loaded \(install vlattn_fast again\): "):
+        attend(torch.zeros(1, 1, 4, 8))
+
+
+def test_a_scale_beyond_float32_is_infinite_to_the_kernels() -> None:
+    x = torch.ones(1, 1, 3, 4)
+    out = va.relevancy_attention(x, x, x, torch.zeros(1, 1, 3), scale=1e39, backend="cuda")[0]
+    assert torch.isnan(out).all()
+
+
+@pytest.mark.skipif(os.environ.get("VLATTN_TEST_DEVICE", "cpu") != "cpu", reason="of the library for the CPU")
+def test_the_command_takes_the_library_that_is_named(cuda_library: Path) -> None:
+    environment = {**os.environ, "VLATTN_CUDA_LIBRARY": str(cuda_library)}
+
+    def vlattn(*words: str) -> str:
+        code = "from vlattn_fast.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    said = vlattn("verify", "congruence_loss", "--backend", "cuda", "--dtype", "float32")
+    assert re.search(r"^congruence_loss +cuda +float32 +[1-9]", said, re.M), said
+    assert f"the worst again: VLATTN_CUDA_LIBRARY={cuda_library} vlattn verify congruence_loss --backend cuda" in said
+    assert f"{cuda_library}, named by VLATTN_CUDA_LIBRARY" in vlattn("info")
