@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     aligned,
@@ -71,11 +71,14 @@ def forward(
         "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
     }
     config = _config(num_kv, max(size, size_v), query.dtype, gradient, attn_mask is not None)
+    facts = (rule, query.dtype, num_q, num_kv, max(size, size_v), attn_mask is not None)
+    config = configured(config, "attention_map", "map", *facts)
     one_tile = num_kv <= config["BLOCK_KV"]
     row_max = row_inverse = abar  # placeholders where one tile holds whole rows
     if not one_tile:
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
         rows_config = _rows_config(size, query.dtype, attn_mask is not None)
+        rows_config = configured(rows_config, "attention_map", "rows", *facts)
         _rows_kernel[(triton.cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
             query, key, *masks, row_max, row_inverse, *sizes, scale * LOG2_E, *strides, **constants, **rows_config
         )

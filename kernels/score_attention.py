@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._scores import (
     activate,
     keep_layout,
@@ -54,7 +54,6 @@ from vlattn_fast.kernels._tiles import (
     rows_at,
     store_tile,
 )
-
 
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
@@ -307,7 +306,8 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
         tile = (64, 64, 4, 2) if size <= 64 and score != "cosine" and not masked else (32, 64, 4, 2)
     else:
         tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" else (64, 32, 4, 2)
-    return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
+    config = dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
+    return configured(config, "score_attention", kernel, score, query.dtype, query.shape[2], value.shape[2], size, masked)
 
 
 @triton.jit
