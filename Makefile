@@ -9,7 +9,8 @@
 # make docs   the site of docs/ into site/, in an environment of its own, which needs no torch; a warning is an error
 # make oldest the tests of the Triton kernels with the oldest Triton that is supported, in an environment of its own
 # make table  what the Triton and CUDA C++ kernels compile to, stored anew in tests/compiled/triton.json and cuda.json
-# make gpu    on a machine with a GPU, torch, triton and pytest: tests, sanitizer, benchmarks; PARTS="..." for some; installs nothing
+# make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Five parts of at most ten minutes each, which go on
+#             where they were cut: verify, sweep, ncu, benchmarks, tests; PARTS=verify for some, ARGS="--minutes 5" (run.py --help)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -84,7 +85,7 @@ table: $(READY)
 	@$(PY) -m tests.compiled.cuda --write
 
 gpu:
-	@$(PYTHON) tests/gpu/run.py $(PARTS)
+	@$(PYTHON) tests/gpu/run.py $(PARTS) $(ARGS)
 
 # torch comes first and by itself: asked for with a range, pip would take the newest and its CUDA libraries along.
 # triton comes without dependencies, and only where it is published. The stamp is written last; two makes take turns.

@@ -1,4 +1,4 @@
-"""python -m vlattn_fast.benchmarks: measure, or draw the report."""
+"""python -m vlattn_fast.benchmarks: measure, measure the host alone, or draw the report."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["report"]:
         return _report(words[1:])
+    if words[:1] == ["host"]:
+        from vlattn_fast.benchmarks import host
+
+        return host.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", help="files or single benchmarks (--list); all by default; or `report`")
+    parser.add_argument("names", nargs="*", help="files or single benchmarks (--list); all by default; or `report`, or `host`")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; stores rows only with --out")
     parser.add_argument("--no-compile", action="store_true", help="nothing under torch.compile")

@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from vlattn_fast.benchmarks import _gpu
 from vlattn_fast.benchmarks._rows import device_name
 from vlattn_fast.benchmarks._workloads import Sizes, Workload
 
@@ -33,6 +35,7 @@ QUICK_ROUNDS = {"cpu": 3, "cuda": 10}
 SECONDS_A_VARIANT = {"cpu": 4.0, "cuda": 4.0}  # a slower variant sits out some rounds, but runs in
 LEAST_ROUNDS = 3  # these at least
 LONGEST_BACKLOG = 0.05  # seconds
+EMULATED = ("triton", "cuda")  # on a CPU, where nobody times kernels
 TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 3.86e12  # rates that an H200 reaches: bf16 FLOP/s, bytes/s, exponentials/s
 
 Tensors = dict[str, Tensor]
@@ -160,9 +163,9 @@ def compile_later(call: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
 
 
 def backends(operator: str, arguments: Mapping[str, Any]) -> list[str]:
-    """The backends that run this call; the reference is no competitor, and nobody times kernels that are emulated on a CPU."""
+    """The backends that run this call; the reference is no competitor."""
     facts, table = verify.facts_of(operator, arguments), verify.backends_of(operator)
-    left_out = ("reference", "triton", "cuda") if facts.device_type == "cpu" else ("reference",)
+    left_out = ("reference", *(EMULATED if facts.device_type == "cpu" else ()))
     return [name for name, backend in table.items() if name not in left_out and not backend.refusals(facts)]
 
 
@@ -212,6 +215,7 @@ class Measurement:
         dtype: torch.dtype | None = None,
         only: Sequence[str] | None = None,
         truth: Tensors | None = None,
+        left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """A quick one has few rounds, on a CPU small sizes, and under torch.compile on a GPU the one benchmark that says so.
 
@@ -219,6 +223,7 @@ class Measurement:
             overrides: the largest size by name.
             only: variants to measure; all by default.
             truth: what the formula gives in float64, where it is known.
+            left_out: variants that are not run, and why; their CUDA graphs neither.
         """
         torch._dynamo.reset()  # its limit of compilations counts per function, and would fall back to eager silently
         self.benchmark, self.device, self.quick = benchmark, device, quick
@@ -226,6 +231,10 @@ class Measurement:
         self.rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)[device.type]
         self.sizes = benchmark.workload.sizes(device, overrides, quick)
         self.problem = benchmark.build(self.sizes, device, self.dtype)
+        if device.type == "cuda" and not quick and "task_" not in benchmark.module:
+            runs = _gpu.more({name: variant.run for name, variant in self.problem.variants.items()})
+            variants = {**self.problem.variants, **{name: Variant(run) for name, run in runs.items()}}
+            self.problem = self.problem._replace(variants=variants)
         compiled = compiled and (not quick or (device.type == "cuda" and benchmark.compile_when_quick))
         self.standing = {
             name: _Standing()
@@ -235,7 +244,7 @@ class Measurement:
         self.truth = self._truth() if truth is None else truth
         gc.collect()
         for name, standing in self.standing.items():
-            standing.not_run = self._too_large(self.problem.variants[name])
+            standing.not_run = left_out.get(name.removesuffix(_gpu.GRAPH), "") or self._too_large(self.problem.variants[name])
             if not standing.not_run:
                 self._try(name, functools.partial(self._warm_up, name))
 
@@ -279,6 +288,7 @@ class Measurement:
         run, standing = functools.partial(self.problem.variants[name].run, self.problem.tensors), self.standing[name]
         standing.error = largest_error({n: self.problem.part(n, x) for n, x in run().items()}, self.truth)
         standing.peak, spent, host = _peak_of(run, self.device)
+        standing.peak = None if name.endswith(_gpu.GRAPH) else standing.peak  # a graph has memory of its own
         standing.backlog = min(1.5 * host + 5e-5, LONGEST_BACKLOG)
         affordable = max(LEAST_ROUNDS, int(SECONDS_A_VARIANT[self.device.type] / (10 if self.quick else 1) / spent))
         standing.stride = math.ceil(self.rounds / affordable)

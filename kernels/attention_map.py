@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
@@ -79,6 +79,8 @@ def forward(
         "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
     }
     config = _config(num_kv, max(size, size_v), query.dtype, gradient, attn_mask is not None)
+    facts = (rule, query.dtype, num_q, num_kv, max(size, size_v), attn_mask is not None)
+    config = configured(config, "attention_map", "map", *facts)
     one_tile, float_mask, exact = num_kv <= config["BLOCK_KV"], constants["MASK"] == 2, query.dtype == torch.float32
     rows = "statistics" if lse is not None or not one_tile else "tile"
     if lse is not None and not float_mask and not exact:
@@ -87,6 +89,7 @@ def forward(
     if rows == "statistics" and (lse is None or float_mask):
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
         rows_config = _rows_config(size, query.dtype, attn_mask is not None)
+        rows_config = configured(rows_config, "attention_map", "rows", *facts)
         _rows_kernel[(triton.cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
             query, key, *masks, row_max, row_inverse, *sizes, scale * LOG2_E, *strides, **constants, **rows_config
         )

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     ROWS,
@@ -67,8 +67,10 @@ def forward(
     tensors, numbers, constants = _arguments(
         query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal
     )
+    facts = (query.dtype, rows[2], key.shape[2], query.shape[3], num_groups, attn_mask is not None)
     if maximum.numel() > 0:
         config = _rows_config(query.shape[3], query.dtype, attn_mask is not None, num_groups)
+        config = configured(config, "attention_statistics", "rows", *facts)
         grid = (triton.cdiv(rows[2], config["BLOCK_Q"]) * max(1, triton.cdiv(num_groups, config["BLOCK_G"])) * rows[0] * rows[1],)
         wanted = {
             "ENTROPY": "entropy" in statistics,
@@ -79,6 +81,7 @@ def forward(
         _rows_kernel[grid](*tensors, mass, entropy, maximum, argmax, row_max, *numbers, **constants, **wanted, **config)
     if received.numel() > 0:
         config = _received_config(query.shape[3], query.dtype)
+        config = configured(config, "attention_statistics", "received", *facts)
         grid = (triton.cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
         _received_kernel[grid](*tensors, maximum, row_max, received, *numbers, **constants, **config)
     return mass, entropy, maximum, argmax, received
@@ -112,13 +115,16 @@ def backward(
         query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal
     )
     few = _few(num_groups)
+    masked = attn_mask is not None
+    config = _backward_config(query.shape[3], query.dtype, masked or (grad_mass is not None and few == 0))
+    facts = (query.dtype, num_q, key.shape[2], query.shape[3], num_groups, masked)
     constants |= {
         "MASS": grad_mass is not None,
         "ENTROPY": grad_entropy is not None,
         "MAXIMUM": grad_maximum is not None,
         "RECEIVED": grad_received is not None,
         "FEW": few,
-        **_backward_config(query.shape[3], query.dtype, attn_mask is not None or (grad_mass is not None and few == 0)),
+        **configured(config, "attention_statistics", "backward", *facts),
     }
     tensors += (*grads, argmax.contiguous(), row_max, inverse, shift)
     if row_max.numel() > 0:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._tiles import LOG2_E, block_size, dot, input_precision, load_tile, real_tokens, round_tf32, store_tile
 from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, statistics_kernel
 
@@ -282,6 +282,7 @@ class _Chunk:
     def _inputs(self, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that all kernels with heads share."""
         strides = tuple(tuple(stride for x in xs for stride in x.stride()[:3]) for xs in (self.queries, self.keys))
+        facts = self.sizes, self.features, self.queries[0].dtype
         masks = self.queries[:2] if self.masks is None else self.masks
         constants = {
             "MASKED": self.masks is not None,
@@ -289,7 +290,9 @@ class _Chunk:
             "LOG": self.kind == "iais_singular",
             "BLOCK_D": block_size(self.features),
             "PRECISION": input_precision(),
-            **_config(self.sizes, self.features, self.queries[0].dtype, kernel, self.kind),
+            **configured(
+                _config(*facts, kernel, self.kind), "congruence_loss", kernel, self.kind, *facts[2:], *facts[0], facts[1]
+            ),
         }
         return (self.queries, self.keys, *strides, *masks, self.heads, *self.sizes, self.features, self.scale * LOG2_E), constants
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels import attention_map, score_attention
-from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
@@ -379,7 +379,7 @@ def _config(kernel: str, launch: _Launch, block_t: int = 0) -> dict[str, int]:
 
     Not measured. They are the largest of those tried that compile for sm_90 without spills and within 99 KB of shared memory.
     """
-    query, _, value = launch.tensors[:3]
+    query, key, value = launch.tensors[:3]
     size = max(query.shape[3], value.shape[3])
     plain = launch.constants["MASK"] == 0
     if query.dtype == torch.float32:
@@ -392,7 +392,9 @@ def _config(kernel: str, launch: _Launch, block_t: int = 0) -> dict[str, int]:
         block_q, block_kv, warps, stages = (64, 128, 8, 2) if plain and block_t <= 16 else (32, 128, 8, 2)
     else:
         block_q, block_kv, warps, stages = (64, 64, 4, 2) if size <= 64 else (64, 32, 4, 2)
-    return {"BLOCK_Q": block_q, "BLOCK_KV": block_kv, "num_warps": warps, "num_stages": stages}
+    config = {"BLOCK_Q": block_q, "BLOCK_KV": block_kv, "num_warps": warps, "num_stages": stages}
+    lengths = query.shape[2], key.shape[2]
+    return configured(config, "relevancy_attention", kernel, query.dtype, *lengths, size, block_t, not plain)
 
 
 @triton.jit

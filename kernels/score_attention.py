@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._scores import (
     activate,
     keep_layout,
@@ -56,7 +56,6 @@ from vlattn_fast.kernels._tiles import (
     rows_at,
     store_tile,
 )
-
 
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
@@ -310,7 +309,8 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
     else:
         tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" else (64, 32, 4, 2)
     assert score not in UNIT_KINDS or tile[3] == 1, "units_backward takes one stage"
-    return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
+    config = dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
+    return configured(config, "score_attention", kernel, score, query.dtype, query.shape[2], value.shape[2], size, masked)
 
 
 @triton.jit

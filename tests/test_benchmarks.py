@@ -1,5 +1,6 @@
 """The benchmarks at tiny sizes: every variant runs, rows and report say what was measured."""
 
+import contextlib
 import json
 import math
 import struct
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _bounds, _choice, _isolated, _measure, _pictures, _report, _rows, _run, _workloads
+from vlattn_fast.benchmarks import _bounds, _choice, _gpu, _isolated, _measure, _pictures, _report, _rows, _run, _workloads
 
 TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7, "images": 4, "captions": 4, "R": 6, "T": 5, "layers": 2, "C": 16}
 TINY |= {"vision_layers": 1, "vocabulary": 120}
@@ -360,3 +361,75 @@ def test_the_report_without_a_row(tmp_path):
     _report.write(tmp_path, tmp_path / "REPORT.md")
     text = (tmp_path / "REPORT.md").read_text()
     assert "On a GPU: not measured." in text and "On a CPU: not measured." in text
+
+
+def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
+    """Every operator, forward and backward; what is launched does nothing, and afterwards launches are launches again."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import KernelInterface
+    from vlattn_fast.benchmarks import host
+
+    from vlattn_fast import verify
+    from vlattn_fast.ops import _dispatch
+
+    before = KernelInterface.__getitem__, _dispatch.INTERPRETED
+    monkeypatch.setattr(host, "CALLS", 1)
+    assert command.main(["host", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    assert (KernelInterface.__getitem__, _dispatch.INTERPRETED) == before
+    rows = json.loads((tmp_path / "cpu.json").read_text())
+    assert {row["host"].split(",")[0] for row in rows} == {host.SDPA, *verify.OPERATORS}
+    both = {row["host"] for row in rows if row["pass"] == "forward+backward"}
+    assert {row["host"] for row in rows} - both == {"attention_map", "relevancy_attention, step"}
+    for row in rows:
+        assert row["rounds"] == 2 and 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] and row["commit"]
+        assert (row["launches"] > 0) == (row["host"] != host.SDPA)
+        assert row["above_sdpa_us"] == pytest.approx(row["p50_us"] - sdpa_of(rows, row["pass"]), abs=0.02)
+    goals = {row["host"]: row["goal_us"] for row in rows if row["pass"] == "forward"}
+    assert [goals[name] for name in ("score_attention", "relevancy_attention", "congruence_loss")] == [25, 25, 60]
+    assert goals["attention_map"] is None
+    assert "congruence_loss, forward+backward" in capsys.readouterr().out
+    assert _report.newest(rows) == []  # not a table of the report
+
+
+def sdpa_of(rows, what):
+    return next(row["p50_us"] for row in rows if (row["host"], row["pass"]) == ("SDPA", what))
+
+
+def test_a_gpu_runs_more_variants(monkeypatch):
+    """SDPA by each of its kernels; it and our backends as CUDA graphs, captured once and replayed. With stand-ins for the GPU."""
+    runs = {
+        name: (lambda t, name=name: {"output": t["x"] + 1}) for name in ("triton", "streaming", "reference", "published", "SDPA")
+    }
+    made = _gpu.more(runs)
+    kernels = {"SDPA cuDNN", "SDPA flash", "SDPA efficient"}
+    assert made.keys() == kernels | {f"{name}, graph" for name in ("triton", "streaming", "SDPA", *kernels)}
+    asked = []
+
+    class Stream:
+        def wait_stream(self, other):
+            asked.append("wait")
+
+    class Graph:
+        def replay(self):
+            asked.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext(asked.append("capture")))
+    x = {"x": torch.zeros(1)}
+    outputs = [made["triton, graph"](x)["output"] for _ in range(3)]
+    assert asked == ["wait", "wait", "capture", "replay", "replay", "replay"]
+    assert outputs[0] is outputs[1] is outputs[2] and float(outputs[0]) == 1
+    query = torch.randn(1, 1, 4, 8)
+    seen = []
+    run = _gpu.by_kernel(lambda t: seen.append(torch.backends.cuda.flash_sdp_enabled()), torch.nn.attention.SDPBackend.MATH)
+    run({"query": query})
+    assert seen == [False] and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_variant_that_is_left_out_says_why():
+    (benchmark,) = _choice.choose(["attention_map/attention/clip"])
+    rows = {row["variant"]: row for row in measured(benchmark, left_out={"streaming": "it is wrong", "triton": "not there"})}
+    assert rows["streaming"]["not_run"] == "it is wrong" and "p50_us" in rows["SDPA"] and "triton" not in rows

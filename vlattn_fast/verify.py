@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,20 +54,37 @@ class Case:
         return {name: x.to(device, kept[name]) for name, x in self.tensors.items()}
 
 
-def cases(seed: int = 0) -> list[Case]:
-    """Small calls of every operator that between them use each score, rule and mask."""
+class Sizes(NamedTuple):
+    """Of the calls that are checked; two samples, two heads, at least as many keys as queries."""
+
+    queries: int = 33
+    keys: int = 47
+    head_dim: int = 16
+    value_dim: int = 24
+    regions: int = 36
+    words: int = 12
+    features: int = 32
+
+
+SMALL = Sizes()
+
+
+def cases(seed: int = 0, sizes: Sizes = SMALL) -> list[Case]:
+    """Calls of every operator that between them use each score, rule and mask. Small ones, unless `sizes` are given."""
+    n, m, size, value_size, regions, words, features = sizes
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    q, k, v = randn(2, 2, 33, 16), randn(2, 2, 47, 16), randn(2, 2, 47, 24)
-    key_mask = torch.rand(2, 47, generator=g) > 0.3
+    q, k, v = randn(2, 2, n, size), randn(2, 2, m, size), randn(2, 2, m, value_size)
+    key_mask = torch.rand(2, m, generator=g) > 0.3
     masked_out = key_mask.clone()
     masked_out[1] = False
     qkv = {"query": q, "key": k, "value": v}
-    square, vector = {"weight": randn(16, 16) / 4, "bias": randn(2, 16) / 4}, {"vector": randn(2, 16) / 4}
-    additive = {**vector, "query_weight": randn(2, 16, 16) / 4, "key_weight": randn(16, 16) / 4}
+    root = size**0.5
+    square, vector = {"weight": randn(size, size) / root, "bias": randn(2, size) / root}, {"vector": randn(2, size) / root}
+    additive = {**vector, "query_weight": randn(2, size, size) / root, "key_weight": randn(size, size) / root}
     made = [
         Case("score_attention", "scaled_dot causal", qkv, lambda t: {**t, "is_causal": True}),
         Case("score_attention", "cosine", qkv, lambda t: {**t, "score": "cosine", "scale": 4.0}),
@@ -85,35 +102,39 @@ def cases(seed: int = 0) -> list[Case]:
     shared = {"query": q, "key": k[:, :1], "value": v[:, :1]}
     made.append(_optioned("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
 
-    own = {"query": q, "key": k[:, :, :33], "value": v[:, :, :33], "carrier": randn(2, 3, 33)}
-    weight = torch.rand(2, 33, generator=g)
+    own = {"query": q, "key": k[:, :, :n], "value": v[:, :, :n], "carrier": randn(2, 3, n)}
+    weight = torch.rand(2, n, generator=g)
     options: dict[str, dict[str, Any]] = {
         "gradient": {},
-        "rollout": {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask[:, :33]},
+        "rollout": {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask[:, :n]},
         "row-normalised": {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True},
     }
     made += [_optioned("relevancy_attention", name, own, chosen) for name, chosen in options.items()]
     made += [
         _optioned("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}, differentiable=False),
         _optioned(
-            "attention_map", "gradient", {**qkv, "grad_output": randn(2, 2, 33, 24)}, {"rule": "gradient"}, differentiable=False
+            "attention_map",
+            "gradient",
+            {**qkv, "grad_output": randn(2, 2, n, value_size)},
+            {"rule": "gradient"},
+            differentiable=False,
         ),
     ]
-    groups = torch.randint(-1, 3, (2, 47), generator=g)
+    groups = torch.randint(-1, 3, (2, m), generator=g)
     made.append(
         _optioned(
             "attention_statistics",
             "three groups",
-            {"query": q, "key": k, "row_weight": randn(2, 33)},
+            {"query": q, "key": k, "row_weight": randn(2, n)},
             {"key_groups": groups, "num_groups": 3, "key_mask": key_mask},
         )
     )
-    blocks = {"text_query": q, "text_key": k[:, :, :33], "image_query": randn(2, 2, 47, 16), "image_key": k}
+    blocks = {"text_query": q, "text_key": k[:, :, :n], "image_query": randn(2, 2, m, size), "image_key": k}
     masks = {"text_mask": weight > 0.2, "image_mask": key_mask}
     made += [_congruence(kind, blocks, masks) for kind in ("cacr", "iais_singular", "iais_distributed")]
     normalise = torch.nn.functional.normalize
-    pairs = {"images": normalise(randn(4, 36, 32), dim=-1), "captions": normalise(randn(4, 12, 32), dim=-1)}
-    lengths = {"caption_lengths": torch.tensor([12, 7, 3, 9])}
+    pairs = {"images": normalise(randn(4, regions, features), dim=-1), "captions": normalise(randn(4, words, features), dim=-1)}
+    lengths = {"caption_lengths": torch.tensor([words, words // 2 + 1, 3, words * 3 // 4])}
     made += [
         _optioned("stacked_cross_attention", "SCAN t2i", pairs, lengths),
         _optioned("stacked_cross_attention", "SCAN i2t", pairs, {**lengths, "direction": "i2t", "aggregation": "mean"}),
@@ -192,8 +213,8 @@ def verify(
 class _Problem:
     """A case in one dtype: its draws, each with the exact results and the formula's, made once for all backends."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: str) -> None:
-        self.case, self._dtype, self._device = case, dtype, device
+    def __init__(self, case: Case, dtype: torch.dtype, device: str, truth_on: str = "cpu") -> None:
+        self.case, self._dtype, self._device, self._truth_on = case, dtype, device, truth_on
         self._fresh = draws(case.tensors)
         self._known: list[tuple[Tensors, Tensors, Tensors]] = []
 
@@ -202,7 +223,7 @@ class _Problem:
             (tensors,) = next(self._fresh)
             case = replace(self.case, tensors=tensors)
             here = case.in_dtype(self._dtype, self._device)
-            truth = _run(case, case.in_dtype(self._dtype), "reference", torch.float64)
+            truth = _run(case, case.in_dtype(self._dtype, self._truth_on), "reference", torch.float64)
             self._known.append((here, truth, _run(case, here, "reference")))
         return self._known[number]
 

@@ -42,11 +42,10 @@ def calls_of(operator: str) -> dict[str, Any]:
     return dict(importlib.import_module(f"tests.compiled.calls.{operator}").calls())
 
 
-def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
-    """The rows of the kernels that one call launches."""
+def pretend(architecture: int) -> None:
+    """Tells triton that such a GPU is there."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
 
     class Device:
         def get_current_device(self) -> int:
@@ -58,6 +57,14 @@ def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", architecture, 32)
 
+    driver.set_active(Device())
+
+
+def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
+    """The rows of the kernels that one call launches."""
+    from triton.runtime.jit import JITFunction
+    from vlattn_fast.kernels import _device
+
     launched: dict[str, list[Row]] = {}
     run = JITFunction.run
 
@@ -67,7 +74,8 @@ def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
         assert not narrow, f"{operator} {name} {self.fn.__name__}: products of 32 bits reach an address: {narrow}"
         launched.setdefault(self.fn.__name__, []).append(_row(kernel) | facts(kernel, kwargs))
 
-    driver.set_active(Device())
+    _device.OVERRIDES = _device.MEASURED.get(f"sm_{architecture}", {})
+    pretend(architecture)
     JITFunction.run = compile_only
     try:
         calls_of(operator)[name]()

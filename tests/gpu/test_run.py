@@ -1,115 +1,364 @@
-"""`make gpu` rehearsed without one: the parts run in Triton's interpreter, and a failure is seen and stored."""
+"""`make gpu` rehearsed without one: its parts run in Triton's interpreter at tiny sizes, and go on where they were killed."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from vlattn_fast.benchmarks import _rows
+from vlattn_fast.benchmarks.host import without_launches
+from vlattn_fast.kernels import _device
+
+from tests.gpu import ncu, production, run, session, sweep
+from vlattn_fast import verify
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("gpu", ROOT / "tests" / "gpu" / "run.py")
-gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu)
+SELECT = r"attention_map( |$|/gradient[/,](?!llava))|test_device_guard"
 
+# racecheck ends the whole call the first time, as a machine that is taken away would
 SANITIZER = """#!/bin/sh
-echo "$@" >> "{log}"
-test "$1" = --tool || exit 5
+echo "$2 $8 $9" >> "{log}"
+if [ "$2" = racecheck ] && mkdir "{log}.killed" 2>/dev/null; then kill -9 $PPID; sleep 1; fi
+test "$2" = synccheck && echo "1 race" && exit 9
+test "$2" = memcheck || exit 0
 shift 4
-"$@" || exit $?
-exit {status}
+exec "$@"
+"""
+TABLE = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Device","gpu__time_duration.sum",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
+"sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",\
+"sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active","launch__registers_per_thread","launch__thread_count"
+"","","","","ns","inst","inst","%","%","register/thread","thread"
+"0","7","_map_kernel","0","1,234,567.00","0.52","2.25","61.50","30.25","168","n/a"
+"""
+NCU = """#!/bin/sh
+echo "$@" >> "{log}"
+while [ "$1" != "{python}" ]; do shift; done
+"$@" || exit 1
+cat "{table}"
 """
 
 
-@pytest.fixture
-def rehearse(tmp_path):
-    """Runs parts with --device cpu: exit status, what was printed, the stored rows."""
+class Call:
+    """A call of run.py with --device cpu."""
 
-    def run(*arguments: str, status: int | None = None) -> tuple[int, str, list[dict]]:
-        tools = tmp_path / "tools"
-        tools.mkdir(exist_ok=True)
-        if status is not None:
-            program = tools / "compute-sanitizer"
-            program.write_text(SANITIZER.format(log=tmp_path / "log", status=status))
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out, tools = folder, folder / "out", folder / "tools"
+        tools.mkdir(parents=True)
+        (folder / "table.csv").write_text(TABLE)
+        for name, text in (("compute-sanitizer", SANITIZER), ("ncu", NCU)):
+            program = tools / name
+            program.write_text(text.format(log=folder / name, python=sys.executable, table=folder / "table.csv"))
             program.chmod(0o755)
-        environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "VLATTN_COMMIT": "abc123"}
-        command = [sys.executable, ROOT / "tests" / "gpu" / "run.py", *arguments, "--device", "cpu", "--out", tmp_path]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-        checks = tmp_path / "checks.json"
-        return done.returncode, done.stdout + done.stderr, json.loads(checks.read_text()) if checks.exists() else []
+        self.environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "VLATTN_COMMIT": "abc123"}
 
-    return run
+    def words(self, *parts: str) -> list[str]:
+        program = [sys.executable, str(ROOT / "tests" / "gpu" / "run.py")]
+        return [*program, *parts, "--device", "cpu", "--select", SELECT, "--workers", "1", "--out", str(self.out)]
+
+    def __call__(self, *parts: str) -> tuple[int, str]:
+        done = subprocess.run(self.words(*parts), env=self.environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    def kill_after_a_row(self, part: str) -> int:
+        """How many rows there are."""
+        process = subprocess.Popen(self.words(part), env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (self.out / f"gpu-{part}.json").exists():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return len(self.rows(part))
+
+    def rows(self, part: str) -> list[dict[str, Any]]:
+        return json.loads((self.out / f"gpu-{part}.json").read_text())
+
+    def by_item(self, part: str) -> dict[str, dict[str, Any]]:
+        rows = {row["item"]: row for row in self.rows(part)}
+        assert len(rows) == len(self.rows(part)), "an item ran twice"
+        return rows
 
 
-def test_correctness_runs_the_chosen_tests(rehearse):
-    status, said, (row,) = rehearse("correctness", "--select", "test_attention_map and empty", "--shards", "2")
-    assert status == 0 and row["passed"], said
-    assert int(row["summary"].split()[0]) > 0 and row["part"] == "correctness" and row["commit"] == "abc123"
-    assert {"device", "torch", "triton", "time", "command", "seconds"} <= row.keys()
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Call, list[tuple[int, str]], int]:
+    """verify killed after its first row; then all five parts, killed at racecheck; then the last one again."""
+    call = Call(tmp_path_factory.mktemp("gpu"))
+    before = call.kill_after_a_row("verify")
+    return call, [call(), call("tests")], before
 
 
-def test_without_a_compiler_it_says_so(rehearse):
-    status, said, (row,) = rehearse("build")
-    assert status == 0 and row["summary"].startswith("not run: nvcc"), said
+def test_verify_goes_on_where_it_was_killed(rehearsed):
+    call, ((_, said), _), before = rehearsed
+    rows = call.by_item("verify")
+    names = ("gradient", "gradient, bool mask", "gradient, float mask")
+    assert rows.keys() == {f"attention_map/{name}/D64/bfloat16" for name in names}, said
+    assert 1 <= before and f"verify: passed, 3 rows ({3 - before} new)" in said
+    for row in rows.values():
+        triton = row["backends"]["triton"]
+        assert row["passed"] and 0 <= triton["ratio"] <= 1 and row["backends"]["cuda"]["refused"]
+        assert triton["kernels"] == ["_map_kernel"] and "numbers of 1 draws" in triton["says"]
+        assert row["commit"] == "abc123" and {"sources", "device", "versions", "time", "seconds"} <= row.keys()
 
 
-def test_it_builds_by_cmake_and_says_what_went_wrong(tmp_path, monkeypatch):
+def test_sweep_stores_each_configuration_and_the_winner(rehearsed):
+    call, ((_, said), _), _ = rehearsed
+    *tried, won = call.by_item("sweep").values()
+    assert len(tried) == run.CPU_TRIES and [row["is_default"] for row in tried] == [True, False, False], said
+    assert len({sweep.label(row["config"]) for row in tried}) == 3
+    assert all(row["passed"] and row["ratio"] <= 1 and row["us"] > 0 for row in tried)
+    assert all(row["key"] == "attention_map map gradient torch.bfloat16 64 64 16 False" for row in (*tried, won))
+    assert won["winner"] in [row["config"] for row in tried] and won["us"] <= won["us_before"]
+    table = call.out / "configurations.json"
+    assert table.exists() == won["changed"]
+
+
+def test_ncu_stores_times_stalls_and_pipes(rehearsed):
+    call, ((_, said), _), _ = rehearsed
+    rows = call.by_item("ncu")
+    assert rows["attention_map/gradient/clip triton"]["kernels"]["_map_kernel"] > 0, said
+    assert "does not take" in rows["attention_map/gradient/clip cuda"]["not_run"]
+    found = rows["ncu attention_map _map_kernel triton"]
+    assert found["passed"] and len(rows) == 3
+    assert (found["ns"], found["registers"]) == (1234567.0, 168.0)
+    assert list(found["stalls"].items()) == [("long_scoreboard", 2.25), ("wait", 0.52)]
+    assert found["pipes"] == {"xu": 61.5, "tensor_cycles_active": 30.25}
+    asked = (call.folder / "ncu").read_text()
+    assert "--clock-control none" in asked and "--kernel-name regex:^_map_kernel$ --launch-skip 1 --launch-count 1" in asked
+
+
+def test_benchmarks_store_their_rows(rehearsed):
+    call, ((_, said), _), _ = rehearsed
+    assert [*call.by_item("benchmarks")] == ["attention_map/gradient/clip"], said
+    rows = json.loads((call.out / "cpu.json").read_text())
+    assert {row["variant"] for row in rows} >= {"streaming", "published", "SDPA"} and all(
+        row["commit"] == "abc123" for row in rows
+    )
+
+
+def test_tests_go_on_where_they_were_killed(rehearsed):
+    call, ((killed, _), (status, said)), _ = rehearsed
+    assert killed == -signal.SIGKILL
+    rows = call.by_item("tests")
+    sanitized = [f"{tool} triton attention_map" for tool in run.TOOLS]
+    assert [*rows] == ["tests/kernels/test_device_guard.py 1 of 1", *sanitized]
+    assert rows["tests/kernels/test_device_guard.py 1 of 1"]["tests"] > 10
+    # every tool ran once, and the one that was cut a second time
+    tools = [line.split()[0] for line in (call.folder / "compute-sanitizer").read_text().splitlines()]
+    assert tools == ["memcheck", "racecheck", "racecheck", "initcheck", "synccheck"]
+    assert [name for name, row in rows.items() if not row["passed"]] == ["synccheck triton attention_map"]
+    assert status == 1 and "FAILED" in said and "ended with 9: 1 race" in said
+
+
+# --- the parts of it ---
+
+
+class Known:
+    """A session of which only stored rows are asked."""
+
+    device = "cpu"
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = {row["item"]: row for row in rows}
+
+    def known(self, part: str) -> dict[str, dict[str, Any]]:
+        return self.rows
+
+
+def checked(item: str, **ratios: float) -> dict[str, Any]:
+    backends = {name: {"ratio": ratio} for name, ratio in ratios.items()}
+    return {"item": item, "passed": max(ratios.values()) <= 1, "backends": backends}
+
+
+def test_a_wrong_kernel_is_not_timed():
+    gate = run.Gate(
+        Known(
+            [
+                checked("score_attention/additive, bool mask/D64/bfloat16", triton=0.9, cuda=3.0),
+                checked("score_attention/cosine/D64/bfloat16", triton=0.5),
+                {"item": "attention_map/gradient/D64/bfloat16", "passed": False, "problem": "the process ended with -11"},
+            ]
+        )
+    )
+    assert gate.doubt(["score_attention"], "additive, forward", "triton") == ""
+    assert "cuda is wrong in score_attention/additive, bool mask" in gate.doubt(["score_attention"], "additive, forward", "cuda")
+    assert gate.doubt(["score_attention"], "cosine, forward", "cuda") == ""
+    assert "wrong" in gate.doubt(["score_attention"], "step alone", "cuda")  # no case of that name: all of them count
+    assert "triton is wrong" in gate.doubt(["attention_map"], "gradient", "triton")
+    assert run.UNVERIFIED in gate.doubt(["congruence_loss"], "cacr", "triton")
+
+
+@pytest.mark.parametrize("hot", production.HOTTEST, ids=lambda hot: hot.key)
+def test_what_is_timed_is_what_was_checked(hot, monkeypatch):
+    """The case and the call of a hot launch, at their real sizes and without launches, ask for tiles with the same facts."""
+    asked = []
+    (case,) = [one for one in production.cases("cuda", hot.check[1]) if (one.operator, one.name) == (hot.operator, hot.check[0])]
+    with without_launches():
+        call = production.call_of(hot.benchmark, "triton", "cpu", batch=1)
+    for run_it in (lambda: verify._run(case, case.in_dtype(torch.bfloat16), "triton"), call):
+        recorder, launched = sweep.Recorder(hot.key, None), []
+        monkeypatch.setattr(_device, "OVERRIDES", recorder)
+        with without_launches(launched):
+            run_it()
+        assert set(hot.kernels) <= set(launched)
+        asked.append(recorder.asked)
+    assert len(asked[0]) == 1 and asked[0] == asked[1]
+
+
+def test_the_sweep_goes_over_tiles_then_stages():
+    default = {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
+    rows = [{"config": default, "us": 100.0}]
+    first = sweep.candidates(default, 64, rows)
+    assert len(first) == 2 * 3 * 2 - 1 and {config["BLOCK_Q"] for config in first} == {32, 64}
+    rows += [{"config": config, "us": 110.0 + n} for n, config in enumerate(first[:-1])]
+    assert sweep.candidates(default, 64, rows) == first[-1:]  # cut before the last
+    rows.append({"config": first[-1], "not_run": "OutOfResources"})
+    second = sweep.candidates(default, 64, rows)
+    assert len(second) == 3 * 3 and {config["num_stages"] for config in second} == {1, 3, 4}
+    rows += [{"config": config, "us": 98.0} for config in second]
+    assert sweep.candidates(default, 64, rows) == []
+    assert sweep.winner(default, rows) == default  # two percent are noise
+    rows[-1]["us"] = 90.0
+    assert sweep.winner(default, rows) == second[-1]
+    whole = {"BLOCK_Q": 32, "BLOCK_L": 64, "BLOCK_V": 128, "num_warps": 8, "num_stages": 1}
+    assert all((config["BLOCK_L"], config["BLOCK_V"]) == (64, 128) for config in sweep.candidates(whole, 64, []))
+
+
+def test_what_ncu_says_without_a_table_is_no_row():
+    assert ncu.table("==ERROR== ERR_NVGPUCTRPERM\n") == {} and ncu.table(TABLE.rsplit("\n", 2)[0]) == {}
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A session over an empty tree."""
+    for module in (run, session):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(session, "STORED", tmp_path / "stored")
+    options = argparse.Namespace(device="cpu", out=tmp_path / "out", minutes=1.0, again=False, select="")
+    made = session.Session(options)
+    made.begin()
+    return made
+
+
+def test_a_row_is_known_to_the_same_sources_alone(tree, monkeypatch):
+    (session.ROOT / "kernels").mkdir()
+    source = session.ROOT / "kernels" / "one.py"
+    source.write_text("a")
+    tree.sources = session.sources()
+    tree.store("verify", {"item": "x", "passed": True})
+    assert tree.known("verify").keys() == {"x"} and tree.known("sweep") == {}
+    (session.ROOT / "kernels" / "configurations.json").write_text("{}")  # the sweep's own
+    assert session.sources() == tree.sources
+    source.write_text("b")
+    tree.sources = session.sources()
+    assert tree.known("verify") == {}
+
+
+def test_rows_of_earlier_calls_count_wherever_this_one_writes(tree):
+    tree.store("verify", {"item": "x", "passed": True})
+    (tree.options.out).rename(session.STORED)
+    assert tree.known("verify").keys() == {"x"}
+
+
+def test_items_run_once_and_what_failed_again_on_request(tree):
+    items, ran = [{"item": name} for name in "abc"], []
+
+    def execute(item: dict[str, Any], seconds: float) -> dict[str, Any]:
+        ran.append(item["item"])
+        return {"passed": item["item"] != "b" or ran.count("b") > 1}
+
+    for again, expected in ((False, ["a", "b", "c"]), (False, []), (True, ["b"]), (True, [])):
+        tree.options.again = again
+        ran.clear() if expected != ["b"] else ran.__init__(["b"])
+        assert tree.run("verify", items, lambda: execute)
+        assert ran[-len(expected) or 3 :] == expected
+
+
+def test_out_of_time_is_not_a_row(tree):
+    tree._end = time.monotonic() + session.LEAST_LEFT + 0.5
+    cut = tree.run("tests", [{"item": name} for name in "ab"], lambda: lambda item, seconds: None)
+    assert not cut and tree.known("tests") == {}
+    tree._end = time.monotonic() + 1.0
+    assert not tree.run("tests", [{"item": "a"}], lambda: lambda item, seconds: {"passed": True})
+    assert tree.known("tests") == {}
+
+
+def test_who_takes_too_long_is_ended_with_what_it_started(tree, monkeypatch):
+    monkeypatch.setattr(session, "TREE", session.ROOT)
+    start = time.monotonic()
+    assert tree.command(["sh", "-c", "echo so far; sleep 60 & wait"], 0.5) is None
+    monkeypatch.setattr(session, "OF_AN_ITEM", 0.5)
+    assert tree.command(["sh", "-c", "echo so far; sleep 60 & wait"], 0.5) == (None, "so far\n")
+    assert time.monotonic() - start < 20
+    assert tree.command(["sh", "-c", "echo x; exit 3"], 5.0) == (3, "x\n")
+
+
+def test_a_worker_that_dies_is_a_row_and_starts_anew(tree, monkeypatch):
+    program = (
+        "import sys, os\nfor line in sys.stdin:\n  print('hm')\n  print('ROW {\"passed\": true}', flush=True)\n  os._exit(7)\n"
+    )
+    monkeypatch.setattr(session, "TREE", session.ROOT)
+    folder = session.ROOT / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "worker.py").write_text(program)
+    worker = session.Worker(tree)
+    assert worker({"item": "a"}, 60.0) == {"passed": True}
+    worker._process.wait()
+    assert worker({"item": "b"}, 60.0) == {"passed": True}
+    (folder / "worker.py").write_text("print('no memory')\nraise SystemExit(5)\n")
+    worker._process.wait()
+    row = worker({"item": "c"}, 60.0)
+    assert not row["passed"] and "the process ended with 5: no memory" in row["problem"]
+    worker.close()
+
+
+def test_it_builds_by_cmake_for_this_gpu_and_says_what_went_wrong(tree, tmp_path, monkeypatch, capsys):
     log = tmp_path / "log"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert run.build(tree, "verify") and "nvcc not installed" in capsys.readouterr().out or "nvcc" in os.listdir("/usr/bin")
     for tool, status in (("nvcc", 0), ("ninja", 0), ("cmake", 3)):
         (tmp_path / tool).write_text(f"#!/bin/sh\necho {tool} $@ >> {log}\necho what it said\nexit {status}\n")
         (tmp_path / tool).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    tree.device, tree.architecture = "cuda", "sm_90"
     library = tmp_path / "build/cuda/libvlattn_cuda.so"
     library.parent.mkdir(parents=True)
-    monkeypatch.setattr(gpu, "TREE", tmp_path)
     library.write_text("old")
-    found = gpu.build(argparse.Namespace(device="cuda"))
-    assert not found["passed"] and found["summary"] == "cmake -G ended with 3" and found["failures"] == ["what it said\n"]
-    assert not library.exists()
+    assert not run.build(tree, "verify") and not library.exists()
+    assert tree.known("verify")["build"]["problem"] == "cmake -G ended with 3: what it said\n"
     (tmp_path / "cmake").write_text(f"#!/bin/sh\necho cmake $@ >> {log}\necho new > {library}\n")
-    assert gpu.build(argparse.Namespace(device="cuda")) == {"passed": True, "summary": "libvlattn_cuda.so, 0.0 MiB"}
-    configure, make = log.read_text().splitlines()[-2:]
-    assert configure.endswith(f"-S {tmp_path} -B {library.parent}") and make == f"cmake --build {library.parent}"
+    for _ in range(2):
+        assert run.build(tree, "verify") and tree.known("verify")["build"]["passed"]
+    *_, configure, make = log.read_text().splitlines()  # the second time there was nothing to build
+    assert f"-S {tmp_path} -B {library.parent}" in configure and "-DVLATTN_TARGETS=90a-real" in configure
+    assert make.startswith(f"cmake --build {library.parent} --parallel") and log.read_text().count("--build") == 1
 
 
-def test_no_test_is_no_success(rehearse):
-    status, said, (row,) = rehearse("correctness", "--select", "no_such_test", "--shards", "1")
-    assert status == 1 and not row["passed"], said
-
-
-def test_without_a_sanitizer_it_says_so(rehearse):
-    status, said, (row,) = rehearse("sanitizer")
-    assert status == 0 and row["summary"] == "not run: compute-sanitizer is not installed", said
-
-
-def test_the_sanitizer_runs_an_operator_under_both_tools(rehearse, tmp_path):
-    status, said, (row,) = rehearse("sanitizer", "--operators", "attention_map", status=0)
-    assert status == 0 and row["passed"] and row["summary"] == "2 runs, 0 failed", said
-    calls = (tmp_path / "log").read_text().splitlines()
-    assert sorted(call.split()[1] for call in calls) == ["memcheck", "racecheck"]
-    assert all(call.endswith("cpu triton attention_map") for call in calls)
-
-
-def test_what_the_sanitizer_finds_is_a_failure(rehearse):
-    status, said, (row,) = rehearse("sanitizer", "--operators", "attention_map", status=9)
-    assert status == 1 and not row["passed"] and len(row["failures"]) == 2, said
-    assert "FAILED" in said and "ended with 9" in said
-
-
-def test_an_unknown_part_is_refused(rehearse):
-    status, said, rows = rehearse("measure")
-    assert status == 2 and "PART must be one of build, correctness, sanitizer, benchmarks; got measure" in said and rows == []
-
-
-def test_who_runs_out_of_time_is_stopped():
-    assert gpu.run([["sleep", "60"], ["true"]], [dict(os.environ)] * 2, 0.5) == [(None, ""), (0, "")]
+def test_the_winners_are_written_to_the_table(tree, tmp_path, monkeypatch):
+    tree.options.table, tree.architecture = tmp_path / "table.json", "sm_90"
+    monkeypatch.setattr(run, "TREE", tmp_path / "tree")
+    (run.TREE / "vlattn_fast" / "kernels").mkdir(parents=True)
+    run.write_table(tree)
+    assert not tree.options.table.exists()
+    small = {"BLOCK_Q": 16}
+    tree.options.table.write_text(json.dumps({"sm_80": {"x": small}, "sm_90": {"one": small, "z": small}}))
+    for name, changed in (("one", True), ("two", False)):
+        tree.store(
+            "sweep", {"item": f"{name}: winner", "passed": True, "key": name, "winner": {"BLOCK_Q": 64}, "changed": changed}
+        )
+    run.write_table(tree)
+    expected = {"sm_80": {"x": small}, "sm_90": {"one": {"BLOCK_Q": 64}, "z": small}}
+    assert json.loads(tree.options.table.read_text()) == expected
+    assert json.loads((run.TREE / "vlattn_fast" / "kernels" / "configurations.json").read_text()) == expected
 
 
 def test_rows_are_added_and_none_is_lost(tmp_path):
@@ -118,6 +367,9 @@ def test_rows_are_added_and_none_is_lost(tmp_path):
     assert json.loads((tmp_path / "checks.json").read_text()) == [{"number": number} for number in range(3)]
 
 
-def test_the_parts_fit_in_eight_minutes():
-    assert gpu.SECONDS.keys() == gpu.PARTS.keys()
-    assert sum(gpu.SECONDS.values()) <= 8 * 60 - 10
+def test_an_unknown_part_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "measure"])
+    with pytest.raises(SystemExit) as end:
+        run.main()
+    assert end.value.code == 2
+    assert "PART must be one of verify, sweep, ncu, benchmarks, tests; got measure" in capsys.readouterr().err

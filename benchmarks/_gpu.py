@@ -1,0 +1,63 @@
+"""What a GPU alone can run: a variant as a CUDA graph, and SDPA by each of torch's fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vlattn_fast.ops._dispatch import BACKEND_NAMES
+
+Tensors = dict[str, Tensor]
+Run = Callable[[Tensors], Tensors]
+
+GRAPH = ", graph"  # ends the name of a variant that is replayed
+CALLS_BEFORE_CAPTURE = 3
+SDPA_KERNELS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def more(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """Beside these variants: the bound SDPA by each of its kernels, and it and our backends as CUDA graphs."""
+    found = {f"SDPA {name}": by_kernel(runs["SDPA"], kernel) for name, kernel in SDPA_KERNELS.items() if "SDPA" in runs}
+    captured = {name: run for name, run in runs.items() if name in BACKEND_NAMES and name != "reference"}
+    captured |= {name: run for name, run in {**runs, **found}.items() if name.startswith("SDPA")}
+    return found | {f"{name}{GRAPH}": graphed(run) for name, run in captured.items()}
+
+
+def by_kernel(run: Run, kernel: SDPBackend) -> Run:
+    def held(tensors: Tensors) -> Tensors:
+        with sdpa_kernel(kernel):
+            return run(tensors)
+
+    return held
+
+
+def graphed(run: Run) -> Run:
+    """Captured at the first call, and replayed: what a call costs without its host. Its inputs must stay where they are, and the
+    next call overwrites its outputs."""
+    made: list[tuple[Any, Tensors]] = []
+
+    def replayed(tensors: Tensors) -> Tensors:
+        if not made:
+            stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(now)
+            with torch.cuda.stream(stream):
+                for _ in range(CALLS_BEFORE_CAPTURE):
+                    run(tensors)
+            now.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = run(tensors)
+            made.append((graph, outputs))
+        graph, outputs = made[0]
+        graph.replay()
+        return outputs
+
+    return replayed

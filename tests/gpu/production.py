@@ -1,0 +1,217 @@
+"""What `make gpu` checks, sweeps and profiles: the calls of `vlattn verify` at the sizes of models, and the hottest launches.
+
+On a CPU (`--device cpu`, a rehearsal in Triton's interpreter) all of them are tiny.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks._choice import choose
+
+from vlattn_fast import scores, verify
+from vlattn_fast.verify import Case, Sizes
+
+# Several tiles a loop and ragged ones, heads of 64, 72 and 128 features, and what CUDA C++ takes, which is short.
+SIZES = {
+    "D64": Sizes(577, 641, 64, 64, regions=36, words=20, features=1024),
+    "D128": Sizes(577, 641, 128, 128, regions=289, words=18, features=256),
+    "D72": Sizes(200, 264, 72, 72, regions=100, words=30, features=72),
+    "N200": Sizes(200, 200, 64, 64, regions=36, words=20, features=64),
+    "uniter": Sizes(60, 100, 64, 64, regions=36, words=20, features=64),
+}
+TINY = {name: Sizes(33, 47, 16, 16, regions=6, words=5, features=8) for name in ("D64", "N200")}
+TINY["uniter"] = TINY["D64"]._replace(queries=16, keys=20)
+TINY_WORKLOAD = {"B": 1, "H": 2, "N": 33, "D": 16, "L": 16, "V": 20, "images": 4, "captions": 4, "R": 6, "T": 5}
+EVERY_DTYPE = ("D64",)  # bfloat16 alone at the other sizes
+BACKENDS = ("triton", "cuda")
+
+
+class Check(NamedTuple):
+    """A case at a size in a dtype."""
+
+    case: Case
+    sizes: str
+    dtype: torch.dtype
+
+    @property
+    def item(self) -> str:
+        return f"{self.case.operator}/{self.case.name}/{self.sizes}/{str(self.dtype).removeprefix('torch.')}"
+
+
+def checks(device: str) -> list[Check]:
+    """The slowest first: scores over hidden units, whose formula holds them for every pair."""
+    sizes = SIZES if device == "cuda" else {"D64": TINY["D64"]}
+    found = [
+        Check(case, name, dtype)
+        for name in sizes
+        for case in cases(device, name)
+        for dtype in (verify.DTYPES if device == "cuda" and name in EVERY_DTYPE else (torch.bfloat16,))
+    ]
+    return sorted(found, key=lambda check: -_work(check))
+
+
+def _work(check: Check) -> int:
+    size = SIZES[check.sizes]
+    return size.queries * size.keys * (size.head_dim if check.case.name.startswith(("additive", "hadamard")) else 1)
+
+
+@functools.cache
+def cases(device: str, sizes: str) -> list[Case]:
+    """Those of `vlattn verify`, and what they leave out: masks of every kind, and the calls of the hottest launches."""
+    chosen = (SIZES if device == "cuda" else TINY)[sizes]
+    made = verify.cases(sizes=chosen)
+    by_name = {(case.operator, case.name): case for case in made}
+    generator = torch.Generator().manual_seed(2)
+    general = by_name["score_attention", "general"]
+    tanh = replace(general, name="general tanh", arguments=_tanh(general))
+    relevancy = by_name["relevancy_attention", "gradient"]
+    one_row = replace(relevancy, name="gradient one row", tensors=_one_row(relevancy.tensors))
+    statistics = by_name["attention_statistics", "three groups"]
+    groups = torch.randint(0, 2, (chosen.keys,), generator=generator)
+    two = Case(
+        statistics.operator,
+        "two groups",
+        {name: statistics.tensors[name] for name in ("query", "key")},
+        lambda t: {**t, "key_groups": groups.to(t["query"].device), "num_groups": 2},
+    )
+    masked = [
+        _masked(case, kind, generator)
+        for case in (tanh, by_name["score_attention", "additive"], relevancy, *_of(made, "attention_map"), statistics)
+        for kind in ("bool", "float")
+    ]
+    return [*made, tanh, one_row, two, *masked]
+
+
+def _of(made: list[Case], operator: str) -> list[Case]:
+    return [case for case in made if case.operator == operator]
+
+
+def _tanh(case: Case) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    def arguments(t: dict[str, Tensor]) -> dict[str, Any]:
+        return {**case.arguments(t), "score": scores.General(t["weight"], t["bias"], activation="tanh")}
+
+    return arguments
+
+
+def _one_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x[:, :1].contiguous() if name == "carrier" else x for name, x in tensors.items()}
+
+
+def _masked(case: Case, kind: str, generator: torch.Generator) -> Case:
+    """Under an attn_mask: its first row masks everything; of a float one the second is finfo.min throughout, and it is causal."""
+    tensors = case.tensors
+    shape = tensors["query"].shape[2], tensors["key"].shape[2]
+    visible = torch.rand(shape, generator=generator) > 0.3
+    visible[0] = False
+    values = torch.randn(shape, generator=generator).masked_fill(~visible, -torch.inf)
+    values[1] = torch.finfo(torch.float32).min
+
+    def arguments(t: dict[str, Tensor]) -> dict[str, Any]:
+        like = t["query"]
+        mask = visible if kind == "bool" else values.to(torch.promote_types(like.dtype, torch.float32))
+        return {**case.arguments(t), "attn_mask": mask.to(like.device), "is_causal": kind == "float"}
+
+    return replace(case, name=f"{case.name}, {kind} mask", arguments=arguments)
+
+
+def case_named(device: str, operator: str, name: str, sizes: str) -> Case:
+    return next(case for case in cases(device, sizes) if (case.operator, case.name) == (operator, name))
+
+
+def first_word(text: str) -> str:
+    return text.replace(",", " ").split()[0]
+
+
+# --- launches at the workloads of the benchmarks ---
+
+
+class Hot(NamedTuple):
+    """A launch that calls spend their time in.
+
+    `key` begins the facts that `kernels._device.configured` is asked with, `kernels` are the functions that it launches, `check`
+    is the name and the size of the case that its tiles must keep right, and `most` the most queries that a tile may have: rows
+    are padded to 64 in backward passes.
+    """
+
+    key: str
+    kernels: tuple[str, ...]
+    benchmark: str
+    check: tuple[str, str]
+    most: int = 64
+
+    @property
+    def operator(self) -> str:
+        return self.key.split()[0]
+
+
+Q, KV = ("_backward_q_kernel",), ("_backward_kv_kernel",)
+HOTTEST = (
+    Hot("score_attention backward_kv additive", KV, "score_attention/additive, forward+backward/clip", ("additive", "D64")),
+    Hot("score_attention backward_q additive", Q, "score_attention/additive, forward+backward/clip", ("additive", "D64")),
+    Hot(
+        "score_attention forward additive",
+        ("_forward_kernel",),
+        "score_attention/additive, forward/clip",
+        ("additive", "D64"),
+        128,
+    ),
+    Hot("attention_statistics backward", Q + KV, "attention_statistics/forward+backward/uniter", ("two groups", "N200")),
+    Hot(
+        "score_attention backward_kv dot_tanh", KV, "score_attention/general tanh, forward+backward/clip", ("general tanh", "D64")
+    ),
+    Hot("score_attention backward_q dot_tanh", Q, "score_attention/general tanh, forward+backward/clip", ("general tanh", "D64")),
+    Hot(
+        "relevancy_attention backward_kv", KV, "relevancy_attention/gradient, forward+backward/clip", ("gradient one row", "D64")
+    ),
+    Hot("relevancy_attention backward_q", Q, "relevancy_attention/gradient, forward+backward/clip", ("gradient one row", "D64")),
+    Hot("attention_statistics rows", ("_rows_kernel",), "attention_statistics/forward/clip", ("two groups", "D64"), 128),
+    Hot(
+        "congruence_loss gradient cacr", ("gradient_kernel",), "congruence_loss/cacr, forward+backward/uniter", ("cacr", "uniter")
+    ),
+    Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/clip", ("gradient", "D64"), 128),
+    Hot(
+        "score_attention forward dot_tanh",
+        ("_forward_kernel",),
+        "score_attention/general tanh, forward/clip",
+        ("general tanh", "D64"),
+        128,
+    ),
+)
+
+
+def calls() -> list[tuple[str, str]]:
+    """The operators' benchmarks on each backend: what is profiled. Forward passes are part of those with gradients."""
+    names = [benchmark.name for benchmark in choose(verify.OPERATORS)]
+    whole = [name for name in names if "forward/" not in name or name.replace("forward/", "forward+backward/") not in names]
+    return [(name, backend) for name in whole for backend in BACKENDS]
+
+
+def call_of(benchmark: str, backend: str, device: str, batch: int | None = None) -> Callable[[], Any] | None:
+    """The benchmark's variant of this backend, ready to run; None where the backend does not take it.
+
+    On the CPU kernels are taken as well, which no benchmark times there. `batch`: all else as large as on a device, to compile
+    and not to run.
+    """
+    (found,) = choose([benchmark])
+    sizes = dict(found.workload.full) if device == "cuda" or batch else found.workload.sizes(torch.device("cpu"), TINY_WORKLOAD)
+    if batch:
+        sizes |= {name: batch for name in ("B", "images", "captions") if name in sizes}
+    before, _measure.EMULATED = _measure.EMULATED, ()
+    try:
+        problem = found.build(sizes, torch.device(device), found.cuda_dtype)
+    finally:
+        _measure.EMULATED = before
+    variant = problem.variants.get(backend)
+    return None if variant is None else functools.partial(variant.run, problem.tensors)
+
+
+def function_name(kernel: str) -> str:
+    """Of a kernel as profilers print it, with its namespace, template arguments and parameters."""
+    return kernel.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0].split("::")[-1].split()[-1]
