@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -201,64 +200,6 @@ def test_sharp_attention_far_from_zero(backend: str) -> None:
 def test_a_sharp_row_has_the_entropy_of_its_small_weights(backend: str) -> None:
     key = torch.tensor([20.0, 0.0, 0.0]).view(1, 1, 3, 1)
     check_statistics(backend, {"query": torch.ones(1, 1, 1, 1), "key": key}, only="entropy", scale=1.0)
-
-
-@on("reference", *FAST)
-@pytest.mark.parametrize(
-    "asked", [("mass",), ("received",), ("entropy", "argmax"), ("received", "maximum", "mass")], ids=" ".join
-)
-def test_only_what_is_named(asked: tuple[str, ...], backend: str) -> None:
-    """The same as beside the others, with the same gradients; None for the others."""
-    inputs = as_dtype(statistics_inputs(), finest(backend))
-    fixed = {"key_mask": key_mask(), "backend": backend, **groups()}
-    whole = attention_statistics(**inputs, **fixed)
-    found = attention_statistics(**inputs, statistics=asked, **fixed)
-    for name in AttentionStatistics._fields:
-        if name not in asked:
-            assert getattr(found, name) is None
-        else:
-            torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
-    floating = [name for name in asked if name != "argmax"]
-    cotangents = [torch.randn_like(getattr(whole, name)) for name in floating]
-
-    def run(statistics: tuple[str, ...] | None) -> Callable[..., tuple[Tensor, ...]]:
-        def call(**tensors: Tensor) -> tuple[Tensor, ...]:
-            got = attention_statistics(**tensors, statistics=statistics, **fixed)
-            return tuple(getattr(got, name) for name in floating)
-
-        return call
-
-    named, every = outputs_and_grads(run(asked), inputs, cotangents), outputs_and_grads(run(None), inputs, cotangents)
-    for name, x in every.items():
-        torch.testing.assert_close(named[name], x, rtol=1e-5, atol=1e-6)
-
-
-def test_what_is_named_is_a_name() -> None:
-    query = torch.randn(1, 1, 3, 4)
-    for bad, words in (
-        (["mode"], "statistics must be among mass, .*; got 'mode'"),
-        ([], "statistics must name at least one; got none"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            attention_statistics(query, query, statistics=bad)
-    with pytest.raises(TypeError, match="statistics must be a sequence of names; got 'mass'"):
-        attention_statistics(query, query, statistics="mass")
-
-
-def test_nothing_but_what_is_named_is_made() -> None:
-    """The operator's other outputs have no elements, also under torch.compile."""
-    query = torch.randn(1, 2, 9, 4, requires_grad=True)
-
-    def run(x: Tensor) -> Tensor:
-        return attention_statistics(x, x, statistics=["received"], backend="streaming").received.square().sum()
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(query), run(query))
-    (grad,), (eager,) = (torch.autograd.grad(f(query), query) for f in (compiled, run))
-    torch.testing.assert_close(grad, eager)
-    args = (query.detach(), query.detach(), None, None, None, None, 0, "received", 0.5, False, "streaming")
-    sizes = [x.numel() for x in torch.ops.vlattn.attention_statistics(*args)]
-    assert sizes == [0, 0, 0, 0, 18]
 
 
 @on("reference", *FAST)
