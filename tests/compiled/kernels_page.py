@@ -22,7 +22,7 @@ COUNTS = ROOT / "benchmarks" / "results" / "machine_code.json"  # of these kerne
 PRODUCTS, BYTES = 790e12, 4.3e12
 CLOCKS = 132 * 1.83e9
 ISSUE, SPECIAL = 128 * CLOCKS, 16 * CLOCKS  # instructions of threads a second
-UNITS_A_TURN = 4  # hidden units in a turn of the loop of `_sum_pairs`
+SPECIAL_A_UNIT = {"additive": 0.5, "hadamard_tanh": 1.5}  # in `_sum_pairs`: half a reciprocal, and an exponential
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,11 @@ class Times:
         return max(self.issue, self.special, self.products, self.memory)
 
 
-def per_pair(kernel: str, row: Row, size: int) -> tuple[float, float]:
-    """Instructions of all threads for each pair of a query and a key, and those of the special function unit among them."""
+def per_pair(key: str, row: Row, size: int) -> tuple[float, float]:
+    """Instructions of all threads for each pair of a query and a key, and those of the special function unit among them.
+
+    key: of the row in the table.
+    """
     rows, keys = map(int, row["tile"].split("x"))
     threads = 32 * row["warps"]
     if row["per_pair"] is not None:
@@ -147,9 +150,11 @@ def per_pair(kernel: str, row: Row, size: int) -> tuple[float, float]:
         # sums over hidden units: the shortest loop sums the scores; in a backward pass the last one takes a row of the other side
         loops = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
         turns = []
-        if "backward" in kernel:
-            turns.append((loops.pop(), threads / (keys if "_kv_" in kernel else rows)))
-        turns.append((min(loops), threads / (rows * keys) * size / UNITS_A_TURN))
+        if "backward" in key:
+            turns.append((loops.pop(), threads / (keys if "_kv_" in key else rows)))
+        scores = min(loops)
+        units = scores[2] * threads / (rows * keys) / SPECIAL_A_UNIT[key.split()[1]]  # in a turn of the loop
+        turns.append((scores, threads / (rows * keys) * size / units))
     issue, special = (sum(loop[k] * factor for loop, factor in turns) for k in (0, 2))
     return issue, special
 
@@ -158,9 +163,10 @@ def times_of(entry: Entry, rows: dict[str, Row]) -> Times:
     """Of all kernels of the pass, one after another."""
     work, total = entry.workload, Times(0.0, 0.0, 0.0, 0.0)
     for kernel, products in entry.kernels.items():
-        row = rows[f"{entry.call} {kernel} sm_90"]
+        key = f"{entry.call} {kernel} sm_90"
+        row = rows[key]
         pairs = work.padded_pairs(*map(int, row["tile"].split("x")))
-        issue, special = per_pair(kernel, row, work.size)
+        issue, special = per_pair(key, row, work.size)
         one = Times(issue * pairs / ISSUE, special * pairs / SPECIAL, 2 * products * work.size * pairs / PRODUCTS, 0.0)
         total = Times(total.issue + one.issue, total.special + one.special, total.products + one.products, 0.0)
     return Times(*(1e6 * x for x in (total.issue, total.special, total.products, entry.tensors * work.tensor_bytes / BYTES)))
@@ -223,10 +229,10 @@ def _changes() -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     found = counts()
-    sizes = {f"{entry.call} {kernel} sm_90": (kernel, entry.workload.size) for entry in ENTRIES for kernel in entry.kernels}
+    sizes = {f"{entry.call} {kernel} sm_90": entry.workload.size for entry in ENTRIES for kernel in entry.kernels}
     for key, after in found["after"].items():
         before = found["before"][key]
-        pairs = [f"{per_pair(sizes[key][0], row, sizes[key][1])[0]:.1f}" for row in (before, after)]
+        pairs = [f"{per_pair(key, row, sizes[key])[0]:.1f}" for row in (before, after)]
         warps = [f"{row['warps']}, {'a part' if row['repeated'] == 1 else 'all of it'}" for row in (before, after)]
         cells = (pairs, *([str(row[name]) for row in (before, after)] for name in ("registers", "spills")), warps)
         changes = (one if one == two else f"{one} → {two}" for one, two in cells)

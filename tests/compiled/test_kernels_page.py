@@ -21,13 +21,19 @@ def test_pairs_are_those_of_whole_tiles() -> None:
 
 def test_each_pass_counts_its_loop_of_whole_tiles() -> None:
     row = {"tile": "64x64", "warps": 4, "per_pair": 10.0, "loops": [[320, 8, 32], [450, 8, 32], [640, 12, 64]]}
-    assert per_pair("_backward_q_kernel", row, 64) == ((320 + 640) / 32, (32 + 64) / 32)
+    assert per_pair("score_attention dot bf16 64 _backward_q_kernel sm_90", row, 64) == ((320 + 640) / 32, (32 + 64) / 32)
 
 
 def test_sums_over_units_count_their_two_loops() -> None:
     row = {"tile": "64x32", "warps": 4, "per_pair": None, "loops": [[693, 0, 96], [295, 0, 32], [540, 2, 20], [160, 0, 32]]}
     scores = (295 * 16 / 16, 32 * 16 / 16)  # four units a turn, sixteen pairs a thread
     forward = {**row, "loops": row["loops"][:3]}
-    assert per_pair("_forward_kernel", forward, 64) == scores
-    assert per_pair("_backward_q_kernel", row, 64) == (scores[0] + 160 * 128 / 64, scores[1] + 32 * 128 / 64)
-    assert per_pair("_backward_kv_kernel", row, 64) == (scores[0] + 160 * 128 / 32, scores[1] + 32 * 128 / 32)
+    key = "score_attention additive bf16 64 {} sm_90"
+    assert per_pair(key.format("_forward_kernel"), forward, 64) == scores
+    rows, keys = ((scores[0] + 160 * 128 / side, scores[1] + 32 * 128 / side) for side in (64, 32))
+    assert per_pair(key.format("_backward_q_kernel"), row, 64) == rows
+    assert per_pair(key.format("_backward_kv_kernel"), row, 64) == keys
+    assert per_pair(key.format("_forward_kernel").replace("additive", "hadamard_tanh"), forward, 64) == (
+        3 * scores[0],
+        3 * scores[1],
+    )
