@@ -233,6 +233,19 @@ def test_only_what_is_named(asked: tuple[str, ...], backend: str) -> None:
         torch.testing.assert_close(named[name], x, rtol=1e-5, atol=1e-6)
 
 
+@on(*FAST)
+@pytest.mark.parametrize("asked", ("received", "maximum"))
+def test_row_weights_alone_may_be_differentiated(asked: str, backend: str) -> None:
+    """The backward pass may read argmax, which is not asked for."""
+    inputs = as_dtype(statistics_inputs(), finest(backend))
+    weight = inputs.pop("row_weight").requires_grad_()
+    found = attention_statistics(**inputs, row_weight=weight, statistics=[asked], backend=backend)
+    every = attention_statistics(**inputs, row_weight=weight, backend=backend)
+    grads = [torch.autograd.grad(getattr(x, asked).sum(), weight)[0] for x in (found, every)]
+    torch.testing.assert_close(*grads)
+    assert bool(grads[0].any()) == (asked == "received")
+
+
 def test_what_is_named_is_a_name() -> None:
     query = torch.randn(1, 1, 3, 4)
     for bad, words in (
