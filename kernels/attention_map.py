@@ -160,7 +160,7 @@ def _config(num_kv: int, size: int, dtype: torch.dtype, gradient: bool, masked: 
     if num_kv <= 64:
         return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": stages}
     if masked:
-        return {"BLOCK_Q": 128, "BLOCK_KV": 64, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_Q": 128, "BLOCK_KV": 32 if gradient else 64, "num_warps": 8, "num_stages": 1}
     if num_kv <= 128:
         return {"BLOCK_Q": 64, "BLOCK_KV": 128, "num_warps": 8 if gradient else 4, "num_stages": stages}
     if gradient:

@@ -209,11 +209,11 @@ def _rows_config(size: int, dtype: torch.dtype, masked: bool, num_groups: int) -
     Not measured. They are the largest of those tried that compile for sm_90 without spills. A tile of attn_mask takes registers
     for its addresses. Groups beyond BLOCK_G are computed by other programs, which compute the row again.
     """
-    groups = {"BLOCK_G": min(64, block_size(num_groups))}
+    groups = {"BLOCK_G": min(32 if size > 128 else 64, block_size(num_groups))}
     if dtype == torch.float32 and size > 64:
         return {"BLOCK_Q": 16, "BLOCK_KV": 32, **groups, "num_warps": 8, "num_stages": 1}
     if dtype == torch.float32 or size > 128:
-        return {"BLOCK_Q": 32, "BLOCK_KV": 32, **groups, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_Q": 32, "BLOCK_KV": 32, **groups, "num_warps": 8 if dtype == torch.float32 else 4, "num_stages": 1}
     keys = 32 if num_groups > 32 or (masked and size > 64) else 64
     return {"BLOCK_Q": 64, "BLOCK_KV": keys, **groups, "num_warps": 4, "num_stages": 2}
 

@@ -196,7 +196,7 @@ class _Chunk:
             BLOCK_V=blocks[1],
             ROWS_L=rows[0],
             ROWS_V=rows[1],
-            num_warps=8 if self.fused else 4 if max(blocks) <= 2048 else 16,
+            num_warps=8 if max(blocks) <= 2048 else 16,
         )
         return out
 
@@ -501,13 +501,18 @@ def _divergence_tile(
     elif FUSED:
         p_cross = p_map + place * S + other_place
         o_m = tl.arange(0, BLOCK_M)
-        b_x = load_tile(p_cross, S, o_q, o_m, N, M)  # [q,m]
         if KIND == "cacr":
-            b_x = _dot_tf32(b_x, load_tile(p_inner, S, o_m, o_m, M, M))
-            b_back = tl.trans(load_tile(p_cross, S, o_kv, o_m, N, M))  # [m,kv]
-        else:
-            b_back = load_tile(p_inner, S, o_m, o_kv, M, N)  # [m,kv]
-        b_target = _dot_tf32(b_x, b_back)
+            b_cross = load_tile(p_cross, S, o_q, o_m, N, M)  # [q,m]
+        b_target = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+        for begin in range(0, M, 32):  # the other modality's tokens in parts, since all of them would spill
+            o_part = begin + tl.arange(0, 32)
+            if KIND == "cacr":
+                b_x = _dot_tf32(b_cross, load_tile(p_inner, S, o_m, o_part, M, M))  # [q,part]
+                b_back = tl.trans(load_tile(p_cross, S, o_kv, o_part, N, M))  # [part,kv]
+            else:
+                b_x = load_tile(p_cross, S, o_q, o_part, N, M)
+                b_back = load_tile(p_inner, S, o_part, o_kv, M, N)
+            b_target += _dot_tf32(b_x, b_back)
     else:
         offsets = (i_b * N + o_q)[:, None] * N + o_kv[None, :]
         b_target = tl.load(p_target + offsets, mask=m_pair, other=0.0)  # [q,kv]

@@ -72,3 +72,16 @@ def test_nothing_but_what_is_named_is_made() -> None:
     args = (query.detach(), query.detach(), None, None, None, None, 0, "received", 0.5, False, "streaming")
     sizes = [x.numel() for x in torch.ops.vlattn.attention_statistics(*args)]
     assert sizes == [0, 0, 0, 0, 18]
+
+
+@on(*FAST)
+@pytest.mark.parametrize("asked", ("received", "maximum"))
+def test_row_weights_alone_may_be_differentiated(asked: str, backend: str) -> None:
+    """The backward pass may read argmax, which is not asked for."""
+    inputs = as_dtype(statistics_inputs(), finest(backend))
+    weight = inputs.pop("row_weight").requires_grad_()
+    found = attention_statistics(**inputs, row_weight=weight, statistics=[asked], backend=backend)
+    every = attention_statistics(**inputs, row_weight=weight, backend=backend)
+    grads = [torch.autograd.grad(getattr(x, asked).sum(), weight)[0] for x in (found, every)]
+    torch.testing.assert_close(*grads)
+    assert bool(grads[0].any()) == (asked == "received")

@@ -134,7 +134,8 @@ def attention_statistics(
         key_groups = key_groups.expand(key.shape[0], -1)
     if row_weight is not None:
         row_weight = row_weight.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[0], -1)
-    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    inputs = (query, key) if row_weight is None else (query, key, row_weight)
+    differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
     needed = list(asked)
     if differentiated and ("maximum" in asked or chosen == "cpu"):
         needed.append("argmax")  # the backward pass reads it
