@@ -13,7 +13,7 @@ constexpr int COLUMNS = 32;                // of the other side, in a tile
 constexpr int PAIR = 2 * COLUMNS + 4;      // apart are two pairs of units of the columns, and in other banks
 constexpr int BACKWARD_ROWS = WARPS * 16;  // of a block's own side, in the backward pass
 constexpr int GRAD_STRIDE = BACKWARD_ROWS + 4;
-constexpr float LARGEST = 22.0f;           // e^2x is finite up to there, and so is its product with another
+constexpr float LARGEST = 22.0f;           // e^-2x is finite up to there, and so is its product with another
 constexpr float LARGEST_SUM = 20.0f;       // two denominators of up to 1 + e^40 have a finite product
 constexpr float CLAMP = 2.3538526683701998e17f;  // e^40: tanh is -1 there, far below float32's resolution
 
@@ -61,9 +61,9 @@ __device__ __forceinline__ int column_place(int column) { return column % 8 / 2 
 
 // What a block has in shared memory.
 struct Shared {
-    float* rows;  // (units, ROWS): e^-2x
-    float* columns;  // (pairs, 3, COLUMNS): e^-2y of two units and their product
-    float2* weights;  // (pairs): u1 + u2, u1 - u2
+    float* rows;  // (units, ROWS): e^-2x; at the end of the backward pass the sums of UnitGrads
+    float* columns;  // (pairs, PAIR): e^-2y of two units, COLUMNS of each
+    float2* weights;  // (pairs): those of two units
     float *row_largest, *column_largest;  // (WARPS) each
     void* rest;
 
@@ -165,7 +165,7 @@ __device__ __forceinline__ float tanh_of(float x) {
     return copysignf((1.0f - e) * fast_reciprocal(1.0f + e), x);
 }
 
-// Two denominators 1 + e^-2x e^-2y. CLAMPED: since their product might overflow, what is added to 1 is held at CLAMP.
+// The denominator 1 + e^-2x e^-2y. CLAMPED: since the product of two might overflow, what is added to 1 is held at CLAMP.
 template <bool CLAMPED>
 __device__ __forceinline__ float denominator(float u, float v) {
     return CLAMPED ? 1.0f + fminf(u * v, CLAMP) : fmaf(u, v, 1.0f);

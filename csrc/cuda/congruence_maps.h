@@ -16,7 +16,7 @@ constexpr size_t PRODUCT_BYTES = 2 * CHUNK * CHUNK_STRIDE * sizeof(float);
 constexpr float EPSILON = 1e-6f;  // in the logarithms of iais_distributed
 constexpr float TINY = 1.1754944e-38f;
 
-// A float32 matrix in the workspace.
+// A float32 matrix among a sample's maps in global memory.
 struct Matrix {
     float* p;
     int row, column;  // strides
@@ -161,8 +161,8 @@ static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singula
 
 // One direction's symmetric divergence of `own`, for iais_singular the base-2 logarithm of the sum over the heads, from what the
 // target says, both (size,size): the loss over this lane's columns, and with `gradient` also the gradients at both, to `by_own`
-// (added to it with `add`) and to the target's place. Gradients at means over the heads are divided by their number. Written without cancellation: with d = log p - log t,
-// sum (p - t) d = sum t expm1(d) d has no negative term.
+// (added to it with `add`) and to the target's place. Gradients at means over the heads are divided by their number. Against a
+// softmax without cancellation: with d = log p - log t, sum (p - t) d = sum t expm1(d) d has no negative term.
 static __device__ __attribute__((noinline)) float divergence(Congruence::Kind kind, Matrix own, Matrix target, const bool* real,
                                                              int size, float weight, float heads, bool gradient, Matrix by_own,
                                                              bool add) {

@@ -110,8 +110,8 @@ __host__ __device__ constexpr int64_t divide_up(int64_t x, int64_t by) { return 
 
 }  // namespace vlattn
 
-// extern "C" const char* vlattn_cuda_<name>(call, size, stream): `name(const Type&, cudaStream_t)` of namespace vlattn for Python,
-// which packs Type's fields. The result is null, or says what went wrong.
+// extern "C" const char* vlattn_cuda_<name>(call, size, stream): vlattn::name(const Type&, cudaStream_t) for Python, which packs
+// Type's fields. The result is null, or says what went wrong.
 #define OPERATOR(name, Type)                                                                            \
     extern "C" __attribute__((visibility("default")))                                                   \
     const char* vlattn_cuda_##name(const void* packed, int64_t size, void* stream) {                    \

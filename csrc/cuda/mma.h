@@ -70,9 +70,9 @@ __device__ __forceinline__ uint32_t pack(T low, T high) {
     return bits;
 }
 
-// c (16,8) += a (16,16) b (16,8), by all lanes together: volatile, so that the compiler does not move it to where only some of them
-// come by, as it may a computation. a[0], a[1]: rows g, g+8 at columns 2t, 2t+1; a[2], a[3]: at columns 2t+8, 2t+9. b[0]: rows
-// 2t, 2t+1 of column g; b[1]: rows 2t+8, 2t+9.
+// c (16,8) += a (16,16) b (16,8). a[0], a[1]: rows g, g+8 at columns 2t, 2t+1; a[2], a[3]: at columns 2t+8, 2t+9. b[0]: rows
+// 2t, 2t+1 of column g; b[1]: rows 2t+8, 2t+9. All lanes run it together: volatile, so that the compiler does not move it, as it
+// may a computation, to where only some of them come by.
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifndef VLATTN_HOST

@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(Rele
 
 // ---- backward: one block per sample, or per range of its heads
 
-// Of each row (B,H,N): SHIFT and WEIGHT, with which P = 2^(logit - SHIFT) * WEIGHT, DELTA = sum(P dP), and SUM, the row sum of this
-// head's A or relu(A * dA). `partial` has sums of r Abar, (B,T,M), for all ranges of heads but the first.
+// Of each row (B,H,N): SHIFT and WEIGHT, with which P = 2^(logit - SHIFT) * WEIGHT, DELTA = sum(P dP), and SUM, the row sum of
+// this head's A or relu(A * dA). `partial` has sums of r Abar, (B,T,M), for all ranges of heads but the first.
 enum RowData { SHIFT, WEIGHT, DELTA, SUM };
 __device__ __forceinline__ float* row_data(const Relevancy& call, RowData what) {
     return call.rows + what * call.B * call.H * call.N;
