@@ -4,8 +4,9 @@
 
 Forward without gradients, and forward and backward, of each operator on one short head, with launches that do nothing. So it
 runs on any machine, on CPU tensors. It leaves out Triton's own launcher (binding and specialising the arguments, looking up what
-was compiled, the driver's launch) and the change of the current device. Torch's operators around the kernels run as they are: on
-a CPU they compute a few hundred numbers instead of launching a kernel. The yardstick, F.scaled_dot_product_attention, runs whole.
+was compiled, the driver's launch), the change of the current device, and the thread that autograd has for a GPU. Torch's own
+operators around the kernels run as they are: on a CPU they compute a few hundred numbers instead of launching a kernel. The
+yardstick, F.scaled_dot_product_attention, runs whole.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ CALLS = 20  # in a row, a round: alone among others a call would find cold cache
 SIZES = {"B": 1, "H": 1, "N": 16, "D": 16}
 DTYPE = torch.bfloat16
 SDPA = "SDPA"
-PASSES = ("forward", "forward+backward")
 ABOVE_SDPA = {"score_attention": 25.0, "relevancy_attention": 25.0, "congruence_loss": 60.0}  # goals of a forward pass, us
 
 Tensors = dict[str, Tensor]

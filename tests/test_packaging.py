@@ -130,6 +130,7 @@ def test_every_data_file_is_in_it(names):
     wanted = {path.relative_to(ROOT).as_posix() for path in files} - {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD}
     assert "vlattn_fast/py.typed" in wanted
     assert {Path(name).suffix for name in wanted} >= {".safetensors", ".html"}
+    assert "vlattn_fast/kernels/configurations.json" in names
     assert wanted <= names, sorted(wanted - names)
 
 

@@ -126,7 +126,7 @@ def case_named(device: str, operator: str, name: str, sizes: str) -> Case:
 
 
 def first_word(text: str) -> str:
-    return text.replace(",", " ").split()[0]
+    return text.replace(",", " ").replace("/", " ").split()[0]
 
 
 # --- launches at the workloads of the benchmarks ---

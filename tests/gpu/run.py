@@ -158,7 +158,7 @@ def verify(run: Session) -> bool:
     from tests.gpu import production
 
     items = selected(run, [{"item": check.item} for check in production.checks(run.device)])
-    return run.run("verify", items, run.worker, run.options.workers)
+    return run.run("verify", items, run.worker, run.options.workers if run.device == "cuda" else 1)
 
 
 class Gate:
@@ -182,9 +182,8 @@ class Gate:
         if not items or not all(item in self._rows for item in items):
             return f"{NOT_TIMED}{what} of {', '.join(operators)} is {UNVERIFIED}"
         for item in items:
-            row = self._rows[item]
-            found = row.get("backends", {}).get(backend, {})  # nothing where its process died
-            if not row["passed"] and (not row.get("backends") or found.get("ratio", 0.0) > 1.0):
+            found = self._rows[item].get("backends", {}).get(backend, {"problem": "its process died"})
+            if "problem" in found or found.get("ratio", 0.0) > 1.0:
                 return f"{NOT_TIMED}{backend} is wrong in {item}"
         return ""
 
@@ -197,6 +196,11 @@ def sweep(run: Session) -> bool:
     from tests.gpu.sweep import candidates, label, winner
 
     gate, worker, done = Gate(run), run.worker(), True
+
+    def attempt(item: Item, seconds: float) -> Row | None:
+        row, config = worker(item, seconds), item["config"]
+        return None if row is None else {"launch": item["launch"], "config": config, "is_default": config is None, **row}
+
     for number, hot in enumerate(production.HOTTEST):
         if not re.search(run.options.select, hot.key):
             continue
@@ -204,7 +208,7 @@ def sweep(run: Session) -> bool:
             print(f"{hot.key}: {doubt}", flush=True)
             done &= UNVERIFIED not in doubt
             continue
-        if not run.run("sweep", [tile(hot.key, number, None, [None])], lambda: worker):
+        if not run.run("sweep", [tile(hot.key, number, None, [None])], lambda: attempt):
             return False
         while True:
             rows = [row for row in run.known("sweep").values() if row.get("launch") == hot.key and "config" in row]
@@ -215,7 +219,7 @@ def sweep(run: Session) -> bool:
             if not ahead or (run.device == "cpu" and len(rows) >= CPU_TRIES):
                 break
             ahead = ahead[: CPU_TRIES - len(rows)] if run.device == "cpu" else ahead
-            if not run.run("sweep", [tile(hot.key, number, config, ahead) for config in ahead], lambda: worker):
+            if not run.run("sweep", [tile(hot.key, number, config, ahead) for config in ahead], lambda: attempt):
                 return False
         if default is not None:
             timed = {label(row["config"]): row.get("us") for row in rows}
@@ -232,7 +236,7 @@ def sweep(run: Session) -> bool:
 def tile(key: str, number: int, config: dict[str, int] | None, batch: list[Any]) -> Item:
     from tests.gpu.sweep import label
 
-    return {"item": f"{key}: {label(config)}", "hot": number, "config": config, "batch": batch}
+    return {"item": f"{key}: {label(config)}", "launch": key, "hot": number, "config": config, "batch": batch}
 
 
 def write_table(run: Session) -> None:
@@ -246,8 +250,11 @@ def write_table(run: Session) -> None:
     for name, one in table.items():
         lines = (f"{json.dumps(key)}: {json.dumps(config)}" for key, config in one.items())
         parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
-    run.options.table.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    shutil.copy(run.options.table, TREE / "vlattn_fast" / "kernels" / "configurations.json")
+    text = "{\n" + ",\n".join(parts) + "\n}\n"
+    (TREE / "vlattn_fast" / "kernels" / "configurations.json").write_text(text)
+    run.options.table.write_text(text)
+    if run.options.out.resolve() != session.STORED:  # rows that travel take the table along
+        (run.options.out / "configurations.json").write_text(text)
 
 
 # --- ncu ---

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ OF_AN_ITEM = 420.0  # seconds that it may take
 ROW = "ROW "
 # what is ended must take along what it has started
 GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace", **GROUP}
 
 Item = dict[str, Any]  # "item" is its name
 Row = dict[str, Any]
@@ -79,9 +81,16 @@ class Session:
         """A row of a part. Its `rows`, those of a benchmark, go to the file of the device first."""
         with self._lock:
             if rows := row.pop("rows", None):
-                self._rows.append([{**one, **self.origin} for one in rows], self.options.out / f"{self.slug}.json")
+                self._append([{**one, **self.origin} for one in rows], f"{self.slug}.json")
             stamp = {"sources": self.sources, **self.origin, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-            self._rows.append([{"part": part, **row, **stamp}], self.options.out / f"gpu-{part}.json")
+            self._append([{"part": part, **row, **stamp}], f"gpu-{part}.json")
+
+    def _append(self, rows: list[Row], name: str) -> None:
+        """To those of earlier calls, so that the new file may take the place of the stored one."""
+        path = self.options.out / name
+        if self.device == "cuda" and not path.exists() and (STORED / name).exists():
+            shutil.copy(STORED / name, path)
+        self._rows.append(rows, path)
 
     def run(self, part: str, items: Sequence[Item], executor: Callable[[], Execute], side_by_side: int = 1) -> bool:
         """Those whose rows are not known, in this order, on `side_by_side` threads with an executor each. Whether all are known
@@ -144,8 +153,7 @@ class Session:
     def command(self, words: list[str], seconds: float, **more: str) -> tuple[int | None, str] | None:
         """Its exit status and what it printed: (None, ...) where it took longer than an item may; None where the part is out of
         time."""
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **GROUP}
-        process = subprocess.Popen(words, cwd=TREE, env=self.environment(**more), **options)
+        process = subprocess.Popen(words, cwd=TREE, env=self.environment(**more), **PIPES)
         try:
             said, _ = process.communicate(timeout=seconds)
             return process.returncode, said
@@ -209,8 +217,7 @@ class Worker:
 
     def _started(self) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "tests.gpu.worker", self._session.device]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **GROUP}
-        return subprocess.Popen(words, cwd=TREE, env=self._session.environment(), **pipes)
+        return subprocess.Popen(words, cwd=TREE, env=self._session.environment(), stdin=subprocess.PIPE, **PIPES)
 
     def close(self) -> None:
         process, self._process = self._process, None

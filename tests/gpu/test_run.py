@@ -175,7 +175,7 @@ class Known:
 
 
 def checked(item: str, **ratios: float) -> dict[str, Any]:
-    backends = {name: {"ratio": ratio} for name, ratio in ratios.items()}
+    backends = {name: {"ratio": ratios[name]} if name in ratios else {"refused": ["so it is"]} for name in ("triton", "cuda")}
     return {"item": item, "passed": max(ratios.values()) <= 1, "backends": backends}
 
 
@@ -186,14 +186,18 @@ def test_a_wrong_kernel_is_not_timed():
                 checked("score_attention/additive, bool mask/D64/bfloat16", triton=0.9, cuda=3.0),
                 checked("score_attention/cosine/D64/bfloat16", triton=0.5),
                 {"item": "attention_map/gradient/D64/bfloat16", "passed": False, "problem": "the process ended with -11"},
+                {"item": "attention_map/attention/D64/fp32", "passed": False, "backends": {"triton": {"problem": "no memory"}}},
             ]
         )
     )
     assert gate.doubt(["score_attention"], "additive, forward", "triton") == ""
     assert "cuda is wrong in score_attention/additive, bool mask" in gate.doubt(["score_attention"], "additive, forward", "cuda")
     assert gate.doubt(["score_attention"], "cosine, forward", "cuda") == ""
+    assert gate.doubt(["score_attention"], "cosine/clip", "cuda") == ""
     assert "wrong" in gate.doubt(["score_attention"], "step alone", "cuda")  # no case of that name: all of them count
     assert "triton is wrong" in gate.doubt(["attention_map"], "gradient", "triton")
+    for name in ("triton", "cuda"):  # the second was not reached
+        assert f"{name} is wrong" in gate.doubt(["attention_map"], "attention", name)
     assert run.UNVERIFIED in gate.doubt(["congruence_loss"], "cacr", "triton")
 
 

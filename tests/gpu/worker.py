@@ -26,20 +26,21 @@ ROW = "ROW "  # before a row; whatever else is printed is kept for what went wro
 Item = dict[str, Any]
 Row = dict[str, Any]
 SAME_KERNEL = 3  # calls that are profiled
+MOST = 1e6  # in place of an infinite ratio, which JSON has not
 
 
 def main(device: str) -> None:
     parts = {"verify": verified, "sweep": _sweep, "ncu": kernels, "benchmarks": benchmarked}
     for line in sys.stdin:
-        start, last = time.monotonic(), False
+        start = time.monotonic()
         try:
             item = json.loads(line)
             row = parts[item["part"]](item, device)
         except Exception as error:
-            row, last = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500]}, device == "cuda"
+            row = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500], "last": device == "cuda"}
             traceback.print_exc(file=sys.stdout)
-        print(ROW + json.dumps({**row, "seconds": round(time.monotonic() - start, 2), "last": last}), flush=True)
-        if last:
+        print(ROW + json.dumps({**row, "seconds": round(time.monotonic() - start, 2)}), flush=True)
+        if row.get("last"):
             sys.exit(1)  # after an illegal access nothing runs in this process any more
 
 
@@ -58,20 +59,33 @@ def verified(item: Item, device: str) -> Row:
         if refused:
             found[backend] = {"refused": refused}
             continue
-        names = []
-
-        def see(name: str, launch: launches.Launch, names: list[str] = names) -> Any:
-            names.append(name)
-            return launch()
-
-        with launches.watching(see):
-            pools = settle(problem.runs(backend), enough=lambda: 1 if device == "cpu" else 4)
-        ratios = {name: round(pool.ratio(), 3) for name, pool in pools.items()}
-        worst = max(ratios, key=lambda name: ratios[name])
-        found[backend] = {"ratio": ratios[worst], "worst": worst, "says": str(pools[worst]), "kernels": sorted(set(names))}
-    torch.cuda.empty_cache()
+        try:
+            found[backend] = _compared(problem, backend, device)
+        except Exception as error:
+            found[backend] = {"problem": f"{type(error).__name__}: {error}"[:500]}
+            if device == "cuda":
+                break  # after an illegal access nothing runs in this process any more
+    failed = {name: str(x) for name, x in found.items() if "problem" in x or x.get("ratio", 0.0) > 1.0}
+    last = device == "cuda" and any("problem" in x for x in found.values())
+    if not last:
+        torch.cuda.empty_cache()
     facts = {"operator": case.operator, "case": case.name, "sizes": check.sizes, "dtype": str(check.dtype)}
-    return {**facts, "passed": all(x.get("ratio", 0.0) <= 1.0 for x in found.values()), "backends": found}
+    problem_of = "; ".join(f"{name}: {said}" for name, said in failed.items())
+    return {**facts, "passed": not failed, "problem": problem_of, "backends": found, "last": last}
+
+
+def _compared(problem: verify._Problem, backend: str, device: str) -> dict[str, Any]:
+    names = set()
+
+    def see(name: str, launch: launches.Launch) -> Any:
+        names.add(name)
+        return launch()
+
+    with launches.watching(see):
+        pools = settle(problem.runs(backend), enough=lambda: 1 if device == "cpu" else 4)
+    ratios = {name: min(round(pool.ratio(), 3), MOST) for name, pool in pools.items()}
+    worst = max(ratios, key=lambda name: ratios[name])
+    return {"ratio": ratios[worst], "worst": worst, "says": str(pools[worst]), "kernels": sorted(names)}
 
 
 def _sweep(item: Item, device: str) -> Row:
