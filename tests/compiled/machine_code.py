@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.compiled.table import tool
 from vlattn_fast.kernels.score_attention import UNIT_KINDS
+
+from tests.compiled.table import tool
 
 CLASSES = {"mma": r"(HGMMA|HMMA|UTC\w*MMA)\b", "mufu": r"MUFU\b"}
 
