@@ -176,6 +176,7 @@ class _Chunk:
         blocks = [block_size(size) for size in self.sizes]
         rows = [32 if self.fused else max(1, 2048 // block) for block in blocks]
         tiles = sum(triton.cdiv(self.sizes[side], rows[side]) for side in self.sides)
+        light = self.kind == "iais_singular" and self.fused and not grad  # eight warps would spill under Triton 3.6
         _divergence_kernel[(tiles * self.batch,)](
             intra,
             self.map,
@@ -196,7 +197,7 @@ class _Chunk:
             BLOCK_V=blocks[1],
             ROWS_L=rows[0],
             ROWS_V=rows[1],
-            num_warps=8 if max(blocks) <= 2048 else 16,
+            num_warps=4 if light else 8 if max(blocks) <= 2048 else 16,
         )
         return out
 

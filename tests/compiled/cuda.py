@@ -6,7 +6,8 @@ stored table.
 
 "shared" is what is allocated statically, with the KiB that CUDA keeps for itself in every block since sm_90; what a launch asks
 for besides is not in the library. "stack" is bytes of a thread: spilled registers, and arrays that are indexed at run time. "mma"
-counts the matrix instructions of the whole kernel, "loop" all instructions of its main loop (machine_code.py).
+counts the matrix instructions of the whole kernel, "loop" all instructions of its main loop (machine_code.py), of its longest where none has a matrix
+instruction.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.compiled.machine_code import CLASSES, main_loop
+from tests.compiled.machine_code import CLASSES, innermost_loops, main_loop
 from tests.compiled.table import Row, cuobjdump, differences, read, tool, write
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -41,7 +42,8 @@ def rows_of(library: Path) -> dict[str, Row]:
             numbers = {word: int(number) for word, number in re.findall(r"(\w+):(\d+)", words)}
             rows[key] = {"registers": numbers["REG"], "shared": numbers["SHARED"], "stack": numbers["STACK"]}
     for key, sass in machine_code(library).items():
-        loop = main_loop(sass)
+        loops = innermost_loops(sass)
+        loop = main_loop(loops) or max(loops, key=lambda one: one.instructions, default=None)
         rows[key] |= {"mma": len(re.findall(rf"\s{CLASSES['mma']}", sass)), "loop": loop and loop.instructions}
     return rows
 
