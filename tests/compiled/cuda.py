@@ -6,8 +6,8 @@ stored table.
 
 "shared" is what is allocated statically, with the KiB that CUDA keeps for itself in every block since sm_90; what a launch asks
 for besides is not in the library. "stack" is bytes of a thread: spilled registers, and arrays that are indexed at run time. "mma"
-counts the matrix instructions of the whole kernel, "loop" all instructions of its main loop (machine_code.py), of its longest where none has a matrix
-instruction.
+counts the matrix instructions of the whole kernel, "loop" all instructions of its main loop (machine_code.py), or of its longest
+one where none has a matrix instruction.
 """
 
 from __future__ import annotations
