@@ -15,6 +15,7 @@ from vlattn_fast.kernels import attention_statistics as kernels
 import vlattn_fast as va
 from tests.ops.backends import assert_refused
 from tests.ops.map_cases import B, check_statistics, groups, key_mask, statistics_inputs
+from vlattn_fast.reference.attention_statistics import AttentionStatistics
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -53,7 +54,8 @@ def test_a_group_out_of_range_is_none() -> None:
     query, key, weight = as_dtype(statistics_inputs(7, 12), torch.float32).values()
     index = torch.tensor([0, 1, 2, 3, -1, -7, 2**32, 2**32 + 1, 1 - 2**32, 1, 0, 2]).expand(B, -1)
     clean = torch.where((index >= 0) & (index < 3), index, -1)
-    got, want = (kernels.forward(query, key, x, weight, None, None, 3, 0.5, False) for x in (index, clean))
+    names = AttentionStatistics._fields
+    got, want = (kernels.forward(query, key, x, weight, None, None, 3, names, 0.5, False) for x in (index, clean))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     cotangents = (torch.randn_like(want[0]), None, None, None)
     got, want = (kernels.backward(*cotangents, query, key, want[3], x, weight, None, None, 3, 0.5, False) for x in (index, clean))

@@ -281,7 +281,8 @@ def test_autocast_computes_in_its_dtype() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_opcheck(rule: str) -> None:
     tensors = map_inputs(rule)
-    also = (tensors["value"], tensors["grad_output"], bool_mask(), key_mask()) if rule == "gradient" else (None,) * 4
+    lse = torch.randn(tensors["query"].shape[:3], dtype=tensors["query"].dtype)
+    also = (tensors["value"], tensors["grad_output"], lse, bool_mask(), key_mask()) if rule == "gradient" else (None,) * 5
     torch.library.opcheck(
         torch.ops.vlattn.attention_map,
         (tensors["query"], tensors["key"], *also, rule, "max", rule == "gradient", 0.5, rule == "gradient", "streaming"),
@@ -353,9 +354,9 @@ BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"head_reduction": "median"}, ValueError, "head_reduction must be one of"),
     ({"head_reduction": None}, ValueError, "head_reduction must be one of"),
     ({"row_normalize": 1}, TypeError, "row_normalize must be True or False"),
-    ({"lse": torch.zeros(2, 2, 6, 1)}, ValueError, "lse must have 3 dimensions (B, H, N)"),
-    ({"lse": torch.zeros(2, 2, 1)}, ValueError, "lse must be floating point of shape (B, H, N) ="),
-    ({"lse": 0.0}, TypeError, "lse must be a torch.Tensor (B, H, N)"),
+    ({"lse": torch.zeros(2, 2, 6, 1)}, ValueError, r"lse must have 3 dimensions \(B, H, N\)"),
+    ({"lse": torch.zeros(2, 2, 1)}, ValueError, r"lse must be floating point of shape \(B, H, N\) ="),
+    ({"lse": 0.0}, TypeError, r"lse must be a torch.Tensor \(B, H, N\)"),
     (GRADIENT | {"value": None}, ValueError, "value must be given for rule='gradient'"),
     (GRADIENT | {"grad_output": None}, ValueError, "grad_output must be given for rule='gradient'"),
     (GRADIENT | {"rule": "attention"}, ValueError, "value must not be given for rule='attention'"),

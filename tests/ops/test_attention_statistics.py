@@ -296,11 +296,13 @@ def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
         "attn_mask": bool_mask(),
         "key_mask": key_mask(),
     }
-    arguments = (*(given_tensors | dict.fromkeys(without)).values(), 0 if without else G, 0.5, True, "streaming")
+    names, options = " ".join(AttentionStatistics._fields), (0.5, True, "streaming")
+    tensors = (given_tensors | dict.fromkeys(without)).values()
+    arguments = (*tensors, 0 if without else G, names, *options)
     torch.library.opcheck(torch.ops.vlattn.attention_statistics, arguments)
     mass, entropy, maximum, argmax, received = (x.detach() for x in torch.ops.vlattn.attention_statistics(*arguments))
     grads = (None, entropy, None, None) if without else (mass, entropy, maximum, received)
-    query, key, *constants = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    query, key, *constants = (x.detach() if isinstance(x, Tensor) else x for x in (*tensors, 0 if without else G, *options))
     torch.library.opcheck(torch.ops.vlattn.attention_statistics_backward, (*grads, query, key, argmax, *constants))
 
 
