@@ -43,9 +43,8 @@ def _device_of(args: Iterable[Any]) -> torch.device | None:
 
 
 Config = dict[str, int]
-MEASURED: dict[str, dict[str, Config]] = json.loads(
-    Path(__file__).with_name("configurations.json").read_text()
-)  # sm_90, ... first
+# of each architecture, as "sm_90"
+MEASURED: dict[str, dict[str, Config]] = json.loads(Path(__file__).with_name("configurations.json").read_text())
 OVERRIDES: dict[str, Config] = {}  # what `make gpu PARTS=sweep` tries
 
 

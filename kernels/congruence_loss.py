@@ -409,7 +409,7 @@ def _divergence_kernel(
                 i_b,
                 i_q * ROWS_L,
                 0,
-                i_b * 0 + L,
+                i_b * 0 + L,  # 64 bits, since offsets are products of it
                 L,
                 V,
                 per_head,
@@ -434,7 +434,7 @@ def _divergence_kernel(
                 p_grad_intra + first,
                 i_b,
                 (i_q - tiles_l) * ROWS_V,
-                i_b * 0 + L,
+                i_b * 0 + L,  # 64 bits, since offsets are products of it
                 0,
                 V,
                 L,

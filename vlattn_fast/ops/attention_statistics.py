@@ -101,7 +101,6 @@ def attention_statistics(
     call = describe_call(
         query,
         key,
-        statistics=asked,
         key_groups=key_groups,
         num_groups=num_groups,
         row_weight=row_weight,
