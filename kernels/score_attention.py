@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vlattn_fast.kernels import _units_backward
 from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._scores import (
     activate,
@@ -31,7 +32,6 @@ from vlattn_fast.kernels._scores import (
     row_norm_and_bound,
     slope_for_unit_rows,
     sum_units,
-    units_backward,
 )
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
@@ -86,7 +86,7 @@ def forward(
     )
     config = _config("forward", score, query, value, attn_mask is not None)
     grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
-    _forward_kernel[grid](*tensors, out, lse, *numbers, **constants, NEGATIVE=scale < 0.0, **config)
+    _forward_kernel[grid](*tensors, out, lse, *numbers, **constants, UNITS=score in UNIT_KINDS, NEGATIVE=scale < 0.0, **config)
     return out, lse
 
 
@@ -115,70 +115,68 @@ def backward(
     tensors, numbers, constants = _arguments(
         query, key, value, vector, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal
     )
-    config_q, config_kv = (_config(name, score, query, value, attn_mask is not None) for name in ("backward_q", "backward_kv"))
-    blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], triton.cdiv(num_kv, config_kv["BLOCK_KV"])
     grad_q = _rows_first(query, heads, num_q, size)
     # with weights per head the key can have more heads than the value: both gradients get as many heads, and are summed here
     grad_k, grad_v = (
         _rows_first(x, heads_kv, num_kv, x.shape[3], x.dtype if x.shape[1] == heads_kv else torch.float32) for x in (key, value)
     )
-    units = score in UNIT_KINDS
-    grad_u = query.new_empty((batch, heads, blocks_kv, size) if units else 0, dtype=torch.float32)
-    tiles_q, tiles_kv = (batch * heads * blocks_q, batch * heads_kv * blocks_kv) if units else (0, 0)
-    scratch = query.new_empty(
-        max(tiles * config["BLOCK_Q"] * config["BLOCK_KV"] for tiles, config in ((tiles_q, config_q), (tiles_kv, config_kv))),
-        dtype=torch.float32,
-    )
     grad_out, lse = aligned(grad_out), lse.contiguous()
+    units = score in UNIT_KINDS
     # probabilities are exp2(base-2 logit - shift), in float32 and under a float mask over total; N is padded in these three
     shift, total, delta = (lse.new_empty((batch, heads, padded_rows(num_q))) for _ in range(3))
-    strides = (*grad_out.stride()[:3], scale)
     if lse.numel() > 0:
         out = out.transpose(1, 2).contiguous()  # (B,N,H,Dv), as forward lays it out
         if constants["MASK"] == 2:
             config = _config("forward", score, query, value, True)
             grid = (padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)
-            _rows_kernel[grid](*tensors, lse, shift, total, *numbers, **constants, **config)
-        _backward_q_kernel[(blocks_q * batch * heads,)](
-            *tensors,
-            grad_out,
-            lse,
-            shift,
-            delta,
-            total,
-            scratch,
-            out,
-            lse if grad_lse is None else grad_lse.contiguous(),
-            grad_q,
-            *numbers,
-            *strides,
-            **constants,
-            LSE=grad_lse is not None,
-            **config_q,
-        )
-    if grad_k.numel() + grad_v.numel() > 0:
-        _backward_kv_kernel[(blocks_kv * batch * heads_kv,)](
-            *tensors,
-            grad_out,
-            shift,
-            delta,
-            total,
-            scratch,
-            grad_k,
-            grad_v,
-            grad_u,
-            *numbers,
-            *strides,
-            heads_kv,
-            heads // heads_kv,
-            **constants,
-            **config_kv,
-        )
+            _rows_kernel[grid](*tensors, lse, shift, total, *numbers, **constants, UNITS=units, **config)
+    rows = (lse, shift, delta, total, out, lse if grad_lse is None else grad_lse.contiguous())
+    numbers = (*numbers, *grad_out.stride()[:3], scale)
+    config_q, config_kv = (_config(name, score, query, value, attn_mask is not None) for name in ("backward_q", "backward_kv"))
+    grads, tensors = (grad_q, grad_k, grad_v), (*tensors, grad_out)
+    grad_u = None
+    if units:
+        grad_u = _units_backward.launch(tensors, rows, grads, numbers, constants, config_q, config_kv)
+    else:
+        _launch_backward((*tensors[:3], *tensors[4:]), rows, grads, numbers, constants, config_q, config_kv)
     grad_k, grad_v = (
         grad if grad.shape[1] == x.shape[1] else grad.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
         for grad, x in ((grad_k, key), (grad_v, value))
     )
-    return grad_q, grad_k, grad_v, None if vector is None else grad_u.sum((0, 2)).to(vector.dtype)
+    return grad_q, grad_k, grad_v, None if grad_u is None or vector is None else grad_u.to(vector.dtype)
+
+
+def _launch_backward(
+    tensors: tuple[Tensor, ...],
+    rows: tuple[Tensor, ...],
+    grads: tuple[Tensor, Tensor, Tensor],
+    numbers: tuple[Any, ...],
+    constants: dict[str, Any],
+    config_q: dict[str, int],
+    config_kv: dict[str, int],
+) -> None:
+    (batch, heads, num_q, _), (_, heads_kv, num_kv, _) = grads[0].shape, grads[1].shape
+    lse, shift, delta, total, out, grad_lse = rows
+    if lse.numel() > 0:
+        grid = (padded_rows(num_q) // config_q["BLOCK_Q"] * batch * heads,)
+        _backward_q_kernel[grid](
+            *tensors,
+            lse,
+            shift,
+            delta,
+            total,
+            out,
+            grad_lse,
+            grads[0],
+            *numbers,
+            **constants,
+            LSE=grad_lse is not lse,
+            **config_q,
+        )
+    if grads[1].numel() + grads[2].numel() > 0:
+        grid = (triton.cdiv(num_kv, config_kv["BLOCK_KV"]) * batch * heads_kv,)
+        more = heads_kv, heads // heads_kv
+        _backward_kv_kernel[grid](*tensors, shift, delta, total, *grads[1:], *numbers, *more, **constants, **config_kv)
 
 
 def _rows_first(like: Tensor, heads: int, rows: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -244,7 +242,6 @@ def _arguments(
     )
     constants = {
         "SCORE": score,
-        "UNITS": units,
         **mask_constants,
         "CAUSAL": is_causal,
         "DROPOUT": dropout_p > 0.0,
@@ -627,7 +624,6 @@ def _backward_q_kernel(
     p_q,
     p_k,
     p_v,
-    p_u,
     p_pre_q,
     p_pre_k,
     p_mask,
@@ -638,7 +634,6 @@ def _backward_q_kernel(
     p_shift,
     p_delta,
     p_total,
-    p_scratch,
     p_out,
     p_grad_lse,
     p_grad_q,
@@ -671,7 +666,6 @@ def _backward_q_kernel(
     stride_gn,
     scale,
     SCORE: tl.constexpr,
-    UNITS: tl.constexpr,
     MASK: tl.constexpr,
     KEY_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -692,11 +686,9 @@ def _backward_q_kernel(
     p_v = rows_at(p_v, i_b * stride_vb + (i_h // GROUP_V) * stride_vh, DV)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
-    p_u += i_h * A
-    p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
     p_pre_q, p_pre_k = (
-        precomputed_at(p_pre_q, i_bh, N, A, UNITS),
-        precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS),
+        precomputed_at(p_pre_q, i_bh, N, A, False),
+        precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, False),
     )
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, BLOCK_A)
@@ -704,7 +696,7 @@ def _backward_q_kernel(
     b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
     b_do = load_rows(rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_d, N, DV)  # [q,Dv]
     b_out = load_rows(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
+    b_row, _ = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
     b_weight = tl.minimum(b_row, parameter)
     if MASK == 2:
         b_shift = tl.load(p_shift + i_bh * NP + o_q)
@@ -719,8 +711,8 @@ def _backward_q_kernel(
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
-    whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
+    SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK
+    whole, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
     # EXACT: a rounded lse and out would cost float32 gradients half a digit, so a first sweep sums P and P dP
     for SWEEP in tl.static_range(0 if EXACT else 1, 2):
         for EDGE in tl.static_range(0 if SPLIT else 1, 2):
@@ -728,48 +720,14 @@ def _backward_q_kernel(
                 o_kv = start + tl.arange(0, BLOCK_KV)
                 b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
                 b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
-                b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
-                if UNITS:
-                    b_s = sum_units(
-                        p_q,
-                        p_k,
-                        p_pre_q,
-                        p_pre_k,
-                        p_u,
-                        o_q,
-                        o_kv,
-                        stride_qn,
-                        stride_kn,
-                        N,
-                        M,
-                        A,
-                        bound_q + bound_k,
-                        SCORE,
-                        EXACT,
-                        FAST,
-                        PRECISION,
-                    )
-                    b_slope = b_s
-                else:
-                    b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-                    b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+                b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
+                b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+                b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
                 b_logit = b_s * scale_log2
                 if EDGE:
-                    b_masked = mask_logits(
-                        tl.zeros_like(b_logit) if UNITS and MASK != 0 else b_logit,
-                        p_mask,
-                        stride_mn,
-                        stride_mm,
-                        p_key_mask,
-                        o_q,
-                        o_kv,
-                        N,
-                        M,
-                        MASK,
-                        KEY_MASK,
-                        CAUSAL,
+                    b_logit = mask_logits(
+                        b_logit, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL
                     )
-                    b_logit = b_logit + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_p = tl.exp2(b_logit - b_shift[:, None])
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
                 if DROPOUT:
@@ -779,39 +737,16 @@ def _backward_q_kernel(
                     b_mean += tl.sum(b_p * b_dp, axis=1)
                 else:
                     b_ds = b_p * (b_dp - b_delta[:, None]) * scale
-                    if UNITS:
-                        b_dq, _ = units_backward(
-                            b_dq,
-                            b_dq,
-                            b_ds,
-                            b_q,
-                            p_scratch,
-                            p_k,
-                            stride_kn,
-                            o_a,
-                            start,
-                            M,
-                            A,
-                            SCORE,
-                            FAST,
-                            False,
-                            PRECISION,
-                            BLOCK_Q,
-                            BLOCK_KV,
-                        )
-                    else:
-                        if SCORE == "cosine":
-                            m_free = b_row[:, None] * b_column[None, :] <= parameter
-                            b_along += tl.sum(tl.where(m_free, b_ds * b_s, 0.0), axis=1)
-                            b_slope = slope_for_unit_rows(b_slope, b_weight, b_column, b_k.dtype)
-                        if SCORE != "dot":
-                            b_ds *= b_slope
-                        b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
+                    if SCORE == "cosine":
+                        m_free = b_row[:, None] * b_column[None, :] <= parameter
+                        b_along += tl.sum(tl.where(m_free, b_ds * b_s, 0.0), axis=1)
+                        b_slope = slope_for_unit_rows(b_slope, b_weight, b_column, b_k.dtype)
+                    if SCORE != "dot":
+                        b_ds *= b_slope
+                    b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
         if SWEEP == 0:
             b_total = tl.where(b_total == 0.0, 1.0, b_total)
             b_delta = b_mean / b_total - b_grad_lse
-    if UNITS:
-        b_dq *= tl.load(p_u + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
     if SCORE == "cosine":
         b_dq = b_dq * b_weight[:, None] - norm_backward(b_q, b_row, b_along)
     if EXACT:
@@ -828,7 +763,6 @@ def _backward_kv_kernel(
     p_q,
     p_k,
     p_v,
-    p_u,
     p_pre_q,
     p_pre_k,
     p_mask,
@@ -838,10 +772,8 @@ def _backward_kv_kernel(
     p_shift,
     p_delta,
     p_total,
-    p_scratch,
     p_grad_k,
     p_grad_v,
-    p_grad_u,
     H,
     GROUP_K,
     GROUP_V,
@@ -873,7 +805,6 @@ def _backward_kv_kernel(
     HEADS_KV,
     GROUP,
     SCORE: tl.constexpr,
-    UNITS: tl.constexpr,
     MASK: tl.constexpr,
     KEY_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -894,21 +825,20 @@ def _backward_kv_kernel(
     p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
     p_v = rows_at(p_v, i_b * stride_vb + (i_hkv * GROUP // GROUP_V) * stride_vh, DV)
     p_key_mask += i_b * M
-    p_scratch += tl.program_id(0).to(tl.int64) * (BLOCK_Q * BLOCK_KV)
-    p_pre_k = precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, UNITS)
+    p_pre_k = precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, False)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
     b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
     b_v = load_rows(p_v, stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
-    b_row, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
+    b_row, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
     b_weight = tl.minimum(b_row, parameter)
     b_dk = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
     # rows from `whole` on see every key of this block. Rows beyond N have P = 0, keys beyond M are not stored, and what padding
     # gets is dropped at the end, since keys are rows of these tiles: no masks
-    SPLIT: tl.constexpr = MASK == 0 and not UNITS
+    SPLIT: tl.constexpr = MASK == 0
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     whole = begin
     if SPLIT and CAUSAL:
@@ -919,60 +849,22 @@ def _backward_kv_kernel(
         p_q_h = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
         p_grad_h = rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV)
         p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
-        p_u_h = p_u + i_h * A
-        p_pre_h = precomputed_at(p_pre_q, i_bh, N, A, UNITS)
-        if UNITS:
-            b_units = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
-            b_du = tl.zeros([BLOCK_KV, BLOCK_A], dtype=tl.float32)
+        p_pre_h = precomputed_at(p_pre_q, i_bh, N, A, False)
         for EDGE in tl.static_range(0 if SPLIT else 1, 2 if CAUSAL or not SPLIT else 1):
             for start in range(begin if EDGE else whole, whole if SPLIT and EDGE else N, BLOCK_Q):
                 o_q = start + tl.arange(0, BLOCK_Q)
                 b_q = load_rows(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
                 b_do = load_rows(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-                b_column, bound_q = row_norm_and_bound(b_q, p_pre_h, o_q, SCORE)
-                if UNITS:
-                    b_s = sum_units(
-                        p_k,
-                        p_q_h,
-                        p_pre_k,
-                        p_pre_h,
-                        p_u_h,
-                        o_kv,
-                        o_q,
-                        stride_kn,
-                        stride_qn,
-                        M,
-                        N,
-                        A,
-                        bound_q + bound_k,
-                        SCORE,
-                        EXACT,
-                        FAST,
-                        PRECISION,
-                    )
-                    b_slope = b_s
-                else:
-                    b_x = dot(b_k, tl.trans(b_q), PRECISION)  # [kv,q]
-                    b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+                b_column, _ = row_norm_and_bound(b_q, p_pre_h, o_q, SCORE)
+                b_x = dot(b_k, tl.trans(b_q), PRECISION)  # [kv,q]
+                b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
                 b_logit = b_s * scale_log2
                 if EDGE:
-                    b_masked = mask_logits(
-                        tl.zeros_like(b_logit) if UNITS and MASK != 0 else b_logit,
-                        p_mask_h,
-                        stride_mm,
-                        stride_mn,
-                        p_key_mask,
-                        o_kv,
-                        o_q,
-                        M,
-                        N,
-                        MASK,
-                        False,
-                        False,
+                    b_logit = mask_logits(
+                        b_logit, p_mask_h, stride_mm, stride_mn, p_key_mask, o_kv, o_q, M, N, MASK, False, False
                     )
                     if CAUSAL:
-                        b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-                    b_logit = b_logit + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
+                        b_logit = tl.where(o_kv[:, None] <= o_q[None, :], b_logit, float("-inf"))
                 b_p = tl.exp2(b_logit - tl.load(p_shift + i_bh * NP + o_q)[None, :])
                 if EXACT or MASK == 2:
                     b_p /= tl.load(p_total + i_bh * NP + o_q)[None, :]
@@ -982,40 +874,14 @@ def _backward_kv_kernel(
                     b_factor = tl.trans(keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N))
                     b_kept = b_p * b_factor
                     b_dp *= b_factor
-                b_dv += dot(keep_layout(b_kept, UNITS, PRECISION).to(b_do.dtype), b_do, PRECISION)
+                b_dv += dot(b_kept.to(b_do.dtype), b_do, PRECISION)
                 b_ds = b_p * (b_dp - tl.load(p_delta + i_bh * NP + o_q)[None, :]) * scale
-                if UNITS:
-                    b_units, b_du = units_backward(
-                        b_units,
-                        b_du,
-                        b_ds,
-                        b_k,
-                        p_scratch,
-                        p_q_h,
-                        stride_qn,
-                        o_a,
-                        start,
-                        N,
-                        A,
-                        SCORE,
-                        FAST,
-                        True,
-                        PRECISION,
-                        BLOCK_KV,
-                        BLOCK_Q,
-                    )
-                else:
-                    if SCORE == "cosine":
-                        b_along += tl.sum(tl.where(b_row[:, None] * b_column[None, :] <= parameter, b_ds * b_s, 0.0), axis=1)
-                        b_slope = slope_for_unit_rows(b_slope, b_weight, b_column, b_q.dtype)
-                    if SCORE != "dot":
-                        b_ds *= b_slope
-                    b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
-        if UNITS:
-            b_dk += b_units * tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)[None, :]
-            if KEY_MASK:
-                b_du = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_du, 0.0)
-            tl.store(p_grad_u + (i_bh * num_kv + i_kv) * A + o_a, tl.sum(b_du, axis=0), mask=o_a < A)
+                if SCORE == "cosine":
+                    b_along += tl.sum(tl.where(b_row[:, None] * b_column[None, :] <= parameter, b_ds * b_s, 0.0), axis=1)
+                    b_slope = slope_for_unit_rows(b_slope, b_weight, b_column, b_q.dtype)
+                if SCORE != "dot":
+                    b_ds *= b_slope
+                b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
     if SCORE == "cosine":
         b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along)
     if KEY_MASK:
