@@ -59,6 +59,12 @@ def aligned(x: Tensor) -> Tensor:
     return x
 
 
+def strides(letter: str, x: Tensor) -> dict[str, int]:
+    """Those of x (B, H, N, D), in elements, but for the last, which is 1."""
+    b, h, n, _ = x.stride()
+    return {f"stride_{letter}b": b, f"stride_{letter}h": h, f"stride_{letter}n": n}
+
+
 def mask_arguments(
     attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], dict[str, int | bool]]:
@@ -204,8 +210,8 @@ def natural_lse(b_max, b_sum, MASK: tl.constexpr):
     """log sum exp from the largest base-2 logit and the sum of exp2(logit - largest); -inf for a fully masked row."""
     empty = b_sum == 0.0
     b_lse = (b_max + tl.log2(tl.where(empty, 1.0, b_sum))) * 0.6931471805599453
-    if MASK == 2:  # `mask_logits` clamps there
-        b_lse = tl.where(tl.abs(b_max) >= 3.4028234e38, b_max, b_lse)
+    if MASK == 2:  # `mask_logits` clamps there; a largest logit beside NaN says nothing
+        b_lse = tl.where((tl.abs(b_max) >= 3.4028234e38) & (b_sum == b_sum), b_max, b_lse)
     return tl.where(empty, float("-inf"), b_lse)
 
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vlattn_fast.kernels._products_backward import Rows, heads_summed, new_rows, rows_first
 from vlattn_fast.kernels._scores import keep_layout, precomputed_at, row_norm_and_bound, sum_units, units_backward
 from vlattn_fast.kernels._tiles import (
     ROWS,
@@ -27,43 +28,59 @@ from vlattn_fast.kernels._tiles import (
 
 
 def launch(
-    tensors: tuple[Tensor, ...],
-    rows: tuple[Tensor, ...],
-    grads: tuple[Tensor, Tensor, Tensor],
-    numbers: tuple[Any, ...],
-    constants: dict[str, Any],
+    call: dict[str, Any],
     config_q: dict[str, int],
     config_kv: dict[str, int],
-) -> Tensor:
-    """Fills the gradients of query, key and value and returns that of the vector, (H, A) in float32."""
-    (batch, heads, num_q, size), (_, heads_kv, num_kv, _) = grads[0].shape, grads[1].shape
-    lse, shift, delta, total, out, grad_lse = rows
+    vector: Tensor,
+    lse: Tensor,
+    out: Tensor,
+    coarse: Rows | None,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and vector, the last in float32."""
+    query, key, value = call["p_q"], call["p_k"], call["p_v"]
+    (batch, heads, num_q, size), num_kv = query.shape, key.shape[2]
+    heads_kv = max(key.shape[1], value.shape[1])
+    grad_q = rows_first(query, heads, num_q, size)
+    grad_k, grad_v = (
+        rows_first(x, heads_kv, num_kv, x.shape[3], x.dtype if x.shape[1] == heads_kv else torch.float32) for x in (key, value)
+    )
     blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], triton.cdiv(num_kv, config_kv["BLOCK_KV"])
-    grad_u = grads[0].new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
+    grad_u = vector.new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
     programs = (blocks_q * batch * heads, config_q), (blocks_kv * batch * heads_kv, config_kv)
     scratch = grad_u.new_empty(max(number * config["BLOCK_Q"] * config["BLOCK_KV"] for number, config in programs))
+    shift, delta, total = new_rows(query), new_rows(query), new_rows(query)
+    if coarse is not None:
+        assert coarse.total is not None
+        shift, total = coarse.shift, coarse.total
+    rows = {"p_shift": shift, "p_delta": delta, "p_total": total}
     if lse.numel() > 0:
         _backward_q_kernel[(blocks_q * batch * heads,)](
-            *tensors,
-            lse,
-            shift,
-            delta,
-            total,
-            scratch,
-            out,
-            grad_lse,
-            grads[0],
-            *numbers,
-            **constants,
-            LSE=grad_lse is not lse,
+            **call,
+            **rows,
+            p_u=vector,
+            p_lse=lse,
+            p_scratch=scratch,
+            p_out=out.transpose(1, 2).contiguous(),  # (B,N,H,Dv), as forward lays it out
+            p_grad_lse=lse if grad_lse is None else grad_lse,
+            p_grad_q=grad_q,
+            LSE=grad_lse is not None,
             **config_q,
         )
-    if grads[1].numel() + grads[2].numel() > 0:
-        more = heads_kv, heads // heads_kv
+    if grad_k.numel() + grad_v.numel() > 0:
         _backward_kv_kernel[(blocks_kv * batch * heads_kv,)](
-            *tensors, shift, delta, total, scratch, *grads[1:], grad_u, *numbers, *more, **constants, **config_kv
+            **call,
+            **rows,
+            p_u=vector,
+            p_scratch=scratch,
+            p_grad_k=grad_k,
+            p_grad_v=grad_v,
+            p_grad_u=grad_u,
+            HEADS_KV=heads_kv,
+            GROUP=heads // heads_kv,
+            **config_kv,
         )
-    return grad_u.sum((0, 2))
+    return grad_q, *heads_summed(grad_k, key, grad_v, value), grad_u.sum((0, 2))
 
 
 @triton.jit
