@@ -25,6 +25,7 @@ from vlattn_fast.kernels._tiles import (
     load_keys,
     load_rows,
     mask_logits,
+    mask_tile,
     padded_rows,
     real_tokens,
     relu,
@@ -120,7 +121,8 @@ def keys(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dK and dV where the rows have a delta; factor * sum over heads of r Abar, (B, T, M), where there is a relevancy r.
 
-    r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes one key head, or `key_heads` of them where there are no dK.
+    r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes `key_heads` heads,
+    which is one where there are gradients.
     """
     query, key, value = call["p_q"], call["p_k"], call["p_v"]
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]
@@ -276,7 +278,7 @@ def _backward_q_kernel(
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = tl.zeros([BLOCK_Q, BLOCK_A], dtype=tl.float32)
         b_mean_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    whole, end = key_range(i_q, M, MASK, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = key_range(i_q, M, MASK != 0, CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(1 if MASK != 0 else 0, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -416,7 +418,7 @@ def _backward_kv_kernel(
     """
     num_kv = tl.cdiv(M, BLOCK_KV)
     num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
-    i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * num_t, H // (GROUP * KEY_HEADS), 1)
+    i_block, i_bp, i_b, i_p, i_all = block_and_head(num_kv * num_t, H // (GROUP * KEY_HEADS), 1)
     i_kv = i_block % num_kv
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T if BLOCK_T > 0 else 1)
@@ -507,9 +509,9 @@ def _backward_kv_kernel(
                     if SCORE != "dot":
                         b_ds *= b_slope
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
-    if GRADS:
-        if SCORE == "cosine":
+        if GRADS and SCORE == "cosine":
             b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along)
+    if GRADS:
         HEADS = H // GROUP
         i_row = i_b * M * HEADS + i_p
         store_tile(p_grad_k + i_row * A, HEADS * A, o_kv, o_a, M, A, tl.where(m_key[:, None], b_dk * scale, 0.0))
@@ -520,27 +522,3 @@ def _backward_kv_kernel(
         offsets = (i_bp * T + o_t[None, :]) * M + o_kv[:, None]
         b_r_abar = tl.where(m_key[:, None], b_r_abar * factor, 0.0)
         tl.store(p_r_abar + offsets, b_r_abar, mask=m_kv[:, None] & (o_t < T)[None, :])
-
-
-@triton.jit
-def mask_tile(
-    b_logit,
-    p_mask,
-    stride_mask_q,
-    stride_mask_kv,
-    p_key_mask,
-    o_q,
-    o_kv,
-    N,
-    M,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """Base-2 logits [q,kv] with masked pairs at -inf. Tiles not at the EDGE lie within the map and below its diagonal."""
-    if EDGE:
-        b_logit = mask_logits(b_logit, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
-    elif KEY_MASK:
-        b_logit = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_logit, float("-inf"))
-    return b_logit

@@ -191,6 +191,30 @@ def mask_logits(
     return tl.where(visible, b_log2, float("-inf"))
 
 
+@triton.jit
+def mask_tile(
+    b_logit,
+    p_mask,
+    stride_mask_q,
+    stride_mask_kv,
+    p_key_mask,
+    o_q,
+    o_kv,
+    N,
+    M,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """As `mask_logits`. Tiles that are not at the EDGE lie within the map and below its diagonal, and have no attn_mask."""
+    if EDGE:
+        b_logit = mask_logits(b_logit, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+    elif KEY_MASK:
+        b_logit = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_logit, float("-inf"))
+    return b_logit
+
+
 OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
 
 
@@ -229,16 +253,14 @@ def relu(b_x):
 
 
 @triton.jit
-def key_range(
-    i_q, M, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
-):
+def key_range(i_q, M, MASKED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
     """For the i_q-th block of queries: (where masked tiles start, where the keys end).
 
-    Tiles of keys below the first number, a multiple of BLOCK_KV, need no `mask_logits`. No query of the block sees keys from the
-    second number on.
+    Every query of the block sees the keys below the first number, a multiple of BLOCK_KV; 0 where all tiles are MASKED. No query
+    of the block sees keys from the second number on.
     """
     end = tl.minimum(M, (i_q + 1) * BLOCK_Q) if CAUSAL else M
-    if MASK != 0 or KEY_MASK:
+    if MASKED:
         free = end * 0
     else:
         free = (tl.minimum(M, i_q * BLOCK_Q + 1) if CAUSAL else M) // BLOCK_KV * BLOCK_KV

@@ -177,7 +177,7 @@ def _backward_q_kernel(
     b_dq = tl.zeros([BLOCK_Q, BLOCK_A], dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    _, end = key_range(i_q, M, MASK, True, CAUSAL, BLOCK_Q, BLOCK_KV)
+    _, end = key_range(i_q, M, True, CAUSAL, BLOCK_Q, BLOCK_KV)
     # EXACT: a rounded lse and out would cost float32 gradients half a digit, so a first sweep sums P and P dP
     for SWEEP in tl.static_range(0 if EXACT else 1, 2):
         for start in range(0, end, BLOCK_KV):

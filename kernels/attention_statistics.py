@@ -24,7 +24,6 @@ from torch import Tensor
 from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
-    ROWS,
     aligned,
     below_max,
     block_and_head,
@@ -37,7 +36,6 @@ from vlattn_fast.kernels._tiles import (
     load_tile,
     mask_arguments,
     mask_logits,
-    padded_rows,
     rows_at,
     store_tile,
 )
@@ -186,9 +184,12 @@ def _arguments(
 
 
 def _members(key_groups: Tensor, num_groups: int) -> Tensor:
-    """(B, G, M) float32 with M padded: 1 where a key is in a group, else 0."""
+    """(B, G, M) float32: 1 where a key is in a group, else 0.
+
+    M is padded to a multiple of 128, as many as the largest tile has, so that tiles are loaded without a mask.
+    """
     batch, num_kv = key_groups.shape
-    length = padded_rows(num_kv)
+    length = num_kv + -num_kv % 128
     members = key_groups.new_empty((batch, num_groups, length), dtype=torch.float32)
     if members.numel() > 0:
         grid = (triton.cdiv(length, 256) * batch,)
@@ -315,7 +316,7 @@ def _rows_kernel(
     b_first = tl.full([BLOCK_Q], -1, dtype=tl.int32)
     b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     b_mass_0, b_mass_1, b_mass_2, b_mass_3 = b_sum, b_sum, b_sum, b_sum
-    free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
+    free, end = key_range(i_q, M, MASK != 0 or KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
     for PART in tl.static_range(2):  # first the keys that need no mask, then the others
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -514,7 +515,7 @@ def _backward_q_kernel(
     b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_grad_weight = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-    free, end = key_range(i_q, M, MASK, KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
+    free, end = key_range(i_q, M, MASK != 0 or KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
     for PART in tl.static_range(2):
         for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
@@ -918,7 +919,7 @@ def _sum_group(b_e, p_members, o_kv, M, g: tl.constexpr):
 @triton.jit
 def _member(p_members, o_kv, M, g: tl.constexpr):
     """[kv] of `_members`."""
-    return tl.load(p_members + g * (tl.cdiv(M, ROWS) * ROWS) + o_kv)
+    return tl.load(p_members + g * (tl.cdiv(M, 128) * 128) + o_kv)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._device import configured, on_device
-from vlattn_fast.kernels._products_backward import Rows, mask_tile, new_rows, rows_first
+from vlattn_fast.kernels._products_backward import Rows, new_rows, rows_first
 from vlattn_fast.kernels._scores import activate, keep_layout, largest_magnitude, precomputed_at, row_norm_and_bound, sum_units
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
@@ -40,7 +40,7 @@ from vlattn_fast.kernels._tiles import (
     load_keys,
     load_rows,
     mask_arguments,
-    mask_logits,
+    mask_tile,
     natural_lse,
     relu,
     row_shift,
@@ -391,10 +391,9 @@ def _forward_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
-    # the first tiles of keys are visible to every row of the block and need no masks; masked calls have one loop for all tiles
-    SPLIT: tl.constexpr = MASK == 0 and not KEY_MASK and not UNITS
-    whole, end = key_range(i_q, M, MASK, KEY_MASK or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for EDGE in tl.static_range(0 if SPLIT else 1, 2):
+    # the first tiles of keys need no masks but of keys; under an attn_mask there is one loop for all tiles
+    whole, end = key_range(i_q, M, MASK != 0 or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(1 if MASK != 0 or UNITS else 0, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
@@ -422,9 +421,9 @@ def _forward_kernel(
                 b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
                 b_s, _ = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
-            if EDGE:
+            if EDGE or KEY_MASK:
                 b_s *= scale_log2
-                b_masked = mask_logits(
+                b_masked = mask_tile(
                     tl.zeros_like(b_s) if UNITS and MASK != 0 else b_s,
                     p_mask,
                     stride_mn,
@@ -437,6 +436,7 @@ def _forward_kernel(
                     MASK,
                     KEY_MASK,
                     CAUSAL,
+                    EDGE,
                 )
                 b_s = b_s + keep_layout(b_masked, UNITS, PRECISION) if UNITS and MASK != 0 else b_masked
                 b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
@@ -551,7 +551,7 @@ def _rows_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    whole, end = key_range(i_q, M, MASK, UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = key_range(i_q, M, MASK != 0 or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
     if WITH_LSE and PAIR:
         m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), LIMIT)
         if not SUMS:

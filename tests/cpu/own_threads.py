@@ -1,13 +1,19 @@
-"""A plugin of pytest: the CPU kernels run on the threads of threads.cpp, in the library that VLATTN_OWN_THREADS names."""
+"""A plugin of pytest: the CPU kernels run on the threads of threads.cpp, in the library that VLATTN_OWN_THREADS names.
+
+torch stays at one thread. Its own threads are not built for the sanitizer, which would report what they do to one another.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 
+import torch
 from vlattn_fast import _native
 
 
 def pytest_configure() -> None:
     threads = ctypes.CDLL(os.environ["VLATTN_OWN_THREADS"])
     _native._library().vlattn_set_threads(threads.own_parallel_for, threads.own_get_num_threads)
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda count: None

@@ -123,7 +123,7 @@ MIN, MAX = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 
 
 @pytest.mark.parametrize("rest", (0.0, MIN, MAX, -torch.inf), ids=str)
-@on("streaming", "cpu", "cuda")
+@on("streaming", "cpu", "cuda", "triton")
 def test_nan_in_a_mask_is_not_dropped(backend: str, rest: float) -> None:
     """Whatever the other values of its row are; where another mask hides its pair it is not there."""
     tensors, mask = inputs(torch.float32), torch.zeros(ROWS, KEYS)
