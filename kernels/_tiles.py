@@ -8,6 +8,8 @@ the powers. A log-sum-exp named `lse` is natural, one named `lse_log2` or `shift
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -67,18 +69,20 @@ def strides(letter: str, x: Tensor) -> dict[str, int]:
 
 def mask_arguments(
     attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], dict[str, int | bool]]:
-    """The mask tensors, the strides of attn_mask (0 where it is broadcast), and the constants of `mask_logits`.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The mask tensors with the strides of attn_mask (0 where it is broadcast), and the constants of `mask_logits`.
 
     `like` is the query (B, H, N, D). It stands in for a mask that is absent and is not read then.
     """
-    kind, strides, mask = 0, (0, 0, 0, 0), like
+    kind, mask = 0, like
+    steps: tuple[int, ...] = (0, 0, 0, 0)
     if attn_mask is not None:
         kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, additive(attn_mask, torch.float32))
-        b, h, i, j = mask.expand(*like.shape[:3], num_keys).stride()
-        strides = (b, h, i, j)
+        steps = mask.expand(*like.shape[:3], num_keys).stride()
+    names = ("stride_mb", "stride_mh", "stride_mn", "stride_mm")
     keys = like if key_mask is None else key_mask.contiguous()
-    return (mask, keys), strides, {"MASK": kind, "KEY_MASK": key_mask is not None}
+    tensors = {"p_mask": mask, "p_key_mask": keys, **dict(zip(names, steps, strict=True))}
+    return tensors, {"MASK": kind, "KEY_MASK": key_mask is not None}
 
 
 @triton.jit

@@ -35,6 +35,7 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_at,
     store_tile,
+    strides,
 )
 
 
@@ -68,10 +69,19 @@ def forward(
     value = aligned(value) if gradient and value is not None else key
     grad_output = aligned(grad_output) if gradient and grad_output is not None else query
     size_v = value.shape[3] if gradient else 0
-    masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, num_kv)
-    sizes = (heads, heads // key.shape[1], num_q, num_kv, size)
-    strides = (*query.stride()[:3], *key.stride()[:3], *strides_mask)
-    constants = {
+    masks, mask_constants = mask_arguments(attn_mask, key_mask, query, num_kv)
+    call = {
+        "p_q": query,
+        "p_k": key,
+        **masks,
+        "H": heads,
+        "GROUP": heads // key.shape[1],
+        "N": num_q,
+        "M": num_kv,
+        "D": size,
+        "scale_log2": scale * LOG2_E,
+        **strides("q", query),
+        **strides("k", key),
         **mask_constants,
         "CAUSAL": is_causal,
         "PRECISION": input_precision(),
@@ -81,7 +91,7 @@ def forward(
     config = _config(num_kv, max(size, size_v), query.dtype, gradient, attn_mask is not None)
     facts = (rule, query.dtype, num_q, num_kv, max(size, size_v), attn_mask is not None)
     config = configured(config, "attention_map", "map", *facts)
-    one_tile, float_mask, exact = num_kv <= config["BLOCK_KV"], constants["MASK"] == 2, query.dtype == torch.float32
+    one_tile, float_mask, exact = num_kv <= config["BLOCK_KV"], call["MASK"] == 2, query.dtype == torch.float32
     rows = "statistics" if lse is not None or not one_tile else "tile"
     if lse is not None and not float_mask and not exact:
         rows = "lse"
@@ -91,30 +101,24 @@ def forward(
         rows_config = _rows_config(size, query.dtype, attn_mask is not None)
         rows_config = configured(rows_config, "attention_map", "rows", *facts)
         _rows_kernel[(triton.cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
-            query, key, *masks, row_max, row_inverse, *sizes, scale * LOG2_E, *strides, **constants, **rows_config
+            **call, p_max=row_max, p_inverse=row_inverse, **rows_config
         )
     if rows == "statistics" and lse is not None:
         known = (row_max, row_inverse) if float_mask else None
-        row_max, row_inverse = _rows_by_lse(lse, 1.0 / LOG2_E if constants["FOLDED"] else scale, known)
+        row_max, row_inverse = _rows_by_lse(lse, 1.0 / LOG2_E if call["FOLDED"] else scale, known)
     lse = lse.to(torch.float32).contiguous() if rows == "lse" and lse is not None else abar
     grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * triton.cdiv(num_kv, config["BLOCK_KV"]) * batch,)
     _map_kernel[grid](
-        query,
-        key,
-        value,
-        grad_output,
-        *masks,
-        lse,
-        row_max,
-        row_inverse,
-        abar,
-        *sizes,
-        size_v,
-        scale * LOG2_E,
-        *strides,
-        *value.stride()[:3],
-        *grad_output.stride()[:3],
-        **constants,
+        **call,
+        p_v=value,
+        p_grad=grad_output,
+        p_lse=lse,
+        p_max=row_max,
+        p_inverse=row_inverse,
+        p_map=abar,
+        DV=size_v,
+        **strides("v", value),
+        **strides("g", grad_output),
         GRADIENT=gradient,
         REDUCTION=head_reduction,
         NORMALIZE=row_normalize,
@@ -246,7 +250,7 @@ def _map_kernel(
     p_q,
     p_k,
     p_v,
-    p_do,
+    p_grad,
     p_mask,
     p_key_mask,
     p_lse,
@@ -340,7 +344,7 @@ def _map_kernel(
             b_p = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
             b_inverse = tl.load(p_inverse + o_row, mask=o_q < N, other=0.0)
         if GRADIENT:
-            b_do = load_rows(rows_at(p_do, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+            b_do = load_rows(rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
             b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV), stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
             b_p = relu(b_p * dot(b_do, tl.trans(b_v), PRECISION))
         b_share = b_p if ROWS == "lse" else b_p * b_inverse[:, None]

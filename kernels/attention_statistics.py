@@ -38,6 +38,7 @@ from vlattn_fast.kernels._tiles import (
     mask_logits,
     rows_at,
     store_tile,
+    strides,
 )
 
 FEW_GROUPS = 4
@@ -62,26 +63,30 @@ def forward(
     entropy, maximum, row_max = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
     argmax = query.new_empty(rows, dtype=torch.int64)
     received = query.new_empty((*rows[:2], key.shape[2] if "received" in statistics else 0), dtype=torch.float32)
-    tensors, numbers, constants = _arguments(
-        query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal
-    )
+    call = _arguments(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal)
     facts = (query.dtype, rows[2], key.shape[2], query.shape[3], num_groups, attn_mask is not None)
     if maximum.numel() > 0:
         config = _rows_config(query.shape[3], query.dtype, attn_mask is not None, num_groups)
         config = configured(config, "attention_statistics", "rows", *facts)
         grid = (triton.cdiv(rows[2], config["BLOCK_Q"]) * max(1, triton.cdiv(num_groups, config["BLOCK_G"])) * rows[0] * rows[1],)
-        wanted = {
-            "ENTROPY": "entropy" in statistics,
-            "ARGMAX": "argmax" in statistics,
-            "FEW": _few(num_groups),
-            "MANY": num_groups > FEW_GROUPS,
-        }
-        _rows_kernel[grid](*tensors, mass, entropy, maximum, argmax, row_max, *numbers, **constants, **wanted, **config)
+        _rows_kernel[grid](
+            **call,
+            p_mass=mass,
+            p_entropy=entropy,
+            p_maximum=maximum,
+            p_argmax=argmax,
+            p_row_max=row_max,
+            ENTROPY="entropy" in statistics,
+            ARGMAX="argmax" in statistics,
+            FEW=_few(num_groups),
+            MANY=num_groups > FEW_GROUPS,
+            **config,
+        )
     if received.numel() > 0:
         config = _received_config(query.shape[3], query.dtype)
         config = configured(config, "attention_statistics", "received", *facts)
         grid = (triton.cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
-        _received_kernel[grid](*tensors, maximum, row_max, received, *numbers, **constants, **config)
+        _received_kernel[grid](**call, p_maximum=maximum, p_row_max=row_max, p_received=received, **config)
     return mass, entropy, maximum, argmax, received
 
 
@@ -108,29 +113,30 @@ def backward(
     row_max, inverse, shift, grad_weight = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(4))
     if key_groups is None or num_groups == 0:
         grad_mass = None
-    grads = tuple(query if x is None else x.contiguous() for x in (grad_mass, grad_entropy, grad_maximum, grad_received))
-    tensors, numbers, constants = _arguments(
-        query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal
-    )
-    few = _few(num_groups)
-    masked = attn_mask is not None
+    grads = {"mass": grad_mass, "entropy": grad_entropy, "maximum": grad_maximum, "received": grad_received}
+    few, masked = _few(num_groups), attn_mask is not None
     config = _backward_config(query.shape[3], query.dtype, masked or (grad_mass is not None and few == 0))
-    facts = (query.dtype, num_q, key.shape[2], query.shape[3], num_groups, masked)
-    constants |= {
-        "MASS": grad_mass is not None,
-        "ENTROPY": grad_entropy is not None,
-        "MAXIMUM": grad_maximum is not None,
-        "RECEIVED": grad_received is not None,
+    config = configured(
+        config, "attention_statistics", "backward", query.dtype, num_q, key.shape[2], query.shape[3], num_groups, masked
+    )
+    call = {
+        **_arguments(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal),
+        **{f"p_grad_{name}": query if x is None else x.contiguous() for name, x in grads.items()},
+        "p_argmax": argmax.contiguous(),
+        "p_row_max": row_max,
+        "p_inverse": inverse,
+        "p_shift": shift,
+        "scale": scale,
+        **{name.upper(): x is not None for name, x in grads.items()},
         "FEW": few,
-        **configured(config, "attention_statistics", "backward", *facts),
+        **config,
     }
-    tensors += (*grads, argmax.contiguous(), row_max, inverse, shift)
     if row_max.numel() > 0:
-        grid = (triton.cdiv(num_q, constants["BLOCK_Q"]) * batch * heads,)
-        _backward_q_kernel[grid](*tensors, grad_weight, grad_q, *numbers, scale, **constants)
+        grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
+        _backward_q_kernel[grid](**call, p_grad_weight=grad_weight, p_grad_q=grad_q)
     if grad_k.numel() > 0:
-        grid = (triton.cdiv(key.shape[2], constants["BLOCK_KV"]) * batch * key.shape[1],)
-        _backward_kv_kernel[grid](*tensors, grad_k, *numbers, scale, **constants)
+        grid = (triton.cdiv(key.shape[2], config["BLOCK_KV"]) * batch * key.shape[1],)
+        _backward_kv_kernel[grid](**call, p_grad_k=grad_k)
     if row_weight is None:
         return grad_q, grad_k, None
     return grad_q, grad_k, grad_weight.sum(1) if grad_received is not None else torch.zeros_like(row_weight)
@@ -146,32 +152,31 @@ def _arguments(
     num_groups: int,
     scale: float,
     is_causal: bool,
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:
-    """The arguments that all kernels here share: tensors, then sizes and strides in elements, then constants.
-
-    The query stands in for tensors that are absent.
-    """
+) -> dict[str, Any]:
+    """The named arguments that all kernels here share. The query stands in for tensors that are absent."""
     query, key = aligned(query), aligned(key)
-    masks, strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
+    masks, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     groups = query if key_groups is None else aligned(key_groups)
     if _few(num_groups) > 0:
         groups = _members(groups, num_groups)
     weight = query if row_weight is None else aligned(row_weight)
-    numbers = (
-        query.shape[1],
-        query.shape[1] // max(1, key.shape[1]),
-        query.shape[2],
-        key.shape[2],
-        query.shape[3],
-        num_groups,
-        scale * LOG2_E,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *strides_mask,
-        groups.stride(0),
-        weight.stride(0),
-    )
-    constants = {
+    return {
+        "p_q": query,
+        "p_k": key,
+        "p_groups": groups,
+        "p_weight": weight,
+        **masks,
+        "H": query.shape[1],
+        "GROUP": query.shape[1] // max(1, key.shape[1]),
+        "N": query.shape[2],
+        "M": key.shape[2],
+        "D": query.shape[3],
+        "G": num_groups,
+        "scale_log2": scale * LOG2_E,
+        **strides("q", query),
+        **strides("k", key),
+        "stride_groups": groups.stride(0),
+        "stride_weight": weight.stride(0),
         **mask_constants,
         "CAUSAL": is_causal,
         "WEIGHT": row_weight is not None,
@@ -180,7 +185,6 @@ def _arguments(
         "BLOCK_D": block_size(query.shape[3]),
         "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
     }
-    return (query, key, groups, weight, *masks), numbers, constants
 
 
 def _members(key_groups: Tensor, num_groups: int) -> Tensor:
@@ -194,7 +198,14 @@ def _members(key_groups: Tensor, num_groups: int) -> Tensor:
     if members.numel() > 0:
         grid = (triton.cdiv(length, 256) * batch,)
         _members_kernel[grid](
-            key_groups, members, num_kv, length, key_groups.stride(0), FEW=num_groups, BLOCK_KV=256, num_warps=4
+            p_groups=key_groups,
+            p_members=members,
+            M=num_kv,
+            length=length,
+            stride_groups=key_groups.stride(0),
+            FEW=num_groups,
+            BLOCK_KV=256,
+            num_warps=4,
         )
     return members
 

@@ -178,15 +178,16 @@ class _Chunk:
         tiles = sum(triton.cdiv(self.sizes[side], rows[side]) for side in self.sides)
         light = self.kind == "iais_singular" and self.fused and not grad  # eight warps would spill under Triton 3.6
         _divergence_kernel[(tiles * self.batch,)](
-            intra,
-            self.map,
-            tuple(targets * 2)[:2],
-            (intra, intra) if self.masks is None else self.masks,
-            tuple(out * 2)[:2],
-            intra if grad_intra is None else grad_intra,
-            *self.sizes,
-            1.0 / self.heads,
-            EPSILON,
+            p_intra=intra,
+            p_map=self.map,
+            p_targets=tuple(targets * 2)[:2],
+            p_masks=(intra, intra) if self.masks is None else self.masks,
+            p_outs=tuple(out * 2)[:2],
+            p_grad_intra=intra if grad_intra is None else grad_intra,
+            L=self.sizes[0],
+            V=self.sizes[1],
+            per_head=1.0 / self.heads,
+            EPSILON=EPSILON,
             KIND=self.kind,
             MASKED=self.masks is not None,
             GRAD=grad,
@@ -212,14 +213,15 @@ class _Chunk:
         back, out = self._part(self.map, other, side), self._part(grad_map, other, side if distributed else other)
         tiles = triton.cdiv(across, 32) + (triton.cdiv(size, 32) if distributed else 0)
         _target_backward_kernel[(tiles * self.batch,)](
-            grad_target,
-            cross,
-            back,
-            self._part(grad_map, side, other),
-            out,
-            size,
-            across,
-            *back.stride()[:2],
+            p_grad_target=grad_target,
+            p_cross=cross,
+            p_back=back,
+            p_grad_cross=self._part(grad_map, side, other),
+            p_out=out,
+            N=size,
+            M=across,
+            stride_b=back.stride(0),
+            stride_n=back.stride(1),
             KIND=self.kind,
             ADD=add,
             BLOCK_Q=32,
@@ -248,16 +250,19 @@ class _Chunk:
         length = sum(self.sizes)
         maps = self._empty(self.batch, length, length)
         log_maps = torch.empty_like(maps) if self.kind == "iais_singular" else maps
-        inputs, constants = self._inputs("map")
+        call = self._call("map")
         statistics = maps, maps
-        row_tiles = sum(triton.cdiv(size, constants["BLOCK_Q"]) for size in self.sizes)
+        row_tiles = sum(triton.cdiv(size, call["BLOCK_Q"]) for size in self.sizes)
         if not self.whole:
             shape = 2, self.batch, self.heads, length
             statistics = self._empty(*shape), self._empty(*shape)
-            meta = {name: x for name, x in constants.items() if name not in ("WHOLE", "LOG", "BLOCK_L")}
-            statistics_kernel[(row_tiles * 2 * self.heads * self.batch,)](*inputs, *statistics, **meta)
-        columns = 2 if self.whole else sum(triton.cdiv(size, constants["BLOCK_V"]) for size in self.sizes)
-        map_kernel[(row_tiles * columns * self.batch,)](*inputs, *statistics, maps, log_maps, **constants)
+            long = {name: x for name, x in call.items() if name not in ("WHOLE", "LOG", "BLOCK_L")}
+            grid = (row_tiles * 2 * self.heads * self.batch,)
+            statistics_kernel[grid](**long, p_max=statistics[0], p_sum=statistics[1])
+        columns = 2 if self.whole else sum(triton.cdiv(size, call["BLOCK_V"]) for size in self.sizes)
+        map_kernel[(row_tiles * columns * self.batch,)](
+            **call, p_max=statistics[0], p_sum=statistics[1], p_out=maps, p_log=log_maps
+        )
         return maps, log_maps, statistics
 
     def _write_gradients(
@@ -267,25 +272,50 @@ class _Chunk:
         diagonal = len(grad_queries) == 2  # then the kernels leave the last two alone
         grad_q, grad_k = (tuple(grads * 2 if diagonal else grads) for grads in (grad_queries, grad_keys))
         unread = -1 if diagonal or len(self.sides) == 2 else 3 - 3 * self.sides[0]
-        inputs, constants = self._inputs("gradient")
-        cotangents = (grad_map, grad_log, self.log_map, *self.statistics, grad_loss)
-        meta = {**constants, "DIAGONAL": diagonal, "UNREAD": unread}
-        programs, deltas = (2 if diagonal else 4) * self.heads * self.batch, (grad_loss, grad_loss)
+        programs = (2 if diagonal else 4) * self.heads * self.batch
+        delta = delta_log = grad_loss
         if not self.whole:
             delta = torch.empty_like(self.statistics[0])
-            deltas = delta, torch.empty_like(delta) if self.kind == "iais_singular" else delta
-            tiles = max(triton.cdiv(size, meta["BLOCK_Q"]) for size in self.sizes)
-            long = {name: x for name, x in meta.items() if name not in ("WHOLE", "BLOCK_L")}
-            gradient_q_kernel[(programs * tiles,)](*inputs, *cotangents, *deltas, grad_q, self.scale, tiles, **long)
-        tiles = 1 if self.whole else max(triton.cdiv(size, meta["BLOCK_V"]) for size in self.sizes)
-        gradient_kernel[(programs * tiles,)](*inputs, *cotangents, *deltas, grad_q, grad_k, self.scale, tiles, **meta)
+            delta_log = torch.empty_like(delta) if self.kind == "iais_singular" else delta
+        call = {
+            **self._call("gradient"),
+            "p_grad_map": grad_map,
+            "p_grad_log": grad_log,
+            "p_log": self.log_map,
+            "p_max": self.statistics[0],
+            "p_sum": self.statistics[1],
+            "p_grad_loss": grad_loss,
+            "p_delta": delta,
+            "p_delta_log": delta_log,
+            "p_grad_qs": grad_q,
+            "scale": self.scale,
+            "DIAGONAL": diagonal,
+            "UNREAD": unread,
+        }
+        if not self.whole:
+            tiles = max(triton.cdiv(size, call["BLOCK_Q"]) for size in self.sizes)
+            long = {name: x for name, x in call.items() if name not in ("WHOLE", "BLOCK_L")}
+            gradient_q_kernel[(programs * tiles,)](**long, tiles=tiles)
+        tiles = 1 if self.whole else max(triton.cdiv(size, call["BLOCK_V"]) for size in self.sizes)
+        gradient_kernel[(programs * tiles,)](**call, p_grad_ks=grad_k, tiles=tiles)
 
-    def _inputs(self, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments that all kernels with heads share."""
-        strides = tuple(tuple(stride for x in xs for stride in x.stride()[:3]) for xs in (self.queries, self.keys))
+    def _call(self, kernel: str) -> dict[str, Any]:
+        """The named arguments that all kernels with heads share."""
+        strides_q, strides_k = (tuple(stride for x in xs for stride in x.stride()[:3]) for xs in (self.queries, self.keys))
         facts = self.sizes, self.features, self.queries[0].dtype
-        masks = self.queries[:2] if self.masks is None else self.masks
-        constants = {
+        text_mask, image_mask = self.queries[:2] if self.masks is None else self.masks
+        return {
+            "p_qs": self.queries,
+            "p_ks": self.keys,
+            "strides_q": strides_q,
+            "strides_k": strides_k,
+            "p_text_mask": text_mask,
+            "p_image_mask": image_mask,
+            "H": self.heads,
+            "L": self.sizes[0],
+            "V": self.sizes[1],
+            "D": self.features,
+            "scale_log2": self.scale * LOG2_E,
             "MASKED": self.masks is not None,
             "WHOLE": self.whole,
             "LOG": self.kind == "iais_singular",
@@ -295,7 +325,6 @@ class _Chunk:
                 _config(*facts, kernel, self.kind), "congruence_loss", kernel, self.kind, *facts[2:], *facts[0], facts[1]
             ),
         }
-        return (self.queries, self.keys, *strides, *masks, self.heads, *self.sizes, self.features, self.scale * LOG2_E), constants
 
     def _empty(self, *shape: int) -> Tensor:
         return self.queries[0].new_empty(shape, dtype=torch.float32)

@@ -141,7 +141,7 @@ def arguments(
     """The named arguments that all kernels here and of the backward passes share. The query stands in for what is absent."""
     heads, num_q, size = query.shape[1:]
     query, key, value = aligned(query), aligned(key), aligned(value)
-    (mask, keys), strides_mask, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
+    masks, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     pre_q = pre_k = query
     if score in UNIT_KINDS or score == "cosine":
         # logistic(y) = 1 / (1 + 2^(y * factor)); where y is a product, the query carries the factor
@@ -155,8 +155,7 @@ def arguments(
         "p_v": value,
         "p_pre_q": pre_q,
         "p_pre_k": pre_k,
-        "p_mask": mask,
-        "p_key_mask": keys,
+        **masks,
         "p_seed": query if seed is None else seed,
         "H": heads,
         "GROUP_K": heads // max(1, key.shape[1]),
@@ -172,7 +171,6 @@ def arguments(
         **strides("q", query),
         **strides("k", key),
         **strides("v", value),
-        **dict(zip(("stride_mb", "stride_mh", "stride_mn", "stride_mm"), strides_mask, strict=True)),
         "SCORE": score,
         **mask_constants,
         "CAUSAL": is_causal,
@@ -237,13 +235,15 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     if precomputed.numel() > 0:
         grid = (triton.cdiv(length, 32) * batch * heads,)
         _prepare_kernel[grid](
-            x,
-            precomputed,
-            heads,
-            rows,
-            size,
-            *x.stride()[:3],
-            factor,
+            p_x=x,
+            p_pre=precomputed,
+            H=heads,
+            N=rows,
+            A=size,
+            stride_b=x.stride(0),
+            stride_h=x.stride(1),
+            stride_n=x.stride(2),
+            factor=factor,
             SCORE=score,
             BLOCK_A=block_size(size),
             BLOCK_N=32,
