@@ -18,13 +18,13 @@ from torch import Tensor
 from vlattn_fast.kernels._scores import activate, norm_backward, precomputed_at, row_norm_and_bound, slope_for_unit_rows
 from vlattn_fast.kernels._tiles import (
     ROWS,
+    add_mask,
     block_and_head,
     dot,
     keep_factor,
     key_range,
     load_keys,
     load_rows,
-    mask_logits,
     mask_tile,
     padded_rows,
     real_tokens,
@@ -278,8 +278,8 @@ def _backward_q_kernel(
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = tl.zeros([BLOCK_Q, BLOCK_A], dtype=tl.float32)
         b_mean_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    whole, end = key_range(i_q, M, MASK != 0, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for EDGE in tl.static_range(1 if MASK != 0 else 0, 2):
+    whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
@@ -314,8 +314,8 @@ def _backward_q_kernel(
             if EXACT:
                 b_mean += dot(b_p, b_k, PRECISION)
     if EXACT:
-        b_total = tl.where(b_total > 0.0, b_total, 1.0)
-        b_rest /= b_total
+        b_total = tl.where((o_q < N) & (b_total > 0.0), b_total, 1.0)
+        b_rest = tl.where(o_q < N, b_rest / b_total, 0.0)  # NaN in the mask of the last row reaches padding
         if LSE:
             b_rest -= b_grad_lse
         b_delta += b_rest
@@ -439,7 +439,7 @@ def _backward_kv_kernel(
         b_r_abar = tl.zeros([BLOCK_KV, BLOCK_T], dtype=tl.float32)
     # causal: queries before `begin` see none of these keys, those from `whole` on see all of them
     begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
-    whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q) if CAUSAL and MASK == 0 else N
+    whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q) if CAUSAL else N
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
         i_hk = i_hkv if GROUP == GROUP_K else i_hkv * GROUP // GROUP_K
@@ -449,8 +449,8 @@ def _backward_kv_kernel(
             b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hv * stride_vh, DV), stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
         b_row, _ = row_norm_and_bound(b_k, precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, False), o_kv, SCORE)
         b_weight = tl.minimum(b_row, parameter)
-        for EDGE in tl.static_range(0, 2 if CAUSAL and MASK == 0 else 1):
-            first = begin if EDGE or not (CAUSAL and MASK == 0) else whole
+        for EDGE in tl.static_range(2 if CAUSAL else 1):
+            first = begin if EDGE or not CAUSAL else whole
             num_q = tl.cdiv((whole if EDGE else N) - first, BLOCK_Q)
             for j in range(GROUP * num_q):  # one loop over tiles and query heads of this key head: nested loops spill
                 i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // num_q
@@ -462,22 +462,10 @@ def _backward_kv_kernel(
                 b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
                 b_logit = b_s * scale_log2
                 if MASK != 0:
-                    b_logit = mask_logits(
-                        b_logit,
-                        p_mask + i_b * stride_mb + i_h * stride_mh,
-                        stride_mm,
-                        stride_mn,
-                        p_key_mask,
-                        o_kv,
-                        o_q,
-                        M,
-                        N,
-                        MASK,
-                        False,
-                        False,
-                    )
-                if CAUSAL and (EDGE or MASK != 0):
-                    b_logit = tl.where(o_kv[:, None] <= o_q[None, :], b_logit, float("-inf"))
+                    p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
+                    b_logit = add_mask(b_logit, p_mask_h, stride_mm, stride_mn, o_kv, o_q, M, N, MASK)
+                if CAUSAL and EDGE:
+                    b_logit = tl.where(o_kv[:, None] <= tl.minimum(o_q, N - 1)[None, :], b_logit, float("-inf"))
                 b_p = tl.exp2(b_logit - tl.load(p_shift + i_bh * NP + o_q)[None, :])
                 if TOTAL:
                     b_p *= tl.div_rn(1.0, tl.load(p_total + i_bh * NP + o_q))[None, :]

@@ -156,6 +156,27 @@ def store_tile(p, stride_row, o_row, o_col, num_rows, num_cols, b):
 
 
 @triton.jit
+def add_mask(b_log2, p_mask, stride_q, stride_kv, o_q, o_kv, N, M, MASK: tl.constexpr):
+    """Base-2 logits [q,kv] under attn_mask: -inf where it masks. Pairs beyond N x M have the mask of the last row or key.
+
+    MASK is 0 for none, 1 for bool, 2 for float32. A float mask is natural and is added. Only its -inf masks a pair: a finite
+    value is data, however large. Loads have no conditions of their own, which would cost as much as the loads.
+    """
+    if MASK != 0:
+        p_rows = p_mask + (tl.minimum(o_q, N - 1).to(tl.int64) * stride_q)[:, None]
+        b_mask = tl.load(p_rows + (tl.minimum(o_kv, M - 1).to(tl.int64) * stride_kv)[None, :])
+        if MASK == 1:
+            b_log2 = tl.where(b_mask != 0, b_log2, float("-inf"))
+        else:
+            b_log2 += b_mask * 1.4426950408889634
+            # a value may be finite in base e and not in base 2: it is clamped to the largest number (a maximum would lose NaN)
+            b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)
+            b_log2 = tl.where((b_mask > 2.35e38) & (b_mask < float("inf")), 3.4028234e38, b_log2)
+            b_log2 = tl.where(b_mask == float("-inf"), float("-inf"), b_log2)
+    return b_log2
+
+
+@triton.jit
 def mask_logits(
     b_log2,
     p_mask,
@@ -172,32 +193,20 @@ def mask_logits(
 ):
     """Base-2 logits [q,kv] with the masks applied. Masked pairs and those outside of N x M become -inf.
 
-    Both mask pointers are already at their batch and head. MASK is 0 for none, 1 for bool, 2 for float32. A float mask is natural
-    and is added. Only its -inf masks a pair: a finite value is data, however large.
+    Both mask pointers are already at their batch and head.
     """
-    m_pair = (o_q < N)[:, None] & (o_kv < M)[None, :]
-    visible = m_pair
-    if MASK != 0:
-        offsets = o_q.to(tl.int64)[:, None] * stride_mask_q + o_kv.to(tl.int64)[None, :] * stride_mask_kv
-        if MASK == 1:
-            visible = visible & (tl.load(p_mask + offsets, mask=m_pair, other=0) != 0)
-        else:
-            b_mask = tl.load(p_mask + offsets, mask=m_pair, other=0.0)
-            visible = visible & (b_mask != float("-inf"))
-            b_log2 += b_mask * 1.4426950408889634
-            # a value may be finite in base e and not in base 2: it is clamped to the largest number (a maximum would lose NaN)
-            b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)
-            b_log2 = tl.where((b_mask > 2.35e38) & (b_mask < float("inf")), 3.4028234e38, b_log2)
+    visible = (o_q < N)[:, None] & (o_kv < M)[None, :]
     if KEY_MASK:
         visible = visible & (tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[None, :]
     if CAUSAL:
         visible = visible & (o_kv[None, :] <= o_q[:, None])
+    b_log2 = add_mask(b_log2, p_mask, stride_mask_q, stride_mask_kv, o_q, o_kv, N, M, MASK)
     return tl.where(visible, b_log2, float("-inf"))
 
 
 @triton.jit
 def mask_tile(
-    b_logit,
+    b_log2,
     p_mask,
     stride_mask_q,
     stride_mask_kv,
@@ -211,12 +220,13 @@ def mask_tile(
     CAUSAL: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """As `mask_logits`. Tiles that are not at the EDGE lie within the map and below its diagonal, and have no attn_mask."""
+    """As `mask_logits`. Tiles that are not at the EDGE lie within the keys and below the diagonal."""
     if EDGE:
-        b_logit = mask_logits(b_logit, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
-    elif KEY_MASK:
-        b_logit = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_logit, float("-inf"))
-    return b_logit
+        return mask_logits(b_log2, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+    b_log2 = add_mask(b_log2, p_mask, stride_mask_q, stride_mask_kv, o_q, o_kv, N, M, MASK)
+    if KEY_MASK:
+        b_log2 = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_log2, float("-inf"))
+    return b_log2
 
 
 OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`

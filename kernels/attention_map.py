@@ -31,6 +31,7 @@ from vlattn_fast.kernels._tiles import (
     load_rows,
     mask_arguments,
     mask_logits,
+    mask_tile,
     relu,
     row_shift,
     rows_at,
@@ -164,7 +165,7 @@ def _config(num_kv: int, size: int, dtype: torch.dtype, gradient: bool, masked: 
     if num_kv <= 64:
         return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": stages}
     if masked:
-        return {"BLOCK_Q": 128, "BLOCK_KV": 32 if gradient else 64, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_Q": 128, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
     if num_kv <= 128:
         return {"BLOCK_Q": 64, "BLOCK_KV": 128, "num_warps": 8 if gradient else 4, "num_stages": stages}
     if gradient:
@@ -224,16 +225,15 @@ def _rows_kernel(
     b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    free, end = key_range(i_q, M, MASK != 0 or KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for PART in tl.static_range(2):  # first the keys that need no mask, then the others
-        for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
+    whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(2):
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
-            if PART == 1:
-                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+            b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_alpha = tl.exp2(b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2)

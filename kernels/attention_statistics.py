@@ -36,6 +36,7 @@ from vlattn_fast.kernels._tiles import (
     load_tile,
     mask_arguments,
     mask_logits,
+    mask_tile,
     rows_at,
     store_tile,
     strides,
@@ -115,7 +116,7 @@ def backward(
         grad_mass = None
     grads = {"mass": grad_mass, "entropy": grad_entropy, "maximum": grad_maximum, "received": grad_received}
     few, masked = _few(num_groups), attn_mask is not None
-    config = _backward_config(query.shape[3], query.dtype, masked or (grad_mass is not None and few == 0))
+    config = _backward_config(query.shape[3], query.dtype, masked, grad_mass is not None and few == 0)
     config = configured(
         config, "attention_statistics", "backward", query.dtype, num_q, key.shape[2], query.shape[3], num_groups, masked
     )
@@ -237,13 +238,13 @@ def _received_config(size: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
 
 
-def _backward_config(size: int, dtype: torch.dtype, many_registers: bool) -> dict[str, int]:
-    """As above. `many_registers`: attn_mask or a product with grad_mass takes registers, too."""
+def _backward_config(size: int, dtype: torch.dtype, masked: bool, product: bool) -> dict[str, int]:
+    """As above. `product` with grad_mass: it takes registers, too."""
     if dtype == torch.float32:
         return {"BLOCK_Q": 32 if size <= 64 else 16, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
-    if size > 128:
+    if size > 128 or masked:
         return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
-    if many_registers:
+    if product:
         return {"BLOCK_Q": 64, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
     return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2 if size <= 64 else 1}
 
@@ -327,16 +328,15 @@ def _rows_kernel(
     b_first = tl.full([BLOCK_Q], -1, dtype=tl.int32)
     b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     b_mass_0, b_mass_1, b_mass_2, b_mass_3 = b_sum, b_sum, b_sum, b_sum
-    free, end = key_range(i_q, M, MASK != 0 or KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for PART in tl.static_range(2):  # first the keys that need no mask, then the others
-        for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
+    whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(2):
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
-            if PART == 1:
-                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+            b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
             b_new, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED, ENTROPY)
             if ARGMAX:
                 b_here = tl.min(tl.where(b_s == b_new[:, None], o_kv[None, :], 2147483647), axis=1)
@@ -526,16 +526,15 @@ def _backward_q_kernel(
     b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_grad_weight = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-    free, end = key_range(i_q, M, MASK != 0 or KEY_MASK, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for PART in tl.static_range(2):
-        for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
+    whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(2):
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
-            if PART == 1:
-                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+            b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
             b_max, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED, ENTROPY)
             if MASS or MAXIMUM or RECEIVED:
                 b_terms = _grad_terms(
@@ -567,15 +566,14 @@ def _backward_q_kernel(
     b_max = tl.where(b_empty, float("inf"), b_max)
     # log P = x - log sum, and log sum cancels in dP - sum P dP
     b_shift = (b_ge * 0.6931471805599453 * b_log - b_sum_terms) * b_inverse
-    for PART in tl.static_range(2):
-        for start in range(0 if PART == 0 else free, free if PART == 0 else end, BLOCK_KV):
+    for EDGE in tl.static_range(2):
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M, D, KEY_MASK)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
-            if PART == 1:
-                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
+            b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
             b_ds = _grad_score(
                 b_s,
                 b_max,

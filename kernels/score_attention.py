@@ -391,9 +391,9 @@ def _forward_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
-    # the first tiles of keys need no masks but of keys; under an attn_mask there is one loop for all tiles
-    whole, end = key_range(i_q, M, MASK != 0 or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for EDGE in tl.static_range(1 if MASK != 0 or UNITS else 0, 2):
+    # the first tiles lie within the keys and below the diagonal; scores over hidden units have one loop for all
+    whole, end = key_range(i_q, M, UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(1 if UNITS else 0, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
@@ -421,7 +421,7 @@ def _forward_kernel(
                 b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
                 b_s, _ = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
-            if EDGE or KEY_MASK:
+            if EDGE or KEY_MASK or MASK != 0:
                 b_s *= scale_log2
                 b_masked = mask_tile(
                     tl.zeros_like(b_s) if UNITS and MASK != 0 else b_s,
@@ -551,12 +551,13 @@ def _rows_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    whole, end = key_range(i_q, M, MASK != 0 or UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = key_range(i_q, M, UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
     if WITH_LSE and PAIR:
         m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), LIMIT)
         if not SUMS:
-            end = tl.where(tl.max(m_coarse.to(tl.int32), axis=0) > 0, end, 0)
-    for EDGE in tl.static_range(1 if MASK != 0 or UNITS else 0, 2):
+            some = tl.max(m_coarse.to(tl.int32), axis=0) > 0
+            whole, end = tl.where(some, whole, 0), tl.where(some, end, 0)
+    for EDGE in tl.static_range(1 if UNITS else 0, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
@@ -624,7 +625,7 @@ def _rows_kernel(
         else:
             b_weight = tl.exp2(b_max - b_lse)  # of the sums over the keys that are here
     if PAIR:
-        tl.store(p_total + i_bh * NP + o_q, b_one)
+        tl.store(p_total + i_bh * NP + o_q, tl.where(o_q < N, b_one, 1.0))
     else:
         b_shift = b_lse if WITH_LSE else b_max + tl.log2(b_one)
     tl.store(p_shift + i_bh * NP + o_q, tl.where((o_q < N) & (b_shift != float("-inf")), b_shift, float("inf")))
