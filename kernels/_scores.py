@@ -88,6 +88,15 @@ def keep_layout(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def unrelated(o, PRECISION: tl.constexpr):
+    """Offsets that the compiler cannot tell to be neighbours, so that no thread loads several at once."""
+    if PRECISION != "widen":
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [o], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return o
+
+
+@triton.jit
 def _sigmoid(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
     """The logistic function and its slope.
 
@@ -275,48 +284,253 @@ def _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y,
 
 
 @triton.jit
-def units_backward(
-    b_dx,
-    b_du,
-    b_ds,
-    b_x,
-    p_scratch,
-    p_y,
-    stride_y,
-    o_a,
-    start,
-    Y,
-    A,
-    SCORE: tl.constexpr,
-    FAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-):
-    """b_dx [x,A] plus sum_y b_ds [x,y] slope(x,y), before the weight of the unit; with VECTOR also b_du plus sum_y b_ds act(x,y).
+def twice_exponential(b_x):
+    """e^-2x of x clamped to [-22, 22] (`largest_magnitude` reports the clamp).
 
-    One column of b_ds at a time is multiplied with one row of y, for all hidden units, in registers. Triton cannot index
-    registers. So the columns go through scratch memory [y,x], which only this program uses and which stays in its cache. With
-    more than one stage the compiler may load columns before these barriers.
+    It is 2^n e^rest: a rounded large exponent would show where terms cancel.
     """
-    o_x = tl.arange(0, BLOCK_X)
-    o_y = tl.arange(0, BLOCK_Y)
-    tl.debug_barrier()  # the last tile has been read
-    tl.store(p_scratch + o_y[None, :] * BLOCK_X + o_x[:, None], b_ds)
-    tl.debug_barrier()
-    b_x = b_x.to(tl.float32)
-    for i_y in range(start, tl.minimum(Y, start + BLOCK_Y)):
-        b_y = tl.load(p_y + tl.full([], i_y, tl.int64) * stride_y + o_a, mask=o_a < A, other=0.0).to(tl.float32)  # [A]
-        b_g = tl.load(p_scratch + (i_y - start) * BLOCK_X + o_x)  # [x]
-        if SCORE == "hadamard_sigmoid":
-            b_t, b_slope = _sigmoid(b_x * b_y[None, :], FAST, PRECISION)
+    b_y = tl.clamp(b_x, -22.0, 22.0) * -2.0
+    b_power = tl.floor(b_y * 1.4426950408889634 + 0.5)
+    b_rest = (b_y - b_power * 0.693145751953125) - b_power * 1.42860682030941723212e-6
+    return tl.exp2(b_rest * 1.4426950408889634) * tl.exp2(b_power)
+
+
+@triton.jit
+def units_backward(
+    b_dk,
+    b_du,
+    p_k,
+    m_k,
+    p_ds,
+    p_q,
+    stride_q,
+    p_dq,
+    rows,
+    o_k,
+    o_g,
+    o_a,
+    bound,
+    A: tl.constexpr,
+    SCORE: tl.constexpr,
+    EXACT: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """The gradients of one tile of pairs by way of the hidden units, before the factors of `units_factors`: b_dk, b_du and p_dq.
+
+    p_k and m_k [k,g,A] are where the keys lie and which are real, b_dk and b_du [k,g,A] the gradients of keys and vector, p_ds
+    [q,kv] holds those of the scores, p_q and p_dq the first of `rows` queries and its gradient. `bound` is as in `sum_units`.
+    """
+    if SCORE == "additive":
+        if bound <= 20.0:
+            b_dk, b_du = _backward_pairs(
+                b_dk,
+                b_du,
+                p_k,
+                m_k,
+                p_ds,
+                p_q,
+                stride_q,
+                p_dq,
+                rows,
+                o_k,
+                o_g,
+                o_a,
+                A,
+                SCORE,
+                "product",
+                EXACT,
+                FAST,
+                PRECISION,
+                BLOCK_KV,
+            )
+        elif bound < float("inf"):
+            b_dk, b_du = _backward_pairs(
+                b_dk,
+                b_du,
+                p_k,
+                m_k,
+                p_ds,
+                p_q,
+                stride_q,
+                p_dq,
+                rows,
+                o_k,
+                o_g,
+                o_a,
+                A,
+                SCORE,
+                "clamped product",
+                EXACT,
+                FAST,
+                PRECISION,
+                BLOCK_KV,
+            )
         else:
-            b_z = b_x + b_y[None, :] if SCORE == "additive" else b_x * b_y[None, :]
-            b_t, b_slope = _tanh(b_z, FAST, PRECISION)
-        if SCORE != "additive":
-            b_slope *= b_y[None, :]
-        b_dx += b_g[:, None] * b_slope
-        if VECTOR:
-            b_du += b_g[:, None] * b_t
-    return b_dx, b_du
+            b_dk, b_du = _backward_pairs(
+                b_dk,
+                b_du,
+                p_k,
+                m_k,
+                p_ds,
+                p_q,
+                stride_q,
+                p_dq,
+                rows,
+                o_k,
+                o_g,
+                o_a,
+                A,
+                SCORE,
+                "sum",
+                EXACT,
+                FAST,
+                PRECISION,
+                BLOCK_KV,
+            )
+    else:
+        b_dk, b_du = _backward_pairs(
+            b_dk, b_du, p_k, m_k, p_ds, p_q, stride_q, p_dq, rows, o_k, o_g, o_a, A, SCORE, "", EXACT, FAST, PRECISION, BLOCK_KV
+        )
+    return b_dk, b_du
+
+
+@triton.jit
+def _backward_pairs(
+    b_dk,
+    b_du,
+    p_k,
+    m_k,
+    p_ds,
+    p_q,
+    stride_q,
+    p_dq,
+    rows,
+    o_k,
+    o_g,
+    o_a,
+    A: tl.constexpr,
+    SCORE: tl.constexpr,
+    METHOD: tl.constexpr,
+    EXACT: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """Queries by twos, which share a reciprocal.
+
+    A thread holds one hidden unit of a group of keys. The gradient of a query is thus summed over keys within threads and added
+    in memory, which only this program writes. The groups take the queries in parts, each another one, and meet in between.
+    """
+    GROUPS: tl.constexpr = b_dk.shape[1]
+    b_at_k = _of_key(tl.load(p_k, mask=m_k, other=0.0).to(tl.float32), SCORE, METHOD, EXACT, FAST)
+    m_a = (o_a < A)[None, :]
+    for PART in tl.static_range(GROUPS):
+        if PART > 0:
+            tl.debug_barrier()  # the groups' sums of the last part are in memory
+        o_part = (o_g + PART) % GROUPS * 2
+        for i in range(0, rows, 2 * GROUPS):
+            o_1 = i + o_part  # [g]
+            o_2 = o_1 + 1
+            m_1, m_2 = (o_1 < rows)[:, None] & m_a, (o_2 < rows)[:, None] & m_a
+            b_q1 = tl.load(p_q + o_1.to(tl.int64)[:, None] * stride_q + o_a[None, :], mask=m_1, other=0.0).to(tl.float32)  # [g,A]
+            b_q2 = tl.load(p_q + o_2.to(tl.int64)[:, None] * stride_q + o_a[None, :], mask=m_2, other=0.0).to(tl.float32)
+            p_1, p_2 = p_dq + o_1[:, None] * A + o_a[None, :], p_dq + o_2[:, None] * A + o_a[None, :]
+            b_dq1, b_dq2 = tl.load(p_1, mask=m_a, other=0.0), tl.load(p_2, mask=m_a, other=0.0)
+            o_ds = o_g[None, :] * b_dk.shape[0] + o_k[:, None]  # [k,g]
+            b_ds1 = tl.load(p_ds + o_1[None, :] * BLOCK_KV + o_ds)[:, :, None]
+            b_ds2 = tl.load(p_ds + o_2[None, :] * BLOCK_KV + o_ds)[:, :, None]
+            b_at1, b_at2 = _of_query(b_q1, METHOD, EXACT)[None, :, :], _of_query(b_q2, METHOD, EXACT)[None, :, :]
+            if FAST and SCORE != "additive":
+                b_t1, b_t2 = _fast_tanh(b_at_k * b_at1, PRECISION), _fast_tanh(b_at_k * b_at2, PRECISION)
+                b_slope1, b_slope2 = 1.0 - b_t1 * b_t1, 1.0 - b_t2 * b_t2
+            else:
+                b_e1, b_e2 = _exponential(b_at_k, b_at1, SCORE, METHOD), _exponential(b_at_k, b_at2, SCORE, METHOD)
+                b_d1, b_d2 = 1.0 + b_e1, 1.0 + b_e2
+                b_r = _reciprocal(b_d1 * b_d2, PRECISION)
+                b_t1, b_t2 = b_r * b_d2, b_r * b_d1  # the logistic function
+                if EXACT:
+                    b_slope1, b_slope2 = b_e1 * b_t1 * b_t1, b_e2 * b_t2 * b_t2
+                    if SCORE != "hadamard_sigmoid":
+                        b_t1, b_t2 = (1.0 - b_e1) * b_t1, (1.0 - b_e2) * b_t2
+                else:
+                    b_slope1, b_slope2 = b_t1 - b_t1 * b_t1, b_t2 - b_t2 * b_t2
+            b_du += b_ds1 * b_t1
+            b_du += b_ds2 * b_t2
+            b_slope1 *= b_ds1
+            b_slope2 *= b_ds2
+            if SCORE == "additive":
+                b_dk += b_slope1
+                b_dk += b_slope2
+            else:
+                b_dk += b_slope1 * b_q1[None, :, :]
+                b_dk += b_slope2 * b_q2[None, :, :]
+                b_slope1 *= b_at_k
+                b_slope2 *= b_at_k
+            tl.store(p_1, b_dq1 + tl.sum(b_slope1, axis=0), mask=m_a)
+            tl.store(p_2, b_dq2 + tl.sum(b_slope2, axis=0), mask=m_a)
+    return b_dk, b_du
+
+
+@triton.jit
+def _of_query(b_y, METHOD: tl.constexpr, EXACT: tl.constexpr):
+    """What `_exponential` takes of a query: itself, or e^-2y."""
+    if METHOD == "product" or METHOD == "clamped product":
+        if EXACT:
+            b_y = twice_exponential(b_y)
+        else:
+            b_y = tl.exp2(b_y * -2.8853900817779268)
+    return b_y
+
+
+@triton.jit
+def _of_key(b_x, SCORE: tl.constexpr, METHOD: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr):
+    """What `_exponential` takes of a key. Products carry the factor of their exponent, or of tanh's argument."""
+    if SCORE == "additive":
+        b_x = _of_query(b_x, METHOD, EXACT)
+    else:
+        b_x *= _product_factor(SCORE, FAST)
+    return b_x
+
+
+@triton.jit
+def _product_factor(SCORE: tl.constexpr, FAST: tl.constexpr):
+    if FAST:
+        factor = 1.0 if SCORE == "hadamard_tanh" else 0.5
+    else:
+        factor = -2.8853900817779268 if SCORE == "hadamard_tanh" else -1.4426950408889634
+    return factor
+
+
+@triton.jit
+def _exponential(b_x, b_y, SCORE: tl.constexpr, METHOD: tl.constexpr):
+    if METHOD == "sum":
+        b_e = tl.exp2(tl.minimum((b_x + b_y) * -2.8853900817779268, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        b_e = b_x * b_y
+        if METHOD == "clamped product":
+            b_e = tl.minimum(b_e, 2.3538526683701998e17)
+        elif SCORE != "additive":
+            b_e = tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+    return b_e
+
+
+@triton.jit
+def units_factors(SCORE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr):
+    """What the sums of `units_backward` are multiplied by, of keys, of queries, and of the vector, and what the sum of the
+    scores' gradients adds to the last.
+
+    The sums are over the slopes of the logistic function, a quarter of tanh's at half the argument.
+    """
+    TANH: tl.constexpr = FAST and SCORE != "additive"  # then the slopes are tanh's
+    if SCORE == "hadamard_sigmoid":
+        key = 0.25 if TANH else 1.0
+        vector = 0.5 if TANH else 1.0
+        rest = 0.5 if TANH else 0.0
+    else:
+        key = 1.0 if TANH else 4.0
+        vector = 1.0 if TANH or EXACT else 2.0
+        rest = 0.0 if TANH or EXACT else -1.0
+    query = key if SCORE == "additive" else key / _product_factor(SCORE, FAST)
+    return key, query, vector, rest

@@ -264,7 +264,8 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
         if wide or size > 128:
             tile = (32, 16, 4, 1) if size <= 64 else (32, 16, 8, 1)
         else:
-            tile = (64, 64, 8, 1) if kv and size > 64 else (64, 32, 4, 1)
+            # the backward pass holds a hidden unit of 32 keys in a thread
+            tile = (64, 64, 8, 1) if kv and size > 64 else (64, 64, 4, 1) if kv else (64, 32, 4, 1)
     elif wide:
         tile = (32, 32, 8, 1) if size <= 64 else (16, 32, 4, 1) if size <= 128 else (16, 16, 4, 1)
     elif kernel == "forward":
@@ -277,7 +278,7 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
         tile = (64, 64, 4, 2) if size <= 64 and score != "cosine" and not masked else (32, 64, 4, 2)
     else:
         tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" else (64, 32, 4, 2)
-    assert score not in UNIT_KINDS or tile[3] == 1, "units_backward takes one stage"
+    assert score not in UNIT_KINDS or tile[3] == 1, "sums over hidden units take one stage"
     config = dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
     return configured(config, "score_attention", kernel, score, query.dtype, query.shape[2], value.shape[2], size, masked)
 

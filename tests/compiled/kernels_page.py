@@ -85,8 +85,7 @@ def _scores() -> list[Entry]:
     for kind, special in (("additive", 32.0), ("hadamard_tanh", 96.0)):
         call = f"score_attention {kind} bf16 64"
         entries.append(Entry(f"score_attention, {kind}, forward", CLIP, call, {"_forward_kernel": 1}, 1, 4, special))
-        kernels = {"_backward_q_kernel": 1, "_backward_kv_kernel": 2}
-        entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, kernels, 2, 8, 64.0))
+        entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, {"_units_backward_kernel": 2}, 2, 8, 64.0))
     for workload in (LLAVA, HIGHRES):
         call = "score_attention dot bf16 128"
         entries.append(Entry("score_attention, dot, forward", workload, call, FORWARD, 2, 4))
@@ -147,14 +146,14 @@ def per_pair(key: str, row: Row, size: int) -> tuple[float, float]:
         counts = {loop[1] for loop in row["loops"]} - {0}
         turns = [(min(loop for loop in row["loops"] if loop[1] == count), threads / (rows * keys)) for count in counts]
     else:
-        # sums over hidden units: the shortest loop sums the scores; in a backward pass the last one takes a row of the other side
+        # sums over hidden units: loops of each way to combine exponentials, for the scores, then for the gradients
         loops = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
-        turns = []
-        if "backward" in key:
-            turns.append((loops.pop(), threads / (keys if "_kv_" in key else rows)))
-        scores = min(loops)
+        ways = 3 if "additive" in key else 1
+        scores = min(loops[:ways])
         units = scores[2] * threads / (rows * keys) / SPECIAL_A_UNIT[key.split()[1]]  # in a turn of the loop
-        turns.append((scores, threads / (rows * keys) * size / units))
+        turns = [(scores, threads / (rows * keys) * size / units)]
+        if "backward" in key:
+            turns.append((min(loops[ways:]), threads / (2 * keys)))  # a turn takes two queries, and all hidden units
     issue, special = (sum(loop[k] * factor for loop, factor in turns) for k in (0, 2))
     return issue, special
 
@@ -231,11 +230,11 @@ def _changes() -> list[str]:
     found = counts()
     sizes = {f"{entry.call} {kernel} sm_90": entry.workload.size for entry in ENTRIES for kernel in entry.kernels}
     for key, after in found["after"].items():
-        before = found["before"][key]
-        pairs = [f"{per_pair(key, row, sizes[key])[0]:.1f}" for row in (before, after)]
-        warps = [f"{row['warps']}, {'a part' if row['repeated'] == 1 else 'all of it'}" for row in (before, after)]
-        cells = (pairs, *([str(row[name]) for row in (before, after)] for name in ("registers", "spills")), warps)
-        changes = (one if one == two else f"{one} → {two}" for one, two in cells)
+        versions = [row for row in (found["before"].get(key), after) if row]  # some kernels are new
+        pairs = [f"{per_pair(key, row, sizes[key])[0]:.1f}" for row in versions]
+        warps = [f"{row['warps']}, {'a part' if row['repeated'] == 1 else 'all of it'}" for row in versions]
+        cells = (pairs, *([str(row[name]) for row in versions] for name in ("registers", "spills")), warps)
+        changes = (" → ".join(dict.fromkeys(cell)) for cell in cells)
         lines.append(f"| `{key.removesuffix(' sm_90')}` | {' | '.join(changes)} |")
     return lines
 

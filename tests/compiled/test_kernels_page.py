@@ -25,15 +25,15 @@ def test_each_pass_counts_its_loop_of_whole_tiles() -> None:
 
 
 def test_sums_over_units_count_their_two_loops() -> None:
-    row = {"tile": "64x32", "warps": 4, "per_pair": None, "loops": [[693, 0, 96], [295, 0, 32], [540, 2, 20], [160, 0, 32]]}
+    row = {"tile": "64x32", "warps": 4, "per_pair": None, "loops": [[693, 0, 96], [295, 0, 32], [540, 2, 20], [360, 0, 32]]}
     scores = (295 * 16 / 16, 32 * 16 / 16)  # four units a turn, sixteen pairs a thread
-    forward = {**row, "loops": row["loops"][:3]}
     key = "score_attention additive bf16 64 {} sm_90"
-    assert per_pair(key.format("_forward_kernel"), forward, 64) == scores
-    rows, keys = ((scores[0] + 160 * 128 / side, scores[1] + 32 * 128 / side) for side in (64, 32))
-    assert per_pair(key.format("_backward_q_kernel"), row, 64) == rows
-    assert per_pair(key.format("_backward_kv_kernel"), row, 64) == keys
-    assert per_pair(key.format("_forward_kernel").replace("additive", "hadamard_tanh"), forward, 64) == (
-        3 * scores[0],
-        3 * scores[1],
+    assert per_pair(key.format("_forward_kernel"), row, 64) == scores
+    gradients = [[40, 0, 0], [380, 0, 18], [310, 0, 18], [430, 0, 48], [160, 0, 0]]  # of two queries and 32 keys a turn
+    row["loops"] += gradients
+    assert per_pair(key.format("_units_backward_kernel"), row, 64) == (scores[0] + 310 * 128 / 64, scores[1] + 18 * 128 / 64)
+    row["loops"] = [[295, 0, 32], *gradients]
+    assert per_pair(key.format("_units_backward_kernel").replace("additive", "hadamard_tanh"), row, 64) == (
+        3 * scores[0] + 310 * 128 / 64,
+        3 * scores[1] + 18 * 128 / 64,
     )

@@ -153,8 +153,12 @@ class Hot(NamedTuple):
 
 Q, KV = ("_backward_q_kernel",), ("_backward_kv_kernel",)
 HOTTEST = (
-    Hot("score_attention backward_kv additive", KV, "score_attention/additive, forward+backward/clip", ("additive", "D64")),
-    Hot("score_attention backward_q additive", Q, "score_attention/additive, forward+backward/clip", ("additive", "D64")),
+    Hot(
+        "score_attention backward_kv additive",
+        ("_units_backward_kernel",),
+        "score_attention/additive, forward+backward/clip",
+        ("additive", "D64"),
+    ),
     Hot(
         "score_attention forward additive",
         ("_forward_kernel",),
