@@ -121,8 +121,8 @@ def keys(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dK and dV where the rows have a delta; factor * sum over heads of r Abar, (B, T, M), where there is a relevancy r.
 
-    r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes `key_heads` heads,
-    which is one where there are gradients.
+    r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes `key_heads` heads, one where there are
+    gradients.
     """
     query, key, value = call["p_q"], call["p_k"], call["p_v"]
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]

@@ -230,7 +230,7 @@ def _config(kernel: str, launch: _Launch, block_t: int = 0) -> dict[str, int]:
     elif kernel == "backward_kv":
         block_q, block_kv, warps, stages = (64, 128, 8, 2) if plain and block_t <= 16 else (32, 128, 8, 2)
     else:
-        block_q, block_kv, warps, stages = (64, 64, 4, 2) if size <= 64 else (64, 32, 4, 2)
+        block_q, block_kv, warps, stages = (64, 64, 4, 2) if size <= 64 and plain else (64, 32, 4, 2)
     config = {"BLOCK_Q": block_q, "BLOCK_KV": block_kv, "num_warps": warps, "num_stages": stages}
     lengths = query.shape[2], key.shape[2]
     return configured(config, "relevancy_attention", kernel, query.dtype, *lengths, size, block_t, not plain)

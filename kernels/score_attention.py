@@ -277,7 +277,7 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
     elif kv:
         tile = (64, 64, 4, 2) if size <= 64 and score != "cosine" and not masked else (32, 64, 4, 2)
     else:
-        tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" else (64, 32, 4, 2)
+        tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" and not masked else (64, 32, 4, 2)
     assert score not in UNIT_KINDS or tile[3] == 1, "sums over hidden units take one stage"
     config = dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
     return configured(config, "score_attention", kernel, score, query.dtype, query.shape[2], value.shape[2], size, masked)
