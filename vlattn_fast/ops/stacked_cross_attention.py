@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
 from vlattn_fast._tensors import autocast, without_autocast
-from vlattn_fast.ops._dispatch import Call, capability, load, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, described, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 
 
@@ -23,11 +23,7 @@ def _triton_refusals(call: Call) -> list[str]:
     return reasons
 
 
-def _cpu_limits(call: Call) -> list[tuple[str, bool]]:
-    return []
-
-
-BACKENDS = table("stacked_cross_attention", _triton_refusals, cpu=_cpu_limits)
+BACKENDS = table("stacked_cross_attention", _triton_refusals)
 DIRECTIONS = ("t2i", "i2t")
 FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
 AGGREGATIONS = ("logsumexp", "max", "sum", "mean")
@@ -188,10 +184,9 @@ def describe_call(
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_number("smooth", smooth)
-    return Call(
+    return described(
         "stacked_cross_attention",
-        images.dtype,
-        images.device.type,
+        images,
         {
             "images": images.shape[0],
             "captions": captions.shape[0],
@@ -200,7 +195,6 @@ def describe_call(
             "features": images.shape[2],
         },
         {"direction": direction, "first_norm": first_norm, "aggregation": aggregation},
-        capability(images.device),
     )
 
 
