@@ -9,6 +9,7 @@ import ctypes
 import os
 
 import torch
+
 from vlattn_fast import _native
 
 
