@@ -227,8 +227,8 @@ def _rows_config(size: int, dtype: torch.dtype, masked: bool, num_groups: int) -
         return {"BLOCK_Q": 16, "BLOCK_KV": 32, **groups, "num_warps": 8, "num_stages": 1}
     if dtype == torch.float32 or size > 128:
         return {"BLOCK_Q": 32, "BLOCK_KV": 32, **groups, "num_warps": 8 if dtype == torch.float32 else 4, "num_stages": 1}
-    keys = 32 if num_groups > 32 or masked else 64
-    return {"BLOCK_Q": 64, "BLOCK_KV": keys, **groups, "num_warps": 4, "num_stages": 2}
+    keys = 32 if num_groups > 32 or (masked and size > 64) else 64
+    return {"BLOCK_Q": 64, "BLOCK_KV": keys, **groups, "num_warps": 8 if masked and size <= 64 else 4, "num_stages": 2}
 
 
 def _received_config(size: int, dtype: torch.dtype) -> dict[str, int]:
