@@ -88,10 +88,11 @@ def keep_layout(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def unrelated(o, PRECISION: tl.constexpr):
-    """Offsets that the compiler cannot tell to be neighbours, so that no thread loads several at once."""
+def one_a_thread(o, PRECISION: tl.constexpr):
+    """Neighbouring offsets that the compiler does not know to be aligned, so that threads load and keep one each."""
     if PRECISION != "widen":
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [o], dtype=tl.int32, is_pure=True, pack=1)
+        zero = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [tl.num_programs(0)], dtype=tl.int32, is_pure=True, pack=1)
+        return o + zero
     else:
         return o
 
@@ -319,8 +320,8 @@ def units_backward(
 ):
     """The gradients of one tile of pairs by way of the hidden units, before the factors of `units_factors`: b_dk, b_du and p_dq.
 
-    p_k and m_k [k,g,A] are where the keys lie and which are real, b_dk and b_du [k,g,A] the gradients of keys and vector, p_ds
-    [q,kv] holds those of the scores, p_q and p_dq the first of `rows` queries and its gradient. `bound` is as in `sum_units`.
+    p_k and m_k [k,gA] are where the keys lie and which are real, b_dk [k,g,A] and b_du [g,A] the gradients of keys and vector.
+    p_ds [q,kv] holds those of the scores, p_q and p_dq the first of `rows` queries and its gradient. `bound`: see `sum_units`.
     """
     if SCORE == "additive":
         if bound <= 20.0:
@@ -425,7 +426,9 @@ def _backward_pairs(
     """
     GROUPS: tl.constexpr = b_dk.shape[1]
     b_at_k = _of_key(tl.load(p_k, mask=m_k, other=0.0).to(tl.float32), SCORE, METHOD, EXACT, FAST)
+    b_at_k = tl.reshape(b_at_k, b_dk.shape)
     m_a = (o_a < A)[None, :]
+    b_units = tl.zeros_like(b_dk)
     for PART in tl.static_range(GROUPS):
         if PART > 0:
             tl.debug_barrier()  # the groups' sums of the last part are in memory
@@ -456,8 +459,8 @@ def _backward_pairs(
                         b_t1, b_t2 = (1.0 - b_e1) * b_t1, (1.0 - b_e2) * b_t2
                 else:
                     b_slope1, b_slope2 = b_t1 - b_t1 * b_t1, b_t2 - b_t2 * b_t2
-            b_du += b_ds1 * b_t1
-            b_du += b_ds2 * b_t2
+            b_units += b_ds1 * b_t1
+            b_units += b_ds2 * b_t2
             b_slope1 *= b_ds1
             b_slope2 *= b_ds2
             if SCORE == "additive":
@@ -470,7 +473,7 @@ def _backward_pairs(
                 b_slope2 *= b_at_k
             tl.store(p_1, b_dq1 + tl.sum(b_slope1, axis=0), mask=m_a)
             tl.store(p_2, b_dq2 + tl.sum(b_slope2, axis=0), mask=m_a)
-    return b_dk, b_du
+    return b_dk, b_du + tl.sum(b_units, axis=0)
 
 
 @triton.jit

@@ -24,11 +24,11 @@ from vlattn_fast.kernels._products_backward import Rows, heads_summed, new_rows,
 from vlattn_fast.kernels._scores import (
     keep_layout,
     largest_magnitude,
+    one_a_thread,
     precomputed_at,
     sum_units,
     units_backward,
     units_factors,
-    unrelated,
 )
 from vlattn_fast.kernels._tiles import (
     ROWS,
@@ -72,12 +72,17 @@ def launch(
     grad_k, grad_v = (
         rows_first(x, heads_kv, num_kv, x.shape[3], x.dtype if x.shape[1] == heads_kv else torch.float32) for x in (key, value)
     )
-    rows = Rows(new_rows(query), new_rows(query)) if coarse is None else coarse
-    shared = {**call, "p_u": vector, "p_shift": rows.shift, "p_total": rows.total, "p_delta": new_rows(query)}
     blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], triton.cdiv(num_kv, config_kv["BLOCK_KV"])
+    shift, delta, total = new_rows(query), new_rows(query), new_rows(query)
+    if coarse is not None:
+        assert coarse.total is not None
+        shift, total = coarse.shift, coarse.total
+    rows = {"p_shift": shift, "p_delta": delta, "p_total": total}
     if lse.numel() > 0:
         _units_rows_kernel[(blocks_q * batch * heads,)](
-            **shared,
+            **call,
+            **rows,
+            p_u=vector,
             p_lse=lse,
             p_out=out.transpose(1, 2).contiguous(),  # (B,N,H,Dv), as forward lays it out
             p_grad_lse=lse if grad_lse is None else grad_lse,
@@ -86,13 +91,15 @@ def launch(
         )
     grad_u = vector.new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
     if batch * heads_kv > 0:
-        ranges, length = _key_ranges(batch * heads_kv, blocks_kv, heads // heads_kv * padded_rows(num_q) * size)
-        parts = batch * heads_kv * ranges
-        programs = min(parts, PROGRAMS)
-        of_ranges = (batch, heads, ranges) if ranges > 1 else (programs, heads // heads_kv)
+        group = heads // heads_kv
+        ranges, length = _key_ranges(batch * heads_kv, blocks_kv, group * padded_rows(num_q) * size)
+        programs = min(batch * heads_kv * ranges, PROGRAMS)
+        of_ranges = (batch, heads, ranges) if ranges > 1 else (programs, group)
         sums = grad_u.new_empty((*of_ranges, padded_rows(num_q), size))
         _units_backward_kernel[(programs,)](
-            **shared,
+            **call,
+            **rows,
+            p_u=vector,
             p_scratch=grad_u.new_empty(programs * config_kv["BLOCK_Q"] * config_kv["BLOCK_KV"]),
             p_sums=sums,
             p_grad_q=grad_q,
@@ -100,10 +107,10 @@ def launch(
             p_grad_v=grad_v,
             p_grad_u=grad_u,
             HEADS_KV=heads_kv,
-            GROUP=heads // heads_kv,
+            GROUP=group,
             RANGES=ranges,
             RANGE=length,
-            PARTS=parts,
+            PARTS=batch * heads_kv * ranges,
             PARTIAL=ranges > 1,
             GROUPS=_groups(call["BLOCK_A"], config_kv),
             **config_kv,
@@ -351,7 +358,9 @@ def _units_backward_kernel(
     p_scratch += i_program * (BLOCK_Q * BLOCK_KV)
     o_a = tl.arange(0, BLOCK_A)
     o_d = tl.arange(0, BLOCK_DV)
-    o_unit = unrelated(o_a, PRECISION)
+    o_unit = one_a_thread(o_a, PRECISION)
+    o_ga = tl.arange(0, GROUPS * BLOCK_A)
+    o_unit_k = one_a_thread(o_ga % BLOCK_A, PRECISION)[None, :]
     o_k, o_g = tl.arange(0, BLOCK_KV // GROUPS), tl.arange(0, GROUPS)
     FACTOR_K, FACTOR_Q, FACTOR_U, FACTOR_SUM = units_factors(SCORE, EXACT, FAST)
     for i_work in range(i_program, PARTS, tl.num_programs(0)):
@@ -384,8 +393,8 @@ def _units_backward_kernel(
             b_k = load_keys(p_k_h, stride_kn, p_key_mask_h, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
             b_v = load_keys(p_v_h, stride_vn, p_key_mask_h, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
             bound_k = largest_magnitude(b_k, SCORE)
-            o_kg = i_kv * BLOCK_KV + o_g[None, :] * (BLOCK_KV // GROUPS) + o_k[:, None]  # [k,g]
-            o_unit_k = o_kg.to(tl.int64)[:, :, None] * stride_kn + o_unit[None, None, :]
+            o_kg = i_kv * BLOCK_KV + (o_ga // BLOCK_A)[None, :] * (BLOCK_KV // GROUPS) + o_k[:, None]  # [k,gA]
+            p_unit_k = p_k_h + o_kg.to(tl.int64) * stride_kn + o_unit_k
             b_dk = tl.zeros([BLOCK_KV // GROUPS, GROUPS, BLOCK_A], dtype=tl.float32)
             b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
             begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
@@ -398,7 +407,7 @@ def _units_backward_kernel(
                 p_u_h = p_u + i_h * A
                 p_pre_q_h = precomputed_at(p_pre_q, i_bh, N, A, True)
                 b_units = tl.zeros([BLOCK_KV // GROUPS, GROUPS, BLOCK_A], dtype=tl.float32)
-                b_du = tl.zeros([BLOCK_KV // GROUPS, GROUPS, BLOCK_A], dtype=tl.float32)
+                b_du = tl.zeros([GROUPS, BLOCK_A], dtype=tl.float32)
                 b_sum = tl.zeros([BLOCK_KV], dtype=tl.float32)
                 for start in range(begin, N, BLOCK_Q):
                     o_q = start + tl.arange(0, BLOCK_Q)
@@ -463,8 +472,8 @@ def _units_backward_kernel(
                     b_units, b_du = units_backward(
                         b_units,
                         b_du,
-                        p_k_h + o_unit_k,
-                        real_tokens(p_key_mask_h, o_kg, M, KEY_MASK)[:, :, None] & (o_unit < A)[None, None, :],
+                        p_unit_k,
+                        real_tokens(p_key_mask_h, o_kg, M, KEY_MASK) & (o_unit_k < A),
                         p_scratch,
                         p_q_h + tl.full([], start, tl.int64) * stride_qn,
                         stride_qn,
@@ -483,15 +492,14 @@ def _units_backward_kernel(
                     )
                 b_u = tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)
                 b_dk += b_units * (b_u * FACTOR_K)[None, None, :]
-                b_grad_u = tl.sum(tl.sum(b_du, axis=0), axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
+                b_grad_u = tl.sum(b_du, axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
                 tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + i_kv) * A + o_a, b_grad_u, mask=o_a < A)
             if KEY_MASK:
                 b_dv = tl.where(real_tokens(p_key_mask_h, o_kv, M, True)[:, None], b_dv, 0.0)
             i_row = i_b * M * HEADS_KV + i_hkv
-            o_grad_k = (i_row + o_kg.to(tl.int64) * HEADS_KV)[:, :, None] * A + o_unit[None, None, :]
-            tl.store(
-                p_grad_k + o_grad_k, b_dk.to(p_grad_k.dtype.element_ty), mask=(o_kg < M)[:, :, None] & (o_unit < A)[None, None, :]
-            )
+            p_unit_k = p_grad_k + (i_row + o_kg.to(tl.int64) * HEADS_KV) * A + o_unit_k
+            b_dk = tl.reshape(b_dk, [BLOCK_KV // GROUPS, GROUPS * BLOCK_A])
+            tl.store(p_unit_k, b_dk.to(p_grad_k.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < A))
             store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
         tl.debug_barrier()  # the sums are in memory
         for i_g in range(0, GROUP):

@@ -2,14 +2,12 @@
 
 Shapes: query (B, H, N, A), key (B, Hk, M, A), value (B, Hv, M, Dv), vector (H, A); out (B, H, N, Dv), lse (B, H, N). Hk and Hv
 divide H. A is the number of features, or of hidden units.
-Roofline: tensor cores for the dot kinds (2 matrix products forward; 7 backward, in two passes). MUFU, with 16 results per clock
-and SM, for scores over hidden units (per hidden unit and pair 0.5 results forward and 3 backward for additive).
+Roofline: tensor cores for the dot kinds (2 matrix products). MUFU, with 16 results per clock and SM, for scores over hidden units
+(per hidden unit and pair half a result for additive).
 Trick: tanh(a+b) = 2/(1 + e^-2a e^-2b) - 1, so exponentials are taken once per row and once per key (`_prepare_kernel`), and two
-hidden units share one reciprocal. The backward pass is query-major for the query and key-major for the rest. It uses no atomics
-and gives the same bits each time. The gradient of hidden units is summed with rows and units in registers, so that threads
-exchange nothing.
-Exactness: in float32 the query-major pass first sums P and P dP, which undoes the rounding of lse and out. Under a float mask
-`_rows_kernel` recomputes rows whose lse is too large to be rounded. Not yet measured on a GPU.
+hidden units share one reciprocal.
+The backward passes are in _products_backward.py and _units_backward.py. Under a float mask `_rows_kernel` recomputes rows whose
+lse is too large to be rounded. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +22,15 @@ from torch import Tensor
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._device import configured, on_device
 from vlattn_fast.kernels._products_backward import Rows, new_rows, rows_first
-from vlattn_fast.kernels._scores import activate, keep_layout, largest_magnitude, precomputed_at, row_norm_and_bound, sum_units
+from vlattn_fast.kernels._scores import (
+    activate,
+    keep_layout,
+    largest_magnitude,
+    precomputed_at,
+    row_norm_and_bound,
+    sum_units,
+    twice_exponential,
+)
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     OWN_LSE,
@@ -262,9 +268,9 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
     plain = score == "dot" and not masked
     if score in UNIT_KINDS:
         if wide or size > 128:
-            tile = (32, 16, 4, 1) if size <= 64 else (32, 16, 8, 1)
+            tile = (32, 32 if kv else 16, 4, 1) if size <= 64 else (32, 16, 8, 1)
         else:
-            # the backward pass holds a hidden unit of 32 keys in a thread
+            # a thread of the backward pass holds a hidden unit of 32 keys; it spills, but not in the loops over units
             tile = (64, 64, 8, 1) if kv and size > 64 else (64, 64, 4, 1) if kv else (64, 32, 4, 1)
     elif wide:
         tile = (32, 32, 8, 1) if size <= 64 else (16, 32, 4, 1) if size <= 128 else (16, 16, 4, 1)
@@ -310,11 +316,7 @@ def _prepare_kernel(
         tl.store(p_pre + i_bh * length + o_n, b_inverse)
     else:
         if SCORE == "additive":
-            # e^-2x = 2^n e^rest: a rounded large exponent would show where terms cancel; `largest_magnitude` reports the clamp
-            b_y = tl.clamp(b_x, -22.0, 22.0) * -2.0
-            b_power = tl.floor(b_y * 1.4426950408889634 + 0.5)
-            b_rest = (b_y - b_power * 0.693145751953125) - b_power * 1.42860682030941723212e-6
-            b_y = tl.exp2(b_rest * 1.4426950408889634) * tl.exp2(b_power)
+            b_y = twice_exponential(b_x)
         else:
             b_y = b_x * factor
         m_y = (o_a < (A + 1) // 2 * 2)[None, :]

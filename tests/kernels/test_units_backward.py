@@ -1,0 +1,74 @@
+"""The backward pass of scores over hidden units: how keys are divided among programs, which the gradients may not show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compare import as_dtype
+from vlattn_fast.kernels import _units_backward
+
+import vlattn_fast as va
+from tests.ops.score_cases import check
+from vlattn_fast import scores as S
+
+KINDS = {
+    "additive": lambda p: S.Additive(p["vector"]),
+    "hadamard_tanh": lambda p: S.Hadamard(p["vector"]),
+    "hadamard_sigmoid": lambda p: S.Hadamard(p["vector"], activation="sigmoid"),
+}
+
+
+def tensors(heads_kv: int = 2, size: int = 5, rows: int = 35) -> dict[str, torch.Tensor]:
+    """Two heads, of two tiles of queries and of keys in float32."""
+    shapes = {"query": (1, 2, rows, size), "key": (1, heads_kv, 37, size), "value": (1, heads_kv, 37, 3), "vector": (2, size)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("programs, heads_kv", [(1, 2), (1, 1), (2, 2), (100, 2), (100, 1)])
+def test_a_program_takes_several_heads_one_or_a_part(programs: int, heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where heads share keys."""
+    monkeypatch.setattr(_units_backward, "PROGRAMS", programs)
+    check("triton", tensors(heads_kv), KINDS["additive"], is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 70), (torch.bfloat16, 33)])
+def test_sizes_that_groups_of_keys_depend_on(dtype: torch.dtype, size: int, kind: str) -> None:
+    check("triton", as_dtype(tensors(1, size, 3), dtype), KINDS[kind], enable_gqa=True)
+
+
+@pytest.mark.parametrize("kind, programs", [("additive", 1), ("hadamard_tanh", 100)])
+def test_the_same_bits_each_time_and_nothing_from_padding(kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_units_backward, "PROGRAMS", programs)
+    inputs = tensors()
+    real = torch.rand(1, 37) > 0.4
+    found = []
+    for filler in (torch.nan, 0.5):
+        for name in ("key", "value"):
+            inputs[name] = inputs[name].masked_fill(~real[:, None, :, None], filler)
+        leaves: dict[str, Any] = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        out = va.score_attention(
+            leaves["query"], leaves["key"], leaves["value"], score=KINDS[kind](leaves), key_mask=real, backend="triton"
+        )
+        found.append(torch.autograd.grad(out.square().sum(), list(leaves.values())))
+    for grads in zip(*found, strict=True):
+        assert all(torch.equal(grad, grads[0]) for grad in grads)
+    for grad in found[0][1:3]:
+        assert not grad.masked_select(~real[:, None, :, None]).any() and grad.any()
+
+
+def test_few_heads_are_divided_and_sums_stay_small() -> None:
+    of, programs = _units_backward._key_ranges, _units_backward.PROGRAMS
+    numbers = 577 * 64
+    assert of(1024, 10, numbers) == (1, 10)  # one range of ten blocks
+    assert of(16, 10, numbers) == (10, 1)
+    assert of(programs // 4, 10, numbers) == (4, 3)
+    assert of(5, 0, numbers) == (1, 0)
+    for heads in (1, 7, 64, 200, 300, 1024):
+        for blocks in (1, 2, 9, 256):
+            for sums in (0, numbers, 2**24, 2**29):
+                ranges, length = of(heads, blocks, sums)
+                assert (ranges - 1) * length < blocks <= ranges * length
+                assert ranges == 1 or heads * ranges * sums <= _units_backward.LARGEST
