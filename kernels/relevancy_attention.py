@@ -3,11 +3,8 @@
 Shapes: query (B, H, N, D), key (B, Hk, M, D), value (B, Hk, M, Dv), relevancy r (B, T, N) -> r Abar (B, T, M). Hk divides H.
 Roofline: tensor cores, 7 matrix products in the two passes of the backward and 2 in r Abar alone (rule "gradient"). There the
 exponentials (MUFU) take as long at D = 64. r Abar within the backward pass adds a maximum and two multiply-adds per pair.
-Trick: r Abar is a sum over queries. The key-major pass owns its keys and has P and dP in registers anyway. Tiles lie [kv,q]
-there, so that P and dS enter the next product, and r Abar is summed, without leaving registers.
-Order: the query-major pass comes first. It computes what the key-major pass needs of each row: delta = sum(dO * O), the row sum
-of Abar, and in float32 the sum of exp(logit - lse), which undoes the rounding of lse.
-No atomics: there is one partial sum of r Abar per key head, and they are added in order. Not yet measured on a GPU.
+The kernels are those of score_attention's backward pass (_products_backward.py), which carry rows of r along, and its
+`_rows_kernel`. There is one partial sum of r Abar per key head, and they are added in order: no atomics. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
