@@ -8,25 +8,28 @@ the powers. A log-sum-exp named `lse` is natural, one named `lse_log2` or `shift
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast._tensors import additive, unit_stride
+from vlattn_fast._tensors import additive
 
 LOG2_E = 1.4426950408889634
+INTERPRETED = triton.knobs.runtime.interpret  # Triton asks, too, where a kernel is defined, and not where it is called
 ROWS = tl.constexpr(64)  # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
 
 
 def block_size(size: int, smallest: int = 16) -> int:
     """The power of two that holds `size`. A matrix instruction needs at least `smallest`."""
-    return max(smallest, triton.next_power_of_2(size))
+    return max(smallest, 1 << max(size - 1, 0).bit_length())
 
 
 def padded_rows(size: int) -> int:
     """`size` up to a multiple of ROWS."""
-    return triton.cdiv(size, ROWS.value) * ROWS.value
+    return size + -size % ROWS.value
 
 
 def pad_rows(rows: Tensor, value: float = 0.0) -> Tensor:
@@ -41,7 +44,7 @@ def input_precision() -> str:
     answers for the old ones. Triton's interpreter multiplies the raw bits of bfloat16 operands, so "widen" converts them to
     float32 first. That changes no product.
     """
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         return "widen"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -51,12 +54,14 @@ def aligned(x: Tensor) -> Tensor:
 
     It is copied where that is not so. Triton sees by itself what is divisible by 16; heads of 72 features are not.
     """
-    x = unit_stride(x)
-    if x.shape[-1] % 8 == 0 and (
-        any(stride % 8 != 0 and size > 1 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)) or x.data_ptr() % 16
-    ):
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
+    size = x.shape[-1]
+    *strides, last = x.stride()
+    copied = last != 1 and size > 1
+    if size % 8 == 0 and not copied:
+        copied = x.data_ptr() % 16 != 0
+        if math.gcd(*strides) % 8 != 0:  # the stride of a dimension of size 1 leads nowhere
+            copied = copied or any([n > 1 and stride % 8 != 0 for n, stride in zip(x.shape, strides, strict=False)])
+    return x.clone(memory_format=torch.contiguous_format) if copied else x
 
 
 def mask_arguments(

@@ -81,7 +81,7 @@ def test_there_are_launchers_of_every_operator() -> None:
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As compiled: the interpreter has a precision of its own."""
-    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    monkeypatch.setattr("vlattn_fast.kernels._tiles.INTERPRETED", False)
     before = torch.get_float32_matmul_precision()
     yield
     torch.backends.fp32_precision = "none"
