@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN = (Tensor, Parameter)
 
 
 def describe(x: Any) -> str:
@@ -30,10 +31,11 @@ def describe(x: Any) -> str:
 def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str | tuple[int, ...] = "") -> None:
     """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent; `shape` is the legend the message shows, or
     sizes, which it may have also per head."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor{_legend(shape)}; got {describe(x)}")
-    if _foreign(x):
-        raise TypeError(f"{name} must be a dense torch.Tensor{_legend(shape)}; got {describe(x)}")
+    if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor{_legend(shape)}; got {describe(x)}")
+        if _foreign(x):
+            raise TypeError(f"{name} must be a dense torch.Tensor{_legend(shape)}; got {describe(x)}")
     if rank is not None and x.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions{_legend(shape)}; got {describe(x)}")
     if getattr(forward_ad, "_current_level", -1) >= 0 and not torch.compiler.is_compiling():  # private: may go away
@@ -52,7 +54,7 @@ def _foreign(x: Tensor) -> str:
         return f"a nested {x.dtype} tensor"
     if x.layout is not torch.strided:
         return f"a {x.layout} {x.dtype} tensor"
-    if type(x) not in (Tensor, Parameter) and any(base.__name__ == "DTensor" for base in type(x).__mro__):
+    if type(x) not in _PLAIN and any(base.__name__ == "DTensor" for base in type(x).__mro__):
         return f"a DTensor of {x.dtype}"
     return ""
 
@@ -94,11 +96,12 @@ def varies(x: float) -> bool:
 def check_floating(**tensors: Tensor) -> None:
     """All share one device and one floating dtype. Under autocast each may have its own, except float64, which autocast leaves
     as it is: all are float64 or none."""
-    first_name, first = next(iter(tensors.items()))
+    items = iter(tensors.items())
+    first_name, first = next(items)
     dtype, device = first.dtype, first.device
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{first_name} must be float16, bfloat16, float32 or float64; got {describe(first)}")
-    for name, x in tensors.items():
+    for name, x in items:
         if x.dtype != dtype:
             castable = autocasts(first) and x.dtype in FLOAT_DTYPES and torch.float64 not in (x.dtype, dtype)
             if not castable:
@@ -155,39 +158,44 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
         raise ValueError(f"{name} must be a finite number in [{low}, {high}{')' if open_high else ']'}; got {value!r}")
 
 
-def check_heads(query: Tensor, key: Tensor, enable_gqa: bool, *, key_name: str = "key") -> None:
-    """Batch and head counts of query (B, H, N, D) and key (B, Hkv, M, D) fit."""
-    (batch, heads, _, _), (key_batch, key_heads, _, _) = query.shape, key.shape
+_SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}
+
+
+def check_attention(query: Any, key: Any, enable_gqa: Any, **others: Any) -> None:
+    """query (B, H, N, D), key (B, Hkv, M, Dk), and of `others` value (B, Hkv, M, Dv) and grad_output (B, H, N, Dv), the gradient
+    of the attention's output, are as `check_tensor` and `check_floating` want them, and their sizes fit."""
+    check_tensor("query", query, rank=4, shape="(B, H, N, D)")
+    check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
+    for name, x in others.items():
+        check_tensor(name, x, rank=4, shape=_SHAPES[name])
+    check_floating(query=query, key=key, **others)
+    check_bool(enable_gqa=enable_gqa)
+    (batch, heads, queries, _), (key_batch, key_heads, keys, _) = query.shape, key.shape
     if key_batch != batch:
-        raise ValueError(f"{key_name} must have query's batch size {batch}; got {describe(key)}")
+        raise ValueError(f"key must have query's batch size {batch}; got {describe(key)}")
     if enable_gqa:
         if key_heads == 0 or heads % key_heads != 0:
-            raise ValueError(f"{key_name}'s number of heads must divide query's {heads} under enable_gqa; got {describe(key)}")
+            raise ValueError(f"key's number of heads must divide query's {heads} under enable_gqa; got {describe(key)}")
     elif key_heads != heads:
-        raise ValueError(f"{key_name} must have query's {heads} heads (enable_gqa=True allows fewer); got {describe(key)}")
+        raise ValueError(f"key must have query's {heads} heads (enable_gqa=True allows fewer); got {describe(key)}")
+    if "value" in others:
+        value_batch, value_heads, length, value_dim = others["value"].shape
+        if (value_batch, value_heads, length) != (batch, key_heads, keys):
+            raise ValueError(
+                f"value must have key's batch, heads and length {(batch, key_heads, keys)} in its first three dimensions; "
+                f"got {describe(others['value'])}"
+            )
+        shape = (batch, heads, queries, value_dim)
+        if "grad_output" in others and others["grad_output"].shape != shape:
+            raise ValueError(
+                f"grad_output must have the shape {shape} of the attention's output; got {describe(others['grad_output'])}"
+            )
 
 
 def check_head_dim(query: Tensor, key: Tensor) -> None:
     """query (B, H, N, D) and key (B, Hkv, M, D) have one head_dim."""
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"key must have query's head_dim {query.shape[-1]}; got {describe(key)}")
-
-
-def check_value(value: Tensor, key: Tensor) -> None:
-    """value (B, Hkv, M, Dv) has key's batch, heads and length."""
-    (batch, heads, length, _), (key_batch, key_heads, key_length, _) = value.shape, key.shape
-    if (batch, heads, length) != (key_batch, key_heads, key_length):
-        raise ValueError(
-            f"value must have key's batch, heads and length {tuple(key.shape[:3])} in its first three dimensions; "
-            f"got {describe(value)}"
-        )
-
-
-def check_grad_output(grad_output: Tensor, query: Tensor, value: Tensor) -> None:
-    """grad_output (B, H, N, Dv) is the gradient of the attention's output."""
-    shape = (*query.shape[:3], value.shape[3])
-    if grad_output.shape != shape:
-        raise ValueError(f"grad_output must have the shape {shape} of the attention's output; got {describe(grad_output)}")
 
 
 def check_lse(lse: Any, query: Tensor) -> None:

@@ -84,9 +84,9 @@ SHORT_PAIRS = 1 << 19
 def has_short_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether attention on the CPU has a backward pass and few pairs of queries and keys. There torch's own kernel takes several
     times as long as the C++ kernel, in bfloat16 and float16 most."""
-    if query.device.type != "cpu" or not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
         return False
-    if not (query.requires_grad or key.requires_grad or value.requires_grad):
+    if query.device.type != "cpu":
         return False
     batch, heads, rows = query.shape[:3]
     return batch * heads * rows * key.shape[2] <= SHORT_PAIRS

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from vlattn_fast import _native
 from vlattn_fast._checks import check_choice
@@ -37,6 +38,12 @@ class Call(NamedTuple):
         )
         facts = {"dtype": self.dtype, "device": device, **self.sizes, **self.flags}
         return f"{self.operator}({', '.join(f'{name}={value}' for name, value in facts.items())})"
+
+
+def described(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[str, Any]) -> Call:
+    """The call of `operator` whose first tensor is `first`."""
+    device = first.device
+    return Call(operator, first.dtype, device.type, sizes, flags, capability(device))
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:

@@ -30,11 +30,12 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     takes 0-dim tensors in their places: compiled code calls it where a float varies.
     """
     name = schema.split("(", 1)[0]
-    operator, kernel = _register(schema, implementation, fake)
+    operator = _register(schema, implementation, fake)
     arguments, returns = operator.default._schema.arguments, operator.default._schema.returns
     floats = [i for i, x in enumerate(arguments) if str(x.type) == "float"]
     number = sum("Tensor" in str(x.type) for x in arguments)
     lists, returns_lists = (any("List" in str(x.type) for x in each) for each in (arguments, returns))
+    kernel = _below_autograd(implementation)
     recorded = _recorded(name, kernel, number, lists)
     twin: Any = None
     if floats:
@@ -43,7 +44,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
             return implementation(*(float(x) if i in floats else x for i, x in enumerate(args)))
 
         _HAS_TWIN.add(name)
-        twin, _ = _register(schema.replace(name, name + _SYMBOLIC, 1).replace("float ", "Tensor "), with_floats, fake)
+        twin = _register(schema.replace(name, name + _SYMBOLIC, 1).replace("float ", "Tensor "), with_floats, fake)
 
     def call(*args: Any) -> Any:
         if twin is not None and isinstance(args[floats[0]], Tensor):  # the backward pass of the twin
@@ -66,12 +67,12 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return call
 
 
-def _bits(*names: str) -> int:
-    """The bits of these dispatch keys."""
-    bits = 0
-    for name in names:
-        bits |= _C.DispatchKeySet(getattr(_C.DispatchKey, name)).raw_repr()
-    return bits
+def _keys(*names: str) -> Any:
+    """The set of these dispatch keys."""
+    first, *others = [_C.DispatchKeySet(getattr(_C.DispatchKey, name)) for name in names]
+    for keys in others:
+        first = first | keys
+    return first
 
 
 def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
@@ -91,13 +92,24 @@ def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
+def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of the short way. Autocast and the tracking of views, which `_register` takes back, never begin."""
+
+    def kernel(*args: Any) -> Any:
+        with _C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
+            return implementation(*args)
+
+    return kernel
+
+
 try:
-    _NOT_OF_TENSORS = ~_bits("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")
-    _NOT_OF_THREADS = ~_bits("BackendSelect", "ADInplaceOrView")
-    _AUTOGRAD = _bits("AutogradCPU") & ~_bits("CPU")
+    _ABOVE_KERNELS = _keys("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
+    _NOT_OF_TENSORS = ~(_ABOVE_KERNELS | _keys("CPU", "CUDA")).raw_repr()
+    _NOT_OF_THREADS = ~_keys("BackendSelect", "ADInplaceOrView").raw_repr()
+    _AUTOGRAD = _keys("AutogradCPU").raw_repr() & ~_keys("CPU").raw_repr()
     _C._any_requires_grad(torch.empty(0))
     _C._dispatch_tls_local_exclude_set().raw_repr()
-    _only_autograd([torch.empty(0)])
+    _below_autograd(_only_autograd)([torch.empty(0)])
     _HAS_SHORT_WAY = True
 except AttributeError:  # a torch that names these parts of its own otherwise
     _HAS_SHORT_WAY = False
@@ -126,8 +138,8 @@ def _flat(args: Sequence[Any]) -> list[Any]:
     return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
 
 
-def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
-    """The registered operator and its kernel.
+def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The registered operator.
 
     Autocast is off inside: the public calls cast their arguments, and it would round the float32 products of a tile. No output
     is a view to autograd, whatever the backend made it from, so that a caller may edit it in place.
@@ -145,7 +157,7 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlattn::{name}", fake, lib=_LIBRARY)
-    return operator, kernel
+    return operator
 
 
 def _without_views(outputs: Any) -> Any:

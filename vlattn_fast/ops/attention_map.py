@@ -11,21 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import (
-    check_bool,
-    check_choice,
-    check_floating,
-    check_grad_output,
-    check_head_dim,
-    check_heads,
-    check_lse,
-    check_masks,
-    check_tensor,
-    check_value,
-    describe,
-)
+from vlattn_fast._checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, check_masks, describe
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, capability, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
 
@@ -161,36 +149,28 @@ def describe_call(
 ) -> Call:
     """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
     concern neither."""
-    check_tensor("query", query, rank=4, shape="(B, H, N, D)")
-    check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
     check_choice("rule", rule, RULES)
     check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
-    check_bool(row_normalize=row_normalize, enable_gqa=enable_gqa)
+    check_bool(row_normalize=row_normalize)
     optional = {"value": value, "grad_output": grad_output}
     if rule == "gradient":
         for name, x in optional.items():
             if x is None:
                 raise ValueError(f"{name} must be given for rule='gradient'; got None")
-        check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
-        check_tensor("grad_output", grad_output, rank=4, shape="(B, H, N, Dv)")
-        check_floating(query=query, key=key, value=value, grad_output=grad_output)
-        check_value(value, key)
-        check_grad_output(grad_output, query, value)
+        check_attention(query, key, enable_gqa, **optional)
     else:
         for name, x in optional.items():
             if x is not None:
                 raise ValueError(f"{name} must not be given for rule='attention', which does not use it; got {describe(x)}")
-        check_floating(query=query, key=key)
-    check_heads(query, key, enable_gqa)
+        check_attention(query, key, enable_gqa)
     if query.shape[1] == 0:
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
     check_head_dim(query, key)
     check_lse(lse, query)
     check_masks(query, key, attn_mask, key_mask, is_causal)
-    return Call(
+    return described(
         "attention_map",
-        query.dtype,
-        query.device.type,
+        query,
         {
             "queries": query.shape[2],
             "keys": key.shape[2],
@@ -198,7 +178,6 @@ def describe_call(
             "value_dim": 0 if value is None else value.shape[3],
         },
         {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize},
-        capability(query.device),
     )
 
 

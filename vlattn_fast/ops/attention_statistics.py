@@ -13,11 +13,9 @@ from torch import Tensor
 
 from vlattn_fast._checks import (
     FLOAT_DTYPES,
-    check_bool,
+    check_attention,
     check_device,
-    check_floating,
     check_head_dim,
-    check_heads,
     check_masks,
     check_names,
     check_tensor,
@@ -25,7 +23,7 @@ from vlattn_fast._checks import (
     readable,
 )
 from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, capability, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.reference.attention_statistics import AttentionStatistics, chosen_statistics
@@ -170,11 +168,7 @@ def describe_call(
 ) -> Call:
     """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
     concern neither."""
-    check_tensor("query", query, rank=4, shape="(B, H, N, D)")
-    check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
-    check_floating(query=query, key=key)
-    check_bool(enable_gqa=enable_gqa)
-    check_heads(query, key, enable_gqa)
+    check_attention(query, key, enable_gqa)
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     if statistics is not None:
@@ -196,13 +190,11 @@ def describe_call(
         if row_weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(row_weight)}")
         _check_rows("row_weight", row_weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
-    return Call(
+    return described(
         "attention_statistics",
-        query.dtype,
-        query.device.type,
+        query,
         {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]},
         {"key_groups": key_groups is not None, "row_weight": row_weight is not None},
-        capability(query.device),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
 from vlattn_fast._tensors import autocast, resolve_scale, scaled_dot_default
 from vlattn_fast.cpu.congruence_loss import maps_shape
-from vlattn_fast.ops._dispatch import Call, capability, load, masks_padding, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.congruence_loss import block_inputs
 
@@ -168,13 +168,11 @@ def describe_call(
             check_device(name, mask, "text query", text[0])
             if mask.shape != (batch, length):
                 raise ValueError(f"{name} must have shape {(batch, length)}; got {describe(mask)}")
-    return Call(
+    return described(
         "congruence_loss",
-        text[0].dtype,
-        text[0].device.type,
+        text[0],
         {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads},
         {"kind": kind, "direction": direction},
-        capability(text[0].device),
     )
 
 

@@ -14,19 +14,16 @@ from torch import Tensor
 
 from vlattn_fast._checks import (
     FLOAT_DTYPES,
+    check_attention,
     check_bool,
     check_choice,
     check_constant,
     check_device,
-    check_floating,
-    check_grad_output,
     check_head_dim,
-    check_heads,
     check_lse,
     check_masks,
     check_number,
     check_tensor,
-    check_value,
     describe,
 )
 from vlattn_fast._tensors import (
@@ -40,7 +37,7 @@ from vlattn_fast._tensors import (
     scaled_dot_default,
 )
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, capability, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
 
@@ -156,7 +153,8 @@ def relevancy_attention(
 def describe_call(query: Any, key: Any, value: Any, carrier: Any, **options: Any) -> Call:
     """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
     concern neither."""
-    check_tensor("value", value, rank=4, shape="(B, Hkv, N, Dv)")
+    if value is None:  # which relevancy_step takes
+        raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
     call = _check("carrier", carrier, query, key, value, None, **options)
     if key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -261,48 +259,36 @@ def _check(
     **_: Any,
 ) -> Call:
     """Of both calls; `name` is what the call calls its carrier."""
-    check_tensor("query", query, rank=4, shape="(B, H, N, D)")
-    check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
-    tensors = {"query": query, "key": key}
+    others = {}
     if value is not None:
-        check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
-        tensors["value"] = value
-    if grad_output is not None:
-        check_tensor("grad_output", grad_output, rank=4, shape="(B, H, N, Dv)")
-        tensors["grad_output"] = grad_output
-    check_floating(**tensors)
-    check_bool(row_normalize=row_normalize, enable_gqa=enable_gqa)
-    check_choice("rule", rule, RULES)
-    check_heads(query, key, enable_gqa)
-    check_head_dim(query, key)
-    if value is not None:
-        check_value(value, key)
+        others["value"] = value
     if grad_output is not None:
         if value is None:
             raise ValueError("value must be given with grad_output; got None")
-        check_grad_output(grad_output, query, value)
+        others["grad_output"] = grad_output
+    check_attention(query, key, enable_gqa, **others)
+    check_bool(row_normalize=row_normalize)
+    check_choice("rule", rule, RULES)
+    check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     check_tensor(name, carrier, rank=3, shape="(B, T, N)")
     check_device(name, carrier, "query", query)
     if carrier.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be floating point; got {describe(carrier)}")
-    if carrier.shape[0] != query.shape[0] or carrier.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"{name} must have shape (B, T, N) with query's B={query.shape[0]} and N={query.shape[2]}; got {describe(carrier)}"
-        )
-    return Call(
+    (batch, _, queries, head_dim), (carrier_batch, rows, carrier_queries) = query.shape, carrier.shape
+    if (carrier_batch, carrier_queries) != (batch, queries):
+        raise ValueError(f"{name} must have shape (B, T, N) with query's B={batch} and N={queries}; got {describe(carrier)}")
+    return described(
         "relevancy_attention",
-        query.dtype,
-        query.device.type,
+        query,
         {
-            "queries": query.shape[2],
+            "queries": queries,
             "keys": key.shape[2],
-            "head_dim": query.shape[3],
+            "head_dim": head_dim,
             "value_dim": 0 if value is None else value.shape[3],
-            "rows": carrier.shape[1],
+            "rows": rows,
         },
         {"rule": rule, "row_normalize": row_normalize},
-        capability(query.device),
     )
 
 

@@ -12,17 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import scores
-from vlattn_fast._checks import (
-    check_bool,
-    check_floating,
-    check_heads,
-    check_masks,
-    check_number,
-    check_tensor,
-    check_value,
-    describe,
-    varies,
-)
+from vlattn_fast._checks import check_attention, check_bool, check_masks, check_number, describe, varies
 from vlattn_fast._tensors import (
     as_dtype,
     autocast,
@@ -37,7 +27,7 @@ from vlattn_fast._tensors import (
     rows_first,
     without_autocast,
 )
-from vlattn_fast.ops._dispatch import Call, capability, load, masks_padding, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.sdpa import score_attention as sdpa
@@ -66,17 +56,12 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
 
 
 def _triton_refusals(call: Call) -> list[str]:
-    return triton_refusals(call) + [
-        reason
-        for reason, holds in (
-            ("Triton kernels take scores of at most 256 features", call.sizes["features"] > 256),
-            (
-                "a sine series chooses its number of features from the data, a Triton kernel takes at most 256",
-                call.flags["series"],
-            ),
-        )
-        if holds
-    ]
+    reasons = triton_refusals(call)
+    if call.sizes["features"] > 256:
+        reasons.append("Triton kernels take scores of at most 256 features")
+    if call.flags["series"]:
+        reasons.append("a sine series chooses its number of features from the data, a Triton kernel takes at most 256")
+    return reasons
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -232,32 +217,26 @@ def describe_call(
     """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
     concern neither."""
     score = scores.resolve(score)
-    check_tensor("query", query, rank=4, shape="(B, H, N, D)")
-    check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
-    check_tensor("value", value, rank=4, shape="(B, Hkv, M, Dv)")
-    check_floating(query=query, key=key, value=value)
-    check_bool(enable_gqa=enable_gqa, return_lse=return_lse)
-    check_heads(query, key, enable_gqa)
-    check_value(value, key)
+    check_attention(query, key, enable_gqa, value=value)
+    check_bool(return_lse=return_lse)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     check_number("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
     score.check(query, key)
+    (batch, heads, queries, head_dim), (_, _, keys, key_dim) = query.shape, key.shape
     vector = getattr(score, "vector", None)
-    features = max(query.shape[3], key.shape[3]) if vector is None else vector.shape[-1]
+    features = max(head_dim, key_dim) if vector is None else vector.shape[-1]
     varying_scale = scale is not None and varies(scale)
-    scale = resolve_scale(scale, score.default_scale(query.shape[-1]))
+    scale = resolve_scale(scale, score.default_scale(head_dim))
     # the causal flag by itself needs no mask tensor; torch scales its -inf, so a scale of at most 0 does
     one_mask = (attn_mask is not None) + (key_mask is not None) + is_causal <= 1 and not (is_causal and scale <= 0.0)
-    batch, heads, queries, head_dim = query.shape
-    return Call(
+    return described(
         "score_attention",
-        query.dtype,
-        query.device.type,
+        query,
         {
             "batch": batch,
             "heads": heads,
             "queries": queries,
-            "keys": key.shape[2],
+            "keys": keys,
             "head_dim": head_dim,
             "value_dim": value.shape[3],
             "features": 2 * features if isinstance(score, scores.Hadamard) else features,
@@ -274,7 +253,6 @@ def describe_call(
             "varying_scale": varying_scale,
             "short_backward": score.is_dot_product and has_short_backward(query, key, value),
         },
-        capability(query.device),
     )
 
 

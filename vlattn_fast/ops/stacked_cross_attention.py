@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
 from vlattn_fast._tensors import autocast, without_autocast
-from vlattn_fast.ops._dispatch import Call, capability, load, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, described, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 
 
@@ -188,10 +188,9 @@ def describe_call(
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_number("smooth", smooth)
-    return Call(
+    return described(
         "stacked_cross_attention",
-        images.dtype,
-        images.device.type,
+        images,
         {
             "images": images.shape[0],
             "captions": captions.shape[0],
@@ -200,7 +199,6 @@ def describe_call(
             "features": images.shape[2],
         },
         {"direction": direction, "first_norm": first_norm, "aggregation": aggregation},
-        capability(images.device),
     )
 
 
