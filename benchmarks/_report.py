@@ -22,6 +22,10 @@ without an explanation or a loss. *MiB* is what a call adds to memory at its pea
 """
 SETTINGS = """The same machine in its settings: our time over that of the bound, and the time of the fastest rival over ours.
 """
+HOST = """What Python and torch add to a call of one short head, in microseconds above those of
+F.scaled_dot_product_attention, and in brackets the goal. With Triton launches are left out, with *cpu* kernels run on a few
+hundred numbers. `python -m vlattn_fast.benchmarks host` measures it.
+"""
 INTRODUCTION = """## How it was measured
 
 `make report` writes this page from the rows in `benchmarks/results/`, and `make bench` measures them. The newest row of each
@@ -60,6 +64,7 @@ def write(results: Path, out: Path) -> list[Path]:
         if scaling := [row for row in settings[first] if _is_scaling(row)]:
             written.append(_pictures.draw_scaling(_best(scaling), results / f"{name}-scaling.png", first))
             parts.append(f"![Time and memory over the length]({os.path.relpath(written[-1], out.parent)})\n")
+    parts.extend(_host([row for rows in stored.values() for row in rows if "host" in row]))
     out.write_text("\n".join([*parts, INTRODUCTION, *_tables([row for rows in files.values() for row in rows])]))
     return written
 
@@ -152,6 +157,28 @@ def _settings(settings: Mapping[str, Sequence[Row]]) -> str:
         if all(cells):
             lines.append(_line((key[0], *cells)))
     return "\n".join([SETTINGS, *lines, ""])
+
+
+def _host(rows: Sequence[Row]) -> list[str]:
+    """What a call costs beside its kernel: a line an operator, a column a backend and pass."""
+    parts = []
+    for setting, measured in _by_setting(rows).items():
+        found = {(row["host"], row["backend"], row["pass"]): row for row in measured}  # the newest
+        columns = list(dict.fromkeys(key[1:] for key in found))
+        lines = [_line(("call", *map(", ".join, columns))), _line(["---", *["---:"] * len(columns)])]
+        for name in dict.fromkeys(key[0] for key in found):
+            lines.append(_line((name, *(_host_cell(found.get((name, *column))) for column in columns))))
+        origins = dict.fromkeys(_origin(row) for row in found.values())
+        parts.extend([f"## The host: {setting}\n", HOST, *lines, "", *origins, ""])
+    return parts
+
+
+def _host_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["host"] == "SDPA":
+        return f"takes {row['p50_us']:.1f}"
+    return f"{row['above_sdpa_us']:.1f}" + ("" if row["goal_us"] is None else f" ({row['goal_us']:.0f})")
 
 
 def _tables(everything: Sequence[Row]) -> list[str]:

@@ -1,12 +1,14 @@
-"""What the host spends on a call before its Triton kernels run, beside what it spends on torch's own attention.
+"""What Python spends on a call, beside what it spends on torch's own attention.
 
     python -m vlattn_fast.benchmarks host [--device cuda] [--rounds 20] [--out FOLDER]
 
-Forward without gradients, and forward and backward, of each operator on one short head, with launches that do nothing. So it
-runs on any machine, on CPU tensors. It leaves out Triton's own launcher (binding and specialising the arguments, looking up what
-was compiled, the driver's launch), the change of the current device, and the thread that autograd has for a GPU. Torch's own
-operators around the kernels run as they are: on a CPU they compute a few hundred numbers instead of launching a kernel. The
-yardstick, F.scaled_dot_product_attention, runs whole.
+Forward without gradients, and forward and backward, of each operator on one short head.
+
+With backend "triton" launches do nothing. So it runs on any machine, on CPU tensors. It leaves out Triton's own launcher (binding
+and specialising the arguments, looking up what was compiled, the driver's launch), the change of the current device, and the
+thread that autograd has for a GPU. Torch's own operators around the kernels run as they are: on a CPU they compute a few hundred
+numbers instead of launching a kernel. With backend "cpu", where it is built, the kernels run; they compute a few hundred numbers,
+too. The yardstick, F.scaled_dot_product_attention, runs whole, in the dtype of the backend's rows.
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ from vlattn_fast.benchmarks._run import check_device
 
 import vlattn_fast as va
 from vlattn_fast import scores
+from vlattn_fast._native import library
 from vlattn_fast.ops import _dispatch
 
 ROUNDS, QUICK_ROUNDS = 20, 1
 CALLS = 20  # in a row, a round: alone among others a call would find cold caches
 SIZES = {"B": 1, "H": 1, "N": 16, "D": 16}
-DTYPE = torch.bfloat16
+DTYPES = {"triton": torch.bfloat16, "cpu": torch.float32}  # by backend
 SDPA = "SDPA"
-ABOVE_SDPA = {"score_attention": 25.0, "relevancy_attention": 25.0, "congruence_loss": 60.0}  # goals of a forward pass, us
+# goals of a forward pass above SDPA's, us; those of Triton are for some operators, and that of the CPU's kernels is for all
+TRITON_GOALS, CPU_GOAL = {"score_attention": 25.0, "relevancy_attention": 25.0, "congruence_loss": 60.0}, 30.0
 
 Tensors = dict[str, Tensor]
+Key = tuple[str, str, str]  # backend, operator, pass
 
 
 class Operator(NamedTuple):
@@ -51,9 +56,9 @@ class Operator(NamedTuple):
     differentiable: bool = True
 
 
-def operators(device: torch.device) -> dict[str, Operator]:
+def operators(device: torch.device, backend: str) -> dict[str, Operator]:
     """Each operator, named by it and, behind a comma, by what is special; SDPA first."""
-    randn = randoms(device, DTYPE)
+    randn = randoms(device, DTYPES[backend])
     n, d = SIZES["N"], SIZES["D"]
     q, k, v, grad = (randn(1, 1, n, d) for _ in range(4))
     qkv = {"query": q, "key": k, "value": v}
@@ -63,34 +68,34 @@ def operators(device: torch.device) -> dict[str, Operator]:
     pairs = {"images": randn(2, n, d), "captions": randn(2, n, d)}
     blocks = {name: randn(1, 1, n, d) for name in ("text_query", "text_key", "image_query", "image_key")}
 
-    def on_triton(name: str, **options: Any) -> Callable[[Tensors], Any]:
-        public: Callable[..., Any] = getattr(va, name)
-        return lambda t: public(**t, **options, backend="triton")
+    def public(name: str, **options: Any) -> Callable[[Tensors], Any]:
+        call: Callable[..., Any] = getattr(va, name)
+        return lambda t: call(**t, **options, backend=backend)
 
     def congruence(t: Tensors) -> Tensor:
-        return va.congruence_loss((t["text_query"], t["text_key"]), (t["image_query"], t["image_key"]), backend="triton")
+        return va.congruence_loss((t["text_query"], t["text_key"]), (t["image_query"], t["image_key"]), backend=backend)
 
     def tanh(t: Tensors) -> Tensor:
         score = scores.General(t["weight"], activation="tanh")
-        return va.score_attention(t["query"], t["key"], t["value"], score=score, backend="triton")
+        return va.score_attention(t["query"], t["key"], t["value"], score=score, backend=backend)
 
     def additive(t: Tensors) -> Tensor:
         score = scores.Additive(t["vector"], t["query_weight"], t["key_weight"])
-        return va.score_attention(t["query"], t["key"], t["value"], score=score, backend="triton")
+        return va.score_attention(t["query"], t["key"], t["value"], score=score, backend=backend)
 
     step = {**qkv, "relevancy": rows, "grad_output": grad}
-    statistics = on_triton("attention_statistics", key_groups=groups, num_groups=2)
+    statistics = public("attention_statistics", key_groups=groups, num_groups=2)
     return {
         SDPA: Operator(qkv, lambda t: F.scaled_dot_product_attention(t["query"], t["key"], t["value"])),
-        "score_attention": Operator(qkv, on_triton("score_attention")),
+        "score_attention": Operator(qkv, public("score_attention")),
         "score_attention, general tanh": Operator({**qkv, "weight": weight}, tanh),
         "score_attention, additive": Operator({**qkv, "vector": vector, "query_weight": weight, "key_weight": other}, additive),
-        "relevancy_attention": Operator({**qkv, "carrier": rows}, on_triton("relevancy_attention")),
-        "relevancy_attention, step": Operator(step, on_triton("relevancy_step"), False),
-        "attention_map": Operator({"query": q, "key": k}, on_triton("attention_map"), False),
+        "relevancy_attention": Operator({**qkv, "carrier": rows}, public("relevancy_attention")),
+        "relevancy_attention, step": Operator(step, public("relevancy_step"), False),
+        "attention_map": Operator({"query": q, "key": k}, public("attention_map"), False),
         "attention_statistics": Operator({"query": q, "key": k}, statistics),
         "congruence_loss": Operator(blocks, congruence),
-        "stacked_cross_attention": Operator(pairs, on_triton("stacked_cross_attention")),
+        "stacked_cross_attention": Operator(pairs, public("stacked_cross_attention")),
     }
 
 
@@ -143,15 +148,21 @@ def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = Fal
     for each round."""
     place = check_device(device)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
-    launches: dict[tuple[str, str], int] = {}
+    backends = ["triton", *(["cpu"] if place.type == "cpu" and library.exists else [])]
+    launches: dict[Key, int] = {}
     with without_launches():
-        calls = {(name, what): run for name, each in operators(place).items() for what, run in passes(each).items()}
+        calls = {
+            (backend, name, what): run
+            for backend in backends
+            for name, each in operators(place, backend).items()
+            for what, run in passes(each).items()
+        }
     for key, run in calls.items():
         launched: list[str] = []
         with without_launches(launched):
             run()
         launches[key] = len(launched)
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    times: dict[Key, list[float]] = {key: [] for key in calls}
     gc.collect()
     gc.disable()
     try:
@@ -170,21 +181,25 @@ def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = Fal
     return [_row(key, times, launches[key]) for key in calls]
 
 
-def _row(key: tuple[str, str], times: Mapping[tuple[str, str], list[float]], launches: int) -> dict[str, Any]:
-    """`host` is its name, as `benchmark` would make it a row of the report."""
-    name, what = key
+def _row(key: Key, times: Mapping[Key, list[float]], launches: int) -> dict[str, Any]:
+    """`host` is its name, as `benchmark` is that of a row of the other benchmarks."""
+    backend, name, what = key
     p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times[key], (20, 50, 80)))
-    above = p50 - float(np.median(times[SDPA, what])) * 1e6
-    goal = ABOVE_SDPA.get(name.split(",")[0]) if what == "forward" else None
-    facts = {"host": name, "pass": what, "sizes": SIZES, "dtype": str(DTYPE).removeprefix("torch."), "rounds": len(times[key])}
+    above = p50 - float(np.median(times[backend, SDPA, what])) * 1e6
+    goal = TRITON_GOALS.get(name.split(",")[0]) if backend == "triton" else CPU_GOAL
     return {
-        **facts,
+        "host": name,
+        "backend": backend,
+        "pass": what,
+        "sizes": SIZES,
+        "dtype": str(DTYPES[backend]).removeprefix("torch."),
+        "rounds": len(times[key]),
         "launches": launches,
         "p20_us": p20,
         "p50_us": p50,
         "p80_us": p80,
         "above_sdpa_us": round(above, 2),
-        "goal_us": goal,
+        "goal_us": goal if what == "forward" and name != SDPA else None,
     }
 
 
@@ -198,11 +213,11 @@ def main(arguments: list[str]) -> int:
     command = shlex.join(["python", "-m", "vlattn_fast.benchmarks", "host", *arguments])
     origin = {"device": device_name(place), **provenance(command)}
     rows = measure(options.device, rounds=options.rounds)
-    print(f"{'us of the host, launches left out':48}{'p20':>8}{'p50':>8}{'p80':>8}{'above SDPA':>12}{'goal':>8}{'launches':>10}")
+    print(f"{'us of the host':56}{'p20':>8}{'p50':>8}{'p80':>8}{'above SDPA':>12}{'goal':>8}{'launches':>10}")
     for row in rows:
         goal = "" if row["goal_us"] is None else f"{row['goal_us']:.0f}"
         percentiles = "".join(f"{row[f'p{n}_us']:8.1f}" for n in (20, 50, 80))
-        name = f"{row['host']}, {row['pass']}"
-        print(f"{name:48}{percentiles}{row['above_sdpa_us']:12.1f}{goal:>8}{row['launches']:10}")
+        name = f"{row['backend']}: {row['host']}, {row['pass']}"
+        print(f"{name:56}{percentiles}{row['above_sdpa_us']:12.1f}{goal:>8}{row['launches']:10}")
     append([{**row, **origin} for row in rows], options.out / f"{slug(place)}.json")
     return 0
