@@ -85,7 +85,7 @@ def _call(
     run(
         *(DTYPES[queries[0].dtype], batch, heads, head_dim, L, queries[1].shape[2]),
         *(_KINDS.index(kind), direction in ("text", "both"), direction in ("image", "both"), scale),
-        *sum(map(rows, blocks), ()),
+        *[number for block in blocks for number in rows(block)],
         *map(pointer, masks),
         *(maps.data_ptr(), pointer(loss), pointer(grad_loss), *grad_queries, *grad_keys),
     )

@@ -218,11 +218,21 @@ def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
         return num_groups
     if num_groups is not None and key_groups.device.type != "cpu":
         return num_groups
-    low, high = torch.stack(key_groups.aminmax()).tolist() if key_groups.numel() else (-1, -1)  # one transfer
+    low, high = _range(key_groups)
     if low < -1 or (num_groups is not None and high >= num_groups):
         limit = "the number of groups" if num_groups is None else f"num_groups = {num_groups}"
         raise ValueError(f"key_groups must hold values from -1 (no group) to below {limit}; got values from {low} to {high}")
     return high + 1 if num_groups is None else num_groups
+
+
+def _range(groups: Tensor) -> tuple[int, int]:
+    """The least and the largest value."""
+    if groups.numel() == 0:
+        return -1, -1
+    low, high = groups.aminmax()
+    if groups.device.type == "cpu":
+        return int(low), int(high)
+    return tuple(torch.stack([low, high]).tolist())  # one transfer
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:

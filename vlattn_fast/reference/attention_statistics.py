@@ -33,7 +33,7 @@ class AttentionStatistics(NamedTuple):
 
 def chosen_statistics(found: Iterable[Tensor], names: Collection[str]) -> AttentionStatistics:
     """Those of `found` that are named. Most calls ask for all: to type checkers the fields are tensors."""
-    chosen = (x if name in names else None for name, x in zip(AttentionStatistics._fields, found, strict=True))
+    chosen = [x if name in names else None for name, x in zip(AttentionStatistics._fields, found, strict=True)]
     return AttentionStatistics(*chosen)  # type: ignore[arg-type]
 
 
