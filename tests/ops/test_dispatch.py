@@ -349,22 +349,17 @@ def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeyp
         ({"dtype": torch.float64}, "the CPU kernels take float16, bfloat16 and float32"),
         ({"sizes": {"head_dim": 257}}, "the CPU kernels take a head_dim of at most 256"),
         ({"sizes": {"value_dim": 257}}, "the CPU kernels take a head_dim of at most 256"),
-        ({"sizes": {"rows": 0}}, "an own limit"),
         ({"device_type": "cuda"}, "the CPU kernels run on CPU tensors"),
     ],
 )
 def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def limits(call: _dispatch.Call) -> list[tuple[str, bool]]:
-        return [("an own limit", "rows" in call.sizes)]
-
-    refusals = _dispatch.table("some", cpu=limits)["cpu"].refusals
+    refusals = _dispatch.table("some")["cpu"].refusals
     call = _dispatch.Call("some", torch.bfloat16, "cpu", {"head_dim": 256, "value_dim": 256}, {})
     monkeypatch.setattr(_native, "library", _native.library._replace(exists=True))
     assert refusals(call) == []
     assert refusals(call._replace(**change)) == [words]
     monkeypatch.setattr(_native, "library", _native.find(Path("nowhere")))
     assert refusals(call) == ["the CPU kernels are not built (`vlattn info` says why)"]
-    assert _dispatch.table("some")["cpu"].refusals(call) == ["there is no CPU kernel for this operator"]
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,8 @@ def triton_refusals(call: Call) -> list[str]:
     return reasons
 
 
-Limits = Callable[[Call], list[tuple[str, bool]]]  # reasons, and whether each holds
-
-
-def cpu_refusals(call: Call, limits: Limits) -> list[str]:
-    """Why a CPU kernel with these `limits` does not run the call."""
+def cpu_refusals(call: Call) -> list[str]:
+    """Why no CPU kernel of this package runs the call."""
     reasons = []
     if not _native.library.exists:
         reasons.append("the CPU kernels are not built (`vlattn info` says why)")
@@ -118,7 +115,10 @@ def cpu_refusals(call: Call, limits: Limits) -> list[str]:
         return reasons  # comparing sizes would cost a graph for each outcome
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
         reasons.append("the CPU kernels take a head_dim of at most 256")
-    return reasons + limited(call, limits)
+    return reasons
+
+
+Limits = Callable[[Call], list[tuple[str, bool]]]  # reasons, and whether each holds
 
 
 def cuda_refusals(call: Call, limits: Limits) -> list[str]:
@@ -142,10 +142,6 @@ def limited(call: Call, limits: Limits) -> list[str]:
     return [reason for reason, holds in limits(call) if holds]
 
 
-def no_cpu_kernel(call: Call) -> list[str]:
-    return ["there is no CPU kernel for this operator"]
-
-
 def no_cuda_kernel(call: Call) -> list[str]:
     return ["there is no CUDA C++ kernel for this operator"]
 
@@ -159,18 +155,18 @@ def table(
     triton: Callable[[Call], list[str]] = triton_refusals,
     cuda: Limits | None = None,
     sdpa: Limits | None = None,
-    cpu: Limits | None = None,
+    cpu: Callable[[Call], list[str]] = cpu_refusals,
 ) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
-    `sdpa`: the limits of torch's own attention, which is the fastest for most of what it takes. `cpu`: those of the CPU's C++
-    kernels, which come first where `call` has the flag "short_backward" (`has_short_backward`).
-    `triton`: the refusals of the Triton kernels. `cuda`: the limits of the CUDA C++ kernels, which come after Triton until they
-    have been measured. "auto" never takes the reference.
+    `sdpa`: the limits of torch's own attention, which is the fastest for most of what it takes. `triton` and `cpu`: the
+    refusals of these kernels. Those of the CPU come first where `call` has the flag "short_backward" (`has_short_backward`).
+    `cuda`: the limits of the CUDA C++ kernels, which come after Triton until they have been measured. "auto" never takes the
+    reference.
     """
     return {
         "sdpa": Backend(not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), f"vlattn_fast.sdpa.{stem}"),
-        "cpu": Backend(no_cpu_kernel if cpu is None else partial(cpu_refusals, limits=cpu), f"vlattn_fast.cpu.{stem}"),
+        "cpu": Backend(cpu, f"vlattn_fast.cpu.{stem}"),
         "triton": Backend(triton, f"vlattn_fast.kernels.{stem}"),
         "cuda": Backend(no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), f"vlattn_fast.cuda.{stem}"),
         "streaming": Backend(accept, f"vlattn_fast.streaming.{stem}"),

@@ -17,7 +17,7 @@ from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, sele
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
 
-BACKENDS = table("attention_map", cpu=lambda call: [])
+BACKENDS = table("attention_map")
 RULES = ("attention", "gradient")
 HEAD_REDUCTIONS = ("mean", "max", "min")
 

@@ -34,11 +34,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-def _cpu_limits(call: Call) -> list[tuple[str, bool]]:
-    return []
-
-
-BACKENDS = table("congruence_loss", _triton_refusals, _cuda_limits, cpu=_cpu_limits)
+BACKENDS = table("congruence_loss", _triton_refusals, _cuda_limits)
 KINDS = ("cacr", "iais_singular", "iais_distributed")
 DIRECTIONS = ("text", "image", "both")
 REDUCTIONS = ("mean", "none")

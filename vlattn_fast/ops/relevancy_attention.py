@@ -57,7 +57,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("relevancy_attention", cuda=_cuda_limits, cpu=lambda call: [])
+BACKENDS = table("relevancy_attention", cuda=_cuda_limits)
 RULES = ("gradient", "attention")
 _INPUTS = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
 _WEIGHED = {"carrier": ROWS, "residual_weight": TOKENS, "attention_weight": TOKENS}

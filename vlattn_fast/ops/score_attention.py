@@ -73,7 +73,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("score_attention", _triton_refusals, _cuda_limits, _sdpa_limits, cpu=lambda call: [])
+BACKENDS = table("score_attention", _triton_refusals, _cuda_limits, _sdpa_limits)
 
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:

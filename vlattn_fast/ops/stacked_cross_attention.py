@@ -23,11 +23,7 @@ def _triton_refusals(call: Call) -> list[str]:
     return reasons
 
 
-def _cpu_limits(call: Call) -> list[tuple[str, bool]]:
-    return []
-
-
-BACKENDS = table("stacked_cross_attention", _triton_refusals, cpu=_cpu_limits)
+BACKENDS = table("stacked_cross_attention", _triton_refusals)
 DIRECTIONS = ("t2i", "i2t")
 FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
 AGGREGATIONS = ("logsumexp", "max", "sum", "mean")
