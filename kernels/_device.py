@@ -23,7 +23,7 @@ def on_device(launcher: Launcher) -> Launcher:
 
     @functools.wraps(launcher)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        device = _device_of((*args, *kwargs.values()))
+        device = _device_of(args) or _device_of(kwargs.values())
         if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
             return launcher(*args, **kwargs)
         with torch.cuda.device(device):

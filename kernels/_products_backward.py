@@ -20,6 +20,7 @@ from vlattn_fast.kernels._tiles import (
     ROWS,
     add_mask,
     block_and_head,
+    cdiv,
     dot,
     keep_factor,
     key_range,
@@ -146,7 +147,7 @@ def keys(
     else:
         exact_t = query.dtype == torch.float32 or call["PRECISION"] == "widen"
         precision = call["PRECISION"] if exact_t else "tf32"
-        blocks = triton.cdiv(num_kv, config["BLOCK_KV"]) * (triton.cdiv(num_t, config["BLOCK_T"]) if num_t > 0 else 1)
+        blocks = cdiv(num_kv, config["BLOCK_KV"]) * (cdiv(num_t, config["BLOCK_T"]) if num_t > 0 else 1)
         _backward_kv_kernel[(blocks * batch * parts,)](
             **call,
             p_shift=rows.shift,

@@ -33,6 +33,7 @@ from vlattn_fast.kernels._scores import (
 from vlattn_fast.kernels._tiles import (
     ROWS,
     block_and_head,
+    cdiv,
     dot,
     keep_factor,
     key_range,
@@ -72,7 +73,7 @@ def launch(
     grad_k, grad_v = (
         rows_first(x, heads_kv, num_kv, x.shape[3], x.dtype if x.shape[1] == heads_kv else torch.float32) for x in (key, value)
     )
-    blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], triton.cdiv(num_kv, config_kv["BLOCK_KV"])
+    blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], cdiv(num_kv, config_kv["BLOCK_KV"])
     shift, delta, total = new_rows(query), new_rows(query), new_rows(query)
     if coarse is not None:
         assert coarse.total is not None
@@ -127,10 +128,10 @@ def _key_ranges(heads: int, blocks: int, sums: int) -> tuple[int, int]:
     """
     best, least = (1, blocks), math.inf
     for ranges in range(1, min(blocks, 4 * PROGRAMS // heads, LARGEST // max(1, heads * sums)) + 1):
-        length = triton.cdiv(blocks, ranges)
-        rounds = triton.cdiv(heads * triton.cdiv(blocks, length), PROGRAMS)
+        length = cdiv(blocks, ranges)
+        rounds = cdiv(heads * cdiv(blocks, length), PROGRAMS)
         if rounds * length < least:
-            best, least = (triton.cdiv(blocks, length), length), rounds * length
+            best, least = (cdiv(blocks, length), length), rounds * length
     return best
 
 

@@ -25,6 +25,7 @@ from vlattn_fast.kernels._tiles import (
     below_max,
     block_and_head,
     block_size,
+    cdiv,
     dot,
     input_precision,
     key_range,
@@ -101,14 +102,14 @@ def forward(
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
         rows_config = _rows_config(size, query.dtype, attn_mask is not None)
         rows_config = configured(rows_config, "attention_map", "rows", *facts)
-        _rows_kernel[(triton.cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
+        _rows_kernel[(cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
             **call, p_max=row_max, p_inverse=row_inverse, **rows_config
         )
     if rows == "statistics" and lse is not None:
         known = (row_max, row_inverse) if float_mask else None
         row_max, row_inverse = _rows_by_lse(lse, 1.0 / LOG2_E if call["FOLDED"] else scale, known)
     lse = lse.to(torch.float32).contiguous() if rows == "lse" and lse is not None else abar
-    grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * triton.cdiv(num_kv, config["BLOCK_KV"]) * batch,)
+    grid = (cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)
     _map_kernel[grid](
         **call,
         p_v=value,

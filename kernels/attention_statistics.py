@@ -28,6 +28,7 @@ from vlattn_fast.kernels._tiles import (
     below_max,
     block_and_head,
     block_size,
+    cdiv,
     dot,
     input_precision,
     key_range,
@@ -69,7 +70,7 @@ def forward(
     if maximum.numel() > 0:
         config = _rows_config(query.shape[3], query.dtype, attn_mask is not None, num_groups)
         config = configured(config, "attention_statistics", "rows", *facts)
-        grid = (triton.cdiv(rows[2], config["BLOCK_Q"]) * max(1, triton.cdiv(num_groups, config["BLOCK_G"])) * rows[0] * rows[1],)
+        grid = (cdiv(rows[2], config["BLOCK_Q"]) * max(1, cdiv(num_groups, config["BLOCK_G"])) * rows[0] * rows[1],)
         _rows_kernel[grid](
             **call,
             p_mass=mass,
@@ -86,7 +87,7 @@ def forward(
     if received.numel() > 0:
         config = _received_config(query.shape[3], query.dtype)
         config = configured(config, "attention_statistics", "received", *facts)
-        grid = (triton.cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
+        grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
         _received_kernel[grid](**call, p_maximum=maximum, p_row_max=row_max, p_received=received, **config)
     return mass, entropy, maximum, argmax, received
 
@@ -133,10 +134,10 @@ def backward(
         **config,
     }
     if row_max.numel() > 0:
-        grid = (triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
+        grid = (cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
         _backward_q_kernel[grid](**call, p_grad_weight=grad_weight, p_grad_q=grad_q)
     if grad_k.numel() > 0:
-        grid = (triton.cdiv(key.shape[2], config["BLOCK_KV"]) * batch * key.shape[1],)
+        grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * batch * key.shape[1],)
         _backward_kv_kernel[grid](**call, p_grad_k=grad_k)
     if row_weight is None:
         return grad_q, grad_k, None
@@ -197,7 +198,7 @@ def _members(key_groups: Tensor, num_groups: int) -> Tensor:
     length = num_kv + -num_kv % 128
     members = key_groups.new_empty((batch, num_groups, length), dtype=torch.float32)
     if members.numel() > 0:
-        grid = (triton.cdiv(length, 256) * batch,)
+        grid = (cdiv(length, 256) * batch,)
         _members_kernel[grid](
             p_groups=key_groups,
             p_members=members,

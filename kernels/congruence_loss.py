@@ -19,7 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels._device import configured, on_device
-from vlattn_fast.kernels._tiles import LOG2_E, block_size, dot, input_precision, load_tile, real_tokens, round_tf32, store_tile
+from vlattn_fast.kernels._tiles import (
+    LOG2_E,
+    block_size,
+    cdiv,
+    dot,
+    input_precision,
+    load_tile,
+    real_tokens,
+    round_tf32,
+    store_tile,
+)
 from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, statistics_kernel
 
 from vlattn_fast._tensors import unit_stride
@@ -175,7 +185,7 @@ class _Chunk:
         intra = self.log_map if self.kind == "iais_singular" else self.map
         blocks = [block_size(size) for size in self.sizes]
         rows = [32 if self.fused else max(1, 2048 // block) for block in blocks]
-        tiles = sum(triton.cdiv(self.sizes[side], rows[side]) for side in self.sides)
+        tiles = sum(cdiv(self.sizes[side], rows[side]) for side in self.sides)
         light = self.kind == "iais_singular" and self.fused and not grad  # eight warps would spill under Triton 3.6
         _divergence_kernel[(tiles * self.batch,)](
             p_intra=intra,
@@ -211,7 +221,7 @@ class _Chunk:
         size, across = self.sizes[side], self.sizes[other]
         distributed = self.kind == "iais_distributed"
         back, out = self._part(self.map, other, side), self._part(grad_map, other, side if distributed else other)
-        tiles = triton.cdiv(across, 32) + (triton.cdiv(size, 32) if distributed else 0)
+        tiles = cdiv(across, 32) + (cdiv(size, 32) if distributed else 0)
         _target_backward_kernel[(tiles * self.batch,)](
             p_grad_target=grad_target,
             p_cross=cross,
@@ -252,14 +262,14 @@ class _Chunk:
         log_maps = torch.empty_like(maps) if self.kind == "iais_singular" else maps
         call = self._call("map")
         statistics = maps, maps
-        row_tiles = sum(triton.cdiv(size, call["BLOCK_Q"]) for size in self.sizes)
+        row_tiles = sum(cdiv(size, call["BLOCK_Q"]) for size in self.sizes)
         if not self.whole:
             shape = 2, self.batch, self.heads, length
             statistics = self._empty(*shape), self._empty(*shape)
             long = {name: x for name, x in call.items() if name not in ("WHOLE", "LOG", "BLOCK_L")}
             grid = (row_tiles * 2 * self.heads * self.batch,)
             statistics_kernel[grid](**long, p_max=statistics[0], p_sum=statistics[1])
-        columns = 2 if self.whole else sum(triton.cdiv(size, call["BLOCK_V"]) for size in self.sizes)
+        columns = 2 if self.whole else sum(cdiv(size, call["BLOCK_V"]) for size in self.sizes)
         map_kernel[(row_tiles * columns * self.batch,)](
             **call, p_max=statistics[0], p_sum=statistics[1], p_out=maps, p_log=log_maps
         )
@@ -293,10 +303,10 @@ class _Chunk:
             "UNREAD": unread,
         }
         if not self.whole:
-            tiles = max(triton.cdiv(size, call["BLOCK_Q"]) for size in self.sizes)
+            tiles = max(cdiv(size, call["BLOCK_Q"]) for size in self.sizes)
             long = {name: x for name, x in call.items() if name not in ("WHOLE", "BLOCK_L")}
             gradient_q_kernel[(programs * tiles,)](**long, tiles=tiles)
-        tiles = 1 if self.whole else max(triton.cdiv(size, call["BLOCK_V"]) for size in self.sizes)
+        tiles = 1 if self.whole else max(cdiv(size, call["BLOCK_V"]) for size in self.sizes)
         gradient_kernel[(programs * tiles,)](**call, p_grad_ks=grad_k, tiles=tiles)
 
     def _call(self, kernel: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Shapes: query (B, H, N, D), key (B, Hk, M, D), value (B, Hk, M, Dv), relevancy r
 Roofline: tensor cores, 7 matrix products in the two passes of the backward and 2 in r Abar alone (rule "gradient"). There the
 exponentials (MUFU) take as long at D = 64. r Abar within the backward pass adds a maximum and two multiply-adds per pair.
 The kernels are those of score_attention's backward pass (_products_backward.py), which carry rows of r along, and its
-`_rows_kernel`. There is one partial sum of r Abar per key head, and they are added in order: no atomics. Not yet measured on a GPU.
+`_rows_kernel`. There is one partial sum of r Abar per key head, and they are added in order: no atomics. Not yet measured on a
+GPU.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ lse is too large to be rounded. Not yet measured on a GPU.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -38,6 +39,7 @@ from vlattn_fast.kernels._tiles import (
     aligned,
     block_and_head,
     block_size,
+    cdiv,
     dot,
     input_precision,
     is_coarse,
@@ -81,7 +83,7 @@ def forward(
         return out, lse
     call = arguments(query, key, value, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal)
     config = _config("forward", score, query, value, attn_mask is not None)
-    _forward_kernel[(triton.cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
+    _forward_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
         **call,
         p_u=call["p_q"] if vector is None else vector.contiguous(),
         p_out=out,
@@ -239,7 +241,7 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     length = rows + -rows % 128
     precomputed = x.new_empty((batch, heads, *(() if score == "cosine" else (size + size % 2,)), length), dtype=torch.float32)
     if precomputed.numel() > 0:
-        grid = (triton.cdiv(length, 32) * batch * heads,)
+        grid = (cdiv(length, 32) * batch * heads,)
         _prepare_kernel[grid](
             p_x=x,
             p_pre=precomputed,
@@ -259,13 +261,19 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
 
 
 def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool) -> dict[str, int]:
-    """Tile sizes by kernel, score, feature size and dtype.
+    """Tile sizes by kernel, score, feature size and dtype."""
+    rows, size = query.shape[2], block_size(max(query.shape[3], value.shape[3]))
+    config = _rule(kernel, score, size, query.dtype == torch.float32, rows > 512, masked)
+    return configured(config, "score_attention", kernel, score, query.dtype, rows, value.shape[2], size, masked)
 
-    Not measured. They are the largest of those tried that compile for sm_90 without spills into 99 KB of shared memory. Short
-    sequences take 64 rows, since 128 would be padding, and so do tiles of attn_mask.
+
+@functools.cache
+def _rule(kernel: str, score: str, size: int, wide: bool, long: bool, masked: bool) -> dict[str, int]:
+    """Where nothing is measured: the largest of those tried that compile for sm_90 without spills into 99 KB of shared memory.
+
+    Short sequences take 64 rows, since 128 would be padding, and so do tiles of attn_mask.
     """
-    size, wide, kv = block_size(max(query.shape[3], value.shape[3])), query.dtype == torch.float32, kernel == "backward_kv"
-    plain = score == "dot" and not masked
+    kv, plain = kernel == "backward_kv", score == "dot" and not masked
     if score in UNIT_KINDS:
         if wide or size > 128:
             tile = (32, 32 if kv else 16, 4, 1) if size <= 64 else (32, 16, 8, 1)
@@ -275,7 +283,7 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
     elif wide:
         tile = (32, 32, 8, 1) if size <= 64 else (16, 32, 4, 1) if size <= 128 else (16, 16, 4, 1)
     elif kernel == "forward":
-        rows = 128 if query.shape[2] > 512 and size <= 128 and not masked else 64
+        rows = 128 if long and size <= 128 and not masked else 64
         keys = 32 if size > 128 or (masked and size > 64) else 64
         tile = (rows, keys, rows // 16, 1 if masked or size > 128 else 3 if size <= 64 else 2)
     elif size > 128:
@@ -285,8 +293,7 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
     else:
         tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" and not masked else (64, 32, 4, 2)
     assert score not in UNIT_KINDS or tile[3] == 1, "sums over hidden units take one stage"
-    config = dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
-    return configured(config, "score_attention", kernel, score, query.dtype, query.shape[2], value.shape[2], size, masked)
+    return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
 
 
 @triton.jit

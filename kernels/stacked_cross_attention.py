@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._tiles import block_size, dot, input_precision, load_tile, store_tile
+from vlattn_fast.kernels._tiles import block_size, cdiv, dot, input_precision, load_tile, store_tile
 
 MAP_ELEMENTS = 1 << 22  # the least that `_map_elements` gives
 EPS = tl.constexpr(1e-8)  # of SCAN's norms and cosine
@@ -169,7 +169,7 @@ def _map_elements(device: torch.device) -> int:
 
 def _even(count: int, most: int) -> int:
     """The step that covers `count` in the fewest steps of at most `most` (at least 1), so that no step is much smaller."""
-    return triton.cdiv(count, triton.cdiv(count, max(1, most))) if count > 0 else 1
+    return cdiv(count, cdiv(count, max(1, most))) if count > 0 else 1
 
 
 class _Contexts:
@@ -242,7 +242,7 @@ def _multiply(w: Tensor, rows: Tensor, total: Tensor, out: Tensor, inner: bool) 
 def _matmul(a: Tensor, b: Tensor, total: Tensor, out: Tensor, inner: bool, add: bool) -> None:
     (parts, num_i, num_k), num_j = a.shape, b.shape[1]
     meta = {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_K": 64 if parts == 1 else 32, "num_warps": 8, "num_stages": 3}
-    grid = (triton.cdiv(num_i, meta["BLOCK_I"]) * triton.cdiv(num_j, meta["BLOCK_J"]),)
+    grid = (cdiv(num_i, meta["BLOCK_I"]) * cdiv(num_j, meta["BLOCK_J"]),)
     if grid[0] > 0:
         _matmul_kernel[grid](
             p_a=a,
@@ -276,7 +276,7 @@ def _weights(
     dtype = queries.rows.dtype
     count, factor = _parts(dtype)
     split = dtype != torch.float32
-    shape = (len(queries.rows), contexts.sets, triton.cdiv(contexts.size, 16) * 16)
+    shape = (len(queries.rows), contexts.sets, cdiv(contexts.size, 16) * 16)
     alpha = scores if split and keep is None else queries.new_map(*shape, dtype=keep or torch.float32)
     parts = queries.new_map(count, *shape, dtype=dtype) if split else alpha[None]
     _weights_kernel[(queries.sets * contexts.sets,)](
@@ -307,7 +307,7 @@ def _attend(parts: Tensor, queries: _Queries, contexts: _Contexts) -> tuple[Tens
     cosine = queries.norms.new_empty((contexts.sets, length))
     norm_a = torch.empty_like(cosine)
     meta = _config_attend(contexts.size, queries.rows.dtype)
-    _attend_kernel[(contexts.sets * triton.cdiv(length, meta["BLOCK_N"]),)](
+    _attend_kernel[(contexts.sets * cdiv(length, meta["BLOCK_N"]),)](
         p_q=queries.rows,
         p_c=contexts.rows,
         p_parts=parts,

@@ -22,7 +22,7 @@ from vlattn_fast.ops import _registration
 
 OPERATORS = [name for name in CALLS if name != "relevancy_residual"]  # which is PyTorch alone
 PACKAGE = str(Path(va.__file__).parent)
-FORWARD, BACKWARD = 100, 70  # the most of the package's functions that a pass on the CPU's kernels calls
+FORWARD, BACKWARD = 80, 50  # the most of the package's functions that a pass on the CPU's kernels calls
 
 
 def forward_and_backward(every: Every, x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:

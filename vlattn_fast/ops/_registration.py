@@ -93,7 +93,7 @@ def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel of the short way. Autocast and the tracking of views, which `_register` takes back, never begin."""
+    """The kernel of the short way: as in `_register` autocast is off, and no output is a view, since none is tracked."""
 
     def kernel(*args: Any) -> Any:
         with _C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
