@@ -33,6 +33,36 @@ __global__ void shuffle_for_some(int* x) {
     if (threadIdx.x % 32 < 16) x[threadIdx.x] = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x), 0);
 }
 
+// With APART the halves of a warp shuffle, or wait for the block, in different places.
+template <bool APART>
+__global__ void shuffle_here_or_there(int* x) {
+    const int lane = threadIdx.x % 32;
+    if (APART && lane < 16) {
+        x[threadIdx.x] = __shfl_sync(ALL_LANES, lane, 31);
+    } else {
+        x[threadIdx.x] = __shfl_sync(ALL_LANES, lane, 31);
+    }
+}
+
+template <bool APART>
+__global__ void wait_here_or_there() {
+    if (APART && threadIdx.x < 32) {
+        __syncthreads();
+    } else {
+        __syncthreads();
+    }
+}
+
+// order[n] = the n-th block to run, where blocks run one after the other.
+__global__ void note_order(int* order, int* next) {
+    if (threadIdx.x == 0) order[(*next)++] = blockIdx.x;
+}
+
+__global__ void approximate(const float* x, float* powers, float* reciprocals) {
+    powers[threadIdx.x] = fast_exp2(x[threadIdx.x]);
+    reciprocals[threadIdx.x] = fast_reciprocal(x[threadIdx.x]);
+}
+
 __global__ void shuffles(int* x) {
     const int lane = threadIdx.x;
     x[lane] = __shfl_xor_sync(ALL_LANES, lane, 5) + 100 * __shfl_sync(ALL_LANES, lane, (lane * 7 + 3) % 32);
@@ -113,6 +143,16 @@ int run_neighbours(float* x, bool barrier) {
 }
 int run_barrier_for_some(int threads) { return launch(barrier_for_some, 1, 64, 0, cudaStream_t(), threads); }
 int run_shuffle_for_some(int* x) { return launch(shuffle_for_some, 1, 64, 0, cudaStream_t(), x); }
+int run_shuffle_here_or_there(int* x, bool apart) {
+    return launch(apart ? shuffle_here_or_there<true> : shuffle_here_or_there<false>, 1, 64, 0, cudaStream_t(), x);
+}
+int run_wait_here_or_there(bool apart) {
+    return launch(apart ? wait_here_or_there<true> : wait_here_or_there<false>, 1, 64, 0, cudaStream_t());
+}
+int run_note_order(int* order, int* next, int blocks) { return launch(note_order, blocks, 32, 0, cudaStream_t(), order, next); }
+int run_approximate(const float* x, float* powers, float* reciprocals, int threads) {
+    return launch(approximate, 1, threads, 0, cudaStream_t(), x, powers, reciprocals);
+}
 int run_shuffles(int* x) { return launch(shuffles, 1, 32, 0, cudaStream_t(), x); }
 int run_uninitialised(float* x) { return launch(uninitialised, 2, 32, 32 * sizeof(float), cudaStream_t(), x); }
 int run_write_shared(int at) { return launch(write_shared, 1, 32, 32 * sizeof(float), cudaStream_t(), at); }

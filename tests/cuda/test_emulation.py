@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,9 +78,55 @@ def test_waiting_for_what_cannot_come_is_an_error(small: Small, seed: int, capfd
     assert small("barrier_for_some", 0) == 0  # and the next launch is none the worse
 
 
+def test_threads_that_wait_in_different_places_are_an_error(
+    small: Small, seed: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A shuffle would take its value from another, and only the count of those that wait is right."""
+    x = torch.zeros(64, dtype=torch.int32)
+    assert small("shuffle_here_or_there", x, False) == small("wait_here_or_there", False) == 0
+    assert (x == 31).all()
+    place = r"tests/cuda/emulation\.cu:\d+ \(number 1\)"
+    for name, arguments, what in (("shuffle", (x, True), "instructions of a warp"), ("wait", (True,), "barriers")):
+        assert small(f"{name}_here_or_there", *arguments) == FAILED
+        assert re.search(rf"block 0: threads meet at different {what}: \S*{place} and \S*{place}", capfd.readouterr().err)
+
+
+def test_blocks_come_in_an_order_that_depends_on_the_seed_alone(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def order(seed: int) -> list[int]:
+        monkeypatch.setenv("VLATTN_EMULATION_SEED", str(seed))
+        x = torch.full((20,), -1, dtype=torch.int32)
+        assert small("note_order", x, torch.zeros(1, dtype=torch.int32), 20) == 0
+        return x.tolist()
+
+    assert order(1) == order(1) and sorted(order(1)) == list(range(20))
+    assert len({tuple(order(seed)) for seed in SEEDS}) == len(SEEDS)
+
+
+def test_results_of_the_special_function_unit(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are, or an ulp off, equal ones alike; subnormal ones are 0."""
+    x = torch.linspace(1.0, 100.0, 256).repeat(2)
+    x[-2:] = torch.tensor([-126.5, 1.5 * 2.0**126])
+
+    def results() -> tuple[Tensor, Tensor]:
+        powers, reciprocals = torch.zeros(512), torch.zeros(512)
+        assert small("approximate", x, powers, reciprocals, 512) == 0
+        return powers, reciprocals
+
+    exact = x.double().exp2(), x.double().reciprocal()
+    plain = results()
+    monkeypatch.setenv("VLATTN_EMULATION_NOISE", "1")
+    noisy = results()
+    assert plain[0][-2] == plain[1][-1] == noisy[0][-2] == noisy[1][-1] == 0.0
+    for right, wrong, true in zip(plain, noisy, exact, strict=True):
+        ulps = (right[:-2].view(torch.int32) - wrong[:-2].view(torch.int32)).abs()
+        torch.testing.assert_close(right[:-2].double(), true[:-2], rtol=2.0**-22, atol=0.0)
+        assert ulps.max() == 1 and 0.5 < (ulps == 1).float().mean() < 0.8
+        assert torch.equal(wrong[:254], wrong[256:-2])
+
+
 def test_launches_that_cannot_be(small: Small) -> None:
-    assert small("empty", 0, 32, 0) == 0
-    for blocks, threads, shared in ((2**31, 32, 0), (1, 0, 0), (1, 33, 0), (1, 2048, 0), (1, 32, 228 * 1024)):
+    assert small("empty", 0, 32, 0) == small("empty", 1, 32, 99 * 1024) == 0
+    for blocks, threads, shared in ((2**31, 32, 0), (1, 0, 0), (1, 33, 0), (1, 2048, 0), (1, 32, 99 * 1024 + 1)):
         assert small("empty", blocks, threads, shared) == INVALID
 
 
