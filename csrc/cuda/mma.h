@@ -124,13 +124,13 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* ro
                  : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                  : "memory");
 #else
-    using Row = const uint16_t*;
-    struct Result {
+    struct Eight {
         uint16_t x[8];
-    };
-    Result result = emulation::warp_wide<Row, Result>(static_cast<Row>(row), [](const Row* rows, Result* results) {
+    } eight;
+    memcpy(&eight, row, sizeof(eight));  // by the lane that names it
+    Eight result = emulation::warp_wide<Eight, Eight>(eight, [](const Eight* rows, Eight* results) {
         for (int lane = 0; lane < WARP; ++lane)
-            for (int i = 0; i < 8; ++i) results[lane].x[i] = rows[i / 2 * 8 + lane % 4 * 2 + i % 2][lane / 4];
+            for (int i = 0; i < 8; ++i) results[lane].x[i] = rows[i / 2 * 8 + lane % 4 * 2 + i % 2].x[lane / 4];
     });
     memcpy(x, result.x, sizeof(x));
 #endif

@@ -25,6 +25,14 @@ __global__ void neighbours(float* x) {
     x[threadIdx.x] = shared[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32];
 }
 
+// The same with a shuffle for a barrier: the lanes meet, and nothing says that they know what the others wrote.
+__global__ void neighbours_by_shuffle(float* x) {
+    float* shared = static_cast<float*>(shared_memory());
+    shared[threadIdx.x] = x[threadIdx.x];
+    const float zero = 0.0f * __shfl_xor_sync(ALL_LANES, x[threadIdx.x], 1);
+    x[threadIdx.x] = shared[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32] + zero;
+}
+
 __global__ void barrier_for_some(int threads) {
     if (threadIdx.x < static_cast<unsigned>(threads)) __syncthreads();
 }
@@ -141,6 +149,7 @@ int run_block_sum(const float* x, float* sums, int blocks, int threads, bool bar
 int run_neighbours(float* x, bool barrier) {
     return launch(barrier ? neighbours<true> : neighbours<false>, 1, 64, 64 * sizeof(float), cudaStream_t(), x);
 }
+int run_neighbours_by_shuffle(float* x) { return launch(neighbours_by_shuffle, 1, 64, 64 * sizeof(float), cudaStream_t(), x); }
 int run_barrier_for_some(int threads) { return launch(barrier_for_some, 1, 64, 0, cudaStream_t(), threads); }
 int run_shuffle_for_some(int* x) { return launch(shuffle_for_some, 1, 64, 0, cudaStream_t(), x); }
 int run_shuffle_here_or_there(int* x, bool apart) {

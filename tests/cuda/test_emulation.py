@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.building import HOST, SANITIZED, build, sanitizing
+from tests.cuda.building import HOST, SANITIZED, THREADS, build, sanitizing
 
 SEEDS = range(1, 4)
 FAILED = 719  # cudaErrorLaunchFailure
@@ -78,9 +78,7 @@ def test_waiting_for_what_cannot_come_is_an_error(small: Small, seed: int, capfd
     assert small("barrier_for_some", 0) == 0  # and the next launch is none the worse
 
 
-def test_threads_that_wait_in_different_places_are_an_error(
-    small: Small, seed: int, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_threads_that_wait_in_different_places_are_an_error(small: Small, seed: int, capfd: pytest.CaptureFixture[str]) -> None:
     """A shuffle would take its value from another, and only the count of those that wait is right."""
     x = torch.zeros(64, dtype=torch.int32)
     assert small("shuffle_here_or_there", x, False) == small("wait_here_or_there", False) == 0
@@ -155,27 +153,51 @@ def test_products_of_tiles(small: Small, kind: int, dtype: torch.dtype, rows: in
     assert torch.equal(out, exact @ z.float())
 
 
+def run_sanitized(kind: str, options: tuple[str, ...], call: str) -> str:
+    """What a sanitizer writes of one call on zeros."""
+    library = build("asan" if kind == "address" else "tsan", *options, target="emulation") / "libemulation.so"
+    code = (
+        "import ctypes\n"
+        "calloc = ctypes.CDLL(None).calloc\n"
+        "calloc.restype = ctypes.c_void_p\n"
+        "x, y, z, last, short = (ctypes.c_void_p(calloc(n, 4)) for n in (1024, 1024, 1024, 1024, 10))\n"
+        f"assert ctypes.CDLL({str(library)!r}).run_{call} == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=sanitizing(kind), capture_output=True, text=True)
+    assert (done.returncode == 0) == ("Sanitizer" not in done.stderr), done.stderr
+    return done.stderr
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
         ("write_shared(31)", None),
         ("write_shared(32)", "heap-buffer-overflow"),
         ("write_shared(-1)", "heap-buffer-overflow"),
-        ("write_global(buffer, 9)", None),
-        ("write_global(buffer, 10)", "heap-buffer-overflow"),
+        ("write_global(short, 9)", None),
+        ("write_global(short, 10)", "heap-buffer-overflow"),
     ],
 )
 def test_the_sanitizer_sees_what_lies_outside(call: str, words: str | None) -> None:
-    sanitized = build("asan", *SANITIZED, target="emulation") / "libemulation.so"
-    code = (
-        "import ctypes\n"
-        "malloc = ctypes.CDLL(None).malloc\n"
-        "malloc.restype = ctypes.c_void_p\n"
-        "buffer = ctypes.c_void_p(malloc(40))\n"
-        f"assert ctypes.CDLL({str(sanitized)!r}).run_{call} == 0\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=sanitizing(), capture_output=True, text=True)
-    if words is None:
-        assert done.returncode == 0, done.stderr
-    else:
-        assert done.returncode != 0 and words in done.stderr, done.stderr
+    written = run_sanitized("address", SANITIZED, call)
+    assert words in written if words else written == ""
+
+
+@pytest.mark.parametrize(
+    "call, kernel",
+    [
+        ("block_sum(x, y, 3, 256, 1)", None),
+        ("block_sum(x, y, 3, 32, 0)", "block_sum<false>"),
+        ("neighbours(x, 1)", None),
+        ("neighbours(x, 0)", "neighbours<false>"),
+        ("shuffles(x)", None),
+        ("neighbours_by_shuffle(x)", "neighbours_by_shuffle"),
+        ("note_order(x, y, 1)", None),
+        ("note_order(x, y, 2)", "note_order"),  # blocks
+        ("products(1, 64, x, y, y, z, last, 32, 32, 0)", None),
+    ],
+)
+def test_the_sanitizer_sees_threads_that_do_not_wait(call: str, kernel: str | None) -> None:
+    """In whatever order they ran: the results may be right."""
+    written = run_sanitized("thread", THREADS, call)
+    assert ("data race" in written and f"{kernel}" in written) if kernel else written == "", written
