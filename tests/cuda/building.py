@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HOST, SANITIZED = ("-DVLATTN_HOST=ON",), ("-DVLATTN_HOST=ON", "-DVLATTN_SANITIZE=ON")
 THREADS = ("-DVLATTN_HOST=ON", "-DVLATTN_SANITIZE=thread")
+CONTRACTED = ("fma", "-DVLATTN_HOST=ON", "-DVLATTN_FMA=ON")
 CUDA = ("cuda_sm90", "-DVLATTN_TARGETS=90a-real")  # what tests compile: all targets take four minutes of a core
 TARGETS = ("cuda", "-UVLATTN_TARGETS")  # `make table`: the targets of CMakeLists.txt, not those of the last build
 

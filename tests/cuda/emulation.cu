@@ -109,8 +109,8 @@ __global__ void products(const T* x, const T* y, const T* z, float* scores, floa
     float sums[K / 8][4] = {};
     for (int k = 0; k < 32; k += 16) {
         float c[2][4] = {};
+        product_with_rows<T, K, Order>(c, left, y_tile, k);
         for (int n = 0; n < 2; ++n) {
-            product_with_rows<T, K, Order>(c[n], left, y_tile, k + n * 8);
             for (int e = 0; e < 4; ++e) {
                 const int row = warp_index() * 16 + lane_row() + e / 2 * 8;
                 c[n][e] = to_float(from_float<T>(c[n][e]));

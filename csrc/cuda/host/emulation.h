@@ -426,3 +426,12 @@ template <class V>
 V __shfl_xor_sync(unsigned mask, V input, int bits, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     return __shfl_sync(mask, input, static_cast<int>(threadIdx.x % 32) ^ bits, file, line);
 }
+
+inline unsigned __ballot_sync(unsigned, bool input, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    const auto exchange = [](const bool* inputs, unsigned* outputs) {
+        unsigned bits = 0;
+        for (int i = 0; i < emulation::LANES; ++i) bits |= static_cast<unsigned>(inputs[i]) << i;
+        for (int i = 0; i < emulation::LANES; ++i) outputs[i] = bits;
+    };
+    return emulation::warp_wide<bool, unsigned>(input, exchange, file, line);
+}
