@@ -100,7 +100,7 @@ class Kernels:
                 shutil.rmtree(kept)
             for command in (
                 ["cmake", "-G", "Ninja", "-S", ROOT, "-B", made, f"-DCMAKE_MAKE_PROGRAM={which('ninja')}", *self.options()],
-                ["cmake", "--build", made, "--parallel", str(os.cpu_count())],
+                ["cmake", "--build", made, "--parallel", str(jobs())],
             ):
                 if subprocess.run(command, env={**ENVIRONMENT, **chosen}).returncode != 0:
                     return None
@@ -164,6 +164,23 @@ def torch_without_cuda() -> bool:
     return version is not None and re.search(r"^cuda\b.*= ['\"]", version.read_text(), re.M) is None
 
 
+def jobs() -> int:
+    """How many compilers run at once."""
+    asked = os.environ.get("MAX_JOBS", "")
+    if asked and not (asked.isdecimal() and int(asked) > 0):
+        raise SystemExit(f"MAX_JOBS must be a positive integer or unset; got {asked!r}")
+    return int(asked) if asked else os.cpu_count() or 1
+
+
+def cuda_targets() -> str:
+    """Those of VLATTN_CUDA_TARGETS, as CMake writes them; without it, empty: those of CMakeLists.txt."""
+    asked = os.environ.get("VLATTN_CUDA_TARGETS", "")
+    target = r"\d+[af]?-(real|virtual)"
+    if asked and not re.fullmatch(f"{target}(;{target})*", asked):
+        raise SystemExit(f"VLATTN_CUDA_TARGETS must be like 80-real;90a-real;100-virtual or unset; got {asked!r}")
+    return asked
+
+
 def older(version: str, than: tuple[int, int]) -> bool:
     return tuple(map(int, re.findall(r"\d+", version)[:2])) < than
 
@@ -173,9 +190,14 @@ def cuda_obstacle(asked: str) -> str | None:
         return "it is built on Linux only"
     if reason := missing("nvcc", "cmake", "ninja"):
         return reason
-    if older(nvcc_version(), (12, 8)):
+    newest = max(map(int, re.findall(r"(\d+)[af]?-", cuda_targets() or "100-real")))
+    if older(nvcc_version(), (12, 8)) and newest >= 100:
         return f"nvcc {nvcc_version()} was found, and sm_100 needs 12.8 or newer"
     return "this torch is not built for CUDA; VLATTN_CUDA=1 builds anyway" if asked != "1" and torch_without_cuda() else None
+
+
+def cuda_options() -> list[str]:
+    return [f"-DVLATTN_TARGETS={cuda_targets()}"] if cuda_targets() else []
 
 
 def cuda_facts(folder: Path) -> dict[str, object]:
@@ -183,7 +205,7 @@ def cuda_facts(folder: Path) -> dict[str, object]:
 
 
 CPU = Kernels("cpu", "CPU C++", cpu_obstacle, lambda: ["-DVLATTN_CPU=ON"], cpu_facts, ROOT / "build" / "install")
-CUDA = Kernels("cuda", "CUDA C++", cuda_obstacle, list, cuda_facts)
+CUDA = Kernels("cuda", "CUDA C++", cuda_obstacle, cuda_options, cuda_facts)
 BOTH = (CPU, CUDA)
 
 

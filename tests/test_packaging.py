@@ -226,6 +226,32 @@ def test_the_library_is_built_into_the_wheel(asked, tmp_path):
     assert built.endswith(f"--parallel {os.cpu_count()}")
 
 
+def test_targets_and_jobs_are_those_that_are_asked_for(tmp_path):
+    environment = machine(tmp_path / "machine", nvcc="release 12.4, V12.4.1") | {"VLATTN_CUDA": "1", "MAX_JOBS": "3"}
+    done = build(copied(tmp_path / "source"), tmp_path, environment | {"VLATTN_CUDA_TARGETS": "80-real;90a-real"})
+    assert done.returncode == 0, done.stderr
+    configured, built = (tmp_path / "machine" / "bin" / "cmake.log").read_text().splitlines()
+    assert configured.endswith(" -DVLATTN_TARGETS=80-real;90a-real") and built.endswith("--parallel 3")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("MAX_JOBS", "0", "MAX_JOBS must be a positive integer or unset; got '0'"),
+        ("MAX_JOBS", "all", "MAX_JOBS must be a positive integer or unset; got 'all'"),
+        ("VLATTN_CUDA_TARGETS", "sm_90", "VLATTN_CUDA_TARGETS must be like 80-real;90a-real;100-virtual or unset; got 'sm_90'"),
+        (
+            "VLATTN_CUDA_TARGETS",
+            "80-real;",
+            "VLATTN_CUDA_TARGETS must be like 80-real;90a-real;100-virtual or unset; got '80-real;'",
+        ),
+    ],
+)
+def test_targets_and_jobs_that_are_none(variable, value, words, tmp_path):
+    done = build(copied(tmp_path / "source"), tmp_path, machine(tmp_path / "machine") | {variable: value})
+    assert done.returncode != 0 and words in done.stderr
+
+
 def test_a_library_does_not_outlive_its_install(tmp_path):
     """One tree, three installs: with the library, without it, and one whose build fails."""
     source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine")

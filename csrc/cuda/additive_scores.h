@@ -165,6 +165,14 @@ __device__ __forceinline__ float tanh_of(float x) {
     return copysignf((1.0f - e) * fast_reciprocal(1.0f + e), x);
 }
 
+// The reciprocal of a product of two denominators. EXACT, for float32: with a step of Newton's. The ulp by which one instruction
+// may be off would be most of the error of the scores and of their gradients.
+template <bool EXACT>
+__device__ __forceinline__ float reciprocal_of(float x) {
+    const float r = fast_reciprocal(x);
+    return EXACT ? fmaf(r, fmaf(-x, r, 1.0f), r) : r;
+}
+
 // The denominator 1 + e^-2x e^-2y. CLAMPED: since the product of two might overflow, what is added to 1 is held at CLAMP.
 template <bool CLAMPED>
 __device__ __forceinline__ float denominator(float u, float v) {
@@ -197,7 +205,7 @@ __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared
                 for (int c = 0; c < 4; ++c) {
                     const float d1 = denominator<CLAMPED>(u1[i], v1[c]), d2 = denominator<CLAMPED>(u2[i], v2[c]);
                     float& sum = halves[i / 2][k][c / 2][i % 2 * 2 + c % 2];
-                    const float both = fmaf(w.x, d2, w.y * d1), reciprocal = fast_reciprocal(d1 * d2);
+                    const float both = fmaf(w.x, d2, w.y * d1), reciprocal = reciprocal_of<EXACT>(d1 * d2);
                     sum = EXACT ? sum + fmaf(both, reciprocal, -0.5f * (w.x + w.y)) : fmaf(both, reciprocal, sum);
                 }
             }
@@ -268,7 +276,7 @@ __device__ __forceinline__ int first_unit(int chunk) { return chunk * 64 + stati
 __device__ __forceinline__ int grad_row(int i) { return row_at(i / 4 * 32 + static_cast<int>(threadIdx.x) % 8 * 4 + i % 4); }
 
 // Adds a tile's gradient g (COLUMNS, GRAD_STRIDE), its rows in the order of the exponentials. Two units share one reciprocal.
-template <bool VECTOR, bool CLAMPED, int CHUNKS>
+template <bool EXACT, bool VECTOR, bool CLAMPED, int CHUNKS>
 __device__ __forceinline__ void through_pairs(UnitGrads<CHUNKS>& sum, const float* g, const Shared& shared, int A) {
     const int place = threadIdx.x % 8 * 4;
 #pragma unroll
@@ -296,7 +304,7 @@ __device__ __forceinline__ void through_pairs(UnitGrads<CHUNKS>& sum, const floa
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const float d1 = denominator<CLAMPED>(u[j][i], v[j]), d2 = denominator<CLAMPED>(u[j + 1][i], v[j + 1]);
-                    const float r = fast_reciprocal(d1 * d2), q1 = fmaf(r, d2, -0.5f), q2 = fmaf(r, d1, -0.5f);
+                    const float r = reciprocal_of<EXACT>(d1 * d2), q1 = fmaf(r, d2, -0.5f), q2 = fmaf(r, d1, -0.5f);
                     sum.rows[chunk][j][i] = fmaf(grad[i], fmaf(-q1, q1, 0.25f), sum.rows[chunk][j][i]);
                     sum.rows[chunk][j + 1][i] = fmaf(grad[i], fmaf(-q2, q2, 0.25f), sum.rows[chunk][j + 1][i]);
                     along1 = fmaf(grad[i], q1, along1);

@@ -28,14 +28,17 @@ struct Masks {
     const uint8_t* keys;
     int64_t num_keys;
 
-    // The base-2 logit with the masks applied: -inf where query i does not see key j. Only -inf in a float mask masks a pair; a
-    // finite value is data, however large, and NaN stays NaN.
+    // The base-2 logit with the masks applied: -inf where query i does not see key j.
     __device__ __forceinline__ float apply(float log2_logit, int64_t b, int64_t h, int64_t i, int64_t j) const {
+        if (causal && j > i) return -INFINITY;
+        if (keys && !keys[b * num_keys + j]) return -INFINITY;
+        return kind == NONE ? log2_logit : with_pair(log2_logit, b * batch + h * head + i * row + j * column);
+    }
+
+    // With attn_mask's element `at` applied. Only -inf in a float mask masks a pair; a finite value is data, however large, and NaN
+    // stays NaN.
+    __device__ __forceinline__ float with_pair(float log2_logit, int64_t at) const {
         const float masked = -INFINITY;
-        if (causal && j > i) return masked;
-        if (keys && !keys[b * num_keys + j]) return masked;
-        if (kind == NONE) return log2_logit;
-        const int64_t at = b * batch + h * head + i * row + j * column;
         if (kind == BOOL) return static_cast<const uint8_t*>(pairs)[at] ? log2_logit : masked;
         const float added = static_cast<const float*>(pairs)[at];
         if (added == masked) return masked;

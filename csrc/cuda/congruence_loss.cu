@@ -110,13 +110,10 @@ struct Sample {
     // logits: that is left to the step that takes off the greatest, so that both round once.
     __device__ __forceinline__ void products(float (&s)[2][4], const Rows16<T, K>& rows, int k) const {
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (float& x : reinterpret_cast<float(&)[8]>(s)) x = 0.0f;
+        product_with_rows(s, rows, tile, k);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) s[n][i] = 0.0f;
-            product_with_rows(s[n], rows, tile, k + n * 8);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[n][i] = copysignf(1.0f, call.scale) * s[n][i];
-        }
+        for (float& x : reinterpret_cast<float(&)[8]>(s)) x *= copysignf(1.0f, call.scale);
     }
 
     // The same where the columns are keys, -inf where there is no token.

@@ -76,8 +76,8 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
 #else
 
 inline void* shared_memory() { return emulation::shared_memory(); }
-inline float fast_exp2(float x) { return exp2f(x); }
-inline float fast_reciprocal(float x) { return 1.0f / x; }
+inline float fast_exp2(float x) { return emulation::approximate(x, exp2f(x)); }
+inline float fast_reciprocal(float x) { return emulation::approximate(x, 1.0f / x); }
 
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t, Params... args) {

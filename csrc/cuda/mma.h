@@ -115,22 +115,35 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit numbers from shared memory, transposed: lane i gives the address of row i % 8 of matrix i / 8 (8
-// numbers, 16-byte aligned) and gets of each matrix rows 2t, 2t+1 at column g.
-__device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* row) {
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives the address of row i % 8 of matrix i / 8 (8 numbers,
+// 16-byte aligned) and gets of each matrix columns 2t, 2t+1 of row g; TRANSPOSED: rows 2t, 2t+1 of column g.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
 #ifndef VLATTN_HOST
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-                 : "memory");
+    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    if constexpr (TRANSPOSED) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(from)
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(from)
+                     : "memory");
+    }
 #else
-    using Row = const uint16_t*;
-    struct Result {
+    struct Eight {
         uint16_t x[8];
-    };
-    Result result = emulation::warp_wide<Row, Result>(static_cast<Row>(row), [](const Row* rows, Result* results) {
-        for (int lane = 0; lane < WARP; ++lane)
-            for (int i = 0; i < 8; ++i) results[lane].x[i] = rows[i / 2 * 8 + lane % 4 * 2 + i % 2][lane / 4];
+    } eight;
+    memcpy(&eight, row, sizeof(eight));  // by the lane that names it
+    Eight result = emulation::warp_wide<Eight, Eight>(eight, [](const Eight* rows, Eight* results) {
+        for (int lane = 0; lane < WARP; ++lane) {
+            for (int i = 0; i < 8; ++i) {
+                const int apart = lane % 4 * 2 + i % 2, first = i / 2 * 8;
+                results[lane].x[i] = TRANSPOSED ? rows[first + apart].x[lane / 4] : rows[first + lane / 4].x[apart];
+            }
+        }
     });
     memcpy(x, result.x, sizeof(x));
 #endif
@@ -148,6 +161,21 @@ struct Rows16 {
     uint32_t a[K / 16][4];
 
     __device__ void load(const T* p, int64_t stride, int64_t first, int64_t num_rows, int num_cols) {
+        if (num_cols % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(p) % 4 == 0) {
+            p += (first + lane_row()) * stride + lane_column() * 2;
+            const bool exists[2] = {first + lane_row() < num_rows, first + lane_row() + 8 < num_rows};
+#pragma unroll
+            for (int s = 0; s < K / 16; ++s) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int col = s * 16 + i / 2 * 8;
+                    a[s][i] = 0;
+                    if (exists[i % 2] && col + lane_column() * 2 < num_cols)
+                        a[s][i] = *reinterpret_cast<const uint32_t*>(p + i % 2 * 8 * stride + col);
+                }
+            }
+            return;
+        }
 #pragma unroll
         for (int s = 0; s < K / 16; ++s) {
 #pragma unroll
@@ -161,12 +189,19 @@ struct Rows16 {
             }
         }
     }
+
+    // Times -1.
+    __device__ __forceinline__ void negate() {
+#pragma unroll
+        for (int i = 0; i < K / 4; ++i) a[i / 4][i % 4] ^= 0x80008000u;
+    }
 };
 
 template <int K>
 struct Rows16<float, K> {
     const float* row[2];  // null: a row of zeros
-    int num_cols;
+    int num_cols, vector_cols;  // the columns; and how many of them are read by fours
+    float sign;
 
     __device__ void load(const float* p, int64_t stride, int64_t first, int64_t num_rows, int columns) {
         for (int i = 0; i < 2; ++i) {
@@ -174,31 +209,64 @@ struct Rows16<float, K> {
             row[i] = at < num_rows ? p + at * stride : nullptr;
         }
         num_cols = columns;
+        const bool aligned = stride % 4 == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+        vector_cols = aligned ? columns / 4 * 4 : 0;
+        sign = 1.0f;
     }
+
+    __device__ __forceinline__ void negate() { sign = -sign; }
 };
 
-// c (16,8) += left (16,K) tile^T: the dot products of 16 rows with rows n .. n+7 of a tile.
-template <class T, int K, class Order = InOrder>
-__device__ __forceinline__ void product_with_rows(float (&c)[4], const Rows16<T, K>& left, const T* tile, int n) {
+// c (16,8 NT) += left (16,K) tile^T: the dot products of 16 rows with rows n .. n + 8 NT - 1 of a tile.
+template <class T, int K, class Order = InOrder, int NT>
+__device__ __forceinline__ void product_with_rows(float (&c)[NT][4], const Rows16<T, K>& left, const T* tile, int n) {
     constexpr int LD = tile_stride<T, K>();
     if constexpr (std::is_same_v<T, float>) {
-        const float* x = tile + Order::row(n + lane_column() * 2) * LD;
-        const float* y = tile + Order::row(n + lane_column() * 2 + 1) * LD;
-#pragma unroll 4
-        for (int k = 0; k < left.num_cols; ++k) {
-            const float upper = left.row[0] ? left.row[0][k] : 0.0f, lower = left.row[1] ? left.row[1][k] : 0.0f;
-            c[0] = fmaf(upper, x[k], c[0]);
-            c[1] = fmaf(upper, y[k], c[1]);
-            c[2] = fmaf(lower, x[k], c[2]);
-            c[3] = fmaf(lower, y[k], c[3]);
-        }
-    } else {
-        const T* row = tile + Order::row(n + lane_row()) * LD + lane_column() * 2;
+        const float* x[NT][2];
+        float sum[NT][4] = {};
 #pragma unroll
-        for (int s = 0; s < K / 16; ++s) {
-            const uint32_t b[2] = {
-                *reinterpret_cast<const uint32_t*>(row + s * 16), *reinterpret_cast<const uint32_t*>(row + s * 16 + 8)};
-            mma_16x8x16<T>(c, left.a[s], b);
+        for (int i = 0; i < 2 * NT; ++i) x[i / 2][i % 2] = tile + Order::row(n + i / 2 * 8 + lane_column() * 2 + i % 2) * LD;
+        const auto add = [&](int i, float upper, float lower, float first, float second) {
+            sum[i][0] = fmaf(upper, first, sum[i][0]);
+            sum[i][1] = fmaf(upper, second, sum[i][1]);
+            sum[i][2] = fmaf(lower, first, sum[i][2]);
+            sum[i][3] = fmaf(lower, second, sum[i][3]);
+        };
+        const float4 zeros = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+        for (int k = 0; k < left.vector_cols; k += 4) {
+            const float4 upper = left.row[0] ? *reinterpret_cast<const float4*>(left.row[0] + k) : zeros;
+            const float4 lower = left.row[1] ? *reinterpret_cast<const float4*>(left.row[1] + k) : zeros;
+#pragma unroll
+            for (int i = 0; i < NT; ++i) {
+                const float4 first = *reinterpret_cast<const float4*>(x[i][0] + k);
+                const float4 second = *reinterpret_cast<const float4*>(x[i][1] + k);
+                add(i, upper.x, lower.x, first.x, second.x);
+                add(i, upper.y, lower.y, first.y, second.y);
+                add(i, upper.z, lower.z, first.z, second.z);
+                add(i, upper.w, lower.w, first.w, second.w);
+            }
+        }
+#pragma unroll 1
+        for (int k = left.vector_cols; k < left.num_cols; ++k) {
+            const float upper = left.row[0] ? left.row[0][k] : 0.0f, lower = left.row[1] ? left.row[1][k] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < NT; ++i) add(i, upper, lower, x[i][0][k], x[i][1][k]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * NT; ++i) c[i / 4][i % 4] = fmaf(left.sign, sum[i / 4][i % 4], c[i / 4][i % 4]);
+    } else {
+        static_assert(K % 32 == 0, "two steps share a load");
+        const T* row = tile + lane_index() / 8 * 8;
+#pragma unroll
+        for (int s = 0; s < K / 16; s += 2) {
+            uint32_t b[NT][4];
+#pragma unroll
+            for (int i = 0; i < NT; ++i) load_matrices<false>(b[i], row + Order::row(n + i * 8 + lane_index() % 8) * LD + s * 16);
+#pragma unroll
+            for (int i = 0; i < NT; ++i) mma_16x8x16<T>(c[i], left.a[s], {b[i][0], b[i][1]});
+#pragma unroll
+            for (int i = 0; i < NT; ++i) mma_16x8x16<T>(c[i], left.a[s + 1], {b[i][2], b[i][3]});
         }
     }
 }
@@ -230,7 +298,7 @@ __device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], con
 #pragma unroll
         for (int n = 0; n < N / 8; n += 2) {
             uint32_t x[4];
-            load_transposed(x, row + n * 8);
+            load_matrices<true>(x, row + n * 8);
             mma_16x8x16<T>(out[n], a, {x[0], x[1]});
             mma_16x8x16<T>(out[n + 1], a, {x[2], x[3]});
         }

@@ -2,10 +2,13 @@
 //
 // Shapes: query (B,H,N,D), key (B,key_heads,M,D), value (B,key_heads,M,DV), r (B,T,N) -> r_abar (B,T,M); N, M <= 256.
 // Roofline: for 16-bit types memory and the tensor cores about equally at N = M = 200 and D = 64 (7 products of 2 N M D
-// operations against 8 tensors of N D numbers in the backward pass). Memory below that. For few samples, the launch itself.
+// operations against 8 tensors of N D numbers in the backward pass). Memory below that. For few samples, the launch itself. In
+// float32 the multiply-adds: 32 of them take six loads, of four numbers each.
 // Trick: all keys of a head, and later all queries, fit into shared memory. One block takes a sample through both passes of the
 // gradient: first with queries as rows (dQ and the statistics of each row), then with keys as rows (dK, dV). r Abar, a sum over
 // queries and heads, is computed by the lanes that own the keys, so only T numbers per key and head go to memory and back.
+// What masks and edges cost is kept off the whole tiles before them: there the scale and the subtraction of the largest logit are
+// one instruction, and no pair is looked at. Which keys are seen is a bit of each, in shared memory.
 // Why CUDA C++: one block goes through both layouts of the work, head after head, with barriers between them. Our Triton kernels
 // need a launch for each layout and one more to add the partial sums of r Abar of the key heads. Few samples are cut into ranges
 // of heads to fill the GPU. Only then r Abar has partial sums here, which a second kernel adds in order, and row sums over all
@@ -18,8 +21,9 @@
 namespace vlattn {
 namespace {
 
-constexpr int SLAB = 16;  // rows of a warp at a time, and columns of one step
-constexpr int MAX_WARPS = 8;
+constexpr int SLAB = 16;  // rows of a warp at a time, and columns of a step with masks or at an edge
+constexpr int MAX_WARPS = 8, MAX_ROWS = 256;
+constexpr size_t KEY_BYTES = MAX_ROWS / 8;  // a bit of each key
 enum Passes { QUERY_ROWS = 1, KEY_ROWS = 2 };
 
 // Rows of r in one sweep: as many as fit into registers and 99 KB of shared memory.
@@ -40,29 +44,61 @@ __device__ __forceinline__ T* next_tile(T* tile, int64_t rows) {
     return tile + round_up(static_cast<int>(rows), SLAB) * tile_stride<T, WIDTH>();
 }
 
-// Dot products of 16 rows with rows first .. first+15 of a tile.
-template <class T, int WIDTH>
-__device__ __forceinline__ void products(float (&x)[2][4], const Rows16<T, WIDTH>& left, const T* tile, int first) {
-    for (int half = 0; half < 2; ++half) {
-        for (float& value : x[half]) value = 0.0f;
-        product_with_rows<T, WIDTH>(x[half], left, tile, first + half * 8);
-    }
+// Dot products of 16 rows with rows first .. first + 8 NT - 1 of a tile.
+template <class T, int WIDTH, int NT>
+__device__ __forceinline__ void products(float (&x)[NT][4], const Rows16<T, WIDTH>& left, const T* tile, int first) {
+#pragma unroll
+    for (int i = 0; i < 4 * NT; ++i) x[i / 4][i % 4] = 0.0f;
+    product_with_rows<T, WIDTH>(x, left, tile, first);
 }
 
 // Row and column of number e in half `half` of a lane's 16 x 16 products.
 __device__ __forceinline__ int row_of(int e) { return lane_row() + e / 2 * 8; }
 __device__ __forceinline__ int column_of(int half, int e) { return half * 8 + lane_column() * 2 + e % 2; }
 
-// Base-2 logits from products, -inf where a pair is masked or does not exist.
-template <bool KEYS_ARE_ROWS>
-__device__ __forceinline__ void to_logits(float (&x)[2][4], const Relevancy& call, int b, int h, int row, int column) {
-    const float scale = call.scale * LOG2_E;
+// Bit j % 32 of word j / 32: whether there is a key j and key_mask lets it be seen. By all threads; the caller has the barriers.
+__device__ __forceinline__ void stage_keys(uint32_t* bits, const Relevancy& call, int b) {
+    const uint8_t* mask = call.masks.keys ? call.masks.keys + b * call.M : nullptr;
+    for (int j = threadIdx.x; j < MAX_ROWS; j += blockDim.x) {
+        const uint32_t word = __ballot_sync(ALL_LANES, j < call.M && (!mask || mask[j]));
+        if (lane_index() == 0) bits[j / WARP] = word;
+    }
+}
+
+// How many keys, in whole slabs, are seen before the first that is not.
+__device__ __forceinline__ int whole_keys(const uint32_t* bits) {
+    int whole = 0;
+    while (whole < MAX_ROWS && bits[whole / WARP] == 0xffffffffu) whole += WARP;
+    return whole < MAX_ROWS && (bits[whole / WARP] & 0xffffu) == 0xffffu ? whole + SLAB : whole;
+}
+
+// Products are made for a scale of at least 0, so that the greatest product is the greatest logit: one operand takes the sign.
+__device__ __forceinline__ float log2_scale(const Relevancy& call) { return fabsf(call.scale) * LOG2_E; }
+template <class T, int WIDTH>
+__device__ __forceinline__ void load_signed(Rows16<T, WIDTH>& x, const Rows& from, const Relevancy& call, int b, int h, int first,
+                                            int64_t num_rows) {
+    x.load(from.at<const T>(b, h), from.row, first, num_rows, call.D);
+    if (call.scale < 0.0f) x.negate();
+}
+
+// Base-2 logits from products at an edge or under masks: -inf where a pair is masked or does not exist. PAIRS: there is an
+// attn_mask. Without KEYS_ARE_ROWS `bits` has the keys; with it keys that are not seen are left to the caller.
+template <bool PAIRS, bool KEYS_ARE_ROWS>
+__device__ __forceinline__ void to_logits(float (&x)[2][4], const Relevancy& call, const uint32_t* bits, int b, int h, int row,
+                                          int column) {
+    const float scale = log2_scale(call);
+    const int N = static_cast<int>(call.N), M = static_cast<int>(call.M);
+    const uint32_t seen = KEYS_ARE_ROWS ? 0 : bits[column / WARP] >> column % WARP;
+    const int64_t head = b * call.masks.batch + h * call.masks.head;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-        const int first = row + row_of(n % 4), second = column + column_of(n / 4, n % 4);
+        const int first = row + row_of(n % 4), apart = column_of(n / 4, n % 4), second = column + apart;
         const int i = KEYS_ARE_ROWS ? second : first, j = KEYS_ARE_ROWS ? first : second;
+        bool visible = KEYS_ARE_ROWS ? i < N : seen >> apart & 1;
+        if (call.masks.causal) visible = visible && j <= i;
         float& y = x[n / 4][n % 4];
-        y = i < call.N && j < call.M ? call.masks.apply(y * scale, b, h, i, j) : -INFINITY;
+        y = visible ? y * scale : -INFINITY;
+        if (PAIRS && visible && i < N && j < M) y = call.masks.with_pair(y, head + i * call.masks.row + j * call.masks.column);
     }
 }
 
@@ -75,24 +111,37 @@ struct Softmax {
     // What is subtracted from logits. It is finite, or +inf for a fully masked row with has_lse: its probabilities are 0.
     __device__ __forceinline__ float shift(int r) const { return top[r] == -INFINITY ? 0.0f : top[r]; }
 
-    // Turns logits into powers. Earlier sums must be multiplied by `shrink`.
-    __device__ __forceinline__ void add(float (&x)[2][4], float (&shrink)[2]) {
+    // Turns products into powers, or with LOGITS logits. Earlier sums must be multiplied by `shrink`.
+    template <bool LOGITS, int NT>
+    __device__ __forceinline__ void add(float (&x)[NT][4], float scale, float (&shrink)[2]) {
+        float off[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             shrink[r] = 1.0f;
-            if (has_lse) continue;
-            const float before = top[r];
-            const float here = fmaxf(fmaxf(x[0][2 * r], x[0][2 * r + 1]), fmaxf(x[1][2 * r], x[1][2 * r + 1]));
-            top[r] = fmaxf(before, row_max(here));
-            shrink[r] = fast_exp2(before - shift(r));
-            total[r] *= shrink[r];
+            if (!has_lse) {
+                const float before = top[r];
+                float here = fmaxf(x[0][2 * r], x[0][2 * r + 1]);
+#pragma unroll
+                for (int n = 1; n < NT; ++n) here = fmaxf(here, fmaxf(x[n][2 * r], x[n][2 * r + 1]));
+                here = row_max(here);
+                top[r] = fmaxf(before, LOGITS ? here : here * scale);
+                shrink[r] = fast_exp2(before - shift(r));
+                total[r] *= shrink[r];
+            }
+            off[r] = shift(r);
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 4 * NT; ++i) {
             float& y = x[i / 4][i % 4];
-            y = fast_exp2(y - shift(i % 4 / 2));
+            y = power<LOGITS>(y, scale, off[i % 4 / 2]);
             total[i % 4 / 2] += y;
         }
+    }
+
+    // 2^(logit - shift)
+    template <bool LOGIT>
+    static __device__ __forceinline__ float power(float x, float scale, float shift) {
+        return fast_exp2(LOGIT ? x - shift : fmaf(x, scale, -shift));
     }
 };
 
@@ -133,34 +182,54 @@ __device__ __forceinline__ int key_end(const Relevancy& call, int first) {
     return call.masks.causal && first + SLAB < end ? first + SLAB : end;
 }
 
+// And every one of them sees all keys up to here, of which there are `seen` without a hole.
+__device__ __forceinline__ int whole_end(const Relevancy& call, int seen, int first) {
+    return call.masks.causal && first < seen ? first : seen;
+}
+
 // ---- forward: one block per head
 
-template <class T, int WIDTH>
-__global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(Relevancy call) {
+// Whole tiles have no masks, and of 16-bit types two slabs of keys at a time, which share the work on `out`.
+template <class T, int WIDTH, bool PAIRS>
+__global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(const __grid_constant__ Relevancy call) {
+    constexpr int WHOLE = sizeof(T) == 2 ? 4 : 2;  // by eight keys
     const int heads = static_cast<int>(call.H), b = blockIdx.x / heads, h = blockIdx.x % heads;
     const int key_head = h / (heads / static_cast<int>(call.key_heads));
     T* keys = static_cast<T*>(shared_memory());
     T* values = next_tile<T, WIDTH>(keys, call.M);
+    uint32_t* bits = reinterpret_cast<uint32_t*>(next_tile<T, WIDTH>(values, call.M));
     stage_head<T, WIDTH>(keys, call.key, b, key_head, call.M, call.D);
     stage_head<T, WIDTH>(values, call.value, b, key_head, call.M, call.DV);
+    stage_keys(bits, call, b);
     __syncthreads();
+    const int seen = PAIRS ? 0 : whole_keys(bits);
+    const float scale = log2_scale(call);
     for (int first = first_row(); first < call.N; first += next_rows()) {
         Rows16<T, WIDTH> query;
-        query.load(call.query.at<const T>(b, h), call.query.row, first, call.N, call.D);
+        load_signed<T, WIDTH>(query, call.query, call, b, h, first, call.N);
         float out[WIDTH / 8][4] = {};
         Softmax softmax;
-        for (int k = 0; k < key_end(call, first); k += SLAB) {
-            float p[2][4], shrink[2];
+        const auto step = [&](auto edge, int k) {
+            constexpr bool EDGE = decltype(edge)::value;
+            constexpr int NT = EDGE ? 2 : WHOLE;
+            float p[NT][4], shrink[2];
             products<T, WIDTH>(p, query, keys, k);
-            to_logits<false>(p, call, b, h, first, k);
-            softmax.add(p, shrink);
+            if constexpr (EDGE) to_logits<PAIRS, false>(p, call, bits, b, h, first, k);
+            softmax.add<EDGE>(p, scale, shrink);
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
             }
-            product_with_columns<T, WIDTH>(out, p, values, k);
-        }
+#pragma unroll
+            for (int n = 0; n < NT; n += 2)
+                product_with_columns<T, WIDTH>(out, reinterpret_cast<float(&)[2][4]>(p[n]), values, k + n * 8);
+        };
+        const int end = key_end(call, first), whole = whole_end(call, seen, first) / (8 * WHOLE) * (8 * WHOLE);
+#pragma unroll 1
+        for (int k = 0; k < whole; k += 8 * WHOLE) step(std::false_type(), k);
+#pragma unroll 1
+        for (int k = whole; k < end; k += SLAB) step(std::true_type(), k);
         float factor[2];
         for (int r = 0; r < 2; ++r) {
             const float total = row_sum(softmax.total[r]);
@@ -214,8 +283,8 @@ __device__ __forceinline__ void dot_rows(float (&sum)[2], const Rows16<T, WIDTH>
 }
 
 // Queries as rows: their statistics, and dQ.
-template <class T, int WIDTH>
-__device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, T* values) {
+template <class T, int WIDTH, bool PAIRS>
+__device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, T* values, const uint32_t* bits) {
     const bool gradients = with_gradients(call), sums = with_sums(call), dp_of_sums = sums && call.by_gradient;
     const bool own_lse = gradients || call.out.data;  // otherwise it is the caller's and may count keys that are not here
     const bool may_be_coarse = own_lse || call.masks.kind == Masks::ADDED;
@@ -225,12 +294,13 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
         if (gradients || dp_of_sums) stage_head<T, WIDTH>(values, call.value, b, key_head, call.M, call.DV);
         __syncthreads();
     }
-    const int group = static_cast<int>(call.H / call.key_heads);
+    const int group = static_cast<int>(call.H / call.key_heads), seen = PAIRS ? 0 : whole_keys(bits);
+    const float log2_of_scale = log2_scale(call);
     for (int h = key_head * group; h < (key_head + 1) * group; ++h) {
         for (int first = first_row(); first < call.N; first += next_rows()) {
             const int64_t at = (static_cast<int64_t>(b) * call.H + h) * call.N + first;
             Rows16<T, WIDTH> query, grad;
-            query.load(call.query.at<const T>(b, h), call.query.row, first, call.N, call.D);
+            load_signed<T, WIDTH>(query, call.query, call, b, h, first, call.N);
             const int64_t grad_end = gradients || dp_of_sums ? call.N : 0;
             grad.load(call.grad_out.at<const T>(b, h), call.grad_out.row, first, grad_end, call.DV);
             Softmax rows;
@@ -255,13 +325,14 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
             for (int sweep = sums || !rows.has_lse ? 0 : 1; sweep < (gradients ? 2 : 1); ++sweep) {
                 const bool with_dp = sweep == 1 || dp_of_sums || (gradients && !rows.has_lse);
                 float moment[2] = {0.0f, 0.0f}, positive[2] = {0.0f, 0.0f};  // sums of P dP and of relu(P dP)
-                for (int k = 0; k < key_end(call, first); k += SLAB) {
+                const auto step = [&](auto edge, int k) {
+                    constexpr bool EDGE = decltype(edge)::value;
                     float p[2][4], dp[2][4] = {}, shrink[2];
                     products<T, WIDTH>(p, query, keys, k);
-                    to_logits<false>(p, call, b, h, first, k);
+                    if constexpr (EDGE) to_logits<PAIRS, false>(p, call, bits, b, h, first, k);
                     if (with_dp) products<T, WIDTH>(dp, grad, values, k);
                     if (sweep == 0) {
-                        rows.add(p, shrink);
+                        rows.add<EDGE>(p, log2_of_scale, shrink);
                         for (int r = 0; r < 2; ++r) moment[r] *= shrink[r], positive[r] *= shrink[r];
 #pragma unroll
                         for (int i = 0; i < 8; ++i) {
@@ -274,11 +345,16 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
                         for (int i = 0; i < 8; ++i) {
                             const int r = i % 4 / 2;
                             float& x = p[i / 4][i % 4];
-                            x = fast_exp2(x - shift[r]) * weight[r] * (dp[i / 4][i % 4] - delta[r]);
+                            x = Softmax::power<EDGE>(x, log2_of_scale, shift[r]) * weight[r] * (dp[i / 4][i % 4] - delta[r]);
                         }
                         product_with_columns<T, WIDTH>(grad_query, p, keys, k);
                     }
-                }
+                };
+                const int end = key_end(call, first), whole = whole_end(call, seen, first);
+#pragma unroll 1
+                for (int k = 0; k < whole; k += SLAB) step(std::false_type(), k);
+#pragma unroll 1
+                for (int k = whole; k < end; k += SLAB) step(std::true_type(), k);
                 for (int r = 0; r < 2 && sweep == 0; ++r) {
                     const float total = row_sum(rows.total[r]), mean = row_sum(moment[r]);
                     float factor = weight[r];
@@ -329,16 +405,18 @@ __device__ void stage_columns(float* columns, int length, const Relevancy& call,
 
 // Keys as rows: with `gradients` dK and dV of one key head, and its share of r Abar for rows of r from `carried` on, added to
 // `r_abar` (T,M).
-template <class T, int WIDTH>
+template <class T, int WIDTH, bool PAIRS>
 __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_head, T* queries, T* grads, float* columns,
                          int carried, float* r_abar) {
     const int group = static_cast<int>(call.H / call.key_heads), length = round_up(static_cast<int>(call.N), SLAB);
     const int left = static_cast<int>(call.T) - carried, num_rows = left < CARRIED<T, WIDTH> ? left : CARRIED<T, WIDTH>;
-    const bool with_dp = gradients || call.by_gradient;
+    const bool with_dp = gradients || call.by_gradient, causal = call.masks.causal;
+    const int N = static_cast<int>(call.N), whole_queries = N / SLAB * SLAB;
+    const float log2_of_scale = log2_scale(call);
     for (int round = 0; round < call.M; round += next_rows()) {
         const int first = round + first_row();
         Rows16<T, WIDTH> key, value;
-        key.load(call.key.at<const T>(b, key_head), call.key.row, first, call.M, call.D);
+        load_signed<T, WIDTH>(key, call.key, call, b, key_head, first, call.M);
         value.load(call.value.at<const T>(b, key_head), call.value.row, first, with_dp ? call.M : 0, call.DV);
         float grad_key[WIDTH / 8][4] = {}, grad_value[WIDTH / 8][4] = {}, sums[CARRIED<T, WIDTH>][2] = {};
         for (int h = key_head * group; h < (key_head + 1) * group; ++h) {
@@ -350,36 +428,61 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
                 __syncthreads();
             }
             if (first >= call.M) continue;
-            for (int q = call.masks.causal ? first : 0; q < call.N; q += SLAB) {  // earlier queries see none of these keys
+            // keys that are not seen have rows of their own, which are not stored
+            const auto step = [&](auto edge, int q) {
+                constexpr bool EDGE = decltype(edge)::value;
                 float p[2][4], dp[2][4] = {};
                 products<T, WIDTH>(p, key, queries, q);
-                to_logits<true>(p, call, b, h, first, q);
+                if constexpr (EDGE) to_logits<PAIRS, true>(p, call, nullptr, b, h, first, q);
                 if (with_dp) products<T, WIDTH>(dp, value, grads, q);
+                const float* at = columns + q + lane_column() * 2;
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const int column = q + column_of(i / 4, i % 4);
-                    float& x = p[i / 4][i % 4];
-                    x = fast_exp2(x - columns[SHIFT * length + column]) * columns[WEIGHT * length + column];
+                for (int half = 0; half < 2; ++half) {
+                    const float2 shift = *reinterpret_cast<const float2*>(at + SHIFT * length + half * 8);
+                    const float2 weight = *reinterpret_cast<const float2*>(at + WEIGHT * length + half * 8);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        float& x = p[half][e];
+                        x = Softmax::power<EDGE>(x, log2_of_scale, e % 2 ? shift.y : shift.x) * (e % 2 ? weight.y : weight.x);
+                    }
                 }
                 if (gradients) product_with_columns<T, WIDTH>(grad_value, p, grads, q);
-#pragma unroll
-                for (int t = 0; t < CARRIED<T, WIDTH>; ++t) {
-                    if (t >= num_rows) continue;
+                if (num_rows > 0) {
+                    float share[2][4];
 #pragma unroll
                     for (int i = 0; i < 8; ++i) {
                         const float x = p[i / 4][i % 4], product = x * dp[i / 4][i % 4];
-                        const float share = !call.by_gradient ? x : product < 0.0f ? 0.0f : product;
-                        float& sum = sums[t][i % 4 / 2];
-                        sum = fmaf(share, columns[(3 + t) * length + q + column_of(i / 4, i % 4)], sum);
+                        share[i / 4][i % 4] = !call.by_gradient ? x : product < 0.0f ? 0.0f : product;
+                    }
+#pragma unroll
+                    for (int t = 0; t < CARRIED<T, WIDTH>; ++t) {
+                        if (t >= num_rows) break;
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const float2 r = *reinterpret_cast<const float2*>(at + (3 + t) * length + half * 8);
+#pragma unroll
+                            for (int e = 0; e < 4; ++e) sums[t][e / 2] = fmaf(share[half][e], e % 2 ? r.y : r.x, sums[t][e / 2]);
+                        }
                     }
                 }
-                if (!gradients) continue;
+                if (!gradients) return;
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const float delta = columns[DELTA * length + q + column_of(i / 4, i % 4)];
-                    p[i / 4][i % 4] *= dp[i / 4][i % 4] - delta;
+                for (int half = 0; half < 2; ++half) {
+                    const float2 delta = *reinterpret_cast<const float2*>(at + DELTA * length + half * 8);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) p[half][e] *= dp[half][e] - (e % 2 ? delta.y : delta.x);
                 }
                 product_with_columns<T, WIDTH>(grad_key, p, queries, q);
+            };
+            // under a causal mask earlier queries see none of these keys, and those of the first slab some
+            const int begin = causal ? first : 0, whole = causal ? first + SLAB : 0;
+            const int whole_end = PAIRS || whole_queries < whole ? whole : whole_queries;
+#pragma unroll 1
+            for (int q = whole; q < whole_end; q += SLAB) step(std::false_type(), q);
+#pragma unroll 1
+            for (int q = begin; q < N; q += SLAB) {
+                if (q == whole) q = whole_end;
+                if (q < N) step(std::true_type(), q);
             }
         }
         float scale[2], one[2];
@@ -401,14 +504,15 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
     }
 }
 
-template <class T, int WIDTH>
-__global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(Relevancy call, int passes) {
+template <class T, int WIDTH, bool PAIRS>
+__global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(const __grid_constant__ Relevancy call, int passes) {
     const int parts = call.parts, b = blockIdx.x / parts, part = blockIdx.x % parts, key_heads = static_cast<int>(call.key_heads);
     const int begin = part * key_heads / parts, end = (part + 1) * key_heads / parts;
     const int64_t rows = call.N > call.M ? call.N : call.M, size = call.T * call.M;
     T* first = static_cast<T*>(shared_memory());
     T* second = next_tile<T, WIDTH>(first, rows);
-    float* columns = reinterpret_cast<float*>(next_tile<T, WIDTH>(second, rows));
+    uint32_t* bits = reinterpret_cast<uint32_t*>(next_tile<T, WIDTH>(second, rows));
+    float* columns = reinterpret_cast<float*>(bits + MAX_ROWS / WARP);
     float* r_abar = (part == 0 ? call.r_abar : call.partial + (part - 1) * call.B * size) + b * size;
     if (passes & KEY_ROWS) {
         for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
@@ -421,14 +525,17 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(Rel
             r_abar[i] = kept;
         }
     }
+    stage_keys(bits, call, b);
+    __syncthreads();
     // row sums need all heads first; without them a head's keys follow its queries, while both are in the cache
     const int together = with_sums(call) ? end - begin : 1;
     for (int head = begin; head < end; head += together) {
-        for (int i = head; passes & QUERY_ROWS && i < head + together; ++i) query_rows<T, WIDTH>(call, b, i, first, second);
+        for (int i = head; passes & QUERY_ROWS && i < head + together; ++i)
+            query_rows<T, WIDTH, PAIRS>(call, b, i, first, second, bits);
         for (int i = head; passes & KEY_ROWS && i < head + together; ++i) {
             bool gradients = with_gradients(call);
             for (int t = 0; gradients || t < call.T; t += CARRIED<T, WIDTH>, gradients = false)
-                key_rows<T, WIDTH>(call, gradients, b, i, first, second, columns, t, r_abar);
+                key_rows<T, WIDTH, PAIRS>(call, gradients, b, i, first, second, columns, t, r_abar);
         }
     }
 }
@@ -449,24 +556,29 @@ int threads_for(int64_t rows) {
     return static_cast<int>(divide_up(slabs, divide_up(slabs, MAX_WARPS))) * WARP;
 }
 
-// Calls use(T(), width) with the tiles' width as a constant.
+// Calls use(T(), width, pairs) with the tiles' width, and whether there is an attn_mask, as constants. Causality and the key mask
+// take no instruction in whole tiles, and are no constants.
 template <class Use>
 cudaError_t with_shape(const Relevancy& call, Use use) {
     return with_type(call.dtype, [&](auto type) {
-        return std::max(call.D, call.DV) <= 64 ? use(type, std::integral_constant<int, 64>())
-                                               : use(type, std::integral_constant<int, 128>());
+        const auto with_width = [&](auto width) {
+            return call.masks.kind == Masks::NONE ? use(type, width, std::false_type()) : use(type, width, std::true_type());
+        };
+        return std::max(call.D, call.DV) <= 64 ? with_width(std::integral_constant<int, 64>())
+                                               : with_width(std::integral_constant<int, 128>());
     });
 }
 
-bool too_large(const Relevancy& call) { return std::max(call.D, call.DV) > 128; }
+bool too_large(const Relevancy& call) { return std::max(call.D, call.DV) > 128 || std::max(call.N, call.M) > MAX_ROWS; }
 
 cudaError_t relevancy_attention(const Relevancy& call, cudaStream_t stream) {
     if (too_large(call)) return cudaErrorInvalidValue;
-    return with_shape(call, [&](auto type, auto width) {
+    return with_shape(call, [&](auto type, auto width, auto pairs) {
         using T = decltype(type);
         constexpr int WIDTH = decltype(width)::value;
-        const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(call.M), SLAB));
-        return launch(relevancy_forward_kernel<T, WIDTH>, call.B * call.H, threads_for(call.N), shared, stream, call);
+        constexpr bool PAIRS = decltype(pairs)::value;
+        const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(call.M), SLAB)) + KEY_BYTES;
+        return launch(relevancy_forward_kernel<T, WIDTH, PAIRS>, call.B * call.H, threads_for(call.N), shared, stream, call);
     });
 }
 
@@ -475,15 +587,16 @@ cudaError_t relevancy_step(const Relevancy& call, cudaStream_t stream) {
     if (too_large(call) || call.parts < 1) return cudaErrorInvalidValue;
     const int parts = call.parts;
     const int64_t longest = std::max(call.N, call.M);
-    const cudaError_t status = with_shape(call, [&](auto type, auto width) {
+    const cudaError_t status = with_shape(call, [&](auto type, auto width, auto pairs) {
         using T = decltype(type);
         constexpr int WIDTH = decltype(width)::value;
+        constexpr bool PAIRS = decltype(pairs)::value;
         const size_t of_queries = sizeof(float) * (3 + std::min<int64_t>(call.T, CARRIED<T, WIDTH>));
-        const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(longest), SLAB)) +
+        const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(longest), SLAB)) + KEY_BYTES +
                               of_queries * round_up(static_cast<int>(call.N), SLAB);
         const auto run = [&](int passes) {
             return launch(
-                relevancy_backward_kernel<T, WIDTH>, call.B * parts, threads_for(longest), shared, stream, call, passes);
+                relevancy_backward_kernel<T, WIDTH, PAIRS>, call.B * parts, threads_for(longest), shared, stream, call, passes);
         };
         if (parts == 1 || !with_sums(call)) return run(QUERY_ROWS | KEY_ROWS);
         const cudaError_t first = run(QUERY_ROWS);  // row sums of all ranges of heads are divisors

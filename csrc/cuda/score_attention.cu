@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         float(&products)[4] = g[0][n / 2][n % 2];
-                        product_with_rows<T, SIZE>(products, left, other_tile, 8 * n);
+                        product_with_rows<T, SIZE>(reinterpret_cast<float(&)[1][4]>(products), left, other_tile, 8 * n);
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
                             const int column = 8 * n + t2 + e % 2;
@@ -267,9 +267,9 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
                 }
                 __syncthreads();
                 if (bound <= LARGEST_SUM) {
-                    through_pairs<KEY_MAJOR, false>(sum, g_tile, shared, call.A);
+                    through_pairs<EXACT, KEY_MAJOR, false>(sum, g_tile, shared, call.A);
                 } else if (bound < INFINITY) {
-                    through_pairs<KEY_MAJOR, true>(sum, g_tile, shared, call.A);
+                    through_pairs<EXACT, KEY_MAJOR, true>(sum, g_tile, shared, call.A);
                 } else {
                     through_directly<KEY_MAJOR>(sum, g_tile, own, first, other, start, call.A);
                 }

@@ -31,7 +31,6 @@ def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subpr
     environment = {
         **sanitizing(kind),
         "ASAN_OPTIONS": f"detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size={MOST}",
-        "TSAN_OPTIONS": "exitcode=66",
         "VLATTN_CPU_LIBRARY": str(folder / "libvlattn_cpu.so"),
         "VLATTN_CPU_ISA": instruction_set,
         "VLATTN_OWN_THREADS": str(folder / "libthreads.so"),

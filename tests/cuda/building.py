@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HOST, SANITIZED = ("-DVLATTN_HOST=ON",), ("-DVLATTN_HOST=ON", "-DVLATTN_SANITIZE=ON")
+THREADS = ("-DVLATTN_HOST=ON", "-DVLATTN_SANITIZE=thread")
+CONTRACTED = ("fma", "-DVLATTN_HOST=ON", "-DVLATTN_FMA=ON")
 CUDA = ("cuda_sm90", "-DVLATTN_TARGETS=90a-real")  # what tests compile: all targets take four minutes of a core
 TARGETS = ("cuda", "-UVLATTN_TARGETS")  # `make table`: the targets of CMakeLists.txt, not those of the last build
 
@@ -42,7 +45,39 @@ def sanitizing(kind: str = "address") -> dict[str, str]:
         subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in names
     ]
-    return {**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
+    return {**os.environ, **options, "LD_PRELOAD": " ".join(libraries)}
+
+
+def changed(source: str, file: str, old: str, new: str, folder: Path, name: str = "host", *options: str) -> Path:
+    """The library of build/`name` with one source compiled from a copy, whose `file` has `new` in the place of `old`, by the
+    commands that CMake made."""
+    made, copy = build(name, *(options or HOST)), folder / "csrc" / "cuda"
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    text = (copy / file).read_text()
+    assert text.count(old) == 1, f"{text.count(old)} times in {file}: {old}"
+    (copy / file).write_text(text.replace(old, new))
+    listed = subprocess.run(["ninja", "-t", "commands"], cwd=made, env=tools(), capture_output=True, text=True, check=True).stdout
+    library, kernel = folder / "libvlattn_host.so", f"CMakeFiles/vlattn_host.dir/csrc/cuda/{source}.o"
+    for command in listed.splitlines():
+        if kernel in command:
+            command = command.replace(kernel, str(folder / "kernel.o"))
+            command = command.replace(str(ROOT / "csrc" / "cuda" / source), str(copy / source))
+            command = command.replace("-o libvlattn_host.so", f"-o {shlex.quote(str(library))}")
+            done = subprocess.run(command, shell=True, cwd=made, env=tools(), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    return library
+
+
+def run_tests(chosen: dict[str, str], environment: dict[str, str]) -> tuple[int, str]:
+    """The exit status and the output of the chosen tests (pytest's -k) of each operator on the CUDA C++ kernels, all in one other
+    process: to load torch with a sanitizer takes longer than the tests of an operator."""
+    files = [f"tests/{folder}/test_{operator}.py" for operator in chosen for folder in ("cuda", "ops")]
+    words = " or ".join(f"test_{operator}.py and ({words})" for operator, words in chosen.items())
+    # what a sanitizer writes is not pytest's to keep
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys", *files]
+    done = subprocess.run([*command, "-k", f"cuda and ({words})"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.building import CUDA, SANITIZED, build
+from tests.cuda.building import CONTRACTED, CUDA, SANITIZED, THREADS, build
 from tests.ops import backends
 from tests.ops.backends import cuda_library  # noqa: F401  a fixture
 
-LATE = {"cuda/test_build.py": CUDA, "compiled/test_cuda.py": CUDA}
-EARLY = {**LATE, "cuda/test_sanitized.py": ("asan", *SANITIZED)}
+LATE = {"cuda/test_build.py": [CUDA], "compiled/test_cuda.py": [CUDA]}
+EARLY = {**LATE, "cuda/test_sanitized.py": [("asan", *SANITIZED), ("tsan", *THREADS)]}
+EARLY["cuda/test_roundings.py"] = [CONTRACTED]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,9 +36,9 @@ def _name(item: pytest.Item) -> str:
 
 
 def _build_early(names: list[str]) -> None:
-    for name in names:
+    for wanted in [one for name in names for one in EARLY[name]]:
         try:
-            build(*EARLY[name])
+            build(*wanted)
         except (pytest.skip.Exception, AssertionError):
             pass  # the test that needs it says so
 

@@ -25,12 +25,50 @@ __global__ void neighbours(float* x) {
     x[threadIdx.x] = shared[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32];
 }
 
+// The same with a shuffle for a barrier: the lanes meet, and nothing says that they know what the others wrote.
+__global__ void neighbours_by_shuffle(float* x) {
+    float* shared = static_cast<float*>(shared_memory());
+    shared[threadIdx.x] = x[threadIdx.x];
+    const float zero = 0.0f * __shfl_xor_sync(ALL_LANES, x[threadIdx.x], 1);
+    x[threadIdx.x] = shared[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32] + zero;
+}
+
 __global__ void barrier_for_some(int threads) {
     if (threadIdx.x < static_cast<unsigned>(threads)) __syncthreads();
 }
 
 __global__ void shuffle_for_some(int* x) {
     if (threadIdx.x % 32 < 16) x[threadIdx.x] = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x), 0);
+}
+
+// With APART the halves of a warp shuffle, or wait for the block, in different places.
+template <bool APART>
+__global__ void shuffle_here_or_there(int* x) {
+    const int lane = threadIdx.x % 32;
+    if (APART && lane < 16) {
+        x[threadIdx.x] = __shfl_sync(ALL_LANES, lane, 31);
+    } else {
+        x[threadIdx.x] = __shfl_sync(ALL_LANES, lane, 31);
+    }
+}
+
+template <bool APART>
+__global__ void wait_here_or_there() {
+    if (APART && threadIdx.x < 32) {
+        __syncthreads();
+    } else {
+        __syncthreads();
+    }
+}
+
+// order[n] = the n-th block to run, where blocks run one after the other.
+__global__ void note_order(int* order, int* next) {
+    if (threadIdx.x == 0) order[(*next)++] = blockIdx.x;
+}
+
+__global__ void approximate(const float* x, float* powers, float* reciprocals) {
+    powers[threadIdx.x] = fast_exp2(x[threadIdx.x]);
+    reciprocals[threadIdx.x] = fast_reciprocal(x[threadIdx.x]);
 }
 
 __global__ void shuffles(int* x) {
@@ -71,8 +109,8 @@ __global__ void products(const T* x, const T* y, const T* z, float* scores, floa
     float sums[K / 8][4] = {};
     for (int k = 0; k < 32; k += 16) {
         float c[2][4] = {};
+        product_with_rows<T, K, Order>(c, left, y_tile, k);
         for (int n = 0; n < 2; ++n) {
-            product_with_rows<T, K, Order>(c[n], left, y_tile, k + n * 8);
             for (int e = 0; e < 4; ++e) {
                 const int row = warp_index() * 16 + lane_row() + e / 2 * 8;
                 c[n][e] = to_float(from_float<T>(c[n][e]));
@@ -111,8 +149,19 @@ int run_block_sum(const float* x, float* sums, int blocks, int threads, bool bar
 int run_neighbours(float* x, bool barrier) {
     return launch(barrier ? neighbours<true> : neighbours<false>, 1, 64, 64 * sizeof(float), cudaStream_t(), x);
 }
+int run_neighbours_by_shuffle(float* x) { return launch(neighbours_by_shuffle, 1, 64, 64 * sizeof(float), cudaStream_t(), x); }
 int run_barrier_for_some(int threads) { return launch(barrier_for_some, 1, 64, 0, cudaStream_t(), threads); }
 int run_shuffle_for_some(int* x) { return launch(shuffle_for_some, 1, 64, 0, cudaStream_t(), x); }
+int run_shuffle_here_or_there(int* x, bool apart) {
+    return launch(apart ? shuffle_here_or_there<true> : shuffle_here_or_there<false>, 1, 64, 0, cudaStream_t(), x);
+}
+int run_wait_here_or_there(bool apart) {
+    return launch(apart ? wait_here_or_there<true> : wait_here_or_there<false>, 1, 64, 0, cudaStream_t());
+}
+int run_note_order(int* order, int* next, int blocks) { return launch(note_order, blocks, 32, 0, cudaStream_t(), order, next); }
+int run_approximate(const float* x, float* powers, float* reciprocals, int threads) {
+    return launch(approximate, 1, threads, 0, cudaStream_t(), x, powers, reciprocals);
+}
 int run_shuffles(int* x) { return launch(shuffles, 1, 32, 0, cudaStream_t(), x); }
 int run_uninitialised(float* x) { return launch(uninitialised, 2, 32, 32 * sizeof(float), cudaStream_t(), x); }
 int run_write_shared(int at) { return launch(write_shared, 1, 32, 32 * sizeof(float), cudaStream_t(), at); }

@@ -72,8 +72,12 @@ def test_no_torch_in_it(library: Path) -> None:
     assert "libc" in needed
 
 
+def test_no_path_of_the_builder_in_it(library: Path) -> None:
+    assert not re.search(r"\((RPATH|RUNPATH)\)", said("readelf", "-d", library))
+
+
 def test_it_gives_out_its_operators_and_nothing_else(library: Path) -> None:
     given = {line.split()[-1] for line in said("nm", "-D", "--defined-only", library).splitlines()}
     operators = {name for file in CSRC.glob("*.cu") for name in re.findall(r"^OPERATOR\((\w+),", file.read_text(), re.M)}
     assert len(operators) == 7
-    assert {name for name in given if "vlattn" in name} == {f"vlattn_cuda_{name}" for name in operators}
+    assert {name for name in given if "vlattn" in name} == {f"vlattn_cuda_{name}" for name in (*operators, "versions")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.building import HOST, SANITIZED, build, sanitizing
+from tests.cuda.building import HOST, SANITIZED, THREADS, build, sanitizing
 
 SEEDS = range(1, 4)
 FAILED = 719  # cudaErrorLaunchFailure
@@ -77,9 +78,53 @@ def test_waiting_for_what_cannot_come_is_an_error(small: Small, seed: int, capfd
     assert small("barrier_for_some", 0) == 0  # and the next launch is none the worse
 
 
+def test_threads_that_wait_in_different_places_are_an_error(small: Small, seed: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """A shuffle would take its value from another, and only the count of those that wait is right."""
+    x = torch.zeros(64, dtype=torch.int32)
+    assert small("shuffle_here_or_there", x, False) == small("wait_here_or_there", False) == 0
+    assert (x == 31).all()
+    place = r"tests/cuda/emulation\.cu:\d+ \(number 1\)"
+    for name, arguments, what in (("shuffle", (x, True), "instructions of a warp"), ("wait", (True,), "barriers")):
+        assert small(f"{name}_here_or_there", *arguments) == FAILED
+        assert re.search(rf"block 0: threads meet at different {what}: \S*{place} and \S*{place}", capfd.readouterr().err)
+
+
+def test_blocks_come_in_an_order_that_depends_on_the_seed_alone(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def order(seed: int) -> list[int]:
+        monkeypatch.setenv("VLATTN_EMULATION_SEED", str(seed))
+        x = torch.full((20,), -1, dtype=torch.int32)
+        assert small("note_order", x, torch.zeros(1, dtype=torch.int32), 20) == 0
+        return x.tolist()
+
+    assert order(1) == order(1) and sorted(order(1)) == list(range(20))
+    assert len({tuple(order(seed)) for seed in SEEDS}) == len(SEEDS)
+
+
+def test_results_of_the_special_function_unit(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are, or an ulp off, equal ones alike; subnormal ones are 0."""
+    x = torch.linspace(1.0, 100.0, 256).repeat(2)
+    x[-2:] = torch.tensor([-126.5, 1.5 * 2.0**126])
+
+    def results() -> tuple[Tensor, Tensor]:
+        powers, reciprocals = torch.zeros(512), torch.zeros(512)
+        assert small("approximate", x, powers, reciprocals, 512) == 0
+        return powers, reciprocals
+
+    exact = x.double().exp2(), x.double().reciprocal()
+    plain = results()
+    monkeypatch.setenv("VLATTN_EMULATION_NOISE", "1")
+    noisy = results()
+    assert plain[0][-2] == plain[1][-1] == noisy[0][-2] == noisy[1][-1] == 0.0
+    for right, wrong, true in zip(plain, noisy, exact, strict=True):
+        ulps = (right[:-2].view(torch.int32) - wrong[:-2].view(torch.int32)).abs()
+        torch.testing.assert_close(right[:-2].double(), true[:-2], rtol=2.0**-22, atol=0.0)
+        assert ulps.max() == 1 and 0.5 < (ulps == 1).float().mean() < 0.8
+        assert torch.equal(wrong[:254], wrong[256:-2])
+
+
 def test_launches_that_cannot_be(small: Small) -> None:
-    assert small("empty", 0, 32, 0) == 0
-    for blocks, threads, shared in ((2**31, 32, 0), (1, 0, 0), (1, 33, 0), (1, 2048, 0), (1, 32, 228 * 1024)):
+    assert small("empty", 0, 32, 0) == small("empty", 1, 32, 99 * 1024) == 0
+    for blocks, threads, shared in ((2**31, 32, 0), (1, 0, 0), (1, 33, 0), (1, 2048, 0), (1, 32, 99 * 1024 + 1)):
         assert small("empty", blocks, threads, shared) == INVALID
 
 
@@ -108,27 +153,51 @@ def test_products_of_tiles(small: Small, kind: int, dtype: torch.dtype, rows: in
     assert torch.equal(out, exact @ z.float())
 
 
+def run_sanitized(kind: str, options: tuple[str, ...], call: str) -> str:
+    """What a sanitizer writes of one call on zeros."""
+    library = build("asan" if kind == "address" else "tsan", *options, target="emulation") / "libemulation.so"
+    code = (
+        "import ctypes\n"
+        "calloc = ctypes.CDLL(None).calloc\n"
+        "calloc.restype = ctypes.c_void_p\n"
+        "x, y, z, last, short = (ctypes.c_void_p(calloc(n, 4)) for n in (1024, 1024, 1024, 1024, 10))\n"
+        f"assert ctypes.CDLL({str(library)!r}).run_{call} == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=sanitizing(kind), capture_output=True, text=True)
+    assert (done.returncode == 0) == ("Sanitizer" not in done.stderr), done.stderr
+    return done.stderr
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
         ("write_shared(31)", None),
         ("write_shared(32)", "heap-buffer-overflow"),
         ("write_shared(-1)", "heap-buffer-overflow"),
-        ("write_global(buffer, 9)", None),
-        ("write_global(buffer, 10)", "heap-buffer-overflow"),
+        ("write_global(short, 9)", None),
+        ("write_global(short, 10)", "heap-buffer-overflow"),
     ],
 )
 def test_the_sanitizer_sees_what_lies_outside(call: str, words: str | None) -> None:
-    sanitized = build("asan", *SANITIZED, target="emulation") / "libemulation.so"
-    code = (
-        "import ctypes\n"
-        "malloc = ctypes.CDLL(None).malloc\n"
-        "malloc.restype = ctypes.c_void_p\n"
-        "buffer = ctypes.c_void_p(malloc(40))\n"
-        f"assert ctypes.CDLL({str(sanitized)!r}).run_{call} == 0\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=sanitizing(), capture_output=True, text=True)
-    if words is None:
-        assert done.returncode == 0, done.stderr
-    else:
-        assert done.returncode != 0 and words in done.stderr, done.stderr
+    written = run_sanitized("address", SANITIZED, call)
+    assert words in written if words else written == ""
+
+
+@pytest.mark.parametrize(
+    "call, kernel",
+    [
+        ("block_sum(x, y, 3, 256, 1)", None),
+        ("block_sum(x, y, 3, 32, 0)", "block_sum<false>"),
+        ("neighbours(x, 1)", None),
+        ("neighbours(x, 0)", "neighbours<false>"),
+        ("shuffles(x)", None),
+        ("neighbours_by_shuffle(x)", "neighbours_by_shuffle"),
+        ("note_order(x, y, 1)", None),
+        ("note_order(x, y, 2)", "note_order"),  # blocks
+        ("products(1, 64, x, y, y, z, last, 32, 32, 0)", None),
+    ],
+)
+def test_the_sanitizer_sees_threads_that_do_not_wait(call: str, kernel: str | None) -> None:
+    """In whatever order they ran: the results may be right."""
+    written = run_sanitized("thread", THREADS, call)
+    assert ("data race" in written and f"{kernel}" in written) if kernel else written == "", written

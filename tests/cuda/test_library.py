@@ -71,6 +71,20 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.
         attend(torch.zeros(1, 1, 4, 8))
 
 
+@pytest.mark.parametrize("built, driver", [(0, 0), (13000, 13000), (13010, 13000), (12080, 13000)])
+def test_a_driver_runs_its_own_major_version_and_older_ones(built: int, driver: int) -> None:
+    _shared_library.check_versions(built, driver)
+
+
+@pytest.mark.parametrize("driver, runs", [(12080, 12), (0, 0)])
+def test_a_driver_that_is_too_old_is_named(driver: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_shared_library, "_versions", lambda of: (13000, driver))
+    _shared_library._function.cache_clear()
+    with pytest.raises(RuntimeError, match=f"are built with CUDA 13, and the driver runs CUDA {runs}: update the driver"):
+        attend(torch.zeros(1, 1, 4, 8))
+    monkeypatch.undo()
+
+
 def test_a_scale_beyond_float32_is_infinite_to_the_kernels() -> None:
     x = torch.ones(1, 1, 3, 4)
     out = va.relevancy_attention(x, x, x, torch.zeros(1, 1, 3), scale=1e39, backend="cuda")[0]

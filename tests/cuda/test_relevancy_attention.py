@@ -9,8 +9,9 @@ from compare import assert_close_to
 import vlattn_fast as va
 from tests.ops.backends import F64, assert_refused
 from tests.ops.relevancy_cases import check, tensors
+from vlattn_fast.cuda import relevancy_attention
 
-MANY = 132  # from so many samples on, a block takes all heads of one
+MANY = 132  # from so many samples on, a block takes all heads of one: _shared_library.EMULATED_MULTIPROCESSORS
 
 
 @pytest.mark.parametrize("n", (1, 15, 16, 17, 33, 129, 256))
@@ -38,6 +39,39 @@ def test_head_dims(d: int, dv: int) -> None:
         check("cuda", tensors(18, h=1, kv=1, d=d, dv=dv, rows=rows, dtype=dtype), row_normalize=True)
 
 
+HOLES = {"none": [], "first": [0], "in a tile": [20], "after a tile": [32], "in the middle": [50], "last": [69], "two": [33, 64]}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("holes", HOLES)
+def test_keys_between_whole_tiles_that_are_not_seen(holes: str, dtype: torch.dtype) -> None:
+    """Up to the first of them tiles are whole and have no masks: by 32 keys in the forward pass, by 16 in the backward pass."""
+    key_mask = torch.ones(1, 70, dtype=torch.bool)
+    key_mask[:, HOLES[holes]] = False
+    inputs = tensors(70, h=1, kv=1, d=8, dv=4, rows=1, dtype=dtype)
+    check("cuda", inputs, key_mask=key_mask, row_normalize=True)
+    check("cuda", inputs, key_mask=key_mask, is_causal=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("scale", (-0.7, 0.0, 0.7))
+def test_a_scale_of_either_sign(scale: float, dtype: torch.dtype) -> None:
+    """The sign goes to an operand, in whole tiles and at their edges."""
+    inputs = tensors(35, d=8, dv=4, dtype=dtype)
+    check("cuda", inputs, scale=scale)
+    check("cuda", inputs, scale=scale, is_causal=True, key_mask=torch.arange(35)[None] != 3)
+
+
+@pytest.mark.parametrize("columns, offset", [(8, 0), (6, 0), (7, 0), (8, 1)])
+def test_rows_are_read_by_fours_by_pairs_and_one_by_one(columns: int, offset: int) -> None:
+    """Of the left operands, by whether the columns and their place allow it."""
+    for dtype in (torch.float32, torch.float16):
+        inputs = tensors(20, d=columns + 9, dv=columns, dtype=dtype)
+        for name in ("query", "key"):
+            inputs[name] = inputs[name][..., offset : offset + columns]
+        check("cuda", inputs)
+
+
 def test_grouped_heads_over_two_slabs_a_warp() -> None:
     check("cuda", tensors(130, h=2, kv=1, d=2, dv=2, rows=5, dtype=torch.float16), is_causal=True)
 
@@ -52,6 +86,14 @@ def test_ranges_of_several_heads_and_of_different_lengths() -> None:
     """100 samples are cut into 3 ranges each, here of 2, 1 and 2 heads."""
     check("cuda", tensors(3, b=100, h=5, kv=5, d=2, dv=2, rows=2), row_normalize=True)
     check("cuda", tensors(3, b=100, h=5, kv=5, d=2, dv=2, rows=2))
+
+
+@pytest.mark.parametrize(
+    "batch, key_heads, multiprocessors, parts",
+    [(0, 8, 132, 1), (1, 8, 132, 8), (64, 12, 132, 5), (131, 12, 132, 3), (132, 12, 132, 1), (64, 12, 46, 1), (40, 12, 46, 3)],
+)
+def test_samples_are_cut_for_the_multiprocessors_there_are(batch: int, key_heads: int, multiprocessors: int, parts: int) -> None:
+    assert relevancy_attention._parts(batch, key_heads, multiprocessors) == parts
 
 
 def test_an_lse_far_from_zero_is_taken_as_it_is() -> None:

@@ -1,26 +1,44 @@
-"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which guard every tensor and shared memory on both sides,
-and with threads in another order than in the other tests."""
+"""The kernels under AddressSanitizer with UndefinedBehaviorSanitizer, which guard every tensor and shared memory on both sides,
+and under ThreadSanitizer, which reports what no barrier orders; with threads in another order than in the other tests."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
-from tests.cuda.building import ROOT, SANITIZED, build, sanitizing
+import pytest
+
+from tests.cuda.building import SANITIZED, THREADS, build, changed, run_tests, sanitizing
 
 CHOSEN = {
     "score_attention": "feature_sizes or empty or grouped",
     "relevancy_attention": "head_dims or empty or number_of_carried_rows or layouts",
     "congruence_loss": "either_side or head_dims or empty or ragged or layouts",
 }
+BUILDS = {"address": ("asan", *SANITIZED), "thread": ("tsan", *THREADS)}
+BARRIER = "__syncthreads();"
 
 
-def test_nothing_outside_is_touched() -> None:
-    """All operators in one process: to load torch with a sanitizer takes longer than the tests of an operator."""
-    library = build("asan", *SANITIZED) / "libvlattn_host.so"
-    environment = {**sanitizing(), "VLATTN_CUDA_LIBRARY": str(library), "VLATTN_EMULATION_SEED": "3"}
-    files = [f"tests/{folder}/test_{operator}.py" for operator in CHOSEN for folder in ("cuda", "ops")]
-    chosen = " or ".join(f"test_{operator}.py and ({words})" for operator, words in CHOSEN.items())
-    tests = ["-q", "-x", "-p", "no:cacheprovider", *files, "-k", f"cuda and ({chosen})"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def run(kind: str, library: Path, chosen: dict[str, str]) -> tuple[int, str]:
+    environment = {**sanitizing(kind), "VLATTN_CUDA_LIBRARY": str(library), "VLATTN_EMULATION_SEED": "3"}
+    environment["VLATTN_TEST_SANITIZED"] = "1"  # one draw of the numbers (tests/compare.py)
+    return run_tests(chosen, environment)
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_nothing_is_found(kind: str) -> None:
+    status, written = run(kind, build(*BUILDS[kind]) / "libvlattn_host.so", CHOSEN)
+    assert status == 0, written[-10000:]
+
+
+@pytest.mark.parametrize(
+    "operator, after, tests",
+    [
+        ("relevancy_attention", "carried, num_rows);\n                ", "number_of_carried_rows"),
+        ("congruence_loss", "round_up(rows, STRIP), rows, call.D);\n        ", "kinds_and_directions"),
+    ],
+)
+def test_a_removed_barrier_is_reported(operator: str, after: str, tests: str, tmp_path: Path) -> None:
+    file = f"{operator}.cu"
+    library = changed(file, file, f"{after}{BARRIER}", after, tmp_path, *BUILDS["thread"])
+    status, written = run("thread", library, {operator: tests})
+    assert status != 0 and "WARNING: ThreadSanitizer: data race" in written, written[-10000:]

@@ -24,6 +24,7 @@ from vlattn_fast._tensors import additive
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
 ROWS, MASKS = "4q", "i?7q"  # Rows, Masks of csrc/cuda/attention.h
+EMULATED_MULTIPROCESSORS = 132
 _NO_MASK, _BOOL, _ADDED = range(3)  # Masks::Kind
 
 
@@ -74,7 +75,31 @@ def kernel(name: str, sizes: str, fields: str) -> Callable[..., None]:
 
 @functools.cache
 def _function(of: Library, name: str) -> Any:
+    check_versions(*_versions(of))
     return of.function(f"vlattn_cuda_{name}", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p)
+
+
+def _versions(of: Library) -> tuple[int, int]:
+    """Of CUDA: what the library is built with, and what the driver runs; as 1000 major + 10 minor, 0 for none."""
+    built, driver = ctypes.c_int(), ctypes.c_int()
+    of.function("vlattn_cuda_versions", None, *[ctypes.POINTER(ctypes.c_int)] * 2)(built, driver)
+    return built.value, driver.value
+
+
+def check_versions(built: int, driver: int) -> None:
+    """A driver runs what is built with its own major version of CUDA or an older one; else every launch would fail. What torch is
+    built with is of no account: the library has a runtime of its own, and both use the device's one context."""
+    if driver // 1000 < built // 1000:
+        raise RuntimeError(
+            f"the CUDA C++ kernels are built with CUDA {built // 1000}, and the driver runs CUDA {driver // 1000}: update the "
+            "driver, or install vlattn_fast again with a CUDA toolkit of its version"
+        )
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where one is emulated, those of a large one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_MULTIPROCESSORS
 
 
 def single(x: float) -> float:

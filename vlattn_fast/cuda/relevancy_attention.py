@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlattn_fast._native import pointer, rows
 from vlattn_fast._tensors import as_dtype, empty_rows_first, unit_strides, weigh_rows
-from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, single
+from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, multiprocessors, single
 
 _SIZES = "B H key_heads N M T D DV"
 _ATTENTION = f"{3 * ROWS}{MASKS}f{ROWS}q"
@@ -18,7 +18,6 @@ _FIELDS = f"6q3i{_ATTENTION}{_BACKWARD}"  # Relevancy
 _forward = kernel("relevancy_attention", _SIZES, _FIELDS)
 _backward = kernel("relevancy_attention_backward", _SIZES, _FIELDS)
 _step = kernel("relevancy_step", _SIZES, _FIELDS)
-_MANY_SAMPLES, _MANY_BLOCKS = 132, 264  # one and two blocks per multiprocessor of a large GPU
 _NO_WEIGHT = (0, 0, 0)
 
 
@@ -154,7 +153,7 @@ def _run_backward(
     a, b = (None if x is None else as_dtype(x, f32) for x in (residual_weight, attention_weight))
     batch, heads, queries, _ = query.shape
     key_heads, keys = key.shape[1:3]
-    carried, parts = 0 if r is None else r.shape[1], _parts(batch, key_heads)
+    carried, parts = 0 if r is None else r.shape[1], _parts(batch, key_heads, multiprocessors(query.device))
     r_abar = None if r is None else r.new_empty(batch, carried, keys)
     row_data = query.new_empty(4, batch, heads, queries, dtype=f32)
     partial = query.new_empty(parts - 1, batch, carried, keys, dtype=f32)
@@ -192,11 +191,12 @@ def _attention(
     )
 
 
-def _parts(batch: int, key_heads: int) -> int:
-    """Ranges of key heads into which a backward pass cuts a sample, to fill the GPU."""
-    if batch == 0 or batch >= _MANY_SAMPLES:
+def _parts(batch: int, key_heads: int, multiprocessors: int) -> int:
+    """Ranges of key heads into which a backward pass cuts a sample, a block each: two blocks for every multiprocessor, and no cut
+    where there is a sample for each."""
+    if batch == 0 or batch >= multiprocessors:
         return 1
-    return max(1, min(key_heads, -(-_MANY_BLOCKS // batch)))
+    return max(1, min(key_heads, -(-2 * multiprocessors // batch)))
 
 
 def _weight(x: Tensor | None) -> tuple[int, int, int]:

@@ -1,14 +1,35 @@
 // CUDA's execution model on one CPU thread, so that the kernels themselves can be tested without a GPU.
 //
-// Blocks run one after the other. The threads of a block are fibers: each runs until it waits for others (a barrier, or an
-// instruction of the whole warp), and then another goes on. From one barrier to the next a warp runs as far as it can before
-// another starts; the order of warps, and of the lanes of a warp, is drawn anew each time, from a seed (VLATTN_EMULATION_SEED):
-// threads that do not wait for each other where they should then see each other's past or future.
-// Shared memory has exactly the size asked for and is full of NaN when a block starts. A block whose threads wait for
-// something that cannot come (some have returned, or are at another barrier) ends with cudaErrorLaunchFailure.
+// Blocks run one after the other, in random order. The threads of a block are fibers: each runs until it waits for others (a
+// barrier, or an instruction of the whole warp), and then another goes on. From one barrier to the next a warp runs as far as it
+// can before another starts; the order of blocks, of warps, and of the lanes of a warp, is drawn anew each time, from a seed
+// (VLATTN_EMULATION_SEED): threads that do not wait for each other where they should then see each other's past or future.
+// Shared memory has exactly the size asked for, at most what every GPU since sm_80 has, and is full of NaN when a block starts.
+// A block whose threads wait for something that cannot come (some have returned, or are elsewhere) ends with
+// cudaErrorLaunchFailure. So does one in which the lanes of a warp meet in different instructions, or the threads of the block at
+// different barriers: each has a tag, its line and how many of them the lane has come by.
+// Results of the special function unit that are subnormal are 0. VLATTN_EMULATION_NOISE=1 (or 2, 3, ...) makes them off by an ulp,
+// up, down or not at all, as their operand and that number have it; -DVLATTN_FMA=ON compiles products and sums into one
+// instruction, as nvcc does.
+// Under ThreadSanitizer each fiber is a thread to it, and nothing orders them but what does on a GPU: __syncthreads the threads of
+// a block, __syncwarp the lanes of a warp, the ends of a launch everything. A missing barrier is then reported in any order of
+// threads, and so are two blocks that touch the same place. Shuffles and matrix instructions order no memory.
+//
+// What it cannot catch:
+// - Without ThreadSanitizer, a missing barrier that no order drawn here shows.
+// - Races of blocks that do not run one right after the other, nor beyond the few accesses that ThreadSanitizer remembers of a
+//   place.
+// - What lanes of one warp do at the same time: they run one after the other here.
+// - Memory order: a write is seen at once, by every thread. There are no caches, fences, atomics or asynchronous copies.
+// - Alignment of vector loads, bank conflicts, uncoalesced access, registers, stack, occupancy.
+// - What nvcc makes of the source: its instructions, their order, where divergent lanes meet again (tests/compiled/).
+// - Sums inside a matrix instruction: the tensor cores add 16 products at once and cut them off, here they are added one by one.
+// - exp2 and the reciprocal beyond an ulp; expf, logf and their like, which are the host's.
+// - The launch itself: streams, graphs, several devices.
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <string.h>
@@ -30,6 +51,16 @@
 #else
 #define VLATTN_ASAN 0
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define VLATTN_TSAN 1
+#define VLATTN_UNSEEN __attribute__((no_sanitize_thread))
+extern "C" void __tsan_ignore_thread_begin();
+extern "C" void __tsan_ignore_thread_end();
+#else
+#define VLATTN_TSAN 0
+#define VLATTN_UNSEEN
+#endif
 
 #define __launch_bounds__(...)
 
@@ -38,6 +69,62 @@ namespace emulation {
 constexpr size_t STACK_BYTES = VLATTN_ASAN ? 512 * 1024 : 128 * 1024;
 constexpr int LANES = 32;
 constexpr size_t LANE_BYTES = 64;  // of one lane's input or output of a warp-wide instruction
+constexpr size_t SHARED_BYTES = 99 * 1024;  // of a block, at most: sm_86 and sm_89 have the least
+
+// Where threads wait for each other.
+struct Tag {
+    const char* file;
+    int line;
+    uint64_t count;  // of such places that this thread has come by
+
+    bool elsewhere(const Tag& other) const { return line != other.line || (file != other.file && strcmp(file, other.file) != 0); }
+};
+
+// ThreadSanitizer's view of a fiber, and what it is to know; nothing without it.
+struct Context {
+    void* of_fiber = nullptr;
+
+    Context() = default;
+    Context(Context&& other) noexcept { std::swap(of_fiber, other.of_fiber); }
+#if VLATTN_TSAN
+    ~Context() {
+        if (of_fiber) __tsan_destroy_fiber(of_fiber);
+    }
+    void create() { of_fiber = __tsan_create_fiber(0); }
+    VLATTN_UNSEEN static void enter(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
+    static void* current() { return __tsan_get_current_fiber(); }
+#else
+    void create() {}
+    static void enter(void*) {}
+    static void* current() { return nullptr; }
+#endif
+};
+
+// What this thread has done is known to those that come to know it at the same place.
+inline void release(uint64_t* place) {
+#if VLATTN_TSAN
+    __tsan_release(place);
+#else
+    static_cast<void>(place);
+#endif
+}
+inline void acquire(uint64_t* place) {
+#if VLATTN_TSAN
+    __tsan_acquire(place);
+#else
+    static_cast<void>(place);
+#endif
+}
+
+// While it lives, what this thread reads and writes is the emulation's own.
+struct Unseen {
+#if VLATTN_TSAN
+    Unseen() { __tsan_ignore_thread_begin(); }
+    ~Unseen() { __tsan_ignore_thread_end(); }
+#else
+    Unseen() {}
+#endif
+};
 
 enum class State { runnable, at_barrier, in_warp, done };
 
@@ -49,6 +136,9 @@ struct Fiber {
     bool started;
     unsigned index;
     void* asan_stack;
+    Tag at;
+    Context seen;
+    unsigned barriers, warp_barriers;  // that it has come by
 };
 
 struct Warp {
@@ -58,18 +148,22 @@ struct Warp {
 
 struct Machine {
     std::mutex busy;
-    std::vector<Fiber> fibers;
+    std::vector<Fiber> teams[2], *team = nullptr;  // blocks take turns, so that nothing orders one and the next
     std::vector<Warp> warps;
+    std::unique_ptr<uint64_t[]> places;  // two for the block's barriers and two for each warp's, in turns
+    uint64_t begin, end;  // of the launch
     std::unique_ptr<unsigned char[]> shared;
     std::function<void()> body;
     Fiber* current = nullptr;
     jmp_buf scheduler;
+    void* seen_scheduler = nullptr;
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_bytes = 0;
     void* asan_scheduler = nullptr;
     uint3 block = {0, 0, 0};
     dim3 blocks, threads;
     uint64_t random = 0;
+    uint64_t noise = 0;
 };
 
 inline Machine& machine() {
@@ -89,8 +183,21 @@ inline void shuffle(std::vector<unsigned>& order) {
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
 }
 
+// What the special function unit gives for x, where `exact` is right: subnormal results are 0. With noise it is an ulp off, or
+// not, by x and the kind of noise alone: equal operands have equal results.
+inline float approximate(float x, float exact) {
+    const Machine& m = machine();
+    if (fabsf(exact) < FLT_MIN) return copysignf(0.0f, exact);
+    if (!m.noise || !(fabsf(exact) < INFINITY)) return exact;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    const uint64_t mixed = (bits + m.noise) * 0x9e3779b97f4a7c15u;
+    const int which = static_cast<int>((mixed >> 40) % 3);
+    return which == 0 ? exact : nextafterf(exact, which == 1 ? 0.0f : INFINITY);
+}
+
 // To the scheduler, until it comes back here.
-inline void yield(State state) {
+VLATTN_UNSEEN inline void yield(State state) {
     Machine& m = machine();
     Fiber* self = m.current;
     self->state = state;
@@ -98,28 +205,34 @@ inline void yield(State state) {
     void** kept = state == State::done ? nullptr : &self->asan_stack;
     __sanitizer_start_switch_fiber(kept, m.scheduler_stack, m.scheduler_stack_bytes);
 #endif
-    if (_setjmp(self->context) == 0) _longjmp(m.scheduler, 1);
+    if (_setjmp(self->context) == 0) {
+        Context::enter(m.seen_scheduler);
+        _longjmp(m.scheduler, 1);
+    }
 #if VLATTN_ASAN
     __sanitizer_finish_switch_fiber(self->asan_stack, &m.scheduler_stack, &m.scheduler_stack_bytes);
 #endif
 }
 
-inline void enter() {
+VLATTN_UNSEEN inline void enter() {
     Machine& m = machine();
 #if VLATTN_ASAN
     __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_stack_bytes);
 #endif
+    acquire(&m.begin);
     m.body();
+    release(&m.end);
     yield(State::done);
 }
 
-inline void resume(Fiber& fiber) {
+VLATTN_UNSEEN inline void resume(Fiber& fiber) {
     Machine& m = machine();
     m.current = &fiber;
 #if VLATTN_ASAN
     __sanitizer_start_switch_fiber(&m.asan_scheduler, fiber.stack.get(), STACK_BYTES);
 #endif
     if (_setjmp(m.scheduler) == 0) {
+        Context::enter(fiber.seen.of_fiber);
         if (fiber.started) _longjmp(fiber.context, 1);
         fiber.started = true;
         setcontext(&fiber.entry);
@@ -129,13 +242,22 @@ inline void resume(Fiber& fiber) {
 #endif
 }
 
+inline bool differ(const char* what, const Tag& one, const Tag& other) {
+    fprintf(stderr, "block %u: threads meet at different %s: %s:%d (number %llu) and %s:%d (number %llu)\n", machine().block.x,
+            what, one.file, one.line, static_cast<unsigned long long>(one.count), other.file, other.line,
+            static_cast<unsigned long long>(other.count));
+    return false;
+}
+
 // One block; false where its threads wait for ever.
 inline bool run_block(size_t shared) {
     Machine& m = machine();
     m.shared.reset(new unsigned char[shared]);
     memset(m.shared.get(), 0xff, shared);
+    m.places.reset(new uint64_t[2 + 2 * m.warps.size()]);
+    std::vector<Fiber>& fibers = *m.team;
     for (Warp& warp : m.warps) warp.arrived = 0;
-    for (Fiber& fiber : m.fibers) {
+    for (Fiber& fiber : fibers) {
         getcontext(&fiber.entry);
         fiber.entry.uc_stack.ss_sp = fiber.stack.get();
         fiber.entry.uc_stack.ss_size = STACK_BYTES;
@@ -143,6 +265,8 @@ inline bool run_block(size_t shared) {
         makecontext(&fiber.entry, enter, 0);
         fiber.started = false;
         fiber.state = State::runnable;
+        fiber.at = {"", 0, 0};
+        fiber.barriers = fiber.warp_barriers = 0;
     }
     std::vector<unsigned> warps(m.warps.size()), lanes(LANES);
     std::iota(warps.begin(), warps.end(), 0u);
@@ -155,7 +279,7 @@ inline bool run_block(size_t shared) {
                 progress = false;
                 shuffle(lanes);
                 for (unsigned lane : lanes) {
-                    Fiber& fiber = m.fibers[warp * LANES + lane];
+                    Fiber& fiber = fibers[warp * LANES + lane];
                     if (fiber.state != State::runnable) continue;
                     resume(fiber);
                     progress = true;
@@ -163,17 +287,20 @@ inline bool run_block(size_t shared) {
             }
         }
         size_t done = 0, waiting = 0;
-        for (const Fiber& fiber : m.fibers) {
+        for (const Fiber& fiber : fibers) {
             done += fiber.state == State::done;
             waiting += fiber.state == State::at_barrier;
         }
-        if (done == m.fibers.size()) return true;
-        if (waiting != m.fibers.size()) {
+        if (done == fibers.size()) return true;
+        if (waiting != fibers.size()) {
             fprintf(stderr, "block %u: of %zu threads %zu returned, %zu wait at a barrier, the others for their warp\n",
-                    m.block.x, m.fibers.size(), done, waiting);
+                    m.block.x, fibers.size(), done, waiting);
             return false;
         }
-        for (Fiber& fiber : m.fibers) fiber.state = State::runnable;
+        for (Fiber& fiber : fibers) {
+            if (fiber.at.elsewhere(fibers[0].at)) return differ("barriers", fibers[0].at, fiber.at);
+            fiber.state = State::runnable;
+        }
     }
 }
 
@@ -182,26 +309,38 @@ inline const char* error_string(cudaError_t status) {
 }
 
 inline cudaError_t run(int64_t blocks, int threads, size_t shared, std::function<void()> body) {
-    if (blocks < 1 || blocks > 0x7fffffff || threads <= 0 || threads > 1024 || threads % LANES != 0 || shared > 227 * 1024)
+    if (blocks < 1 || blocks > 0x7fffffff || threads <= 0 || threads > 1024 || threads % LANES != 0 || shared > SHARED_BYTES)
         return cudaErrorInvalidConfiguration;
     Machine& m = machine();
     std::lock_guard<std::mutex> lock(m.busy);
-    const char* seed = getenv("VLATTN_EMULATION_SEED");
+    release(&m.begin);
+    const Unseen unseen;
+    const char *seed = getenv("VLATTN_EMULATION_SEED"), *noise = getenv("VLATTN_EMULATION_NOISE");
     m.random = 0x9e3779b97f4a7c15u ^ (seed ? strtoull(seed, nullptr, 10) : 0);
+    m.noise = noise ? strtoull(noise, nullptr, 10) : 0;
     m.body = std::move(body);
     m.blocks = dim3(static_cast<unsigned>(blocks));
     m.threads = dim3(threads);
-    while (m.fibers.size() < static_cast<size_t>(threads)) {
-        m.fibers.emplace_back();
-        m.fibers.back().stack.reset(new char[STACK_BYTES]);
+    m.seen_scheduler = Context::current();
+    for (std::vector<Fiber>& team : m.teams) {
+        while (team.size() > static_cast<size_t>(threads)) team.pop_back();
+        while (team.size() < static_cast<size_t>(threads)) {
+            team.emplace_back();
+            team.back().stack.reset(new char[STACK_BYTES]);
+            team.back().index = static_cast<unsigned>(team.size() - 1);
+            team.back().seen.create();
+        }
     }
-    m.fibers.resize(threads);
-    for (int i = 0; i < threads; ++i) m.fibers[i].index = i;
     m.warps.resize(threads / LANES);
-    for (int64_t i = 0; i < blocks; ++i) {
-        m.block.x = static_cast<unsigned>(i);
+    std::vector<unsigned> order(blocks);
+    std::iota(order.begin(), order.end(), 0u);
+    shuffle(order);
+    for (unsigned block : order) {
+        m.block.x = block;
+        m.team = m.team == m.teams ? m.teams + 1 : m.teams;
         if (!run_block(shared)) return cudaErrorLaunchFailure;
     }
+    acquire(&m.end);
     return cudaSuccess;
 }
 
@@ -211,23 +350,34 @@ inline uint3 thread_index() { return {machine().current->index, 0, 0}; }
 // An instruction of the whole warp: each lane gives a value and gets one back. The last lane to come does the work of all:
 // exchange(inputs, outputs) sees one value of each lane.
 template <class Input, class Output, class Exchange>
-Output warp_wide(const Input& input, Exchange exchange) {
+Output warp_wide(const Input& input, Exchange exchange, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     static_assert(sizeof(Input) <= LANE_BYTES && sizeof(Output) <= LANE_BYTES, "a lane gives and gets at most LANE_BYTES");
     Machine& m = machine();
+    std::vector<Fiber>& fibers = *m.team;
     const unsigned index = m.current->index, first = index / LANES * LANES;
     Warp& warp = m.warps[index / LANES];
-    memcpy(warp.inputs[index % LANES], &input, sizeof(Input));
-    if (++warp.arrived < LANES) {
-        yield(State::in_warp);
-    } else {
-        Input inputs[LANES];
-        Output outputs[LANES];
-        for (int i = 0; i < LANES; ++i) memcpy(&inputs[i], warp.inputs[i], sizeof(Input));
-        exchange(inputs, outputs);
-        for (int i = 0; i < LANES; ++i) memcpy(warp.outputs[i], &outputs[i], sizeof(Output));
-        warp.arrived = 0;
-        for (int i = 0; i < LANES; ++i) m.fibers[first + i].state = State::runnable;
+    bool last, same = true;
+    {
+        const Unseen unseen;
+        m.current->at = {file, line, m.current->at.count + 1};
+        memcpy(warp.inputs[index % LANES], &input, sizeof(Input));
+        last = ++warp.arrived == LANES;
+        for (unsigned i = first; last && same && i < first + LANES; ++i) {
+            const Tag &here = m.current->at, &there = fibers[i].at;
+            if (there.count != here.count || there.elsewhere(here)) same = differ("instructions of a warp", here, there);
+        }
+        if (last && same) {
+            Input inputs[LANES];
+            Output outputs[LANES];
+            for (int i = 0; i < LANES; ++i) memcpy(&inputs[i], warp.inputs[i], sizeof(Input));
+            exchange(inputs, outputs);
+            for (int i = 0; i < LANES; ++i) memcpy(warp.outputs[i], &outputs[i], sizeof(Output));
+            warp.arrived = 0;
+            for (int i = 0; i < LANES; ++i) fibers[first + i].state = State::runnable;
+        }
     }
+    if (!last || !same) yield(State::in_warp);  // for ever, where they differ
+    const Unseen unseen;
     Output result;
     memcpy(&result, warp.outputs[index % LANES], sizeof(Output));
     return result;
@@ -240,24 +390,48 @@ Output warp_wide(const Input& input, Exchange exchange) {
 #define blockDim (emulation::machine().threads)
 #define gridDim (emulation::machine().blocks)
 
-inline void __syncthreads() { emulation::yield(emulation::State::at_barrier); }
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    emulation::Machine& m = emulation::machine();
+    emulation::Fiber& self = *m.current;
+    self.at = {file, line, self.at.count + 1};
+    uint64_t* place = &m.places[self.barriers++ % 2];
+    emulation::release(place);
+    emulation::yield(emulation::State::at_barrier);
+    emulation::acquire(place);
+}
 
-inline void __syncwarp(unsigned = 0xffffffffu) {
-    emulation::warp_wide<int, int>(0, [](const int*, int* outputs) { memset(outputs, 0, emulation::LANES * sizeof(int)); });
+inline void __syncwarp(unsigned = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    emulation::Machine& m = emulation::machine();
+    emulation::Fiber& self = *m.current;
+    uint64_t* place = &m.places[2 + self.index / emulation::LANES * 2 + self.warp_barriers++ % 2];
+    emulation::release(place);
+    const auto nothing = [](const int*, int* outputs) { memset(outputs, 0, emulation::LANES * sizeof(int)); };
+    emulation::warp_wide<int, int>(0, nothing, file, line);
+    emulation::acquire(place);
 }
 
 template <class V>
-V __shfl_sync(unsigned, V input, int lane) {
+V __shfl_sync(unsigned, V input, int lane, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     struct Input {
         V value;
         int lane;
     };
-    return emulation::warp_wide<Input, V>({input, lane}, [](const Input* inputs, V* outputs) {
+    const auto exchange = [](const Input* inputs, V* outputs) {
         for (int i = 0; i < emulation::LANES; ++i) outputs[i] = inputs[inputs[i].lane & 31].value;
-    });
+    };
+    return emulation::warp_wide<Input, V>({input, lane}, exchange, file, line);
 }
 
 template <class V>
-V __shfl_xor_sync(unsigned mask, V input, int bits) {
-    return __shfl_sync(mask, input, static_cast<int>(threadIdx.x % 32) ^ bits);
+V __shfl_xor_sync(unsigned mask, V input, int bits, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return __shfl_sync(mask, input, static_cast<int>(threadIdx.x % 32) ^ bits, file, line);
+}
+
+inline unsigned __ballot_sync(unsigned, bool input, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    const auto exchange = [](const bool* inputs, unsigned* outputs) {
+        unsigned bits = 0;
+        for (int i = 0; i < emulation::LANES; ++i) bits |= static_cast<unsigned>(inputs[i]) << i;
+        for (int i = 0; i < emulation::LANES; ++i) outputs[i] = bits;
+    };
+    return emulation::warp_wide<bool, unsigned>(input, exchange, file, line);
 }
