@@ -96,7 +96,7 @@ QWEN_MODEL = Workload(
     "qwen-model",
     "Qwen2.5-VL-3B, whole",
     {"layers": 36, "vision_layers": 32, "B": 1, "H": 16, "N": 704, "D": 128, "C": 2048, "vocabulary": 151936},
-    {"layers": 8, "vision_layers": 2, "H": 8, "C": 1024, "vocabulary": 32000},
+    {"layers": 16, "vision_layers": 4, "H": 8, "C": 1024, "vocabulary": 32000},
     {"layers": 1, "vision_layers": 1},
 )
 LLAVA_ANSWER = LLAVA_MODEL._replace(
