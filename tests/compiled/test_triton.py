@@ -13,8 +13,17 @@ from tests.compiled.triton import ARCHITECTURES, TABLE, narrow_offsets, operator
 
 STORED = [(key, row) for rows in read(TABLE).values() for key, row in rows.items()]  # of every version of Triton
 # none of their work is a matrix product of 16-bit numbers
-NO_PRODUCTS = ("_prepare_kernel", "_members_kernel", "_divergence_kernel", "_aggregate_kernel", "_weights_kernel", "_maps_kernel")
-BACKWARD = r"(backward|gradient)\w*_kernel|_divergence_kernel launch"  # that one's first launch is the forward pass's
+# in 16 bits _units_rows_kernel sums dO * O alone
+NO_PRODUCTS = (
+    "_prepare_kernel",
+    "_members_kernel",
+    "_divergence_kernel",
+    "_aggregate_kernel",
+    "_weights_kernel",
+    "_maps_kernel",
+    "_units_rows_kernel",
+)
+BACKWARD = r"(backward|gradient|units)\w*_kernel|_divergence_kernel launch"  # that one's first launch is the forward pass's
 TTIR = """
     %a = tt.get_program_id x : i32 loc(#loc2)
     %b = arith.muli %a, %stride : i32 loc(#loc3)
