@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks host", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, help=f"of {CALLS} calls of each; default {ROUNDS}")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of <device>.json, which rows are added to")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of host-<device>.json, which rows are added to")
     options = parser.parse_args(arguments)
     place = check_device(options.device)
     command = shlex.join(["python", "-m", "vlattn_fast.benchmarks", "host", *arguments])
@@ -219,5 +219,5 @@ def main(arguments: list[str]) -> int:
         percentiles = "".join(f"{row[f'p{n}_us']:8.1f}" for n in (20, 50, 80))
         name = f"{row['backend']}: {row['host']}, {row['pass']}"
         print(f"{name:56}{percentiles}{row['above_sdpa_us']:12.1f}{goal:>8}{row['launches']:10}")
-    append([{**row, **origin} for row in rows], options.out / f"{slug(place)}.json")
+    append([{**row, **origin} for row in rows], options.out / f"host-{slug(place)}.json")
     return 0

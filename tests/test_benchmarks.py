@@ -376,7 +376,7 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(host, "CALLS", 1)
     assert command.main(["host", "--rounds", "2", "--out", str(tmp_path)]) == 0
     assert (KernelInterface.__getitem__, _dispatch.INTERPRETED) == before
-    rows = json.loads((tmp_path / "cpu.json").read_text())
+    rows = json.loads((tmp_path / "host-cpu.json").read_text())
     if not host.library.exists:
         pytest.skip("the CPU kernels are not built")
     assert {row["backend"] for row in rows} == {"triton", "cpu"}
