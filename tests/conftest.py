@@ -82,20 +82,23 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def _poison() -> Iterator[None]:
     """What the package allocates uninitialised comes full of NaN, or of the largest integer.
 
-    An output that is not written everywhere then fails the comparison instead of passing on fresh, zeroed pages.
+    An output that is not written everywhere then fails the comparison instead of passing on fresh, zeroed pages. The patch is not
+    that of the fixture `monkeypatch`, which would then be undone after all other fixtures, and bring back what they had set.
     """
-    for owner, name in (
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch, "empty_permuted"),
-        (torch.Tensor, "new_empty"),
-        (torch.Tensor, "new_empty_strided"),
-    ):
-        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch, "empty_permuted"),
+            (torch.Tensor, "new_empty"),
+            (torch.Tensor, "new_empty_strided"),
+        ):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
 
 
 def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
