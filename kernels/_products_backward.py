@@ -36,6 +36,8 @@ from vlattn_fast.kernels._tiles import (
     store_tile,
 )
 
+from vlattn_fast._tensors import empty_rows_first
+
 
 class Rows(NamedTuple):
     """What the key-major pass needs of each row, (B, H, N) float32 with N padded, so that it loads them without a mask.
@@ -55,9 +57,15 @@ def new_rows(like: Tensor) -> Tensor:
     return like.new_empty((*like.shape[:2], padded_rows(like.shape[2])), dtype=torch.float32)
 
 
-def rows_first(like: Tensor, heads: int, rows: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (B, heads, rows, size) tensor laid out (B, rows, heads, size), as the kernels write it."""
-    return like.new_empty((like.shape[0], rows, heads, size), dtype=dtype or like.dtype).transpose(1, 2)
+def empty_key_gradients(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised, and of equally many heads: with weights per head the key can have more of them than the value. Those of the
+    one that has fewer are in float32, and `heads_summed` adds them."""
+    heads = max(key.shape[1], value.shape[1])
+    grad_k, grad_v = (
+        empty_rows_first(x, heads, x.shape[2], x.shape[3], x.dtype if x.shape[1] == heads else torch.float32)
+        for x in (key, value)
+    )
+    return grad_k, grad_v
 
 
 def heads_summed(grad_k: Tensor, key: Tensor, grad_v: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +94,7 @@ def queries(
     """
     query = call["p_q"]
     batch, heads, num_q, size = query.shape
-    grad_q, delta, sums = rows_first(query, heads, num_q, size), new_rows(query), new_rows(query) if summed else None
+    grad_q, delta, sums = empty_rows_first(query, heads, num_q, size), new_rows(query), new_rows(query) if summed else None
     shift = new_rows(query) if coarse is None else coarse.shift
     total = coarse.total if coarse is not None else new_rows(query) if call["EXACT"] else None
     if shift.numel() > 0:
@@ -131,12 +139,8 @@ def keys(
     heads_kv = key.shape[1]
     grad_k = grad_v = r_abar = None
     if rows.delta is not None:
-        # with weights per head the key can have more heads than the value: both gradients get as many heads, and are summed here
-        heads_kv = max(key.shape[1], value.shape[1])
-        grad_k, grad_v = (
-            rows_first(x, heads_kv, num_kv, x.shape[3], x.dtype if x.shape[1] == heads_kv else torch.float32)
-            for x in (key, value)
-        )
+        grad_k, grad_v = empty_key_gradients(key, value)
+        heads_kv = grad_k.shape[1]
     parts = heads_kv // key_heads
     if relevancy is not None:
         r_abar = query.new_empty((batch, max(1, parts), num_t, num_kv), dtype=torch.float32)

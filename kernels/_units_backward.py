@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._products_backward import Rows, heads_summed, new_rows, rows_first
+from vlattn_fast.kernels._products_backward import Rows, empty_key_gradients, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     keep_layout,
     largest_magnitude,
@@ -48,6 +48,8 @@ from vlattn_fast.kernels._tiles import (
     store_tile,
 )
 
+from vlattn_fast._tensors import empty_rows_first
+
 PROGRAMS = 264  # two for each multiprocessor of an H200, as many as their registers allow
 LARGEST = 2**28  # numbers in the sums of several ranges
 
@@ -68,11 +70,9 @@ def launch(
     """
     query, key, value = call["p_q"], call["p_k"], call["p_v"]
     (batch, heads, num_q, size), num_kv = query.shape, key.shape[2]
-    heads_kv = max(key.shape[1], value.shape[1])
-    grad_q = rows_first(query, heads, num_q, size)
-    grad_k, grad_v = (
-        rows_first(x, heads_kv, num_kv, x.shape[3], x.dtype if x.shape[1] == heads_kv else torch.float32) for x in (key, value)
-    )
+    grad_q = empty_rows_first(query, heads, num_q, size)
+    grad_k, grad_v = empty_key_gradients(key, value)
+    heads_kv = grad_k.shape[1]
     blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], cdiv(num_kv, config_kv["BLOCK_KV"])
     shift, delta, total = new_rows(query), new_rows(query), new_rows(query)
     if coarse is not None:

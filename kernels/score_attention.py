@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._device import configured, on_device
-from vlattn_fast.kernels._products_backward import Rows, new_rows, rows_first
+from vlattn_fast.kernels._products_backward import Rows, new_rows
 from vlattn_fast.kernels._scores import (
     activate,
     keep_layout,
@@ -57,6 +57,8 @@ from vlattn_fast.kernels._tiles import (
     strides,
 )
 
+from vlattn_fast._tensors import empty_rows_first
+
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
 
@@ -77,7 +79,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), laid out (B, N, H, Dv) as SDPA does, and lse (B, H, N)."""
     batch, heads, num_q, _ = query.shape
-    out = rows_first(query, heads, num_q, value.shape[3])
+    out = empty_rows_first(query, heads, num_q, value.shape[3])
     lse = query.new_empty((batch, heads, num_q), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse

@@ -113,10 +113,10 @@ def rows_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int) -> Tensor:
+def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (B, H, N, D) tensor in the layout of `rows_first`."""
     strides = (length * num_heads * size, size, num_heads * size, 1)
-    return like.new_empty_strided((like.shape[0], num_heads, length, size), strides)
+    return like.new_empty_strided((like.shape[0], num_heads, length, size), strides, dtype=dtype or like.dtype)
 
 
 def weigh_rows(rows: Tensor, weight: Tensor | None) -> Tensor:
