@@ -1,11 +1,9 @@
-"""What every Triton launch asks of its device: the guard round it, and tile sizes that were measured there."""
+"""The guard round a Triton launch: its device."""
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,27 +38,3 @@ def _device_of(args: Iterable[Any]) -> torch.device | None:
         if isinstance(x, (list, tuple)) and (device := _device_of(x)) is not None:
             return device
     return None
-
-
-Config = dict[str, int]
-# of each architecture, as "sm_90"
-MEASURED: dict[str, dict[str, Config]] = json.loads(Path(__file__).with_name("configurations.json").read_text())
-OVERRIDES: dict[str, Config] = {}  # what `make gpu PARTS=sweep` tries
-
-
-def configured(config: Config, *facts: Any) -> Config:
-    """The tile sizes of a launch with these facts: those measured on this kind of device, or `config`, which rules have chosen.
-
-    A number among the facts stands for all up to the next power of two.
-    """
-    if not (OVERRIDES or MEASURED):
-        return config
-    key = " ".join(str(1 << max(x - 1, 0).bit_length() if type(x) is int else x) for x in facts)
-    measured = MEASURED.get(_architecture(torch.cuda.current_device()), {}) if torch.cuda.is_initialized() else {}
-    return OVERRIDES.get(key, measured.get(key, config))
-
-
-@functools.cache
-def _architecture(device: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._scores import activate, norm_backward, precomputed_at, row_norm_and_bound, slope_for_unit_rows
 from vlattn_fast.kernels._tiles import (
     ROWS,
@@ -79,7 +80,7 @@ def heads_summed(grad_k: Tensor, key: Tensor, grad_v: Tensor, value: Tensor) -> 
 
 def queries(
     call: dict[str, Any],
-    config: dict[str, int],
+    config: Config,
     lse: Tensor,
     out: Tensor,
     coarse: Rows | None,
@@ -121,7 +122,7 @@ def queries(
 
 def keys(
     call: dict[str, Any],
-    config: dict[str, int],
+    config: Config,
     rows: Rows,
     relevancy: Tensor | None = None,
     factor: float = 1.0,

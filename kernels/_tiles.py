@@ -70,9 +70,9 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if copied else x
 
 
-def strides(letter: str, x: Tensor) -> dict[str, int]:
-    """Those of x (B, H, N, D), in elements, but for the last, which is 1."""
-    b, h, n, _ = x.stride()
+def strides(letter: str, stride: tuple[int, ...]) -> dict[str, int]:
+    """Those of a tensor (B, H, N, D), in elements, but for the last, which is 1."""
+    b, h, n, _ = stride
     return {f"stride_{letter}b": b, f"stride_{letter}h": h, f"stride_{letter}n": n}
 
 

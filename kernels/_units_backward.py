@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._products_backward import Rows, empty_key_gradients, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     keep_layout,
@@ -56,8 +57,8 @@ LARGEST = 2**28  # numbers in the sums of several ranges
 
 def launch(
     call: dict[str, Any],
-    config_q: dict[str, int],
-    config_kv: dict[str, int],
+    config_q: Config,
+    config_kv: Config,
     vector: Tensor,
     lse: Tensor,
     out: Tensor,
@@ -68,6 +69,7 @@ def launch(
 
     `config_q` is that of the rows, `config_kv` that of the pairs.
     """
+    assert config_kv["num_stages"] == 1, "a tile's gradients are read back from memory: stages would read them ahead"
     query, key, value = call["p_q"], call["p_k"], call["p_v"]
     (batch, heads, num_q, size), num_kv = query.shape, key.shape[2]
     grad_q = empty_rows_first(query, heads, num_q, size)
@@ -135,7 +137,7 @@ def _key_ranges(heads: int, blocks: int, sums: int) -> tuple[int, int]:
     return best
 
 
-def _groups(units: int, config: dict[str, int]) -> int:
+def _groups(units: int, config: Config) -> int:
     """Of keys: as many as there are threads for each unit. Each group takes two of a tile's queries at a time."""
     return max(1, min(32 * config["num_warps"] // units, config["BLOCK_KV"], config["BLOCK_Q"] // 2))
 

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._device import configured, on_device
+from vlattn_fast.kernels._configurations import configuration
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
@@ -82,17 +83,17 @@ def forward(
         "M": num_kv,
         "D": size,
         "scale_log2": scale * LOG2_E,
-        **strides("q", query),
-        **strides("k", key),
+        **strides("q", query.stride()),
+        **strides("k", key.stride()),
         **mask_constants,
         "CAUSAL": is_causal,
         "PRECISION": input_precision(),
         "BLOCK_D": block_size(size),
         "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
     }
-    config = _config(num_kv, max(size, size_v), query.dtype, gradient, attn_mask is not None)
-    facts = (rule, query.dtype, num_q, num_kv, max(size, size_v), attn_mask is not None)
-    config = configured(config, "attention_map", "map", *facts)
+    facts = {"rule": rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
+    masked = attn_mask is not None
+    config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
     one_tile, float_mask, exact = num_kv <= config["BLOCK_KV"], call["MASK"] == 2, query.dtype == torch.float32
     rows = "statistics" if lse is not None or not one_tile else "tile"
     if lse is not None and not float_mask and not exact:
@@ -100,8 +101,7 @@ def forward(
     row_max = row_inverse = abar  # placeholders where the kernel does not read them
     if rows == "statistics" and (lse is None or float_mask):
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
-        rows_config = _rows_config(size, query.dtype, attn_mask is not None)
-        rows_config = configured(rows_config, "attention_map", "rows", *facts)
+        rows_config = configuration("attention_map", "rows", **facts, size=size, masked=masked)
         _rows_kernel[(cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
             **call, p_max=row_max, p_inverse=row_inverse, **rows_config
         )
@@ -119,8 +119,8 @@ def forward(
         p_inverse=row_inverse,
         p_map=abar,
         DV=size_v,
-        **strides("v", value),
-        **strides("g", grad_output),
+        **strides("v", value.stride()),
+        **strides("g", grad_output.stride()),
         GRADIENT=gradient,
         REDUCTION=head_reduction,
         NORMALIZE=row_normalize,
@@ -149,38 +149,6 @@ def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) 
         inverse = torch.where(wide.abs() >= CALLER_LSE.value, known[1], inverse)
     empty = wide.isinf() | row_max.isinf()
     return torch.where(empty, torch.inf, row_max), torch.where(empty, 0.0, inverse)
-
-
-def _config(num_kv: int, size: int, dtype: torch.dtype, gradient: bool, masked: bool) -> dict[str, int]:
-    """Tile sizes of the map.
-
-    Not measured. They are the largest of those tried that compile for sm_90 without spills within 99 KB. Each tile reads its rows
-    and keys of all heads, so it should be large, and whole rows save the other kernel. A tile of attn_mask takes registers for
-    its addresses.
-    """
-    stages = 2 if size <= 64 else 1
-    if dtype == torch.float32:
-        return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
-    if size > 128:
-        return {"BLOCK_Q": 32, "BLOCK_KV": 64, "num_warps": 8, "num_stages": 1}
-    if num_kv <= 64:
-        return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": stages}
-    if masked:
-        return {"BLOCK_Q": 128, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
-    if num_kv <= 128:
-        return {"BLOCK_Q": 64, "BLOCK_KV": 128, "num_warps": 8 if gradient else 4, "num_stages": stages}
-    if gradient:
-        return {"BLOCK_Q": 128, "BLOCK_KV": 64, "num_warps": 8, "num_stages": stages}
-    if num_kv <= 256:
-        return {"BLOCK_Q": 64, "BLOCK_KV": 256, "num_warps": 8, "num_stages": stages}
-    return {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_warps": 8, "num_stages": stages}
-
-
-def _rows_config(size: int, dtype: torch.dtype, masked: bool) -> dict[str, int]:
-    """Tile sizes of the rows' statistics. Not measured, as above."""
-    if dtype == torch.float32 or size > 128:
-        return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_Q": 64 if masked else 128, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit

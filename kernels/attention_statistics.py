@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._device import configured, on_device
+from vlattn_fast.kernels._configurations import configuration
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     aligned,
@@ -66,11 +67,12 @@ def forward(
     argmax = query.new_empty(rows, dtype=torch.int64)
     received = query.new_empty((*rows[:2], key.shape[2] if "received" in statistics else 0), dtype=torch.float32)
     call = _arguments(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal)
-    facts = (query.dtype, rows[2], key.shape[2], query.shape[3], num_groups, attn_mask is not None)
+    facts = _facts(query, key, num_groups, attn_mask)
     if maximum.numel() > 0:
-        config = _rows_config(query.shape[3], query.dtype, attn_mask is not None, num_groups)
-        config = configured(config, "attention_statistics", "rows", *facts)
-        grid = (cdiv(rows[2], config["BLOCK_Q"]) * max(1, cdiv(num_groups, config["BLOCK_G"])) * rows[0] * rows[1],)
+        config = configuration("attention_statistics", "rows", **facts)
+        # groups beyond a block are computed by other programs, which compute the row again
+        block_g = min(32 if query.shape[3] > 128 else 64, block_size(num_groups))
+        grid = (cdiv(rows[2], config["BLOCK_Q"]) * max(1, cdiv(num_groups, block_g)) * rows[0] * rows[1],)
         _rows_kernel[grid](
             **call,
             p_mass=mass,
@@ -82,11 +84,11 @@ def forward(
             ARGMAX="argmax" in statistics,
             FEW=_few(num_groups),
             MANY=num_groups > FEW_GROUPS,
+            BLOCK_G=block_g,
             **config,
         )
     if received.numel() > 0:
-        config = _received_config(query.shape[3], query.dtype)
-        config = configured(config, "attention_statistics", "received", *facts)
+        config = configuration("attention_statistics", "received", **facts)
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
         _received_kernel[grid](**call, p_maximum=maximum, p_row_max=row_max, p_received=received, **config)
     return mass, entropy, maximum, argmax, received
@@ -116,11 +118,9 @@ def backward(
     if key_groups is None or num_groups == 0:
         grad_mass = None
     grads = {"mass": grad_mass, "entropy": grad_entropy, "maximum": grad_maximum, "received": grad_received}
-    few, masked = _few(num_groups), attn_mask is not None
-    config = _backward_config(query.shape[3], query.dtype, masked, grad_mass is not None and few == 0)
-    config = configured(
-        config, "attention_statistics", "backward", query.dtype, num_q, key.shape[2], query.shape[3], num_groups, masked
-    )
+    few = _few(num_groups)
+    facts = _facts(query, key, num_groups, attn_mask)
+    config = configuration("attention_statistics", "backward", **facts, product=grad_mass is not None and few == 0)
     call = {
         **_arguments(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal),
         **{f"p_grad_{name}": query if x is None else x.contiguous() for name, x in grads.items()},
@@ -175,8 +175,8 @@ def _arguments(
         "D": query.shape[3],
         "G": num_groups,
         "scale_log2": scale * LOG2_E,
-        **strides("q", query),
-        **strides("k", key),
+        **strides("q", query.stride()),
+        **strides("k", key.stride()),
         "stride_groups": groups.stride(0),
         "stride_weight": weight.stride(0),
         **mask_constants,
@@ -212,42 +212,15 @@ def _members(key_groups: Tensor, num_groups: int) -> Tensor:
     return members
 
 
+def _facts(query: Tensor, key: Tensor, num_groups: int, attn_mask: Tensor | None) -> dict[str, Any]:
+    """Of a launch, for its configuration."""
+    (_, _, num_q, size), num_kv = query.shape, key.shape[2]
+    return {"dtype": query.dtype, "N": num_q, "M": num_kv, "size": size, "groups": num_groups, "masked": attn_mask is not None}
+
+
 def _few(num_groups: int) -> int:
     """How many groups are summed one by one; 0 where a product sums all of them."""
     return num_groups if num_groups <= FEW_GROUPS else 0
-
-
-def _rows_config(size: int, dtype: torch.dtype, masked: bool, num_groups: int) -> dict[str, int]:
-    """Tile sizes of the forward pass.
-
-    Not measured. They are the largest of those tried that compile for sm_90 without spills. A tile of attn_mask takes registers
-    for its addresses. Groups beyond BLOCK_G are computed by other programs, which compute the row again.
-    """
-    groups = {"BLOCK_G": min(32 if size > 128 else 64, block_size(num_groups))}
-    if dtype == torch.float32 and size > 64:
-        return {"BLOCK_Q": 16, "BLOCK_KV": 32, **groups, "num_warps": 8, "num_stages": 1}
-    if dtype == torch.float32 or size > 128:
-        return {"BLOCK_Q": 32, "BLOCK_KV": 32, **groups, "num_warps": 8 if dtype == torch.float32 else 4, "num_stages": 1}
-    keys = 32 if num_groups > 32 or (masked and size > 64) else 64
-    return {"BLOCK_Q": 64, "BLOCK_KV": keys, **groups, "num_warps": 8 if masked and size <= 64 else 4, "num_stages": 2}
-
-
-def _received_config(size: int, dtype: torch.dtype) -> dict[str, int]:
-    """As above, for the key-major kernel."""
-    if dtype == torch.float32 or size > 128:
-        return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 8 if dtype == torch.float32 and size > 64 else 4, "num_stages": 1}
-    return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
-
-
-def _backward_config(size: int, dtype: torch.dtype, masked: bool, product: bool) -> dict[str, int]:
-    """As above. `product` with grad_mass: it takes registers, too."""
-    if dtype == torch.float32:
-        return {"BLOCK_Q": 32 if size <= 64 else 16, "BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
-    if size > 128 or masked:
-        return {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
-    if product:
-        return {"BLOCK_Q": 64, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2 if size <= 64 else 1}
 
 
 @triton.jit

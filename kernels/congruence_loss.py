@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vlattn_fast.kernels._device import configured, on_device
+from vlattn_fast.kernels._configurations import configuration
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     block_size,
@@ -312,7 +313,17 @@ class _Chunk:
     def _call(self, kernel: str) -> dict[str, Any]:
         """The named arguments that all kernels with heads share."""
         strides_q, strides_k = (tuple(stride for x in xs for stride in x.stride()[:3]) for xs in (self.queries, self.keys))
-        facts = self.sizes, self.features, self.queries[0].dtype
+        config = configuration(
+            "congruence_loss",
+            kernel,
+            kind=self.kind,
+            dtype=self.queries[0].dtype,
+            L=self.sizes[0],
+            V=self.sizes[1],
+            size=self.features,
+            whole=self.whole,
+        )
+        blocks = [block_size(size) for size in self.sizes] if self.whole else [config["BLOCK_KV"]] * 2
         text_mask, image_mask = self.queries[:2] if self.masks is None else self.masks
         return {
             "p_qs": self.queries,
@@ -331,9 +342,9 @@ class _Chunk:
             "LOG": self.kind == "iais_singular",
             "BLOCK_D": block_size(self.features),
             "PRECISION": input_precision(),
-            **configured(
-                _config(*facts, kernel, self.kind), "congruence_loss", kernel, self.kind, *facts[2:], *facts[0], facts[1]
-            ),
+            "BLOCK_L": blocks[0],
+            "BLOCK_V": blocks[1],
+            **{name: x for name, x in config.items() if name != "BLOCK_KV"},
         }
 
     def _empty(self, *shape: int) -> Tensor:
@@ -348,27 +359,6 @@ class _Chunk:
 def _holds_rows(sizes: tuple[int, int], features: int, dtype: torch.dtype) -> bool:
     """Whether the kernels hold whole rows of a head in a tile."""
     return max(sizes) <= 128 and features <= (64 if dtype == torch.float32 else 128)
-
-
-def _config(sizes: tuple[int, int], features: int, dtype: torch.dtype, kernel: str, kind: str) -> dict[str, int]:
-    """Tile sizes by lengths, head dimension, dtype, kernel and kind.
-
-    Not measured. They are the largest of those tried that compile for sm_90 without spills and within 99 KB of shared memory.
-    """
-    if _holds_rows(sizes, features, dtype):
-        tiles = {"BLOCK_L": block_size(sizes[0]), "BLOCK_V": block_size(sizes[1]), "num_warps": 8, "num_stages": 1}
-        if dtype == torch.float32:
-            return {"BLOCK_Q": 16, **tiles}
-        if kernel == "map":
-            return {"BLOCK_Q": 64, **tiles, "num_stages": 2 if features <= 64 else 1}
-        if kind == "iais_singular":
-            return {"BLOCK_Q": 32, **tiles}
-        return {"BLOCK_Q": 64 if features <= 64 else 32, **tiles, "num_warps": 4}
-    if dtype == torch.float32:
-        block = 64 if features <= 64 else 32
-        return {"BLOCK_Q": 16, "BLOCK_L": block, "BLOCK_V": block, "num_warps": 8, "num_stages": 1}
-    block = 64 if features <= 128 else 32
-    return {"BLOCK_Q": block, "BLOCK_L": block, "BLOCK_V": block, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit

@@ -16,7 +16,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels import attention_map, score_attention
-from vlattn_fast.kernels._device import configured, on_device
+from vlattn_fast.kernels._configurations import Config, configuration
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._products_backward import Rows, keys, queries
 from vlattn_fast.kernels._tiles import CALLER_LSE, LOG2_E, OWN_LSE, aligned, block_size, pad_rows
 
@@ -211,24 +212,15 @@ def _keys(launch: _Launch, rows: Rows, relevancy: Tensor | None) -> tuple[Tensor
     return keys(launch.call, config, rows, weighted_r, factor, launch.by_gradient, key_heads)
 
 
-def _config(kernel: str, launch: _Launch, block_t: int = 0) -> dict[str, int]:
-    """Tile sizes by kernel, dtype, head dimensions, masks and rows of r.
-
-    Not measured. They are the largest of those tried that compile for sm_90 without spills and within 99 KB of shared memory.
-    """
+def _config(kernel: str, launch: _Launch, block_t: int = 0) -> Config:
     query, key, value = (launch.call[name] for name in ("p_q", "p_k", "p_v"))
-    size = max(query.shape[3], value.shape[3])
-    plain = launch.call["MASK"] == 0
-    if query.dtype == torch.float32:
-        block_q, block_kv, warps, stages = (32, 32, 8, 1) if size <= 64 else (16, 16, 8, 1)
-    elif size > 128:
-        block_q, block_kv, warps, stages = (32, 32, 4, 1) if block_t <= 16 else (16, 32, 4, 1)
-    elif kernel == "backward_kv" and size > 64:
-        block_q, block_kv, warps, stages = (32, 64, 4, 2) if plain and block_t <= 1 else (16, 64, 4, 2)
-    elif kernel == "backward_kv":
-        block_q, block_kv, warps, stages = (64, 128, 8, 2) if plain and block_t <= 16 else (32, 128, 8, 2)
-    else:
-        block_q, block_kv, warps, stages = (64, 64, 4, 2) if size <= 64 and plain else (64, 32, 4, 2)
-    config = {"BLOCK_Q": block_q, "BLOCK_KV": block_kv, "num_warps": warps, "num_stages": stages}
-    lengths = query.shape[2], key.shape[2]
-    return configured(config, "relevancy_attention", kernel, query.dtype, *lengths, size, block_t, not plain)
+    return configuration(
+        "relevancy_attention",
+        kernel,
+        dtype=query.dtype,
+        N=query.shape[2],
+        M=key.shape[2],
+        size=max(query.shape[3], value.shape[3]),
+        block_t=block_t,
+        masked=launch.call["MASK"] != 0,
+    )

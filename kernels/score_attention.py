@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels import _products_backward, _units_backward
-from vlattn_fast.kernels._device import configured, on_device
+from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
+from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._products_backward import Rows, new_rows
 from vlattn_fast.kernels._scores import (
     activate,
@@ -59,7 +61,7 @@ from vlattn_fast.kernels._tiles import (
 
 from vlattn_fast._tensors import empty_rows_first
 
-UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
+Shape = tuple[int, ...]
 
 
 @on_device
@@ -149,7 +151,6 @@ def arguments(
     is_causal: bool,
 ) -> dict[str, Any]:
     """The named arguments that all kernels here and of the backward passes share. The query stands in for what is absent."""
-    heads, num_q, size = query.shape[1:]
     query, key, value = aligned(query), aligned(key), aligned(value)
     masks, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     pre_q = pre_k = query
@@ -167,41 +168,61 @@ def arguments(
         "p_pre_k": pre_k,
         **masks,
         "p_seed": query if seed is None else seed,
+        **_sizes(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()),
+        **_options(query.dtype, score, parameter, scale, dropout_p, is_causal),
+        **mask_constants,
+        "PRECISION": input_precision(),
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(
+    shape_q: Shape, stride_q: Shape, shape_k: Shape, stride_k: Shape, shape_v: Shape, stride_v: Shape
+) -> Mapping[str, int]:
+    """Kept, as those that follow, since a model asks for the same in each of its layers: to make them takes longer."""
+    heads = shape_q[1]
+    return {
         "H": heads,
-        "GROUP_K": heads // max(1, key.shape[1]),
-        "GROUP_V": heads // max(1, value.shape[1]),
-        "N": num_q,
-        "M": key.shape[2],
-        "A": size,
-        "DV": value.shape[3],
+        "GROUP_K": heads // max(1, shape_k[1]),
+        "GROUP_V": heads // max(1, shape_v[1]),
+        "N": shape_q[2],
+        "M": shape_k[2],
+        "A": shape_q[3],
+        "DV": shape_v[3],
+        **strides("q", stride_q),
+        **strides("k", stride_k),
+        **strides("v", stride_v),
+        "BLOCK_A": block_size(shape_q[3]),
+        "BLOCK_DV": block_size(shape_v[3]),
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _options(
+    dtype: torch.dtype, score: str, parameter: float, scale: float, dropout_p: float, is_causal: bool
+) -> Mapping[str, Any]:
+    return {
         "scale_log2": scale * LOG2_E,
         "parameter": parameter,
         "dropout_p": dropout_p,
         "threshold": int(dropout_p * 2**32),
-        **strides("q", query),
-        **strides("k", key),
-        **strides("v", value),
         "SCORE": score,
-        **mask_constants,
         "CAUSAL": is_causal,
         "DROPOUT": dropout_p > 0.0,
-        "EXACT": query.dtype == torch.float32,
-        "FAST": query.dtype == torch.bfloat16,
-        "PRECISION": input_precision(),
-        "BLOCK_A": block_size(size),
-        "BLOCK_DV": block_size(value.shape[3]),
+        "EXACT": dtype == torch.float32,
+        "FAST": dtype == torch.bfloat16,
     }
 
 
 def with_gradient(call: dict[str, Any], grad_out: Tensor | None, scale: float) -> dict[str, Any]:
     """`arguments` and what a backward pass needs besides."""
     grad_out = call["p_q"] if grad_out is None else aligned(grad_out)
-    return {**call, "p_grad": grad_out, **strides("g", grad_out), "scale": scale}
+    return {**call, "p_grad": grad_out, **strides("g", grad_out.stride()), "scale": scale}
 
 
 def row_statistics(
     call: dict[str, Any],
-    config: dict[str, int],
+    config: Config,
     lse: Tensor | None,
     limit: tl.constexpr,
     pair: bool,
@@ -262,40 +283,11 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     return precomputed
 
 
-def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool) -> dict[str, int]:
-    """Tile sizes by kernel, score, feature size and dtype."""
-    rows, size = query.shape[2], block_size(max(query.shape[3], value.shape[3]))
-    config = _rule(kernel, score, size, query.dtype == torch.float32, rows > 512, masked)
-    return configured(config, "score_attention", kernel, score, query.dtype, rows, value.shape[2], size, masked)
-
-
-@functools.cache
-def _rule(kernel: str, score: str, size: int, wide: bool, long: bool, masked: bool) -> dict[str, int]:
-    """Where nothing is measured: the largest of those tried that compile for sm_90 without spills into 99 KB of shared memory.
-
-    Short sequences take 64 rows, since 128 would be padding, and so do tiles of attn_mask.
-    """
-    kv, plain = kernel == "backward_kv", score == "dot" and not masked
-    if score in UNIT_KINDS:
-        if wide or size > 128:
-            tile = (32, 32 if kv else 16, 4, 1) if size <= 64 else (32, 16, 8, 1)
-        else:
-            # a thread of the backward pass holds a hidden unit of 32 keys; it spills, but not in the loops over units
-            tile = (64, 64, 8, 1) if kv and size > 64 else (64, 64, 4, 1) if kv else (64, 32, 4, 1)
-    elif wide:
-        tile = (32, 32, 8, 1) if size <= 64 else (16, 32, 4, 1) if size <= 128 else (16, 16, 4, 1)
-    elif kernel == "forward":
-        rows = 128 if long and size <= 128 and not masked else 64
-        keys = 32 if size > 128 or (masked and size > 64) else 64
-        tile = (rows, keys, rows // 16, 1 if masked or size > 128 else 3 if size <= 64 else 2)
-    elif size > 128:
-        tile = (32, 32, 4, 1)
-    elif kv:
-        tile = (64, 64, 4, 2) if size <= 64 and score != "cosine" and not masked else (32, 64, 4, 2)
-    else:
-        tile = (64, 64, 4, 3 if plain else 2) if size <= 64 and score != "cosine" and not masked else (64, 32, 4, 2)
-    assert score not in UNIT_KINDS or tile[3] == 1, "sums over hidden units take one stage"
-    return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tile, strict=True))
+def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool) -> Config:
+    size = block_size(max(query.shape[3], value.shape[3]))
+    return configuration(
+        "score_attention", kernel, score=score, dtype=query.dtype, N=query.shape[2], M=value.shape[2], size=size, masked=masked
+    )
 
 
 @triton.jit

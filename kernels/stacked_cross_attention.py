@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import block_size, cdiv, dot, input_precision, load_tile, store_tile
 
@@ -241,7 +242,7 @@ def _multiply(w: Tensor, rows: Tensor, total: Tensor, out: Tensor, inner: bool) 
 
 def _matmul(a: Tensor, b: Tensor, total: Tensor, out: Tensor, inner: bool, add: bool) -> None:
     (parts, num_i, num_k), num_j = a.shape, b.shape[1]
-    meta = {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_K": 64 if parts == 1 else 32, "num_warps": 8, "num_stages": 3}
+    meta = configuration("stacked_cross_attention", "matmul", parts=parts)
     grid = (cdiv(num_i, meta["BLOCK_I"]) * cdiv(num_j, meta["BLOCK_J"]),)
     if grid[0] > 0:
         _matmul_kernel[grid](
@@ -306,7 +307,7 @@ def _attend(parts: Tensor, queries: _Queries, contexts: _Contexts) -> tuple[Tens
     length, features = queries.rows.shape
     cosine = queries.norms.new_empty((contexts.sets, length))
     norm_a = torch.empty_like(cosine)
-    meta = _config_attend(contexts.size, queries.rows.dtype)
+    meta = configuration("stacked_cross_attention", "attend", M=contexts.size, dtype=queries.rows.dtype)
     _attend_kernel[(contexts.sets * cdiv(length, meta["BLOCK_N"]),)](
         p_q=queries.rows,
         p_c=contexts.rows,
@@ -390,15 +391,6 @@ def _config_maps(size: int, elements: int) -> dict[str, int]:
     """Rows of whole contexts, `elements` in all. Not measured: few enough for the registers of sm_90."""
     block = block_size(size)
     return {"BLOCK_N": max(1, min(64, elements // block)), "BLOCK_M": block, "num_warps": 4 if block <= 1024 else 8}
-
-
-def _config_attend(size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Not measured: the largest tiles of those tried that compile for sm_90 without spills, and fit every shared memory."""
-    if dtype == torch.float32:
-        return {"BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
-    if size > 64:
-        return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_N": 128, "BLOCK_M": block_size(size), "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit

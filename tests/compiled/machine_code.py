@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlattn_fast.kernels.score_attention import UNIT_KINDS
+from vlattn_fast.kernels._configurations import UNIT_KINDS
 
 from tests.compiled.table import tool
 

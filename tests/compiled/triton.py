@@ -63,7 +63,7 @@ def pretend(architecture: int) -> None:
 def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
     """The rows of the kernels that one call launches."""
     from triton.runtime.jit import JITFunction
-    from vlattn_fast.kernels import _device
+    from vlattn_fast.kernels import _configurations
 
     launched: dict[str, list[Row]] = {}
     run = JITFunction.run
@@ -74,7 +74,7 @@ def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
         assert not narrow, f"{operator} {name} {self.fn.__name__}: products of 32 bits reach an address: {narrow}"
         launched.setdefault(self.fn.__name__, []).append(_row(kernel) | facts(kernel, kwargs))
 
-    _device.OVERRIDES = _device.MEASURED.get(f"sm_{architecture}", {})
+    _configurations.OVERRIDES = _configurations.MEASURED.get(f"sm_{architecture}", {})
     pretend(architecture)
     JITFunction.run = compile_only
     try:

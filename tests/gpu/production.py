@@ -135,9 +135,9 @@ def first_word(text: str) -> str:
 class Hot(NamedTuple):
     """A launch that calls spend their time in.
 
-    `key` begins the facts that `kernels._device.configured` is asked with, `kernels` are the functions that it launches, `check`
-    is the name and the size of the case that its tiles must keep right, and `most` the most queries that a tile may have: rows
-    are padded to 64 in backward passes.
+    `key` begins the facts that `kernels/_configurations.py` is asked with, `kernels` are the functions that it launches, `check`
+    is the name and the size of the case that its tiles must keep right, `most` the most queries that a tile may have (rows are
+    padded to 64 in backward passes), and `stages` are those that it may have.
     """
 
     key: str
@@ -145,6 +145,7 @@ class Hot(NamedTuple):
     benchmark: str
     check: tuple[str, str]
     most: int = 64
+    stages: tuple[int, ...] = (1, 2, 3, 4)
 
     @property
     def operator(self) -> str:
@@ -158,6 +159,7 @@ HOTTEST = (
         ("_units_backward_kernel",),
         "score_attention/additive, forward+backward/clip",
         ("additive", "D64"),
+        stages=(1,),
     ),
     Hot(
         "score_attention forward additive",

@@ -215,7 +215,7 @@ def sweep(run: Session) -> bool:
             default = next((row["config"] for row in rows if row["is_default"]), None)
             if default is None:
                 break  # it failed as it is
-            ahead = candidates(default, hot.most, rows)
+            ahead = candidates(default, hot.most, rows, hot.stages)
             if not ahead or (run.device == "cpu" and len(rows) >= CPU_TRIES):
                 break
             ahead = ahead[: CPU_TRIES - len(rows)] if run.device == "cpu" else ahead

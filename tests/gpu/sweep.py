@@ -1,6 +1,6 @@
 """Tiles, warps and stages of the hottest launches, one after another: is it right, and how long does it take.
 
-First tiles and warps about those that the rules of the kernels choose, then the stages of the three fastest. A configuration is
+First tiles and warps about those of kernels/_configurations.py, then the stages of the three fastest. A configuration is
 timed only where it keeps the tolerance rule, and takes the place of the one that is there where it saves SAVES of the time.
 """
 
@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from vlattn_fast.kernels import _device
+from vlattn_fast.kernels import _configurations
 
 from tests.gpu import launches, production
 from vlattn_fast import verify
@@ -21,7 +21,7 @@ from vlattn_fast._tolerance import settle
 
 Config = dict[str, int]
 Row = dict[str, Any]
-WARPS, STAGES, FASTEST = (4, 8), (1, 2, 3, 4), 3
+WARPS, FASTEST = (4, 8), 3
 LEAST_TILE, MOST_KEYS = 16, 128
 SAVES = 0.03
 
@@ -30,7 +30,7 @@ def label(config: Config | None) -> str:
     return "as it is" if config is None else " ".join(f"{name}={x}" for name, x in config.items())
 
 
-def candidates(default: Config, most: int, rows: Sequence[Row]) -> list[Config]:
+def candidates(default: Config, most: int, rows: Sequence[Row], stages: Sequence[int]) -> list[Config]:
     """What is to be tried next, from the rows of this launch. Empty where all is done."""
     known = [row["config"] for row in rows]
     tiles = [{"BLOCK_Q": size} for size in _about(default["BLOCK_Q"], most)]
@@ -44,7 +44,7 @@ def candidates(default: Config, most: int, rows: Sequence[Row]) -> list[Config]:
         without = {name: x for name, x in row["config"].items() if name != "num_stages"}
         if without not in fastest:
             fastest.append(without)
-    second = [{**default, **without, "num_stages": stages} for without in fastest[:FASTEST] for stages in STAGES]
+    second = [{**default, **without, "num_stages": count} for without in fastest[:FASTEST] for count in stages]
     return [config for config in second if config not in known]
 
 
@@ -62,7 +62,7 @@ def winner(default: Config, rows: Sequence[Row]) -> Config:
 
 
 class Recorder(dict[str, Config]):
-    """In the place of `_device.OVERRIDES`: `config` for the launches whose facts begin with `prefix`, and what these are."""
+    """In the place of `OVERRIDES`: `config` for the launches whose facts begin with `prefix`, and what these are."""
 
     def __init__(self, prefix: str, config: Config | None) -> None:
         self.prefix, self.config = prefix, config
@@ -106,7 +106,7 @@ def tried(item: dict[str, Any], device: str) -> Row:
         _compile(item["hot"], item["batch"])
         launch.compiled |= {label(each) for each in item["batch"]}
     recorder = Recorder(hot.key, config)
-    before, _device.OVERRIDES = _device.OVERRIDES, recorder
+    before, _configurations.OVERRIDES = _configurations.OVERRIDES, recorder
     try:
         row = _measured(launch, device)
     except Exception as error:
@@ -114,7 +114,7 @@ def tried(item: dict[str, Any], device: str) -> Row:
             raise
         row = {"passed": True, "not_run": f"{type(error).__name__}: {error}"[:300]}
     finally:
-        _device.OVERRIDES = before
+        _configurations.OVERRIDES = before
     if len(recorder.asked) > 1:
         raise RuntimeError(f"the case and the timed call must ask with the same facts; got {sorted(recorder.asked)}")
     ((key, default),) = recorder.asked.items()
@@ -154,7 +154,7 @@ def compile_one(hot: int, config: Config | None, architecture: int) -> None:
 
     chosen = production.HOTTEST[hot]
     _dispatch.INTERPRETED = True  # so that Triton's kernels take CPU tensors; nothing is interpreted
-    _device.OVERRIDES = Recorder(chosen.key, config)
+    _configurations.OVERRIDES = Recorder(chosen.key, config)
     pretend(architecture)
     run = JITFunction.run
 

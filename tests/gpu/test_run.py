@@ -16,7 +16,7 @@ import pytest
 import torch
 from vlattn_fast.benchmarks import _rows
 from vlattn_fast.benchmarks.host import without_launches
-from vlattn_fast.kernels import _device
+from vlattn_fast.kernels import _configurations
 
 from tests.gpu import ncu, production, run, session, sweep
 from vlattn_fast import verify
@@ -210,7 +210,7 @@ def test_what_is_timed_is_what_was_checked(hot, monkeypatch):
         call = production.call_of(hot.benchmark, "triton", "cpu", batch=1)
     for run_it in (lambda: verify._run(case, case.in_dtype(torch.bfloat16), "triton"), call):
         recorder, launched = sweep.Recorder(hot.key, None), []
-        monkeypatch.setattr(_device, "OVERRIDES", recorder)
+        monkeypatch.setattr(_configurations, "OVERRIDES", recorder)
         with without_launches(launched):
             run_it()
         assert set(hot.kernels) <= set(launched)
@@ -221,20 +221,20 @@ def test_what_is_timed_is_what_was_checked(hot, monkeypatch):
 def test_the_sweep_goes_over_tiles_then_stages():
     default = {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
     rows = [{"config": default, "us": 100.0}]
-    first = sweep.candidates(default, 64, rows)
+    first = sweep.candidates(default, 64, rows, (1, 2, 3, 4))
     assert len(first) == 2 * 3 * 2 - 1 and {config["BLOCK_Q"] for config in first} == {32, 64}
     rows += [{"config": config, "us": 110.0 + n} for n, config in enumerate(first[:-1])]
-    assert sweep.candidates(default, 64, rows) == first[-1:]  # cut before the last
+    assert sweep.candidates(default, 64, rows, (1, 2, 3, 4)) == first[-1:]  # cut before the last
     rows.append({"config": first[-1], "not_run": "OutOfResources"})
-    second = sweep.candidates(default, 64, rows)
+    second = sweep.candidates(default, 64, rows, (1, 2, 3, 4))
     assert len(second) == 3 * 3 and {config["num_stages"] for config in second} == {1, 3, 4}
     rows += [{"config": config, "us": 98.0} for config in second]
-    assert sweep.candidates(default, 64, rows) == []
+    assert sweep.candidates(default, 64, rows, (1, 2, 3, 4)) == []
     assert sweep.winner(default, rows) == default  # two percent are noise
     rows[-1]["us"] = 90.0
     assert sweep.winner(default, rows) == second[-1]
-    whole = {"BLOCK_Q": 32, "BLOCK_L": 64, "BLOCK_V": 128, "num_warps": 8, "num_stages": 1}
-    assert all((config["BLOCK_L"], config["BLOCK_V"]) == (64, 128) for config in sweep.candidates(whole, 64, []))
+    whole = {"BLOCK_Q": 32, "num_warps": 8, "num_stages": 1}  # a tile has all keys
+    assert all(config.keys() == whole.keys() for config in sweep.candidates(whole, 64, [], (1,)))
 
 
 def test_what_ncu_says_without_a_table_is_no_row():

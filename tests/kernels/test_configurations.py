@@ -1,4 +1,4 @@
-"""Tile sizes that were measured take the place of those that the rules choose."""
+"""Tile sizes that were measured take the place of those of the table."""
 
 from __future__ import annotations
 
@@ -6,29 +6,41 @@ from typing import Any
 
 import pytest
 import torch
-from vlattn_fast.kernels import _device
+from vlattn_fast.kernels import _configurations
+from vlattn_fast.kernels._configurations import LINES, configuration
 
 import vlattn_fast as va
 
-RULE, MEASURED = {"BLOCK_Q": 64}, {"BLOCK_Q": 16}
+FACTS: dict[str, Any] = {"rule": "attention", "dtype": torch.bfloat16, "N": 64, "M": 64, "size": 64, "masked": False}
+TABLE, MEASURED = LINES["attention_map map"][1].config, {"BLOCK_Q": 16}
+NAME = "attention_map map attention torch.bfloat16 64 64 64 False"
 
 
-def test_without_measured_ones_the_rules_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in ({}, {"sm_90": {"map 64": MEASURED}}):  # no GPU is in use
-        monkeypatch.setattr(_device, "MEASURED", table)
-        assert _device.configured(RULE, "map", 64) == RULE
+def test_without_measured_ones_the_table_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for measured in ({}, {"sm_90": {NAME: MEASURED}}):  # no GPU is in use
+        monkeypatch.setattr(_configurations, "MEASURED", measured)
+        assert configuration("attention_map", "map", **FACTS) == TABLE
 
 
 def test_measured_ones_hold_on_their_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_device, "MEASURED", {"sm_90": {"map torch.bfloat16 64 1 True": MEASURED}})
+    monkeypatch.setattr(_configurations, "MEASURED", {"sm_90": {NAME: MEASURED}})
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for architecture, expected in (("sm_90", MEASURED), ("sm_80", RULE)):
-        monkeypatch.setattr(_device, "_architecture", lambda device, name=architecture: name)
+    for architecture, expected in (("sm_90", MEASURED), ("sm_80", TABLE)):
+        monkeypatch.setattr(_configurations, "_architecture", lambda device, name=architecture: name)
         for size in (33, 64):  # up to the next power of two
-            assert _device.configured(RULE, "map", torch.bfloat16, size, 1, True) == expected
-        for facts in (("map", torch.bfloat16, 65, 1, True), ("map", torch.bfloat16, 64, 1, False), ("map",)):
-            assert _device.configured(RULE, *facts) == RULE
+            assert configuration("attention_map", "map", **{**FACTS, "size": size}) == expected
+        for changed in ({"N": 65}, {"rule": "gradient"}, {"dtype": torch.float16}):
+            assert configuration("attention_map", "map", **{**FACTS, **changed}) == TABLE
+
+
+def test_each_line_is_reached_and_one_holds_for_every_launch() -> None:
+    """A kernel's last line has no conditions; none repeats the conditions of one above it."""
+    for name, lines in LINES.items():
+        assert lines[-1].conditions == {}, name
+        conditions = [line.conditions for line in lines]
+        assert all(each not in conditions[:n] for n, each in enumerate(conditions)), name
+        assert all(line.reason for line in lines), name
 
 
 class Override(dict[str, Any]):
@@ -41,7 +53,7 @@ class Override(dict[str, Any]):
 
 def test_a_launch_takes_what_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     override = Override(unused={})
-    monkeypatch.setattr(_device, "OVERRIDES", override)
+    monkeypatch.setattr(_configurations, "OVERRIDES", override)
     query, key, value = (torch.randn(1, 2, 20, 8, dtype=torch.float32) for _ in range(3))
     torch.testing.assert_close(va.attention_map(query, key, backend="triton"), va.reference.attention_map(query, key))
     tanh = va.scores.General(torch.eye(8), activation="tanh")

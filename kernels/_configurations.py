@@ -1,0 +1,247 @@
+"""Tiles, warps and stages of the launches: a table with a reason a line.
+
+Of a kernel's lines the first holds whose conditions the launch meets. None of them was measured. They are the largest tiles of
+those tried that compile for sm_90 without register spills and within 99 KB of shared memory, which every GPU since sm_80 has; a
+reason says what else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json,
+by architecture. Those come before the lines here.
+
+Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Config = dict[str, int]
+# of each architecture, as "sm_90"
+MEASURED: dict[str, dict[str, Config]] = json.loads(Path(__file__).with_name("configurations.json").read_text())
+OVERRIDES: dict[str, Config] = {}  # what `make gpu PARTS=sweep` tries
+
+
+class Line(NamedTuple):
+    config: Config
+    reason: str
+    conditions: dict[str, Any]  # by fact: the largest number, one of a tuple, or the value itself
+
+    def holds(self, facts: dict[str, Any]) -> bool:
+        return all(_meets(facts[name], condition) for name, condition in self.conditions.items())
+
+
+def _meets(fact: Any, condition: Any) -> bool:
+    if isinstance(condition, tuple):
+        return fact in condition
+    return fact <= condition if type(condition) is int else fact == condition
+
+
+def configuration(operator: str, kernel: str, **facts: Any) -> Config:
+    """The configuration of a launch: as it was measured on this kind of device, or by the table. It is shared: do not change it.
+
+    Measured ones have the facts in their names, in the order of the call. A number stands there for all up to the next power of
+    two.
+    """
+    if not (OVERRIDES or MEASURED):
+        return by_table(operator, kernel, **facts)
+    shown = (1 << max(x - 1, 0).bit_length() if type(x) is int else x for x in facts.values())
+    name = " ".join(map(str, (operator, kernel, *shown)))
+    measured = MEASURED.get(_architecture(torch.cuda.current_device()), {}) if torch.cuda.is_initialized() else {}
+    return OVERRIDES.get(name, measured.get(name) or by_table(operator, kernel, **facts))
+
+
+@functools.lru_cache(maxsize=4096)
+def by_table(operator: str, kernel: str, **facts: Any) -> Config:
+    return next(line.config for line in LINES[f"{operator} {kernel}"] if line.holds(facts))
+
+
+@functools.cache
+def _architecture(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _line(tile: tuple[int, ...], reason: str, **conditions: Any) -> Line:
+    """tile: BLOCK_Q, BLOCK_KV (not where a tile has all keys), warps, stages."""
+    names = ("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages")
+    return Line(dict(zip(names if len(tile) == 4 else (names[0], *names[2:]), tile, strict=True)), reason, conditions)
+
+
+FLOAT32 = torch.float32
+UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
+
+# `size` counts the features of a row, `masked` says that there is an attn_mask.
+_FLOAT32 = "on FMA units, whose operands lie in registers"
+_MASK = "addresses of attn_mask take registers"
+_ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
+_WIDE = "sums over rows of 128 features take twice the registers of 64"
+_WIDER = "sums over rows of 256 features take four times the registers of 64"
+_UNITS = "reciprocals of many pairs a thread hide one another's latency"
+
+_OWNED = "a thread has one unit of 32 keys: it spills, but not in the loops over units. No stages: see the launch"
+
+_UNITS_ROWS = [
+    _line((32, 16, 4, 1), "float32 sums more exactly, in more registers", score=UNIT_KINDS, dtype=FLOAT32, size=64),
+    _line((32, 16, 8, 1), "float32 sums more exactly, in more registers", score=UNIT_KINDS, dtype=FLOAT32),
+    _line((64, 32, 4, 1), _UNITS, score=UNIT_KINDS, size=128),
+    _line((32, 16, 8, 1), _WIDER, score=UNIT_KINDS),
+]
+_FLOAT32_SCORES = [
+    _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
+    _line((16, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=128),
+    _line((16, 16, 4, 1), _FLOAT32, dtype=FLOAT32),
+]
+_FLOAT32_RELEVANCY = [_line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64), _line((16, 16, 8, 1), _FLOAT32, dtype=FLOAT32)]
+_RELEVANCY_ROWS = [
+    *_FLOAT32_RELEVANCY,
+    _line((64, 32, 4, 2), _MASK, masked=True, size=128),
+    _line((64, 64, 4, 2), _ONCE, size=64),
+    _line((64, 32, 4, 2), _WIDE, size=128),
+    _line((32, 32, 4, 1), _WIDER),
+]
+_CONGRUENCE_TILES = [  # rows are longer than a tile
+    _line((16, 64, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
+    _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+    _line((64, 64, 4, 1), _ONCE, size=128),
+    _line((32, 32, 4, 1), _WIDER),
+]
+
+LINES: dict[str, list[Line]] = {
+    "score_attention forward": [
+        *_UNITS_ROWS,
+        *_FLOAT32_SCORES,
+        _line((64, 64, 4, 1), _MASK, masked=True, size=64),
+        _line((64, 32, 4, 1), _MASK, masked=True),
+        _line((64, 64, 4, 3), "128 rows would be padding in short sequences", N=512, size=64),
+        _line((64, 64, 4, 2), "128 rows would be padding in short sequences", N=512, size=128),
+        _line((128, 64, 8, 3), "128 rows read K and V half as often as 64", size=64),
+        _line((128, 64, 8, 2), "as for 64 features, but a third stage exceeds shared memory", size=128),
+        _line((64, 32, 4, 1), _WIDER),
+    ],
+    "score_attention backward_q": [
+        *_UNITS_ROWS,
+        *_FLOAT32_SCORES,
+        _line((64, 32, 4, 2), _MASK, masked=True, size=128),
+        _line((64, 32, 4, 2), "gradients of the norms take registers", score="cosine", size=128),
+        _line((64, 64, 4, 3), _ONCE, score="dot", size=64),
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 32, 4, 2), _WIDE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "score_attention backward_kv": [
+        _line((32, 32, 4, 1), "float32 sums more exactly, in more registers", score=UNIT_KINDS, dtype=FLOAT32, size=64),
+        _line((32, 16, 8, 1), "float32 sums more exactly, in more registers", score=UNIT_KINDS, dtype=FLOAT32),
+        _line((64, 64, 4, 1), _OWNED, score=UNIT_KINDS, size=64),
+        _line((64, 64, 8, 1), _OWNED, score=UNIT_KINDS, size=128),
+        _line((32, 16, 8, 1), _WIDER, score=UNIT_KINDS),
+        *_FLOAT32_SCORES,
+        _line((32, 64, 4, 2), _MASK, masked=True, size=128),
+        _line((32, 64, 4, 2), "gradients of the norms take registers", score="cosine", size=128),
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((32, 64, 4, 2), _WIDE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "relevancy_attention statistics": _RELEVANCY_ROWS,
+    "relevancy_attention backward_q": _RELEVANCY_ROWS,
+    "relevancy_attention backward_kv": [  # block_t: rows of r in a program
+        *_FLOAT32_RELEVANCY,
+        _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),
+        _line((32, 128, 8, 2), "a mask's addresses, or 64 rows of r, take registers", size=64),
+        _line((32, 64, 4, 2), _WIDE, masked=False, block_t=1, size=128),
+        _line((16, 64, 4, 2), "as without, where a mask or rows of r take registers, too", size=128),
+        _line((32, 32, 4, 1), _WIDER, block_t=16),
+        _line((16, 32, 4, 1), "as without, where 64 rows of r take registers, too"),
+    ],
+    # a tile takes its rows and keys of all heads, so it should be large; one that holds whole rows saves the kernel `rows`
+    "attention_map map": [
+        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
+        *(
+            line
+            for size, stages in ((64, 2), (128, 1))  # two stages of 128 features exceed shared memory
+            for line in (
+                _line((64, 64, 4, stages), "holds whole rows", M=64, size=size),
+                _line((128, 32, 8, 1), _MASK, masked=True, size=size),
+                _line((64, 128, 8, stages), "holds whole rows; P and dP take registers", rule="gradient", M=128, size=size),
+                _line((64, 128, 4, stages), "holds whole rows", M=128, size=size),
+                _line((128, 64, 8, stages), "P and dP take registers", rule="gradient", size=size),
+                _line((64, 256, 8, stages), "holds whole rows", M=256, size=size),
+                _line((128, 128, 8, stages), "reads Q and K least often", size=size),
+            )
+        ),
+        _line((32, 64, 8, 1), "rows of 256 features fill shared memory"),
+    ],
+    "attention_map rows": [
+        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
+        _line((64, 64, 4, 2), _MASK, masked=True, size=128),
+        _line((128, 64, 4, 2), "128 rows read K half as often as 64", size=128),
+        _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
+    ],
+    "attention_statistics rows": [
+        _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
+        _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+        _line((64, 64, 8, 2), _MASK, masked=True, groups=32, size=64),
+        _line((64, 32, 8, 2), "sums of 64 groups take registers", masked=True, size=64),
+        _line((64, 32, 4, 2), _MASK, masked=True, size=128),
+        _line((64, 64, 4, 2), _ONCE, groups=32, size=128),
+        _line((64, 32, 4, 2), "sums of 64 groups take registers", size=128),
+        _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
+    ],
+    "attention_statistics received": [
+        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
+        _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+        _line((64, 64, 4, 2), _ONCE, size=128),
+        _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
+    ],
+    "attention_statistics backward": [  # product: gradients of the groups' mass by a matrix product
+        _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
+        _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+        _line((32, 32, 4, 1), _MASK, masked=True),
+        _line((64, 32, 4, 1), "the product takes registers", product=True, size=128),
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 64, 4, 1), "two stages of 128 features exceed shared memory", size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "congruence_loss map": [  # whole: tiles hold the rows of a head
+        _line((16, 8, 1), _FLOAT32, whole=True, dtype=FLOAT32),
+        _line((64, 8, 2), "eight warps share the registers of whole rows", whole=True, size=64),
+        _line((64, 8, 1), "eight warps share the registers of whole rows", whole=True),
+        *_CONGRUENCE_TILES,
+    ],
+    "congruence_loss gradient": [
+        _line((16, 8, 1), _FLOAT32, whole=True, dtype=FLOAT32),
+        _line((32, 8, 1), "gradients of the map and of its logarithm take registers", whole=True, kind="iais_singular"),
+        _line((64, 4, 1), _ONCE, whole=True, size=64),
+        _line((32, 4, 1), _WIDE, whole=True),
+        *_CONGRUENCE_TILES,
+    ],
+    "stacked_cross_attention attend": [
+        Line({"BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}, _FLOAT32, {"dtype": FLOAT32}),
+        *(
+            Line(
+                {"BLOCK_N": 128, "BLOCK_M": keys, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+                "a tile holds a whole context",
+                {"M": keys},
+            )
+            for keys in (16, 32, 64)
+        ),
+        Line(
+            {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+            "contexts of several tiles are summed, which takes registers",
+            {},
+        ),
+    ],
+    "stacked_cross_attention matmul": [  # parts: how many numbers sum to a float32 of A
+        Line(
+            {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+            "as large products take elsewhere",
+            {"parts": 1},
+        ),
+        Line(
+            {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+            "each part of A has a tile of its own in shared memory",
+            {},
+        ),
+    ],
+}
