@@ -259,9 +259,16 @@ class Wheel(bdist_wheel):
 if __name__ == "__main__":
     for kernels in BOTH:
         kernels.reason()  # of a wrong value before anything else
+    # folders of data count as packages, too: setuptools warns that it will leave out others
     inside = ["vlattn_fast", *(f"vlattn_fast.{name}" for name in find_packages("vlattn_fast"))]
     setup(
-        packages=[*inside, "vlattn_fast.kernels", "vlattn_fast.benchmarks"],
+        packages=[
+            *inside,
+            "vlattn_fast.interpret.templates",
+            "vlattn_fast.lab.data",
+            "vlattn_fast.kernels",
+            "vlattn_fast.benchmarks",
+        ],
         package_dir={"vlattn_fast": "vlattn_fast", "vlattn_fast.kernels": "kernels", "vlattn_fast.benchmarks": "benchmarks"},
         cmdclass={"build": Build, "bdist_wheel": Wheel, **STEPS},
         distclass=WithLibraries,
