@@ -101,6 +101,8 @@ ENTRIES = [
     Entry("relevancy_step, lse given", CLIP, "relevancy_attention step bf16 64", {"_backward_kv_kernel": 2}, 2, 4),
     Entry("attention_map, attention", CLIP, "attention_map attention bf16 577 64", {"_rows_kernel": 1, "_map_kernel": 1}, 1, 2),
     Entry("attention_map, gradient", CLIP, "attention_map gradient bf16 577 64", {"_rows_kernel": 1, "_map_kernel": 2}, 2, 4),
+    Entry("attention_map, attention, lse given", CLIP, "attention_map attention lse bf16 577 64", {"_map_kernel": 1}, 1, 2),
+    Entry("attention_map, gradient, lse given", CLIP, "attention_map gradient lse bf16 577 64", {"_map_kernel": 2}, 2, 4),
     Entry(
         "attention_statistics, 2 groups, forward",
         CLIP,
