@@ -13,6 +13,8 @@ constexpr int COLUMNS = 32;                // of the other side, in a tile
 constexpr int PAIR = 2 * COLUMNS + 4;      // apart are two pairs of units of the columns, and in other banks
 constexpr int BACKWARD_ROWS = WARPS * 16;  // of a block's own side, in the backward pass
 constexpr int GRAD_STRIDE = BACKWARD_ROWS + 4;
+template <int MT>
+constexpr int ROW_STRIDE = WARPS * 16 * MT + 4;  // apart are two units of the rows, and in other banks
 constexpr float LARGEST = 22.0f;           // e^-2x is finite up to there, and so is its product with another
 constexpr float LARGEST_SUM = 20.0f;       // two denominators of up to 1 + e^40 have a finite product
 constexpr float CLAMP = 2.3538526683701998e17f;  // e^40: tanh is -1 there, far below float32's resolution
@@ -61,26 +63,33 @@ __device__ __forceinline__ int column_place(int column) { return column % 8 / 2 
 
 // What a block has in shared memory.
 struct Shared {
-    float* rows;  // (units, ROWS): e^-2x; at the end of the backward pass the sums of UnitGrads
+    float* rows;  // (units, stride): e^-2x
     float* columns;  // (pairs, PAIR): e^-2y of two units, COLUMNS of each
     float2* weights;  // (pairs): those of two units
     float *row_largest, *column_largest;  // (WARPS) each
     void* rest;
 
-    __host__ __device__ static size_t bytes(int A, int rows) {
+    __host__ __device__ static size_t bytes(int A, int stride) {
         const size_t units = round_up(A, 8);
-        return sizeof(float) * (units * rows + units / 2 * PAIR + units + 2 * WARPS);
+        return sizeof(float) * (units * stride + units / 2 * PAIR + units + 2 * WARPS);
     }
-    __device__ Shared(int A, int num_rows) {
+    __device__ Shared(int A, int stride) {
         const int units = round_up(A, 8);
         rows = static_cast<float*>(shared_memory());
-        columns = rows + units * num_rows;
+        columns = rows + units * stride;
         row_largest = columns + units / 2 * PAIR;
         column_largest = row_largest + WARPS;
         weights = reinterpret_cast<float2*>(column_largest + WARPS);
         rest = weights + units / 2;
     }
 };
+
+// e^-2x, with x held between -LARGEST and LARGEST. Of 16-bit types x is much less exact than the instruction.
+template <class T>
+__device__ __forceinline__ float exponential(float x) {
+    x = fminf(fmaxf(x, -LARGEST), LARGEST);
+    return std::is_same_v<T, float> ? expf(-2.0f * x) : fast_exp2(-2.0f * LOG2_E * x);
+}
 
 // put(row, pair of units, e^-2x, e^-2x) for ROWS rows from `first` on, x = 0 outside of the matrix. The warp's largest |x| goes
 // to `largest_magnitude`; it is inf where one is above LARGEST or NaN.
@@ -90,8 +99,8 @@ __device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first,
     const bool aligned = A % VECTOR == 0 && side.stride % VECTOR == 0 && reinterpret_cast<uintptr_t>(side.data) % 16 == 0;
     float bound = 0.0f;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < ROWS * round_up(A, VECTOR) / VECTOR; i += THREADS) {
-        const int row = i % ROWS, unit = i / ROWS * VECTOR;
+    for (unsigned i = threadIdx.x; i < unsigned(ROWS * round_up(A, VECTOR) / VECTOR); i += THREADS) {
+        const int row = i % ROWS, unit = i / ROWS * VECTOR, pair = i / ROWS * (VECTOR / 2);
         float x[VECTOR];
         if (aligned && first + row < side.count) {
             const uint4 bits = *reinterpret_cast<const uint4*>(side.data + (first + row) * side.stride + unit);
@@ -104,20 +113,19 @@ __device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first,
 #pragma unroll
         for (int e = 0; e < VECTOR; e += 2) {
             for (int j = 0; j < 2; ++j) bound = fmaxf(bound, fabsf(x[e + j]) <= LARGEST ? fabsf(x[e + j]) : INFINITY);
-            put(row, (unit + e) / 2, expf(-2.0f * fminf(fmaxf(x[e], -LARGEST), LARGEST)),
-                expf(-2.0f * fminf(fmaxf(x[e + 1], -LARGEST), LARGEST)));
+            put(row, pair + e / 2, exponential<T>(x[e]), exponential<T>(x[e + 1]));
         }
     }
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) bound = fmaxf(bound, __shfl_xor_sync(ALL_LANES, bound, lanes));
     if (lane_index() == 0) largest_magnitude[warp_index()] = bound;
 }
 
-template <int MT, int ROWS, class T>
+template <int MT, class T>
 __device__ __forceinline__ void stage_rows(const Shared& shared, const Side<T>& side, int64_t first, const T* vector, int A) {
-    exponentials<ROWS>(side, first, A, shared.row_largest, [&](int row, int pair, float e1, float e2) {
-        float* to = shared.rows + 2 * pair * ROWS + row_place<MT>(row);
+    exponentials<WARPS * 16 * MT>(side, first, A, shared.row_largest, [&](int row, int pair, float e1, float e2) {
+        float* to = shared.rows + 2 * pair * ROW_STRIDE<MT> + row_place<MT>(row);
         to[0] = e1;
-        to[ROWS] = e2;
+        to[ROW_STRIDE<MT>] = e2;
     });
     for (int pair = threadIdx.x; pair < round_up(A, 8) / 2; pair += THREADS) {
         const float w1 = 2 * pair < A ? to_float(vector[2 * pair]) : 0.0f;
@@ -183,17 +191,17 @@ __device__ __forceinline__ float denominator(float u, float v) {
 // with (w1+w2)/2 taken off each, since the sum of all weights may be much larger than the score.
 template <bool CLAMPED, bool EXACT, int MT>
 __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared, int begin, int end) {
-    constexpr int OWN = 2 * MT, ROWS = WARPS * 16 * MT;
+    constexpr int OWN = 2 * MT;
     const float* rows = shared.rows + warp_index() * 16 * MT + lane_row() * OWN;
     const float* columns = shared.columns + lane_column() * 8;
     float weights = 0.0f;
-#pragma unroll 1
+#pragma unroll 2
     for (int pair = begin; pair < end; ++pair) {
         const float2 w = shared.weights[pair];
         weights += w.x + w.y;
         float u1[OWN], u2[OWN];
-        load(u1, rows + 2 * pair * ROWS);
-        load(u2, rows + (2 * pair + 1) * ROWS);
+        load(u1, rows + 2 * pair * ROW_STRIDE<MT>);
+        load(u2, rows + (2 * pair + 1) * ROW_STRIDE<MT>);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             float v1[4], v2[4];
@@ -264,83 +272,93 @@ __device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared
     }
 }
 
-// The hidden units' share of a gradient that a thread has: 8 rows, in the order of the exponentials 4 r .. 4 r + 3 and 32 more,
-// r = thread % 8; and of every 64 units 4, from 4 (thread / 8) on.
+// What a lane has of the gradients of its warp's 16 rows: two hidden units of every 64, from first_unit on.
 template <int CHUNKS>
 struct UnitGrads {
-    float rows[CHUNKS][4][8];  // sum_j g_ij (1/4 - q_ij^2), q = tanh / 2
-    float vector[CHUNKS][4];  // sum_ij g_ij q_ij
+    float rows[CHUNKS][2][16];  // sum_j g_ij (1/4 - q_ij^2), q = tanh / 2; rows in the order of the exponentials
+    float vector[CHUNKS][2];  // sum_ij g_ij q_ij
 };
 
-__device__ __forceinline__ int first_unit(int chunk) { return chunk * 64 + static_cast<int>(threadIdx.x) / 8 * 4; }
-__device__ __forceinline__ int grad_row(int i) { return row_at(i / 4 * 32 + static_cast<int>(threadIdx.x) % 8 * 4 + i % 4); }
+__device__ __forceinline__ int first_unit(int chunk) { return chunk * 64 + lane_index() * 2; }
 
-// Adds a tile's gradient g (COLUMNS, GRAD_STRIDE), its rows in the order of the exponentials. Two units share one reciprocal.
-template <bool EXACT, bool VECTOR, bool CLAMPED, int CHUNKS>
-__device__ __forceinline__ void through_pairs(UnitGrads<CHUNKS>& sum, const float* g, const Shared& shared, int A) {
-    const int place = threadIdx.x % 8 * 4;
+// From what tanh(x + y) is computed: products of exponentials, products that are held at CLAMP, or sums where a value is over
+// LARGEST, infinite or NaN.
+enum class Way { PRODUCT, CLAMPED, SUM };
+
+// Adds a tile's gradient g (COLUMNS, GRAD_STRIDE), whose rows are in the order of the exponentials, by way of the hidden units: to
+// `sum` for the warp's rows, and for the `columns` first columns to column_sums (columns made even, stride) in global memory, which
+// holds sum_i g_ij (1/4 - q_ij^2). Each lane sums over its warp's rows. The warps take the columns by quarters, each another one,
+// and meet in between: a number has one writer at a time, and its terms have one order. All threads of the block come here; a warp
+// that is not `visible` adds nothing.
+template <Way WAY, bool EXACT, int CHUNKS, class T>
+__device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* column_sums, int stride, int columns, bool visible,
+                                              const float* g, const Shared& shared, const Side<T>& own, int64_t warp_first,
+                                              const Side<T>& other, int64_t start, int A) {
+    constexpr int PART = COLUMNS / WARPS;
+    constexpr bool CLAMPED = WAY == Way::CLAMPED;
+    g += warp_index() * 16;
+    if (WAY == Way::SUM) warp_first = opaque(warp_first);
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         const int unit = first_unit(chunk);
-        if (unit >= A) break;
-        float u[4][8];
+        const bool active = visible && unit < A;
+        float u[2][16] = {};
+        if (active) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float* from = shared.rows + (unit + j) * BACKWARD_ROWS + place;
-            load(reinterpret_cast<float(&)[4]>(u[j][0]), from);
-            load(reinterpret_cast<float(&)[4]>(u[j][4]), from + 32);
-        }
-#pragma unroll 1
-        for (int column = 0; column < COLUMNS; ++column) {
-            const float *from = g + column * GRAD_STRIDE + place, *columns = shared.columns + column_place(column);
-            float grad[8], v[4];
-            load(reinterpret_cast<float(&)[4]>(grad[0]), from);
-            load(reinterpret_cast<float(&)[4]>(grad[4]), from + 32);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) v[j] = columns[(unit + j) / 2 * PAIR + j % 2 * COLUMNS];
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                float along1 = 0.0f, along2 = 0.0f;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const float d1 = denominator<CLAMPED>(u[j][i], v[j]), d2 = denominator<CLAMPED>(u[j + 1][i], v[j + 1]);
-                    const float r = reciprocal_of<EXACT>(d1 * d2), q1 = fmaf(r, d2, -0.5f), q2 = fmaf(r, d1, -0.5f);
-                    sum.rows[chunk][j][i] = fmaf(grad[i], fmaf(-q1, q1, 0.25f), sum.rows[chunk][j][i]);
-                    sum.rows[chunk][j + 1][i] = fmaf(grad[i], fmaf(-q2, q2, 0.25f), sum.rows[chunk][j + 1][i]);
-                    along1 = fmaf(grad[i], q1, along1);
-                    along2 = fmaf(grad[i], q2, along2);
-                }
-                if (VECTOR) {
-                    sum.vector[chunk][j] += along1;
-                    sum.vector[chunk][j + 1] += along2;
+            for (int e = 0; e < 2; ++e) {
+                if (WAY != Way::SUM) {
+                    load(u[e], shared.rows + (unit + e) * ROW_STRIDE<1> + warp_index() * 16);
+                } else {
+                    for (int i = 0; i < 16; ++i) u[e][i] = unit + e < A ? own.at(warp_first + row_at(i), unit + e) : 0.0f;
                 }
             }
         }
-    }
-}
-
-// The same where a value is over LARGEST, infinite or NaN.
-template <bool VECTOR, int CHUNKS, class T>
-__device__ __forceinline__ void through_directly(UnitGrads<CHUNKS>& sum, const float* g, const Side<T>& own, int64_t first,
-                                                 const Side<T>& other, int64_t start, int A) {
-    const int place = threadIdx.x % 8 * 4;
-    first = opaque(first);
-#pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
 #pragma unroll 1
-        for (int c = 0; c < COLUMNS; ++c) {
+        for (int part = 0; part < WARPS; ++part) {
+            if (part > 0) __syncthreads();
+            const int begin = (warp_index() + part) % WARPS * PART;
+            const int end = !active ? begin : begin + PART < columns ? begin + PART : columns;
+            const float* from = shared.columns + unit / 2 * PAIR + column_place(begin);
+            const float* gradient = g + begin * GRAD_STRIDE;
+            float* to = column_sums + begin * stride + unit;
+#pragma unroll 1
+            for (int column = begin; column < end; column += 2) {  // two columns that are neighbours also among the exponentials
+#pragma unroll(WAY == Way::SUM ? 1 : 2)
+                for (int n = 0; n < 2; ++n) {
+                    float v[2], grad[16], along_rows[2] = {}, along[2] = {};
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int unit = first_unit(chunk) + j;
-                if (unit >= A) break;
-                const float y = other.at(start + c, unit);
+                    for (int e = 0; e < 2; ++e) {
+                        if (WAY != Way::SUM) {
+                            v[e] = from[e * COLUMNS + n];
+                        } else {
+                            v[e] = unit + e < A ? other.at(start + column + n, unit + e) : 0.0f;
+                        }
+                    }
+                    load(grad, gradient + n * GRAD_STRIDE);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const float q = 0.5f * tanh_of(own.at(first + grad_row(i), unit) + y);
-                    const float grad = g[c * GRAD_STRIDE + i / 4 * 32 + place + i % 4];
-                    sum.rows[chunk][j][i] = fmaf(grad, fmaf(-q, q, 0.25f), sum.rows[chunk][j][i]);
-                    if (VECTOR) sum.vector[chunk][j] = fmaf(grad, q, sum.vector[chunk][j]);
+                    for (int i = 0; i < 16; ++i) {
+                        float q[2];
+                        if constexpr (WAY == Way::SUM) {
+                            for (int e = 0; e < 2; ++e) q[e] = 0.5f * tanh_of(u[e][i] + v[e]);
+                        } else {
+                            const float d1 = denominator<CLAMPED>(u[0][i], v[0]);
+                            const float d2 = denominator<CLAMPED>(u[1][i], v[1]);
+                            const float r = reciprocal_of<EXACT>(d1 * d2);  // of two units
+                            q[0] = fmaf(r, d2, -0.5f), q[1] = fmaf(r, d1, -0.5f);
+                        }
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const float slope = fmaf(-q[e], q[e], 0.25f);
+                            sum.rows[chunk][e][i] = fmaf(grad[i], slope, sum.rows[chunk][e][i]);
+                            along_rows[e] = fmaf(grad[i], slope, along_rows[e]);
+                            along[e] = fmaf(grad[i], q[e], along[e]);
+                        }
+                    }
+                    const float2 before = *reinterpret_cast<const float2*>(to + n * stride);
+                    *reinterpret_cast<float2*>(to + n * stride) = {before.x + along_rows[0], before.y + along_rows[1]};
+                    for (int e = 0; e < 2; ++e) sum.vector[chunk][e] += along[e];
                 }
+                from += 8, gradient += 2 * GRAD_STRIDE, to += 2 * stride;
             }
         }
     }

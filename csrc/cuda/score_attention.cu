@@ -1,13 +1,17 @@
 // score_attention with exact additive scores, s_ij = scale sum_a u_a tanh(x_ia + y_ja): forward and backward.
 //
 // Shapes: query x (B,H,N,A), key y (B,key_heads,M,A), vector u (H,A), value (B,value_heads,M,DV), out (B,H,N,DV), lse (B,H,N).
-// Roofline: the special function unit, 16 results per clock and SM. Per pair and hidden unit the forward pass takes half a result
-// (the shared reciprocal of additive_scores.h). Instruction issue is a close second. The backward pass computes the scores twice,
-// in float32 three times, and takes another half result and 5 to 6 instructions per pair and hidden unit in each pass.
+// Roofline: instructions, and the special function unit, 16 results per clock and SM. Per pair and hidden unit the forward pass
+// takes half a result (the shared reciprocal of additive_scores.h) and 4 instructions. The backward pass takes a whole result and
+// 12.5 instructions: 4 for the score, 7.5 for all gradients. In float32 it computes the scores once more.
 // Trick: scores are computed in the registers that the tensor cores' product with the values reads, 16 or 32 rows per warp.
-// In float32 a first sweep of the query-major pass sums P and P dP, which undoes the rounding of lse and out.
-// Backward: query-major for the query, key-major for the rest, no atomics. The gradient of a tile of scores goes through shared
-// memory to threads that each hold 8 rows and 4 hidden units of the result, so that threads need no reduction.
+// Backward: one pass over the pairs. A block has 64 keys at a time and loops over the queries. A tile's gradient goes through
+// shared memory to lanes that each hold two hidden units of the warp's 16 keys. From one reciprocal come both of a pair's gradients:
+// that of the key is summed over queries in registers, that of the query over keys within the lane, and then in memory, in float32.
+// No two blocks write the same sum: where heads are few, the keys of one are divided into ranges, which have sums of their own, and
+// a last small kernel adds those. All orders are fixed and nothing is atomic. The sums take as much as twice a 16-bit query; with
+// several ranges 0.5 GB at most.
+// In float32 a pass over the rows sums P and P dP first, which undoes the rounding of lse and out.
 // Why not Triton: there the layout of the scores cannot be chosen, and a loop over columns cannot index registers.
 // Not measured on a GPU.
 #include <algorithm>
@@ -65,12 +69,12 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
     const Side<T> key = side<T>(call.key, b, h / (call.H / call.key_heads), call.M);
     const T* value = call.value.at<const T>(b, h / (call.H / call.value_heads));
     const T* vector = static_cast<const T*>(call.vector) + h * call.A;
-    const Shared shared(call.A, ROWS);
+    const Shared shared(call.A, ROW_STRIDE<MT>);
     T* value_tile = static_cast<T*>(shared.rest);
     const float scale = 2.0f * call.scale * LOG2_E;
     float out[MT][SIZE / 8][4] = {}, largest[MT][2], sum[MT][2] = {};
     for (auto& m : largest) m[0] = m[1] = -INFINITY;
-    stage_rows<MT, ROWS>(shared, query, first, vector, call.A);
+    stage_rows<MT>(shared, query, first, vector, call.A);
     const float* lse = call.lse + i_bh * call.N;
     bool visit = !ROWS_ONLY;
     for (int64_t q = first; ROWS_ONLY && q < first + ROWS && q < call.N; ++q) visit = visit || is_coarse(lse[q], OWN_LSE);
@@ -140,6 +144,14 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
     }
 }
 
+// Sums for the query are added to by twos, of queries and of units.
+__host__ __device__ __forceinline__ int64_t even(int64_t count) { return count + count % 2; }
+
+// Of keys, in the gradients of both keys and values.
+__host__ __device__ __forceinline__ int64_t shared_heads(const ScoreAttention& call) {
+    return call.key_heads > call.value_heads ? call.key_heads : call.value_heads;
+}
+
 template <class T>
 __device__ __forceinline__ void write(const Rows& to, bool wide, int64_t b, int64_t h, int64_t row, int col, float x) {
     if (wide) {
@@ -149,73 +161,112 @@ __device__ __forceinline__ void write(const Rows& to, bool wide, int64_t b, int6
     }
 }
 
-// KEY_MAJOR: a block has keys and loops over the queries of the heads that share them. Otherwise it has queries of one head,
-// loops over the keys, and stores each query's delta = sum(dO * O) - grad_lse for the other pass.
-template <class T, int SIZE, bool KEY_MAJOR>
-__global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
-    additive_backward_kernel(ScoreAttention call, float* p_delta, float* p_parts) {
-    constexpr int ROWS = BACKWARD_ROWS, CHUNKS = SIZE / 64;
-    constexpr bool EXACT = std::is_same_v<T, float>;
-    const bool shifted = call.masks.kind == Masks::ADDED, normed = EXACT || shifted;
-    const int64_t heads = !KEY_MAJOR ? call.H : call.key_heads > call.value_heads ? call.key_heads : call.value_heads;
-    const int64_t group = call.H / heads, own_count = KEY_MAJOR ? call.M : call.N, other_count = KEY_MAJOR ? call.N : call.M;
-    const int64_t blocks = divide_up(own_count, ROWS), i_block = blockIdx.x % blocks;
-    const int64_t i_head = blockIdx.x / blocks % heads, b = blockIdx.x / blocks / heads;
-    const int64_t first = i_block * ROWS, warp_first = first + warp_index() * 16, row = warp_first + lane_row();
-    const int t2 = lane_column() * 2;
-    const Shared shared(call.A, ROWS);
-    float* g_tile = static_cast<float*>(shared.rest);  // (COLUMNS, GRAD_STRIDE)
-    float* column_lse = g_tile + COLUMNS * GRAD_STRIDE;  // (COLUMNS), KEY_MAJOR
-    float *column_delta = column_lse + COLUMNS, *column_norm = column_delta + COLUMNS;
-    T* other_tile = reinterpret_cast<T*>(column_norm + COLUMNS);  // values or grad_out
-    UnitGrads<CHUNKS> sum;
-    float grad_value[KEY_MAJOR ? SIZE / 8 : 1][4] = {};
-    for (int64_t h = i_head * group; h < (i_head + 1) * group; ++h) {
+// Of each row delta = sum(dO * O) - grad_lse. In float32 that sum is P dP over the sum of P, and norm is the inverse of the latter.
+template <class T, int SIZE>
+__global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward_rows_kernel(ScoreAttention call) {
+    const int64_t blocks = divide_up(call.N, BACKWARD_ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
+    const int64_t first = blockIdx.x % blocks * BACKWARD_ROWS, warp_first = first + warp_index() * 16,
+                  row = warp_first + lane_row();
+    const T* grad_out = call.grad_out.at<const T>(b, h);
+    float *delta = call.rows + i_bh * call.N, *norm = delta + call.B * call.H * call.N;
+    float mean[2] = {};
+    if constexpr (!std::is_same_v<T, float>) {
+        const T* out = call.out.at<const T>(b, h);
+        for (int i = 0; i < 2; ++i) {
+            const int64_t q = row + 8 * i;
+            for (int d = lane_column(); q < call.N && d < call.DV; d += 4)
+                mean[i] += to_float(grad_out[q * call.grad_out.row + d]) * to_float(out[q * call.out.row + d]);
+        }
+    } else {
+        const int t2 = lane_column() * 2;
+        const bool shifted = call.masks.kind == Masks::ADDED;
         const Side<T> query = side<T>(call.query, b, h, call.N);
         const Side<T> key = side<T>(call.key, b, h / (call.H / call.key_heads), call.M);
-        const Side<T> own = KEY_MAJOR ? key : query, other = KEY_MAJOR ? query : key;
-        const T *value = call.value.at<const T>(b, h / (call.H / call.value_heads)), *grad_out = call.grad_out.at<const T>(b, h);
-        const T *own_rows = KEY_MAJOR ? value : grad_out, *other_rows = KEY_MAJOR ? grad_out : value;
-        const int64_t own_stride = KEY_MAJOR ? call.value.row : call.grad_out.row;
-        const int64_t other_stride = KEY_MAJOR ? call.grad_out.row : call.value.row;
+        const T* value = call.value.at<const T>(b, h / (call.H / call.value_heads));
         const T* vector = static_cast<const T*>(call.vector) + h * call.A;
-        const float* lse = call.lse + (b * call.H + h) * call.N;
-        float *delta = p_delta + (b * call.H + h) * call.N, *norm = delta + call.B * call.H * call.N;
-        const float* shift = norm + call.B * call.H * call.N;
-        sum = {};
-        stage_rows<1, ROWS>(shared, own, first, vector, call.A);
-        float row_lse[2] = {}, row_delta[2] = {}, row_norm[2] = {1.0f, 1.0f}, total[2] = {}, mean[2] = {};
-        if (!KEY_MAJOR) {
-            const T* out = call.out.at<const T>(b, h);
-            for (int i = 0; i < 2; ++i) {
-                const int64_t q = row + 8 * i;
-                row_lse[i] = !shifted ? lse_log2(lse, q, call.N) : q < call.N ? shift[q] : INFINITY;
-                if (!EXACT && shifted && q < call.N) row_norm[i] = norm[q];
-                for (int d = lane_column(); !EXACT && q < call.N && d < call.DV; d += 4)
-                    mean[i] += to_float(grad_out[q * call.grad_out.row + d]) * to_float(out[q * call.out.row + d]);
-            }
+        const float *lse = call.lse + i_bh * call.N, *shift = norm + call.B * call.H * call.N;
+        const Shared shared(call.A, ROW_STRIDE<1>);
+        T* value_tile = static_cast<T*>(shared.rest);
+        float row_lse[2], total[2] = {};
+        for (int i = 0; i < 2; ++i) {
+            const int64_t q = row + 8 * i;
+            row_lse[i] = !shifted ? lse_log2(lse, q, call.N) : q < call.N ? shift[q] : INFINITY;
         }
-        const int64_t begin = KEY_MAJOR && call.masks.causal ? first : 0;
-        const int64_t end = !KEY_MAJOR && call.masks.causal && first + ROWS < call.M ? first + ROWS : other_count;
-        for (int sweep = EXACT && !KEY_MAJOR ? 0 : 1; sweep < 2; ++sweep) {
-            if (!KEY_MAJOR && sweep == 1) {
-                for (int i = 0; i < 2; ++i) {
-                    const int64_t q = row + 8 * i;
-                    const float all = row_sum(total[i]);
-                    if (EXACT && all > 0.0f) row_norm[i] = 1.0f / all;
-                    row_delta[i] = row_sum(mean[i]) * (EXACT ? row_norm[i] : 1.0f);
-                    if (q >= call.N) continue;
-                    if (call.grad_lse) row_delta[i] -= call.grad_lse[(b * call.H + h) * call.N + q];
-                    if (t2 == 0) {
-                        delta[q] = row_delta[i];
-                        if (EXACT) norm[q] = row_norm[i];
+        stage_rows<1>(shared, query, first, vector, call.A);
+        Rows16<T, SIZE> left;
+        left.load(grad_out, call.grad_out.row, warp_first, call.N, call.DV);
+        const int64_t end = call.masks.causal && first + BACKWARD_ROWS < call.M ? first + BACKWARD_ROWS : call.M;
+        for (int64_t start = 0; start < end; start += COLUMNS) {
+            stage_columns(shared, key, start, call.A);
+            stage<T, SIZE>(value_tile, value, call.value.row, start, COLUMNS, call.M, call.DV);
+            __syncthreads();
+            if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16)) {
+                Tile<1> p;
+                sum_units<1>(p, shared, largest_magnitude(shared), query, row, key, start + t2, vector, call.A);
+                mask<false, 1>(p, 2.0f * call.scale * LOG2_E, call, b, h, row, start + t2);
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    float products[1][4] = {};
+                    product_with_rows<T, SIZE>(products, left, value_tile, 8 * n);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const float x = fast_exp2(p[0][n / 2][n % 2][e] - row_lse[e / 2]);
+                        total[e / 2] += x;
+                        mean[e / 2] += x * products[0][e];
                     }
                 }
             }
-            for (int64_t start = begin; start < end; start += COLUMNS) {
-                stage_columns(shared, other, start, call.A);
-                stage<T, SIZE>(other_tile, other_rows, other_stride, start, COLUMNS, other_count, call.DV);
-                if (KEY_MAJOR && threadIdx.x < COLUMNS) {
+            __syncthreads();
+        }
+        for (int i = 0; i < 2; ++i) {
+            const float all = row_sum(total[i]), inverse = all > 0.0f ? 1.0f / all : 1.0f;
+            const int64_t q = row + 8 * i;
+            mean[i] *= inverse;
+            if (t2 == 0 && q < call.N) norm[q] = inverse;
+        }
+    }
+    for (int i = 0; i < 2; ++i) {
+        const int64_t q = row + 8 * i;
+        const float all = row_sum(mean[i]);
+        if (lane_column() == 0 && q < call.N) delta[q] = call.grad_lse ? all - call.grad_lse[i_bh * call.N + q] : all;
+    }
+}
+
+// The pass over the pairs. A block has every `ranges`-th 64 keys of a head, one after the other, and loops over the queries of the
+// heads that share them.
+template <class T, int SIZE>
+__global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward_kernel(ScoreAttention call) {
+    constexpr int ROWS = BACKWARD_ROWS, CHUNKS = SIZE / 64;
+    constexpr bool EXACT = std::is_same_v<T, float>;
+    const bool shifted = call.masks.kind == Masks::ADDED, normed = EXACT || shifted;
+    const int64_t heads = shared_heads(call), group = call.H / heads, i_range = blockIdx.x % call.ranges;
+    const int64_t i_head = blockIdx.x / call.ranges % heads, b = blockIdx.x / call.ranges / heads;
+    const int t2 = lane_column() * 2, stride = static_cast<int>(even(call.A));
+    const Shared shared(call.A, ROW_STRIDE<1>);
+    float* g_tile = static_cast<float*>(shared.rest);  // (COLUMNS, GRAD_STRIDE)
+    float* column_lse = g_tile + COLUMNS * GRAD_STRIDE;  // (COLUMNS)
+    float *column_delta = column_lse + COLUMNS, *column_norm = column_delta + COLUMNS;
+    T* grad_tile = reinterpret_cast<T*>(column_norm + COLUMNS);
+    for (int64_t first = i_range * ROWS; first < call.M; first += call.ranges * ROWS) {
+        const int64_t warp_first = first + warp_index() * 16, row = warp_first + lane_row();
+        float grad_value[SIZE / 8][4] = {};
+        for (int64_t h = i_head * group; h < (i_head + 1) * group; ++h) {
+            const int64_t i_bh = b * call.H + h;
+            const Side<T> query = side<T>(call.query, b, h, call.N);
+            const Side<T> key = side<T>(call.key, b, h / (call.H / call.key_heads), call.M);
+            const T *value = call.value.at<const T>(b, h / (call.H / call.value_heads)),
+                    *grad_out = call.grad_out.at<const T>(b, h);
+            const T* vector = static_cast<const T*>(call.vector) + h * call.A;
+            const float* lse = call.lse + i_bh * call.N;
+            const float *delta = call.rows + i_bh * call.N, *norm = delta + call.B * call.H * call.N;
+            const float* shift = norm + call.B * call.H * call.N;
+            float* query_sums = call.sums + (i_bh * call.ranges + i_range) * even(call.N) * stride;
+            UnitGrads<CHUNKS> sum = {};
+            stage_rows<1>(shared, key, first, vector, call.A);
+            for (int64_t start = call.masks.causal ? first : 0; start < call.N; start += COLUMNS) {
+                stage_columns(shared, query, start, call.A);
+                stage<T, SIZE>(grad_tile, grad_out, call.grad_out.row, start, COLUMNS, call.N, call.DV);
+                if (threadIdx.x < COLUMNS) {
                     const int64_t q = start + threadIdx.x;
                     column_lse[threadIdx.x] = !shifted ? lse_log2(lse, q, call.N) : q < call.N ? shift[q] : INFINITY;
                     column_delta[threadIdx.x] = q < call.N ? delta[q] : 0.0f;
@@ -223,97 +274,73 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
                 }
                 __syncthreads();
                 const float bound = largest_magnitude(shared);
-                Tile<1> p, g;
-                clear<1>(g);
-                const bool seen = KEY_MAJOR ? start + COLUMNS > warp_first : start < warp_first + 16;
-                if (warp_first < own_count && (seen || !call.masks.causal)) {
-                    sum_units<1>(p, shared, bound, own, row, other, start + t2, vector, call.A);
-                    mask<KEY_MAJOR, 1>(p, 2.0f * call.scale * LOG2_E, call, b, h, opaque(row), start + t2);
+                const bool visible = warp_first < call.M && !(call.masks.causal && start + COLUMNS <= warp_first);
+                if (visible) {
+                    Tile<1> p, g;
+                    clear<1>(g);
+                    sum_units<1>(p, shared, bound, key, row, query, start + t2, vector, call.A);
+                    mask<true, 1>(p, 2.0f * call.scale * LOG2_E, call, b, h, opaque(row), start + t2);
                     Rows16<T, SIZE> left;  // read again in each tile: there are no registers to keep it in
-                    left.load(own_rows, own_stride, opaque(warp_first), own_count, call.DV);
+                    left.load(value, call.value.row, opaque(warp_first), call.M, call.DV);
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         float(&products)[4] = g[0][n / 2][n % 2];
-                        product_with_rows<T, SIZE>(reinterpret_cast<float(&)[1][4]>(products), left, other_tile, 8 * n);
+                        product_with_rows<T, SIZE>(reinterpret_cast<float(&)[1][4]>(products), left, grad_tile, 8 * n);
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
                             const int column = 8 * n + t2 + e % 2;
-                            const float log_sum = KEY_MAJOR ? column_lse[column] : row_lse[e / 2];
-                            const float delta = KEY_MAJOR ? column_delta[column] : row_delta[e / 2];
                             float& x = p[0][n / 2][n % 2][e];
-                            x = fast_exp2(x - log_sum);
-                            if (EXACT && sweep == 0) {
-                                total[e / 2] += x;
-                                mean[e / 2] += x * products[e];
-                            }
-                            if (normed) x *= KEY_MAJOR ? column_norm[column] : row_norm[e / 2];
-                            products[e] = x * (products[e] - delta) * call.scale;
+                            x = fast_exp2(x - column_lse[column]);
+                            if (normed) x *= column_norm[column];
+                            products[e] = x * (products[e] - column_delta[column]) * call.scale;
                         }
                     }
-                    if constexpr (KEY_MAJOR) {
-                        product_with_columns<T, SIZE>(grad_value, p[0][0], other_tile, 0);
-                        product_with_columns<T, SIZE>(grad_value, p[0][1], other_tile, 16);
+                    product_with_columns<T, SIZE>(grad_value, p[0][0], grad_tile, 0);
+                    product_with_columns<T, SIZE>(grad_value, p[0][1], grad_tile, 16);
+#pragma unroll
+                    for (int c = 0; c < 8; ++c) {  // there rows g and g+8 are neighbours
+                        const float(&from)[4] = g[0][c / 4][c / 2 % 2];
+                        float* to =
+                            g_tile + (c / 2 * 8 + t2 + c % 2) * GRAD_STRIDE + row_place<1>(warp_index() * 16 + lane_row());
+                        *reinterpret_cast<float2*>(to) = {from[c % 2], from[2 + c % 2]};
                     }
                 }
-                if (sweep == 0) {
-                    __syncthreads();
-                    continue;
-                }
-#pragma unroll
-                for (int c = 0; c < 8; ++c) {  // there rows g and g+8 are neighbours
-                    const float(&from)[4] = g[0][c / 4][c / 2 % 2];
-                    float* to = g_tile + (c / 2 * 8 + t2 + c % 2) * GRAD_STRIDE + row_place<1>(warp_index() * 16 + lane_row());
-                    *reinterpret_cast<float2*>(to) = {from[c % 2], from[2 + c % 2]};
-                }
-                __syncthreads();
+                __syncwarp();  // the gradient of a warp's rows is read by itself alone
+                const int columns = start + COLUMNS < call.N ? COLUMNS : static_cast<int>(call.N - start);
+                const auto through = [&](auto way) {
+                    through_units<decltype(way)::value, EXACT>(sum, query_sums + start * stride, stride, columns, visible, g_tile,
+                                                               shared, key, warp_first, query, start, call.A);
+                };
                 if (bound <= LARGEST_SUM) {
-                    through_pairs<EXACT, KEY_MAJOR, false>(sum, g_tile, shared, call.A);
+                    through(std::integral_constant<Way, Way::PRODUCT>());
                 } else if (bound < INFINITY) {
-                    through_pairs<EXACT, KEY_MAJOR, true>(sum, g_tile, shared, call.A);
+                    through(std::integral_constant<Way, Way::CLAMPED>());
                 } else {
-                    through_directly<KEY_MAJOR>(sum, g_tile, own, first, other, start, call.A);
+                    through(std::integral_constant<Way, Way::SUM>());
                 }
                 __syncthreads();
             }
-        }
-        __syncthreads();  // the exponentials of the rows are no longer read: sums go there
 #pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            for (int i = 0; i < 2 * CHUNKS; ++i) {
+                const int unit = first_unit(i / 2) + i % 2;
+                if (warp_first >= call.M || unit >= call.A) continue;
+                float* grad_vector = call.grad_vector + (i_bh * divide_up(call.M, 16) + warp_first / 16) * call.A;
+                grad_vector[unit] = 2.0f * sum.vector[i / 2][i % 2];
+                const float factor = 4.0f * to_float(vector[unit]);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int unit = first_unit(chunk) + j;
-                if constexpr (KEY_MAJOR) {
-                    float total = 2.0f * sum.vector[chunk][j];
-                    for (int lanes = 1; lanes < 8; lanes *= 2) total += __shfl_xor_sync(ALL_LANES, total, lanes);
-                    if (unit < call.A && threadIdx.x % 8 == 0)
-                        call.grad_vector[((b * call.H + h) * blocks + i_block) * call.A + unit] = total;
+                for (int place = 0; place < 16; ++place) {
+                    const int64_t at = warp_first + row_at(place);
+                    if (at >= call.M) continue;
+                    float x = factor * sum.rows[i / 2][i % 2][place];
+                    if (group > 1) {  // each head has a weight of its own: their sum cannot stay in registers
+                        float* part = call.parts + ((b * heads + i_head) * call.M + at) * call.A + unit;
+                        if (h > i_head * group) x += *part;
+                        *part = x;
+                    }
+                    if (h + 1 == (i_head + 1) * group) write<T>(call.grad_key, call.wide_grad_key, b, i_head, at, unit, x);
                 }
-                if (unit >= call.A) continue;
-                float* to = shared.rows + unit * ROWS + threadIdx.x % 8 * 4;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) to[i / 4 * 32 + i % 4] = sum.rows[chunk][j][i];
             }
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < ROWS * round_up(call.A, 8); i += THREADS) {
-            const int unit = i / (8 * ROWS) * 8 + i % 8, own_row = i / 8 % ROWS;
-            const int64_t at = first + own_row;
-            if (unit >= call.A || at >= own_count) continue;
-            float x = 4.0f * to_float(vector[unit]) * shared.rows[unit * ROWS + row_place<1>(own_row)];
-            if (!KEY_MAJOR) {
-                write<T>(call.grad_query, false, b, h, at, unit, x);
-                continue;
-            }
-            if (group > 1) {  // each head has a weight of its own: their sum cannot stay in registers
-                float* part = p_parts + ((b * heads + i_head) * call.M + at) * call.A + unit;
-                if (h > i_head * group) x += *part;
-                *part = x;
-            }
-            if (h + 1 == (i_head + 1) * group) write<T>(call.grad_key, call.wide_grad_key, b, i_head, at, unit, x);
-        }
-        __syncthreads();
-    }
-    if constexpr (KEY_MAJOR) {
 #pragma unroll
         for (int n = 0; n < SIZE / 8; ++n) {
 #pragma unroll
@@ -327,29 +354,46 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 && !KEY_MAJOR ? 3 : 2)
     }
 }
 
+// The gradient of the query: the sums of the ranges, one after the other, times the weight of the unit.
+template <class T>
+__global__ void __launch_bounds__(THREADS) additive_backward_query_kernel(ScoreAttention call) {
+    const int64_t blocks = divide_up(call.N, BACKWARD_ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
+    const int64_t first = blockIdx.x % blocks * BACKWARD_ROWS;
+    const int rows = call.N - first < BACKWARD_ROWS ? static_cast<int>(call.N - first) : BACKWARD_ROWS;
+    const int stride = static_cast<int>(even(call.A));
+    const float* sums = call.sums + (i_bh * call.ranges * even(call.N) + first) * stride;
+    for (int i = threadIdx.x; i < rows * call.A; i += THREADS) {
+        const int row = i / call.A, unit = i % call.A;
+        float sum = 0.0f;
+        for (int64_t range = 0; range < call.ranges; ++range) sum += sums[(range * even(call.N) + row) * stride + unit];
+        const float weight = to_float(static_cast<const T*>(call.vector)[h * call.A + unit]);
+        write<T>(call.grad_query, false, b, h, first + row, unit, 4.0f * weight * sum);
+    }
+}
+
 template <class T, int SIZE, bool ROWS_ONLY>
 cudaError_t forward(const ScoreAttention& call, float* norm, cudaStream_t stream) {
     constexpr int ROWS = WARPS * 16 * FORWARD_TILES<T, SIZE>;
-    const size_t shared = Shared::bytes(call.A, ROWS) + tile_bytes<T, SIZE>(COLUMNS);
+    const size_t shared = Shared::bytes(call.A, ROW_STRIDE<FORWARD_TILES<T, SIZE>>) + tile_bytes<T, SIZE>(COLUMNS);
     const int64_t blocks = divide_up(call.N, ROWS) * call.B * call.H;
     return launch(additive_forward_kernel<T, SIZE, ROWS_ONLY>, blocks, THREADS, shared, stream, call, norm);
 }
 
 template <class T, int SIZE>
 cudaError_t backward(const ScoreAttention& call, cudaStream_t stream) {
-    const int64_t heads = std::max(call.key_heads, call.value_heads);
-    const size_t g_bytes = sizeof(float) * COLUMNS * (GRAD_STRIDE + 3);
-    const size_t shared = Shared::bytes(call.A, BACKWARD_ROWS) + g_bytes + tile_bytes<T, SIZE>(COLUMNS);
-    float *delta = call.rows, *parts = call.parts;
-    if (call.masks.kind == Masks::ADDED) {
-        const cudaError_t status = forward<T, SIZE, true>(call, delta + call.B * call.H * call.N, stream);
-        if (status != cudaSuccess) return status;
-    }
+    const size_t exponentials = Shared::bytes(call.A, ROW_STRIDE<1>), tile = tile_bytes<T, SIZE>(COLUMNS);
+    const size_t gradient = sizeof(float) * COLUMNS * (GRAD_STRIDE + 3);
     const int64_t blocks_q = divide_up(call.N, BACKWARD_ROWS) * call.B * call.H;
-    const int64_t blocks_kv = call.blocks * call.B * heads;
-    cudaError_t status = launch(additive_backward_kernel<T, SIZE, false>, blocks_q, THREADS, shared, stream, call, delta, parts);
+    cudaError_t status = cudaSuccess;
+    if (call.masks.kind == Masks::ADDED) status = forward<T, SIZE, true>(call, call.rows + call.B * call.H * call.N, stream);
     if (status != cudaSuccess) return status;
-    return launch(additive_backward_kernel<T, SIZE, true>, blocks_kv, THREADS, shared, stream, call, delta, parts);
+    const size_t of_rows = std::is_same_v<T, float> ? exponentials + tile : 0;
+    status = launch(additive_backward_rows_kernel<T, SIZE>, blocks_q, THREADS, of_rows, stream, call);
+    if (status != cudaSuccess) return status;
+    const int64_t blocks_kv = call.B * shared_heads(call) * call.ranges;
+    status = launch(additive_backward_kernel<T, SIZE>, blocks_kv, THREADS, exponentials + gradient + tile, stream, call);
+    if (status != cudaSuccess) return status;
+    return launch(additive_backward_query_kernel<T>, blocks_q, THREADS, size_t{0}, stream, call);
 }
 
 bool too_large(const ScoreAttention& call) { return std::max(call.A, call.DV) > 128; }
@@ -363,7 +407,7 @@ cudaError_t score_attention(const ScoreAttention& call, cudaStream_t stream) {
 }
 
 cudaError_t score_attention_backward(const ScoreAttention& call, cudaStream_t stream) {
-    if (too_large(call) || call.blocks != divide_up(call.M, BACKWARD_ROWS)) return cudaErrorInvalidValue;
+    if (too_large(call) || call.ranges < 1) return cudaErrorInvalidValue;
     return with_type(call.dtype, [&](auto type) {
         using T = decltype(type);
         return std::max(call.A, call.DV) <= 64 ? backward<T, 64>(call, stream) : backward<T, 128>(call, stream);

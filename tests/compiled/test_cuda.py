@@ -60,8 +60,8 @@ def test_kernels_compile_as_stored(nvcc: str) -> None:
 
 
 def test_16_bit_types_are_multiplied_by_the_tensor_cores() -> None:
-    """And float32, which they would round, by no kernel. The pass over rows alone has no product."""
-    rows_alone = re.compile(r"additive_forward_kernel<\w+, \d+, true>")
+    """And float32, which they would round, by no kernel. Passes over rows alone have no product."""
+    rows_alone = re.compile(r"additive_(forward_kernel<\w+, \d+, true>|backward_(rows|query)_kernel)")
     rows = [(key, row) for stored in read(cuda.TABLE).values() for key, row in stored.items() if "<" in key]
     assert len(rows) > 100
     for key, row in rows:

@@ -14,6 +14,7 @@ from tests.ops.backends import LOW, assert_refused
 from tests.ops.score_cases import call
 from tests.ops.score_cases import check as check_backend
 from vlattn_fast import scores as S
+from vlattn_fast.cuda import score_attention
 
 
 def additive(p: dict[str, torch.Tensor]) -> S.Additive:
@@ -65,6 +66,26 @@ def test_masks_over_several_tiles(n: int, m: int, causal: bool) -> None:
     mask = torch.randn(2, 1, n, m).masked_fill(torch.rand(2, 1, n, m) < 0.3, -math.inf)
     check(inputs, attn_mask=mask, key_mask=torch.rand(2, m) > 0.2, is_causal=causal)
     check(inputs, attn_mask=mask[:1] > 0.0, is_causal=causal)
+
+
+@pytest.mark.parametrize("ranges", (1, 2, 3))
+def test_blocks_of_keys_in_ranges(ranges: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of keys: all in one range, or divided among two or three, whose sums for the query are added."""
+    inputs = tensors(41, 140, 7, h=4, kv=2)  # an odd number of queries and of units
+    monkeypatch.setattr(score_attention, "_LARGEST", ranges * inputs["query"].numel())
+    check(inputs, is_causal=ranges == 2)
+
+
+def test_gradients_have_the_same_bits_in_any_order_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = as_dtype(tensors(41, 140, 70, h=2), torch.bfloat16)
+    grad = [torch.randn(1, 2, 41, 5)]
+
+    def grads(seed: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setenv("VLATTN_EMULATION_SEED", str(seed))
+        return outputs_and_grads(call(va.score_attention, additive, backend="cuda"), inputs, grad)
+
+    first, second = grads(1), grads(2)
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
 @pytest.mark.parametrize(

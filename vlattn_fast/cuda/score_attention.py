@@ -9,13 +9,15 @@ from torch import Tensor
 
 from vlattn_fast._native import pointer, rows
 from vlattn_fast._tensors import as_dtype, empty_rows_first, fold_heads, unit_strides
-from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, single
+from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, multiprocessors, single
 
 _SIZES = "B H key_heads value_heads N M A DV"
-_FIELDS = f"6q2i{3 * ROWS}q{MASKS}f{ROWS}q{ROWS}q{3 * ROWS}2?2q2q"  # ScoreAttention
+_FIELDS = f"6q2i{3 * ROWS}q{MASKS}f{ROWS}q{ROWS}q{3 * ROWS}2?2q3q"  # ScoreAttention
 _forward = kernel("score_attention", _SIZES, _FIELDS)
 _backward = kernel("score_attention_backward", _SIZES, _FIELDS)
-_BLOCK = 64  # keys of a block in the backward pass: BACKWARD_ROWS
+_BLOCK, _GROUP = 64, 16  # keys that a block and a warp take at a time in the backward pass: BACKWARD_ROWS
+_BLOCKS = 4  # for each multiprocessor: with fewer heads, the keys of one are divided among blocks
+_LARGEST = 2**27  # numbers in the sums of several ranges of keys
 
 
 def forward(
@@ -45,7 +47,7 @@ def forward(
         *(*rows(out), lse.data_ptr()),
         *(*rows(None), 0),  # grad_out, grad_lse
         *(*rows(None), *rows(None), *rows(None), False, False),
-        *(0, 0, 0, 0),
+        *(0, 0, 0, 0, 0),
     )
     return out, lse
 
@@ -77,8 +79,9 @@ def backward(
     key_heads = max(key.shape[1], value.shape[1])
     grad_query = empty_rows_first(query, heads, queries, units)
     grad_key, grad_value = _empty(key, key_heads), _empty(value, key_heads)
-    blocks = -(-keys // _BLOCK)
-    grad_vector = query.new_empty(batch, heads, blocks, units, dtype=f32)
+    ranges = _key_ranges(query, key_heads, keys)
+    grad_vector = query.new_empty(batch, heads, -(-keys // _GROUP), units, dtype=f32)
+    sums = query.new_zeros(batch, heads, ranges, queries + queries % 2, units + units % 2, dtype=f32)
     row_data = query.new_empty(3, batch, heads, queries, dtype=f32)
     parts = query.new_empty(batch, key_heads, keys, units, dtype=f32) if key_heads < heads else None
     _backward(
@@ -87,7 +90,7 @@ def backward(
         *(*rows(out), lse.data_ptr()),
         *(*rows(grad_out), pointer(grad_lse)),
         *(*rows(grad_query), *rows(grad_key), *rows(grad_value), key.shape[1] != key_heads, value.shape[1] != key_heads),
-        *(blocks, grad_vector.data_ptr(), row_data.data_ptr(), pointer(parts)),
+        *(ranges, grad_vector.data_ptr(), row_data.data_ptr(), sums.data_ptr(), pointer(parts)),
     )
     summed = as_dtype(grad_vector.sum((0, 2)), vector.dtype)
     return grad_query, _folded(grad_key, key), _folded(grad_value, value), summed
@@ -110,6 +113,12 @@ def _inputs(
         *(*rows(query), *rows(key), *rows(value), vector.data_ptr()),
         *(*mask_fields(attn_mask, key_mask, is_causal), single(scale)),
     )
+
+
+def _key_ranges(query: Tensor, key_heads: int, keys: int) -> int:
+    """Into how many the keys of a head are divided. Each range has sums of its own for the gradient of the query."""
+    heads, sums = max(1, query.shape[0] * key_heads), max(1, query.numel())
+    return max(1, min(-(-keys // _BLOCK), -(-_BLOCKS * multiprocessors(query.device) // heads), _LARGEST // sums))
 
 
 def _empty(x: Tensor, heads: int) -> Tensor:
