@@ -3,7 +3,7 @@
 // Shapes: query x (B,H,N,A), key y (B,key_heads,M,A), vector u (H,A), value (B,value_heads,M,DV), out (B,H,N,DV), lse (B,H,N).
 // Roofline: instructions, and the special function unit, 16 results per clock and SM. Per pair and hidden unit the forward pass
 // takes half a result (the shared reciprocal of additive_scores.h) and 4 instructions. The backward pass takes a whole result and
-// 12.5 instructions: 4 for the score, 7.5 for all gradients. In float32 it computes the scores once more.
+// 12.5 instructions: 4 for the score, 7.5 for all gradients, the rest for the tile. In float32 it computes the scores once more.
 // Trick: scores are computed in the registers that the tensor cores' product with the values reads, 16 or 32 rows per warp.
 // Backward: one pass over the pairs. A block has 64 keys at a time and loops over the queries. A tile's gradient goes through
 // shared memory to lanes that each hold two hidden units of the warp's 16 keys. From one reciprocal come both of a pair's gradients:

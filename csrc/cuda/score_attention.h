@@ -20,11 +20,12 @@ struct ScoreAttention {
     const float* grad_lse;                  // (B,H,N), contiguous; null: zero
     Rows grad_query, grad_key, grad_value;  // heads: H, and as many key heads as max(key_heads, value_heads) for both
     bool wide_grad_key, wide_grad_value;    // grad_key, grad_value in float32, to be summed over heads outside
-    int64_t ranges;      // into how many the keys of a head are divided
-    float* grad_vector;  // (B,H,ceil(M / 16),A), to be summed over the first and third
-    float* rows;                            // (3,B,H,N): delta, norm and shift of each row, for the kernels alone
-    float* sums;  // (B,H,ranges,N,A), N and A made even: of the query's gradient; zeros; for the kernels alone
-    float* parts;  // (B,key heads of grad_key,M,A), where query heads share a key; for the kernels alone
+    int64_t ranges;                         // into how many the keys of a head are divided
+    float* grad_vector;                     // (B,H,ceil(M / 16),A), to be summed over the first and third
+    // for the kernels alone
+    float* rows;   // (3,B,H,N): delta, norm and shift of each row
+    float* sums;   // (B,H,ranges,N,A), N and A made even: of the query's gradient; zeros
+    float* parts;  // (B,key heads of grad_key,M,A), where query heads share a key
 };
 
 }  // namespace vlattn

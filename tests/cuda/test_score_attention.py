@@ -73,11 +73,11 @@ def test_blocks_of_keys_in_ranges(ranges: int, monkeypatch: pytest.MonkeyPatch) 
     """Three blocks of keys: all in one range, or divided among two or three, whose sums for the query are added."""
     inputs = tensors(41, 140, 7, h=4, kv=2)  # an odd number of queries and of units
     monkeypatch.setattr(score_attention, "_LARGEST", ranges * inputs["query"].numel())
-    check(inputs, is_causal=ranges == 2)
+    check(inputs, is_causal=ranges == 2, enable_gqa=True)
 
 
 def test_gradients_have_the_same_bits_in_any_order_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = as_dtype(tensors(41, 140, 70, h=2), torch.bfloat16)
+    inputs = as_dtype(tensors(41, 140, 70, h=2, kv=2), torch.bfloat16)
     grad = [torch.randn(1, 2, 41, 5)]
 
     def grads(seed: int) -> dict[str, torch.Tensor]:
