@@ -315,7 +315,9 @@ __device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* col
         }
 #pragma unroll 1
         for (int part = 0; part < WARPS; ++part) {
-            if (part > 0) __syncthreads();
+            if (part > 0) {
+                __syncthreads();
+            }
             const int begin = (warp_index() + part) % WARPS * PART;
             const int end = !active ? begin : begin + PART < columns ? begin + PART : columns;
             const float* from = shared.columns + unit / 2 * PAIR + column_place(begin);

@@ -33,12 +33,12 @@ def test_nothing_is_found(kind: str) -> None:
 @pytest.mark.parametrize(
     "operator, file, after, tests",
     [
-        ("score_attention", "additive_scores.h", "if (part > 0) ", "feature_sizes"),
+        ("score_attention", "additive_scores.h", "if (part > 0) {\n                ", "feature_sizes"),
         ("relevancy_attention", "relevancy_attention.cu", "carried, num_rows);\n                ", "number_of_carried_rows"),
         ("congruence_loss", "congruence_loss.cu", "round_up(rows, STRIP), rows, call.D);\n        ", "kinds_and_directions"),
     ],
 )
 def test_a_removed_barrier_is_reported(operator: str, file: str, after: str, tests: str, tmp_path: Path) -> None:
-    library = changed(f"{operator}.cu", file, f"{after}{BARRIER}", after + ";" * (after[-2:] == ") "), tmp_path, *BUILDS["thread"])
+    library = changed(f"{operator}.cu", file, f"{after}{BARRIER}", after, tmp_path, *BUILDS["thread"])
     status, written = run("thread", library, {operator: tests})
     assert status != 0 and "WARNING: ThreadSanitizer: data race" in written, written[-10000:]
