@@ -61,6 +61,21 @@ __device__ void stage(T* tile, const T* p, int64_t stride, int64_t first, int ro
     }
 }
 
+// The same by asynchronous copies, which the caller commits and waits for. Rows that are not 16-byte aligned are copied at once.
+template <class T, int K>
+__device__ void stage_async(T* tile, const T* p, int64_t stride, int64_t first, int rows, int64_t num_rows, int num_cols) {
+    constexpr int VECTOR = 16 / sizeof(T), VECTORS = K / VECTOR;
+    if (num_cols % VECTOR != 0 || stride % VECTOR != 0 || reinterpret_cast<uintptr_t>(p) % 16 != 0) {
+        stage<T, K>(tile, p, stride, first, rows, num_rows, num_cols);
+        return;
+    }
+    for (int i = threadIdx.x; i < rows * VECTORS; i += blockDim.x) {
+        const int row = i / VECTORS, col = i % VECTORS * VECTOR;
+        const bool exists = first + row < num_rows && col < num_cols;
+        copy_async(tile + row * tile_stride<T, K>() + col, exists ? p + (first + row) * stride + col : p, exists ? 16 : 0);
+    }
+}
+
 // Two 16-bit numbers as a matrix instruction takes them, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(T low, T high) {

@@ -7,6 +7,8 @@
 // Trick: all keys of a head, and later all queries, fit into shared memory. One block takes a sample through both passes of the
 // gradient: first with queries as rows (dQ and the statistics of each row), then with keys as rows (dK, dV). r Abar, a sum over
 // queries and heads, is computed by the lanes that own the keys, so only T numbers per key and head go to memory and back.
+// Both tiles are copied asynchronously, 64 rows as a group, and worked on as they come: each chunk but the first comes while the one
+// before it is computed. All of them have places of their own, so that this takes no shared memory.
 // What masks and edges cost is kept off the whole tiles before them: there the scale and the subtraction of the largest logit are
 // one instruction, and no pair is looked at. Which keys are seen is a bit of each, in shared memory.
 // Why CUDA C++: one block goes through both layouts of the work, head after head, with barriers between them. Our Triton kernels
@@ -30,19 +32,72 @@ enum Passes { QUERY_ROWS = 1, KEY_ROWS = 2 };
 template <class T, int WIDTH>
 constexpr int CARRIED = sizeof(T) * WIDTH <= 128 ? 8 : 4;
 
+// Rows of both tiles that are copied as one group, a multiple of a step's. Wide float32 rows are copied all at once: their products
+// take longer than their copies, and the loop over chunks would take the registers of a second block.
+template <class T, int WIDTH>
+constexpr int CHUNK = sizeof(T) * WIDTH <= 256 ? 64 : MAX_ROWS;
+
 // ---- what the passes share
 
-// Copies a head's rows to a tile, padded with zeros to whole slabs.
+// The two tiles of a block. They are copied in the background, chunk after chunk, and while one is worked on the next ones come.
 template <class T, int WIDTH>
-__device__ __forceinline__ void stage_head(T* tile, const Rows& from, int b, int h, int64_t rows, int columns) {
-    stage<T, WIDTH>(tile, from.at<T>(b, h), from.row, 0, round_up(static_cast<int>(rows), SLAB), rows, columns);
-}
+struct Tiles {
+    T *first, *second;
+    int rows = 0, arrived = 0;
 
-// The second of the two tiles of a block.
-template <class T, int WIDTH>
-__device__ __forceinline__ T* next_tile(T* tile, int64_t rows) {
-    return tile + round_up(static_cast<int>(rows), SLAB) * tile_stride<T, WIDTH>();
-}
+    // For `most` rows each, in whole slabs, at the beginning of shared memory.
+    __device__ explicit Tiles(int64_t most)
+        : first(static_cast<T*>(shared_memory())),
+          second(first + round_up(static_cast<int>(most), SLAB) * tile_stride<T, WIDTH>()) {}
+
+    __device__ void* end() const { return second + (second - first); }
+
+    // Begins to copy a head's rows, padded with zeros to whole slabs, by all threads; without `both` only those of x. The caller
+    // has the barrier before it.
+    __device__ __forceinline__ void copy(const Rows& x, int x_columns, const Rows& y, int y_columns, bool both, int b, int h,
+                                         int64_t num_rows) {
+        rows = round_up(static_cast<int>(num_rows), SLAB);
+        arrived = 0;
+        for (int at = 0; at < rows; at += CHUNK<T, WIDTH>) {
+            const int some = rows - at < CHUNK<T, WIDTH> ? rows - at : CHUNK<T, WIDTH>, to = at * tile_stride<T, WIDTH>();
+            stage_async<T, WIDTH>(first + to, x.at<T>(b, h), x.row, at, some, num_rows, x_columns);
+            if (both) stage_async<T, WIDTH>(second + to, y.at<T>(b, h), y.row, at, some, num_rows, y_columns);
+            commit_copies();
+        }
+    }
+
+    // How many rows are there, one chunk more than the last time, with a barrier, while not all are. All warps take the same turns.
+    __device__ __forceinline__ int next() {
+        static_assert(MAX_ROWS <= 4 * CHUNK<T, WIDTH>, "a line for each group");
+        if (arrived < rows) {
+            const int groups_after = (rows - arrived - 1) / CHUNK<T, WIDTH>;
+            if (groups_after == 0) wait_for_copies<0>();
+            if (groups_after == 1) wait_for_copies<1>();
+            if (groups_after == 2) wait_for_copies<2>();
+            if (groups_after == 3) wait_for_copies<3>();
+            __syncthreads();
+            arrived = arrived + CHUNK<T, WIDTH> < rows ? arrived + CHUNK<T, WIDTH> : rows;
+        }
+        return arrived;
+    }
+
+    // step(std::false_type(), k) for whole tiles of STEP rows before `whole`, where there are any, with STEP above 0; then
+    // step(std::true_type(), k) for slabs before `end`.
+    template <int STEP, class Step>
+    __device__ __forceinline__ void sweep(int whole, int end, Step step) {
+        int k = 0;
+        do {
+            const int to = next(), last_whole = whole < to ? whole : to, last = end < to ? end : to;
+            if constexpr (STEP > 0) {
+#pragma unroll 1
+                for (; k < last_whole; k += STEP) step(std::false_type(), k);
+            }
+#pragma unroll 1
+            for (; k < last; k += SLAB) step(std::true_type(), k);
+            k = to;
+        } while (CHUNK<T, WIDTH> < MAX_ROWS && k < rows);
+    }
+};
 
 // Dot products of 16 rows with rows first .. first + 8 NT - 1 of a tile.
 template <class T, int WIDTH, int NT>
@@ -195,11 +250,9 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(cons
     constexpr int WHOLE = sizeof(T) == 2 ? 4 : 2;  // by eight keys
     const int heads = static_cast<int>(call.H), b = blockIdx.x / heads, h = blockIdx.x % heads;
     const int key_head = h / (heads / static_cast<int>(call.key_heads));
-    T* keys = static_cast<T*>(shared_memory());
-    T* values = next_tile<T, WIDTH>(keys, call.M);
-    uint32_t* bits = reinterpret_cast<uint32_t*>(next_tile<T, WIDTH>(values, call.M));
-    stage_head<T, WIDTH>(keys, call.key, b, key_head, call.M, call.D);
-    stage_head<T, WIDTH>(values, call.value, b, key_head, call.M, call.DV);
+    Tiles<T, WIDTH> tiles(call.M);  // keys and values
+    uint32_t* bits = static_cast<uint32_t*>(tiles.end());
+    tiles.copy(call.key, call.D, call.value, call.DV, true, b, key_head, call.M);
     stage_keys(bits, call, b);
     __syncthreads();
     const int seen = PAIRS ? 0 : whole_keys(bits);
@@ -213,7 +266,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(cons
             constexpr bool EDGE = decltype(edge)::value;
             constexpr int NT = EDGE ? 2 : WHOLE;
             float p[NT][4], shrink[2];
-            products<T, WIDTH>(p, query, keys, k);
+            products<T, WIDTH>(p, query, tiles.first, k);
             if constexpr (EDGE) to_logits<PAIRS, false>(p, call, bits, b, h, first, k);
             softmax.add<EDGE>(p, scale, shrink);
 #pragma unroll
@@ -223,13 +276,10 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(cons
             }
 #pragma unroll
             for (int n = 0; n < NT; n += 2)
-                product_with_columns<T, WIDTH>(out, reinterpret_cast<float(&)[2][4]>(p[n]), values, k + n * 8);
+                product_with_columns<T, WIDTH>(out, reinterpret_cast<float(&)[2][4]>(p[n]), tiles.second, k + n * 8);
         };
-        const int end = key_end(call, first), whole = whole_end(call, seen, first) / (8 * WHOLE) * (8 * WHOLE);
-#pragma unroll 1
-        for (int k = 0; k < whole; k += 8 * WHOLE) step(std::false_type(), k);
-#pragma unroll 1
-        for (int k = whole; k < end; k += SLAB) step(std::true_type(), k);
+        const int whole = whole_end(call, seen, first) / (8 * WHOLE) * (8 * WHOLE);
+        tiles.template sweep<PAIRS ? 0 : 8 * WHOLE>(whole, key_end(call, first), step);
         float factor[2];
         for (int r = 0; r < 2; ++r) {
             const float total = row_sum(softmax.total[r]);
@@ -284,20 +334,21 @@ __device__ __forceinline__ void dot_rows(float (&sum)[2], const Rows16<T, WIDTH>
 
 // Queries as rows: their statistics, and dQ.
 template <class T, int WIDTH, bool PAIRS>
-__device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, T* values, const uint32_t* bits) {
+__device__ void query_rows(const Relevancy& call, int b, int key_head, Tiles<T, WIDTH>& tiles, const uint32_t* bits) {
     const bool gradients = with_gradients(call), sums = with_sums(call), dp_of_sums = sums && call.by_gradient;
     const bool own_lse = gradients || call.out.data;  // otherwise it is the caller's and may count keys that are not here
     const bool may_be_coarse = own_lse || call.masks.kind == Masks::ADDED;
     if (!call.lse || may_be_coarse || sums) {  // otherwise lse has all that is needed
         __syncthreads();
-        stage_head<T, WIDTH>(keys, call.key, b, key_head, call.M, call.D);
-        if (gradients || dp_of_sums) stage_head<T, WIDTH>(values, call.value, b, key_head, call.M, call.DV);
-        __syncthreads();
+        tiles.copy(call.key, call.D, call.value, call.DV, gradients || dp_of_sums, b, key_head, call.M);
+        const bool all_sweep = !call.lse || gradients || sums;  // otherwise only warps with a coarse row do
+        while (!all_sweep && tiles.arrived < tiles.rows) tiles.next();
     }
     const int group = static_cast<int>(call.H / call.key_heads), seen = PAIRS ? 0 : whole_keys(bits);
     const float log2_of_scale = log2_scale(call);
     for (int h = key_head * group; h < (key_head + 1) * group; ++h) {
-        for (int first = first_row(); first < call.N; first += next_rows()) {
+        for (int round = 0; round < call.N; round += next_rows()) {
+            const int first = round + first_row();
             const int64_t at = (static_cast<int64_t>(b) * call.H + h) * call.N + first;
             Rows16<T, WIDTH> query, grad;
             load_signed<T, WIDTH>(query, call.query, call, b, h, first, call.N);
@@ -328,9 +379,9 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
                 const auto step = [&](auto edge, int k) {
                     constexpr bool EDGE = decltype(edge)::value;
                     float p[2][4], dp[2][4] = {}, shrink[2];
-                    products<T, WIDTH>(p, query, keys, k);
+                    products<T, WIDTH>(p, query, tiles.first, k);
                     if constexpr (EDGE) to_logits<PAIRS, false>(p, call, bits, b, h, first, k);
-                    if (with_dp) products<T, WIDTH>(dp, grad, values, k);
+                    if (with_dp) products<T, WIDTH>(dp, grad, tiles.second, k);
                     if (sweep == 0) {
                         rows.add<EDGE>(p, log2_of_scale, shrink);
                         for (int r = 0; r < 2; ++r) moment[r] *= shrink[r], positive[r] *= shrink[r];
@@ -347,14 +398,12 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, T* keys, 
                             float& x = p[i / 4][i % 4];
                             x = Softmax::power<EDGE>(x, log2_of_scale, shift[r]) * weight[r] * (dp[i / 4][i % 4] - delta[r]);
                         }
-                        product_with_columns<T, WIDTH>(grad_query, p, keys, k);
+                        product_with_columns<T, WIDTH>(grad_query, p, tiles.first, k);
                     }
                 };
-                const int end = key_end(call, first), whole = whole_end(call, seen, first);
-#pragma unroll 1
-                for (int k = 0; k < whole; k += SLAB) step(std::false_type(), k);
-#pragma unroll 1
-                for (int k = whole; k < end; k += SLAB) step(std::true_type(), k);
+                const bool exist = first < call.N;  // a warp without queries waits with the others
+                tiles.template sweep<PAIRS ? 0 : SLAB>(
+                    exist ? whole_end(call, seen, first) : 0, exist ? key_end(call, first) : 0, step);
                 for (int r = 0; r < 2 && sweep == 0; ++r) {
                     const float total = row_sum(rows.total[r]), mean = row_sum(moment[r]);
                     float factor = weight[r];
@@ -406,7 +455,7 @@ __device__ void stage_columns(float* columns, int length, const Relevancy& call,
 // Keys as rows: with `gradients` dK and dV of one key head, and its share of r Abar for rows of r from `carried` on, added to
 // `r_abar` (T,M).
 template <class T, int WIDTH, bool PAIRS>
-__device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_head, T* queries, T* grads, float* columns,
+__device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_head, Tiles<T, WIDTH>& tiles, float* columns,
                          int carried, float* r_abar) {
     const int group = static_cast<int>(call.H / call.key_heads), length = round_up(static_cast<int>(call.N), SLAB);
     const int left = static_cast<int>(call.T) - carried, num_rows = left < CARRIED<T, WIDTH> ? left : CARRIED<T, WIDTH>;
@@ -422,19 +471,16 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
         for (int h = key_head * group; h < (key_head + 1) * group; ++h) {
             if (round == 0 || group > 1) {
                 __syncthreads();
-                stage_head<T, WIDTH>(queries, call.query, b, h, call.N, call.D);
-                if (with_dp) stage_head<T, WIDTH>(grads, call.grad_out, b, h, call.N, call.DV);
-                stage_columns(columns, length, call, b, h, carried, num_rows);
-                __syncthreads();
+                tiles.copy(call.query, call.D, call.grad_out, call.DV, with_dp, b, h, call.N);
+                stage_columns(columns, length, call, b, h, carried, num_rows);  // there with the first chunk
             }
-            if (first >= call.M) continue;
             // keys that are not seen have rows of their own, which are not stored
             const auto step = [&](auto edge, int q) {
                 constexpr bool EDGE = decltype(edge)::value;
                 float p[2][4], dp[2][4] = {};
-                products<T, WIDTH>(p, key, queries, q);
+                products<T, WIDTH>(p, key, tiles.first, q);
                 if constexpr (EDGE) to_logits<PAIRS, true>(p, call, nullptr, b, h, first, q);
-                if (with_dp) products<T, WIDTH>(dp, value, grads, q);
+                if (with_dp) products<T, WIDTH>(dp, value, tiles.second, q);
                 const float* at = columns + q + lane_column() * 2;
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
@@ -446,7 +492,7 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
                         x = Softmax::power<EDGE>(x, log2_of_scale, e % 2 ? shift.y : shift.x) * (e % 2 ? weight.y : weight.x);
                     }
                 }
-                if (gradients) product_with_columns<T, WIDTH>(grad_value, p, grads, q);
+                if (gradients) product_with_columns<T, WIDTH>(grad_value, p, tiles.second, q);
                 if (num_rows > 0) {
                     float share[2][4];
 #pragma unroll
@@ -472,18 +518,29 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
 #pragma unroll
                     for (int e = 0; e < 4; ++e) p[half][e] *= dp[half][e] - (e % 2 ? delta.y : delta.x);
                 }
-                product_with_columns<T, WIDTH>(grad_key, p, queries, q);
+                product_with_columns<T, WIDTH>(grad_key, p, tiles.first, q);
             };
             // under a causal mask earlier queries see none of these keys, and those of the first slab some
             const int begin = causal ? first : 0, whole = causal ? first + SLAB : 0;
             const int whole_end = PAIRS || whole_queries < whole ? whole : whole_queries;
+            const int num_queries = first < call.M ? N : 0;  // a warp without keys waits with the others
+            int from = 0;
+            do {
+                const int to = tiles.next(), end = num_queries < to ? num_queries : to;
+                if constexpr (!PAIRS) {
+                    const int last_whole = whole_end < end ? whole_end : end;
 #pragma unroll 1
-            for (int q = whole; q < whole_end; q += SLAB) step(std::false_type(), q);
+                    for (int q = whole < from ? from : whole; q < last_whole; q += SLAB) step(std::false_type(), q);
+                }
+                // with an attn_mask there is nothing else; without it the few slabs at edges come last
+                int q = PAIRS && begin < from ? from : PAIRS || to == tiles.rows ? begin : end;
 #pragma unroll 1
-            for (int q = begin; q < N; q += SLAB) {
-                if (q == whole) q = whole_end;
-                if (q < N) step(std::true_type(), q);
-            }
+                for (; q < end; q += SLAB) {
+                    if (q == whole) q = whole_end;
+                    if (q < end) step(std::true_type(), q);
+                }
+                from = to;
+            } while (CHUNK<T, WIDTH> < MAX_ROWS && from < tiles.rows);
         }
         float scale[2], one[2];
         for (int r = 0; r < 2; ++r) {
@@ -509,9 +566,8 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(con
     const int parts = call.parts, b = blockIdx.x / parts, part = blockIdx.x % parts, key_heads = static_cast<int>(call.key_heads);
     const int begin = part * key_heads / parts, end = (part + 1) * key_heads / parts;
     const int64_t rows = call.N > call.M ? call.N : call.M, size = call.T * call.M;
-    T* first = static_cast<T*>(shared_memory());
-    T* second = next_tile<T, WIDTH>(first, rows);
-    uint32_t* bits = reinterpret_cast<uint32_t*>(next_tile<T, WIDTH>(second, rows));
+    Tiles<T, WIDTH> tiles(rows);
+    uint32_t* bits = static_cast<uint32_t*>(tiles.end());
     float* columns = reinterpret_cast<float*>(bits + MAX_ROWS / WARP);
     float* r_abar = (part == 0 ? call.r_abar : call.partial + (part - 1) * call.B * size) + b * size;
     if (passes & KEY_ROWS) {
@@ -530,12 +586,12 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(con
     // row sums need all heads first; without them a head's keys follow its queries, while both are in the cache
     const int together = with_sums(call) ? end - begin : 1;
     for (int head = begin; head < end; head += together) {
-        for (int i = head; passes & QUERY_ROWS && i < head + together; ++i)
-            query_rows<T, WIDTH, PAIRS>(call, b, i, first, second, bits);
+        for (int i = head; passes & QUERY_ROWS && call.N > 0 && i < head + together; ++i)
+            query_rows<T, WIDTH, PAIRS>(call, b, i, tiles, bits);
         for (int i = head; passes & KEY_ROWS && i < head + together; ++i) {
             bool gradients = with_gradients(call);
             for (int t = 0; gradients || t < call.T; t += CARRIED<T, WIDTH>, gradients = false)
-                key_rows<T, WIDTH, PAIRS>(call, gradients, b, i, first, second, columns, t, r_abar);
+                key_rows<T, WIDTH, PAIRS>(call, gradients, b, i, tiles, columns, t, r_abar);
         }
     }
 }
@@ -578,7 +634,8 @@ cudaError_t relevancy_attention(const Relevancy& call, cudaStream_t stream) {
         constexpr int WIDTH = decltype(width)::value;
         constexpr bool PAIRS = decltype(pairs)::value;
         const size_t shared = 2 * tile_bytes<T, WIDTH>(round_up(static_cast<int>(call.M), SLAB)) + KEY_BYTES;
-        return launch(relevancy_forward_kernel<T, WIDTH, PAIRS>, call.B * call.H, threads_for(call.N), shared, stream, call);
+        const int64_t blocks = call.N > 0 ? call.B * call.H : 0;
+        return launch(relevancy_forward_kernel<T, WIDTH, PAIRS>, blocks, threads_for(call.N), shared, stream, call);
     });
 }
 

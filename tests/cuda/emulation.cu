@@ -33,6 +33,35 @@ __global__ void neighbours_by_shuffle(float* x) {
     x[threadIdx.x] = shared[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32] + zero;
 }
 
+// y = x through two tiles in shared memory: while one is read, the next is on its way. A thread reads what others copied.
+enum Flaw { NONE, NO_WAIT, WRONG_GROUP, NO_COMMIT, NO_BARRIER, NO_BARRIER_AFTER };
+template <Flaw FLAW>
+__global__ void through_tiles(const float* x, float* y, int tiles) {
+    float* shared = static_cast<float*>(shared_memory());
+    const int size = 4 * blockDim.x;
+    const auto copy = [&](int tile) {
+        if (tile < tiles) copy_async(shared + tile % 2 * size + 4 * threadIdx.x, x + tile * size + 4 * threadIdx.x, 16);
+        if (FLAW != NO_COMMIT) commit_copies();
+    };
+    copy(0);
+    for (int tile = 0; tile < tiles; ++tile) {
+        copy(tile + 1);
+        if (FLAW != NO_WAIT) wait_for_copies<FLAW == WRONG_GROUP ? 2 : 1>();
+        if (FLAW != NO_BARRIER) __syncthreads();
+        for (int i = threadIdx.x; i < size; i += blockDim.x) y[tile * size + i] = shared[tile % 2 * size + i];
+        if (FLAW != NO_BARRIER_AFTER) __syncthreads();
+    }
+}
+
+// The first `bytes` of every 16 of x.
+__global__ void copy_some(const float* x, float* y, int bytes) {
+    float* shared = static_cast<float*>(shared_memory());
+    copy_async(shared + 4 * threadIdx.x, x + 4 * threadIdx.x, bytes);
+    commit_copies();
+    wait_for_copies<0>();
+    for (int i = 0; i < 4; ++i) y[4 * threadIdx.x + i] = shared[4 * threadIdx.x + i];
+}
+
 __global__ void barrier_for_some(int threads) {
     if (threadIdx.x < static_cast<unsigned>(threads)) __syncthreads();
 }
@@ -150,6 +179,15 @@ int run_neighbours(float* x, bool barrier) {
     return launch(barrier ? neighbours<true> : neighbours<false>, 1, 64, 64 * sizeof(float), cudaStream_t(), x);
 }
 int run_neighbours_by_shuffle(float* x) { return launch(neighbours_by_shuffle, 1, 64, 64 * sizeof(float), cudaStream_t(), x); }
+int run_through_tiles(const float* x, float* y, int flaw) {
+    void (*const kernels[])(const float*, float*, int) = {through_tiles<NONE>,        through_tiles<NO_WAIT>,
+                                                          through_tiles<WRONG_GROUP>, through_tiles<NO_COMMIT>,
+                                                          through_tiles<NO_BARRIER>,  through_tiles<NO_BARRIER_AFTER>};
+    return launch(kernels[flaw], 1, 64, 2 * 4 * 64 * sizeof(float), cudaStream_t(), x, y, 4);
+}
+int run_copy_some(const float* x, float* y, int bytes) {
+    return launch(copy_some, 1, 32, 4 * 32 * sizeof(float), cudaStream_t(), x, y, bytes);
+}
 int run_barrier_for_some(int threads) { return launch(barrier_for_some, 1, 64, 0, cudaStream_t(), threads); }
 int run_shuffle_for_some(int* x) { return launch(shuffle_for_some, 1, 64, 0, cudaStream_t(), x); }
 int run_shuffle_here_or_there(int* x, bool apart) {

@@ -21,6 +21,7 @@ class Break(NamedTuple):
 
 
 BARRIER = "__syncthreads();"
+WAIT = "wait_for_copies<0>();"
 BREAKS = [
     Break(
         "score_attention",
@@ -32,12 +33,13 @@ BREAKS = [
     ),
     Break(
         "relevancy_attention",
-        "no barrier after staging",
+        "no barrier after the wait for copies",
         "relevancy_attention.cu",
-        f"carried, num_rows);\n                {BARRIER}",
-        "carried, num_rows);",
+        f"wait_for_copies<3>();\n            {BARRIER}",
+        "wait_for_copies<3>();",
         "number_of_carried_rows",
     ),
+    Break("relevancy_attention", "no wait for the last copies", "relevancy_attention.cu", WAIT, "", "either_side_of_a_slab"),
     Break(
         "congruence_loss",
         "no barrier before the divergence",

@@ -17,6 +17,7 @@ from tests.cuda.building import HOST, SANITIZED, THREADS, build, sanitizing
 SEEDS = range(1, 4)
 FAILED = 719  # cudaErrorLaunchFailure
 INVALID = 9  # cudaErrorInvalidConfiguration
+FLAWS = ("none", "no wait", "wrong group", "no commit", "no barrier", "no barrier after")  # Flaw in emulation.cu
 Small = Callable[..., int]
 
 
@@ -57,6 +58,36 @@ def test_a_missing_barrier_of_a_warp_shows(small: Small, seed: int) -> None:
     with_barrier, without = x.clone(), x.clone()
     assert small("neighbours", with_barrier, True) == small("neighbours", without, False) == 0
     assert torch.equal(with_barrier, right) and not torch.equal(without, right)
+
+
+def test_asynchronous_copies(small: Small, seed: int) -> None:
+    """They are there after the wait for their group and a barrier, and before that some are not."""
+    x = torch.rand(1024) + 1.0
+    for flaw in FLAWS:
+        y = torch.zeros(1024)
+        assert small("through_tiles", x, y, FLAWS.index(flaw)) == 0
+        assert torch.equal(x, y) == (flaw == "none"), flaw
+        assert y.isnan().any() == (flaw != "none")
+
+
+def test_some_asynchronous_copies_come_early(small: Small, seed: int) -> None:
+    x, y = torch.rand(1024) + 1.0, torch.zeros(1024)
+    assert small("through_tiles", x, y, FLAWS.index("no wait")) == 0
+    assert 0.1 < (x == y).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("numbers", range(5))
+def test_asynchronous_copies_end_with_zeros(small: Small, seed: int, numbers: int) -> None:
+    x, y = torch.rand(32, 4) + 1.0, torch.full((32, 4), torch.nan)
+    assert small("copy_some", x, y, 4 * numbers) == 0
+    x[:, numbers:] = 0.0
+    assert torch.equal(x, y)
+
+
+def test_asynchronous_copies_of_places_that_are_not_aligned(small: Small, capfd: pytest.CaptureFixture[str]) -> None:
+    x, y = torch.rand(33 * 4), torch.zeros(32 * 4)
+    assert small("copy_some", x[1:], y, 16) == FAILED
+    assert "an address that is no multiple of 16" in capfd.readouterr().err
 
 
 def test_the_order_of_threads_depends_on_the_seed_alone(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +226,9 @@ def test_the_sanitizer_sees_what_lies_outside(call: str, words: str | None) -> N
         ("note_order(x, y, 1)", None),
         ("note_order(x, y, 2)", "note_order"),  # blocks
         ("products(1, 64, x, y, y, z, last, 32, 32, 0)", None),
+        ("through_tiles(x, y, 0)", None),
+        ("through_tiles(x, y, 4)", "through_tiles"),  # the wait of others
+        ("through_tiles(x, y, 5)", "through_tiles"),  # a copy to what is still read
     ],
 )
 def test_the_sanitizer_sees_threads_that_do_not_wait(call: str, kernel: str | None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from compare import assert_close_to
+from compare import assert_all_close_to, assert_close_to
 
 import vlattn_fast as va
 from tests.ops.backends import F64, assert_refused
@@ -70,6 +72,16 @@ def test_rows_are_read_by_fours_by_pairs_and_one_by_one(columns: int, offset: in
         for name in ("query", "key"):
             inputs[name] = inputs[name][..., offset : offset + columns]
         check("cuda", inputs)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("n, m", [(3, 130), (130, 3), (70, 65)])
+def test_warps_without_queries_or_keys_wait_with_the_others(n: int, m: int, dtype: torch.dtype) -> None:
+    """A block has a warp for every 16 of the longer ones, and the shorter ones are copied in chunks of 64."""
+    shapes = {"query": (1, 2, n, 8), "key": (1, 1, m, 8), "value": (1, 1, m, 8), "grad_output": (1, 2, n, 8)}
+    inputs = {"relevancy": torch.rand(1, 2, n)} | {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    ours, formula = (partial(step, enable_gqa=True) for step in (va.relevancy_step, va.reference.relevancy_step))
+    assert_all_close_to(partial(ours, backend="cuda"), formula, inputs, grads=False)
 
 
 def test_grouped_heads_over_two_slabs_a_warp() -> None:

@@ -11,7 +11,7 @@ from tests.cuda.building import SANITIZED, THREADS, build, changed, run_tests, s
 
 CHOSEN = {
     "score_attention": "feature_sizes or empty or grouped",
-    "relevancy_attention": "head_dims or empty or number_of_carried_rows or layouts",
+    "relevancy_attention": "head_dims or empty or number_of_carried_rows or layouts or warps_without",
     "congruence_loss": "either_side or head_dims or empty or ragged or layouts",
 }
 BUILDS = {"address": ("asan", *SANITIZED), "thread": ("tsan", *THREADS)}
@@ -21,6 +21,8 @@ BARRIER = "__syncthreads();"
 def run(kind: str, library: Path, chosen: dict[str, str]) -> tuple[int, str]:
     environment = {**sanitizing(kind), "VLATTN_CUDA_LIBRARY": str(library), "VLATTN_EMULATION_SEED": "3"}
     environment["VLATTN_TEST_SANITIZED"] = "1"  # one draw of the numbers (tests/compare.py)
+    if kind == "thread":
+        environment["TSAN_OPTIONS"] += ":halt_on_error=1"
     return run_tests(chosen, environment)
 
 
@@ -34,7 +36,7 @@ def test_nothing_is_found(kind: str) -> None:
     "operator, file, after, tests",
     [
         ("score_attention", "additive_scores.h", "if (part > 0) {\n                ", "feature_sizes"),
-        ("relevancy_attention", "relevancy_attention.cu", "carried, num_rows);\n                ", "number_of_carried_rows"),
+        ("relevancy_attention", "relevancy_attention.cu", "wait_for_copies<3>();\n            ", "number_of_carried_rows"),
         ("congruence_loss", "congruence_loss.cu", "round_up(rows, STRIP), rows, call.D);\n        ", "kinds_and_directions"),
     ],
 )

@@ -8,20 +8,24 @@
 // A block whose threads wait for something that cannot come (some have returned, or are elsewhere) ends with
 // cudaErrorLaunchFailure. So does one in which the lanes of a warp meet in different instructions, or the threads of the block at
 // different barriers: each has a tag, its line and how many of them the lane has come by.
+// An asynchronous copy (cp.async) reads and writes when it is issued or when its thread waits for its group, drawn from the seed;
+// in the second case its place is full of NaN in between. To whom does not wait, or waits for another group, nothing has come.
 // Results of the special function unit that are subnormal are 0. VLATTN_EMULATION_NOISE=1 (or 2, 3, ...) makes them off by an ulp,
 // up, down or not at all, as their operand and that number have it; -DVLATTN_FMA=ON compiles products and sums into one
 // instruction, as nvcc does.
 // Under ThreadSanitizer each fiber is a thread to it, and nothing orders them but what does on a GPU: __syncthreads the threads of
 // a block, __syncwarp the lanes of a warp, the ends of a launch everything. A missing barrier is then reported in any order of
-// threads, and so are two blocks that touch the same place. Shuffles and matrix instructions order no memory.
+// threads, and so are two blocks that touch the same place. Shuffles and matrix instructions order no memory. An asynchronous
+// copy is a write of its thread both where it is issued and where it is waited for.
 //
 // What it cannot catch:
 // - Without ThreadSanitizer, a missing barrier that no order drawn here shows.
 // - Races of blocks that do not run one right after the other, nor beyond the few accesses that ThreadSanitizer remembers of a
 //   place.
 // - What lanes of one warp do at the same time: they run one after the other here.
-// - Memory order: a write is seen at once, by every thread. There are no caches, fences, atomics or asynchronous copies.
-// - Alignment of vector loads, bank conflicts, uncoalesced access, registers, stack, occupancy.
+// - Memory order: a write is seen at once, by every thread. There are no caches, fences or atomics.
+// - Asynchronous copies that are under way when their thread returns; old contents of a place that a copy is on its way to.
+// - Alignment of vector loads other than asynchronous copies, bank conflicts, uncoalesced access, registers, stack, occupancy.
 // - What nvcc makes of the source: its instructions, their order, where divergent lanes meet again (tests/compiled/).
 // - Sums inside a matrix instruction: the tensor cores add 16 products at once and cut them off, here they are added one by one.
 // - exp2 and the reciprocal beyond an ulp; expf, logf and their like, which are the host's.
@@ -78,6 +82,22 @@ struct Tag {
     uint64_t count;  // of such places that this thread has come by
 
     bool elsewhere(const Tag& other) const { return line != other.line || (file != other.file && strcmp(file, other.file) != 0); }
+};
+
+// An asynchronous copy of a thread: `bytes` of global memory, then zeros.
+struct Copy {
+    static constexpr size_t BYTES = 16;
+    unsigned char *to, value[BYTES];
+    const unsigned char* from;
+    size_t bytes;
+    uint64_t group;
+    bool early;
+
+    void read() {
+        memset(value, 0, BYTES);
+        if (bytes > 0) memcpy(value, from, bytes);
+    }
+    void write() const { memcpy(to, value, BYTES); }
 };
 
 // ThreadSanitizer's view of a fiber, and what it is to know; nothing without it.
@@ -139,6 +159,8 @@ struct Fiber {
     Tag at;
     Context seen;
     unsigned barriers, warp_barriers;  // that it has come by
+    std::vector<Copy> copies;  // that it has not waited for, in order
+    uint64_t groups;  // of copies that it has committed
 };
 
 struct Warp {
@@ -267,6 +289,8 @@ inline bool run_block(size_t shared) {
         fiber.state = State::runnable;
         fiber.at = {"", 0, 0};
         fiber.barriers = fiber.warp_barriers = 0;
+        fiber.copies.clear();
+        fiber.groups = 0;
     }
     std::vector<unsigned> warps(m.warps.size()), lanes(LANES);
     std::iota(warps.begin(), warps.end(), 0u);
@@ -381,6 +405,42 @@ Output warp_wide(const Input& input, Exchange exchange, const char* file = __bui
     Output result;
     memcpy(&result, warp.outputs[index % LANES], sizeof(Output));
     return result;
+}
+
+// cp.async, cp.async.commit_group and cp.async.wait_group. What the copies are kept in is the emulation's own, what they copy is
+// this thread's doing.
+inline void copy_async(void* to, const void* from, size_t bytes) {
+    Machine& m = machine();
+    Fiber& self = *m.current;
+    Copy copy = {static_cast<unsigned char*>(to), {}, static_cast<const unsigned char*>(from), bytes, self.groups, false};
+    if (reinterpret_cast<uintptr_t>(to) % Copy::BYTES != 0 || reinterpret_cast<uintptr_t>(from) % Copy::BYTES != 0) {
+        fprintf(stderr, "block %u: an asynchronous copy from or to an address that is no multiple of 16\n", m.block.x);
+        yield(State::in_warp);  // for ever
+    }
+    {
+        const Unseen unseen;
+        copy.early = draw() % 4 == 0;
+    }
+    memset(copy.value, 0xff, Copy::BYTES);
+    if (copy.early) copy.read();
+    copy.write();
+    const Unseen unseen;
+    self.copies.push_back(copy);
+}
+
+inline void commit_copies() { ++machine().current->groups; }
+
+// For all but the last `pending` groups.
+inline void wait_for_copies(uint64_t pending) {
+    Fiber& self = *machine().current;
+    size_t done = 0;
+    for (; done < self.copies.size() && self.copies[done].group + pending < self.groups; ++done) {
+        Copy& copy = self.copies[done];
+        if (!copy.early) copy.read();
+        copy.write();
+    }
+    const Unseen unseen;
+    self.copies.erase(self.copies.begin(), self.copies.begin() + done);
 }
 
 }  // namespace emulation
