@@ -258,8 +258,7 @@ struct Sample {
         if (distributed) {
             multiply(target, basis, back, n, m, n, false);
         } else {
-            __syncthreads();
-            if (singular) pick(basis, n, m);
+            if (singular) pick(basis, n, m);  // it was whole before the map VV was begun, which has barriers
             multiply(left, basis, part(MAP, o, o), n, m, m, false);
             multiply(target, left, basis.transposed(), n, m, n, false);
         }
@@ -463,7 +462,6 @@ __global__ void __launch_bounds__(TOKENS / STRIP * WARP)
         }
     }
     if (backward) {
-        __syncthreads();
 #pragma unroll 1
         for (int n = 0; n < 4; ++n) {
             const int r = n / 2, c = n % 2;

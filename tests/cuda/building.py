@@ -50,13 +50,17 @@ def sanitizing(kind: str = "address") -> dict[str, str]:
 
 
 def changed(source: str, file: str, old: str, new: str, folder: Path, name: str = "host", *options: str) -> Path:
-    """The library of build/`name` with one source compiled from a copy, whose `file` has `new` in the place of `old`, by the
-    commands that CMake made."""
+    """The library of build/`name` with one source compiled from a copy, whose `file` has `new` in the place of `old`."""
+    text = (ROOT / "csrc" / "cuda" / file).read_text()
+    assert text.count(old) == 1, f"{text.count(old)} times in {file}: {old}"
+    return rewritten(source, file, text.replace(old, new), folder, name, *options)
+
+
+def rewritten(source: str, file: str, text: str, folder: Path, name: str = "host", *options: str) -> Path:
+    """The library of build/`name` with one source compiled from a copy, whose `file` is `text`, as CMake does it."""
     made, copy = build(name, *(options or HOST)), folder / "csrc" / "cuda"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    text = (copy / file).read_text()
-    assert text.count(old) == 1, f"{text.count(old)} times in {file}: {old}"
-    (copy / file).write_text(text.replace(old, new))
+    (copy / file).write_text(text)
     listed = subprocess.run(["ninja", "-t", "commands"], cwd=made, env=tools(), capture_output=True, text=True, check=True).stdout
     library, kernel = folder / "libvlattn_host.so", f"CMakeFiles/vlattn_host.dir/csrc/cuda/{source}.o"
     for command in listed.splitlines():
