@@ -225,6 +225,7 @@ def test_what_is_refused(models, pictures, tmp_path):
     assert "--dataset must be" in refused(*run)
     assert "out must be a new or an empty directory" in refused(*run[:-1], tmp_path)
     assert "--image must be given without --dataset" in refused(*run, "--image", picture(pictures, 0))
+    assert "--device nowhere" in refused(*run, "--device", "nowhere")
     assert "generate must be asked of a decoder" in refused(*run[:-1], tmp_path / "new", "--generate", 2)
     assert not (tmp_path / "new").exists()
     for content, reason in (

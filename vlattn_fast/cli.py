@@ -38,6 +38,13 @@ def main() -> None:
     app()
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
 @app.command()
 def info() -> None:
     """Versions, devices, and which backend runs which operator, with the reasons for what it does not run."""
@@ -79,10 +86,7 @@ def verify(
     for option, names, known in chosen:
         if unknown := set(names or ()) - set(known):
             raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
+    _check_device(device)
     dtypes = tuple(getattr(torch, one) for one in dtype or DTYPES)
     failed, worst = 0, None
     typer.echo(f"{'operator':25}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
@@ -186,6 +190,8 @@ def explain(
         raise typer.BadParameter("--answer must be given without --generate; got both")
     if target is not None and (answer is not None or generate is not None):
         raise typer.BadParameter("--target must be given without --answer and --generate; got both")
+    if device is not None:
+        _check_device(device)
     options = Options(model, method, start_layer, tuple(text or ()), target, answer, generate, dtype)
     try:
         if dataset is None:
@@ -270,6 +276,8 @@ def probe(
         raise typer.BadParameter(f"--dtype must be one of {', '.join(MODEL_DTYPES)}; got {dtype}")
     if out is not None and out.suffix not in (".html", ".json"):
         raise typer.BadParameter(f"--out must end in .html or .json; got {out.name}")
+    if device is not None:
+        _check_device(device)
     try:
         loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
         loaded = loaded if device is None else loaded.to(device)
