@@ -60,6 +60,15 @@ def test_one_sequence(name: str) -> None:
         _ = captured.text
 
 
+@pytest.mark.parametrize(("name", "seen"), [("BERT", "text"), ("ViT", "image"), ("LXMERT", "text and over image")])
+def test_split_says_what_it_has_instead_of_one_sequence(name: str, seen: str) -> None:
+    model, inputs = MODELS[name]()
+    with capture_attention(model) as captured:
+        model(**inputs)
+    with pytest.raises(ValueError, match=f"attends to words and image together; got attention over {seen}$"):
+        captured.split(WORDS)
+
+
 @pytest.mark.parametrize("name", STREAMS)
 def test_two_streams(name: str) -> None:
     model, inputs = MODELS[name]()
