@@ -152,6 +152,23 @@ def test_forward_mode_is_refused(name: str) -> None:
         call(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
+@pytest.mark.parametrize("name", ["score_attention", "attention_statistics", "congruence_loss", "stacked_cross_attention"])
+def test_gradients_of_torch_func(name: str) -> None:
+    """As docs/reliability.md has it: the formulas take them, and torch refuses them for registered operators."""
+    x = CALLS[name].make(5)
+    first = next(iter(x))
+
+    def total(value: Tensor, backend: str) -> Tensor:
+        outputs = CALLS[name].call(x | {first: value}, backend=backend)
+        return sum(each.sum() for each in outputs_of(outputs) if each.is_floating_point())
+
+    leaf = x[first].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(leaf, "reference"), leaf)
+    torch.testing.assert_close(torch.func.grad(total)(x[first], "reference"), expected)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(total)(x[first], "streaming")
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_float64_beside_float32_under_autocast(name: str) -> None:
     x = CALLS[name].make(5)
