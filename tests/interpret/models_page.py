@@ -42,6 +42,9 @@ method on a class with such a tower.
 *maps* says which parts of the image have a map: patches, a backbone's features, image tokens on their grid, or boxes. *weighted*
 says whether the record names the residual branch that `method="weighted"` needs. *connector* says whether
 `through_connector=True` goes on into the vision tower.
+
+A config can ask for attention that is refused by name: soft-capped logits, as in Google's checkpoints of Gemma 2
+(`Gemma2ForCausalLM` is explained with `attn_logit_softcapping=None`), and attention sinks.
 """
 
 
