@@ -155,7 +155,8 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
         raise TypeError(f"{name} must be a real number; got {describe(value)}")
     # comparisons alone: torch.compile knows them of a float that varies, and math.isfinite not
     if not (-math.inf < value < math.inf and low <= value <= high) or (open_high and value == high):
-        raise ValueError(f"{name} must be a finite number in [{low}, {high}{')' if open_high else ']'}; got {value!r}")
+        within = "" if low == -math.inf and high == math.inf else f" in [{low}, {high}{')' if open_high else ']'}"
+        raise ValueError(f"{name} must be a finite number{within}; got {value!r}")
 
 
 _SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}
