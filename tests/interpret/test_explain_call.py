@@ -279,6 +279,9 @@ def test_bad_arguments(case):
             explain(case.model, case.inputs, start_layer=layer)
     with pytest.raises(TypeError, match="start_layer"):
         explain(case.model, case.inputs, start_layer=1.0)
+    for name in ("each", "through_connector"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False; got int 0"):
+            explain(case.model, case.inputs, **{name: 0})
     with pytest.raises(TypeError, match="inputs"):
         explain(case.model, case.inputs["pixel_values"])
     with pytest.raises(TypeError, match="model"):

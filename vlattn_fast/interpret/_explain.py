@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._checks import check_bool
 from vlattn_fast._extras import with_progress
 from vlattn_fast.interpret._run import at_rest, traced, unwrapped
 from vlattn_fast.interpret.answers import Answer, encoder_decoder, prepare_answer
@@ -116,6 +117,7 @@ def explain(
     check_read(read)
     if not isinstance(start_layer, int) or isinstance(start_layer, bool):
         raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
+    check_bool(each=each, through_connector=through_connector)
     model = unwrapped(model)
     family = find_family(model)
     said = None
