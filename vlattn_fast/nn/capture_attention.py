@@ -37,8 +37,8 @@ class CapturedLayer:
         """(text, image, cross) of one sequence with the words first, as `congruence_loss` takes them; cross is None, since one
         attention serves for all."""
         if self.joint is None:
-            has = " and over ".join(name for name in ("text", "image") if getattr(self, name) is not None)
-            raise ValueError(f"split must be called for a model that attends to words and image together; got attention over {has}")
+            has = "attention over " + " and over ".join(x for x in ("text", "image") if getattr(self, x) is not None)
+            raise ValueError(f"split must be called for a model that attends to words and image together; got {has}")
         query, key = self.joint
         if isinstance(num_text_tokens, bool) or not 0 <= num_text_tokens <= query.shape[2]:
             raise ValueError(f"num_text_tokens must be from 0 to {query.shape[2]}, the tokens; got {num_text_tokens!r}")
