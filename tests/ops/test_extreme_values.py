@@ -12,6 +12,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.ops.backends import core, each, on
 from vlattn_fast import scores as S
+from vlattn_fast._tensors import unit_vectors
 from vlattn_fast.streaming import _tiles
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
@@ -87,8 +88,22 @@ def test_cosine_of_large_entries(
 ) -> None:
     """On a GPU and under torch.compile nobody looks at the data: a kernel has the clamp, and bounded vectors."""
     if not eager:
-        monkeypatch.setattr(S, "unit_vectors", lambda x, eps: (x, torch.zeros(())))  # as if a product of norms were below eps
+        monkeypatch.setattr(S, "_units", lambda x, eps: (x, torch.zeros(())))  # as if a product of norms were below eps
     check_cosine(backend, *case, eps=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("size", "short"), ((1e-25, False), (1e-5, True), (1.0, True), (1e5, True), (1e25, False), (torch.nan, False))
+)
+def test_vectors_whose_squares_fit_take_the_short_way_to_unit_vectors(
+    size: float, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    monkeypatch.setattr(S, "unit_vectors", lambda x, eps: taken.append(x) or unit_vectors(x, eps))
+    x = torch.randn(1, 2, 5, 8) * size
+    for found, expected in zip(S._units(x, 1e-8), unit_vectors(x, 1e-8), strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    assert len(taken) == (not short)
 
 
 @pytest.mark.parametrize("size", (1e-5, 1e-4, 3e-4, 1.0))
