@@ -120,7 +120,10 @@ class Cosine(_Unscaled):
 
 def _units(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What unit_vectors gives, of vectors whose values can be read. It passes over ordinary vectors half as often, since their
-    squares neither overflow nor vanish; with few queries that is most of a call."""
+    squares neither overflow nor vanish; with few queries that is most of a call. A vector of one entry goes the long way, on
+    which its gradient is exactly zero."""
+    if x.shape[-1] == 1:
+        return unit_vectors(x, eps)
     wide = x.to(compute_dtype(x))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     smallest, largest = norm.detach().aminmax()

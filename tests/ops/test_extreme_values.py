@@ -106,6 +106,15 @@ def test_vectors_whose_squares_fit_take_the_short_way_to_unit_vectors(
     assert len(taken) == (not short)
 
 
+@on("cpu", "streaming")
+def test_cosine_of_one_entry_has_no_gradient(backend: str) -> None:
+    torch.manual_seed(0)
+    inputs = [(torch.rand(2, 3, 9, 1) + 0.1).requires_grad_() for _ in range(2)]
+    out = va.score_attention(*inputs, torch.randn(2, 3, 9, 4), score="cosine", backend=backend)
+    grads = torch.autograd.grad((out * torch.randn_like(out)).sum(), inputs)
+    assert not any(bool(grad.any()) for grad in grads)
+
+
 @pytest.mark.parametrize("size", (1e-5, 1e-4, 3e-4, 1.0))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @on(*BACKENDS)
