@@ -94,6 +94,13 @@ def test_many_samples_are_not_cut_into_ranges_of_heads(rule: str, row_normalize:
     check("cuda", tensors(17, b=MANY, h=2, d=2, dv=3, rows=1), rule=rule, row_normalize=row_normalize, is_causal=True)
 
 
+@pytest.mark.parametrize("row_normalize", (False, True))
+def test_a_block_of_several_warps_takes_several_heads(row_normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warp that is done with a head must not copy the next one over what others still read."""
+    monkeypatch.setattr(relevancy_attention, "_parts", lambda *_: 1)
+    check("cuda", tensors(40, h=4, kv=2, d=8, dv=8, rows=1), row_normalize=row_normalize)
+
+
 def test_ranges_of_several_heads_and_of_different_lengths() -> None:
     """100 samples are cut into 3 ranges each, here of 2, 1 and 2 heads."""
     check("cuda", tensors(3, b=100, h=5, kv=5, d=2, dv=2, rows=2), row_normalize=True)

@@ -11,7 +11,7 @@ from tests.cuda.building import SANITIZED, THREADS, build, changed, run_tests, s
 
 CHOSEN = {
     "score_attention": "feature_sizes or empty or grouped",
-    "relevancy_attention": "head_dims or empty or number_of_carried_rows or layouts or warps_without",
+    "relevancy_attention": "head_dims or empty or number_of_carried_rows or layouts or warps or taken_as_it_is",
     "congruence_loss": "either_side or head_dims or empty or ragged or layouts",
 }
 BUILDS = {"address": ("asan", *SANITIZED), "thread": ("tsan", *THREADS)}
