@@ -24,6 +24,7 @@
 //   place.
 // - What lanes of one warp do at the same time: they run one after the other here.
 // - Memory order: a write is seen at once, by every thread. There are no caches, fences or atomics.
+// - To ThreadSanitizer, an asynchronous copy that is waited for too late, with a barrier in between: it shows in the numbers alone.
 // - Asynchronous copies that are under way when their thread returns; old contents of a place that a copy is on its way to.
 // - Alignment of vector loads other than asynchronous copies, bank conflicts, uncoalesced access, registers, stack, occupancy.
 // - What nvcc makes of the source: its instructions, their order, where divergent lanes meet again (tests/compiled/).
