@@ -3,7 +3,7 @@
     python -m tests.cuda.barriers                       all of them, which takes about a minute each
     python -m tests.cuda.barriers relevancy_attention   those of one operator
 
-A barrier that nothing reports is not needed, or lacks a test. Two of these removals are in tests/cuda/test_sanitized.py.
+A barrier that nothing reports is not needed, or lacks a test. `make test` removes one of each operator (test_sanitized.py).
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ def outcome(operator: str, file: str, text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operators", nargs="*", default=list(CHOSEN), choices=list(CHOSEN), metavar="operator")
+    parser.add_argument("operators", nargs="*", metavar="operator", help=f"of {', '.join(CHOSEN)}; default: all")
+    operators = parser.parse_args().operators or list(CHOSEN)
+    if unknown := sorted(set(operators) - set(CHOSEN)):
+        parser.error(f"operator must be one of {', '.join(CHOSEN)}; got {', '.join(unknown)}")
     missed = 0
-    for operator in parser.parse_args().operators:
+    for operator in operators:
         for file in files(f"{operator}.cu"):
             text = (SOURCES / file).read_text()
             for barrier in BARRIER.finditer(text):
