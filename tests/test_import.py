@@ -11,20 +11,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAM = """
 import gc, json, sys, time
-import torch
 gc.disable()  # a collection goes through all that torch has made, and may come at any time
-before = set(sys.modules)
 start = time.process_time()  # not the clock: other processes share the cores
+import torch
+middle, before = time.process_time(), set(sys.modules)
 import vlattn_fast
-seconds = time.process_time() - start
-print(json.dumps([seconds, sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))
+part = (time.process_time() - middle) / (middle - start)
+print(json.dumps([part, sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))
 """
 
 
 def imported() -> tuple[float, list[str], bool]:
+    """How long it takes beyond torch, as a part of what torch takes; the modules it brings; whether CUDA is initialised."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
-    seconds, modules, initialised = json.loads(done.stdout)
-    return seconds, modules, initialised
+    part, modules, initialised = json.loads(done.stdout)
+    return part, modules, initialised
 
 
 def test_import_is_cheap_and_brings_no_heavy_package() -> None:
@@ -45,5 +46,5 @@ def test_import_is_cheap_and_brings_no_heavy_package() -> None:
     }
     assert not heavy, f"import vlattn_fast also imports {sorted(heavy)}"
     assert not any(initialised for _, _, initialised in runs), "import vlattn_fast initialises CUDA"
-    fastest = min(seconds for seconds, _, _ in runs)
-    assert fastest < 0.2, f"import vlattn_fast takes {fastest:.2f} s beyond import torch"
+    part = min(part for part, _, _ in runs)
+    assert part < 0.3, f"import vlattn_fast takes {part:.2f} of what import torch takes, beyond it"
