@@ -140,6 +140,12 @@ def test_behind_a_foreign_attention_by_a_hook(backend: str) -> None:
     torch.testing.assert_close(found[0], relevancy)
 
 
+def test_a_refusal_names_the_call() -> None:
+    relevancy, query = torch.ones(1, 1, 3), torch.ones(1, 1, 3, 4)
+    with pytest.raises(ValueError, match=r"cannot run relevancy_step\("):
+        va.relevancy_step(relevancy, query, query, query, query, backend="sdpa")
+
+
 def test_a_backward_pass_is_refused() -> None:
     query = torch.randn(1, 1, 3, 4, requires_grad=True)
     step = va.relevancy_step(torch.ones(1, 1, 3), query, query, rule="attention")

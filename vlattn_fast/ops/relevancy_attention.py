@@ -155,7 +155,7 @@ def describe_call(query: Any, key: Any, value: Any, carrier: Any, **options: Any
     concern neither."""
     if value is None:  # which relevancy_step takes
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
-    call = _check("carrier", carrier, query, key, value, None, **options)
+    call = _check("relevancy_attention", "carrier", carrier, query, key, value, None, **options)
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"key must be as long as query ({query.shape[2]}): relevancy_attention is self-attention, relevancy_step takes "
@@ -200,6 +200,7 @@ def relevancy_step(
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
     """
     call = _check(
+        "relevancy_step",
         "relevancy",
         relevancy,
         query,
@@ -243,6 +244,7 @@ def relevancy_step(
 
 
 def _check(
+    operator: str,
     name: str,
     carrier: Any,
     query: Any,
@@ -279,7 +281,7 @@ def _check(
     if (carrier_batch, carrier_queries) != (batch, queries):
         raise ValueError(f"{name} must have shape (B, T, N) with query's B={batch} and N={queries}; got {describe(carrier)}")
     return described(
-        "relevancy_attention",
+        operator,
         query,
         {
             "queries": queries,
