@@ -10,7 +10,7 @@ import pytest
 from tests.cuda.building import SANITIZED, THREADS, build, changed, run_tests, sanitizing
 
 CHOSEN = {
-    "score_attention": "feature_sizes or empty or grouped",
+    "score_attention": "feature_sizes or empty or grouped or blocks_of_keys",
     "relevancy_attention": "head_dims or empty or number_of_carried_rows or layouts or warps or taken_as_it_is",
     "congruence_loss": "either_side or head_dims or empty or ragged or layouts",
 }
