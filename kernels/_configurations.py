@@ -79,8 +79,7 @@ _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice
 _WIDE = "sums over rows of 128 features take twice the registers of 64"
 _WIDER = "sums over rows of 256 features take four times the registers of 64"
 _UNITS = "reciprocals of many pairs a thread hide one another's latency"
-
-_OWNED = "a thread has one unit of 32 keys: it spills, but not in the loops over units. No stages: see the launch"
+_OWNED = "a thread has one unit of 32 keys: it spills, but not in the loops over units. One stage: the launch says why"
 
 _UNITS_ROWS = [
     _line((32, 16, 4, 1), "float32 sums more exactly, in more registers", score=UNIT_KINDS, dtype=FLOAT32, size=64),
@@ -150,9 +149,9 @@ LINES: dict[str, list[Line]] = {
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),
         _line((32, 128, 8, 2), "a mask's addresses, or 64 rows of r, take registers", size=64),
         _line((32, 64, 4, 2), _WIDE, masked=False, block_t=1, size=128),
-        _line((16, 64, 4, 2), "as without, where a mask or rows of r take registers, too", size=128),
+        _line((16, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", size=128),
         _line((32, 32, 4, 1), _WIDER, block_t=16),
-        _line((16, 32, 4, 1), "as without, where 64 rows of r take registers, too"),
+        _line((16, 32, 4, 1), "and 64 rows of r take registers"),
     ],
     # a tile takes its rows and keys of all heads, so it should be large; one that holds whole rows saves the kernel `rows`
     "attention_map map": [
