@@ -23,6 +23,7 @@ from vlattn_fast.kernels._tiles import (
     block_and_head,
     cdiv,
     dot,
+    edge_block,
     keep_factor,
     key_range,
     load_keys,
@@ -115,6 +116,7 @@ def queries(
             LSE=grad_lse is not None,
             BY_GRADIENT=by_gradient,
             SUMS=summed,
+            BLOCK_EDGE=edge_block(call["M"], config["BLOCK_KV"], call["CAUSAL"]),
             **config,
         )
     return grad_q, Rows(shift, total, delta, sums)
@@ -171,6 +173,7 @@ def keys(
             BY_GRADIENT=by_gradient,
             PRECISION_T=precision,
             ROUND=query.dtype != torch.float32 or precision == "tf32",
+            BLOCK_EDGE=edge_block(num_q, config["BLOCK_Q"], call["CAUSAL"]),
             **config,
         )
     if grad_k is not None and grad_v is not None:
@@ -243,6 +246,7 @@ def _backward_q_kernel(
     SUMS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
     """dQ and delta; the shift in base 2, or under a float mask read from p_shift; in float32 also the total.
 
@@ -286,8 +290,8 @@ def _backward_q_kernel(
         b_mean_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
             b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
             b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
@@ -416,6 +420,7 @@ def _backward_kv_kernel(
     ROUND: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """For one tile of keys in KEY_HEADS heads: with GRADS dK and dV, of one head then; r Abar of BLOCK_T rows of r (0: none).
@@ -443,9 +448,13 @@ def _backward_kv_kernel(
         b_r_abar = tl.zeros([BLOCK_KV], dtype=tl.float32)
     elif BLOCK_T > 1:
         b_r_abar = tl.zeros([BLOCK_KV, BLOCK_T], dtype=tl.float32)
-    # causal: queries before `begin` see none of these keys, those from `whole` on see all of them
-    begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
-    whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q) if CAUSAL else N
+    # causal: queries before `begin` see none of these keys, those from `whole` on see all of them. Otherwise the last tile of
+    # queries is at the edge: rows beyond N have P = 0, and it is apart since it may be smaller
+    if CAUSAL:
+        begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q
+        whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q)
+    else:
+        begin, whole = 0, N // BLOCK_Q * BLOCK_Q
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
         i_hk = i_hkv if GROUP == GROUP_K else i_hkv * GROUP // GROUP_K
@@ -455,13 +464,14 @@ def _backward_kv_kernel(
             b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hv * stride_vh, DV), stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
         b_row, _ = row_norm_and_bound(b_k, precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, False), o_kv, SCORE)
         b_weight = tl.minimum(b_row, parameter)
-        for EDGE in tl.static_range(2 if CAUSAL else 1):
-            first = begin if EDGE or not CAUSAL else whole
-            num_q = tl.cdiv((whole if EDGE else N) - first, BLOCK_Q)
+        for EDGE in tl.static_range(2):
+            first = begin if CAUSAL == (EDGE == 1) else whole
+            num_q = tl.cdiv((whole if CAUSAL == (EDGE == 1) else N) - first, BLOCK_EDGE if EDGE else BLOCK_Q)
             for j in range(GROUP * num_q):  # one loop over tiles and query heads of this key head: nested loops spill
                 i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // num_q
                 i_bh = i_b * H + i_h
-                o_q = first + (j if GROUP == 1 else j % num_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                i_q = j if GROUP == 1 else j % num_q
+                o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
                 b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A), stride_qn, o_q, o_a, N, A)  # [q,A]
                 b_column, _ = row_norm_and_bound(b_q, precomputed_at(p_pre_q, i_bh, N, A, False), o_q, SCORE)
                 b_x = dot(b_k, tl.trans(b_q), PRECISION)  # [kv,q]

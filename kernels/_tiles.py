@@ -43,6 +43,15 @@ def pad_rows(rows: Tensor, value: float = 0.0) -> Tensor:
     return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % ROWS.value), value=value).contiguous()
 
 
+def edge_block(length: int, block: int, is_causal: bool) -> int:
+    """The size of the last tile of a loop over `length` in steps of `block`: a power of two that holds what is left.
+
+    577 tokens, for example, are 9 tiles of 64 and one of 16. Along the diagonal of a causal mask all tiles have the same size.
+    """
+    rest = length % block
+    return block if is_causal or rest == 0 else min(block, block_size(rest))
+
+
 def input_precision() -> str:
     """How `dot` multiplies float32: in full precision unless the user has allowed tf32.
 

@@ -43,6 +43,7 @@ from vlattn_fast.kernels._tiles import (
     block_size,
     cdiv,
     dot,
+    edge_block,
     input_precision,
     is_coarse,
     keep_factor,
@@ -94,6 +95,7 @@ def forward(
         p_lse=lse,
         UNITS=score in UNIT_KINDS,
         NEGATIVE=scale < 0.0,
+        BLOCK_EDGE=_edge_of_keys(call, config),
         **config,
     )
     return out, lse
@@ -250,6 +252,7 @@ def row_statistics(
             LIMIT=limit.value,
             BY_GRADIENT=by_gradient,
             SUMS=summed,
+            BLOCK_EDGE=_edge_of_keys(call, config),
             **config,
         )
     return Rows(shift, total, None, sums)
@@ -288,6 +291,11 @@ def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool)
     return configuration(
         "score_attention", kernel, score=score, dtype=query.dtype, N=query.shape[2], M=value.shape[2], size=size, masked=masked
     )
+
+
+def _edge_of_keys(call: Mapping[str, Any], config: Config) -> int:
+    """The last tile of keys. Scores over hidden units have one loop for all tiles."""
+    return edge_block(call["M"], config["BLOCK_KV"], call["CAUSAL"] or call["SCORE"] in UNIT_KINDS)
 
 
 @triton.jit
@@ -375,6 +383,7 @@ def _forward_kernel(
     NEGATIVE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
@@ -398,8 +407,8 @@ def _forward_kernel(
     # the first tiles lie within the keys and below the diagonal; scores over hidden units have one loop for all
     whole, end = key_range(i_q, M, UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(1 if UNITS else 0, 2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
             if UNITS:
                 b_s = sum_units(
@@ -527,6 +536,7 @@ def _rows_kernel(
     SUMS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
     """The log-sum-exp of each row; with PAIR a base-2 shift and a sum, as `Rows` says. SUMS: the row sums of this head's Abar.
 
@@ -562,8 +572,8 @@ def _rows_kernel(
             some = tl.max(m_coarse.to(tl.int32), axis=0) > 0
             whole, end = tl.where(some, whole, 0), tl.where(some, end, 0)
     for EDGE in tl.static_range(1 if UNITS else 0, 2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
             b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
             if UNITS:
