@@ -79,6 +79,8 @@ _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice
 _WIDE = "sums over rows of 128 features take twice the registers of 64"
 _WIDER = "sums over rows of 256 features take four times the registers of 64"
 _UNITS = "reciprocals of many pairs a thread hide one another's latency"
+_STAGED_NORMS = "norms are staged as well, and a third stage of them takes instructions"
+_NORMS = "gradients of the norms take registers"
 _OWNED = "a thread has one unit of 32 keys: it spills, but not in the loops over units. One stage: the launch says why"
 
 _UNITS_ROWS = [
@@ -113,6 +115,8 @@ LINES: dict[str, list[Line]] = {
         *_FLOAT32_SCORES,
         _line((64, 64, 4, 1), _MASK, masked=True, size=64),
         _line((64, 32, 4, 1), _MASK, masked=True),
+        _line((64, 64, 4, 2), _STAGED_NORMS, score="cosine", N=512, size=64),
+        _line((128, 64, 8, 2), _STAGED_NORMS, score="cosine", size=64),
         _line((64, 64, 4, 3), "128 rows would be padding in short sequences", N=512, size=64),
         _line((64, 64, 4, 2), "128 rows would be padding in short sequences", N=512, size=128),
         _line((128, 64, 8, 3), "128 rows read K and V half as often as 64", size=64),
@@ -123,7 +127,6 @@ LINES: dict[str, list[Line]] = {
         *_UNITS_ROWS,
         *_FLOAT32_SCORES,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
-        _line((64, 32, 4, 2), "gradients of the norms take registers", score="cosine", size=128),
         _line((64, 64, 4, 3), _ONCE, score="dot", size=64),
         _line((64, 64, 4, 2), _ONCE, size=64),
         _line((64, 32, 4, 2), _WIDE, size=128),
@@ -136,9 +139,10 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 8, 1), _OWNED, score=UNIT_KINDS, size=128),
         _line((32, 16, 8, 1), _WIDER, score=UNIT_KINDS),
         *_FLOAT32_SCORES,
+        _line((32, 32, 4, 2), _NORMS, score="cosine", masked=True, size=128),
         _line((32, 64, 4, 2), _MASK, masked=True, size=128),
-        _line((32, 64, 4, 2), "gradients of the norms take registers", score="cosine", size=128),
         _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((32, 32, 4, 2), _NORMS, score="cosine", size=128),
         _line((32, 64, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],

@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._scores import activate, norm_backward, precomputed_at, row_norm_and_bound, slope_for_unit_rows
+from vlattn_fast.kernels._scores import (
+    activate,
+    norm_backward,
+    precomputed_at,
+    row_norm_and_bound,
+    sum_unclamped,
+    times_slope,
+    weights_of_rows,
+)
 from vlattn_fast.kernels._tiles import (
     ROWS,
     add_mask,
@@ -30,6 +38,7 @@ from vlattn_fast.kernels._tiles import (
     load_rows,
     mask_tile,
     padded_rows,
+    query_range,
     real_tokens,
     relu,
     round_tf32,
@@ -273,7 +282,8 @@ def _backward_q_kernel(
         b_delta -= b_grad_lse
     b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A), stride_qn, o_q, o_a, N, A)  # [q,A]
     b_row, _ = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
-    b_weight = tl.minimum(b_row, parameter)
+    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, SCORE)
+    b_scale = scale_log2 * b_weight
     if MASK == 2:
         b_shift = tl.load(p_shift + i_bh * NP + o_q)
     else:
@@ -289,16 +299,17 @@ def _backward_q_kernel(
         b_mean = tl.zeros([BLOCK_Q, BLOCK_A], dtype=tl.float32)
         b_mean_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole = tl.where(clamped, 0, whole)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
-            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
+            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_a, M if EDGE else None, A, KEY_MASK)  # [kv,A]
+            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M if EDGE else None, DV, KEY_MASK)  # [kv,Dv]
             b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
             b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-            b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+            b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, SCORE, EDGE, FAST, PRECISION)
             b_logit = mask_tile(
-                b_s * scale_log2, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE
+                b_s * b_scale[:, None], p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE
             )
             b_p = tl.exp2(b_logit - b_shift[:, None])
             b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
@@ -312,17 +323,23 @@ def _backward_q_kernel(
             if EXACT:
                 b_rest += tl.sum(b_ds, axis=1)
             if SCORE == "cosine":
-                m_free = b_row[:, None] * b_column[None, :] <= parameter
-                b_along += tl.sum(tl.where(m_free, b_ds * b_s, 0.0), axis=1)
+                if EDGE:
+                    b_along += sum_unclamped(b_ds * b_s, b_row, b_column, parameter)
+                b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, b_k.dtype == tl.float16)
                 if EXACT:
-                    b_mean_along += tl.sum(tl.where(m_free, b_p * b_s, 0.0), axis=1)
-                b_slope = slope_for_unit_rows(b_slope, b_weight, b_column, b_k.dtype)
-            if SCORE != "dot":
+                    if EDGE:
+                        b_mean_along += sum_unclamped(b_p * b_s, b_row, b_column, parameter)
+                    b_p = times_slope(b_p, b_row, b_column, b_weight, parameter, EDGE, False)
+            elif SCORE != "dot":
                 b_ds *= b_slope
                 b_p *= b_slope
             b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
             if EXACT:
                 b_mean += dot(b_p, b_k, PRECISION)
+        if SCORE == "cosine" and not EDGE:  # without a clamp sum_j dS_ij S_ij is q_i dQ_i
+            b_along = tl.sum(b_q.to(tl.float32) * b_dq, axis=1)
+            if EXACT:
+                b_mean_along = tl.sum(b_q * b_mean, axis=1)
     if EXACT:
         b_total = tl.where((o_q < N) & (b_total > 0.0), b_total, 1.0)
         b_rest = tl.where(o_q < N, b_rest / b_total, 0.0)  # NaN in the mask of the last row reaches padding
@@ -344,7 +361,7 @@ def _backward_q_kernel(
         b_along /= b_one
         b_sums /= b_one
     if SCORE == "cosine":
-        b_dq = b_dq * b_weight[:, None] - norm_backward(b_q, b_row, b_along)
+        b_dq = b_dq * b_weight[:, None] - norm_backward(b_q, b_row, b_along * b_weight)
     if MASK != 2:
         tl.store(p_shift + i_bh * NP + o_q, b_shift)
     if SUMS:
@@ -448,13 +465,7 @@ def _backward_kv_kernel(
         b_r_abar = tl.zeros([BLOCK_KV], dtype=tl.float32)
     elif BLOCK_T > 1:
         b_r_abar = tl.zeros([BLOCK_KV, BLOCK_T], dtype=tl.float32)
-    # causal: queries before `begin` see none of these keys, those from `whole` on see all of them. Otherwise the last tile of
-    # queries is at the edge: rows beyond N have P = 0, and it is apart since it may be smaller
-    if CAUSAL:
-        begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q
-        whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q)
-    else:
-        begin, whole = 0, N // BLOCK_Q * BLOCK_Q
+    whole, end, edge, edge_end = query_range(i_kv, N, CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
         i_hk = i_hkv if GROUP == GROUP_K else i_hkv * GROUP // GROUP_K
@@ -463,20 +474,25 @@ def _backward_kv_kernel(
         if GRADS or BY_GRADIENT:
             b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hv * stride_vh, DV), stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
         b_row, _ = row_norm_and_bound(b_k, precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, False), o_kv, SCORE)
-        b_weight = tl.minimum(b_row, parameter)
+        p_columns = precomputed_at(p_pre_q, i_b * H + i_hkv * GROUP, N, A, False)
+        b_weight, clamped = weights_of_rows(b_row, p_columns, GROUP * tl.cdiv(N, 128) * 128, parameter, SCORE)
+        b_scale = scale_log2 * b_weight
         for EDGE in tl.static_range(2):
-            first = begin if CAUSAL == (EDGE == 1) else whole
-            num_q = tl.cdiv((whole if CAUSAL == (EDGE == 1) else N) - first, BLOCK_EDGE if EDGE else BLOCK_Q)
+            first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
+            last = tl.where(clamped, N, edge_end) if EDGE else tl.where(clamped, whole, end)
+            num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
             for j in range(GROUP * num_q):  # one loop over tiles and query heads of this key head: nested loops spill
                 i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // num_q
                 i_bh = i_b * H + i_h
                 i_q = j if GROUP == 1 else j % num_q
                 o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
-                b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A), stride_qn, o_q, o_a, N, A)  # [q,A]
+                b_q = load_rows(
+                    rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A), stride_qn, o_q, o_a, N if EDGE or CAUSAL else None, A
+                )  # [q,A]
                 b_column, _ = row_norm_and_bound(b_q, precomputed_at(p_pre_q, i_bh, N, A, False), o_q, SCORE)
                 b_x = dot(b_k, tl.trans(b_q), PRECISION)  # [kv,q]
-                b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
-                b_logit = b_s * scale_log2
+                b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, SCORE, EDGE, FAST, PRECISION)
+                b_logit = b_s * b_scale[:, None]
                 if MASK != 0:
                     p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
                     b_logit = add_mask(b_logit, p_mask_h, stride_mm, stride_mn, o_kv, o_q, M, N, MASK)
@@ -486,7 +502,14 @@ def _backward_kv_kernel(
                 if TOTAL:
                     b_p *= tl.div_rn(1.0, tl.load(p_total + i_bh * NP + o_q))[None, :]
                 if GRADS or BY_GRADIENT:
-                    b_do = load_rows(rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_d, N, DV)  # [q,Dv]
+                    b_do = load_rows(
+                        rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV),
+                        stride_gn,
+                        o_q,
+                        o_d,
+                        N if EDGE or CAUSAL else None,
+                        DV,
+                    )  # [q,Dv]
                     b_dp = dot(b_v, tl.trans(b_do), PRECISION)  # [kv,q]
                 if BLOCK_T > 0:
                     b_map = relu(b_p * b_dp) if BY_GRADIENT else b_p
@@ -508,13 +531,16 @@ def _backward_kv_kernel(
                     b_dv += dot(b_kept.to(b_do.dtype), b_do, PRECISION)
                     b_ds = b_p * (b_dp - tl.load(p_delta + i_bh * NP + o_q)[None, :])
                     if SCORE == "cosine":
-                        b_along += tl.sum(tl.where(b_row[:, None] * b_column[None, :] <= parameter, b_ds * b_s, 0.0), axis=1)
-                        b_slope = slope_for_unit_rows(b_slope, b_weight, b_column, b_q.dtype)
-                    if SCORE != "dot":
+                        if EDGE:
+                            b_along += sum_unclamped(b_ds * b_s, b_row, b_column, parameter)
+                        b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, b_q.dtype == tl.float16)
+                    elif SCORE != "dot":
                         b_ds *= b_slope
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
+            if GRADS and SCORE == "cosine" and not EDGE:
+                b_along = tl.sum(b_k.to(tl.float32) * b_dk, axis=1)
         if GRADS and SCORE == "cosine":
-            b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along)
+            b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along * b_weight)
     if GRADS:
         HEADS = H // GROUP
         i_row = i_b * M * HEADS + i_p

@@ -53,16 +53,43 @@ def norm_backward(b_x, b_inverse, b_along):
 
 
 @triton.jit
-def slope_for_unit_rows(b_slope, b_weight, b_column, dtype: tl.constexpr):
-    """Cosine's slope min(1 / (|x| |y|), 1 / eps) over the row's weight min(1 / |x|, 1 / eps), which multiplies the sum over y.
+def weights_of_rows(b_row, p_columns, columns, parameter, SCORE: tl.constexpr):
+    """From the inverse norms of a tile's rows and of all columns that it meets, for cosine: the rows' weights min(1 / |x|, 1 /
+    eps), which `activate` leaves out, and whether the clamp acts on some pair. For other scores 1, and no.
 
-    Beside a zero vector the slope is 1e8, and its product with a gradient would overflow in float16. There 1 / |y| is infinite
-    for zero vectors alone, and these add nothing.
+    `columns` is a multiple of 128, since padding has the norm 1.
     """
-    b_slope *= (1.0 / b_weight)[:, None]
-    if dtype == tl.float16:
-        b_slope = tl.where((b_column == float("inf"))[None, :], 0.0, b_slope)
-    return b_slope
+    b_weight, clamped = tl.full(b_row.shape, 1.0, dtype=tl.float32), False
+    if SCORE == "cosine":
+        b_weight = tl.minimum(b_row, parameter)
+        b_largest = tl.zeros([128], dtype=tl.float32)
+        for start in range(0, columns, 128):
+            b_largest = tl.maximum(b_largest, tl.load(p_columns + start + tl.arange(0, 128)))
+        largest_row = tl.max(b_row, axis=0)
+        clamped = (largest_row > parameter) | (largest_row * tl.max(b_largest, axis=0) > parameter)
+    return b_weight, clamped
+
+
+@triton.jit
+def times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, ZEROS: tl.constexpr):
+    """b_x [row,column] times cosine's slope min(1 / (|x| |y|), 1 / eps) over the row's weight.
+
+    Without a clamp that is 1 / |y|. Beside a zero vector the slope is 1e8, and its product with a gradient would overflow in
+    float16: so the weight comes last. 1 / |y| is infinite for zero vectors alone; ZEROS: these add nothing.
+    """
+    if CLAMPED:
+        b_x *= tl.minimum(b_row[:, None] * b_column[None, :], parameter) * (1.0 / b_weight)[:, None]
+        if ZEROS:
+            b_x = tl.where((b_column == float("inf"))[None, :], 0.0, b_x)
+    else:
+        b_x *= b_column[None, :]
+    return b_x
+
+
+@triton.jit
+def sum_unclamped(b_x, b_row, b_column, parameter):
+    """The sum [row] of b_x [row,column] over the pairs on which the clamp does not act."""
+    return tl.sum(tl.where(b_row[:, None] * b_column[None, :] <= parameter, b_x, 0.0), axis=1)
 
 
 @triton.jit
@@ -138,12 +165,22 @@ def _fast_tanh(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def activate(b_x, b_row, b_column, parameter, SCORE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr):
-    """The scores of a tile of dot products, and the slopes that their gradients are multiplied by."""
+def activate(
+    b_x,
+    b_row,
+    b_column,
+    b_weight,
+    parameter,
+    SCORE: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The scores of a tile of dot products, for cosine over the rows' weights, and the slopes that their gradients are multiplied
+    by, but for cosine (`times_slope`)."""
     b_s, b_slope = b_x, b_x
     if SCORE == "cosine":
-        b_slope = tl.minimum(b_row[:, None] * b_column[None, :], parameter)
-        b_s = b_x * b_slope
+        b_s = times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED, False)
     if SCORE == "dot_relu":
         b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         b_slope = tl.where(b_x > 0.0, 1.0, 0.0)

@@ -123,9 +123,18 @@ def round_tf32(b):
 
 
 @triton.jit
+def within(o, size):
+    """Which offsets are below `size`; all, without a comparison, where that is None."""
+    if size is None:
+        return tl.full(o.shape, True, dtype=tl.int1)
+    else:
+        return o < size
+
+
+@triton.jit
 def load_tile(p, stride_row, o_row, o_col, num_rows, num_cols):
-    """[rows, cols] of a matrix, zeros outside."""
-    return load_where(p, stride_row, o_row, o_col, o_row < num_rows, num_cols)
+    """[rows, cols] of a matrix, zeros outside. num_rows: see `within`."""
+    return load_where(p, stride_row, o_row, o_col, within(o_row, num_rows), num_cols)
 
 
 @triton.jit
@@ -151,7 +160,7 @@ def load_rows(p, stride_row, o_row, o_col, num_rows, SIZE: tl.constexpr):
 @triton.jit
 def real_tokens(p_mask, o, size, MASKED: tl.constexpr):
     """Which of the tokens `o` of a sample are real, and not padding."""
-    m = o < size
+    m = within(o, size)
     if MASKED:
         m = m & (tl.load(p_mask + o, mask=m, other=0) != 0)
     return m
@@ -297,6 +306,19 @@ def key_range(i_q, M, MASKED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.co
     else:
         free = (tl.minimum(M, i_q * BLOCK_Q + 1) if CAUSAL else M) // BLOCK_KV * BLOCK_KV
     return free, end
+
+
+@triton.jit
+def query_range(i_kv, N, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """For the i_kv-th block of keys: where the tiles of BLOCK_Q queries begin and end that see all of it, and the same of the
+    tiles at the edge. Those are on the diagonal, or else the last one, which may be smaller."""
+    if CAUSAL:
+        edge = i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q
+        whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q)
+        return whole, N, edge, whole
+    else:
+        edge = N // BLOCK_Q * BLOCK_Q
+        return 0, edge, edge, N
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from vlattn_fast.kernels._tiles import (
     block_size,
     cdiv,
     dot,
+    edge_block,
     input_precision,
     key_range,
     load_rows,
@@ -103,7 +104,11 @@ def forward(
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
         rows_config = configuration("attention_map", "rows", **facts, size=size, masked=masked)
         _rows_kernel[(cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
-            **call, p_max=row_max, p_inverse=row_inverse, **rows_config
+            **call,
+            p_max=row_max,
+            p_inverse=row_inverse,
+            BLOCK_EDGE=edge_block(num_kv, rows_config["BLOCK_KV"], is_causal),
+            **rows_config,
         )
     if rows == "statistics" and lse is not None:
         known = (row_max, row_inverse) if float_mask else None
@@ -183,6 +188,7 @@ def _rows_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
     """For each row of a head: the largest logit (+inf for a fully masked row) and 1 / sum exp2(base-2 logit - largest)."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
@@ -196,9 +202,9 @@ def _rows_kernel(
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M if EDGE else None, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2

@@ -31,6 +31,7 @@ from vlattn_fast.kernels._tiles import (
     block_size,
     cdiv,
     dot,
+    edge_block,
     input_precision,
     key_range,
     load_keys,
@@ -39,6 +40,7 @@ from vlattn_fast.kernels._tiles import (
     mask_arguments,
     mask_logits,
     mask_tile,
+    query_range,
     rows_at,
     store_tile,
     strides,
@@ -85,12 +87,14 @@ def forward(
             FEW=_few(num_groups),
             MANY=num_groups > FEW_GROUPS,
             BLOCK_G=block_g,
+            BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
             **config,
         )
     if received.numel() > 0:
         config = configuration("attention_statistics", "received", **facts)
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
-        _received_kernel[grid](**call, p_maximum=maximum, p_row_max=row_max, p_received=received, **config)
+        edge = edge_block(rows[2], config["BLOCK_Q"], is_causal)
+        _received_kernel[grid](**call, p_maximum=maximum, p_row_max=row_max, p_received=received, BLOCK_EDGE=edge, **config)
     return mass, entropy, maximum, argmax, received
 
 
@@ -135,10 +139,11 @@ def backward(
     }
     if row_max.numel() > 0:
         grid = (cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
-        _backward_q_kernel[grid](**call, p_grad_weight=grad_weight, p_grad_q=grad_q)
+        edge = edge_block(key.shape[2], config["BLOCK_KV"], is_causal)
+        _backward_q_kernel[grid](**call, p_grad_weight=grad_weight, p_grad_q=grad_q, BLOCK_EDGE=edge)
     if grad_k.numel() > 0:
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * batch * key.shape[1],)
-        _backward_kv_kernel[grid](**call, p_grad_k=grad_k)
+        _backward_kv_kernel[grid](**call, p_grad_k=grad_k, BLOCK_EDGE=edge_block(num_q, config["BLOCK_Q"], is_causal))
     if row_weight is None:
         return grad_q, grad_k, None
     return grad_q, grad_k, grad_weight.sum(1) if grad_received is not None else torch.zeros_like(row_weight)
@@ -279,6 +284,7 @@ def _rows_kernel(
     MANY: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
     """The statistics of a block of rows, with the mass of FEW or of BLOCK_G groups, and the largest logit of each row.
@@ -304,9 +310,9 @@ def _rows_kernel(
     b_mass_0, b_mass_1, b_mass_2, b_mass_3 = b_sum, b_sum, b_sum, b_sum
     whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M if EDGE else None, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -393,6 +399,7 @@ def _received_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
     """sum_i w_i P_ij of a block of keys. The `maximum` of a row is 1 / sum exp2(logit - row_max)."""
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP)
@@ -402,21 +409,23 @@ def _received_kernel(
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
     b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
-    b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over its rows once, at the end
-    begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
-    for start in range(begin, N, BLOCK_Q):
-        o_q = start + tl.arange(0, BLOCK_Q)
-        b_q = load_rows(p_q, stride_qn, o_q, o_d, N, D)  # [q,D]
-        b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-        if FOLDED:
-            b_s *= scale_log2
-        if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
-            b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
-        b_max, b_weight = _row(p_row_max, i_bh, o_q, N, float("inf")), _row(p_maximum, i_bh, o_q, N, 0.0)
-        if WEIGHT:
-            b_weight *= tl.load(p_weight + i_b * stride_weight + o_q, mask=o_q < N, other=0.0)
-        b_sum += tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED)) * b_weight[:, None]
-    b_received = tl.sum(b_sum, axis=0)
+    b_received = tl.zeros([BLOCK_KV], dtype=tl.float32)
+    whole, end, edge, edge_end = query_range(i_kv, N, CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(1 if CAUSAL else 2):
+        b_sum = tl.zeros([BLOCK_EDGE if EDGE else BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over its rows once, at the end
+        for start in range(edge if EDGE or CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
+            o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
+            b_q = load_rows(p_q, stride_qn, o_q, o_d, N if EDGE or CAUSAL else None, D)  # [q,D]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+            if FOLDED:
+                b_s *= scale_log2
+            if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
+                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
+            b_max, b_weight = _row(p_row_max, i_bh, o_q, N, float("inf")), _row(p_maximum, i_bh, o_q, N, 0.0)
+            if WEIGHT:
+                b_weight *= tl.load(p_weight + i_b * stride_weight + o_q, mask=o_q < N, other=0.0)
+            b_sum += tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED)) * b_weight[:, None]
+        b_received += tl.sum(b_sum, axis=0)
     if KEY_MASK:
         b_received = tl.where(tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0, b_received, 0.0)
     tl.store(p_received + i_bh * M + o_kv, b_received, mask=o_kv < M)
@@ -475,6 +484,7 @@ def _backward_q_kernel(
     FEW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
     """The gradient of the query, and what the key-major kernel needs of each row: the largest logit, 1 / sum, and `shift`.
 
@@ -502,9 +512,9 @@ def _backward_q_kernel(
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M if EDGE else None, D)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -529,8 +539,6 @@ def _backward_q_kernel(
                     FEW,
                     SPLIT,
                     PRECISION,
-                    BLOCK_Q,
-                    BLOCK_KV,
                 )
                 b_sum_terms = b_sum_terms * b_alpha + tl.sum(b_e * b_terms, axis=1)
             if WEIGHT and RECEIVED:
@@ -541,9 +549,9 @@ def _backward_q_kernel(
     # log P = x - log sum, and log sum cancels in dP - sum P dP
     b_shift = (b_ge * 0.6931471805599453 * b_log - b_sum_terms) * b_inverse
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M, D, KEY_MASK)  # [kv,D]
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M if EDGE else None, D, KEY_MASK)  # [kv,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
@@ -574,8 +582,6 @@ def _backward_q_kernel(
                 FEW,
                 SPLIT,
                 PRECISION,
-                BLOCK_Q,
-                BLOCK_KV,
             )
             b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
     m_row = o_q < N
@@ -640,6 +646,7 @@ def _backward_kv_kernel(
     FEW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
     """The gradient of a block of keys, summed over the query heads that share it."""
     i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP, 1)
@@ -650,52 +657,53 @@ def _backward_kv_kernel(
     o_d = tl.arange(0, BLOCK_D)
     b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
     b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
-    begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
+    whole, end, edge, edge_end = query_range(i_kv, N, CAUSAL, BLOCK_Q, BLOCK_KV)
     for head in range(0, GROUP):
         i_h = i_hk * GROUP + head
         i_bh = i_b * H + i_h
-        for start in range(begin, N, BLOCK_Q):
-            o_q = start + tl.arange(0, BLOCK_Q)
-            b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
-            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-            if FOLDED:
-                b_s *= scale_log2
-            if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
-                p_head = p_mask + i_b * stride_mb + i_h * stride_mh
-                b_s = mask_logits(b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
-            b_ge, b_gm, b_first, b_w = _grad_rows(
-                p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
-            )
-            b_ds = _grad_score(
-                b_s,
-                _row(p_row_max, i_bh, o_q, N, float("inf")),
-                _row(p_inverse, i_bh, o_q, N, 0.0),
-                _row(p_shift, i_bh, o_q, N, 0.0),
-                b_ge,
-                b_gm,
-                b_first,
-                b_w,
-                p_grad_mass + i_bh * N * G,
-                p_grad_received + i_bh * M,
-                p_groups,
-                o_q,
-                o_kv,
-                N,
-                M,
-                G,
-                scale_log2,
-                FOLDED,
-                MASS,
-                ENTROPY,
-                MAXIMUM,
-                RECEIVED,
-                FEW,
-                SPLIT,
-                PRECISION,
-                BLOCK_Q,
-                BLOCK_KV,
-            )
-            b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, PRECISION)
+        for EDGE in tl.static_range(1 if CAUSAL else 2):
+            for start in range(edge if EDGE or CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
+                o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
+                b_q = load_rows(
+                    rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N if EDGE or CAUSAL else None, D
+                )  # [q,D]
+                b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+                if FOLDED:
+                    b_s *= scale_log2
+                if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
+                    p_head = p_mask + i_b * stride_mb + i_h * stride_mh
+                    b_s = mask_logits(b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
+                b_ge, b_gm, b_first, b_w = _grad_rows(
+                    p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
+                )
+                b_ds = _grad_score(
+                    b_s,
+                    _row(p_row_max, i_bh, o_q, N, float("inf")),
+                    _row(p_inverse, i_bh, o_q, N, 0.0),
+                    _row(p_shift, i_bh, o_q, N, 0.0),
+                    b_ge,
+                    b_gm,
+                    b_first,
+                    b_w,
+                    p_grad_mass + i_bh * N * G,
+                    p_grad_received + i_bh * M,
+                    p_groups,
+                    o_q,
+                    o_kv,
+                    N,
+                    M,
+                    G,
+                    scale_log2,
+                    FOLDED,
+                    MASS,
+                    ENTROPY,
+                    MAXIMUM,
+                    RECEIVED,
+                    FEW,
+                    SPLIT,
+                    PRECISION,
+                )
+                b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, PRECISION)
     b_dk *= scale
     if KEY_MASK:
         b_dk = tl.where((tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
@@ -779,8 +787,6 @@ def _grad_score(
     FEW: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
 ):
     """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits."""
     b_x = below_max(b_s, b_max, scale_log2, FOLDED)
@@ -806,8 +812,6 @@ def _grad_score(
             FEW,
             SPLIT,
             PRECISION,
-            BLOCK_Q,
-            BLOCK_KV,
         )
     if ENTROPY:
         b_dp = b_dp - (b_ge * 0.6931471805599453)[:, None] * b_x
@@ -833,13 +837,11 @@ def _grad_terms(
     FEW: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
 ):
     """dP [q,kv] without the term of the entropy. Its sum and its use share this function: what cancels does so exactly."""
-    b_dp = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+    b_dp = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
     if MASS:
-        b_dp = _grad_mass(p_grad_mass, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION, BLOCK_Q, BLOCK_KV)
+        b_dp = _grad_mass(p_grad_mass, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION)
     if RECEIVED:
         b_dp += b_w[:, None] * _column(p_grad_received, o_kv, M)[None, :]
     if MAXIMUM:
@@ -848,22 +850,9 @@ def _grad_terms(
 
 
 @triton.jit
-def _grad_mass(
-    p_grad_mass,
-    p_groups,
-    o_q,
-    o_kv,
-    N,
-    M,
-    G,
-    FEW: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _grad_mass(p_grad_mass, p_groups, o_q, o_kv, N, M, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """[q,kv]: grad_mass of each query for the group of each key, 0 without a group. FEW groups are added one by one."""
-    b_tile = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+    b_tile = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
     if FEW > 0:
         for g in tl.static_range(FEW):
             b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0)

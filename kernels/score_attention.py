@@ -33,6 +33,7 @@ from vlattn_fast.kernels._scores import (
     row_norm_and_bound,
     sum_units,
     twice_exponential,
+    weights_of_rows,
 )
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
@@ -401,15 +402,18 @@ def _forward_kernel(
     o_d = tl.arange(0, BLOCK_DV)
     b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
     b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
+    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, SCORE)
+    b_scale = scale_log2 * b_weight
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
     # the first tiles lie within the keys and below the diagonal; scores over hidden units have one loop for all
     whole, end = key_range(i_q, M, UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole = tl.where(clamped, 0, whole)
     for EDGE in tl.static_range(1 if UNITS else 0, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_a, M if EDGE else None, A)  # [kv,A]
             if UNITS:
                 b_s = sum_units(
                     p_q,
@@ -433,9 +437,9 @@ def _forward_kernel(
             else:
                 b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-                b_s, _ = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
+                b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, SCORE, EDGE, FAST, PRECISION)
             if EDGE or KEY_MASK or MASK != 0:
-                b_s *= scale_log2
+                b_s *= b_scale[:, None]
                 b_masked = mask_tile(
                     tl.zeros_like(b_s) if UNITS and MASK != 0 else b_s,
                     p_mask,
@@ -457,14 +461,14 @@ def _forward_kernel(
                 b_p = tl.exp2(b_s - b_safe[:, None])
             else:
                 # the maximum first, then one multiply-add per pair
-                b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * scale_log2)
+                b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
                 b_new = b_safe
-                b_p = tl.exp2(b_s * scale_log2 - b_safe[:, None])
+                b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
             b_alpha = tl.exp2(b_max - b_safe)
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if DROPOUT:
                 b_p *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
-            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
+            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M if EDGE else None, DV, KEY_MASK)  # [kv,Dv]
             b_o = b_o * b_alpha[:, None] + dot(keep_layout(b_p, UNITS, PRECISION).to(b_v.dtype), b_v, PRECISION)
             b_max = b_new
     empty = b_sum == 0.0
@@ -562,6 +566,8 @@ def _rows_kernel(
     if SUMS and BY_GRADIENT:
         b_do = load_rows(rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_d, N, DV)  # [q,Dv]
     b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
+    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, SCORE)
+    b_scale = scale_log2 * b_weight
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -571,10 +577,11 @@ def _rows_kernel(
         if not SUMS:
             some = tl.max(m_coarse.to(tl.int32), axis=0) > 0
             whole, end = tl.where(some, whole, 0), tl.where(some, end, 0)
+    whole = tl.where(clamped, 0, whole)
     for EDGE in tl.static_range(1 if UNITS else 0, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_a, M, A)  # [kv,A]
+            b_k = load_rows(p_k, stride_kn, o_kv, o_a, M if EDGE else None, A)  # [kv,A]
             b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
             if UNITS:
                 b_s = sum_units(
@@ -598,8 +605,8 @@ def _rows_kernel(
                 )
             else:
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-                b_s, b_slope = activate(b_x, b_row, b_column, parameter, SCORE, FAST, PRECISION)
-            b_s *= scale_log2
+                b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, SCORE, EDGE, FAST, PRECISION)
+            b_s *= b_scale[:, None]
             b_masked = mask_tile(
                 tl.zeros_like(b_s) if UNITS else b_s,
                 p_mask,
@@ -622,7 +629,7 @@ def _rows_kernel(
             b_p = tl.exp2(b_s - b_safe[:, None])
             b_total = b_total * b_alpha + tl.sum(b_p, axis=1)
             if SUMS and BY_GRADIENT:
-                b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
+                b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M if EDGE else None, DV, KEY_MASK)  # [kv,Dv]
                 b_dp = dot(b_do, tl.trans(b_v), PRECISION)
                 b_sums = b_sums * b_alpha + tl.sum(relu(b_p * b_dp), axis=1)
             b_max = b_new
