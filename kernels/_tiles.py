@@ -145,16 +145,22 @@ def load_where(p, stride_row, o_row, o_col, m_row, num_cols):
 
 
 @triton.jit
+def aligned_step(stride, SIZE: tl.constexpr):
+    """A stride of an `aligned` tensor, or an offset in it, divisible by 8 where SIZE is. A division says so, since the compiler takes
+    a hint of `tl.multiple_of` neither on an argument nor in a function."""
+    return stride // 8 * 8 if SIZE % 8 == 0 else stride
+
+
+@triton.jit
 def rows_at(p, offset, SIZE: tl.constexpr):
-    """p + offset, the rows of a head in an `aligned` tensor. The compiler takes a hint of `tl.multiple_of` neither on an argument
-    nor in a function, so a division says it."""
-    return p + (offset // 8 * 8 if SIZE % 8 == 0 else offset)
+    """p + offset, the rows of a head in an `aligned` tensor."""
+    return p + aligned_step(offset, SIZE)
 
 
 @triton.jit
 def load_rows(p, stride_row, o_row, o_col, num_rows, SIZE: tl.constexpr):
     """[rows, SIZE] at `rows_at`, zeros outside; in vectors, where SIZE is a multiple of 8."""
-    return load_tile(p, stride_row // 8 * 8 if SIZE % 8 == 0 else stride_row, o_row, o_col, num_rows, SIZE)
+    return load_tile(p, aligned_step(stride_row, SIZE), o_row, o_col, num_rows, SIZE)
 
 
 @triton.jit
@@ -173,7 +179,7 @@ def load_keys(p, stride_row, p_key_mask, o_kv, o_col, M, SIZE: tl.constexpr, KEY
     The factor of padding in a product is 0, and 0 times NaN or infinity is NaN.
     """
     m_kv = real_tokens(p_key_mask, o_kv, M, KEY_MASK)
-    return load_where(p, stride_row // 8 * 8 if SIZE % 8 == 0 else stride_row, o_kv, o_col, m_kv, SIZE)
+    return load_where(p, aligned_step(stride_row, SIZE), o_kv, o_col, m_kv, SIZE)
 
 
 @triton.jit

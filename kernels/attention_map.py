@@ -23,6 +23,7 @@ from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
     aligned,
+    aligned_step,
     below_max,
     block_and_head,
     block_size,
@@ -282,6 +283,10 @@ def _map_kernel(
     i_b = i // (num_q * num_kv)
     i_q = ((i // num_kv) % num_q).to(tl.int32)
     i_kv = (i % num_kv).to(tl.int32)
+    p_q, step_q = rows_at(p_q, i_b * stride_qb, D), aligned_step(stride_qh, D)
+    p_k, step_k = rows_at(p_k, i_b * stride_kb, D), aligned_step(stride_kh, D)
+    p_v, step_v = rows_at(p_v, i_b * stride_vb, DV), aligned_step(stride_vh, DV)
+    p_grad, step_g = rows_at(p_grad, i_b * stride_gb, DV), aligned_step(stride_gh, DV)
     p_mask += i_b * stride_mb
     p_key_mask += i_b * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -295,8 +300,8 @@ def _map_kernel(
     for h in range(0, heads):
         i_h = tl.full([], 0, dtype=tl.int64) + h
         i_hk = i_h // GROUP
-        b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
-        b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
+        b_q = load_rows(p_q + i_h * step_q, stride_qn, o_q, o_d, N, D)  # [q,D]
+        b_k = load_rows(p_k + i_hk * step_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
         if FOLDED or ROWS == "lse":
             b_s *= scale_log2
@@ -319,8 +324,8 @@ def _map_kernel(
             b_p = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
             b_inverse = tl.load(p_inverse + o_row, mask=o_q < N, other=0.0)
         if GRADIENT:
-            b_do = load_rows(rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
-            b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hk * stride_vh, DV), stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_do = load_rows(p_grad + i_h * step_g, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
+            b_v = load_rows(p_v + i_hk * step_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
             b_p = relu(b_p * dot(b_do, tl.trans(b_v), PRECISION))
         b_share = b_p if ROWS == "lse" else b_p * b_inverse[:, None]
         if REDUCTION == "mean":

@@ -7,10 +7,12 @@ matrix products, and bytes. Counted are the loops over tiles; what lies outside 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.compiled.machine_code import Loop, of_whole_tiles
 from tests.compiled.table import Row, read
 from tests.compiled.triton import TABLE
 
@@ -38,11 +40,16 @@ class Workload:
     def pairs(self) -> float:
         return self.batch * self.heads * self.tokens**2 / (2 if self.causal else 1)
 
-    def padded_pairs(self, rows: int, keys: int) -> int:
-        """Pairs of the tiles that hold any."""
-        blocks = range(-(-self.tokens // rows))
-        ends = [min(self.tokens, (i + 1) * rows) if self.causal else self.tokens for i in blocks]
-        return self.batch * self.heads * sum(rows * keys * -(-end // keys) for end in ends)
+    def tiles(self, rows: int, keys: int, edge: int | None, by_key: bool) -> tuple[int, int]:
+        """How many whole tiles of a head hold any pair, and how many of the smaller ones at the edge, where a kernel has those.
+
+        A program goes over all keys of its rows, or by key over all rows of its keys."""
+        blocks, inner = (keys, rows) if by_key else (rows, keys)
+        if self.causal or edge is None:
+            ends = [min(self.tokens, i + rows) if self.causal else self.tokens for i in range(0, self.tokens, rows)]
+            return sum(-(-end // keys) for end in ends), 0
+        programs = -(-self.tokens // blocks)
+        return programs * (self.tokens // inner), programs * (self.tokens % inner > 0)
 
     @property
     def tensor_bytes(self) -> int:
@@ -136,28 +143,48 @@ class Times:
         return max(self.issue, self.special, self.products, self.memory)
 
 
-def per_pair(key: str, row: Row, size: int) -> tuple[float, float]:
-    """Instructions of all threads for each pair of a query and a key, and those of the special function unit among them.
+@dataclass(frozen=True)
+class Turn:
+    """What the threads of a program do for a tile: instructions, those of the special function unit, and pairs."""
 
-    key: of the row in the table.
-    """
+    issue: float
+    special: float
+    pairs: int
+
+
+def turns_of(key: str, row: Row, size: int) -> tuple[Turn, Turn]:
+    """For a whole tile, and for one at the edge. key: of the row in the table."""
     rows, keys = map(int, row["tile"].split("x"))
     threads = 32 * row["warps"]
+    edge: list[tuple[list[int], float]] = []
     if row["per_pair"] is not None:
-        # a pass over the tiles for each number of matrix instructions, and of its loops that of whole tiles
-        counts = {loop[1] for loop in row["loops"]} - {0}
-        turns = [(min(loop for loop in row["loops"] if loop[1] == count), threads / (rows * keys)) for count in counts]
+        # a pass over the tiles for each number of matrix instructions, and of its loops the one without masks
+        loops = [Loop(*loop) for loop in row["loops"] if loop[1] > 0]
+        whole = of_whole_tiles(loops)
+        turns = [
+            (list(min((x.instructions, x.mma, x.mufu) for x in whole if x.mma == mma)), 1.0) for mma in {x.mma for x in whole}
+        ]
+        edge = [([x.instructions, x.mma, x.mufu], 1.0) for x in loops if x not in whole]
     else:
         # sums over hidden units: loops of each way to combine exponentials, for the scores, then for the gradients
-        loops = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
+        loops_of_units = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
         ways = 3 if "additive" in key else 1
-        scores = min(loops[:ways])
+        scores = min(loops_of_units[:ways])
         units = scores[2] * threads / (rows * keys) / SPECIAL_A_UNIT[key.split()[1]]  # in a turn of the loop
-        turns = [(scores, threads / (rows * keys) * size / units)]
+        turns = [(scores, size / units)]
         if "backward" in key:
-            turns.append((min(loops[ways:]), threads / (2 * keys)))  # a turn takes two queries, and all hidden units
-    issue, special = (sum(loop[k] * factor for loop, factor in turns) for k in (0, 2))
-    return issue, special
+            turns.append((min(loops_of_units[ways:]), rows / 2))  # a turn takes two queries, and all hidden units
+    by_key = _by_key(key)
+    edge_pairs = (row["edge"] or 0) * (keys if by_key else rows)
+    return _turn(turns, threads, rows * keys), _turn(edge, threads, edge_pairs)
+
+
+def _by_key(key: str) -> bool:
+    return any(name in key for name in ("_backward_kv_kernel", "_received_kernel", "_units_backward_kernel"))
+
+
+def _turn(loops: Sequence[tuple[Sequence[int], float]], threads: int, pairs: int) -> Turn:
+    return Turn(*(threads * sum(loop[k] * times for loop, times in loops) for k in (0, 2)), pairs)
 
 
 def times_of(entry: Entry, rows: dict[str, Row]) -> Times:
@@ -166,9 +193,14 @@ def times_of(entry: Entry, rows: dict[str, Row]) -> Times:
     for kernel, products in entry.kernels.items():
         key = f"{entry.call} {kernel} sm_90"
         row = rows[key]
-        pairs = work.padded_pairs(*map(int, row["tile"].split("x")))
-        issue, special = per_pair(key, row, work.size)
-        one = Times(issue * pairs / ISSUE, special * pairs / SPECIAL, 2 * products * work.size * pairs / PRODUCTS, 0.0)
+        edge = None if row["per_pair"] is None else row["edge"]  # sums over units have tiles of one size
+        counts = work.tiles(*map(int, row["tile"].split("x")), edge, _by_key(key))
+        turns = list(zip(counts, turns_of(key, row, work.size), strict=True))
+        issue, special, pairs = (
+            work.batch * work.heads * sum(count * getattr(turn, name) for count, turn in turns)
+            for name in ("issue", "special", "pairs")
+        )
+        one = Times(issue / ISSUE, special / SPECIAL, 2 * products * work.size * pairs / PRODUCTS, 0.0)
         total = Times(total.issue + one.issue, total.special + one.special, total.products + one.products, 0.0)
     return Times(*(1e6 * x for x in (total.issue, total.special, total.products, entry.tensors * work.tensor_bytes / BYTES)))
 
@@ -233,7 +265,8 @@ def _changes() -> list[str]:
     sizes = {f"{entry.call} {kernel} sm_90": entry.workload.size for entry in ENTRIES for kernel in entry.kernels}
     for key, after in found["after"].items():
         versions = [row for row in (found["before"].get(key), after) if row]  # some kernels are new
-        pairs = [f"{per_pair(key, row, sizes[key])[0]:.1f}" for row in versions]
+        whole = [turns_of(key, {"edge": None, **row}, sizes[key])[0] for row in versions]
+        pairs = [f"{turn.issue / turn.pairs:.1f}" for turn in whole]
         warps = [f"{row['warps']}, {'a part' if row['repeated'] == 1 else 'all of it'}" for row in versions]
         cells = (pairs, *([str(row[name]) for row in versions] for name in ("registers", "spills")), warps)
         changes = (" → ".join(dict.fromkeys(cell)) for cell in cells)

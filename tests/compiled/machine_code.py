@@ -51,10 +51,18 @@ def innermost_loops(sass: str) -> list[Loop]:
     return found
 
 
+def of_whole_tiles(loops: Sequence[Loop]) -> list[Loop]:
+    """Without the loops of the smaller tile at the edge, which has at most half of a whole tile's special functions, and those of
+    its rows."""
+    most = max((loop.mufu for loop in loops), default=0)
+    return [loop for loop in loops if loop.mufu >= 0.75 * most]
+
+
 def main_loop(loops: Sequence[Loop]) -> Loop | None:
-    """Of those with the most matrix instructions the shortest, which is that of whole tiles without masks."""
-    most = max((loop.mma for loop in loops), default=0)
-    return None if most == 0 else min((loop for loop in loops if loop.mma == most), key=lambda loop: loop.instructions)
+    """Of whole tiles, of those with the most matrix instructions the shortest, which is that without masks."""
+    whole = of_whole_tiles(loops)
+    most = max((loop.mma for loop in whole), default=0)
+    return None if most == 0 else min((loop for loop in whole if loop.mma == most), key=lambda loop: loop.instructions)
 
 
 def repeated(ttgir: str) -> int:
@@ -83,8 +91,8 @@ def disassembled(cubin: bytes) -> str:
 def facts(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Of a compiled Triton kernel and what it was launched with: its tile, and what the innermost loops hold.
 
-    loops: (instructions, those of matrices, those of the special function unit) of each. per_pair: instructions of all threads in
-    the main loop for each pair of a query and a key, where a turn of the loop is a tile.
+    edge: the size of the tile at the edge. loops: (instructions, those of matrices, those of the special function unit) of each.
+    per_pair: instructions of all threads in the main loop for each pair of a query and a key, where a turn of the loop is a tile.
     """
     loops, warps = innermost_loops(disassembled(kernel.asm["cubin"])), kernel.metadata.num_warps
     rows, keys = (options.get(name) for name in ("BLOCK_Q", "BLOCK_KV"))
@@ -92,6 +100,7 @@ def facts(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
     loop = None if options.get("SCORE") in UNIT_KINDS or not (rows and keys) else main_loop(loops)
     return {
         "tile": f"{rows}x{keys}" if rows and keys else None,
+        "edge": options.get("BLOCK_EDGE"),
         "warps": warps,
         "repeated": repeated(kernel.asm["ttgir"]),
         "cp_async": "cp.async" in kernel.asm["ptx"],

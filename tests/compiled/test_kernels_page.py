@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.compiled.kernels_page import CLIP, COUNTS, LLAVA, PAGE, counts, page, per_pair
+from tests.compiled.kernels_page import CLIP, COUNTS, LLAVA, PAGE, Turn, counts, page, turns_of
 
 
 def test_the_page_is_that_of_the_table() -> None:
@@ -12,28 +12,36 @@ def test_the_page_is_that_of_the_table() -> None:
     assert json.loads(COUNTS.read_text(encoding="utf-8")) == counts()
 
 
-def test_pairs_are_those_of_whole_tiles() -> None:
-    assert CLIP.padded_pairs(64, 64) == 64 * 16 * 640 * 640
-    assert CLIP.padded_pairs(128, 64) == 64 * 16 * 640 * 640
-    tiles = sum(-(-min(704, rows) // 64) for rows in range(64, 705, 64))  # below the diagonal, and on it
-    assert LLAVA.padded_pairs(64, 64) == 4 * 32 * tiles * 64 * 64
+def test_tiles_are_those_that_hold_pairs() -> None:
+    assert CLIP.tiles(64, 64, None, by_key=False) == (100, 0)
+    assert CLIP.tiles(128, 64, None, by_key=False) == (50, 0)
+    assert CLIP.tiles(128, 64, 16, by_key=False) == (45, 5)  # 577 keys are nine tiles of 64 and one of 16
+    assert CLIP.tiles(64, 128, 16, by_key=True) == (45, 5)
+    below_the_diagonal_and_on_it = sum(range(1, 12))
+    assert LLAVA.tiles(64, 64, 64, by_key=False) == LLAVA.tiles(64, 64, 64, by_key=True) == (below_the_diagonal_and_on_it, 0)
 
 
-def test_each_pass_counts_its_loop_of_whole_tiles() -> None:
-    row = {"tile": "64x64", "warps": 4, "per_pair": 10.0, "loops": [[320, 8, 32], [450, 8, 32], [640, 12, 64]]}
-    assert per_pair("score_attention dot bf16 64 _backward_q_kernel sm_90", row, 64) == ((320 + 640) / 32, (32 + 64) / 32)
+def test_each_pass_counts_its_loop_of_whole_tiles_and_that_of_the_edge() -> None:
+    loops = [[320, 8, 32], [450, 8, 32], [640, 12, 34]]
+    row = {"tile": "64x32", "warps": 4, "edge": 32, "per_pair": 10.0, "loops": loops}
+    key = "score_attention dot bf16 64 _backward_q_kernel sm_90"
+    assert turns_of(key, row, 64) == (Turn((320 + 640) * 128, (32 + 34) * 128, 64 * 32), Turn(0, 0, 64 * 32))
+    row |= {"edge": 16, "loops": [loops[0], [200, 8, 10], loops[2], [300, 9, 18]]}
+    edge = Turn((200 + 300) * 128, (10 + 18) * 128, 64 * 16)
+    assert turns_of(key, row, 64) == (Turn((320 + 640) * 128, (32 + 34) * 128, 64 * 32), edge)
+    assert turns_of(key.replace("_q_", "_kv_"), row, 64)[1].pairs == 16 * 32
 
 
 def test_sums_over_units_count_their_two_loops() -> None:
-    row = {"tile": "64x32", "warps": 4, "per_pair": None, "loops": [[693, 0, 96], [295, 0, 32], [540, 2, 20], [360, 0, 32]]}
-    scores = (295 * 16 / 16, 32 * 16 / 16)  # four units a turn, sixteen pairs a thread
+    loops = [[693, 0, 96], [295, 0, 32], [540, 2, 20], [360, 0, 32]]
+    row = {"tile": "64x32", "warps": 4, "edge": 32, "per_pair": None, "loops": loops}
+    issue, special = 295 * 16 * 128, 32 * 16 * 128  # four units a turn, sixteen pairs a thread
     key = "score_attention additive bf16 64 {} sm_90"
-    assert per_pair(key.format("_forward_kernel"), row, 64) == scores
+    assert turns_of(key.format("_forward_kernel"), row, 64)[0] == Turn(issue, special, 64 * 32)
     gradients = [[40, 0, 0], [380, 0, 18], [310, 0, 18], [430, 0, 48], [160, 0, 0]]  # of two queries and 32 keys a turn
     row["loops"] += gradients
-    assert per_pair(key.format("_units_backward_kernel"), row, 64) == (scores[0] + 310 * 128 / 64, scores[1] + 18 * 128 / 64)
+    turns = turns_of(key.format("_units_backward_kernel"), row, 64)
+    assert turns[0] == Turn(issue + 310 * 128 * 32, special + 18 * 128 * 32, 64 * 32)
     row["loops"] = [[295, 0, 32], *gradients]
-    assert per_pair(key.format("_units_backward_kernel").replace("additive", "hadamard_tanh"), row, 64) == (
-        3 * scores[0] + 310 * 128 / 64,
-        3 * scores[1] + 18 * 128 / 64,
-    )
+    turns = turns_of(key.format("_units_backward_kernel").replace("additive", "hadamard_tanh"), row, 64)
+    assert turns[0] == Turn(3 * issue + 310 * 128 * 32, 3 * special + 18 * 128 * 32, 64 * 32)

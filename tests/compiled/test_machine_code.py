@@ -29,8 +29,14 @@ TTGIR = """
 
 def test_loops_are_told_apart() -> None:
     assert innermost_loops(SASS) == [Loop(3, 1, 1), Loop(5, 1, 2)]
-    assert main_loop(innermost_loops(SASS)) == Loop(3, 1, 1)  # of those with as many matrix instructions the shorter one
-    assert main_loop(innermost_loops(SASS.replace("HGMMA", "FFMA"))) is None
+
+
+def test_the_main_loop_is_that_of_whole_tiles() -> None:
+    plain, masked, edge = Loop(320, 8, 34), Loop(450, 8, 34), Loop(214, 5, 10)
+    assert main_loop([plain, masked]) == main_loop([masked, plain]) == plain
+    assert main_loop([plain, edge]) == plain
+    assert main_loop([Loop(268, 4, 32), Loop(86, 8, 8)]) == Loop(268, 4, 32)  # smaller instructions, and more of them
+    assert main_loop([Loop(320, 0, 34)]) is None
     assert main_loop([]) is None
 
 
