@@ -160,7 +160,7 @@ def turns_of(key: str, row: Row, size: int) -> tuple[Turn, Turn]:
     if row["per_pair"] is not None:
         # a pass over the tiles for each number of matrix instructions, and of its loops the one without masks
         loops = [Loop(*loop) for loop in row["loops"] if loop[1] > 0]
-        whole = of_whole_tiles(loops)
+        whole = of_whole_tiles(loops, (rows, keys), row["edge"])
         turns = [
             (list(min((x.instructions, x.mma, x.mufu) for x in whole if x.mma == mma)), 1.0) for mma in {x.mma for x in whole}
         ]

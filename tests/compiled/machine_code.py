@@ -51,16 +51,18 @@ def innermost_loops(sass: str) -> list[Loop]:
     return found
 
 
-def of_whole_tiles(loops: Sequence[Loop]) -> list[Loop]:
-    """Without the loops of the smaller tile at the edge, which has at most half of a whole tile's special functions, and those of
+def of_whole_tiles(loops: Sequence[Loop], tile: tuple[int, int], edge: int | None) -> list[Loop]:
+    """Without the loops of a smaller tile at the edge: those have at most half of a whole tile's special functions, and those of
     its rows."""
+    if edge is None or edge in tile:
+        return list(loops)
     most = max((loop.mufu for loop in loops), default=0)
-    return [loop for loop in loops if loop.mufu >= 0.75 * most]
+    return [loop for loop in loops if 3 * loop.mufu >= 2 * most]
 
 
-def main_loop(loops: Sequence[Loop]) -> Loop | None:
+def main_loop(loops: Sequence[Loop], tile: tuple[int, int], edge: int | None) -> Loop | None:
     """Of whole tiles, of those with the most matrix instructions the shortest, which is that without masks."""
-    whole = of_whole_tiles(loops)
+    whole = of_whole_tiles(loops, tile, edge)
     most = max((loop.mma for loop in whole), default=0)
     return None if most == 0 else min((loop for loop in whole if loop.mma == most), key=lambda loop: loop.instructions)
 
@@ -95,12 +97,12 @@ def facts(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
     per_pair: instructions of all threads in the main loop for each pair of a query and a key, where a turn of the loop is a tile.
     """
     loops, warps = innermost_loops(disassembled(kernel.asm["cubin"])), kernel.metadata.num_warps
-    rows, keys = (options.get(name) for name in ("BLOCK_Q", "BLOCK_KV"))
+    rows, keys, edge = (options.get(name) for name in ("BLOCK_Q", "BLOCK_KV", "BLOCK_EDGE"))
     # scores that are sums over units have no product of queries and keys, and loops within the tile
-    loop = None if options.get("SCORE") in UNIT_KINDS or not (rows and keys) else main_loop(loops)
+    loop = None if options.get("SCORE") in UNIT_KINDS or not (rows and keys) else main_loop(loops, (rows, keys), edge)
     return {
         "tile": f"{rows}x{keys}" if rows and keys else None,
-        "edge": options.get("BLOCK_EDGE"),
+        "edge": edge,
         "warps": warps,
         "repeated": repeated(kernel.asm["ttgir"]),
         "cp_async": "cp.async" in kernel.asm["ptx"],

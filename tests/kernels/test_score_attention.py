@@ -16,6 +16,7 @@ from tests.ops.backends import assert_refused
 from tests.ops.score_cases import check
 from vlattn_fast import scores as S
 
+F32, BF16 = torch.float32, torch.bfloat16
 KINDS = {
     "dot": lambda p: "dot",
     "cosine": lambda p: S.Cosine(eps=5.0),  # a clamp that acts on some pairs: otherwise the kernel would see plain products
@@ -48,6 +49,32 @@ def test_sizes_either_side_of_a_tile_in_16_bit(kind: str, n: int, m: int, causal
 def test_tiles_of_128_rows() -> None:
     """Of long sequences: CLIP ViT-L/14@336's."""
     check("triton", as_dtype(tensors(577, 577, 16, 16), torch.bfloat16), KINDS["dot"])
+
+
+@pytest.mark.parametrize("left", (1, 16, 17, 33))
+def test_the_last_tile_holds_what_is_left(left: int) -> None:
+    """16 or 32 keys and queries, or as many as the others, where no mask is causal."""
+    check("triton", as_dtype(tensors(64 + left, 128 + left), torch.bfloat16), KINDS["dot"])
+
+
+@pytest.mark.parametrize("zero", (False, True))
+@pytest.mark.parametrize("n, m, dtype, causal", [(70, 83, F32, False), (70, 83, F32, True), (97, 145, BF16, False)])
+def test_cosine_with_and_without_a_clamp(
+    n: int, m: int, dtype: torch.dtype, causal: bool, zero: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the score itself sees that no clamp acts, and asks for plain products; on a GPU the kernel does."""
+    monkeypatch.setattr(S, "readable", lambda x: False)
+    inputs = tensors(n, m)
+    if zero:
+        inputs["key"][0, 0, 40] = inputs["query"][0, 0, 3] = 0.0
+    check("triton", as_dtype(inputs, dtype), lambda p: "cosine", is_causal=causal)
+
+
+def test_a_clamp_in_one_of_the_heads_that_share_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(S, "readable", lambda x: False)
+    inputs = {"query": torch.randn(1, 4, 40, 3), "key": torch.randn(1, 2, 70, 3), "value": torch.randn(1, 2, 70, 5)}
+    inputs["query"][0, 1, 7] = 0.0
+    check("triton", inputs, lambda p: "cosine", enable_gqa=True)
 
 
 @pytest.mark.parametrize("kind", ("sigmoid", "cosine", "additive"))
