@@ -22,7 +22,7 @@ def on_device(launcher: Launcher) -> Launcher:
     @functools.wraps(launcher)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         device = _device_of(args) or _device_of(kwargs.values())
-        if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        if device is None or device.index is None or device.index == torch.cuda.current_device():  # without an index: the CPU
             return launcher(*args, **kwargs)
         with torch.cuda.device(device):
             return launcher(*args, **kwargs)

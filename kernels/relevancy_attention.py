@@ -26,7 +26,6 @@ from vlattn_fast._tensors import weigh_rows
 MAX_T = 64  # rows of r in one program
 
 
-@on_device
 def forward(
     query: Tensor,
     key: Tensor,
