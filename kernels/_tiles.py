@@ -8,7 +8,7 @@ the powers. A log-sum-exp named `lse` is natural, one named `lse_log2` or `shift
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ def edge_block(length: int, block: int, is_causal: bool) -> int:
     return block if is_causal or rest == 0 else min(block, block_size(rest))
 
 
-def input_precision() -> str:
-    """How `dot` multiplies float32: in full precision unless the user has allowed tf32.
+def input_precision(dtype: torch.dtype = torch.float32) -> str:
+    """How `dot` multiplies operands of `dtype`, which matters for float32: in full precision unless the user has allowed tf32.
 
     torch has old switches for it (allow_tf32, set_float32_matmul_precision) and a new one (fp32_precision). The new one also
     answers for the old ones. Triton's interpreter multiplies the raw bits of bfloat16 operands, so "widen" converts them to
@@ -61,6 +61,8 @@ def input_precision() -> str:
     """
     if INTERPRETED:
         return "widen"
+    if dtype != torch.float32:
+        return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -69,14 +71,20 @@ def aligned(x: Tensor) -> Tensor:
 
     It is copied where that is not so. Triton sees by itself what is divisible by 16; heads of 72 features are not.
     """
-    size = x.shape[-1]
-    *steps, last = x.stride()
-    copied = last != 1 and size > 1
-    if size % 8 == 0 and not copied:
-        copied = x.data_ptr() % 16 != 0
-        if math.gcd(*steps) % 8 != 0:  # the stride of a dimension of size 1 leads nowhere
-            copied = copied or any([n > 1 and stride % 8 != 0 for n, stride in zip(x.shape, steps, strict=False)])
-    return x.clone(memory_format=torch.contiguous_format) if copied else x
+    alignment = _alignment(x.shape, x.stride())
+    return x if alignment and x.data_ptr() % alignment == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=1024)
+def _alignment(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Of what number of bytes the address of a tensor must be a multiple, so that it is not copied; 0 where it always is."""
+    size = shape[-1]
+    if stride[-1] != 1 and size > 1:
+        return 0
+    if size % 8 != 0:
+        return 1
+    # the stride of a dimension of size 1 leads nowhere
+    return 0 if any(n > 1 and step % 8 != 0 for n, step in zip(shape[:-1], stride[:-1], strict=True)) else 16
 
 
 def strides(letter: str, stride: tuple[int, ...]) -> dict[str, int]:
@@ -92,14 +100,12 @@ def mask_arguments(
 
     `like` is the query (B, H, N, D). It stands in for a mask that is absent and is not read then.
     """
-    kind, mask = 0, like
-    steps: tuple[int, ...] = (0, 0, 0, 0)
+    kind, mask, b, h, n, m = 0, like, 0, 0, 0, 0
     if attn_mask is not None:
         kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, additive(attn_mask, torch.float32))
-        steps = mask.expand(*like.shape[:3], num_keys).stride()
-    names = ("stride_mb", "stride_mh", "stride_mn", "stride_mm")
+        b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
     keys = like if key_mask is None else key_mask.contiguous()
-    tensors = {"p_mask": mask, "p_key_mask": keys, **dict(zip(names, steps, strict=True))}
+    tensors = {"p_mask": mask, "p_key_mask": keys, "stride_mb": b, "stride_mh": h, "stride_mn": n, "stride_mm": m}
     return tensors, {"MASK": kind, "KEY_MASK": key_mask is not None}
 
 

@@ -84,11 +84,11 @@ def forward(
     """out (B, H, N, Dv), laid out (B, N, H, Dv) as SDPA does, and lse (B, H, N)."""
     batch, heads, num_q, _ = query.shape
     out = empty_rows_first(query, heads, num_q, value.shape[3])
-    lse = query.new_empty((batch, heads, num_q), dtype=torch.float32)
-    if lse.numel() == 0:
+    lse = query.new_empty(batch, heads, num_q, dtype=torch.float32)
+    if batch * heads * num_q == 0:
         return out, lse
     call = arguments(query, key, value, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal)
-    config = _config("forward", score, query, value, attn_mask is not None)
+    config = _config("forward", call)
     _forward_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
         **call,
         p_u=call["p_q"] if vector is None else vector.contiguous(),
@@ -124,13 +124,12 @@ def backward(
     """Gradients of query, key, value and vector."""
     call = arguments(query, key, value, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal)
     call = with_gradient(call, grad_out, scale)
-    lse, masked = lse.contiguous(), attn_mask is not None
+    lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     coarse = None
     if call["MASK"] == 2:
-        config = _config("forward", score, query, value, True)
-        coarse = row_statistics(call, config, lse, OWN_LSE, pair=True, vector=vector)
-    config_q, config_kv = (_config(name, score, query, value, masked) for name in ("backward_q", "backward_kv"))
+        coarse = row_statistics(call, _config("forward", call), lse, OWN_LSE, pair=True, vector=vector)
+    config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
     if vector is not None:
         *grads, grad_u = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), lse, out, coarse, grad_lse)
         return grads[0], grads[1], grads[2], grad_u.to(vector.dtype)
@@ -174,7 +173,7 @@ def arguments(
         **_sizes(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()),
         **_options(query.dtype, score, parameter, scale, dropout_p, is_causal),
         **mask_constants,
-        "PRECISION": input_precision(),
+        "PRECISION": input_precision(query.dtype),
     }
 
 
@@ -287,10 +286,16 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     return precomputed
 
 
-def _config(kernel: str, score: str, query: Tensor, value: Tensor, masked: bool) -> Config:
-    size = block_size(max(query.shape[3], value.shape[3]))
+def _config(kernel: str, call: dict[str, Any]) -> Config:
     return configuration(
-        "score_attention", kernel, score=score, dtype=query.dtype, N=query.shape[2], M=value.shape[2], size=size, masked=masked
+        "score_attention",
+        kernel,
+        score=call["SCORE"],
+        dtype=call["p_q"].dtype,
+        N=call["N"],
+        M=call["M"],
+        size=max(call["BLOCK_A"], call["BLOCK_DV"]),
+        masked=call["MASK"] != 0,
     )
 
 
