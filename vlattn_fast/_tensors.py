@@ -28,12 +28,11 @@ def scaled_dot_default(head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
 
 
-def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on, except float64, as scaled_dot_product_attention does it."""
-    tensors = first, *others
-    if not autocasts(first):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
@@ -116,7 +115,7 @@ def rows_first(x: Tensor) -> Tensor:
 def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (B, H, N, D) tensor in the layout of `rows_first`."""
     strides = (length * num_heads * size, size, num_heads * size, 1)
-    return like.new_empty_strided((like.shape[0], num_heads, length, size), strides, dtype=dtype or like.dtype)
+    return like.new_empty_strided((like.shape[0], num_heads, length, size), strides, dtype=dtype)
 
 
 def weigh_rows(rows: Tensor, weight: Tensor | None) -> Tensor:

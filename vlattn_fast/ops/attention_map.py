@@ -182,8 +182,7 @@ def describe_call(
 
 
 def _forward(*args: Any) -> Tensor:
-    *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)
+    return load(BACKENDS, args[-1]).forward(*args[:-1])
 
 
 def _forward_fake(query: Tensor, key: Tensor, *_: Any) -> Tensor:

@@ -268,8 +268,7 @@ def _forward_fake(
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, backend = args
-    grad_q, grad_k, grad_weight = load(BACKENDS, backend).backward(*inputs)
+    grad_q, grad_k, grad_weight = load(BACKENDS, args[-1]).backward(*args[:-1])
     return grad_q, grad_k, grad_q.new_empty(0) if grad_weight is None else grad_weight
 
 

@@ -183,8 +183,7 @@ def _num_gradients(kind: str) -> int:
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)
+    return load(BACKENDS, args[-1]).forward(*args[:-1])
 
 
 def _forward_fake(queries: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
@@ -194,8 +193,7 @@ def _forward_fake(queries: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]
 
 
 def _backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    *inputs, backend = args
-    return load(BACKENDS, backend).backward(*inputs)
+    return load(BACKENDS, args[-1]).backward(*args[:-1])
 
 
 def _backward_fake(

@@ -315,8 +315,7 @@ def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, backend = args
-    out, carrier, lse = load(BACKENDS, backend).forward(*inputs)
+    out, carrier, lse = load(BACKENDS, args[-1]).forward(*args[:-1])
     return rows_first(out), carrier.contiguous(), lse.contiguous()
 
 
@@ -341,8 +340,7 @@ def _backward_fake(
 
 
 def _step(*args: Any) -> Tensor:
-    *inputs, backend = args
-    return load(BACKENDS, backend).step(*inputs)
+    return load(BACKENDS, args[-1]).step(*args[:-1])
 
 
 def _step_fake(relevancy: Tensor, query: Tensor, key: Tensor, *_: Any) -> Tensor:

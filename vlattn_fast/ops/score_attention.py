@@ -257,8 +257,7 @@ def describe_call(
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, backend = args
-    out, lse = load(BACKENDS, backend).forward(*inputs)
+    out, lse = load(BACKENDS, args[-1]).forward(*args[:-1])
     return rows_first(out), lse.contiguous()
 
 
@@ -268,8 +267,7 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *inputs, backend = args
-    grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, backend).backward(*inputs)
+    grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, args[-1]).backward(*args[:-1])
     grads = rows_first(grad_q), rows_first(grad_k), rows_first(grad_v)
     return *grads, grad_q.new_empty(0) if grad_vector is None else grad_vector
 

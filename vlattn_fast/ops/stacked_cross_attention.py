@@ -232,8 +232,7 @@ def _mask_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def _forward(*args: Any) -> Tensor:
-    *inputs, backend = args
-    return load(BACKENDS, backend).forward(*inputs)
+    return load(BACKENDS, args[-1]).forward(*args[:-1])
 
 
 def _forward_fake(images: Tensor, captions: Tensor, *_: Any) -> Tensor:
@@ -242,8 +241,7 @@ def _forward_fake(images: Tensor, captions: Tensor, *_: Any) -> Tensor:
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, backend = args
-    return load(BACKENDS, backend).backward(*inputs)
+    return load(BACKENDS, args[-1]).backward(*args[:-1])
 
 
 def _backward_fake(grad_similarity: Tensor, images: Tensor, captions: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
