@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from vlattn_fast import _native
 from vlattn_fast._checks import check_choice
@@ -191,6 +193,57 @@ def select(backends: Table, call: Call, backend: Any) -> str:
     if reasons:
         raise ValueError(f"backend={backend!r} cannot run {call}: {'; '.join(reasons)}")
     return str(backend)
+
+
+def choose(
+    describe: Callable[..., Call], backends: Table, backend: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]
+) -> str:
+    """What `select` gives for `describe(*tensors, *options)`, which checks these arguments of a public call.
+
+    Both take longer than to see that they have given it before to a call of which they would read the same. Errors are not kept.
+    """
+    facts = None if torch.compiler.is_compiling() else _facts(describe, tensors, (*options, backend))
+    chosen = None if facts is None else _CHOSEN.get(facts)
+    if chosen is None:
+        chosen = select(backends, describe(*tensors, *options), backend)
+        if facts is not None:
+            if len(_CHOSEN) >= 4096:
+                _CHOSEN.clear()
+            _CHOSEN[facts] = chosen
+    return chosen
+
+
+_CHOSEN: dict[tuple[Any, ...], str] = {}
+_PLAIN = {str, bool, int, float, type(None)}
+
+
+def _facts(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that checks and refusals read, but no value of a tensor: no check reads one. None where they may read more: of tensors
+    of other classes or with tangents, and of options that are objects."""
+    kinds = tuple(map(type, options))  # since 1 is equal to True
+    if not _PLAIN.issuperset(kinds) or getattr(forward_ad, "_current_level", -1) >= 0:
+        return None
+    properties: list[Any] = []
+    for x in tensors:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            properties.append((x.is_nested or x.shape, x.dtype, x.device, x.layout, x.requires_grad))
+        elif x is None:
+            properties.append(x)
+        else:
+            return None
+    return (
+        describe,
+        options,
+        kinds,
+        *properties,
+        torch.is_grad_enabled(),
+        torch._C._is_any_autocast_enabled() and (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+        INTERPRETED,
+        _native.library.exists,
+        _shared_library.library.exists,
+        _shared_library.library.device_type,
+    )
 
 
 def masks_padding(backend: str) -> bool:

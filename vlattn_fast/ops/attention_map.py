@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, check_masks, describe
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
 
@@ -91,22 +91,10 @@ def attention_map(
     >>> attention_map(query, key, value, grad_output, rule="gradient", head_reduction="max").shape
     torch.Size([1, 5, 7])
     """
-    call = describe_call(
-        query,
-        key,
-        value,
-        grad_output,
-        rule=rule,
-        head_reduction=head_reduction,
-        row_normalize=row_normalize,
-        lse=lse,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-    )
+    tensors = query, key, value, grad_output, lse, attn_mask, key_mask
+    options = rule, head_reduction, row_normalize, is_causal, enable_gqa
+    chosen = choose(describe_call, BACKENDS, backend, tensors, options)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
         return load(BACKENDS, chosen).attention_map(
             query,
@@ -136,13 +124,12 @@ def describe_call(
     key: Any,
     value: Any = None,
     grad_output: Any = None,
-    *,
-    rule: Any = "attention",
-    head_reduction: Any = "mean",
-    row_normalize: Any = False,
     lse: Any = None,
     attn_mask: Any = None,
     key_mask: Any = None,
+    rule: Any = "attention",
+    head_reduction: Any = "mean",
+    row_normalize: Any = False,
     is_causal: Any = False,
     enable_gqa: Any = False,
     **_: Any,

@@ -23,7 +23,7 @@ from vlattn_fast._checks import (
     readable,
 )
 from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.reference.attention_statistics import AttentionStatistics, chosen_statistics
@@ -96,20 +96,10 @@ def attention_statistics(
     (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
     """
     asked = STATISTICS if statistics is None else check_names("statistics", statistics, STATISTICS)
-    call = describe_call(
-        query,
-        key,
-        key_groups=key_groups,
-        num_groups=num_groups,
-        row_weight=row_weight,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-    )
+    tensors = query, key, key_groups, row_weight, attn_mask, key_mask
+    chosen = choose(describe_call, BACKENDS, backend, tensors, (num_groups, is_causal, enable_gqa))
     num_groups = _resolve_groups(key_groups, num_groups)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    chosen = select(BACKENDS, call, backend)
     if chosen == "reference":
         return load(BACKENDS, chosen).attention_statistics(
             query,
@@ -155,15 +145,15 @@ def attention_statistics(
 def describe_call(
     query: Any,
     key: Any,
-    *,
-    statistics: Any = None,
     key_groups: Any = None,
-    num_groups: Any = None,
     row_weight: Any = None,
     attn_mask: Any = None,
     key_mask: Any = None,
+    num_groups: Any = None,
     is_causal: Any = False,
     enable_gqa: Any = False,
+    *,
+    statistics: Any = None,
     **_: Any,
 ) -> Call:
     """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that

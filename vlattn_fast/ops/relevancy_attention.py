@@ -7,6 +7,7 @@ B batch, H heads, N queries, M keys, D head_dim, T carried rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from vlattn_fast._tensors import (
     scaled_dot_default,
 )
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
 
@@ -110,21 +111,10 @@ def relevancy_attention(
     >>> relevancy.shape
     torch.Size([1, 1, 5])
     """
-    call = describe_call(
-        query,
-        key,
-        value,
-        carrier,
-        rule=rule,
-        row_normalize=row_normalize,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-    )
+    tensors = query, key, value, carrier, attn_mask, key_mask
+    chosen = choose(describe_call, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
     weights = [_weight("residual_weight", residual_weight, carrier), _weight("attention_weight", attention_weight, carrier)]
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    chosen = select(BACKENDS, call, backend)
     query, key, value = autocast(query, key, value)
     if chosen == "reference":
         return load(BACKENDS, chosen).relevancy_attention(
@@ -150,12 +140,15 @@ def relevancy_attention(
     return out, carrier
 
 
-def describe_call(query: Any, key: Any, value: Any, carrier: Any, **options: Any) -> Call:
+def describe_call(
+    query: Any, key: Any, value: Any, carrier: Any, attn_mask: Any = None, key_mask: Any = None, *options: Any, **named: Any
+) -> Call:
     """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
     concern neither."""
     if value is None:  # which relevancy_step takes
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
-    call = _check("relevancy_attention", "carrier", carrier, query, key, value, None, **options)
+    tensors = carrier, query, key, value, None, attn_mask, key_mask
+    call = _check("relevancy_attention", "carrier", *tensors, *options, **named)
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"key must be as long as query ({query.shape[2]}): relevancy_attention is self-attention, relevancy_step takes "
@@ -199,26 +192,12 @@ def relevancy_step(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
     """
-    call = _check(
-        "relevancy_step",
-        "relevancy",
-        relevancy,
-        query,
-        key,
-        value,
-        grad_output,
-        rule=rule,
-        row_normalize=row_normalize,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-    )
+    tensors = relevancy, query, key, value, grad_output, attn_mask, key_mask
+    chosen = choose(_describe_step, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
     if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
     check_lse(lse, query)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    chosen = select(BACKENDS, call, backend)
     query, key, value, grad_output = autocast(query, key, value, grad_output)
     if chosen == "reference":
         return load(BACKENDS, chosen).relevancy_step(
@@ -251,11 +230,10 @@ def _check(
     key: Any,
     value: Any,
     grad_output: Any,
-    *,
+    attn_mask: Any,
+    key_mask: Any,
     rule: Any = "gradient",
     row_normalize: Any = False,
-    attn_mask: Any = None,
-    key_mask: Any = None,
     is_causal: Any = False,
     enable_gqa: Any = False,
     **_: Any,
@@ -292,6 +270,9 @@ def _check(
         },
         {"rule": rule, "row_normalize": row_normalize},
     )
+
+
+_describe_step = partial(_check, "relevancy_step", "relevancy")
 
 
 def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:

@@ -27,7 +27,7 @@ from vlattn_fast._tensors import (
     rows_first,
     without_autocast,
 )
-from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.sdpa import score_attention as sdpa
@@ -129,22 +129,10 @@ def score_attention(
     >>> score_attention(query, key, value, score=additive).shape
     torch.Size([1, 2, 5, 8])
     """
+    options = score, dropout_p, is_causal, scale, enable_gqa, return_lse
+    chosen = choose(describe_call, BACKENDS, backend, (query, key, value, attn_mask, key_mask), options)
     score = scores.resolve(score)
-    call = describe_call(
-        query,
-        key,
-        value,
-        score=score,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        return_lse=return_lse,
-    )
-    scale = resolve_scale(scale, score.default_scale(query.shape[-1]))
-    chosen = select(BACKENDS, call, backend)
+    scale = score.default_scale(query.shape[-1]) if scale is None else float(scale)
     if chosen == "reference":
         return load(BACKENDS, chosen).score_attention(
             query,
@@ -164,10 +152,10 @@ def score_attention(
     if not masks_padding(chosen) or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
         (key,) = mask_padding(key_mask, key, fill=score.masked_key)
     core = score.core(query, key)
-    *features, value = autocast(core.query, core.key, core.vector, value)
+    query, key, vector, value = autocast(core.query, core.key, core.vector, value)
     out_dtype = value.dtype
-    query, key, vector = (core.query, core.key, core.vector) if core.keeps_dtype else features
-    value = as_dtype(value, query.dtype)
+    if core.keeps_dtype:
+        query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     if chosen == "sdpa":
         with without_autocast(query):  # the casts are done, and a series' features stay float32
             out = sdpa.attention(query, key, value, attn_mask, key_mask, is_causal, scale)
@@ -203,10 +191,9 @@ def describe_call(
     query: Any,
     key: Any,
     value: Any,
-    *,
-    score: Any = "scaled_dot",
     attn_mask: Any = None,
     key_mask: Any = None,
+    score: Any = "scaled_dot",
     dropout_p: Any = 0.0,
     is_causal: Any = False,
     scale: Any = None,

@@ -1,0 +1,193 @@
+"""The backend that `choose` has kept is that of a call whose checks and refusals would read the same, and of no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+import vlattn_fast as va
+from vlattn_fast import _native, scores
+from vlattn_fast.cuda import _shared_library
+from vlattn_fast.ops import _dispatch
+
+TABLE = _dispatch.table("some")
+X = torch.zeros(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> dict[Any, str]:
+    """What is kept, which is nothing yet."""
+    choices: dict[Any, str] = {}
+    monkeypatch.setattr(_dispatch, "_CHOSEN", choices)
+    return choices
+
+
+class Asked:
+    """A description of calls that counts how often it is asked for."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, *arguments: Any) -> _dispatch.Call:
+        self.times += 1
+        return _dispatch.Call("some", torch.float32, "cpu", {}, {})
+
+    def during(self, tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str = "streaming") -> int:
+        """How often a call asks for it."""
+        before = self.times
+        assert _dispatch.choose(self, TABLE, backend, tensors, options) == backend
+        return self.times - before
+
+
+class Plain(Tensor):
+    """A tensor of another class."""
+
+
+TENSORS: dict[str, Callable[[], Tensor | None]] = {
+    "shape": lambda: X.mT,
+    "dtype": lambda: X.to(torch.bfloat16),
+    "device": lambda: X.to("meta"),
+    "layout": lambda: X.to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([X, X]),
+    "gradient": lambda: X.detach().requires_grad_(),
+    "absent": lambda: None,
+}
+OPTIONS: dict[str, tuple[Any, ...]] = {"number": (2, None), "bool": (True, None), "float": (1.0, None), "word": (1, "a")}
+
+
+def test_the_same_is_asked_once() -> None:
+    asked = Asked()
+    assert asked.during((X, None), (1, None)) == 1
+    assert asked.during((X + 1.0, None), (1, None)) == 0
+    assert asked.during((Parameter(X, requires_grad=False), None), (1, None)) == 0
+    assert asked.during((X, None), (1, None), "reference") == 1
+    assert Asked().during((X, None), (1, None)) == 1  # of another operator
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("what", TENSORS)
+def test_another_tensor_is_asked_for(what: str) -> None:
+    asked, x = Asked(), TENSORS[what]()
+    asked.during((X, X), (1, None))
+    assert [asked.during((X, x), (1, None)) for _ in range(2)] == [1, 0]
+    assert asked.during((x, X), (1, None)) == 1
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_another_option_is_asked_for(what: str) -> None:
+    asked = Asked()
+    asked.during((X,), (1, None))
+    assert [asked.during((X,), OPTIONS[what]) for _ in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "state", [torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)], ids=["no gradients", "autocast"]
+)
+def test_another_state_of_torch_is_asked_for(state: Callable[[], AbstractContextManager[Any]]) -> None:
+    asked = Asked()
+    asked.during((X,), ())
+    with state():
+        assert [asked.during((X,), ()) for _ in range(2)] == [1, 0]
+    assert asked.during((X,), ()) == 0
+
+
+@pytest.mark.parametrize("what", ["interpreter", "CPU library", "CUDA library", "host library"])
+def test_another_choice_of_backends_is_asked_for(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = _native.library._replace(exists=True), _shared_library.library._replace(exists=True, device_type="cuda")
+    monkeypatch.setattr(_native, "library", cpu)
+    monkeypatch.setattr(_shared_library, "library", cuda)
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    asked = Asked()
+    asked.during((X,), ())
+    module, name, value = {
+        "interpreter": (_dispatch, "INTERPRETED", True),
+        "CPU library": (_native, "library", cpu._replace(exists=False)),
+        "CUDA library": (_shared_library, "library", cuda._replace(exists=False)),
+        "host library": (_shared_library, "library", cuda._replace(device_type="cpu")),
+    }[what]
+    monkeypatch.setattr(module, name, value)
+    assert [asked.during((X,), ()) for _ in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "tensors, options",
+    [((X.as_subclass(Plain),), ()), (([0.0],), ()), ((X,), (X,)), ((X,), ([1],)), ((X,), (scores.Dot(),))],
+    ids=["class of tensors", "no tensor", "tensor as option", "list", "score"],
+)
+def test_what_may_hold_more_is_not_kept(tensors: tuple[Any, ...], options: tuple[Any, ...], kept: dict[Any, str]) -> None:
+    asked = Asked()
+    assert [asked.during(tensors, options) for _ in range(2)] == [1, 1] and not kept
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # which torch gives itself
+def test_tangents_are_not_kept(kept: dict[Any, str]) -> None:
+    asked = Asked()
+    with forward_ad.dual_level():
+        assert [asked.during((forward_ad.make_dual(X, X),), ()) for _ in range(2)] == [1, 1] and not kept
+
+
+def test_not_too_many_are_kept(kept: dict[Any, str]) -> None:
+    asked = Asked()
+    for number in range(5000):
+        asked.during((X,), (number,))
+    assert 0 < len(kept) <= 4096
+
+
+Q, C = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4)
+CALLS: dict[str, Callable[..., Any]] = {
+    "score_attention": lambda x, **options: va.score_attention(x, Q, Q, **options),
+    "relevancy_attention": lambda x, **options: va.relevancy_attention(x, Q, Q, C, **options),
+    "relevancy_step": lambda x, **options: va.relevancy_step(C, x, Q, Q, Q, **options),
+    "attention_map": lambda x, **options: va.attention_map(x, Q, **options),
+    "attention_statistics": lambda x, **options: va.attention_statistics(x, Q, **options),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_wrong_is_said_behind_a_call_like_it(name: str, kept: dict[Any, str]) -> None:
+    """Also where Python takes it for what was right."""
+    call, mask = CALLS[name], torch.zeros(4, 4)
+    good: list[dict[str, Any]] = [{"is_causal": True}, {"enable_gqa": False}, {"attn_mask": mask}, {"backend": "streaming"}]
+    for options in good:
+        call(Q, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        call(Q.to(torch.bfloat16))
+    number = len(kept)
+    assert number == len(good) + 1
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (Q, {"is_causal": 1}, "is_causal must be True or False"),
+        (Q, {"enable_gqa": 0}, "enable_gqa must be True or False"),
+        (Q, {"attn_mask": mask.clone().requires_grad_()}, "attn_mask must not require a gradient"),
+        (Q, {"backend": "triton"}, "cannot run"),
+        (Q.to_sparse(), {}, "query must be a dense torch.Tensor"),
+        (Q.to(torch.bfloat16), {}, "key must have the dtype of query"),
+    ]
+    for x, options, words in wrong:
+        for _ in range(2):
+            with pytest.raises((TypeError, ValueError), match=words):
+                call(x, **options)
+    assert len(kept) == number
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_is_kept_gives_the_same(name: str, kept: dict[Any, str]) -> None:
+    x = torch.randn(Q.shape, generator=torch.Generator().manual_seed(0))
+    first, second = (CALLS[name](x) for _ in range(2))
+    assert len(kept) == 1
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
+
+
+def test_auto_asks_again_where_a_backward_pass_is_to_come(kept: dict[Any, str]) -> None:
+    """On the CPU torch's own attention is slow there, so another backend runs."""
+    x = torch.zeros(1, 2, 4, 8)
+    for tensor, state in ((x, nullcontext()), (x.clone().requires_grad_(), nullcontext()), (x, torch.no_grad())):
+        with state:
+            va.score_attention(tensor, Q, Q)
+    assert list(kept.values()) == ["sdpa", "cpu" if _native.library.exists else "sdpa", "sdpa"]
