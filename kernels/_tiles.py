@@ -152,8 +152,10 @@ def load_where(p, stride_row, o_row, o_col, m_row, num_cols):
 
 @triton.jit
 def aligned_step(stride, SIZE: tl.constexpr):
-    """A stride of an `aligned` tensor, or an offset in it, divisible by 8 where SIZE is. A division says so, since the compiler takes
-    a hint of `tl.multiple_of` neither on an argument nor in a function."""
+    """A stride of an `aligned` tensor, or an offset in it, which is divisible by 8 where SIZE is.
+
+    A division says so: the compiler takes a hint of `tl.multiple_of` neither on an argument nor in a function.
+    """
     return stride // 8 * 8 if SIZE % 8 == 0 else stride
 
 
