@@ -44,4 +44,4 @@ def test_sums_over_units_count_their_two_loops() -> None:
     assert turns[0] == Turn(issue + 310 * 128 * 32, special + 18 * 128 * 32, 64 * 32)
     row["loops"] = [[295, 0, 32], *gradients]
     turns = turns_of(key.format("_units_backward_kernel").replace("additive", "hadamard_tanh"), row, 64)
-    assert turns[0] == Turn(3 * issue + 310 * 128 * 32, 3 * special + 18 * 128 * 32, 64 * 32)
+    assert turns[0] == Turn(2 * issue + 310 * 128 * 32, 2 * special + 18 * 128 * 32, 64 * 32)
