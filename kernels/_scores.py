@@ -277,7 +277,7 @@ def _sum_pairs(
     """The sum over pairs of hidden units, w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2), with one reciprocal for both.
 
     Denominators are at most 1 + e^40. tanh = 2/d - 1, and the constant is summed apart. EXACT takes (2 - d)/d instead, since the
-    constant may be much larger than the score.
+    constant may be much larger than the score. FAST takes products by `_fast_tanh`; logistic(y) is (1 + tanh(y/2)) / 2.
     """
     # zeros from a tensor core product have the layout of the products that follow: each thread loads few rows and columns, and
     # the tile stays in its threads
@@ -286,32 +286,48 @@ def _sum_pairs(
     for a in tl.range(0, A, 2, loop_unroll_factor=1 if EXACT else 2):
         w1 = tl.load(p_u + a).to(tl.float32)
         w2 = tl.load(p_u + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
-        b_d1 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE, METHOD)
-        b_d2 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, SCORE, METHOD)
-        b_r = _reciprocal(b_d1 * b_d2, PRECISION)
-        if EXACT and SCORE != "hadamard_sigmoid":
-            b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
-        else:
-            b_s += (w1 * b_d2 + w2 * b_d1) * b_r
+        if FAST and SCORE != "additive":
+            b_t1 = _fast_tanh(_product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a), PRECISION)
+            b_t2 = _fast_tanh(_product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a + 1), PRECISION)
+            b_s += w1 * b_t1
+            b_s += w2 * b_t2
             constant += w1 + w2
-    if SCORE != "hadamard_sigmoid" and not EXACT:
+        else:
+            b_d1 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE, METHOD)
+            b_d2 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, SCORE, METHOD)
+            b_r = _reciprocal(b_d1 * b_d2, PRECISION)
+            if EXACT and SCORE != "hadamard_sigmoid":
+                b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
+            else:
+                b_s += (w1 * b_d2 + w2 * b_d1) * b_r
+                constant += w1 + w2
+    if FAST and SCORE == "hadamard_sigmoid":
+        b_s = 0.5 * (b_s + constant)
+    elif SCORE == "additive" and not EXACT or SCORE == "hadamard_tanh" and not (EXACT or FAST):
         b_s = 2.0 * b_s - constant
     return b_s
 
 
 @triton.jit
+def _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a):
+    """[x,y], of what is precomputed for hidden unit a."""
+    i_a = tl.full([], a, tl.int64)
+    b_x = tl.load(p_pre_x + i_a * ((X + 127) // 128 * 128) + o_x)
+    b_y = tl.load(p_pre_y + i_a * ((Y + 127) // 128 * 128) + o_y)
+    return b_x[:, None] * b_y[None, :]
+
+
+@triton.jit
 def _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE: tl.constexpr, METHOD: tl.constexpr):
     """1 / logistic, [x,y], of hidden unit a."""
-    i_a = tl.full([], a, tl.int64)
     if METHOD == "sum":
+        i_a = tl.full([], a, tl.int64)
         b_x = tl.load(p_x + o_x.to(tl.int64) * stride_x + i_a, mask=o_x < tl.where(i_a < A, X, 0), other=0.0).to(tl.float32)
         b_y = tl.load(p_y + o_y.to(tl.int64) * stride_y + i_a, mask=o_y < tl.where(i_a < A, Y, 0), other=0.0).to(tl.float32)
         b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
         b_d = 1.0 + tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
     else:
-        b_x = tl.load(p_pre_x + i_a * ((X + 127) // 128 * 128) + o_x)
-        b_y = tl.load(p_pre_y + i_a * ((Y + 127) // 128 * 128) + o_y)
-        b_d = b_x[:, None] * b_y[None, :]
+        b_d = _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a)
         if SCORE == "additive":
             b_d += 1.0
             if METHOD == "clamped product":

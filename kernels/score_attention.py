@@ -157,8 +157,9 @@ def arguments(
     masks, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     pre_q = pre_k = query
     if score in UNIT_KINDS or score == "cosine":
-        # logistic(y) = 1 / (1 + 2^(y * factor)); where y is a product, the query carries the factor
-        factor = {"hadamard_tanh": -2.0 * LOG2_E, "hadamard_sigmoid": -LOG2_E}.get(score, 1.0)
+        # where y is a product, the query carries the factor of 1 / (1 + 2^(factor y)), or in bfloat16 of tanh(factor y)
+        fast = query.dtype == torch.bfloat16
+        factor = {"hadamard_tanh": 1.0 if fast else -2.0 * LOG2_E, "hadamard_sigmoid": 0.5 if fast else -LOG2_E}.get(score, 1.0)
         pre_q, pre_k = _prepare(query, score, factor), _prepare(key, score, 1.0)
     if score == "cosine":
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
