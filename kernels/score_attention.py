@@ -3,9 +3,10 @@
 Shapes: query (B, H, N, A), key (B, Hk, M, A), value (B, Hv, M, Dv), vector (H, A); out (B, H, N, Dv), lse (B, H, N). Hk and Hv
 divide H. A is the number of features, or of hidden units.
 Roofline: tensor cores for the dot kinds (2 matrix products). MUFU, with 16 results per clock and SM, for scores over hidden units
-(per hidden unit and pair half a result for additive).
+(per hidden unit and pair half a result for additive, one for Hadamard in bfloat16).
 Trick: tanh(a+b) = 2/(1 + e^-2a e^-2b) - 1, so exponentials are taken once per row and once per key (`_prepare_kernel`), and two
-hidden units share one reciprocal.
+hidden units share one reciprocal. Keys that are left after whole tiles have a smaller tile of their own (`edge_block`). Cosine: a
+program first sees whether the clamp acts on any of its pairs. Where not, the scores are plain products with inverse norms.
 The backward passes are in _products_backward.py and _units_backward.py. Under a float mask `_rows_kernel` recomputes rows whose
 lse is too large to be rounded. Not yet measured on a GPU.
 """
