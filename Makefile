@@ -1,5 +1,5 @@
 # make demo   a picture, a table of checks and a comparison of costs
-# make test   lint, types and every test, then a fifth of `make cpus`; ARGS="-k causal" for some; WORKERS=2 processes
+# make test   lint, types and every test, then a tenth of `make cpus`; ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, of undefined behaviour and of threads; ARGS="-k causal"
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
@@ -33,7 +33,7 @@ demo: $(READY)
 test: export OMP_NUM_THREADS := 1
 test: lint $(READY)
 	@$(PY) -m pytest --numprocesses $(WORKERS) $(ARGS)
-	@$(if $(ARGS),:,$(PY) tests/cpus.py --fifth --workers $(WORKERS))
+	@$(if $(ARGS),:,$(PY) tests/cpus.py --tenth --workers $(WORKERS))
 
 cpus: $(READY)
 	@$(PY) tests/cpus.py --workers $(WORKERS)

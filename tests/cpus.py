@@ -1,7 +1,7 @@
-"""The accuracy tests under other arithmetic of the CPU: `make cpus`, and a fifth of them in `make test`.
+"""The accuracy tests under other arithmetic of the CPU: `make cpus`, and a tenth of them in `make test`.
 
     python tests/cpus.py            all of them, as this machine is and under each of three settings
-    python tests/cpus.py --fifth    one in fifteen under each of the settings, another fifteenth for each
+    python tests/cpus.py --tenth    one in thirty under each of the settings, another thirtieth for each
 
 torch's own kernels, MKL and oneDNN choose their code by the CPU. These variables make them choose as older or other CPUs would,
 so that sums run in other orders and in blocks of other sizes. The package's own CPU kernels run in other instruction sets with
@@ -29,11 +29,11 @@ SETTINGS = {
     },
     "compatible": {"MKL_CBWR": "COMPATIBLE"},
 }
-SHARES = 5 * len(SETTINGS)
+SHARES = 10 * len(SETTINGS)
 
 
 def shares() -> dict[str, str]:
-    """Of each setting, what tests/accuracy.py draws for it; a fifth in all."""
+    """Of each setting, what tests/accuracy.py draws for it; a tenth in all."""
     return {name: f"{n}/{SHARES}" for n, name in enumerate(SETTINGS)}
 
 
@@ -57,10 +57,10 @@ def run(name: str, *options: str, share: str = "") -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fifth", action="store_true", help="one accuracy test in five, drawn by a stored seed")
+    parser.add_argument("--tenth", action="store_true", help="one accuracy test in ten, drawn by a stored seed")
     parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
     options = parser.parse_args()
-    if options.fifth:  # each setting in one process: collecting takes longer than a share's tests
+    if options.tenth:  # each setting in one process: collecting takes longer than a share's tests
         with ThreadPoolExecutor(options.workers) as pool:
             codes = list(pool.map(lambda named: run(named[0], share=named[1]), shares().items()))
     else:

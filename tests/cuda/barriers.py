@@ -3,7 +3,7 @@
     python -m tests.cuda.barriers                       all of them, which takes about a minute each
     python -m tests.cuda.barriers relevancy_attention   those of one operator
 
-A barrier that nothing reports is not needed, or lacks a test. `make test` removes one of each operator (test_sanitized.py).
+A barrier that nothing reports is not needed, or lacks a test. `make test` removes one (test_sanitized.py).
 """
 
 from __future__ import annotations
