@@ -170,7 +170,8 @@ def turns_of(key: str, row: Row, size: int) -> tuple[Turn, Turn]:
         loops_of_units = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
         ways = 3 if "additive" in key else 1
         scores = min(loops_of_units[:ways])
-        units = scores[2] * threads / (rows * keys) / SPECIAL_A_UNIT[key.split()[1]]  # in a turn of the loop
+        special = row.get("special_a_unit", SPECIAL_A_UNIT[key.split()[1]])  # kernels of before have their own
+        units = scores[2] * threads / (rows * keys) / special  # in a turn of the loop
         turns = [(scores, size / units)]
         if "backward" in key:
             turns.append((min(loops_of_units[ways:]), rows / 2))  # a turn takes two queries, and all hidden units
