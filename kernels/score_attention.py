@@ -414,7 +414,8 @@ def _forward_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_o = tl.zeros([BLOCK_Q, BLOCK_DV], dtype=tl.float32)
-    # the first tiles lie within the keys and below the diagonal; scores over hidden units have one loop for all
+    # the first tiles lie within the keys and below the diagonal, and no clamp of cosine acts on them; the others are at the edge.
+    # Scores over hidden units have one loop for all
     whole, end = key_range(i_q, M, UNITS, CAUSAL, BLOCK_Q, BLOCK_KV)
     whole = tl.where(clamped, 0, whole)
     for EDGE in tl.static_range(1 if UNITS else 0, 2):

@@ -231,10 +231,11 @@ alone:
 
 *predicted* is the largest of the four, and a bound: waiting for anything else is not in it, nor what lies outside of the loops.
 *floor* is the largest of special, products and memory for the least work that the pass needs. The goal is 1.4 times the floor for
-a forward pass and 1.6 times for a backward pass; passes beyond it are marked with !. These need more than their floor counts. Sums
-over hidden units compute their scores again in the backward pass. A map without a given log-sum-exp takes two exponentials a pair.
-Statistics take a dozen instructions a pair for the entropy, the maximum, its place and the groups, and go over the pairs once
-more for the received attention; their backward pass goes over them three times.
+a forward pass and 1.6 times for a backward pass; passes beyond it are marked with !.
+
+Those need more than their floor counts. Sums over hidden units compute their scores again in the backward pass. A map without a
+given log-sum-exp takes two exponentials a pair. Statistics take a dozen instructions a pair for the entropy, the maximum, its
+place and the groups, and go over the pairs once more for the received attention; their backward pass goes over them three times.
 
 `congruence_loss` and `stacked_cross_attention` are not here: their loops are a few turns long, and most of their work lies
 outside. The counts of all kernels are in `tests/compiled/triton.json`.
