@@ -51,7 +51,7 @@ def innermost_loops(sass: str) -> list[Loop]:
     return found
 
 
-def of_whole_tiles(loops: Sequence[Loop], tile: tuple[int, int], edge: int | None) -> list[Loop]:
+def of_whole_tiles(loops: Sequence[Loop], tile: tuple[int, ...], edge: int | None) -> list[Loop]:
     """Without the loops of a smaller tile at the edge: those have at most half of a whole tile's special functions, and those of
     its rows."""
     if edge is None or edge in tile:
@@ -60,7 +60,7 @@ def of_whole_tiles(loops: Sequence[Loop], tile: tuple[int, int], edge: int | Non
     return [loop for loop in loops if 3 * loop.mufu >= 2 * most]
 
 
-def main_loop(loops: Sequence[Loop], tile: tuple[int, int], edge: int | None) -> Loop | None:
+def main_loop(loops: Sequence[Loop], tile: tuple[int, ...] = (), edge: int | None = None) -> Loop | None:
     """Of whole tiles, of those with the most matrix instructions the shortest, which is that without masks."""
     whole = of_whole_tiles(loops, tile, edge)
     most = max((loop.mma for loop in whole), default=0)

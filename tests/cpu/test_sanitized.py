@@ -8,7 +8,7 @@ from tests.cpu import sanitize
 from tests.cpu.building import KINDS, sanitized
 from vlattn_fast import _native
 
-CHOSEN = {"address": "layouts or empty or grouped or masks", "thread": "layouts or grouped"}
+CHOSEN = {"address": "layouts or empty or grouped", "thread": "layouts or grouped"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
