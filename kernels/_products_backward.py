@@ -18,6 +18,7 @@ from torch import Tensor
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._scores import (
     activate,
+    lengthened,
     norm_backward,
     precomputed_at,
     row_norm_and_bound,
@@ -261,6 +262,7 @@ def _backward_q_kernel(
 
     SUMS: the row sums of this head's Abar.
     """
+    HALF: tl.constexpr = SCORE == "cosine" and p_q.dtype.element_ty == tl.float16
     NP = tl.cdiv(N, ROWS) * ROWS
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP_K)
     if CAUSAL:
@@ -282,7 +284,7 @@ def _backward_q_kernel(
         b_delta -= b_grad_lse
     b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A), stride_qn, o_q, o_a, N, A)  # [q,A]
     b_row, _ = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
-    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, SCORE)
+    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, SCORE, HALF)
     b_scale = scale_log2 * b_weight
     if MASK == 2:
         b_shift = tl.load(p_shift + i_bh * NP + o_q)
@@ -325,7 +327,8 @@ def _backward_q_kernel(
             if SCORE == "cosine":
                 if EDGE:
                     b_along += sum_unclamped(b_ds * b_s, b_row, b_column, parameter)
-                b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, b_k.dtype == tl.float16)
+                b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, HALF)
+                b_k = lengthened(b_k, b_column, EDGE)
                 if EXACT:
                     if EDGE:
                         b_mean_along += sum_unclamped(b_p * b_s, b_row, b_column, parameter)
@@ -444,6 +447,7 @@ def _backward_kv_kernel(
 
     GROUP query heads share a head of dK and dV.
     """
+    HALF: tl.constexpr = SCORE == "cosine" and p_q.dtype.element_ty == tl.float16
     num_kv = tl.cdiv(M, BLOCK_KV)
     num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
     i_block, i_bp, i_b, i_p, i_all = block_and_head(num_kv * num_t, H // (GROUP * KEY_HEADS), 1)
@@ -475,7 +479,7 @@ def _backward_kv_kernel(
             b_v = load_rows(rows_at(p_v, i_b * stride_vb + i_hv * stride_vh, DV), stride_vn, o_kv, o_d, M, DV)  # [kv,Dv]
         b_row, _ = row_norm_and_bound(b_k, precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, False), o_kv, SCORE)
         p_columns = precomputed_at(p_pre_q, i_b * H + i_hkv * GROUP, N, A, False)
-        b_weight, clamped = weights_of_rows(b_row, p_columns, GROUP * tl.cdiv(N, 128) * 128, parameter, SCORE)
+        b_weight, clamped = weights_of_rows(b_row, p_columns, GROUP * tl.cdiv(N, 128) * 128, parameter, SCORE, HALF)
         b_scale = scale_log2 * b_weight
         for EDGE in tl.static_range(2):
             first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
@@ -533,7 +537,8 @@ def _backward_kv_kernel(
                     if SCORE == "cosine":
                         if EDGE:
                             b_along += sum_unclamped(b_ds * b_s, b_row, b_column, parameter)
-                        b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, b_q.dtype == tl.float16)
+                        b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, HALF)
+                        b_q = lengthened(b_q, b_column, EDGE)
                     elif SCORE != "dot":
                         b_ds *= b_slope
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)

@@ -53,11 +53,12 @@ def norm_backward(b_x, b_inverse, b_along):
 
 
 @triton.jit
-def weights_of_rows(b_row, p_columns, columns, parameter, SCORE: tl.constexpr):
+def weights_of_rows(b_row, p_columns, columns, parameter, SCORE: tl.constexpr, HALF: tl.constexpr = False):
     """From the inverse norms of a tile's rows and of all columns that it meets, for cosine: the rows' weights min(1 / |x|, 1 /
     eps), which `activate` leaves out, and whether the clamp acts on some pair. For other scores 1, and no.
 
-    `columns` is a multiple of 128, since padding has the norm 1.
+    `columns` is a multiple of 128, since padding has the norm 1. HALF: also where a column is so short that a gradient over its
+    norm could overflow in float16 (`lengthened`).
     """
     b_weight, clamped = tl.full(b_row.shape, 1.0, dtype=tl.float32), False
     if SCORE == "cosine":
@@ -66,24 +67,39 @@ def weights_of_rows(b_row, p_columns, columns, parameter, SCORE: tl.constexpr):
         for start in range(0, columns, 128):
             b_largest = tl.maximum(b_largest, tl.load(p_columns + start + tl.arange(0, 128)))
         largest_row = tl.max(b_row, axis=0)
-        clamped = (largest_row > parameter) | (largest_row * tl.max(b_largest, axis=0) > parameter)
+        largest_column = tl.max(b_largest, axis=0)
+        clamped = (largest_row > parameter) | (largest_row * largest_column > parameter)
+        if HALF:
+            clamped |= largest_column > 256.0
     return b_weight, clamped
 
 
 @triton.jit
-def times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, ZEROS: tl.constexpr):
-    """b_x [row,column] times cosine's slope min(1 / (|x| |y|), 1 / eps) over the row's weight.
+def times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, LENGTHENED: tl.constexpr):
+    """b_x [row,column] times cosine's slope min(1 / (|x| |y|), 1 / eps) over the row's weight. Without a clamp that is 1 / |y|.
 
-    Without a clamp that is 1 / |y|. Beside a zero vector the slope is 1e8, and its product with a gradient would overflow in
-    float16: so the weight comes last. 1 / |y| is infinite for zero vectors alone; ZEROS: these add nothing.
+    LENGTHENED: for a product with the columns' vectors as `lengthened` gives them.
     """
     if CLAMPED:
         b_x *= tl.minimum(b_row[:, None] * b_column[None, :], parameter) * (1.0 / b_weight)[:, None]
-        if ZEROS:
-            b_x = tl.where((b_column == float("inf"))[None, :], 0.0, b_x)
+        if LENGTHENED:
+            b_x *= tl.minimum(1.0 / b_column, 1.0)[None, :]
     else:
         b_x *= b_column[None, :]
     return b_x
+
+
+@triton.jit
+def lengthened(b_y, b_column, CLAMPED: tl.constexpr):
+    """The vectors [column,A] that meet gradients which `times_slope` has multiplied: in float16 at least of length 1.
+
+    Their slope is 1 / |y|, and 1e8 beside a zero vector. A gradient times that overflows in float16, and times zero it is NaN.
+    A vector of length 1 and a gradient without the slope have the same product. Zero vectors stay.
+    """
+    if CLAMPED and b_y.dtype == tl.float16:
+        b_longer = tl.where(b_column == float("inf"), 1.0, tl.maximum(b_column, 1.0))
+        b_y = (b_y.to(tl.float32) * b_longer[:, None]).to(tl.float16)
+    return b_y
 
 
 @triton.jit
