@@ -106,6 +106,23 @@ INLINE Tile tile_of_item(const Attention& a, Size item) {
     return tile_at(a, head / a.H, head % a.H, item % tiles);
 }
 
+// `product` with a tile: B is (depth, width) and C (rows, width).
+template <bool TRANSPOSED, class Finish = Store>
+static void tile_product(const Tile& t, Size rows, Size depth, const float* A, Size lda, const float* B, float* C, bool add,
+                         const Finish& finish = {}) {
+    const Size w = t.width;
+    if (t.rows > MOST_FEW) return product<TRANSPOSED>(rows, w, depth, A, lda, B, w, C, w, add, finish);
+    for (; depth > DEPTH; depth -= DEPTH, A += DEPTH * (TRANSPOSED ? lda : 1), B += DEPTH * w, add = true)
+        if (TRANSPOSED)
+            transposed_product_with_few(t.rows, rows, DEPTH, A, lda, B, w, C, w, add);
+        else
+            product_with_few(t.rows, rows, DEPTH, A, lda, B, w, C, w, add, Store{});
+    if (TRANSPOSED)
+        transposed_product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add);
+    else
+        product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add, finish);
+}
+
 // Rows from `first` are fetched while there are other things to do.
 static void fetch_rows(const Rows& x, Size dtype, const Tile& t, Size first, Size size) {
     for (Size i = 0; i < t.rows; ++i)
@@ -236,7 +253,7 @@ static void find_top(const float* S, Size count, Size w, float* top) {
 static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size j0, Size count, const float* transposed,
                        float* S, float* scratch, float* top) {
     for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-    product<false>(count, t.width, a.D, keys.key, keys.key_stride, transposed, t.width, S, t.width, false, StoreAndTop{top});
+    tile_product<false>(t, count, a.D, keys.key, keys.key_stride, transposed, S, false, StoreAndTop{top});
     if (!is_masked(a, t, j0, count)) return;
     mask_tile(a, t, j0, count, S, scratch);
     find_top(S, count, t.width, top);

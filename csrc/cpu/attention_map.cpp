@@ -76,8 +76,8 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
         load_keys(a, x.keys, t.b, head, j0, count);
-        product<false>(
-            count, w, a.Dv, x.keys.value, x.keys.value_stride, x.grad_output, w, x.dA, w, false, TakeGradient{S + j0 * w, w});
+        tile_product<false>(
+            t, count, a.Dv, x.keys.value, x.keys.value_stride, x.grad_output, x.dA, false, TakeGradient{S + j0 * w, w});
     }
 }
 

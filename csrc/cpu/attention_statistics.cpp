@@ -137,7 +137,7 @@ struct StatisticsRows {
     // S = the logits of the keys [j0, j0 + count); 0 beyond the tile's rows, so that no NaN of theirs reaches a sum over rows
     void logits(const Attention& a, const Tile& t, Size j0, Size count) {
         load_keys(a, keys, t.b, t.h / a.group(), j0, count);
-        product<false>(count, t.width, a.D, keys.key, keys.key_stride, transposed, t.width, S, t.width, false);
+        tile_product<false>(t, count, a.D, keys.key, keys.key_stride, transposed, S, false);
         for (Size i = 0; i < count * t.width; i += VL) store(S + i, load(S + i) * splat((float)a.scale));
         mask_tile(a, t, j0, count, S, mask);
         for (Size j = 0; t.rows < t.width && j < count; ++j)
@@ -402,8 +402,8 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
             const float rest = space.mass[r.group[j] + i] + r.weight[i] * d.received[j];
             space.E[j * w + i] = r.factor[i] * (rest + space.maximum[i] - r.weighted[i]);
         }
-        product<true>(a.D, w, count, r.keys.key, r.keys.key_stride, space.E, w, space.d_query, w, true);
-        product<false>(count, stride(), w, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);
+        tile_product<true>(t, a.D, count, r.keys.key, r.keys.key_stride, space.E, space.d_query, true);
+        product<false>(count, stride(), t.rows, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);
     }
     store_tile(space.d_query, t, a.D, (float)a.scale, d_query, a.dtype, r.query);
 }

@@ -186,8 +186,8 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     if (carries && at_once && !inputs && !(c.dropout.probability > 0) && (c.grad_out.data || !is_gradient)) {
         // r Abar alone: each row's factor is taken into r, and dP is not kept
         if (is_gradient)
-            product<false>(count, w, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, w, dP, w, false,
-                           TakeGradient{P, w});
+            tile_product<false>(
+                t, count, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, dP, false, TakeGradient{P, w});
         const Size stride = round_up(c.relevancy.T, VL);
         for (Size i = 0; i < w; ++i)
             for (Size r = 0; r < stride; r += VL)
@@ -195,7 +195,7 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         return carry(P, count, w, g.rows, c.relevancy.T, g.result + j0 * stride);
     }
     if (c.grad_out.data)
-        product<false>(count, w, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, w, dP, w, false);
+        tile_product<false>(t, count, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, dP, false);
     else
         memset(dP, 0, n * sizeof(float));
     float* weights = P;  // what the values are summed with
@@ -231,8 +231,8 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         return;
     }
     if (inputs)
-        product<false>(count, call.value_stride, w, weights, w, g.out_rows, call.value_stride, g.value + j0 * call.value_stride,
-                       call.value_stride, true);
+        product<false>(count, call.value_stride, t.rows, weights, w, g.out_rows, call.value_stride,
+                       g.value + j0 * call.value_stride, call.value_stride, true);
     float by_lse[LANES] = {};  // beside delta, not in it: P = 1 leaves it as it is
     for (Size i = 0; c.grad_lse && i < t.rows; ++i) by_lse[i] = c.grad_lse[(t.b * a.H + t.h) * a.N + t.first + i];
     for (Size j = 0; j < count; ++j)
@@ -260,9 +260,9 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
                         g.cosine_query + index * LANES, g.cosine_key + j0);
     else if (c.score.bends())
         bend(c.score, (float)a.scale, dP, n, g.kept);
-    product<false>(
-        count, call.key_stride, w, dP, w, g.logits.rows, g.logits.stride, g.key + j0 * call.key_stride, call.key_stride, true);
-    product<true>(a.D, w, count, g.logits.keys.key, g.logits.keys.key_stride, dP, w, query, w, true);
+    product<false>(count, call.key_stride, t.rows, dP, w, g.logits.rows, g.logits.stride, g.key + j0 * call.key_stride,
+                   call.key_stride, true);
+    tile_product<true>(t, a.D, count, g.logits.keys.key, g.logits.keys.key_stride, dP, query, true);
 }
 
 // What a tile needs before its first block

@@ -79,10 +79,10 @@ struct Logits {
         block_b = t.b, block_head = unit_head, block_first = j0;
         if (score.sums_units()) {
             if (another) units.load_head(score, a, t.h), units.load_keys(a, keys, loaded);
-            units.load_rows(score, a, rows, stride, w, keys, loaded);
+            units.load_rows(score, a, rows, stride, t.rows, keys, loaded);
             units.forward((float)a.scale, count, w, S);
         } else {
-            product<false>(count, w, a.D, keys.key, keys.key_stride, transposed, w, S, w, false);
+            tile_product<false>(t, count, a.D, keys.key, keys.key_stride, transposed, S, false);
             if (score.kind == COSINE) {
                 if (another)
                     for (Size j = 0; j < loaded; ++j) key_norm[j] = norm(keys.key + j * keys.key_stride, a.D);
@@ -138,7 +138,7 @@ static void forward_task(ForwardCall& call, Size task) {
             online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
             if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
             if (j0 > 0) scale_rows(out, a.Dv, w, rescale);
-            product<true>(a.Dv, w, count, logits.keys.value, logits.keys.value_stride, logits.S, w, out, w, j0 > 0);
+            tile_product<true>(t, a.Dv, count, logits.keys.value, logits.keys.value_stride, logits.S, out, j0 > 0);
         }
         const Statistics finished = {rescale, total};
         finish_rows(largest, total, t.rows, w, finished, c.lse + (t.b * a.H + t.h) * a.N + t.first);

@@ -129,5 +129,57 @@ static void product(Size rows, Size columns, Size depth, const float* A, Size ld
     product_of_some<TRANSPOSED>(rows, columns, depth, A, lda, B, ldb, C, ldc, add, finish);
 }
 
+// ---- B with few columns, of a line of the cache: one of them would use one lane, so vectors run along the rows of A
+
+static const Size MOST_FEW = 2, LINE = 16;
+
+// C (rows, LINE) = A B, or += with `add`; the other columns become 0. `depth` at most DEPTH.
+template <class Finish>
+static void product_with_few(Size few, Size rows, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C,
+                             Size ldc, bool add, const Finish& finish) {
+    float columns[MOST_FEW][DEPTH];
+    for (Size n = 0; n < few; ++n)
+        for (Size k = 0; k < depth; ++k) columns[n][k] = B[k * ldb + n];
+    for (Size r = 0; r < rows; ++r) {
+        Vector c[1][LINE / VL] = {};
+        for (Size n = 0; n < few; ++n) {
+            Vector total[2] = {};
+            Size k = 0;
+            for (; k + 2 * VL <= depth; k += 2 * VL)
+                for (int m = 0; m < 2; ++m) total[m] += load(A + r * lda + k + m * VL) * load(columns[n] + k + m * VL);
+            float rest = 0;
+            for (; k < depth; ++k) rest += A[r * lda + k] * columns[n][k];
+            c[0][0][n] = sum(total[0] + total[1]) + rest + (add ? C[r * ldc + n] : 0.f);
+        }
+        finish(c, r, 0, C + r * ldc, ldc);
+    }
+}
+template <int VECTORS>
+INLINE void block_with_few(Size few, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C, Size ldc,
+                           bool add) {
+    for (Size n = 0; n < few; ++n) {
+        Vector total[VECTORS] = {};
+        for (Size k = 0; k < depth; ++k)
+#pragma GCC unroll 4
+            for (int m = 0; m < VECTORS; ++m) total[m] += load(A + k * lda + m * VL) * splat(B[k * ldb + n]);
+        float column[VECTORS * VL];
+        for (int m = 0; m < VECTORS; ++m) store(column + m * VL, total[m]);
+        for (Size r = 0; r < VECTORS * VL; ++r) C[r * ldc + n] = add ? C[r * ldc + n] + column[r] : column[r];
+    }
+}
+// The same for A given as (depth, rows). The other columns stay.
+static void transposed_product_with_few(Size few, Size rows, Size depth, const float* A, Size lda, const float* B, Size ldb,
+                                        float* C, Size ldc, bool add) {
+    Size r = 0;
+    for (; r + 4 * VL <= rows; r += 4 * VL) block_with_few<4>(few, depth, A + r, lda, B, ldb, C + r * ldc, ldc, add);
+    for (; r + VL <= rows; r += VL) block_with_few<1>(few, depth, A + r, lda, B, ldb, C + r * ldc, ldc, add);
+    for (; r < rows; ++r)
+        for (Size n = 0; n < few; ++n) {
+            float total = 0;
+            for (Size k = 0; k < depth; ++k) total += A[k * lda + r] * B[k * ldb + n];
+            C[r * ldc + n] = add ? C[r * ldc + n] + total : total;
+        }
+}
+
 }  // namespace
 }  // namespace ISA

@@ -216,6 +216,8 @@ static void unit_scores(const Units& u, Size first, Size last, Size rows, const 
     for (; j < ld; j += VL) unit_scores_block<POLICY, 1>(u, first, last, rows, Q, K + j, ld, add, S + j);
 }
 
+static const int UNIT_ROWS = VL == 16 ? 2 : 1;  // query rows at a time in the backward pass, as the registers allow
+
 // From G (rows, ld), the gradient of the scores, over four units from a: by_query (rows, count) gets G f'(z), times k for
 // z = q k; by_key (count, ld) gets G f'(z) / c^2, times q (`rows_at`) for z = q k; by_weight (count) gets the sum of G f. `Q` is
 // what `exponential` takes.
@@ -269,12 +271,11 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
 template <int POLICY>
 static void unit_gradient(const Units& u, Size a, Size rows, const float* Q, const float* rows_at, Size stride, const float* K,
                           Size ld, const float* G, float* by_query, float* by_key, float* by_weight) {
-    const int ROWS = VL == 16 ? 2 : 1;  // as the registers allow; rows is a multiple of GROUP
     for (Size first = 0; first < ld; first += 512) {
         Vector by_w[4] = {};
-        for (Size i = 0; i < rows; i += ROWS)
-            unit_gradient_rows<POLICY, ROWS>(u, a, Q + i * u.count, rows_at + i * stride, stride, K, ld, G + i * ld,
-                                             by_query + i * u.count, by_key, by_w, first, least(first + 512, ld));
+        for (Size i = 0; i < rows; i += UNIT_ROWS)
+            unit_gradient_rows<POLICY, UNIT_ROWS>(u, a, Q + i * u.count, rows_at + i * stride, stride, K, ld, G + i * ld,
+                                                  by_query + i * u.count, by_key, by_w, first, least(first + 512, ld));
         for (int n = 0; n < 4; ++n) by_weight[a + n] += sum(by_w[n]);
     }
 }
@@ -290,7 +291,7 @@ struct UnitTile {
         *query_extent;  // (count) of k and |k|, q and |q|; of the queries up to VL more
     float* query;  // (LANES, count): what `exponential` takes
     const float* rows;  // (LANES, stride): q
-    Size stride;
+    Size stride, count_rows;  // the tile's own rows, rounded up to UNIT_ROWS
     float *by_query, *by_weight;
     float* scores;  // (LANES, ld): logits or their gradient, row by row
     Policy* policies;  // (count / 4): of the tile, by four units
@@ -326,14 +327,14 @@ struct UnitTile {
     static void take_extent(Vector x, Vector& top, Vector& extent) {
         top = maximum(x, top), extent = maximum(absolute(x), extent);
     }  // past a NaN
-    // Of the tile's rows (rows, stride), as load_tile gives them; the keys come before. Keys follow the policy: e^(ck) is made
-    // once, and k is fetched again where another tile wants it.
-    void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size width, const Keys& keys,
+    // Of the tile's `real` rows (rows, stride), as load_tile gives them; the keys come before. Keys follow the policy: e^(ck) is
+    // made once, and k is fetched again where another tile wants it.
+    void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size real, const Keys& keys,
                    Size count) {
-        rows = rows_at, stride = row_stride;
+        rows = rows_at, stride = row_stride, count_rows = round_up(real, UNIT_ROWS);
         for (Size n = 0; n < units.count; n += VL) {
             Vector top = Vector{}, extent = Vector{};
-            for (Size i = 0; i < width; ++i) take_extent(load(rows + i * stride + n), top, extent);
+            for (Size i = 0; i < count_rows; ++i) take_extent(load(rows + i * stride + n), top, extent);
             store(query_largest + n, top), store(query_extent + n, extent);
         }
         for (Size n = 0; n < units.count; n += 4) {
@@ -355,9 +356,9 @@ struct UnitTile {
             const bool wanted = policy == FACTORED || policy == CLAMPED;
             const float factor = policy == PRODUCT ? units.c * 1.44269504f : 1.f;
             policies[n / 4] = policy;
-            for (Size i = 0; i < width; ++i)
+            for (Size i = 0; i < count_rows; ++i)
                 for (Size m = n; m < n + 4; ++m) query[i * units.count + m] = rows[i * stride + m] * factor;
-            if (wanted) exponentiate(query + n, width, units.count, units.c);
+            if (wanted) exponentiate(query + n, count_rows, units.count, units.c);
             if (wanted && !exponentials[n / 4]) {
                 for (Size i = 0; i < 4 * ld; i += VL) store(key + n * ld + i, exp_bounded(load(key + n * ld + i) * units.c));
             } else if (!wanted && exponentials[n / 4]) {
@@ -375,13 +376,14 @@ struct UnitTile {
     }
     // S (count, width) = scores * scale
     void forward(float scale, Size count, Size width, float* S) {
-        if (units.count == 0) memset(scores, 0, width * ld * sizeof(float));
+        const Size summed = units.count > 0 ? count_rows : 0;
+        memset(scores + summed * ld, 0, (width - summed) * ld * sizeof(float));
         for (Size first = 0, last; first < units.count; first = last) {  // units of one policy
             const Policy policy = policies[first / 4];
             for (last = first; last < units.count && policies[last / 4] == policy;) last += 4;
             const bool add = first > 0;
             with_policy(policy, [&](auto each) {
-                unit_scores<decltype(each)::value>(units, first, last, width, query, key, ld, add, scores);
+                unit_scores<decltype(each)::value>(units, first, last, count_rows, query, key, ld, add, scores);
             });
         }
         transpose(scores, ld, width, count, S, width);
@@ -391,7 +393,7 @@ struct UnitTile {
     // them
     void backward(float scale, Size count, Size width, const float* G) {
         transpose(G, width, count, width, scores, ld);
-        for (Size i = 0; i < width; ++i) {
+        for (Size i = 0; i < count_rows; ++i) {
             for (Size j = count; j < ld; ++j) scores[i * ld + j] = 0;
             for (Size j = 0; j < ld; j += VL) store(scores + i * ld + j, load(scores + i * ld + j) * splat(scale));
         }
@@ -400,7 +402,7 @@ struct UnitTile {
         for (Size n = 0; n < units.count; n += 4) {
             with_policy(policies[n / 4], [&](auto each) {
                 unit_gradient<decltype(each)::value>(
-                    units, n, width, query, rows, stride, key, ld, scores, by_query, by_key_tile, by_weight);
+                    units, n, count_rows, query, rows, stride, key, ld, scores, by_query, by_key_tile, by_weight);
             });
         }
         for (Size i = 0; i < units.count * ld; i += VL)

@@ -14,7 +14,8 @@ from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES
 
 # A tile has up to 64 queries (48 without AVX-512), in groups of 16; up to 768 keys are one block. More come in
 # blocks of 512, and tiles have up to 48 queries then.
-SIZES = [(1, 1), (15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (63, 64), (65, 63), (96, 97), (97, 96), (128, 129)]
+SIZES = [(1, 1), (1, 18), (2, 19)]
+SIZES += [(15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (63, 64), (65, 63), (96, 97), (97, 96), (128, 129)]
 BLOCKS = [(3, 767), (17, 768), (2, 769), (1, 1024), (5, 1025), (20, 1300), (49, 800), (65, 769)]
 
 

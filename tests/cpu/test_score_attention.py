@@ -11,8 +11,10 @@ import vlattn_fast as va
 from tests.ops.backends import LOW
 from tests.ops.score_cases import MASKS, SCORES, attention_inputs, call, check, padding, tensors
 
-# A tile has up to 64 queries (48 without AVX-512), in groups of 16; up to 768 keys are one block, more come in blocks of 512.
-SIZES = [(1, 1), (15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (63, 64), (65, 63), (96, 97), (97, 96), (128, 129)]
+# A tile has up to 64 queries (48 without AVX-512), in groups of 16; one or two are a case apart. Up to 768 keys are one block,
+# more come in blocks of 512.
+SIZES = [(1, 1), (1, 18), (2, 19)]
+SIZES += [(15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (63, 64), (65, 63), (96, 97), (97, 96), (128, 129)]
 BLOCKS = [(3, 767), (17, 768), (2, 769), (1, 1025), (20, 1300)]
 KINDS = ("dot", "cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key")
 
@@ -26,7 +28,7 @@ def test_sizes_either_side_of_a_tile(score: str, n: int, m: int) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("score", KINDS)
 def test_masks_across_tiles_and_blocks(score: str, mask: str) -> None:
-    for n, m in ((60, 70), (20, 800)):
+    for n, m in ((60, 70), (20, 800), (2, 70), (2, 800)):
         found = check("cpu", *tensors("cpu", score, n=n, m=m), cancels=True, **MASKS[mask](n, m))
         assert not any(torch.isnan(x).any() for x in found.values())
 
@@ -40,10 +42,11 @@ def test_keys_that_are_copied(score: str, dtype: torch.dtype) -> None:
         check("cpu", inputs, make, cancels=True, key_mask=padding(n), is_causal=True, enable_gqa=True)
 
 
+@pytest.mark.parametrize("n", (1, 2, 20))
 @pytest.mark.parametrize("score, sizes", [("dot", (15, 1)), ("dot", (256, 255)), ("additive", (15, 64))])
-def test_head_sizes(score: str, sizes: tuple[int, int]) -> None:
+def test_head_sizes(score: str, sizes: tuple[int, int], n: int) -> None:
     head_dim, value_dim = sizes
-    shapes = {"query": (1, 2, 20, head_dim), "key": (1, 2, 33, head_dim), "value": (1, 2, 33, value_dim)}
+    shapes = {"query": (1, 2, n, head_dim), "key": (1, 2, 150, head_dim), "value": (1, 2, 150, value_dim)}
     inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
     vector = torch.randn(head_dim)
     check("cpu", inputs, lambda _: va.scores.Additive(vector) if score == "additive" else score, cancels=True)
