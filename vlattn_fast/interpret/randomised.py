@@ -62,13 +62,13 @@ def rank_correlation(one: Tensor, two: Tensor) -> float | None:
     map."""
     if len(one) < 3:
         return None
-    first, second = (_ranks(values) - (len(one) + 1) / 2 for values in (one, two))
+    first, second = (mean_ranks(values) - (len(one) + 1) / 2 for values in (one, two))
     norm = float((first @ first * (second @ second)).sqrt())
     return float(first @ second) / norm if norm > 0 else None
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """(n,) from 1 on."""
+def mean_ranks(values: Tensor) -> Tensor:
+    """Ranks (n,) from 1 on, in ascending order; equal values share their mean rank."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[inverse]

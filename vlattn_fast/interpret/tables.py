@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from vlattn_fast.interpret.randomised import mean_ranks
 from vlattn_fast.interpret.view import Explained, Maps, home, text_row, tower_row, without_own
 
 if TYPE_CHECKING:
@@ -117,18 +118,12 @@ def _alike(left: Tensor, right: Tensor) -> tuple[float, float]:
     """Cosine and rank correlation of two rows (N,)."""
     counts = (left != 0) | (right != 0)
     left, right = left[counts], right[counts]
-    a, b = _ranks(left), _ranks(right)
+    a, b = mean_ranks(left), mean_ranks(right)
     return _cosine(left, right), _cosine(a - a.mean(), b - b.mean())
 
 
 def _cosine(left: Tensor, right: Tensor) -> float:
     return float(left @ right / (left.norm() * right.norm()))
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks (N,) in ascending order; equal values share their mean rank."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[place]
 
 
 def _tower_entries(explanation: Explained, row: int, answer: int | None, tower: str) -> list[Entry]:
