@@ -21,6 +21,11 @@ def test_tests_that_compare_are_marked() -> None:
     assert not compares(test_tests_that_compare_are_marked)
 
 
+def test_they_are_in_the_folders_that_are_collected(request: pytest.FixtureRequest) -> None:
+    marked = [item.nodeid for item in request.session.items if item.get_closest_marker("accuracy")]
+    assert [name for name in marked if not name.startswith(tuple(f"{folder}/" for folder in cpus.FOLDERS))] == []
+
+
 def test_the_shares_are_a_tenth_and_no_test_is_in_two() -> None:
     names = [f"tests/ops/test_score_attention.py::test[{n}]" for n in range(6000)]
     chosen = [{name for name in names if drawn(name, share)} for share in cpus.shares().values()]

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import runpy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,8 @@ def test_the_sites_costs_are_the_stored_rows():
     table = hooks()["cost"](["attention_map"])
     stored = json.loads(text("benchmarks/results/cpu.json"))
     settings = [(r["device"], r["instructions"], r["threads"]) for r in stored]
-    most = [
-        r for r, setting in zip(stored, settings, strict=True) if settings.count(setting) == max(map(settings.count, settings))
-    ]
+    ((commonest, _),) = Counter(settings).most_common(1)
+    most = [r for r, setting in zip(stored, settings, strict=True) if setting == commonest]
     rows = {(r["benchmark"], r["variant"]): r for r in most if r["benchmark"].startswith("attention_map/")}  # the newest of each
     heading, _, *lines = table.splitlines()
     names = [name.strip("* ") for name in heading.strip("|").split("|")][1:]

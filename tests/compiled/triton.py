@@ -2,7 +2,7 @@
 
     python -m tests.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
     python -m tests.compiled.triton [OPERATOR ...] --write        # store what is compiled
-    python -m tests.compiled.triton --every 10                    # a tenth of it, as in `make test`
+    python -m tests.compiled.triton --every 15                    # a part of it, as in `make test`
 
 No GPU is needed. The launchers of the kernels run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100
 device is there, and each launch compiles its kernel with the specialisation that device would get, and ends there.

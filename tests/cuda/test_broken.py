@@ -31,14 +31,6 @@ BREAKS = [
         "pairs = A / 2;",
         "feature_sizes",
     ),
-    Break(
-        "relevancy_attention",
-        "no barrier after the wait for copies",
-        "relevancy_attention.cu",
-        f"wait_for_copies<3>();\n            {BARRIER}",
-        "wait_for_copies<3>();",
-        "number_of_carried_rows",
-    ),
     Break("relevancy_attention", "no wait for the last copies", "relevancy_attention.cu", WAIT, "", "either_side_of_a_slab"),
     Break(
         "congruence_loss",

@@ -18,6 +18,14 @@ def spread(x: Tensor) -> Tensor:
     return wide.copy_(x)
 
 
+@pytest.fixture(autouse=True)
+def _overflow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 32 bits too few, where an address would be one that exists."""
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=True))
+
+
 @pytest.mark.parametrize("which", range(4))
 def test_heads_of_congruence_loss(which: int) -> None:
     tensors = [torch.randn(1, H, N, D, dtype=torch.float16) for _ in range(4)]
