@@ -2,7 +2,8 @@
 //
 // Bound: multiply-adds, D (and Dv) per entry of each head; then one exponential. A tile has all keys of its rows, so products and
 // exponentials are made once; beyond MOST_KEYS keys it has fewer rows. The tiles of several heads are reduced at once, in the cache,
-// so each entry of the map is written to memory once; dA is taken up while it is in registers.
+// so each entry of the map is written to memory once; dA is taken up while it is in registers. Where tiles are too few for the
+// threads, the heads of a tile are shared out, and their reductions are joined at the end.
 // Measured: rows attention_map of benchmarks/results/cpu.json.
 #include "attention.h"
 
@@ -107,6 +108,11 @@ static void take_up_heads(Size count, const float* tiles, Size size, Size n, Siz
     if (count == HEADS) return take_up<REDUCTION, HEADS>(tiles, size, n, w, factor, again, map);
     for (Size h = 0; h < count; ++h) take_up<REDUCTION, 1>(tiles + h * size, size, n, w, factor + h * LANES, again || h > 0, map);
 }
+static void take_up_heads(Size reduction, Size count, const float* tiles, Size size, Size n, Size w, const float* factor,
+                          bool again, float* map) {
+    const auto take = reduction == MEAN ? take_up_heads<MEAN> : reduction == MAX ? take_up_heads<MAX> : take_up_heads<MIN>;
+    take(count, tiles, size, n, w, factor, again, map);
+}
 
 static void normalize(float* row, Size n) {  // a row of zeros stays
     Vector total = Vector{};
@@ -119,20 +125,9 @@ static void normalize(float* row, Size n) {  // a row of zeros stays
     for (j = 0; j < n; ++j) row[j] /= rest;
 }
 
-static void map_tile(const MapCall& c, MapTiles& x, Tile t) {
+// The rows of tile t in the map, whose keys beyond `keys` are hidden
+static void finish_map(const MapCall& c, const Tile& t, Size keys) {
     const Attention& a = c.a;
-    const Size w = t.width, heads = c.heads(), keys = t.keys(a, visible_keys(a, t.b));
-    const auto take = c.reduction == MEAN ? take_up_heads<MEAN> : c.reduction == MAX ? take_up_heads<MAX> : take_up_heads<MIN>;
-    for (Size first = 0; first < a.H && keys > 0; first += heads) {
-        const Size some = least(heads, a.H - first);
-        for (t.h = first; t.h < first + some; ++t.h) map_head(c, x, t, keys, x.heads + (t.h - first) * x.size);
-        for (Size j = 0; j < keys; j += CHUNK) {
-            const Size n = least(CHUNK, keys - j);
-            float* map = x.map + (heads < a.H ? j * w : 0);
-            take(some, x.heads + j * w, x.size, n * w, w, x.factor + first * LANES, first > 0, map);
-            if (first + some == a.H) transpose(map, w, n, t.rows, c.map + (t.b * a.N + t.first) * a.M + j, a.M);
-        }
-    }
     for (Size i = 0; i < t.rows; ++i) {
         float* row = c.map + (t.b * a.N + t.first + i) * a.M;
         memset(row + keys, 0, (a.M - keys) * sizeof(float));
@@ -140,10 +135,29 @@ static void map_tile(const MapCall& c, MapTiles& x, Tile t) {
     }
 }
 
+// The reduction of the heads [begin, end) of a tile, to `joined` (keys, width); where that is null, to the map
+static void map_tile(const MapCall& c, MapTiles& x, Tile t, Size begin, Size end, float* joined) {
+    const Attention& a = c.a;
+    const Size w = t.width, heads = c.heads(), keys = t.keys(a, visible_keys(a, t.b));
+    for (Size first = begin; first < end && keys > 0; first += heads) {
+        const Size some = least(heads, end - first);
+        for (t.h = first; t.h < first + some; ++t.h) map_head(c, x, t, keys, x.heads + (t.h - first) * x.size);
+        for (Size j = 0; j < keys; j += CHUNK) {
+            const Size n = least(CHUNK, keys - j);
+            float* map = joined ? joined + j * w : x.map + (heads < a.H ? j * w : 0);
+            take_up_heads(c.reduction, some, x.heads + j * w, x.size, n * w, w, x.factor + first * LANES, first > begin, map);
+            if (!joined && first + some == end) transpose(map, w, n, t.rows, c.map + (t.b * a.N + t.first) * a.M + j, a.M);
+        }
+    }
+    if (!joined) finish_map(c, t, keys);
+}
+
 struct MapRun {
     const MapCall& c;
-    Size items, tasks;
+    Size items, parts, tasks;  // each tile's heads are shared out over `parts`
+    float* joined;  // (items, parts, tile); null where there is one part
     bool failed;
+    Size tile_size() const { return c.lanes() * c.a.M; }
 };
 static void map_task(MapRun& call, Size task) {
     MapTiles x;
@@ -155,17 +169,60 @@ static void map_task(MapRun& call, Size task) {
     }
     x.plan(call.c, memory);
     // by turns, to and fro: under the causal mask the later rows take longer
-    for (Size turn = 0; turn * call.tasks < call.items; ++turn) {
-        const Size item = turn * call.tasks + (turn % 2 ? call.tasks - 1 - task : task);
-        if (item < call.items) map_tile(call.c, x, call.c.tile(item));
+    const Size items = call.items * call.parts;
+    for (Size turn = 0; turn * call.tasks < items; ++turn) {
+        const Size item = turn * call.tasks + (turn % 2 ? call.tasks - 1 - task : task), part = item % call.parts;
+        if (item < items)
+            map_tile(call.c, x, call.c.tile(item / call.parts), share(call.c.a.H, part, call.parts),
+                     share(call.c.a.H, part + 1, call.parts), call.joined ? call.joined + item * call.tile_size() : nullptr);
     }
     memory.release();
 }
+// The parts of the task's tiles, joined
+static void join_task(MapRun& call, Size task) {
+    const MapCall& c = call.c;
+    alignas(64) float map[CHUNK * LANES], one[LANES];
+    for (float& x : one) x = 1.f;
+    for (Size item = share(call.items, task, call.tasks); item < share(call.items, task + 1, call.tasks); ++item) {
+        const Tile t = c.tile(item);
+        const Size w = t.width, keys = t.keys(c.a, visible_keys(c.a, t.b));
+        for (Size j = 0; j < keys; j += CHUNK) {
+            const Size n = least(CHUNK, keys - j);
+            for (Size part = 0; part < call.parts; ++part) {
+                const float* tile = call.joined + (item * call.parts + part) * call.tile_size();
+                take_up_heads(c.reduction, 1, tile + j * w, 0, n * w, w, one, part > 0, map);
+            }
+            transpose(map, w, n, t.rows, c.map + (t.b * c.a.N + t.first) * c.a.M + j, c.a.M);
+        }
+        finish_map(c, t, keys);
+    }
+}
+
+// Into how many parts the heads of each tile are shared out: few, so that the slowest of the threads has the fewest heads
+static Size parts_of(Size items, Size heads, Size threads) {
+    Size best = 1, fewest = (items + threads - 1) / threads * heads;
+    for (Size parts = 2; parts <= least(heads, threads); ++parts) {
+        const Size here = (items * parts + threads - 1) / threads * ((heads + parts - 1) / parts);
+        if (5 * here < 4 * fewest) best = parts, fewest = here;  // to join them costs something
+    }
+    return best;
+}
 
 static Size attention_map(const MapCall& c) {
-    MapRun call = {c, c.a.M > 0 ? c.a.B * c.tiles() : 0, 0, false};
-    call.tasks = least(thread_count(), call.items);
-    if (call.items > 0) run(call.tasks, call, map_task);
+    const Size items = c.a.M > 0 ? c.a.B * c.tiles() : 0, threads = thread_count();
+    if (items == 0) return DONE;
+    const Size parts = parts_of(items, c.a.H, threads);
+    MapRun call = {c, items, parts, least(threads, items * parts), nullptr, false};
+    Memory memory;
+    memory.take(items * parts * call.tile_size());
+    if (parts > 1) {
+        if (!memory.allocate()) return NO_MEMORY;
+        call.joined = memory.base;
+    }
+    run(call.tasks, call, map_task);
+    call.tasks = least(call.tasks, items);
+    if (parts > 1 && !call.failed) run(call.tasks, call, join_task);
+    memory.release();
     return call.failed ? NO_MEMORY : DONE;
 }
 

@@ -45,13 +45,29 @@ def test_head_sizes(d: int, dv: int) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_any_number_of_threads_gives_the_same_bits() -> None:
-    tensors, mask = as_dtype(map_inputs("gradient", 200, 900), torch.float32), key_mask(900)
-    found = []
-    for count in (1, 2, 3, 7):
+@pytest.mark.parametrize("reduction", HEAD_REDUCTIONS)
+@pytest.mark.parametrize("n, m", [(1, 900), (20, 33), (200, 900)])
+def test_heads_that_threads_share(n: int, m: int, reduction: str) -> None:
+    """Five heads of two to eight tiles: each number of threads is right, and gives the same bits again."""
+    tensors = as_dtype(map_inputs("gradient", n, m, h=5, kv=1), torch.float32)
+    options = {"rule": "gradient", "head_reduction": reduction, "enable_gqa": True, "is_causal": n > 1, "row_normalize": m > 33}
+    options["key_mask"] = key_mask(m)
+    for count in (1, 2, 3, 7, 30):
         torch.set_num_threads(count)
-        found.append(va.attention_map(**tensors, rule="gradient", key_mask=mask, is_causal=True, backend="cpu"))
-    assert all(torch.equal(found[0], other) for other in found[1:])
+        found = check_map("cpu", tensors, **options)
+        assert torch.equal(found, va.attention_map(**tensors, **options, backend="cpu"))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("reduction", HEAD_REDUCTIONS)
+def test_nan_in_a_head_of_another_thread(reduction: str) -> None:
+    query, key = (torch.randn(1, 6, length, 8) for length in (3, 40))
+    for head in (0, 5):
+        broken = query.clone()
+        broken[0, head, 1] = torch.nan
+        torch.set_num_threads(4)
+        found = va.attention_map(broken, key, head_reduction=reduction, backend="cpu")
+        assert found[0, 1].isnan().all() and not found[0, (0, 2)].isnan().any()
 
 
 def test_what_is_refused() -> None:
