@@ -7,6 +7,7 @@ matrix products, and bytes. Counted are the loops over tiles; what lies outside 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,11 +153,13 @@ class Turn:
     pairs: int
 
 
-def turns_of(key: str, row: Row, size: int) -> tuple[Turn, Turn]:
-    """For a whole tile, and for one at the edge. key: of the row in the table."""
+def turns_of(key: str, row: Row, size: int, last: int = 0) -> tuple[Turn, Turn]:
+    """For a whole tile, and for one at the edge. key: of the row in the table; last: queries in the last tile."""
     rows, keys = map(int, row["tile"].split("x"))
     threads = 32 * row["warps"]
+    by_key = _by_key(key)
     edge: list[tuple[list[int], float]] = []
+    edge_pairs = (row["edge"] or 0) * (keys if by_key else rows)
     if row["per_pair"] is not None:
         # a pass over the tiles for each number of matrix instructions, and of its loops the one without masks
         loops = [Loop(*loop) for loop in row["loops"] if loop[1] > 0]
@@ -174,9 +177,11 @@ def turns_of(key: str, row: Row, size: int) -> tuple[Turn, Turn]:
         units = scores[2] * threads / (rows * keys) / special  # in a turn of the loop
         turns = [(scores, size / units)]
         if "backward" in key:
-            turns.append((min(loops_of_units[ways:]), rows / 2))  # a turn takes two queries, and all hidden units
-    by_key = _by_key(key)
-    edge_pairs = (row["edge"] or 0) * (keys if by_key else rows)
+            # a thread has one unit of a group of keys, and takes two queries a turn; rows that are not there take none
+            gradients, groups = min(loops_of_units[ways:]), max(1, threads // size)
+            turns.append((gradients, rows / 2))
+            edge = [(scores, size / units), (gradients, groups * math.ceil(last / 2 / groups))]
+            edge_pairs = rows * keys
     return _turn(turns, threads, rows * keys), _turn(edge, threads, edge_pairs)
 
 
@@ -194,9 +199,12 @@ def times_of(entry: Entry, rows: dict[str, Row]) -> Times:
     for kernel, products in entry.kernels.items():
         key = f"{entry.call} {kernel} sm_90"
         row = rows[key]
-        edge = None if row["per_pair"] is None else row["edge"]  # sums over units have tiles of one size
-        counts = work.tiles(*map(int, row["tile"].split("x")), edge, _by_key(key))
-        turns = list(zip(counts, turns_of(key, row, work.size), strict=True))
+        rows_of_tile, keys_of_tile = map(int, row["tile"].split("x"))
+        edge = row["edge"]
+        if row["per_pair"] is None:  # sums over units have tiles of one size
+            edge = rows_of_tile if _by_key(key) else None
+        counts = work.tiles(rows_of_tile, keys_of_tile, edge, _by_key(key))
+        turns = list(zip(counts, turns_of(key, row, work.size, work.tokens % rows_of_tile), strict=True))
         issue, special, pairs = (
             work.batch * work.heads * sum(count * getattr(turn, name) for count, turn in turns)
             for name in ("issue", "special", "pairs")

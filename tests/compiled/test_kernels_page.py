@@ -42,6 +42,9 @@ def test_sums_over_units_count_their_two_loops() -> None:
     row["loops"] += gradients
     turns = turns_of(key.format("_units_backward_kernel"), row, 64)
     assert turns[0] == Turn(issue + 310 * 128 * 32, special + 18 * 128 * 32, 64 * 32)
+    for last, times in ((1, 2), (4, 2), (5, 4), (63, 32)):  # two groups of keys take two queries each
+        edge = turns_of(key.format("_units_backward_kernel"), row, 64, last)[1]
+        assert edge == Turn(issue + 310 * 128 * times, special + 18 * 128 * times, 64 * 32)
     row["loops"] = [[295, 0, 32], *gradients]
     turns = turns_of(key.format("_units_backward_kernel").replace("additive", "hadamard_tanh"), row, 64)
     assert turns[0] == Turn(2 * issue + 310 * 128 * 32, 2 * special + 18 * 128 * 32, 64 * 32)
