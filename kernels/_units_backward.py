@@ -2,12 +2,13 @@
 
 Roofline: instructions, and MUFU (16 results per clock and SM). For each hidden unit and pair additive takes half a reciprocal for
 the score and half a one for its slope.
-One pass over the pairs. A program owns the keys of a head, or a range of them where heads are few, and takes them in blocks; for
-each block it walks over the queries in tiles. The scores of a tile and their gradients are computed as in the forward pass. The
-gradients then go through scratch memory, since Triton cannot index registers, and are taken anew query by query: a thread holds
-one hidden unit of a group of keys, so that sums over keys stay within threads, and sums over queries in registers. The sums of
-dQ lie in memory, which stays in the cache and which the next head of a program uses again. No two programs write the same
-number, and all are added in a fixed order: no atomics, and the same bits each time. Not yet measured on a GPU.
+One pass over the pairs. A program owns the keys of a head, or a range of them where heads are few, and takes them in blocks;
+keys that are left after whole blocks have a smaller one. For each block it walks over the queries in tiles. The scores of a
+tile and their gradients are computed as in the forward pass. The gradients then go through scratch memory, since Triton cannot
+index registers, and are taken anew query by query: a thread holds one hidden unit of a group of keys, so that sums over keys
+stay within threads, and sums over queries in registers. The sums of dQ lie in memory, which stays in the cache and which the
+next head of a program uses again. No two programs write the same number, and all are added in a fixed order: no atomics, and
+the same bits each time. Not yet measured on a GPU.
 Exactness: in float32 `_units_rows_kernel` first sums P and P dP, which undoes the rounding of lse and out.
 """
 
@@ -36,6 +37,7 @@ from vlattn_fast.kernels._tiles import (
     block_and_head,
     cdiv,
     dot,
+    edge_block,
     keep_factor,
     key_range,
     load_keys,
@@ -99,6 +101,7 @@ def launch(
         programs = min(batch * heads_kv * ranges, PROGRAMS)
         of_ranges = (batch, heads, ranges) if ranges > 1 else (programs, group)
         sums = grad_u.new_empty((*of_ranges, padded_rows(num_q), size))
+        edge = edge_block(num_kv, config_kv["BLOCK_KV"], False)  # also under a causal mask: a block of keys has its own tiles
         _units_backward_kernel[(programs,)](
             **call,
             **rows,
@@ -115,7 +118,8 @@ def launch(
             RANGE=length,
             PARTS=batch * heads_kv * ranges,
             PARTIAL=ranges > 1,
-            GROUPS=_groups(call["BLOCK_A"], config_kv),
+            GROUPS=_groups(call["BLOCK_A"], config_kv, edge),
+            BLOCK_EDGE=edge,
             **config_kv,
         )
         if ranges > 1:
@@ -137,9 +141,9 @@ def _key_ranges(heads: int, blocks: int, sums: int) -> tuple[int, int]:
     return best
 
 
-def _groups(units: int, config: Config) -> int:
+def _groups(units: int, config: Config, edge: int) -> int:
     """Of keys: as many as there are threads for each unit. Each group takes two of a tile's queries at a time."""
-    return max(1, min(32 * config["num_warps"] // units, config["BLOCK_KV"], config["BLOCK_Q"] // 2))
+    return max(1, min(32 * config["num_warps"] // units, edge, config["BLOCK_Q"] // 2))
 
 
 @triton.jit
@@ -354,6 +358,7 @@ def _units_backward_kernel(
     GROUPS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
     # tiles are [kv,q], so that they are the left operand of the product with dO
     NP = tl.cdiv(N, ROWS) * ROWS
@@ -364,7 +369,7 @@ def _units_backward_kernel(
     o_unit = one_a_thread(o_a, PRECISION)
     o_ga = tl.arange(0, GROUPS * BLOCK_A)
     o_unit_k = one_a_thread(o_ga % BLOCK_A, PRECISION)[None, :]
-    o_k, o_g = tl.arange(0, BLOCK_KV // GROUPS), tl.arange(0, GROUPS)
+    o_g = tl.arange(0, GROUPS)
     FACTOR_K, FACTOR_Q, FACTOR_U, FACTOR_SUM = units_factors(SCORE, EXACT, FAST)
     for i_work in range(i_program, PARTS, tl.num_programs(0)):
         i_part = tl.full([], i_work, tl.int64)
@@ -391,119 +396,123 @@ def _units_backward_kernel(
                     A,
                     tl.zeros([BLOCK_Q, BLOCK_A], dtype=tl.float32),
                 )
-        for i_kv in range(i_range * RANGE, tl.minimum((i_range + 1) * RANGE, tl.cdiv(M, BLOCK_KV))):
-            o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-            b_k = load_keys(p_k_h, stride_kn, p_key_mask_h, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
-            b_v = load_keys(p_v_h, stride_vn, p_key_mask_h, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
-            bound_k = largest_magnitude(b_k, SCORE)
-            o_kg = i_kv * BLOCK_KV + (o_ga // BLOCK_A)[None, :] * (BLOCK_KV // GROUPS) + o_k[:, None]  # [k,gA]
-            p_unit_k = p_k_h + o_kg.to(tl.int64) * stride_kn + o_unit_k
-            b_dk = tl.zeros([BLOCK_KV // GROUPS, GROUPS, BLOCK_A], dtype=tl.float32)
-            b_dv = tl.zeros([BLOCK_KV, BLOCK_DV], dtype=tl.float32)
-            begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
-            for i_g in range(0, GROUP):
-                i_h = i_hkv * GROUP + i_g
-                i_bh = i_b * H + i_h
-                p_q_h = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
-                p_grad_h = rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV)
-                p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
-                p_u_h = p_u + i_h * A
-                p_pre_q_h = precomputed_at(p_pre_q, i_bh, N, A, True)
-                b_units = tl.zeros([BLOCK_KV // GROUPS, GROUPS, BLOCK_A], dtype=tl.float32)
-                b_du = tl.zeros([GROUPS, BLOCK_A], dtype=tl.float32)
-                b_sum = tl.zeros([BLOCK_KV], dtype=tl.float32)
-                for start in range(begin, N, BLOCK_Q):
-                    o_q = start + tl.arange(0, BLOCK_Q)
-                    b_q = load_rows(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
-                    b_do = load_rows(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-                    bound_q = largest_magnitude(b_q, SCORE)
-                    b_s = sum_units(
-                        p_k_h,
-                        p_q_h,
-                        p_pre_k_h,
-                        p_pre_q_h,
-                        p_u_h,
-                        o_kv,
-                        o_q,
-                        stride_kn,
-                        stride_qn,
-                        M,
-                        N,
-                        A,
-                        bound_q + bound_k,
-                        SCORE,
-                        EXACT,
-                        FAST,
-                        PRECISION,
-                    )
-                    b_logit = b_s * scale_log2
-                    b_masked = mask_logits(
-                        tl.zeros_like(b_logit) if MASK != 0 else b_logit,
-                        p_mask_h,
-                        stride_mm,
-                        stride_mn,
-                        p_key_mask_h,
-                        o_kv,
-                        o_q,
-                        M,
-                        N,
-                        MASK,
-                        False,
-                        False,
-                    )
-                    if CAUSAL:
-                        b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-                    b_logit = b_logit + keep_layout(b_masked, True, PRECISION) if MASK != 0 else b_masked
-                    b_p = tl.exp2(b_logit - tl.load(p_shift + i_bh * NP + o_q)[None, :])
-                    if EXACT or MASK == 2:
-                        b_p /= tl.load(p_total + i_bh * NP + o_q)[None, :]
-                    b_dp = dot(b_v, tl.trans(b_do), PRECISION)  # [kv,q]
-                    b_kept = b_p
-                    if DROPOUT:
-                        b_factor = tl.trans(keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N))
-                        b_kept = b_p * b_factor
-                        b_dp *= b_factor
-                    b_dv += dot(keep_layout(b_kept, True, PRECISION).to(b_do.dtype), b_do, PRECISION)
-                    b_ds = b_p * (b_dp - tl.load(p_delta + i_bh * NP + o_q)[None, :]) * scale
-                    if KEY_MASK:
-                        b_ds = tl.where(real_tokens(p_key_mask_h, o_kv, M, True)[:, None], b_ds, 0.0)
-                    b_sum += tl.sum(b_ds, axis=1)
-                    tl.debug_barrier()  # the last tile has been read
-                    o_ds = tl.arange(0, BLOCK_Q)[None, :] * BLOCK_KV + tl.arange(0, BLOCK_KV)[:, None]
-                    tl.store(p_scratch + o_ds, b_ds)
-                    tl.debug_barrier()
-                    b_units, b_du = units_backward(
-                        b_units,
-                        b_du,
-                        p_unit_k,
-                        real_tokens(p_key_mask_h, o_kg, M, KEY_MASK) & (o_unit_k < A),
-                        p_scratch,
-                        p_q_h + tl.full([], start, tl.int64) * stride_qn,
-                        stride_qn,
-                        p_first + i_g * step + tl.full([], start, tl.int64) * A,
-                        tl.minimum(BLOCK_Q, N - start),
-                        o_k,
-                        o_g,
-                        o_unit,
-                        bound_q + bound_k,
-                        A,
-                        SCORE,
-                        EXACT,
-                        FAST,
-                        PRECISION,
-                        BLOCK_KV,
-                    )
-                b_u = tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)
-                b_dk += b_units * (b_u * FACTOR_K)[None, None, :]
-                b_grad_u = tl.sum(b_du, axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
-                tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + i_kv) * A + o_a, b_grad_u, mask=o_a < A)
-            if KEY_MASK:
-                b_dv = tl.where(real_tokens(p_key_mask_h, o_kv, M, True)[:, None], b_dv, 0.0)
-            i_row = i_b * M * HEADS_KV + i_hkv
-            p_unit_k = p_grad_k + (i_row + o_kg.to(tl.int64) * HEADS_KV) * A + o_unit_k
-            b_dk = tl.reshape(b_dk, [BLOCK_KV // GROUPS, GROUPS * BLOCK_A])
-            tl.store(p_unit_k, b_dk.to(p_grad_k.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < A))
-            store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
+        first, last = i_range * RANGE, tl.minimum((i_range + 1) * RANGE, tl.cdiv(M, BLOCK_KV))
+        whole = M // BLOCK_KV if BLOCK_EDGE < BLOCK_KV else last
+        for EDGE in tl.static_range(2 if BLOCK_EDGE < BLOCK_KV else 1):
+            for i_kv in range(tl.maximum(first, whole) if EDGE else first, last if EDGE else tl.minimum(last, whole)):
+                o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+                o_k = tl.arange(0, o_kv.shape[0] // GROUPS)
+                b_k = load_keys(p_k_h, stride_kn, p_key_mask_h, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
+                b_v = load_keys(p_v_h, stride_vn, p_key_mask_h, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
+                bound_k = largest_magnitude(b_k, SCORE)
+                o_kg = i_kv * BLOCK_KV + (o_ga // BLOCK_A)[None, :] * o_k.shape[0] + o_k[:, None]  # [k,gA]
+                p_unit_k = p_k_h + o_kg.to(tl.int64) * stride_kn + o_unit_k
+                b_dk = tl.zeros([o_k.shape[0], GROUPS, BLOCK_A], dtype=tl.float32)
+                b_dv = tl.zeros([o_kv.shape[0], BLOCK_DV], dtype=tl.float32)
+                begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
+                for i_g in range(0, GROUP):
+                    i_h = i_hkv * GROUP + i_g
+                    i_bh = i_b * H + i_h
+                    p_q_h = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
+                    p_grad_h = rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV)
+                    p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
+                    p_u_h = p_u + i_h * A
+                    p_pre_q_h = precomputed_at(p_pre_q, i_bh, N, A, True)
+                    b_units = tl.zeros([o_k.shape[0], GROUPS, BLOCK_A], dtype=tl.float32)
+                    b_du = tl.zeros([GROUPS, BLOCK_A], dtype=tl.float32)
+                    b_sum = tl.zeros([o_kv.shape[0]], dtype=tl.float32)
+                    for start in range(begin, N, BLOCK_Q):
+                        o_q = start + tl.arange(0, BLOCK_Q)
+                        b_q = load_rows(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
+                        b_do = load_rows(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
+                        bound_q = largest_magnitude(b_q, SCORE)
+                        b_s = sum_units(
+                            p_k_h,
+                            p_q_h,
+                            p_pre_k_h,
+                            p_pre_q_h,
+                            p_u_h,
+                            o_kv,
+                            o_q,
+                            stride_kn,
+                            stride_qn,
+                            M,
+                            N,
+                            A,
+                            bound_q + bound_k,
+                            SCORE,
+                            EXACT,
+                            FAST,
+                            PRECISION,
+                        )
+                        b_logit = b_s * scale_log2
+                        b_masked = mask_logits(
+                            tl.zeros_like(b_logit) if MASK != 0 else b_logit,
+                            p_mask_h,
+                            stride_mm,
+                            stride_mn,
+                            p_key_mask_h,
+                            o_kv,
+                            o_q,
+                            M,
+                            N,
+                            MASK,
+                            False,
+                            False,
+                        )
+                        if CAUSAL:
+                            b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
+                        b_logit = b_logit + keep_layout(b_masked, True, PRECISION) if MASK != 0 else b_masked
+                        b_p = tl.exp2(b_logit - tl.load(p_shift + i_bh * NP + o_q)[None, :])
+                        if EXACT or MASK == 2:
+                            b_p /= tl.load(p_total + i_bh * NP + o_q)[None, :]
+                        b_dp = dot(b_v, tl.trans(b_do), PRECISION)  # [kv,q]
+                        b_kept = b_p
+                        if DROPOUT:
+                            b_factor = tl.trans(keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N))
+                            b_kept = b_p * b_factor
+                            b_dp *= b_factor
+                        b_dv += dot(keep_layout(b_kept, True, PRECISION).to(b_do.dtype), b_do, PRECISION)
+                        b_ds = b_p * (b_dp - tl.load(p_delta + i_bh * NP + o_q)[None, :]) * scale
+                        if KEY_MASK:
+                            b_ds = tl.where(real_tokens(p_key_mask_h, o_kv, M, True)[:, None], b_ds, 0.0)
+                        b_sum += tl.sum(b_ds, axis=1)
+                        tl.debug_barrier()  # the last tile has been read
+                        o_ds = tl.arange(0, BLOCK_Q)[None, :] * BLOCK_KV + tl.arange(0, o_kv.shape[0])[:, None]
+                        tl.store(p_scratch + o_ds, b_ds)
+                        tl.debug_barrier()
+                        b_units, b_du = units_backward(
+                            b_units,
+                            b_du,
+                            p_unit_k,
+                            real_tokens(p_key_mask_h, o_kg, M, KEY_MASK) & (o_unit_k < A),
+                            p_scratch,
+                            p_q_h + tl.full([], start, tl.int64) * stride_qn,
+                            stride_qn,
+                            p_first + i_g * step + tl.full([], start, tl.int64) * A,
+                            tl.minimum(BLOCK_Q, N - start),
+                            o_k,
+                            o_g,
+                            o_unit,
+                            bound_q + bound_k,
+                            A,
+                            SCORE,
+                            EXACT,
+                            FAST,
+                            PRECISION,
+                            BLOCK_KV,
+                        )
+                    b_u = tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)
+                    b_dk += b_units * (b_u * FACTOR_K)[None, None, :]
+                    b_grad_u = tl.sum(b_du, axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
+                    tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + i_kv) * A + o_a, b_grad_u, mask=o_a < A)
+                if KEY_MASK:
+                    b_dv = tl.where(real_tokens(p_key_mask_h, o_kv, M, True)[:, None], b_dv, 0.0)
+                i_row = i_b * M * HEADS_KV + i_hkv
+                p_unit_k = p_grad_k + (i_row + o_kg.to(tl.int64) * HEADS_KV) * A + o_unit_k
+                b_dk = tl.reshape(b_dk, [o_k.shape[0], GROUPS * BLOCK_A])
+                tl.store(p_unit_k, b_dk.to(p_grad_k.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < A))
+                store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
         tl.debug_barrier()  # the sums are in memory
         for i_g in range(0, GROUP):
             i_h = i_hkv * GROUP + i_g

@@ -153,13 +153,14 @@ class Turn:
     pairs: int
 
 
-def turns_of(key: str, row: Row, size: int, last: int = 0) -> tuple[Turn, Turn]:
-    """For a whole tile, and for one at the edge. key: of the row in the table; last: queries in the last tile."""
+def turns_of(key: str, row: Row, size: int, queries: int | None = None) -> tuple[Turn, Turn]:
+    """For a whole tile, and for one at the edge. key: of the row in the table.
+
+    queries: how many of a tile's there are, where a kernel skips the others (`_units_backward_kernel`); all by default.
+    """
     rows, keys = map(int, row["tile"].split("x"))
-    threads = 32 * row["warps"]
-    by_key = _by_key(key)
+    threads, edge_keys = 32 * row["warps"], row["edge"] or 0
     edge: list[tuple[list[int], float]] = []
-    edge_pairs = (row["edge"] or 0) * (keys if by_key else rows)
     if row["per_pair"] is not None:
         # a pass over the tiles for each number of matrix instructions, and of its loops the one without masks
         loops = [Loop(*loop) for loop in row["loops"] if loop[1] > 0]
@@ -168,21 +169,26 @@ def turns_of(key: str, row: Row, size: int, last: int = 0) -> tuple[Turn, Turn]:
             (list(min((x.instructions, x.mma, x.mufu) for x in whole if x.mma == mma)), 1.0) for mma in {x.mma for x in whole}
         ]
         edge = [([x.instructions, x.mma, x.mufu], 1.0) for x in loops if x not in whole]
-    else:
-        # sums over hidden units: loops of each way to combine exponentials, for the scores, then for the gradients
-        loops_of_units = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
-        ways = 3 if "additive" in key else 1
-        scores = min(loops_of_units[:ways])
-        special = row.get("special_a_unit", SPECIAL_A_UNIT[key.split()[1]])  # kernels of before have their own
-        units = scores[2] * threads / (rows * keys) / special  # in a turn of the loop
+        return _turn(turns, threads, rows * keys), _turn(edge, threads, edge_keys * (keys if _by_key(key) else rows))
+    # sums over hidden units: loops of each way to combine exponentials, for the scores, then for the gradients, where a thread
+    # has one unit of a group of keys and takes two queries a turn; those of the tile at the edge follow
+    loops_of_units = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
+    ways, groups = 3 if "additive" in key else 1, max(1, threads // size)
+    special = row.get("special_a_unit", SPECIAL_A_UNIT[key.split()[1]])  # kernels of before have their own
+    of_scores = ways * (1 + groups) if "backward" in key else ways
+
+    def turn(loops: list[list[int]], pairs: int) -> Turn:
+        scores = min(loops[:ways])
+        units = scores[2] * threads / pairs / special  # in a turn of the loop
         turns = [(scores, size / units)]
         if "backward" in key:
-            # a thread has one unit of a group of keys, and takes two queries a turn; rows that are not there take none
-            gradients, groups = min(loops_of_units[ways:]), max(1, threads // size)
-            turns.append((gradients, rows / 2))
-            edge = [(scores, size / units), (gradients, groups * math.ceil(last / 2 / groups))]
-            edge_pairs = rows * keys
-    return _turn(turns, threads, rows * keys), _turn(edge, threads, edge_pairs)
+            turns.append((min(loops[ways:]), groups * math.ceil((rows if queries is None else queries) / 2 / groups)))
+        return _turn(turns, threads, pairs)
+
+    whole_tile = turn(loops_of_units[:of_scores], rows * keys)
+    if len(loops_of_units) == of_scores or "forward" in key:
+        return whole_tile, Turn(0, 0, 0)
+    return whole_tile, turn(loops_of_units[of_scores:], rows * edge_keys)
 
 
 def _by_key(key: str) -> bool:
@@ -193,20 +199,30 @@ def _turn(loops: Sequence[tuple[Sequence[int], float]], threads: int, pairs: int
     return Turn(*(threads * sum(loop[k] * times for loop, times in loops) for k in (0, 2)), pairs)
 
 
+def tiles_of(key: str, row: Row, work: Workload) -> list[tuple[int, Turn]]:
+    """Those of a head, as numbers of tiles that are alike."""
+    rows, keys = map(int, row["tile"].split("x"))
+    if "_units_backward_kernel" not in key:
+        edge = None if row["per_pair"] is None else row["edge"]  # the other sums over units have tiles of one size
+        counts = work.tiles(rows, keys, edge, _by_key(key))
+        return list(zip(counts, turns_of(key, row, work.size), strict=True))
+    blocks = (work.tokens // keys, 1) if row["edge"] and work.tokens % keys else (math.ceil(work.tokens / keys), 0)
+    last = work.tokens % rows
+    return [
+        (count * tiles, turn)
+        for queries, tiles in ((rows, work.tokens // rows), (last, int(last > 0)))
+        for count, turn in zip(blocks, turns_of(key, row, work.size, queries), strict=True)
+    ]
+
+
 def times_of(entry: Entry, rows: dict[str, Row]) -> Times:
     """Of all kernels of the pass, one after another."""
     work, total = entry.workload, Times(0.0, 0.0, 0.0, 0.0)
     for kernel, products in entry.kernels.items():
         key = f"{entry.call} {kernel} sm_90"
-        row = rows[key]
-        rows_of_tile, keys_of_tile = map(int, row["tile"].split("x"))
-        edge = row["edge"]
-        if row["per_pair"] is None:  # sums over units have tiles of one size
-            edge = rows_of_tile if _by_key(key) else None
-        counts = work.tiles(rows_of_tile, keys_of_tile, edge, _by_key(key))
-        turns = list(zip(counts, turns_of(key, row, work.size, work.tokens % rows_of_tile), strict=True))
+        tiles = tiles_of(key, rows[key], work)
         issue, special, pairs = (
-            work.batch * work.heads * sum(count * getattr(turn, name) for count, turn in turns)
+            work.batch * work.heads * sum(count * getattr(turn, name) for count, turn in tiles)
             for name in ("issue", "special", "pairs")
         )
         one = Times(issue / ISSUE, special / SPECIAL, 2 * products * work.size * pairs / PRODUCTS, 0.0)

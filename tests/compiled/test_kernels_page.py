@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.compiled.kernels_page import CLIP, COUNTS, LLAVA, PAGE, Turn, counts, page, turns_of
+from tests.compiled.kernels_page import CLIP, COUNTS, LLAVA, PAGE, Turn, counts, page, tiles_of, turns_of
 
 
 def test_the_page_is_that_of_the_table() -> None:
@@ -38,13 +38,38 @@ def test_sums_over_units_count_their_two_loops() -> None:
     issue, special = 295 * 16 * 128, 32 * 16 * 128  # four units a turn, sixteen pairs a thread
     key = "score_attention additive bf16 64 {} sm_90"
     assert turns_of(key.format("_forward_kernel"), row, 64)[0] == Turn(issue, special, 64 * 32)
-    gradients = [[40, 0, 0], [380, 0, 18], [310, 0, 18], [430, 0, 48], [160, 0, 0]]  # of two queries and 32 keys a turn
-    row["loops"] += gradients
-    turns = turns_of(key.format("_units_backward_kernel"), row, 64)
-    assert turns[0] == Turn(issue + 310 * 128 * 32, special + 18 * 128 * 32, 64 * 32)
-    for last, times in ((1, 2), (4, 2), (5, 4), (63, 32)):  # two groups of keys take two queries each
-        edge = turns_of(key.format("_units_backward_kernel"), row, 64, last)[1]
-        assert edge == Turn(issue + 310 * 128 * times, special + 18 * 128 * times, 64 * 32)
-    row["loops"] = [[295, 0, 32], *gradients]
-    turns = turns_of(key.format("_units_backward_kernel").replace("additive", "hadamard_tanh"), row, 64)
-    assert turns[0] == Turn(2 * issue + 310 * 128 * 32, 2 * special + 18 * 128 * 32, 64 * 32)
+    # of two queries and 32 keys a turn, of which there are two groups, each with a loop
+    gradients = [[380, 0, 18], [385, 0, 18], [310, 0, 18], [315, 0, 18], [430, 0, 48], [435, 0, 48]]
+    row["loops"] += [[40, 0, 0], *gradients, [160, 0, 0]]
+    key = key.format("_units_backward_kernel")
+    whole = Turn(issue + 310 * 128 * 32, special + 18 * 128 * 32, 64 * 32)
+    assert turns_of(key, row, 64) == (whole, Turn(0, 0, 0))
+    for queries, times in ((1, 2), (4, 2), (5, 4), (63, 32)):  # each group takes two at a time
+        turn = Turn(issue + 310 * 128 * times, special + 18 * 128 * times, 64 * 32)
+        assert turns_of(key, row, 64, queries) == (turn, Turn(0, 0, 0))
+    of_the_edge = [[160, 0, 16], [190, 0, 16], [350, 0, 48], *([n // 2, 0, m] for n, _, m in gradients)]
+    row |= {"edge": 16, "loops": row["loops"] + of_the_edge}
+    edge = Turn(160 * 16 * 128 + 155 * 128 * 32, 16 * 16 * 128 + 18 * 128 * 32, 64 * 16)
+    assert turns_of(key, row, 64) == (whole, edge)
+    row["loops"] = [[295, 0, 32], *gradients[2:4]]
+    turn = Turn(2 * issue + 310 * 128 * 32, 2 * special + 18 * 128 * 32, 64 * 32)
+    assert turns_of(key.replace("additive", "hadamard_tanh"), row, 64)[0] == turn
+
+
+def test_a_pass_over_units_counts_the_tiles_of_both_edges() -> None:
+    gradients = [[n, 0, 34] for n in (510, 511, 512, 513, 514, 515)]
+    row = {"tile": "64x64", "warps": 4, "edge": None, "per_pair": None, "loops": [[531, 0, 64]] * 3 + gradients}
+    key = "score_attention additive bf16 64 _units_backward_kernel sm_90"
+    scores, slopes = 531 * 16 * 128, 510 * 128  # of a tile, and of a turn
+    assert [(count, turn.issue) for count, turn in tiles_of(key, row, CLIP) if count] == [
+        (9 * 10, scores + 32 * slopes),  # 577 queries are nine tiles and one of a single query
+        (10, scores + 2 * slopes),
+    ]
+    row |= {"edge": 16, "loops": row["loops"] + [[160, 0, 16]] * 3 + [[150, 0, 10]] * 6}
+    few = 160 * 16 * 128, 150 * 128
+    assert [(count, turn.issue) for count, turn in tiles_of(key, row, CLIP)] == [
+        (9 * 9, scores + 32 * slopes),
+        (9, few[0] + 32 * few[1]),
+        (9, scores + 2 * slopes),
+        (1, few[0] + 2 * few[1]),
+    ]
