@@ -71,12 +71,12 @@ def aligned(x: Tensor) -> Tensor:
 
     It is copied where that is not so. Triton sees by itself what is divisible by 16; heads of 72 features are not.
     """
-    alignment = _alignment(x.shape, x.stride())
-    return x if alignment and x.data_ptr() % alignment == 0 else x.clone(memory_format=torch.contiguous_format)
+    needed = alignment(x.shape, x.stride())
+    return x if needed and x.data_ptr() % needed == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=1024)
-def _alignment(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+def alignment(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Of what number of bytes the address of a tensor must be a multiple, so that it is not copied; 0 where it always is."""
     size = shape[-1]
     if stride[-1] != 1 and size > 1:

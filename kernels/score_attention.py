@@ -41,6 +41,7 @@ from vlattn_fast.kernels._tiles import (
     OWN_LSE,
     ROWS,
     aligned,
+    alignment,
     block_and_head,
     block_size,
     cdiv,
@@ -154,7 +155,10 @@ def arguments(
     is_causal: bool,
 ) -> dict[str, Any]:
     """The named arguments that all kernels here and of the backward passes share. The query stands in for what is absent."""
-    query, key, value = aligned(query), aligned(key), aligned(value)
+    sizes, most_aligned = _sizes(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
+    if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
+        query, key, value = aligned(query), aligned(key), aligned(value)
+        sizes, _ = _sizes(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
     masks, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     pre_q = pre_k = query
     if score in UNIT_KINDS or score == "cosine":
@@ -172,7 +176,7 @@ def arguments(
         "p_pre_k": pre_k,
         **masks,
         "p_seed": query if seed is None else seed,
-        **_sizes(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()),
+        **sizes,
         **_options(query.dtype, score, parameter, scale, dropout_p, is_causal),
         **mask_constants,
         "PRECISION": input_precision(query.dtype),
@@ -182,10 +186,14 @@ def arguments(
 @functools.lru_cache(maxsize=1024)
 def _sizes(
     shape_q: Shape, stride_q: Shape, shape_k: Shape, stride_k: Shape, shape_v: Shape, stride_v: Shape
-) -> Mapping[str, int]:
-    """Kept, as those that follow, since a model asks for the same in each of its layers: to make them takes longer."""
+) -> tuple[Mapping[str, int], int]:
+    """Arguments of a launch, and the largest `alignment` of the three tensors, 0 where one has to be copied.
+
+    Kept, as those that follow, since a model asks for the same in each of its layers: to make them takes longer.
+    """
     heads = shape_q[1]
-    return {
+    alignments = alignment(shape_q, stride_q), alignment(shape_k, stride_k), alignment(shape_v, stride_v)
+    sizes = {
         "H": heads,
         "GROUP_K": heads // max(1, shape_k[1]),
         "GROUP_V": heads // max(1, shape_v[1]),
@@ -199,6 +207,7 @@ def _sizes(
         "BLOCK_A": block_size(shape_q[3]),
         "BLOCK_DV": block_size(shape_v[3]),
     }
+    return sizes, max(alignments) if all(alignments) else 0
 
 
 @functools.lru_cache(maxsize=1024)
