@@ -204,7 +204,8 @@ def _keys(launch: _Launch, rows: Rows, relevancy: Tensor | None) -> tuple[Tensor
         weighted_r = pad_rows(relevancy.to(torch.float32))
         if rows.sums is not None:
             total, factor = rows.sums.sum(1, keepdim=True), 1.0
-            weighted_r = weighted_r / torch.where(total == 0.0, 1.0, total)  # where the sum is 0, so is the row of Abar
+            # where the sum is 0, so is the row of Abar; over a subnormal number r overflows, and times 0 it would be NaN
+            weighted_r = weighted_r / torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
     # with many rows of r a program takes all key heads, so that the partial sums stay O(B H N)
     key_heads = max(1, key.shape[1]) if num_t > MAX_T else 1
     config = {**_config("backward_kv", launch, block_t), "BLOCK_T": block_t}

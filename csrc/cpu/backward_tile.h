@@ -134,14 +134,15 @@ static void carry(const float* X, Size count, Size w, const float* r, Size T, fl
         }
     }
 }
-// r of a tile as (width, stride), over the number of heads, or over the sums of Abar's rows: a zero row stays zero
+// r of a tile as (width, stride), over the number of heads, or over the sums of Abar's rows. A zero row stays zero, also one whose
+// sum is subnormal
 static void load_carried(const Relevancy& v, const Attention& a, const Tile& t, const float* row_sums, float* rows) {
     const Size stride = round_up(v.T, VL);
     memset(rows, 0, t.width * stride * sizeof(float));
     for (Size i = 0; i < t.rows; ++i) {
         float total = row_sums ? 0.f : (float)a.H;
         for (Size h = 0; row_sums && h < a.H; ++h) total += row_sums[(t.b * a.H + h) * a.N + t.first + i];
-        if (total == 0) total = 1;
+        if (total < 1.17549435e-38f) total = 1;  // r over a subnormal number overflows
         for (Size n = 0; n < v.T; ++n) rows[i * stride + n] = v.rows[(t.b * v.T + n) * a.N + t.first + i] / total;
     }
 }

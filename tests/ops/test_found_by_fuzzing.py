@@ -86,3 +86,21 @@ def test_cosine_beside_a_short_vector_in_float16(backend: str, side: str, length
         others = torch.ones(grad.shape[2], dtype=torch.bool)
         others[1] = name != side  # the short vector's own gradient is a sum over its length
         torch.testing.assert_close(grad[:, :, others].double(), exact[name][:, :, others], rtol=2e-2, atol=5e-3)
+
+
+@on("reference", "streaming", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("gap, size", [(90.0, 1.0), (99.0, 1.0), (85.0, 1e-3)])
+def test_rows_that_sum_to_a_subnormal_number(backend: str, gap: float, size: float) -> None:
+    """Where dA is negative at all keys that have attention, a row of Abar is what is left: e^-gap times the size of dA. r over that
+    is infinite, and it was multiplied by the row's zeros."""
+    query, key, value = (torch.tensor(x)[None, None, :, None] for x in ((gap, 0.5, 0.5), (0.0, -1.0, 0.0), (-1.0, size, -1.0)))
+    grad, ones = torch.ones(1, 1, 3, 1), torch.ones(1, 1, 3)
+    options = {"row_normalize": True, "scale": 1.0, "backend": backend}
+    step = va.relevancy_step(ones, query, key, value, grad, **options)
+    carrier = torch.zeros(1, 1, 3, requires_grad=True)
+    outputs = va.relevancy_attention(query, key, value.requires_grad_(), carrier, **options)
+    cotangent, _ = torch.autograd.grad(outputs, (carrier, value), (grad, ones))
+    for found in (step, cotangent - ones):
+        # two rows are all at the middle key; the other is, or is taken for zeros
+        assert torch.allclose(found[..., (0, 2)], torch.zeros(2), atol=1e-6)
+        assert 2.0 - 1e-5 < found[..., 1] < 3.0 + 1e-5
