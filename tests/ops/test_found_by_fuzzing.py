@@ -91,8 +91,8 @@ def test_cosine_beside_a_short_vector_in_float16(backend: str, side: str, length
 @on("reference", "streaming", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("gap, size", [(90.0, 1.0), (99.0, 1.0), (85.0, 1e-3)])
 def test_rows_that_sum_to_a_subnormal_number(backend: str, gap: float, size: float) -> None:
-    """Where dA is negative at all keys that have attention, a row of Abar is what is left: e^-gap times the size of dA. r over that
-    is infinite, and it was multiplied by the row's zeros."""
+    """Where dA is negative at all keys that have attention, a row of Abar is what is left: e^-gap times the size of dA. r over
+    that is infinite, and it was multiplied by the row's zeros."""
     query, key, value = (torch.tensor(x)[None, None, :, None] for x in ((gap, 0.5, 0.5), (0.0, -1.0, 0.0), (-1.0, size, -1.0)))
     grad, ones = torch.ones(1, 1, 3, 1), torch.ones(1, 1, 3)
     options = {"row_normalize": True, "scale": 1.0, "backend": backend}
