@@ -214,8 +214,8 @@ static Size attention_map(const MapCall& c) {
     const Size parts = parts_of(items, c.a.H, threads);
     MapRun call = {c, items, parts, least(threads, items * parts), nullptr, false};
     Memory memory;
-    memory.take(items * parts * call.tile_size());
     if (parts > 1) {
+        memory.take(items * parts * call.tile_size());
         if (!memory.allocate()) return NO_MEMORY;
         call.joined = memory.base;
     }

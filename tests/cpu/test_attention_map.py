@@ -48,7 +48,7 @@ def test_head_sizes(d: int, dv: int) -> None:
 @pytest.mark.parametrize("reduction", HEAD_REDUCTIONS)
 @pytest.mark.parametrize("n, m", [(1, 900), (20, 33), (200, 900)])
 def test_heads_that_threads_share(n: int, m: int, reduction: str) -> None:
-    """Five heads of two to eight tiles: each number of threads is right, and gives the same bits again."""
+    """Five heads, in two to ten tiles: each number of threads is right, and gives the same bits again."""
     tensors = as_dtype(map_inputs("gradient", n, m, h=5, kv=1), torch.float32)
     options = {"rule": "gradient", "head_reduction": reduction, "enable_gqa": True, "is_causal": n > 1, "row_normalize": m > 33}
     options["key_mask"] = key_mask(m)
