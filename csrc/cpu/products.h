@@ -138,17 +138,17 @@ template <class Finish>
 static void product_with_few(Size few, Size rows, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C,
                              Size ldc, bool add, const Finish& finish) {
     float columns[MOST_FEW][DEPTH];
+    const Size whole = depth / (2 * VL) * (2 * VL);
     for (Size n = 0; n < few; ++n)
         for (Size k = 0; k < depth; ++k) columns[n][k] = B[k * ldb + n];
     for (Size r = 0; r < rows; ++r) {
         Vector c[1][LINE / VL] = {};
         for (Size n = 0; n < few; ++n) {
             Vector total[2] = {};
-            Size k = 0;
-            for (; k + 2 * VL <= depth; k += 2 * VL)
+            for (Size k = 0; k < whole; k += 2 * VL)
                 for (int m = 0; m < 2; ++m) total[m] += load(A + r * lda + k + m * VL) * load(columns[n] + k + m * VL);
             float rest = 0;
-            for (; k < depth; ++k) rest += A[r * lda + k] * columns[n][k];
+            for (Size k = whole; k < depth; ++k) rest += A[r * lda + k] * columns[n][k];
             c[0][0][n] = sum(total[0] + total[1]) + rest + (add ? C[r * ldc + n] : 0.f);
         }
         finish(c, r, 0, C + r * ldc, ldc);
