@@ -197,10 +197,20 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 2), _ONCE, size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
-    "attention_statistics backward": [  # product: gradients of the groups' mass by a matrix product
+    "attention_statistics backward_q": [  # product: gradients of the groups' mass by a matrix product
         _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
         _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
-        _line((32, 32, 4, 1), _MASK, masked=True),
+        _line((64, 32, 4, 1), _MASK, masked=True, size=128),
+        _line((64, 32, 4, 1), "the product takes registers", product=True, size=128),
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 64, 4, 1), "two stages of 128 features exceed shared memory", size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "attention_statistics backward_kv": [
+        _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
+        _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+        _line((64, 64, 4, 1), _MASK, masked=True, size=64),
+        _line((32, 64, 4, 1), _MASK, masked=True, size=128),
         _line((64, 32, 4, 1), "the product takes registers", product=True, size=128),
         _line((64, 64, 4, 2), _ONCE, size=64),
         _line((64, 64, 4, 1), "two stages of 128 features exceed shared memory", size=128),

@@ -3,13 +3,14 @@
 Shapes: query (B, H, N, D), key (B, Hk, M, D), Hk a divisor of H; mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received
 (B, H, M).
 Roofline: HBM for short sequences. For long ones a matrix product and an exponential per pair in each of two passes, and about a
-dozen instructions per pair for maximum, entropy and argmax (issue-bound at head dimension 64). Backward: five matrix products and
-three exponentials per pair.
+dozen instructions per pair for maximum, entropy and argmax (issue-bound at head dimension 64). Backward: four matrix products and
+two exponentials per pair, with a gradient of `received` five and three.
 Trick: one pass over the keys gives all statistics of a row. The entropy is ln l - sum e x / l with x = logit - maximum and l =
 sum e, two terms of one sign. The mass of up to four groups is a sum for each: a multiply-add per pair. That of more groups is a
 matrix product with 0s and 1s, with the weights in two halves so that 16-bit products keep 24 bits of them. `received` is
-key-major, without atomics, and has the same bits each time. The backward pass needs one more number per row, sum P dP, which the
-query-major kernel computes before its second loop. Not yet measured on a GPU.
+key-major, without atomics, and has the same bits each time. The backward pass needs one more number per row, sum P dP. It follows
+from the statistics themselves, but for the part of `received`: for that one the query-major kernel goes over the keys once more.
+Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from vlattn_fast.kernels._tiles import (
     rows_at,
     store_tile,
     strides,
+    within,
 )
 
 FEW_GROUPS = 4
@@ -61,11 +63,14 @@ def forward(
     statistics: Collection[str],
     scale: float,
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); garbage for what `statistics` does not name."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M) and, for `backward`, rows (2, B, H, N): each
+    row's largest logit, and the mean of the others' distance from it. Garbage for what `statistics` does not name."""
     rows = query.shape[:3]
     mass = query.new_empty((*rows, num_groups), dtype=torch.float32)
-    entropy, maximum, row_max = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    entropy, maximum = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    of_rows = query.new_empty((2, *rows), dtype=torch.float32)
+    row_max, mean_x = of_rows.unbind()
     argmax = query.new_empty(rows, dtype=torch.int64)
     received = query.new_empty((*rows[:2], key.shape[2] if "received" in statistics else 0), dtype=torch.float32)
     call = _arguments(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal)
@@ -82,6 +87,7 @@ def forward(
             p_maximum=maximum,
             p_argmax=argmax,
             p_row_max=row_max,
+            p_mean_x=mean_x,
             ENTROPY="entropy" in statistics,
             ARGMAX="argmax" in statistics,
             FEW=_few(num_groups),
@@ -95,7 +101,7 @@ def forward(
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
         edge = edge_block(rows[2], config["BLOCK_Q"], is_causal)
         _received_kernel[grid](**call, p_maximum=maximum, p_row_max=row_max, p_received=received, BLOCK_EDGE=edge, **config)
-    return mass, entropy, maximum, argmax, received
+    return mass, entropy, maximum, argmax, received, of_rows
 
 
 @on_device
@@ -106,7 +112,10 @@ def backward(
     grad_received: Tensor | None,
     query: Tensor,
     key: Tensor,
+    mass: Tensor,
+    maximum: Tensor,
     argmax: Tensor,
+    of_rows: Tensor,
     key_groups: Tensor | None,
     row_weight: Tensor | None,
     attn_mask: Tensor | None,
@@ -115,35 +124,44 @@ def backward(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key and row_weight."""
+    """Gradients of query, key and row_weight; mass, maximum, argmax and of_rows as `forward` gave them."""
     batch, heads, num_q, _ = query.shape
     grad_q, grad_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key))
-    row_max, inverse, shift, grad_weight = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(4))
+    shift, grad_weight = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
+    row_max, mean_x = of_rows.unbind()
     if key_groups is None or num_groups == 0:
         grad_mass = None
     grads = {"mass": grad_mass, "entropy": grad_entropy, "maximum": grad_maximum, "received": grad_received}
     few = _few(num_groups)
-    facts = _facts(query, key, num_groups, attn_mask)
-    config = configuration("attention_statistics", "backward", **facts, product=grad_mass is not None and few == 0)
+    facts = {**_facts(query, key, num_groups, attn_mask), "product": grad_mass is not None and few == 0}
     call = {
         **_arguments(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal),
         **{f"p_grad_{name}": query if x is None else x.contiguous() for name, x in grads.items()},
         "p_argmax": argmax.contiguous(),
         "p_row_max": row_max,
-        "p_inverse": inverse,
+        "p_maximum": maximum,
         "p_shift": shift,
         "scale": scale,
         **{name.upper(): x is not None for name, x in grads.items()},
         "FEW": few,
-        **config,
     }
-    if row_max.numel() > 0:
+    if shift.numel() > 0:
+        config = configuration("attention_statistics", "backward_q", **facts)
         grid = (cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
-        edge = edge_block(key.shape[2], config["BLOCK_KV"], is_causal)
-        _backward_q_kernel[grid](**call, p_grad_weight=grad_weight, p_grad_q=grad_q, BLOCK_EDGE=edge)
+        _backward_q_kernel[grid](
+            **call,
+            p_mass=mass,
+            p_mean_x=mean_x,
+            p_grad_weight=grad_weight,
+            p_grad_q=grad_q,
+            BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
+            **config,
+        )
     if grad_k.numel() > 0:
+        config = configuration("attention_statistics", "backward_kv", **facts)
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * batch * key.shape[1],)
-        _backward_kv_kernel[grid](**call, p_grad_k=grad_k, BLOCK_EDGE=edge_block(num_q, config["BLOCK_Q"], is_causal))
+        edge = edge_block(num_q, config["BLOCK_Q"], is_causal)
+        _backward_kv_kernel[grid](**call, p_grad_k=grad_k, BLOCK_EDGE=edge, **config)
     if row_weight is None:
         return grad_q, grad_k, None
     return grad_q, grad_k, grad_weight.sum(1) if grad_received is not None else torch.zeros_like(row_weight)
@@ -251,6 +269,7 @@ def _rows_kernel(
     p_maximum,
     p_argmax,
     p_row_max,
+    p_mean_x,
     H,
     GROUP,
     N,
@@ -340,8 +359,10 @@ def _rows_kernel(
     if i_g == 0:
         m_row = o_q < N
         if ENTROPY:
-            b_entropy = 0.6931471805599453 * (tl.log2(b_total) - b_log * b_inverse)
+            b_mean_x = b_log * b_inverse
+            b_entropy = 0.6931471805599453 * (tl.log2(b_total) - b_mean_x)
             tl.store(p_entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
+            tl.store(p_mean_x + o_row, b_mean_x, mask=m_row)
         if ARGMAX:
             tl.store(p_argmax + o_row, tl.where(b_sum > 0.0, b_first, -1).to(tl.int64), mask=m_row)
         tl.store(p_maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
@@ -415,15 +436,17 @@ def _received_kernel(
         b_sum = tl.zeros([BLOCK_EDGE if EDGE else BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over its rows once, at the end
         for start in range(edge if EDGE or CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
             o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
+            o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or CAUSAL else None)
             b_q = load_rows(p_q, stride_qn, o_q, o_d, N if EDGE or CAUSAL else None, D)  # [q,D]
             b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
             if FOLDED:
                 b_s *= scale_log2
             if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
                 b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
-            b_max, b_weight = _row(p_row_max, i_bh, o_q, N, float("inf")), _row(p_maximum, i_bh, o_q, N, 0.0)
+            b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
+            b_weight = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
             if WEIGHT:
-                b_weight *= tl.load(p_weight + i_b * stride_weight + o_q, mask=o_q < N, other=0.0)
+                b_weight *= tl.load(p_weight + i_b * stride_weight + o_q, mask=m_row, other=0.0)
             b_sum += tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED)) * b_weight[:, None]
         b_received += tl.sum(b_sum, axis=0)
     if KEY_MASK:
@@ -445,8 +468,10 @@ def _backward_q_kernel(
     p_grad_received,
     p_argmax,
     p_row_max,
-    p_inverse,
+    p_maximum,
     p_shift,
+    p_mass,
+    p_mean_x,
     p_grad_weight,
     p_grad_q,
     H,
@@ -486,9 +511,10 @@ def _backward_q_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """The gradient of the query, and what the key-major kernel needs of each row: the largest logit, 1 / sum, and `shift`.
+    """The gradient of the query, and of each row what the key-major kernel needs beside the statistics: `shift`.
 
-    `shift` is -sum P dP without what cancels in `_grad_score`. grad_weight = sum_j P_ij grad_received_j.
+    `shift` is -sum P dP without what cancels in `_grad_score`, times `maximum`. Its terms are those of dP, summed in the same
+    order, so that a row with one key gets 0 exactly. grad_weight = sum_j P_ij grad_received_j.
     """
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
     p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
@@ -500,54 +526,41 @@ def _backward_q_kernel(
     p_grad_received += i_bh * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
+    o_row, m_row = i_bh * N + o_q, o_q < N
     b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
-    b_ge, b_gm, b_first, b_w = _grad_rows(
-        p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
+    b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
+    b_maximum, b_ge, b_gm, b_first, b_w = _grad_rows(
+        p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight, o_q, o_row, m_row, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
     )
-    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_grad_weight = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M if EDGE else None, D)  # [kv,D]
-            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-            if FOLDED:
-                b_s *= scale_log2
-            b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
-            b_max, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED, ENTROPY)
-            if MASS or MAXIMUM or RECEIVED:
-                b_terms = _grad_terms(
-                    b_gm,
-                    b_first,
-                    b_w,
-                    p_grad_mass,
-                    p_grad_received,
-                    p_groups,
-                    o_q,
-                    o_kv,
-                    N,
-                    M,
-                    G,
-                    MASS,
-                    MAXIMUM,
-                    RECEIVED,
-                    FEW,
-                    SPLIT,
-                    PRECISION,
-                )
-                b_sum_terms = b_sum_terms * b_alpha + tl.sum(b_e * b_terms, axis=1)
-            if WEIGHT and RECEIVED:
-                b_grad_weight = b_grad_weight * b_alpha + tl.sum(b_e * _column(p_grad_received, o_kv, M)[None, :], axis=1)
-    b_empty = b_sum == 0.0
-    b_inverse = 1.0 / tl.where(b_empty, 1.0, b_sum)
-    b_max = tl.where(b_empty, float("inf"), b_max)
-    # log P = x - log sum, and log sum cancels in dP - sum P dP
-    b_shift = (b_ge * 0.6931471805599453 * b_log - b_sum_terms) * b_inverse
+    b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if MASS:
+        b_sum_terms = _sum_mass(p_grad_mass, p_mass + i_bh * N * G, b_maximum, o_q, N, G, FEW, SPLIT, PRECISION)
+    if RECEIVED:
+        b_given = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        for EDGE in tl.static_range(2):
+            b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
+            for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+                o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+                b_k = load_rows(p_k, stride_kn, o_kv, o_d, M if EDGE else None, D)  # [kv,D]
+                b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
+                if FOLDED:
+                    b_s *= scale_log2
+                b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
+                b_e = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
+                b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
+            b_given += tl.sum(b_sum, axis=1)
+        b_given *= b_maximum
+        b_sum_terms += b_w * b_given
+        if WEIGHT:
+            tl.store(p_grad_weight + o_row, b_given, mask=m_row)
+    if MAXIMUM:
+        b_sum_terms += b_gm * b_maximum
+    b_shift = -b_sum_terms
+    if ENTROPY:
+        b_shift += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
+    tl.store(p_shift + o_row, b_shift, mask=m_row)
+    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
@@ -559,11 +572,11 @@ def _backward_q_kernel(
             b_ds = _grad_score(
                 b_s,
                 b_max,
-                b_inverse,
+                b_maximum,
                 b_shift,
                 b_ge,
                 b_gm,
-                b_first,
+                tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None],  # o_kv would be compared in 64 bits
                 b_w,
                 p_grad_mass,
                 p_grad_received,
@@ -574,6 +587,7 @@ def _backward_q_kernel(
                 M,
                 G,
                 scale_log2,
+                EDGE == 1,
                 FOLDED,
                 MASS,
                 ENTROPY,
@@ -584,13 +598,6 @@ def _backward_q_kernel(
                 PRECISION,
             )
             b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
-    m_row = o_q < N
-    o_row = i_bh * N + o_q
-    tl.store(p_row_max + o_row, b_max, mask=m_row)
-    tl.store(p_inverse + o_row, b_inverse, mask=m_row)
-    tl.store(p_shift + o_row, b_shift, mask=m_row)
-    if WEIGHT and RECEIVED:
-        tl.store(p_grad_weight + o_row, b_grad_weight * b_inverse, mask=m_row)
     store_tile(p_grad_q + i_bh * N * D, D, o_q, o_d, N, D, b_dq * scale)
 
 
@@ -608,7 +615,7 @@ def _backward_kv_kernel(
     p_grad_received,
     p_argmax,
     p_row_max,
-    p_inverse,
+    p_maximum,
     p_shift,
     p_grad_k,
     H,
@@ -664,6 +671,7 @@ def _backward_kv_kernel(
         for EDGE in tl.static_range(1 if CAUSAL else 2):
             for start in range(edge if EDGE or CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
                 o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
+                o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or CAUSAL else None)
                 b_q = load_rows(
                     rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N if EDGE or CAUSAL else None, D
                 )  # [q,D]
@@ -673,27 +681,39 @@ def _backward_kv_kernel(
                 if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
                     p_head = p_mask + i_b * stride_mb + i_h * stride_mh
                     b_s = mask_logits(b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
-                b_ge, b_gm, b_first, b_w = _grad_rows(
-                    p_grad_entropy, p_grad_maximum, p_argmax, p_weight, i_bh, o_q, N, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
+                b_maximum, b_ge, b_gm, b_first, b_w = _grad_rows(
+                    p_maximum,
+                    p_grad_entropy,
+                    p_grad_maximum,
+                    p_argmax,
+                    p_weight,
+                    o_q,
+                    o_row,
+                    m_row,
+                    ENTROPY,
+                    MAXIMUM,
+                    RECEIVED,
+                    WEIGHT,
                 )
                 b_ds = _grad_score(
                     b_s,
-                    _row(p_row_max, i_bh, o_q, N, float("inf")),
-                    _row(p_inverse, i_bh, o_q, N, 0.0),
-                    _row(p_shift, i_bh, o_q, N, 0.0),
+                    tl.load(p_row_max + o_row, mask=m_row, other=float("inf")),
+                    b_maximum,
+                    tl.load(p_shift + o_row, mask=m_row, other=0.0),
                     b_ge,
                     b_gm,
-                    b_first,
+                    o_kv[None, :] == b_first[:, None],
                     b_w,
                     p_grad_mass + i_bh * N * G,
                     p_grad_received + i_bh * M,
                     p_groups,
                     o_q,
                     o_kv,
-                    N,
+                    N if EDGE or CAUSAL else None,
                     M,
                     G,
                     scale_log2,
+                    True,
                     FOLDED,
                     MASS,
                     ENTROPY,
@@ -733,42 +753,47 @@ def _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED: tl.constexpr, LOG: tl.
 
 @triton.jit
 def _grad_rows(
+    p_maximum,
     p_grad_entropy,
     p_grad_maximum,
     p_argmax,
     p_weight,
-    i_bh,
     o_q,
-    N,
+    o_row,
+    m_row,
     ENTROPY: tl.constexpr,
     MAXIMUM: tl.constexpr,
     RECEIVED: tl.constexpr,
     WEIGHT: tl.constexpr,
 ):
-    """grad_entropy, grad_maximum, argmax and weight of rows; zeros for what is absent."""
+    """maximum, grad_entropy (of entropies in base 2), grad_maximum, argmax and weight of rows; zeros for what is absent.
+
+    Gradients and weight come times `maximum`, which every probability of a row has as a factor.
+    """
+    b_maximum = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
     b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0
     b_first = o_q * 0 - 1
     if ENTROPY:
-        b_ge = _row(p_grad_entropy, i_bh, o_q, N, 0.0)
+        b_ge = tl.load(p_grad_entropy + o_row, mask=m_row, other=0.0) * 0.6931471805599453 * b_maximum
     if MAXIMUM:
-        b_gm = _row(p_grad_maximum, i_bh, o_q, N, 0.0)
-        b_first = tl.load(p_argmax + i_bh * N + o_q, mask=o_q < N, other=-1).to(tl.int32)
+        b_gm = tl.load(p_grad_maximum + o_row, mask=m_row, other=0.0) * b_maximum
+        b_first = tl.load(p_argmax + o_row, mask=m_row, other=-1).to(tl.int32)
     if RECEIVED:
-        b_w = b_w + 1.0
+        b_w = b_maximum
         if WEIGHT:
-            b_w = tl.load(p_weight + o_q, mask=o_q < N, other=0.0)
-    return b_ge, b_gm, b_first, b_w
+            b_w = tl.load(p_weight + o_q, mask=m_row, other=0.0) * b_maximum
+    return b_maximum, b_ge, b_gm, b_first, b_w
 
 
 @triton.jit
 def _grad_score(
     b_s,
     b_max,
-    b_inverse,
+    b_maximum,
     b_shift,
     b_ge,
     b_gm,
-    b_first,
+    b_here,
     b_w,
     p_grad_mass,
     p_grad_received,
@@ -779,6 +804,7 @@ def _grad_score(
     M,
     G,
     scale_log2,
+    EDGE: tl.constexpr,
     FOLDED: tl.constexpr,
     MASS: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -788,15 +814,19 @@ def _grad_score(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits."""
+    """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits. All that makes dP comes times `maximum`.
+
+    b_here [q,kv]: whether a key is the argmax. N: see `within`. EDGE: some of the keys may not exist.
+    """
     b_x = below_max(b_s, b_max, scale_log2, FOLDED)
     if ENTROPY:  # else -inf gives 0
         b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_dp = b_shift[:, None]
     if MASS or MAXIMUM or RECEIVED:
         b_dp = b_dp + _grad_terms(
+            b_maximum,
             b_gm,
-            b_first,
+            b_here,
             b_w,
             p_grad_mass,
             p_grad_received,
@@ -806,6 +836,7 @@ def _grad_score(
             N,
             M,
             G,
+            EDGE,
             MASS,
             MAXIMUM,
             RECEIVED,
@@ -814,14 +845,15 @@ def _grad_score(
             PRECISION,
         )
     if ENTROPY:
-        b_dp = b_dp - (b_ge * 0.6931471805599453)[:, None] * b_x
-    return tl.exp2(b_x) * b_inverse[:, None] * b_dp
+        b_dp = b_dp - b_ge[:, None] * b_x
+    return tl.exp2(b_x) * b_dp
 
 
 @triton.jit
 def _grad_terms(
+    b_maximum,
     b_gm,
-    b_first,
+    b_here,
     b_w,
     p_grad_mass,
     p_grad_received,
@@ -831,6 +863,7 @@ def _grad_terms(
     N,
     M,
     G,
+    EDGE: tl.constexpr,
     MASS: tl.constexpr,
     MAXIMUM: tl.constexpr,
     RECEIVED: tl.constexpr,
@@ -838,24 +871,26 @@ def _grad_terms(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dP [q,kv] without the term of the entropy. Its sum and its use share this function: what cancels does so exactly."""
+    """dP [q,kv] without the term of the entropy."""
     b_dp = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
     if MASS:
-        b_dp = _grad_mass(p_grad_mass, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION)
+        b_dp = _grad_mass(p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION)
     if RECEIVED:
-        b_dp += b_w[:, None] * _column(p_grad_received, o_kv, M)[None, :]
+        b_dp += b_w[:, None] * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
     if MAXIMUM:
-        b_dp += tl.where(o_kv[None, :] == b_first[:, None], b_gm[:, None], 0.0)
+        b_dp += tl.where(b_here, b_gm[:, None], 0.0)
     return b_dp
 
 
 @triton.jit
-def _grad_mass(p_grad_mass, p_groups, o_q, o_kv, N, M, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def _grad_mass(
+    p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):
     """[q,kv]: grad_mass of each query for the group of each key, 0 without a group. FEW groups are added one by one."""
     b_tile = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
     if FEW > 0:
         for g in tl.static_range(FEW):
-            b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0)
+            b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=within(o_q, N), other=0.0) * b_maximum
             b_tile += b_one[:, None] * _member(p_groups, o_kv, M, g)[None, :]
     else:
         b_group = _groups(p_groups, o_kv, M, G)
@@ -863,7 +898,27 @@ def _grad_mass(p_grad_mass, p_groups, o_q, o_kv, N, M, G, FEW: tl.constexpr, SPL
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
             b_tile += _dot_members(b_some, o_g[:, None] == b_group[None, :], tl.bfloat16, SPLIT, PRECISION)
+        b_tile *= b_maximum[:, None]
     return b_tile
+
+
+@triton.jit
+def _sum_mass(p_grad_mass, p_mass, b_maximum, o_q, N, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """[q]: the sum of P times `_grad_mass`, with gradients rounded as there."""
+    b_sum = tl.zeros([o_q.shape[0]], dtype=tl.float32)
+    if FEW > 0:
+        for g in tl.static_range(FEW):
+            b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0) * b_maximum
+            b_sum += b_one * tl.load(p_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0)
+    else:
+        for start in range(0, G, 16):
+            o_g = start + tl.arange(0, 16)
+            b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
+            b_same = tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :]
+            b_some = _dot_members(b_some, b_same, tl.bfloat16, SPLIT, PRECISION)
+            b_sum += tl.sum(b_some * load_tile(p_mass, G, o_q, o_g, N, G), axis=1)
+        b_sum *= b_maximum
+    return b_sum
 
 
 @triton.jit
@@ -902,10 +957,6 @@ def _groups(p_groups, o_kv, M, G):
 
 
 @triton.jit
-def _row(p, i_bh, o_q, N, outside):
-    return tl.load(p + i_bh * N + o_q, mask=o_q < N, other=outside)
-
-
-@triton.jit
 def _column(p, o_kv, M):
-    return tl.load(p + o_kv, mask=o_kv < M, other=0.0)
+    """[kv]; `M` as in `within`."""
+    return tl.load(p + o_kv, mask=within(o_kv, M), other=0.0)

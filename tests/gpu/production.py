@@ -168,7 +168,8 @@ HOTTEST = (
         ("additive", "D64"),
         128,
     ),
-    Hot("attention_statistics backward", Q + KV, "attention_statistics/forward+backward/uniter", ("two groups", "N200")),
+    Hot("attention_statistics backward_kv", KV, "attention_statistics/forward+backward/uniter", ("two groups", "N200")),
+    Hot("attention_statistics backward_q", Q, "attention_statistics/forward+backward/uniter", ("two groups", "N200")),
     Hot(
         "score_attention backward_kv dot_tanh", KV, "score_attention/general tanh, forward+backward/clip", ("general tanh", "D64")
     ),

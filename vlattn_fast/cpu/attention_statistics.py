@@ -27,7 +27,7 @@ def forward(
     statistics: Collection[str],
     scale: float,
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); nothing for mass and received where
     `statistics` does not name them. The others are computed in any case: they are by the way."""
     query, key = unit_strides(query, key)
@@ -44,7 +44,7 @@ def forward(
         *_constants(key_groups, num_groups, row_weight),
         *map(pointer, (mass, entropy, maximum, argmax, received if receives else None)),
     )
-    return mass, entropy, maximum, argmax, received if queries else received.zero_()  # the kernel runs over queries
+    return mass, entropy, maximum, argmax, received if queries else received.zero_(), None  # the kernel runs over queries
 
 
 def backward(
@@ -54,7 +54,10 @@ def backward(
     grad_received: Tensor | None,
     query: Tensor,
     key: Tensor,
+    mass: None,
+    maximum: None,
     argmax: Tensor,
+    of_rows: None,
     key_groups: Tensor | None,
     row_weight: Tensor | None,
     attn_mask: Tensor | None,

@@ -30,6 +30,7 @@ from vlattn_fast.reference.attention_statistics import AttentionStatistics, chos
 
 BACKENDS = table("attention_statistics")
 STATISTICS = AttentionStatistics._fields
+OUTPUTS = (*STATISTICS, "rows")  # of the operator: rows (2, B, H, N) are what a backend's backward pass needs beside statistics
 
 
 def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Local) -> AttentionStatistics:
@@ -126,6 +127,8 @@ def attention_statistics(
     needed = list(asked)
     if differentiated and ("maximum" in asked or chosen == "cpu"):
         needed.append("argmax")  # the backward pass reads it
+    if differentiated and chosen == "triton":
+        needed += ["maximum", "rows"]
     found = _forward_op(
         query,
         key,
@@ -134,12 +137,12 @@ def attention_statistics(
         attn_mask,
         key_mask,
         num_groups if "mass" in asked else 0,
-        " ".join([name for name in STATISTICS if name in needed]),
+        " ".join([name for name in OUTPUTS if name in needed]),
         scale,
         is_causal,
         chosen,
     )
-    return chosen_statistics(found, asked)
+    return chosen_statistics(found[:5], asked)
 
 
 def describe_call(
@@ -226,12 +229,12 @@ def _range(groups: Tensor) -> tuple[int, int]:
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    """Tensors without elements stand for the statistics that are not asked for."""
+    """Tensors without elements stand for what is not asked for."""
     *inputs, statistics, scale, is_causal, backend = args
     query, asked = inputs[0], statistics.split()
     found = load(BACKENDS, backend).forward(*inputs, asked, scale, is_causal)
     return tuple(
-        [x if name in asked else query.new_empty(0, dtype=_dtype(name, query)) for name, x in zip(STATISTICS, found, strict=True)]
+        [x if name in asked else query.new_empty(0, dtype=_dtype(name, query)) for name, x in zip(OUTPUTS, found, strict=True)]
     )
 
 
@@ -251,9 +254,9 @@ def _forward_fake(
     *_: Any,
 ) -> tuple[Tensor, ...]:
     rows, asked = query.shape[:3], statistics.split()
-    shapes = {"mass": (*rows, num_groups), "received": (*rows[:2], key.shape[2])}
+    shapes = {"mass": (*rows, num_groups), "received": (*rows[:2], key.shape[2]), "rows": (2, *rows)}
     return tuple(
-        query.new_empty(shapes.get(name, rows) if name in asked else (0,), dtype=_dtype(name, query)) for name in STATISTICS
+        query.new_empty(shapes.get(name, rows) if name in asked else (0,), dtype=_dtype(name, query)) for name in OUTPUTS
     )
 
 
@@ -269,7 +272,10 @@ def _backward_fake(
     grad_received: Any,
     query: Tensor,
     key: Tensor,
-    argmax: Tensor,
+    mass: Any,
+    maximum: Any,
+    argmax: Any,
+    rows: Any,
     key_groups: Any,
     row_weight: Tensor | None,
     *_: Any,
@@ -282,13 +288,14 @@ _TENSORS = "Tensor? key_groups, Tensor? row_weight, Tensor? attn_mask, Tensor? k
 _OPTIONS = "float scale, bool is_causal, str backend"
 _forward_op = define(
     f"attention_statistics(Tensor query, Tensor key, {_TENSORS}, SymInt num_groups, str statistics, {_OPTIONS}) "
-    "-> (Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received)",
+    "-> (Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor rows)",
     _forward,
     _forward_fake,
 )
 _backward_op = define(
     "attention_statistics_backward(Tensor? grad_mass, Tensor? grad_entropy, Tensor? grad_maximum, Tensor? grad_received, "
-    f"Tensor query, Tensor key, Tensor argmax, {_TENSORS}, SymInt num_groups, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor query, Tensor key, Tensor? mass, Tensor? maximum, Tensor argmax, Tensor? rows, {_TENSORS}, SymInt num_groups, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -296,14 +303,16 @@ _backward_op = define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.num_groups, _, ctx.scale, ctx.is_causal, ctx.backend = inputs
-    argmax = output[3]
-    ctx.save_for_backward(*tensors, argmax)
-    ctx.mark_non_differentiable(argmax)
+    mass, _, maximum, argmax, _, rows = output
+    ctx.save_for_backward(*tensors, argmax, *((mass, maximum, rows) if ctx.backend == "triton" else (None, None, None)))
+    ctx.mark_non_differentiable(argmax, rows)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any) -> tuple[Any, ...]:
-    query, key, key_groups, row_weight, attn_mask, key_mask, argmax = ctx.saved_tensors
+def _autograd(
+    ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any, __: Any
+) -> tuple[Any, ...]:
+    query, key, key_groups, row_weight, attn_mask, key_mask, argmax, mass, maximum, rows = ctx.saved_tensors
     grad_q, grad_k, grad_weight = _backward_op(
         grad_mass,
         grad_entropy,
@@ -311,7 +320,10 @@ def _autograd(ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _:
         grad_received,
         query,
         key,
+        mass,
+        maximum,
         argmax,
+        rows,
         key_groups,
         row_weight,
         attn_mask,

@@ -27,7 +27,7 @@ def forward(
     statistics: Collection[str],
     scale: float,
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); anything for what `statistics` does not name."""
     dtype, rows = compute_dtype(query), query.shape[:3]
     mass = query.new_zeros(*rows, num_groups, dtype=dtype)
@@ -46,7 +46,7 @@ def forward(
             received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, None, None, i] @ prob).squeeze(2)
         for g, columns in _group_columns(key_groups, num_groups, b, dtype):
             mass[b, h, i, g] = (prob.flatten(1, 2) @ columns).view(*prob.shape[:3], -1)
-    return mass, entropy, maximum, argmax, received
+    return mass, entropy, maximum, argmax, received, None
 
 
 def backward(
@@ -56,7 +56,10 @@ def backward(
     grad_received: Tensor | None,
     query: Tensor,
     key: Tensor,
+    mass: None,
+    maximum: None,
     argmax: Tensor,
+    of_rows: None,
     key_groups: Tensor | None,
     row_weight: Tensor | None,
     attn_mask: Tensor | None,

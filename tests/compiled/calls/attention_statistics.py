@@ -29,7 +29,7 @@ def run(groups: int, dtype: torch.dtype, size: int, masked: bool = False, only: 
     given = (torch.zeros(1, n, dtype=torch.int64) if groups else None, torch.ones(1, n) if masked else None)
     masks = (torch.zeros(n, n), torch.ones(1, n, dtype=torch.bool)) if masked else (None, None)
     asked = (only,) if only else NAMES
-    found = attention_statistics.forward(q, k, *given, *masks, groups, asked, 0.125, masked)
-    argmax = found[3]
+    *found, rows = attention_statistics.forward(q, k, *given, *masks, groups, asked, 0.125, masked)
+    mass, _, maximum, argmax, _ = found
     grads = tuple(x if name in asked else None for name, x in zip(NAMES, found, strict=True) if name != "argmax")
-    attention_statistics.backward(*grads, q, k, argmax, *given, *masks, groups, 0.125, masked)
+    attention_statistics.backward(*grads, q, k, mass, maximum, argmax, rows, *given, *masks, groups, 0.125, masked)
