@@ -43,6 +43,17 @@ def largest_magnitude(b_x, SCORE: tl.constexpr):
 
 
 @triton.jit
+def weights_summed(p_u, o_a, A):
+    """Of a head's vector [A]: the largest magnitude, 1 where all are next to nothing, and the sum.
+
+    Weights are divided by the first, so that their reciprocals are not too large.
+    """
+    b_u = tl.load(p_u + o_a, mask=o_a < A, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(b_u), axis=0)
+    return tl.where(largest < 1e-30, 1.0, largest), tl.sum(b_u, axis=0)
+
+
+@triton.jit
 def norm_backward(b_x, b_inverse, b_along):
     """The part of cosine's gradient that goes through |x|: x / |x|^2 sum_j grad_ij score_ij, [row,A].
 
@@ -110,7 +121,7 @@ def sum_unclamped(b_x, b_row, b_column, parameter):
 
 @triton.jit
 def _reciprocal(x, PRECISION: tl.constexpr):
-    """1 / x for x in [1, 2^126]. One instruction, where a division takes several. At most an ulp off."""
+    """1 / x for |x| in [2^-126, 2^126]. One instruction, where a division takes several. At most an ulp off."""
     if PRECISION == "widen":
         return 1.0 / x
     else:
@@ -225,6 +236,8 @@ def sum_units(
     Y,
     A,
     bound,
+    largest,
+    total,
     SCORE: tl.constexpr,
     EXACT: tl.constexpr,
     FAST: tl.constexpr,
@@ -232,12 +245,31 @@ def sum_units(
 ):
     """The scores [x,y] that are sums over hidden units. Either side may be the queries.
 
-    `bound` is the sum of both sides' `largest_magnitude`. It decides how additive scores combine their exponentials.
+    `bound` is the sum of both sides' `largest_magnitude`. It decides how additive scores combine their exponentials. `largest`
+    and `total`: see `weights_summed`.
     """
     if SCORE == "additive":
         if bound <= 20.0:
             b_s = _sum_pairs(
-                p_x, p_y, p_pre_x, p_pre_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "product", EXACT, FAST, PRECISION
+                p_x,
+                p_y,
+                p_pre_x,
+                p_pre_y,
+                p_u,
+                o_x,
+                o_y,
+                stride_x,
+                stride_y,
+                X,
+                Y,
+                A,
+                largest,
+                total,
+                SCORE,
+                "product",
+                EXACT,
+                FAST,
+                PRECISION,
             )
         elif bound < float("inf"):
             b_s = _sum_pairs(
@@ -253,6 +285,8 @@ def sum_units(
                 X,
                 Y,
                 A,
+                largest,
+                total,
                 SCORE,
                 "clamped product",
                 EXACT,
@@ -261,11 +295,47 @@ def sum_units(
             )
         else:
             b_s = _sum_pairs(
-                p_x, p_y, p_pre_x, p_pre_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "sum", EXACT, FAST, PRECISION
+                p_x,
+                p_y,
+                p_pre_x,
+                p_pre_y,
+                p_u,
+                o_x,
+                o_y,
+                stride_x,
+                stride_y,
+                X,
+                Y,
+                A,
+                largest,
+                total,
+                SCORE,
+                "sum",
+                EXACT,
+                FAST,
+                PRECISION,
             )
     else:
         b_s = _sum_pairs(
-            p_x, p_y, p_pre_x, p_pre_y, p_u, o_x, o_y, stride_x, stride_y, X, Y, A, SCORE, "", EXACT, FAST, PRECISION
+            p_x,
+            p_y,
+            p_pre_x,
+            p_pre_y,
+            p_u,
+            o_x,
+            o_y,
+            stride_x,
+            stride_y,
+            X,
+            Y,
+            A,
+            largest,
+            total,
+            SCORE,
+            "",
+            EXACT,
+            FAST,
+            PRECISION,
         )
     return b_s
 
@@ -284,72 +354,85 @@ def _sum_pairs(
     X,
     Y,
     A,
+    largest,
+    total,
     SCORE: tl.constexpr,
     METHOD: tl.constexpr,
     EXACT: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The sum over pairs of hidden units, w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2), with one reciprocal for both.
+    """The sum over pairs of hidden units with one reciprocal for both.
 
-    Denominators are at most 1 + e^40. tanh = 2/d - 1, and the constant is summed apart. EXACT takes (2 - d)/d instead, since the
-    constant may be much larger than the score. FAST takes products by `_fast_tanh`; logistic(y) is (1 + tanh(y/2)) / 2.
+    w1/d1 + w2/d2 = (D w2 + d2) / (D d2) with D = d1/w1, which costs no more than d1. The weights are those over the largest, and
+    w1 is at least 1e-10. Where D d2 overflows, both terms are below 1e-11 and become 0. tanh = 2/d - 1, and the constant is
+    summed apart. EXACT takes (2 - d)/d instead, since the constant may be much larger than the score, and
+    (w1 d2 + w2 d1) / (d1 d2). FAST takes products by `_fast_tanh`; logistic(y) is (1 + tanh(y/2)) / 2.
     """
     # zeros from a tensor core product have the layout of the products that follow: each thread loads few rows and columns, and
     # the tile stays in its threads
     b_s = tl.dot(tl.zeros([o_x.shape[0], 16], dtype=tl.float16), tl.zeros([16, o_y.shape[0]], dtype=tl.float16))
-    constant = 0.0
+    shrink = 1.0 / largest
     for a in tl.range(0, A, 2, loop_unroll_factor=1 if EXACT else 2):
         w1 = tl.load(p_u + a).to(tl.float32)
         w2 = tl.load(p_u + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
         if FAST and SCORE != "additive":
-            b_t1 = _fast_tanh(_product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a), PRECISION)
-            b_t2 = _fast_tanh(_product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a + 1), PRECISION)
+            b_t1 = _fast_tanh(_product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a, 1.0), PRECISION)
+            b_t2 = _fast_tanh(_product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a + 1, 1.0), PRECISION)
             b_s += w1 * b_t1
             b_s += w2 * b_t2
-            constant += w1 + w2
         else:
-            b_d1 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE, METHOD)
-            b_d2 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, SCORE, METHOD)
+            inverse = 1.0
+            if not EXACT:
+                w1, w2 = w1 * shrink, w2 * shrink
+                inverse = _reciprocal(tl.where(tl.abs(w1) < 1e-10, 1e-10, w1), PRECISION)
+            b_d1 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, inverse, SCORE, METHOD)
+            b_d2 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, 1.0, SCORE, METHOD)
             b_r = _reciprocal(b_d1 * b_d2, PRECISION)
-            if EXACT and SCORE != "hadamard_sigmoid":
-                b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
-            else:
+            if not EXACT:
+                b_s += (w2 * b_d1 + b_d2) * b_r
+            elif SCORE == "hadamard_sigmoid":
                 b_s += (w1 * b_d2 + w2 * b_d1) * b_r
-                constant += w1 + w2
+            else:
+                b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
     if FAST and SCORE == "hadamard_sigmoid":
-        b_s = 0.5 * (b_s + constant)
-    elif SCORE == "additive" and not EXACT or SCORE == "hadamard_tanh" and not (EXACT or FAST):
-        b_s = 2.0 * b_s - constant
+        b_s = 0.5 * (b_s + total)
+    elif not EXACT and SCORE == "hadamard_sigmoid":
+        b_s *= largest
+    elif not EXACT and not (FAST and SCORE != "additive"):
+        b_s = (2.0 * largest) * b_s - total
     return b_s
 
 
 @triton.jit
-def _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a):
+def _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a, factor):
     """[x,y], of what is precomputed for hidden unit a."""
     i_a = tl.full([], a, tl.int64)
     b_x = tl.load(p_pre_x + i_a * ((X + 127) // 128 * 128) + o_x)
     b_y = tl.load(p_pre_y + i_a * ((Y + 127) // 128 * 128) + o_y)
-    return b_x[:, None] * b_y[None, :]
+    return (b_x * factor)[:, None] * b_y[None, :]
 
 
 @triton.jit
-def _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, SCORE: tl.constexpr, METHOD: tl.constexpr):
-    """1 / logistic, [x,y], of hidden unit a."""
-    if METHOD == "sum":
-        i_a = tl.full([], a, tl.int64)
-        b_x = tl.load(p_x + o_x.to(tl.int64) * stride_x + i_a, mask=o_x < tl.where(i_a < A, X, 0), other=0.0).to(tl.float32)
-        b_y = tl.load(p_y + o_y.to(tl.int64) * stride_y + i_a, mask=o_y < tl.where(i_a < A, Y, 0), other=0.0).to(tl.float32)
-        b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
-        b_d = 1.0 + tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+def _denominator(
+    p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, factor, SCORE: tl.constexpr, METHOD: tl.constexpr
+):
+    """1 / logistic times the factor, [x,y], of hidden unit a."""
+    if METHOD == "product":
+        b_d = _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a, factor) + factor
     else:
-        b_d = _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a)
-        if SCORE == "additive":
-            b_d += 1.0
-            if METHOD == "clamped product":
-                b_d = tl.minimum(b_d, 2.3538526683701998e17)  # e^40
+        if METHOD == "sum":
+            i_a = tl.full([], a, tl.int64)
+            b_x = tl.load(p_x + o_x.to(tl.int64) * stride_x + i_a, mask=o_x < tl.where(i_a < A, X, 0), other=0.0).to(tl.float32)
+            b_y = tl.load(p_y + o_y.to(tl.int64) * stride_y + i_a, mask=o_y < tl.where(i_a < A, Y, 0), other=0.0).to(tl.float32)
+            b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
         else:
-            b_d = 1.0 + tl.exp2(tl.minimum(b_d, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+            b_e = _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a, 1.0)
+        if METHOD == "clamped product":
+            b_e = tl.minimum(b_e, 2.3538526683701998e17)  # e^40
+        else:
+            b_e = tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+        b_d = b_e * factor + factor
     return b_d
 
 
@@ -498,21 +581,18 @@ def _backward_pairs(
     b_at_k = tl.reshape(b_at_k, b_dk.shape)
     m_a = (o_a < A)[None, :]
     b_units = tl.zeros_like(b_dk)
-    for PART in tl.static_range(GROUPS):
-        if PART > 0:
-            tl.debug_barrier()  # the groups' sums of the last part are in memory
-        o_part = (o_g + PART) % GROUPS * 2
-        for i in range(0, rows, 2 * GROUPS):
-            o_1 = i + o_part  # [g]
-            o_2 = o_1 + 1
-            m_1, m_2 = (o_1 < rows)[:, None] & m_a, (o_2 < rows)[:, None] & m_a
-            b_q1 = tl.load(p_q + o_1.to(tl.int64)[:, None] * stride_q + o_a[None, :], mask=m_1, other=0.0).to(tl.float32)  # [g,A]
-            b_q2 = tl.load(p_q + o_2.to(tl.int64)[:, None] * stride_q + o_a[None, :], mask=m_2, other=0.0).to(tl.float32)
-            p_1, p_2 = p_dq + o_1[:, None] * A + o_a[None, :], p_dq + o_2[:, None] * A + o_a[None, :]
-            b_dq1, b_dq2 = tl.load(p_1, mask=m_a, other=0.0), tl.load(p_2, mask=m_a, other=0.0)
-            o_ds = o_g[None, :] * b_dk.shape[0] + o_k[:, None]  # [k,g]
-            b_ds1 = tl.load(p_ds + o_1[None, :] * BLOCK_KV + o_ds)[:, :, None]
-            b_ds2 = tl.load(p_ds + o_2[None, :] * BLOCK_KV + o_ds)[:, :, None]
+    for part in range(0, GROUPS):
+        tl.debug_barrier()  # the groups' sums of the last part are in memory
+        o_1 = (o_g + part) % GROUPS * 2  # [g]
+        p_q1 = p_q + o_1.to(tl.int64)[:, None] * stride_q + o_a[None, :]  # [g,A]
+        p_dq1 = p_dq + o_1[:, None] * A + o_a[None, :]
+        p_ds1 = p_ds + o_1[None, :] * BLOCK_KV + o_g[None, :] * b_dk.shape[0] + o_k[:, None]  # [k,g]
+        for _ in range(0, rows, 2 * GROUPS):
+            m_1, m_2 = (o_1 < rows)[:, None] & m_a, (o_1 + 1 < rows)[:, None] & m_a
+            b_q1 = tl.load(p_q1, mask=m_1, other=0.0).to(tl.float32)
+            b_q2 = tl.load(p_q1 + stride_q, mask=m_2, other=0.0).to(tl.float32)
+            b_dq1, b_dq2 = tl.load(p_dq1, mask=m_a, other=0.0), tl.load(p_dq1 + A, mask=m_a, other=0.0)
+            b_ds1, b_ds2 = tl.load(p_ds1)[:, :, None], tl.load(p_ds1 + BLOCK_KV)[:, :, None]
             b_at1, b_at2 = _of_query(b_q1, METHOD, EXACT)[None, :, :], _of_query(b_q2, METHOD, EXACT)[None, :, :]
             if FAST and SCORE != "additive":
                 b_t1, b_t2 = _fast_tanh(b_at_k * b_at1, PRECISION), _fast_tanh(b_at_k * b_at2, PRECISION)
@@ -530,19 +610,48 @@ def _backward_pairs(
                     b_slope1, b_slope2 = b_t1 - b_t1 * b_t1, b_t2 - b_t2 * b_t2
             b_units += b_ds1 * b_t1
             b_units += b_ds2 * b_t2
-            b_slope1 *= b_ds1
-            b_slope2 *= b_ds2
             if SCORE == "additive":
-                b_dk += b_slope1
-                b_dk += b_slope2
+                b_dk += b_slope1 * b_ds1
+                b_dk += b_slope2 * b_ds2
+                b_sum1, b_sum2 = _sum_of_products(b_slope1, b_ds1), _sum_of_products(b_slope2, b_ds2)
             else:
+                b_slope1 *= b_ds1
+                b_slope2 *= b_ds2
                 b_dk += b_slope1 * b_q1[None, :, :]
                 b_dk += b_slope2 * b_q2[None, :, :]
-                b_slope1 *= b_at_k
-                b_slope2 *= b_at_k
-            tl.store(p_1, b_dq1 + tl.sum(b_slope1, axis=0), mask=m_a)
-            tl.store(p_2, b_dq2 + tl.sum(b_slope2, axis=0), mask=m_a)
+                b_sum1, b_sum2 = _sum_of_products(b_slope1, b_at_k), _sum_of_products(b_slope2, b_at_k)
+            tl.store(p_dq1, b_dq1 + b_sum1, mask=m_a)
+            tl.store(p_dq1 + A, b_dq2 + b_sum2, mask=m_a)
+            o_1 += 2 * GROUPS
+            p_q1 += 2 * GROUPS * stride_q
+            p_dq1 += 2 * GROUPS * A
+            p_ds1 += 2 * GROUPS * BLOCK_KV
     return b_dk, b_du + tl.sum(b_units, axis=0)
+
+
+@triton.jit
+def _sum_of_products(b_x, b_y):
+    """The sum [g,A] of b_x [k,g,A] times b_y [k,g,A or 1] over k.
+
+    Four terms at a time, by multiply-adds. `tl.sum` adds products two by two, which takes more instructions.
+    """
+    if b_x.shape[0] < 4:
+        b_sum = tl.sum(b_x * b_y, axis=0)
+    else:
+        b_x1, b_x2, b_x3, b_x4 = _quarters(b_x)
+        b_y1, b_y2, b_y3, b_y4 = _quarters(tl.broadcast_to(b_y, b_x.shape))
+        b_sum = tl.sum(b_x1 * b_y1 + b_x2 * b_y2 + b_x3 * b_y3 + b_x4 * b_y4, axis=0)
+    return b_sum
+
+
+@triton.jit
+def _quarters(b_x):
+    """[k,g,A] as four of [k/4,g,A]."""
+    b_x = tl.reshape(b_x, [b_x.shape[0] // 4, 2, 2, b_x.shape[1], b_x.shape[2]])
+    b_even, b_odd = tl.split(tl.permute(b_x, (0, 1, 3, 4, 2)))
+    b_x1, b_x3 = tl.split(tl.permute(b_even, (0, 2, 3, 1)))
+    b_x2, b_x4 = tl.split(tl.permute(b_odd, (0, 2, 3, 1)))
+    return b_x1, b_x2, b_x3, b_x4
 
 
 @triton.jit

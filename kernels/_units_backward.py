@@ -31,6 +31,7 @@ from vlattn_fast.kernels._scores import (
     sum_units,
     units_backward,
     units_factors,
+    weights_summed,
 )
 from vlattn_fast.kernels._tiles import (
     ROWS,
@@ -235,6 +236,7 @@ def _units_rows_kernel(
     if EXACT:
         b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
         bound_q = largest_magnitude(b_q, SCORE)
+        largest, total = weights_summed(p_u, o_a, A)
         b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
         _, end = key_range(i_q, M, True, CAUSAL, BLOCK_Q, BLOCK_KV)
@@ -257,6 +259,8 @@ def _units_rows_kernel(
                 M,
                 A,
                 bound_q + bound_k,
+                largest,
+                total,
                 SCORE,
                 EXACT,
                 FAST,
@@ -417,6 +421,7 @@ def _units_backward_kernel(
                     p_grad_h = rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV)
                     p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
                     p_u_h = p_u + i_h * A
+                    largest, total = weights_summed(p_u_h, o_a, A)
                     p_pre_q_h = precomputed_at(p_pre_q, i_bh, N, A, True)
                     b_units = tl.zeros([o_k.shape[0], GROUPS, BLOCK_A], dtype=tl.float32)
                     b_du = tl.zeros([GROUPS, BLOCK_A], dtype=tl.float32)
@@ -440,6 +445,8 @@ def _units_backward_kernel(
                             N,
                             A,
                             bound_q + bound_k,
+                            largest,
+                            total,
                             SCORE,
                             EXACT,
                             FAST,

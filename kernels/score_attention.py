@@ -35,6 +35,7 @@ from vlattn_fast.kernels._scores import (
     sum_units,
     twice_exponential,
     weights_of_rows,
+    weights_summed,
 )
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
@@ -418,6 +419,9 @@ def _forward_kernel(
     o_d = tl.arange(0, BLOCK_DV)
     b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
     b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
+    largest, total = 0.0, 0.0
+    if UNITS:
+        largest, total = weights_summed(p_u, o_a, A)
     b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, SCORE)
     b_scale = scale_log2 * b_weight
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
@@ -446,6 +450,8 @@ def _forward_kernel(
                     M,
                     A,
                     bound_q + largest_magnitude(b_k, SCORE),
+                    largest,
+                    total,
                     SCORE,
                     EXACT,
                     FAST,
@@ -583,6 +589,9 @@ def _rows_kernel(
     if SUMS and BY_GRADIENT:
         b_do = load_rows(rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_d, N, DV)  # [q,Dv]
     b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, SCORE)
+    largest, total = 0.0, 0.0
+    if UNITS:
+        largest, total = weights_summed(p_u, o_a, A)
     b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, SCORE)
     b_scale = scale_log2 * b_weight
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
@@ -615,6 +624,8 @@ def _rows_kernel(
                     M,
                     A,
                     bound_q + bound_k,
+                    largest,
+                    total,
                     SCORE,
                     EXACT,
                     FAST,

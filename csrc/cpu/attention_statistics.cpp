@@ -4,7 +4,8 @@
 // Bound: multiply-adds (D per entry forward, 4 D backward), then one exponential per entry. With x = logit - largest and
 // e = exp(x) the entropy is log(sum e) - (sum e x) / (sum e): no logarithm per entry. Backward, the one number that a row's
 // softmax needs is a weighted sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are
-// sums over rows: see SharedSums. Beyond MOST_KEYS keys the logits are made twice.
+// sums over rows: see SharedSums. Forward keeps the exponentials of a tile up to MOST_KEYS keys, or of one with few rows up to
+// MOST_KEYS_OF_FEW, where reading the keys is what takes time. Beyond, and backward beyond MOST_KEYS, the logits are made twice.
 // Measured: rows attention_statistics of benchmarks/results/cpu.json.
 #include "attention.h"
 #include "shared_sums.h"
@@ -106,6 +107,8 @@ struct RowWeight {
     float at(Size b, Size n) const { return data ? data[b * stride_b + n * stride_n] : 1.f; }
 };
 
+static const Size MOST_KEYS_OF_FEW = 8192;  // half a megabyte
+
 // One thread's logits of a tile, and what its rows sum up; all (LANES) but S
 struct StatisticsRows {
     Keys keys;
@@ -116,14 +119,17 @@ struct StatisticsRows {
     int32_t* argmax;
     Size* group;  // (keys of a block)
     Size stride;
+    // Whether forward keeps the exponentials of all keys
+    static bool keeps(const Attention& a) { return a.M <= (a.N <= GROUP ? MOST_KEYS_OF_FEW : MOST_KEYS); }
     void plan(const Attention& a, Memory& memory) {
+        const Size kept = most(a.key_block(), keeps(a) ? a.M : 0);
         keys.plan(a, memory);
         stride = round_up(a.D, VL);
         query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
-        S = memory.take(LANES * a.key_block()), mask = memory.take(2 * GROUP * LANES);
+        S = memory.take(most(LANES * a.key_block(), least(LANES, round_up(a.N, GROUP)) * kept)), mask = memory.take(2 * GROUP * LANES);
         largest = memory.take(LANES), total = memory.take(LANES), weighted = memory.take(LANES);
         received = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
-        argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
+        argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * kept);
     }
     void start(const Attention& a, const Tile& t, const RowWeight& w) {
         // Scores are scaled after the product, as the formula has them: queries times the scale would break ties of the maximum.
@@ -134,14 +140,15 @@ struct StatisticsRows {
             weight[i] = i < t.rows ? w.at(t.b, t.first + i) : 0.f;
         }
     }
-    // S = the logits of the keys [j0, j0 + count); 0 beyond the tile's rows, so that no NaN of theirs reaches a sum over rows
-    void logits(const Attention& a, const Tile& t, Size j0, Size count) {
+    // The logits of the keys [j0, j0 + count), into S or a place in it; 0 beyond the tile's rows, so that no NaN of theirs reaches
+    // a sum over rows
+    void logits(const Attention& a, const Tile& t, Size j0, Size count, float* to) {
         load_keys(a, keys, t.b, t.h / a.group(), j0, count);
-        tile_product<false>(t, count, a.D, keys.key, keys.key_stride, transposed, S, false);
-        for (Size i = 0; i < count * t.width; i += VL) store(S + i, load(S + i) * splat((float)a.scale));
-        mask_tile(a, t, j0, count, S, mask);
+        tile_product<false>(t, count, a.D, keys.key, keys.key_stride, transposed, to, false);
+        for (Size i = 0; i < count * t.width; i += VL) store(to + i, load(to + i) * splat((float)a.scale));
+        mask_tile(a, t, j0, count, to, mask);
         for (Size j = 0; t.rows < t.width && j < count; ++j)
-            memset(S + j * t.width + t.rows, 0, (t.width - t.rows) * sizeof(float));
+            memset(to + j * t.width + t.rows, 0, (t.width - t.rows) * sizeof(float));
     }
 };
 
@@ -277,20 +284,23 @@ static void add_received(const float* E, Size count, Size w, const float* weight
 void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
     StatisticsRows& r = space.lanes;
     const Size w = t.width, block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b));
+    const bool kept = r.keeps(a);
     r.start(a, t, weight);
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
-        r.logits(a, t, j0, count);
-        sweep<false>(r, j0, count, w, nullptr, r.S);
+        r.logits(a, t, j0, count, r.S + (kept ? j0 * w : 0));
+        if (!kept) sweep<false>(r, j0, count, w, nullptr, r.S);
     }
+    if (kept) sweep<false>(r, 0, keys, w, nullptr, r.S);
     finish_sweeps(r, w);
     store_rows(*this, r, t);
     for (Size i = 0; i < w; ++i) r.weight[i] *= r.factor[i];
     memset(space.mass, 0, (groups.count + 1) * w * sizeof(float));
-    for (Size j0 = 0; j0 < keys && (groups.count > 0 || received); j0 += block) {
-        const Size count = least(block, keys - j0);
-        if (a.M > MOST_KEYS) {
-            r.logits(a, t, j0, count);
+    const Size part = kept ? keys : block;
+    for (Size j0 = 0; j0 < keys && (groups.count > 0 || received); j0 += part) {
+        const Size count = least(part, keys - j0);
+        if (!kept) {
+            r.logits(a, t, j0, count, r.S);
             exponentials(r, count, w);
         }
         if (groups.count > 0) {
@@ -369,7 +379,7 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     const Size w = t.width, block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b)), head = t.b * a.H + t.h;
     StatisticsCotangents d = {space.mass, space.slope, nullptr};
     const auto take = [&](Size j0, Size count) {  // the logits and the cotangents of the keys [j0, j0 + count)
-        r.logits(a, t, j0, count);
+        r.logits(a, t, j0, count, r.S);
         groups.rows(t.b, j0, count, w, r.group);
         d.received = d_received ? d_received + head * a.M + j0 : space.zeros;
     };

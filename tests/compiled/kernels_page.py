@@ -89,11 +89,11 @@ def _scores() -> list[Entry]:
         call = f"score_attention {kind} bf16 64"
         entries.append(Entry(f"score_attention, {kind}, forward", CLIP, call, FORWARD, 2, 4, special))
         entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, BACKWARD, 5, 8, special))
-    # two hidden units share a reciprocal, or each takes a tanh
+    # two hidden units share a reciprocal, or each takes a tanh; backward once more, as products of queries and keys are made anew
     for kind, special in (("additive", 32.0), ("hadamard_tanh", 64.0)):
         call = f"score_attention {kind} bf16 64"
         entries.append(Entry(f"score_attention, {kind}, forward", CLIP, call, {"_forward_kernel": 1}, 1, 4, special))
-        entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, {"_units_backward_kernel": 2}, 2, 8, 64.0))
+        entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, {"_units_backward_kernel": 2}, 2, 8, 2 * special))
     for workload in (LLAVA, HIGHRES):
         call = "score_attention dot bf16 128"
         entries.append(Entry("score_attention, dot, forward", workload, call, FORWARD, 2, 4))
@@ -175,20 +175,20 @@ def turns_of(key: str, row: Row, size: int, queries: int | None = None) -> tuple
     loops_of_units = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
     ways, groups = 3 if "additive" in key else 1, max(1, threads // size)
     special = row.get("special_a_unit", SPECIAL_A_UNIT[key.split()[1]])  # kernels of before have their own
-    of_scores = ways * (1 + groups) if "backward" in key else ways
+    of_a_tile = 2 * ways if "backward" in key else ways
 
     def turn(loops: list[list[int]], pairs: int) -> Turn:
         scores = min(loops[:ways])
-        units = scores[2] * threads / pairs / special  # in a turn of the loop
+        units = round(scores[2] * threads / pairs / special)  # in a turn of the loop; a weight takes a reciprocal, too
         turns = [(scores, size / units)]
         if "backward" in key:
             turns.append((min(loops[ways:]), groups * math.ceil((rows if queries is None else queries) / 2 / groups)))
         return _turn(turns, threads, pairs)
 
-    whole_tile = turn(loops_of_units[:of_scores], rows * keys)
-    if len(loops_of_units) == of_scores or "forward" in key:
+    whole_tile = turn(loops_of_units[:of_a_tile], rows * keys)
+    if len(loops_of_units) == of_a_tile or "forward" in key:
         return whole_tile, Turn(0, 0, 0)
-    return whole_tile, turn(loops_of_units[of_scores:], rows * edge_keys)
+    return whole_tile, turn(loops_of_units[of_a_tile:], rows * edge_keys)
 
 
 def _by_key(key: str) -> bool:
@@ -257,9 +257,12 @@ alone:
 *floor* is the largest of special, products and memory for the least work that the pass needs. The goal is 1.4 times the floor for
 a forward pass and 1.6 times for a backward pass; passes beyond it are marked with !.
 
-Those need more than their floor counts. Sums over hidden units compute their scores again in the backward pass. A map without a
-given log-sum-exp takes two exponentials a pair. Statistics take a dozen instructions a pair for the entropy, the maximum, its
-place and the groups, and go over the pairs once more for the received attention; their backward pass goes over them three times.
+The least work of a backward pass has the scores once more, since no map is kept: a matrix product, or a tanh or half a reciprocal
+for each hidden unit.
+
+What is beyond the goal needs more than its floor counts. A map without a given log-sum-exp takes two exponentials a pair.
+Statistics take a dozen instructions a pair for the entropy, the maximum, its place and the groups, and go over the pairs once
+more for the received attention; their backward pass goes over them three times.
 
 `congruence_loss` and `stacked_cross_attention` are not here: their loops are a few turns long, and most of their work lies
 outside. The counts of all kernels are in `tests/compiled/triton.json`.

@@ -72,3 +72,33 @@ def test_few_heads_are_divided_and_sums_stay_small() -> None:
                 ranges, length = of(heads, blocks, sums)
                 assert (ranges - 1) * length < blocks <= ranges * length
                 assert ranges == 1 or heads * ranges * sums <= _units_backward.LARGEST
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param([0.0], id="zeros"),
+        pytest.param([0.0, 1.0, 0.0, -1.0, 0.5, 0.0], id="zeros at either place of a pair"),
+        pytest.param([1e-12, 1.0, -1.0, 1e-6, 3.0, -1e-3], id="far apart"),
+        pytest.param([2e-32, -1e-32], id="next to nothing"),
+        pytest.param([300.0, -1e-7], id="large"),
+    ],
+)
+@pytest.mark.parametrize("kind, spread", [("additive", 0.5), ("additive", 4.0), ("additive", 30.0), ("hadamard_sigmoid", 4.0)])
+def test_any_weights_of_units(kind: str, spread: float, weights: list[float]) -> None:
+    """One weight of two is inverted, in 16-bit dtypes. The spreads take every way to combine exponentials."""
+    inputs = tensors(size=6, rows=3)
+    inputs["query"] *= spread
+    inputs["vector"] = torch.tensor(weights).repeat(6 // len(weights)).expand(2, -1)
+    for dtype in (torch.float16, torch.bfloat16):
+        check("triton", as_dtype(inputs, dtype), KINDS[kind], scale=1.0)
+
+
+@pytest.mark.parametrize("largest", [10.0, 10.25])
+def test_the_largest_exponentials(largest: float) -> None:
+    """Without a clamp and with one; by a weight's largest reciprocal their product overflows."""
+    inputs = tensors(size=6, rows=3)
+    inputs["query"], inputs["key"] = torch.full_like(inputs["query"], -largest), torch.full_like(inputs["key"], -largest)
+    inputs["vector"] = torch.tensor([[0.0, 1.0, -0.5, 0.0, 0.0, 0.0]] * 2)
+    for dtype in (torch.float16, torch.bfloat16):
+        check("triton", as_dtype(inputs, dtype), KINDS["additive"], scale=1.0)
