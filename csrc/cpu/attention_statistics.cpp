@@ -107,7 +107,7 @@ struct RowWeight {
     float at(Size b, Size n) const { return data ? data[b * stride_b + n * stride_n] : 1.f; }
 };
 
-static const Size MOST_KEYS_OF_FEW = 8192;  // half a megabyte
+static const Size MOST_KEYS_OF_FEW = 32768;  // 2 MB
 
 // One thread's logits of a tile, and what its rows sum up; all (LANES) but S
 struct StatisticsRows {
@@ -122,14 +122,14 @@ struct StatisticsRows {
     // Whether forward keeps the exponentials of all keys
     static bool keeps(const Attention& a) { return a.M <= (a.N <= GROUP ? MOST_KEYS_OF_FEW : MOST_KEYS); }
     void plan(const Attention& a, Memory& memory) {
-        const Size kept = most(a.key_block(), keeps(a) ? a.M : 0);
+        const Size kept = keeps(a) ? least(LANES, round_up(a.N, GROUP)) * a.M : 0;
         keys.plan(a, memory);
         stride = round_up(a.D, VL);
         query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
-        S = memory.take(most(LANES * a.key_block(), least(LANES, round_up(a.N, GROUP)) * kept)), mask = memory.take(2 * GROUP * LANES);
+        S = memory.take(most(LANES * a.key_block(), kept)), mask = memory.take(2 * GROUP * LANES);
         largest = memory.take(LANES), total = memory.take(LANES), weighted = memory.take(LANES);
         received = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
-        argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * kept);
+        argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
     }
     void start(const Attention& a, const Tile& t, const RowWeight& w) {
         // Scores are scaled after the product, as the formula has them: queries times the scale would break ties of the maximum.
@@ -230,10 +230,11 @@ struct StatisticsForward {
 
     struct Space {
         StatisticsRows lanes;
-        float* mass;  // (G + 1, width)
+        float *mass, *some_mass;  // (G + 1, width); that of a block of keys, so that rounding does not grow with their number
         void plan(const StatisticsForward& c, Memory& memory) {
             lanes.plan(c.a, memory);
             mass = memory.take((c.groups.count + 1) * LANES);
+            some_mass = c.a.M > MOST_KEYS ? memory.take((c.groups.count + 1) * LANES) : mass;
         }
     };
     // received attention: a vector for each key, whose lanes are added at the end
@@ -296,18 +297,21 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
     store_rows(*this, r, t);
     for (Size i = 0; i < w; ++i) r.weight[i] *= r.factor[i];
     memset(space.mass, 0, (groups.count + 1) * w * sizeof(float));
-    const Size part = kept ? keys : block;
-    for (Size j0 = 0; j0 < keys && (groups.count > 0 || received); j0 += part) {
-        const Size count = least(part, keys - j0);
+    for (Size j0 = 0; j0 < keys && (groups.count > 0 || received); j0 += block) {
+        const Size count = least(block, keys - j0);
+        float* E = r.S + (kept ? j0 * w : 0);
         if (!kept) {
-            r.logits(a, t, j0, count, r.S);
+            r.logits(a, t, j0, count, E);
             exponentials(r, count, w);
         }
         if (groups.count > 0) {
             groups.rows(t.b, j0, count, w, r.group);
-            add_mass(r.S, r.group, count, w, space.mass);
+            if (space.some_mass != space.mass) memset(space.some_mass, 0, (groups.count + 1) * w * sizeof(float));
+            add_mass(E, r.group, count, w, space.some_mass);
+            for (Size i = 0; space.some_mass != space.mass && i < groups.count * w; i += VL)
+                store(space.mass + i, load(space.mass + i) + load(space.some_mass + i));
         }
-        if (received) add_received(r.S, count, w, r.weight, sums + j0 * VL);
+        if (received) add_received(E, count, w, r.weight, sums + j0 * VL);
     }
     scale_rows(space.mass, groups.count, w, r.factor);
     transpose(space.mass, w, groups.count, t.rows, mass + ((t.b * a.H + t.h) * a.N + t.first) * groups.count, groups.count);

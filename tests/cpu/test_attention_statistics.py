@@ -31,6 +31,13 @@ def test_keys_that_are_copied(dtype: torch.dtype) -> None:
         check_statistics("cpu", inputs, is_causal=True, enable_gqa=True, key_mask=torch.rand(1, n) > 0.3, **groups(n))
 
 
+@pytest.mark.parametrize("n, m", [(1, 769), (16, 1100), (17, 1100), (2, 32768), (2, 32769)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_queries_over_many_keys(dtype: torch.dtype, n: int, m: int) -> None:
+    """Up to 16 queries keep their exponentials up to 32,768 keys."""
+    check_statistics("cpu", as_dtype(statistics_inputs(n, m, 3, b=1, h=2), dtype), key_mask=torch.rand(1, m) > 0.3, **groups(m))
+
+
 @pytest.mark.parametrize("d", [1, 15, 64, 256])
 def test_head_sizes(d: int) -> None:
     check_statistics("cpu", as_dtype(statistics_inputs(20, 33, d), torch.float32), **groups(33))
