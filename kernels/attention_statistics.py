@@ -128,7 +128,7 @@ def backward(
     batch, heads, num_q, _ = query.shape
     grad_q, grad_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key))
     shift, grad_weight = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
-    row_max, mean_x = of_rows.unbind()
+    row_max, mean_x = of_rows.contiguous().unbind()
     if key_groups is None or num_groups == 0:
         grad_mass = None
     grads = {"mass": grad_mass, "entropy": grad_entropy, "maximum": grad_maximum, "received": grad_received}
@@ -139,7 +139,7 @@ def backward(
         **{f"p_grad_{name}": query if x is None else x.contiguous() for name, x in grads.items()},
         "p_argmax": argmax.contiguous(),
         "p_row_max": row_max,
-        "p_maximum": maximum,
+        "p_maximum": maximum.contiguous(),
         "p_shift": shift,
         "scale": scale,
         **{name.upper(): x is not None for name, x in grads.items()},
@@ -150,7 +150,7 @@ def backward(
         grid = (cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
         _backward_q_kernel[grid](
             **call,
-            p_mass=mass,
+            p_mass=mass.contiguous(),
             p_mean_x=mean_x,
             p_grad_weight=grad_weight,
             p_grad_q=grad_q,
