@@ -86,6 +86,7 @@ def attention_statistics(
         AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),
         received (B, H, M)), None for what `statistics` does not name.
         A query without a visible key has mass, entropy and maximum 0, argmax -1 and zero gradients.
+        The backward pass of the Triton kernels needs mass and maximum as they were: they must not be edited in place before it.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
