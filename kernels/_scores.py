@@ -623,7 +623,7 @@ def _backward_pairs(
             tl.store(p_dq1, b_dq1 + b_sum1, mask=m_a)
             tl.store(p_dq1 + A, b_dq2 + b_sum2, mask=m_a)
             o_1 += 2 * GROUPS
-            p_q1 += 2 * GROUPS * stride_q
+            p_q1 += tl.full([], 2 * GROUPS, tl.int64) * stride_q
             p_dq1 += 2 * GROUPS * A
             p_ds1 += 2 * GROUPS * BLOCK_KV
     return b_dk, b_du + tl.sum(b_units, axis=0)
