@@ -234,7 +234,7 @@ struct StatisticsForward {
         void plan(const StatisticsForward& c, Memory& memory) {
             lanes.plan(c.a, memory);
             mass = memory.take((c.groups.count + 1) * LANES);
-            some_mass = c.a.M > MOST_KEYS ? memory.take((c.groups.count + 1) * LANES) : mass;
+            some_mass = memory.take((c.groups.count + 1) * LANES);
         }
     };
     // received attention: a vector for each key, whose lanes are added at the end
@@ -306,9 +306,9 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
         }
         if (groups.count > 0) {
             groups.rows(t.b, j0, count, w, r.group);
-            if (space.some_mass != space.mass) memset(space.some_mass, 0, (groups.count + 1) * w * sizeof(float));
+            memset(space.some_mass, 0, (groups.count + 1) * w * sizeof(float));
             add_mass(E, r.group, count, w, space.some_mass);
-            for (Size i = 0; space.some_mass != space.mass && i < groups.count * w; i += VL)
+            for (Size i = 0; i < groups.count * w; i += VL)
                 store(space.mass + i, load(space.mass + i) + load(space.some_mass + i));
         }
         if (received) add_received(E, count, w, r.weight, sums + j0 * VL);
