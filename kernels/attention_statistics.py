@@ -321,12 +321,14 @@ def _rows_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
     b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
-    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_first = tl.full([BLOCK_Q], -1, dtype=tl.int32)
+    # eight numbers a row, of every eighth key each: a thread has two of them, and threads exchange them only after the loop
+    WIDTH: tl.constexpr = 8
+    b_best = tl.full([BLOCK_Q, WIDTH], float("-inf"), dtype=tl.float32)
+    b_first = tl.full([BLOCK_Q, WIDTH], -1, dtype=tl.int32)
+    b_sum = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
+    b_log, b_mass_0, b_mass_1, b_mass_2, b_mass_3 = b_sum, b_sum, b_sum, b_sum, b_sum
     b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
-    b_mass_0, b_mass_1, b_mass_2, b_mass_3 = b_sum, b_sum, b_sum, b_sum
+    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
@@ -336,22 +338,29 @@ def _rows_kernel(
             if FOLDED:
                 b_s *= scale_log2
             b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
-            b_new, b_e, b_alpha, b_sum, b_log = _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED, ENTROPY)
-            if ARGMAX:
-                b_here = tl.min(tl.where(b_s == b_new[:, None], o_kv[None, :], 2147483647), axis=1)
-                b_first = tl.where(b_new == b_max, b_first, b_here)
-            b_max = b_new
+            for part in tl.static_range((BLOCK_EDGE if EDGE else BLOCK_KV) // WIDTH):
+                b_part = _columns(b_s, part, WIDTH)
+                if ARGMAX:
+                    b_first = tl.where(b_part > b_best, start + part * WIDTH, b_first)
+                b_best = tl.maximum(b_best, b_part)
+            b_x, b_change, b_max = _below_new_max(b_s, b_max, tl.max(b_best, axis=1), scale_log2, FOLDED, ENTROPY)
+            b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)[:, None]
+            b_sum_e, b_sum_log, b_sum_0, b_sum_1, b_sum_2, b_sum_3 = _sums(b_e, b_x, p_groups, start, M, WIDTH, ENTROPY, FEW)
+            if ENTROPY:
+                b_log = (b_log + b_sum * b_change[:, None]) * b_alpha + b_sum_log
+            b_sum = b_sum * b_alpha + b_sum_e
             if FEW > 0:
-                b_mass_0 = b_mass_0 * b_alpha + _sum_group(b_e, p_groups, o_kv, M, 0)
-                if FEW > 1:
-                    b_mass_1 = b_mass_1 * b_alpha + _sum_group(b_e, p_groups, o_kv, M, 1)
-                if FEW > 2:
-                    b_mass_2 = b_mass_2 * b_alpha + _sum_group(b_e, p_groups, o_kv, M, 2)
-                if FEW > 3:
-                    b_mass_3 = b_mass_3 * b_alpha + _sum_group(b_e, p_groups, o_kv, M, 3)
+                b_mass_0 = b_mass_0 * b_alpha + b_sum_0
+            if FEW > 1:
+                b_mass_1 = b_mass_1 * b_alpha + b_sum_1
+            if FEW > 2:
+                b_mass_2 = b_mass_2 * b_alpha + b_sum_2
+            if FEW > 3:
+                b_mass_3 = b_mass_3 * b_alpha + b_sum_3
             if MANY:
                 b_member = _groups(p_groups, o_kv, M, G)[:, None] == o_g[None, :]  # [kv,G]
-                b_mass = b_mass * b_alpha[:, None] + _dot_members(b_e, b_member, tl.float16, SPLIT, PRECISION)
+                b_mass = b_mass * b_alpha + _dot_members(b_e, b_member, tl.float16, SPLIT, PRECISION)
+    b_sum, b_log = tl.sum(b_sum, axis=1), tl.sum(b_log, axis=1)
     b_empty = b_sum == 0.0
     b_total = tl.where(b_empty, 1.0, b_sum)
     b_inverse = 1.0 / b_total
@@ -364,18 +373,19 @@ def _rows_kernel(
             tl.store(p_entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
             tl.store(p_mean_x + o_row, b_mean_x, mask=m_row)
         if ARGMAX:
-            tl.store(p_argmax + o_row, tl.where(b_sum > 0.0, b_first, -1).to(tl.int64), mask=m_row)
+            b_place = tl.where(b_best == b_max[:, None], b_first + tl.arange(0, WIDTH)[None, :], 2147483647)
+            tl.store(p_argmax + o_row, tl.where(b_sum > 0.0, tl.min(b_place, axis=1), -1).to(tl.int64), mask=m_row)
         tl.store(p_maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
         tl.store(p_row_max + o_row, tl.where(b_empty, float("inf"), b_max), mask=m_row)
     p_row = p_mass + o_row * G
     if FEW > 0:
-        tl.store(p_row, b_mass_0 * b_inverse, mask=o_q < N)
+        tl.store(p_row, tl.sum(b_mass_0, axis=1) * b_inverse, mask=o_q < N)
     if FEW > 1:
-        tl.store(p_row + 1, b_mass_1 * b_inverse, mask=o_q < N)
+        tl.store(p_row + 1, tl.sum(b_mass_1, axis=1) * b_inverse, mask=o_q < N)
     if FEW > 2:
-        tl.store(p_row + 2, b_mass_2 * b_inverse, mask=o_q < N)
+        tl.store(p_row + 2, tl.sum(b_mass_2, axis=1) * b_inverse, mask=o_q < N)
     if FEW > 3:
-        tl.store(p_row + 3, b_mass_3 * b_inverse, mask=o_q < N)
+        tl.store(p_row + 3, tl.sum(b_mass_3, axis=1) * b_inverse, mask=o_q < N)
     if MANY:
         store_tile(p_mass + i_bh * N * G, G, o_q, o_g, N, G, b_mass * b_inverse[:, None])
 
@@ -534,8 +544,11 @@ def _backward_q_kernel(
     )
     whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if MAXIMUM:
+        b_sum_terms = b_gm * b_maximum
     if MASS:
-        b_sum_terms = _sum_mass(p_grad_mass, p_mass + i_bh * N * G, b_maximum, o_q, N, G, FEW, SPLIT, PRECISION)
+        p_row_mass = p_mass + i_bh * N * G
+        b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, FEW, SPLIT, PRECISION)
     if RECEIVED:
         b_given = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for EDGE in tl.static_range(2):
@@ -554,8 +567,6 @@ def _backward_q_kernel(
         b_sum_terms += b_w * b_given
         if WEIGHT:
             tl.store(p_grad_weight + o_row, b_given, mask=m_row)
-    if MAXIMUM:
-        b_sum_terms += b_gm * b_maximum
     b_shift = -b_sum_terms
     if ENTROPY:
         b_shift += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
@@ -731,24 +742,57 @@ def _backward_kv_kernel(
 
 
 @triton.jit
-def _online(b_s, b_max, b_sum, b_log, scale_log2, FOLDED: tl.constexpr, LOG: tl.constexpr):
-    """Online softmax: (largest logit, e, alpha, sum e, with LOG sum e x) after a tile b_s [q,kv].
+def _below_new_max(b_s, b_max, b_new, scale_log2, FOLDED: tl.constexpr, LOG: tl.constexpr):
+    """Online softmax, when b_new [q] is the largest logit after the tile b_s [q,kv] and b_max was it before.
 
-    x = logit - largest in base 2, e = 2^x of the tile, and alpha is the factor for earlier sums. With LOG x stops where e is 0 in
-    float32, so that e x is a number.
+    (x = logit - largest in base 2, the change of earlier ones' x, b_new). With LOG both stop where 2^x is 0 in float32, so that
+    x 2^x is a number.
     """
-    b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_x = below_max(b_s, b_safe, scale_log2, FOLDED)
     b_change = b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2
     if LOG:
         b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
         b_change = tl.maximum(b_change, -160.0)
-    b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)
-    if LOG:
-        b_log = b_alpha * (b_log + b_sum * b_change) + tl.sum(b_e * b_x, axis=1)
-    b_sum = b_alpha * b_sum + tl.sum(b_e, axis=1)
-    return b_new, b_e, b_alpha, b_sum, b_log
+    return b_x, b_change, b_new
+
+
+@triton.jit
+def _sums(b_e, b_x, p_members, start, M, WIDTH: tl.constexpr, LOG: tl.constexpr, FEW: tl.constexpr):
+    """Of a tile [q,kv], sums [q,WIDTH] over every WIDTH-th key: of e, of e x with LOG, and of e in each of FEW groups.
+
+    Products are added one after another, by multiply-adds, where `tl.sum` would add them two by two.
+    """
+    b_sum = tl.zeros([b_e.shape[0], WIDTH], dtype=tl.float32)
+    b_log, b_0, b_1, b_2, b_3 = b_sum, b_sum, b_sum, b_sum, b_sum
+    for part in tl.static_range(b_e.shape[1] // WIDTH):
+        b_part = _columns(b_e, part, WIDTH)
+        o_kv = start + part * WIDTH + tl.arange(0, WIDTH)
+        b_sum += b_part
+        if LOG:
+            b_log += b_part * _columns(b_x, part, WIDTH)
+        if FEW > 0:
+            b_0 += b_part * _member(p_members, o_kv, M, 0)[None, :]
+        if FEW > 1:
+            b_1 += b_part * _member(p_members, o_kv, M, 1)[None, :]
+        if FEW > 2:
+            b_2 += b_part * _member(p_members, o_kv, M, 2)[None, :]
+        if FEW > 3:
+            b_3 += b_part * _member(p_members, o_kv, M, 3)[None, :]
+    return b_sum, b_log, b_0, b_1, b_2, b_3
+
+
+@triton.jit
+def _columns(b_x, i: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns i WIDTH to (i + 1) WIDTH of b_x [q,kv]. It is a choice of each thread's registers: nothing moves."""
+    if b_x.shape[1] == WIDTH:
+        return b_x
+    else:
+        b_low, b_high = tl.split(tl.permute(tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2]), (0, 2, 1)))
+        if i * WIDTH < b_low.shape[1]:
+            return _columns(b_low, i, WIDTH)
+        else:
+            return _columns(b_high, i - b_low.shape[1] // WIDTH, WIDTH)
 
 
 @triton.jit
@@ -873,51 +917,53 @@ def _grad_terms(
 ):
     """dP [q,kv] without the term of the entropy."""
     b_dp = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
+    if MAXIMUM:
+        b_dp = tl.where(b_here, b_gm[:, None], 0.0)
     if MASS:
-        b_dp = _grad_mass(p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION)
+        b_dp = _add_grad_mass(b_dp, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION)
     if RECEIVED:
         b_dp += b_w[:, None] * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
-    if MAXIMUM:
-        b_dp += tl.where(b_here, b_gm[:, None], 0.0)
     return b_dp
 
 
 @triton.jit
-def _grad_mass(
-    p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+def _add_grad_mass(
+    b_dp, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """[q,kv]: grad_mass of each query for the group of each key, 0 without a group. FEW groups are added one by one."""
-    b_tile = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
+    """b_dp [q,kv] and grad_mass of each query for the group of each key, 0 without a group. FEW groups are added one by one."""
     if FEW > 0:
         for g in tl.static_range(FEW):
             b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=within(o_q, N), other=0.0) * b_maximum
-            b_tile += b_one[:, None] * _member(p_groups, o_kv, M, g)[None, :]
+            b_dp += b_one[:, None] * _member(p_groups, o_kv, M, g)[None, :]
     else:
         b_group = _groups(p_groups, o_kv, M, G)
+        b_tile = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
         for start in range(0, G, 16):
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
             b_tile += _dot_members(b_some, o_g[:, None] == b_group[None, :], tl.bfloat16, SPLIT, PRECISION)
-        b_tile *= b_maximum[:, None]
-    return b_tile
+        b_dp += b_tile * b_maximum[:, None]
+    return b_dp
 
 
 @triton.jit
-def _sum_mass(p_grad_mass, p_mass, b_maximum, o_q, N, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """[q]: the sum of P times `_grad_mass`, with gradients rounded as there."""
-    b_sum = tl.zeros([o_q.shape[0]], dtype=tl.float32)
+def _add_sum_mass(
+    b_sum, p_grad_mass, p_mass, b_maximum, o_q, N, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """b_sum [q] and the sum of P times what `_add_grad_mass` adds, with gradients rounded as there."""
     if FEW > 0:
         for g in tl.static_range(FEW):
             b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0) * b_maximum
             b_sum += b_one * tl.load(p_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0)
     else:
+        b_all = tl.zeros([o_q.shape[0]], dtype=tl.float32)
         for start in range(0, G, 16):
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
             b_same = tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :]
             b_some = _dot_members(b_some, b_same, tl.bfloat16, SPLIT, PRECISION)
-            b_sum += tl.sum(b_some * load_tile(p_mass, G, o_q, o_g, N, G), axis=1)
-        b_sum *= b_maximum
+            b_all += tl.sum(b_some * load_tile(p_mass, G, o_q, o_g, N, G), axis=1)
+        b_sum += b_all * b_maximum
     return b_sum
 
 
@@ -938,14 +984,8 @@ def _dot_members(b_x, b_member, HALF: tl.constexpr, SPLIT: tl.constexpr, PRECISI
 
 
 @triton.jit
-def _sum_group(b_e, p_members, o_kv, M, g: tl.constexpr):
-    """The sum [q] of b_e [q,kv] over the keys of group g. A product with 1 or 0 takes one instruction, a selection two."""
-    return tl.sum(b_e * _member(p_members, o_kv, M, g)[None, :], axis=1)
-
-
-@triton.jit
 def _member(p_members, o_kv, M, g: tl.constexpr):
-    """[kv] of `_members`."""
+    """[kv] of `_members`. A product with 1 or 0 takes one instruction, a selection two."""
     return tl.load(p_members + g * (tl.cdiv(M, 128) * 128) + o_kv)
 
 

@@ -107,8 +107,6 @@ struct RowWeight {
     float at(Size b, Size n) const { return data ? data[b * stride_b + n * stride_n] : 1.f; }
 };
 
-static const Size MOST_KEYS_OF_FEW = 32768;  // 2 MB
-
 // One thread's logits of a tile, and what its rows sum up; all (LANES) but S
 struct StatisticsRows {
     Keys keys;

@@ -8,10 +8,19 @@ namespace {
 
 // ---- gradients of keys and values, and r Abar, when a unit is done
 
-static void write_keys(const Attention& a, const Rows& to, const float* from, Size stride, Size size, Size b, Size head,
-                       Size first, Size last) {
-    for (Size j = first; j < last; ++j)
-        narrow(from + j * stride, size, a.dtype, (void*)element(to.data, a.dtype, to.at(b, head, j)));
+// The sums of a key head lie in the gradient itself where a tile writes them `once`, as it can in float32 and whole vectors:
+// where more tiles add to them, rows that are far apart would drive one another out of the cache. Rows from `filled` are 0.
+static void start_sums(const Attention& a, const Rows& grad, Size size, bool once, Size b, Size head, Size filled, Sums& sums) {
+    if (once && a.dtype == FLOAT32 && size == sums.stride && size % VL == 0)
+        sums = {(float*)grad.data + grad.at(b, head, 0), grad.stride_n};
+    for (Size j = filled; j < a.M; ++j) memset(sums.row(j), 0, round_up(size, VL) * sizeof(float));
+}
+static void write_keys(const Attention& a, const Rows& to, const Sums& from, Size size, Size b, Size head, Size first,
+                       Size last) {
+    for (Size j = first; j < last; ++j) {
+        void* row = (void*)element(to.data, a.dtype, to.at(b, head, j));
+        if (row != from.row(j)) narrow(from.row(j), size, a.dtype, row);
+    }
 }
 static void write_result(const Relevancy& v, const Attention& a, const float* from, Size b, Size first, Size last) {
     const Size stride = round_up(v.T, VL);
@@ -31,7 +40,7 @@ static void finish_cosine_keys(const BackwardCall& call, Gradients& g, Size b, S
         for (Size j = 0; j < count; ++j) {
             const float* k = g.logits.keys.key + j * g.logits.keys.key_stride;
             const float length = norm(k, a.D), by = g.cosine_key[j0 + j];
-            for (Size d = 0; by != 0 && d < a.D; ++d) g.key[(j0 + j) * call.key_stride + d] -= k[d] / length * by / length;
+            for (Size d = 0; by != 0 && d < a.D; ++d) g.key.row(j0 + j)[d] -= k[d] / length * by / length;
         }
     }
 }
@@ -58,9 +67,13 @@ static void backward_task(BackwardCall& call, Size task) {
         const Size unit = item / call.keys.unit, b = unit / a.Hkv, head = unit % a.Hkv;
         const Size end = least(last, (unit + 1) * call.keys.unit);
         if (inputs) {
-            g.key = call.keys.at(task, unit), g.value = call.values.at(task, unit);
-            memset(g.key, 0, a.M * call.key_stride * sizeof(float));
-            memset(g.value, 0, a.M * call.value_stride * sizeof(float));
+            // the first tile fills the sums, where it sees all keys that are seen and no unit adds to them
+            g.fresh = !a.masks.is_causal && !c.score.sums_units();
+            const Size filled = g.fresh ? visible_keys(a, b) : 0;
+            const bool once = g.fresh && call.keys.unit == 1;
+            g.key = {call.keys.at(task, unit), call.key_stride}, g.value = {call.values.at(task, unit), call.value_stride};
+            start_sums(a, c.grad_key, a.D, once, b, head, filled, g.key);
+            start_sums(a, c.grad_value, a.Dv, once, b, head, filled, g.value);
             memset(g.cosine_key, 0, a.M * sizeof(float));
         }
         if (carries) {
@@ -74,8 +87,8 @@ static void backward_task(BackwardCall& call, Size task) {
         }
         if (inputs && c.score.kind == COSINE) finish_cosine_keys(call, g, b, head);
         if (inputs && call.keys.alone(task, unit)) {
-            write_keys(a, c.grad_key, g.key, call.key_stride, a.D, b, head, 0, a.M);
-            write_keys(a, c.grad_value, g.value, call.value_stride, a.Dv, b, head, 0, a.M);
+            write_keys(a, c.grad_key, g.key, a.D, b, head, 0, a.M);
+            write_keys(a, c.grad_value, g.value, a.Dv, b, head, 0, a.M);
         }
         if (carries && item == (b + 1) * call.carried.unit && call.carried.alone(task, b))
             write_result(c.relevancy, a, g.result, b, 0, a.M);
@@ -90,11 +103,11 @@ static void join_task(BackwardCall& call, Size task) {
     const Attention& a = c.a;
     const Size first = share(a.M, task, call.keys.tasks), last = share(a.M, task + 1, call.keys.tasks);
     if (call.inputs()) {
-        call.keys.join(first * call.key_stride, last * call.key_stride, [&](Size unit, const float* sums) {
-            write_keys(a, c.grad_key, sums, call.key_stride, a.D, unit / a.Hkv, unit % a.Hkv, first, last);
+        call.keys.join(first * call.key_stride, last * call.key_stride, [&](Size unit, float* sums) {
+            write_keys(a, c.grad_key, {sums, call.key_stride}, a.D, unit / a.Hkv, unit % a.Hkv, first, last);
         });
-        call.values.join(first * call.value_stride, last * call.value_stride, [&](Size unit, const float* sums) {
-            write_keys(a, c.grad_value, sums, call.value_stride, a.Dv, unit / a.Hkv, unit % a.Hkv, first, last);
+        call.values.join(first * call.value_stride, last * call.value_stride, [&](Size unit, float* sums) {
+            write_keys(a, c.grad_value, {sums, call.value_stride}, a.Dv, unit / a.Hkv, unit % a.Hkv, first, last);
         });
     }
     if (c.relevancy.rows) {

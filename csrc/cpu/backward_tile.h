@@ -43,16 +43,28 @@ struct BackwardCall {
     bool inputs() const { return (c.grad_query.data || c.grad_value.data) && !sums_rows; }  // an empty tensor has no pointer
     // whether a tile has all keys at once and finds its statistics itself
     bool at_once() const { return c.a.M <= c.a.key_block() && c.lse_counts != 1; }
+    // whether the statistics of few rows over many keys leave the logits behind: there reading the keys is what takes time
+    bool keeps_logits() const { return !at_once() && c.lse_counts == 2 && c.a.N <= GROUP && c.a.M <= MOST_KEYS_OF_FEW; }
 };
 
 // ---- one thread's memory
+
+// Rows of D or Dv numbers, one for each key
+struct Sums {
+    float* first;
+    Size stride;
+    float* row(Size j) const { return first + j * stride; }
+};
 
 struct Gradients {
     Logits logits;
     float *out_rows, *out_transposed;  // cotangents of a tile: (LANES, value_stride), (Dv, width)
     float *S, *dP, *kept, *dropped;  // tiles: P; dP, then dS; what scores.h keeps; P after dropout
     float* query;  // gradient: (tiles, D, LANES) or one tile
-    float *key, *value, *result;  // the sums at work: (M, key_stride), (M, value_stride), (M, T rounded up)
+    Sums key, value;  // at work, as `result`
+    float* result;  // (M, T rounded up)
+    bool fresh = false;  // whether `key` and `value` hold nothing yet
+    float* logits_of_few;  // (M, GROUP) of one tile, or null
     float *shift, *factor, *delta, *cosine_query, *cosine_key, *rows, *scratch, *vector;
 
     void plan(const BackwardCall& call, Memory& memory) {
@@ -61,7 +73,7 @@ struct Gradients {
         const bool inputs = call.inputs();
         const Size block = a.key_block(), tiles = call.at_once() ? 1 : tiles_of(a);
         logits.plan(a, c.score, memory, inputs);
-        S = logits.S;
+        S = logits.S, logits_of_few = call.keeps_logits() ? memory.take(a.M * GROUP) : nullptr;
         out_rows = memory.take(LANES * call.value_stride), out_transposed = memory.take(LANES * a.Dv);
         dP = memory.take(block * LANES);
         kept = c.score.bends() && !c.score.sums_units() ? memory.take(block * LANES) : nullptr;
@@ -76,15 +88,16 @@ struct Gradients {
 
 // ---- statistics of rows
 
-// The largest logit and the sum over all keys of a tile, block by block
+// The largest logit and the sum over all keys of a tile, block by block; the logits in `kept`, where that is not null
 static void statistics_by_blocks(const Attention& a, const Score& score, Logits& logits, const Tile& t, Size visible,
-                                 float* shift, float* factor, float* scratch) {
+                                 float* shift, float* factor, float* scratch, float* kept) {
     float *largest = scratch, *total = scratch + LANES, *rescale = scratch + 2 * LANES;
     const Size keys = t.keys(a, visible);
     for (Size i = 0; i < t.width; ++i) largest[i] = -INFINITY, total[i] = 0;
     for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
         const Size count = least(a.key_block(), keys - j0);
         logits.compute(a, score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
+        if (kept) memcpy(kept + j0 * t.width, logits.S, count * t.width * sizeof(float));
         online_softmax(logits.S, count, t.width, j0 == 0, logits.top, largest, total, rescale);
     }
     const Statistics s = {shift, factor};
@@ -95,7 +108,7 @@ static const double LARGEST_LSE = 16777216.;
 
 // Statistics of a tile where its keys come in blocks; `scratch` holds 5 * LANES
 static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,
-                            float* scratch) {
+                            float* scratch, float* kept) {
     const double* lse = c.lse_counts == 2 ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
     const double bound = c.lse_counts == 1 ? LARGEST_GIVEN_LSE : LARGEST_LSE;
     bool lost[LANES], any = false;
@@ -110,7 +123,7 @@ static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Si
     if (!any) return;
     float *own_shift = scratch + 3 * LANES, *own_factor = scratch + 4 * LANES;
     logits.load_queries(c.a, c.score, t);
-    statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch);
+    statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch, kept);
     for (Size i = 0; i < t.width; ++i)
         if (lost[i]) shift[i] = own_shift[i], factor[i] = own_factor[i];
 }
@@ -173,7 +186,12 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     const bool inputs = call.inputs(), at_once = call.at_once(), is_gradient = c.relevancy.is_gradient;
     float *P = g.S, *dP = g.dP, *shift = g.shift + index * LANES, *factor = g.factor + index * LANES,
           *delta = g.delta + index * LANES;
-    g.logits.compute(a, c.score, t, j0, count, loaded, g.kept);
+    if (g.logits_of_few) {
+        load_keys(a, g.logits.keys, t.b, t.h / a.group(), j0, loaded);
+        memcpy(P, g.logits_of_few + j0 * w, n * sizeof(float));
+    } else {
+        g.logits.compute(a, c.score, t, j0, count, loaded, g.kept);
+    }
     if (at_once) {
         float *largest = g.scratch, *total = g.scratch + LANES, *rescale = g.scratch + 2 * LANES;
         online_softmax(P, count, w, true, g.logits.top, largest, total, rescale);
@@ -232,8 +250,8 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         return;
     }
     if (inputs)
-        product<false>(count, call.value_stride, t.rows, weights, w, g.out_rows, call.value_stride,
-                       g.value + j0 * call.value_stride, call.value_stride, true);
+        product<false>(count, call.value_stride, t.rows, weights, w, g.out_rows, call.value_stride, g.value.row(j0),
+                       g.value.stride, !g.fresh);
     float by_lse[LANES] = {};  // beside delta, not in it: P = 1 leaves it as it is
     for (Size i = 0; c.grad_lse && i < t.rows; ++i) by_lse[i] = c.grad_lse[(t.b * a.H + t.h) * a.N + t.first + i];
     for (Size j = 0; j < count; ++j)
@@ -261,8 +279,7 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
                         g.cosine_query + index * LANES, g.cosine_key + j0);
     else if (c.score.bends())
         bend(c.score, (float)a.scale, dP, n, g.kept);
-    product<false>(count, call.key_stride, t.rows, dP, w, g.logits.rows, g.logits.stride, g.key + j0 * call.key_stride,
-                   call.key_stride, true);
+    product<false>(count, call.key_stride, t.rows, dP, w, g.logits.rows, g.logits.stride, g.key.row(j0), g.key.stride, !g.fresh);
     tile_product<true>(t, a.D, count, g.logits.keys.key, g.logits.keys.key_stride, dP, query, true);
 }
 
@@ -298,16 +315,16 @@ static void finish_tile(const BackwardCall& call, Gradients& g, const Tile& t, S
 static void add_unit_keys(const BackwardCall& call, Gradients& g, Size j0, Size count) {
     UnitTile& u = g.logits.units;
     for (Size n = 0; n < call.c.a.D; ++n)
-        for (Size j = 0; j < count; ++j) g.key[(j0 + j) * call.key_stride + n] += u.by_key[n * u.ld + j] * u.weight[n];
+        for (Size j = 0; j < count; ++j) g.key.row(j0 + j)[n] += u.by_key[n * u.ld + j] * u.weight[n];
     memset(u.by_key, 0, u.units.count * u.ld * sizeof(float));
 }
 
-// The tiles [first, last) of one query head
+// The tiles [first, last) of one query head. The first of them fills `key` and `value` where they are fresh.
 static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h, Size first, Size last) {
     const Backward& c = call.c;
     const Attention& a = c.a;
     const Size visible = visible_keys(a, b), block = a.key_block();
-    const bool at_once = call.at_once(), inputs = call.inputs();
+    const bool at_once = call.at_once(), inputs = call.inputs(), fresh = g.fresh;
     if (inputs && !at_once) {
         memset(g.query, 0, (last - first) * LANES * a.D * sizeof(float));
         memset(g.cosine_query, 0, (last - first) * LANES * sizeof(float));
@@ -316,7 +333,7 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
         const Tile t = tile_at(a, b, h, n);
         const Size at = (n - first) * LANES;
         float* delta = g.delta + at;
-        find_statistics(c, g.logits, t, visible, g.shift + at, g.factor + at, g.scratch);
+        find_statistics(c, g.logits, t, visible, g.shift + at, g.factor + at, g.scratch, g.logits_of_few);
         for (Size i = 0; i < t.width; ++i) delta[i] = 0;
         if (!inputs) continue;
         float* out = g.scratch;
@@ -332,6 +349,7 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
         for (Size n = first; n < last; ++n) {
             const Tile t = tile_at(a, b, h, n);
             const Size index = at_once ? 0 : n - first, count = least(block, t.keys(a, visible) - j0);
+            g.fresh = fresh && n == first;
             if (at_once && inputs)
                 memset(g.query, 0, LANES * a.D * sizeof(float)), memset(g.cosine_query, 0, LANES * sizeof(float));
             if (count > 0) {
@@ -342,6 +360,7 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
         }
         if (inputs && c.score.sums_units() && visible > 0) add_unit_keys(call, g, j0, least(block, visible - j0));
     }
+    g.fresh = false;
     for (Size n = first; inputs && !at_once && n < last; ++n) {
         const Tile t = tile_at(a, b, h, n);
         if (c.score.kind == COSINE) g.logits.load_queries(a, c.score, t);
