@@ -46,9 +46,10 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_at,
     store_tile,
+    strides,
 )
 
-from vlattn_fast._tensors import empty_rows_first
+from vlattn_fast._tensors import empty_gradient
 
 
 class Rows(NamedTuple):
@@ -73,10 +74,7 @@ def empty_key_gradients(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised, and of equally many heads: with weights per head the key can have more of them than the value. Those of the
     one that has fewer are in float32, and `heads_summed` adds them."""
     heads = max(key.shape[1], value.shape[1])
-    grad_k, grad_v = (
-        empty_rows_first(x, heads, x.shape[2], x.shape[3], x.dtype if x.shape[1] == heads else torch.float32)
-        for x in (key, value)
-    )
+    grad_k, grad_v = (empty_gradient(x, heads, x.dtype if x.shape[1] == heads else torch.float32) for x in (key, value))
     return grad_k, grad_v
 
 
@@ -105,8 +103,8 @@ def queries(
     summed: also the row sums, of A or, where `by_gradient`, of relu(A * dA).
     """
     query = call["p_q"]
-    batch, heads, num_q, size = query.shape
-    grad_q, delta, sums = empty_rows_first(query, heads, num_q, size), new_rows(query), new_rows(query) if summed else None
+    batch, heads, num_q, _ = query.shape
+    grad_q, delta, sums = empty_gradient(query), new_rows(query), new_rows(query) if summed else None
     shift = new_rows(query) if coarse is None else coarse.shift
     total = coarse.total if coarse is not None else new_rows(query) if call["EXACT"] else None
     if shift.numel() > 0:
@@ -123,6 +121,7 @@ def queries(
             stride_ob=out.stride(0),
             stride_oh=out.stride(1),
             stride_on=out.stride(2),
+            **strides("dq", grad_q.stride()),
             LSE=grad_lse is not None,
             BY_GRADIENT=by_gradient,
             SUMS=summed,
@@ -174,6 +173,8 @@ def keys(
             p_grad_k=query if grad_k is None else grad_k,
             p_grad_v=query if grad_v is None else grad_v,
             p_r_abar=query if r_abar is None else r_abar,
+            **strides("dk", (query if grad_k is None else grad_k).stride()),
+            **strides("dv", (query if grad_v is None else grad_v).stride()),
             GROUP=heads // heads_kv,
             KEY_HEADS=key_heads,
             T=num_t,
@@ -241,6 +242,9 @@ def _backward_q_kernel(
     stride_ob,
     stride_oh,
     stride_on,
+    stride_dqb,
+    stride_dqh,
+    stride_dqn,
     SCORE: tl.constexpr,
     MASK: tl.constexpr,
     KEY_MASK: tl.constexpr,
@@ -370,7 +374,7 @@ def _backward_q_kernel(
     if SUMS:
         tl.store(p_sums + i_bh * NP + o_q, b_sums)
     tl.store(p_delta + i_bh * NP + o_q, b_delta)
-    store_tile(p_grad_q + (i_b * N * H + i_h) * A, H * A, o_q, o_a, N, A, b_dq * scale)
+    store_tile(p_grad_q + i_b * stride_dqb + i_h * stride_dqh, stride_dqn, o_q, o_a, N, A, b_dq * scale)
 
 
 @triton.jit
@@ -419,6 +423,12 @@ def _backward_kv_kernel(
     stride_gb,
     stride_gh,
     stride_gn,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
+    stride_dvb,
+    stride_dvh,
+    stride_dvn,
     GROUP: tl.constexpr,
     KEY_HEADS,
     T,
@@ -547,10 +557,10 @@ def _backward_kv_kernel(
         if GRADS and SCORE == "cosine":
             b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along * b_weight)
     if GRADS:
-        HEADS = H // GROUP
-        i_row = i_b * M * HEADS + i_p
-        store_tile(p_grad_k + i_row * A, HEADS * A, o_kv, o_a, M, A, tl.where(m_key[:, None], b_dk * scale, 0.0))
-        store_tile(p_grad_v + i_row * DV, HEADS * DV, o_kv, o_d, M, DV, tl.where(m_key[:, None], b_dv, 0.0))
+        p_grad_k += i_b * stride_dkb + i_p * stride_dkh
+        p_grad_v += i_b * stride_dvb + i_p * stride_dvh
+        store_tile(p_grad_k, stride_dkn, o_kv, o_a, M, A, tl.where(m_key[:, None], b_dk * scale, 0.0))
+        store_tile(p_grad_v, stride_dvn, o_kv, o_d, M, DV, tl.where(m_key[:, None], b_dv, 0.0))
     if BLOCK_T == 1:
         tl.store(p_r_abar + i_bp * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=m_kv)
     elif BLOCK_T > 1:

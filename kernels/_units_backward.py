@@ -50,9 +50,10 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_at,
     store_tile,
+    strides,
 )
 
-from vlattn_fast._tensors import empty_rows_first
+from vlattn_fast._tensors import empty_gradient
 
 PROGRAMS = 264  # two for each multiprocessor of an H200, as many as their registers allow
 LARGEST = 2**28  # numbers in the sums of several ranges
@@ -75,7 +76,7 @@ def launch(
     assert config_kv["num_stages"] == 1, "a tile's gradients are read back from memory: stages would read them ahead"
     query, key, value = call["p_q"], call["p_k"], call["p_v"]
     (batch, heads, num_q, size), num_kv = query.shape, key.shape[2]
-    grad_q = empty_rows_first(query, heads, num_q, size)
+    grad_q = empty_gradient(query)
     grad_k, grad_v = empty_key_gradients(key, value)
     heads_kv = grad_k.shape[1]
     blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], cdiv(num_kv, config_kv["BLOCK_KV"])
@@ -113,6 +114,9 @@ def launch(
             p_grad_k=grad_k,
             p_grad_v=grad_v,
             p_grad_u=grad_u,
+            **strides("dq", grad_q.stride()),
+            **strides("dk", grad_k.stride()),
+            **strides("dv", grad_v.stride()),
             HEADS_KV=heads_kv,
             GROUP=group,
             RANGES=ranges,
@@ -342,6 +346,15 @@ def _units_backward_kernel(
     stride_gb,
     stride_gh,
     stride_gn,
+    stride_dqb,
+    stride_dqh,
+    stride_dqn,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
+    stride_dvb,
+    stride_dvh,
+    stride_dvn,
     scale,
     HEADS_KV,
     GROUP,
@@ -515,11 +528,10 @@ def _units_backward_kernel(
                     tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + i_kv) * A + o_a, b_grad_u, mask=o_a < A)
                 if KEY_MASK:
                     b_dv = tl.where(real_tokens(p_key_mask_h, o_kv, M, True)[:, None], b_dv, 0.0)
-                i_row = i_b * M * HEADS_KV + i_hkv
-                p_unit_k = p_grad_k + (i_row + o_kg.to(tl.int64) * HEADS_KV) * A + o_unit_k
+                p_unit_k = p_grad_k + i_b * stride_dkb + i_hkv * stride_dkh + o_kg.to(tl.int64) * stride_dkn + o_unit_k
                 b_dk = tl.reshape(b_dk, [o_k.shape[0], GROUPS * BLOCK_A])
                 tl.store(p_unit_k, b_dk.to(p_grad_k.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < A))
-                store_tile(p_grad_v + i_row * DV, HEADS_KV * DV, o_kv, o_d, M, DV, b_dv)
+                store_tile(p_grad_v + i_b * stride_dvb + i_hkv * stride_dvh, stride_dvn, o_kv, o_d, M, DV, b_dv)
         tl.debug_barrier()  # the sums are in memory
         for i_g in range(0, GROUP):
             i_h = i_hkv * GROUP + i_g
@@ -530,4 +542,4 @@ def _units_backward_kernel(
                 if PARTIAL:
                     store_tile(p_first + i_g * step, A, o_q, o_a, N, A, b_dq)
                 else:
-                    store_tile(p_grad_q + (i_b * N * H + i_h) * A, H * A, o_q, o_a, N, A, b_dq)
+                    store_tile(p_grad_q + i_b * stride_dqb + i_h * stride_dqh, stride_dqn, o_q, o_a, N, A, b_dq)

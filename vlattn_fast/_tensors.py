@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -106,16 +108,60 @@ def rows_first(x: Tensor) -> Tensor:
 
     It is SDPA's, so that heads merge without a copy; nothing is copied where `x` already has it.
     """
-    _, heads, length, size = x.shape
-    if x.stride() == (length * heads * size, size, heads * size, 1):
-        return x
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return _laid_out(x, _rows_first(*x.shape[1:]))
 
 
-def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
+def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int) -> Tensor:
     """An uninitialised (B, H, N, D) tensor in the layout of `rows_first`."""
-    strides = (length * num_heads * size, size, num_heads * size, 1)
-    return like.new_empty_strided((like.shape[0], num_heads, length, size), strides, dtype=dtype)
+    return like.new_empty_strided((like.shape[0], num_heads, length, size), _rows_first(num_heads, length, size))
+
+
+def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad` in the layout of `rows_first`, or in that of `x` (B, H, N, D) where `x` is contiguous.
+
+    Torch would copy another layout into x.grad. Within `promised_layouts` it is always the first: the compiler may lay out an
+    intermediate result otherwise than its fake said.
+    """
+    return _laid_out(grad, _gradient_strides(x, x.shape[1]))
+
+
+def empty_gradient(x: Tensor, num_heads: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, in the layout of `as_gradient`; with `num_heads` and `dtype` where they differ from those of `x`."""
+    heads = x.shape[1] if num_heads is None else num_heads
+    shape = (x.shape[0], heads, *x.shape[2:])
+    return x.new_empty_strided(shape, _gradient_strides(x, heads), dtype=dtype)
+
+
+@contextmanager
+def promised_layouts() -> Iterator[None]:
+    """Around a registered operator: this thread's gradients have the layout that the fake implementation promises."""
+    before, _LAYOUTS.promised = _LAYOUTS.promised, True
+    try:
+        yield
+    finally:
+        _LAYOUTS.promised = before
+
+
+class _Layouts(threading.local):
+    promised = False
+
+
+_LAYOUTS = _Layouts()
+
+
+def _gradient_strides(x: Tensor, heads: int) -> tuple[int, ...]:
+    _, _, length, size = x.shape
+    if x.is_contiguous() and not _LAYOUTS.promised:
+        return heads * length * size, length * size, size, 1
+    return _rows_first(heads, length, size)
+
+
+def _rows_first(heads: int, length: int, size: int) -> tuple[int, ...]:
+    return length * heads * size, size, heads * size, 1
+
+
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def weigh_rows(rows: Tensor, weight: Tensor | None) -> Tensor:

@@ -37,16 +37,14 @@ struct Attention {
 
 // ---- keys
 
-// Keys and values of a block as float32 rows: the tensors themselves where they can be read as they are, else a copy.
+// A block of keys, or of values, as float32 rows: the tensor itself where it can be read as it is, else a copy.
 struct Keys {
-    const float *key, *value;
-    Size key_stride, value_stride;
-    float *key_copy, *value_copy;
+    const float* rows;
+    Size stride;
+    float* copy;
     Size b, head, first, count;  // what is loaded
-    void plan(const Attention& a, Memory& memory) {
-        const bool copies = a.dtype != FLOAT32 || a.masks.keys;
-        key_copy = copies ? memory.take(a.key_block() * a.D) : nullptr;
-        value_copy = copies && a.value.data ? memory.take(a.key_block() * a.Dv) : nullptr;
+    void plan(const Attention& a, Size size, Memory& memory) {
+        copy = a.dtype != FLOAT32 || a.masks.keys ? memory.take(a.key_block() * size) : nullptr;
         b = head = first = -1;
     }
 };
@@ -78,11 +76,10 @@ static const float* load_rows(const Attention& a, const Rows& x, Size size, Size
     return copy;
 }
 
-static void load_keys(const Attention& a, Keys& keys, Size b, Size head, Size first, Size count) {
+static void load_keys(const Attention& a, const Rows& x, Size size, Keys& keys, Size b, Size head, Size first, Size count) {
     // under the causal mask a later tile sees more keys of the same block
     if (keys.b == b && keys.head == head && keys.first == first && keys.count >= count) return;
-    keys.key = load_rows(a, a.key, a.D, b, head, first, count, keys.key_copy, keys.key_stride);
-    if (a.value.data) keys.value = load_rows(a, a.value, a.Dv, b, head, first, count, keys.value_copy, keys.value_stride);
+    keys.rows = load_rows(a, x, size, b, head, first, count, keys.copy, keys.stride);
     keys.b = b, keys.head = head, keys.first = first, keys.count = count;
 }
 
@@ -254,7 +251,7 @@ static void find_top(const float* S, Size count, Size w, float* top) {
 static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size j0, Size count, const float* transposed,
                        float* S, float* scratch, float* top) {
     for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-    tile_product<false>(t, count, a.D, keys.key, keys.key_stride, transposed, S, false, StoreAndTop{top});
+    tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false, StoreAndTop{top});
     if (!is_masked(a, t, j0, count)) return;
     mask_tile(a, t, j0, count, S, scratch);
     find_top(S, count, t.width, top);

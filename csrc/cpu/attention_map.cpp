@@ -30,7 +30,7 @@ struct MapCall {
 
 // One thread's tiles, (keys, width) each: of some heads, and of the map, of which a chunk is enough where these are all heads
 struct MapTiles {
-    Keys keys;
+    Keys keys, values;
     float *rows, *query, *grad_output;  // transposed: (D, width), (Dv, width)
     float *heads, *dA, *map, *mask;  // dA is written where Dv is more than DEPTH
     Size size;  // of a tile
@@ -38,7 +38,7 @@ struct MapTiles {
 
     void plan(const MapCall& c, Memory& memory) {
         const Attention& a = c.a;
-        keys.plan(a, memory);
+        keys.plan(a, a.D, memory), values.plan(a, a.Dv, memory);
         rows = memory.take(LANES * most(a.D, a.Dv)), query = memory.take(LANES * a.D), grad_output = memory.take(LANES * a.Dv);
         size = c.lanes() * a.M;
         heads = memory.take(size * c.heads()), map = memory.take(c.heads() < a.H ? size : CHUNK * LANES);
@@ -56,7 +56,7 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
     for (Size i = 0; i < w; ++i) x.largest[i] = -INFINITY;
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
-        load_keys(a, x.keys, t.b, head, j0, count);
+        load_keys(a, a.key, a.D, x.keys, t.b, head, j0, count);
         dot_logits(a, t, x.keys, j0, count, x.query, S + j0 * w, x.mask, x.top);
         for (Size i = 0; i < w; i += VL) store(x.largest + i, maximum(load(x.largest + i), load(x.top + i)));
     }
@@ -76,9 +76,9 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
     load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.rows, a.Dv, x.grad_output);
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
-        load_keys(a, x.keys, t.b, head, j0, count);
+        load_keys(a, a.value, a.Dv, x.values, t.b, head, j0, count);
         tile_product<false>(
-            t, count, a.Dv, x.keys.value, x.keys.value_stride, x.grad_output, x.dA, false, TakeGradient{S + j0 * w, w});
+            t, count, a.Dv, x.values.rows, x.values.stride, x.grad_output, x.dA, false, TakeGradient{S + j0 * w, w});
     }
 }
 

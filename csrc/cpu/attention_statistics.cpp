@@ -121,7 +121,7 @@ struct StatisticsRows {
     static bool keeps(const Attention& a) { return a.M <= (a.N <= GROUP ? MOST_KEYS_OF_FEW : MOST_KEYS); }
     void plan(const Attention& a, Memory& memory) {
         const Size kept = keeps(a) ? least(LANES, round_up(a.N, GROUP)) * a.M : 0;
-        keys.plan(a, memory);
+        keys.plan(a, a.D, memory);
         stride = round_up(a.D, VL);
         query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
         S = memory.take(most(LANES * a.key_block(), kept)), mask = memory.take(2 * GROUP * LANES);
@@ -141,8 +141,8 @@ struct StatisticsRows {
     // The logits of the keys [j0, j0 + count), into S or a place in it; 0 beyond the tile's rows, so that no NaN of theirs reaches
     // a sum over rows
     void logits(const Attention& a, const Tile& t, Size j0, Size count, float* to) {
-        load_keys(a, keys, t.b, t.h / a.group(), j0, count);
-        tile_product<false>(t, count, a.D, keys.key, keys.key_stride, transposed, to, false);
+        load_keys(a, a.key, a.D, keys, t.b, t.h / a.group(), j0, count);
+        tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, to, false);
         for (Size i = 0; i < count * t.width; i += VL) store(to + i, load(to + i) * splat((float)a.scale));
         mask_tile(a, t, j0, count, to, mask);
         for (Size j = 0; t.rows < t.width && j < count; ++j)
@@ -414,7 +414,7 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
             const float rest = space.mass[r.group[j] + i] + r.weight[i] * d.received[j];
             space.E[j * w + i] = r.factor[i] * (rest + space.maximum[i] - r.weighted[i]);
         }
-        tile_product<true>(t, a.D, count, r.keys.key, r.keys.key_stride, space.E, space.d_query, true);
+        tile_product<true>(t, a.D, count, r.keys.rows, r.keys.stride, space.E, space.d_query, true);
         product<false>(count, stride(), t.rows, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);
     }
     store_tile(space.d_query, t, a.D, (float)a.scale, d_query, a.dtype, r.query);

@@ -186,12 +186,10 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     const bool inputs = call.inputs(), at_once = call.at_once(), is_gradient = c.relevancy.is_gradient;
     float *P = g.S, *dP = g.dP, *shift = g.shift + index * LANES, *factor = g.factor + index * LANES,
           *delta = g.delta + index * LANES;
-    if (g.logits_of_few) {
-        load_keys(a, g.logits.keys, t.b, t.h / a.group(), j0, loaded);
+    if (g.logits_of_few)
         memcpy(P, g.logits_of_few + j0 * w, n * sizeof(float));
-    } else {
+    else
         g.logits.compute(a, c.score, t, j0, count, loaded, g.kept);
-    }
     if (at_once) {
         float *largest = g.scratch, *total = g.scratch + LANES, *rescale = g.scratch + 2 * LANES;
         online_softmax(P, count, w, true, g.logits.top, largest, total, rescale);
@@ -201,12 +199,13 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         const Statistics s = {shift, factor};
         probabilities(P, count, w, s);
     }
+    if (c.grad_out.data) load_keys(a, a.value, a.Dv, g.logits.values, t.b, t.h / a.group(), j0, loaded);
     const bool carries = c.relevancy.rows && !call.sums_rows;
     if (carries && at_once && !inputs && !(c.dropout.probability > 0) && (c.grad_out.data || !is_gradient)) {
         // r Abar alone: each row's factor is taken into r, and dP is not kept
         if (is_gradient)
             tile_product<false>(
-                t, count, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, dP, false, TakeGradient{P, w});
+                t, count, a.Dv, g.logits.values.rows, g.logits.values.stride, g.out_transposed, dP, false, TakeGradient{P, w});
         const Size stride = round_up(c.relevancy.T, VL);
         for (Size i = 0; i < w; ++i)
             for (Size r = 0; r < stride; r += VL)
@@ -214,7 +213,7 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         return carry(P, count, w, g.rows, c.relevancy.T, g.result + j0 * stride);
     }
     if (c.grad_out.data)
-        tile_product<false>(t, count, a.Dv, g.logits.keys.value, g.logits.keys.value_stride, g.out_transposed, dP, false);
+        tile_product<false>(t, count, a.Dv, g.logits.values.rows, g.logits.values.stride, g.out_transposed, dP, false);
     else
         memset(dP, 0, n * sizeof(float));
     float* weights = P;  // what the values are summed with
@@ -280,7 +279,7 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     else if (c.score.bends())
         bend(c.score, (float)a.scale, dP, n, g.kept);
     product<false>(count, call.key_stride, t.rows, dP, w, g.logits.rows, g.logits.stride, g.key.row(j0), g.key.stride, !g.fresh);
-    tile_product<true>(t, a.D, count, g.logits.keys.key, g.logits.keys.key_stride, dP, query, true);
+    tile_product<true>(t, a.D, count, g.logits.keys.rows, g.logits.keys.stride, dP, query, true);
 }
 
 // What a tile needs before its first block

@@ -44,7 +44,7 @@ static void drop(const Attention& a, const Dropout& dropout, const Tile& t, Size
 
 // One thread's query rows of a tile and the logits of a block of keys
 struct Logits {
-    Keys keys;
+    Keys keys, values;
     UnitTile units;
     float *rows, *transposed;  // (LANES, stride), (D, width): query rows, times the scale for plain dot products
     float *S, *top, *mask, *query_norm, *key_norm;  // top: the largest logit of each row
@@ -54,7 +54,7 @@ struct Logits {
     static float query_factor(const Score& score, double scale) { return score.kind == DOT ? (float)scale : 1.f; }
 
     void plan(const Attention& a, const Score& score, Memory& memory, bool backward) {
-        keys.plan(a, memory);
+        keys.plan(a, a.D, memory), values.plan(a, a.Dv, memory);
         if (score.sums_units()) units.plan(a, memory, backward);
         stride = round_up(a.D, VL);
         rows = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
@@ -73,7 +73,7 @@ struct Logits {
         const Size head = t.h / a.group(), w = t.width;
         // the units' weights belong to the query head
         const Size unit_head = score.sums_units() ? t.h : head;
-        load_keys(a, keys, t.b, head, j0, loaded);
+        load_keys(a, a.key, a.D, keys, t.b, head, j0, loaded);
         if (score.kind == DOT) return dot_logits(a, t, keys, j0, count, transposed, S, mask, top);
         const bool another = block_b != t.b || block_head != unit_head || block_first != j0;
         block_b = t.b, block_head = unit_head, block_first = j0;
@@ -82,10 +82,10 @@ struct Logits {
             units.load_rows(score, a, rows, stride, t.rows, keys, loaded);
             units.forward((float)a.scale, count, w, S);
         } else {
-            tile_product<false>(t, count, a.D, keys.key, keys.key_stride, transposed, S, false);
+            tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false);
             if (score.kind == COSINE) {
                 if (another)
-                    for (Size j = 0; j < loaded; ++j) key_norm[j] = norm(keys.key + j * keys.key_stride, a.D);
+                    for (Size j = 0; j < loaded; ++j) key_norm[j] = norm(keys.rows + j * keys.stride, a.D);
                 divide_by_norms(score, (float)a.scale, S, count, w, query_norm, key_norm, kept);
             } else {
                 activate(score, (float)a.scale, S, count * w, kept);
@@ -138,7 +138,8 @@ static void forward_task(ForwardCall& call, Size task) {
             online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
             if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
             if (j0 > 0) scale_rows(out, a.Dv, w, rescale);
-            tile_product<true>(t, a.Dv, count, logits.keys.value, logits.keys.value_stride, logits.S, out, j0 > 0);
+            load_keys(a, a.value, a.Dv, logits.values, t.b, t.h / a.group(), j0, least(a.key_block(), visible - j0));
+            tile_product<true>(t, a.Dv, count, logits.values.rows, logits.values.stride, logits.S, out, j0 > 0);
         }
         const Statistics finished = {rescale, total};
         finish_rows(largest, total, t.rows, w, finished, c.lse + (t.b * a.H + t.h) * a.N + t.first);

@@ -133,26 +133,36 @@ static void product(Size rows, Size columns, Size depth, const float* A, Size ld
 
 static const Size MOST_FEW = 2, LINE = 16;
 
+// ROWS of them at a time, whose sums do not wait for one another
+template <int ROWS, class Finish>
+INLINE void rows_with_few(const float (&columns)[MOST_FEW][DEPTH], Size few, Size depth, const float* A, Size lda, Size row,
+                          float* C, Size ldc, bool add, const Finish& finish) {
+    const Size whole = depth / VL * VL;
+    Vector c[ROWS][1][LINE / VL] = {};
+    for (Size n = 0; n < few; ++n) {
+        Vector total[ROWS] = {};
+        for (Size k = 0; k < whole; k += VL)
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i) total[i] += load(A + i * lda + k) * load(columns[n] + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            float rest = 0;
+            for (Size k = whole; k < depth; ++k) rest += A[i * lda + k] * columns[n][k];
+            c[i][0][0][n] = sum(total[i]) + rest + (add ? C[i * ldc + n] : 0.f);
+        }
+    }
+    for (int i = 0; i < ROWS; ++i) finish(c[i], row + i, 0, C + i * ldc, ldc);
+}
 // C (rows, LINE) = A B, or += with `add`; the other columns become 0. `depth` at most DEPTH.
 template <class Finish>
 static void product_with_few(Size few, Size rows, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C,
                              Size ldc, bool add, const Finish& finish) {
     float columns[MOST_FEW][DEPTH];
-    const Size whole = depth / (2 * VL) * (2 * VL);
     for (Size n = 0; n < few; ++n)
         for (Size k = 0; k < depth; ++k) columns[n][k] = B[k * ldb + n];
-    for (Size r = 0; r < rows; ++r) {
-        Vector c[1][LINE / VL] = {};
-        for (Size n = 0; n < few; ++n) {
-            Vector total[2] = {};
-            for (Size k = 0; k < whole; k += 2 * VL)
-                for (int m = 0; m < 2; ++m) total[m] += load(A + r * lda + k + m * VL) * load(columns[n] + k + m * VL);
-            float rest = 0;
-            for (Size k = whole; k < depth; ++k) rest += A[r * lda + k] * columns[n][k];
-            c[0][0][n] = sum(total[0] + total[1]) + rest + (add ? C[r * ldc + n] : 0.f);
-        }
-        finish(c, r, 0, C + r * ldc, ldc);
-    }
+    Size r = 0;
+    for (; r + 4 <= rows; r += 4) rows_with_few<4>(columns, few, depth, A + r * lda, lda, r, C + r * ldc, ldc, add, finish);
+    for (; r < rows; ++r) rows_with_few<1>(columns, few, depth, A + r * lda, lda, r, C + r * ldc, ldc, add, finish);
 }
 template <int VECTORS>
 INLINE void block_with_few(Size few, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C, Size ldc,

@@ -317,7 +317,7 @@ struct UnitTile {
         ld = round_up(count, VL);
         memset(key, 0, units.count * ld * sizeof(float));
         memset(exponentials, 0, units.count / 4);
-        transpose(keys.key, keys.key_stride, count, a.D, key, ld);
+        transpose(keys.rows, keys.stride, count, a.D, key, ld);
         for (Size n = 0; n < units.count; ++n) {
             Vector top = Vector{}, extent = Vector{};  // 0: what is padded
             for (Size j = 0; j < ld; j += VL) take_extent(load(key + n * ld + j), top, extent);
@@ -363,7 +363,7 @@ struct UnitTile {
                 for (Size i = 0; i < 4 * ld; i += VL) store(key + n * ld + i, exp_bounded(load(key + n * ld + i) * units.c));
             } else if (!wanted && exponentials[n / 4]) {
                 memset(key + n * ld, 0, 4 * ld * sizeof(float));
-                transpose(keys.key + n, keys.key_stride, count, least(4, a.D - n), key + n * ld, ld);
+                transpose(keys.rows + n, keys.stride, count, least(4, a.D - n), key + n * ld, ld);
             }
             exponentials[n / 4] = wanted;
         }

@@ -8,7 +8,7 @@ from vlattn_fast._native import kernel, pointer, rows
 from vlattn_fast._tensors import as_dtype, unit_strides, weigh_rows
 from vlattn_fast.cpu import score_attention
 from vlattn_fast.cpu._attention import fields, masks
-from vlattn_fast.cpu.score_attention import BACKWARD, empty_gradient
+from vlattn_fast.cpu.score_attention import BACKWARD, new_gradient
 
 _backward = kernel("relevancy_attention_backward", BACKWARD)
 _DOT = (0, 0.0, 0, 0, 0.0)  # Score and Dropout of csrc/cpu/
@@ -66,7 +66,7 @@ def backward(
     if not needs_gradients and rule == "attention":
         grad_out = None
     if needs_gradients:
-        grads = [empty_gradient(x, query) for x in (query, key, value)]
+        grads = [new_gradient(x, query) for x in (query, key, value)]
     attended = _run(
         *(grad_out, query, key, value, out, lse, attn_mask, key_mask, scale, is_causal, _EXACT),
         *(grads, weighted, direct, rule, row_normalize),

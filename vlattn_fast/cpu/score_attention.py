@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import kernel, pointer, rows
-from vlattn_fast._tensors import as_dtype, empty_rows_first, expand_heads, fold_heads, unit_strides
+from vlattn_fast._tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
 from vlattn_fast.cpu._attention import FIELDS, fields, masks
 
 KINDS = {
@@ -81,7 +81,7 @@ def backward(
     query, key, value, out, grad_out = unit_strides(query, key, value, out, grad_out)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
     weights = None if vector is None else vector.float().contiguous()
-    grads = [empty_gradient(x, query) for x in (query, key, value)]
+    grads = [new_gradient(x, query) for x in (query, key, value)]
     grad_vector = None if weights is None else torch.zeros_like(weights)
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     _backward(
@@ -98,10 +98,9 @@ def backward(
     return grad_q, fold_heads(grad_k, num_key_heads), fold_heads(grad_v, num_value_heads), grad_vector
 
 
-def empty_gradient(x: Tensor, query: Tensor) -> Tensor:
-    """For the gradient of `x` (B, H, N, D), in memory (B, N, H, D) as SDPA's. It is zero where there are no queries."""
-    _, heads, length, size = x.shape
-    grad = empty_rows_first(x, heads, length, size)
+def new_gradient(x: Tensor, query: Tensor) -> Tensor:
+    """For the gradient of `x`. It is zero where there are no queries."""
+    grad = empty_gradient(x)
     return grad if query.numel() else grad.zero_()
 
 

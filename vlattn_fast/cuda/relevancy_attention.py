@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import pointer, rows
-from vlattn_fast._tensors import as_dtype, empty_rows_first, unit_strides, weigh_rows
+from vlattn_fast._tensors import as_dtype, empty_gradient, empty_rows_first, unit_strides, weigh_rows
 from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, multiprocessors, single
 
 _SIZES = "B H key_heads N M T D DV"
@@ -76,7 +76,7 @@ def backward(
         grad_carrier = None
     grads: list[Tensor | None] = [None, None, None]
     if need_inputs and grad_out is not None:
-        grads = [empty_rows_first(x, *x.shape[1:]) for x in (query, key, value)]
+        grads = [empty_gradient(x) for x in (query, key, value)]
     elif grad_carrier is None:
         return None, None, None, direct
     r_abar = _run_backward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import pointer, rows
-from vlattn_fast._tensors import as_dtype, empty_rows_first, fold_heads, unit_strides
+from vlattn_fast._tensors import as_dtype, empty_gradient, empty_rows_first, fold_heads, unit_strides
 from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, multiprocessors, single
 
 _SIZES = "B H key_heads value_heads N M A DV"
@@ -77,7 +77,7 @@ def backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     (batch, heads, queries, units), keys, f32 = query.shape, key.shape[2], torch.float32
     key_heads = max(key.shape[1], value.shape[1])
-    grad_query = empty_rows_first(query, heads, queries, units)
+    grad_query = empty_gradient(query)
     grad_key, grad_value = _empty(key, key_heads), _empty(value, key_heads)
     ranges = _key_ranges(query, key_heads, keys)
     grad_vector = query.new_empty(batch, heads, -(-keys // _GROUP), units, dtype=f32)
@@ -123,8 +123,7 @@ def _key_ranges(query: Tensor, key_heads: int, keys: int) -> int:
 
 def _empty(x: Tensor, heads: int) -> Tensor:
     """For the gradient of `x`, with this number of heads; where those are more, in float32, to be summed."""
-    like = x if x.shape[1] == heads else x.new_empty(x.shape[0], 0, dtype=torch.float32)
-    return empty_rows_first(like, heads, x.shape[2], x.shape[3])
+    return empty_gradient(x, heads, x.dtype if x.shape[1] == heads else torch.float32)
 
 
 def _folded(grad: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import _C, Tensor
 
 from vlattn_fast._checks import varies
-from vlattn_fast._tensors import without_autocast
+from vlattn_fast._tensors import promised_layouts, without_autocast
 
 _LIBRARY = torch.library.Library("vlattn", "DEF")
 
@@ -152,7 +152,7 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
     is_list = types[first] == "List[Tensor]"
 
     def kernel(*args: Any) -> Any:
-        with without_autocast(args[first][0] if is_list else args[first]):
+        with promised_layouts(), without_autocast(args[first][0] if is_list else args[first]):
             return _without_views(implementation(*args))
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")

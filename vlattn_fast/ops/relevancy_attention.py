@@ -28,6 +28,7 @@ from vlattn_fast._checks import (
     describe,
 )
 from vlattn_fast._tensors import (
+    as_gradient,
     autocast,
     compute_dtype,
     empty_rows_first,
@@ -308,7 +309,7 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, *r
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, backend = args
     *grads, grad_carrier = load(BACKENDS, backend).backward(*inputs)
-    grads = [inputs[2].new_empty(0) if x is None else rows_first(x) for x in grads]
+    grads = [inputs[2].new_empty(0) if x is None else as_gradient(x, like) for x, like in zip(grads, inputs[2:5], strict=True)]
     return *grads, inputs[2].new_empty(0) if grad_carrier is None else grad_carrier.contiguous()
 
 

@@ -15,6 +15,7 @@ from vlattn_fast import scores
 from vlattn_fast._checks import check_attention, check_bool, check_masks, check_number, describe, varies
 from vlattn_fast._tensors import (
     as_dtype,
+    as_gradient,
     autocast,
     compute_dtype,
     empty_rows_first,
@@ -255,8 +256,8 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, args[-1]).backward(*args[:-1])
-    grads = rows_first(grad_q), rows_first(grad_k), rows_first(grad_v)
-    return *grads, grad_q.new_empty(0) if grad_vector is None else grad_vector
+    grads = [as_gradient(grad, x) for grad, x in zip((grad_q, grad_k, grad_v), args[2:5], strict=True)]
+    return grads[0], grads[1], grads[2], grad_q.new_empty(0) if grad_vector is None else grad_vector
 
 
 def _backward_fake(
