@@ -28,7 +28,8 @@ def computed():
     query, key, value = (torch.randn(2, 3, n, 20) for n in (17, 33, 33))
     score = va.scores.General(torch.randn(20, 20), activation="tanh")
     got = va.score_attention(query, key, value, score=score, backend="cpu")
-    torch.testing.assert_close(got, va.reference.score_attention(query, key, value, score=score))
+    expected = va.reference.score_attention(query, key, value, score=score)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)  # products of 20 features before tanh are large
     return _native.instruction_set()
 
 def said(name):
