@@ -223,136 +223,31 @@ def activate(
 
 @triton.jit
 def sum_units(
-    p_x,
-    p_y,
-    p_pre_x,
-    p_pre_y,
-    p_u,
-    o_x,
-    o_y,
-    stride_x,
-    stride_y,
-    X,
-    Y,
-    A,
-    bound,
-    largest,
-    total,
-    SCORE: tl.constexpr,
-    EXACT: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, y, p_u, A, bound, largest, total, SCORE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr
 ):
     """The scores [x,y] that are sums over hidden units. Either side may be the queries.
 
-    `bound` is the sum of both sides' `largest_magnitude`. It decides how additive scores combine their exponentials. `largest`
-    and `total`: see `weights_summed`.
+    A side is (its rows, what is precomputed for them, the tile's offsets, the stride of rows, how many there are). `bound` is the
+    sum of both sides' `largest_magnitude`. It decides how additive scores combine their exponentials. `largest` and `total`: see
+    `weights_summed`.
     """
     if SCORE == "additive":
         if bound <= 20.0:
-            b_s = _sum_pairs(
-                p_x,
-                p_y,
-                p_pre_x,
-                p_pre_y,
-                p_u,
-                o_x,
-                o_y,
-                stride_x,
-                stride_y,
-                X,
-                Y,
-                A,
-                largest,
-                total,
-                SCORE,
-                "product",
-                EXACT,
-                FAST,
-                PRECISION,
-            )
+            b_s = _sum_pairs(x, y, p_u, A, largest, total, SCORE, "product", EXACT, FAST, PRECISION)
         elif bound < float("inf"):
-            b_s = _sum_pairs(
-                p_x,
-                p_y,
-                p_pre_x,
-                p_pre_y,
-                p_u,
-                o_x,
-                o_y,
-                stride_x,
-                stride_y,
-                X,
-                Y,
-                A,
-                largest,
-                total,
-                SCORE,
-                "clamped product",
-                EXACT,
-                FAST,
-                PRECISION,
-            )
+            b_s = _sum_pairs(x, y, p_u, A, largest, total, SCORE, "clamped product", EXACT, FAST, PRECISION)
         else:
-            b_s = _sum_pairs(
-                p_x,
-                p_y,
-                p_pre_x,
-                p_pre_y,
-                p_u,
-                o_x,
-                o_y,
-                stride_x,
-                stride_y,
-                X,
-                Y,
-                A,
-                largest,
-                total,
-                SCORE,
-                "sum",
-                EXACT,
-                FAST,
-                PRECISION,
-            )
+            b_s = _sum_pairs(x, y, p_u, A, largest, total, SCORE, "sum", EXACT, FAST, PRECISION)
     else:
-        b_s = _sum_pairs(
-            p_x,
-            p_y,
-            p_pre_x,
-            p_pre_y,
-            p_u,
-            o_x,
-            o_y,
-            stride_x,
-            stride_y,
-            X,
-            Y,
-            A,
-            largest,
-            total,
-            SCORE,
-            "",
-            EXACT,
-            FAST,
-            PRECISION,
-        )
+        b_s = _sum_pairs(x, y, p_u, A, largest, total, SCORE, "", EXACT, FAST, PRECISION)
     return b_s
 
 
 @triton.jit
 def _sum_pairs(
-    p_x,
-    p_y,
-    p_pre_x,
-    p_pre_y,
+    x,
+    y,
     p_u,
-    o_x,
-    o_y,
-    stride_x,
-    stride_y,
-    X,
-    Y,
     A,
     largest,
     total,
@@ -371,14 +266,14 @@ def _sum_pairs(
     """
     # zeros from a tensor core product have the layout of the products that follow: each thread loads few rows and columns, and
     # the tile stays in its threads
-    b_s = tl.dot(tl.zeros([o_x.shape[0], 16], dtype=tl.float16), tl.zeros([16, o_y.shape[0]], dtype=tl.float16))
+    b_s = tl.dot(tl.zeros([x[2].shape[0], 16], dtype=tl.float16), tl.zeros([16, y[2].shape[0]], dtype=tl.float16))
     shrink = 1.0 / largest
     for a in tl.range(0, A, 2, loop_unroll_factor=1 if EXACT else 2):
         w1 = tl.load(p_u + a).to(tl.float32)
         w2 = tl.load(p_u + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
         if FAST and SCORE != "additive":
-            b_t1 = _fast_tanh(_product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a, 1.0), PRECISION)
-            b_t2 = _fast_tanh(_product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a + 1, 1.0), PRECISION)
+            b_t1 = _fast_tanh(_product(x, y, a, 1.0), PRECISION)
+            b_t2 = _fast_tanh(_product(x, y, a + 1, 1.0), PRECISION)
             b_s += w1 * b_t1
             b_s += w2 * b_t2
         else:
@@ -386,8 +281,8 @@ def _sum_pairs(
             if not EXACT:
                 w1, w2 = w1 * shrink, w2 * shrink
                 inverse = _reciprocal(tl.where(tl.abs(w1) < 1e-10, 1e-10, w1), PRECISION)
-            b_d1 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, inverse, SCORE, METHOD)
-            b_d2 = _denominator(p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a + 1, 1.0, SCORE, METHOD)
+            b_d1 = _denominator(x, y, A, a, inverse, SCORE, METHOD)
+            b_d2 = _denominator(x, y, A, a + 1, 1.0, SCORE, METHOD)
             b_r = _reciprocal(b_d1 * b_d2, PRECISION)
             if not EXACT:
                 b_s += (w2 * b_d1 + b_d2) * b_r
@@ -405,8 +300,10 @@ def _sum_pairs(
 
 
 @triton.jit
-def _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a, factor):
+def _product(x, y, a, factor):
     """[x,y], of what is precomputed for hidden unit a."""
+    _, p_pre_x, o_x, _, X = x
+    _, p_pre_y, o_y, _, Y = y
     i_a = tl.full([], a, tl.int64)
     b_x = tl.load(p_pre_x + i_a * ((X + 127) // 128 * 128) + o_x)
     b_y = tl.load(p_pre_y + i_a * ((Y + 127) // 128 * 128) + o_y)
@@ -414,26 +311,30 @@ def _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a, factor):
 
 
 @triton.jit
-def _denominator(
-    p_x, p_y, p_pre_x, p_pre_y, o_x, o_y, stride_x, stride_y, X, Y, A, a, factor, SCORE: tl.constexpr, METHOD: tl.constexpr
-):
+def _denominator(x, y, A, a, factor, SCORE: tl.constexpr, METHOD: tl.constexpr):
     """1 / logistic times the factor, [x,y], of hidden unit a."""
     if METHOD == "product":
-        b_d = _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a, factor) + factor
+        b_d = _product(x, y, a, factor) + factor
     else:
         if METHOD == "sum":
-            i_a = tl.full([], a, tl.int64)
-            b_x = tl.load(p_x + o_x.to(tl.int64) * stride_x + i_a, mask=o_x < tl.where(i_a < A, X, 0), other=0.0).to(tl.float32)
-            b_y = tl.load(p_y + o_y.to(tl.int64) * stride_y + i_a, mask=o_y < tl.where(i_a < A, Y, 0), other=0.0).to(tl.float32)
+            b_x, b_y = _unit(x, A, a), _unit(y, A, a)
             b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
         else:
-            b_e = _product(p_pre_x, p_pre_y, o_x, o_y, X, Y, a, 1.0)
+            b_e = _product(x, y, a, 1.0)
         if METHOD == "clamped product":
             b_e = tl.minimum(b_e, 2.3538526683701998e17)  # e^40
         else:
             b_e = tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
         b_d = b_e * factor + factor
     return b_d
+
+
+@triton.jit
+def _unit(side, A, a):
+    """Hidden unit a of the rows of one side; 0 beyond them and beyond A."""
+    p_rows, _, o_row, stride, rows = side
+    i_a = tl.full([], a, tl.int64)
+    return tl.load(p_rows + o_row.to(tl.int64) * stride + i_a, mask=o_row < tl.where(i_a < A, rows, 0), other=0.0).to(tl.float32)
 
 
 @triton.jit

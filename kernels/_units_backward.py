@@ -249,27 +249,8 @@ def _units_rows_kernel(
             b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
             b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
             bound_k = largest_magnitude(b_k, SCORE)
-            b_s = sum_units(
-                p_q,
-                p_k,
-                p_pre_q,
-                p_pre_k,
-                p_u,
-                o_q,
-                o_kv,
-                stride_qn,
-                stride_kn,
-                N,
-                M,
-                A,
-                bound_q + bound_k,
-                largest,
-                total,
-                SCORE,
-                EXACT,
-                FAST,
-                PRECISION,
-            )
+            of_q, of_k = (p_q, p_pre_q, o_q, stride_qn, N), (p_k, p_pre_k, o_kv, stride_kn, M)
+            b_s = sum_units(of_q, of_k, p_u, A, bound_q + bound_k, largest, total, SCORE, EXACT, FAST, PRECISION)
             b_logit = b_s * scale_log2
             b_masked = mask_logits(
                 tl.zeros_like(b_logit) if MASK != 0 else b_logit,
@@ -444,27 +425,8 @@ def _units_backward_kernel(
                         b_q = load_rows(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
                         b_do = load_rows(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
                         bound_q = largest_magnitude(b_q, SCORE)
-                        b_s = sum_units(
-                            p_k_h,
-                            p_q_h,
-                            p_pre_k_h,
-                            p_pre_q_h,
-                            p_u_h,
-                            o_kv,
-                            o_q,
-                            stride_kn,
-                            stride_qn,
-                            M,
-                            N,
-                            A,
-                            bound_q + bound_k,
-                            largest,
-                            total,
-                            SCORE,
-                            EXACT,
-                            FAST,
-                            PRECISION,
-                        )
+                        of_k, of_q = (p_k_h, p_pre_k_h, o_kv, stride_kn, M), (p_q_h, p_pre_q_h, o_q, stride_qn, N)
+                        b_s = sum_units(of_k, of_q, p_u_h, A, bound_q + bound_k, largest, total, SCORE, EXACT, FAST, PRECISION)
                         b_logit = b_s * scale_log2
                         b_masked = mask_logits(
                             tl.zeros_like(b_logit) if MASK != 0 else b_logit,

@@ -539,9 +539,9 @@ def _backward_q_kernel(
     o_row, m_row = i_bh * N + o_q, o_q < N
     b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
-    b_maximum, b_ge, b_gm, b_first, b_w = _grad_rows(
-        p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight, o_q, o_row, m_row, ENTROPY, MAXIMUM, RECEIVED, WEIGHT
-    )
+    p_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
+    rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, ENTROPY, MAXIMUM, RECEIVED, WEIGHT)
+    b_maximum, b_ge, b_gm, b_w = rows
     whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
     b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if MAXIMUM:
@@ -580,23 +580,15 @@ def _backward_q_kernel(
             if FOLDED:
                 b_s *= scale_log2
             b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
+            b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would be compared in 64 bits
             b_ds = _grad_score(
                 b_s,
                 b_max,
-                b_maximum,
                 b_shift,
-                b_ge,
-                b_gm,
-                tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None],  # o_kv would be compared in 64 bits
-                b_w,
-                p_grad_mass,
-                p_grad_received,
-                p_groups,
-                o_q,
-                o_kv,
-                N,
-                M,
-                G,
+                rows,
+                b_here,
+                (p_grad_mass, p_grad_received, p_groups),
+                (o_q, o_kv, N, M, G),
                 scale_log2,
                 EDGE == 1,
                 FOLDED,
@@ -692,37 +684,16 @@ def _backward_kv_kernel(
                 if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
                     p_head = p_mask + i_b * stride_mb + i_h * stride_mh
                     b_s = mask_logits(b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
-                b_maximum, b_ge, b_gm, b_first, b_w = _grad_rows(
-                    p_maximum,
-                    p_grad_entropy,
-                    p_grad_maximum,
-                    p_argmax,
-                    p_weight,
-                    o_q,
-                    o_row,
-                    m_row,
-                    ENTROPY,
-                    MAXIMUM,
-                    RECEIVED,
-                    WEIGHT,
-                )
+                p_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
+                rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, ENTROPY, MAXIMUM, RECEIVED, WEIGHT)
                 b_ds = _grad_score(
                     b_s,
                     tl.load(p_row_max + o_row, mask=m_row, other=float("inf")),
-                    b_maximum,
                     tl.load(p_shift + o_row, mask=m_row, other=0.0),
-                    b_ge,
-                    b_gm,
+                    rows,
                     o_kv[None, :] == b_first[:, None],
-                    b_w,
-                    p_grad_mass + i_bh * N * G,
-                    p_grad_received + i_bh * M,
-                    p_groups,
-                    o_q,
-                    o_kv,
-                    N if EDGE or CAUSAL else None,
-                    M,
-                    G,
+                    (p_grad_mass + i_bh * N * G, p_grad_received + i_bh * M, p_groups),
+                    (o_q, o_kv, N if EDGE or CAUSAL else None, M, G),
                     scale_log2,
                     True,
                     FOLDED,
@@ -797,23 +768,13 @@ def _columns(b_x, i: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _grad_rows(
-    p_maximum,
-    p_grad_entropy,
-    p_grad_maximum,
-    p_argmax,
-    p_weight,
-    o_q,
-    o_row,
-    m_row,
-    ENTROPY: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    RECEIVED: tl.constexpr,
-    WEIGHT: tl.constexpr,
+    p_rows, o_q, o_row, m_row, ENTROPY: tl.constexpr, MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, WEIGHT: tl.constexpr
 ):
-    """maximum, grad_entropy (of entropies in base 2), grad_maximum, argmax and weight of rows; zeros for what is absent.
+    """(maximum, grad_entropy of entropies in base 2, grad_maximum, weight) and argmax of rows; zeros for what is absent.
 
     Gradients and weight come times `maximum`, which every probability of a row has as a factor.
     """
+    p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight = p_rows
     b_maximum = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
     b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0
     b_first = o_q * 0 - 1
@@ -826,27 +787,18 @@ def _grad_rows(
         b_w = b_maximum
         if WEIGHT:
             b_w = tl.load(p_weight + o_q, mask=m_row, other=0.0) * b_maximum
-    return b_maximum, b_ge, b_gm, b_first, b_w
+    return (b_maximum, b_ge, b_gm, b_w), b_first
 
 
 @triton.jit
 def _grad_score(
     b_s,
     b_max,
-    b_maximum,
     b_shift,
-    b_ge,
-    b_gm,
+    rows,
     b_here,
-    b_w,
-    p_grad_mass,
-    p_grad_received,
-    p_groups,
-    o_q,
-    o_kv,
-    N,
-    M,
-    G,
+    p_grads,
+    places,
     scale_log2,
     EDGE: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -860,70 +812,28 @@ def _grad_score(
 ):
     """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits. All that makes dP comes times `maximum`.
 
-    b_here [q,kv]: whether a key is the argmax. N: see `within`. EDGE: some of the keys may not exist.
+    rows: of `_grad_rows`. b_here [q,kv]: whether a key is the argmax. p_grads: of mass and received, and the groups. places: the
+    tile's queries and keys, N (see `within`), M and G. EDGE: some of the keys may not exist.
     """
+    b_maximum, b_ge, b_gm, b_w = rows
+    p_grad_mass, p_grad_received, p_groups = p_grads
+    o_q, o_kv, N, M, G = places
     b_x = below_max(b_s, b_max, scale_log2, FOLDED)
     if ENTROPY:  # else -inf gives 0
         b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_dp = b_shift[:, None]
     if MASS or MAXIMUM or RECEIVED:
-        b_dp = b_dp + _grad_terms(
-            b_maximum,
-            b_gm,
-            b_here,
-            b_w,
-            p_grad_mass,
-            p_grad_received,
-            p_groups,
-            o_q,
-            o_kv,
-            N,
-            M,
-            G,
-            EDGE,
-            MASS,
-            MAXIMUM,
-            RECEIVED,
-            FEW,
-            SPLIT,
-            PRECISION,
-        )
+        b_terms = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
+        if MAXIMUM:
+            b_terms = tl.where(b_here, b_gm[:, None], 0.0)
+        if MASS:
+            b_terms = _add_grad_mass(b_terms, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION)
+        if RECEIVED:
+            b_terms += b_w[:, None] * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
+        b_dp = b_dp + b_terms
     if ENTROPY:
         b_dp = b_dp - b_ge[:, None] * b_x
     return tl.exp2(b_x) * b_dp
-
-
-@triton.jit
-def _grad_terms(
-    b_maximum,
-    b_gm,
-    b_here,
-    b_w,
-    p_grad_mass,
-    p_grad_received,
-    p_groups,
-    o_q,
-    o_kv,
-    N,
-    M,
-    G,
-    EDGE: tl.constexpr,
-    MASS: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    RECEIVED: tl.constexpr,
-    FEW: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dP [q,kv] without the term of the entropy."""
-    b_dp = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
-    if MAXIMUM:
-        b_dp = tl.where(b_here, b_gm[:, None], 0.0)
-    if MASS:
-        b_dp = _add_grad_mass(b_dp, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION)
-    if RECEIVED:
-        b_dp += b_w[:, None] * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
-    return b_dp
 
 
 @triton.jit

@@ -436,27 +436,9 @@ def _forward_kernel(
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_rows(p_k, stride_kn, o_kv, o_a, M if EDGE else None, A)  # [kv,A]
             if UNITS:
-                b_s = sum_units(
-                    p_q,
-                    p_k,
-                    p_pre_q,
-                    p_pre_k,
-                    p_u,
-                    o_q,
-                    o_kv,
-                    stride_qn,
-                    stride_kn,
-                    N,
-                    M,
-                    A,
-                    bound_q + largest_magnitude(b_k, SCORE),
-                    largest,
-                    total,
-                    SCORE,
-                    EXACT,
-                    FAST,
-                    PRECISION,
-                )
+                of_q, of_k = (p_q, p_pre_q, o_q, stride_qn, N), (p_k, p_pre_k, o_kv, stride_kn, M)
+                bound = bound_q + largest_magnitude(b_k, SCORE)
+                b_s = sum_units(of_q, of_k, p_u, A, bound, largest, total, SCORE, EXACT, FAST, PRECISION)
             else:
                 b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
@@ -610,27 +592,8 @@ def _rows_kernel(
             b_k = load_rows(p_k, stride_kn, o_kv, o_a, M if EDGE else None, A)  # [kv,A]
             b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, SCORE)
             if UNITS:
-                b_s = sum_units(
-                    p_q,
-                    p_k,
-                    p_pre_q,
-                    p_pre_k,
-                    p_u,
-                    o_q,
-                    o_kv,
-                    stride_qn,
-                    stride_kn,
-                    N,
-                    M,
-                    A,
-                    bound_q + bound_k,
-                    largest,
-                    total,
-                    SCORE,
-                    EXACT,
-                    FAST,
-                    PRECISION,
-                )
+                of_q, of_k = (p_q, p_pre_q, o_q, stride_qn, N), (p_k, p_pre_k, o_kv, stride_kn, M)
+                b_s = sum_units(of_q, of_k, p_u, A, bound_q + bound_k, largest, total, SCORE, EXACT, FAST, PRECISION)
             else:
                 b_x = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
                 b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, SCORE, EDGE, FAST, PRECISION)
