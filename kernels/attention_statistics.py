@@ -25,6 +25,7 @@ from torch import Tensor
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
+    INTERPRETED,
     LOG2_E,
     aligned,
     below_max,
@@ -93,6 +94,7 @@ def forward(
             FEW=_few(num_groups),
             MANY=num_groups > FEW_GROUPS,
             BLOCK_G=block_g,
+            WIDTH=_width(),
             BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
             **config,
         )
@@ -246,6 +248,14 @@ def _few(num_groups: int) -> int:
     return num_groups if num_groups <= FEW_GROUPS else 0
 
 
+def _width() -> int:
+    """A thread's registers hold every WIDTH-th key of its rows, as matrix units lay them out: eight keys to four threads, and
+    before sm_90 another eight to another warp. Were it less, sums would go from thread to thread; were it more, there would be
+    more of them."""
+    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    return 16 if target is not None and target.backend == "cuda" and target.arch < 90 else 8
+
+
 @triton.jit
 def _members_kernel(p_groups, p_members, M, length, stride_groups, FEW: tl.constexpr, BLOCK_KV: tl.constexpr):
     blocks = tl.cdiv(length, BLOCK_KV)
@@ -305,6 +315,7 @@ def _rows_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """The statistics of a block of rows, with the mass of FEW or of BLOCK_G groups, and the largest logit of each row.
 
@@ -321,8 +332,7 @@ def _rows_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
     b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
-    # eight numbers a row, of every eighth key each: a thread has two of them, and threads exchange them only after the loop
-    WIDTH: tl.constexpr = 8
+    # WIDTH numbers a row, of every WIDTH-th key each: a thread has some of them, and threads exchange them only after the loop
     b_best = tl.full([BLOCK_Q, WIDTH], float("-inf"), dtype=tl.float32)
     b_first = tl.full([BLOCK_Q, WIDTH], -1, dtype=tl.int32)
     b_sum = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
