@@ -182,7 +182,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_statistics rows": [
-        _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
+        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
         _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _ONCE, groups=32, size=128),
