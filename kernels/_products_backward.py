@@ -74,8 +74,7 @@ def empty_key_gradients(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised, and of equally many heads: with weights per head the key can have more of them than the value. Those of the
     one that has fewer are in float32, and `heads_summed` adds them."""
     heads = max(key.shape[1], value.shape[1])
-    grad_k, grad_v = (empty_gradient(x, heads, x.dtype if x.shape[1] == heads else torch.float32) for x in (key, value))
-    return grad_k, grad_v
+    return empty_gradient(key, heads), empty_gradient(value, heads)
 
 
 def heads_summed(grad_k: Tensor, key: Tensor, grad_v: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

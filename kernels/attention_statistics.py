@@ -765,7 +765,7 @@ def _sums(b_e, b_x, p_members, start, M, WIDTH: tl.constexpr, LOG: tl.constexpr,
 
 @triton.jit
 def _columns(b_x, i: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns i WIDTH to (i + 1) WIDTH of b_x [q,kv]. It is a choice of each thread's registers: nothing moves."""
+    """Columns i WIDTH to (i + 1) WIDTH of b_x [q,kv]. On matrix units it is a choice of each thread's registers: see `_width`."""
     if b_x.shape[1] == WIDTH:
         return b_x
     else:

@@ -125,10 +125,11 @@ def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return _laid_out(grad, _gradient_strides(x, x.shape[1]))
 
 
-def empty_gradient(x: Tensor, num_heads: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, in the layout of `as_gradient`; with `num_heads` and `dtype` where they differ from those of `x`."""
+def empty_gradient(x: Tensor, num_heads: int | None = None) -> Tensor:
+    """Uninitialised, in the layout of `as_gradient`; with more heads than `x` has, in float32, to be summed."""
     heads = x.shape[1] if num_heads is None else num_heads
     shape = (x.shape[0], heads, *x.shape[2:])
+    dtype = x.dtype if heads == x.shape[1] else torch.float32
     return x.new_empty_strided(shape, _gradient_strides(x, heads), dtype=dtype)
 
 

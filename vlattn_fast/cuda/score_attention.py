@@ -78,7 +78,7 @@ def backward(
     (batch, heads, queries, units), keys, f32 = query.shape, key.shape[2], torch.float32
     key_heads = max(key.shape[1], value.shape[1])
     grad_query = empty_gradient(query)
-    grad_key, grad_value = _empty(key, key_heads), _empty(value, key_heads)
+    grad_key, grad_value = empty_gradient(key, key_heads), empty_gradient(value, key_heads)
     ranges = _key_ranges(query, key_heads, keys)
     grad_vector = query.new_empty(batch, heads, -(-keys // _GROUP), units, dtype=f32)
     sums = query.new_zeros(batch, heads, ranges, queries + queries % 2, units + units % 2, dtype=f32)
@@ -119,11 +119,6 @@ def _key_ranges(query: Tensor, key_heads: int, keys: int) -> int:
     """Into how many the keys of a head are divided. Each range has sums of its own for the gradient of the query."""
     heads, sums = max(1, query.shape[0] * key_heads), max(1, query.numel())
     return max(1, min(-(-keys // _BLOCK), -(-_BLOCKS * multiprocessors(query.device) // heads), _LARGEST // sums))
-
-
-def _empty(x: Tensor, heads: int) -> Tensor:
-    """For the gradient of `x`, with this number of heads; where those are more, in float32, to be summed."""
-    return empty_gradient(x, heads, x.dtype if x.shape[1] == heads else torch.float32)
 
 
 def _folded(grad: Tensor, x: Tensor) -> Tensor:
