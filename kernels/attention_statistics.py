@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq, is_cuda
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
-    INTERPRETED,
     LOG2_E,
     aligned,
     below_max,
@@ -94,7 +94,6 @@ def forward(
             FEW=_few(num_groups),
             MANY=num_groups > FEW_GROUPS,
             BLOCK_G=block_g,
-            WIDTH=_width(),
             BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
             **config,
         )
@@ -248,12 +247,12 @@ def _few(num_groups: int) -> int:
     return num_groups if num_groups <= FEW_GROUPS else 0
 
 
-def _width() -> int:
+@triton.constexpr_function
+def _width():
     """A thread's registers hold every WIDTH-th key of its rows, as matrix units lay them out: eight keys to four threads, and
     before sm_90 another eight to another warp. Were it less, sums would go from thread to thread; were it more, there would be
     more of them."""
-    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
-    return 16 if target is not None and target.backend == "cuda" and target.arch < 90 else 8
+    return 16 if is_cuda() and not cuda_capability_geq(9) else 8
 
 
 @triton.jit
@@ -315,7 +314,6 @@ def _rows_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     """The statistics of a block of rows, with the mass of FEW or of BLOCK_G groups, and the largest logit of each row.
 
@@ -333,6 +331,7 @@ def _rows_kernel(
     o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
     b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
     # WIDTH numbers a row, of every WIDTH-th key each: a thread has some of them, and threads exchange them only after the loop
+    WIDTH: tl.constexpr = _width()
     b_best = tl.full([BLOCK_Q, WIDTH], float("-inf"), dtype=tl.float32)
     b_first = tl.full([BLOCK_Q, WIDTH], -1, dtype=tl.int32)
     b_sum = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)

@@ -3,7 +3,10 @@
 import contextlib
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -400,6 +403,15 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
     map_rows = {row["backend"]: row["above_sdpa_us"] for row in rows if row["host"] == "attention_map"}
     assert f"| attention_map | {map_rows['triton']:.1f} |  | {map_rows['cpu']:.1f} (30) |  |" in text
     assert "On a CPU: not measured." in text  # by the other benchmarks
+
+
+def test_the_host_is_timed_without_the_interpreter(tmp_path):
+    """As a user does: no GPU is there, and no launch may ask for one."""
+    pytest.importorskip("triton")
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "vlattn_fast.benchmarks", "host", "--rounds", "1", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, env=plain, timeout=300)
+    assert "triton" in {row["backend"] for row in json.loads((tmp_path / "host-cpu.json").read_text())}
 
 
 def test_a_gpu_runs_more_variants(monkeypatch):
