@@ -8,9 +8,7 @@ two exponentials per pair, with a gradient of `received` five and three.
 Trick: one pass over the keys gives all statistics of a row. The entropy is ln l - sum e x / l with x = logit - maximum and l =
 sum e, two terms of one sign. The mass of up to four groups is a sum for each: a multiply-add per pair. That of more groups is a
 matrix product with 0s and 1s, with the weights in two halves so that 16-bit products keep 24 bits of them. `received` is
-key-major, without atomics, and has the same bits each time. The backward pass needs one more number per row, sum P dP. It follows
-from the statistics themselves, but for the part of `received`: for that one the query-major kernel goes over the keys once more.
-Not yet measured on a GPU.
+key-major, without atomics, and has the same bits each time. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq, is_cuda
+from vlattn_fast.kernels import _statistics_backward
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._key_groups import as_members, dot_members, few, groups_of, member
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     aligned,
@@ -36,9 +36,7 @@ from vlattn_fast.kernels._tiles import (
     edge_block,
     input_precision,
     key_range,
-    load_keys,
     load_rows,
-    load_tile,
     mask_arguments,
     mask_logits,
     mask_tile,
@@ -48,8 +46,6 @@ from vlattn_fast.kernels._tiles import (
     strides,
     within,
 )
-
-FEW_GROUPS = 4
 
 
 @on_device
@@ -91,8 +87,8 @@ def forward(
             p_mean_x=mean_x,
             ENTROPY="entropy" in statistics,
             ARGMAX="argmax" in statistics,
-            FEW=_few(num_groups),
-            MANY=num_groups > FEW_GROUPS,
+            FEW=few(num_groups),
+            MANY=few(num_groups) < num_groups,
             BLOCK_G=block_g,
             BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
             **config,
@@ -126,43 +122,24 @@ def backward(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query, key and row_weight; mass, maximum, argmax and of_rows as `forward` gave them."""
-    batch, heads, num_q, _ = query.shape
-    grad_q, grad_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key))
-    shift, grad_weight = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
     row_max, mean_x = of_rows.contiguous().unbind()
     if key_groups is None or num_groups == 0:
         grad_mass = None
     grads = {"mass": grad_mass, "entropy": grad_entropy, "maximum": grad_maximum, "received": grad_received}
-    few = _few(num_groups)
-    facts = {**_facts(query, key, num_groups, attn_mask), "product": grad_mass is not None and few == 0}
+    facts = {**_facts(query, key, num_groups, attn_mask), "product": grad_mass is not None and few(num_groups) == 0}
     call = {
         **_arguments(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal),
         **{f"p_grad_{name}": query if x is None else x.contiguous() for name, x in grads.items()},
         "p_argmax": argmax.contiguous(),
         "p_row_max": row_max,
         "p_maximum": maximum.contiguous(),
-        "p_shift": shift,
+        "p_shift": torch.empty_like(row_max),
         "scale": scale,
         **{name.upper(): x is not None for name, x in grads.items()},
-        "FEW": few,
+        "FEW": few(num_groups),
     }
-    if shift.numel() > 0:
-        config = configuration("attention_statistics", "backward_q", **facts)
-        grid = (cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)
-        _backward_q_kernel[grid](
-            **call,
-            p_mass=mass.contiguous(),
-            p_mean_x=mean_x,
-            p_grad_weight=grad_weight,
-            p_grad_q=grad_q,
-            BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
-            **config,
-        )
-    if grad_k.numel() > 0:
-        config = configuration("attention_statistics", "backward_kv", **facts)
-        grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * batch * key.shape[1],)
-        edge = edge_block(num_q, config["BLOCK_Q"], is_causal)
-        _backward_kv_kernel[grid](**call, p_grad_k=grad_k, BLOCK_EDGE=edge, **config)
+    grad_q, grad_weight = _statistics_backward.queries(call, facts, mass.contiguous(), mean_x)
+    grad_k = _statistics_backward.keys(call, facts)
     if row_weight is None:
         return grad_q, grad_k, None
     return grad_q, grad_k, grad_weight.sum(1) if grad_received is not None else torch.zeros_like(row_weight)
@@ -183,8 +160,8 @@ def _arguments(
     query, key = aligned(query), aligned(key)
     masks, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
     groups = query if key_groups is None else aligned(key_groups)
-    if _few(num_groups) > 0:
-        groups = _members(groups, num_groups)
+    if few(num_groups) > 0:
+        groups = as_members(groups, num_groups)
     weight = query if row_weight is None else aligned(row_weight)
     return {
         "p_q": query,
@@ -213,38 +190,10 @@ def _arguments(
     }
 
 
-def _members(key_groups: Tensor, num_groups: int) -> Tensor:
-    """(B, G, M) float32: 1 where a key is in a group, else 0.
-
-    M is padded to a multiple of 128, as many as the largest tile has, so that tiles are loaded without a mask.
-    """
-    batch, num_kv = key_groups.shape
-    length = num_kv + -num_kv % 128
-    members = key_groups.new_empty((batch, num_groups, length), dtype=torch.float32)
-    if members.numel() > 0:
-        grid = (cdiv(length, 256) * batch,)
-        _members_kernel[grid](
-            p_groups=key_groups,
-            p_members=members,
-            M=num_kv,
-            length=length,
-            stride_groups=key_groups.stride(0),
-            FEW=num_groups,
-            BLOCK_KV=256,
-            num_warps=4,
-        )
-    return members
-
-
 def _facts(query: Tensor, key: Tensor, num_groups: int, attn_mask: Tensor | None) -> dict[str, Any]:
     """Of a launch, for its configuration."""
     (_, _, num_q, size), num_kv = query.shape, key.shape[2]
     return {"dtype": query.dtype, "N": num_q, "M": num_kv, "size": size, "groups": num_groups, "masked": attn_mask is not None}
-
-
-def _few(num_groups: int) -> int:
-    """How many groups are summed one by one; 0 where a product sums all of them."""
-    return num_groups if num_groups <= FEW_GROUPS else 0
 
 
 @triton.constexpr_function
@@ -253,16 +202,6 @@ def _width():
     before sm_90 another eight to another warp. Were it less, sums would go from thread to thread; were it more, there would be
     more of them."""
     return 16 if is_cuda() and not cuda_capability_geq(9) else 8
-
-
-@triton.jit
-def _members_kernel(p_groups, p_members, M, length, stride_groups, FEW: tl.constexpr, BLOCK_KV: tl.constexpr):
-    blocks = tl.cdiv(length, BLOCK_KV)
-    i_b = (tl.program_id(0) // blocks).to(tl.int64)
-    o_kv = tl.program_id(0) % blocks * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    b_group = tl.load(p_groups + i_b * stride_groups + o_kv, mask=o_kv < M, other=-1)
-    for g in tl.static_range(FEW):
-        tl.store(p_members + (i_b * FEW + g) * length + o_kv, tl.where(b_group == g, 1.0, 0.0), mask=o_kv < length)
 
 
 @triton.jit
@@ -352,7 +291,9 @@ def _rows_kernel(
                 if ARGMAX:
                     b_first = tl.where(b_part > b_best, start + part * WIDTH, b_first)
                 b_best = tl.maximum(b_best, b_part)
-            b_x, b_change, b_max = _below_new_max(b_s, b_max, tl.max(b_best, axis=1), scale_log2, FOLDED, ENTROPY)
+            b_new = tl.max(b_best, axis=1)
+            b_x, b_change = _below_new_max(b_s, b_max, b_new, scale_log2, FOLDED, ENTROPY)
+            b_max = b_new
             b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)[:, None]
             b_sum_e, b_sum_log, b_sum_0, b_sum_1, b_sum_2, b_sum_3 = _sums(b_e, b_x, p_groups, start, M, WIDTH, ENTROPY, FEW)
             if ENTROPY:
@@ -367,8 +308,8 @@ def _rows_kernel(
             if FEW > 3:
                 b_mass_3 = b_mass_3 * b_alpha + b_sum_3
             if MANY:
-                b_member = _groups(p_groups, o_kv, M, G)[:, None] == o_g[None, :]  # [kv,G]
-                b_mass = b_mass * b_alpha + _dot_members(b_e, b_member, tl.float16, SPLIT, PRECISION)
+                b_member = groups_of(p_groups, o_kv, M, G)[:, None] == o_g[None, :]  # [kv,G]
+                b_mass = b_mass * b_alpha + dot_members(b_e, b_member, tl.float16, SPLIT, PRECISION)
     b_sum, b_log = tl.sum(b_sum, axis=1), tl.sum(b_log, axis=1)
     b_empty = b_sum == 0.0
     b_total = tl.where(b_empty, 1.0, b_sum)
@@ -474,258 +415,10 @@ def _received_kernel(
 
 
 @triton.jit
-def _backward_q_kernel(
-    p_q,
-    p_k,
-    p_groups,
-    p_weight,
-    p_mask,
-    p_key_mask,
-    p_grad_mass,
-    p_grad_entropy,
-    p_grad_maximum,
-    p_grad_received,
-    p_argmax,
-    p_row_max,
-    p_maximum,
-    p_shift,
-    p_mass,
-    p_mean_x,
-    p_grad_weight,
-    p_grad_q,
-    H,
-    GROUP,
-    N,
-    M,
-    D: tl.constexpr,
-    G,
-    scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    stride_groups,
-    stride_weight,
-    scale,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    RECEIVED: tl.constexpr,
-    FEW: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
-    """The gradient of the query, and of each row what the key-major kernel needs beside the statistics: `shift`.
-
-    `shift` is -sum P dP without what cancels in `_grad_score`, times `maximum`. Its terms are those of dP, summed in the same
-    order, so that a row with one key gets 0 exactly. grad_weight = sum_j P_ij grad_received_j.
-    """
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
-    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
-    p_mask += i_b * stride_mb + i_h * stride_mh
-    p_key_mask += i_b * M
-    p_groups += i_b * stride_groups
-    p_weight += i_b * stride_weight
-    p_grad_mass += i_bh * N * G
-    p_grad_received += i_bh * M
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, BLOCK_D)
-    o_row, m_row = i_bh * N + o_q, o_q < N
-    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
-    b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
-    p_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
-    rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, ENTROPY, MAXIMUM, RECEIVED, WEIGHT)
-    b_maximum, b_ge, b_gm, b_w = rows
-    whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
-    b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    if MAXIMUM:
-        b_sum_terms = b_gm * b_maximum
-    if MASS:
-        p_row_mass = p_mass + i_bh * N * G
-        b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, FEW, SPLIT, PRECISION)
-    if RECEIVED:
-        b_given = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        for EDGE in tl.static_range(2):
-            b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
-            for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
-                o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-                b_k = load_rows(p_k, stride_kn, o_kv, o_d, M if EDGE else None, D)  # [kv,D]
-                b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-                if FOLDED:
-                    b_s *= scale_log2
-                b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
-                b_e = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
-                b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
-            b_given += tl.sum(b_sum, axis=1)
-        b_given *= b_maximum
-        b_sum_terms += b_w * b_given
-        if WEIGHT:
-            tl.store(p_grad_weight + o_row, b_given, mask=m_row)
-    b_shift = -b_sum_terms
-    if ENTROPY:
-        b_shift += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
-    tl.store(p_shift + o_row, b_shift, mask=m_row)
-    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-    for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M if EDGE else None, D, KEY_MASK)  # [kv,D]
-            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-            if FOLDED:
-                b_s *= scale_log2
-            b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
-            b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would be compared in 64 bits
-            b_ds = _grad_score(
-                b_s,
-                b_max,
-                b_shift,
-                rows,
-                b_here,
-                (p_grad_mass, p_grad_received, p_groups),
-                (o_q, o_kv, N, M, G),
-                scale_log2,
-                EDGE == 1,
-                FOLDED,
-                MASS,
-                ENTROPY,
-                MAXIMUM,
-                RECEIVED,
-                FEW,
-                SPLIT,
-                PRECISION,
-            )
-            b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
-    store_tile(p_grad_q + i_bh * N * D, D, o_q, o_d, N, D, b_dq * scale)
-
-
-@triton.jit
-def _backward_kv_kernel(
-    p_q,
-    p_k,
-    p_groups,
-    p_weight,
-    p_mask,
-    p_key_mask,
-    p_grad_mass,
-    p_grad_entropy,
-    p_grad_maximum,
-    p_grad_received,
-    p_argmax,
-    p_row_max,
-    p_maximum,
-    p_shift,
-    p_grad_k,
-    H,
-    GROUP,
-    N,
-    M,
-    D: tl.constexpr,
-    G,
-    scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    stride_groups,
-    stride_weight,
-    scale,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    RECEIVED: tl.constexpr,
-    FEW: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
-    """The gradient of a block of keys, summed over the query heads that share it."""
-    i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP, 1)
-    p_key_mask += i_b * M
-    p_groups += i_b * stride_groups
-    p_weight += i_b * stride_weight
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_d = tl.arange(0, BLOCK_D)
-    b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
-    b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
-    whole, end, edge, edge_end = query_range(i_kv, N, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for head in range(0, GROUP):
-        i_h = i_hk * GROUP + head
-        i_bh = i_b * H + i_h
-        for EDGE in tl.static_range(1 if CAUSAL else 2):
-            for start in range(edge if EDGE or CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
-                o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
-                o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or CAUSAL else None)
-                b_q = load_rows(
-                    rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N if EDGE or CAUSAL else None, D
-                )  # [q,D]
-                b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-                if FOLDED:
-                    b_s *= scale_log2
-                if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
-                    p_head = p_mask + i_b * stride_mb + i_h * stride_mh
-                    b_s = mask_logits(b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
-                p_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
-                rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, ENTROPY, MAXIMUM, RECEIVED, WEIGHT)
-                b_ds = _grad_score(
-                    b_s,
-                    tl.load(p_row_max + o_row, mask=m_row, other=float("inf")),
-                    tl.load(p_shift + o_row, mask=m_row, other=0.0),
-                    rows,
-                    o_kv[None, :] == b_first[:, None],
-                    (p_grad_mass + i_bh * N * G, p_grad_received + i_bh * M, p_groups),
-                    (o_q, o_kv, N if EDGE or CAUSAL else None, M, G),
-                    scale_log2,
-                    True,
-                    FOLDED,
-                    MASS,
-                    ENTROPY,
-                    MAXIMUM,
-                    RECEIVED,
-                    FEW,
-                    SPLIT,
-                    PRECISION,
-                )
-                b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, PRECISION)
-    b_dk *= scale
-    if KEY_MASK:
-        b_dk = tl.where((tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
-    store_tile(p_grad_k + (i_b * (H // GROUP) + i_hk) * M * D, D, o_kv, o_d, M, D, b_dk)
-
-
-@triton.jit
 def _below_new_max(b_s, b_max, b_new, scale_log2, FOLDED: tl.constexpr, LOG: tl.constexpr):
     """Online softmax, when b_new [q] is the largest logit after the tile b_s [q,kv] and b_max was it before.
 
-    (x = logit - largest in base 2, the change of earlier ones' x, b_new). With LOG both stop where 2^x is 0 in float32, so that
+    (x = logit - largest in base 2, the change of earlier ones' x). With LOG both stop where 2^x is 0 in float32, so that
     x 2^x is a number.
     """
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -734,7 +427,7 @@ def _below_new_max(b_s, b_max, b_new, scale_log2, FOLDED: tl.constexpr, LOG: tl.
     if LOG:
         b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
         b_change = tl.maximum(b_change, -160.0)
-    return b_x, b_change, b_new
+    return b_x, b_change
 
 
 @triton.jit
@@ -752,13 +445,13 @@ def _sums(b_e, b_x, p_members, start, M, WIDTH: tl.constexpr, LOG: tl.constexpr,
         if LOG:
             b_log += b_part * _columns(b_x, part, WIDTH)
         if FEW > 0:
-            b_0 += b_part * _member(p_members, o_kv, M, 0)[None, :]
+            b_0 += b_part * member(p_members, o_kv, M, 0)[None, :]
         if FEW > 1:
-            b_1 += b_part * _member(p_members, o_kv, M, 1)[None, :]
+            b_1 += b_part * member(p_members, o_kv, M, 1)[None, :]
         if FEW > 2:
-            b_2 += b_part * _member(p_members, o_kv, M, 2)[None, :]
+            b_2 += b_part * member(p_members, o_kv, M, 2)[None, :]
         if FEW > 3:
-            b_3 += b_part * _member(p_members, o_kv, M, 3)[None, :]
+            b_3 += b_part * member(p_members, o_kv, M, 3)[None, :]
     return b_sum, b_log, b_0, b_1, b_2, b_3
 
 
@@ -773,149 +466,3 @@ def _columns(b_x, i: tl.constexpr, WIDTH: tl.constexpr):
             return _columns(b_low, i, WIDTH)
         else:
             return _columns(b_high, i - b_low.shape[1] // WIDTH, WIDTH)
-
-
-@triton.jit
-def _grad_rows(
-    p_rows, o_q, o_row, m_row, ENTROPY: tl.constexpr, MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, WEIGHT: tl.constexpr
-):
-    """(maximum, grad_entropy of entropies in base 2, grad_maximum, weight) and argmax of rows; zeros for what is absent.
-
-    Gradients and weight come times `maximum`, which every probability of a row has as a factor.
-    """
-    p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight = p_rows
-    b_maximum = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
-    b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0
-    b_first = o_q * 0 - 1
-    if ENTROPY:
-        b_ge = tl.load(p_grad_entropy + o_row, mask=m_row, other=0.0) * 0.6931471805599453 * b_maximum
-    if MAXIMUM:
-        b_gm = tl.load(p_grad_maximum + o_row, mask=m_row, other=0.0) * b_maximum
-        b_first = tl.load(p_argmax + o_row, mask=m_row, other=-1).to(tl.int32)
-    if RECEIVED:
-        b_w = b_maximum
-        if WEIGHT:
-            b_w = tl.load(p_weight + o_q, mask=m_row, other=0.0) * b_maximum
-    return (b_maximum, b_ge, b_gm, b_w), b_first
-
-
-@triton.jit
-def _grad_score(
-    b_s,
-    b_max,
-    b_shift,
-    rows,
-    b_here,
-    p_grads,
-    places,
-    scale_log2,
-    EDGE: tl.constexpr,
-    FOLDED: tl.constexpr,
-    MASS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    RECEIVED: tl.constexpr,
-    FEW: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits. All that makes dP comes times `maximum`.
-
-    rows: of `_grad_rows`. b_here [q,kv]: whether a key is the argmax. p_grads: of mass and received, and the groups. places: the
-    tile's queries and keys, N (see `within`), M and G. EDGE: some of the keys may not exist.
-    """
-    b_maximum, b_ge, b_gm, b_w = rows
-    p_grad_mass, p_grad_received, p_groups = p_grads
-    o_q, o_kv, N, M, G = places
-    b_x = below_max(b_s, b_max, scale_log2, FOLDED)
-    if ENTROPY:  # else -inf gives 0
-        b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
-    b_dp = b_shift[:, None]
-    if MASS or MAXIMUM or RECEIVED:
-        b_terms = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
-        if MAXIMUM:
-            b_terms = tl.where(b_here, b_gm[:, None], 0.0)
-        if MASS:
-            b_terms = _add_grad_mass(b_terms, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION)
-        if RECEIVED:
-            b_terms += b_w[:, None] * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
-        b_dp = b_dp + b_terms
-    if ENTROPY:
-        b_dp = b_dp - b_ge[:, None] * b_x
-    return tl.exp2(b_x) * b_dp
-
-
-@triton.jit
-def _add_grad_mass(
-    b_dp, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """b_dp [q,kv] and grad_mass of each query for the group of each key, 0 without a group. FEW groups are added one by one."""
-    if FEW > 0:
-        for g in tl.static_range(FEW):
-            b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=within(o_q, N), other=0.0) * b_maximum
-            b_dp += b_one[:, None] * _member(p_groups, o_kv, M, g)[None, :]
-    else:
-        b_group = _groups(p_groups, o_kv, M, G)
-        b_tile = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
-        for start in range(0, G, 16):
-            o_g = start + tl.arange(0, 16)
-            b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
-            b_tile += _dot_members(b_some, o_g[:, None] == b_group[None, :], tl.bfloat16, SPLIT, PRECISION)
-        b_dp += b_tile * b_maximum[:, None]
-    return b_dp
-
-
-@triton.jit
-def _add_sum_mass(
-    b_sum, p_grad_mass, p_mass, b_maximum, o_q, N, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """b_sum [q] and the sum of P times what `_add_grad_mass` adds, with gradients rounded as there."""
-    if FEW > 0:
-        for g in tl.static_range(FEW):
-            b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0) * b_maximum
-            b_sum += b_one * tl.load(p_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0)
-    else:
-        b_all = tl.zeros([o_q.shape[0]], dtype=tl.float32)
-        for start in range(0, G, 16):
-            o_g = start + tl.arange(0, 16)
-            b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
-            b_same = tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :]
-            b_some = _dot_members(b_some, b_same, tl.bfloat16, SPLIT, PRECISION)
-            b_all += tl.sum(b_some * load_tile(p_mass, G, o_q, o_g, N, G), axis=1)
-        b_sum += b_all * b_maximum
-    return b_sum
-
-
-@triton.jit
-def _dot_members(b_x, b_member, HALF: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_x @ b_member for float32 b_x and a boolean b_member.
-
-    SPLIT into two HALF numbers it is exact to 2^-24 for weights in [0, 1] in float16, and to 2^-17 of any number in bfloat16.
-    """
-    b_ones = b_member.to(tl.float32)
-    if SPLIT:
-        b_high = b_x.to(HALF)
-        b_low = (b_x - b_high.to(tl.float32)).to(HALF)
-        b_ones = b_ones.to(HALF)
-        return dot(b_high, b_ones, PRECISION) + dot(b_low, b_ones, PRECISION)
-    else:
-        return dot(b_x, b_ones, PRECISION)
-
-
-@triton.jit
-def _member(p_members, o_kv, M, g: tl.constexpr):
-    """[kv] of `_members`. A product with 1 or 0 takes one instruction, a selection two."""
-    return tl.load(p_members + g * (tl.cdiv(M, 128) * 128) + o_kv)
-
-
-@triton.jit
-def _groups(p_groups, o_kv, M, G):
-    """The group of each key. It is -1 for no group and for numbers that are not a group."""
-    b_group = tl.load(p_groups + o_kv, mask=o_kv < M, other=-1)
-    return tl.where((b_group >= 0) & (b_group < G), b_group, -1).to(tl.int32)
-
-
-@triton.jit
-def _column(p, o_kv, M):
-    """[kv]; `M` as in `within`."""
-    return tl.load(p + o_kv, mask=within(o_kv, M), other=0.0)
