@@ -1,0 +1,58 @@
+"""What Python spends on a call: the benchmark runs where there is no GPU, in Triton's interpreter and without it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from vlattn_fast.benchmarks import __main__ as command
+from vlattn_fast.benchmarks import _report
+
+
+def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
+    """Every operator, forward and backward; what is launched does nothing, and afterwards launches are launches again."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import KernelInterface
+    from vlattn_fast.benchmarks import host
+
+    from vlattn_fast import verify
+    from vlattn_fast.ops import _dispatch
+
+    before = KernelInterface.__getitem__, _dispatch.INTERPRETED
+    monkeypatch.setattr(host, "CALLS", 1)
+    assert command.main(["host", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    assert (KernelInterface.__getitem__, _dispatch.INTERPRETED) == before
+    rows = json.loads((tmp_path / "host-cpu.json").read_text())
+    if not host.library.exists:
+        pytest.skip("the CPU kernels are not built")
+    assert {row["backend"] for row in rows} == {"triton", "cpu"}
+    for backend, goals in (("triton", [25, 25, 60, None, None]), ("cpu", [30, 30, 30, 30, None])):
+        found = [row for row in rows if row["backend"] == backend]
+        assert {row["host"].split(",")[0] for row in found} == {host.SDPA, *verify.OPERATORS}
+        both = {row["host"] for row in found if row["pass"] == "forward+backward"}
+        assert {row["host"] for row in found} - both == {"attention_map", "relevancy_attention, step"}
+        p50 = {(row["host"], row["pass"]): row["p50_us"] for row in found}
+        for row in found:
+            assert row["rounds"] == 2 and 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] and row["commit"]
+            assert (row["launches"] > 0) == (backend == "triton" and row["host"] != host.SDPA)
+            assert row["above_sdpa_us"] == pytest.approx(row["p50_us"] - p50["SDPA", row["pass"]], abs=0.02)
+        goal = {row["host"]: row["goal_us"] for row in found if row["pass"] == "forward"}
+        names = ("score_attention", "relevancy_attention", "congruence_loss", "attention_map", "SDPA")
+        assert [goal[name] for name in names] == goals
+    assert "congruence_loss, forward+backward" in capsys.readouterr().out
+    _report.write(tmp_path, tmp_path / "REPORT.md")
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "| call | triton, forward | triton, forward+backward | cpu, forward | cpu, forward+backward |" in text
+    map_rows = {row["backend"]: row["above_sdpa_us"] for row in rows if row["host"] == "attention_map"}
+    assert f"| attention_map | {map_rows['triton']:.1f} |  | {map_rows['cpu']:.1f} (30) |  |" in text
+    assert "On a CPU: not measured." in text  # by the other benchmarks
+
+
+def test_the_host_is_timed_without_the_interpreter(tmp_path):
+    """As a user does: no GPU is there, and no launch may ask for one."""
+    pytest.importorskip("triton")
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "vlattn_fast.benchmarks", "host", "--rounds", "1", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, env=plain, timeout=300)
+    assert "triton" in {row["backend"] for row in json.loads((tmp_path / "host-cpu.json").read_text())}
