@@ -73,7 +73,7 @@ def attention_map(
         key_mask: bool (B, M), True = a real token. Masked keys and values have no influence.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the scores; default 1/sqrt(D).
-        backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda". Only "reference" is differentiable.
+        backend: "auto", "reference", "streaming", "cpu" or "triton". Only "reference" is differentiable.
 
     Returns:
         Abar (B, N, M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The

@@ -80,7 +80,7 @@ def attention_statistics(
         key_mask: bool (B, M), True = a real token. Masked keys have no influence and gradient 0.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the scores; default 1/sqrt(D).
-        backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),

@@ -61,7 +61,7 @@ def stacked_cross_attention(
         smooth: factor in the softmax over contexts, any number.
         aggregation: "logsumexp" = log(sum exp(lambda_lse r)) / lambda_lse; "max" (ties share the gradient); "sum"; "mean".
         lambda_lse: > 0, for "logsumexp" only.
-        backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         similarity (Bi, Bc) in the inputs' dtype, in float32 for float16 and bfloat16 (which are computed in float32). A pair
