@@ -94,6 +94,7 @@ def relevancy_attention(
     Args:
         query: (B, H, N, D). key: (B, Hkv, N, D). value: (B, Hkv, N, Dv). One floating dtype; Hkv divides H under enable_gqa.
         carrier: (B, T, N) float32 (float64 where query is float64).
+        rule: "gradient" or "attention", which Abar it is.
         row_normalize: divide each row of Abar by its sum; zero rows stay zero.
         residual_weight, attention_weight: a and b, (B, N) or a number, default 1; constants without a gradient.
         attn_mask, key_mask, is_causal, scale, enable_gqa, backend: as in score_attention; scale defaults to 1/sqrt(D).
@@ -186,6 +187,7 @@ def relevancy_step(
         value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, where the attention that ran returned it; -inf or +inf
             marks a row without visible keys. Recomputed where it is None.
+        rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, backend: as in relevancy_attention.
 
     Returns:
         (B, T, M) in relevancy's dtype. It has no gradient: a backward pass through it raises.
