@@ -284,6 +284,9 @@ def test_bad_arguments(case):
             explain(case.model, case.inputs, **{name: 0})
     with pytest.raises(TypeError, match="inputs"):
         explain(case.model, case.inputs["pixel_values"])
+    for pixels in (case.inputs["pixel_values"].numpy(), ["photo.png"]):
+        with pytest.raises(TypeError, match="inputs must hold tensors, .* return_tensors='pt'; got .* in 'pixel_values'"):
+            explain(case.model, {"pixel_values": pixels})
     with pytest.raises(TypeError, match="model"):
         explain("clip", case.inputs)
     with pytest.raises(ValueError, match="weighting"):

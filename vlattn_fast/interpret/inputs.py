@@ -27,11 +27,18 @@ def prepare_inputs(
         positions: where a decoder's logits are read; None = at the last real token.
 
     Raises:
-        TypeError: `inputs` is no mapping.
+        TypeError: `inputs` is no mapping, or holds pictures or words that no processor made tensors of.
         ValueError: images and texts cannot be paired, or a target is out of range.
     """
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
+    for name in ("pixel_values", "input_ids") if family.towers else ():
+        value = inputs.get(name)
+        while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
+            value = value[0]
+        if value is not None and not isinstance(value, Tensor):
+            made = "tensors, as the model's processor makes them with return_tensors='pt'"
+            raise TypeError(f"inputs must hold {made}; got {type(value).__name__} in '{name}'")
     if inputs.get("output_attentions"):
         raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
     if inputs.get("past_key_values") is not None:
