@@ -287,6 +287,11 @@ def test_bad_images(image, words):
         made().plot(image)
 
 
+def test_a_path_is_no_image():
+    with pytest.raises(TypeError, match="image must be a PIL image, an array or a tensor; got str 'photo.png'"):
+        made().plot("photo.png")
+
+
 def test_plot_of_several_images_and_of_regions():
     several = made(image=(torch.rand(2, 4), torch.rand(4, 2), torch.rand(2, 2)), image_rows=[0, 0, 1])
     figure = several.plot(torch.rand(3, 3, 8, 8))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlattn_fast._checks import describe
 from vlattn_fast.interpret.words import Word, join_tokens
 
 Array = np.ndarray[Any, Any]
@@ -261,6 +262,8 @@ def _picture(image: Any) -> Array:
     if hasattr(image, "convert"):  # a PIL image, whose array may hold indices of a palette
         image = image.convert("RGB")
     array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"image must be a PIL image, an array or a tensor; got {describe(image)}")
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1):
