@@ -171,7 +171,10 @@ class AttentionCapture:
         }
         lengths = {len(found) for found in own.values() if found}
         if not lengths:
-            raise ValueError("model must have self-attention over tokens of text or image; got none in its forward pass")
+            raise ValueError(
+                "model must have self-attention over tokens of text or image, which modality= tells apart where inputs have "
+                "other names; got none in its forward pass"
+            )
         for index in self._layers:
             if any(not -n <= index < n for n in lengths):
                 raise ValueError(f"layers must be among {min(lengths)} layers; got {index}")
