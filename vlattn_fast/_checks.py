@@ -220,7 +220,8 @@ def check_masks(query: Tensor, key: Tensor, attn_mask: Any, key_mask: Any, is_ca
         full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
         if attn_mask.dim() > 4 or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
-            raise ValueError(f"attn_mask must broadcast to (B, H, N, M) = {full}; got {describe(attn_mask)}")
+            padding = "; key_mask takes (B, M)" if shape == (1, 1, full[0], full[3]) else ""
+            raise ValueError(f"attn_mask must broadcast to (B, H, N, M) = {full}; got {describe(attn_mask)}{padding}")
         check_constant("attn_mask", attn_mask)
     if key_mask is not None:
         check_tensor("key_mask", key_mask, rank=2, shape="(B, M)")

@@ -88,6 +88,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "attn_mask must broadcast to (B, H, N, M) = (2, 4, 3, 5); got",
     ),
+    "mask of padding": (attend(attn_mask=torch.ones(2, 5, dtype=torch.bool)), ValueError, "; key_mask takes (B, M)"),
     "mask rank": (attend(attn_mask=torch.ones(1, 2, 4, 3, 5)), ValueError, "attn_mask must broadcast to"),
     "mask is a list": (attend(attn_mask=[True]), TypeError, "attn_mask must be a torch.Tensor"),
     "mask device": (attend(attn_mask=torch.ones(3, 5, device="meta")), ValueError, "attn_mask must be on the device of query"),
