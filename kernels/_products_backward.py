@@ -49,7 +49,7 @@ from vlattn_fast.kernels._tiles import (
     strides,
 )
 
-from vlattn_fast._tensors import empty_gradient
+from vlattn_fast._tensors import as_dtype, empty_gradient, fold_heads
 
 
 class Rows(NamedTuple):
@@ -79,11 +79,7 @@ def empty_key_gradients(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 def heads_summed(grad_k: Tensor, key: Tensor, grad_v: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of as many heads as key and value have."""
-    summed_k, summed_v = (
-        grad if grad.shape[1] == x.shape[1] else grad.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
-        for grad, x in ((grad_k, key), (grad_v, value))
-    )
-    return summed_k, summed_v
+    return as_dtype(fold_heads(grad_k, key.shape[1]), key.dtype), as_dtype(fold_heads(grad_v, value.shape[1]), value.dtype)
 
 
 def queries(

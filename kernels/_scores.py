@@ -281,8 +281,8 @@ def _sum_pairs(
             if not EXACT:
                 w1, w2 = w1 * shrink, w2 * shrink
                 inverse = _reciprocal(tl.where(tl.abs(w1) < 1e-10, 1e-10, w1), PRECISION)
-            b_d1 = _denominator(x, y, A, a, inverse, SCORE, METHOD)
-            b_d2 = _denominator(x, y, A, a + 1, 1.0, SCORE, METHOD)
+            b_d1 = _denominator(x, y, A, a, inverse, METHOD)
+            b_d2 = _denominator(x, y, A, a + 1, 1.0, METHOD)
             b_r = _reciprocal(b_d1 * b_d2, PRECISION)
             if not EXACT:
                 b_s += (w2 * b_d1 + b_d2) * b_r
@@ -311,7 +311,7 @@ def _product(x, y, a, factor):
 
 
 @triton.jit
-def _denominator(x, y, A, a, factor, SCORE: tl.constexpr, METHOD: tl.constexpr):
+def _denominator(x, y, A, a, factor, METHOD: tl.constexpr):
     """1 / logistic times the factor, [x,y], of hidden unit a."""
     if METHOD == "product":
         b_d = _product(x, y, a, factor) + factor

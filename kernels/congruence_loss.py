@@ -155,9 +155,12 @@ class _Chunk:
         targets = [self._target(side) for side in self.sides]
         grad_targets = self._divergence(targets, grad_log)
         for side, target, grad_target in zip(self.sides, targets, grad_targets, strict=True):
-            add = both and (self.kind == "cacr" or (side == 1 and not singular))
             cross = target if singular else self._part(self.map, side, 1 - side)
-            (self._target_backward if self.fused else self._target_backward_long)(side, cross, grad_target, grad_map, add)
+            if self.fused:
+                add = both and (self.kind == "cacr" or (side == 1 and not singular))
+                self._target_backward(side, cross, grad_target, grad_map, add)
+            else:
+                self._add_target_backward(side, cross, grad_target, grad_map)
         self._write_gradients(grad_map, grad_log, grad_queries, grad_keys, grad_loss)
 
     def _target(self, side: int) -> Tensor:
@@ -241,8 +244,8 @@ class _Chunk:
             num_warps=8,
         )
 
-    def _target_backward_long(self, side: int, cross: Tensor, grad_target: Tensor, grad_map: Tensor, add: bool) -> None:
-        """As `_target_backward`, by torch's products. The gradients are always added."""
+    def _add_target_backward(self, side: int, cross: Tensor, grad_target: Tensor, grad_map: Tensor) -> None:
+        """As `_target_backward`, by torch's products, and always added to `grad_map`."""
         other = 1 - side
         if self.kind == "iais_distributed":
             self._part(grad_map, side, other).baddbmm_(grad_target, self._part(self.map, other, side).mT)

@@ -464,7 +464,7 @@ def _weights_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """The softmax over the contexts of the normalised scores of one pair."""
-    i_x, i_y, begin, end, num = _pair(p_start, p_lengths, X)
+    i_x, _, begin, end, num = _pair(p_start, p_lengths, X)
     o_m = tl.arange(0, BLOCK_M)
     p_s += i_x * M
     dtype: tl.constexpr = p_alpha.dtype.element_ty
