@@ -203,8 +203,10 @@ def activate(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The scores of a tile of dot products, for cosine over the rows' weights, and the slopes that their gradients are multiplied
-    by, but for cosine (`times_slope`)."""
+    """The scores of a tile of dot products, and the slopes that their gradients are multiplied by.
+
+    Cosine: the scores are divided by the rows' weights, and `times_slope` has the slopes.
+    """
     b_s, b_slope = b_x, b_x
     if SCORE == "cosine":
         b_s = times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED, False)
@@ -301,7 +303,7 @@ def _sum_pairs(
 
 @triton.jit
 def _product(x, y, a, factor):
-    """[x,y], of what is precomputed for hidden unit a."""
+    """[x,y]: what is precomputed of x and y for hidden unit a, multiplied, times the factor."""
     _, p_pre_x, o_x, _, X = x
     _, p_pre_y, o_y, _, Y = y
     i_a = tl.full([], a, tl.int64)
@@ -568,7 +570,7 @@ def _of_query(b_y, METHOD: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _of_key(b_x, SCORE: tl.constexpr, METHOD: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr):
-    """What `_exponential` takes of a key. Products carry the factor of their exponent, or of tanh's argument."""
+    """What `_exponential` takes of a key. In products the key carries the factor."""
     if SCORE == "additive":
         b_x = _of_query(b_x, METHOD, EXACT)
     else:
@@ -578,6 +580,7 @@ def _of_key(b_x, SCORE: tl.constexpr, METHOD: tl.constexpr, EXACT: tl.constexpr,
 
 @triton.jit
 def _product_factor(SCORE: tl.constexpr, FAST: tl.constexpr):
+    """What a product of query and key is multiplied by to be the exponent of `_exponential`, or with FAST tanh's argument."""
     if FAST:
         factor = 1.0 if SCORE == "hadamard_tanh" else 0.5
     else:
@@ -587,6 +590,7 @@ def _product_factor(SCORE: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _exponential(b_x, b_y, SCORE: tl.constexpr, METHOD: tl.constexpr):
+    """e, where the logistic function is 1 / (1 + e), of what `_of_key` and `_of_query` give."""
     if METHOD == "sum":
         b_e = tl.exp2(tl.minimum((b_x + b_y) * -2.8853900817779268, 57.7078, propagate_nan=tl.PropagateNan.ALL))
     else:

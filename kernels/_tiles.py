@@ -2,8 +2,8 @@
 
 Names: i_ is a program index (64 bits), o_ are offsets, m_ is a boolean mask, p_ a pointer, b_ a block in registers. BLOCK_Q
 counts query rows, BLOCK_KV keys, BLOCK_D features; all are powers of two. N and M are the numbers of queries and keys. Strides
-count elements. The last stride is 1 (`unit_stride`). Logits are in base 2: scale * LOG2_E is multiplied in, so that exp2 gives
-the powers. A log-sum-exp named `lse` is natural, one named `lse_log2` or `shift` is in base 2.
+count elements. The last stride is 1 (`aligned`). Logits are in base 2: scale * LOG2_E is multiplied in, so that exp2 gives the
+powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, one named `shift` is in base 2.
 """
 
 from __future__ import annotations
@@ -198,10 +198,10 @@ def store_tile(p, stride_row, o_row, o_col, num_rows, num_cols, b):
 
 @triton.jit
 def add_mask(b_log2, p_mask, stride_q, stride_kv, o_q, o_kv, N, M, MASK: tl.constexpr):
-    """Base-2 logits [q,kv] under attn_mask: -inf where it masks. Pairs beyond N x M have the mask of the last row or key.
+    """Logits [q,kv] under attn_mask: -inf where it masks. Pairs beyond N x M have the mask of the last row or key.
 
-    MASK is 0 for none, 1 for bool, 2 for float32. A float mask is natural and is added. Only its -inf masks a pair: a finite
-    value is data, however large. Loads have no conditions of their own, which would cost as much as the loads.
+    MASK is 0 for none, 1 for bool, 2 for float32. A float mask is natural and is added, to logits in base 2. Only its -inf masks
+    a pair: a finite value is data, however large. Loads have no conditions of their own, which would cost as much as the loads.
     """
     if MASK != 0:
         p_rows = p_mask + (tl.minimum(o_q, N - 1).to(tl.int64) * stride_q)[:, None]
@@ -232,7 +232,7 @@ def mask_logits(
     KEY_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Base-2 logits [q,kv] with the masks applied. Masked pairs and those outside of N x M become -inf.
+    """Logits [q,kv] with the masks applied (`add_mask`). Masked pairs and those outside of N x M become -inf.
 
     Both mask pointers are already at their batch and head.
     """
@@ -308,18 +308,18 @@ def relu(b_x):
 
 
 @triton.jit
-def key_range(i_q, M, MASKED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """For the i_q-th block of queries: (where masked tiles start, where the keys end).
+def key_range(i_q, M, ALL_EDGE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """For the i_q-th block of queries: (where the tiles at the edge begin, where they end).
 
-    Every query of the block sees the keys below the first number, a multiple of BLOCK_KV; 0 where all tiles are MASKED. No query
-    of the block sees keys from the second number on.
+    Tiles of BLOCK_KV keys before the first number lie within the keys and below the diagonal; it is 0 with ALL_EDGE. No query of
+    the block sees keys from the second number on.
     """
     end = tl.minimum(M, (i_q + 1) * BLOCK_Q) if CAUSAL else M
-    if MASKED:
-        free = end * 0
+    if ALL_EDGE:
+        edge = end * 0
     else:
-        free = (tl.minimum(M, i_q * BLOCK_Q + 1) if CAUSAL else M) // BLOCK_KV * BLOCK_KV
-    return free, end
+        edge = (tl.minimum(M, i_q * BLOCK_Q + 1) if CAUSAL else M) // BLOCK_KV * BLOCK_KV
+    return edge, end
 
 
 @triton.jit

@@ -211,6 +211,10 @@ def _units_rows_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
+    """delta = sum(dO * O), less the gradient of the log-sum-exp; the shift in base 2, but under a float mask, where it is there.
+
+    EXACT: sum(P dP) over sum(P) in place of sum(dO * O), and sum(P), the total.
+    """
     NP = tl.cdiv(N, ROWS) * ROWS
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP_K)
     p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
@@ -358,7 +362,7 @@ def _units_backward_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    # tiles are [kv,q], so that they are the left operand of the product with dO
+    """The pass over the pairs. Tiles are [kv,q], so that they are the left operand of the product with dO."""
     NP = tl.cdiv(N, ROWS) * ROWS
     i_program = tl.program_id(0).to(tl.int64)
     p_scratch += i_program * (BLOCK_Q * BLOCK_KV)

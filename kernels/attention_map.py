@@ -5,10 +5,10 @@ float32.
 Roofline: HBM for short sequences (each input once, the map once). For long ones two exponentials (MUFU) and two matrix products
 per pair and head, three for the gradient rule.
 Trick: the heads are the inner loop, so no map of one head exists. Padding and the causal mask are the same in all heads and are
-applied once, to the reduced tile. Up to 256 keys a tile holds whole rows, and one kernel does everything. So it does where the
-caller has the log-sum-exp of the rows. Otherwise a first kernel stores the maximum and 1/sum of each row. It does not store their
-logarithm, which would be rounded. A fully masked row has the maximum +inf, so that exp2(s - max) is 0 without a test. Not yet
-measured on a GPU.
+applied once, to the reduced tile. Where a tile holds whole rows, which have at most 256 keys, one kernel does everything. So it
+does where the caller has the log-sum-exp of the rows and there is no float mask. Otherwise a first kernel stores the maximum and
+1/sum of each row. It does not store their logarithm, which would be rounded. A fully masked row has the maximum +inf, so that
+exp2(s - max) is 0 without a test. Not yet measured on a GPU.
 """
 
 from __future__ import annotations

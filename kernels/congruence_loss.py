@@ -5,8 +5,9 @@ image, LV text to image, VL image to text.
 Roofline: at short lengths reading queries and keys once (HBM) and one exponential per head and pair (MUFU).
 Trick: the four blocks lie in one map (B, S, S), text first. One launch with the heads in an inner loop computes all of them, and
 its neighbouring programs share queries and keys in the cache. One more launch compares both directions with their targets. Where
-a row fits in a tile (`_holds_rows`) only that map is stored, and the backward pass computes both gradients of a head in one sweep
-over its queries. Gradients at the map are taken without the cotangent, which is multiplied in last. Not yet measured on a GPU.
+a row fits in a tile (`_holds_rows`) only that map is stored, for iais_singular its logarithm as well, and the backward pass
+computes both gradients of a head in one sweep over its queries. Gradients at the map are taken without the cotangent, which is
+multiplied in last. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def forward(
     direction: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and nothing that is kept. For queries and keys see reference.congruence_loss.block_inputs."""
+    """The loss of each sample, (B), and an empty tensor: nothing is kept for the backward pass.
+
+    Queries and keys: see reference.congruence_loss.block_inputs.
+    """
     losses = [part.losses() for _, part in _chunks(queries, keys, text_mask, image_mask, kind, direction, scale)]
     if len(losses) == 1:
         loss = losses[0]

@@ -298,7 +298,7 @@ def _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG: tl.constexpr):
 
 @triton.jit
 def _dot_small(b_a, b_b, PRECISION: tl.constexpr):
-    """b_a @ b_b for gradients b_a of any size. In float16, which may overflow, rows are divided by their largest entry."""
+    """b_a @ b_b for gradients b_a of any magnitude. In float16, which may overflow, rows are divided by their largest entry."""
     if b_b.dtype == tl.float16:
         b_max = tl.maximum(tl.max(tl.abs(b_a), axis=1), 1e-30)[:, None]
         b_out = dot((b_a / b_max).to(tl.float16), b_b, PRECISION) * b_max

@@ -190,7 +190,7 @@ def _sizes(
 ) -> tuple[Mapping[str, int], int]:
     """Arguments of a launch, and the largest `alignment` of the three tensors, 0 where one has to be copied.
 
-    Kept, as those that follow, since a model asks for the same in each of its layers: to make them takes longer.
+    They are cached, and so are those of `_options`: a model asks for the same in each of its layers.
     """
     heads = shape_q[1]
     alignments = alignment(shape_q, stride_q), alignment(shape_k, stride_k), alignment(shape_v, stride_v)
@@ -626,20 +626,20 @@ def _rows_kernel(
             b_max = b_new
     empty = b_total == 0.0
     b_one = tl.where(empty, 1.0, b_total)
-    b_weight = 1.0 / b_one
+    b_factor = 1.0 / b_one  # of the sums
     b_shift = b_max
     if WITH_LSE:
         b_lse = row_shift(p_lse + i_bh * N, o_q, N)
         if PAIR:
             b_shift = tl.where(m_coarse, b_max, b_lse)
             b_one = tl.where(m_coarse, b_one, 1.0)
-            b_weight = tl.where(m_coarse, b_weight, tl.exp2(b_max - b_lse))
+            b_factor = tl.where(m_coarse, b_factor, tl.exp2(b_max - b_lse))
         else:
-            b_weight = tl.exp2(b_max - b_lse)  # of the sums over the keys that are here
+            b_factor = tl.exp2(b_max - b_lse)  # the log-sum-exp may count keys that are not here
     if PAIR:
         tl.store(p_total + i_bh * NP + o_q, tl.where(o_q < N, b_one, 1.0))
     else:
         b_shift = b_lse if WITH_LSE else b_max + tl.log2(b_one)
     tl.store(p_shift + i_bh * NP + o_q, tl.where((o_q < N) & (b_shift != float("-inf")), b_shift, float("inf")))
     if SUMS:
-        tl.store(p_sums + i_bh * NP + o_q, (b_sums if BY_GRADIENT else b_total) * b_weight)
+        tl.store(p_sums + i_bh * NP + o_q, (b_sums if BY_GRADIENT else b_total) * b_factor)

@@ -32,7 +32,10 @@ def forward(
     direction: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and nothing that is kept. Queries and keys: see reference.congruence_loss.block_inputs."""
+    """The loss of each sample, (B), and an empty tensor: nothing is kept for the backward pass.
+
+    Queries and keys: see reference.congruence_loss.block_inputs.
+    """
     loss = queries[0].new_empty(queries[0].shape[0], dtype=torch.float32)
     regions = 3 if kind == "iais_singular" else 2
     _call(_forward, queries, keys, text_mask, image_mask, kind, direction, scale, regions, loss, None, [], [])
