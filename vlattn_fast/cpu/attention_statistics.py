@@ -28,8 +28,10 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
-    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); nothing for mass and received where
-    `statistics` does not name them. The others are computed in any case: they are by the way."""
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), and None for of_rows: `backward` needs none.
+
+    `received` is empty where `statistics` does not name it. The others are computed in any case, since they cost next to nothing.
+    """
     query, key = unit_strides(query, key)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
     batch, heads, queries, _ = query.shape

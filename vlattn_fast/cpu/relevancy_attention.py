@@ -8,7 +8,7 @@ from vlattn_fast._native import kernel, pointer, rows
 from vlattn_fast._tensors import as_dtype, unit_strides, weigh_rows
 from vlattn_fast.cpu import score_attention
 from vlattn_fast.cpu._attention import fields, masks
-from vlattn_fast.cpu.score_attention import BACKWARD, new_gradient
+from vlattn_fast.cpu.score_attention import BACKWARD, NO_RELEVANCY, new_gradient
 
 _backward = kernel("relevancy_attention_backward", BACKWARD)
 _DOT = (0, 0.0, 0, 0, 0.0)  # Score and Dropout of csrc/cpu/
@@ -125,7 +125,7 @@ def _run(
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
     lse = None if lse is None else lse.double().contiguous()
     result: Tensor | None = None
-    carried: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    carried: tuple[int, ...] = NO_RELEVANCY
     if relevancy is not None:
         batch, carried_rows, _ = relevancy.shape
         r = relevancy.float().contiguous()

@@ -37,7 +37,7 @@ class Shards:
     """How a call is divided on the mesh of its first tensor.
 
     Args:
-        name, first: that tensor, with `dims`.
+        name, first, dims: what the call calls that tensor, the tensor, and where it has its batch and heads.
     """
 
     def __init__(self, name: str, first: Any, dims: Dims) -> None:

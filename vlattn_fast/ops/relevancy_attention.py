@@ -241,7 +241,7 @@ def _check(
     enable_gqa: Any = False,
     **_: Any,
 ) -> Call:
-    """Of both calls; `name` is what the call calls its carrier."""
+    """What `describe_call` says, for both calls; `name` is what the call calls its carrier."""
     others = {}
     if value is not None:
         others["value"] = value
