@@ -11,8 +11,7 @@ namespace {
 // The sums of a key head lie in the gradient itself where a tile writes them `once`, as it can in float32 and whole vectors:
 // where more tiles add to them, rows that are far apart would drive one another out of the cache. Rows from `filled` are 0.
 static void start_sums(const Attention& a, const Rows& grad, Size size, bool once, Size b, Size head, Size filled, Sums& sums) {
-    if (once && a.dtype == FLOAT32 && size == sums.stride && size % VL == 0)
-        sums = {(float*)grad.data + grad.at(b, head, 0), grad.stride_n};
+    if (once && a.dtype == FLOAT32 && size == sums.stride) sums = {(float*)grad.data + grad.at(b, head, 0), grad.stride_n};
     for (Size j = filled; j < a.M; ++j) memset(sums.row(j), 0, round_up(size, VL) * sizeof(float));
 }
 static void write_keys(const Attention& a, const Rows& to, const Sums& from, Size size, Size b, Size head, Size first,

@@ -184,7 +184,7 @@ struct Machine {
     size_t scheduler_stack_bytes = 0;
     void* asan_scheduler = nullptr;
     uint3 block = {0, 0, 0};
-    dim3 blocks, threads;
+    dim3 threads;
     uint64_t random = 0;
     uint64_t noise = 0;
 };
@@ -344,7 +344,6 @@ inline cudaError_t run(int64_t blocks, int threads, size_t shared, std::function
     m.random = 0x9e3779b97f4a7c15u ^ (seed ? strtoull(seed, nullptr, 10) : 0);
     m.noise = noise ? strtoull(noise, nullptr, 10) : 0;
     m.body = std::move(body);
-    m.blocks = dim3(static_cast<unsigned>(blocks));
     m.threads = dim3(threads);
     m.seen_scheduler = Context::current();
     for (std::vector<Fiber>& team : m.teams) {
@@ -449,7 +448,6 @@ inline void wait_for_copies(uint64_t pending) {
 #define threadIdx (emulation::thread_index())
 #define blockIdx (emulation::machine().block)
 #define blockDim (emulation::machine().threads)
-#define gridDim (emulation::machine().blocks)
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     emulation::Machine& m = emulation::machine();
