@@ -16,7 +16,7 @@ static const int PARTS = 16 / VL;  // vectors of a group
 static const Size SHORT_SUM = 32;  // a sum over keys is one of sums of so many: equal terms would round the same way each time
 static const Size MOST_KEYS = 768;  // so many keys are one block, and each statistic of a row is at hand within it
 static const Size BLOCK_KEYS = 512;  // else they come in blocks of so many
-static const Size MOST_KEYS_OF_FEW = 32768;  // so many numbers of up to GROUP rows are kept, 2 MB, where keys would be read again
+static const Size MOST_KEYS_OF_FEW = 32768;  // of up to GROUP rows so many logits are kept, 2 MB, where keys would be read again
 
 struct Masks {
     const void* mask;  // bool (true = visible) or a number to add; null for none
@@ -127,7 +127,7 @@ static void fetch_rows(const Rows& x, Size dtype, const Tile& t, Size first, Siz
         for (Size d = 0; d < size; d += GROUP) __builtin_prefetch(element(x.data, dtype, x.at(t.b, t.h, first + i) + d), 0, 2);
 }
 
-// Rows of a tile times `factor`, into rows_at as (width, stride) with zeros up to the width and the stride; and transposed as
+// Rows of a tile times `factor`, into rows_at as (width, stride) with zeros beyond the rows and beyond `size`; and transposed as
 // (size, width), where `transposed` is not null.
 static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float factor, float* rows_at, Size stride,
                       float* transposed) {
@@ -160,12 +160,12 @@ static bool is_masked(const Attention& a, const Tile& t, Size j0, Size count) {
     return a.masks.mask || a.masks.keys || (a.masks.is_causal && j0 + count - 1 > t.first);
 }
 
-// The scores of a tile with the keys [j0, j0 + count) become logits: float masks are added, hidden pairs become -Inf.
+// The scores of a tile with the keys [j0, j0 + count) become logits: float masks are added, masked pairs become -Inf.
 // `scratch` holds 2 * GROUP * LANES.
 static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch) {
     const Masks& m = a.masks;
     const Size w = t.width;
-    const Vector hidden = splat(-INFINITY);
+    const Vector masked = splat(-INFINITY);
     if (m.mask) {
         const Size base = t.b * m.stride_b + t.h * m.stride_h + t.first * m.stride_n;
         float *rows = scratch, *tile = scratch + GROUP * LANES;
@@ -188,21 +188,21 @@ static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, fl
             for (Size n = 0; n < some * w; n += VL) {
                 float* s = S + j * w + n;
                 const Vector x = load(tile + n);
-                store(s, m.dtype == BOOL ? (x < Vector{} ? hidden : load(s)) : load(s) + x);
+                store(s, m.dtype == BOOL ? (x < Vector{} ? masked : load(s)) : load(s) + x);
             }
         }
     }
     if (m.keys)
         for (Size j = 0; j < count; ++j)
             if (!m.keys[t.b * a.M + j0 + j])
-                for (Size i = 0; i < w; i += VL) store(S + j * w + i, hidden);
+                for (Size i = 0; i < w; i += VL) store(S + j * w + i, masked);
     if (m.is_causal && j0 + count - 1 > t.first) {
         float row[LANES];  // exact below 2^24
         for (Size i = 0; i < w; ++i) row[i] = (float)i;
         for (Size j = most(t.first + 1 - j0, 0); j < count; ++j)
             for (Size i = 0; i < w; i += VL) {
                 float* s = S + j * w + i;
-                store(s, load(row + i) < splat((float)(j0 + j - t.first)) ? hidden : load(s));
+                store(s, load(row + i) < splat((float)(j0 + j - t.first)) ? masked : load(s));
             }
     }
 }
@@ -307,8 +307,8 @@ struct TakeGradient {
     }
 };
 
-// A log-sum-exp that the caller gave is a float32 at best, and counts as long as P = e^(logit - lse) is right to 1e-3. Where it is
-// larger, rows are divided by the sum over the keys that are here.
+// A log-sum-exp of the caller is a float32 at best. It is used up to this magnitude, where P = e^(logit - lse) is right to 1e-3.
+// Beyond, rows are divided by the sum over the keys that are here.
 static const double LARGEST_GIVEN_LSE = 16384.;
 
 // Of finished rows: shift and factor, and the log-sum-exp where it is wanted. `largest` and `total` may be those of `s`.
@@ -321,7 +321,7 @@ static void finish_rows(const float* largest, const float* total, Size rows, Siz
     }
 }
 
-// S (logits) becomes P by statistics that are at hand
+// S (logits) becomes P
 static void probabilities(float* S, Size count, Size w, const Statistics& s) {
     for (Size i = 0; i < w; i += GROUP) {
         Vector shift[PARTS], factor[PARTS];

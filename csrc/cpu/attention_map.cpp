@@ -1,9 +1,9 @@
 // One (B, N, M) map of all heads: A, or relu(A * dA) with dA = dO V^T (Chefer et al., ICCV 2021, eq. 5).
 //
 // Bound: multiply-adds, D (and Dv) per entry of each head; then one exponential. A tile has all keys of its rows, so products and
-// exponentials are made once; beyond MOST_KEYS keys it has fewer rows. The tiles of several heads are reduced at once, in the cache,
-// so each entry of the map is written to memory once; dA is taken up while it is in registers. Where tiles are too few for the
-// threads, the heads of a tile are shared out, and their reductions are joined at the end.
+// exponentials are made once; beyond MOST_KEYS keys it has at most LONG_LANES rows. The tiles of several heads are reduced at
+// once, in the cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Where tiles are
+// too few for the threads, the heads of a tile are shared out, and their reductions are joined at the end.
 // Measured: rows attention_map of benchmarks/results/cpu.json.
 #include "attention.h"
 
@@ -125,7 +125,7 @@ static void normalize(float* row, Size n) {  // a row of zeros stays
     for (j = 0; j < n; ++j) row[j] /= rest;
 }
 
-// The rows of tile t in the map, whose keys beyond `keys` are hidden
+// The rows of tile t in the map: zeros beyond `keys`, and divided by their sums for row_normalize
 static void finish_map(const MapCall& c, const Tile& t, Size keys) {
     const Attention& a = c.a;
     for (Size i = 0; i < t.rows; ++i) {

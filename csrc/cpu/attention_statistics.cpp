@@ -1,11 +1,12 @@
 // What probes read off attention maps row by row: mass per group of keys, entropy, largest weight, received attention (VALUE,
 // ECCV 2020). Forward and backward.
 //
-// Bound: multiply-adds (D per entry forward, 4 D backward), then one exponential per entry. With x = logit - largest and
+// Bound: multiply-adds (D per entry forward, 3 D backward), then one exponential per entry. With x = logit - largest and
 // e = exp(x) the entropy is log(sum e) - (sum e x) / (sum e): no logarithm per entry. Backward, the one number that a row's
 // softmax needs is a weighted sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are
 // sums over rows: see SharedSums. Forward keeps the exponentials of a tile up to MOST_KEYS keys, or of one with few rows up to
-// MOST_KEYS_OF_FEW, where reading the keys is what takes time. Beyond, and backward beyond MOST_KEYS, the logits are made twice.
+// MOST_KEYS_OF_FEW, where reading the keys is what takes time. Beyond, and backward beyond MOST_KEYS, the logits are made twice:
+// D more.
 // Measured: rows attention_statistics of benchmarks/results/cpu.json.
 #include "attention.h"
 #include "shared_sums.h"
@@ -410,7 +411,7 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
         for (Size i = 0; i < t.rows; ++i) {
             const Size j = argmax[head * a.N + t.first + i] - j0;
             if (j < 0 || j >= count) continue;
-            // x is 0 here. The whole of dP is made before `weighted` leaves it, so that a row with one key gets 0 exactly.
+            // x is 0 here. dP is made whole before `weighted` is subtracted, so that a row with one key gets 0 exactly.
             const float rest = space.mass[r.group[j] + i] + r.weight[i] * d.received[j];
             space.E[j * w + i] = r.factor[i] * (rest + space.maximum[i] - r.weighted[i]);
         }

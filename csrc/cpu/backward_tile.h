@@ -24,7 +24,7 @@ struct Backward {
     Dropout dropout;
     Rows grad_out, out;  // grad_out may be null for Abar = mean P
     const double* lse;  // (B, H, N) natural log-sum-exp
-    Size lse_counts;  // 1: it may count keys that are not here, so P is what it says; 2: there is none
+    Size lse_counts;  // 0: the keys that are here; 1: maybe others as well, so P is what it says; 2: there is none
     const float* grad_lse;  // (B, H, N) or null
     Rows grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
     float* grad_vector;  // (H, D) or null
@@ -33,7 +33,8 @@ struct Backward {
 
 struct BackwardCall {
     const Backward& c;
-    // Items: tiles of query rows, key head by key head. Gradients of a key head's keys and values, and r Abar of a sample.
+    // The items are tiles of query rows, key head by key head; the sums are the gradients of a key head's keys and values, and
+    // r Abar of a sample.
     SharedSums keys, values, carried;
     float* vector_parts;  // the units' vector, by task
     float* row_sums;  // (B, H, N) sums of max(P dP, 0) or P over the keys, for row_normalize
@@ -61,8 +62,8 @@ struct Gradients {
     float *out_rows, *out_transposed;  // cotangents of a tile: (LANES, value_stride), (Dv, width)
     float *S, *dP, *kept, *dropped;  // tiles: P; dP, then dS; what scores.h keeps; P after dropout
     float* query;  // gradient: (tiles, D, LANES) or one tile
-    Sums key, value;  // at work, as `result`
-    float* result;  // (M, T rounded up)
+    Sums key, value;  // gradients of the key head that is at work
+    float* result;  // r Abar of the sample that is at work, (M, T rounded up)
     bool fresh = false;  // whether `key` and `value` hold nothing yet
     float* logits_of_few;  // (M, GROUP) of one tile, or null
     float *shift, *factor, *delta, *cosine_query, *cosine_key, *rows, *scratch, *vector;

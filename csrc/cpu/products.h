@@ -129,11 +129,12 @@ static void product(Size rows, Size columns, Size depth, const float* A, Size ld
     product_of_some<TRANSPOSED>(rows, columns, depth, A, lda, B, ldb, C, ldc, add, finish);
 }
 
-// ---- B with few columns, of a line of the cache: one of them would use one lane, so vectors run along the rows of A
+// ---- B with few columns, in rows of LINE numbers. `product` would use few lanes of its vectors: here vectors run along the depth
+// or along the rows, as A lies.
 
 static const Size MOST_FEW = 2, LINE = 16;
 
-// ROWS of them at a time, whose sums do not wait for one another
+// ROWS rows of A at a time, whose sums do not wait for one another
 template <int ROWS, class Finish>
 INLINE void rows_with_few(const float (&columns)[MOST_FEW][DEPTH], Size few, Size depth, const float* A, Size lda, Size row,
                           float* C, Size ldc, bool add, const Finish& finish) {

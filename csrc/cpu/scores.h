@@ -324,11 +324,11 @@ struct UnitTile {
             key_largest[n] = largest(top), key_extent[n] = largest(extent);
         }
     }
-    static void take_extent(Vector x, Vector& top, Vector& extent) {
+    static void take_extent(Vector x, Vector& top, Vector& extent) {  // of NaN nothing
         top = maximum(x, top), extent = maximum(absolute(x), extent);
-    }  // past a NaN
-    // Of the tile's `real` rows (rows, stride), as load_tile gives them; the keys come before. Keys follow the policy: e^(ck) is
-    // made once, and k is fetched again where another tile wants it.
+    }
+    // Of the tile's `real` rows (rows, stride), as load_tile gives them, after load_keys. Each four units of the tile get a policy,
+    // which the keys follow: e^(ck) is made once, and k is fetched again where a later tile wants it.
     void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size real, const Keys& keys,
                    Size count) {
         rows = rows_at, stride = row_stride, count_rows = round_up(real, UNIT_ROWS);
@@ -389,8 +389,8 @@ struct UnitTile {
         transpose(scores, ld, width, count, S, width);
         for (Size i = 0; i < count * width; i += VL) store(S + i, load(S + i) * splat(scale));
     }
-    // From the gradient of the logits G (count, width): by_query is set, by_key and by_weight are added to, as unit_gradient has
-    // them
+    // From the gradient of the logits G (count, width): by_query is set, by_key and by_weight are added to. They are as
+    // unit_gradient_rows has them, but for by_key, which here has the factor c^2 as well.
     void backward(float scale, Size count, Size width, const float* G) {
         transpose(G, width, count, width, scores, ld);
         for (Size i = 0; i < count_rows; ++i) {

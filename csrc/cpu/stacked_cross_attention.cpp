@@ -55,7 +55,9 @@ struct Rows32 {
 };
 
 struct Workspace {
-    float *CT, *S, *N, *P, *GA, *A, *norms, *grad_context;
+    // of a block: scores, normalised scores, their softmax, the gradients at these, and attended vectors, later their gradients
+    float *S, *N, *P, *GA, *A;
+    float *CT, *norms, *grad_context;
     float *dot, *norm_a, *cosine, *weight;  // of the rows of a block
     Size set, start;  // CT: (D, contexts) from context `start` of a set
 };
@@ -370,7 +372,8 @@ static void pack_task(Job& job, Size task) {
     }
 }
 
-// One after the other: query sets are taken several at a time. Else each set may lie anywhere.
+// The real rows of a side: read where they lie, or in a copy. in_a_row: the sets must lie one after the other, since several are
+// taken at a time; else each set may lie anywhere.
 static void place(const StackedCrossAttention& c, const Sets& sets, bool in_a_row, Memory& memory, Rows32& rows) {
     rows.first = (Size*)memory.take(2 * (sets.count + 1));
     Size total = 0;

@@ -10,11 +10,11 @@ namespace vlattn {
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
 constexpr int COLUMNS = 32;                // of the other side, in a tile
-constexpr int PAIR = 2 * COLUMNS + 4;      // apart are two pairs of units of the columns, and in other banks
+constexpr int PAIR = 2 * COLUMNS + 4;      // from a pair of units of the columns to the next, which is in other banks
 constexpr int BACKWARD_ROWS = WARPS * 16;  // of a block's own side, in the backward pass
 constexpr int GRAD_STRIDE = BACKWARD_ROWS + 4;
 template <int MT>
-constexpr int ROW_STRIDE = WARPS * 16 * MT + 4;  // apart are two units of the rows, and in other banks
+constexpr int ROW_STRIDE = WARPS * 16 * MT + 4;  // from a unit of the rows to the next, which is in other banks
 constexpr float LARGEST = 22.0f;           // e^-2x is finite up to there, and so is its product with another
 constexpr float LARGEST_SUM = 20.0f;       // two denominators of up to 1 + e^40 have a finite product
 constexpr float CLAMP = 2.3538526683701998e17f;  // e^40: tanh is -1 there, far below float32's resolution

@@ -9,7 +9,7 @@ namespace vlattn {
 
 constexpr int TOKENS = 128;                  // of a modality, at most
 constexpr int STRIP = 16;                    // rows that a warp holds
-constexpr int LANE_COLUMNS = TOKENS / WARP;  // of a row that a warp holds
+constexpr int LANE_COLUMNS = TOKENS / WARP;  // of a row that a warp holds: each lane has so many
 constexpr int CHUNK = 32;                    // of the inner dimension of a product
 constexpr int CHUNK_STRIDE = TOKENS + 4;
 constexpr size_t PRODUCT_BYTES = 2 * CHUNK * CHUNK_STRIDE * sizeof(float);
