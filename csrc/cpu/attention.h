@@ -57,6 +57,12 @@ static Size visible_keys(const Attention& a, Size b) {
     return count;
 }
 
+// A row is fetched while there are other things to do.
+static void fetch_row(const Rows& x, Size dtype, Size b, Size head, Size row, Size size) {
+    const Size line = dtype == FLOAT32 ? 16 : 32;
+    for (Size d = 0; d < size; d += line) __builtin_prefetch(element(x.data, dtype, x.at(b, head, row) + d), 0, 2);
+}
+
 // One tensor's rows [first, first + count): padding becomes 0, so that a NaN there reaches no product.
 static const float* load_rows(const Attention& a, const Rows& x, Size size, Size b, Size head, Size first, Size count,
                               float* copy, Size& stride) {
@@ -68,11 +74,13 @@ static const float* load_rows(const Attention& a, const Rows& x, Size size, Size
         return (const float*)x.data + x.at(b, head, first);
     }
     stride = size;
-    for (Size j = 0; j < count; ++j)
+    for (Size j = 0; j < count; ++j) {
+        fetch_row(x, a.dtype, b, head, first + j + 16, size);  // the processor stops fetching by itself where pages end
         if (visible && !visible[j])
             memset(copy + j * size, 0, size * sizeof(float));
         else
             widen(element(x.data, a.dtype, x.at(b, head, first + j)), a.dtype, size, copy + j * size);
+    }
     return copy;
 }
 
@@ -121,10 +129,9 @@ static void tile_product(const Tile& t, Size rows, Size depth, const float* A, S
         product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add, finish);
 }
 
-// Rows from `first` are fetched while there are other things to do.
+// Those of a tile's size from `first`
 static void fetch_rows(const Rows& x, Size dtype, const Tile& t, Size first, Size size) {
-    for (Size i = 0; i < t.rows; ++i)
-        for (Size d = 0; d < size; d += GROUP) __builtin_prefetch(element(x.data, dtype, x.at(t.b, t.h, first + i) + d), 0, 2);
+    for (Size i = 0; i < t.rows; ++i) fetch_row(x, dtype, t.b, t.h, first + i, size);
 }
 
 // Rows of a tile times `factor`, into rows_at as (width, stride) with zeros beyond the rows and beyond `size`; and transposed as

@@ -44,8 +44,10 @@ struct BackwardCall {
     bool inputs() const { return (c.grad_query.data || c.grad_value.data) && !sums_rows; }  // an empty tensor has no pointer
     // whether a tile has all keys at once and finds its statistics itself
     bool at_once() const { return c.a.M <= c.a.key_block() && c.lse_counts != 1; }
-    // whether the statistics of few rows over many keys leave the logits behind: there reading the keys is what takes time
-    bool keeps_logits() const { return !at_once() && c.lse_counts == 2 && c.a.N <= GROUP && c.a.M <= MOST_KEYS_OF_FEW; }
+    // whether the statistics of few rows over many keys leave the exponentials behind: there reading the keys is what takes time
+    bool keeps_exponentials() const {
+        return !at_once() && !inputs() && c.lse_counts == 2 && c.a.N <= GROUP && c.a.M <= MOST_KEYS_OF_FEW;
+    }
 };
 
 // ---- one thread's memory
@@ -65,8 +67,8 @@ struct Gradients {
     Sums key, value;  // gradients of the key head that is at work
     float* result;  // r Abar of the sample that is at work, (M, T rounded up)
     bool fresh = false;  // whether `key` and `value` hold nothing yet
-    float* logits_of_few;  // (M, GROUP) of one tile, or null
-    float *shift, *factor, *delta, *cosine_query, *cosine_key, *rows, *scratch, *vector;
+    float *exponentials, *shifts;  // of one tile, or null: (M, GROUP) e^(logit - shift), the shift of each block (blocks, GROUP)
+    float *shift, *factor, *delta, *cosine_query, *cosine_key, *rows, *scaled_rows, *scratch, *vector;
 
     void plan(const BackwardCall& call, Memory& memory) {
         const Backward& c = call.c;
@@ -74,7 +76,9 @@ struct Gradients {
         const bool inputs = call.inputs();
         const Size block = a.key_block(), tiles = call.at_once() ? 1 : tiles_of(a);
         logits.plan(a, c.score, memory, inputs);
-        S = logits.S, logits_of_few = call.keeps_logits() ? memory.take(a.M * GROUP) : nullptr;
+        S = logits.S, exponentials = shifts = nullptr;
+        if (call.keeps_exponentials())
+            exponentials = memory.take(a.M * GROUP), shifts = memory.take((a.M + block - 1) / block * GROUP);
         out_rows = memory.take(LANES * call.value_stride), out_transposed = memory.take(LANES * a.Dv);
         dP = memory.take(block * LANES);
         kept = c.score.bends() && !c.score.sums_units() ? memory.take(block * LANES) : nullptr;
@@ -82,34 +86,38 @@ struct Gradients {
         query = inputs ? memory.take(tiles * LANES * a.D) : nullptr;
         shift = memory.take(tiles * LANES), factor = memory.take(tiles * LANES), delta = memory.take(tiles * LANES);
         cosine_query = memory.take(tiles * LANES), cosine_key = memory.take(a.M);
-        rows = c.relevancy.rows ? memory.take(LANES * round_up(c.relevancy.T, VL)) : nullptr;
+        const Size carried = c.relevancy.rows ? LANES * round_up(c.relevancy.T, VL) : 0;
+        rows = memory.take(carried), scaled_rows = memory.take(carried);
         scratch = memory.take(LANES * most(a.D, a.Dv) + 5 * LANES), vector = memory.take(a.H * a.D);
     }
 };
 
 // ---- statistics of rows
 
-// The largest logit and the sum over all keys of a tile, block by block; the logits in `kept`, where that is not null
+// The largest logit and the sum over all keys of a tile, block by block. `exponentials` and `shifts` as in Gradients.
 static void statistics_by_blocks(const Attention& a, const Score& score, Logits& logits, const Tile& t, Size visible,
-                                 float* shift, float* factor, float* scratch, float* kept) {
+                                 float* shift, float* factor, float* scratch, float* exponentials, float* shifts) {
     float *largest = scratch, *total = scratch + LANES, *rescale = scratch + 2 * LANES;
-    const Size keys = t.keys(a, visible);
-    for (Size i = 0; i < t.width; ++i) largest[i] = -INFINITY, total[i] = 0;
+    const Size keys = t.keys(a, visible), w = t.width;
+    float* S = logits.S;
+    for (Size i = 0; i < w; ++i) largest[i] = -INFINITY, total[i] = 0;
     for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
         const Size count = least(a.key_block(), keys - j0);
+        if (exponentials) logits.S = exponentials + j0 * w;
         logits.compute(a, score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
-        if (kept) memcpy(kept + j0 * t.width, logits.S, count * t.width * sizeof(float));
-        online_softmax(logits.S, count, t.width, j0 == 0, logits.top, largest, total, rescale);
+        online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
+        if (shifts) memcpy(shifts + j0 / a.key_block() * w, largest, w * sizeof(float));
     }
+    logits.S = S;
     const Statistics s = {shift, factor};
-    finish_rows(largest, total, t.rows, t.width, s, nullptr);
+    finish_rows(largest, total, t.rows, w, s, nullptr);
 }
 // In float64 a log-sum-exp of up to 2^24 gives P = e^(logit - lse) to 2^-29; where it is larger the statistics are found anew.
 static const double LARGEST_LSE = 16777216.;
 
 // Statistics of a tile where its keys come in blocks; `scratch` holds 5 * LANES
 static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,
-                            float* scratch, float* kept) {
+                            float* scratch, float* exponentials, float* shifts) {
     const double* lse = c.lse_counts == 2 ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
     const double bound = c.lse_counts == 1 ? LARGEST_GIVEN_LSE : LARGEST_LSE;
     bool lost[LANES], any = false;
@@ -124,7 +132,7 @@ static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Si
     if (!any) return;
     float *own_shift = scratch + 3 * LANES, *own_factor = scratch + 4 * LANES;
     logits.load_queries(c.a, c.score, t);
-    statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch, kept);
+    statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch, exponentials, shifts);
     for (Size i = 0; i < t.width; ++i)
         if (lost[i]) shift[i] = own_shift[i], factor[i] = own_factor[i];
 }
@@ -184,14 +192,17 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     const Backward& c = call.c;
     const Attention& a = c.a;
     const Size w = t.width, n = count * w;
-    const bool inputs = call.inputs(), at_once = call.at_once(), is_gradient = c.relevancy.is_gradient;
+    const bool inputs = call.inputs(), is_gradient = c.relevancy.is_gradient;
+    const bool unscaled = call.at_once() || g.exponentials;  // P is still to be multiplied by `factor`
     float *P = g.S, *dP = g.dP, *shift = g.shift + index * LANES, *factor = g.factor + index * LANES,
           *delta = g.delta + index * LANES;
-    if (g.logits_of_few)
-        memcpy(P, g.logits_of_few + j0 * w, n * sizeof(float));
-    else
-        g.logits.compute(a, c.score, t, j0, count, loaded, g.kept);
-    if (at_once) {
+    if (!g.exponentials) g.logits.compute(a, c.score, t, j0, count, loaded, g.kept);
+    if (g.exponentials) {
+        P = g.exponentials + j0 * w;
+        const float *whole = factor, *here = g.shifts + j0 / a.key_block() * w;
+        factor = g.scratch;
+        for (Size i = 0; i < w; ++i) factor[i] = whole[i] * (here[i] == -INFINITY ? 0.f : expf(here[i] - shift[i]));
+    } else if (unscaled) {
         float *largest = g.scratch, *total = g.scratch + LANES, *rescale = g.scratch + 2 * LANES;
         online_softmax(P, count, w, true, g.logits.top, largest, total, rescale);
         const Statistics s = {shift, factor};
@@ -202,7 +213,7 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
     }
     if (c.grad_out.data) load_keys(a, a.value, a.Dv, g.logits.values, t.b, t.h / a.group(), j0, loaded);
     const bool carries = c.relevancy.rows && !call.sums_rows;
-    if (carries && at_once && !inputs && !(c.dropout.probability > 0) && (c.grad_out.data || !is_gradient)) {
+    if (carries && unscaled && !inputs && !(c.dropout.probability > 0) && (c.grad_out.data || !is_gradient)) {
         // r Abar alone: each row's factor is taken into r, and dP is not kept
         if (is_gradient)
             tile_product<false>(
@@ -210,8 +221,8 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         const Size stride = round_up(c.relevancy.T, VL);
         for (Size i = 0; i < w; ++i)
             for (Size r = 0; r < stride; r += VL)
-                store(g.rows + i * stride + r, load(g.rows + i * stride + r) * splat(factor[i]));
-        return carry(P, count, w, g.rows, c.relevancy.T, g.result + j0 * stride);
+                store(g.scaled_rows + i * stride + r, load(g.rows + i * stride + r) * splat(factor[i]));
+        return carry(P, count, w, g.scaled_rows, c.relevancy.T, g.result + j0 * stride);
     }
     if (c.grad_out.data)
         tile_product<false>(t, count, a.Dv, g.logits.values.rows, g.logits.values.stride, g.out_transposed, dP, false);
@@ -219,13 +230,13 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         memset(dP, 0, n * sizeof(float));
     float* weights = P;  // what the values are summed with
     if (c.dropout.probability > 0) {
-        if (at_once) scale_rows(P, count, w, factor);
+        if (unscaled) scale_rows(P, count, w, factor);
         memcpy(g.dropped, P, n * sizeof(float));
         drop(a, c.dropout, t, j0, count, g.dropped);
         drop(a, c.dropout, t, j0, count, dP);
         weights = g.dropped;
     }
-    if (at_once) {
+    if (unscaled) {
         const bool scaled = c.dropout.probability > 0;
         for (Size i = 0; i < w; i += GROUP) {
             Vector total[PARTS], by[PARTS];
@@ -333,7 +344,7 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
         const Tile t = tile_at(a, b, h, n);
         const Size at = (n - first) * LANES;
         float* delta = g.delta + at;
-        find_statistics(c, g.logits, t, visible, g.shift + at, g.factor + at, g.scratch, g.logits_of_few);
+        find_statistics(c, g.logits, t, visible, g.shift + at, g.factor + at, g.scratch, g.exponentials, g.shifts);
         for (Size i = 0; i < t.width; ++i) delta[i] = 0;
         if (!inputs) continue;
         float* out = g.scratch;
@@ -353,7 +364,7 @@ static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h
             if (at_once && inputs)
                 memset(g.query, 0, LANES * a.D * sizeof(float)), memset(g.cosine_query, 0, LANES * sizeof(float));
             if (count > 0) {
-                start_tile(call, g, t);
+                if (j0 == 0 || last - first > 1) start_tile(call, g, t);
                 backward_tile(call, g, t, j0, count, least(block, visible - j0), index);
             }
             if (at_once && inputs) finish_tile(call, g, t, 0);

@@ -81,3 +81,34 @@ def test_step_with_the_lse_of_more_keys(rule: str) -> None:
         exact = va.reference.relevancy_step(*wide, rule=rule)
         formula = va.reference.relevancy_step(carrier, query, key, *extra, rule=rule)
         assert_close_to(torch.cat(halves, -1), exact, formula, what=f"{rule} {n}")
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("rule, row_normalize", RULES)
+@pytest.mark.parametrize("n", (1, 2, 5, 16))
+def test_step_of_few_queries_over_many_keys(n: int, rule: str, row_normalize: bool, dtype: torch.dtype) -> None:
+    """Three blocks of keys, whose exponentials are kept from the pass that finds the rows' statistics."""
+    m, draws = 1300, 6  # errors of a row's sum are in all its numbers: one draw has few of them
+    real = padding(m)
+    real[0, :600] = False  # a block and more
+    bias = torch.randn(2, 1, n, m)
+    bias[0, :, 0] = -torch.inf  # a row without keys
+    bias[1, :, :, 512:1024] = -torch.inf
+    slope = torch.linspace(0.1, 8, m)[:, None]  # the largest logit comes late, or early
+    # the formula scales sums and the kernel queries: by a power of two that is the same
+    options = {"rule": rule, "row_normalize": row_normalize, "enable_gqa": True, "scale": 0.25}
+    for what, factor, masks in (
+        ("rising", slope, {}),
+        ("falling", slope.flip(0), {"key_mask": real}),
+        ("masked", 1.0, {"attn_mask": bias}),
+        ("both", slope, {"attn_mask": bias, "key_mask": real}),
+    ):
+        results: list[list[torch.Tensor]] = [[], [], []]
+        for _ in range(draws):
+            query, grad = (torch.randn(2, 4, n, 24).to(dtype) for _ in range(2))
+            key, value = ((torch.randn(2, 2, m, 24) * by).to(dtype) for by in (factor, 1.0))
+            inputs = (torch.rand(2, 3, n), query, key, *((value, grad) if rule == "gradient" else (None, None)))
+            results[0].append(va.relevancy_step(*inputs, **masks, **options, backend="cpu"))
+            for found, wide in zip(results[1:], (torch.float64, torch.float32), strict=True):
+                found.append(va.reference.relevancy_step(*(x if x is None else x.to(wide) for x in inputs), **masks, **options))
+        assert_close_to(*results, what=what)
