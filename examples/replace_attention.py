@@ -41,12 +41,13 @@ def accuracy() -> float:
 
 
 train(STEPS)
-own = accuracy()
+own, own_logits = accuracy(), logits()
 with va.nn.replace_attention(model, score="hadamard", layers=-1, per_head=True) as replaced:
-    untrained = accuracy()
+    untrained, moved = accuracy(), (logits() - own_logits).abs().max().item()
     train(STEPS // 2)
     trained = accuracy()
     explanation = va.explain(model, {"pixel_values": new_scans[:1, None]})  # a replaced model is explained as any other
 print(f"replaced: {', '.join(replaced.scores)}")
 print(f"accuracy on new scans: {own:.1%} with its own score, {untrained:.1%} with a new one, {trained:.1%} after training it")
+print(f"the new one moves logits by up to {moved:.1f} before it is trained")
 print(f"relevancy of the patches {tuple(explanation.image.shape)}; back to its own attention: {accuracy():.1%}")

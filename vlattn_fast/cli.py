@@ -200,7 +200,7 @@ def explain(
             raise typer.BadParameter("--image must be given without --dataset; got both")
         sizes = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
         outcome = explain_dataset(dataset, out, options, device=device, **sizes)
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         option = str(error).partition(" ")[0]
         raise typer.BadParameter(f"--{error}" if option in _EXPLAIN_OPTIONS else str(error)) from error
     if outcome.first:
@@ -282,7 +282,7 @@ def probe(
         loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
         loaded = loaded if device is None else loaded.to(device)
         report = run(loaded, samples(loaded, processor, dataset), tests=test)
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(str(report))
     if out is None:

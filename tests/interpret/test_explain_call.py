@@ -287,6 +287,10 @@ def test_bad_arguments(case):
     for pixels in (case.inputs["pixel_values"].numpy(), ["photo.png"]):
         with pytest.raises(TypeError, match="inputs must hold tensors, .* return_tensors='pt'; got .* in 'pixel_values'"):
             explain(case.model, {"pixel_values": pixels})
+    with pytest.raises(
+        ValueError, match=r"inputs must be named as in the model's forward \(.*pixel_values.*\); got \['pixels'\]"
+    ):
+        explain(case.model, {"pixels": case.inputs["pixel_values"]})
     with pytest.raises(TypeError, match="model"):
         explain("clip", case.inputs)
     with pytest.raises(ValueError, match="weighting"):

@@ -28,7 +28,7 @@ def prepare_inputs(
 
     Raises:
         TypeError: `inputs` is no mapping, or holds pictures or words that no processor made tensors of.
-        ValueError: images and texts cannot be paired, or a target is out of range.
+        ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
     """
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
@@ -46,6 +46,10 @@ def prepare_inputs(
     # Tensors made under inference mode cannot be saved for a backward pass; a copy made outside of it can.
     arguments = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
     accepted = inspect.signature(model.forward).parameters
+    by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    named = [name for name, parameter in accepted.items() if parameter.kind in by_name]
+    if named and not set(named) & set(inputs):
+        raise ValueError(f"inputs must be named as in the model's forward ({', '.join(named)}); got {sorted(inputs)}")
     if hasattr(model, "config") and hasattr(model.config, "return_dict"):
         arguments["return_dict"] = True
     others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
@@ -62,6 +66,9 @@ def prepare_inputs(
         arguments["logits_to_keep"] = positions.unique()
     if family.score != "pair" or callable(target):
         return arguments, None
+    for name in ("pixel_values", "input_ids"):
+        if not isinstance(inputs.get(name), Tensor):
+            raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(inputs)}")
     return _paired(arguments, target)
 
 
@@ -96,9 +103,6 @@ def with_one_row(model: nn.Module, arguments: Mapping[str, Any], family: Family)
 
 
 def _paired(arguments: dict[str, Any], target: Any) -> tuple[dict[str, Any], list[int]]:
-    for name in ("pixel_values", "input_ids"):
-        if not isinstance(arguments.get(name), Tensor):
-            raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(arguments)}")
     images, texts = arguments["pixel_values"].shape[0], arguments["input_ids"].shape[0]
     if target is not None:
         chosen = indices(target, images, texts, "texts")
