@@ -324,7 +324,8 @@ def _rows_kernel(
             tl.store(p_mean_x + o_row, b_mean_x, mask=m_row)
         if ARGMAX:
             b_place = tl.where(b_best == b_max[:, None], b_first + tl.arange(0, WIDTH)[None, :], 2147483647)
-            tl.store(p_argmax + o_row, tl.where(b_sum > 0.0, tl.min(b_place, axis=1), -1).to(tl.int64), mask=m_row)
+            b_place = tl.where(b_sum > 0.0, tl.min(b_place, axis=1), tl.where(b_empty, -1, 0))  # of NaN the first
+            tl.store(p_argmax + o_row, b_place.to(tl.int64), mask=m_row)
         tl.store(p_maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
         tl.store(p_row_max + o_row, tl.where(b_empty, float("inf"), b_max), mask=m_row)
     p_row = p_mass + o_row * G

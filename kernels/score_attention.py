@@ -250,6 +250,7 @@ def row_statistics(
     """
     query = call["p_q"]
     shift, total, sums = new_rows(query), new_rows(query) if pair else None, new_rows(query) if summed else None
+    config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], ROWS.value)}  # which a forward pass may exceed
     if shift.numel() > 0:
         _rows_kernel[(shift.shape[2] // config["BLOCK_Q"] * shift.shape[0] * shift.shape[1],)](
             **call,

@@ -434,7 +434,7 @@ def _matmul_kernel(
         offsets = o_i.to(tl.int64)[:, None] * stride_ai + o_k.to(tl.int64)[None, :] * stride_ak
         b_b = tl.load(p_b + o_k.to(tl.int64)[:, None] * stride_bk + o_j.to(tl.int64)[None, :] * stride_bj, mask=m_b, other=0.0)
         for part in tl.static_range(PARTS):
-            b_a = tl.load(p_a + part * stride_part + offsets, mask=m_a, other=0.0)  # [i,k]
+            b_a = tl.load(p_a + part * tl.cast(stride_part, tl.int64) + offsets, mask=m_a, other=0.0)  # [i,k]
             b_out += dot(b_a, b_b, PRECISION)
     if ADD:
         b_out += load_tile(p_out, stride_oi, o_i, o_j, num_rows, num_cols)
@@ -523,11 +523,12 @@ def _attend_kernel(
     p_parts += i_x * stride_x
     b_dot = tl.zeros([BLOCK_N], dtype=tl.float32)
     b_square = tl.zeros([BLOCK_N], dtype=tl.float32)
+    wide_part = tl.cast(stride_part, tl.int64)
     if ONE_BLOCK:
         # behind the contexts there are zeros up to a stride that is a known multiple of 16, so the mask does not split loads
         b_0 = load_tile(p_parts, stride_row, o_n, o_m, L, stride_x)  # [n,m]
-        b_1 = load_tile(p_parts + (1 if PARTS > 1 else 0) * stride_part, stride_row, o_n, o_m, L, stride_x)
-        b_2 = load_tile(p_parts + (2 if PARTS > 2 else 0) * stride_part, stride_row, o_n, o_m, L, stride_x)
+        b_1 = load_tile(p_parts + (1 if PARTS > 1 else 0) * wide_part, stride_row, o_n, o_m, L, stride_x)
+        b_2 = load_tile(p_parts + (2 if PARTS > 2 else 0) * wide_part, stride_row, o_n, o_m, L, stride_x)
     for d in range(0, tl.where(i_n * BLOCK_N < tl.load(p_total), D, 0), BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         b_a = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -542,7 +543,7 @@ def _attend_kernel(
             for m in range(0, num, BLOCK_M):
                 b_c = load_tile(p_c, D, m + o_m, o_d, num, D)
                 for part in tl.static_range(PARTS):
-                    b_part = load_tile(p_parts + part * stride_part, stride_row, o_n, m + o_m, L, stride_x)
+                    b_part = load_tile(p_parts + part * wide_part, stride_row, o_n, m + o_m, L, stride_x)
                     b_a += dot(b_part, b_c, PRECISION)
         b_q = load_tile(p_q, D, o_n, o_d, L, D).to(tl.float32)  # [n,D]
         b_dot += tl.sum(b_q * b_a, axis=1)
@@ -562,7 +563,7 @@ def _aggregate_kernel(
     i_x, i_y, begin, end, num = _pair(p_start, p_lengths, X)
     top, total = _pool(p_cosine + i_x * L, begin, end, sharpness, AGGREGATION, BLOCK_N)
     if AGGREGATION == "logsumexp":
-        value = (top + tl.log(tl.where(total > 0.0, total, 1.0))) / sharpness
+        value = (top + tl.log(tl.where(total == 0.0, 1.0, total))) / sharpness
     elif AGGREGATION == "max":
         value = top
     elif AGGREGATION == "mean":
@@ -704,7 +705,7 @@ def _store_parts(p, stride_part, stride_row, o_row, o_col, num_rows, num_cols, b
     """`b` as PARTS tiles of p's dtype that sum to it. Each tile holds what the earlier ones rounded away."""
     for part in tl.static_range(PARTS):
         b_part = b.to(p.dtype.element_ty)
-        store_tile(p + part * stride_part, stride_row, o_row, o_col, num_rows, num_cols, b_part)
+        store_tile(p + part * tl.cast(stride_part, tl.int64), stride_row, o_row, o_col, num_rows, num_cols, b_part)
         b -= b_part.to(tl.float32)
 
 
@@ -779,7 +780,7 @@ def _pool(p_cosine, begin, end, sharpness, AGGREGATION: tl.constexpr, BLOCK_N: t
             if AGGREGATION == "logsumexp":
                 b_r = b_r * sharpness
             b_r = tl.where(o_n < end, b_r, float("-inf"))
-            new = tl.maximum(top, tl.max(b_r, axis=0), propagate_nan=tl.PropagateNan.ALL)
+            new = tl.maximum(top, tl.max(b_r, axis=0) + tl.sum(tl.where(b_r == b_r, 0.0, b_r), axis=0), tl.PropagateNan.ALL)
             if AGGREGATION == "logsumexp":
                 total = total * tl.exp(top - new) + tl.sum(tl.exp(b_r - new), axis=0)
             else:
@@ -820,7 +821,7 @@ def _grad_normal(
     if AGGREGATION == "logsumexp":
         b_dr = grad * tl.exp(b_r * sharpness - top) / total
     elif AGGREGATION == "max":
-        b_dr = tl.where(b_r == top, grad / total, 0.0)
+        b_dr = tl.where(top == top, tl.where(b_r == top, grad / tl.maximum(total, 1.0), 0.0), top)  # NaN where a cosine is
     elif AGGREGATION == "mean":
         b_dr = tl.where(o_n < end, grad / total, 0.0)
     else:

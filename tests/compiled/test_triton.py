@@ -83,6 +83,7 @@ def test_16_bit_products_run_on_tensor_cores() -> None:
 def test_products_of_32_bits_that_reach_an_address_are_seen() -> None:
     assert narrow_offsets(TTIR) == ["%b = %a * %stride"]
     assert narrow_offsets("%stride = arith.constant 64 : i32\n" + TTIR) == []
+    assert narrow_offsets("%a = arith.constant 2 : i32\n" + re.sub(r".*%a = .*\n", "", TTIR)) == ["%b = %a * %stride"]
     assert narrow_offsets(TTIR.replace("i32 loc(#loc4)", "i64 loc(#loc4)")) == []
     beside = TTIR + "    %b = arith.addi %a, %a : i32 loc(#loc3)\n"  # another region's %b
     assert narrow_offsets(beside) == ["%b = %a * %stride"]

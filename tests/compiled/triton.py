@@ -103,8 +103,9 @@ def _row(kernel: Any) -> Row:
 def narrow_offsets(ttir: str) -> list[str]:
     """Products of two 32-bit variables that reach an address without having been widened: those of large tensors overflow.
 
-    A product with a constant, as of a block's number and its size, stays within the number of rows. A quotient or a remainder is
-    no larger than what is divided, whatever it is divided by, and a condition only chooses.
+    A product with a constant, as of a block's number and its size, stays within the number of rows, but not if the other factor
+    is a stride. A quotient or a remainder is no larger than what is divided, whatever it is divided by, and a condition only
+    chooses.
     """
     # of each name its definitions with their lines: regions beside one another use names anew, so the last above a line counts
     definitions: dict[str, list[tuple[int, str, list[str], str]]] = {}
@@ -129,7 +130,8 @@ def narrow_offsets(ttir: str) -> list[str]:
             line_of, inner, of, _ = found_above
             seen.add(line_of)
             constants = [operand for operand in of if (one := above(operand, line_of)) and one[1] == "arith.constant"]
-            if inner == "arith.muli" and not constants:
+            strides = [operand for operand in of if operand.startswith("%stride") and operand not in constants]
+            if inner == "arith.muli" and (strides or not constants):
                 narrow.append(f"{name} = {' * '.join(of)}")
             ahead += [(x, line_of) for x in (of[:1] if inner in DIVISIONS else of[1:] if inner == "arith.select" else of)]
     return narrow

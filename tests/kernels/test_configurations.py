@@ -72,3 +72,21 @@ def test_a_launch_takes_what_is_configured(monkeypatch: pytest.MonkeyPatch) -> N
         "score_attention forward dot_tanh torch.float32 32 32 16 False",
     ]
     assert [*override] == ["unused", *asked]
+
+
+class LargeForward(dict[str, Any]):
+    """Forward passes with tiles of 128 rows, which row vectors of a backward pass are not padded to."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return {**default, "BLOCK_Q": 128} if key.startswith("score_attention forward ") else default
+
+
+def test_a_large_forward_tile_leaves_the_backward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_configurations, "OVERRIDES", LargeForward(unused={}))
+    inputs = [torch.randn(1, 1, n, 8, dtype=torch.float32).requires_grad_() for n in (150, 20, 20)]
+    mask = torch.randn(150, 20, dtype=torch.float32)  # with a float mask the backward pass finds the rows' statistics anew
+    found, formula = (
+        torch.autograd.grad(va.score_attention(*inputs, attn_mask=mask, backend=backend).square().sum(), inputs)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(found, formula, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import each
+from tests.ops.backends import each, on
 
 NAN, INF = float("nan"), float("inf")
 Call = Callable[[str], Any]
@@ -61,7 +61,28 @@ def calls() -> dict[str, Call]:
     found["relevancy_step, gradient of many rows"] = lambda b: va.relevancy_step(r.repeat(1, 9, 1), q, k, v, g_nan, backend=b)
     found["relevancy_step, float16 overflow"] = lambda b: va.relevancy_step(r, *half, overflow, backend=b)
     found["relevancy_attention, float16 overflow"] = lambda b: relevancy(*half, overflow, r, None, b)
+    pairs = torch.randn(4, 3, 8, generator=generator, device="cpu").to(device)
+    for aggregation in ("logsumexp", "max", "sum", "mean"):
+        for side in ("images", "captions"):
+            sides = {"images": pairs[:2], "captions": pairs[2:]}
+            sides[side] = with_value(sides[side], (0, 1, 2), NAN)
+            options = {"aggregation": aggregation}
+            found[f"stacked_cross_attention {aggregation}, {side}"] = lambda b, s=sides, o=options: similarity(s, o, b)
+    for kind in ("cacr", "iais_singular", "iais_distributed"):
+        found[f"congruence_loss {kind}"] = lambda b, kind=kind: congruence((q_nan, k), (v, g), kind, b)
     return found
+
+
+def similarity(sides: dict[str, Tensor], options: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
+    inputs = [x.clone().requires_grad_() for x in sides.values()]
+    out = va.stacked_cross_attention(*inputs, **options, backend=backend)
+    return out, *torch.autograd.grad(out.sum(), inputs)
+
+
+def congruence(text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], kind: str, backend: str) -> tuple[Tensor, ...]:
+    inputs = [x.clone().requires_grad_() for x in (*text, *image)]
+    loss = va.congruence_loss(tuple(inputs[:2]), tuple(inputs[2:]), kind=kind, backend=backend)
+    return loss, *torch.autograd.grad(loss, inputs)
 
 
 def relevancy(q: Tensor, k: Tensor, v: Tensor, g: Tensor, r: Tensor, mask: Tensor | None, backend: str) -> tuple[Tensor, ...]:
@@ -81,7 +102,7 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 NAMES = tuple(calls())
-WITH_CUDA = tuple(name for name in NAMES if name.startswith(("relevancy", "score_attention")))
+WITH_CUDA = tuple(name for name in NAMES if name.startswith(("relevancy", "score_attention", "congruence")))
 
 
 @each("name", streaming=NAMES, cpu=NAMES, triton=NAMES, cuda=WITH_CUDA)
@@ -98,3 +119,11 @@ def test_no_result_is_finite_where_the_formula_has_none(backend: str, name: str)
         if n == 0:
             more = ~torch.isfinite(got).all(-1) & torch.isfinite(formula).all(-1)
             assert not more.any(), f"result {n} is not finite in rows {more.nonzero().tolist()}"
+
+
+@on("streaming", "cpu", "triton")
+def test_the_largest_weight_of_a_row_of_nan_is_the_first(backend: str) -> None:
+    query = with_value(torch.randn(1, 1, 4, 8), (0, 0, 1, 2), NAN)
+    key = torch.randn(1, 1, 40, 8)
+    rows = [va.attention_statistics(query, key, backend=name).argmax[0, 0] for name in (backend, "reference")]
+    assert rows[0].equal(rows[1]) and rows[0][1] == 0
