@@ -154,7 +154,7 @@ def _backward_q_kernel(
         p_row_mass = p_mass + i_bh * N * G
         b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, FEW, SPLIT, PRECISION)
     if RECEIVED:
-        b_given = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        b_received = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for EDGE in tl.static_range(2):
             b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
             for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
@@ -166,11 +166,11 @@ def _backward_q_kernel(
                 b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
                 b_e = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
                 b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
-            b_given += tl.sum(b_sum, axis=1)
-        b_given *= b_maximum
-        b_sum_terms += b_w * b_given
+            b_received += tl.sum(b_sum, axis=1)
+        b_received *= b_maximum
+        b_sum_terms += b_w * b_received
         if WEIGHT:
-            tl.store(p_grad_weight + o_row, b_given, mask=m_row)
+            tl.store(p_grad_weight + o_row, b_received, mask=m_row)
     b_shift = -b_sum_terms
     if ENTROPY:
         b_shift += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
@@ -184,7 +184,7 @@ def _backward_q_kernel(
             if FOLDED:
                 b_s *= scale_log2
             b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
-            b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would be compared in 64 bits
+            b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would take more instructions
             b_ds = _grad_score(
                 b_s,
                 b_max,

@@ -62,7 +62,8 @@ def forward(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M) and, for `backward`, of_rows (2, B, H, N): each
-    row's largest logit, and the mean of logit - largest in base 2. Garbage for what `statistics` does not name."""
+    row's largest logit, without the scale unless FOLDED, and the mean of logit - largest in base 2. Garbage for what `statistics`
+    does not name."""
     rows = query.shape[:3]
     mass = query.new_empty((*rows, num_groups), dtype=torch.float32)
     entropy, maximum = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))

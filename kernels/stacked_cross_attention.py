@@ -147,13 +147,18 @@ def _sides(
 
 def _chunks(context: Side, query: Side) -> Iterator[tuple[slice, list[slice]]]:
     """Slices of the context sets, each with the slices of the query sets. They depend on shapes and the device's size alone."""
-    (num_x, m, _), (num_y, n, _) = context[0].shape, query[0].shape
-    most = _map_elements(context[0].device)
+    (num_x, size, _), (num_y, n, _) = context[0].shape, query[0].shape
+    m, most = _padded(size), _map_elements(context[0].device)
     step_x = _even(num_x, most // (m * max(m, num_y * n)))  # m for the Gram matrices
     step_y = _even(num_y, most // (m * step_x * n))
     tiles_y = [slice(y, min(y + step_y, num_y)) for y in range(0, num_y, step_y)]
     for x in range(0, num_x, step_x):
         yield slice(x, min(x + step_x, num_x)), tiles_y
+
+
+def _padded(size: int) -> int:
+    """How many contexts a set has in maps of alpha."""
+    return cdiv(size, 16) * 16
 
 
 def _map_elements(device: torch.device) -> int:
@@ -277,7 +282,7 @@ def _weights(
     dtype = queries.rows.dtype
     count, factor = _parts(dtype)
     split = dtype != torch.float32
-    shape = (len(queries.rows), contexts.sets, cdiv(contexts.size, 16) * 16)
+    shape = (len(queries.rows), contexts.sets, _padded(contexts.size))
     alpha = scores if split and keep is None else queries.new_map(*shape, dtype=keep or torch.float32)
     parts = queries.new_map(count, *shape, dtype=dtype) if split else alpha[None]
     _weights_kernel[(queries.sets * contexts.sets,)](
