@@ -16,7 +16,7 @@ static const int PARTS = 16 / VL;  // vectors of a group
 static const Size SHORT_SUM = 32;  // a sum over keys is one of sums of so many: equal terms would round the same way each time
 static const Size MOST_KEYS = 768;  // so many keys are one block, and each statistic of a row is at hand within it
 static const Size BLOCK_KEYS = 512;  // else they come in blocks of so many
-static const Size MOST_KEYS_OF_FEW = 32768;  // of up to GROUP rows so many logits are kept, 2 MB, where keys would be read again
+static const Size MOST_KEYS_OF_FEW = 32768;  // so many numbers of up to GROUP rows are kept, 2 MB, where keys would be read again
 
 struct Masks {
     const void* mask;  // bool (true = visible) or a number to add; null for none
