@@ -141,7 +141,7 @@ class Session:
         return {
             **{name: str(ROOT / "build" / folder) for name, folder in caches.items()},
             **os.environ,
-            "PYTHONPATH": str(TREE),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH")))),
             "VLATTN_TEST_DEVICE": self.device,
             **({"VLATTN_CUDA_LIBRARY": str(library)} if library.exists() else {}),
             "OMP_NUM_THREADS": "1",
