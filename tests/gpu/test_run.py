@@ -26,11 +26,12 @@ SELECT = r"attention_map( |$|/gradient[/,](?!llava))|test_device_guard"
 
 # racecheck ends the whole call the first time, as a machine that is taken away would
 SANITIZER = """#!/bin/sh
-echo "$2 $8 $9" >> "{log}"
-if [ "$2" = racecheck ] && mkdir "{log}.killed" 2>/dev/null; then kill -9 $PPID; sleep 1; fi
-test "$2" = synccheck && echo "1 race" && exit 9
-test "$2" = memcheck || exit 0
-shift 4
+tool="$2"
+echo "$@" >> "{log}"
+if [ "$tool" = racecheck ] && mkdir "{log}.killed" 2>/dev/null; then kill -9 $PPID; sleep 1; fi
+test "$tool" = synccheck && echo "1 race" && exit 9
+test "$tool" = memcheck || exit 0
+while [ "$1" != "{python}" ]; do shift; done
 exec "$@"
 """
 TABLE = """==PROF== Connected to process 7
@@ -153,8 +154,9 @@ def test_tests_go_on_where_they_were_killed(rehearsed):
     assert [*rows] == ["tests/kernels/test_device_guard.py 1 of 1", *sanitized]
     assert rows["tests/kernels/test_device_guard.py 1 of 1"]["tests"] > 10
     # every tool ran once, and the one that was cut a second time
-    tools = [line.split()[0] for line in (call.folder / "compute-sanitizer").read_text().splitlines()]
-    assert tools == ["memcheck", "racecheck", "racecheck", "initcheck", "synccheck"]
+    asked = (call.folder / "compute-sanitizer").read_text().splitlines()
+    assert [line.split()[1] for line in asked] == ["memcheck", "racecheck", "racecheck", "initcheck", "synccheck"]
+    assert ["--report-api-errors no" in line for line in asked] == [True, False, False, False, False]
     assert [name for name, row in rows.items() if not row["passed"]] == ["synccheck triton attention_map"]
     assert status == 1 and "FAILED" in said and "ended with 9: 1 race" in said
 
@@ -345,6 +347,24 @@ def test_it_builds_by_cmake_for_this_gpu_and_says_what_went_wrong(tree, tmp_path
     *_, configure, make = log.read_text().splitlines()  # the second time there was nothing to build
     assert f"-S {tmp_path} -B {library.parent}" in configure and "-DVLATTN_TARGETS=90a-real" in configure
     assert make.startswith(f"cmake --build {library.parent} --parallel") and log.read_text().count("--build") == 1
+
+
+def test_tools_are_found_where_they_are_installed(tmp_path, monkeypatch):
+    for folder in ("cuda/bin", "nsight/2025.3.1", "nsight/2025.1.0"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "nsight" / "readme").touch()
+    monkeypatch.setenv("CUDA_HOME", f"{tmp_path}/cuda")
+    expected = f"/bin:{tmp_path}/cuda/bin:{tmp_path}/nsight/2025.3.1:{tmp_path}/nsight/2025.1.0"
+    assert run.with_tools("/bin", f"{tmp_path}/nsight") == expected
+    monkeypatch.setenv("CUDA_HOME", f"{tmp_path}/none")
+    assert run.with_tools("/bin", f"{tmp_path}/none") == "/bin"
+
+
+def test_packages_that_were_brought_along_are_behind_the_tree(tree, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/tmp/site")
+    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site"
+    monkeypatch.delenv("PYTHONPATH")
+    assert tree.environment()["PYTHONPATH"] == str(session.TREE)
 
 
 def test_the_winners_are_written_to_the_table(tree, tmp_path, monkeypatch):
