@@ -386,6 +386,18 @@ def test_a_gpu_runs_more_variants(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext(asked.append("capture")))
+    modes = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waits(t):
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        _gpu.graphed(waits)({})
+    assert asked == ["wait"] and modes == [0, "error", 0]  # it is not captured
+    asked.clear()
     x = {"x": torch.zeros(1)}
     outputs = [made["triton, graph"](x)["output"] for _ in range(3)]
     assert asked == ["wait", "wait", "capture", "replay", "replay", "replay"]
