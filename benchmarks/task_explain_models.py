@@ -85,7 +85,9 @@ def _eager(model: Any, whole: Whole) -> Iterator[None]:
 
 def _model(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    return lively(whole.make(sizes), device, dtype)
+    with device:  # one thread of a CPU takes minutes to draw billions of weights
+        model = whole.make(sizes)
+    return lively(model, device, dtype)
 
 
 def _run(model: nn.Module, whole: Whole, t: Tensors) -> Tensor:

@@ -38,6 +38,9 @@ if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
             raise
     del os.environ["TRITON_INTERPRET"]
 
+with torch.device("cpu"):  # torch keeps which functions obey a default device at the first use: its own, not those of `_poison`
+    torch.empty(0)
+
 sys.path.insert(0, str(Path(__file__).parent))  # compare.py, in every import mode of pytest
 
 if hypothesis is not None:

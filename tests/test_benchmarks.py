@@ -409,6 +409,14 @@ def test_a_gpu_runs_more_variants(monkeypatch):
     assert seen == [False] and torch.backends.cuda.flash_sdp_enabled()
 
 
+def test_a_model_is_made_on_its_device(monkeypatch):
+    from vlattn_fast.benchmarks import task_explain_models
+
+    whole = task_explain_models.CLIP._replace(make=lambda sizes: torch.nn.Linear(sizes["C"], 1))
+    monkeypatch.setattr(task_explain_models, "lively", lambda model, device, dtype: model)
+    assert task_explain_models._model(whole, TINY, torch.device("meta"), torch.float32).weight.is_meta
+
+
 def test_a_variant_that_is_left_out_says_why():
     (benchmark,) = _choice.choose(["attention_map/attention/clip"])
     rows = {row["variant"]: row for row in measured(benchmark, left_out={"streaming": "it is wrong", "triton": "not there"})}
