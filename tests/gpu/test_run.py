@@ -18,7 +18,7 @@ from vlattn_fast.benchmarks import _rows
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.kernels import _configurations
 
-from tests.gpu import ncu, production, run, session, sweep
+from tests.gpu import ncu, production, run, session, sweep, worker
 from vlattn_fast import verify
 
 ROOT = Path(__file__).parents[2]
@@ -269,6 +269,12 @@ def test_the_sweep_goes_over_tiles_then_stages():
 
 def test_what_ncu_says_without_a_table_is_no_row():
     assert ncu.table("==ERROR== ERR_NVGPUCTRPERM\n") == {} and ncu.table(TABLE.rsplit("\n", 2)[0]) == {}
+
+
+def test_a_profile_without_kernels_is_no_profile(monkeypatch):
+    monkeypatch.setattr(production, "call_of", lambda *_: lambda: None)
+    monkeypatch.setattr(worker, "_profiled", lambda *_: {})
+    assert not worker.kernels({"call": "", "backend": "triton"}, "cuda")["passed"]
 
 
 @pytest.fixture
