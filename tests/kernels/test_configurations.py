@@ -17,7 +17,8 @@ NAME = "attention_map map attention torch.bfloat16 64 64 64 False"
 
 
 def test_without_measured_ones_the_table_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for measured in ({}, {"sm_90": {NAME: MEASURED}}):  # no GPU is in use
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # no GPU is in use
+    for measured in ({}, {"sm_90": {NAME: MEASURED}}):
         monkeypatch.setattr(_configurations, "MEASURED", measured)
         assert configuration("attention_map", "map", **FACTS) == TABLE
 
