@@ -284,6 +284,9 @@ def profile(run: Session) -> bool:
             verified &= UNVERIFIED not in doubt
         else:
             items.append(item)
+    if run.device == "cuda":  # each call once, to compile on all cores what is then timed by itself
+        run.run("ncu", [{**item, "part": "compile"} for item in items], run.worker, run.options.workers, stored=False)
+        run.close()
     done = run.run("ncu", items, run.worker) and verified
     known, times = run.known("ncu"), {}
     for item in items:

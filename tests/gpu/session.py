@@ -92,9 +92,11 @@ class Session:
             shutil.copy(STORED / name, path)
         self._rows.append(rows, path)
 
-    def run(self, part: str, items: Sequence[Item], executor: Callable[[], Execute], side_by_side: int = 1) -> bool:
+    def run(
+        self, part: str, items: Sequence[Item], executor: Callable[[], Execute], side_by_side: int = 1, stored: bool = True
+    ) -> bool:
         """Those whose rows are not known, in this order, on `side_by_side` threads with an executor each. Whether all are known
-        now."""
+        now. `stored` False: what they leave behind counts, and not their rows."""
         known = self.known(part)
         again = self.options.again
         waiting = [item for item in items if item["item"] not in known or (again and not known[item["item"]]["passed"])]
@@ -111,7 +113,8 @@ class Session:
                 if row is None:
                     cut.append(item)
                     return
-                self.store(part, {"item": item["item"], **row})
+                if stored:
+                    self.store(part, {"item": item["item"], **row})
                 if total > 1:
                     done = total - len(waiting)
                     failed = "" if row["passed"] else f"  FAILED: {row.get('problem', '')}"[:300]

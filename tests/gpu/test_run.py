@@ -324,6 +324,14 @@ def test_items_run_once_and_what_failed_again_on_request(tree):
         assert ran[-len(expected) or 3 :] == expected
 
 
+def test_what_is_not_stored_runs_where_no_row_is_known(tree):
+    tree.store("ncu", {"item": "a", "passed": True})
+    asked = []
+    items = [{"item": name, "part": "compile"} for name in "ab"]
+    assert tree.run("ncu", items, lambda: lambda item, seconds: asked.append(item) or {"passed": False}, 2, stored=False)
+    assert asked == [{"item": "b", "part": "compile"}] and tree.known("ncu").keys() == {"a"}
+
+
 def test_out_of_time_is_not_a_row(tree):
     tree._end = time.monotonic() + session.LEAST_LEFT + 0.5
     cut = tree.run("tests", [{"item": name} for name in "ab"], lambda: lambda item, seconds: None)
