@@ -391,6 +391,20 @@ def test_it_builds_by_cmake_for_this_gpu_and_says_what_went_wrong(tree, tmp_path
     assert make.startswith(f"cmake --build {library.parent} --parallel") and log.read_text().count("--build") == 1
 
 
+def test_without_the_library_the_rest_runs_and_runs_again_with_it(tree, monkeypatch, capsys):
+    monkeypatch.setattr(run, "lay_out_tree", lambda: None)
+    monkeypatch.setattr(run, "Session", lambda options: tree)
+    item = [{"item": "a"}]
+    monkeypatch.setattr(run, "PARTS", {"verify": lambda made: made.run("verify", item, lambda: lambda *_: {"passed": True})})
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--out", str(tree.options.out)])
+    for built, status, said in ((False, 1, "FAILED"), (False, 1, "FAILED"), (True, 0, "passed"), (True, 0, "passed")):
+        monkeypatch.setattr(run, "build", lambda *_, built=built: built)
+        with pytest.raises(SystemExit) as end:
+            run.main()
+        assert end.value.code == status and f"verify: {said}, 1 rows" in capsys.readouterr().out
+    assert len(json.loads((tree.options.out / "gpu-verify.json").read_text())) == 2
+
+
 def test_tools_are_found_where_they_are_installed(tmp_path, monkeypatch):
     for folder in ("cuda/bin", "nsight/2025.3.1", "nsight/2025.1.0"):
         (tmp_path / folder).mkdir(parents=True)
