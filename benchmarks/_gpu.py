@@ -42,8 +42,8 @@ def by_kernel(run: Run, kernel: SDPBackend) -> Run:
 
 @contextmanager
 def without_synchronising() -> Iterator[None]:
-    """Within it torch refuses to wait for the device. A capture in which it waits fails, and leaves torch's allocator as if it went
-    on: until torch 2.12 for the rest of the process."""
+    """Within it torch refuses to wait for the device. A capture in which it waits fails, and before torch 2.12 its allocator then
+    takes the capture for unfinished."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
