@@ -52,7 +52,7 @@ def test_scores_that_are_products_of_features(score):
     assert single.dtype == torch.float32 and error(single.double(), want, place, "gradient") < 1e-5
 
 
-@pytest.mark.parametrize("read", ["last", "mean", 3, -1, "weights"])
+@pytest.mark.parametrize("read", ["last", "mean", 3, -1, "weights", "weights of all"])
 def test_rows_that_are_read(read):
     model, inputs = stack("torch", "torch"), sequences()
     rows = {
@@ -61,13 +61,15 @@ def test_rows_that_are_read(read):
         3: one_hot(torch.tensor([3, 3]), 7),
         -1: one_hot(torch.tensor([6, 6]), 7),
         "weights": torch.rand(2, 7),
+        "weights of all": torch.rand(7).expand(2, 7),
     }
     inputs = {**inputs, "attention_mask": inputs["attention_mask"] if read == "last" else torch.ones(2, 7, dtype=torch.long)}
     row = rows[read].double()
     place = Place("blocks", row, inputs["attention_mask"])
     model, inputs["x"] = model.double(), inputs["x"].double()
     want = rows_of(model, inputs, lambda o: o[:, 1], {"tower0": place})["tower0"]
-    got = explain(model, inputs, read=row if read == "weights" else read, target=lambda o: o[:, 1]).relevancy["tower0"]
+    asked = {"weights": row, "weights of all": row[0]}.get(read, read)
+    got = explain(model, inputs, read=asked, target=lambda o: o[:, 1]).relevancy["tower0"]
     assert float((got - want).abs().max()) < 1e-6 * float(beside(want, place).abs().max())
 
 

@@ -39,11 +39,7 @@ def start_rows(tower: TowerTrace, read: Read | None, inputs: Mapping[str, Any], 
         raise ValueError(f"read must not name a row of tower '{tower.name}', which its pooling head reads; got {read!r}")
     if read is not None and not isinstance(read, (str, int)):
         weights = torch.as_tensor(read, dtype=rows.dtype, device=rows.device)
-        if (
-            weights.ndim not in (1, 2)
-            or weights.shape[-1] != count
-            or weights.shape[0] not in (count, batch, 1)[2 - weights.ndim :]
-        ):
+        if tuple(weights.shape) not in ((count,), (batch, count), (1, count)):
             raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(weights.shape)}")
         return rows + weights.reshape(-1, 1, count)
     if isinstance(read, int):
