@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 
 from vlattn_fast import scores
 from vlattn_fast.nn import ScoreAttention
@@ -117,6 +119,18 @@ def test_a_factory_makes_the_score():
     torch.testing.assert_close(made(x), plain(x))
     made(x).sum().backward()
     assert made.score.weight.grad is not None
+
+
+def test_parameters_that_torch_puts_something_before():
+    layer, x = ScoreAttention(8, 2, "general"), torch.randn(1, 4, 8)
+    whole = layer(x)
+    prune.l1_unstructured(layer.score, "weight", 0.5)
+    pruned = layer(x)
+    prune.remove(layer.score, "weight")
+    assert torch.equal(pruned, layer(x)) and not torch.equal(pruned, whole)
+    spectral_norm(layer.score, "weight")
+    layer(x).sum().backward()
+    assert layer.score.parametrizations.weight.original.grad is not None
 
 
 def test_parameters_are_those_of_the_score():

@@ -55,7 +55,8 @@ class LearnedScore(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self) -> scores.Score:
-        return self.make(**dict(self.named_parameters()), **self.options)
+        # by attribute, as pruning and parametrizations of torch put what they make of a parameter under its name
+        return self.make(**{name: getattr(self, name) for name in self.names}, **self.options)
 
 
 def make_score(
