@@ -43,6 +43,26 @@ def test_in_and_out_again(name: str) -> None:
     assert torch.equal(run(model, inputs), plain) and list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("name", ["BERT", "LXMERT"])
+def test_forwards_of_the_instances_come_back(name: str) -> None:
+    """As accelerate's hooks leave them: each forward is replaced on its module, and calls the one before."""
+    model, inputs = MODELS[name]()
+    model, calls = model.eval(), []
+    for module in model.modules():
+
+        def hooked(*args: Any, module: Any = module, **kwargs: Any) -> Any:
+            calls.append(module)
+            return module._old_forward(*args, **kwargs)
+
+        module._old_forward, module.forward = module.forward, hooked  # type: ignore[assignment]
+    plain = run(model, inputs)
+    count = len(calls)
+    with replace_attention(model, score="dot"):
+        assert not torch.equal(run(model, inputs), plain) and len(calls) > count
+    calls.clear()
+    assert torch.equal(run(model, inputs), plain) and len(calls) == count
+
+
 @pytest.mark.parametrize("score", [*FIXED, *LEARNED])
 def test_equals_the_formula(score: str) -> None:
     """BERT's last layer with each score, against the formula on its projections."""

@@ -167,7 +167,9 @@ def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
     setattr(module, REPLACED, score)
     module._attention_backend = backend  # type: ignore[assignment]
     if (forward := with_core(type(module), _by_hand)) is not None:
-        module.forward = types.MethodType(forward, module)
+        attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"  # which accelerate's hooks call
+        module._attention_forward = attribute, vars(module).get(attribute)  # type: ignore[assignment]
+        setattr(module, attribute, types.MethodType(forward, module))
         return
     _register()
     config = module.config
@@ -179,8 +181,12 @@ def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
 
 
 def _restore(module: nn.Module) -> None:
-    if "forward" in vars(module):
-        del module.forward
+    if hasattr(module, "_attention_forward"):
+        attribute, before = module._attention_forward  # type: ignore[misc]
+        delattr(module, attribute)
+        if before is not None:
+            setattr(module, attribute, before)
+        delattr(module, "_attention_forward")
     else:
         module.config = module._attention_config
         delattr(module, "_attention_config")
