@@ -342,6 +342,14 @@ def test_torchrun(models, many, tmp_path):
     check_all(models, out, rows)
 
 
+def test_lines_hold_what_parts_lines_elsewhere(tmp_path):
+    (tmp_path / store.SHARDS).mkdir()
+    writer, line = store.ShardWriter(tmp_path, 0), {"item": 0, "id": "a\u2028b", "text": ["c\x85d"], "error": "e"}
+    writer.fail(line)
+    writer.flush()
+    assert [lines for _, lines in store.finished(tmp_path)] == [[line]]
+
+
 def test_pieces_of_a_batch():
     """Fields of every form come apart as if each input had been explained alone, and survive as tensors and facts."""
     maps = tuple(torch.rand(*size) for size in ((2, 3), (3, 3), (3, 3), (4, 1)))

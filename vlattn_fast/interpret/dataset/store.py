@@ -81,8 +81,8 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
 def finished(directory: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Each shard that counts, by its name without an ending, and its lines."""
     for path in sorted((directory / SHARDS).glob("*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        yield path.stem, [json.loads(line) for line in lines]
+        with path.open(encoding="utf-8") as lines:  # splitlines() also parts at characters that stand in texts, as U+2028
+            yield path.stem, [json.loads(line) for line in lines]
 
 
 def clean(directory: Path) -> None:
