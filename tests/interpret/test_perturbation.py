@@ -14,7 +14,9 @@ import transformers  # noqa: E402
 
 import vlattn_fast as va  # noqa: E402
 from tests.interpret.cases import TEXT, lively  # noqa: E402
+from tests.interpret.encoder_cases import git, visual_bert  # noqa: E402
 from tests.interpret.evaluation_cases import made, rows  # noqa: E402
+from tests.interpret.test_linked import florence  # noqa: E402
 from vlattn_fast.interpret.perturbation import kept  # noqa: E402
 
 STEPS = [0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1]
@@ -228,6 +230,48 @@ def test_a_decoder_keeps_the_token_that_it_reads():
         logits = model(**text, pixel_values=single["pixel_values"]).logits[0, -1]
     (curve,) = (c for c in result.curves if c["part"] == "text")
     assert curve["mean"][1] == pytest.approx(float(logits.softmax(0)[7]), rel=1e-4)
+
+
+def test_regions_of_visual_bert_are_dropped():
+    case = visual_bert()
+    model, inputs = lively(case.model).eval(), {name: value[:1] for name, value in case.inputs.items()}  # two regions are padding
+    result = va.evaluate(model, [(inputs, 1, None)], tests=("insertion",), steps=[0, 1 / 3, 1])
+    (best,) = va.explain(model, inputs, target=1).regions[:, :3].argmax(-1, keepdim=True)
+    curve = []
+    for stay in ([], best, torch.arange(5)):
+        regions = {name: value[:, stay] for name, value in inputs.items() if name.startswith("visual_")}
+        with torch.no_grad():
+            curve.append(float(model(**{**inputs, **regions}).logits.softmax(-1)[0, 1]))
+    found = next(c for c in result.curves if c["part"] == "image")
+    assert found["mean"] == pytest.approx(curve, abs=1e-6)
+
+
+def test_a_decoder_is_read_behind_its_patches():
+    case = git()
+    model = lively(case.model).eval()
+    result = va.evaluate(model, [(case.inputs, 7, None)], tests=("deletion",), steps=[0, 1])
+    with torch.no_grad():
+        logits = model(**case.inputs).logits
+    whole = logits[[0, 1], [25, 22]].softmax(-1)[:, 7]  # 17 image tokens and 9 words, three of them padding in the second row
+    for curve in result.curves:
+        assert curve["mean"][0] == pytest.approx(float(whole.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("decoded", [None, 3, 20])
+def test_a_decoder_is_read_behind_an_encoder(decoded):
+    model, ids = florence(), torch.randint(3, 50, (2, 20))
+    ids[:, :13] = 59
+    inputs = {"pixel_values": torch.randn(2, 3, 24, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if decoded is not None:
+        inputs["decoder_input_ids"] = torch.randint(3, 50, (2, decoded))
+        inputs["decoder_attention_mask"] = torch.ones(2, decoded, dtype=torch.long)
+    result = va.evaluate(model, [(inputs, 7, None)], tests=("deletion",), steps=[0, 1])
+    start = {} if decoded is not None else {"decoder_input_ids": torch.full((2, 1), 2)}
+    fewer = {**inputs, **start, "input_ids": ids[:, :13], "attention_mask": inputs["attention_mask"][:, :13]}
+    with torch.no_grad():
+        curve = [float(model(**one).logits[:, -1].softmax(-1)[:, 7].mean()) for one in ({**inputs, **start}, fewer)]
+    found = next(c for c in result.curves if c["part"] == "text")
+    assert found["mean"] == pytest.approx(curve, rel=1e-4)
 
 
 def test_patches_of_qwen_are_merged_cells():

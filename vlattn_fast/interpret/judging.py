@@ -167,10 +167,12 @@ class Judge:
         logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, self._record.logits, None)
         if not isinstance(logits, Tensor):
             raise ValueError("target must be a callable(outputs) -> (B,) scores where the outputs have no logits; got none")
-        if self._record.score == "token":
-            shape = arguments["input_ids"].shape[:2]
-            position = last_real(self._record.towers[0].tokens, arguments, shape).to(logits.device)
-            if isinstance(kept := arguments.get("logits_to_keep"), Tensor):
+        if self._record.score == "token" and logits.ndim == 3:
+            # All logits have the length of the sequence, which may begin with patches, or be a decoder's behind an encoder.
+            kept = arguments.get("logits_to_keep")
+            shape = (arguments["input_ids"] if isinstance(kept, Tensor) else logits).shape[:2]
+            position = last_real(self._record.towers[0].tokens, arguments, (shape[0], shape[1])).to(logits.device)
+            if isinstance(kept, Tensor):
                 position = torch.searchsorted(kept.to(logits.device), position)
             logits = logits[torch.arange(len(logits), device=logits.device), position]
         if logits.ndim != 2:

@@ -16,6 +16,7 @@ from vlattn_fast.interpret.records import Family
 STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as LXMERT's perturbation test of Chefer et al. has
 _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
 _REGIONS = ("region_", "visual_", "masked_regions")
+_NO_WORDS = ("pixel", "decoder_", *_REGIONS)  # inputs that stay whole where words go, whatever their length
 
 Words = Callable[[Mapping[str, Any]], Tensor]
 
@@ -111,7 +112,7 @@ class Sample:
         stays[self.words[chosen]] = True
         inputs = dict(self.inputs)
         for name, value in inputs.items():
-            if isinstance(value, Tensor) and value.shape[:2] == shape and not name.startswith(("pixel", *_REGIONS)):
+            if isinstance(value, Tensor) and value.shape[:2] == shape and not name.startswith(_NO_WORDS):
                 inputs[name] = value[:, stays.to(value.device)]
         return inputs
 
@@ -149,7 +150,7 @@ def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
     removable = text if text is None or words is None else _asked(words, inputs, None if family is None else text)
     if family is None:
         text = removable
-    if removable is not None and family is not None and family.score == "token":
+    if removable is not None and family is not None and family.score == "token" and family.answers == "input_ids":
         # The token at the reading position asks the question; without it another one would be asked.
         last = last_real(family.towers[0].tokens, inputs, (removable.shape[0], removable.shape[1]))
         removable = removable.scatter(1, last[:, None].cpu(), False)
@@ -226,8 +227,8 @@ def _fit(pixels: Any, grids: list[tuple[int, int]], inputs: Mapping[str, Any]) -
 
 
 def _real_regions(inputs: Mapping[str, Any], row: int) -> Tensor | None:
-    for name, mask in (("region_features", "region_mask"), ("visual_feats", "visual_attention_mask")):
-        features, real = inputs.get(name), inputs.get(mask)
+    for name in ("region_features", "visual_feats", "visual_embeds"):
+        features, real = inputs.get(name), inputs.get("region_mask" if name == "region_features" else "visual_attention_mask")
         if isinstance(features, Tensor):
             return torch.arange(features.shape[1]) if real is None else real[row].bool().nonzero()[:, 0].cpu()
     return None
