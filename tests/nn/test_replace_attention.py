@@ -234,6 +234,15 @@ def test_weights_of_each_score(score: str, per_head: bool) -> None:
     torch.testing.assert_close(weights, out.detach(), rtol=1e-9, atol=1e-11)
 
 
+def test_weights_of_a_series_beside_padding() -> None:
+    """A series is fitted to the range of what can be seen."""
+    layer = ScoreAttention(12, 3, "additive", score_options={"method": "series", "tolerance": 1e-2})
+    visible = torch.tensor([[True, True, False]])
+    query, key = torch.randn(1, 4, 12), torch.randn(1, 3, 12).masked_fill(~visible[..., None], torch.nan)
+    weights = layer(query, key, key_mask=visible, need_weights=True)[1]
+    torch.testing.assert_close(weights[..., :2], layer(query, key[:, :2], need_weights=True)[1])
+
+
 def test_wrong_padding() -> None:
     layer, x = ScoreAttention(12, 3), torch.randn(2, 5, 12)
     for padding, error, words in (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlattn_fast import scores
 from vlattn_fast._checks import check_bool, check_choice, check_number, check_tensor, describe
-from vlattn_fast._tensors import as_dtype, autocast, resolve_scale, without_autocast
+from vlattn_fast._tensors import as_dtype, autocast, mask_padding, resolve_scale, without_autocast
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.score_attention import score_attention
 from vlattn_fast.streaming.attention_map import forward as streaming_map
@@ -184,6 +184,7 @@ class ScoreAttention(nn.Module):
     def _weights(self, query: Tensor, key: Tensor, score: scores.Score, masks: dict[str, Any]) -> Tensor:
         """The head mean (B, N, M) of the attention."""
         scale = resolve_scale(self.scale, score.default_scale(query.shape[-1]))
+        (key,) = mask_padding(masks["key_mask"], key, fill=score.masked_key)
         core = score.core(query, key)
         query, key, vector = autocast(core.query, core.key, core.vector)
         if core.kind == "dot":
