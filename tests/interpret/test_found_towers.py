@@ -76,7 +76,7 @@ def test_rows_that_are_read(read):
 # --- refused by name ---
 
 
-@pytest.mark.parametrize("kind", ["by hand", "a layer made on the way", "three dimensions"])
+@pytest.mark.parametrize("kind", ["by hand", "a layer made on the way", "three dimensions", "keywords"])
 @pytest.mark.parametrize("alone", [True, False])
 def test_attention_by_hand_is_named(kind, alone):
     model = stack(kind, kind) if alone else stack("torch", kind, "torch")

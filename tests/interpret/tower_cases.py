@@ -77,6 +77,8 @@ class Heads(nn.Module):
             return nn.Softmax(-1)(scores)
         if self.kind == "three dimensions":
             return torch.softmax(scores.flatten(0, 1), -1).view_as(scores)
+        if self.kind == "keywords":
+            return torch.softmax(input=scores, dim=-1)
         if self.kind == "exponentials":
             weights = (scores - scores.amax(-1, keepdim=True)).exp()
             return weights / weights.sum(-1, keepdim=True)

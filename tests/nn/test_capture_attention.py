@@ -128,6 +128,18 @@ def test_layers_of_torch(joint: bool, training: bool) -> None:
         torch.testing.assert_close(first.text[0], query.unflatten(-1, (4, 8)).transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
+def test_products_by_keywords() -> None:
+    class Attends(nn.Module):
+        def forward(self, text: Tensor) -> Tensor:
+            scores = torch.matmul(other=text.mT, input=2 * text)
+            return torch.softmax(input=scores, dim=-1) @ text
+
+    model, text = Attends(), torch.randn(2, 4, 5, 8)
+    with capture_attention(model) as seen:
+        model(text)
+    assert torch.equal(seen.text[0], 2 * text) and torch.equal(seen.text[1], text)
+
+
 def test_modality_by_names() -> None:
     model = Joined(joint=True)
     inputs = {"input_ids": torch.randint(99, (2, 5)), "features": torch.randn(2, 3, 20)}

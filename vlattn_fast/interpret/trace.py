@@ -143,8 +143,9 @@ class Trace(TorchFunctionMode):
         path = self._paths[-1]
         if getattr(func, "__name__", None) == "flex_attention" and path is not None and self._concerns(path):
             raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
-        if func in SOFTMAX and args[0].ndim > 2 and path is not None:
-            self.by_hand[path] = self.by_hand.get(path, False) or _is_map(args, kwargs)
+        if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
         result = func(*args, **kwargs)
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
         if calls:
@@ -398,9 +399,13 @@ def _is_checkpointed() -> bool:
     return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
 
 
-def _is_map(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Of a function of torch, by its place or by the name that all give it."""
+    return args[0] if args else kwargs["input"]
+
+
+def _is_map(scores: Tensor, dim: Any) -> bool:
     """Whether a softmax is over the keys of attention maps: (B, H, N, M) with several queries, or (B, N, N)."""
-    scores, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim")
     if dim not in (-1, scores.ndim - 1) or scores.shape[-2] == 1:
         return False
     return scores.ndim == 4 or (scores.ndim == 3 and scores.shape[1] == scores.shape[2])

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret.multihead import heads
-from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX
+from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, first_argument
 
 Pair = tuple[Tensor, Tensor]  # query (B, H, N, D), key (B, H, M, D)
 MODALITIES = ("text", "image")
@@ -167,9 +167,10 @@ class Watch(TorchFunctionMode):
             self._set(result, attends)
             return result
         if func in _PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
-            run.product = args[0], args[1], result.shape
+            right = args[1] if len(args) > 1 else kwargs["other" if "other" in kwargs else "mat2"]
+            run.product = first_argument(args, kwargs), right, result.shape
         elif func in SOFTMAX:
-            self._softmax(run, args[0])
+            self._softmax(run, first_argument(args, kwargs))
         kinds = self._kinds(args) | self._kinds(kwargs.values())
         if kinds:
             self._set(args[0] if result is None and args else result, kinds, also=True)
