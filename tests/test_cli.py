@@ -292,6 +292,11 @@ def test_verify_passes_and_counts():
     assert row in result.output and row.split()[0] == again[1].split()[1]
 
 
+def test_verify_runs_every_backend():
+    results = verify.verify(dtypes=(torch.float32,), operators=("attention_map",))
+    assert [result.backend for result in results] == list(cli.BACKENDS)
+
+
 def test_verify_fails_on_a_wrong_backend(monkeypatch):
     from vlattn_fast.streaming import attention_map
 

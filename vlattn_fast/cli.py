@@ -27,7 +27,7 @@ from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-BACKENDS = tuple(name for name in BACKEND_NAMES if name != "auto")
+BACKENDS = checks.BACKENDS
 _EXPLAIN_OPTIONS = ("model", "out", "image", "text", "method", "target", "answer", "generate", "dtype", "device", "dataset")
 MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
