@@ -251,5 +251,8 @@ def test_wrong_padding() -> None:
     ):
         with pytest.raises(error, match=words):
             layer(x, key_padding_mask=padding)
+    for mask in (torch.ones(5, 5, dtype=torch.int64), [[1.0] * 5] * 5):
+        with pytest.raises(TypeError, match="attn_mask must be"):
+            layer(x, key_padding_mask=torch.zeros(2, 5), attn_mask=mask)
     with pytest.raises(ValueError, match="key_mask must be None where key_padding_mask is given"):
         layer(x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool), key_mask=torch.ones(2, 5, dtype=torch.bool))

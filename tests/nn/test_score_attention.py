@@ -145,6 +145,7 @@ def test_parameters_are_those_of_the_score():
         ((0, 1), {}, "embed_dim must be a positive"),
         ((8, 2, "bilinear"), {}, "score must be one of"),
         ((8, 2, "dot"), {"score_options": {"activation": "tanh"}}, "belong to scores with parameters"),
+        ((8, 2, lambda *sizes: LearnedScore("general", *sizes)), {"score_options": {"projects": "query"}}, "have a name"),
         ((8, 2), {"dropout": 1.0}, "dropout must be"),
     ],
 )

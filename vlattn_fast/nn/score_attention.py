@@ -64,6 +64,8 @@ def make_score(
 ) -> nn.Module | str:
     """The score of a layer: a module where it has parameters, else its name. per_head says nothing of a score without any."""
     if not isinstance(score, str) and callable(score):
+        if options:
+            raise ValueError(f"score_options belong to scores that have a name; score is {describe(score)}")
         made = score(num_heads, head_dim)
         if not isinstance(made, nn.Module):
             raise TypeError(f"score must make a torch.nn.Module; got {describe(made)}")
@@ -229,6 +231,9 @@ def _without_padding(padding: Tensor, attn_mask: Tensor | None, key: Tensor) -> 
     added = padding[:, None, None]
     if attn_mask is None:
         return None, added
+    check_tensor("attn_mask", attn_mask, shape="that broadcasts to (B, H, N, M)")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask must be bool (True = may attend) or floating point (added); got {describe(attn_mask)}")
     if attn_mask.dtype == torch.bool:
         return None, added.expand(torch.broadcast_shapes(added.shape, attn_mask.shape)).masked_fill(~attn_mask, -torch.inf)
     return None, added + attn_mask
