@@ -23,7 +23,7 @@ def sdpa_attention(
     """torch's SDPA under the Hugging Face attention interface.
 
     query (B, H, N, D), key, value (B, H, M, D); attention_mask None or bool, broadcastable to (B, H, N, M), True = may be
-    attended; without one, module.is_causal says whether later keys are hidden. Returns (out (B, N, H, D), None): no weights
+    attended; without one, module.is_causal says whether later keys are masked. Returns (out (B, N, H, D), None): no weights
     are returned.
     """
     causal = bool(module.is_causal) and attention_mask is None
