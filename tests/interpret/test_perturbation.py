@@ -14,7 +14,7 @@ import transformers  # noqa: E402
 
 import vlattn_fast as va  # noqa: E402
 from tests.interpret.cases import TEXT, lively  # noqa: E402
-from tests.interpret.encoder_cases import git, visual_bert  # noqa: E402
+from tests.interpret.encoder_cases import git, vilt, visual_bert  # noqa: E402
 from tests.interpret.evaluation_cases import made, rows  # noqa: E402
 from tests.interpret.test_linked import florence  # noqa: E402
 from vlattn_fast.interpret.perturbation import kept  # noqa: E402
@@ -131,6 +131,23 @@ def test_boxes_of_lxmert_are_dropped_to_the_last():
         assert all(math.isfinite(value) for value in curve)
         found = next(c for c in result.curves if c["part"] == part)
         assert found["mean"] == pytest.approx(curve, abs=1e-6)
+
+
+def test_patches_of_a_padded_image_are_its_own():
+    case = vilt()  # the second image has 4 x 2 patches, and as much padding beside them
+    model, inputs = lively(case.model).eval(), {name: value[1:] for name, value in case.inputs.items()}
+    best = int(va.explain(model, inputs, target=1).image[0].argmax())
+    curve = []
+    for stay in ([], [best], range(8)):
+        pixels = torch.zeros_like(inputs["pixel_values"])
+        for y, x in (divmod(cell, 2) for cell in stay):
+            cell = ..., slice(6 * y, 6 * y + 6), slice(6 * x, 6 * x + 6)
+            pixels[cell] = inputs["pixel_values"][cell]
+        with torch.no_grad():
+            curve.append(float(model(**{**inputs, "pixel_values": pixels}).logits.softmax(-1)[0, 1]))
+    result = va.evaluate(model, [(inputs, 1, None)], tests=("insertion",), steps=[0, 1 / 8, 1])
+    found = next(c for c in result.curves if c["part"] == "image")
+    assert found["mean"] == pytest.approx(curve, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2"])

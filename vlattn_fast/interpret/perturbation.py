@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlattn_fast.interpret.boxes import grid_entries
 from vlattn_fast.interpret.inputs import last_real
@@ -102,7 +102,9 @@ class Sample:
                 for name, value in self.inputs.items()
             }
         stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
-        return {**self.inputs, "pixel_values": _masked(self.inputs["pixel_values"], self.grids or [], stays)}
+        pixels = self.inputs["pixel_values"]
+        sizes = _real_sizes(pixels, self.inputs)
+        return {**self.inputs, "pixel_values": _masked(pixels, sizes, self.grids or [], stays)}
 
     def _with_words(self, chosen: Tensor) -> dict[str, Any]:
         assert self.words is not None
@@ -124,14 +126,26 @@ def _blank(value: Any) -> Any:
     return torch.ones_like(value[:, :1]) if value.ndim == 2 else torch.zeros_like(value[:, :1])
 
 
-def _masked(pixels: Tensor, grids: list[tuple[int, int]], stays: Tensor) -> Tensor:
-    """Pixels (images, C, H, W), or patches (P, features) of all images in turn, with 0 where an entry does not stay."""
+def _real_sizes(pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Height and width of each image of pixels (images, C, H, W), without the padding that `pixel_mask` (images, H, W) tells."""
+    mask = inputs.get("pixel_mask")
+    if not isinstance(mask, Tensor):
+        return [(pixels.shape[-2], pixels.shape[-1])] * len(pixels)
+    return [(int(each[:, 0].sum()), int(each[0].sum())) for each in mask]
+
+
+def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int, int]], stays: Tensor) -> Tensor:
+    """Pixels (images, C, H, W), or patches (P, features) of all images in turn, with 0 where an entry does not stay.
+
+    Args:
+        sizes: height and width of each image, over which its grid lies.
+    """
     if pixels.ndim == 2:
         return pixels * stays.to(pixels).repeat_interleave(pixels.shape[0] // len(stays))[:, None]
-    height, width = pixels.shape[-2:]
     masks = []
-    for (h, w), part in zip(grids, stays.split([h * w for h, w in grids]), strict=True):
-        masks.append(part.view(h, w).repeat_interleave(height // h, 0).repeat_interleave(width // w, 1))
+    for (height, width), (h, w), part in zip(sizes, grids, stays.split([h * w for h, w in grids]), strict=True):
+        mask = part.view(h, w).repeat_interleave(height // h, 0).repeat_interleave(width // w, 1)
+        masks.append(nn.functional.pad(mask, (0, pixels.shape[-1] - width, 0, pixels.shape[-2] - height)))
     return pixels * torch.stack(masks).to(pixels)[:, None]
 
 
@@ -219,8 +233,7 @@ def _fit(pixels: Any, grids: list[tuple[int, int]], inputs: Mapping[str, Any]) -
         return inputs.get("image_grid_thw") is not None and pixels.shape[0] % sum(h * w for h, w in grids) == 0
     if pixels.ndim != 4 or pixels.shape[0] != len(grids):
         return False
-    height, width = pixels.shape[-2:]
-    for h, w in grids:
+    for (height, width), (h, w) in zip(_real_sizes(pixels, inputs), grids, strict=True):
         if height % h or width % w:
             raise ValueError(f"pixel_values must be a whole number of patches, {h} x {w}; got {height} x {width} pixels")
     return True
