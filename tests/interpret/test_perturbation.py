@@ -14,6 +14,7 @@ import transformers  # noqa: E402
 
 import vlattn_fast as va  # noqa: E402
 from tests.interpret.cases import TEXT, lively  # noqa: E402
+from tests.interpret.decoder_cases import pixtral  # noqa: E402
 from tests.interpret.encoder_cases import git, vilt, visual_bert  # noqa: E402
 from tests.interpret.evaluation_cases import made, rows  # noqa: E402
 from tests.interpret.test_linked import florence  # noqa: E402
@@ -148,6 +149,17 @@ def test_patches_of_a_padded_image_are_its_own():
     result = va.evaluate(model, [(inputs, 1, None)], tests=("insertion",), steps=[0, 1 / 8, 1])
     found = next(c for c in result.curves if c["part"] == "image")
     assert found["mean"] == pytest.approx(curve, abs=1e-6)
+
+
+def test_patches_of_padded_images_of_a_batch():
+    case = pixtral()  # 2 x 4 and 4 x 3 patches, padded to 4 x 4
+    model, inputs, seen = lively(case.model).eval(), case.inputs(), []
+    last = lambda model, inputs, target: SimpleNamespace(image=(torch.arange(8.0).view(2, 4), torch.arange(12.0).view(4, 3)))  # noqa: E731
+    hook = lambda module, args, kwargs: seen.append(kwargs["pixel_values"])  # noqa: E731
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    va.evaluate(model, [(inputs, 7, None)], methods={"last": last}, tests=("insertion",), steps=[0, 1 / 8], batch_size=1)
+    shown = [[(y // 8, x // 8) for y, x in (one[0, 0] != 0).nonzero().tolist()] for one in seen if len(one) == 1]
+    assert [sorted(set(cells)) for cells in shown] == [[], [(1, 3)], [], [(3, 2)]]
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2"])

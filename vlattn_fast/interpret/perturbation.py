@@ -127,11 +127,14 @@ def _blank(value: Any) -> Any:
 
 
 def _real_sizes(pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Height and width of each image of pixels (images, C, H, W), without the padding that `pixel_mask` (images, H, W) tells."""
-    mask = inputs.get("pixel_mask")
-    if not isinstance(mask, Tensor):
-        return [(pixels.shape[-2], pixels.shape[-1])] * len(pixels)
-    return [(int(each[:, 0].sum()), int(each[0].sum())) for each in mask]
+    """Height and width of each image of pixels (images, C, H, W), without the padding that `pixel_mask` (images, H, W) or
+    `image_sizes` (images, 2) tell."""
+    mask, sizes = inputs.get("pixel_mask"), inputs.get("image_sizes")
+    if isinstance(mask, Tensor):
+        return [(int(each[:, 0].sum()), int(each[0].sum())) for each in mask]
+    if isinstance(sizes, Tensor):
+        return [(height, width) for height, width in sizes.tolist()]
+    return [(pixels.shape[-2], pixels.shape[-1])] * len(pixels)
 
 
 def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int, int]], stays: Tensor) -> Tensor:
