@@ -88,10 +88,10 @@ def _library() -> ctypes.CDLL:
     # libtorch is loaded already; the functions of its C interface exist since torch 2.10
     suffix = "dylib" if sys.platform == "darwin" else "so"
     libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
-    loaded = library.load()
-    loaded.vlattn_set_threads(libtorch.torch_parallel_for, libtorch.torch_get_num_threads)
-    loaded.vlattn_instruction_sets.restype = ctypes.c_char_p
-    return loaded
+    set_threads = library.function("vlattn_set_threads", None, ctypes.c_void_p, ctypes.c_void_p)
+    set_threads(libtorch.torch_parallel_for, libtorch.torch_get_num_threads)
+    library.function("vlattn_instruction_sets", ctypes.c_char_p)
+    return library.load()
 
 
 def _available() -> list[str]:

@@ -122,6 +122,13 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
     assert "RuntimeError: the CPU kernels cannot be loaded (install vlattn_fast again): " in done.stdout
 
 
+def test_another_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "library", _native.find(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    for remembered in (_native._library, _native.instruction_set):
+        monkeypatch.setattr(_native, remembered.__name__, remembered.__wrapped__)
+    assert "libtorch_cpu.so has no vlattn_set_threads: it does not fit this vlattn_fast" in _native.state()
+
+
 def test_no_torch_in_it() -> None:
     """It serves every version of torch, and can be built without one."""
     if shutil.which("readelf") is None:
