@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -138,6 +139,26 @@ def test_products_by_keywords() -> None:
     with capture_attention(model) as seen:
         model(text)
     assert torch.equal(seen.text[0], 2 * text) and torch.equal(seen.text[1], text)
+
+
+def test_captures_that_overlap_leave_the_fast_path_as_it_was() -> None:
+    first, second = (capture_attention(Joined(joint=True)) for _ in range(2))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with second:
+            entered.set()
+            left.wait(60)
+
+    thread = threading.Thread(target=other)
+    with first:
+        thread.start()
+        entered.wait(60)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    left.set()
+    thread.join()
+    assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
 def test_modality_by_names() -> None:

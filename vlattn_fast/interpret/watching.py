@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from vlattn_fast.interpret._override import overridden
 from vlattn_fast.interpret.multihead import heads
 from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, first_argument
 
@@ -62,6 +63,21 @@ class _Running:
     calls: list[int] = field(default_factory=list)
 
 
+class _FastPath:
+    """torch's switch for all threads as an attribute, which `overridden` counts."""
+
+    @property
+    def enabled(self) -> bool:
+        return torch.backends.mha.get_fastpath_enabled()
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        torch.backends.mha.set_fastpath_enabled(value)
+
+
+_FAST_PATH = _FastPath()
+
+
 class Watch(TorchFunctionMode):
     """Sees one model's forward passes.
 
@@ -92,8 +108,8 @@ class Watch(TorchFunctionMode):
 
     def __enter__(self) -> Watch:
         self._thread = threading.get_ident()
-        self._fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it hides the attention of nn.MultiheadAttention in eval mode
+        self._slow = overridden([(_FAST_PATH, "enabled", False)])  # it hides the attention of nn.MultiheadAttention in eval mode
+        self._slow.__enter__()
         self._handles: list[Any] = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for module in self._model.modules():
             if not isinstance(module, (nn.Softmax, nn.Dropout)):  # whoever asks takes the softmax
@@ -103,7 +119,7 @@ class Watch(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.backends.mha.set_fastpath_enabled(self._fast)
+        self._slow.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
         self._forget()
