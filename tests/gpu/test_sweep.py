@@ -1,0 +1,33 @@
+"""The sweep compiles ahead, on all cores, what it then launches."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# what Triton compiles a launch for, ahead and then as it is timed and checked; ends with 1 where something was not compiled ahead
+AHEAD = """
+import torch
+from triton.runtime.jit import JITFunction
+from tests.gpu import production, sweep
+from vlattn_fast import verify
+
+def note(kernel, *args, grid, warmup, **kwargs):
+    if kernel.fn.__name__ in hot.kernels:
+        seen.add(str(kernel.device_caches[90][-1](*args, **kwargs)[1]))
+
+JITFunction.run = note
+for number in (0, 2):
+    hot, seen = production.HOTTEST[number], set()
+    sweep.compile_one(number, None, 90)
+    ahead, seen = seen, set()
+    production.call_of(hot.benchmark, "triton", "cpu", batch=32)()
+    case = production.case_named("cuda", hot.operator, *hot.check)
+    verify._run(case, case.in_dtype(torch.bfloat16), "triton")
+    assert len(seen) == 2 and seen == ahead, (hot.key, ahead, seen)
+"""
+
+
+def test_the_sweep_compiles_ahead_what_is_timed_and_what_is_checked():
+    done = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
