@@ -195,7 +195,7 @@ static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, fl
             for (Size n = 0; n < some * w; n += VL) {
                 float* s = S + j * w + n;
                 const Vector x = load(tile + n);
-                store(s, m.dtype == BOOL ? (x < Vector{} ? masked : load(s)) : load(s) + x);
+                store(s, x == masked ? masked : load(s) + x);  // Inf and NaN plus -Inf would be NaN
             }
         }
     }

@@ -155,3 +155,27 @@ def test_nan_in_a_mask_reaches_relevancy(backend: str) -> None:
         assert out.isnan().any(-1).all((0, 1)).nonzero().flatten().tolist() == [5]
         of_start, of_value = torch.autograd.grad([out, carrier], [start, value], [grad, torch.eye(ROWS)[5][None, None]])
         assert of_start.isnan().any() and of_value.isnan().any()
+
+
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf, 3e38), ids=str)
+@on("reference", "streaming", "cpu", "triton")
+def test_minus_infinity_masks_what_is_not_finite(backend: str, bad: float) -> None:
+    """A masked pair is not there, whatever its score is: Inf, NaN, or too large for float32."""
+    tensors, visible = inputs(torch.float32), torch.ones(ROWS, KEYS, dtype=torch.bool)
+    visible[:, 7] = False
+    tensors["key"][0, 0, 7] = bad
+    mask = torch.where(visible, 0.5, -torch.inf)
+    without = torch.arange(KEYS) != 7
+    rest = {name: x if name == "query" else x[:, :, without] for name, x in tensors.items()}
+    query, key = tensors["query"], tensors["key"]
+    want = va.reference.score_attention(**rest)
+    for each_mask in (mask, visible):
+        options = {"attn_mask": each_mask, "backend": backend}
+        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        out = va.score_attention(**leaves, **options, return_lse=True)[0]
+        torch.testing.assert_close(out.detach(), want)
+        (grad,) = torch.autograd.grad(out.sum(), leaves["value"])
+        torch.testing.assert_close(grad.sum(2), torch.full((2, 2, SIZE), float(ROWS)))
+        torch.testing.assert_close(va.attention_map(query, key, **options).sum(-1), torch.ones(2, ROWS))
+        statistics = va.attention_statistics(query, key, **options)
+        assert all(torch.isfinite(x).all() for x in statistics if x is not None)

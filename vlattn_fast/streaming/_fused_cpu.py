@@ -30,7 +30,8 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
     small = masks.key_mask is None or mask_is_small(
         joined_mask_elements(query, key, masks.attn_mask, masks.key_mask, False), query.numel()
     )
-    return small and (masks.attn_mask.dtype == torch.bool or _is_exact(masks.attn_mask, _mask_dtype(query)))
+    exact = masks.attn_mask.dtype == torch.bool or _is_exact(masks.attn_mask, _mask_dtype(query))
+    return small and exact and _is_finite(query, key, scale)
 
 
 def runs_backward(query: Tensor, lse: Tensor) -> bool:
@@ -88,6 +89,13 @@ def _is_exact(mask: Tensor, dtype: torch.dtype) -> bool:
     if mask.numel() and not bool(mask.amax() < torch.inf):
         return False
     return torch.promote_types(mask.dtype, dtype) == dtype or torch.equal(mask.to(dtype).to(mask.dtype), mask)
+
+
+def _is_finite(query: Tensor, key: Tensor, scale: float) -> bool:
+    """Whether no score is Inf or NaN, by a bound: the kernel adds -inf to what is masked, which would make NaN of it."""
+    (low_q, high_q), (low_k, high_k) = (map(float, x.aminmax()) for x in (query, key))
+    largest = max(-low_q, high_q) * max(-low_k, high_k) * query.shape[-1] * max(1.0, abs(scale))
+    return largest < torch.finfo(compute_dtype(query)).max
 
 
 def _additive(query: Tensor, key: Tensor, masks: Masks) -> Tensor | None:

@@ -59,7 +59,10 @@ class Masks:
         """
         if self.attn_mask is not None:
             mask = self.attn_mask.expand(shape)[b, h, i]
-            score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else add_mask(score, mask)
+            if mask.dtype == torch.bool:
+                score = score.masked_fill(~mask, -torch.inf)
+            else:  # Inf and NaN plus -inf would be NaN
+                score = add_mask(score, mask).masked_fill_(torch.isneginf(mask), -torch.inf)
         if self.key_mask is not None:
             score = score.masked_fill(~self.key_mask[b, None, None, :], -torch.inf)
         if self.is_causal:
