@@ -117,6 +117,16 @@ def test_by_hand_and_one_half_where_both_are_zero() -> None:
         torch.testing.assert_close(gd, r * torch.tensor(b))
 
 
+@pytest.mark.parametrize("weighting", ("contribution", "norm"))
+def test_nan_stays_nan(weighting: str) -> None:
+    x, o = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    x[0, 1, 2] = torch.nan
+    c, d = carriers()
+    outputs = va.relevancy_residual(x.requires_grad_(), o, c, d, weighting=weighting)
+    for grad in torch.autograd.grad(outputs, (c, d), (torch.ones_like(x), torch.ones_like(c))):
+        assert grad.isnan().tolist() == [[[False, True, False]] * c.shape[1]]
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_half_precision_weights_are_taken_in_float32(dtype: torch.dtype) -> None:
     """g x of 300 * 300 overflows float16; the carrier stays float32."""

@@ -117,5 +117,5 @@ def residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: 
     else:
         by_residual, by_branch = x.norm(dim=-1), o.norm(dim=-1)
     total = by_residual + by_branch
-    a = torch.where(total > 0, by_residual / torch.where(total > 0, total, 1.0), 0.5)
+    a = torch.where(total == 0, 0.5, by_residual / torch.where(total == 0, 1.0, total))  # NaN stays NaN
     return a, 1 - a
