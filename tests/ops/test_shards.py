@@ -170,6 +170,24 @@ def refused() -> dict[str, Tensor]:
     return {}
 
 
+def one_of_each() -> dict[str, Tensor]:
+    """A batch of one over two processes, of which the second has none of it, and one head."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    for dim in (0, 1):
+        x = {name: tensor.narrow(dim, 0, 1) for name, tensor in tensors().items() if name != "grad_output"}
+        key_mask = KEY_MASK.narrow(0, 1, 1) if dim == 0 else KEY_MASK
+        divided = {name: distribute_tensor(tensor, mesh, [Shard(dim)]) for name, tensor in x.items()}
+        options = {"key_mask": distribute_tensor(key_mask, mesh, [Replicate()])}
+        outputs = results(va.score_attention, {**divided, **options}, tuple(x))
+        found |= {f"{dim}|{name}": output.full_tensor() for name, output in outputs.items()}
+        outputs = results(va.score_attention, {**x, "key_mask": key_mask}, tuple(x))
+        found |= {f"{dim}|{name}|whole": output for name, output in outputs.items()}
+    return found
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     return results_of(__name__, "on_two_ranks", tmp_path_factory.mktemp("ranks"))
@@ -185,3 +203,9 @@ def test_a_divided_call_gives_what_the_whole_one_gives(name: str, way: str, rank
 
 def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
     results_of(__name__, "refused", tmp_path)
+
+
+def test_a_batch_of_one_and_one_head(tmp_path: Path) -> None:
+    for found in results_of(__name__, "one_of_each", tmp_path):
+        for name in (name for name in found if f"{name}|whole" in found):
+            torch.testing.assert_close(found[name], found[f"{name}|whole"], rtol=1e-10, atol=1e-10)

@@ -80,8 +80,8 @@ class Shards:
         placements: list[Any] = []
         of_gradient: list[Any] = []
         for kind, placement, size in zip(self.kinds, x.placements, self.mesh.shape, strict=True):
-            dim = {"batch": dims[0], "heads": dims[1], "whole": None}[kind]
-            cut = dim is not None and x.ndim >= -dim and x.shape[dim] != 1
+            dim, of_first = {"batch": (dims[0], self.dims[0]), "heads": (dims[1], self.dims[1])}.get(kind, (None, None))
+            cut = dim is not None and x.ndim >= -dim and (x.shape[dim] != 1 or self.first.shape[of_first] == 1)
             wanted: Any = Shard(x.ndim + dim) if cut and dim is not None else Replicate()
             normal = Shard(placement.dim % x.ndim) if placement.is_shard() else placement
             if normal not in (wanted, Replicate()):
