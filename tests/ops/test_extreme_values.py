@@ -115,6 +115,20 @@ def test_cosine_of_one_entry_has_no_gradient(backend: str) -> None:
     assert not any(bool(grad.any()) for grad in grads)
 
 
+@on(*BACKENDS)
+def test_cosine_without_a_clamp_beside_padding(backend: str) -> None:
+    """With eps = 0 a zero key has no score, and what the formula writes into padding is no zero."""
+    tensors = cosine_inputs(torch.float32, 1.0)
+    inputs = [x.requires_grad_() for x in tensors.values()]
+    key_mask = torch.ones(2, 13, dtype=torch.bool)
+    key_mask[:, 9:] = False
+    out = va.score_attention(*inputs, score=S.Cosine(0.0), key_mask=key_mask, backend=backend)
+    real = [inputs[0], *(x[:, :, :9] for x in inputs[1:])]
+    want = va.reference.score_attention(*real, score=S.Cosine(0.0))
+    for got, right in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True):
+        torch.testing.assert_close(got, right)
+
+
 @pytest.mark.parametrize("size", (1e-5, 1e-4, 3e-4, 1.0))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @on(*BACKENDS)

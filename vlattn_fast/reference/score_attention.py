@@ -32,9 +32,9 @@ def score_attention(
     return_lse: bool = False,
 ) -> Any:
     """The formula behind vlattn_fast.score_attention; the same arguments and shapes, without `backend`."""
-    num_heads = query.shape[1]
-    key, value = (expand_heads(x, num_heads) for x in mask_padding(key_mask, key, value))
     score = scores.resolve(score)
+    padded = *mask_padding(key_mask, key, fill=score.masked_key), *mask_padding(key_mask, value)
+    key, value = (expand_heads(x, query.shape[1]) for x in padded)
     logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score_map(score, query, key)
     prob, lse = attend(logits, attn_mask, key_mask, is_causal)
     out = F.dropout(prob, dropout_p) @ value
