@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.ops.backends import each
 from tests.ops.every_call import gradients, leaves, outputs_of
 from vlattn_fast import scores as S
 
@@ -107,3 +108,21 @@ def test_as_the_formula(name: str, empty: str) -> None:
             assert a.shape == b.shape and a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
             assert not a.isnan().any()
+
+
+WITHOUT_HEADS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "additive": ("query key value", additive),
+    "relevancy": ("query key value carrier", CALLS["relevancy"][1]),
+    "statistics": ("query key", lambda x, **options: va.attention_statistics(**x, **options)),
+}
+
+
+@each("name", streaming=WITHOUT_HEADS, cpu=WITHOUT_HEADS, triton=WITHOUT_HEADS, cuda=("additive", "relevancy"))
+def test_keys_that_no_query_head_shares(backend: str, name: str) -> None:
+    """0 query heads share 2 key heads: the gradients of keys and values are zero."""
+    names, call = WITHOUT_HEADS[name]
+    made = randn({**SIZES, "H": 0, "G": 2}, query="BHND", key="BGND", value="BGND", carrier="BTN")
+    x = leaves({each_name: made[each_name] for each_name in names.split()})
+    outputs = outputs_of(call(x, enable_gqa=True, backend=backend))
+    for grad in gradients(outputs, x)[:3]:
+        assert not grad.any()

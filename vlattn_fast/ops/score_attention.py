@@ -255,8 +255,13 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, args[-1]).backward(*args[:-1])
-    grads = [as_gradient(grad, x) for grad, x in zip((grad_q, grad_k, grad_v), args[2:5], strict=True)]
+    query, key, value, vector = (*args[2:5], args[7])
+    if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
+        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (query, key, value))
+        grad_vector = None if vector is None else torch.zeros_like(vector)
+    else:
+        grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, args[-1]).backward(*args[:-1])
+    grads = [as_gradient(grad, x) for grad, x in zip((grad_q, grad_k, grad_v), (query, key, value), strict=True)]
     return grads[0], grads[1], grads[2], grad_q.new_empty(0) if grad_vector is None else grad_vector
 
 
