@@ -167,6 +167,9 @@ def refused() -> dict[str, Tensor]:
             operator(**arguments)
     with pytest.raises(ValueError, match="key must"):
         va.attention_map(by_heads["query"], one_head["key"])
+    first = distribute_tensor(x["query"][:, :1], mesh, [Shard(1)])  # the second process has none of it, and both raise
+    with pytest.raises(ValueError, match="query must have heads for every process that shares them"):
+        va.attention_map(first, first)
     return {}
 
 

@@ -28,6 +28,7 @@ def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
         weights = {name: _part_of(x[name], shards.share) for name in ("residual_weight", "attention_weight")}
         return call(**{**x, **weights})
     _check_backend(x)
+    shards.check_heads()
     out, _ = call(**{**x, "row_normalize": False})
     return _Normalized.apply(out, x["carrier"], x, shards)
 
@@ -40,6 +41,7 @@ def step(call: Callable[..., Any], shards: Shards, x: Local) -> Tensor:
     found = call(**{**x, "row_normalize": False}) * shards.share
     if x["row_normalize"]:
         _check_backend(x)
+        shards.check_heads()
         rows = x["relevancy"]
         found = _normalized(rows, x, x["grad_output"], shards).to(rows.dtype)
     return shards.over_heads(found)

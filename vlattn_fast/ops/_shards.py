@@ -64,6 +64,15 @@ class Shards:
         dim = self.dims[1]
         return 1.0 if dim is None else self.first.to_local().shape[dim] / self.first.shape[dim]
 
+    def check_heads(self) -> None:
+        """Each process has a head: where maps are reduced over heads, one without would raise while the others wait for it."""
+        fewest = self.first.shape[self.dims[1]]
+        for kind, processes in zip(self.kinds, self.mesh.shape, strict=True):
+            if kind == "heads":  # torch makes equal parts, of which the last have less
+                fewest = max(0, fewest - (processes - 1) * -(-fewest // processes))
+        if fewest == 0:
+            raise ValueError(f"{self.name} must have heads for every process that shares them; got {_shown(self.first)}")
+
     def local(self, name: str, x: Any, dims: Dims) -> Tensor:
         """This process's part of `x`.
 

@@ -24,9 +24,10 @@ HEAD_REDUCTIONS = ("mean", "max", "min")
 
 def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:
     """On this process's heads; then reduced over all of them."""
-    found = call(**{**x, "row_normalize": x["row_normalize"] if not shards.by_heads else False})
     if not shards.by_heads:
-        return found
+        return call(**x)
+    shards.check_heads()
+    found = call(**{**x, "row_normalize": False})
     mean = x["head_reduction"] == "mean"
     found = shards.over_heads(found * shards.share if mean else found, "sum" if mean else x["head_reduction"])
     check_bool(row_normalize=x["row_normalize"])
