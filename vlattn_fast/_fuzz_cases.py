@@ -351,9 +351,7 @@ def draw_stacked_cross_attention(dice: Dice, dtype: torch.dtype) -> Draw:
     regions, words, features = dice.pick("R", LENGTHS[:18]), dice.pick("T", LENGTHS[:15]), dice.pick("D", DIMS)
     options: dict[str, Any] = {
         "direction": dice.pick("direction", ("t2i", "i2t")),
-        "first_norm": dice.pick(
-            "first_norm", ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
-        ),
+        "first_norm": dice.pick("first_norm", FIRST_NORMS),
         "smooth": dice.pick("smooth", (9.0, 4.0, 1.0)),
         "aggregation": dice.pick("aggregation", ("logsumexp", "sum", "mean")),
         "lambda_lse": dice.pick("lambda_lse", (6.0, 1.0)),
