@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlattn_fast import scores
 from vlattn_fast._tensors import compute_dtype
+from vlattn_fast.reference.stacked_cross_attention import FIRST_NORMS
 
 Tensors = dict[str, Tensor]
 
@@ -51,7 +52,6 @@ MASKS = (
     "bool and key",
     "float and key and causal",
 )
-FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
 PAIRS = 1 << 15  # of query and key over batch and heads, at most
 FEW_PAIRS = 1 << 12  # where kernels are interpreted or emulated
 

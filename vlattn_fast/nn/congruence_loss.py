@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from vlattn_fast._checks import check_choice, check_number
 from vlattn_fast.nn.capture_attention import AttentionCapture, CapturedLayer
-from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, congruence_loss
+from vlattn_fast.ops.congruence_loss import congruence_loss
+from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS
 
 SCHEDULES = ("linear", "exp", "log", "const")
 

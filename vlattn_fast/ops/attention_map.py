@@ -16,10 +16,9 @@ from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_d
 from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
+from vlattn_fast.reference.attention_map import HEAD_REDUCTIONS, RULES
 
 BACKENDS = table("attention_map")
-RULES = ("attention", "gradient")
-HEAD_REDUCTIONS = ("mean", "max", "min")
 
 
 def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:

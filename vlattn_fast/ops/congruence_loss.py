@@ -16,7 +16,7 @@ from vlattn_fast._tensors import autocast, resolve_scale, scaled_dot_default
 from vlattn_fast.cpu.congruence_loss import maps_shape
 from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
-from vlattn_fast.reference.congruence_loss import block_inputs
+from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs
 
 
 def _triton_refusals(call: Call) -> list[str]:
@@ -35,9 +35,6 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
 
 
 BACKENDS = table("congruence_loss", _triton_refusals, _cuda_limits)
-KINDS = ("cacr", "iais_singular", "iais_distributed")
-DIRECTIONS = ("text", "image", "both")
-REDUCTIONS = ("mean", "none")
 
 
 def congruence_loss(

@@ -42,6 +42,7 @@ from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
+from vlattn_fast.reference.relevancy_attention import RULES
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -60,7 +61,6 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
 
 
 BACKENDS = table("relevancy_attention", cuda=_cuda_limits)
-RULES = ("gradient", "attention")
 _INPUTS = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
 _WEIGHED = {"carrier": ROWS, "residual_weight": TOKENS, "attention_weight": TOKENS}
 _STEPS = {"relevancy": ROWS, "grad_output": ATTENTION, "lse": PER_ROW}

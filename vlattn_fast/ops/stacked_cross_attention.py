@@ -14,6 +14,7 @@ from vlattn_fast._checks import check_choice, check_device, check_floating, chec
 from vlattn_fast._tensors import autocast, without_autocast
 from vlattn_fast.ops._dispatch import Call, described, load, select, table, triton_refusals
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 
 
 def _triton_refusals(call: Call) -> list[str]:
@@ -24,9 +25,6 @@ def _triton_refusals(call: Call) -> list[str]:
 
 
 BACKENDS = table("stacked_cross_attention", _triton_refusals)
-DIRECTIONS = ("t2i", "i2t")
-FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
-AGGREGATIONS = ("logsumexp", "max", "sum", "mean")
 
 
 def stacked_cross_attention(

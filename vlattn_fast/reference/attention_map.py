@@ -9,8 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlattn_fast._checks import check_choice
 from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.reference._softmax import attend
+
+RULES = ("attention", "gradient")
+HEAD_REDUCTIONS = ("mean", "max", "min")
 
 
 def attention_map(
@@ -31,12 +35,15 @@ def attention_map(
 ) -> Tensor:
     """The formula behind vlattn_fast.attention_map; the same arguments and shapes, without `backend`. The log-sum-exp is
     recomputed; `lse` is not read."""
+    check_choice("rule", rule, RULES)
+    check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     per_head, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B, H, N, M)
     if rule == "gradient":
-        assert value is not None and grad_output is not None
+        if value is None or grad_output is None:
+            raise ValueError("value and grad_output must be given for rule='gradient'; got None")
         (value,) = mask_padding(key_mask, value)
         value = expand_heads(value, query.shape[1])
         per_head = torch.relu(per_head * (grad_output @ value.mT))  # dA = dO V^T

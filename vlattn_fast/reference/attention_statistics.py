@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlattn_fast._checks import check_names
 from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.reference._softmax import attend
 
@@ -52,6 +53,8 @@ def attention_statistics(
     enable_gqa: bool = False,
 ) -> AttentionStatistics:
     """The formulas behind vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
+    names = AttentionStatistics._fields
+    asked = names if statistics is None else check_names("statistics", statistics, names)
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
@@ -73,4 +76,4 @@ def attention_statistics(
         maximum, argmax = prob.sum(-1), torch.full_like(prob.sum(-1), -1, dtype=torch.int64)
     dtype = torch.promote_types(prob.dtype, torch.float32)
     found = mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)
-    return chosen_statistics(found, AttentionStatistics._fields if statistics is None else statistics)
+    return chosen_statistics(found, asked)

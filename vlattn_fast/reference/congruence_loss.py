@@ -13,9 +13,13 @@ import math
 import torch
 from torch import Tensor
 
+from vlattn_fast._checks import check_choice
 from vlattn_fast._tensors import mask_padding, resolve_scale, scaled_dot_default
 
 EPSILON = 1e-6  # in the logarithms of iais_distributed
+KINDS = ("cacr", "iais_singular", "iais_distributed")
+DIRECTIONS = ("text", "image", "both")
+REDUCTIONS = ("mean", "none")
 
 
 def congruence_loss(
@@ -31,6 +35,9 @@ def congruence_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """The formula behind vlattn_fast.congruence_loss; the same arguments and shapes, without `backend`."""
+    check_choice("kind", kind, KINDS)
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     queries, keys = block_inputs(text, image, cross, text_mask, image_mask)
     (batch, num_heads, L, head_dim), V = queries[0].shape, queries[1].shape[2]
     text_tokens = text_mask if text_mask is not None else queries[0].new_ones(batch, L, dtype=torch.bool)

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast._checks import check_choice
 from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.reference._softmax import attend
+
+RULES = ("gradient", "attention")
 
 
 def relevancy_attention(
@@ -31,6 +34,7 @@ def relevancy_attention(
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, carrier). In the backward pass the carrier's cotangent r becomes r * a + (r * b) Abar."""
+    check_choice("rule", rule, RULES)
     key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key, value))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
@@ -56,6 +60,7 @@ def relevancy_step(
     enable_gqa: bool = False,
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M). The log-sum-exp is recomputed; `lse` is not read."""
+    check_choice("rule", rule, RULES)
     (key,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)

@@ -10,6 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlattn_fast._checks import check_choice
+
+DIRECTIONS = ("t2i", "i2t")
+FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
+AGGREGATIONS = ("logsumexp", "max", "sum", "mean")
+
 
 def stacked_cross_attention(
     images: Tensor,
@@ -24,6 +30,9 @@ def stacked_cross_attention(
     lambda_lse: float = 6.0,
 ) -> Tensor:
     """The formula behind vlattn_fast.stacked_cross_attention; the same arguments and shapes, without `backend`."""
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("first_norm", first_norm, FIRST_NORMS)
+    check_choice("aggregation", aggregation, AGGREGATIONS)
     dtype = torch.promote_types(images.dtype, torch.float32)
     images, captions = images.to(dtype), captions.to(dtype)
     regions = [images.shape[1]] * images.shape[0] if image_lengths is None else image_lengths.tolist()
