@@ -61,8 +61,11 @@ class Masks:
             mask = self.attn_mask.expand(shape)[b, h, i]
             if mask.dtype == torch.bool:
                 score = score.masked_fill(~mask, -torch.inf)
-            else:  # Inf and NaN plus -inf would be NaN
-                score = add_mask(score, mask).masked_fill_(torch.isneginf(mask), -torch.inf)
+            else:
+                score = add_mask(score, mask)
+                # Inf or NaN plus -inf is NaN; on the CPU looking for it takes less than filling
+                if score.device.type != "cpu" or score.sum().isnan():
+                    score.masked_fill_(torch.isneginf(mask), -torch.inf)
         if self.key_mask is not None:
             score = score.masked_fill(~self.key_mask[b, None, None, :], -torch.inf)
         if self.is_causal:
