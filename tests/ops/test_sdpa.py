@@ -142,6 +142,32 @@ def test_a_named_backend_never_runs_another(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [1, 1]
 
 
+@pytest.mark.parametrize("change", ({}, {"dtype": torch.float32}, {"mask": True}, {"value_dim": 16}, {"keys": 9}, {"dim": 200}))
+def test_what_the_fused_kernels_of_a_gpu_take(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention shares heads: 16 bit, no mask, one head_dim, as many keys as queries under the causal flag. The other fused
+    kernel shares none; both take rows of whole 16 bytes. Whatever else comes torch computes with whole maps."""
+    taken: list[tuple[Tensor, ...]] = []
+
+    def kept(*args: Tensor, **options: Any) -> Tensor:
+        taken.append(args)
+        assert options["enable_gqa"] == (args[0].shape[1] != args[1].shape[1])
+        return sdpa(*args, **options)
+
+    sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kept)
+    dtype, dim, keys = change.get("dtype", torch.bfloat16), change.get("dim", 24), change.get("keys", 6)
+    made = torch.empty(2, 4, dim, 6, dtype=dtype), torch.empty(2, 2, dim, keys, dtype=dtype)
+    query, key = (x.to("meta").mT for x in made)
+    value = torch.empty(2, 2, keys, change.get("value_dim", dim), dtype=dtype, device="meta")
+    attn_mask = torch.ones(6, keys, dtype=torch.bool, device="meta") if "mask" in change else None
+    options = {"is_causal": "mask" not in change, "enable_gqa": True, "backend": "sdpa"}
+    assert va.score_attention(query, key, value, attn_mask=attn_mask, **options).shape == (2, 4, 6, value.shape[3])
+    va.score_attention(query[..., 3:], key[..., 3:], value[..., :-2], attn_mask=attn_mask, **options)
+    for args in taken:
+        assert all(x.stride(3) == 1 and x.shape[3] % 8 == 0 for x in args)
+    assert {args[1].shape[1] for args in taken} == ({4} if change else {2})
+
+
 MASKS: dict[str, dict[str, Any]] = {
     "key, causal": {"key_mask": KEYS, "is_causal": True},
     "bool, key": {"attn_mask": PAIRS, "key_mask": KEYS},

@@ -27,11 +27,22 @@ def attention(
             query, key, value = query.double(), key.double(), value.double()
         # torch's fused CPU kernel wants one head count and one head_dim; what has several runs with whole maps
         query, key, value = pad_head_dim(query, expand_heads(key, num_heads), expand_heads(value, num_heads))
-    elif key.shape[1] != value.shape[1]:
-        value = expand_heads(value, key.shape[1])
+    else:
+        query, key, value = _aligned(query), _aligned(key), _aligned(value)
+        # Of torch's fused GPU kernels flash attention alone shares heads, on some GPUs up to a head_dim of 192. What none of them
+        # takes runs with whole maps.
+        flash = mask is None and dtype != torch.float32 and value.shape[3] == key.shape[3] <= 192
+        if not flash or key.shape[1] != value.shape[1] or (is_causal and query.shape[2] != key.shape[2]):
+            key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
     grouped = True if key.shape[1] != num_heads else False  # noqa: SIM210 -- bool() of torch.compile's symbol stays a symbol
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return out[..., :size].to(dtype)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """(B, H, N, *) with rows of whole 16 bytes and a last stride of 1: what torch's fused GPU kernels ask for."""
+    x = F.pad(x, (0, -x.shape[3] % 8)) if x.shape[3] % 8 else x
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _join_masks(
