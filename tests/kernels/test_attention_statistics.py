@@ -29,10 +29,21 @@ def test_sizes_either_side_of_a_tile(n: int, m: int, causal: bool) -> None:
     check_statistics("triton", inputs, is_causal=causal, **groups(m))
 
 
-# a tile has 64 queries and 64 keys; rows of 577 keys are CLIP ViT-L/14@336's
-@pytest.mark.parametrize("n, m, num_groups", [(64, 63, 2), (65, 129, 20), (20, 577, 3), (577, 20, 3)])
-def test_sizes_either_side_of_a_tile_in_half_precision(n: int, m: int, num_groups: int) -> None:
-    check_statistics("triton", as_dtype(statistics_inputs(n, m, 16, b=1, h=1, kv=1), torch.bfloat16), **groups(m, num_groups))
+# a tile has 64 queries and 64 keys, beyond 512 of them 128; rows of 577 keys are CLIP ViT-L/14@336's
+@pytest.mark.parametrize(
+    "n, m, num_groups, causal",
+    [
+        (64, 63, 2, False),
+        (65, 129, 20, False),
+        (129, 70, 40, False),
+        (20, 577, 3, False),
+        (577, 20, 3, False),
+        (513, 520, 2, True),
+    ],
+)
+def test_sizes_either_side_of_a_tile_in_half_precision(n: int, m: int, num_groups: int, causal: bool) -> None:
+    inputs = as_dtype(statistics_inputs(n, m, 16, b=1, h=1, kv=1), torch.bfloat16)
+    check_statistics("triton", inputs, is_causal=causal, **groups(m, num_groups))
 
 
 def test_masks_take_tiles_of_their_own_in_half_precision() -> None:
