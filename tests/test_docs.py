@@ -206,6 +206,25 @@ def test_the_readmes_costs_are_stored():
     assert len(table) >= 4 and set(table) <= stored
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_the_price_is_that_of_the_stored_rows(name):
+    """Our fastest backend over SDPA, in every setting of the machine: of operators, and of score functions."""
+    from vlattn_fast.benchmarks import _report
+    from vlattn_fast.benchmarks._choice import OURS
+
+    said = re.search(r"takes ([\d.]+) to ([\d.]+) times .* and ([\d.]+) to ([\d.]+) times with another score", text(name), re.S)
+    assert said and "at FlashAttention cost" not in va.__doc__ + text("pyproject.toml") + text(name)
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    stored = _report.newest(json.loads(text("benchmarks/results/cpu.json")))
+    for (_, benchmark, *_), variants in _report._by_benchmark(stored).items():
+        if not benchmark.startswith(("scaling/", "task_")):
+            ours = min((variants[backend] for backend in OURS if backend in variants), key=lambda row: row["p50_us"])
+            ratios[benchmark.startswith("score_attention/")].append(ours["ratio_to_bound"])
+    low, high, low_of_scores, high_of_scores = map(float, said.groups())
+    for found, least, most in ((ratios[False], low, high), (ratios[True], low_of_scores, high_of_scores)):
+        assert 0 <= min(found) - least + 0.05 < 0.1 and 0 <= most - max(found) < 0.1
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/operators/")])
 def test_a_page_of_an_operator_is_complete(page):
     headings = re.findall(r"^## (.+)$", text(page), re.M)

@@ -1,4 +1,4 @@
-"""vlattn_fast: look inside, train on, and change the attention of vision-language models at FlashAttention cost."""
+"""vlattn_fast: look inside, train on, and change the attention of vision-language models without a map per head."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
