@@ -60,7 +60,7 @@ class Variant(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A benchmark at a size: its inputs and who runs on them. `bound` is a variant that does the least there is to do."""
+    """A benchmark at a size: its inputs and who runs on them. `bound` is the variant that times are held against."""
 
     tensors: Tensors
     variants: Mapping[str, Variant]

@@ -17,8 +17,9 @@ COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound",
 RIVALS = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward")
 SUMMARY = """Our fastest backend against each rival: *2.00x* says that the rival takes twice as long. *reference* is the formula
 in eager mode, *reference compiled* the same under torch.compile, *published* the procedure as its authors run it. *of bound* is
-our time over that of the bound, which does the least work that the benchmark needs: plain SDPA of the same shape, or a model
-without an explanation or a loss. *MiB* is what a call adds to memory at its peak, beside the least that a rival adds.
+our time over that of the bound: plain SDPA of the same shape, or a model without an explanation or a loss. It is below 1 where an
+operator needs less than SDPA does, or is faster than torch's. *MiB* is what a call adds to memory at its peak, beside the least
+that a rival adds.
 """
 SETTINGS = """The same machine in its settings: our time over that of the bound, and the time of the fastest rival over ours.
 """
@@ -31,14 +32,15 @@ INTRODUCTION = """## How it was measured
 `make report` writes this page from the rows in `benchmarks/results/`, and `make bench` measures them. The newest row of each
 variant is shown.
 
-- Variants run in turns in one process. p20, p50 and p80 are percentiles over single calls, and *calls* is their number. On a GPU
-  events time a call, behind a backlog that hides the host.
+- Variants run in turns in one process, on a CPU those of `task_explain_models` each in a process of its own. p20, p50
+  and p80 are percentiles over single calls, and *calls* is their number. On a GPU events time a call, behind a backlog that hides
+  the host.
 - *cuda*, *triton*, *sdpa* and *streaming* are backends of this package. *reference* is the formula with whole maps in eager mode.
   *published* is the procedure as its authors run it.
 - *peak MiB*: what one call adds to memory at its peak: of torch's allocator on a GPU, of the process's resident set on a CPU.
 - *error*: the largest error of any output or compared gradient over its largest magnitude, against the formula in float64 on a
   part of the batch.
-- *of bound*: p50 over that of the bound. The bound is the variant in italics; it does the least work that the benchmark needs.
+- *of bound*: p50 over that of the bound. The bound is the variant in italics: a yardstick, no limit.
 - *of floor*: p50 over the least time that an H200's rates allow (`_measure.py`), on an H200 only.
 - On a CPU the batch and the heads are smaller (SCAN: the pairs; whole models: depth and width). Each table names its sizes.
 """

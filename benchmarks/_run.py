@@ -17,7 +17,7 @@ from vlattn_fast.benchmarks._rows import RESULTS, append, device_name, provenanc
 COLUMNS = """
 p20, p50, p80: percentiles of the time of a call. MiB: what a call adds to memory at its peak.
 error: the largest error over the largest magnitude, against the formula in float64.
-of bound: p50 over that of the bound, marked *, which does the least work that the benchmark needs.
+of bound: p50 over that of the bound, marked *: plain SDPA, or a model without what is measured.
 of floor: p50 over the least time that an H200's rates allow; on an H200 only.
 """
 
