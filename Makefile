@@ -52,8 +52,8 @@ lint: $(INSTALLED)
 	@$(PY) -m ruff format --check --quiet .
 	@$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 	@rm -rf build/types && mkdir -p build/types/vlattn_fast
-	@ln -s $(CURDIR)/vlattn_fast/* $(CURDIR)/kernels $(CURDIR)/benchmarks build/types/vlattn_fast/
-	@cd build/types && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache/all
+	@ln -s "$(CURDIR)"/vlattn_fast/* "$(CURDIR)/kernels" "$(CURDIR)/benchmarks" build/types/vlattn_fast/
+	@cd build/types && "$(abspath $(PY))" -m mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache/all"
 
 venv: $(READY)
 

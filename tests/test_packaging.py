@@ -71,7 +71,8 @@ def machine(
     (folder / "torch").mkdir()
     for tool in tools:
         script = folder / "bin" / tool
-        script.write_text(f"#!{sys.executable}\n{scripts.get(tool, '')}\n")
+        script.with_suffix(".py").write_text(scripts.get(tool, ""))
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$0.py" "$@"\n')  # the first line takes no path with a blank
         script.chmod(0o755)
     (folder / "torch" / "version.py").write_text(
         f"from typing import Optional\n\n__version__ = '{version}'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = None\n"
@@ -392,3 +393,23 @@ def test_torch_is_found_where_it_cannot_be_imported(tmp_path, monkeypatch):
     assert not setup.torch_without_cuda() and setup.cuda_obstacle("") is None
     monkeypatch.setattr(setup, "SITE", [str(Path(torch.__file__).parents[1])])
     assert setup.torch_without_cuda() == (torch.version.cuda is None)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_lint_runs_in_a_folder_with_a_blank_in_its_name(tmp_path):
+    """`make test` begins with it. Its programs are scripts that only write down how they are called."""
+    tree = tmp_path / "a clone"
+    for folder in ("vlattn_fast", *MAPPED, ".venv/bin"):
+        (tree / folder).mkdir(parents=True)
+    (tree / "vlattn_fast" / "ops.py").touch()
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("python", "clang-format"):
+        (tree / ".venv/bin" / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{tree}/log"\n')
+        (tree / ".venv/bin" / name).chmod(0o755)
+    (tree / ".venv/.installed").touch()
+    done = subprocess.run(["make", "lint"], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    linked = {path.name: path.resolve() for path in (tree / "build/types/vlattn_fast").iterdir()}
+    assert linked == {"ops.py": tree / "vlattn_fast/ops.py", **{name: tree / name for name in MAPPED}}
+    assert f"{tree}/pyproject.toml" in (tree / "log").read_text().splitlines()
