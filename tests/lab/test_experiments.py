@@ -63,11 +63,18 @@ def test_a_run_goes_on_where_it_was_interrupted(made, tmp_path, monkeypatch):
     assert [cell["x"] for cell in MEASURED] == [3, 14] and [row["x"] for row in rows] == [1, 2, 3, 14]
     MEASURED.clear()
     assert frame.run("value", Settings(1), out) == rows and not MEASURED
-    for other in ("def", "abc+dirty"):  # rows of another state of the code say nothing about this one
+    for other in ("def", "abc+dirty", "unknown", "unknown"):  # rows of another state of the code say nothing about this one
         MEASURED.clear()
         monkeypatch.setattr(frame, "commit", lambda other=other: other)
         frame.run("value", Settings(1), out)
         assert len(MEASURED) == 4
+
+
+def test_rows_of_other_models_do_not_stay(made, tmp_path):
+    for models, measured in ((tmp_path / "one", 3), (tmp_path / "two", 3), (None, 3), (None, 0)):
+        MEASURED.clear()
+        frame.run("value", Settings(1, models=models), tmp_path / "rows.json")
+        assert len(MEASURED) == measured
 
 
 def test_a_file_of_another_experiment_is_not_overwritten(made, tmp_path):

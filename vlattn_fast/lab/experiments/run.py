@@ -1,6 +1,7 @@
 """The command line of the experiments: measures what is not stored yet, stores each row as it comes, then draws and prints.
 
-A run that was interrupted goes on where it was: rows of the same commit stay, unless the checkout has changes of its own.
+A run that was interrupted goes on where it was: rows of the same commit stay, unless the checkout has changes of its own, no
+commit is known, or models come from a directory, which may hold others than before.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ def _stored(out: Path, name: str, settings: Settings, here: str) -> list[Row]:
     if report["experiment"] != name or report["smoke"] != settings.smoke:
         raise ValueError(f"out must be a file of {name}, smoke={settings.smoke}; got {out} of {report['experiment']}")
     rows: list[Row] = report["rows"]
-    return [] if here.endswith("+dirty") else [row for row in rows if row["commit"] == here]
+    if here.endswith("+dirty") or here == "unknown" or settings.models is not None or " --models" in report["command"]:
+        return []
+    return [row for row in rows if row["commit"] == here]
 
 
 def _write(out: Path, name: str, settings: Settings, rows: Sequence[Row]) -> None:
