@@ -1,0 +1,53 @@
+"""What the C++ kernels hold beside torch's tensors: no map of a head, forward or backward.
+
+tests/ops/test_memory.py counts torch's allocations and sees none of theirs, so here it is the process that is measured.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+import vlattn_fast as va
+from vlattn_fast import scores as S
+from vlattn_fast.lab.experiments.memory import peak_of_call
+
+N, D = 4096, 16
+MAP = 4 * N * N  # bytes of one head's
+SIZES = {"additive": 1, "hadamard": 1}  # of a head, where it is not D: hidden units take their time
+SCORES: dict[str, Any] = {
+    "dot": "dot",
+    "cosine": S.Cosine(),
+    "general": S.General(torch.eye(D), activation="tanh"),
+    "additive": S.Additive(torch.ones(1)),
+    "hadamard": S.Hadamard(torch.ones(1), activation="tanh"),
+}
+
+
+def attend(kind: str) -> None:
+    query, key, value = (torch.randn(1, 2, N, SIZES.get(kind, D), requires_grad=True) for _ in range(3))
+    if kind in SCORES:
+        outputs: Any = [va.score_attention(query, key, value, score=SCORES[kind], backend="cpu")]
+    elif kind == "attention_statistics":
+        outputs = va.attention_statistics(query, key, key_groups=torch.arange(N) % 2, num_groups=2, backend="cpu")
+        outputs = [x for x in outputs if x.requires_grad]
+    elif kind == "relevancy_attention":
+        outputs = va.relevancy_attention(query, key, value, torch.zeros(1, 1, N, requires_grad=True), backend="cpu")
+    else:
+        tensors = (x.detach() for x in (query, key, value, value))
+        va.relevancy_step(torch.ones(1, 1, N), *tensors, backend="cpu")
+        return
+    torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+
+
+@pytest.mark.skipif("VLATTN_TEST_SANITIZED" in os.environ, reason="a sanitizer has memory of its own")
+@pytest.mark.parametrize("kind", (*SCORES, "relevancy_attention", "relevancy_step", "attention_statistics"))
+def test_no_map_of_a_head_is_held(kind: str) -> None:
+    attend(kind)  # what is loaded at the first call
+    peak, _ = peak_of_call(lambda: attend(kind))
+    if peak is None:
+        pytest.skip("needs Linux's /proc")
+    assert peak < MAP / 4, f"{peak / 2**20:.0f} MiB; a map has {MAP / 2**20:.0f}"
