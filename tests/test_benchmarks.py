@@ -96,6 +96,17 @@ def test_a_slow_variant_sits_out_some_rounds(monkeypatch):
     assert {row["rounds"] for row in measured(benchmark, rounds=30)} == {_measure.LEAST_ROUNDS}
 
 
+def test_rows_have_percentiles_over_calls_and_ratios_of_medians():
+    (benchmark,) = _choice.choose(["attention_map/attention/uniter"])
+    measurement = _measure.Measurement(benchmark, CPU, overrides=TINY, compiled=False)
+    measurement.standing["streaming"].seconds = [6e-6, 1e-6, 2e-6, 4e-6, 3e-6, 5e-6]
+    measurement.standing["SDPA"].seconds = [1e-6, 2e-6, 9e-6]
+    rows = {row["variant"]: row for row in measurement.rows()}
+    assert [rows["streaming"][f"p{n}_us"] for n in (20, 50, 80)] == [2.0, 3.5, 5.0] and rows["streaming"]["rounds"] == 6
+    assert rows["streaming"]["ratio_to_bound"] == pytest.approx(3.5 / 2) and rows["SDPA"]["ratio_to_bound"] == 1.0
+    assert rows["reference"]["not_run"] == "no round was left for it"
+
+
 def test_floors_are_those_of_the_performance_page():
     bf16 = torch.bfloat16
     sizes = {workload.key: workload.sizes(torch.device("cuda")) for workload in (_workloads.CLIP, _workloads.UNITER)}

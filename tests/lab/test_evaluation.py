@@ -124,6 +124,76 @@ def test_weights_by_contribution_are_halves_behind_a_norm():
     assert float((norm * 2**layers - two).abs().max()) > 0.01 * float(two.abs().max())
 
 
+def made(values):
+    """A run with these values of the mass, by method."""
+    table = [
+        {"method": name, "test": "mass", "part": "image", "value": value, "samples": 3, "left_out": 1}
+        for name, value in values.items()
+    ]
+    curve = {"method": "gradient", "part": "image", "steps": [0.0, 1.0]}
+    curves = [
+        {**curve, "test": "insertion", "mean": [0.1, 0.9]},
+        {**curve, "test": "positive", "mean": [values["gradient"], 0.1]},
+    ]
+    return va.Evaluation(table, curves)
+
+
+def test_seeds_are_compared_pair_by_pair():
+    """By hand: of means and differences those of the seeds that have them, with the deviation of a sample."""
+    runs = [made({"gradient": a, "weighted": b}) for a, b in ((0.2, 0.5), (0.6, 0.7), (0.1, None))]
+    plain, weighted = evaluation.over_seeds(runs)
+    assert (plain["method"], plain["minus_gradient"], plain["minus_gradient_sd"], plain["seeds"]) == ("gradient", 0.0, 0.0, 3)
+    assert plain["value"] == pytest.approx(0.3) and plain["sd"] == pytest.approx(0.07**0.5)
+    assert weighted["values"] == [0.5, 0.7, None] and (weighted["seeds"], weighted["samples"], weighted["left_out"]) == (2, 9, 3)
+    assert (weighted["value"], weighted["sd"]) == pytest.approx((0.6, 0.02**0.5))
+    assert (weighted["minus_gradient"], weighted["minus_gradient_sd"]) == pytest.approx((0.2, 0.02**0.5))  # of +0.3 and +0.1
+    assert evaluation.whole(runs) == pytest.approx(0.3)
+    assert evaluation.whole([*runs, va.Evaluation([])]) is None
+
+
+def test_each_seed_has_scenes_of_its_own(monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, items, **options: (next(items), options["seed"]))
+    for seed in (0, 3):
+        (inputs, _, _), passed_on = evaluation.run(tasks.TASKS["matching"], None, 4, seed, {})
+        assert passed_on == seed and torch.equal(inputs["input_ids"], va.lab.digit_scenes(4, seed=seed).input_ids)
+
+
+def test_captions_are_accepted_without_each_of_their_words():
+    model, processor = va.lab.load_uniter()
+    scenes = va.lab.digit_scenes(40, seed=0)
+    shares = []
+    for left_out in (None, 0, 1, 2, 3, 4):
+        captions = [" ".join(w for n, w in enumerate(caption.split()) if n != left_out) for caption in scenes.captions]
+        with torch.no_grad():
+            odds = tasks.log_odds(model(**processor(captions, scenes.images, scenes.boxes)))
+        shares.append(float((odds > 0).double().mean()))
+    found = evaluation.accepted(40, 1)
+    assert [found["whole"], *found["without_word"]] == shares and shares[0] > 0.9 and 0 < sum(shares[1:]) < 2.5
+
+
+def test_shares_of_the_residual_stream_are_those_of_their_layer(monkeypatch):
+    """Weights that name the layer whose input the residual is."""
+    model, entered = va.lab.load_clip()[0], {}
+    for tower in (model.text_model, model.vision_model):
+        for number, layer in enumerate(tower.encoder.layers, 1):
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, key=number: entered.update(
+                    {(key, (args or [*kwargs.values()])[0].shape[1]): args[0]}
+                ),
+                with_kwargs=True,
+            )
+
+    def named(residual, branch, gradient, kind):
+        (number,) = (key for (key, size), x in entered.items() if size == residual.shape[1] and torch.equal(x, residual))
+        a = torch.full(residual.shape[:2], number / 10)
+        return a, 1 - a
+
+    monkeypatch.setattr(evaluation, "residual_weights", named)
+    rows = evaluation.residual_shares(tasks.TASKS["clip"], model, 10)
+    assert [(row["tower"], row["attention"]) for row in rows] == [*(("image", n) for n in (1, 2, 3)), ("text", 1), ("text", 2)]
+    assert [round(10 * row["mean"]) for row in rows] == [row["attention"] for row in rows]
+
+
 def pieces(text, mark):
     """(heading, what follows it) of each heading of this level."""
     parts = re.split(rf"^{mark} (.+)$", text, flags=re.M)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from vlattn_fast import lab
+from vlattn_fast.lab import pointing
 from vlattn_fast.lab.pointing import CHANCE, METHODS, box_shares, explain_answers, question_pointing, word_pointing
 from vlattn_fast.lab.processor import DIGIT_WORDS
 
@@ -34,6 +37,29 @@ def test_maps_point_at_the_digit(method):
     assert set(shares) == set(CHANCE) and method in METHODS
     for name, floor in FLOORS[method].items():
         assert shares[name] >= floor > CHANCE[name], f"{name}: {shares[name]}"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_a_map_has_to_point_at(right, monkeypatch):
+    """Maps that are the box of the digit in question, or of one that a question names, too, or of another."""
+    count = 12
+    parts = iter(lab.digit_questions(n, seed=2, kind=kind) for kind, n in (("what", count), ("there", 2 * count), ("is", count)))
+
+    def pointed(model, inputs, method):
+        part = next(parts)
+        assert torch.equal(inputs["pixel_values"][:, 0], part.images)
+        aims = part.named if right else ~part.named
+        if part.kinds[0] == "what":
+            answers = torch.tensor([DIGIT_WORDS.index(answer) for answer in part.answers])
+            aims = part.named & ((part.digits == answers[:, None]) == right)
+        image = torch.zeros(len(part), 32, 32)
+        for row, region in enumerate(aims.int().argmax(1).tolist()):
+            x1, y1, x2, y2 = part.boxes[row, region].int().tolist()
+            image[row, y1:y2, x1:x2] = 1.0
+        return SimpleNamespace(image=image)
+
+    monkeypatch.setattr(pointing, "explain", pointed)
+    assert question_pointing(count=count, seed=2) == dict.fromkeys(("answer", "there", "is"), float(right))
 
 
 def test_the_picture_frames_a_digit_for_each_word_of_one():

@@ -39,7 +39,7 @@ def question_pointing(method: str = "gradient", *, count: int = 200, seed: int =
     """Shares of `count` test questions each, explained for the answer that the model gives:
 
     - "answer": "what is left of a six" points at the digit that is the right answer,
-    - "there": "is there a three", where there is, points at it,
+    - "there": "is there a three", where there is, points at it (of 2 `count` questions those with a yes, at most `count`),
     - "is": "is a three left of a six" points at one of the two.
     """
     model, processor = load_vqa()
