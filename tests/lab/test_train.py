@@ -47,7 +47,8 @@ def test_two_steps_write_weights_and_a_report_that_belong_together(name, untrain
     training = run.TRAININGS[name]
     report = json.loads((tmp_path / training.weights).with_suffix(".json").read_text())
     assert (report["steps"], report["seed"], report["threads"]) == (2, 7, 1) and report["torch"] == torch.__version__
-    assert report["command"] == f"python -m vlattn_fast.lab.train {name} --steps 2 --seed 7 --threads 1"
+    repeated = " ".join([name, "--steps 2 --seed 7 --threads 1", *options])  # on these CLIP weights, not the shipped ones
+    assert report["command"] == f"python -m vlattn_fast.lab.train {repeated}"
     last = "step 1: contrast" if name == "clip" else "step 2: "  # of the second part, where there are two
     assert last in capsys.readouterr().out
     model, _ = LOADERS[name](tmp_path)

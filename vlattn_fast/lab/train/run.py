@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -99,6 +100,8 @@ def run(chosen: argparse.Namespace) -> None:
     weights = chosen.output / training.weights
     save_file(state, weights)  # before the measures, which take their time
     command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}" + " --validate" * validate
+    if more.get("clip", DATA) != DATA:  # otherwise the command would not repeat this
+        command += f" --clip {shlex.quote(str(chosen.clip))}"
     report = {
         "command": f"python -m vlattn_fast.lab.train {command}",
         "steps": chosen.steps,
