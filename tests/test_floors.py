@@ -48,6 +48,8 @@ def imports() -> dict[str, set[str]]:
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vlattn_fast"):
                 names = {f"{node.module}.{alias.name}" for alias in node.names}
                 edges[module] |= {name if name in files or name in packages else str(node.module) for name in names}
+            elif isinstance(node, ast.Import):
+                edges[module] |= {alias.name for alias in node.names if alias.name.startswith("vlattn_fast.")}
     return {module: {packages.get(name, name) for name in names} - {module} for module, names in edges.items()}
 
 
