@@ -107,6 +107,13 @@ def test_rows_have_percentiles_over_calls_and_ratios_of_medians():
     assert rows["reference"]["not_run"] == "no round was left for it"
 
 
+def test_the_error_is_the_largest_of_any_output():
+    truth = {"one": torch.tensor([4.0, -8.0]).double(), "two": torch.tensor([1.0]).double()}
+    got = {"one": torch.tensor([4.0, -7.0]), "two": torch.tensor([1.01]), "more": torch.ones(1)}
+    assert _measure.largest_error(got, truth) == 1 / 8
+    assert _measure.largest_error({"more": torch.ones(1)}, truth) is _measure.largest_error(got, None) is None
+
+
 def test_floors_are_those_of_the_performance_page():
     bf16 = torch.bfloat16
     sizes = {workload.key: workload.sizes(torch.device("cuda")) for workload in (_workloads.CLIP, _workloads.UNITER)}
