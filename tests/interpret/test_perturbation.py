@@ -14,7 +14,7 @@ import transformers  # noqa: E402
 
 import vlattn_fast as va  # noqa: E402
 from tests.interpret.cases import TEXT, lively  # noqa: E402
-from tests.interpret.decoder_cases import pixtral  # noqa: E402
+from tests.interpret.decoder_cases import llama4, pixtral  # noqa: E402
 from tests.interpret.encoder_cases import git, vilt, visual_bert  # noqa: E402
 from tests.interpret.evaluation_cases import made, rows  # noqa: E402
 from tests.interpret.test_linked import florence  # noqa: E402
@@ -327,3 +327,15 @@ def test_patches_of_qwen_are_merged_cells():
     assert (curve["part"], curve["samples"]) == ("image", 2)
     assert curve["mean"] == pytest.approx(torch.tensor(curves).mean(0).tolist(), abs=1e-6)
     assert rows(result)["cell", "insertion", "text"]["left_out"] == 2
+
+
+def test_a_batch_whose_tiles_cannot_be_told_apart():
+    torch.manual_seed(0)
+    decoder = llama4()
+    both = decoder.inputs()
+    said = r"inputs must be of one row where nothing tells which pixel_values.*got 2 rows and pixel_values \(11, 3, 32, 32\). Let the"
+    with pytest.raises(ValueError, match=said):
+        va.evaluate(decoder.model, [(both, None, None)], tests=("deletion",), steps=[0, 1])
+    first = {name: value[: 7 if name == "pixel_values" else 1] for name, value in both.items()}
+    result = va.evaluate(decoder.model, [(first, None, None)], tests=("deletion",), steps=[0, 1])
+    assert rows(result)["gradient", "deletion", "text"]["samples"] == 1

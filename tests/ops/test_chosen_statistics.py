@@ -51,11 +51,13 @@ def test_what_is_named_is_a_name() -> None:
     for bad, words in (
         (["mode"], "statistics must be among mass, .*; got 'mode'"),
         ([], "statistics must name at least one; got none"),
+        (["entropy", "mass"], "key_groups must be given where statistics names 'mass', .*; got None"),
     ):
         with pytest.raises(ValueError, match=words):
             attention_statistics(query, query, statistics=bad)
     with pytest.raises(TypeError, match="statistics must be a sequence of names; got 'mass'"):
         attention_statistics(query, query, statistics="mass")
+    assert attention_statistics(query, query, statistics=["mass"], num_groups=0).mass.shape == (1, 1, 3, 0)
 
 
 def test_nothing_but_what_is_named_is_made() -> None:

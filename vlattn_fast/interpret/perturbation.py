@@ -64,6 +64,7 @@ class Sample:
         grids: (h, w) of each of its images; None without patches that can be taken away.
         regions: the indices of its real regions; None without regions.
         boxes: (n, 4) where each entry of the image lies; None where they lie in several images.
+        problem: why the model cannot run on this row alone, where that is so.
     """
 
     inputs: dict[str, Any]
@@ -72,6 +73,7 @@ class Sample:
     grids: list[tuple[int, int]] | None
     regions: Tensor | None
     boxes: Tensor | None
+    problem: str | None = None
 
     def count(self, part: str) -> int:
         """How many entries its "image" or its "text" has."""
@@ -87,6 +89,8 @@ class Sample:
         Words are removed from ids and masks; the rest of the sequence stays, and its order. Regions are taken in the order of
         `entries`; of LXMERT one box of zeros stands for none. Patches are set to 0, the mean pixel of normalised images.
         """
+        if self.problem is not None:
+            raise ValueError(self.problem)
         chosen = torch.tensor(list(entries), dtype=torch.long)
         if part == "text":
             return self._with_words(chosen)
@@ -189,7 +193,13 @@ def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
         if text is not None and removable is not None:
             columns = removable[row].nonzero()[:, 0]
             entries = removable[row][text[row]].nonzero()[:, 0]
-        samples.append(Sample(_one_row(inputs, row, rows, images), columns, entries, own, regions, boxes))
+        problem = None
+        if images is None and rows > 1 and isinstance(pixels, Tensor) and pixels.shape[0] not in (1, rows):
+            problem = (
+                "inputs must be of one row where nothing tells which pixel_values, such as tiles of images, belong to which row; "
+                f"got {rows} rows and pixel_values {tuple(pixels.shape)}. Let the data set give them one by one"
+            )
+        samples.append(Sample(_one_row(inputs, row, rows, images), columns, entries, own, regions, boxes, problem))
     return samples
 
 

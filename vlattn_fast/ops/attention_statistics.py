@@ -70,7 +70,7 @@ def attention_statistics(
         query: (B, H, N, D) float16, bfloat16, float32 or float64.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
         statistics: names of those to compute, of "mass", "entropy", "maximum", "argmax" and "received"; default all. The others
-            are None in the result.
+            are None in the result. "mass" needs key_groups, where it is named.
         key_groups: int64 (M) or (B, M), the group of each key, -1 = none.
         num_groups: G. On a GPU pass it: then no value of key_groups is read, the call does not wait for the device, and a
             value out of range counts as none, as it does under torch.compile and CUDA graph capture. Elsewhere a value out
@@ -97,7 +97,7 @@ def attention_statistics(
     >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
     (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
     """
-    asked = STATISTICS if statistics is None else check_names("statistics", statistics, STATISTICS)
+    asked = STATISTICS if statistics is None else _named(statistics, key_groups, num_groups)
     tensors = query, key, key_groups, row_weight, attn_mask, key_mask
     chosen = choose(describe_call, BACKENDS, backend, tensors, (num_groups, is_causal, enable_gqa))
     num_groups = _resolve_groups(key_groups, num_groups)
@@ -166,7 +166,7 @@ def describe_call(
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     if statistics is not None:
-        check_names("statistics", statistics, STATISTICS)
+        _named(statistics, key_groups, num_groups)
     if key_groups is not None:
         check_tensor("key_groups", key_groups, shape="(M) or (B, M)")
         if key_groups.dtype != torch.int64:
@@ -190,6 +190,13 @@ def describe_call(
         {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]},
         {"key_groups": key_groups is not None, "row_weight": row_weight is not None},
     )
+
+
+def _named(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
+    asked = check_names("statistics", statistics, STATISTICS)
+    if "mass" in asked and key_groups is None and num_groups is None:
+        raise ValueError("key_groups must be given where statistics names 'mass', which would be empty without; got None")
+    return asked
 
 
 def _check_rows(name: str, x: Tensor, query: Tensor, full: tuple[int, int], legend: str) -> None:
