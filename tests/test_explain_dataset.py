@@ -56,7 +56,8 @@ def alone(model_folder, image, texts=(), **options):
     """What `va.explain` gives for this input by itself."""
     model, processor = loading.load_model(str(model_folder))
     inputs = loading.build_inputs(model, processor, loading.open_image(image), list(texts))
-    explanation = va.explain(model, inputs, tokenizer=processor, **options)
+    tokenizer = {"tokenizer": processor} if "answer" in options else {}
+    explanation = va.explain(model, inputs, **tokenizer, **options)
     return explanation if explanation.token_ids is None else explanation.with_tokens(processor)
 
 

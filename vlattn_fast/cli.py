@@ -236,7 +236,7 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
         method=options.method,
         start_layer=options.start_layer,
         answer=answer,
-        tokenizer=processor,
+        tokenizer=None if answer is None else processor,
     )
     if explanation.text is not None:
         explanation = explanation.with_tokens(processor)

@@ -94,6 +94,15 @@ def test_evaluate_knows_their_names():
     insertion = {name: table[name, "insertion", "image"]["value"] for name in names}
     assert insertion["gradient"] == pytest.approx(insertion["weighted:equal:no_normalization"], abs=1e-6)
     assert len({round(value, 6) for value in insertion.values()}) == 4
+    asked = rows(
+        evaluate(model, [(inputs, None, None)], methods=("gradient", "weighted"), weighting="norm", tests=("insertion",))
+    )
+    named = rows(
+        evaluate(
+            model, [(inputs, None, None)], methods={"gradient": "gradient", "weighted": "weighted:norm"}, tests=("insertion",)
+        )
+    )
+    assert asked == named
     for name in ("gradient:norm", "weighted:no_aggregation", "weighted:no_normalization:norm", "gradient:norm:no_aggregation"):
         with pytest.raises(ValueError, match="methods must be callables or among gradient, .*gradient:no_aggregation.*; got"):
             evaluate(model, [(inputs, None, None)], methods=(name,))

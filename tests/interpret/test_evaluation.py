@@ -200,6 +200,8 @@ WRONG = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 4))
         ({"steps": [0, 0.5, 0.5]}, ValueError, "steps must be two or more increasing"),
         ({"steps": [0, 2]}, ValueError, "steps must be two or more increasing"),
         ({"batch_size": 0}, ValueError, "batch_size must be"),
+        ({"weighting": "norm"}, ValueError, r"weighting must be for methods 'weighted' .*; got 'norm' for \[\]"),
+        ({"methods": ("weighted:equal",), "weighting": "norm"}, ValueError, "weighting must be for methods 'weighted'"),
         ({"sanity_stages": True}, ValueError, "sanity_stages must be"),
         ({"methods": {"nan": NAN}}, ValueError, "methods must give finite maps"),
         ({"methods": {"wrong": WRONG}}, ValueError, r"methods must give maps on the grids \[\(4, 5\)\]"),

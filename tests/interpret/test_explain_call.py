@@ -295,6 +295,12 @@ def test_bad_arguments(case):
         explain("clip", case.inputs)
     with pytest.raises(ValueError, match="weighting"):
         explain(case.model, case.inputs, method="weighted", weighting="mean")
+    for method, weighting in (("gradient", "norm"), ("rollout", lambda *terms: terms[:2])):
+        with pytest.raises(ValueError, match=f"weighting must be left out for a method without weights; got .* for '{method}'"):
+            explain(case.model, case.inputs, method=method, weighting=weighting)
+    for name, value in (("each", False), ("tokenizer", object())):
+        with pytest.raises(ValueError, match=f"{name} must be left out without an answer, .*; got (False|object)"):
+            explain(case.model, case.inputs, **{name: value})
     with pytest.raises(ValueError, match="output_attentions"):
         explain(case.model, dict(case.inputs, output_attentions=True))
 

@@ -114,6 +114,8 @@ def explain(
     """
     rule = find_method(method)
     check_weighting(weighting)
+    if weighting != "contribution" and not rule.weighted:
+        raise ValueError(f"weighting must be left out for a method without weights; got {weighting!r} for {rule.name!r}")
     check_read(read)
     if not isinstance(start_layer, int) or isinstance(start_layer, bool):
         raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
@@ -121,6 +123,10 @@ def explain(
     model = unwrapped(model)
     family = find_family(model)
     said = None
+    if answer is None and not each:
+        raise ValueError("each must be left out without an answer, whose tokens it is about; got False")
+    if answer is None and tokenizer is not None:
+        raise ValueError(f"tokenizer must be left out without an answer, which it is for; got {type(tokenizer).__name__}")
     if answer is not None:
         if target is not None or read is not None:
             raise ValueError("answer must be given without target and read, which it takes the place of; got both")

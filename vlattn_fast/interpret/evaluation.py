@@ -168,7 +168,8 @@ def evaluate(
         sanity_stages: randomised models of the cascade, the wholly randomised one included.
         batch_size: rows of one forward pass over perturbed inputs.
         seed: of the random maps and weights.
-        options: further arguments of `explain` for the methods given by name, as `read` and `start_layer`.
+        options: further arguments of `explain` for the methods given by name, as `read` and `start_layer`; `weighting` is for the
+            weighted ones alone.
 
     Returns:
         An `Evaluation`. A sample without a part, or without boxes, is left out of that row and counted in it.
@@ -179,6 +180,8 @@ def evaluate(
             not fit; and what `explain` raises.
     """
     chosen = _named(methods)
+    if "weighting" in options:
+        _check_weighting(options["weighting"], chosen.values())
     tests = check_names("tests", tests, TESTS)
     drawn = {test: _checked_steps(steps, test) for test in tests if test in _PERTURBED}
     for name, value in (("sanity_stages", sanity_stages), ("batch_size", batch_size)):
@@ -263,6 +266,13 @@ def _with_weighting(method: str) -> tuple[str, str]:
     return ":".join([rule, *parts]), weighting
 
 
+def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
+    """ValueError where no method takes the weighting that is asked for, or one names another."""
+    weighted = [method for method in methods if isinstance(method, str) and method.startswith("weighted")]
+    if not weighted or any(_with_weighting(method)[1] for method in weighted):
+        raise ValueError(f"weighting must be for methods 'weighted' that name none themselves; got {weighting!r} for {weighted}")
+
+
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:
     if steps is None:
         return STEPS if test in ("positive", "negative") else tuple(step / 20 for step in range(21))
@@ -294,7 +304,8 @@ def _explained(model: nn.Module, question: Question, method: str | Rival, option
     if method == "random":
         return None
     rule, weighting = _with_weighting(method)
-    arguments = {"weighting": weighting, **options} if weighting else dict(options)
+    arguments = {name: value for name, value in options.items() if name != "weighting" or rule.startswith("weighted")}
+    arguments |= {"weighting": weighting} if weighting else {}
     return explain(model, question.inputs, target=question.target, method=rule, **arguments)
 
 
