@@ -354,3 +354,9 @@ def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, caps
     for variant in _demo.VARIANTS:
         assert re.search(rf"^{re.escape(variant)} +\d+\.\d\d +\d+\.\d\d", printed, re.M), printed
     assert re.search(r"published procedure takes \d+\.\d times as long", printed)
+
+
+def test_help_is_broken_into_lines_by_the_terminal_alone():
+    lines = vlattn("verify", "--help").output.splitlines()
+    (line,) = [line for line in lines if "Prints the worst error" in line]
+    assert "each plus an ulp or two. Ends with status 1" in line

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +35,12 @@ MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
 
+def _command(run: Callable[..., None]) -> Callable[..., None]:
+    """A command whose help is broken into lines by the terminal alone; typer keeps the lines of all paragraphs but the first."""
+    paragraphs = (inspect.getdoc(run) or "").split("\n\n")
+    return app.command(help="\n\n".join(" ".join(each.split()) for each in paragraphs))(run)
+
+
 def main() -> None:
     """The `vlattn` command."""
     app()
@@ -45,7 +53,7 @@ def _check_device(device: str) -> None:
         raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
-@app.command()
+@_command
 def info() -> None:
     """Versions, devices, and which backend runs which operator, with the reasons for what it does not run."""
     from vlattn_fast._info import lines
@@ -54,7 +62,7 @@ def info() -> None:
         typer.echo(line)
 
 
-@app.command()
+@_command
 def verify(
     operator: Annotated[list[str] | None, typer.Argument(help="Operators by the names that `vlattn info` shows; all.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(BACKENDS)}; all by default.")] = None,
@@ -134,7 +142,7 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
         raise typer.Exit(1)
 
 
-@app.command()
+@_command
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Operators, tasks or single benchmarks; all by default.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
@@ -158,7 +166,7 @@ def bench(
         raise typer.Exit(1)
 
 
-@app.command()
+@_command
 def explain(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
     out: Annotated[Path, typer.Option(help="File to write, .html or .png; with --dataset a directory.")],
@@ -256,7 +264,7 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
     typer.echo(f"wrote {out}")
 
 
-@app.command()
+@_command
 def probe(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
     dataset: Annotated[Path, typer.Option(help=".jsonl, or a folder with one: text, image, phrases, relations, sentence.")],
@@ -294,7 +302,7 @@ def probe(
     typer.echo(f"wrote {out}")
 
 
-@app.command()
+@_command
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("demo"),
     costs: Annotated[bool, typer.Option(help="Also measure what one map costs (minutes).")] = True,

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 from tests.interpret.cases import lively, one_hot  # noqa: E402
 from tests.interpret.stored_maps import Place, beside, error, rows_of  # noqa: E402
 from tests.interpret.tower_cases import HEADS, METHODS, T5, Block, Stack, check, first_rows, made, second, sequences, stack, text  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
+from vlattn_fast.interpret import explain, trace, watching  # noqa: E402
 
 SEEN = ["torch", "by name", "one head", "nn.MultiheadAttention", "timm"]
 
@@ -262,3 +262,27 @@ def test_a_stack_that_runs_twice_is_two_towers(size, layers):
         place = Place("blocks", first_rows(inputs[changed].shape[1]))
         want = rows_of(model.part, alone, score, {"tower": place})["tower"]
         assert error(got[name], want, place, "gradient") < 1e-10
+
+
+class Remembers(Stack):
+    """Reads what it gave the last time beside its input."""
+
+    last: Any = None
+
+    def run(self, block: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
+        x = block(x if self.last is None else x + self.last, visible)
+        self.last = x.detach()
+        return x
+
+
+def test_states_that_a_model_keeps_bear_no_marks_of_the_next_run(monkeypatch):
+    for module in (trace, watching):  # as it may be once an object is gone
+        monkeypatch.setattr(module, "id", lambda x: 7, raising=False)
+    model, inputs = stack("torch", make=Remembers), sequences()
+    explain(model, inputs, read="cls", target=second)
+    unmarked = copy.deepcopy(model)
+    unmarked.last = model.last.clone()
+    again, first = (explain(one, inputs, read="cls", target=second).relevancy for one in (model, unmarked))
+    torch.testing.assert_close(again, first)
+    marks = {watching.Watch(model, {}, lambda calls: None)._mark for _ in range(2)}
+    assert len(marks) == 2

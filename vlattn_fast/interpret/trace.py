@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -42,6 +43,7 @@ class Attends(Protocol):
 
 
 _running: contextvars.ContextVar[Attends | None] = contextvars.ContextVar("vlattn_trace", default=None)
+_numbers = itertools.count()  # an id() may come again, while tensors that a model keeps still bear the marks of an earlier run
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
@@ -91,7 +93,7 @@ class Trace(TorchFunctionMode):
         self._paths: list[str | None] = [""]
         self._runs, self._run = [0], 0  # a number of its own for each run of each module: those on the way, and the last
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
-        self._mark = f"_vlattn_calls_{id(self)}"
+        self._mark = f"_vlattn_calls_{next(_numbers)}"
 
     # --- the run ---
 
