@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
@@ -17,6 +19,7 @@ import transformers as hf  # noqa: E402
 import vlattn_fast as va  # noqa: E402
 from tests.interpret.probe_cases import planted, scenes  # noqa: E402
 from tests.nn import models  # noqa: E402
+from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
 
 # --- the report ---
 
@@ -62,6 +65,9 @@ def test_digit_scenes() -> None:
         ({"read": "last"}, "read must be one of .* got 'last'"),
         ({"parts": 3}, "parts must be None or a callable"),
         ({"modality": {"input_ids": "sound"}}, "modality must be one of .* got 'sound' for 'input_ids'"),
+        ({"modality": "image"}, "modality must be a mapping of input names to 'text' or 'image'; got 'image'"),
+        ({"special": "no"}, "special must be True or False; got str 'no'"),
+        ({"seed": 1.5}, r"seed must be an int from 0 to 2\*\*32 - 1; got 1.5"),
         ({"tests": ["relation"]}, "tests must be those that the model and the data set have; got 'relation': no relations"),
     ],
 )
@@ -79,7 +85,11 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         ([{"phrases": [(1, 2, 3)]}, None], "phrases must be .* each"),
         ([{"phrases": [((2, 2), 0)]}, None], r"phrases must have a span \(start, stop\)"),
         ([{"phrases": [((1, 2), [])]}, None], "phrases must name a region each"),
-        ([{"phrases": [((3, 5), 0)]}, None], r"phrases must be of text tokens in row 0; got columns \[3, 4\]"),
+        ([{"phrases": [((3, 5), 0)]}, None], r"phrases must be of text tokens in row 0; got columns 3 to 4"),
+        ([{"phrases": [((1.0, 2), 0)]}, None], r"phrases must have a span \(start, stop\) .* got \(1.0, 2\)"),
+        ([{"phrases": [((1, 2), 0.5)]}, None], r"phrases must name regions by their numbers; got \(\(1, 2\), 0.5\)"),
+        ([{"relations": [(0.9, 1, "on")]}, None], r"relations must name regions by their numbers; got \(0.9, 1, 'on'\)"),
+        ([{"relations": [(0, 1, None)]}, None], "relations must be .* each"),
         ([None, {"phrases": [((1, 2), 6)]}], "regions must be among the 6 image tokens of row 1, padding left out; got 6"),
         ([{"relations": [(0, 1)]}, None], "relations must be .* each"),
         ([{"sentence": "long"}, None], "sentence must be a dict"),
@@ -89,6 +99,47 @@ def test_bad_labels(labels: Any, message: str) -> None:
     (inputs, _), *_ = scenes(2)
     with pytest.raises((TypeError, ValueError), match=message):
         va.probe(planted(0), [(inputs, labels)])
+
+
+def test_labels_of_other_types() -> None:
+    """Numbers of NumPy and torch; a class that is missing; classes of several parts."""
+    (inputs, _), *_ = scenes(30)
+    plain = [{"phrases": [((1, 2), [0, 1])], "relations": [(0, 1, str(("a", row % 2)))]} for row in range(30)]
+    others = [
+        {
+            "phrases": [((np.int64(1), 2), np.array([0, 1, 1]) if row % 2 else torch.tensor([0, 1]))],
+            "relations": [(torch.tensor(0), np.int32(1), ("a", row % 2))],
+            "sentence": {"mood": None},
+        }
+        for row in range(30)
+    ]
+    one, two = (va.probe(planted(0), [(inputs, labels)], tests=("coreference", "relation")) for labels in (plain, others))
+    assert one.table == two.table and one.value("relation") is not None
+    kinds = {row["kind"] for row in va.probe(planted(0), [(inputs, others)], tests=("linguistic",)).table}
+    assert kinds == {"length", "word_content", "word_order"}
+
+
+def test_words_stand_behind_the_image_too() -> None:
+    """What the caller says of the sequence is about the input ids that stand in it, first or last, with padding among them."""
+
+    class Turned(models.Joined):
+        def forward(self, input_ids: Tensor, features: Tensor) -> Tensor:
+            return self.encoder(torch.cat([self.project(features), self.embed(input_ids)], 1))
+
+    ids, features = torch.randint(99, (12, 6)), torch.randn(12, 4, 20)
+    texts, image = torch.zeros(12, 6), torch.ones(12, 4)
+    texts[:, 1 + torch.randint(4, (1,)) :] = -1
+    inputs, options = {"input_ids": ids, "features": features}, {"modality": {"features": "image"}, "tests": ("linguistic",)}
+    seen = []
+    for model, parts in ((models.Joined(True), [texts, image]), (Turned(True), [image, texts])):
+        layout = Layouts(model, None, lambda inputs, parts=parts: torch.cat(parts, 1)).of(inputs, (12, 10))
+        seen.append(layout.words_of(ids))
+        va.probe(model, [(inputs, None)], parts=lambda inputs, parts=parts: torch.cat(parts, 1), **options)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], texts == 0)
+    with pytest.raises(
+        ValueError, match=r"parts must have all the text first or all of it last .* got text at \[0, 9\] of 10 tokens"
+    ):
+        va.probe(model, [(inputs, None)], parts=lambda inputs: torch.tensor([0] + [1] * 8 + [0]), **options)
 
 
 def test_what_is_no_pair_or_no_stream() -> None:

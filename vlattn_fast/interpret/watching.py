@@ -269,6 +269,8 @@ class Watch(TorchFunctionMode):
 
 
 def check_modality(modality: Mapping[str, str] | None) -> dict[str, str]:
+    if modality is not None and not isinstance(modality, Mapping):
+        raise TypeError(f"modality must be a mapping of input names to 'text' or 'image'; got {modality!r}")
     for name, kind in (modality or {}).items():
         if kind not in MODALITIES:
             raise ValueError(f"modality must be one of {MODALITIES}; got {kind!r} for {name!r}")

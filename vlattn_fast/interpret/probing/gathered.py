@@ -114,8 +114,7 @@ class Gathered:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError("inputs must contain 'input_ids' for linguistic probes; got none")
-        words, offset = seen.layout.words, seen.layout.offset
-        columns = words[:, offset : offset + ids.shape[1]].cpu()  # of the ids
+        columns = seen.layout.words_of(ids)
         states, changed, exchanged = self._text_states(seen), ids.clone(), []
         for row, label in enumerate(labels):
             mine = columns[row].nonzero()[:, 0].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,23 +54,38 @@ def _labels(given: Any) -> Labels:
         if not isinstance(phrase, Sequence) or len(phrase) != 2:
             raise ValueError(f"phrases must be ((start, stop), region or regions) each; got {phrase!r}")
         span, regions = phrase
-        phrases.append((_span(span), [regions] if isinstance(regions, int) else list(regions)))
+        several = isinstance(regions, (list, tuple)) or getattr(regions, "ndim", 0) > 0  # also NumPy's and torch's
+        numbers = [_number("phrases", one, phrase) for one in (regions if several else [regions])]
+        phrases.append((_span(span), list(dict.fromkeys(numbers))))
         if not phrases[-1][1]:
             raise ValueError(f"phrases must name a region each; got {phrase!r}")
     for relation in given.get("relations") or ():
-        if not isinstance(relation, Sequence) or len(relation) != 3:
+        if not isinstance(relation, Sequence) or len(relation) != 3 or relation[2] is None:
             raise ValueError(f"relations must be (region, region, class) each; got {relation!r}")
-        relations.append((int(relation[0]), int(relation[1]), relation[2]))
+        one, two = (_number("relations", region, relation) for region in relation[:2])
+        relations.append((one, two, relation[2]))
     sentence = given.get("sentence") or {}
     if not isinstance(sentence, Mapping):
         raise TypeError(f"sentence must be a dict of task -> class; got {type(sentence).__name__}")
-    return Labels(phrases, relations, dict(sentence))
+    return Labels(phrases, relations, {task: found for task, found in sentence.items() if found is not None})
+
+
+def _number(name: str, region: Any, entry: Any) -> int:
+    """The number of a region, which may be NumPy's or torch's."""
+    try:
+        return operator.index(region)
+    except TypeError:
+        raise TypeError(f"{name} must name regions by their numbers; got {entry!r}") from None
 
 
 def _span(span: Any) -> list[int]:
-    if not isinstance(span, Sequence) or len(span) != 2 or not 0 <= span[0] < span[1]:
+    try:
+        start, stop = map(operator.index, span)
+    except (TypeError, ValueError):
+        start = stop = -1
+    if not 0 <= start < stop:
         raise ValueError(f"phrases must have a span (start, stop) of columns of the input ids; got {span!r}")
-    return list(range(span[0], span[1]))
+    return list(range(start, stop))
 
 
 def tokens_of(layout: Layout, row: int, columns: Sequence[int]) -> list[int]:
@@ -77,7 +93,7 @@ def tokens_of(layout: Layout, row: int, columns: Sequence[int]) -> list[int]:
     tokens = [column + layout.offset for column in columns]
     parts = layout.parts[row]
     if tokens[-1] >= len(parts) or bool((parts[tokens] != 0).any()):
-        raise ValueError(f"phrases must be of text tokens in row {row}; got columns {list(columns)}")
+        raise ValueError(f"phrases must be of text tokens in row {row}; got columns {columns[0]} to {columns[-1]}")
     return tokens
 
 

@@ -50,6 +50,21 @@ class Layout:
         """bool (B, N): words, without special tokens and padding."""
         return (self.parts == TEXT) & ~self.special
 
+    def words_of(self, ids: Tensor) -> Tensor:
+        """bool (B, T), which input ids are words. Where the caller says the parts, they are the T tokens, first or last in the
+        sequence, among which all the text and nothing of the image is."""
+        size, count = self.parts.shape[1], ids.shape[1]
+        starts = (self.offset, size - count) if size > count else (self.offset,)
+        text, image = ((self.parts == kind).any(0) for kind in (TEXT, IMAGE))
+        for start in starts:
+            here = slice(start, start + count)
+            if size == count or (int(text[here].sum()) == int(text.sum()) and not bool(image[here].any())):
+                return self.words[:, here].cpu()
+        raise ValueError(
+            f"parts must have all the text first or all of it last in the sequence, for linguistic probes of {count} input ids; "
+            f"got text at {text.nonzero()[:, 0].tolist()} of {size} tokens"
+        )
+
 
 class Layouts:
     """Lays out the tokens of a model's inputs, by its record or by what the caller says.

@@ -27,7 +27,7 @@ class Probed:
 
 def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], seed: int, control: bool = True) -> Probed:
     """Accuracy of a logistic regression of labels (S) on features (S, F), over five folds that part no group."""
-    classes, coded = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
+    classes, coded = np.unique([str(label) for label in labels], return_inverse=True)
     samples, counts = len(coded), np.bincount(coded, minlength=1)
     chance = float(counts.max() / samples) if samples else None
     if len(classes) < 2:

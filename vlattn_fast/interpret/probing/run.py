@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn_fast._checks import check_names
+from vlattn_fast._checks import check_bool, check_names
 from vlattn_fast._extras import extra, with_progress
 from vlattn_fast.interpret._run import at_rest, unwrapped
 from vlattn_fast.interpret.families import find_family
@@ -86,6 +86,9 @@ def probe(
     names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
     if read not in READS:
         raise ValueError(f"read must be one of {READS}; got {read!r}")
+    check_bool(special=special)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an int from 0 to 2**32 - 1; got {seed!r}")
     modality = check_modality(modality)
     with extra("probe"):
         import sklearn  # noqa: F401 (probes without it would end after the forward passes)
