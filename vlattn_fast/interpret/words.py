@@ -45,10 +45,11 @@ def join_tokens(tokens: Sequence[str], vocabulary: Sequence[str] | None = None) 
         ['a', 'giraffe', '.']
     """
     pieces = _pieces(tokens, [*tokens, *(vocabulary or ())])
+    units = _whole_characters(pieces)
     words: list[Word] = []
     start = 0
-    for end in range(1, len(pieces) + 1):
-        if end < len(pieces) and _continues(pieces[end - 1], pieces[end]):
+    for number, (first, end) in enumerate(units, 1):
+        if number < len(units) and _continues(b"".join(pieces[first:end]), b"".join(pieces[slice(*units[number])])):
             continue
         text = b"".join(pieces[start:end]).decode("utf-8", errors="replace")
         words.append(Word(_shown(text), range(start, end), start > 0 and text[:1].isspace()))
@@ -56,23 +57,58 @@ def join_tokens(tokens: Sequence[str], vocabulary: Sequence[str] | None = None) 
     return words
 
 
+def _whole_characters(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
+    """(start, stop) of pieces, those together that have one character between them."""
+    units: list[tuple[int, int]] = []
+    while (start := units[-1][1] if units else 0) < len(pieces):
+        stop = start + 1
+        while stop < len(pieces) and _fault(pieces[start:stop]) == "unexpected end of data":
+            stop += 1
+        units.append((start, start + 1 if _fault(pieces[start:stop]) else stop))
+    return units
+
+
+def _fault(pieces: Sequence[bytes]) -> str | None:
+    """Why the pieces are no text; None where they are."""
+    try:
+        b"".join(pieces).decode()
+    except UnicodeDecodeError as error:
+        return error.reason
+    return None
+
+
 def _pieces(tokens: Sequence[str], vocabulary: Sequence[str]) -> list[bytes]:
     """Every token as the bytes of its text, with a space before it where a word begins."""
-    if any(token[:1] in ("Ġ", "Ċ") for token in vocabulary):
-        table = _byte_table()
-        return [bytes(table[c] for c in token) if all(c in table for c in token) else token.encode() for token in tokens]
-    if any(token.startswith("▁") for token in vocabulary):
+    ends = any(token.endswith("</w>") for token in vocabulary)
+    marked, spaced = (any(token.startswith(marks) for token in vocabulary) for marks in (("Ġ", "Ċ"), "▁"))
+    of_bytes = marked or (not spaced and _are_bytes(vocabulary))
+    if marked or (of_bytes and not ends):
+        return [_bytes_of(token) for token in tokens]
+    if spaced:
         return [
             bytes([int(byte[1], 16)]) if (byte := _BYTE.fullmatch(token)) else token.replace("▁", " ").encode()
             for token in tokens
         ]
-    ends = any(token.endswith("</w>") for token in vocabulary)
     pieces = []
     for i, token in enumerate(tokens):
         begins = (i == 0 or tokens[i - 1].endswith("</w>")) if ends else not token.startswith("##")
         text = token.removesuffix("</w>") if ends else token if begins else token[2:]
-        pieces.append(((" " if begins and text not in _CLOSING else "") + text).encode())
+        encoded = _bytes_of(text) if of_bytes else text.encode()
+        pieces.append(b" " + encoded if begins and text not in _CLOSING else encoded)
     return pieces
+
+
+def _are_bytes(tokens: Sequence[str]) -> bool:
+    """Whether the characters of tokens stand for bytes although no mark says so: then they make text that is not ASCII."""
+    spelt = (_bytes_of(token) for token in tokens if all(c in _byte_table() for c in token))
+    text = b"".join(spelt).decode(errors="replace")
+    return sum(c > "\x7f" for c in text) > 2 * text.count(_BROKEN)
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes that a token of byte-level BPE stands for."""
+    table = _byte_table()
+    return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
 
 
 @functools.cache
