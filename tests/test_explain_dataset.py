@@ -101,19 +101,21 @@ def test_json_lines_with_bad_inputs_that_are_mended(models, pictures, tmp_path):
         {"image": str(picture(pictures, 1)), "text": "a", "target": "first"},
         {"image": str(picture(pictures, 1)), "text": 5},
         "{no json",
+        {"image": 5, "text": "a"},
+        {"image": str(picture(pictures, 1)), "text": "a \ud83d"},
     ]
     dataset = write_lines(tmp_path / "pairs.jsonl", [*rows[:5], *bad, *rows[5:]])
     run = ("explain", "--model", models["clip"], "--dataset", dataset, "--out", out := tmp_path / "out", "--batch-size", 4)
     result = vlattn(*run)
     assert result.exit_code == 1, result.output
-    assert closing(result) == f"done 9, failed 8, skipped 0 (done before), of 17: {out}"
+    assert closing(result) == f"done 9, failed 10, skipped 0 (done before), of 19: {out}"
     failures = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
     reasons = (
         "which is not there", "which is no picture", "text must be given to CLIPModel", "text must have at most 8 tokens",
         "target must be from 0 to 0", "target must be an int; got 'first'", "text must be a text or a list",
-        "line 13 must be a JSON",
+        "line 13 must be a JSON", "image must be a path or a picture; got 5", "TextEncodeInput must be",
     )  # fmt: skip
-    assert [failure["item"] for failure in failures] == list(range(5, 13))
+    assert [failure["item"] for failure in failures] == list(range(5, 15))
     for failure, reason in zip(failures, reasons, strict=True):
         assert reason in failure["error"]
     explanations = va.load_explanations(out)
@@ -124,9 +126,9 @@ def test_json_lines_with_bad_inputs_that_are_mended(models, pictures, tmp_path):
 
     loading.open_image(picture(pictures, 3)).save(tmp_path / "later.png")
     result = vlattn(*run)
-    assert closing(result) == f"done 1, failed 7, skipped 9 (done before), of 17: {out}"
+    assert closing(result) == f"done 1, failed 9, skipped 9 (done before), of 19: {out}"
     mended = va.load_explanations(out)
-    assert len(mended) == 10 and mended.ids[5] == "5" and len(mended.failures) == 7
+    assert len(mended) == 10 and mended.ids[5] == "5" and len(mended.failures) == 9
     assert_same(mended[5], alone(models["clip"], picture(pictures, 3), ["a circle"]))
 
 
@@ -224,7 +226,8 @@ def test_what_is_refused(models, pictures, tmp_path):
         assert "which another run is writing to" in refused(*run)
     write_lines(dataset, [{"image": "x.png", "text": "a"}])
     assert "--dataset must be" in refused(*run)
-    assert "out must be a new or an empty directory" in refused(*run[:-1], tmp_path)
+    for other in (tmp_path, dataset):
+        assert "out must be a new or an empty directory" in refused(*run[:-1], other)
     assert "--image must be given without --dataset" in refused(*run, "--image", picture(pictures, 0))
     assert "--device nowhere" in refused(*run, "--device", "nowhere")
     assert "generate must be asked of a decoder" in refused(*run[:-1], tmp_path / "new", "--generate", 2)
@@ -236,12 +239,16 @@ def test_what_is_refused(models, pictures, tmp_path):
     ):
         dataset.write_text(content)
         assert reason in refused(*run)
+    dataset.write_bytes('{"text": "café"}'.encode("latin-1"))
+    assert "dataset must be text in UTF-8" in refused(*run)
     for name, reason in (("x.txt", "must end in .csv or .jsonl"), ("gone.csv", "which is not there"), (".", "column")):
         (tmp_path / "x.txt").touch()
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=reason if name != "." else "at least one input"):
             Items(tmp_path / name if name != "." else tmp_path / "empty")
-    for folder in (tmp_path, tmp_path / "gone"):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / store.SETTINGS).write_text("{")
+    for folder in (tmp_path, tmp_path / "gone", tmp_path / "broken", dataset):
         with pytest.raises(ValueError, match="directory must be one that `vlattn explain --dataset` wrote"):
             va.load_explanations(folder)
 
@@ -349,6 +356,20 @@ def test_lines_hold_what_parts_lines_elsewhere(tmp_path):
     writer.fail(line)
     writer.flush()
     assert [lines for _, lines in store.finished(tmp_path)] == [[line]]
+
+
+def test_names_that_are_no_text_and_a_run_killed_as_it_began(models, pictures, tmp_path):
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    name = os.fsdecode(b"a\xff.png")
+    try:
+        (folder / name).write_bytes(picture(pictures, 0).read_bytes())
+    except OSError:
+        pytest.skip("a file system whose names are text")
+    out.mkdir()
+    (out / f"{store.SETTINGS}.tmp").write_text("{")
+    result = vlattn("explain", "--model", models["vit"], "--dataset", folder, "--out", out)
+    assert result.exit_code == 0 and va.load_explanations(out).ids == [name]
 
 
 def test_pieces_of_a_batch():

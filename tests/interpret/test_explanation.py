@@ -64,8 +64,9 @@ def test_load_refuses_other_files(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="must be a file that Explanation.save wrote"):
-        Explanation.load(tmp_path / "other.safetensors")
+    for other in (tmp_path / "other.safetensors", __file__):
+        with pytest.raises(ValueError, match="must be a file that Explanation.save wrote"):
+            Explanation.load(other)
 
 
 def test_to_numpy():

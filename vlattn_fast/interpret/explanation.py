@@ -154,12 +154,17 @@ class Explanation:
     def load(cls, path: str | Path) -> Explanation:
         """Read what `save` wrote. ValueError where `path` holds something else."""
         with extra("explain"):
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, framework="pt") as file:
+        message = f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}"
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(message) from error
+        with opened as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
             if facts.get("format") != _FORMAT:
-                raise ValueError(f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}")
+                raise ValueError(message)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         maps: dict[str, Any] = {
             name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -36,6 +37,16 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def open_lines(path: Path) -> Iterator[TextIO]:
+    """The lines of a data set's file. ValueError where it is no UTF-8."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            yield lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"dataset must be text in UTF-8; got {path}: {error}") from error
 
 
 def open_image(path: str | Path) -> Any:

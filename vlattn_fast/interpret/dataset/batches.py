@@ -130,6 +130,8 @@ class Batches:
         processor, options = self._of_thread.processor, self.options
         picture = item.image
         if picture is not None:
+            if not isinstance(picture, (str, Path)) and not hasattr(picture, "convert"):
+                raise ValueError(f"image must be a path or a picture; got {picture!r}")
             picture = open_image(picture) if isinstance(picture, (str, Path)) else picture.convert("RGB")
         inputs = build_inputs(self.model, processor, picture, item.texts or options.text)
         target = item.target if item.target is not None else options.target

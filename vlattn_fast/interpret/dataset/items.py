@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlattn_fast._extras import extra
+from vlattn_fast.interpret.loading import open_lines
 
 COLUMNS = ("image", "text", "target", "answer", "id")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -114,7 +115,7 @@ def _check_columns(names: Sequence[str], source: Path) -> None:
 
 
 def _csv(source: Path) -> list[dict[str, Any]]:
-    with source.open(encoding="utf-8-sig", newline="") as lines:
+    with open_lines(source) as lines:
         reader = csv.DictReader(lines)
         _check_columns(reader.fieldnames or [], source)
         return [{name: row.get(name) for name in COLUMNS} for row in reader]
@@ -122,7 +123,7 @@ def _csv(source: Path) -> list[dict[str, Any]]:
 
 def _json_lines(source: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    with source.open(encoding="utf-8-sig") as lines:
+    with open_lines(source) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

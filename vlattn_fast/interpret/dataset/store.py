@@ -30,9 +30,13 @@ SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there as a whole, or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = _unfinished(path)
     unfinished.write_text(text, encoding="utf-8")
     _publish(unfinished, path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
 
 
 def _publish(unfinished: Path, path: Path) -> None:
@@ -51,15 +55,26 @@ def _synchronise(path: Path) -> None:
 
 
 def to_lines(entries: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    return "".join(_line(entry) + "\n" for entry in entries)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    line = json.dumps(entry, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # halves of characters, as names of files may have them: escaped they can be written
+        return json.dumps(entry)
+    return line
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
     """The settings of a directory; None where there are none."""
     try:
         settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError:
+        settings = None
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         raise ValueError(f"directory must be one that `vlattn explain --dataset` wrote ({FORMAT}); got {directory}")
     return settings
@@ -69,7 +84,9 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """ValueError where `directory` was begun with other options, or holds something else."""
     there = read_settings(directory)
     if there is None:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        # A run that was killed as it began may have left its settings half-written.
+        begun = {_unfinished(directory / SETTINGS)}
+        if directory.exists() and (not directory.is_dir() or set(directory.iterdir()) - begun):
             raise ValueError(f"out must be a new or an empty directory, or one to go on with; got {directory}")
         return
     for name in sorted({*there, *settings}):
@@ -148,8 +165,8 @@ class ShardWriter:
         while (lines := self.folder / f"{self.rank:05}-{self._number:06}.jsonl").exists():
             self._number += 1
         if self._facts:
-            unfinished = lines.with_name(lines.stem + ".safetensors.tmp")
-            save_file(self._tensors, unfinished, metadata=self._facts)
-            _publish(unfinished, lines.with_suffix(".safetensors"))
+            shard = lines.with_suffix(".safetensors")
+            save_file(self._tensors, _unfinished(shard), metadata=self._facts)
+            _publish(_unfinished(shard), shard)
         write_text(lines, to_lines(self._lines))
         self._tensors, self._facts, self._lines = {}, {}, []

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast.interpret.loading import build_inputs, moved, open_image
+from vlattn_fast.interpret.loading import build_inputs, moved, open_image, open_lines
 from vlattn_fast.interpret.probing.labels import KEYS
 
 _COLUMNS = ("image", "text", *KEYS)
@@ -32,7 +32,7 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
         source = found[0]
     if source.suffix not in SUFFIXES or not source.is_file():
         raise ValueError(f"dataset must be a .jsonl file, or a folder with one; got {source}")
-    with source.open(encoding="utf-8-sig") as lines:
+    with open_lines(source) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 row = _row(line, number)
