@@ -10,6 +10,7 @@ from tests.interpret.cases import lively
 from tests.interpret.linked_maps import METHODS, bar, encoder_decoder_maps, published
 from tests.interpret.stored_maps import Kept
 from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.loading import generate
 
 LXMERT = dict(
     hidden_size=32,
@@ -317,3 +318,19 @@ def test_streams_that_read_one_another_as_they_were(patches):
     got = explain(model, inputs, read={"tower0": "cls"}, target=lambda outputs: outputs[:, 1]).relevancy
     torch.testing.assert_close(got["tower0"], row, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(got["tower1"], ti[:, 0], rtol=1e-9, atol=1e-11)
+
+
+def test_an_answer_of_florence_begins_behind_its_start_token():
+    """What `vlattn explain --generate` explains."""
+    model, ids = florence(), torch.randint(3, 50, (1, 20))
+    ids[:, :13] = 59
+    inputs = {"pixel_values": torch.randn(1, 3, 24, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    (answer,) = generate(model, inputs, 3)
+    start = torch.full((1, 1), 2)
+    with torch.no_grad():
+        for token in answer:
+            logits = model(**inputs, decoder_input_ids=start).logits[0, -1]
+            logits[59] = -torch.inf  # the image token is no word
+            assert int(logits.argmax()) == token
+            start = torch.cat([start, torch.tensor([[token]])], 1)
+    assert answer and explain(model, inputs, answer=[answer]).scores.shape == (1, len(answer))

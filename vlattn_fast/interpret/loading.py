@@ -159,7 +159,8 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int
     ends = model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
     answers = []
-    for row in made[:, inputs["input_ids"].shape[1] :].tolist():
+    prompt = inputs.get(family.answers)  # without one a decoder behind an encoder begins with its start token
+    for row in made[:, 1 if prompt is None else prompt.shape[1] :].tolist():
         end = next((place for place, token in enumerate(row) if token in stops), len(row))
         if end == 0:
             raise ValueError("generate must give an answer with a token; got the end of the text at once")
