@@ -360,3 +360,15 @@ def test_help_is_broken_into_lines_by_the_terminal_alone():
     lines = vlattn("verify", "--help").output.splitlines()
     (line,) = [line for line in lines if "Prints the worst error" in line]
     assert "each plus an ulp or two. Ends with status 1" in line
+
+
+def test_photos_are_upright(tmp_path):
+    """Cameras store the picture as the sensor has it, and how it was held; transformers' own loader turns it, too."""
+    from PIL import Image
+
+    image, held = Image.new("RGB", (8, 4), "blue"), Image.Exif()
+    image.paste("red", (0, 0, 4, 4))
+    held[0x0112] = 6  # the orientation: its left is the top
+    image.save(tmp_path / "photo.png", exif=held)
+    upright = np.asarray(loading.open_image(tmp_path / "photo.png"))
+    assert upright.shape == (8, 4, 3) and upright[0, 0, 0] == 255 and upright[-1, 0, 2] == 255

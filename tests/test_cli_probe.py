@@ -51,6 +51,7 @@ def test_a_file_of_samples_or_its_folder(tmp_path: Path) -> None:
         ('{"text": "a"}', ["--dtype", "int8"], "--dtype must be one of"),
         ('{"text": "a"}', ["--device", "nowhere"], "--device nowhere"),
         ('{"text": "a"}', ["--out", "report.png"], "--out must end in .html or .json; got report.png"),
+        ('{"text": "a"}', ["--out", "gone/report.html"], "--out must be in a directory; there is no directory gone"),
         ('{"text": "a"}', ["--dataset", "samples.csv"], "dataset must be a .jsonl file, or a folder with one; got samples.csv"),
         ('{"text": "a"}', ["--dataset", "."], "a folder with one .jsonl file, or the file; got none in ."),
     ],

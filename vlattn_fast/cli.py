@@ -53,6 +53,12 @@ def _check_device(device: str) -> None:
         raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
+def _check_folder(out: Path | None) -> None:
+    """A command that takes long must not find at its end that its results can go nowhere."""
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"--out must be in a directory; there is no directory {out.parent}")
+
+
 @_command
 def info() -> None:
     """Versions, devices, and which backend runs which operator, with the reasons for what it does not run."""
@@ -127,6 +133,7 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
     for option, names, known in (("OPERATOR", operators, fuzzer.OPERATORS), ("--backend", backends, BACKEND_NAMES)):
         if unknown := set(names or ()) - set(known):
             raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    _check_folder(out)
     chosen = {"operators": tuple(operators or fuzzer.OPERATORS), "backends": tuple(backends or fuzzer.BACKENDS)}
     summary = fuzzer.Summary()
     for outcome in tqdm(fuzzer.fuzz(count, seed, **chosen), total=count, unit="call", disable=None):
@@ -225,8 +232,7 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
     texts = list(options.text)
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"out must end in .html or .png; got {out.name!r}")
-    if not out.parent.is_dir():
-        raise ValueError(f"out must be in a directory; there is no directory {out.parent}")
+    _check_folder(out)
     if image is None and not texts:
         raise ValueError("image or --text must be given, or both, as the model takes them")
     model, processor = load_model(options.model, None if options.dtype is None else getattr(torch, options.dtype))
@@ -284,6 +290,7 @@ def probe(
         raise typer.BadParameter(f"--dtype must be one of {', '.join(MODEL_DTYPES)}; got {dtype}")
     if out is not None and out.suffix not in (".html", ".json"):
         raise typer.BadParameter(f"--out must end in .html or .json; got {out.name}")
+    _check_folder(out)
     if device is not None:
         _check_device(device)
     try:

@@ -50,12 +50,13 @@ def open_lines(path: Path) -> Iterator[TextIO]:
 
 
 def open_image(path: str | Path) -> Any:
-    """The picture in `path`, RGB. ValueError where it is none."""
+    """The picture in `path`, RGB and upright, as cameras note it. ValueError where it is none."""
     with extra("viz"):
-        from PIL import Image
+        from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)
             return picture.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"image must be a file; got {path}, which is not there") from None
