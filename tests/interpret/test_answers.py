@@ -115,7 +115,14 @@ class Words:
 def test_forms_of_an_answer():
     model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
     want = explain(model, inputs, answer=[[17, 30], [17, 30]])
-    for form in ([17, 30], torch.tensor([17, 30]), torch.tensor([[17, 30], [17, 30]]), "17 30", ["17 30", "17 30"]):
+    for form in (
+        [17, 30],
+        [torch.tensor(17), torch.tensor(30)],
+        torch.tensor([17, 30]),
+        torch.tensor([[17, 30], [17, 30]]),
+        "17 30",
+        ["17 30", "17 30"],
+    ):
         got = explain(model, inputs, answer=form, tokenizer=Words())
         assert torch.equal(got.relevancy["language"], want.relevancy["language"])
     ids = {"input_ids": PROMPTS[:, :4]}
@@ -132,9 +139,14 @@ def test_bad_answers(monkeypatch):
         ([[17], []], ValueError, "at least one token"),
         ([], TypeError, "answer must be token ids"),
         (3.5, TypeError, "answer must be token ids"),
+        (torch.tensor([[17.0, 3.0]] * 2), TypeError, r"answer must be token ids .* got \[\[17.0, 3.0\]"),
+        ([1.7, 3], TypeError, "answer must be token ids"),
+        ([True], TypeError, "answer must be token ids"),
     ):
         with pytest.raises(error, match=words):
             explain(model, inputs, answer=answer)
+    with pytest.raises(ValueError, match=r"inputs must hold 'input_ids' \(B, N\), also of one text; got \(4,\)"):
+        explain(model, {"input_ids": PROMPTS[0, :4]})
     with pytest.raises(ValueError, match="without target and read"):
         explain(model, inputs, answer=[17], target=3)
     vit = transformers.ViTForImageClassification(

@@ -155,9 +155,12 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
             raise ValueError("tokenizer must be given for an answer that is text; got None")
         encode = getattr(tokenizer, "tokenizer", tokenizer)
         answer = [list(encode(part, add_special_tokens=False)["input_ids"]) for part in answer]
+    answer = [part.tolist() if hasattr(part, "tolist") else part for part in answer]  # NumPy's and torch's
     if all(isinstance(part, int) for part in answer):
-        answer = [list(answer)] * batch
-    rows = [part.tolist() if hasattr(part, "tolist") else list(part) for part in answer]
+        answer = [answer] * batch
+    if not all(isinstance(row, Sequence) and all(type(token) is int for token in row) for row in answer):
+        raise TypeError(f"answer must be token ids (B, T), (T,), a text or one text a row; got {answer!r}")
+    rows = [list(row) for row in answer]
     if len(rows) != batch:
         raise ValueError(f"answer must have one row for each of the {batch} prompts; got {len(rows)}")
     if not all(rows):

@@ -39,6 +39,9 @@ def prepare_inputs(
         if value is not None and not isinstance(value, Tensor):
             made = "tensors, as the model's processor makes them with return_tensors='pt'"
             raise TypeError(f"inputs must hold {made}; got {type(value).__name__} in '{name}'")
+    ids = inputs.get("input_ids")
+    if family.towers and isinstance(ids, Tensor) and ids.ndim < 2:
+        raise ValueError(f"inputs must hold 'input_ids' (B, N), also of one text; got {tuple(ids.shape)}")
     if inputs.get("output_attentions"):
         raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
     if inputs.get("past_key_values") is not None:
