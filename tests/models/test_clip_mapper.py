@@ -339,6 +339,13 @@ def test_wrong_generation_is_named(changes, words):
         mapper(vocab_size=13).generate(pixels(), ids, **{"max_new_tokens": 3, **changes})
 
 
+def test_an_end_that_stands_for_another_one_stops_nothing():
+    model, ids = mapper(vocab_size=13, eos_token_id=2), torch.ones(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="^stop_token must be given where eos_token_id is 2, .*; got None"):
+        model.generate(pixels(), ids, max_new_tokens=3)
+    assert model.generate(pixels(), ids, max_new_tokens=3, stop_token=2).shape[0] == 2
+
+
 def test_without_positions_the_length_must_be_given(monkeypatch):
     model = mapper(vocab_size=13)
     monkeypatch.setattr(model.text, "config", SimpleNamespace(hidden_size=8))

@@ -50,6 +50,9 @@ def test_schedule_weight_and_state() -> None:
     loss.eval()
     loss(*parts)
     assert loss.calls == 6  # counted in training alone
+    for step in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f"step must be an int from 0 on; got {step}"):
+            CongruenceLoss()(*parts, step=step)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_steps must be the number of training steps"):
         CongruenceLoss(schedule="exp")
     for wrong in ({"schedule": "cosine", "num_steps": 3}, {"weight": -1.0}):

@@ -238,7 +238,8 @@ class CLIPMapper(nn.Module):
         Args:
             pixel_values, input_ids, attention_mask, image_states: as in `forward`; shorter prompts are padded on the right.
             max_new_tokens: at most so many; None = as many as the text encoder has positions for.
-            stop_token: where a row has given it, the row is finished and filled up with it; None = the eos_token_id.
+            stop_token: where a row has given it, the row is finished and filled up with it; None = the eos_token_id, unless
+                that is 2, which stands for another one.
         """
         if self.vocab_size is None:
             raise ValueError("generate must be called on a model with vocab_size; got one with num_answers")
@@ -250,6 +251,8 @@ class CLIPMapper(nn.Module):
             max_new_tokens = most - ids.shape[1] + 1
         _check_sizes(max_new_tokens=max_new_tokens)
         stop = self.eos_token_id if stop_token is None else stop_token
+        if stop_token is None and stop == 2:  # configs from before transformers 4.31, see `_end_of_text`
+            raise ValueError("stop_token must be given where eos_token_id is 2, which stands for the highest id; got None")
         if not isinstance(stop, int) or not 0 <= stop < self.vocab_size:
             raise ValueError(f"stop_token must be an int from 0 to {self.vocab_size - 1}; got {stop!r}")
         self._check_length("input_ids and max_new_tokens", ids.shape[1] + max_new_tokens - 1)

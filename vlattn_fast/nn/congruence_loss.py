@@ -93,7 +93,10 @@ class CongruenceLoss(nn.Module):
             raise ValueError("image must be the (query, key) of image tokens; got None")
         else:
             words = text
-        step = self.calls if step is None else step
+        if step is None:
+            step = self.calls
+        elif not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"step must be an int from 0 on; got {step!r}")
         direction = ("image", "text")[step % 2] if self.direction == "alternate" else self.direction
         loss = congruence_loss(
             words,
