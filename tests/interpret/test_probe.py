@@ -16,6 +16,7 @@ pytest.importorskip("sklearn")
 import transformers as hf  # noqa: E402
 
 import vlattn_fast as va  # noqa: E402
+from tests.interpret.decoder_cases import DECODERS, IMAGE  # noqa: E402
 from tests.interpret.probe_cases import planted, scenes  # noqa: E402
 from tests.interpret.stored_maps import SOFTMAX, Kept  # noqa: E402
 from tests.nn import models  # noqa: E402
@@ -344,3 +345,25 @@ def test_a_model_without_a_record_says_its_parts() -> None:
         va.probe(model, dataset, parts=lambda inputs: torch.zeros(7), **options)
     with pytest.raises(ValueError, match=r"parts must give 0 \(text\), 1 \(image\) or -1 \(neither\); got \[0, 5\]"):
         va.probe(model, dataset, parts=lambda inputs: torch.tensor([0] * 7 + [5]), **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration", "Idefics2ForConditionalGeneration"]
+)
+def test_image_tokens_that_are_learnt_queries(name: str) -> None:
+    """They come from no input, but from attention to the image."""
+    torch.manual_seed(0)
+    decoder = DECODERS[name]()
+    model, inputs = decoder.model.eval(), decoder.inputs()
+    report = va.probe(model, [(inputs, [None, None])], tests=("modality", "cross_modal"))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        outputs = model(**inputs, output_attentions=True)
+    maps = getattr(outputs, "attentions", None) or outputs.language_model_outputs.attentions
+    real = inputs["attention_mask"].bool()
+    read = real.sum(1) - 1  # padding is on the right
+    for kind, tokens in (("text", real & (inputs["input_ids"] != IMAGE)), ("image", inputs["input_ids"] == IMAGE)):
+        for (layer, head), value in np.ndenumerate(
+            torch.stack([(each * tokens[:, None, None]).sum(-1)[[0, 1], :, read].mean(0) for each in maps]).numpy()
+        ):
+            assert report.value("modality", layer, head, kind) == pytest.approx(float(value), abs=1e-5)

@@ -108,7 +108,7 @@ class Layouts:
         return Layout(torch.cat([words.parts, parts], 1), torch.cat([words.special, special], 1), words.row, 0, regions)
 
     def _given(self, told: Any, shape: tuple[int, int]) -> Layout:
-        parts = torch.as_tensor(told).long()
+        parts = torch.as_tensor(told).long().cpu()
         if tuple(parts.shape) not in (shape, shape[1:]):
             raise ValueError(f"parts must give (N) or (B, N) = {shape}; got {tuple(parts.shape)}")
         if bool(((parts < NONE) | (parts > IMAGE)).any()):

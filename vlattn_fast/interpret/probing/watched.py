@@ -75,11 +75,14 @@ class Watched:
         wanted = 0
         for name, value in inputs.items():
             wanted |= kind_of(name, self.modality) if isinstance(value, Tensor) else 0
+        # Queries that look at the image are learnt: image tokens of these come from no input.
+        learnt = (tower := self.layouts.tower) is not None and tower.tokens == "image_text" and tower.grid is None
         stream, others = _Stream(), list[int]()
         states: dict[int, Tensor] = {}
 
         def sees(number: int, call: AttentionCall) -> None:
-            if call.kinds != call.key_kinds or call.kinds != wanted:
+            of_stream = call.kinds == wanted or (learnt and call.kinds == FROM_TEXT)
+            if call.kinds != call.key_kinds or not of_stream:
                 others.append(number)  # of a tower in front of the one stream, or cross-attention
                 return
             stream.numbers.append(number)
