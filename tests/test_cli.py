@@ -372,3 +372,16 @@ def test_photos_are_upright(tmp_path):
     image.save(tmp_path / "photo.png", exif=held)
     upright = np.asarray(loading.open_image(tmp_path / "photo.png"))
     assert upright.shape == (8, 4, 3) and upright[0, 0, 0] == 255 and upright[-1, 0, 2] == 255
+
+
+def test_a_tokenizer_without_padding(tmp_path):
+    """As GPT-2's and Llama's."""
+    words = saved_models.tokenizer()
+    words.pad_token = None
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=len(words), n_positions=16, bos_token_id=0, eos_token_id=1
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    result = vlattn("explain", "--model", tmp_path, "--text", "a red square", "--answer", "blue", "--out", tmp_path / "out.html")
+    assert result.exit_code == 0 and "'blue'" in result.output, result.output

@@ -85,7 +85,8 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
     if name in _CHANGES_PROMPTS:
         raise ValueError(f"model must generate behind the prompt that its processor makes; got {name}, which va.explain takes")
     decoder = family.score == "token"
-    padding = "max_length" if model.config.model_type.startswith("siglip") else True  # SigLIP was trained with it
+    # SigLIP was trained with padding. Many decoders' tokenizers have none.
+    padding = "max_length" if model.config.model_type.startswith("siglip") else len(texts) > 1
     if decoder and len(texts) > 1:
         raise ValueError(f"text must be one text, which is what {name} takes; got {len(texts)}")
     if not takes_image:
