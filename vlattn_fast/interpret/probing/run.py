@@ -72,7 +72,8 @@ def probe(
             their own in "modality", and left out in "cross_modal" and "fusion".
         read: "mean" = linguistic probes read the mean state of the words; "cls" = that of the row that is read.
         parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither, for models without a record; spans of
-            phrases then count positions of the sequence, and the row that is read is the first.
+            phrases then count positions of the sequence, and the row that is read is the first. Linguistic probes need the text
+            first or last in the sequence.
         modality: input name -> "text" or "image", see `capture_attention`.
         seed: of folds, shuffled labels, k-means, the regions to tell apart and the words to exchange.
 
