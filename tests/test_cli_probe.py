@@ -46,6 +46,7 @@ def test_a_file_of_samples_or_its_folder(tmp_path: Path) -> None:
     "line, options, message",
     [
         ("[]", [], "JSON object with a text in line 1; got []"),
+        ('{"text": "a", "image": 5}', [], "the path of a picture as image in line 1; got 5"),
         ('{"text": "a", "phrase": []}', [], "got ['phrase'] in line 1"),
         ('{"text": "a"}', ["--test", "heads"], "tests must be among modality"),
         ('{"text": "a"}', ["--dtype", "int8"], "--dtype must be one of"),

@@ -187,9 +187,9 @@ def explain(
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU, with --dataset a GPU if any.")] = None,
     dataset: Annotated[Path | None, typer.Option(help=".jsonl, .csv, folder of images or saved Hugging Face dataset.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --dataset: rows explained together.")] = 8,
-    shard_size: Annotated[int, typer.Option(min=1, help="With --dataset: explanations in a file.")] = 256,
-    workers: Annotated[int, typer.Option(min=0, help="With --dataset: threads that read pictures ahead.")] = 2,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="With --dataset: rows explained together; 8.")] = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="With --dataset: explanations in a file; 256.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="With --dataset: threads that read pictures ahead; 2.")] = None,
 ) -> None:
     """Explain which parts of a picture and a text a model's score rests on.
 
@@ -207,13 +207,17 @@ def explain(
         raise typer.BadParameter("--target must be given without --answer and --generate; got both")
     if device is not None:
         _check_device(device)
+    given = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
+    sizes = {name: size for name, size in given.items() if size is not None}
+    if sizes and dataset is None:
+        names = ", ".join("--" + name.replace("_", "-") for name in sizes)
+        raise typer.BadParameter(f"--dataset must be given with {names}; got none")
     options = Options(model, method, start_layer, tuple(text or ()), target, answer, generate, dtype)
     try:
         if dataset is None:
             return _explain_one(options, image, out, device)
         if image is not None:
             raise typer.BadParameter("--image must be given without --dataset; got both")
-        sizes = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
         outcome = explain_dataset(dataset, out, options, device=device, **sizes)
     except (ImportError, TypeError, ValueError) as error:
         option = str(error).partition(" ")[0]

@@ -48,6 +48,8 @@ def _row(line: str, number: int) -> dict[str, Any]:
         row = str(error)
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ValueError(f"dataset must have a JSON object with a text in line {number}; got {row!r}")
+    if not isinstance(row.get("image"), str | None):
+        raise ValueError(f"dataset must have the path of a picture as image in line {number}; got {row['image']!r}")
     if unknown := [name for name in row if name not in (*_COLUMNS, "id")]:
         raise ValueError(f"dataset must have columns among {', '.join(_COLUMNS)} and id; got {unknown} in line {number}")
     return row
