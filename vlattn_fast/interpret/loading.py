@@ -93,7 +93,9 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
         inputs = dict(processor(list(texts), padding=padding, return_tensors="pt"))
     else:
         prompts = [_prompt(processor, one) for one in texts] if decoder else list(texts)
-        inputs = dict(processor(images=picture, text=prompts, padding=padding, return_tensors="pt"))
+        bos = getattr(processor.tokenizer, "bos_token", None)
+        once = {"add_special_tokens": False} if decoder and bos and prompts[0].startswith(bos) else {}  # a template may have it
+        inputs = dict(processor(images=picture, text=prompts, padding=padding, return_tensors="pt", **once))
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if (
         not decoder and most is not None and inputs["input_ids"].shape[1] > most
@@ -108,7 +110,10 @@ def _prompt(processor: Any, text: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
     token = getattr(processor, "image_token", None)
-    return text if token is None or token in text else f"{token}\n{text}"
+    # The processors of BLIP-2 and InstructBLIP put the picture's tokens in front by themselves.
+    if token is None or getattr(processor, "num_query_tokens", None) is not None or str(token) in text:
+        return text
+    return f"{token}{text}" if type(processor).__name__ == "PaliGemmaProcessor" else f"{token}\n{text}"
 
 
 def seen_part(processor: Any, inputs: Mapping[str, Any], picture: Any) -> tuple[float, float, float, float] | None:

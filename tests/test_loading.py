@@ -1,0 +1,52 @@
+"""What processors are asked for: prompts in the form that models were trained with."""
+
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+image_module = pytest.importorskip("PIL.Image")
+
+from tests import saved_models  # noqa: E402
+from tests.interpret.decoder_cases import OPT, Q_FORMER  # noqa: E402
+from vlattn_fast.interpret import explain, loading  # noqa: E402
+
+PICTURE = image_module.effect_noise((40, 30), 80).convert("RGB")
+
+
+def read(processor, inputs) -> list[str]:
+    return processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+
+
+@pytest.mark.parametrize("kind", ["Blip2", "InstructBlip"])
+def test_a_processor_that_puts_the_picture_in_front_by_itself(kind: str, tmp_path: Path) -> None:
+    words, images = saved_models.tokenizer(), transformers.BlipImageProcessor(size={"height": 24, "width": 24})
+    others = () if kind == "Blip2" else (saved_models.tokenizer(),)
+    getattr(transformers, f"{kind}Processor")(images, words, *others, num_query_tokens=4).save_pretrained(tmp_path)
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=saved_models.VISION,
+        qformer_config=Q_FORMER,
+        text_config={**OPT, "vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+        num_query_tokens=4,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+    model, processor = loading.load_model(str(tmp_path))
+    inputs = loading.build_inputs(model, processor, PICTURE, ["a red square"])
+    assert read(processor, inputs) == [*["<image>"] * 4, "<start>", "a", "red", "square", "<end>"]
+    assert explain(model, inputs, target=3).relevancy["language"].shape == (1, 9)
+
+
+def test_a_template_has_the_first_token_already(tmp_path: Path) -> None:
+    """As Gemma 3's and Llama 4's; transformers does not add it again either."""
+    model, processor = loading.load_model(str(saved_models.save_llava(tmp_path)))
+    plain = loading.build_inputs(model, processor, PICTURE, ["a red square"])
+    processor.chat_template = "<start> <image> {% for part in messages[0].content %}{{ part.text }}{% endfor %} <end>"
+    templated = loading.build_inputs(model, processor, PICTURE, ["a red square"])
+    assert read(processor, templated) == read(processor, plain) and read(processor, plain).count("<start>") == 1
+
+
+def test_a_prompt_of_paligemma_has_no_line_of_its_own() -> None:
+    images = transformers.SiglipImageProcessor(size={"height": 24, "width": 24})
+    images.image_seq_length = 16
+    assert loading._prompt(transformers.PaliGemmaProcessor(images, saved_models.tokenizer()), "a red") == "<image>a red"
