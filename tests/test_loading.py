@@ -9,6 +9,7 @@ image_module = pytest.importorskip("PIL.Image")
 
 from tests import saved_models  # noqa: E402
 from tests.interpret.decoder_cases import OPT, Q_FORMER  # noqa: E402
+from tests.interpret.encoder_cases import git  # noqa: E402
 from vlattn_fast.interpret import explain, loading  # noqa: E402
 
 PICTURE = image_module.effect_noise((40, 30), 80).convert("RGB")
@@ -50,3 +51,11 @@ def test_a_prompt_of_paligemma_has_no_line_of_its_own() -> None:
     images = transformers.SiglipImageProcessor(size={"height": 24, "width": 24})
     images.image_seq_length = 16
     assert loading._prompt(transformers.PaliGemmaProcessor(images, saved_models.tokenizer()), "a red") == "<image>a red"
+
+
+def test_a_prompt_of_git_stays_open() -> None:
+    """As its authors ask questions; the end of a text is what it answers with at last."""
+    model = git().model
+    processor = transformers.GitProcessor(saved_models.image_processor(), saved_models.tokenizer())
+    inputs = loading.build_inputs(model, processor, PICTURE, ["a red square"])
+    assert read(processor, inputs) == ["<start>", "a", "red", "square"] and inputs["attention_mask"].shape == (1, 4)

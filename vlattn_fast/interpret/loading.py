@@ -14,6 +14,7 @@ from vlattn_fast._extras import extra
 from vlattn_fast.interpret.families import find_family
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
+_ENDS_PROMPTS = ("GitForCausalLM",)  # its tokenizer closes a text, and the model would go on behind the end
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -96,6 +97,8 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
         bos = getattr(processor.tokenizer, "bos_token", None)
         once = {"add_special_tokens": False} if decoder and bos and prompts[0].startswith(bos) else {}  # a template may have it
         inputs = dict(processor(images=picture, text=prompts, padding=padding, return_tensors="pt", **once))
+    if name in _ENDS_PROMPTS:
+        inputs |= {part: inputs[part][:, :-1] for part in ("input_ids", "attention_mask", "token_type_ids") if part in inputs}
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if (
         not decoder and most is not None and inputs["input_ids"].shape[1] > most
