@@ -10,6 +10,7 @@ image_module = pytest.importorskip("PIL.Image")
 from tests import saved_models  # noqa: E402
 from tests.interpret.decoder_cases import OPT, Q_FORMER  # noqa: E402
 from tests.interpret.encoder_cases import git  # noqa: E402
+from tests.interpret.test_linked import florence  # noqa: E402
 from vlattn_fast.interpret import explain, loading  # noqa: E402
 
 PICTURE = image_module.effect_noise((40, 30), 80).convert("RGB")
@@ -59,3 +60,12 @@ def test_a_prompt_of_git_stays_open() -> None:
     processor = transformers.GitProcessor(saved_models.image_processor(), saved_models.tokenizer())
     inputs = loading.build_inputs(model, processor, PICTURE, ["a red square"])
     assert read(processor, inputs) == ["<start>", "a", "red", "square"] and inputs["attention_mask"].shape == (1, 4)
+
+
+def test_florence_takes_its_tasks() -> None:
+    words, images = saved_models.tokenizer(), saved_models.image_processor()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    words.image_token, words.image_token_id, images.image_seq_length = "<image>", len(words) - 1, 13
+    processor = transformers.Florence2Processor(images, words)
+    tokens = read(processor, loading.build_inputs(florence(), processor, PICTURE, ["<CAPTION>"]))
+    assert tokens.count("<image>") == 13 and tokens[12:14] == ["<image>", "<start>"]

@@ -14,6 +14,7 @@ from vlattn_fast._extras import extra
 from vlattn_fast.interpret.families import find_family
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
+_IN_FRONT = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they put the picture's tokens there by themselves
 _ENDS_PROMPTS = ("GitForCausalLM",)  # its tokenizer closes a text, and the model would go on behind the end
 
 
@@ -113,8 +114,7 @@ def _prompt(processor: Any, text: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
     token = getattr(processor, "image_token", None)
-    # The processors of BLIP-2 and InstructBLIP put the picture's tokens in front by themselves.
-    if token is None or getattr(processor, "num_query_tokens", None) is not None or str(token) in text:
+    if token is None or type(processor).__name__ in _IN_FRONT or str(token) in text:
         return text
     return f"{token}{text}" if type(processor).__name__ == "PaliGemmaProcessor" else f"{token}\n{text}"
 
