@@ -17,6 +17,7 @@ def byte_level(text: str) -> str:
     ("tokens", "words"),
     [
         (["The", "Ġgir", "affe", "'s", "Ġneck", ",", "Ġ(", "long", ")", "Ċ"], "The| giraffe's| neck|,| (|long|)| ⏎"),
+        (["Yes", ".ĊĊ"], "Yes|."),
         (["<|im_start|>", "user", "Ċ", "Ġhi"], "<|im_start|>|user| ⏎| hi"),
         (["Ġa", *map(byte_level, ["你好", "世界", "。"])], "a|你好|世界|。"),
         (["Ġa", *(byte_level("你")[i] for i in range(3)), "Ġcaf", byte_level("é")], "a|你| café"),

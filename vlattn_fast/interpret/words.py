@@ -80,7 +80,8 @@ def _fault(pieces: Sequence[bytes]) -> str | None:
 def _pieces(tokens: Sequence[str], vocabulary: Sequence[str]) -> list[bytes]:
     """Every token as the bytes of its text, with a space before it where a word begins."""
     ends = any(token.endswith("</w>") for token in vocabulary)
-    marked, spaced = (any(token.startswith(marks) for token in vocabulary) for marks in (("Ġ", "Ċ"), "▁"))
+    marked = any(token.startswith("Ġ") or "Ċ" in token for token in vocabulary)  # ".Ċ" is a token, too
+    spaced = any(token.startswith("▁") for token in vocabulary)
     of_bytes = marked or (not spaced and _are_bytes(vocabulary))
     if marked or (of_bytes and not ends):
         return [_bytes_of(token) for token in tokens]
