@@ -218,6 +218,8 @@ def test_wrong_input_is_named(changes, error):
         ({"num_hidden_layers": 0}, ValueError),
         ({"vocab_size": 1.5}, TypeError),
         ({"hidden_dropout_prob": 1.0}, ValueError),
+        ({"attention_probs_dropout_prob": None}, TypeError),
+        ({"initializer_range": -0.1}, ValueError),
     ],
 )
 def test_wrong_config_is_named(changes, error):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast._checks import readable
+from vlattn_fast._checks import check_number, readable
 from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
 
 
@@ -144,8 +144,7 @@ class CLIPMapper(nn.Module):
         known = getattr(text.config, "vocab_size", None)
         if vocab_size is not None and known is not None and vocab_size > known:
             raise ValueError(f"vocab_size must be at most that of text, {known}, which reads what is generated; got {vocab_size}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be a probability in [0, 1); got {dropout}")
+        check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)
         self.vision, self.text = vision, text
         self.num_answers, self.vocab_size = num_answers, vocab_size
         self.freeze_encoders = freeze_encoders

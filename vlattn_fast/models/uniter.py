@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlattn_fast._checks import check_number
 from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
 
 LAYER_NORM_EPS = 1e-12  # of the published models
@@ -64,8 +65,8 @@ class UNITERConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act must be one of {sorted(ACTIVATIONS)}; got {self.hidden_act!r}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be a probability in [0, 1); got {getattr(self, name)}")
+            check_number(name, getattr(self, name), low=0.0, high=1.0, open_high=True)
+        check_number("initializer_range", self.initializer_range, low=0.0)
 
 
 @dataclass(frozen=True)
