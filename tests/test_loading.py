@@ -69,3 +69,13 @@ def test_florence_takes_its_tasks() -> None:
     processor = transformers.Florence2Processor(images, words)
     tokens = read(processor, loading.build_inputs(florence(), processor, PICTURE, ["<CAPTION>"]))
     assert tokens.count("<image>") == 13 and tokens[12:14] == ["<image>", "<start>"]
+
+
+def test_the_model_sees_more_than_a_picture_that_is_made_a_square() -> None:
+    sizes = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    processor = transformers.LlavaImageProcessor(do_pad=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, **sizes)
+    white = image_module.new("RGB", (40, 30), "white")
+    inputs = processor(images=white, return_tensors="pt")
+    assert loading.seen_part(processor, inputs, white) == pytest.approx((0, -1 / 6, 1, 7 / 6))
+    rows = inputs["pixel_values"][0, 0, :, 12] > 0.5  # the picture's; 18 of 24
+    assert rows.nonzero()[:, 0].tolist() == list(range(3, 21))

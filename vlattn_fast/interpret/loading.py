@@ -128,16 +128,19 @@ def seen_part(processor: Any, inputs: Mapping[str, Any], picture: Any) -> tuple[
     if picture is None or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
         return None
     prepare = getattr(processor, "image_processor", processor)
-    width, height = picture.size
+    # LLaVA's makes the picture a square first, with an edge on either side.
+    padded = getattr(prepare, "do_pad", False) and type(prepare).__name__.startswith("LlavaImageProcessor")
+    width, height = (max(picture.size),) * 2 if padded else picture.size
+    wider, higher = width / picture.size[0], height / picture.size[1]
     size = getattr(prepare, "size", None) or {}
     if getattr(prepare, "do_resize", False) and "shortest_edge" in size:
         scale = size["shortest_edge"] / min(width, height)
         width, height = width * scale, height * scale
     elif getattr(prepare, "do_resize", False):
         width, height = size.get("width", width), size.get("height", height)
-    if not getattr(prepare, "do_center_crop", False):
-        return 0.0, 0.0, 1.0, 1.0
-    x, y = (0.5 * prepare.crop_size[side] / full for side, full in (("width", width), ("height", height)))
+    x, y = 0.5 * wider, 0.5 * higher
+    if getattr(prepare, "do_center_crop", False):
+        x, y = x * prepare.crop_size["width"] / width, y * prepare.crop_size["height"] / height
     return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
 
