@@ -118,7 +118,8 @@ def test_the_part_that_the_model_saw_is_known(vit, picture):
     torch.testing.assert_close(shown, torch.from_numpy(np.asarray(cut) / 255).float(), atol=3e-2, rtol=0)
     processor.do_center_crop, processor.size = False, {"height": 24, "width": 24}
     assert loading.seen_part(processor, inputs, seen) == (0, 0, 1, 1)
-    assert loading.seen_part(processor, {"pixel_values": torch.zeros(1, 4, 3, 24, 24)}, seen) is None  # tiles
+    for tiles in ((1, 4, 3, 24, 24), (4, 3, 24, 24)):
+        assert loading.seen_part(processor, {"pixel_values": torch.zeros(tiles)}, seen) is None
 
 
 @pytest.mark.parametrize(

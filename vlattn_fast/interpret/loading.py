@@ -125,7 +125,7 @@ def seen_part(processor: Any, inputs: Mapping[str, Any], picture: Any) -> tuple[
     transformers' image processors resize a picture, to a size or by its shortest edge, and then cut out the middle.
     """
     pixels = inputs.get("pixel_values")
-    if picture is None or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
+    if picture is None or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
         return None
     prepare = getattr(processor, "image_processor", processor)
     # LLaVA's makes the picture a square first, with an edge on either side.
