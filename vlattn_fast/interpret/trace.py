@@ -43,7 +43,7 @@ class Attends(Protocol):
 
 
 _running: contextvars.ContextVar[Attends | None] = contextvars.ContextVar("vlattn_trace", default=None)
-_numbers = itertools.count()  # an id() may come again, while tensors that a model keeps still bear the marks of an earlier run
+_numbers = itertools.count()
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
@@ -93,7 +93,7 @@ class Trace(TorchFunctionMode):
         self._paths: list[str | None] = [""]
         self._runs, self._run = [0], 0  # a number of its own for each run of each module: those on the way, and the last
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
-        self._mark = f"_vlattn_calls_{next(_numbers)}"
+        self._mark = new_mark("calls")
 
     # --- the run ---
 
@@ -399,6 +399,12 @@ def _is_checkpointed() -> bool:
     """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def new_mark(name: str) -> str:
+    """The attribute by which a run marks tensors. No run has had it: an id() may come again, while tensors that a model keeps
+    still bear the marks of an earlier run."""
+    return f"_vlattn_{name}_{next(_numbers)}"
 
 
 def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

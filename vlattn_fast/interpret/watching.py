@@ -8,7 +8,6 @@ image. A query's tokens are those that its own residual stream comes from; what 
 from __future__ import annotations
 
 import inspect
-import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret._override import overridden
 from vlattn_fast.interpret.multihead import heads
-from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, first_argument
+from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, first_argument, new_mark
 
 Pair = tuple[Tensor, Tensor]  # query (B, H, N, D), key (B, H, M, D)
 MODALITIES = ("text", "image")
@@ -29,7 +28,6 @@ TEXT, IMAGE = 1, 2  # as bits: what a tensor was computed from
 _KINDS = {"text": TEXT, "image": IMAGE}
 _TEXT_INPUTS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "text")
 _IMAGE_INPUTS = ("pixel_values", "visual_feats", "visual_embeds", "region_features", "image", "images", "video")
-_numbers = itertools.count()  # an id() may come again, while tensors that a model keeps still bear the marks of an earlier watch
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -103,7 +101,7 @@ class Watch(TorchFunctionMode):
         lists = (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)))
         self._listed = {part for parts in lists for part in parts}
         self._number = 0
-        self._mark = f"_vlattn_kinds_{next(_numbers)}"
+        self._mark = new_mark("kinds")
         self._stack: list[_Running] = []
         self._calls: list[AttentionCall] = []
         self._marked: list[Tensor] = []
