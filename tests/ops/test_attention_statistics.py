@@ -206,7 +206,7 @@ def test_a_sharp_row_has_the_entropy_of_its_small_weights(backend: str) -> None:
 def test_what_stands_in_padding_reaches_nothing(backend: str) -> None:
     clean, mask = as_dtype(statistics_inputs(), finest(backend)), key_mask()
     padding = ~mask[:, None, :, None].expand_as(clean["key"])
-    dirty = clean | {"key": clean["key"].masked_fill(padding, torch.nan)}
+    dirty = clean | {"key": clean["key"].clone().masked_fill_(padding, torch.nan)}
     dirty["key"][0, 0] = torch.where(padding[0, 0], torch.inf, dirty["key"][0, 0])
     fixed = {"key_mask": mask, "backend": backend, **groups()}
     found = attention_statistics(**dirty, **fixed)

@@ -278,7 +278,7 @@ def test_garbage_in_padding_stays_there(backend: str) -> None:
     inputs, mask = tensors(20, b=2, dtype=finest(backend)), padding(20)
     grads = cotangents(inputs)
     there = ~mask[:, None, :, None]
-    dirty = inputs | {name: inputs[name].masked_fill(there, torch.nan) for name in ("key", "value")}
+    dirty = inputs | {name: inputs[name].clone().masked_fill_(there, torch.nan) for name in ("key", "value")}
     for more in ({}, {"is_causal": True}, {"attn_mask": torch.randn(20, 20)}):
         run = call(va.relevancy_attention, key_mask=mask, row_normalize=True, backend=backend, **more)
         clean, got = outputs_and_grads(run, inputs, grads), outputs_and_grads(run, dirty, grads)

@@ -162,8 +162,8 @@ def test_garbage_in_padding_stays_there(backend: str) -> None:
         rest = (value, grad) if rule == "gradient" else (None, None)
         fixed = {"rule": rule, "row_normalize": row_normalize, "key_mask": mask, "backend": backend}
         clean = va.relevancy_step(r, query, key, *rest, **fixed)
-        dirty = None if rest[0] is None else rest[0].masked_fill(there, torch.inf)
-        got = va.relevancy_step(r, query, key.masked_fill(there, torch.nan), dirty, rest[1], **fixed)
+        dirty = None if rest[0] is None else rest[0].clone().masked_fill_(there, torch.inf)
+        got = va.relevancy_step(r, query, key.clone().masked_fill_(there, torch.nan), dirty, rest[1], **fixed)
         assert torch.equal(got, clean) and not got.masked_fill(mask[:, None], 0.0).any() and got.any()
 
 

@@ -102,7 +102,7 @@ def test_garbage_in_padding_under_dropout_and_grouped_heads(backend: str) -> Non
         options = {"key_mask": keys, "dropout_p": 0.4, "enable_gqa": True, "backend": backend}
         return call(va.score_attention, make, **options)(**x)
 
-    bad = inputs | {name: inputs[name].masked_fill(there[..., None], math.nan) for name in ("key", "value")}
+    bad = inputs | {name: inputs[name].clone().masked_fill_(there[..., None], math.nan) for name in ("key", "value")}
     clean = outputs_and_grads(run, inputs)
     for name, x in outputs_and_grads(run, bad).items():
         assert torch.equal(x, clean[name]), name
