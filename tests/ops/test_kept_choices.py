@@ -50,6 +50,10 @@ class Plain(Tensor):
     """A tensor of another class."""
 
 
+class Own(scores.Dot):
+    """A score function of another class."""
+
+
 TENSORS: dict[str, Callable[[], Tensor | None]] = {
     "shape": lambda: X.mT,
     "dtype": lambda: X.to(torch.bfloat16),
@@ -58,6 +62,17 @@ TENSORS: dict[str, Callable[[], Tensor | None]] = {
     "nested": lambda: torch.nested.nested_tensor([X, X]),
     "gradient": lambda: X.detach().requires_grad_(),
     "absent": lambda: None,
+}
+W, U = torch.zeros(3, 3), torch.zeros(3)
+SCORES: dict[str, Callable[[], scores.Score]] = {
+    "class": lambda: scores.Hadamard(U, W),
+    "shape": lambda: scores.Additive(U, W[:2]),
+    "dtype": lambda: scores.Additive(U, W.double()),
+    "gradient": lambda: scores.Additive(U, W.clone().requires_grad_()),
+    "absent": lambda: scores.Additive(U),
+    "elsewhere": lambda: scores.Additive(U, None, W),
+    "word": lambda: scores.Additive(U, W, method="series"),
+    "number": lambda: scores.Additive(U, W, tolerance=1.0),
 }
 OPTIONS: dict[str, tuple[Any, ...]] = {"number": (2, None), "bool": (True, None), "float": (1.0, None), "word": (1, "a")}
 
@@ -85,6 +100,14 @@ def test_another_option_is_asked_for(what: str) -> None:
     asked = Asked()
     asked.during((X,), (1, None))
     assert [asked.during((X,), OPTIONS[what]) for _ in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize("what", SCORES)
+def test_another_score_is_asked_for(what: str) -> None:
+    asked = Asked()
+    asked.during((X, None), (scores.Additive(U, W),))
+    assert asked.during((X, None), (scores.Additive(U + 1.0, W + 1.0),)) == 0
+    assert [asked.during((X, None), (SCORES[what](),)) for _ in range(2)] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +141,8 @@ def test_another_choice_of_backends_is_asked_for(what: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "tensors, options",
-    [((X.as_subclass(Plain),), ()), (([0.0],), ()), ((X,), (X,)), ((X,), ([1],)), ((X,), (scores.Dot(),))],
-    ids=["class of tensors", "no tensor", "tensor as option", "list", "score"],
+    [((X.as_subclass(Plain),), ()), (([0.0],), ()), ((X,), (X,)), ((X,), ([1],)), ((X,), (Own(),))],
+    ids=["class of tensors", "no tensor", "tensor as option", "list", "class of scores"],
 )
 def test_what_may_hold_more_is_not_kept(tensors: tuple[Any, ...], options: tuple[Any, ...], kept: dict[Any, str]) -> None:
     asked = Asked()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from vlattn_fast import _native
+from vlattn_fast import _native, scores
 from vlattn_fast._checks import check_choice
 from vlattn_fast.cuda import _shared_library
 
@@ -215,12 +215,16 @@ def choose(
 
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 _PLAIN = {str, bool, int, float, type(None)}
+_SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.Additive, scores.Hadamard}
 
 
 def _facts(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """All that checks and refusals read, but no value of a tensor: no check reads one. None where they may read more: of tensors
-    of other classes or with tangents, and of options that are objects."""
+    of other classes or with tangents, and of options that are other objects than score functions."""
     kinds = tuple(map(type, options))  # since 1 is equal to True
+    if not _PLAIN.issuperset(kinds):
+        tensors, options = _with_parameters(tensors, options)
+        kinds = tuple(map(type, options))
     if not _PLAIN.issuperset(kinds) or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
     properties: list[Any] = []
@@ -244,6 +248,24 @@ def _facts(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tup
         _shared_library.library.exists,
         _shared_library.library.device_type,
     )
+
+
+def _with_parameters(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Instead of a score function its name and fields, a tensor's place among the options and the tensor among the tensors."""
+    parameters: list[Any] = []
+    others: list[Any] = []
+    for x in options:
+        if type(x) not in _SCORES:  # a subclass may check what is not in its fields
+            others.append(x)
+            continue
+        others.append(type(x).__name__)
+        for name, value in vars(x).items():
+            if isinstance(value, Tensor):
+                parameters.append(value)
+                others.append(name)
+            else:
+                others.append(value)
+    return (*tensors, *parameters), tuple(others)
 
 
 def masks_padding(backend: str) -> bool:
