@@ -21,7 +21,7 @@ our time over that of the bound: plain SDPA of the same shape, or a model withou
 operator needs less than SDPA does, or is faster than torch's. *MiB* is what a call adds to memory at its peak, beside the least
 that a rival adds.
 """
-SETTINGS = """The same machine in its settings: our time over that of the bound, and the time of the fastest rival over ours.
+SETTINGS = """Each machine in its settings: our time over that of the bound, and the time of the fastest rival over ours.
 """
 HOST = """What Python and torch add to a call of one short head, in microseconds above those of
 F.scaled_dot_product_attention, and in brackets the goal. With Triton launches are left out, with *cpu* kernels run on a few
@@ -147,7 +147,7 @@ def _summary(rows: Sequence[Row]) -> str:
 
 
 def _settings(settings: Mapping[str, Sequence[Row]]) -> str:
-    """Our time over the bound's in each setting of this machine, and how much longer the fastest rival takes."""
+    """Our time over the bound's on each machine in each setting, and how much longer the fastest rival takes."""
     tables = {name: {key[1:]: found for key, found in _by_benchmark(rows).items()} for name, rows in settings.items()}
     lines = [_line(("benchmark", *tables)), _line(["---", *["---:"] * len(tables)])]
     for key in next(iter(tables.values())):

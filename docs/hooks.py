@@ -27,7 +27,7 @@ def on_page_content(content: str, **_: Any) -> str:
 def cost(stems: list[str]) -> str:
     """Median milliseconds and peak MiB of these benchmarks' stored rows, one line a workload, the newest row of each.
 
-    A file has rows of one machine in several settings; shown are those of the one with most rows, as in the report.
+    A file has rows of several machines and settings; shown are those of the one with most rows, as in the report.
     """
     newest: dict[str, dict[str, dict[str, Any]]] = {}
     stored = json.loads(ROWS.read_text(encoding="utf-8"))
