@@ -19,7 +19,9 @@ SCORES = {
     "token": "next token, or `answer=`",
     "query": "surest object query",
     "decoded": "next token",
+    "states": "none",
 }
+WITHOUT_LOGITS = ("Model", "WithProjection")  # how classes end that give states, or these projected, and no logits
 ROWS = {
     "cls": "first token",
     "eot": "end-of-text token",
@@ -38,6 +40,8 @@ HEAD = """# Models
 other model with `read=` and `target=` (see [Explain a model](guides/explain_a_model.md)). This page is written from the
 package's records. A test names each class. It compares a small random model with the published rule on stored maps, or runs every
 method on a class with such a tower.
+
+*none* as the default score: the outputs have no logits, so a method that takes a gradient needs `target=`, a callable.
 
 *maps* says which parts of the image have a map: patches, a backbone's features, image tokens on their grid, or boxes. *weighted*
 says whether the record names the residual branch that `method="weighted"` needs. *connector* says whether
@@ -68,7 +72,8 @@ def row(name: str, family: Family) -> str:
     maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in family.towers]
     shown = ", ".join(dict.fromkeys(part for part in maps if part)) or "–"
     weighted = "yes" if all(tower.branch and (tower.sums or not tower.further) for tower in family.towers) else "no"
-    score = SCORES["decoded" if towers[0].tokens == "decoded" else family.score]
+    kind = "decoded" if towers[0].tokens == "decoded" else family.score
+    score = SCORES["states" if kind == "class" and name.endswith(WITHOUT_LOGITS) else kind]
     return f"| `{name}` | {shown_rows} | {score} | {shown} | {weighted} | {'yes' if family.vision else '–'} |"
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tests.interpret.models_page import KINDS, PAGE, named, page, sources
+import inspect
+import typing
+
+import pytest
+
+from tests.interpret.models_page import KINDS, PAGE, named, page, row, sources
+from vlattn_fast.interpret.encoders import ENCODERS
+from vlattn_fast.interpret.linked import LINKED
 
 
 def test_the_page_is_up_to_date():
@@ -13,3 +20,19 @@ def test_every_record_is_tested():
     text = sources()
     missing = [name for families in KINDS.values() for name in families if not named(name, text)]
     assert not missing
+
+
+def test_a_class_without_logits_has_no_default_score():
+    """What the forward pass of a class of transformers gives says so itself."""
+    transformers = pytest.importorskip("transformers")
+    seen = {True: 0, False: 0}
+    for name, family in {**ENCODERS, **LINKED}.items():
+        if family.score != "class" or (model := getattr(transformers, name, None)) is None:
+            continue
+        returned = inspect.signature(inspect.unwrap(model.forward)).return_annotation
+        outputs = [kind for kind in typing.get_args(returned) or (returned,) if hasattr(kind, "__dataclass_fields__")]
+        assert len(outputs) == 1, f"{name}: {returned}"
+        has_logits = family.logits in outputs[0].__dataclass_fields__
+        assert ("| largest logit |" in row(name, family)) == has_logits, name
+        seen[has_logits] += 1
+    assert all(seen.values())
