@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_no_import_runs_upwards() -> None:
         if FLOOR[module.split(".")[1]] < FLOOR[name.split(".")[1]]
     ]
     assert not upwards, "\n".join(upwards)
+
+
+def test_contributing_has_the_floors_in_their_order() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The tree")[1].split("Beside the package")[0]
+    places = [row.split(" | ")[0] for row in tree.splitlines() if row.startswith("| `")]
+    heights = [{FLOOR[name] for name in re.findall(r"`(?:vlattn_fast/)?(\w+)(?:/|\.py)`", place)} for place in places]
+    assert all(len(of_row) == 1 for of_row in heights) and len(heights) > 10
+    assert heights == sorted(heights, key=max, reverse=True)
 
 
 def test_no_two_files_import_each_other() -> None:
