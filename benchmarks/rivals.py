@@ -135,8 +135,9 @@ def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace
 
     relu(sum_c w_c lambda_i v_ic) in the last layer: w = the gradient of the cosine of image and text at the attention output of
     the pooled token, v_i = the values, lambda_i = cos(q_pooled, k_i), scaled to [0, 1] over the tokens, with q and k behind the
-    output projection, as in the code. Of the text the sum is over the last two thirds of the layers (the code: 8 of 12), tokens
-    up to the end of text. The code runs these layers with one head, so what it explains is another model; here they have theirs.
+    output projection, as in the code. Of the text the sum is over the last two thirds of the layers (the code: 8 of 12), and
+    lambda is scaled over the tokens up to the end of text (the code: over padding, too, which those do not see). The code runs
+    these layers with one head, so what it explains is another model; here they have theirs.
     """
     chosen = _chosen(inputs, target)
     ids, real = inputs["input_ids"][chosen], inputs.get("attention_mask")
@@ -146,17 +147,17 @@ def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace
         last = vision_layers(model, inputs["pixel_values"])[-1]
         images = _image_embeddings(model, last.leaving[:, 0])
         grad = torch.autograd.grad((images * texts).sum(), last.heads)[0][:, 0]
-        patches = torch.ones(last.entering.shape[:2], dtype=torch.bool)
+        patches = torch.ones(last.entering.shape[:2], dtype=torch.bool, device=ids.device)
         patches[:, 0] = False
-        image = _eclip(last, grad, torch.zeros(len(grad), dtype=torch.long), patches)[:, 1:].clamp(min=0)
+        image = _eclip(last, grad, torch.zeros_like(ids[:, 0]), patches)[:, 1:].clamp(min=0)
 
         found = text_layers(model, ids, real.bool())
         end = _end_of_text(model, ids)
-        rows = torch.arange(len(ids))
+        rows = torch.arange(len(ids), device=ids.device)
         pooled = model.text_projection(model.text_model.final_layer_norm(found[-1].leaving))[rows, end]  # type: ignore[operator, union-attr]
         used = found[-max(1, 2 * len(found) // 3) :]
         grads = torch.autograd.grad((F.normalize(pooled, dim=-1) * images.detach()).sum(), [layer.heads for layer in used])
-        position = torch.arange(ids.shape[1])
+        position = torch.arange(ids.shape[1], device=ids.device)
         until_end = position <= end[:, None]
         parts = [_eclip(layer, g[rows, end], end, until_end) for layer, g in zip(used, grads, strict=True)]
     words = (position > 0) & (position < end[:, None])
@@ -174,7 +175,7 @@ def _eclip(layer: Layer, grad: Tensor, pooled: Tensor, among: Tensor) -> Tensor:
     """
     query, key, value = (_merged(part) for part in (layer.query, layer.key, layer.value))
     query, key = (layer.module.self_attn.out_proj(part) for part in (query, key))
-    cosine = F.cosine_similarity(query[torch.arange(len(query)), pooled][:, None], key, dim=-1)
+    cosine = F.cosine_similarity(query[torch.arange(len(query), device=query.device), pooled][:, None], key, dim=-1)
     low = cosine.masked_fill(~among, torch.inf).amin(1, keepdim=True)
     high = cosine.masked_fill(~among, -torch.inf).amax(1, keepdim=True)
     spatial = (cosine - low) / (high - low).clamp(min=torch.finfo(cosine.dtype).tiny)
@@ -194,7 +195,8 @@ def clip_surgery(model: nn.Module, inputs: Inputs, target: Any, *, layers: int |
     Architecture: beside the model's own path a second one sums softmax(v v^T / sqrt(D)) v of the last `layers` layers, without
     their MLPs, each taken from the model's own states. Its patches, in CLIP's embedding space, are compared with the texts.
     Features: the similarity with text t is weighted by w_t = T softmax_t(2 cos(image, t)), and the mean over the T texts, which
-    all of them have in common, is taken away. So there must be two texts or more.
+    all of them have in common, is taken away. So there must be two texts or more. They stand as they are; the code's demo takes
+    the mean over 85 prompts with each.
 
     Args:
         layers: None = half of them (the code: 6 of 12).
@@ -257,7 +259,7 @@ def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callabl
     if pair:
         chosen = _chosen(inputs, target)
         beside = {key: value[chosen] for key, value in beside.items()}
-    index = None if callable(target) else torch.tensor(target)
+    index = None if callable(target) else torch.tensor(target, device=inputs[name].device)
 
     def score(image: Tensor, *others: Any) -> Tensor:
         outputs = model(**{name: image}, **dict(zip(beside, others, strict=True)), **fixed)

@@ -165,6 +165,15 @@ def test_evaluate_takes_them():
         rivals.legrad(model, inputs, lambda outputs: outputs.logits_per_image.diagonal())
 
 
+def test_tensors_are_made_where_the_model_is(clip):
+    """A tensor made without a device would be one of "meta" here, and does not go with those of the model."""
+    model, inputs = clip
+    want = rivals.grad_eclip(model, inputs, TARGET)
+    with torch.device("meta"):
+        got = rivals.grad_eclip(model, inputs, TARGET)
+    assert torch.equal(got.image, want.image) and torch.equal(got.text, want.text)
+
+
 # --- captum, where it is installed ---
 
 
