@@ -69,7 +69,8 @@ class DamsmLoss(nn.Module):
     """AttnGAN's word-level matching loss over `damsm_similarity` (Xu et al., CVPR 2018, equations 10 to 12).
 
     With R_ij the score of image i and caption j: -log softmax_j(gamma3 R_ij) - log softmax_i(gamma3 R_ij) at j = i, averaged over
-    the batch. The sentence-level part of the paper's loss is a cosine of two vectors and not here.
+    the batch. The sentence-level part of the paper's loss is a cosine of two vectors and not here. R is that of the authors'
+    code, gamma2 times the paper's.
 
     Args:
         gamma1, gamma2: see `damsm_similarity`. gamma3: factor in the softmax over images and over captions.

@@ -130,7 +130,8 @@ def damsm_similarity(
 
     The word e_t attends to the regions after two softmaxes, over words and then, times gamma1, over regions. Equal to
     gamma2 * stacked_cross_attention(direction="t2i", first_norm="softmax", smooth=gamma1, lambda_lse=gamma2); the same
-    arguments, returns and errors. gamma2 > 0. A pair with an empty side gives 0.
+    arguments, returns and errors. gamma2 > 0. A pair with an empty side gives 0. As in the authors' code; the paper's equation 10
+    divides by gamma2.
 
     >>> damsm_similarity(torch.randn(3, 289, 16), torch.randn(2, 7, 16), torch.tensor([7, 4])).shape
     torch.Size([3, 2])

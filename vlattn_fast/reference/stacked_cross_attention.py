@@ -58,7 +58,10 @@ def damsm_similarity(
     gamma1: float = 4.0,
     gamma2: float = 5.0,
 ) -> Tensor:
-    """The formula behind vlattn_fast.damsm_similarity (AttnGAN eq. 7-10): log sum_t exp(gamma2 cos(e_t, c_t))."""
+    """The formula behind vlattn_fast.damsm_similarity (AttnGAN eq. 7-10): log sum_t exp(gamma2 cos(e_t, c_t)).
+
+    So it is in words_loss of taoxugit/AttnGAN, code/miscc/losses.py; the paper's eq. 10 divides it by gamma2.
+    """
     return gamma2 * stacked_cross_attention(
         images,
         captions,
