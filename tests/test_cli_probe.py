@@ -64,3 +64,7 @@ def test_refuses(line: str, options: list[str], message: str, tmp_path: Path) ->
     given.update(zip(options[::2], options[1::2], strict=True))
     result = run(*[word for pair in given.items() for word in pair])
     assert result.exit_code == 2 and message in result.output
+
+
+def test_help_names_the_tests() -> None:
+    assert "One or more of modality, cross_modal, coreference, relation, fusion, linguistic" in run("--help").output

@@ -25,6 +25,7 @@ from vlattn_fast.interpret.dataset.store import FAILURES
 from vlattn_fast.interpret.loading import build_inputs, load_model, moved, open_image, seen_part
 from vlattn_fast.interpret.loading import generate as generate_answer
 from vlattn_fast.interpret.methods import METHODS
+from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -279,7 +280,7 @@ def probe(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
     dataset: Annotated[Path, typer.Option(help=".jsonl, or a folder with one: text, image, phrases, relations, sentence.")],
     out: Annotated[Path | None, typer.Option(help="File to write, .html or .json.")] = None,
-    test: Annotated[list[str] | None, typer.Option(help="One or more of the tests; all by default.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(TESTS)}; all by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU.")] = None,
 ) -> None:
@@ -318,7 +319,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("demo"),
     costs: Annotated[bool, typer.Option(help="Also measure what one map costs (minutes).")] = True,
 ) -> None:
-    """Explain pictures of the embedded benchmark, check every operator, and compare what one map costs."""
+    """Check every operator, explain pictures of DigitScenes, the benchmark inside the package, and compare what one map costs."""
     from vlattn_fast._demo import run
 
     if not run(out, costs=costs):
