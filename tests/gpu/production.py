@@ -221,4 +221,5 @@ def call_of(benchmark: str, backend: str, device: str, batch: int | None = None)
 
 def function_name(kernel: str) -> str:
     """Of a kernel as profilers print it, with its namespace, template arguments and parameters."""
-    return kernel.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0].split("::")[-1].split()[-1]
+    name = kernel.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0].split("::")[-1]
+    return name.split()[-1] if name.strip() else kernel  # a lambda has no name

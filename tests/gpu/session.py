@@ -109,7 +109,10 @@ class Session:
                     if not waiting or self.left() < LEAST_LEFT:
                         return
                     item = waiting.pop(0)
-                row = execute({"part": part, **item}, min(OF_AN_ITEM, self.left()))
+                try:
+                    row = execute({"part": part, **item}, min(OF_AN_ITEM, self.left()))
+                except Exception as error:  # else its thread would end, and the item would be neither known nor left
+                    row = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500]}
                 if row is None:
                     cut.append(item)
                     return

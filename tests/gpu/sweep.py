@@ -7,9 +7,10 @@ timed only where it keeps the tolerance rule, and takes the place of the one tha
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
@@ -138,11 +139,22 @@ def _measured(launch: _Launch, device: str) -> Row:
 def _compile(hot: int, batch: list[Config | None]) -> None:
     """Into Triton's cache on the disk, on all cores."""
     if not _pool:
-        _pool.append(ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")))
+        _pool.append(new_pool())
     major, minor = torch.cuda.get_device_capability()
     ahead: list[Future[None]] = [_pool[0].submit(compile_one, hot, config, 10 * major + minor) for config in batch]
     for one in ahead:
         one.exception()  # it comes again, and is stored, where this configuration is launched
+
+
+def new_pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """A process that crashes ends none of its pool's, which would hold its output open: run.py would read on until time is up."""
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def compile_one(hot: int, config: Config | None, architecture: int) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vlattn_fast.benchmarks import _rows
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.kernels import _configurations
 
-from tests.gpu import ncu, production, run, session, sweep, worker
+from tests.gpu import ncu, production, run, session, sweep
 from vlattn_fast import verify
 
 ROOT = Path(__file__).parents[2]
@@ -243,12 +244,6 @@ def test_what_ncu_says_without_a_table_is_no_row():
     assert ncu.table("==ERROR== ERR_NVGPUCTRPERM\n") == {} and ncu.table(TABLE.rsplit("\n", 2)[0]) == {}
 
 
-def test_a_profile_without_kernels_is_no_profile(monkeypatch):
-    monkeypatch.setattr(production, "call_of", lambda *_: lambda: None)
-    monkeypatch.setattr(worker, "_profiled", lambda *_: {})
-    assert not worker.kernels({"call": "", "backend": "triton"}, "cuda")["passed"]
-
-
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A session over an empty tree."""
@@ -302,6 +297,33 @@ def test_what_is_not_stored_runs_where_no_row_is_known(tree):
     items = [{"item": name, "part": "compile"} for name in "ab"]
     assert tree.run("ncu", items, lambda: lambda item, seconds: asked.append(item) or {"passed": False}, 2, stored=False)
     assert asked == [{"item": "b", "part": "compile"}] and tree.known("ncu").keys() == {"a"}
+
+
+def test_an_item_that_cannot_be_executed_is_a_row(tree):
+    """Otherwise its thread ends, nothing waits, and the part would have passed without it."""
+
+    def execute(item: dict[str, Any], seconds: float) -> dict[str, Any]:
+        if item["item"] == "a":
+            raise OSError("no more processes")
+        return {"passed": True}
+
+    assert tree.run("tests", [{"item": name} for name in "ab"], lambda: execute)
+    assert {name: row["passed"] for name, row in tree.known("tests").items()} == {"a": False, "b": True}
+    assert tree.known("tests")["a"]["problem"] == "OSError: no more processes"
+
+
+@pytest.mark.parametrize("status, cases, passed", [(5, "", True), (0, "", False), (2, "", False), (0, "<testcase/>", True)])
+def test_a_file_may_have_no_test_for_a_device(tree, monkeypatch, status, cases, passed):
+    """A shard of such a file is empty, the first one too; what pytest could not collect is a failure."""
+    monkeypatch.setattr(run, "TREE", session.ROOT)
+
+    def command(words: list[str], seconds: float, **more: str) -> tuple[int, str]:
+        Path(words[-2].removeprefix("--junitxml=")).write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+        return status, "what pytest says"
+
+    monkeypatch.setattr(tree, "command", command)
+    row = run._pytest(tree, {"item": "tests/ops/test_x.py 1 of 2", "file": "tests/ops/test_x.py", "shard": "0/2"}, 60.0)
+    assert row is not None and row["passed"] == passed and row["tests"] == cases.count("testcase")
 
 
 def test_out_of_time_is_not_a_row(tree):
@@ -382,10 +404,11 @@ def test_tools_are_found_where_they_are_installed(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "nsight" / "readme").touch()
     monkeypatch.setenv("CUDA_HOME", f"{tmp_path}/cuda")
-    expected = f"/bin:{tmp_path}/cuda/bin:{tmp_path}/nsight/2025.3.1:{tmp_path}/nsight/2025.1.0"
+    scripts = sysconfig.get_path("scripts")  # where pip puts cmake and ninja
+    expected = f"/bin:{scripts}:{tmp_path}/cuda/bin:{tmp_path}/nsight/2025.3.1:{tmp_path}/nsight/2025.1.0"
     assert run.with_tools("/bin", f"{tmp_path}/nsight") == expected
     monkeypatch.setenv("CUDA_HOME", f"{tmp_path}/none")
-    assert run.with_tools("/bin", f"{tmp_path}/none") == "/bin"
+    assert run.with_tools("/bin", f"{tmp_path}/none") == f"/bin:{scripts}"
 
 
 def test_packages_that_were_brought_along_are_behind_the_tree(tree, monkeypatch):

@@ -1,7 +1,11 @@
 """The sweep compiles ahead, on all cores, what it then launches."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,3 +35,28 @@ for number in (0, 2):
 def test_the_sweep_compiles_ahead_what_is_timed_and_what_is_checked():
     done = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+DIES = """
+import os, signal, time
+from tests.gpu import sweep
+
+if __name__ == "__main__":
+    pool = sweep.new_pool()
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_sweep_that_dies_takes_its_pool_along(tmp_path):
+    """Whoever reads what it prints would wait for processes that hold its output open."""
+    (tmp_path / "dies.py").write_text(DIES)
+    words, environment = [sys.executable, tmp_path / "dies.py"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        later = threading.Timer(30, os.kill, (child, signal.SIGKILL))  # so that a red test ends
+        later.start()
+        process.send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        assert process.stdout.read() == "" and time.monotonic() - start < 20  # to the end of the output
+        later.cancel()

@@ -39,7 +39,8 @@ def main(device: str) -> None:
         except Exception as error:
             row = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500], "last": device == "cuda"}
             traceback.print_exc(file=sys.stdout)
-        print(ROW + json.dumps({**row, "seconds": round(time.monotonic() - start, 2)}), flush=True)
+        # on a line of its own, whatever was printed before
+        print("\n" + ROW + json.dumps({**row, "seconds": round(time.monotonic() - start, 2)}), flush=True)
         if row.get("last"):
             sys.exit(1)  # after an illegal access nothing runs in this process any more
 
@@ -162,7 +163,8 @@ def benchmarked(item: Item, device: str) -> Row:
         row["variant"] for row in rows if "not_run" in row and row["variant"] in OURS and row["variant"] not in item["left_out"]
     ]
     problem = f"not run: {', '.join(failed)}" if failed else ""
-    return {"passed": not failed, "problem": problem, "rows": [{**row, "device": device_name(place)} for row in rows]}
+    found = [{**row, "device": device_name(place)} for row in rows]
+    return {"passed": not failed, "problem": problem, "rows": found, "last": bool(failed) and device == "cuda"}
 
 
 if __name__ == "__main__":

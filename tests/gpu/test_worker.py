@@ -1,0 +1,48 @@
+"""What a worker says: a row a line, and kernels by the names that profilers show."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import production, session, worker
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "shown, name",
+    [
+        ("_map_kernel", "_map_kernel"),
+        ("void vlattn::(anonymous namespace)::forward_kernel<__half, 64>(vlattn::ScoreAttention)", "forward_kernel"),
+        ("Memcpy DtoH (Device -> Pageable)", "DtoH"),
+        ("void at::native::(lambda at file.cu:7)", "void at::native::(lambda at file.cu:7)"),
+        ("", ""),
+    ],
+)
+def test_names_of_kernels_as_profilers_show_them(shown, name):
+    assert production.function_name(shown) == name
+
+
+def test_a_profile_without_kernels_is_no_profile(monkeypatch):
+    monkeypatch.setattr(production, "call_of", lambda *_: lambda: None)
+    monkeypatch.setattr(worker, "_profiled", lambda *_: {})
+    assert not worker.kernels({"call": "", "backend": "triton"}, "cuda")["passed"]
+
+
+BAR = """
+import sys
+from tests.gpu import worker
+worker.compiled = lambda item, device: sys.stdout.write("50%") and {"passed": True}
+worker.main("cpu")
+"""
+
+
+def test_a_row_stands_on_a_line_of_its_own():
+    """Whatever was printed before it, as a progress bar without an end of line."""
+    words, item = [sys.executable, "-c", BAR], '{"item": "x", "part": "compile"}\n'
+    said = subprocess.run(words, cwd=ROOT, input=item, capture_output=True, text=True).stdout
+    (line,) = [line for line in said.splitlines() if line.startswith(session.ROW)]
+    assert json.loads(line.removeprefix(session.ROW))["passed"]
