@@ -52,6 +52,7 @@ def test_capture_in_a_cuda_graph(backend: str, case: verify.Case) -> None:
         return [*outputs, *torch.autograd.grad(outputs, list(tensors.values()), sent, materialize_grads=True)]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which has made the tensors
     with torch.cuda.stream(stream):
         run()
         with without_synchronising():
@@ -77,7 +78,7 @@ def test_the_same_bits_each_time(backend: str, case: verify.Case) -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """A key tensor of more than 2^31 elements, of which the last heads are compared."""
+    """A key tensor of more than 2^31 elements, of which the last sample is compared."""
     torch.set_default_device("cuda")
     batch, heads, num_keys, size = 33, 16, 65536, 64
     assert batch * heads * num_keys * size > 2**31
@@ -87,8 +88,10 @@ def test_offsets_beyond_32_bits() -> None:
     wanted = va.reference.score_attention(query[-1:, -1:], key[-1:, -1:], key[-1:, -1:])
     torch.testing.assert_close(out[-1:, -1:], wanted, rtol=2e-2, atol=2e-2)
     grad = torch.randn_like(query)
-    step = va.relevancy_step(torch.ones(batch, 1, 3), query, key, key, grad, backend="triton")
-    assert torch.isfinite(step).all()
+    rows = torch.ones(batch, 1, 3)
+    step = va.relevancy_step(rows, query, key, key, grad, backend="triton")
+    last = va.reference.relevancy_step(*(x[-1:].float() for x in (rows, query, key, key, grad)))
+    assert (step[-1:] - last).abs().max() <= 5e-2 * last.abs().max()  # numbers of 1e-4
 
 
 def test_more_programs_than_a_grid_axis_y_has() -> None:
