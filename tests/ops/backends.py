@@ -34,9 +34,16 @@ from vlattn_fast.ops import _dispatch
 F64 = torch.float64
 HALVES = (torch.bfloat16, torch.float16)
 LOW = (torch.float32, *HALVES)
-DTYPES = {"reference": (F64, *LOW), "streaming": (F64, *LOW), "sdpa": (F64, *LOW), "cpu": LOW, "triton": LOW, "cuda": LOW}
 DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
 INTERPRET = DEVICE == "cpu"
+DTYPES = {
+    "reference": (F64, *LOW),
+    "streaming": (F64, *LOW),
+    "sdpa": (F64, *LOW) if DEVICE == "cpu" else LOW,
+    "cpu": LOW,
+    "triton": LOW,
+    "cuda": LOW,
+}
 
 
 def finest(backend: str) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from compare import as_dtype, assert_all_close_to, outputs_and_grads
 
 import vlattn_fast as va
-from tests.ops.backends import DTYPES, F64, HALVES, LOW, assert_refused, each, finest, on
+from tests.ops.backends import DTYPES, F64, HALVES, INTERPRET, LOW, assert_refused, each, finest, on
 from tests.ops.score_cases import (
     ADDITIVE,
     DOT_PRODUCTS,
@@ -222,6 +223,10 @@ def test_scale(backend: str, score: str) -> None:
     cases = ((0.0, False), (0.0, True), (-1.3, False), (-1.3, True), (2, False))
     for scale, is_causal in cases[:: 3 if backend == "triton" else 1]:
         inputs, make = tensors(backend, score)
+        if backend == "sdpa" and not INTERPRET and scale <= 0.0:
+            run = call(va.score_attention, make, backend=backend, scale=scale, is_causal=is_causal)
+            assert_refused(backend, "on the CPU only", partial(run, **inputs))
+            continue
         found = check(backend, inputs, make, cancels=True, what=f"{scale} {is_causal}", scale=scale, is_causal=is_causal)
         if scale == 0.0 and not is_causal:
             torch.testing.assert_close(found["out0"], inputs["value"].mean(2, keepdim=True).expand(B, H, N, DV))
@@ -322,25 +327,33 @@ def test_runs_are_bit_equal_and_write_no_input(backend: str, score: str) -> None
 
 # ------------------------------------------------------------------------------------------------- refusals
 
-SERIES = S.Additive(torch.randn(D), method="series", tolerance=0.1)
+
+def series() -> S.Score:
+    return S.Additive(torch.randn(D), method="series", tolerance=0.1)
+
+
+def made(x: Any) -> Any:
+    return x() if callable(x) else x
 
 
 @pytest.mark.parametrize(
     "backend, score, options, words",
     [
         ("sdpa", "cosine", {}, "dot product of features"),
-        ("sdpa", S.Additive(torch.randn(D)), {}, "dot product of features"),
-        ("sdpa", "dot", {"attn_mask": torch.zeros(N, M)}, "float mask"),
+        ("sdpa", lambda: S.Additive(torch.randn(D)), {}, "dot product of features"),
+        ("sdpa", "dot", {"attn_mask": lambda: torch.zeros(N, M)}, "float mask"),
         ("sdpa", "dot", {"dropout_p": 0.1}, "dropout"),
-        ("triton", SERIES, {}, "sine series"),
-        ("cuda", SERIES, {}, "exact additive scores"),
-        ("cuda", S.Hadamard(torch.randn(D), activation="tanh"), {}, "exact additive scores"),
+        ("triton", series, {}, "sine series"),
+        ("cuda", series, {}, "exact additive scores"),
+        ("cuda", lambda: S.Hadamard(torch.randn(D), activation="tanh"), {}, "exact additive scores"),
         ("cuda", "dot", {}, "exact additive scores"),
-        ("cuda", S.Additive(torch.randn(D)), {"dropout_p": 0.1}, "no dropout"),
+        ("cuda", lambda: S.Additive(torch.randn(D)), {"dropout_p": 0.1}, "no dropout"),
     ],
     indirect=["backend"],
 )
 def test_what_a_backend_cannot_run_is_refused(backend: str, score: Any, options: dict[str, Any], words: str) -> None:
+    """Tensors are made here, where the backend's device is the default one."""
+    score, options = made(score), {name: made(x) for name, x in options.items()}
     query, key = torch.randn(1, 1, N, D), torch.randn(1, 1, M, D)
     assert_refused(backend, words, lambda: va.score_attention(query, key, key, score=score, backend=backend, **options))
 
