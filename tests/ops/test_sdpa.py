@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import vlattn_fast as va
-from tests.ops.backends import on
+from tests.ops.backends import DEVICE, assert_refused, on
 from vlattn_fast import scores as S
 from vlattn_fast import verify
 from vlattn_fast.ops import _dispatch
@@ -168,6 +168,28 @@ def test_what_the_fused_kernels_of_a_gpu_take(change: dict[str, Any], monkeypatc
     assert {args[1].shape[1] for args in taken} == ({4} if change else {2})
 
 
+def test_where_cudnn_loses_gradients_under_a_mask_it_is_refused() -> None:
+    """On sm_90 torch prefers cuDNN. With keys 64 beyond a multiple of 128 its backward pass counts keys that are not there."""
+
+    def on_hopper(keys: int, dtype: torch.dtype = torch.bfloat16, major: int = 9, **options: Any) -> _dispatch.Call:
+        query, key = torch.empty(2, 2, 6, 8, dtype=dtype), torch.empty(2, 2, keys, 8, dtype=dtype)
+        return describe(query, key, key, **options)._replace(device_type="cuda", capability=(major, 0))
+
+    masks = {"key_mask": torch.ones(2, 192, dtype=torch.bool)}, {"attn_mask": torch.ones(6, 192, dtype=torch.bool)}
+    for mask in masks:
+        (reason,) = BACKENDS["sdpa"].refusals(on_hopper(192, **mask))
+        assert "NaN" in reason and _dispatch.select(BACKENDS, on_hopper(192, **mask), "auto") == "triton"
+        with torch.no_grad():
+            assert BACKENDS["sdpa"].refusals(on_hopper(192, **mask)) == []
+        for others in ({"dtype": torch.float32}, {"major": 8}):
+            assert BACKENDS["sdpa"].refusals(on_hopper(192, **others, **mask)) == []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert BACKENDS["sdpa"].refusals(on_hopper(192, torch.float32, **masks[0])) == [reason]
+    for keys in (128, 256, 577):
+        assert BACKENDS["sdpa"].refusals(on_hopper(keys, key_mask=torch.ones(2, keys, dtype=torch.bool))) == []
+    assert BACKENDS["sdpa"].refusals(on_hopper(192, is_causal=True)) == []
+
+
 MASKS: dict[str, dict[str, Any]] = {
     "key, causal": {"key_mask": KEYS, "is_causal": True},
     "bool, key": {"attn_mask": PAIRS, "key_mask": KEYS},
@@ -186,10 +208,14 @@ MASKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_combine(mask: str, backend: str, dtype: torch.dtype) -> None:
     """One row of them sees no key at all."""
+    options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in MASKS[mask].items()}
     query, key = torch.randn(2, 2, 6, 8, dtype=dtype), torch.randn(2, 2, 9, 8, dtype=dtype)
+    if backend == "sdpa" and DEVICE != "cpu" and (dtype == torch.float64 or "scale" in mask):
+        assert_refused(backend, "on the CPU only", lambda: va.score_attention(query, key, key, backend=backend, **options))
+        return
     assert_all_close_to(
-        lambda query, key, value: va.score_attention(query, key, value, backend=backend, **MASKS[mask]),
-        lambda query, key, value: va.reference.score_attention(query, key, value, **MASKS[mask]),
+        lambda query, key, value: va.score_attention(query, key, value, backend=backend, **options),
+        lambda query, key, value: va.reference.score_attention(query, key, value, **options),
         {"query": query, "key": key, "value": torch.randn(2, 2, 9, 5, dtype=dtype)},
         [torch.randn(2, 2, 6, 5)],
         what=f"{mask}, {dtype}",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import scores
-from vlattn_fast._checks import check_attention, check_bool, check_masks, check_number, describe, varies
+from vlattn_fast._checks import autocasts, check_attention, check_bool, check_masks, check_number, describe, varies
 from vlattn_fast._tensors import (
     as_dtype,
     as_gradient,
@@ -53,6 +53,14 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
         ("SDPA's scale is a constant of the graph that torch.compile makes", flags["varying_scale"]),
         ("SDPA's fused kernels take float64 on the CPU only", call.dtype == torch.float64 and not on_cpu),
         ("SDPA's fused kernels take a scale of at most 0 on the CPU only", not (flags["positive_scale"] or on_cpu)),
+        (
+            # pytorch issue 196678; torch prefers cuDNN there from 2.11 on
+            "SDPA by cuDNN on sm_90 gives NaN for gradients of low scores under a mask of so many keys",
+            flags["masked_16_bit_backward"]
+            and call.capability is not None
+            and call.capability[0] == 9
+            and sizes["keys"] % 128 == 64,
+        ),
     ]
 
 
@@ -215,6 +223,8 @@ def describe_call(
     features = max(head_dim, key_dim) if vector is None else vector.shape[-1]
     varying_scale = scale is not None and varies(scale)
     scale = resolve_scale(scale, score.default_scale(head_dim))
+    masked = attn_mask is not None or key_mask is not None
+    in_16_bit = query.dtype.itemsize == 2 or (query.dtype == torch.float32 and autocasts(query))
     # the causal flag by itself needs no mask tensor; torch scales its -inf, so a scale of at most 0 does
     one_mask = (attn_mask is not None) + (key_mask is not None) + is_causal <= 1 and not (is_causal and scale <= 0.0)
     return described(
@@ -237,6 +247,7 @@ def describe_call(
             "dropout": dropout_p > 0.0,
             "return_lse": return_lse,
             "float_mask": attn_mask is not None and attn_mask.dtype != torch.bool,
+            "masked_16_bit_backward": in_16_bit and masked and torch.is_grad_enabled(),
             "positive_scale": scale > 0.0,
             "varying_scale": varying_scale,
             "short_backward": score.is_dot_product and has_short_backward(query, key, value),
