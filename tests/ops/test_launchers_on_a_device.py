@@ -1,0 +1,68 @@
+"""What launchers do with tensors of a device other than the CPU: they read no value, which would wait, and mix no devices.
+
+Tensors of the device "meta" have no values: to read one raises, and so does most of what mixes them with others. No GPU is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from vlattn_fast.benchmarks.host import without_launches
+
+from vlattn_fast import verify
+from vlattn_fast.ops._dispatch import load
+
+Made = tuple[Callable[..., Any], tuple[Any, ...]]  # a launcher and its arguments
+
+
+def runs(backend: str, case: verify.Case) -> bool:
+    call = verify.facts_of(case.operator, case.arguments(case.in_dtype(torch.bfloat16)))
+    return not verify.backends_of(case.operator)[backend].refusals(call._replace(device_type="cuda"))
+
+
+CASES = [
+    pytest.param(name, case, id=f"{name}-{case.operator}-{case.name}")
+    for case in verify.cases()
+    for name in ("streaming", "triton")
+    if runs(name, case)
+]
+
+
+def launchers(case: verify.Case, backend: str) -> list[Made]:
+    """Those of the forward and the backward pass, as they are called on a CPU, where kernels do nothing."""
+    module, made = load(verify.backends_of(case.operator), backend), []
+
+    def noted(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            made.append((launcher, args))
+            return launcher(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, without_launches():
+        for name in ("forward", "backward", "step"):
+            if hasattr(module, name):
+                patch.setattr(module, name, noted(getattr(module, name)))
+        verify._run(case, case.in_dtype(torch.bfloat16), backend)
+    return made
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_they_read_no_value_and_mix_no_devices(name: str, case: verify.Case) -> None:
+    made = launchers(case, name)
+    assert len(made) > case.differentiable
+    with without_launches(), torch.no_grad():  # as autograd calls them
+        for launcher, args in made:
+            results = launcher(*tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args))
+            assert all(x.is_meta for x in tree_leaves(results) if isinstance(x, Tensor))
+
+
+@pytest.mark.parametrize("flaw", (lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x + torch.ones(3)))
+def test_a_flaw_would_be_seen(flaw: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(RuntimeError, match="meta"):
+        flaw(torch.empty(3, device="meta"))
