@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,6 +150,33 @@ def test_copied_saved_compiled_exported(make: Any) -> None:
     torch.testing.assert_close(run(compiled, inputs), wanted, rtol=1e-4, atol=1e-5)
     exported = torch.export.export(model, (), inputs).module()
     torch.testing.assert_close(run(exported, inputs), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [MODELS["BERT"], visual_bert], ids=["interface", "by hand"])
+def test_another_process_reads_a_whole_model(make: Any, tmp_path: Path) -> None:
+    """Where nothing was replaced before; the score is a name, so that no class of ours says where to look."""
+    model, inputs = make()
+    replace_attention(model.eval(), score="cosine")
+    torch.save((model, inputs, run(model, inputs)), tmp_path / "whole.pt")
+    read = "import sys, torch; model, inputs, wanted = torch.load(sys.argv[1], weights_only=False); outputs = model(**inputs); "
+    done = subprocess.run(
+        [sys.executable, "-c", read + "assert torch.equal(outputs.logits, wanted)", str(tmp_path / "whole.pt")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("first", "then"), [("eager", "sdpa"), ("sdpa", "eager")])
+def test_another_implementation_is_set_afterwards(first: str, then: str) -> None:
+    """Masks of the one hold causality, and the other has none."""
+    model, inputs = MODELS[f"Llama, {first}"]()
+    inputs = {"input_ids": inputs["input_ids"]}
+    plain = run(model.eval(), inputs)
+    replace_attention(model, score="scaled_dot")
+    model.set_attn_implementation(then)
+    torch.testing.assert_close(run(model, inputs), plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["VisualBERT", "LXMERT", "ViLT", "CLIP, sdpa", "CLIP, eager", "BERT", "ViT", "Llama, eager"])

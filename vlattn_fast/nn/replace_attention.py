@@ -8,8 +8,8 @@ become a part of the attention module, `attention_score`, so that they are train
 from __future__ import annotations
 
 import copy
+import functools
 import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -166,14 +166,14 @@ def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
         score = score.to(like.device, like.dtype).train(module.training)
     setattr(module, REPLACED, score)
     module._attention_backend = backend  # type: ignore[assignment]
-    if (forward := with_core(type(module), _by_hand)) is not None:
+    if with_core(type(module), _by_hand) is not None:
         attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"  # which accelerate's hooks call
         module._attention_forward = attribute, vars(module).get(attribute)  # type: ignore[assignment]
-        setattr(module, attribute, types.MethodType(forward, module))
+        setattr(module, attribute, functools.partial(_forward, module))
         return
-    _register()
+    module._attention_registered = _Registered()  # type: ignore[assignment]
     config = module.config
-    setattr(module, RULE, getattr(config, CONFIG_NAME) != "eager")  # eager masks hold causality
+    setattr(module, RULE, None)  # as the model's own config says at each call
     module._attention_config = config
     named = copy.copy(config)
     setattr(named, CONFIG_NAME, _NAME)
@@ -190,15 +190,29 @@ def _restore(module: nn.Module) -> None:
     else:
         module.config = module._attention_config
         delattr(module, "_attention_config")
+        delattr(module, "_attention_registered")
         delattr(module, RULE)
     delattr(module, REPLACED)
     delattr(module, "_attention_backend")
 
 
-def _register() -> None:
-    from transformers import AttentionInterface
+class _Registered:
+    """Makes our function known to transformers: also in another process, which reads a replaced module from a file."""
 
-    AttentionInterface.register(_NAME, _by_interface)
+    def __init__(self) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_NAME, _by_interface)
+
+    def __reduce__(self) -> tuple[type[_Registered], tuple[()]]:
+        return _Registered, ()
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    """The forward of a module that writes attention out by hand. At the top of this file, where pickle finds it."""
+    forward = with_core(type(module), _by_hand)
+    assert forward is not None
+    return forward(module, *args, **kwargs)
 
 
 def _by_interface(
@@ -220,7 +234,10 @@ def _by_interface(
             "model must have attention 'sdpa' or 'eager' where its score is replaced; got a mask of "
             f"{type(attention_mask).__name__}: set_attn_implementation('sdpa')"
         )
-    masks = masks_of(module, query, key, attention_mask, causal_by_module=getattr(module, RULE), **options)
+    rule = getattr(module, RULE)
+    if rule is None:
+        rule = getattr(module._attention_config, CONFIG_NAME) != "eager"  # eager masks hold causality
+    masks = masks_of(module, query, key, attention_mask, causal_by_module=rule, **options)
     output = _attend(module, query, key, value, dropout if module.training else 0.0, scaling, key_mask=key_mask, **masks)
     return output.transpose(1, 2).contiguous(), None
 
