@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from tests.ops.congruence_loss_cases import call, make, masks
 from vlattn_fast.nn.congruence_loss import CongruenceLoss, training_signal_annealing
@@ -70,3 +71,14 @@ def test_alternating_directions() -> None:
     got.append(loss(*parts, step=4))
     for value, direction in zip(got, ("image", "text", "image", "image"), strict=True):
         assert torch.equal(value, congruence_loss(*parts, kind="iais_singular", direction=direction))
+
+
+def test_one_graph_serves_all_calls() -> None:
+    """What no step decides counts none: torch.compile takes a number on a module for a constant of the graph."""
+    x = make(6, 9, b=3)
+    parts = (x["text_query"], x["text_key"]), (x["image_query"], x["image_key"])
+    loss, graphs = CongruenceLoss("iais_distributed"), CompileCounter()
+    compiled = torch.compile(loss, backend=graphs, fullgraph=True)
+    for _ in range(12):  # torch gives up after eight
+        torch.testing.assert_close(compiled(*parts), loss(*parts))
+    assert graphs.frame_count == 1

@@ -30,8 +30,9 @@ class CongruenceLoss(nn.Module):
         num_steps: of the training, after which the schedule's weight is 1.
         weight: multiplies the loss, beside the schedule.
 
-    The module counts its calls in training mode; the count is part of its state. A call's `step` says otherwise, as where several
-    calls make one step of the optimizer.
+    Where the schedule or "alternate" asks for the step, the module counts its calls in training mode; the count is part of its
+    state. A call's `step` says otherwise, as where several calls make one step of the optimizer; such a call is not counted.
+    torch.compile would compile a module with a schedule anew for each step: leave it out there.
 
     >>> import torch
     >>> loss = CongruenceLoss("iais_singular", direction="text")
@@ -83,7 +84,7 @@ class CongruenceLoss(nn.Module):
         Args:
             text, image, cross, text_mask, image_mask: as in `vlattn_fast.congruence_loss`. A capture takes the place of text,
                 image and cross; where the model has one sequence, text_mask (B, L) tells how many of its tokens are words.
-            step: of the training, from 0; default: the calls in training mode so far.
+            step: of the training, from 0; default: the calls in training mode so far that did not say it.
         """
         if isinstance(text, AttentionCapture | CapturedLayer):
             if image is not None or cross is not None:
@@ -93,8 +94,9 @@ class CongruenceLoss(nn.Module):
             raise ValueError("image must be the (query, key) of image tokens; got None")
         else:
             words = text
+        counts = step is None and (self.direction == "alternate" or self.schedule != "const")
         if step is None:
-            step = self.calls
+            step = self.calls if counts else 0
         elif not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step must be an int from 0 on; got {step!r}")
         direction = ("image", "text")[step % 2] if self.direction == "alternate" else self.direction
@@ -113,7 +115,7 @@ class CongruenceLoss(nn.Module):
         weight = self.weight
         if self.num_steps is not None:
             weight *= training_signal_annealing(step, self.num_steps, self.schedule)
-        if self.training:
+        if counts and self.training:
             self.calls += 1
         return loss if weight == 1.0 else weight * loss
 
