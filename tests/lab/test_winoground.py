@@ -37,7 +37,8 @@ def test_a_local_copy(tmp_path) -> None:
     for i, colour in enumerate(("red", "blue")):
         Image.new("RGB", (4, 4), colour).save(tmp_path / "images" / f"ex_0_img_{i}.png")
     line = {"id": 0, "image_0": "ex_0_img_0", "image_1": "ex_0_img_1", "caption_0": "red", "caption_1": "blue"}
-    (tmp_path / "examples.jsonl").write_text(json.dumps(line) + "\n")
+    line["collapsed_tag"] = "\u2028 ends no line"
+    (tmp_path / "examples.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
     channel = {"red": 0, "blue": 2}
     score = lambda image, caption: image.getpixel((0, 0))[channel[caption]]  # noqa: E731
     assert winoground.evaluate(score, winoground.load_pairs(tmp_path)) == {"text": 1.0, "image": 1.0, "group": 1.0}

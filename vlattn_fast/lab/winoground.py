@@ -58,7 +58,11 @@ def load_pairs(directory: str | Path) -> Iterator[Pair]:
     lines = folder / "examples.jsonl"
     if not lines.is_file():
         raise ValueError(f"directory must hold examples.jsonl and images/; got {directory} without")
-    for line in lines.read_text().splitlines():
+    for line in lines.read_text(encoding="utf-8").split(
+        "\n"
+    ):  # splitlines() also parts at characters that stand in texts, as U+2028
+        if not line.strip():
+            continue
         example = json.loads(line)
         names = [folder / "images" / f"{example[f'image_{i}']}.png" for i in (0, 1)]
         yield [Image.open(name).convert("RGB") for name in names], [example[f"caption_{i}"] for i in (0, 1)]
