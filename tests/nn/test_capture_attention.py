@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.nn.models import BOXES, HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer, uniter, visual_bert
 from vlattn_fast.nn import CongruenceLoss, capture_attention
@@ -292,6 +293,52 @@ def test_gradient_accumulation() -> None:
             torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-8, atol=1e-11)
 
 
+def gradients(model: nn.Module, inputs: dict[str, Tensor], inside: bool = False) -> dict[str, Tensor]:
+    """Of what a capture hands out and of the outputs; inside: with the backward pass in the context."""
+    torch.manual_seed(1)
+    with capture_attention(model, modality={"features": "image"} if "features" in inputs else None) as captured:
+        outputs = model(**inputs)
+        outputs = outputs if isinstance(outputs, Tensor) else answer(outputs)
+        loss = sum(x.square().mean() for pair in pairs(captured.layer) for x in pair) + outputs.square().mean()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+
+
+def pairs(layer: Any) -> list[tuple[Tensor, Tensor]]:
+    return [pair for pair in (layer.text, layer.image, layer.joint) if pair is not None]
+
+
+class Checkpointed(Joined):
+    """torch's own layers, which run again in the backward pass."""
+
+    def forward(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        states = torch.cat([self.embed(input_ids), self.project(features)], 1)
+        for layer in self.encoder.layers:
+            states = checkpoint(layer, states, use_reentrant=False)
+        return states
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", ["torch", "VisualBERT", "CLIP, sdpa"])
+def test_layers_that_run_again(name: str, inside: bool) -> None:
+    """torch.utils.checkpoint, which counts what is saved: the gradients are those without it."""
+    if name == "torch":
+        model: nn.Module = Joined(joint=True)
+        inputs = {"input_ids": torch.randint(99, (2, 5)), "features": torch.randn(2, 3, 20)}
+        again: nn.Module = Checkpointed(joint=True)
+        again.load_state_dict(model.state_dict())
+    else:
+        model, inputs = MODELS[name]()
+        again = copy.deepcopy(model)
+        again.activation_checkpointing_enable({"use_reentrant": False})
+    wanted = gradients(model.train(), inputs)
+    torch.testing.assert_close(gradients(again.train(), inputs, inside), wanted, rtol=1e-4, atol=1e-6)
+
+
 @pytest.fixture
 def alone(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -313,3 +360,36 @@ def test_wrapped(alone: None) -> None:
     in_place = copy.deepcopy(model)
     in_place.compile(backend="aot_eager")
     torch.testing.assert_close(loss_and_grads(in_place, inputs, CongruenceLoss("cacr")), wanted)
+
+
+@pytest.mark.parametrize("name", ["LXMERT", "UNITER"])
+def test_fully_sharded(name: str, alone: None) -> None:
+    """FSDP2, layer by layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, inputs = MODELS[name]()
+    model.eval()
+    wanted = gradients(copy.deepcopy(model), inputs)
+    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer)
+    fully_shard(model)
+    torch.testing.assert_close(gradients(model, inputs), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")  # FSDP of one process, and without a GPU
+def test_inputs_of_fsdp_without_names(alone: None) -> None:
+    """FSDP's own forward takes *args."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, inputs = uniter()
+    model.eval()
+    given = [inputs[name] for name in ("input_ids", "region_features", "region_positions")]
+    wanted, got = (
+        capture_attention(copy.deepcopy(model)),
+        capture_attention(FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)),
+    )
+    for captured in (wanted, got):
+        with captured:
+            captured.model(*given)
+    torch.testing.assert_close(got.query, wanted.query)

@@ -157,7 +157,10 @@ class Watch(TorchFunctionMode):
         self._calls, self._number, self._learns = [], 0, torch.is_grad_enabled()
         named = list(kwargs.items())
         if args:
-            names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+            inner: Any = module
+            while isinstance(getattr(inner, "_fsdp_wrapped_module", None), nn.Module):  # whose own forward takes *args
+                inner = inner._fsdp_wrapped_module
+            names = [name for name in inspect.signature(inner.forward).parameters if name not in ("args", "kwargs")]
             named += list(zip(names, args, strict=False))
         for name in self._modality:
             if name not in dict(named):
@@ -215,7 +218,9 @@ class Watch(TorchFunctionMode):
             weights = given["in_proj_weight"].chunk(3)[:2]
         biases = (None, None) if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)[:2]
         states = (x[:, None] if x.ndim == 2 else x for x in (query, key))  # torch takes (N, C) as well as (N, B, C)
-        projected = (functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True))
+        # torch.utils.checkpoint counts what is saved for the backward pass, and runs the layer again where nobody watches
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            projected = [functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True)]
         query, key = (heads(x, size) for x in projected)
         return self._keep((query, key), kinds)
 
@@ -282,6 +287,10 @@ def kind_of(name: str, modality: Mapping[str, str]) -> int:
     if name in _TEXT_INPUTS:
         return TEXT
     return IMAGE if name in _IMAGE_INPUTS or name.startswith("pixel_values") else 0
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _masks(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
