@@ -83,6 +83,16 @@ def test_training_and_edges(loss: Any) -> None:
     assert empty.shape == () and float(empty) == 0.0
 
 
+def test_defaults() -> None:
+    """SCAN's margin over the hardest pairs with its own similarity; gamma as in AttnGAN's released configs."""
+    images, captions = pairs()
+    got = ScanLoss(backend="streaming")(images, captions, LENGTHS), DamsmLoss(backend="streaming")(images, captions, LENGTHS)
+    scan_options: dict[str, Any] = {"direction": "t2i", "first_norm": "clipped_l2norm", "smooth": 9.0}
+    options: dict[str, Any] = {**scan_options, "aggregation": "logsumexp", "lambda_lse": 6.0, "backend": "streaming"}
+    torch.testing.assert_close(got[0], ScanLoss(0.2, True, **options)(images, captions, LENGTHS))
+    torch.testing.assert_close(got[1], DamsmLoss(4.0, 5.0, 10.0, backend="streaming")(images, captions, LENGTHS))
+
+
 def test_refusals() -> None:
     images, captions = pairs()
     for loss in (ScanLoss(), DamsmLoss()):
