@@ -94,11 +94,11 @@ def _setting(row: Row) -> str:
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Those of each setting, the one with most rows first."""
+    """Those of each setting, the one with most rows first, of equal ones that with the newest row."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(_setting(row), []).append(row)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+    return dict(sorted(found.items(), key=lambda item: (len(item[1]), max(row["time"] for row in item[1])), reverse=True))
 
 
 def _is_scaling(row: Row) -> bool:

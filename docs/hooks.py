@@ -27,11 +27,12 @@ def on_page_content(content: str, **_: Any) -> str:
 def cost(stems: list[str]) -> str:
     """Median milliseconds and peak MiB of these benchmarks' stored rows, one line a workload, the newest row of each.
 
-    A file has rows of several machines and settings; shown are those of the one with most rows, as in the report.
+    A file has rows of several machines and settings; shown is the one that opens the report.
     """
     newest: dict[str, dict[str, dict[str, Any]]] = {}
     stored = json.loads(ROWS.read_text(encoding="utf-8"))
-    shown = Counter(map(_setting, stored)).most_common(1)[0][0]
+    counts = Counter(map(_setting, stored))
+    shown = _setting(max(stored, key=lambda row: (counts[_setting(row)], row["time"])))
     for row in stored:
         if row["benchmark"].split("/")[0] in stems and _setting(row) == shown:
             newest.setdefault(row["benchmark"], {})[row["variant"]] = row
