@@ -1,5 +1,5 @@
-"""Other methods as `va.evaluate` takes them: LeGrad, Grad-ECLIP and CLIP Surgery for Hugging Face's CLIPModel, and captum's
-integrated gradients and occlusion for any model.
+"""Other methods as `va.evaluate` takes them: the plain rule as on CLIP by its authors, LeGrad, Grad-ECLIP and CLIP Surgery for
+Hugging Face's CLIPModel, and captum's integrated gradients and occlusion for any model.
 
 Each is a callable (model, inputs, target) -> whatever has `.image`, `.regions` or `.text`. They are written from the papers and
 from the authors' code, which is named below; where these differ, it is said which one is followed. They store every map, as
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlattn_fast.interpret import explain
 from vlattn_fast.interpret._run import at_rest
 
 Inputs = Mapping[str, Any]
@@ -128,6 +129,12 @@ def legrad(model: nn.Module, inputs: Inputs, target: Any, *, layers: int = 2) ->
         grads = [torch.autograd.grad(s, layer.attention, retain_graph=True)[0] for s, layer in zip(scores, found, strict=True)]
     relevancy = torch.stack([grad.clamp(min=0).mean((1, 2)) for grad in grads]).sum(0)
     return SimpleNamespace(image=_on_grid(model, relevancy[:, 1:]))
+
+
+def gradient_last_layer(model: nn.Module, inputs: Inputs, target: Any) -> Any:
+    """The plain rule in the last layer of each tower alone (Chefer et al., ICCV 2021; code
+    hila-chefer/Transformer-MM-Explainability, `CLIP_explainability.ipynb`, whose default start_layer is -1)."""
+    return explain(model, inputs, target=target, start_layer=-1)
 
 
 def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace:
@@ -293,5 +300,10 @@ def _by_entry(model: Any, name: str, found: Tensor) -> SimpleNamespace:
     return SimpleNamespace(image=found.sum(1).unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).sum((-3, -1)))
 
 
-CLIP: dict[str, Callable[..., SimpleNamespace]] = {"legrad": legrad, "grad_eclip": grad_eclip, "clip_surgery": clip_surgery}
+CLIP: dict[str, Callable[..., Any]] = {
+    "gradient_last_layer": gradient_last_layer,
+    "legrad": legrad,
+    "grad_eclip": grad_eclip,
+    "clip_surgery": clip_surgery,
+}
 CAPTUM: dict[str, Callable[..., SimpleNamespace]] = {"integrated_gradients": integrated_gradients, "occlusion": occlusion}

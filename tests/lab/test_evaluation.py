@@ -51,7 +51,7 @@ def test_the_run_writes_rows(name, untrained, tmp_path, capsys):
     assert report["command"] == f"python -m vlattn_fast.lab.evaluation {name} --samples 2 --seeds 2"
     assert {"commit", "versions", "threads", "cpu_seconds", "facts", "accuracy_of_whole", "residual_shares"} <= set(report)
     assert ("accepted" in report) == (name == "matching")
-    of_clip = {"legrad", "grad_eclip", "clip_surgery"} if name == "clip" else set()
+    of_clip = {"gradient_last_layer", "legrad", "grad_eclip", "clip_surgery"} if name == "clip" else set()
     assert {row["method"] for row in report["rows"]} == {"gradient", "weighted"} | of_clip
     samples = 8 if name == "captions" else 4  # two words a caption
     for row in report["rows"]:
@@ -71,7 +71,7 @@ def test_evaluate_knows_the_methods():
         methods = evaluation.methods_of(task)
         assert list(_named(methods)) == list(methods)
         assert {"gradient", "weighted", "weighted:norm", "weighted:equal", "random"} <= set(methods)
-        assert ({"legrad", "grad_eclip", "clip_surgery"} <= set(methods)) == (name == "clip")
+        assert ({"gradient_last_layer", "legrad", "grad_eclip", "clip_surgery"} <= set(methods)) == (name == "clip")
 
 
 def test_a_caption_is_explained_word_by_word(monkeypatch):

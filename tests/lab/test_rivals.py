@@ -86,6 +86,22 @@ def test_legrad(clip):
         close(rivals.legrad(model, inputs, TARGET, layers=count).image, want)
 
 
+def test_the_gradient_in_the_last_layer(clip):
+    model, inputs = clip
+    outputs, vision, text = run(model, inputs)
+    image, words = [], []
+    for row, of in enumerate(TARGET):
+        score, end = outputs.logits_per_image[row, of], inputs["input_ids"][of].tolist().index(58)
+        for layer, query, sample, found in ((vision[-1], 0, row, image), (text[-1], end, of, words)):
+            (grad,) = torch.autograd.grad(score, layer.attention, retain_graph=True)
+            weights = (grad[sample, :, query] * layer.attention[sample, :, query]).clamp(min=0).mean(0).tolist()
+            found.append(weights[1:] if found is image else weights[1:end])
+    got = rivals.gradient_last_layer(model, inputs, TARGET)
+    close(got.image, image)
+    for row, want in enumerate(words):
+        close(got.text[row, : len(want)], want)
+
+
 def cosine(one, two):
     return float(torch.nn.functional.cosine_similarity(one, two, dim=0).detach())
 
@@ -158,7 +174,7 @@ def test_evaluate_takes_them():
     for name in rivals.CLIP:
         for part in ("image", "text"):
             row = table[name, "deletion", part]
-            assert (row["samples"], row["left_out"]) == ((3, 0) if part == "image" or name == "grad_eclip" else (0, 3))
+            assert (row["samples"], row["left_out"]) == ((3, 0) if part == "image" or name.startswith("grad") else (0, 3))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="target must be the text of each image"):
