@@ -35,6 +35,7 @@ _BOXES: dict[str, Callable[[Tensor, Tensor, Tensor], float]] = {
     "iou": intersection_over_union,
     "mass": mass,
 }
+_READERS = {"steps": _PERTURBED, "accuracy": _PERTURBED[:2], "probability": _PERTURBED[2:]}
 TESTS = (*_PERTURBED, *_BOXES, "sanity")
 PARTS = ("image", "text")
 WEIGHTINGS = ("contribution", "norm", "equal")
@@ -175,14 +176,15 @@ def evaluate(
         An `Evaluation`. A sample without a part, or without boxes, is left out of that row and counted in it.
 
     Raises:
-        TypeError, ValueError: an unknown method or test, steps out of order, an item of `dataset` that is no triple, boxes
-            outside of the image, a similarity without a second text to tell apart, a map that is not finite or whose shape does
-            not fit; and what `explain` raises.
+        TypeError, ValueError: an unknown method or test, an argument that no chosen test or method reads, steps out of order, an
+            item of `dataset` that is no triple, boxes outside of the image, a similarity without a second text to tell apart, a
+            map that is not finite or whose shape does not fit; and what `explain` raises.
     """
     chosen = _named(methods)
     if "weighting" in options:
         _check_weighting(options["weighting"], chosen.values())
     tests = check_names("tests", tests, TESTS)
+    _check_used(tests, chosen.values(), options, steps=steps, accuracy=accuracy, probability=probability)
     drawn = {test: _checked_steps(steps, test) for test in tests if test in _PERTURBED}
     for name, value in (("sanity_stages", sanity_stages), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -271,6 +273,15 @@ def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
     weighted = [method for method in methods if isinstance(method, str) and method.startswith("weighted")]
     if not weighted or any(_with_weighting(method)[1] for method in weighted):
         raise ValueError(f"weighting must be for methods 'weighted' that name none themselves; got {weighting!r} for {weighted}")
+
+
+def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: Mapping[str, Any], **given: Any) -> None:
+    """ValueError where none of the tests reads an argument, or none of the methods the options."""
+    for name, value in given.items():
+        if value is not None and not set(_READERS[name]) & set(tests):
+            raise ValueError(f"{name} must be given with one of the tests {', '.join(_READERS[name])}; got tests {', '.join(tests)}")
+    if options and all(callable(method) or method == "random" for method in methods):
+        raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
 
 
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:
