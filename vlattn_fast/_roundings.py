@@ -17,17 +17,18 @@ class OtherRoundings(TorchDispatchMode):
 
     Plain formulas are exact by luck on round numbers: equal logits give P = 1 / M to the last bit, a single key P = 1, and what
     cancels then cancels to 0. Another order of the same sums is not so lucky, and this mode gives the formula the same ill luck.
-    Where the formula had no luck, its error becomes two to three times as large. Equal numbers stay equal and zeros stay zero, so
-    ties and masks are kept.
+    Where the formula had no luck, its error becomes two to three times as large. Zeros stay zero, and equal numbers equal, so masks
+    and ties are kept. Without `keeps_ties` equal numbers may become different: on some CPUs the columns at the edge of a matrix
+    product are summed otherwise than those within it, and equal keys get logits an ulp apart.
 
     A softmax and its logarithm are taken as every streaming kernel takes them, P = exp(logit - lse), with lse rounded to the
     dtype of sums. Of calls in 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as
     FlashAttention does.
     """
 
-    def __init__(self, seed: str, dtype: torch.dtype) -> None:
+    def __init__(self, seed: str, dtype: torch.dtype, keeps_ties: bool = True) -> None:
         super().__init__()
-        self.chance, self.dtype = random.Random(seed), dtype
+        self.chance, self.dtype, self.keeps_ties = random.Random(seed), dtype, keeps_ties
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -63,11 +64,12 @@ class OtherRoundings(TorchDispatchMode):
         return (prob * (self._moved(summed) - summed)).to(grad_prob.dtype)
 
     def _moved(self, x: Tensor) -> Tensor:
-        """Which numbers move, and where to, jumps about with their magnitude."""
+        """Which numbers move, and where to, jumps about with their magnitude, or with their place where ties need not be kept."""
         if not x.is_floating_point() or x.numel() == 0:
             return x
         frequency, phase = self.chance.uniform(300.0, 3000.0), self.chance.uniform(0.0, 6.28)
-        chance = torch.sin(frequency * x.abs().double().log() + phase)  # beyond +-0.707 for half of its period
+        of = x.abs().double().log() if self.keeps_ties else torch.arange(x.numel(), device=x.device).view(x.shape)
+        chance = torch.sin(frequency * of + phase)  # beyond +-0.707 for half of its period
         away = (chance > 0.707).double() - (chance < -0.707).double()
         moved = x.double() * (1.0 + away * torch.finfo(x.dtype).eps)
         return torch.where(x.isfinite() & (away != 0), moved.to(x.dtype), x)

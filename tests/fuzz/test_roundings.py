@@ -30,6 +30,13 @@ def test_half_of_the_numbers_move_to_a_neighbour(dtype: torch.dtype) -> None:
     assert torch.equal(moved[x == x[200]], moved[200].expand((x == x[200]).sum()))  # ties are kept
 
 
+def test_equal_numbers_may_become_different() -> None:
+    x = torch.tensor([0.0, 0.3]).repeat(5000)
+    with OtherRoundings("seed", torch.float32, keeps_ties=False):
+        moved = x * 1.0
+    assert (moved[0::2] == 0).all() and 0.45 < (moved != x)[1::2].double().mean() < 0.55 and len(moved.unique()) == 4
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1, 4])
 def test_a_gradient_that_is_zero_by_luck_errs(keys: int, dtype: torch.dtype) -> None:
