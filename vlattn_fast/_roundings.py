@@ -17,9 +17,9 @@ class OtherRoundings(TorchDispatchMode):
 
     Plain formulas are exact by luck on round numbers: equal logits give P = 1 / M to the last bit, a single key P = 1, and what
     cancels then cancels to 0. Another order of the same sums is not so lucky, and this mode gives the formula the same ill luck.
-    Where the formula had no luck, its error becomes two to three times as large. Zeros stay zero, and equal numbers equal, so masks
-    and ties are kept. Without `keeps_ties` equal numbers may become different: on some CPUs the columns at the edge of a matrix
-    product are summed otherwise than those within it, and equal keys get logits an ulp apart.
+    Where the formula had no luck, its error becomes two to three times as large. Zeros stay zero, and equal numbers equal, so
+    masks and ties are kept. Without `keeps_ties` equal numbers may become different: on some CPUs the columns at the edge of a
+    matrix product are summed otherwise than those within it, and equal keys get logits an ulp apart.
 
     A softmax and its logarithm are taken as every streaming kernel takes them, P = exp(logit - lse), with lse rounded to the
     dtype of sums. Of calls in 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as

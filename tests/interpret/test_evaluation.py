@@ -199,7 +199,7 @@ WRONG = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 4))
         ({"steps": [0.5]}, ValueError, "steps must be two or more increasing"),
         ({"steps": [0, 0.5, 0.5]}, ValueError, "steps must be two or more increasing"),
         ({"steps": [0, 2]}, ValueError, "steps must be two or more increasing"),
-        ({"steps": [0, 1], "tests": ("iou",)}, ValueError, "steps must be given with one of the tests positive, .*; got tests iou"),
+        ({"steps": [0, 1], "tests": ("iou",)}, ValueError, "steps must be given with .* positive, .*; got tests iou"),
         ({"accuracy": len, "tests": ("deletion",)}, ValueError, "accuracy must be given with .* positive, negative; got"),
         ({"probability": len}, ValueError, "probability must be given with .* insertion, deletion; got tests positive,"),
         ({"methods": (len, "random"), "read": "first"}, ValueError, "read must be given with methods of explain"),

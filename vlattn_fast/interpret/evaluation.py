@@ -279,7 +279,8 @@ def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: M
     """ValueError where none of the tests reads an argument, or none of the methods the options."""
     for name, value in given.items():
         if value is not None and not set(_READERS[name]) & set(tests):
-            raise ValueError(f"{name} must be given with one of the tests {', '.join(_READERS[name])}; got tests {', '.join(tests)}")
+            readers = ", ".join(_READERS[name])
+            raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")
     if options and all(callable(method) or method == "random" for method in methods):
         raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
 
