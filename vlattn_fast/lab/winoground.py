@@ -58,9 +58,8 @@ def load_pairs(directory: str | Path) -> Iterator[Pair]:
     lines = folder / "examples.jsonl"
     if not lines.is_file():
         raise ValueError(f"directory must hold examples.jsonl and images/; got {directory} without")
-    for line in lines.read_text(encoding="utf-8").split(
-        "\n"
-    ):  # splitlines() also parts at characters that stand in texts, as U+2028
+    # splitlines() also parts at characters that stand in texts, as U+2028
+    for line in lines.read_text(encoding="utf-8").split("\n"):
         if not line.strip():
             continue
         example = json.loads(line)
