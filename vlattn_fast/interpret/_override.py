@@ -32,14 +32,15 @@ _overridden: dict[tuple[int, str], _Overridden] = {}
 def overridden(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     """Within it, each (object, attribute, value) of `changes` holds.
 
-    Where another run overrides the same attribute already, its value stays: all runs over a model ask for equal ones.
+    Where another run overrides the same attribute already, its value stays: all runs over a model ask for equal ones. What has
+    the value anyway is left alone, as most modules of a model in eval mode are.
     """
     entered: list[tuple[int, str]] = []
     try:
         with _lock:
             for target, name, value in changes:
-                _enter(target, name, value)
-                entered.append((id(target), name))
+                if _enter(target, name, value):
+                    entered.append((id(target), name))
         yield
     finally:
         with _lock:
@@ -47,15 +48,18 @@ def overridden(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
                 _leave(key)
 
 
-def _enter(target: Any, name: str, value: Any) -> None:
+def _enter(target: Any, name: str, value: Any) -> bool:
+    """Whether there is something to put back."""
     held = _overridden.get((id(target), name))
     if held is None:
         # What a module inherits from its class is absent from the instance, and must be so again afterwards.
         before = vars(target).get(name, _ABSENT) if isinstance(target, nn.Module) else getattr(target, name)
-        if before is not value:
-            setattr(target, name, value)
+        if before is value:
+            return False
+        setattr(target, name, value)
         held = _overridden[id(target), name] = _Overridden(target, before)
     held.runs += 1
+    return True
 
 
 def _leave(key: tuple[int, str]) -> None:

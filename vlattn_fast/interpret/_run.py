@@ -83,7 +83,8 @@ def _changes(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]
 def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """Our attention function for modules that hold their own as `attention_function`, as this package's models do."""
     for module in modules:
-        if callable(getattr(module, "attention_function", None)):
+        own = vars(module).get("attention_function") or getattr(type(module), "attention_function", None)
+        if callable(own):
             yield module, "attention_function", sdpa_function
 
 
@@ -127,16 +128,22 @@ def _plainly() -> Iterator[tuple[Any, str, Any]]:
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """What torch.compile made of the model and of its parts runs as plain Python; the last run over it puts everything back."""
-    compiled = [(module, "_compiled_call_impl", None) for module in model.modules() if "_compiled_call_impl" in vars(module)]
-    with overridden([*compiled, *_plainly()]):
+    with overridden([*_compiled(model.modules()), *_plainly()]):
         yield
+
+
+def _compiled(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    for module in modules:
+        if "_compiled_call_impl" in vars(module):
+            yield module, "_compiled_call_impl", None
 
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, with frozen parameters and not compiled; the last run over it puts everything back."""
     # A compiled module inside of the model holds the attributes of the module that it wraps, which is met as well.
-    modes = [(module, "training", False) for module in model.modules() if "_orig_mod" not in module._modules]
+    modules = list(model.modules())
+    modes = [(module, "training", False) for module in modules if "_orig_mod" not in module._modules]
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters()]
-    with overridden([*modes, *frozen]), uncompiled(model):
+    with overridden([*modes, *frozen, *_compiled(modules), *_plainly()]):
         yield

@@ -23,6 +23,7 @@ SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
 CONFIG_NAME = "_attn_implementation_internal"  # where a config of transformers keeps the name
 # What nn.replace_attention puts on a module: its score, and whether `module.is_causal` decides without a mask.
 REPLACED, RULE = "attention_score", "_attention_causal_by_module"
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # its hooks, parameters and the like
 
 
 def attention_function(
@@ -136,7 +137,8 @@ def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
                     names[module] = name
     # A module may hold its config under other names as well. Where a score is replaced it stays.
     own = [module for module in names if not hasattr(module, REPLACED)]
-    held = [(module, key, value) for module in own for key, value in vars(module).items() if hasattr(value, CONFIG_NAME)]
+    attributes = ((module, key, value) for module in own for key, value in vars(module).items() if key not in _OF_ANY_MODULE)
+    held = [(module, key, value) for module, key, value in attributes if hasattr(value, CONFIG_NAME)]
     chosen = {id(config): names[module] for module, _, config in held}
     if chosen:
         _register()

@@ -284,6 +284,8 @@ def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
         return None
     if not isinstance(weight, Tensor):
         check_number(name, weight)
+        if weight == 1:
+            return None
         # a product, since torch.compile makes a tensor of the factor where the weight varies
         return torch.ones((1, 1), dtype=carrier.dtype, device=carrier.device) * float(weight)
     check_tensor(name, weight)
