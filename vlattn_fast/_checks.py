@@ -6,6 +6,7 @@ A check takes the time of each call, so it reads no property twice, and makes wo
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -149,14 +150,17 @@ def check_bool(**flags: Any) -> None:
             raise TypeError(f"{name} must be True or False; got {describe(value)}")
 
 
+_LARGEST = sys.float_info.max  # an int may be larger
+
+
 def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_high: bool = False) -> None:
     """A finite real number in [low, high] (or [low, high) with open_high)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number; got {describe(value)}")
     # comparisons alone: torch.compile knows them of a float that varies, and math.isfinite not
-    if not (-math.inf < value < math.inf and low <= value <= high) or (open_high and value == high):
+    if not (-_LARGEST <= value <= _LARGEST and low <= value <= high) or (open_high and value == high):
         within = "" if low == -math.inf and high == math.inf else f" in [{low}, {high}{')' if open_high else ']'}"
-        raise ValueError(f"{name} must be a finite number{within}; got {value!r}")
+        raise ValueError(f"{name} must be a finite number{within}; got {value!r:.80}")
 
 
 _SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}

@@ -86,6 +86,8 @@ def test_chosen_layers(monkeypatch):
     assert len(without) == len(kept) - 1
     maps = traced(case, passes, layers=lambda path: "mid_block" not in path)
     torch.testing.assert_close(maps.token_maps(), published(case, without, slice(None)), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="got a forward pass of .*layers= says which of them count"):
+        traced(case, passes, layers=lambda path: False)
 
 
 def test_text_as_long_as_the_picture(monkeypatch):

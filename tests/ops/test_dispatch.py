@@ -110,6 +110,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "dropout is text": (attend(dropout_p="0.1"), TypeError, "dropout_p must be a real number; got str '0.1'"),
     "dropout is None": (attend(dropout_p=None), TypeError, "dropout_p must be a real number; got NoneType None"),
     "scale is NaN": (attend(scale=float("nan")), ValueError, "scale must be a finite number; got nan"),
+    "scale is no float": (attend(scale=10**400), ValueError, "scale must be a finite number; got 1000"),
     "scale is text": (attend(scale="1"), TypeError, "scale must be a real number"),
     "scale is True": (attend(scale=True), TypeError, "scale must be a real number; got bool True"),
     "is_causal is 1": (attend(is_causal=1), TypeError, "is_causal must be True or False; got int 1"),

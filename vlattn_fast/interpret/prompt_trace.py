@@ -165,6 +165,7 @@ class PromptTrace(TorchFunctionMode):
             return
         shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._others)) or "none"
         hint = "" if self._said_grid is not None else "; grid=(h, w) says how image tokens lie where the model does not"
+        hint += "" if self.layers is None else "; layers= says which of them count"
         raise ValueError(
             f"model must attend from the tokens of one picture to encoder_hidden_states; got a forward pass of "
             f"{type(self.model).__name__} with {run.text or 'no'} text tokens and attention of queries x keys: {shapes}{hint}"
