@@ -81,6 +81,7 @@ _WIDER = "sums over rows of 256 features take four times the registers of 64"
 _UNITS = "reciprocals of many pairs a thread hide one another's latency"
 _STAGED_NORMS = "norms are staged as well, and a third stage of them takes instructions"
 _NORMS = "gradients of the norms take registers"
+_SHORT, _SHORT_KEYS = (f"128 {what} would be padding in short sequences" for what in ("rows", "keys"))
 _OWNED = "a thread has one unit of 32 keys: it spills, but not in the loops over units. One stage: the launch says why"
 
 _UNITS_ROWS = [
@@ -117,8 +118,8 @@ LINES: dict[str, list[Line]] = {
         _line((64, 32, 4, 1), _MASK, masked=True),
         _line((64, 64, 4, 2), _STAGED_NORMS, score="cosine", N=512, size=64),
         _line((128, 64, 8, 2), _STAGED_NORMS, score="cosine", size=64),
-        _line((64, 64, 4, 3), "128 rows would be padding in short sequences", N=512, size=64),
-        _line((64, 64, 4, 2), "128 rows would be padding in short sequences", N=512, size=128),
+        _line((64, 64, 4, 3), _SHORT, N=512, size=64),
+        _line((64, 64, 4, 2), _SHORT, N=512, size=128),
         _line((128, 64, 8, 3), "128 rows read K and V half as often as 64", size=64),
         _line((128, 64, 8, 2), "as for 64 features, but a third stage exceeds shared memory", size=128),
         _line((64, 32, 4, 1), _WIDER),
@@ -150,6 +151,8 @@ LINES: dict[str, list[Line]] = {
     "relevancy_attention backward_q": _RELEVANCY_ROWS,
     "relevancy_attention backward_kv": [  # block_t: rows of r in a program
         *_FLOAT32_RELEVANCY,
+        _line((64, 64, 4, 2), _SHORT_KEYS, masked=False, block_t=1, M=512, size=64),
+        _line((32, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", M=512, size=64),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),
         _line((32, 128, 8, 2), "a mask's addresses, or 64 rows of r, take registers", size=64),
         _line((32, 64, 4, 2), _WIDE, masked=False, block_t=1, size=128),
@@ -185,7 +188,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
         _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
-        _line((64, 64, 4, 2), "128 rows would be padding in short sequences", groups=32, N=512, size=128),
+        _line((64, 64, 4, 2), _SHORT, groups=32, N=512, size=128),
         _line((128, 64, 8, 2), "128 rows read K half as often as 64", groups=32, size=128),
         _line((128, 32, 8, 2), "sums of 64 groups take registers", size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
@@ -194,7 +197,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
         _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
         _line((64, 64, 4, 2), _MASK, masked=True, size=128),
-        _line((64, 64, 4, 2), "128 keys would be padding in short sequences", M=512, size=128),
+        _line((64, 64, 4, 2), _SHORT_KEYS, M=512, size=128),
         _line((64, 128, 4, 2), "128 keys read Q half as often as 64", size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],

@@ -1,7 +1,7 @@
 """Tile edges and limits of the Triton kernels of relevancy_attention and relevancy_step; what they compute otherwise:
 tests/ops/test_relevancy_attention.py.
 
-Tiles are 32 x 32 in float32, up to 64 rows and 128 keys in 16 bit; carried rows come 16, 64 at a time.
+Tiles are 32 x 32 in float32, up to 64 rows and 64 keys in 16 bit, beyond 512 keys 128; carried rows come 16, 64 at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def test_sizes_either_side_of_a_tile(causal: bool, n: int) -> None:
 @pytest.mark.parametrize("causal", (False, True))
 def test_sizes_either_side_of_a_tile_in_16_bit(causal: bool, n: int) -> None:
     check("triton", tensors(n, h=1, kv=1, d=8, dv=8, rows=1, dtype=torch.bfloat16), is_causal=causal, row_normalize=True)
+
+
+@pytest.mark.parametrize("n, rows, causal", [(520, 1, False), (577, 2, True), (513, 17, False)])
+def test_tiles_of_128_keys(n: int, rows: int, causal: bool) -> None:
+    check("triton", tensors(n, h=1, kv=1, d=8, dv=8, rows=rows, dtype=torch.bfloat16), is_causal=causal)
 
 
 @pytest.mark.parametrize("mask", ("bool", "key causal"))

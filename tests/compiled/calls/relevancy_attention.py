@@ -16,6 +16,8 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for size, rows in ((64, 16), (64, 64), (128, 16), (128, 64)):
         yield f"backward {rows} rows bf16 {size}", lambda size=size, rows=rows: backward(BF16, size, rows)
     yield "backward 16 rows fp32 64", lambda: backward(FP32, 64, 16)
+    for rows in (1, 16, 64):
+        yield f"backward {rows} rows of 160 bf16 64", lambda rows=rows: backward(BF16, 64, rows, tokens=160)
     yield "backward 64 rows bf16 256", lambda: backward(BF16, 256, 64)
     yield "backward masked normalized bf16 64", lambda: backward(BF16, 64, 1, masked=True, row_normalize=True)
     yield "backward padded bf16 64", lambda: backward(BF16, 64, 1, padded=True)
@@ -32,18 +34,19 @@ def backward(
     size: int,
     rows: int,
     *,
+    tokens: int = 577,
     key_heads: int = 16,
     masked: bool = False,
     padded: bool = False,
     causal: bool = False,
     row_normalize: bool = False,
 ) -> None:
-    """At the sizes of CLIP ViT-L/14@336."""
-    query = torch.empty(1, 16, 577, size, dtype=dtype)
-    key = torch.empty(1, key_heads, 577, size, dtype=dtype)
-    carrier, lse = torch.empty(1, rows, 577), torch.empty(1, 16, 577)
-    real = torch.ones(1, 577, dtype=torch.bool)
-    masks = (torch.zeros(577, 577) if masked else None, real if masked or padded else None)
+    """At the sizes of CLIP ViT-L/14@336, or with fewer tokens."""
+    query = torch.empty(1, 16, tokens, size, dtype=dtype)
+    key = torch.empty(1, key_heads, tokens, size, dtype=dtype)
+    carrier, lse = torch.empty(1, rows, tokens), torch.empty(1, 16, tokens)
+    real = torch.ones(1, tokens, dtype=torch.bool)
+    masks = (torch.zeros(tokens, tokens) if masked else None, real if masked or padded else None)
     options = ("gradient", row_normalize, 0.125, masked or causal, True)
     relevancy_attention.backward(query, carrier, query, key, key, query, lse, None, None, *masks, *options)
 
