@@ -128,7 +128,7 @@ def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     names: dict[nn.Module, str] = {}
     parts: Iterator[Any] = (part for root in roots for part in root.modules())  # outermost first: inner models have the last word
     for part in parts:
-        if hasattr(part, "_can_set_attn_implementation"):
+        if hasattr(type(part), "_can_set_attn_implementation"):  # what a module lacks it looks for long
             dispatches = part._can_set_attn_implementation()
             name = SDPA_NAME if getattr(part, "_supports_sdpa", False) else ADDITIVE_NAME
             for module in part.modules():
@@ -136,14 +136,14 @@ def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
                 if dispatches:
                     names[module] = name
     # A module may hold its config under other names as well. Where a score is replaced it stays.
-    own = [module for module in names if not hasattr(module, REPLACED)]
+    own = [module for module in names if REPLACED not in vars(module) and REPLACED not in module._modules]
     attributes = ((module, key, value) for module in own for key, value in vars(module).items() if key not in _OF_ANY_MODULE)
     held = [(module, key, value) for module, key, value in attributes if hasattr(value, CONFIG_NAME)]
     chosen = {id(config): names[module] for module, _, config in held}
     if chosen:
         _register()
     for module in names:
-        if hasattr(module, RULE):
+        if RULE in vars(module):
             yield module, RULE, names[module] == SDPA_NAME
     copies: dict[int, Any] = {}
     for module, attribute, config in held:
