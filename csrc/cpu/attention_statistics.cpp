@@ -236,11 +236,11 @@ struct StatisticsForward {
             some_mass = memory.take((c.groups.count + 1) * LANES);
         }
     };
-    // received attention: a vector for each key, whose lanes are added at the end
+    // received attention: for each key a vector, whose lanes are added at the end, and how much it is too large
     Size unit() const { return tiles_of(a); }
-    Size floats() const { return received ? a.M * VL : 0; }
+    Size floats() const { return received ? a.M * 2 * VL : 0; }
     void finish(Size head, const float* x) const {
-        for (Size j = 0; received && j < a.M; ++j) received[head * a.M + j] = sum(load(x + j * VL));
+        for (Size j = 0; received && j < a.M; ++j, x += 2 * VL) received[head * a.M + j] = sum(load(x) - load(x + VL));
     }
     void add(Space& space, const Tile& t, float* sums) const;
 };
@@ -272,12 +272,16 @@ static void add_mass(const float* E, const Size* group, Size count, Size w, floa
             store(mass + to + i, load(mass + to + i) + some);
         }
 }
-// sums (keys, VL) += e times the row's weight
+// sums (keys, 2, VL) += e times the row's weight. Kahan's sum, so that rounding does not grow with the number of tiles: it goes
+// one way where rows are alike.
 static void add_received(const float* E, Size count, Size w, const float* weight, float* sums) {
-    for (Size j = 0; j < count; ++j) {
-        Vector some = load(sums + j * VL);
+    for (Size j = 0; j < count; ++j, sums += 2 * VL) {
+        const Vector before = load(sums);
+        Vector some = -load(sums + VL);
         for (Size i = 0; i < w; i += VL) some += load(E + j * w + i) * load(weight + i);
-        store(sums + j * VL, some);
+        const Vector after = before + some, excess = (after - before) - some;
+        store(sums, after);
+        store(sums + VL, excess == excess ? excess : Vector{});  // Inf stays Inf
     }
 }
 
@@ -310,7 +314,7 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
             for (Size i = 0; i < groups.count * w; i += VL)
                 store(space.mass + i, load(space.mass + i) + load(space.some_mass + i));
         }
-        if (received) add_received(E, count, w, r.weight, sums + j0 * VL);
+        if (received) add_received(E, count, w, r.weight, sums + j0 * 2 * VL);
     }
     scale_rows(space.mass, groups.count, w, r.factor);
     transpose(space.mass, w, groups.count, t.rows, mass + ((t.b * a.H + t.h) * a.N + t.first) * groups.count, groups.count);

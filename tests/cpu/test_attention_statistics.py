@@ -38,6 +38,22 @@ def test_few_queries_over_many_keys(dtype: torch.dtype, n: int, m: int) -> None:
     check_statistics("cpu", as_dtype(statistics_inputs(n, m, 3, b=1, h=2), dtype), key_mask=torch.rand(1, m) > 0.3, **groups(m))
 
 
+def test_many_queries_that_are_alike() -> None:
+    """What each brings to the attention that a key receives is rounded the same way."""
+    inputs = as_dtype(statistics_inputs(16384, 33, 3, b=1, h=2), torch.float32)
+    row = dict.fromkeys(("query", "row_weight"), 1)
+    alike = {name: x.narrow(2 if x.dim() == 4 else 1, 0, 1).expand(x.shape) if name in row else x for name, x in inputs.items()}
+    check_statistics("cpu", alike, only="received")
+
+
+def test_infinite_row_weights() -> None:
+    """A sum that is Inf stays Inf with the tiles that follow, as in the formula."""
+    inputs = as_dtype(statistics_inputs(300, 33, b=1), torch.float32)
+    inputs["row_weight"] = inputs["row_weight"].abs()
+    inputs["row_weight"][0, 3] = torch.inf
+    assert va.attention_statistics(**inputs, backend="cpu").received.eq(torch.inf).all()
+
+
 @pytest.mark.parametrize("d", [1, 15, 64, 256])
 def test_head_sizes(d: int) -> None:
     check_statistics("cpu", as_dtype(statistics_inputs(20, 33, d), torch.float32), **groups(33))
