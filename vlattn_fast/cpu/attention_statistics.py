@@ -71,6 +71,7 @@ def backward(
     """Gradients of query, key and row_weight."""
     query, key = unit_strides(query, key)
     attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    argmax = argmax.contiguous()
     cotangents = [None if x is None else x.contiguous() for x in (grad_mass, grad_entropy, grad_maximum, grad_received)]
     batch, heads, queries, head_dim = query.shape
     grad_q, grad_k = query.new_empty(batch, heads, queries, head_dim), key.new_empty(*key.shape)

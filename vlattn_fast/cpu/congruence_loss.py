@@ -54,7 +54,7 @@ def backward(
     """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
     grads = [[x.new_empty(*x.shape) for x in xs[: 4 if kind == "iais_distributed" else 2]] for xs in (queries, keys)]
     pointers = (tuple(x.data_ptr() for x in xs) + (0,) * (4 - len(xs)) for xs in grads)
-    grad_loss = grad_loss.float().contiguous()
+    maps, grad_loss = maps.contiguous(), grad_loss.float().contiguous()
     _call(_run_backward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, None, grad_loss, *pointers)
     return grads[0], grads[1]
 

@@ -83,7 +83,7 @@ def backward(
     weights = None if vector is None else vector.float().contiguous()
     grads = [new_gradient(x, query) for x in (query, key, value)]
     grad_vector = None if weights is None else torch.zeros_like(weights)
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
     _backward(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
         *(KINDS[score], parameter, pointer(weights)),

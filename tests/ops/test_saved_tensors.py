@@ -1,0 +1,33 @@
+"""What is saved for the backward pass may come back laid out otherwise: hooks of torch.autograd.graph promise no strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.backends import on
+from tests.ops.every_call import CALLS, gradients, leaves, outputs_of
+
+LENGTH = 1100  # more than one block of keys of the CPU kernels
+SAVING = [name for name, each in CALLS.items() if each.differentiable]
+
+
+def columns_first(x: Tensor) -> Tensor:
+    """The same values with the last dimension as the slowest."""
+    return x.detach().permute(*reversed(range(x.dim()))).clone(memory_format=torch.contiguous_format)
+
+
+def back(x: Tensor) -> Tensor:
+    return x.permute(*reversed(range(x.dim())))
+
+
+@on("streaming", "cpu")
+@pytest.mark.parametrize("name", SAVING)
+def test_in_another_layout(name: str, backend: str) -> None:
+    every = CALLS[name]
+    x = leaves(every.make(LENGTH if name == "score_attention" else 7))
+    want = gradients(outputs_of(every.call(x, backend=backend)), x)
+    with torch.autograd.graph.saved_tensors_hooks(columns_first, back):
+        outputs = outputs_of(every.call(x, backend=backend))
+    torch.testing.assert_close(gradients(outputs, x), want, rtol=1e-4, atol=1e-5)
