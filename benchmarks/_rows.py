@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
@@ -79,6 +80,20 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return torch.__version__ if name == "torch" else None
+
+
+def check_path(path: Path) -> None:
+    """ValueError where `append` could not add rows to `path`, which a run must not find out behind its first benchmark."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        known = json.loads(path.read_text()) if path.exists() else []
+    except OSError as error:
+        raise ValueError(f"out must be a JSON file or a folder that can be written; got {path}: {error.strerror}") from None
+    except ValueError:
+        known = None
+    if not isinstance(known, list):
+        raise ValueError(f"out must be a JSON file of rows; got {path}, which holds something else")
 
 
 def append(rows: Iterable[Mapping[str, Any]], path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from vlattn_fast.benchmarks import _isolated
 from vlattn_fast.benchmarks._choice import OURS, choose
 from vlattn_fast.benchmarks._measure import Measurement
-from vlattn_fast.benchmarks._rows import RESULTS, append, device_name, provenance, slug
+from vlattn_fast.benchmarks._rows import RESULTS, append, check_path, device_name, provenance, slug
 
 COLUMNS = """
 p20, p50, p80: percentiles of the time of a call. MiB: what a call adds to memory at its peak.
@@ -50,6 +50,8 @@ def run(
     place, benchmarks = check_device(device), choose(names)
     folder = RESULTS if out is None and not quick else out
     path = folder if folder is None or folder.suffix == ".json" else folder / f"{slug(place)}.json"
+    if path is not None:
+        check_path(path)
     rows_go = "rows are not stored (--out stores them)" if path is None else f"rows go to {path}"
     print(f"{device_name(place)}, {torch.get_num_threads()} CPU threads; {rows_go}\n{COLUMNS}", flush=True)
     passed, origin, start = True, {"device": device_name(place), **provenance(command)}, time.perf_counter()

@@ -139,6 +139,8 @@ def test_the_part_that_the_model_saw_is_known(vit, picture):
         (["--out", "x.png", "--image", "PICTURE", "--workers", "0"], "--dataset must be given with --workers; got none"),
         (["--out", "x.png", "--image", __file__], "is no picture"),
         (["--out", "x.png", "--image", "missing.png"], "missing.png"),
+        (["--out", "x.png", "--image", "PICTURE", "--start-layer", "9"], "--start-layer must be from -1"),
+        (["--out", "x.png", "--image", "PICTURE", "--device", "meta"], "--device meta: its tensors have no numbers"),
     ],
 )
 def test_explain_refuses(vit, picture, tmp_path, monkeypatch, options, words):
@@ -152,6 +154,33 @@ def test_a_folder_without_a_model(picture, tmp_path):
     result = vlattn("explain", "--model", tmp_path, "--image", picture, "--out", tmp_path / "x.png")
     assert result.exit_code == 2
     assert f"--model must be a directory or id of a Hugging Face model; got {tmp_path}" in said(result)
+
+
+@pytest.mark.parametrize("command", ["explain", "verify", "bench", "demo"])
+def test_what_cannot_be_written_is_refused_at_the_start(vit, picture, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", None)  # none of these gets so far
+    monkeypatch.setattr("vlattn_fast._demo.run", None)
+    lines = {
+        "explain": ["--model", vit, "--image", picture],
+        "verify": ["attention_map", "--fuzz", 1],
+        "bench": ["attention_map", "--quick"],
+        "demo": [],
+    }
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    (tmp_path / "rows.json").write_text("{}")
+    outs = {"explain": [folder, tmp_path / f"{'x' * 300}.png"], "verify": [folder], "bench": [picture, tmp_path / "rows.json"]}
+    for out in outs.get(command, [picture, picture / "below"]):
+        result = vlattn(command, *lines[command], "--out", out)
+        assert result.exit_code == 2 and "out must be a " in said(result) and "; got" in said(result), result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "rows.json"]
+
+
+def test_an_older_page_stays_where_a_run_is_refused(vit, picture, tmp_path):
+    out = tmp_path / "out.html"
+    out.write_text("older")
+    assert vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--target", 9).exit_code == 2
+    assert out.read_text() == "older"
 
 
 def test_info_names_every_operator_and_backend():
@@ -316,6 +345,8 @@ def test_verify_fails_on_a_wrong_backend(monkeypatch):
         (["--backend", "auto"], "--backend must be one of"),
         (["--device", "nowhere"], "--device nowhere"),
         (["softmax"], "OPERATOR must be one of score_attention"),
+        (["--device", "meta"], "--device meta"),
+        (["--seed", str(2**64)], "--seed must be a number of 64 bits"),
     ],
 )
 def test_verify_refuses(options, words):

@@ -148,6 +148,19 @@ def test_csv_with_targets(models, pictures, tmp_path):
         assert_same(explanation, alone(models["vit"], picture(pictures, number), target=3 if number < 4 else 1))
 
 
+def test_csv_with_rows_of_other_lengths(models, tmp_path):
+    """A comma in a text without quotes cuts nothing off, and a quote that is never closed swallows no rows."""
+    dataset = tmp_path / "texts.csv"
+    dataset.write_text('id,text\none,"a, b"\ntwo,a red square, or not\nthree,a\n')
+    one, two, three = Items(dataset)
+    assert one.texts == ["a, b"] and three.texts == ["a"]
+    assert two.id == "two" and two.problem == "line 3 must have 2 fields, as the first one; got 3"
+    for text, reason in (('"a red\ntwo,a\n', "unexpected end of data"), ("a" * 200_000, "larger than field limit")):
+        dataset.write_text(f"id,text\none,{text}")
+        with pytest.raises(ValueError, match=f"dataset must be CSV; got .*texts.csv, line [123]: .*{reason}"):
+            Items(dataset)
+
+
 def test_a_folder_with_texts_for_all_and_the_lazy_sequence(models, pictures, tmp_path, monkeypatch):
     texts = ("--text", "a red square", "--text", "blue")
     out = tmp_path / "out"
@@ -225,7 +238,9 @@ def test_what_is_refused(models, pictures, tmp_path):
         fcntl.flock(held, fcntl.LOCK_SH)
         assert "which another run is writing to" in refused(*run)
     write_lines(dataset, [{"image": "x.png", "text": "a"}])
-    assert "--dataset must be" in refused(*run)
+    assert f"--dataset must be the one with which {out} was begun" in refused(*run)
+    below = dataset / "out"  # nobody may write here, root included
+    assert f"--out must be a directory that can be written; got {below}" in refused(*run[:-1], below)
     for other in (tmp_path, dataset):
         assert "out must be a new or an empty directory" in refused(*run[:-1], other)
     assert "--image must be given without --dataset" in refused(*run, "--image", picture(pictures, 0))
@@ -235,7 +250,8 @@ def test_what_is_refused(models, pictures, tmp_path):
     for content, reason in (
         ("", "at least one input"),
         ('{"text": "a", "id": 1}\n' * 2, "got '1' twice"),
-        ("{}\n", "column image or"),
+        ("{}\n", "column image or text; got neither"),
+        ("{}\n[]\n", "got line 2 must be a JSON object; got []"),
     ):
         dataset.write_text(content)
         assert reason in refused(*run)

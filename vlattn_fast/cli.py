@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +33,9 @@ from vlattn_fast.ops._dispatch import BACKEND_NAMES
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 BACKENDS = checks.BACKENDS
-_EXPLAIN_OPTIONS = ("model", "out", "image", "text", "method", "target", "answer", "generate", "dtype", "device", "dataset")
+_EXPLAIN_OPTIONS = (
+    *("model", "out", "image", "text", "method", "target", "start_layer", "answer", "generate", "dtype", "device", "dataset"),
+)
 MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
@@ -49,15 +53,36 @@ def main() -> None:
 
 def _check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
+        placed = torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with advice
+        raise typer.BadParameter(f"--device {device}: {reason}") from None
+    if placed.is_meta:
+        raise typer.BadParameter(f"--device {device}: its tensors have no numbers")
 
 
-def _check_folder(out: Path | None) -> None:
+def _check_file(out: Path | None) -> None:
     """A command that takes long must not find at its end that its results can go nowhere."""
-    if out is not None and not out.parent.is_dir():
+    if out is None:
+        return
+    if not out.parent.is_dir():
         raise typer.BadParameter(f"--out must be in a directory; there is no directory {out.parent}")
+    try:
+        there = os.path.lexists(out)
+        out.open("ab").close()
+        if not there:
+            out.unlink()
+    except OSError as error:
+        raise typer.BadParameter(f"--out must be a file that can be written; got {out}: {error.strerror}") from None
+
+
+def _check_folder(out: Path) -> None:
+    """As `_check_file`, of a folder, which is made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise typer.BadParameter(f"--out must be a directory that can be written; got {out}: {error.strerror}") from None
 
 
 @_command
@@ -101,6 +126,8 @@ def verify(
     for option, names, known in chosen:
         if unknown := set(names or ()) - set(known):
             raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    if not -(2**63) <= seed < 2**64:
+        raise typer.BadParameter(f"--seed must be a number of 64 bits; got {seed}")
     _check_device(device)
     dtypes = tuple(getattr(torch, one) for one in dtype or DTYPES)
     failed, worst = 0, None
@@ -134,7 +161,7 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
     for option, names, known in (("OPERATOR", operators, fuzzer.OPERATORS), ("--backend", backends, BACKEND_NAMES)):
         if unknown := set(names or ()) - set(known):
             raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
-    _check_folder(out)
+    _check_file(out)
     chosen = {"operators": tuple(operators or fuzzer.OPERATORS), "backends": tuple(backends or fuzzer.BACKENDS)}
     summary = fuzzer.Summary()
     for outcome in tqdm(fuzzer.fuzz(count, seed, **chosen), total=count, unit="call", disable=None):
@@ -221,8 +248,9 @@ def explain(
             raise typer.BadParameter("--image must be given without --dataset; got both")
         outcome = explain_dataset(dataset, out, options, device=device, **sizes)
     except (ImportError, TypeError, ValueError) as error:
-        option = str(error).partition(" ")[0]
-        raise typer.BadParameter(f"--{error}" if option in _EXPLAIN_OPTIONS else str(error)) from error
+        option, _, rest = str(error).partition(" ")
+        named = f"--{option.replace('_', '-')} {rest}"
+        raise typer.BadParameter(named if option in _EXPLAIN_OPTIONS else str(error)) from error
     if outcome.first:
         inputs = outcome.done + outcome.failed + outcome.skipped
         typer.echo(f"done {outcome.done}, failed {outcome.failed}, skipped {outcome.skipped} (done before), of {inputs}: {out}")
@@ -237,7 +265,7 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
     texts = list(options.text)
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"out must end in .html or .png; got {out.name!r}")
-    _check_folder(out)
+    _check_file(out)
     if image is None and not texts:
         raise ValueError("image or --text must be given, or both, as the model takes them")
     model, processor = load_model(options.model, None if options.dtype is None else getattr(torch, options.dtype))
@@ -295,7 +323,7 @@ def probe(
         raise typer.BadParameter(f"--dtype must be one of {', '.join(MODEL_DTYPES)}; got {dtype}")
     if out is not None and out.suffix not in (".html", ".json"):
         raise typer.BadParameter(f"--out must end in .html or .json; got {out.name}")
-    _check_folder(out)
+    _check_file(out)
     if device is not None:
         _check_device(device)
     try:
@@ -322,6 +350,7 @@ def demo(
     """Check every operator, explain pictures of DigitScenes, the benchmark inside the package, and compare what one map costs."""
     from vlattn_fast._demo import run
 
+    _check_folder(out)
     if not run(out, costs=costs):
         raise typer.Exit(1)
 

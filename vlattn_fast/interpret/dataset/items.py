@@ -115,10 +115,21 @@ def _check_columns(names: Sequence[str], source: Path) -> None:
 
 
 def _csv(source: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     with open_lines(source) as lines:
-        reader = csv.DictReader(lines)
-        _check_columns(reader.fieldnames or [], source)
-        return [{name: row.get(name) for name in COLUMNS} for row in reader]
+        reader = csv.DictReader(lines, strict=True)  # else a quote that is never closed swallows all rows behind it
+        try:
+            names = reader.fieldnames or []
+            _check_columns(names, source)
+            for row in reader:
+                if None in row:  # a comma in a text without quotes
+                    wanted, got = f"{len(names)} fields, as the first one", len(names) + len(row[None])
+                    rows.append({"id": row.get("id"), "problem": f"line {reader.line_num} must have {wanted}; got {got}"})
+                else:
+                    rows.append({name: row.get(name) for name in COLUMNS})
+        except csv.Error as error:
+            raise ValueError(f"dataset must be CSV; got {source}, line {reader.line_num}: {error}") from None
+    return rows
 
 
 def _json_lines(source: Path) -> list[dict[str, Any]]:
@@ -136,7 +147,8 @@ def _json_lines(source: Path) -> list[dict[str, Any]]:
             else:
                 rows.append({"problem": f"line {number} must be a JSON object; got {row!r}"})
     if rows and not any(row.get("image") is not None or row.get("text") is not None for row in rows):
-        _check_columns([], source)
+        got = next((row["problem"] for row in rows if "problem" in row), "neither")
+        raise ValueError(f"dataset must have a column image or text; got {got} in {source}")
     return rows
 
 

@@ -121,9 +121,12 @@ def _by_first(ranks: Ranks, act: Callable[[], Any]) -> Any:
 
 def _begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack) -> set[int]:
     """Make or take up the directory, and lock it; the numbers of the items that are done."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / SETTINGS).exists():
-        write_text(out / SETTINGS, to_lines([settings]))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / SETTINGS).exists():
+            write_text(out / SETTINGS, to_lines([settings]))
+    except OSError as error:
+        raise ValueError(f"out must be a directory that can be written; got {out}: {error.strerror}") from error
     stack.enter_context(locked(out, alone=True))
     (out / SHARDS).mkdir(exist_ok=True)
     clean(out)

@@ -91,6 +91,8 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
         return
     for name in sorted({*there, *settings}):
         if there.get(name) != settings.get(name):
+            if name == "dataset":  # of which only a digest is known
+                raise ValueError(f"dataset must be the one with which {directory} was begun; got another or a changed one")
             was, now = (json.dumps(one.get(name), ensure_ascii=False) for one in (there, settings))
             raise ValueError(f"{name} must be {was}, with which {directory} was begun; got {now}")
 
