@@ -79,3 +79,23 @@ def test_the_model_sees_more_than_a_picture_that_is_made_a_square() -> None:
     assert loading.seen_part(processor, inputs, white) == pytest.approx((0, -1 / 6, 1, 7 / 6))
     rows = inputs["pixel_values"][0, 0, :, 12] > 0.5  # the picture's; 18 of 24
     assert rows.nonzero()[:, 0].tolist() == list(range(3, 21))
+
+
+def test_grey_values_of_sixteen_bits(tmp_path: Path) -> None:
+    """As of scanners and depth cameras: PIL takes all above 255 for white."""
+    import numpy as np
+
+    ramp = np.linspace(0, 0xFFFF, 7).astype(np.uint16)[None].repeat(3, 0)
+    for name in ("deep.png", "deep.tif"):
+        image_module.fromarray(ramp).save(tmp_path / name)
+        read = loading.open_image(tmp_path / name)
+        assert read.mode == "RGB" and np.asarray(read)[1, :, 2].tolist() == (ramp[0] >> 8).tolist()
+    image_module.fromarray(ramp / np.float32(0xFFFF)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="8 or 16 bits a channel"):
+        loading.open_image(tmp_path / "float.tif")
+
+
+def test_half_a_letter_is_no_text(tmp_path: Path) -> None:
+    model, processor = loading.load_model(str(saved_models.save_bert(tmp_path)))
+    with pytest.raises(ValueError, match=r"text must be Unicode; got 'a \\udcff'"):
+        loading.build_inputs(model, processor, None, ["a", "a \udcff"])

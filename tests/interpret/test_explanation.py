@@ -281,11 +281,45 @@ def test_plot_of_an_answer():
         (np.zeros((4, 4, 7)), r"\(4, 4, 7\)"),
         ([np.zeros((4, 4, 3))] * 3, "got 3"),
         (torch.randn(3, 8, 8), "normalised"),
+        (np.full((4, 4), 256), "must be bytes, or floats from 0 to 1; got 256 to 256"),
+        (np.full((4, 4), -1), "got -1 to -1"),
     ],
 )
 def test_bad_images(image, words):
     with pytest.raises(ValueError, match=words):
         made().plot(image)
+
+
+def test_pictures_of_other_depths():
+    """Sixteen bits are not white from 256 on, and True is white."""
+    Image = pytest.importorskip("PIL.Image")
+    deep = Image.fromarray(np.array([[0, 0x1234], [0x80FF, 0xFFFF]], dtype=np.uint16))
+    for image, grey in ((deep, [[0, 0x12], [0x80, 0xFF]]), (np.array([[False, True]]), [[0, 255]])):
+        shown = made().plot(image).axes[0].images[0].get_array()
+        np.testing.assert_array_equal(shown, np.repeat(np.array(grey)[..., None], 3, 2))
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match=f"image must have 8 or 16 bits a channel; got a picture of mode '{mode}'"):
+            made().plot(Image.new(mode, (4, 4)))
+
+
+def test_nothing_of_a_long_text_is_cut_off():
+    """All words are in the picture, however many, and as much of the title as there is room for, with the score."""
+    pytest.importorskip("matplotlib")
+    words = [[f"word{i}" for i in range(120)] for _ in range(2)]
+    bare = {"image": None, "image_rows": None, "relevancy": {"text": torch.rand(2, 120)}, "position": None}
+    explanation = made(**bare, text=torch.rand(2, 120), token_ids=None, words=words)
+    labels = ["words " * 13, "W" * 300]
+    for figure, inches in ((explanation.plot(labels=labels), 3.4), (answered().plot(labels=labels[:1] * len(answered())), 11.5)):
+        figure.draw_without_rendering()
+        whole = figure.bbox
+        for part in figure.subfigs:
+            box = part._suptitle.get_window_extent()
+            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and "score" in part._suptitle.get_text()
+            for axis in part.axes:
+                for artist in axis.artists:
+                    box = artist.get_window_extent()
+                    assert whole.y0 <= box.y0 and box.y1 <= whole.y1 and whole.x0 <= box.x0 and box.x1 <= whole.x1
+        assert figure.get_size_inches()[0] == pytest.approx(inches)
 
 
 def test_a_path_is_no_image():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlattn_fast._extras import extra
 from vlattn_fast.interpret.families import find_family
+from vlattn_fast.interpret.view import to_rgb
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
 _IN_FRONT = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they put the picture's tokens there by themselves
@@ -52,18 +53,19 @@ def open_lines(path: Path) -> Iterator[TextIO]:
 
 
 def open_image(path: str | Path) -> Any:
-    """The picture in `path`, RGB and upright, as cameras note it. ValueError where it is none."""
+    """The picture in `path`, RGB and upright, as cameras note it. ValueError where it is none, or has 32 bits."""
     with extra("viz"):
         from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as picture:
             ImageOps.exif_transpose(picture, in_place=True)
-            return picture.convert("RGB")
+            picture.load()
     except FileNotFoundError:
         raise ValueError(f"image must be a file; got {path}, which is not there") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, by the kind of damage
         raise ValueError(f"image must be a picture; got {path}, which is no picture: {_first_line(error)}") from error
+    return to_rgb(picture)
 
 
 def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
@@ -80,6 +82,9 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
             raise ValueError(
                 f"{part} must be {'given to' if taken else 'left out for'} {name}; got {'one' if present else 'none'}"
             )
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a pair, as from a command line that is no UTF-8
+            raise ValueError(f"text must be Unicode; got {text!r}")
     if not takes_text:
         return dict(processor(images=picture, return_tensors="pt"))
     if (family := find_family(model)) is None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _WIDTH, _SMALL = 3.4, 2.3  # of a row's panel and of an answer's, in inches
 _COLUMNS = 5  # of an answer's maps
 _POINTS = 72 * _WIDTH * 0.9  # that a line of words may take
-_SIZE = 11
+_SIZE, _LINE = 11, 19  # of words and of a line of them, in points
 
 
 def draw(
@@ -153,7 +153,8 @@ class _Painter:
 
 def _row_size(choice: Choice, painter: _Painter) -> tuple[float, float]:
     """Inches of a row's figure."""
-    return _WIDTH * max(1, painter.count(choice) + bool(choice.words)), 0.5 + 0.9 * _WIDTH * max(0.3, painter.shape(choice))
+    height = max(0.9 * _WIDTH * max(0.3, painter.shape(choice)), _LINE * len(_lines_of(choice.words)) / 72)
+    return _WIDTH * max(1, painter.count(choice) + bool(choice.words)), 0.5 + height
 
 
 def _draw_row(part: Any, choice: Choice, painter: _Painter) -> None:
@@ -174,7 +175,7 @@ def _draw_row(part: Any, choice: Choice, painter: _Painter) -> None:
         _bar(part, drawn, axes[:at])
     if choice.words:
         _draw_words(axes[at], choice.words)
-    _title(part.suptitle("", fontsize=_SIZE), choice.label, choice.score)
+    _title(part.suptitle("", fontsize=_SIZE), choice.label, choice.score, columns * _WIDTH)
 
 
 def _answer_heights(group: list[Choice], painter: _Painter) -> list[float]:
@@ -200,7 +201,7 @@ def _draw_answer(part: Any, explanation: Explained, title: str, group: list[Choi
     if parts:
         _draw_table(parts.pop(0), explanation, group, painter.cmap)
     scores = [choice.score for choice in group if choice.score is not None]
-    _title(part.suptitle("", fontsize=_SIZE), title, sum(scores) if scores else None)
+    _title(part.suptitle("", fontsize=_SIZE), title, sum(scores) if scores else None, _COLUMNS * _SMALL)
 
 
 def _draw_maps(part: Any, group: list[Choice], painter: _Painter, lines: int) -> None:
@@ -215,7 +216,7 @@ def _draw_maps(part: Any, group: list[Choice], painter: _Painter, lines: int) ->
         for patches in painter.panels(choice):
             axis = next(free)
             drawn = painter.overlay(axis, patches, low, high)
-            _title(axis.set_title("", fontsize=9), choice.label, choice.score)
+            _title(axis.set_title("", fontsize=9), choice.label, choice.score, _SMALL)
             if high > low:
                 _bar(part, drawn, [axis], location="bottom")
 
@@ -249,41 +250,58 @@ def _bar(part: Any, drawn: Any, axes: Any, location: str = "right") -> None:
         axis.get_offset_text().set_fontsize(7)
 
 
-def _title(text: Any, label: str, score: float | None) -> None:
+def _title(text: Any, label: str, score: float | None, width: float) -> None:
+    """The label, as much of it as there is room for in `width` inches, and the score."""
+    from matplotlib.textpath import TextToPath
+
+    end, font, measure = "" if score is None else f"   score {score:.4g}", text.get_fontproperties(), TextToPath()
+
+    def fits(shown: str) -> bool:
+        return measure.get_text_width_height_descent(shown + end, font, ismath=False)[0] <= 72 * width - 6
+
+    if not fits(label):
+        label = label[: 1 + int(72 * width / 2)]  # letters are wider than two points
+        label = next((cut for size in range(len(label) - 1, 0, -1) if fits(cut := label[:size].rstrip() + "…")), "…")
     text.set_parse_math(False)  # a dollar sign would start a formula
-    text.set_text(label if score is None else f"{label}   score {score:.4g}".lstrip())
+    text.set_text((label + end).lstrip())
+
+
+def _lines_of(words: list[tuple[Word, float]]) -> list[list[tuple[str, bool, float]]]:
+    """Words in lines: (text, whether a blank stands in front, value) each."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    measure, font = TextToPath(), FontProperties(size=_SIZE)
+    lines: list[list[tuple[str, bool, float]]] = []
+    length = 0.0
+    for word, value in words:
+        blank = word.space and bool(lines)
+        advance = measure.get_text_width_height_descent(" " * blank + word.text, font, ismath=False)[0] + 4
+        if not lines or length + advance > _POINTS:
+            lines.append([])
+            blank, length = False, 0.0
+        lines[-1].append((word.text, blank, value))
+        length += advance
+    return lines
 
 
 def _draw_words(axis: Any, words: list[tuple[Word, float]]) -> None:
     """Words in lines, coloured by their share of the largest magnitude: orange above zero, blue below."""
     from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
-    from matplotlib.textpath import TextToPath
 
-    measure, font = TextToPath(), _font()
     largest = max(abs(value) for _, value in words) or 1.0
-    lines: list[list[Any]] = [[]]
-    length = 0.0
-    for word, value in words:
-        text = (" " if word.space and lines[-1] else "") + word.text
-        advance = measure.get_text_width_height_descent(text, font, ismath=False)[0] + 4
-        if lines[-1] and length + advance > _POINTS:
-            lines.append([])
-            length, text = 0.0, word.text
-        share = abs(value) / largest
-        color = (1.0, 0.62, 0.24, share) if value >= 0 else (0.43, 0.70, 1.0, share)
-        box = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
-        if text.startswith(" "):
-            lines[-1].append(TextArea(" ", textprops={"size": _SIZE}))
-        lines[-1].append(TextArea(word.text, textprops={"size": _SIZE, "bbox": box, "parse_math": False}))
-        length += advance
+    lines: list[list[Any]] = []
+    for line in _lines_of(words):
+        lines.append([])
+        for text, blank, value in line:
+            share = abs(value) / largest
+            color = (1.0, 0.62, 0.24, share) if value >= 0 else (0.43, 0.70, 1.0, share)
+            box = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
+            if blank:
+                lines[-1].append(TextArea(" ", textprops={"size": _SIZE}))
+            lines[-1].append(TextArea(text, textprops={"size": _SIZE, "bbox": box, "parse_math": False}))
     rows: list[Any] = [HPacker(children=line, pad=0, sep=1, align="baseline") for line in lines]
     packed = VPacker(children=rows, pad=0, sep=7, align="left")
     axis.add_artist(
         AnchoredOffsetbox("upper left", child=packed, frameon=False, bbox_to_anchor=(0, 1), bbox_transform=axis.transAxes)
     )
-
-
-def _font() -> Any:
-    from matplotlib.font_manager import FontProperties
-
-    return FontProperties(size=_SIZE)

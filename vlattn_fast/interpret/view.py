@@ -258,9 +258,24 @@ def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
     return pictures
 
 
+def to_rgb(picture: Any) -> Any:
+    """A PIL image in RGB. Of 16 bits the upper eight count; PIL takes all above 255 for white.
+
+    Raises:
+        ValueError: 32 bits, of which nobody says what is white.
+    """
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I": older versions of PIL
+        from PIL import Image
+
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"image must have 8 or 16 bits a channel; got a picture of mode {picture.mode!r}, which has 32")
+    return picture.convert("RGB")
+
+
 def _picture(image: Any) -> Array:
     if hasattr(image, "convert"):  # a PIL image, whose array may hold indices of a palette
-        image = image.convert("RGB")
+        image = to_rgb(image)
     array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"image must be a PIL image, an array or a tensor; got {describe(image)}")
@@ -270,8 +285,12 @@ def _picture(image: Any) -> Array:
         array = np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
     if array.ndim != 3 or array.shape[2] not in (3, 4):
         raise ValueError(f"image must have shape (H, W), (H, W, 3) or (3, H, W); got {array.shape}")
+    if array.dtype.kind == "b":
+        array = array * np.uint8(255)
     if array.dtype.kind != "f":
-        return array.clip(0, 255).astype(np.uint8)
+        if array.size and not (array.min() >= 0 and array.max() <= 255):
+            raise ValueError(f"image must be bytes, or floats from 0 to 1; got {array.min()} to {array.max()}")
+        return array.astype(np.uint8)
     if array.size and not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
         got = f"{array.min():.3g} to {array.max():.3g}"
         raise ValueError(f"image must be bytes, or floats from 0 to 1 (not a model's normalised pixel_values); got {got}")

@@ -22,6 +22,7 @@ from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import find_family
 from vlattn_fast.interpret.inputs import prepare_inputs
 from vlattn_fast.interpret.loading import build_inputs, generate, moved, open_image
+from vlattn_fast.interpret.view import to_rgb
 
 _WINDOW = 32  # batches whose inputs may wait for others of their shape
 
@@ -132,7 +133,7 @@ class Batches:
         if picture is not None:
             if not isinstance(picture, (str, Path)) and not hasattr(picture, "convert"):
                 raise ValueError(f"image must be a path or a picture; got {picture!r}")
-            picture = open_image(picture) if isinstance(picture, (str, Path)) else picture.convert("RGB")
+            picture = open_image(picture) if isinstance(picture, (str, Path)) else to_rgb(picture)
         inputs = build_inputs(self.model, processor, picture, item.texts or options.text)
         target = item.target if item.target is not None else options.target
         said = item.answer if item.answer is not None else options.answer
