@@ -38,12 +38,29 @@ def test_the_report(tmp_path: Path) -> None:
     assert titles[:4] == ["modality: text", "modality: image", "cross_modal", "coreference"] and "fusion" in titles
     image = next(axis for axis in figure.axes if axis.get_title() == "coreference").images[0].get_array()
     assert image.shape == (2, 4) and image[0, 0] == report.value("coreference", 0, 0)
+    labels = {axis.get_ylabel() for axis in figure.axes} - {""}
+    assert labels == {"layer", "attention", "share of inputs", "accuracy", "mutual information"}
     page = report.save_html(tmp_path / "report.html").read_text()
+    assert "tests: modality, cross_modal, " in page and "special: True;" in page
     assert "data:image/png;base64," in page and page.count("<tr>") == len(report.table) + 1
     assert "http" not in page.split("data:image")[0].replace("http-equiv", "")
     frame = report.to_pandas()
     assert list(frame.columns) == list(report.table[0]) and len(frame) == len(report.table)
     assert "relation" in str(report) and "no relations in the labels" in str(report)
+
+
+def test_left_out_are_counted_as_samples_are() -> None:
+    """A phrase that names more regions than it leaves gives none of its two samples; texts of one word none in another order."""
+    (inputs, labels), *_ = scenes(20)
+    labels = [{"phrases": [*one["phrases"], ((1, 2), [0, 1, 2, 3])]} for one in labels]
+    inputs = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    inputs["input_ids"][:5, 2] = inputs["input_ids"][:5, 1]  # nothing to exchange
+    report = va.probe(planted(0), [(inputs, labels)], tests=("coreference", "linguistic"))
+    row, order = (
+        next(row for row in report.table if name in (row["test"], row["kind"])) for name in ("coreference", "word_order")
+    )
+    assert (row["samples"], row["left_out"]) == (80, 40) and (order["samples"], order["left_out"]) == (30, 10)
+    assert " left_out " in str(report) and "      40" in str(report)
 
 
 def test_digit_scenes() -> None:
@@ -85,20 +102,24 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         ([{"phrases": [(1, 2, 3)]}, None], "phrases must be .* each"),
         ([{"phrases": [((2, 2), 0)]}, None], r"phrases must have a span \(start, stop\)"),
         ([{"phrases": [((1, 2), [])]}, None], "phrases must name a region each"),
-        ([{"phrases": [((3, 5), 0)]}, None], r"phrases must be of text tokens in row 0; got columns 3 to 4"),
+        ([{"phrases": [((3, 5), 0)]}, None], r"phrases must be of text tokens in input 2; got columns 3 to 4"),
         ([{"phrases": [((1.0, 2), 0)]}, None], r"phrases must have a span \(start, stop\) .* got \(1.0, 2\)"),
         ([{"phrases": [((1, 2), 0.5)]}, None], r"phrases must name regions by their numbers; got \(\(1, 2\), 0.5\)"),
         ([{"relations": [(0.9, 1, "on")]}, None], r"relations must name regions by their numbers; got \(0.9, 1, 'on'\)"),
         ([{"relations": [(0, 1, None)]}, None], "relations must be .* each"),
-        ([None, {"phrases": [((1, 2), 6)]}], "regions must be among the 6 image tokens of row 1, padding left out; got 6"),
+        ([None, {"phrases": [((1, 2), 6)]}], "regions must be among the 6 image tokens of input 3, padding left out; got 6"),
         ([{"relations": [(0, 1)]}, None], "relations must be .* each"),
         ([{"sentence": "long"}, None], "sentence must be a dict"),
+        ([{"sentence": False}, None], "sentence must be a dict"),
+        ([{"sentence": {"length": 3}}, None], "tasks with names other than length, word_content, word_order; got 'length'"),
+        ([{"phrases": 0}, None], "phrases must be a list; got 0"),
+        ([{"relations": {"on": (0, 1)}}, None], "relations must be a list; got {'on'"),
     ],
 )
 def test_bad_labels(labels: Any, message: str) -> None:
     (inputs, _), *_ = scenes(2)
     with pytest.raises((TypeError, ValueError), match=message):
-        va.probe(planted(0), [(inputs, labels)])
+        va.probe(planted(0), [(inputs, None), (inputs, labels)])
 
 
 def test_labels_of_other_types() -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = ("test", "kind", "layer", "head", "value", "chance", "control", "samples", "left_out", "note")
+_VALUES = {"modality": "attention", "cross_modal": "share of inputs", "fusion": "mutual information"}  # else accuracy
 
 Rows = Sequence[dict[str, Any]]
 
@@ -34,12 +35,13 @@ def draw(table: Rows) -> Figure:
         axis.set_axis_off()
     for axis, ((test, kind), rows) in zip(axes, panels.items(), strict=False):
         axis.set_title((test if kind is None else f"{test}: {kind}").replace("$", r"\$"), fontsize=10)
+        what = _VALUES.get(test, "accuracy")
         heads = [row for row in rows if row["head"] is not None]
         if heads:
             cells = np.full([1 + max(row[name] for row in heads) for name in ("layer", "head")], np.nan)
             for row in heads:
                 cells[row["layer"], row["head"]] = row["value"]
-            figure.colorbar(axis.imshow(cells, aspect="auto", vmin=0, vmax=1), ax=axis)
+            figure.colorbar(axis.imshow(cells, aspect="auto", vmin=0, vmax=1), ax=axis).set_label(what, fontsize=8)
             axis.set_xlabel("head", fontsize=8)
             axis.set_ylabel("layer", fontsize=8)
             for count, label in ((cells.shape[0], axis.set_yticks), (cells.shape[1], axis.set_xticks)):
@@ -50,6 +52,7 @@ def draw(table: Rows) -> Figure:
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=name)
         axis.set_ylim(0, 1.02)
+        axis.set_ylabel(what, fontsize=8)
         axis.set_xticks(sorted({row["layer"] for row in rows}))
         axis.set_xlabel("layer", fontsize=8)
         axis.legend(fontsize=7)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlattn_fast.interpret.loading import build_inputs, moved, open_image, open_lines
-from vlattn_fast.interpret.probing.labels import KEYS
+from vlattn_fast.interpret.probing.labels import KEYS, read_item
 
 _COLUMNS = ("image", "text", *KEYS)
 SUFFIXES = (".jsonl", ".ndjson")
@@ -21,7 +21,7 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
         source: the file, or a folder that holds one such file.
 
     Raises:
-        ValueError: `source` is none of these, or a line is not as said (it is named).
+        ValueError: `source` is none of these or has no line, or a line is not as said (it is named).
     """
     source = Path(source)
     if source.is_dir():
@@ -32,13 +32,22 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
         source = found[0]
     if source.suffix not in SUFFIXES or not source.is_file():
         raise ValueError(f"dataset must be a .jsonl file, or a folder with one; got {source}")
+    filled = 0
     with open_lines(source) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
+                filled += 1
                 row = _row(line, number)
-                picture = None if row.get("image") is None else open_image(source.parent / row["image"])
-                inputs = moved(build_inputs(model, processor, picture, [row["text"]]), model)
-                yield inputs, {name: row[name] for name in KEYS if row.get(name) is not None}
+                labels = {name: row[name] for name in KEYS if row.get(name) is not None}
+                try:
+                    picture = None if row.get("image") is None else open_image(source.parent / row["image"])
+                    inputs = moved(build_inputs(model, processor, picture, [row["text"]]), model)
+                    read_item((inputs, labels))
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{error}, in line {number} of the dataset") from error
+                yield inputs, labels
+    if not filled:
+        raise ValueError(f"dataset must have at least one line; got none in {source}")
 
 
 def _row(line: str, number: int) -> dict[str, Any]:

@@ -69,16 +69,18 @@ class Gathered:
     def _asked(self, layout: Layout, row: int, label: Labels) -> list[tuple[str, Any, Sets]]:
         """The sets of tokens that a row's labels are about: (test, class, sets)."""
         asked: list[tuple[str, Any, Sets]] = []
+        number = self.count + row
         for columns, regions in label.phrases if "coreference" in self.tests else ():
-            tokens, named = tokens_of(layout, row, columns), regions_of(layout, row, regions)
+            tokens, named = tokens_of(layout, row, columns, number), regions_of(layout, row, regions, number)
             others = [place for place in layout.regions[row] if place not in named and layout.parts[row, place] == IMAGE]
             if len(others) < len(named):
-                self._left_out["coreference"] += 1  # no other regions to tell them apart from
+                self._left_out["coreference"] += 2  # samples: these, and no other regions to tell them apart from
                 continue
             other = sorted(self._random.choice(others, len(named), replace=False).tolist())
             asked += [("coreference", 1, (tokens, named)), ("coreference", 0, (tokens, other))]
         for one, two, relation in label.relations if "relation" in self.tests else ():
-            asked.append(("relation", relation, (regions_of(layout, row, [one]), regions_of(layout, row, [two]))))
+            first, second = (regions_of(layout, row, [region], number) for region in (one, two))
+            asked.append(("relation", relation, (first, second)))
         return asked
 
     def _attention(self, seen: Seen, row: int, asked: Sequence[tuple[str, Any, Sets]], attends: bool) -> None:
@@ -219,7 +221,8 @@ class Gathered:
         for task, classes in tasks.items():
             rows += self._of_task(task, states, classes, groups, left_out)
         orders = [np.array([one[index] for one in self._orders]) for index in range(3)]
-        rows += self._of_task("word_order", orders[0], orders[1], orders[2], left_out + self._left_out["word_order"])
+        without = 2 * (left_out + self._left_out["word_order"])  # a text is a sample as it is, and one with its words exchanged
+        rows += self._of_task("word_order", orders[0], orders[1], orders[2], without)
         for task in dict.fromkeys(name for text in self._texts for name in text[2]):
             having = [index for index, text in enumerate(self._texts) if task in text[2]]
             classes = [self._texts[index][2][task] for index in having]

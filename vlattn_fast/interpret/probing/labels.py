@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from vlattn_fast.interpret.probing.layout import Layout
 
 KEYS = ("phrases", "relations", "sentence")
+TASKS = ("length", "word_content", "word_order")  # of every text
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _labels(given: Any) -> Labels:
     if unknown := [name for name in given if name not in KEYS]:
         raise ValueError(f"labels must be among {', '.join(KEYS)}; got {unknown}")
     phrases, relations = [], []
-    for phrase in given.get("phrases") or ():
+    for phrase in _entries("phrases", given):
         if not isinstance(phrase, Sequence) or len(phrase) != 2:
             raise ValueError(f"phrases must be ((start, stop), region or regions) each; got {phrase!r}")
         span, regions = phrase
@@ -59,15 +60,25 @@ def _labels(given: Any) -> Labels:
         phrases.append((_span(span), list(dict.fromkeys(numbers))))
         if not phrases[-1][1]:
             raise ValueError(f"phrases must name a region each; got {phrase!r}")
-    for relation in given.get("relations") or ():
+    for relation in _entries("relations", given):
         if not isinstance(relation, Sequence) or len(relation) != 3 or relation[2] is None:
             raise ValueError(f"relations must be (region, region, class) each; got {relation!r}")
         one, two = (_number("relations", region, relation) for region in relation[:2])
         relations.append((one, two, relation[2]))
-    sentence = given.get("sentence") or {}
+    sentence = {} if given.get("sentence") is None else given["sentence"]
     if not isinstance(sentence, Mapping):
         raise TypeError(f"sentence must be a dict of task -> class; got {type(sentence).__name__}")
+    for task in sentence:
+        if not isinstance(task, str) or task in TASKS:
+            raise ValueError(f"sentence must have tasks with names other than {', '.join(TASKS)}; got {task!r}")
     return Labels(phrases, relations, {task: found for task, found in sentence.items() if found is not None})
+
+
+def _entries(name: str, given: Mapping[str, Any]) -> Iterable[Any]:
+    entries = given.get(name)
+    if entries is not None and (isinstance(entries, (str, Mapping)) or not isinstance(entries, Iterable)):
+        raise TypeError(f"{name} must be a list; got {entries!r}")
+    return () if entries is None else entries
 
 
 def _number(name: str, region: Any, entry: Any) -> int:
@@ -88,19 +99,20 @@ def _span(span: Any) -> list[int]:
     return list(range(start, stop))
 
 
-def tokens_of(layout: Layout, row: int, columns: Sequence[int]) -> list[int]:
-    """Positions in the sequence of columns of the input ids."""
+def tokens_of(layout: Layout, row: int, columns: Sequence[int], number: int) -> list[int]:
+    """Positions in the sequence of columns of the input ids; `number` is the input's in the data set, for errors."""
     tokens = [column + layout.offset for column in columns]
     parts = layout.parts[row]
     if tokens[-1] >= len(parts) or bool((parts[tokens] != 0).any()):
-        raise ValueError(f"phrases must be of text tokens in row {row}; got columns {columns[0]} to {columns[-1]}")
+        raise ValueError(f"phrases must be of text tokens in input {number}; got columns {columns[0]} to {columns[-1]}")
     return tokens
 
 
-def regions_of(layout: Layout, row: int, regions: Sequence[int]) -> list[int]:
-    """Positions in the sequence of image tokens by their number."""
+def regions_of(layout: Layout, row: int, regions: Sequence[int], number: int) -> list[int]:
+    """Positions in the sequence of image tokens by their number; `number` as above."""
     places = layout.regions[row]
     for region in regions:
         if not 0 <= region < len(places) or layout.parts[row, places[region]] != 1:
-            raise ValueError(f"regions must be among the {len(places)} image tokens of row {row}, padding left out; got {region}")
+            among = f"the {len(places)} image tokens of input {number}, padding left out"
+            raise ValueError(f"regions must be among {among}; got {region}")
     return [places[region] for region in regions]

@@ -24,8 +24,8 @@ class ProbeReport:
     Args:
         table: a row for each test, kind, layer and head. "test"; "kind": of "modality" whose mass, of "linguistic" the task, else
             None; "layer" and "head", None where all of them are meant; "value", None where "note" says why there is none;
-            "chance": the share of the largest class; "control": the same test on shuffled labels; "samples", and "left_out": how
-            many could not be taken.
+            "chance": the share of the largest class; "control": the same test on shuffled labels; "samples", of which a phrase
+            and a text with its words exchanged give two each, and "left_out": how many could not be taken.
         facts: the arguments of the run.
     """
 
@@ -82,11 +82,11 @@ class ProbeReport:
 
     def __str__(self) -> str:
         """The table as text, without single heads."""
-        lines = [f"{'test':12}{'kind':14}{'layer':>5}  {'value':>7}  {'chance':>7}  {'control':>7}  samples  note"]
+        lines = [f"{'test':12}{'kind':14}{'layer':>5}  {'value':>7}  {'chance':>7}  {'control':>7}  samples  left_out  note"]
         for row in self.table:
             if row["head"] is None:
                 numbers = "  ".join(f"{'-' if row[n] is None else format(row[n], '.4f'):>7}" for n in COLUMNS[4:7])
                 layer = "all" if row["layer"] is None else row["layer"]
                 head = f"{row['test']:12}{row['kind'] or '':14}{layer:>5}"
-                lines.append(f"{head}  {numbers}  {row['samples']:7}  {row['note'] or ''}".rstrip())
+                lines.append(f"{head}  {numbers}  {row['samples']:7}  {row['left_out']:8}  {row['note'] or ''}".rstrip())
         return "\n".join(lines)
