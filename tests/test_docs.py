@@ -204,6 +204,17 @@ def test_the_readmes_costs_are_stored():
     assert len(table) >= 4 and set(table) <= stored
 
 
+def test_a_million_images_cost_what_the_table_above_them_says():
+    heading, _, row = hooks()["cost"](["task_explain_clip"]).splitlines()[:3]
+    cells = dict(zip((cell.strip(" *") for cell in heading.split("|")), row.split("|"), strict=True))
+    ours, published = (float(cells[name].split("/")[0]) / 1e3 for name in ("cpu", "published"))
+    days, theirs = (seconds * 1e6 / 86_400 for seconds in (ours, published))
+    said = " ".join(text("docs/guides/many_inputs.md").split())
+    assert f"`cpu` takes {ours:.2f} s there, and the published procedure {published:.1f} s." in said
+    assert f"A million images are {days:.1f} days on that machine, and {theirs:.0f} days with the published" in said
+    assert f"W such machines take {days:.1f} / W days" in said
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
 def test_the_price_is_that_of_the_stored_rows(name):
     """Our fastest backend over SDPA, in every setting of the machine: of operators, and of score functions."""

@@ -70,9 +70,16 @@ def test_the_picture_frames_a_digit_for_each_word_of_one():
     asked = lab.digit_prompts(2, kind="where")
     explanation, words = explain_answers(model, processor, asked)
     figure = answer_figure(explanation, asked, words[1], 1)
-    assert [axis.get_title() for axis in figure.axes] == ["", *words[1]]
+    *panels, legend = figure.axes
+    assert [axis.get_title() for axis in panels] == ["", *words[1]]
+    colors = legend.images[0].get_array()
+    assert (
+        colors[0, 0].min() == 1
+        and colors[0, -1].argmax() == 0
+        and {"relevancy", "largest"} <= {t.get_text() for t in figure.texts}
+    )
     top = box_shares(explanation.image, asked.boxes)[1].argmax(-1)
-    frames = [axis.patches for axis in figure.axes[1:]]
+    frames = [axis.patches for axis in panels[1:]]
     assert [len(of_word) for of_word in frames] == [word in DIGIT_WORDS for word in words[1]] and any(frames)
     for of_word, region in zip(frames, top, strict=True):
         for frame in of_word:

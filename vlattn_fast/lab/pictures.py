@@ -55,7 +55,20 @@ def answer_figure(explanation: Explanation, prompts: Questions, words: list[str]
             axis.set_title(words[i - 1], fontsize=15, color=_INK, pad=5)
             axis.set_xlabel(f"p = {score:.2f}", fontsize=9, color=_GREY, labelpad=3)
         axis.imshow(_glowing(ink.numpy(), glow.numpy()), extent=(0, CANVAS, CANVAS, 0))
+    _legend(figure, width, height)
     return figure
+
+
+def _legend(figure: Figure, width: float, height: float) -> None:
+    """What the colours mean, under the scene."""
+    left, bottom, long, high = _GAP + 0.68, 0.12, 0.6, 0.1  # inches
+    axis = figure.add_axes((left / width, bottom / height, long / width, high / height), xticks=[], yticks=[])
+    axis.spines[:].set(color="#c8c8c8", linewidth=0.8)
+    ramp = np.linspace(0, 1, 64)[None]
+    axis.imshow(_glowing(np.zeros_like(ramp), ramp), aspect="auto")
+    style = {"fontsize": 9, "color": _GREY, "va": "center_baseline"}
+    for x, text, side in ((left - 0.06, "relevancy", "right"), (left + long + 0.06, "largest", "left")):
+        figure.text(x / width, (bottom + high / 2) / height, text, ha=side, **style)
 
 
 def _smooth(values: Tensor) -> Tensor:
