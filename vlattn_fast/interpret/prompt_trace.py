@@ -76,6 +76,8 @@ class PromptTrace(TorchFunctionMode):
         text_first, grid, layers: see `prompt_maps`.
     """
 
+    _thread: int | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -94,6 +96,9 @@ class PromptTrace(TorchFunctionMode):
         self._handles: list[Any] = []
 
     # --- the run ---
+
+    def __getstate__(self) -> None:
+        """A model that is copied or pickled meanwhile takes its hooks along. Those of a copy see nothing."""
 
     def __enter__(self) -> PromptTrace:
         self._thread = threading.get_ident()

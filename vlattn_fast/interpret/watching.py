@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret._override import overridden
 from vlattn_fast.interpret.multihead import heads
-from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, first_argument, new_mark
+from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, Trace, first_argument, new_mark, running_trace
 
 Pair = tuple[Tensor, Tensor]  # query (B, H, N, D), key (B, H, M, D)
 MODALITIES = ("text", "image")
@@ -79,7 +79,7 @@ _FAST_PATH = _FastPath()
 
 
 class Watch(TorchFunctionMode):
-    """Sees one model's forward passes.
+    """Sees one model's forward passes, but for those that `explain` makes within it.
 
     Args:
         modality: input name -> "text" or "image", for inputs without the usual names.
@@ -87,6 +87,8 @@ class Watch(TorchFunctionMode):
         sees: called with each attention call and its number as it comes; then none is kept, and `finish` gets none.
         leaves: called with the number of a call and what the layer around it returned.
     """
+
+    _thread: int | None = None
 
     def __init__(
         self,
@@ -106,8 +108,11 @@ class Watch(TorchFunctionMode):
         self._calls: list[AttentionCall] = []
         self._marked: list[Tensor] = []
 
+    def __getstate__(self) -> None:
+        """A model that is copied or pickled meanwhile takes its hooks along. Those of a copy see nothing."""
+
     def __enter__(self) -> Watch:
-        self._thread = threading.get_ident()
+        self._thread, self._around = threading.get_ident(), running_trace()
         self._slow = overridden([(_FAST_PATH, "enabled", False)])  # it hides the attention of nn.MultiheadAttention in eval mode
         self._slow.__enter__()
         self._handles: list[Any] = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
@@ -130,14 +135,21 @@ class Watch(TorchFunctionMode):
                 delattr(tensor, self._mark)
         self._stack, self._calls, self._marked = [], [], []
 
+    def _is_on(self) -> bool:
+        """Whether it is this thread, and no run of `explain` that began within, whose calls no other mode sees."""
+        if threading.get_ident() != self._thread:
+            return False
+        running = running_trace()
+        return running is self._around or not isinstance(running, Trace)
+
     # --- modules ---
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() == self._thread:
+        if self._is_on():
             self._stack.append(_Running(listed=module in self._listed))
 
     def _pop(self, module: nn.Module, args: Any, result: Any) -> None:
-        if threading.get_ident() != self._thread or not self._stack:
+        if not self._is_on() or not self._stack:
             return
         run = self._stack.pop()
         if run.written:
@@ -152,7 +164,7 @@ class Watch(TorchFunctionMode):
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The inputs of a forward pass get the kinds that their names tell."""
-        if threading.get_ident() != self._thread:
+        if not self._is_on():
             return
         self._calls, self._number, self._learns = [], 0, torch.is_grad_enabled()
         named = list(kwargs.items())
@@ -177,7 +189,7 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._stack:
+        if not self._stack or not self._is_on():
             return func(*args, **kwargs)
         run = self._stack[-1]
         attends = self._attends(func, args, kwargs)
