@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+_RECURRENT = ("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "MambaLayer", "GatedDeltaNet", "DeltaAttention")
+_RECURRENT += ("LightningAttention", "RecurrentBlock")
 # By the end of the class's name.
 _REASONS = {
     "DeformableAttention": "which samples values at a few learnt points and takes no softmax over keys",
     "BiMultiHeadAttention": "which takes two softmaxes of one clamped score matrix, over its rows and over its columns",
     "BridgeTowerLinkTower": "which adds up two streams of the same tokens, whose relevancies no published rule joins",
+    **dict.fromkeys(_RECURRENT, "which hands on what tokens hold by a recurrence, beside attention or in place of it"),
 }
 
 
