@@ -287,18 +287,20 @@ def llama4() -> Decoder:
 # --- queries that look at the whole image ---
 
 
-def blip2(kind: str = "Blip2", **more: Any) -> Decoder:
+def blip2(kind: str = "Blip2", words: dict[str, Any] = OPT, **more: Any) -> Decoder:
     config = getattr(t, f"{kind}Config")(
-        vision_config=VISION, qformer_config=Q_FORMER, text_config=OPT, num_query_tokens=4, image_token_index=IMAGE
+        vision_config=VISION, qformer_config=Q_FORMER, text_config=words, num_query_tokens=4, image_token_index=IMAGE
     )
-    layers = "language_model.model.decoder.layers"
+    over_opt = words is OPT
+    layers = "language_model.model.decoder.layers" if over_opt else "language_model.model.layers"
     model = getattr(t, f"{kind}ForConditionalGeneration")(config)
-    return Decoder(model, two_images(4), {**pixels(2), **more}, vision="vision_model", layers=layers, summed=None)
+    summed = None if over_opt else "post_attention_layernorm"
+    return Decoder(model, two_images(4), {**pixels(2), **more}, vision="vision_model", layers=layers, summed=summed)
 
 
-def instructblip() -> Decoder:
+def instructblip(words: dict[str, Any] = OPT) -> Decoder:
     ones = torch.ones(2, 5, dtype=torch.long)
-    return blip2("InstructBlip", qformer_input_ids=torch.randint(3, 29, (2, 5)), qformer_attention_mask=ones)
+    return blip2("InstructBlip", words, qformer_input_ids=torch.randint(3, 29, (2, 5)), qformer_attention_mask=ones)
 
 
 def idefics2() -> Decoder:
@@ -377,6 +379,7 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
     "Llama4ForConditionalGeneration": llama4,
     "Blip2ForConditionalGeneration": blip2,
     "InstructBlipForConditionalGeneration": instructblip,
+    "instructblip over llama": lambda: instructblip(LLAMA),
     "Idefics2ForConditionalGeneration": idefics2,
     "LlamaForCausalLM": lambda: text("Llama"),
     "Llama4ForCausalLM": lambda: text("Llama4Text", name="Llama4ForCausalLM", parts=LLAMA4),

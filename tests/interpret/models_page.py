@@ -49,6 +49,9 @@ says whether the record names the residual branch that `method="weighted"` needs
 
 A config can ask for attention that is refused by name: soft-capped logits, as in Google's checkpoints of Gemma 2
 (`Gemma2ForCausalLM` is explained with `attn_logit_softcapping=None`), and attention sinks.
+
+BLIP-2 and InstructBLIP are explained as they are over OPT and Vicuna. Over Flan-T5 they need `answer=` or `read=`, as other
+encoder-decoders do.
 """
 
 

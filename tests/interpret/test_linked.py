@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from tests.interpret.cases import lively
+from tests.interpret.decoder_cases import blip2, instructblip
 from tests.interpret.linked_maps import METHODS, bar, encoder_decoder_maps, published
 from tests.interpret.stored_maps import Kept
 from vlattn_fast.interpret import explain
@@ -171,6 +172,34 @@ def test_answers_about_an_image():
         torch.testing.assert_close(got.relevancy["tower0"][:, place], qi, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(got.relevancy["tower1"][:, place], qq, rtol=1e-9, atol=1e-10)
         assert qi.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Blip2", "InstructBlip"])
+def test_answers_of_blip_2_over_t5(kind):
+    """The Q-Former is a tower that none attends to, too, and of as many tokens as the answer with its start token."""
+    t5 = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0, pad_token_id=0)
+    torch.manual_seed(0)
+    words = dict(t5, model_type="t5")
+    decoder = blip2(words=words) if kind == "Blip2" else instructblip(words)
+    model, inputs = lively(decoder.model).eval().double(), decoder.inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    for part in (model.vision_model, model.qformer, model.language_model):
+        part.set_attn_implementation("eager")
+    answer = torch.tensor([[17, 30, 21], [14, 40, 9]])
+    got = explain(model, inputs, answer=answer)
+    of_words, of_prompt = got.relevancy.values()
+    assert of_words.shape == (2, 3, 4) and of_prompt.shape == (2, 3, inputs["input_ids"].shape[1])
+    ids = torch.cat([torch.zeros(2, 1, dtype=torch.long), answer], 1)
+    o = model(**inputs, decoder_input_ids=ids, output_attentions=True)
+    for place in range(3):
+        score = o.logits[:, place].log_softmax(-1).gather(1, answer[:, place, None])
+        maps = encoder_decoder_maps(o.language_model_outputs, score.sum())
+        qq, qi = published("gradient", maps, [place, place], None, inputs["attention_mask"])
+        torch.testing.assert_close(of_words[:, place], qq, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(of_prompt[:, place], qi, rtol=1e-9, atol=1e-10)
+        assert qi.abs().max() > 1e-4
+    with pytest.raises(ValueError, match=r"Its towers are tower0 \(vision_model\.encoder\.layers: 17 tokens\), tower1"):
+        explain(model, {**inputs, "decoder_input_ids": ids})
 
 
 def test_what_is_refused_between_towers():

@@ -155,7 +155,7 @@ def explain(
                 connect(trace.towers[-1], trace.towers[0], family.connector, model.config, arguments)
             outputs = model(**(with_one_row(model, arguments, family) if empty else arguments))
         trace.check()
-        towers, others = _chosen(trace, read)
+        towers, others = _chosen(trace, read, None if said is None else tuple(said.arguments[family.answers].shape))
         for tower in towers:
             tower.check_start(start_layer)
         # No row of a vision tower behind a connector is read.
@@ -277,8 +277,12 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     return f"{problem}. Its towers are {', '.join(found)}. Say which row is read and what the score is, as in {line}"
 
 
-def _chosen(trace: Trace, read: Any) -> tuple[list[TowerTrace], list[TowerTrace]]:
-    """The towers whose own rows are read, and those that they attend to, whose part of these rows is read as well."""
+def _chosen(trace: Trace, read: Any, answered: tuple[int, ...] | None) -> tuple[list[TowerTrace], list[TowerTrace]]:
+    """The towers whose own rows are read, and those that they attend to, whose part of these rows is read as well.
+
+    Args:
+        answered: (B, N) of the tokens that an answer is among. Where towers are found, they are the last of that shape.
+    """
     links = {(call.tower, call.source) for call in trace.calls if call.tower is not call.source}
     named = {tower.name: tower for tower in trace.towers}
     if isinstance(read, Mapping):
@@ -290,6 +294,8 @@ def _chosen(trace: Trace, read: Any) -> tuple[list[TowerTrace], list[TowerTrace]
         recorded = [tower for tower in trace.towers if tower.record is not None]  # nobody says what is read of others
         towers = [t for t in recorded or trace.towers if t.paths and not any(source is t for _, source in links)]
         towers = towers or trace.towers[:1]  # all attend to one another: the first is read
+        if answered is not None and not recorded:
+            towers = [tower for tower in towers if tower.shape == answered][-1:]
     others = [tower for tower in trace.towers if tower not in towers and any((t, tower) in links for t in towers)]
     return towers, others
 

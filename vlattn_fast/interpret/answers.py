@@ -122,7 +122,8 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], famil
 
 def encoder_decoder(model: nn.Module) -> Family | None:
     """The family of an encoder-decoder without a record, whose towers are found; None for other models."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    config = getattr(model, "config", None)
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         return Family((), "token", answers="decoder_input_ids")
     return None
 

@@ -13,7 +13,9 @@ _QWEN = replace(_QUERIES, grid=grids.merged_frames)
 _TILES = replace(_QUERIES, path="model.text_model", grid=grids.labelled)
 _GEMMA = replace(_QUERIES, grid=grids.pooled, branch="post_attention_layernorm")
 _LLAMA4 = replace(_QUERIES, path="language_model.model", grid=grids.separated)
-_Q_FORMER = replace(_QUERIES, path="language_model.model.decoder")
+_OVER_OPT = replace(_QUERIES, path="language_model.model.decoder")
+_OVER_LLAMA = replace(_QUERIES, path="language_model.model")
+_Q_FORMER = Family((_OVER_OPT,), "token", others=(Family((_OVER_LLAMA,), "token"),))  # over Flan-T5 towers are found
 _STATES = Tower("vision", "model.vision_model", "", "mean", "image", branch="", grid=grids.tiled_states)
 
 _TEXT = replace(_QUERIES, path="model", tokens="text")
@@ -45,8 +47,8 @@ DECODERS: dict[str, Family] = {
     "LlavaOnevisionForConditionalGeneration": _ANYRES,
     "Llama4ForConditionalGeneration": Family((_LLAMA4,), "token"),
     # Queries that look at the whole image.
-    "Blip2ForConditionalGeneration": Family((_Q_FORMER,), "token"),
-    "InstructBlipForConditionalGeneration": Family((_Q_FORMER,), "token"),
+    "Blip2ForConditionalGeneration": _Q_FORMER,
+    "InstructBlipForConditionalGeneration": _Q_FORMER,
     "Idefics2ForConditionalGeneration": Family((replace(_QUERIES, path="model.text_model"),), "token"),
     # Cross-attention to what the vision tower gives.
     "MllamaForConditionalGeneration": Family((replace(_QUERIES, tokens="image_text"), _STATES), "token", bimodal=True),

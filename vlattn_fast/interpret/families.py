@@ -24,6 +24,14 @@ def find_family(model: nn.Module) -> Family | None:
     generates = getattr(model, "vocab_size", None) is not None
     for cls in type(model).__mro__:
         family = FAMILIES.get(cls.__name__)
+        if family is not None and family.others:
+            return next((one for one in (family, *family.others) if _fits(one, model)), None)
         if family is not None:
             return family.generating if family.generating is not None and generates else family
     return None
+
+
+def _fits(family: Family, model: nn.Module) -> bool:
+    """Whether the layers of each tower are in the model."""
+    names = {name for name, _ in model.named_modules()}
+    return all(f"{tower.path}.{tower.layers}".strip(".") in names for tower in family.towers)

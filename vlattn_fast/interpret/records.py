@@ -98,6 +98,8 @@ class Family:
         background: of "query" scores: the last logit is that of no object. Without, all are objects.
         answers: the input that an answer is put into, behind the prompt; "decoder_input_ids" of encoder-decoders.
         generating: the record of those models of the class that have a vocabulary (`vocab_size`) and predict its tokens.
+        others: records of those models of the class that have other parts, as another language model. One that fits none of them
+            is explained as a model without a record.
     """
 
     towers: tuple[Tower, ...]
@@ -110,6 +112,7 @@ class Family:
     background: bool = True
     answers: str = "input_ids"
     generating: Family | None = None
+    others: tuple[Family, ...] = ()
 
 
 def alone(tower: Tower) -> Family:
