@@ -9,9 +9,22 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
-from tests.interpret.cases import in_double, last_real_row, one_sample, published  # noqa: E402
-from tests.interpret.decoder_cases import DECODERS, Decoder, every, next_logits, text, words  # noqa: E402
+from tests.interpret.cases import in_double, last_real_row, lively, one_sample, published  # noqa: E402
+from tests.interpret.decoder_cases import (  # noqa: E402
+    DECODERS,
+    IMAGE,
+    LLAMA,
+    VISION,
+    Decoder,
+    every,
+    next_logits,
+    pixels,
+    text,
+    two_images,
+    words,
+)
 from vlattn_fast.interpret import explain  # noqa: E402
 
 
@@ -101,6 +114,22 @@ def weighted_by_branch(decoder: Decoder, inputs: dict[str, Any]) -> torch.Tensor
         sums = [a + b for a, b in zip(x, o, strict=True)]
         result[b, real] = one_sample("weighted", 0, *kept, x, sums, g, last[b, real][None], None)
     return result
+
+
+@pytest.mark.parametrize("kind", ["granite", "glm4", "gemma3_text", "olmo2"])
+def test_weighted_refuses_a_branch_that_is_scaled_before_it_is_added(kind):
+    """LLaVA takes any language model: Granite multiplies what attention gives by a number, others take its norm."""
+    sizes = dict(LLAMA, model_type=kind, residual_multiplier=0.5, query_pre_attn_scalar=8)
+    vision = transformers.CLIPVisionConfig(**VISION)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=sizes, image_token_index=IMAGE)
+    torch.manual_seed(6)
+    model = lively(transformers.LlavaForConditionalGeneration(config)).eval()
+    decoder = Decoder(model, two_images(16), pixels(2))
+    inputs = decoder.inputs()
+    got = explain(model, inputs).relevancy["language"]
+    assert error(got, stored_maps(decoder, inputs), inputs) < 1e-5
+    with pytest.raises(ValueError, match=r"output of 'self_attn' to its residual stream as it is .* got '\w+' of it behind"):
+        explain(model, inputs, method="weighted")
 
 
 # --- Mllama: cross-attention to the vision tower's tokens ---

@@ -22,6 +22,8 @@ from vlattn_fast.ops.relevancy_residual import Weighting
 
 _NUMBER = re.compile(r"\b\d+\b")
 _INDEX = re.compile(r"^(?:(.*)\.)?(\d+)(?:\.|$)")
+# Of torch's functions, without underscores: what adds, and what leaves the numbers as they are.
+_SUMS, _UNCHANGED = ("add", "radd", "iadd"), ("dropout", "to", "float", "type_as", "contiguous")
 
 
 def in_layers(path: str) -> bool:
@@ -72,6 +74,7 @@ class TowerTrace:
         self._outs: list[Tensor] = []  # behind it, one a chunk
         self._branch: Tensor | None = None  # behind it and in front of the residual sum ("weighted")
         self._stream: Tensor | None = None
+        self._unadded: Tensor | None = None  # the branch that the model has yet to add to its residual stream
         self.sums: list[tuple[Tensor, Tensor]] = []  # x and o behind each attention, where calls are kept ("weighted")
         self._without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
         self.below: Callable[[Tensor], Tensor] | None = None  # what another tower brings into the first carrier, see connectors
@@ -294,7 +297,21 @@ class TowerTrace:
         around = self._carrier if self._carrier is not None else self._entries[0][0]
         branch, self._outs[-1] = weigh(self._stream, branch, around.to(branch.device), self._branch, self.weighting)
         self._branch = self._stream = None
+        self._unadded = branch
         return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+    def follow(self, func: Any, args: Any, result: Any) -> None:
+        """ValueError for a branch that `func` changes before it is added: the weights would be those of another sum."""
+        if self._unadded is None or not isinstance(result, Tensor) or not any(arg is self._unadded for arg in args):
+            return
+        name = getattr(func, "__name__", "").strip("_")
+        if name not in (*_SUMS, *_UNCHANGED):
+            where = "" if self.record is None else self.record.branch
+            raise ValueError(
+                f"model must add the output of '{where}' to its residual stream as it is where method is 'weighted'; got "
+                f"'{name}' of it behind attention '{self.path}'"
+            )
+        self._unadded = result if name in _UNCHANGED else None
 
     # --- after the forward pass ---
 

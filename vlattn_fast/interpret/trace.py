@@ -149,6 +149,9 @@ class Trace(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
         result = func(*args, **kwargs)
+        if self.method.weighted:
+            for tower in self.towers:
+                tower.follow(func, args, result)
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
         if calls:
             # What is written into a tensor in place is in it from now on.
