@@ -120,6 +120,17 @@ def test_what_is_refused():
     for options in ({"method": "rollout"}, {"method": "weighted"}, {"start_layer": 1}):
         with pytest.raises(ValueError, match="through_connector must be off but for method 'gradient'"):
             explain(model, inputs, through_connector=True, **options)
+    words = r"must be off where image tokens are made of several layers' patches; got vision_feature_layer \[-1, -2\]"
+    many = transformers.LlavaConfig(
+        vision_config=dict(VISION, model_type="clip_vision_model"),
+        text_config=TEXT,
+        image_token_index=98,
+        vision_feature_layer=[-1, -2],
+    )
+    with pytest.raises(ValueError, match=words):
+        explain(transformers.LlavaForConditionalGeneration(many).eval(), inputs, through_connector=True)
+    with pytest.raises(ValueError, match=words):
+        explain(model, {**inputs, "vision_feature_layer": [-1, -2]}, through_connector=True)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}))
     with pytest.raises(ValueError, match="without a record of its connector; got LlamaForCausalLM"):
         explain(llama, {"input_ids": ids}, through_connector=True)

@@ -148,7 +148,7 @@ def explain(
         empty = is_empty(arguments)
         connects = through_connector and not empty
         if connects:
-            check_pictures(arguments)
+            check_pictures(model.config, arguments)
             family = replace(family, towers=(*family.towers, vision))
         with traced(model, family, rule, weighting) as trace:
             if connects:

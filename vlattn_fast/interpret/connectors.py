@@ -17,8 +17,14 @@ from vlattn_fast.interpret.merging import Connector
 from vlattn_fast.interpret.towers import TowerTrace
 
 
-def check_pictures(arguments: Mapping[str, Any]) -> None:
-    """ValueError for prompts with videos, or without images."""
+def check_pictures(config: Any, arguments: Mapping[str, Any]) -> None:
+    """ValueError for prompts with videos, or without images, and for image tokens that are made of several layers' patches."""
+    name = "vision_feature_layer"
+    layers = getattr(config, name, None) if arguments.get(name) is None else arguments[name]
+    if isinstance(layers, (list, tuple)) and len(layers) > 1:
+        raise ValueError(
+            f"through_connector must be off where image tokens are made of several layers' patches; got {name} {list(layers)}"
+        )
     if arguments.get("pixel_values_videos") is not None:
         raise ValueError("through_connector must be off for videos; got 'pixel_values_videos'")
     if arguments.get("pixel_values") is None:
