@@ -185,6 +185,29 @@ def test_cross_attention_equals_stored_maps(decoder, side, form):
 
 
 @pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
+def test_prompts_without_images_leave_out_cross_attention(decoder):
+    """Its layers do not run. A layer that runs must attend."""
+    ids = torch.tensor([[1, *words(6)], [1, *words(4, 30), 0, 0]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    row = explain(decoder.model, inputs).relevancy["language"]
+    model, maps = decoder.model, []
+    model.set_attn_implementation("eager")
+    layers = [layer for layer in model.get_submodule(decoder.layers) if hasattr(layer, "self_attn")]
+    handles = [layer.self_attn.register_forward_hook(lambda m, a, o: maps.append(o[1])) for layer in layers]
+    score = next_logits(model(**inputs, use_cache=False), inputs).max(-1).values
+    for handle in handles:
+        handle.remove()
+    want = last_real_row(inputs, 7)[:, None]
+    for attention, gradient in reversed(list(zip(maps, torch.autograd.grad(score.sum(), maps), strict=True))):
+        want = want + want @ (attention * gradient).clamp(min=0).mean(1)
+    assert error(row, want[:, 0].detach(), inputs) < 1e-5
+    assert explain(model, inputs, answer=[5, 7]).relevancy["language"].shape == (2, 2, 9)
+    model.get_submodule(decoder.layers)[1].cross_attn.forward = lambda hidden_states, **k: (hidden_states, None)
+    with pytest.raises(ValueError, match=r"'model\.language_model\.layers\.1' .*, whose attention was not called"):
+        explain(model, decoder.inputs())
+
+
+@pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
 def test_cross_attention_has_no_weighted_rule(decoder):
     with pytest.raises(ValueError, match="method must be another one for towers that attend to one another; got 'weighted'"):
         explain(decoder.model, decoder.inputs(), method="weighted")

@@ -315,18 +315,20 @@ class TowerTrace:
 
     # --- after the forward pass ---
 
-    def check(self, called: set[str]) -> None:
+    def check(self, called: set[str], ran: set[str]) -> None:
         """ValueError, naming the module, if a layer has called no attention.
 
         Args:
-            called: the modules that called attention in this run.
+            called, ran: the modules that called attention in this run, and all that ran.
         """
         for layers in self.lists:
             children = dict(self.model.get_submodule(layers).named_children())
             kinds = {type(children[i]) for i in children if _calls(f"{layers}.{i}", called)} if self.paths else set()
             for index, layer in children.items():
                 of_kind = type(layer) in kinds or self.record is not None
-                if of_kind and not _calls(_joined(layers, index), called):
+                # Layers of cross-attention alone do not run in prompts without an image.
+                left_out = bool(self.paths) and self.record is not None and self.keeps and _joined(layers, index) not in ran
+                if of_kind and not left_out and not _calls(_joined(layers, index), called):
                     raise ValueError(
                         f"model must call the attention of every layer of tower '{self.name}' where explain can see it; got "
                         f"'{_joined(layers, index)}' ({type(layer).__name__}), whose attention was not called"

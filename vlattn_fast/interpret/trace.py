@@ -91,6 +91,7 @@ class Trace(TorchFunctionMode):
         }
         # Of the modules that run now, the outermost first; None = of another model, or a part that is not explained.
         self._paths: list[str | None] = [""]
+        self._ran: set[str] = set()
         self._runs, self._run = [0], 0  # a number of its own for each run of each module: those on the way, and the last
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = new_mark("calls")
@@ -118,6 +119,8 @@ class Trace(TorchFunctionMode):
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         path = self._paths[-1] if isinstance(module, nn.Softmax) else self._names.get(module)  # whoever asks takes the softmax
         self._paths.append(path)
+        if path is not None:
+            self._ran.add(path)
         self._run += 1
         self._runs.append(self._run)
 
@@ -379,7 +382,7 @@ class Trace(TorchFunctionMode):
         for tower in self.towers:
             if not tower.name:
                 tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
-            tower.check(called)
+            tower.check(called, self._ran)
 
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""
