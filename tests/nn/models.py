@@ -59,6 +59,10 @@ def llama(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, words()
 
 
+def gpt_neox() -> tuple[nn.Module, dict[str, Tensor]]:
+    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(vocab_size=99, **DEEP)), words()
+
+
 def uniter() -> tuple[nn.Module, dict[str, Tensor]]:
     config = UNITERConfig(vocab_size=99, num_hidden_layers=2, region_dim=20, initializer_range=0.2, **SIZES)
     boxes = {"region_features": torch.randn(2, BOXES, 20), "region_positions": torch.rand(2, BOXES, 7)}
@@ -95,6 +99,7 @@ MODELS: dict[str, Make] = {
     "UNITER": uniter,
     "Llama, sdpa": lambda: llama("sdpa"),
     "Llama, eager": lambda: llama("eager"),
+    "GPT-NeoX": gpt_neox,
     "BERT": lambda: (hf.BertForSequenceClassification(hf.BertConfig(vocab_size=99, **DEEP)), words()),
     "ViT": lambda: (hf.ViTForImageClassification(hf.ViTConfig(**DEEP, **PATCHES)), pixels()),
 }

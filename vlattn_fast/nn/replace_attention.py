@@ -124,7 +124,7 @@ def _dispatches(module: nn.Module) -> bool:
 
 def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
     """Number and size of the heads of an attention module; None for other modules."""
-    sizes = [getattr(module, name, None) for name in ("attention_head_size", "head_dim")]
+    sizes = [getattr(module, name, None) for name in ("attention_head_size", "head_dim", "head_size")]
     size = next((size for size in sizes if isinstance(size, int)), None)
     if size is None:
         return None
