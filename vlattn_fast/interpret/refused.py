@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-_RECURRENT = ("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "MambaLayer", "GatedDeltaNet", "DeltaAttention")
-_RECURRENT += ("LightningAttention", "RecurrentBlock")
+_RECURRENT = (
+    *("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "MambaLayer"),
+    *("GatedDeltaNet", "DeltaAttention", "LightningAttention", "RecurrentBlock"),
+)
 # By the end of the class's name.
 _REASONS = {
     "DeformableAttention": "which samples values at a few learnt points and takes no softmax over keys",

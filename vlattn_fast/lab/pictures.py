@@ -66,9 +66,9 @@ def _legend(figure: Figure, width: float, height: float) -> None:
     axis.spines[:].set(color="#c8c8c8", linewidth=0.8)
     ramp = np.linspace(0, 1, 64)[None]
     axis.imshow(_glowing(np.zeros_like(ramp), ramp), aspect="auto")
-    style = {"fontsize": 9, "color": _GREY, "va": "center_baseline"}
     for x, text, side in ((left - 0.06, "relevancy", "right"), (left + long + 0.06, "largest", "left")):
-        figure.text(x / width, (bottom + high / 2) / height, text, ha=side, **style)
+        place = x / width, (bottom + high / 2) / height
+        figure.text(*place, text, ha=side, va="center_baseline", fontsize=9, color=_GREY)
 
 
 def _smooth(values: Tensor) -> Tensor:
