@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import threading
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.nn.models import BOXES, HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer, uniter, visual_bert
-from vlattn_fast.interpret import explain
 from vlattn_fast.nn import CongruenceLoss, capture_attention
 from vlattn_fast.reference.congruence_loss import congruence_loss as formula
 
@@ -205,50 +203,6 @@ def test_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError, match="no"), capture_attention(model):
         raise RuntimeError("no")
     assert not nn.modules.module._global_forward_hooks
-
-
-@pytest.mark.parametrize("method", ["gradient", "attention"])
-@pytest.mark.parametrize("name", ["CLIP, sdpa", "LXMERT", "UNITER"])
-def test_explain_within_a_capture(name: str, method: str) -> None:
-    """Its forward pass does not count. A capture that a hook makes of another model within `explain` sees that one."""
-    model, inputs = MODELS[name]()
-    want = explain(model, inputs, method=method).relevancy
-    with capture_attention(model.eval()) as captured:
-        for _ in range(2):
-            got = explain(model, inputs, method=method).relevancy
-            assert all(torch.equal(got[tower], row) for tower, row in want.items())
-            model(**inputs)
-            kept = captured.layer
-        explain(model, inputs, method=method)
-    assert captured.layer is kept
-
-    def capture(*_: Any) -> None:
-        with capture_attention(other) as within:
-            other(**words)
-        assert within.query.shape == (2, HEADS, WORDS, HEAD_DIM)
-        seen.append(within)
-
-    seen: list[Any] = []
-    other, words = MODELS["Llama, eager"]()
-    handle = model.register_forward_pre_hook(capture)
-    explain(model, inputs, method=method)
-    handle.remove()
-    assert len(seen) == 1
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_of_a_model_within_a_capture(copied: Any) -> None:
-    """They take the hooks along, which see nothing: neither within nor afterwards."""
-    model, inputs = MODELS["CLIP, sdpa"]()
-    with capture_attention(model.eval()) as captured:
-        want = answer(model(**inputs))
-        twin = copied(model)
-        query = captured.text[0]
-        assert torch.equal(answer(twin(**inputs)), want) and captured.text[0] is query
-    assert torch.equal(answer(twin(**inputs)), want)
-    with capture_attention(twin) as of_twin:
-        twin(**inputs)
-    assert torch.equal(of_twin.text[0], query)
 
 
 # --- the loss in a loop ---

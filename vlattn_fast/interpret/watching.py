@@ -37,7 +37,8 @@ class AttentionCall:
     """One call of attention.
 
     kinds, key_kinds: what the tokens of the queries and of the keys come from. masks: what of its options `attention_statistics`
-    takes as well; None where a module writes attention out by hand. score: the core score.
+    takes as well; None where a module writes attention out by hand. score: the core score. again: a module within the model has
+    called attention among such tokens before, in one run of it: for a part of them, as for one of several images.
     """
 
     kinds: int
@@ -46,6 +47,7 @@ class AttentionCall:
     key: Tensor
     masks: Mapping[str, Any] | None = None
     score: str = "dot"
+    again: bool = False
 
 
 @dataclass
@@ -54,13 +56,14 @@ class _Running:
 
     product: the last matmul in it, its operands and the shape of its result; written: the kinds of the queries of attention that
     it writes out by hand; listed: whether it is one of a list of modules, as layers are; calls: the numbers of the calls within,
-    where no other of a list lies between.
+    where no other of a list lies between; seen: the kinds of queries and keys of the calls that it made itself.
     """
 
     product: tuple[Tensor, Tensor, torch.Size] | None = None
     written: int = 0
     listed: bool = False
     calls: list[int] = field(default_factory=list)
+    seen: set[tuple[int, int]] = field(default_factory=set)
 
 
 class _FastPath:
@@ -145,7 +148,7 @@ class Watch(TorchFunctionMode):
     # --- modules ---
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._is_on():
+        if self._is_on() and (self._stack or module is self._model):  # a part of the model by itself is no forward pass of it
             self._stack.append(_Running(listed=module in self._listed))
 
     def _pop(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -251,7 +254,9 @@ class Watch(TorchFunctionMode):
                 "model must keep the graph of its attention; got a call without gradients, as torch.utils.checkpoint makes with "
                 "use_reentrant=True"
             )
-        call = AttentionCall(*kinds, *pair, masks, score)
+        run = self._stack[-1]
+        call = AttentionCall(*kinds, *pair, masks, score, len(self._stack) > 1 and kinds in run.seen)
+        run.seen.add(kinds)
         if self._sees is None:
             self._calls.append(call)
         else:

@@ -172,8 +172,8 @@ class AttentionCapture:
         lengths = {len(found) for found in own.values() if found}
         if not lengths:
             raise ValueError(
-                "model must have self-attention over tokens of text or image, which modality= tells apart where inputs have "
-                "other names; got none in its forward pass"
+                "model must have self-attention over all tokens of text or image at once, which modality= tells apart where "
+                "inputs have other names; got none in its forward pass"
             )
         for index in self._layers:
             if any(not -n <= index < n for n in lengths):
@@ -201,4 +201,8 @@ def _both(one: Sequence[Pair], other: Sequence[Pair], index: int) -> tuple[Pair,
 
 
 def _in_order(calls: Iterable[AttentionCall]) -> list[Pair]:
+    """The layers' queries and keys; none where a layer attends part by part, as Qwen-VL's vision tower does, image by image."""
+    calls = list(calls)
+    if any(call.again for call in calls):
+        return []
     return [(call.query, expand_heads(call.key, call.query.shape[1])) for call in calls]
