@@ -75,14 +75,34 @@ def autocasts(x: Tensor) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of `x` can be read: not in code that torch.compile traces, not while a CUDA graph is captured, and
-    not where there are none (meta and fake tensors)."""
-    if torch.compiler.is_compiling() or x.is_meta:
+    """Whether the values of `x` can be read: not where they stand for others, not while a CUDA graph is captured, and not where
+    there are none (meta and fake tensors)."""
+    if x.is_meta or stands_for_others(x):
         return False
     may_be_fake = type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0  # looking closer takes microseconds
     if may_be_fake and detect_fake_mode(x) is not None:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def stands_for_others(x: Tensor) -> bool:
+    """Whether what is done with `x` serves other values as well: in code that is traced (torch.compile, torch.jit.trace,
+    make_fx), and under torch.func.vmap."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return True
+    return _is_batched(x)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether `x` stands for the samples of a torch.func.vmap, also within torch.func.grad and the like."""
+    functorch = torch._C._functorch
+    while functorch.maybe_current_level() is not None and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def varies(x: float) -> bool:

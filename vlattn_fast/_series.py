@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import readable
+from vlattn_fast._checks import readable, stands_for_others
 
 TERMS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -23,12 +23,12 @@ def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) ->
 
     Raises:
         ValueError: no series reaches the tolerance on the range of the data (the message names the best), the data are not
-            finite, or they cannot be read: torch.compile is tracing, or a CUDA graph is captured.
+            finite, or they cannot be read: in code that is traced, under torch.func.vmap, while a CUDA graph is captured.
     """
-    if torch.compiler.is_compiling():
+    if any([stands_for_others(x) for x in (query, key, vector)]):
         raise ValueError(
-            "Additive(method='series') reads the range of its data, which torch.compile cannot trace; "
-            "use method='exact' there or call it outside the compiled region"
+            "Additive(method='series') reads the range of its data, which code that is traced (torch.compile, torch.jit.trace, "
+            "make_fx) and torch.func.vmap do not have; use method='exact' there or call it outside"
         )
     if query.dtype in (torch.float16, torch.bfloat16):
         query, key, vector = query.float(), key.float(), vector.float()

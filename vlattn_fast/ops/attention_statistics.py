@@ -213,8 +213,8 @@ def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
     if not readable(key_groups):
         if num_groups is None:
             raise ValueError(
-                "num_groups must be an integer where the values of key_groups cannot be read (torch.compile, CUDA graph capture, "
-                "meta and fake tensors); got None"
+                "num_groups must be an integer where the values of key_groups cannot be read (torch.compile and other traces, "
+                "torch.func.vmap, CUDA graph capture, meta and fake tensors); got None"
             )
         return num_groups
     if num_groups is not None and key_groups.device.type != "cpu":

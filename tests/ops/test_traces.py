@@ -1,0 +1,75 @@
+"""Where the tensors of a call stand for others: torch.jit.trace, make_fx, torch.func.vmap. What is read off their values must
+not become a part of the result there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import vlattn_fast as va
+from tests.ops.backends import on
+from tests.ops.every_call import CALLS, outputs_of
+from vlattn_fast import scores as S
+
+Call = Callable[..., Any]
+TRACES: dict[str, Callable[..., Call]] = {
+    "torch.jit.trace": lambda call, *x: torch.jit.trace(call, x, check_trace=False),
+    "make_fx": lambda call, *x: make_fx(call)(*x),
+    "make_fx, fake": lambda call, *x: make_fx(call, tracing_mode="fake")(*x),
+    "make_fx, symbolic": lambda call, *x: make_fx(call, tracing_mode="symbolic")(*x),
+}
+# torch.jit.trace warns of shapes that are compared
+a_trace = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::torch.jit.TracerWarning")
+
+
+@a_trace
+@on("reference", "streaming", "cpu")
+@pytest.mark.parametrize("trace", TRACES)
+def test_a_trace_of_cosine_serves_vectors_of_length_zero(trace: str, backend: str) -> None:
+    """The clamp does not act on what it was traced with."""
+
+    def call(query: Tensor, key: Tensor) -> Any:
+        return va.score_attention(query, key, key, score="cosine", backend=backend)
+
+    query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 5, 8)
+    traced = TRACES[trace](call, query, key)
+    query[:, :, 1] = 0.0
+    torch.testing.assert_close(traced(query, key), call(query, key))
+
+
+@a_trace
+@pytest.mark.parametrize("trace", [*TRACES, "torch.func.vmap"])
+def test_a_series_is_refused(trace: str) -> None:
+    """Its frequencies would be those of another range of data."""
+
+    def call(query: Tensor, key: Tensor, vector: Tensor) -> Any:
+        score = S.Additive(vector, method="series", tolerance=0.1)
+        return va.score_attention(query, key, key, score=score)
+
+    x = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 5, 8), torch.randn(8)
+    call(*x)
+    with pytest.raises(ValueError, match=r"Additive\(method='series'\) reads the range of its data, which code that is traced"):
+        if trace in TRACES:
+            TRACES[trace](call, *x)
+        else:
+            torch.func.vmap(call, (None, 0, None))(x[0], x[1][None], x[2])
+
+
+@on("streaming", "cpu")
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith(("congruence_loss", "relevancy_residual"))])
+def test_vmap_runs_sample_by_sample(name: str, backend: str) -> None:
+    every = CALLS[name]
+    samples = [every.make(5) for _ in range(3)]
+    names = list(samples[0])
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(outputs_of(every.call(dict(zip(names, tensors, strict=True)), backend=backend)))
+
+    got = torch.func.vmap(call)(*[torch.stack([x[each] for x in samples]) for each in names])
+    want = [call(*x.values()) for x in samples]
+    torch.testing.assert_close(list(got), [torch.stack(each) for each in zip(*want, strict=True)])
