@@ -44,7 +44,8 @@ def replace_attention(
 
     Args:
         model: a transformers model whose attention goes through its interface (BERT, ViT, CLIP, decoders, ...) or is that of
-            LXMERT, ViLT, VisualBERT, FLAVA. Wrappers are seen through.
+            LXMERT, ViLT, VisualBERT, FLAVA. Wrappers are seen through. Attention of other kinds beside it, as T5's in a BLIP-2,
+            stays as it is: the handle's `scores` lists what is replaced.
         score, per_head, score_options, backend: as in `ScoreAttention`.
         layers: None = all; an index or several, counted in each list of layers, negative from the end; or a function that says by
             the path of an attention module whether it is replaced, as `lambda path: "visual_attention" in path`.
