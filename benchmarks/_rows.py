@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from vlattn_fast import _native
+from vlattn_fast._checks import check_writable
 
 HERE = Path(__file__).parent
 # In a checkout the rows lie beside this file; an installed package is no place to write to.
@@ -84,13 +84,10 @@ def _version(name: str) -> str | None:
 
 def check_path(path: Path) -> None:
     """ValueError where `append` could not add rows to `path`, which a run must not find out behind its first benchmark."""
+    check_writable("out", path.parent, folder=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
         known = json.loads(path.read_text()) if path.exists() else []
-    except OSError as error:
-        raise ValueError(f"out must be a JSON file or a folder that can be written; got {path}: {error.strerror}") from None
-    except ValueError:
+    except (OSError, ValueError):
         known = None
     if not isinstance(known, list):
         raise ValueError(f"out must be a JSON file of rows; got {path}, which holds something else")

@@ -6,8 +6,11 @@ A check takes the time of each call, so it reads no property twice, and makes wo
 from __future__ import annotations
 
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,6 +187,22 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
 
 
 _SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}
+
+
+def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
+    """A file that can be written, or a folder, which is made. For work of minutes, whose results could go nowhere at its end."""
+    try:
+        if folder:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        else:
+            there = os.path.lexists(path)
+            path.open("ab").close()
+            if not there:
+                path.unlink()
+    except OSError as error:
+        kind = "directory" if folder else "file"
+        raise ValueError(f"{name} must be a {kind} that can be written; got {path}: {error.strerror}") from None
 
 
 def check_attention(query: Any, key: Any, enable_gqa: Any, **others: Any) -> None:

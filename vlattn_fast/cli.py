@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +18,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"the vlattn command needs {missing.name}: pip install 'vlattn_fast[cli]'") from missing
 
 from vlattn_fast import verify as checks
+from vlattn_fast._checks import check_writable
 from vlattn_fast.interpret.answers import token_ids
 from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.dataset.run import explain_dataset
@@ -68,21 +67,9 @@ def _check_file(out: Path | None) -> None:
     if not out.parent.is_dir():
         raise typer.BadParameter(f"--out must be in a directory; there is no directory {out.parent}")
     try:
-        there = os.path.lexists(out)
-        out.open("ab").close()
-        if not there:
-            out.unlink()
-    except OSError as error:
-        raise typer.BadParameter(f"--out must be a file that can be written; got {out}: {error.strerror}") from None
-
-
-def _check_folder(out: Path) -> None:
-    """As `_check_file`, of a folder, which is made."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise typer.BadParameter(f"--out must be a directory that can be written; got {out}: {error.strerror}") from None
+        check_writable("--out", out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @_command
@@ -350,7 +337,10 @@ def demo(
     """Check every operator, explain pictures of DigitScenes, the benchmark inside the package, and compare what one map costs."""
     from vlattn_fast._demo import run
 
-    _check_folder(out)
+    try:
+        check_writable("--out", out, folder=True)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     if not run(out, costs=costs):
         raise typer.Exit(1)
 

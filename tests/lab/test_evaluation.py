@@ -242,3 +242,11 @@ def test_captions_are_accepted_by_their_odds():
     with torch.no_grad():
         assert torch.equal(target(model(**inputs)), va.lab.matching_score(model, va.lab.digit_scenes(3, seed=0)))
     assert len(boxes) == 3 and all(part.shape == (2, 4) and part.max() <= 1 for part in boxes)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seeds", "0"), ("--samples", "-1"), ("--out", "FOLDER")])
+def test_wrong_options_end_the_run_at_its_start(option, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "TASKS", {"matching": None})
+    with pytest.raises(SystemExit):
+        evaluation.main([option, str(tmp_path) if value == "FOLDER" else value])
+    assert f"error: {option} must be a" in capsys.readouterr().err

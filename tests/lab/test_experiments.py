@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -86,10 +88,39 @@ def test_a_file_of_another_experiment_is_not_overwritten(made, tmp_path):
         frame.run("value", Settings(1, smoke=True), out)
 
 
-@pytest.mark.parametrize("wrong", (["value", "--seeds", "0"], ["value", "--smoke"], ["vqa"]))
-def test_wrong_options_end_the_run(wrong, capsys):
+def test_a_smoke_run_leaves_the_pictures_of_the_pages_alone(made, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = replace(with_cells(made), figures={"square": lambda rows: Figure()})
+    monkeypatch.setattr(frame, "experiment", lambda name: drawn)
+    monkeypatch.chdir(tmp_path)
+    frame.main(["value", "--smoke", "--out", "rows/rows.json", "--seeds", "1", "--processes", "1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == {"rows.json", "square.png"}
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"experiment": "value"}'])
+def test_what_cannot_be_written_ends_the_run_at_its_start(broken, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(frame, "run", None)
+    file = tmp_path / "file.json"
+    file.write_text(broken)
+    for options, words in (
+        (["--out", str(file)], f"got {file}, which holds something else"),
+        (["--out", str(tmp_path)], f"got {tmp_path}, which holds something else"),
+        (["--out", str(file / "rows.json")], f"--out must be a directory that can be written; got {file}"),
+        (["--out", str(tmp_path / "new.json"), "--figures", str(file)], f"--figures must be a directory .* got {file}"),
+    ):
+        with pytest.raises(SystemExit):
+            frame.main(["value", *options])
+        assert re.search(words, " ".join(capsys.readouterr().err.split()))
+    assert file.read_text() == broken and [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("wrong", (["value", "--seeds", "0"], ["value", "--smoke"], ["vqa"], ["scores", "--models"]))
+def test_wrong_options_end_the_run(wrong, capsys, monkeypatch):
+    monkeypatch.setattr(frame, "run", None)
     with pytest.raises(SystemExit):
-        frame.main(wrong)
+        frame.main([*wrong, "nowhere"] if wrong[-1] == "--models" else wrong)
     assert wrong[-1].strip("-") in capsys.readouterr().err
 
 

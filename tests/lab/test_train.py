@@ -262,6 +262,26 @@ def test_wrong_steps_are_named(name):
         run.TRAININGS[name].train(0)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", "0"], "--steps must be at least 1; got 0"),
+        (["--seed", "-1"], "--seed must be at least 0; got -1"),
+        (["--threads", "0"], "--threads must be at least 1; got 0"),
+        (["--output", "FILE"], "--output must be a directory that can be written; got"),
+        (["--rows", "FILE"], "--rows must be a JSON list that trainings wrote; got"),
+    ],
+)
+def test_what_is_wrong_ends_a_training_at_its_start(options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "run", None)
+    (tmp_path / "file").write_text('["a row"]')
+    given = [str(tmp_path / "file") if option == "FILE" else option for option in options]
+    output = [] if "--output" in given else ["--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        run.main(["uniter", *given, *output])
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_model_must_be_named(capsys):
     with pytest.raises(SystemExit):
         run.main(["--steps", "1"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._checks import check_writable
 from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret.evaluation import PARTS, TESTS, Evaluation, Rival, evaluate
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
@@ -133,6 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULTS}/evaluation-TASK.json")
     options = parser.parse_args(arguments)
     name, out = options.task, options.out or RESULTS / f"evaluation-{options.task}.json"
+    for option in ("samples", "seeds"):
+        if getattr(options, option) < 1:
+            parser.error(f"--{option} must be at least 1; got {getattr(options, option)}")
+    try:
+        check_writable("--out", out.parent, folder=True)
+        check_writable("--out", out)
+    except ValueError as error:
+        parser.error(str(error))
     task = TASKS[name]
     began = time.process_time()
     model, methods = task.load(), methods_of(task)
@@ -155,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report["cpu_seconds"] = round(time.process_time() - began, 1)
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items()]
     rows = ",\n".join(json.dumps(row) for row in table)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("{\n" + ",\n".join(lines) + f',\n"rows": [\n{rows}\n]\n}}\n')
     print(*tables(table), f"{report['cpu_seconds']} s of processor time; wrote {out}", sep="\n\n")
 

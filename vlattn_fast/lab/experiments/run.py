@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from vlattn_fast._checks import check_writable
 from vlattn_fast._extras import with_progress
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage
 from vlattn_fast.lab.provenance import commit, versions
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="each has one thread")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS}/experiment-NAME.json")
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="directory of the pictures")
+    parser.add_argument("--figures", type=Path, help=f"directory of the pictures; default: {FIGURES}, with --smoke that of --out")
     parser.add_argument("--models", type=Path, help="of value: directory whose folders 0, 1, ... hold what lab.train uniter left")
     parser.add_argument("--smoke", action="store_true", help="everything once and short, to see that it runs")
     chosen = parser.parse_args(arguments)
@@ -49,12 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{option} must be at least 1; got {getattr(chosen, option)}")
     if chosen.smoke and chosen.out is None:
         parser.error("--out must be given with --smoke, so that rows of a real run stay")
+    if chosen.models is not None and chosen.name != "value":
+        parser.error(f"--models must be given to value alone; got {chosen.name}")
     out = chosen.out or RESULTS / f"experiment-{chosen.name}.json"
-    rows = run(chosen.name, Settings(chosen.seeds, chosen.smoke, chosen.models), out, chosen.processes)
+    figures = chosen.figures or (out.parent if chosen.smoke else FIGURES)
+    settings = Settings(chosen.seeds, chosen.smoke, chosen.models)
+    try:
+        for name, folder in (("--out", out.parent), ("--figures", figures)):
+            check_writable(name, folder, folder=True)
+        _stored(out, chosen.name, settings, commit())
+    except ValueError as error:
+        parser.error(str(error))
+    rows = run(chosen.name, settings, out, chosen.processes)
     found = experiment(chosen.name)
-    chosen.figures.mkdir(parents=True, exist_ok=True)
     for figure, draw in found.figures.items():
-        draw(rows).savefig(chosen.figures / f"{figure}.png", dpi=120, bbox_inches="tight")
+        draw(rows).savefig(figures / f"{figure}.png", dpi=120, bbox_inches="tight")
     print(*found.tables(rows), f"wrote {out}", sep="\n\n")
 
 
@@ -115,9 +125,14 @@ def _measure(name: str, number: int, cell: Cell, settings: Settings) -> tuple[Ce
 
 
 def _stored(out: Path, name: str, settings: Settings, here: str) -> list[Row]:
-    if not out.is_file():
+    if not out.exists():
         return []
-    report = json.loads(out.read_text())
+    try:
+        report = json.loads(out.read_text())
+    except (OSError, ValueError):
+        report = None
+    if not isinstance(report, dict) or not {"experiment", "smoke", "rows", "command"} <= report.keys():
+        raise ValueError(f"out must be a file of {name}; got {out}, which holds something else")
     if report["experiment"] != name or report["smoke"] != settings.smoke:
         raise ValueError(f"out must be a file of {name}, smoke={settings.smoke}; got {out} of {report['experiment']}")
     rows: list[Row] = report["rows"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlattn_fast._checks import check_writable
 from vlattn_fast.lab import clip as clip_model
 from vlattn_fast.lab import mapper as mapper_model
 from vlattn_fast.lab import uniter as uniter_model
@@ -75,6 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "uniter":
             options.add_argument("--validate", action="store_true", help="train on 'fit' and measure on 'validation' scans")
     chosen = parser.parse_args(arguments)
+    for option, least in (("steps", 1), ("seed", 0), ("threads", 1)):
+        if getattr(chosen, option) < least:
+            parser.error(f"--{option} must be at least {least}; got {getattr(chosen, option)}")
+    try:
+        check_writable("--output", chosen.output, folder=True)
+        if chosen.rows is not None:
+            check_writable("--rows", chosen.rows.parent, folder=True)
+            _rows(chosen.rows)
+    except ValueError as error:
+        parser.error(str(error))
     run(chosen)
 
 
@@ -123,7 +134,17 @@ def run(chosen: argparse.Namespace) -> None:
 
 def store(rows: Path, row: dict[str, Any]) -> None:
     """Adds a row to a file of rows, in place of one of the same command."""
-    stored = json.loads(rows.read_text()) if rows.exists() else []
-    stored = [other for other in stored if other["command"] != row["command"]] + [row]
-    rows.parent.mkdir(parents=True, exist_ok=True)
-    rows.write_text("[\n" + ",\n".join(map(json.dumps, stored)) + "\n]\n")
+    stored = [other for other in _rows(rows) if other["command"] != row["command"]] + [row]
+    part = rows.with_name(rows.name + ".part")  # so that a run that ends here leaves the old rows
+    part.write_text("[\n" + ",\n".join(map(json.dumps, stored)) + "\n]\n")
+    part.replace(rows)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        stored = json.loads(path.read_text()) if path.exists() else []
+    except (OSError, ValueError):
+        stored = None
+    if not isinstance(stored, list) or not all(isinstance(row, dict) and "command" in row for row in stored):
+        raise ValueError(f"--rows must be a JSON list that trainings wrote; got {path}, which holds something else")
+    return stored
