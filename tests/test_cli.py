@@ -75,6 +75,13 @@ def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
     assert refused.exit_code == 2 and "is what LlavaForConditionalGeneration takes; got 2" in said(refused)
 
 
+def test_a_long_text_is_no_title(bert, tmp_path):
+    out = tmp_path / "out.html"
+    assert vlattn("explain", "--model", bert, "--text", "a red " * 40, "--out", out).exit_code == 0
+    title = re.search(r"<title>(.*)</title>", out.read_text())[1]
+    assert len(title) == 80 and title.endswith("…")
+
+
 def test_explain_texts_alone(bert, tmp_path):
     out = tmp_path / "out.png"
     result = vlattn("explain", "--model", bert, "--text", "a red square", "--text", "a circle", "--out", out)

@@ -276,7 +276,8 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
         explanation = explanation.with_tokens(processor)
     crop = None if explanation.image is None else seen_part(processor, inputs, picture)
     if out.suffix == ".html":
-        explanation.save_html(out, picture, crop=crop, title=" | ".join(texts or [str(image)]))
+        title = " | ".join(texts or [str(image)])
+        explanation.save_html(out, picture, crop=crop, title=title if len(title) <= 80 else title[:79] + "…")
     else:
         explanation.plot(picture, crop=crop).savefig(out, dpi=120)
     scores = [] if explanation.scores is None else explanation.scores.tolist()

@@ -295,6 +295,21 @@ see("next");
     assert len(found["next"]["shares"]) == 1  # the other row's prompt
 
 
+def test_numbers_stand_beside_words_that_run_from_right_to_left(browse):
+    explanation = made(text=torch.tensor([[3.0, 2.0, 1.0]] * 2), words=[["قطة", "▁حمراء", "▁cat"]] * 2)
+    script = """
+const summary = document.getElementById("summary"), number = document.createRange();
+results.text = summary.textContent;
+results.places = [...summary.querySelectorAll("bdi")].slice(1).map((word) => {
+  number.selectNodeContents(word.nextSibling);
+  return [word.getBoundingClientRect().right, number.getBoundingClientRect().left];
+});
+"""
+    found = browse(explanation.to_html(labels=["a", "b"]), script)
+    assert "Words: قطة 3, حمراء 2, cat 1." in found["text"] and len(found["places"]) == 3
+    assert all(abs(right - left) < 2 for right, left in found["places"])
+
+
 def test_the_controls(browse):
     other = replace(peaked(), method="rollout", image=peaked().image.flip(-1))
     script = """

@@ -194,10 +194,13 @@ function show(index) {
   const words = showWords(choice).slice(0, 3).filter((word) => word.value > 0);
   showTokens(choice);
   const figures = viewOf(choice).figures, best = strongest(figures);
-  const parts = [`\u201c${choice.label}\u201d` + (choice.score === null ? "" : `, score ${format(choice.score)}`)];
-  if (figures.length) parts.push(`Picture: strongest at the ${best.place} (${format(best.value)})`);
-  if (words.length) parts.push("Words: " + words.map((word) => `${word.name} ${format(word.value)}`).join(", "));
-  element("summary").textContent = parts.join(". ") + ".";
+  /* Words may run from right to left; isolated, they leave each number beside its word. */
+  const isolated = (text) => Object.assign(document.createElement("bdi"), { textContent: text });
+  const parts = ["\u201c", isolated(choice.label), "\u201d"];
+  if (choice.score !== null) parts.push(`, score ${format(choice.score)}`);
+  if (figures.length) parts.push(`. Picture: strongest at the ${best.place} (${format(best.value)})`);
+  words.forEach((word, i) => parts.push(i ? ", " : ". Words: ", isolated(word.name), ` ${format(word.value)}`));
+  element("summary").replaceChildren(...parts, ".");
 }
 
 function pin(index) {
