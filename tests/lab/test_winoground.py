@@ -51,3 +51,15 @@ def test_refusals(tmp_path) -> None:
         winoground.evaluate(lambda image, caption: 1.0, [((0,), (0, 1))])
     with pytest.raises(ValueError, match="directory must hold examples.jsonl"):
         list(winoground.load_pairs(tmp_path))
+    for line in ("{", "[]", '{"image_0": "a"}'):
+        (tmp_path / "examples.jsonl").write_text("\n" + line)
+        with pytest.raises(ValueError, match="must have image_0, image_1, caption_0 and caption_1 in line 2; got"):
+            list(winoground.load_pairs(tmp_path))
+    (tmp_path / "examples.jsonl").write_text('{"image_0": "a", "image_1": "b", "caption_0": "", "caption_1": ""}')
+    with pytest.raises(ValueError, match="image must be a file; got .*a.png, which is not there"):
+        list(winoground.load_pairs(tmp_path))
+
+
+def test_nan_is_no_lost_pair() -> None:
+    with pytest.raises(ValueError, match="score must give numbers that can be compared; got NaN in pair 2"):
+        winoground.evaluate(lambda image, caption: float(image) if caption else 1.0, [((1, 2), (1, 1)), (("nan", 2), (1, 1))])

@@ -6,11 +6,12 @@ A pair is two images and two captions; caption 0 belongs to image 0, caption 1 t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast._extras import extra
+from vlattn_fast.interpret.loading import open_image
 
 Pair = tuple[Sequence[Any], Sequence[Any]]
 
@@ -27,7 +28,7 @@ def evaluate(score: Callable[[Any, Any], float], pairs: Iterable[Pair]) -> dict[
         pairs: of (two images, two captions), such as `load_pairs` gives.
 
     Raises:
-        ValueError: a pair of another form; no pairs.
+        ValueError: a pair of another form; no pairs; a score that is NaN.
 
     >>> evaluate(lambda image, caption: -abs(image - len(caption)), [((3, 5), ("cat", "camel")), ((1, 9), ("a", "a"))])
     {'text': 0.5, 'image': 0.5, 'group': 0.5}
@@ -38,6 +39,8 @@ def evaluate(score: Callable[[Any, Any], float], pairs: Iterable[Pair]) -> dict[
         if len(images) != 2 or len(captions) != 2:
             raise ValueError(f"pairs must be of two images and two captions; got {len(images)} and {len(captions)}")
         (s00, s01), (s10, s11) = ([float(score(image, caption)) for caption in captions] for image in images)
+        if any(map(math.isnan, (s00, s01, s10, s11))):
+            raise ValueError(f"score must give numbers that can be compared; got NaN in pair {count}")
         text, image = s00 > s01 and s11 > s10, s00 > s10 and s11 > s01
         for name, hit in (("text", text), ("image", image), ("group", text and image)):
             hits[name] += hit
@@ -51,17 +54,23 @@ def load_pairs(directory: str | Path) -> Iterator[Pair]:
 
     Each line has "image_0", "image_1" (names of files without ".png"), "caption_0" and "caption_1". Images come as PIL
     images, RGB.
+
+    Raises:
+        ValueError: a file that is missing, or a line that is not as said (it is named).
     """
-    with extra("viz"):
-        from PIL import Image
     folder = Path(directory)
     lines = folder / "examples.jsonl"
     if not lines.is_file():
         raise ValueError(f"directory must hold examples.jsonl and images/; got {directory} without")
     # splitlines() also parts at characters that stand in texts, as U+2028
-    for line in lines.read_text(encoding="utf-8").split("\n"):
+    for number, line in enumerate(lines.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
-        example = json.loads(line)
-        names = [folder / "images" / f"{example[f'image_{i}']}.png" for i in (0, 1)]
-        yield [Image.open(name).convert("RGB") for name in names], [example[f"caption_{i}"] for i in (0, 1)]
+        try:
+            example = json.loads(line)
+            names = [folder / "images" / f"{example[f'image_{i}']}.png" for i in (0, 1)]
+            captions = [example[f"caption_{i}"] for i in (0, 1)]
+        except (KeyError, TypeError, ValueError):
+            named = "image_0, image_1, caption_0 and caption_1"
+            raise ValueError(f"examples.jsonl must have {named} in line {number}; got {line[:80]!r}") from None
+        yield [open_image(name) for name in names], captions
