@@ -27,7 +27,7 @@ class CongruenceLoss(nn.Module):
         kind, direction, scale, reduction, backend: as in `vlattn_fast.congruence_loss`; direction also "alternate": "image" at
             the first call and every second one from there, "text" at the others, as the official training does.
         schedule: "linear", "exp", "log" or "const", see `training_signal_annealing`; needs num_steps unless "const".
-        num_steps: of the training, after which the schedule's weight is 1.
+        num_steps: of the training; from there on the schedule's weight stays.
         weight: multiplies the loss, beside the schedule.
 
     Where the schedule or "alternate" asks for the step, the module counts its calls in training mode; the count is part of its

@@ -75,7 +75,7 @@ def trained(seed: int, settings: Settings) -> UNITER:
 
 
 def other_captions(count: int, seed: int) -> Iterator[tuple[dict[str, Tensor], None]]:
-    """The scenes, each with the caption of the next one."""
+    """The scenes, each with the caption of the one before."""
     for inputs, _ in probe_samples(count, seed=seed, batch=count):
         yield {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}, None
 
