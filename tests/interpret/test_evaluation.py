@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 import vlattn_fast as va  # noqa: E402
 from tests.interpret.evaluation_cases import Planted, made, planted_data, rows, truth  # noqa: E402
+from vlattn_fast.interpret.boxes import grid_entries, intersection_over_union, mass, pointing  # noqa: E402
 from vlattn_fast.interpret.evaluation import TESTS  # noqa: E402
 from vlattn_fast.interpret.randomised import rank_correlation  # noqa: E402
 
@@ -89,6 +90,22 @@ def test_sanity_sees_what_depends_on_weights():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_sanity_leaves_out_the_row_that_is_not_finite():
+    """The others of its batch stay."""
+    model, inputs = made("vit")
+    trained = model.classifier.weight.detach().clone()
+
+    def broken(model, inputs, target):
+        image = torch.arange(40.0).view(2, 4, 5).clone()
+        if not torch.equal(model.classifier.weight, trained):
+            image[0, 0, 0] = torch.nan
+        return SimpleNamespace(image=image)
+
+    result = va.evaluate(model, [(inputs, None, None)], methods={"broken": broken}, tests=("sanity",), sanity_stages=2)
+    row = rows(result)["broken", "sanity", "image"]
+    assert (row["value"], row["samples"], row["left_out"]) == (pytest.approx(1.0), 1, 1)
+
+
 def test_rank_correlation_is_spearmans():
     one, two = torch.tensor([1.0, 5.0, 5.0, 2.0]), torch.tensor([3.0, 4.0, 9.0, 0.0])
     ranks, others = [1, 3.5, 3.5, 2], [2, 3, 4, 1]
@@ -123,6 +140,39 @@ def test_boxes_on_maps_made_by_hand():
     assert [flat["map", test, "image"]["value"] for test in ("pointing", "iou", "mass")] == [0.0, 0.0, 0.25]
 
 
+@pytest.mark.parametrize("value", [0.05, 0.1, 0.3, 1 / 3])
+def test_a_constant_map_has_no_entries_above_its_mean(value):
+    """Summed in 32 bits the mean of equal numbers may be less than each of them."""
+    cells, box = grid_entries(7, 7), torch.tensor([[0.0, 0.0, 0.5, 0.5]], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        flat = torch.full((49,), value, dtype=dtype)
+        assert (intersection_over_union(flat, cells, box), pointing(flat, cells, box)) == (0.0, 0.0)
+
+
+def test_a_region_without_area_counts_by_its_centre():
+    """As padding has it that no mask tells of."""
+    regions = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.2, 0.4], [0.0, 0.0, 0.0, 0.0], [0.9, 0.9, 0.9, 0.9]]).double()
+    box = torch.tensor([[0.1, 0.1, 0.5, 0.5]]).double()
+    assert mass(torch.tensor([1.0, 0.0, 0.0, 0.0]), regions, box) == pytest.approx(0.64)
+    assert mass(torch.tensor([1.0, 2.0, 3.0, 4.0]), regions, box) == pytest.approx((0.64 + 2) / 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bfloat16])
+def test_maps_of_other_dtypes_are_their_numbers(dtype):
+    """Bytes cannot be negated, whole numbers have no mean, and that of 16 bits, 128.75, is rounded to one of the entries."""
+
+    def method(model, inputs, target, dtype=dtype):
+        return SimpleNamespace(image=torch.tensor([[0, 200], [186, 129]]).to(dtype).expand(2, -1, -1))
+
+    def floats(model, inputs, target):
+        return method(model, inputs, target, torch.float64)
+
+    tests = [test for test in TESTS if test != "sanity"]
+    result = va.evaluate(Planted(), planted_data(1), methods={"one": method, "floats": floats}, tests=tests)
+    for test in tests:
+        assert result.value("one", test) == result.value("floats", test), test
+
+
 def test_regions_have_their_own_boxes():
     scenes = va.lab.digit_scenes(6, seed=1) if pytest.importorskip("sklearn") else None
     model, _ = va.lab.load_uniter()
@@ -141,6 +191,9 @@ def test_without_boxes_samples_are_left_out():
     for boxes in ([[0, 0, 1, 1]], [[[0, 0, 1, 1]]], torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[[0.0, 0, 1, 1]]])):
         row = rows(va.evaluate(model, [(single, None, boxes)], tests=("pointing",)))["gradient", "pointing", "image"]
         assert row["samples"] == 1
+    for boxes in ([], torch.zeros(0, 4), torch.zeros(0, 4).numpy(), [[]]):
+        row = rows(va.evaluate(model, [(single, None, boxes)], tests=("pointing",)))["gradient", "pointing", "image"]
+        assert (row["samples"], row["left_out"]) == (0, 1)
 
 
 # --- files, pictures, errors ---

@@ -19,14 +19,14 @@ def pointing(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
     """
     if bool((values == values[0]).all()):
         return 0.0
-    x1, y1, x2, y2 = entries[int(values.argmax())].tolist()
-    x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    inside = (boxes[:, 0] <= x) & (x <= boxes[:, 2]) & (boxes[:, 1] <= y) & (y <= boxes[:, 3])
-    return float(inside.any())
+    return float(_centre_inside(entries, boxes)[values.argmax()])
 
 
 def intersection_over_union(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
-    """Area that the entries above the map's mean share with the boxes, divided by the area of both together."""
+    """Area that the entries above the map's mean share with the boxes, divided by the area of both together. Of a map that is
+    constant no entry is: 0."""
+    if bool((values == values[0]).all()):  # all of them may lie above a mean that was rounded
+        return 0.0
     above = entries[values > values.mean()]
     area, in_entries, in_boxes = _cut(above, boxes)
     chosen, true = in_entries.any(0), in_boxes.any(0)
@@ -34,10 +34,12 @@ def intersection_over_union(values: Tensor, entries: Tensor, boxes: Tensor) -> f
 
 
 def mass(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
-    """Share of the positive mass inside the boxes; an entry counts by the share of its area there. 0 without positive mass."""
+    """Share of the positive mass inside the boxes; an entry counts by the share of its area there, and one without area by its
+    centre. 0 without positive mass."""
     area, in_entries, in_boxes = _cut(entries, boxes)
     weights = in_entries * area
-    inside = (weights * in_boxes.any(0)).sum((1, 2)) / weights.sum((1, 2))
+    covered, whole = (weights * in_boxes.any(0)).sum((1, 2)), weights.sum((1, 2))
+    inside = torch.where(whole > 0, covered / whole, _centre_inside(entries, boxes).double())
     positive = values.double().clamp(min=0)
     total = positive.sum()
     return float((positive * inside).sum() / total) if total > 0 else 0.0
@@ -60,8 +62,10 @@ def check_boxes(boxes: Any, rows: int) -> list[Tensor | None]:
         return [None] * rows
     if isinstance(boxes, Tensor) and boxes.ndim == 2 and rows == 1:
         boxes = [boxes]
-    if not isinstance(boxes, Tensor) and rows == 1 and len(boxes) and _depth(boxes[0]) == 1:
+    if not isinstance(boxes, Tensor) and rows == 1 and len(boxes) and _depth(boxes[0]) == 1 and len(boxes[0]):
         boxes = [boxes]
+    if rows == 1 and len(boxes) == 0:  # one row, of which there are no boxes
+        return [None]
     if len(boxes) != rows:
         raise ValueError(f"boxes must be None or one set of boxes for each of the {rows} rows; got {len(boxes)}")
     return [None if part is None or len(part) == 0 else _checked(part) for part in boxes]
@@ -82,6 +86,13 @@ def _checked(boxes: Any) -> Tensor:
     if not bool(inside.all() & (corners[:, :2] < corners[:, 2:]).all()):
         raise ValueError(f"boxes must be x1 < x2 and y1 < y2 relative to the image, in [0, 1]; got {corners.tolist()}")
     return corners
+
+
+def _centre_inside(entries: Tensor, boxes: Tensor) -> Tensor:
+    """bool (n,): whether the centre of an entry lies in a box, its edge included."""
+    x, y = ((entries[:, axis, None] + entries[:, axis + 2, None]) / 2 for axis in (0, 1))
+    inside = (boxes[:, 0] <= x) & (x <= boxes[:, 2]) & (boxes[:, 1] <= y) & (y <= boxes[:, 3])
+    return inside.any(1)
 
 
 def _cut(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,12 +138,12 @@ def evaluate(
     - "iou": intersection over union of the boxes and the entries above the map's mean. Areas are exact.
     - "mass": the share of positive mass inside the boxes.
 
-    A map that is constant points nowhere and scores 0. And of both parts:
+    A map that is constant points nowhere: 0 in the first two. And of both parts:
 
     - "sanity": Spearman's correlation with the map of the same model with every weight randomised (Adebayo et al., NeurIPS
       2018). A map that depends on what the model learned is near 0. The curve has the cascade from the output to the input.
-      Weights become normal numbers with the mean and standard deviation of the trained tensor. A correlation with a constant
-      map is undefined, and such a sample is left out.
+      Weights become normal numbers with the mean and standard deviation of the trained tensor. A correlation with a map that
+      is constant or not finite is undefined, and such a sample is left out.
 
     Removed patches become 0, the mean pixel of normalised images. Removed regions and words are dropped from the inputs; special
     tokens stay, and of a decoder the token at the reading position.
@@ -209,6 +209,7 @@ def evaluate(
         maps = {name: _maps(name, result, samples, generator) for name, result in explained.items()}
         truth = check_boxes(boxes, question.rows)
         for name, rows in maps.items():
+            _check_finite(name, rows)
             for sample, row, true in zip(samples, rows, truth, strict=True):
                 for test in (test for test in tests if test in _BOXES):
                     values = row["image"]
@@ -340,11 +341,16 @@ def _maps(name: str, result: Any, samples: list[Sample], generator: torch.Genera
             values["image"] = torch.cat([part.flatten() for part in own])
         if sample.entries is not None and text is not None:
             values["text"] = _entries(name, text[row], sample.entries)
-        rows.append({part: None if value is None else value.detach().cpu() for part, value in values.items()})
-        for part, value in rows[-1].items():
+        # In float64, since bytes cannot be negated, and means of 16 bits are rounded.
+        rows.append({part: None if value is None else value.detach().cpu().double() for part, value in values.items()})
+    return rows
+
+
+def _check_finite(name: str, rows: Maps) -> None:
+    for row in rows:
+        for part, value in row.items():
             if value is not None and not bool(value.isfinite().all()):
                 raise ValueError(f"methods must give finite maps; got {value.tolist()} of {name!r} for the {part}")
-    return rows
 
 
 def _entries(name: str, values: Tensor, index: Tensor) -> Tensor:
@@ -396,7 +402,8 @@ def _sanity(
     generator: torch.Generator,
     found: Tally,
 ) -> None:
-    """Correlations with the maps of ever more randomised models. They are undefined for constant maps, which are left out."""
+    """Correlations with the maps of ever more randomised models. They are undefined for maps that are constant or not finite,
+    which are left out."""
     changed = copy.deepcopy(model)
     curves: dict[tuple[str, str, int, int], list[float | None]] = {}
     first = remembered[0][0].inputs
@@ -405,12 +412,13 @@ def _sanity(
             for name, method in chosen.items():
                 try:
                     again = _maps(name, _explained(changed, question, method, options), samples, generator)
-                except ValueError:  # a map that is nothing but itself, or not finite: of random weights it may be
+                except ValueError:  # a map that is nothing but itself: of random weights it may be
                     again = [dict.fromkeys(PARTS) for _ in samples]
                 for row, (before, after) in enumerate(zip(maps[name], again, strict=True)):
                     for part in PARTS:
                         one, two = before[part], after[part]
-                        value = None if one is None or two is None else rank_correlation(one, two)
+                        finite = two is not None and bool(two.isfinite().all())
+                        value = rank_correlation(one, two) if one is not None and two is not None and finite else None
                         curves.setdefault((name, part, item, row), []).append(value)
     for (name, part, _, _), curve in curves.items():
         numbers = [value for value in curve if value is not None]
