@@ -55,7 +55,9 @@ def test_capture_in_a_cuda_graph(backend: str, case: verify.Case) -> None:
     stream.wait_stream(torch.cuda.current_stream())  # which has made the tensors
     with torch.cuda.stream(stream):
         run()
-        with without_synchronising():
+        with without_synchronising(), pytest.MonkeyPatch.context() as patch:
+            # outside of a capture lengths on a GPU are read to check them, which waits for it
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             eager = [x.clone() for x in run()]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
