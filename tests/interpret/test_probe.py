@@ -21,6 +21,7 @@ from tests.interpret.probe_cases import planted, scenes  # noqa: E402
 from tests.interpret.stored_maps import SOFTMAX, Kept  # noqa: E402
 from tests.nn import models  # noqa: E402
 from vlattn_fast.interpret.families import find_family  # noqa: E402
+from vlattn_fast.interpret.probing import gathered  # noqa: E402
 from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
 from vlattn_fast.interpret.probing.linear import fusion, linear_probe  # noqa: E402
 from vlattn_fast.interpret.probing.two_streams import TwoStreams  # noqa: E402
@@ -254,9 +255,10 @@ def test_fusion_of_separate_and_of_mixed_states() -> None:
     random = np.random.default_rng(0)
     image = np.arange(40) < 20
     apart = random.normal(size=(40, 8)) + 20 * image[:, None]
-    value, control = fusion(apart, image, 0)
+    shuffled = random.permutation(image)
+    value, control = fusion(apart, image, 0, shuffled)
     assert value == pytest.approx(1.0) and control < 0.3
-    assert fusion(random.normal(size=(40, 8)), image, 0)[0] < 0.3
+    assert fusion(random.normal(size=(40, 8)), image, 0, shuffled)[0] < 0.3
 
 
 def test_linguistic_probes() -> None:
@@ -305,6 +307,39 @@ def test_a_linear_probe_parts_no_input() -> None:
     assert abs(linear_probe(features, labels, inputs, 0).value - 0.5) < 0.2
     assert linear_probe(features, labels, np.arange(240), 0).value > 0.9
     assert linear_probe(features[:12], labels[:12], inputs[:12], 0).reason in ("fewer than 5 inputs", "one class alone")
+
+
+def test_labels_are_not_shuffled_as_the_folds_are() -> None:
+    """Labels that go in turns: shuffled by the folds' permutation, each fold would have one class that the others lack."""
+    features = np.random.default_rng(0).normal(size=(200, 4))
+    assert linear_probe(features, [number % 5 for number in range(200)], range(200), 0).control > 0.1
+
+
+def test_what_is_drawn_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[Any]] = {"linear_probe": [], "fusion": []}
+
+    def watched(name: str) -> Any:
+        inner = getattr(gathered, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            drawn[name].append(arguments)
+            return inner(*arguments, **options)
+
+        return call
+
+    for name in drawn:
+        monkeypatch.setattr(gathered, name, watched(name))
+    tests = ("coreference", "fusion", "linguistic")
+    [(inputs, labels)] = scenes(20)
+    va.probe(planted(1), [(inputs, labels)], tests=tests)
+    whole = {name: calls.copy() for name, calls in drawn.items()}
+    alone = [({name: value[row : row + 1] for name, value in inputs.items()}, label) for row, label in enumerate(labels)]
+    va.probe(planted(1), alone, tests=tests)
+    for one, two in zip(whole["linear_probe"], drawn["linear_probe"][len(whole["linear_probe"]) :], strict=True):
+        np.testing.assert_allclose(one[0], two[0], atol=1e-5)
+    shuffles = [arguments[3].tolist() for arguments in whole["fusion"]]
+    assert shuffles == [arguments[3].tolist() for arguments in drawn["fusion"][len(shuffles) :]]
+    assert len({tuple(shuffle) for shuffle in shuffles}) > 5, "all texts and images have the same shuffled control"
 
 
 def test_rows_of_a_batch_are_what_they_are_alone() -> None:

@@ -32,7 +32,6 @@ class Gathered:
     def __init__(self, tests: Sequence[str], special: bool, read: str, seed: int) -> None:
         self.tests, self.special, self.read, self.seed = tests, special, read, seed
         self.count = 0  # inputs
-        self._random = np.random.default_rng(seed)
         self._without_image = 0
         self._two_streams = False
         self._mass: list[Array] = []  # (L, H, 3) each
@@ -43,6 +42,10 @@ class Gathered:
         self._fusion: list[list[tuple[float, float]]] = []  # of each input and layer
         self._texts: list[tuple[Array, list[int], dict[str, Any]]] = []  # states (L, C), ids of the words, classes by task
         self._orders: list[tuple[Array, int, int]] = []  # states (L, C), exchanged or not, input
+
+    def _random(self, test: str, number: int) -> np.random.Generator:
+        """Of a test and an input its own, so that nothing depends on the batches, nor on the other tests."""
+        return np.random.default_rng([self.seed, *test.encode(), number])
 
     def add(self, watched: Watched, inputs: Mapping[str, Any], labels: Sequence[Labels]) -> None:
         """Run the model over a batch and gather."""
@@ -70,13 +73,14 @@ class Gathered:
         """The sets of tokens that a row's labels are about: (test, class, sets)."""
         asked: list[tuple[str, Any, Sets]] = []
         number = self.count + row
+        random = self._random("coreference", number)
         for columns, regions in label.phrases if "coreference" in self.tests else ():
             tokens, named = tokens_of(layout, row, columns, number), regions_of(layout, row, regions, number)
             others = [place for place in layout.regions[row] if place not in named and layout.parts[row, place] == IMAGE]
             if len(others) < len(named):
                 self._left_out["coreference"] += 2  # samples: these, and no other regions to tell them apart from
                 continue
-            other = sorted(self._random.choice(others, len(named), replace=False).tolist())
+            other = sorted(random.choice(others, len(named), replace=False).tolist())
             asked += [("coreference", 1, (tokens, named)), ("coreference", 0, (tokens, other))]
         for one, two, relation in label.relations if "relation" in self.tests else ():
             first, second = (regions_of(layout, row, [region], number) for region in (one, two))
@@ -108,7 +112,8 @@ class Gathered:
             self._left_out["fusion"] += 1
             return
         states = [_numbers(state[row][taken.to(state.device)]) for state in seen.states]
-        self._fusion.append([fusion(state, image, self.seed) for state in states])
+        shuffled = self._random("fusion", self.count + row).permutation(image)
+        self._fusion.append([fusion(state, image, self.seed, shuffled) for state in states])
 
     # --- texts ---
 
@@ -129,7 +134,7 @@ class Gathered:
             if not pairs:
                 self._left_out["word_order"] += 1
                 continue
-            place = int(self._random.choice(pairs))
+            place = int(self._random("word_order", self.count + row).choice(pairs))
             changed[row, place], changed[row, place + 1] = ids[row, place + 1], ids[row, place]
             exchanged.append(row)
         if exchanged:

@@ -35,7 +35,7 @@ def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], 
     folds = _folds(np.asarray(groups), seed)
     if len(np.unique(folds)) < FOLDS:
         return Probed(None, chance, None, samples, f"fewer than {FOLDS} inputs")
-    shuffled = coded[np.random.default_rng(seed).permutation(samples)]
+    shuffled = coded[np.random.default_rng([seed, 1]).permutation(samples)]  # not the permutation that made the folds
     value = _held_out(features, coded, folds)
     return Probed(value, chance, _held_out(features, shuffled, folds) if control else None, samples)
 
@@ -67,8 +67,8 @@ def _held_out(features: Array, labels: Array, folds: Array) -> float:
     return right / len(labels)
 
 
-def fusion(states: Array, image: Array, seed: int) -> tuple[float, float]:
-    """Normalised mutual information (arithmetic mean) of two clusters of states (N, C) with image (N), and with it shuffled."""
+def fusion(states: Array, image: Array, seed: int, shuffled: Array) -> tuple[float, float]:
+    """Normalised mutual information (arithmetic mean) of two clusters of states (N, C) with image (N), and with shuffled (N)."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.metrics import normalized_mutual_info_score
@@ -76,5 +76,4 @@ def fusion(states: Array, image: Array, seed: int) -> tuple[float, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # equal states are one cluster
         clusters = KMeans(n_clusters=2, n_init=4, random_state=seed).fit_predict(states)
-    shuffled = np.random.default_rng(seed).permutation(image)
     return tuple(float(normalized_mutual_info_score(labels, clusters)) for labels in (image, shuffled))  # type: ignore[return-value]
