@@ -138,7 +138,9 @@ def evaluate(
     - "iou": intersection over union of the boxes and the entries above the map's mean. Areas are exact.
     - "mass": the share of positive mass inside the boxes.
 
-    A map that is constant points nowhere: 0 in the first two. And of both parts:
+    A map that is constant points nowhere: 0 in the first two. Equal entries go by their position, here and above.
+
+    And of both parts:
 
     - "sanity": Spearman's correlation with the map of the same model with every weight randomised (Adebayo et al., NeurIPS
       2018). A map that depends on what the model learned is near 0. The curve has the cascade from the output to the input.
