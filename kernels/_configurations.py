@@ -1,11 +1,12 @@
 """Tiles, warps and stages of the launches: a table with a reason a line.
 
 Of a kernel's lines the first holds whose conditions the launch meets. None of them was measured. They are the largest tiles of
-those tried that compile for sm_90 without register spills and within 99 KB of shared memory, which every GPU since sm_80 has; a
-reason says what else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json,
-by architecture. Those come before the lines here.
+those tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, and without register spills: no
+forward pass spills, and tests/compiled/triton.json says which backward passes do. A reason says what else decided. `make gpu
+PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come before the
+lines here, which are the same for all architectures.
 
-Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels.
+Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """
 
 from __future__ import annotations
