@@ -235,17 +235,17 @@ LINES: dict[str, list[Line]] = {
         *_CONGRUENCE_TILES,
     ],
     "stacked_cross_attention attend": [
-        Line({"BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}, _FLOAT32, {"dtype": FLOAT32}),
+        Line({"BLOCK_Q": 64, "BLOCK_KV": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}, _FLOAT32, {"dtype": FLOAT32}),
         *(
             Line(
-                {"BLOCK_N": 128, "BLOCK_M": keys, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+                {"BLOCK_Q": 128, "BLOCK_KV": keys, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
                 "a tile holds a whole context",
                 {"M": keys},
             )
             for keys in (16, 32, 64)
         ),
         Line(
-            {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_KV": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
             "contexts of several tiles are summed, which takes registers",
             {},
         ),

@@ -36,11 +36,11 @@ from vlattn_fast.kernels._tiles import (
 
 def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the query, and (B, H, N) float32 each head's gradient of row_weight, garbage without one of `received`. It
-    also fills call["p_shift"]."""
+    also fills call["p_minus_delta"]."""
     query = call["p_q"]
     batch, heads, num_q, _ = query.shape
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_weight = torch.empty_like(call["p_shift"])
+    grad_weight = torch.empty_like(call["p_minus_delta"])
     if grad_weight.numel() > 0:
         config = configuration("attention_statistics", "backward_q", **facts)
         _backward_q_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
@@ -83,13 +83,13 @@ def _backward_q_kernel(
     p_argmax,
     p_row_max,
     p_maximum,
-    p_shift,
+    p_minus_delta,
     p_mass,
     p_mean_x,
     p_grad_weight,
     p_grad_q,
     H,
-    GROUP,
+    GROUP_K,
     N,
     M,
     D: tl.constexpr,
@@ -125,12 +125,12 @@ def _backward_q_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """The gradient of the query, and of each row what the key-major kernel needs beside the statistics: `shift`.
+    """The gradient of the query, and of each row what the key-major kernel needs beside the statistics: `minus_delta`.
 
-    `shift` is -sum P dP without what cancels in `_grad_score`, times `maximum`. Its terms are those of dP, summed in the same
-    order, so that a row with one key gets 0 exactly. grad_weight = sum_j P_ij grad_received_j.
+    `minus_delta` is -sum P dP without what cancels in `_grad_score`, times `maximum`. Its terms are those of dP, summed in the
+    same order, so that a row with one key gets 0 exactly. grad_weight = sum_j P_ij grad_received_j.
     """
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
@@ -171,10 +171,10 @@ def _backward_q_kernel(
         b_sum_terms += b_w * b_received
         if WEIGHT:
             tl.store(p_grad_weight + o_row, b_received, mask=m_row)
-    b_shift = -b_sum_terms
+    b_minus_delta = -b_sum_terms
     if ENTROPY:
-        b_shift += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
-    tl.store(p_shift + o_row, b_shift, mask=m_row)
+        b_minus_delta += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
+    tl.store(p_minus_delta + o_row, b_minus_delta, mask=m_row)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
@@ -188,7 +188,7 @@ def _backward_q_kernel(
             b_ds = _grad_score(
                 b_s,
                 b_max,
-                b_shift,
+                b_minus_delta,
                 rows,
                 b_here,
                 (p_grad_mass, p_grad_received, p_groups),
@@ -223,10 +223,10 @@ def _backward_kv_kernel(
     p_argmax,
     p_row_max,
     p_maximum,
-    p_shift,
+    p_minus_delta,
     p_grad_k,
     H,
-    GROUP,
+    GROUP_K,
     N,
     M,
     D: tl.constexpr,
@@ -263,7 +263,7 @@ def _backward_kv_kernel(
     BLOCK_EDGE: tl.constexpr,
 ):
     """The gradient of a block of keys, summed over the query heads that share it."""
-    i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP, 1)
+    i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP_K, 1)
     p_key_mask += i_b * M
     p_groups += i_b * stride_groups
     p_weight += i_b * stride_weight
@@ -272,8 +272,8 @@ def _backward_kv_kernel(
     b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
     b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
     whole, end, edge, edge_end = query_range(i_kv, N, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for head in range(0, GROUP):
-        i_h = i_hk * GROUP + head
+    for head in range(0, GROUP_K):
+        i_h = i_hk * GROUP_K + head
         i_bh = i_b * H + i_h
         for EDGE in tl.static_range(1 if CAUSAL else 2):
             for start in range(edge if EDGE or CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
@@ -293,7 +293,7 @@ def _backward_kv_kernel(
                 b_ds = _grad_score(
                     b_s,
                     tl.load(p_row_max + o_row, mask=m_row, other=float("inf")),
-                    tl.load(p_shift + o_row, mask=m_row, other=0.0),
+                    tl.load(p_minus_delta + o_row, mask=m_row, other=0.0),
                     rows,
                     o_kv[None, :] == b_first[:, None],
                     (p_grad_mass + i_bh * N * G, p_grad_received + i_bh * M, p_groups),
@@ -313,7 +313,7 @@ def _backward_kv_kernel(
     b_dk *= scale
     if KEY_MASK:
         b_dk = tl.where((tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
-    store_tile(p_grad_k + (i_b * (H // GROUP) + i_hk) * M * D, D, o_kv, o_d, M, D, b_dk)
+    store_tile(p_grad_k + (i_b * (H // GROUP_K) + i_hk) * M * D, D, o_kv, o_d, M, D, b_dk)
 
 
 @triton.jit
@@ -344,7 +344,7 @@ def _grad_rows(
 def _grad_score(
     b_s,
     b_max,
-    b_shift,
+    b_minus_delta,
     rows,
     b_here,
     p_grads,
@@ -371,7 +371,7 @@ def _grad_score(
     b_x = below_max(b_s, b_max, scale_log2, FOLDED)
     if ENTROPY:  # else -inf gives 0
         b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
-    b_dp = b_shift[:, None]
+    b_dp = b_minus_delta[:, None]
     if MASS or MAXIMUM or RECEIVED:
         b_terms = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
         if MAXIMUM:

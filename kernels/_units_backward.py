@@ -53,9 +53,9 @@ from vlattn_fast.kernels._tiles import (
     strides,
 )
 
-from vlattn_fast._tensors import empty_gradient
+from vlattn_fast._tensors import empty_gradient, multiprocessors
 
-PROGRAMS = 264  # two for each multiprocessor of an H200, as many as their registers allow
+PROGRAMS = 2  # for each multiprocessor, as many as their registers allow
 LARGEST = 2**28  # numbers in the sums of several ranges
 
 
@@ -98,9 +98,9 @@ def launch(
         )
     grad_u = vector.new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
     if batch * heads_kv > 0:
-        group = heads // heads_kv
-        ranges, length = _key_ranges(batch * heads_kv, blocks_kv, group * padded_rows(num_q) * size)
-        programs = min(batch * heads_kv * ranges, PROGRAMS)
+        group, most = heads // heads_kv, PROGRAMS * multiprocessors(query.device)
+        ranges, length = _key_ranges(batch * heads_kv, blocks_kv, group * padded_rows(num_q) * size, most)
+        programs = min(batch * heads_kv * ranges, most)
         of_ranges = (batch, heads, ranges) if ranges > 1 else (programs, group)
         sums = grad_u.new_empty((*of_ranges, padded_rows(num_q), size))
         edge = edge_block(num_kv, config_kv["BLOCK_KV"], False)  # also under a causal mask: a block of keys has its own tiles
@@ -132,15 +132,15 @@ def launch(
     return grad_q, *heads_summed(grad_k, key, grad_v, value), grad_u.sum((0, 2))
 
 
-def _key_ranges(heads: int, blocks: int, sums: int) -> tuple[int, int]:
+def _key_ranges(heads: int, blocks: int, sums: int, programs: int) -> tuple[int, int]:
     """Into how many ranges the keys of each head are divided, and the blocks of a range.
 
-    As many as make the programs' rounds over all of them shortest, and few, since each has its own `sums` numbers.
+    As many as make the rounds of so many programs over all of them shortest, and few, since each has its own `sums` numbers.
     """
     best, least = (1, blocks), math.inf
-    for ranges in range(1, min(blocks, 4 * PROGRAMS // heads, LARGEST // max(1, heads * sums)) + 1):
+    for ranges in range(1, min(blocks, 4 * programs // heads, LARGEST // max(1, heads * sums)) + 1):
         length = cdiv(blocks, ranges)
-        rounds = cdiv(heads * cdiv(blocks, length), PROGRAMS)
+        rounds = cdiv(heads * cdiv(blocks, length), programs)
         if rounds * length < least:
             best, least = (cdiv(blocks, length), length), rounds * length
     return best

@@ -80,7 +80,7 @@ def forward(
         "p_k": key,
         **masks,
         "H": heads,
-        "GROUP": heads // key.shape[1],
+        "GROUP_K": heads // key.shape[1],
         "N": num_q,
         "M": num_kv,
         "D": size,
@@ -166,7 +166,7 @@ def _rows_kernel(
     p_max,
     p_inverse,
     H,
-    GROUP,
+    GROUP_K,
     N,
     M,
     D: tl.constexpr,
@@ -192,7 +192,7 @@ def _rows_kernel(
     BLOCK_EDGE: tl.constexpr,
 ):
     """For each row of a head: the largest logit (+inf for a fully masked row) and 1 / sum exp2(base-2 logit - largest)."""
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP)
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M
@@ -234,7 +234,7 @@ def _map_kernel(
     p_inverse,
     p_map,
     H,
-    GROUP,
+    GROUP_K,
     N,
     M,
     D: tl.constexpr,
@@ -299,7 +299,7 @@ def _map_kernel(
     heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if CAUSAL else H
     for h in range(0, heads):
         i_h = tl.full([], 0, dtype=tl.int64) + h
-        i_hk = i_h // GROUP
+        i_hk = i_h // GROUP_K
         b_q = load_rows(p_q + i_h * step_q, stride_qn, o_q, o_d, N, D)  # [q,D]
         b_k = load_rows(p_k + i_hk * step_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]

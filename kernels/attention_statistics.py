@@ -134,7 +134,7 @@ def backward(
         "p_argmax": argmax.contiguous(),
         "p_row_max": row_max,
         "p_maximum": maximum.contiguous(),
-        "p_shift": torch.empty_like(row_max),
+        "p_minus_delta": torch.empty_like(row_max),
         "scale": scale,
         **{name.upper(): x is not None for name, x in grads.items()},
         "FEW": few(num_groups),
@@ -171,7 +171,7 @@ def _arguments(
         "p_weight": weight,
         **masks,
         "H": query.shape[1],
-        "GROUP": query.shape[1] // max(1, key.shape[1]),
+        "GROUP_K": query.shape[1] // max(1, key.shape[1]),
         "N": query.shape[2],
         "M": key.shape[2],
         "D": query.shape[3],
@@ -220,7 +220,7 @@ def _rows_kernel(
     p_row_max,
     p_mean_x,
     H,
-    GROUP,
+    GROUP_K,
     N,
     M,
     D: tl.constexpr,
@@ -260,7 +260,7 @@ def _rows_kernel(
     The largest logit of a fully masked row is +inf, so that exp2(logit - largest) is 0 without a test.
     """
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
-    i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP)
+    i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP_K)
     i_q, i_g = i // blocks_g, i % blocks_g
     p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
@@ -354,7 +354,7 @@ def _received_kernel(
     p_row_max,
     p_received,
     H,
-    GROUP,
+    GROUP_K,
     N,
     M,
     D: tl.constexpr,
@@ -385,7 +385,7 @@ def _received_kernel(
     BLOCK_EDGE: tl.constexpr,
 ):
     """sum_i w_i P_ij of a block of keys. The `maximum` of a row is 1 / sum exp2(logit - row_max)."""
-    i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP)
+    i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP_K)
     p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D)
     p_mask += i_b * stride_mb + i_h * stride_mh
     p_key_mask += i_b * M

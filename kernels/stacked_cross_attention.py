@@ -67,7 +67,7 @@ def forward(
                 stride_y=out.stride(1),
                 sharpness=lambda_lse,
                 AGGREGATION=aggregation,
-                BLOCK_N=128,
+                BLOCK_Q=128,
                 num_warps=1,
             )
     return similarity
@@ -313,7 +313,7 @@ def _attend(parts: Tensor, queries: _Queries, contexts: _Contexts) -> tuple[Tens
     cosine = queries.norms.new_empty((contexts.sets, length))
     norm_a = torch.empty_like(cosine)
     meta = configuration("stacked_cross_attention", "attend", M=contexts.size, dtype=queries.rows.dtype)
-    _attend_kernel[(contexts.sets * cdiv(length, meta["BLOCK_N"]),)](
+    _attend_kernel[(contexts.sets * cdiv(length, meta["BLOCK_Q"]),)](
         p_q=queries.rows,
         p_c=contexts.rows,
         p_parts=parts,
@@ -330,7 +330,7 @@ def _attend(parts: Tensor, queries: _Queries, contexts: _Contexts) -> tuple[Tens
         stride_x=parts.stride(2),
         unscale=1.0 / _parts(queries.rows.dtype)[1],
         PARTS=len(parts),
-        ONE_BLOCK=contexts.size <= meta["BLOCK_M"],
+        ONE_BLOCK=contexts.size <= meta["BLOCK_KV"],
         PRECISION=input_precision(),
         **meta,
     )
@@ -395,7 +395,7 @@ def _maps(
 def _config_maps(size: int, elements: int) -> dict[str, int]:
     """Rows of whole contexts, `elements` in all. Not measured: few enough for the registers of sm_90."""
     block = block_size(size)
-    return {"BLOCK_N": max(1, min(64, elements // block)), "BLOCK_M": block, "num_warps": 4 if block <= 1024 else 8}
+    return {"BLOCK_Q": max(1, min(64, elements // block)), "BLOCK_KV": block, "num_warps": 4 if block <= 1024 else 8}
 
 
 @triton.jit
@@ -465,29 +465,29 @@ def _weights_kernel(
     CLIP: tl.constexpr,
     PARTS: tl.constexpr,
     KEEP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
 ):
     """The softmax over the contexts of the normalised scores of one pair."""
     i_x, _, begin, end, num = _pair(p_start, p_lengths, X)
-    o_m = tl.arange(0, BLOCK_M)
+    o_kv = tl.arange(0, BLOCK_KV)
     p_s += i_x * M
     dtype: tl.constexpr = p_alpha.dtype.element_ty
-    b_shift, b_norm = _columns(p_s, stride_row, begin, end, o_m, num, dtype, NORM, CLIP, BLOCK_N, BLOCK_M)
-    for n in range(begin, end, BLOCK_N):
-        o_n = n + tl.arange(0, BLOCK_N)
-        b_s = load_tile(p_s, stride_row, o_n, o_m, end, num).to(dtype)  # [n,m]
+    b_shift, b_norm = _columns(p_s, stride_row, begin, end, o_kv, num, dtype, NORM, CLIP, BLOCK_Q, BLOCK_KV)
+    for n in range(begin, end, BLOCK_Q):
+        o_q = n + tl.arange(0, BLOCK_Q)
+        b_s = load_tile(p_s, stride_row, o_q, o_kv, end, num).to(dtype)  # [q,kv]
         b_x = smooth * _normal(b_s, b_shift, b_norm, NORM, CLIP)
-        b_x = tl.where((o_m < num)[None, :], b_x, float("-inf"))
+        b_x = tl.where((o_kv < num)[None, :], b_x, float("-inf"))
         b_max = tl.max(b_x, axis=1)
         b_p = tl.exp(b_x - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
         b_sum = tl.sum(b_p, axis=1)
         b_p = b_p / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
         if KEEP:
-            store_tile(p_alpha + i_x * stride_alpha_x, stride_alpha_row, o_n, o_m, end, stride_alpha_x, b_p)
+            store_tile(p_alpha + i_x * stride_alpha_x, stride_alpha_row, o_q, o_kv, end, stride_alpha_x, b_p)
         if PARTS > 0:
             p = p_parts + i_x * stride_alpha_x
-            _store_parts(p, stride_part, stride_alpha_row, o_n, o_m, end, stride_alpha_x, b_p * factor, PARTS)
+            _store_parts(p, stride_part, stride_alpha_row, o_q, o_kv, end, stride_alpha_x, b_p * factor, PARTS)
 
 
 @triton.jit
@@ -510,8 +510,8 @@ def _attend_kernel(
     PARTS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """cos(q, a) and |a| of some query rows and one context set, which neighbouring programs share.
@@ -519,54 +519,54 @@ def _attend_kernel(
     a = alpha C is computed one block of features at a time.
     """
     i = tl.program_id(0).to(tl.int64)
-    num_n = tl.cdiv(L, BLOCK_N)
-    i_x, i_n = i // num_n, (i % num_n).to(tl.int32)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_m = tl.arange(0, BLOCK_M)
+    num_q = tl.cdiv(L, BLOCK_Q)
+    i_x, i_q = i // num_q, (i % num_q).to(tl.int32)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_kv = tl.arange(0, BLOCK_KV)
     num = tl.load(p_lengths + i_x).to(tl.int32)
     p_c += i_x * M * D
     p_parts += i_x * stride_x
-    b_dot = tl.zeros([BLOCK_N], dtype=tl.float32)
-    b_square = tl.zeros([BLOCK_N], dtype=tl.float32)
+    b_dot = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_square = tl.zeros([BLOCK_Q], dtype=tl.float32)
     wide_part = tl.cast(stride_part, tl.int64)
     if ONE_BLOCK:
         # behind the contexts there are zeros up to a stride that is a known multiple of 16, so the mask does not split loads
-        b_0 = load_tile(p_parts, stride_row, o_n, o_m, L, stride_x)  # [n,m]
-        b_1 = load_tile(p_parts + (1 if PARTS > 1 else 0) * wide_part, stride_row, o_n, o_m, L, stride_x)
-        b_2 = load_tile(p_parts + (2 if PARTS > 2 else 0) * wide_part, stride_row, o_n, o_m, L, stride_x)
-    for d in range(0, tl.where(i_n * BLOCK_N < tl.load(p_total), D, 0), BLOCK_D):
+        b_0 = load_tile(p_parts, stride_row, o_q, o_kv, L, stride_x)  # [q,kv]
+        b_1 = load_tile(p_parts + (1 if PARTS > 1 else 0) * wide_part, stride_row, o_q, o_kv, L, stride_x)
+        b_2 = load_tile(p_parts + (2 if PARTS > 2 else 0) * wide_part, stride_row, o_q, o_kv, L, stride_x)
+    for d in range(0, tl.where(i_q * BLOCK_Q < tl.load(p_total), D, 0), BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
-        b_a = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+        b_a = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         if ONE_BLOCK:
-            b_c = load_tile(p_c, D, o_m, o_d, num, D)  # [m,D]
+            b_c = load_tile(p_c, D, o_kv, o_d, num, D)  # [kv,D]
             b_a += dot(b_0, b_c, PRECISION)
             if PARTS > 1:
                 b_a += dot(b_1, b_c, PRECISION)
             if PARTS > 2:
                 b_a += dot(b_2, b_c, PRECISION)
         else:
-            for m in range(0, num, BLOCK_M):
-                b_c = load_tile(p_c, D, m + o_m, o_d, num, D)
+            for m in range(0, num, BLOCK_KV):
+                b_c = load_tile(p_c, D, m + o_kv, o_d, num, D)
                 for part in tl.static_range(PARTS):
-                    b_part = load_tile(p_parts + part * wide_part, stride_row, o_n, m + o_m, L, stride_x)
+                    b_part = load_tile(p_parts + part * wide_part, stride_row, o_q, m + o_kv, L, stride_x)
                     b_a += dot(b_part, b_c, PRECISION)
-        b_q = load_tile(p_q, D, o_n, o_d, L, D).to(tl.float32)  # [n,D]
+        b_q = load_tile(p_q, D, o_q, o_d, L, D).to(tl.float32)  # [q,D]
         b_dot += tl.sum(b_q * b_a, axis=1)
         b_square += tl.sum(b_a * b_a, axis=1)
     b_norm = tl.sqrt(b_square) * unscale
-    b_norm_q = tl.load(p_norm_q + o_n, mask=o_n < L, other=0.0)
+    b_norm_q = tl.load(p_norm_q + o_q, mask=o_q < L, other=0.0)
     b_cosine = b_dot * unscale / tl.maximum(b_norm_q * b_norm, EPS)
-    tl.store(p_cosine + i_x * L + o_n, b_cosine, mask=o_n < L)
-    tl.store(p_norm_a + i_x * L + o_n, b_norm, mask=o_n < L)
+    tl.store(p_cosine + i_x * L + o_q, b_cosine, mask=o_q < L)
+    tl.store(p_norm_a + i_x * L + o_q, b_norm, mask=o_q < L)
 
 
 @triton.jit
 def _aggregate_kernel(
-    p_cosine, p_start, p_lengths, p_out, X, L, stride_x, stride_y, sharpness, AGGREGATION: tl.constexpr, BLOCK_N: tl.constexpr
+    p_cosine, p_start, p_lengths, p_out, X, L, stride_x, stride_y, sharpness, AGGREGATION: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
     """One similarity from the cosines of a pair; 0 where a side is empty."""
     i_x, i_y, begin, end, num = _pair(p_start, p_lengths, X)
-    top, total = _pool(p_cosine + i_x * L, begin, end, sharpness, AGGREGATION, BLOCK_N)
+    top, total = _pool(p_cosine + i_x * L, begin, end, sharpness, AGGREGATION, BLOCK_Q)
     if AGGREGATION == "logsumexp":
         value = (top + tl.log(tl.where(total == 0.0, 1.0, total))) / sharpness
     elif AGGREGATION == "max":
@@ -610,25 +610,25 @@ def _maps_kernel(
     CLIP: tl.constexpr,
     AGGREGATION: tl.constexpr,
     PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
 ):
     """W, V, grad_dot and by_norm_q of one pair, through aggregation, cosine, softmax and first norm."""
     i_x, i_y, begin, end, num = _pair(p_start, p_lengths, X)
-    o_m = tl.arange(0, BLOCK_M)
+    o_kv = tl.arange(0, BLOCK_KV)
     p_s += i_x * M
     p_alpha += i_x * stride_alpha_x
     p_along += i_x * stride_along_x
     p_cosine += i_x * L
     p_norm_a += i_x * L
     grad = tl.where(num > 0, tl.load(p_grad + i_x * stride_grad_x + i_y * stride_grad_y), 0.0)
-    top, total = _pool(p_cosine, begin, end, sharpness, AGGREGATION, BLOCK_N)
+    top, total = _pool(p_cosine, begin, end, sharpness, AGGREGATION, BLOCK_Q)
     dtype: tl.constexpr = p_along.dtype.element_ty
-    b_shift, b_norm = _columns(p_s, stride_row, begin, end, o_m, num, dtype, NORM, CLIP, BLOCK_N, BLOCK_M)
-    b_column = tl.zeros([BLOCK_M], dtype=dtype)  # sum over the queries of normal * its gradient
+    b_shift, b_norm = _columns(p_s, stride_row, begin, end, o_kv, num, dtype, NORM, CLIP, BLOCK_Q, BLOCK_KV)
+    b_column = tl.zeros([BLOCK_KV], dtype=dtype)  # sum over the queries of normal * its gradient
     if NORM != "none":
-        for n in range(begin, end, BLOCK_N):
-            o_n = n + tl.arange(0, BLOCK_N)
+        for n in range(begin, end, BLOCK_Q):
+            o_q = n + tl.arange(0, BLOCK_Q)
             b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(
                 p_s,
                 p_alpha,
@@ -644,16 +644,16 @@ def _maps_kernel(
                 stride_row,
                 stride_alpha_row,
                 stride_along_row,
-                o_n,
-                o_m,
+                o_q,
+                o_kv,
                 end,
                 num,
                 AGGREGATION,
             )
             b_normal = _normal(b_s, b_shift, b_norm, NORM, CLIP)
-            b_column += tl.sum(tl.where((o_n < end)[:, None], b_normal * b_grad, 0.0), axis=0)
-    for n in range(begin, end, BLOCK_N):
-        o_n = n + tl.arange(0, BLOCK_N)
+            b_column += tl.sum(tl.where((o_q < end)[:, None], b_normal * b_grad, 0.0), axis=0)
+    for n in range(begin, end, BLOCK_Q):
+        o_q = n + tl.arange(0, BLOCK_Q)
         b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(
             p_s,
             p_alpha,
@@ -669,8 +669,8 @@ def _maps_kernel(
             stride_row,
             stride_alpha_row,
             stride_along_row,
-            o_n,
-            o_m,
+            o_q,
+            o_kv,
             end,
             num,
             AGGREGATION,
@@ -686,14 +686,14 @@ def _maps_kernel(
             b_grad = (b_grad - b_column[None, :] * b_slope) / (b_norm + EPS)[None, :]
         if CLIP:
             b_grad = tl.where(b_s > 0.0, b_grad, 0.1 * b_grad)
-        b_w = tl.where((o_m < num)[None, :], b_grad + b_dot[:, None] * (b_alpha - 1.0 / tl.maximum(num, 1)), 0.0)
+        b_w = tl.where((o_kv < num)[None, :], b_grad + b_dot[:, None] * (b_alpha - 1.0 / tl.maximum(num, 1)), 0.0)
         if PARTS > 0:
-            _store_parts(p_w + i_x * M, stride_part, stride_row, o_n, o_m, end, M, b_w, PARTS)
+            _store_parts(p_w + i_x * M, stride_part, stride_row, o_q, o_kv, end, M, b_w, PARTS)
         else:
-            store_tile(p_w + i_x * M, stride_row, o_n, o_m, end, M, b_w)
-        store_tile(p_v + i_x * M, X * M, o_n, o_m, end, M, b_by_a[:, None] * b_alpha)
-        tl.store(p_grad_dot + i_x * L + o_n, b_dot, mask=o_n < end)
-        tl.store(p_by_norm_q + i_x * L + o_n, b_by_q, mask=o_n < end)
+            store_tile(p_w + i_x * M, stride_row, o_q, o_kv, end, M, b_w)
+        store_tile(p_v + i_x * M, X * M, o_q, o_kv, end, M, b_by_a[:, None] * b_alpha)
+        tl.store(p_grad_dot + i_x * L + o_q, b_dot, mask=o_q < end)
+        tl.store(p_by_norm_q + i_x * L + o_q, b_by_q, mask=o_q < end)
 
 
 @triton.jit
@@ -727,23 +727,23 @@ def _columns(
     stride_row,
     begin,
     end,
-    o_m,
+    o_kv,
     num,
     dtype: tl.constexpr,
     NORM: tl.constexpr,
     CLIP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
 ):
-    """What `_normal` subtracts and divides by, [m] each: the maximum and the sum of exponentials, or 0 and the norm."""
-    b_shift = tl.full([BLOCK_M], float("-inf") if NORM == "softmax" else 0.0, dtype=dtype)
-    b_sum = tl.zeros([BLOCK_M], dtype=dtype)
+    """What `_normal` subtracts and divides by, [kv] each: the maximum and the sum of exponentials, or 0 and the norm."""
+    b_shift = tl.full([BLOCK_KV], float("-inf") if NORM == "softmax" else 0.0, dtype=dtype)
+    b_sum = tl.zeros([BLOCK_KV], dtype=dtype)
     if NORM != "none":
-        for n in range(begin, end, BLOCK_N):
-            o_n = n + tl.arange(0, BLOCK_N)
-            b_x = _clip(load_tile(p_s, stride_row, o_n, o_m, end, num).to(dtype), CLIP)
+        for n in range(begin, end, BLOCK_Q):
+            o_q = n + tl.arange(0, BLOCK_Q)
+            b_x = _clip(load_tile(p_s, stride_row, o_q, o_kv, end, num).to(dtype), CLIP)
             if NORM == "softmax":
-                b_x = tl.where((o_n < end)[:, None], b_x, float("-inf"))
+                b_x = tl.where((o_q < end)[:, None], b_x, float("-inf"))
                 b_new = tl.maximum(b_shift, tl.max(b_x, axis=0))
                 b_sum = b_sum * tl.exp(b_shift - b_new) + tl.sum(tl.exp(b_x - b_new[None, :]), axis=0)
                 b_shift = b_new
@@ -756,7 +756,7 @@ def _columns(
 
 @triton.jit
 def _normal(b_s, b_shift, b_norm, NORM: tl.constexpr, CLIP: tl.constexpr):
-    """Scores [n,m] after clipping and the first norm."""
+    """Scores [q,kv] after clipping and the first norm."""
     b_x = _clip(b_s, CLIP)
     if NORM == "softmax":
         b_x = tl.exp(b_x - b_shift[None, :]) / b_norm[None, :]
@@ -766,7 +766,7 @@ def _normal(b_s, b_shift, b_norm, NORM: tl.constexpr, CLIP: tl.constexpr):
 
 
 @triton.jit
-def _pool(p_cosine, begin, end, sharpness, AGGREGATION: tl.constexpr, BLOCK_N: tl.constexpr):
+def _pool(p_cosine, begin, end, sharpness, AGGREGATION: tl.constexpr, BLOCK_Q: tl.constexpr):
     """Two numbers of the cosines of a pair.
 
     logsumexp: the maximum of sharpness * r and the sum of exponentials. max: the maximum and how often it occurs. Otherwise: the
@@ -775,16 +775,16 @@ def _pool(p_cosine, begin, end, sharpness, AGGREGATION: tl.constexpr, BLOCK_N: t
     dtype: tl.constexpr = p_cosine.dtype.element_ty
     top = tl.full([], 0.0 if AGGREGATION == "sum" or AGGREGATION == "mean" else float("-inf"), dtype=dtype)
     total = tl.full([], 0.0, dtype=dtype)
-    for n in range(begin, end, BLOCK_N):
-        o_n = n + tl.arange(0, BLOCK_N)
-        b_r = tl.load(p_cosine + o_n, mask=o_n < end, other=0.0)
+    for n in range(begin, end, BLOCK_Q):
+        o_q = n + tl.arange(0, BLOCK_Q)
+        b_r = tl.load(p_cosine + o_q, mask=o_q < end, other=0.0)
         if AGGREGATION == "sum" or AGGREGATION == "mean":
             top += tl.sum(b_r, axis=0)
-            total += tl.sum((o_n < end).to(dtype), axis=0)
+            total += tl.sum((o_q < end).to(dtype), axis=0)
         else:
             if AGGREGATION == "logsumexp":
                 b_r = b_r * sharpness
-            b_r = tl.where(o_n < end, b_r, float("-inf"))
+            b_r = tl.where(o_q < end, b_r, float("-inf"))
             new = tl.maximum(top, tl.max(b_r, axis=0) + tl.sum(tl.where(b_r == b_r, 0.0, b_r), axis=0), tl.PropagateNan.ALL)
             if AGGREGATION == "logsumexp":
                 total = total * tl.exp(top - new) + tl.sum(tl.exp(b_r - new), axis=0)
@@ -810,27 +810,27 @@ def _grad_normal(
     stride_row,
     stride_alpha_row,
     stride_along_row,
-    o_n,
-    o_m,
+    o_q,
+    o_kv,
     end,
     num,
     AGGREGATION: tl.constexpr,
 ):
-    """For a tile [n,m]: scores, alpha; by_norm_a, by_norm_q, the gradient at q . a, [n] each; that at the normalised scores."""
-    b_s = load_tile(p_s, stride_row, o_n, o_m, end, num).to(p_along.dtype.element_ty)
-    b_alpha = load_tile(p_alpha, stride_alpha_row, o_n, o_m, end, num)
-    b_along = load_tile(p_along, stride_along_row, o_n, o_m, end, num)
-    b_r = tl.load(p_cosine + o_n, mask=o_n < end, other=0.0)
-    b_norm_a = tl.load(p_norm_a + o_n, mask=o_n < end, other=0.0)
-    b_norm_q = tl.load(p_norm_q + o_n, mask=o_n < end, other=0.0)
+    """For a tile [q,kv]: scores, alpha; by_norm_a, by_norm_q, the gradient at q . a, [q] each; that at the normalised scores."""
+    b_s = load_tile(p_s, stride_row, o_q, o_kv, end, num).to(p_along.dtype.element_ty)
+    b_alpha = load_tile(p_alpha, stride_alpha_row, o_q, o_kv, end, num)
+    b_along = load_tile(p_along, stride_along_row, o_q, o_kv, end, num)
+    b_r = tl.load(p_cosine + o_q, mask=o_q < end, other=0.0)
+    b_norm_a = tl.load(p_norm_a + o_q, mask=o_q < end, other=0.0)
+    b_norm_q = tl.load(p_norm_q + o_q, mask=o_q < end, other=0.0)
     if AGGREGATION == "logsumexp":
         b_dr = grad * tl.exp(b_r * sharpness - top) / total
     elif AGGREGATION == "max":
         b_dr = tl.where(top == top, tl.where(b_r == top, grad / tl.maximum(total, 1.0), 0.0), top)  # NaN where a cosine is
     elif AGGREGATION == "mean":
-        b_dr = tl.where(o_n < end, grad / total, 0.0)
+        b_dr = tl.where(o_q < end, grad / total, 0.0)
     else:
-        b_dr = tl.where(o_n < end, grad, 0.0)
+        b_dr = tl.where(o_q < end, grad, 0.0)
     b_length = b_norm_q * b_norm_a
     b_dot = b_dr / tl.maximum(b_length, EPS)
     b_dlength = tl.where(b_length >= EPS, -b_dot * b_r, 0.0)

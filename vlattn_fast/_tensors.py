@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 from vlattn_fast._checks import autocasts, check_number
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
+EMULATED_MULTIPROCESSORS = 132
 
 
 def resolve_scale(scale: Any, default: float) -> float:
@@ -224,3 +226,9 @@ def unit_vectors(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     unit = scaled / (torch.where(norm > 0, norm, 1.0) if eps > 0 else norm)
     return unit, (divisor * norm).detach().squeeze(-1)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where one is emulated or interpreted, those of a large one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_MULTIPROCESSORS

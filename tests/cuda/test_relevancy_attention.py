@@ -13,7 +13,7 @@ from tests.ops.backends import F64, assert_refused
 from tests.ops.relevancy_cases import check, tensors
 from vlattn_fast.cuda import relevancy_attention
 
-MANY = 132  # from so many samples on, a block takes all heads of one: _shared_library.EMULATED_MULTIPROCESSORS
+MANY = 132  # from so many samples on, a block takes all heads of one: _tensors.EMULATED_MULTIPROCESSORS
 
 
 @pytest.mark.parametrize("n", (1, 15, 16, 17, 33, 129, 256))

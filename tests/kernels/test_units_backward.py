@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ def tensors(heads_kv: int = 2, size: int = 5, rows: int = 35) -> dict[str, torch
 @pytest.mark.parametrize("programs, heads_kv", [(1, 2), (1, 1), (2, 2), (100, 2), (100, 1)])
 def test_a_program_takes_several_heads_one_or_a_part(programs: int, heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where heads share keys."""
-    monkeypatch.setattr(_units_backward, "PROGRAMS", programs)
+    monkeypatch.setattr(_units_backward, "PROGRAMS", 1)
+    monkeypatch.setattr(_units_backward, "multiprocessors", lambda device: programs)
     check("triton", tensors(heads_kv), KINDS["additive"], is_causal=True, enable_gqa=True)
 
 
@@ -41,7 +43,8 @@ def test_sizes_that_groups_of_keys_depend_on(dtype: torch.dtype, size: int, kind
 
 @pytest.mark.parametrize("kind, programs", [("additive", 1), ("hadamard_tanh", 100)])
 def test_the_same_bits_each_time_and_nothing_from_padding(kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_units_backward, "PROGRAMS", programs)
+    monkeypatch.setattr(_units_backward, "PROGRAMS", 1)
+    monkeypatch.setattr(_units_backward, "multiprocessors", lambda device: programs)
     inputs = tensors()
     real = torch.rand(1, 37) > 0.4
     found = []
@@ -60,8 +63,8 @@ def test_the_same_bits_each_time_and_nothing_from_padding(kind: str, programs: i
 
 
 def test_few_heads_are_divided_and_sums_stay_small() -> None:
-    of, programs = _units_backward._key_ranges, _units_backward.PROGRAMS
-    numbers = 577 * 64
+    programs, numbers = 264, 577 * 64
+    of = functools.partial(_units_backward._key_ranges, programs=programs)
     assert of(1024, 10, numbers) == (1, 10)  # one range of ten blocks
     assert of(16, 10, numbers) == (10, 1)
     assert of(programs // 4, 10, numbers) == (4, 3)

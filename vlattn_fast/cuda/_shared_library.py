@@ -24,7 +24,6 @@ from vlattn_fast._tensors import additive
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
 ROWS, MASKS = "4q", "i?7q"  # Rows, Masks of csrc/cuda/attention.h
-EMULATED_MULTIPROCESSORS = 132
 _NO_MASK, _BOOL, _ADDED = range(3)  # Masks::Kind
 
 
@@ -94,12 +93,6 @@ def check_versions(built: int, driver: int) -> None:
             f"the CUDA C++ kernels are built with CUDA {built // 1000}, and the driver runs CUDA {driver // 1000}: update the "
             "driver, or install vlattn_fast again with a CUDA toolkit of its version"
         )
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; where one is emulated, those of a large one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_MULTIPROCESSORS
 
 
 def single(x: float) -> float:

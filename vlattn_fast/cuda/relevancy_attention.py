@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import pointer, rows
-from vlattn_fast._tensors import as_dtype, empty_gradient, empty_rows_first, unit_strides, weigh_rows
-from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, multiprocessors, single
+from vlattn_fast._tensors import as_dtype, empty_gradient, empty_rows_first, multiprocessors, unit_strides, weigh_rows
+from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, single
 
 _SIZES = "B H key_heads N M T D DV"
 _ATTENTION = f"{3 * ROWS}{MASKS}f{ROWS}q"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import pointer, rows
-from vlattn_fast._tensors import as_dtype, empty_gradient, empty_rows_first, fold_heads, unit_strides
-from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, multiprocessors, single
+from vlattn_fast._tensors import as_dtype, empty_gradient, empty_rows_first, fold_heads, multiprocessors, unit_strides
+from vlattn_fast.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, single
 
 _SIZES = "B H key_heads value_heads N M A DV"
 _FIELDS = f"6q2i{3 * ROWS}q{MASKS}f{ROWS}q{ROWS}q{3 * ROWS}2?2q3q"  # ScoreAttention
