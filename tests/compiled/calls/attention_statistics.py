@@ -15,6 +15,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"2 groups bf16 {size}", lambda d=size: run(2, torch.bfloat16, d)
         yield f"40 groups bf16 {size}", lambda d=size: run(40, torch.bfloat16, d)
         yield f"masked bf16 {size}", lambda d=size: run(2, torch.bfloat16, d, masked=True)
+    yield "2 groups bf16 160 64", lambda: run(2, torch.bfloat16, 64, n=160)  # UNITER's sizes
     yield "entropy bf16 64", lambda: run(0, torch.bfloat16, 64, only="entropy")
     yield "mass of 2 groups bf16 64", lambda: run(2, torch.bfloat16, 64, only="mass")
     yield "2 groups fp16 64", lambda: run(2, torch.float16, 64)
@@ -22,9 +23,8 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "40 groups bf16 256", lambda: run(40, torch.bfloat16, 256)
 
 
-def run(groups: int, dtype: torch.dtype, size: int, masked: bool = False, only: str | None = None) -> None:
+def run(groups: int, dtype: torch.dtype, size: int, masked: bool = False, only: str | None = None, n: int = 577) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
-    n = 577
     q, k = (torch.empty(1, 16, n, size, dtype=dtype) for _ in range(2))
     given = (torch.zeros(1, n, dtype=torch.int64) if groups else None, torch.ones(1, n) if masked else None)
     masks = (torch.zeros(n, n), torch.ones(1, n, dtype=torch.bool)) if masked else (None, None)

@@ -16,6 +16,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{kind} bf16 64", lambda kind=kind: run(kind, torch.bfloat16, 64)
     yield "cosine fp16 64", lambda: run("cosine", torch.float16, 64)  # it lengthens short vectors
     yield "dot padded bf16 64", lambda: run("dot", torch.bfloat16, 64, padded=True)
+    yield "dot padded bf16 160 64", lambda: run("dot", torch.bfloat16, 64, padded=True, tokens=160)  # UNITER's
     yield "dot bf16 72", lambda: run("dot", torch.bfloat16, 72)  # SigLIP-so400m's heads
     for kind in ("dot", "additive"):
         yield f"{kind} bf16 128", lambda kind=kind: run(kind, torch.bfloat16, 128)
@@ -23,11 +24,11 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{kind} masked fp16 64", lambda kind=kind: run(kind, torch.float16, 64, masked=True)
 
 
-def run(kind: str, dtype: torch.dtype, size: int, masked: bool = False, padded: bool = False) -> None:
+def run(kind: str, dtype: torch.dtype, size: int, masked: bool = False, padded: bool = False, tokens: int = 577) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
-    q, k, v = (torch.empty(1, 16, 577, size, dtype=dtype) for _ in range(3))
+    q, k, v = (torch.empty(1, 16, tokens, size, dtype=dtype) for _ in range(3))
     vector = torch.empty(16, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
-    masks = (torch.zeros(577, 577), torch.ones(1, 577, dtype=torch.bool), torch.zeros((), dtype=torch.int64))
+    masks = (torch.zeros(tokens, tokens), torch.ones(1, tokens, dtype=torch.bool), torch.zeros((), dtype=torch.int64))
     absent = masks if masked else (None, masks[1] if padded else None, None)
     options = (kind, 0.5, 0.125, 0.1 if masked else 0.0, masked)
     out, lse = score_attention.forward(q, k, v, vector, *absent, *options)
