@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_floating, check_head_dim, check_number, check_tensor, describe, readable
 from vlattn_fast._series import sine_series
-from vlattn_fast._tensors import compute_dtype, scaled_dot_default, unit_vectors
+from vlattn_fast._tensors import compute_dtype, scaled_dot_default, unit_vectors, without_autocast
 
 __all__ = ["Additive", "Cosine", "Dot", "General", "Hadamard", "ScaledDot", "Score"]
 
@@ -317,8 +317,9 @@ class Hadamard(_Unscaled):
         slope = self.negative_slope if self.activation == "leaky_relu" else 0.0
         query_pos, query_neg = _parts(query, slope)
         key_pos, key_neg = _parts(key, slope)
-        phi = torch.stack([query_pos, query_neg], dim=-1) * vector[:, None, :, None]
-        psi = torch.stack([key_pos - slope * key_neg, key_neg - slope * key_pos], dim=-1)
+        with without_autocast(query):  # float16's takes no bfloat16 in a stack
+            phi = torch.stack([query_pos, query_neg], dim=-1) * vector[:, None, :, None]
+            psi = torch.stack([key_pos - slope * key_neg, key_neg - slope * key_pos], dim=-1)
         return Core("dot", phi.flatten(-2), psi.flatten(-2), offset=offset)
 
 

@@ -202,3 +202,16 @@ def test_autocast_leaves_float64_and_takes_mixed_dtypes() -> None:
             assert va.score_attention(x, x, x, score=score, return_lse=True)[0].dtype == F64
         out = va.score_attention(x.float(), x.bfloat16(), x.half(), score=S.General(torch.eye(4)))
         assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_autocast_to_float16_takes_bfloat16(score: str) -> None:
+    inputs, make = attention_inputs(SCORES[score])
+    inputs = as_dtype(inputs, torch.bfloat16)
+    exact = va.reference.score_attention(
+        *(inputs[x].double() for x in ("query", "key", "value")), score=make(as_dtype(inputs, F64))
+    )
+    with torch.autocast("cpu", torch.float16):
+        out = call(va.score_attention, make)(**inputs)
+    assert out.dtype == torch.float16
+    assert (out.double() - exact).abs().max() < 64 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
