@@ -174,6 +174,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "branch_carrier must have residual_carrier's",
     ),
+    "carriers of integers": (
+        lambda: va.relevancy_residual(X, Y, K.long(), K.long()),
+        TypeError,
+        "residual_carrier must be floating point",
+    ),
     "weighting name": (lambda: va.relevancy_residual(X, Y, K, K, weighting="mean"), ValueError, "weighting must be one of"),
     "weighting type": (lambda: va.relevancy_residual(X, Y, K, K, weighting=0.5), TypeError, "weighting must be one of"),
 }

@@ -27,7 +27,7 @@ from vlattn_fast.interpret.rows import check_between, check_rows, read_rows
 from vlattn_fast.interpret.targets import check_scores, choose_score
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
-from vlattn_fast.ops.relevancy_residual import Weighting
+from vlattn_fast.reference.relevancy_residual import Weighting
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)

@@ -21,7 +21,7 @@ from vlattn_fast.interpret.records import Family
 from vlattn_fast.interpret.refused import check_rules
 from vlattn_fast.interpret.towers import submodule
 from vlattn_fast.interpret.trace import Trace, plain
-from vlattn_fast.ops.relevancy_residual import Weighting
+from vlattn_fast.reference.relevancy_residual import Weighting
 
 
 def unwrapped(model: Any) -> nn.Module:

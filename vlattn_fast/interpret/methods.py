@@ -17,7 +17,8 @@ from torch import Tensor
 from vlattn_fast._tensors import expand_heads
 from vlattn_fast.interpret.ranks import mean_over
 from vlattn_fast.interpret.scored import logits
-from vlattn_fast.ops.relevancy_residual import Weighting, relevancy_residual
+from vlattn_fast.ops.relevancy_residual import relevancy_residual
+from vlattn_fast.reference.relevancy_residual import Weighting
 
 
 @dataclass(frozen=True)

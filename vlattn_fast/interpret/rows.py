@@ -14,7 +14,7 @@ from vlattn_fast.interpret.methods import Method, gradcam, raw_attention
 from vlattn_fast.interpret.records import Tower
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
-from vlattn_fast.ops.relevancy_residual import residual_weights
+from vlattn_fast.reference.relevancy_residual import residual_weights
 
 
 def read_rows(

@@ -18,7 +18,7 @@ from vlattn_fast.interpret.methods import Attended, Method, weigh
 from vlattn_fast.interpret.ranks import has_dtensors, heads_mesh
 from vlattn_fast.interpret.records import Tokens, Tower
 from vlattn_fast.interpret.scored import Through, attention, relevancy_through
-from vlattn_fast.ops.relevancy_residual import Weighting
+from vlattn_fast.reference.relevancy_residual import Weighting
 
 _NUMBER = re.compile(r"\b\d+\b")
 _INDEX = re.compile(r"^(?:(.*)\.)?(\d+)(?:\.|$)")

@@ -31,7 +31,7 @@ from vlattn_fast.interpret.methods import Attended, Method
 from vlattn_fast.interpret.records import Family
 from vlattn_fast.interpret.scored import Scored, attention
 from vlattn_fast.interpret.towers import TowerTrace, in_layers, layers_of
-from vlattn_fast.ops.relevancy_residual import Weighting
+from vlattn_fast.reference.relevancy_residual import Weighting
 
 
 class Attends(Protocol):

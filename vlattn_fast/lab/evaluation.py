@@ -22,7 +22,7 @@ from vlattn_fast.interpret.evaluation import PARTS, TESTS, Evaluation, Rival, ev
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
 from vlattn_fast.lab.tasks import TASKS, Task, log_odds, matching
 from vlattn_fast.models.clip_mapper import CLIPMapper
-from vlattn_fast.ops.relevancy_residual import residual_weights
+from vlattn_fast.reference.relevancy_residual import residual_weights
 
 RESULTS = Path("benchmarks/results")
 

@@ -4,6 +4,7 @@ from vlattn_fast.reference.attention_map import attention_map
 from vlattn_fast.reference.attention_statistics import attention_statistics
 from vlattn_fast.reference.congruence_loss import congruence_loss
 from vlattn_fast.reference.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.reference.relevancy_residual import relevancy_residual
 from vlattn_fast.reference.score_attention import score_attention
 from vlattn_fast.reference.stacked_cross_attention import damsm_similarity, stacked_cross_attention
 
@@ -13,6 +14,7 @@ __all__ = [
     "congruence_loss",
     "damsm_similarity",
     "relevancy_attention",
+    "relevancy_residual",
     "relevancy_step",
     "score_attention",
     "stacked_cross_attention",
