@@ -142,6 +142,7 @@ def test_bad_answers(monkeypatch):
         (torch.tensor([[17.0, 3.0]] * 2), TypeError, r"answer must be token ids .* got \[\[17.0, 3.0\]"),
         ([1.7, 3], TypeError, "answer must be token ids"),
         ([True], TypeError, "answer must be token ids"),
+        ([[17, 3], [4, -100]], ValueError, "answer must hold token ids from 0 on; got -100"),
     ):
         with pytest.raises(error, match=words):
             explain(model, inputs, answer=answer)

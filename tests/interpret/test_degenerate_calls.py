@@ -106,3 +106,22 @@ def test_a_model_that_gives_nan(case):
         case.model.classifier.bias.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"got nan in rows \[0, 1\]"):
         explain(case.model, case.inputs)
+
+
+@pytest.mark.parametrize("case", ["vit", "clip"], indirect=True)
+def test_weights_of_one(case):
+    """Where all tokens have a weight, none lies beside the rows that are read."""
+    for tower, row in explain(case.model, case.inputs).relevancy.items():
+        ones = explain(case.model, case.inputs, read={tower: torch.ones(row.shape[1])})
+        mean = explain(case.model, case.inputs, read={tower: "mean"})
+        torch.testing.assert_close(ones.relevancy[tower], row.shape[1] * mean.relevancy[tower])
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_rows_that_cannot_be_read(case):
+    with pytest.raises(ValueError, match="read must name at least one tower; got an empty mapping"):
+        explain(case.model, case.inputs, read={})
+    tokens = explain(case.model, case.inputs).relevancy["vision"].shape[1]
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=f"read must be finite weights; got {value}"):
+            explain(case.model, case.inputs, read=torch.ones(tokens).index_fill(0, torch.tensor(2), value))

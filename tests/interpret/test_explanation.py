@@ -69,6 +69,13 @@ def test_load_refuses_other_files(tmp_path):
             Explanation.load(other)
 
 
+def test_save_refuses_what_cannot_be_written(tmp_path):
+    explanation = Explanation({"text": torch.ones(1, 3)})
+    for path in (tmp_path, tmp_path / "none" / "one.safetensors"):
+        with pytest.raises(ValueError, match="path must be a file that can be written; got"):
+            explanation.save(path)
+
+
 def test_to_numpy():
     arrays = made().to_numpy()
     assert isinstance(arrays["relevancy"]["vision"], np.ndarray) and arrays["image"].shape == (2, 3, 4)

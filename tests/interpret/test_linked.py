@@ -73,6 +73,16 @@ def test_other_classes_of_lxmert():
             torch.testing.assert_close(got.relevancy[name], row, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_one_between_towers():
+    """No token is read by itself where all have a weight: none has an entry of its own that is set to zero."""
+    torch.manual_seed(0)
+    model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 6)), "visual_feats": torch.randn(2, 5, 10), "visual_pos": torch.rand(2, 5, 4)}
+    mean = explain(model, inputs, read={"text": "mean"}).relevancy
+    for name, row in explain(model, inputs, read={"text": torch.ones(6)}).relevancy.items():
+        torch.testing.assert_close(row, 6 * mean[name])
+
+
 def text_encoder_decoder(kind):
     torch.manual_seed(0)
     if kind == "bart":

@@ -1,4 +1,4 @@
-"""vlattn_fast.reference has every operator with its arguments, and says so where it does not know a name, as the public calls do."""
+"""vlattn_fast.reference has every operator with its arguments, and refuses a name that it does not know, as public calls do."""
 
 from __future__ import annotations
 

@@ -166,4 +166,7 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
         raise ValueError(f"answer must have one row for each of the {batch} prompts; got {len(rows)}")
     if not all(rows):
         raise ValueError("answer must have at least one token in each row; got an empty one")
+    for row in rows:
+        if min(row) < 0:  # as -100, which fills up labels
+            raise ValueError(f"answer must hold token ids from 0 on; got {min(row)}")
     return rows

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlattn_fast._checks import check_writable
 from vlattn_fast._extras import extra
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class Explanation:
 
     def save(self, path: str | Path) -> Path:
         """Write values (safetensors) and facts (JSON in its metadata) to `path`; `Explanation.load` reads them back."""
+        check_writable("path", Path(path))
         with extra("explain"):
             from safetensors.torch import save_file
 

@@ -19,6 +19,8 @@ _NAMED = ("cls", "last", "mean")
 
 def check_read(read: Any) -> None:
     """TypeError or ValueError unless `read` is None, or one way to read a row, or a dict of them."""
+    if isinstance(read, Mapping) and not read:
+        raise ValueError("read must name at least one tower; got an empty mapping")
     for value in read.values() if isinstance(read, Mapping) else [] if read is None else [read]:
         if isinstance(value, str) and value not in _NAMED:
             raise ValueError(f"read must be one of {', '.join(_NAMED)}, an index or weights; got {value!r}")
@@ -41,6 +43,8 @@ def start_rows(tower: TowerTrace, read: Read | None, inputs: Mapping[str, Any], 
         weights = torch.as_tensor(read, dtype=rows.dtype, device=rows.device)
         if tuple(weights.shape) not in ((count,), (batch, count), (1, count)):
             raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(weights.shape)}")
+        if not bool(weights.isfinite().all()):
+            raise ValueError(f"read must be finite weights; got {weights[~weights.isfinite()][0].item()}")
         return rows + weights.reshape(-1, 1, count)
     if isinstance(read, int):
         if not -count <= read < count:

@@ -128,7 +128,7 @@ def _between(
 
         linked = {(call.tower, call.source) for call in calls}
         pairs = list(zip(towers, starts, strict=True))
-        rows = [read(tower, tower, start).masked_fill(start == 1, 0.0) for tower, start in pairs]
+        rows = [read(tower, tower, start).masked_fill(_read_tokens(start), 0.0) for tower, start in pairs]
         for other in others:
             rows.append(torch.stack([read(tower, other, start) for tower, start in pairs if (tower, other) in linked]).sum(0))
     return rows
@@ -153,6 +153,11 @@ def check_between(method: Method, start_layer: int, records: Sequence[Tower | No
         raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {start_layer}")
 
 
+def _read_tokens(start: Tensor) -> Tensor:
+    """bool (B, T, N), True = a token that is read by itself: weights that leave no token out name none."""
+    return (start == 1) & (start == 0).any(-1, keepdim=True)
+
+
 def check_rows(rows: list[Tensor], starts: list[Tensor]) -> None:
     """ValueError where no row (B, T, N) is more than the row that was read: the score does not depend on what is read.
 
@@ -162,7 +167,8 @@ def check_rows(rows: list[Tensor], starts: list[Tensor]) -> None:
     if any(bool((row != 0).any()) for row in rows[len(starts) :]):
         return
     for row, start in zip(rows, starts, strict=False):
-        beside = row.masked_fill(start == 1, 0.0) if bool((start == 1).any()) else row - start
+        own = _read_tokens(start)
+        beside = row.masked_fill(own, 0.0) if bool(own.any()) else row - start
         if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):
             return
     raise ValueError(
