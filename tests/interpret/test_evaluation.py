@@ -251,6 +251,8 @@ WRONG = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 4))
         ({"tests": ("auc",)}, ValueError, "tests must be among positive"),
         ({"steps": [0.5]}, ValueError, "steps must be two or more increasing"),
         ({"steps": [0, 0.5, 0.5]}, ValueError, "steps must be two or more increasing"),
+        ({"steps": 0.5}, TypeError, "steps must be two or more increasing .*; got 0.5"),
+        ({"steps": ["half", 1]}, TypeError, "steps must be two or more increasing"),
         ({"steps": [0, 2]}, ValueError, "steps must be two or more increasing"),
         ({"steps": [0, 1], "tests": ("iou",)}, ValueError, "steps must be given with .* positive, .*; got tests iou"),
         ({"accuracy": len, "tests": ("deletion",)}, ValueError, "accuracy must be given with .* positive, negative; got"),

@@ -102,8 +102,10 @@ def test_layers() -> None:
     for wrong, words in ((2, "from -2 to 1"), ([], "layers must choose"), (lambda path: False, "layers must choose")):
         with pytest.raises(ValueError, match=words):
             replace_attention(other, score="cosine", layers=wrong)
-    with pytest.raises(TypeError, match="layers must be None"):
-        replace_attention(other, score="cosine", layers=["0"])  # type: ignore[list-item]
+    several: Any
+    for several in (["0"], 1.5):
+        with pytest.raises(TypeError, match="layers must be None"):
+            replace_attention(other, score="cosine", layers=several)
     with pytest.raises(ValueError, match="model must be of transformers"):
         replace_attention(nn.Linear(2, 2), score="cosine")
     with pytest.raises(ValueError, match="score must be one of"):

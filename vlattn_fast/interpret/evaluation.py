@@ -291,7 +291,10 @@ def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: M
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:
     if steps is None:
         return STEPS if test in ("positive", "negative") else tuple(step / 20 for step in range(21))
-    values = tuple(float(step) for step in steps)
+    try:
+        values = tuple(float(step) for step in steps)
+    except (TypeError, ValueError):
+        raise TypeError(f"steps must be two or more increasing fractions from 0 to 1; got {steps!r}") from None
     rising = all(one < two for one, two in zip(values, values[1:], strict=False))
     if len(values) < 2 or not rising or values[0] < 0 or values[-1] > 1:
         raise ValueError(f"steps must be two or more increasing fractions from 0 to 1; got {list(values)}")
