@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._checks import check_bool
 from vlattn_fast._extras import with_progress
-from vlattn_fast.interpret._run import at_rest, traced, unwrapped
+from vlattn_fast.interpret._run import at_rest, check_has_gradients, traced, unwrapped
 from vlattn_fast.interpret.answers import Answer, encoder_decoder, prepare_answer
 from vlattn_fast.interpret.connectors import check_pictures, connect
 from vlattn_fast.interpret.cut import parts, vision_maps
@@ -121,6 +121,7 @@ def explain(
         raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
     check_bool(each=each, through_connector=through_connector)
     model = unwrapped(model)
+    check_has_gradients(model)
     family = find_family(model)
     said = None
     if answer is None and not each:

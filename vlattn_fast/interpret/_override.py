@@ -6,13 +6,13 @@ saves it, and the last one puts it back.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _ABSENT = object()
 
@@ -28,47 +28,75 @@ _lock = threading.Lock()
 _overridden: dict[tuple[int, str], _Overridden] = {}
 
 
-@contextlib.contextmanager
-def overridden(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Within it, each (object, attribute, value) of `changes` holds.
+class overridden:  # noqa: N801 (used as a function is)
+    """A context in which each (object, attribute, value) of `changes` holds.
 
     Where another run overrides the same attribute already, its value stays: all runs over a model ask for equal ones. What has
     the value anyway is left alone, as most modules of a model in eval mode are.
+
+    Ctrl-C may come at any time, also while attributes are set or put back. So this is no generator, which would stay suspended
+    as long as anybody holds the traceback.
     """
-    entered: list[tuple[int, str]] = []
-    try:
-        with _lock:
-            for target, name, value in changes:
-                if _enter(target, name, value):
-                    entered.append((id(target), name))
-        yield
-    finally:
-        with _lock:
-            for key in reversed(entered):
-                _leave(key)
+
+    def __init__(self, changes: Iterable[tuple[Any, str, Any]]) -> None:
+        self._changes, self._entered = changes, list[tuple[int, str]]()
+
+    def __enter__(self) -> None:
+        try:
+            with _lock:
+                for target, name, value in self._changes:
+                    _enter(target, name, value, self._entered)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            _leave(self._entered)
+        except KeyboardInterrupt:
+            _leave(self._entered)  # what was left
+            raise
 
 
-def _enter(target: Any, name: str, value: Any) -> bool:
-    """Whether there is something to put back."""
-    held = _overridden.get((id(target), name))
-    if held is None:
-        # What a module inherits from its class is absent from the instance, and must be so again afterwards.
-        before = vars(target).get(name, _ABSENT) if isinstance(target, nn.Module) else getattr(target, name)
-        if before is value:
-            return False
-        setattr(target, name, value)
-        held = _overridden[id(target), name] = _Overridden(target, before)
-    held.runs += 1
-    return True
-
-
-def _leave(key: tuple[int, str]) -> None:
-    held = _overridden[key]
-    held.runs -= 1
-    if held.runs:
+def _enter(target: Any, name: str, value: Any, entered: list[tuple[int, str]]) -> None:
+    """Sets the attribute; what is to be put back is noted in `entered` first."""
+    key = (id(target), name)
+    held = _overridden.get(key)
+    if held is not None:
+        held.runs += 1
+        entered.append(key)  # Python looks for an interrupt behind a call, so none comes between these two lines
         return
-    del _overridden[key]
-    if held.before is _ABSENT:
-        delattr(held.target, key[1])
-    elif getattr(held.target, key[1]) is not held.before:
-        setattr(held.target, key[1], held.before)
+    # What a module inherits from its class is absent from the instance, and must be so again afterwards.
+    before = vars(target).get(name, _ABSENT) if isinstance(target, nn.Module) else getattr(target, name)
+    if before is not value:
+        held = _Overridden(target, before, 1)
+        _overridden[key] = held
+        entered.append(key)
+        setattr(target, name, value)
+
+
+def _leave(entered: list[tuple[int, str]]) -> None:
+    """Takes this run off each attribute of `entered`, from the end; may be called again after an interrupt."""
+    with _lock:
+        while entered:
+            key = entered[-1]
+            held = _overridden[key]
+            if held.runs == 1:
+                _put_back(held.target, key[1], held.before)
+                del _overridden[key]
+            else:
+                held.runs -= 1
+            entered.pop()
+
+
+def _put_back(target: Any, name: str, before: Any) -> None:
+    if before is not _ABSENT:
+        if getattr(target, name) is not before:
+            setattr(target, name, before)
+    elif name in vars(target):
+        delattr(target, name)
+
+
+def is_entered(mode: TorchFunctionMode) -> bool:
+    """Whether torch still has the mode. Ctrl-C while torch hands a call to a mode may leave the mode taken off."""
+    return any(each is mode for each in _get_current_function_mode_stack())

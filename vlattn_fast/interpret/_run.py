@@ -49,20 +49,42 @@ def unwrapped(model: Any) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def traced(model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> Iterator[Trace]:
+def check_has_gradients(model: nn.Module) -> None:
+    """ValueError for a model made under inference mode, whose parameters torch keeps out of every backward pass."""
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(
+            f"model must be made outside of torch.inference_mode, as within torch.inference_mode(False); got '{name}', which was "
+            "made under it"
+        )
+
+
+class traced:  # noqa: N801 (used as a function is)
     """A trace of the forward pass within it; everything is put back on leaving, also by an exception."""
-    trace = Trace(model, family, method, weighting)
-    roots = [submodule(model, tower.path, tower) for tower in family.towers]
-    if trace.finds:
-        roots = [model.get_submodule(family.within)]
-        check_rules(roots[0])
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(overridden(_changes(roots)))
-        for handle in trace.install():
-            stack.callback(handle.remove)
-        stack.enter_context(trace)
-        yield trace
+
+    def __init__(self, model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> None:
+        self._trace = Trace(model, family, method, weighting)
+        self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
+        if self._trace.finds:
+            self._roots = [model.get_submodule(family.within)]
+            check_rules(self._roots[0])
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Trace:
+        try:
+            # What is entered is pushed first, since Ctrl-C may come in between.
+            for context in (overridden(_changes(self._roots)), self._trace):
+                self._stack.push(context)
+                context.__enter__()
+            for handle in self._trace.install():
+                self._stack.callback(handle.remove)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self._trace
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
 
 
 @contextlib.contextmanager
@@ -125,11 +147,9 @@ def _plainly() -> Iterator[tuple[Any, str, Any]]:
         yield frames, "_stance", frames.DynamoStance("force_eager")
 
 
-@contextlib.contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
+def uncompiled(model: nn.Module) -> overridden:
     """What torch.compile made of the model and of its parts runs as plain Python; the last run over it puts everything back."""
-    with overridden([*_compiled(model.modules()), *_plainly()]):
-        yield
+    return overridden([*_compiled(model.modules()), *_plainly()])
 
 
 def _compiled(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -138,12 +158,11 @@ def _compiled(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, An
             yield module, "_compiled_call_impl", None
 
 
-@contextlib.contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
+def at_rest(model: nn.Module) -> overridden:
     """The model in eval mode, with frozen parameters and not compiled; the last run over it puts everything back."""
     # A compiled module inside of the model holds the attributes of the module that it wraps, which is met as well.
     modules = list(model.modules())
     modes = [(module, "training", False) for module in modules if "_orig_mod" not in module._modules]
-    frozen = [(parameter, "requires_grad", False) for parameter in model.parameters()]
-    with overridden([*modes, *frozen, *_compiled(modules), *_plainly()]):
-        yield
+    # Tensors made under inference mode have no gradients, and torch does not let the flag be set again outside of it.
+    frozen = [(parameter, "requires_grad", False) for parameter in model.parameters() if not parameter.is_inference()]
+    return overridden([*modes, *frozen, *_compiled(modules), *_plainly()])

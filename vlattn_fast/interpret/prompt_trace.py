@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from vlattn_fast.interpret._override import is_entered
 from vlattn_fast.ops.attention_map import attention_map
 
 Grid = tuple[int, int]
@@ -110,7 +111,8 @@ class PromptTrace(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        if is_entered(self):
+            super().__exit__(*error)
         while self._handles:
             self._handles.pop().remove()
         self._running.clear()

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
 from vlattn_fast._tensors import compute_dtype, expand_heads, mask_padding
+from vlattn_fast.interpret._override import is_entered
 from vlattn_fast.interpret.bimodal import Call
 from vlattn_fast.interpret.methods import Attended, Method
 from vlattn_fast.interpret.records import Family
@@ -95,16 +96,20 @@ class Trace(TorchFunctionMode):
         self._runs, self._run = [0], 0  # a number of its own for each run of each module: those on the way, and the last
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = new_mark("calls")
+        self._around, self._is_over = _running.get(), False
 
     # --- the run ---
 
     def __enter__(self) -> Trace:
-        self._token = _running.set(self)
+        _running.set(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        _running.reset(self._token)
+        """As if it had not been entered; also where Ctrl-C broke off `__enter__`."""
+        if is_entered(self):
+            super().__exit__(*error)
+        _running.set(self._around)
+        self._is_over = True
 
     def install(self) -> Iterator[Any]:
         """Register the hooks of this run; yields their handles.
@@ -136,6 +141,8 @@ class Trace(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._is_over:  # torch takes a mode off for each call, and may put it back after Ctrl-C when the run has ended
+            return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
         if func is SCORE_ATTENTION:

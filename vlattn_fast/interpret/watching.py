@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.interpret._override import overridden
+from vlattn_fast.interpret._override import is_entered, overridden
 from vlattn_fast.interpret.multihead import heads
 from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, Trace, first_argument, new_mark, running_trace
 
@@ -117,16 +117,22 @@ class Watch(TorchFunctionMode):
     def __enter__(self) -> Watch:
         self._thread, self._around = threading.get_ident(), running_trace()
         self._slow = overridden([(_FAST_PATH, "enabled", False)])  # it hides the attention of nn.MultiheadAttention in eval mode
-        self._slow.__enter__()
-        self._handles: list[Any] = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for module in self._model.modules():
-            if not isinstance(module, (nn.Softmax, nn.Dropout)):  # whoever asks takes the softmax
-                self._handles.append(module.register_forward_pre_hook(self._push))
-                self._handles.append(module.register_forward_hook(self._pop, always_call=True))
-        return super().__enter__()
+        self._handles: list[Any] = []
+        try:
+            self._slow.__enter__()
+            self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
+            for module in self._model.modules():
+                if not isinstance(module, (nn.Softmax, nn.Dropout)):  # whoever asks takes the softmax
+                    self._handles.append(module.register_forward_pre_hook(self._push))
+                    self._handles.append(module.register_forward_hook(self._pop, always_call=True))
+            return super().__enter__()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        if is_entered(self):
+            super().__exit__(*error)
         self._slow.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
