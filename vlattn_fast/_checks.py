@@ -156,9 +156,12 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 def check_names(name: str, value: Any, known: Iterable[str], legend: str = "a sequence of names") -> tuple[str, ...]:
     """Those of `value`, each once: some of `known`. `legend` is what the message says that `value` must be."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be {legend}; got {value!r}")
-    names = tuple(dict.fromkeys(value))
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be {legend}; got {value!r:.80}")
+    names = tuple(value)
+    if not all(isinstance(each, str) for each in names):
+        raise TypeError(f"{name} must be {legend}; got {value!r:.80}")
+    names = tuple(dict.fromkeys(names))
     if not names:
         raise ValueError(f"{name} must name at least one; got none")
     for each in names:
@@ -171,6 +174,19 @@ def check_bool(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False; got {describe(value)}")
+
+
+def check_callable(**functions: Any) -> None:
+    """Each is a function, or None."""
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be a callable or None; got {describe(value)}")
+
+
+def check_items(name: str, value: Any, legend: str) -> None:
+    """`value` can be gone through, as a list of items can; `legend` is what the message says that they are."""
+    if isinstance(value, str) or not isinstance(value, Iterable) or (isinstance(value, Tensor) and value.ndim == 0):
+        raise TypeError(f"{name} must be {legend}; got {describe(value)}")
 
 
 _LARGEST = sys.float_info.max  # an int may be larger

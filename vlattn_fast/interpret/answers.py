@@ -162,11 +162,10 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
     if not all(isinstance(row, Sequence) and all(type(token) is int for token in row) for row in answer):
         raise TypeError(f"answer must be token ids (B, T), (T,), a text or one text a row; got {answer!r}")
     rows = [list(row) for row in answer]
+    if (lowest := min((token for row in rows for token in row), default=0)) < 0:  # as -100, which fills up labels
+        raise ValueError(f"answer must hold token ids from 0 on; got {lowest}")
     if len(rows) != batch:
         raise ValueError(f"answer must have one row for each of the {batch} prompts; got {len(rows)}")
     if not all(rows):
         raise ValueError("answer must have at least one token in each row; got an empty one")
-    for row in rows:
-        if min(row) < 0:  # as -100, which fills up labels
-            raise ValueError(f"answer must hold token ids from 0 on; got {min(row)}")
     return rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_names
+from vlattn_fast._checks import check_callable, check_items, check_names, describe
 from vlattn_fast._extras import extra, with_progress
 from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret._run import at_rest, unwrapped
@@ -188,9 +188,11 @@ def evaluate(
     tests = check_names("tests", tests, TESTS)
     _check_used(tests, chosen.values(), options, steps=steps, accuracy=accuracy, probability=probability)
     drawn = {test: _checked_steps(steps, test) for test in tests if test in _PERTURBED}
-    for name, value in (("sanity_stages", sanity_stages), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an int from 1 on; got {value!r}")
+    check_callable(accuracy=accuracy, probability=probability, words=words)
+    for name, value, low in (("sanity_stages", sanity_stages, 1), ("batch_size", batch_size, 1), ("seed", seed, -(2**63))):
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
+            raise ValueError(f"{name} must be an int {'from 1 on' if low == 1 else 'of 64 bits'}; got {value!r}")
+    check_items("dataset", dataset, "(inputs, target, boxes) for each sample or batch")
     model = unwrapped(model)
     judge = Judge(model, find_family(model), accuracy, probability, batch_size)
     generator = torch.Generator().manual_seed(seed)
@@ -238,8 +240,7 @@ def evaluate(
 
 
 def _named(methods: Any) -> dict[str, str | Rival]:
-    if isinstance(methods, str) or callable(methods):
-        raise TypeError(f"methods must be a sequence or a dict of names and callables; got {methods!r}")
+    check_items("methods", methods, "a sequence or a dict of names and callables")
     if isinstance(methods, Mapping):
         named = dict(methods)
     else:
@@ -293,7 +294,7 @@ def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:
         return STEPS if test in ("positive", "negative") else tuple(step / 20 for step in range(21))
     try:
         values = tuple(float(step) for step in steps)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"steps must be two or more increasing fractions from 0 to 1; got {steps!r}") from None
     rising = all(one < two for one, two in zip(values, values[1:], strict=False))
     if len(values) < 2 or not rising or values[0] < 0 or values[-1] > 1:

@@ -32,16 +32,17 @@ def prepare_inputs(
     """
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
-    for name in ("pixel_values", "input_ids") if family.towers else ():
+    for name in ("pixel_values", "input_ids", "attention_mask") if family.towers else ():
         value = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
             value = value[0]
         if value is not None and not isinstance(value, Tensor):
             made = "tensors, as the model's processor makes them with return_tensors='pt'"
             raise TypeError(f"inputs must hold {made}; got {type(value).__name__} in '{name}'")
-    ids = inputs.get("input_ids")
-    if family.towers and isinstance(ids, Tensor) and ids.ndim < 2:
-        raise ValueError(f"inputs must hold 'input_ids' (B, N), also of one text; got {tuple(ids.shape)}")
+    for name in ("input_ids", "attention_mask") if family.towers else ():
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.ndim < 2:
+            raise ValueError(f"inputs must hold '{name}' (B, N), also of one text; got {tuple(value.shape)}")
     if inputs.get("output_attentions"):
         raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
     if inputs.get("past_key_values") is not None:

@@ -94,7 +94,7 @@ def find_method(name: str) -> Method:
 
 def check_weighting(weighting: str | Weighting) -> None:
     """ValueError unless `weighting` is a known name or a callable."""
-    if not callable(weighting) and weighting not in ("contribution", "norm", "equal"):
+    if not callable(weighting) and not (isinstance(weighting, str) and weighting in ("contribution", "norm", "equal")):
         raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._checks import check_choice, check_number
 from vlattn_fast.nn.capture_attention import AttentionCapture, CapturedLayer
+from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.congruence_loss import congruence_loss
 from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS
 
@@ -57,6 +58,7 @@ class CongruenceLoss(nn.Module):
         check_choice("kind", kind, KINDS)
         check_choice("direction", direction, (*DIRECTIONS, "alternate"))
         check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("backend", backend, BACKEND_NAMES)
         check_choice("schedule", schedule, SCHEDULES)
         check_number("weight", weight, low=0.0)
         if scale is not None:

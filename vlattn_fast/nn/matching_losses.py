@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_bool, check_number, describe
+from vlattn_fast._checks import check_bool, check_choice, check_number, describe
+from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
 
 
@@ -84,6 +85,7 @@ class DamsmLoss(nn.Module):
         super().__init__()
         for name, gamma in (("gamma1", gamma1), ("gamma2", gamma2), ("gamma3", gamma3)):
             check_number(name, gamma, low=0.0)
+        check_choice("backend", backend, BACKEND_NAMES)
         self.gamma1, self.gamma2, self.gamma3, self.backend = gamma1, gamma2, gamma3, backend
 
     def forward(

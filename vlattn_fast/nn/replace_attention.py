@@ -16,11 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlattn_fast import scores
+from vlattn_fast._checks import check_bool, check_choice
 from vlattn_fast.interpret._run import unwrapped
 from vlattn_fast.interpret.dispatch import CONFIG_NAME, REPLACED, RULE, masks_of
 from vlattn_fast.interpret.handwritten import with_core
 from vlattn_fast.interpret.towers import split_path
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
+from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.score_attention import score_attention
 
 _NAME = "vlattn_score"
@@ -63,6 +65,8 @@ def replace_attention(
         ...     print(list(replaced.scores))
         ['encoder.layer.1.attention.self']
     """
+    check_bool(per_head=per_head)
+    check_choice("backend", backend, BACKEND_NAMES)
     inner = unwrapped(model)
     found = dict(_attention_of(inner))
     if not found:
@@ -76,7 +80,7 @@ def replace_attention(
     for path in chosen:
         if hasattr(found[path], REPLACED):
             raise ValueError(f"model must have its own attention; that of '{path}' is replaced already, restore it first")
-    made = {path: make_score(score, *_sizes(path, found[path]), per_head, score_options or {}) for path in chosen}
+    made = {path: make_score(score, *_sizes(path, found[path]), per_head, score_options) for path in chosen}
     for path, each in made.items():
         _replace(found[path], each, backend)
     return ReplacedAttention({path: found[path] for path in chosen})

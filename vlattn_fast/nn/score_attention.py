@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlattn_fast import scores
 from vlattn_fast._checks import check_bool, check_choice, check_number, check_tensor, describe
 from vlattn_fast._tensors import as_dtype, autocast, mask_padding, resolve_scale, without_autocast
+from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.score_attention import score_attention
 from vlattn_fast.streaming.attention_map import forward as streaming_map
@@ -60,9 +61,12 @@ class LearnedScore(nn.Module):
 
 
 def make_score(
-    score: str | ScoreFactory, num_heads: int, head_dim: int, per_head: bool, options: dict[str, Any]
+    score: str | ScoreFactory, num_heads: int, head_dim: int, per_head: bool, options: dict[str, Any] | None
 ) -> nn.Module | str:
     """The score of a layer: a module where it has parameters, else its name. per_head says nothing of a score without any."""
+    if options is not None and not isinstance(options, dict):
+        raise TypeError(f"score_options must be a dict or None; got {describe(options)}")
+    options = {} if options is None else options
     if not isinstance(score, str) and callable(score):
         if options:
             raise ValueError(f"score_options belong to scores that have a name; score is {describe(score)}")
@@ -119,17 +123,21 @@ class ScoreAttention(nn.Module):
         super().__init__()
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
         for name, size in sizes.items():
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            optional = size is None and name in ("kdim", "vdim")
+            if not optional and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name} must be a positive integer; got {describe(size)}")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim = {embed_dim}; got {num_heads}")
         check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)
         check_bool(per_head=per_head, bias=bias, batch_first=batch_first)
+        check_choice("backend", backend, BACKEND_NAMES)
+        if scale is not None:
+            check_number("scale", scale)
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
         self.batch_first, self.scale, self.backend = batch_first, scale, backend
-        self.score = make_score(score, num_heads, embed_dim // num_heads, per_head, score_options or {})
+        self.score = make_score(score, num_heads, embed_dim // num_heads, per_head, score_options)
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.k_proj = nn.Linear(self.kdim, embed_dim, bias=bias)
         self.v_proj = nn.Linear(self.vdim, embed_dim, bias=bias)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn_fast._checks import check_bool, check_names
+from vlattn_fast._checks import check_bool, check_callable, check_items, check_names
 from vlattn_fast._extras import extra, with_progress
 from vlattn_fast.interpret._run import at_rest, unwrapped
 from vlattn_fast.interpret.families import find_family
@@ -91,6 +91,8 @@ def probe(
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an int from 0 to 2**32 - 1; got {seed!r}")
     modality = check_modality(modality)
+    check_callable(parts=parts)
+    check_items("dataset", dataset, "(inputs, labels) for each sample or batch")
     with extra("probe"):
         import sklearn  # noqa: F401 (probes without it would end after the forward passes)
     inner = unwrapped(model)
