@@ -19,7 +19,7 @@ from tests.interpret.stored_maps import Place, beside, error, rows_of  # noqa: E
 from tests.interpret.tower_cases import HEADS, METHODS, T5, Block, Stack, check, first_rows, made, second, sequences, stack, text  # noqa: E402
 from vlattn_fast.interpret import explain, trace, watching  # noqa: E402
 
-SEEN = ["torch", "by name", "one head", "nn.MultiheadAttention", "timm"]
+SEEN = ["torch", "by name", "one head", "one key head", "nn.MultiheadAttention", "timm"]
 
 
 @pytest.mark.parametrize("kind", SEEN)

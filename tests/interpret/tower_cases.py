@@ -65,6 +65,8 @@ class Heads(nn.Module):
         mask = visible[:, None, None]
         if self.kind == "by name":
             y = scaled_dot_product_attention(q, k, v, mask)
+        elif self.kind == "one key head":  # for all queries, as multi-query attention calls torch
+            y = functional.scaled_dot_product_attention(q, k[:, 1:2], v[:, 1:2], attn_mask=mask)
         elif self.kind == "torch":
             y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:

@@ -211,6 +211,10 @@ class Trace(TorchFunctionMode):
     ) -> Tensor:
         masks = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         if query.ndim == 4:
+            shapes = [tensor.shape[:2] for tensor in (query, key, value)]
+            if not enable_gqa and shapes.count(shapes[0]) < 3:  # torch's function broadcasts batch and heads, as for multi-query
+                shape = torch.broadcast_shapes(*shapes)
+                query, key, value = (self._as(x.expand(*shape, -1, -1), x) for x in (query, key, value))
             return self.attend(query, key, value, masks)
         if query.ndim != 3:
             raise ValueError(
@@ -218,8 +222,8 @@ class Trace(TorchFunctionMode):
             )
         if attn_mask is not None and attn_mask.ndim == 3:
             masks["attn_mask"] = attn_mask.unsqueeze(1)
-        # (B, N, D) is one head. The trace does not see these views, so they take their calls along by hand.
-        output = self.attend(self._one_head(query), self._one_head(key), self._one_head(value), masks)
+        one_head = (self._as(x.unsqueeze(1), x) for x in (query, key, value))  # (B, N, D)
+        output = self.attend(*one_head, masks)
         result = output.squeeze(1)
         self._note(result, self._calls_of((output,)))
         return result
@@ -255,10 +259,10 @@ class Trace(TorchFunctionMode):
         self._note(lse, calls[0] | calls[1])
         return result, lse
 
-    def _one_head(self, tensor: Tensor) -> Tensor:
-        head = tensor.unsqueeze(1)
-        self._note(head, self._calls_of((tensor,)))
-        return head
+    def _as(self, view: Tensor, tensor: Tensor) -> Tensor:
+        """A view of `tensor`, which takes its calls along by hand: the trace does not see what is computed here."""
+        self._note(view, self._calls_of((tensor,)))
+        return view
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
