@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 from tests.nn.models import MODELS, answer, lxmert, visual_bert
 from vlattn_fast import explain, scores
@@ -152,6 +153,26 @@ def test_copied_saved_compiled_exported(make: Any) -> None:
     torch.testing.assert_close(run(compiled, inputs), wanted, rtol=1e-4, atol=1e-5)
     exported = torch.export.export(model, (), inputs).module()
     torch.testing.assert_close(run(exported, inputs), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_quantized_weights(bias: bool) -> None:
+    """Those of the last layer are integers; where that has nothing else, all of the model stays as it was."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50)
+    model = BertModel(BertConfig(**sizes)).bfloat16()
+    attention = model.encoder.layer[1].attention.self
+    for projection in (attention.query, attention.key, attention.value):
+        projection.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.uint8), requires_grad=False)
+        projection.bias = projection.bias if bias else None
+    if bias:
+        replace_attention(model, score="additive")
+        assert {parameter.dtype for parameter in attention.attention_score.parameters()} == {torch.bfloat16}
+        return
+    before = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(TypeError, match="model must have parameters of floating point in its attention; got BertSelfAttention"):
+        replace_attention(model, score="additive")
+    assert [dict(vars(module)) for module in model.modules()] == before
+    assert not any("attention_score" in name for name, _ in model.named_modules())
 
 
 @pytest.mark.parametrize("make", [MODELS["BERT"], visual_bert], ids=["interface", "by hand"])

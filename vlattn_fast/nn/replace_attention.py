@@ -81,9 +81,16 @@ def replace_attention(
         if hasattr(found[path], REPLACED):
             raise ValueError(f"model must have its own attention; that of '{path}' is replaced already, restore it first")
     made = {path: make_score(score, *_sizes(path, found[path]), per_head, score_options) for path in chosen}
-    for path, each in made.items():
-        _replace(found[path], each, backend)
-    return ReplacedAttention({path: found[path] for path in chosen})
+    replaced: dict[str, nn.Module] = {}
+    try:
+        for path, each in made.items():
+            _replace(found[path], each, backend)
+            replaced[path] = found[path]
+    except BaseException:
+        for module in replaced.values():
+            _restore(module)
+        raise
+    return ReplacedAttention(replaced)
 
 
 class ReplacedAttention:
@@ -167,7 +174,9 @@ def _is_chosen(path: str, found: dict[str, nn.Module], layers: Layers) -> bool:
 
 def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
     if isinstance(score, nn.Module):
-        like = next(module.parameters())
+        like = next((each for each in module.parameters() if each.is_floating_point()), None)  # quantized weights are integers
+        if like is None:
+            raise TypeError(f"model must have parameters of floating point in its attention; got {type(module).__name__} without")
         score = score.to(like.device, like.dtype).train(module.training)
     setattr(module, REPLACED, score)
     module._attention_backend = backend  # type: ignore[assignment]
