@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -30,7 +31,9 @@ INPUTS = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 4, 3]]), "attention_ma
 
 @pytest.fixture(scope="module")
 def bert() -> torch.nn.Module:
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, num_labels=3)
+    sizes: dict[str, Any] = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, num_labels=3
+    )
     return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
 
 
@@ -44,7 +47,7 @@ def too_large(x: Any, limit: int) -> Any:
     return limit if isinstance(x, int) else x
 
 
-CALLS = {
+CALLS: dict[str, list[Callable[[Any, Any], Any]]] = {
     "backend": [
         lambda m, x: va.nn.ScoreAttention(32, 4, backend=x),
         lambda m, x: va.nn.CongruenceLoss(backend=x),

@@ -73,7 +73,8 @@ class traced:  # noqa: N801 (used as a function is)
     def __enter__(self) -> Trace:
         try:
             # What is entered is pushed first, since Ctrl-C may come in between.
-            for context in (overridden(_changes(self._roots)), self._trace):
+            contexts: tuple[contextlib.AbstractContextManager[Any], ...] = (overridden(_changes(self._roots)), self._trace)
+            for context in contexts:
                 self._stack.push(context)
                 context.__enter__()
             for handle in self._trace.install():

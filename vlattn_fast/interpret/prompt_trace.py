@@ -103,12 +103,16 @@ class PromptTrace(TorchFunctionMode):
 
     def __enter__(self) -> PromptTrace:
         self._thread = threading.get_ident()
-        for path, module in self.model.named_modules():
-            if module is self.model or next(module.children(), None) is not None:
-                push, pop = functools.partial(self._push, path), functools.partial(self._pop, path)
-                self._handles.append(module.register_forward_pre_hook(push, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(pop))
-        return super().__enter__()
+        try:
+            for path, module in self.model.named_modules():
+                if module is self.model or next(module.children(), None) is not None:
+                    push, pop = functools.partial(self._push, path), functools.partial(self._pop, path)
+                    self._handles.append(module.register_forward_pre_hook(push, with_kwargs=True))
+                    self._handles.append(module.register_forward_hook(pop))
+            return super().__enter__()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: Any) -> None:
         if is_entered(self):

@@ -222,8 +222,8 @@ class Trace(TorchFunctionMode):
             )
         if attn_mask is not None and attn_mask.ndim == 3:
             masks["attn_mask"] = attn_mask.unsqueeze(1)
-        one_head = (self._as(x.unsqueeze(1), x) for x in (query, key, value))  # (B, N, D)
-        output = self.attend(*one_head, masks)
+        query, key, value = (self._as(x.unsqueeze(1), x) for x in (query, key, value))  # (B, N, D) is one head
+        output = self.attend(query, key, value, masks)
         result = output.squeeze(1)
         self._note(result, self._calls_of((output,)))
         return result
