@@ -34,8 +34,8 @@ class overridden:  # noqa: N801 (used as a function is)
     Where another run overrides the same attribute already, its value stays: all runs over a model ask for equal ones. What has
     the value anyway is left alone, as most modules of a model in eval mode are.
 
-    Ctrl-C may come at any time, also while attributes are set or put back. So this is no generator, which would stay suspended
-    as long as anybody holds the traceback.
+    Ctrl-C may come while attributes are set or put back. So this is no generator, which would stay suspended as long as anybody
+    holds the traceback. What is left to chance is Python's first step into `__exit__`, before any line of it.
     """
 
     def __init__(self, changes: Iterable[tuple[Any, str, Any]]) -> None:
