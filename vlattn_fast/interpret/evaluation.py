@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_callable, check_items, check_names, describe
+from vlattn_fast._checks import check_callable, check_items, check_names
 from vlattn_fast._extras import extra, with_progress
 from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret._run import at_rest, unwrapped

@@ -84,7 +84,7 @@ class AttentionCapture:
     def __init__(self, model: nn.Module, layers: int | Sequence[int], modality: Mapping[str, str] | None) -> None:
         self.model = model
         self._single = isinstance(layers, int)
-        asked: Any = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+        asked: Any = tuple(layers) if isinstance(layers, Sequence) else (layers,)
         if not asked or any(isinstance(i, bool) or not isinstance(i, int) for i in asked):
             raise ValueError(f"layers must be an int, or some; got {layers!r}")
         self._layers: tuple[int, ...] = asked

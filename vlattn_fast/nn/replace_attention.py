@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ def _is_chosen(path: str, found: dict[str, nn.Module], layers: Layers) -> bool:
         return True
     if callable(layers):
         return bool(layers(path))
-    asked: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
+    asked: list[Any] = list(layers) if isinstance(layers, Sequence) else [layers]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in asked):
         raise TypeError(f"layers must be None, an int, several, or a function of a path; got {layers!r}")
     name, index = split_path(path)
