@@ -97,7 +97,8 @@ def test_whoever_watches_sees_the_operator(name: str) -> None:
             again, grads_again = forward_and_backward(every, x, "streaming")
         pairs = zip([*outputs, *grads], [*again, *grads_again], strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:  # without, torch 2.11 warns
         forward_and_backward(every, x, "streaming")
     seen = [vlattn(mode.names) for mode in modes] + [vlattn({event.name for event in profile.events()})]
     assert all(len(names) == 1 for names in seen), seen
