@@ -80,7 +80,7 @@ def test_digit_scenes() -> None:
         ({"tests": ["heads"]}, "tests must be among modality, .* got 'heads'"),
         ({"tests": []}, "tests must name at least one"),
         ({"read": "last"}, "read must be one of .* got 'last'"),
-        ({"parts": 3}, "parts must be None or a callable"),
+        ({"parts": 3}, "parts must be a callable or None"),
         ({"modality": {"input_ids": "sound"}}, "modality must be one of .* got 'sound' for 'input_ids'"),
         ({"modality": "image"}, "modality must be a mapping of input names to 'text' or 'image'; got 'image'"),
         ({"special": "no"}, "special must be True or False; got str 'no'"),
