@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pkgutil
@@ -70,6 +71,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shard := os.environ.get("VLATTN_SHARD"):
         i, n = map(int, shard.split("/"))
         items[:] = items[i::n]
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end, and the garbage collector takes a second to go through them."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

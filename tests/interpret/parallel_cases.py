@@ -134,6 +134,13 @@ def fully_sharded() -> dict[str, Tensor]:
     return found
 
 
+WAYS = {tensor_parallel: tuple(MODELS), planned_by_transformers: ("llama",), fully_sharded: ("llava", "llama")}
+
+
+def divided_each_way() -> dict[str, Tensor]:
+    return {f"{way.__name__}|{key}": row for way in WAYS for key, row in way().items()}
+
+
 @functools.cache
 def alone(name: str) -> dict[str, Tensor]:
     return explained(name, *made(name))

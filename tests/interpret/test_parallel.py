@@ -15,27 +15,19 @@ from tests.interpret import parallel_cases  # noqa: E402
 from tests.two_ranks import results_of  # noqa: E402
 from vlattn_fast.interpret.ranks import heads_mesh  # noqa: E402
 
-MODULE = parallel_cases.__name__
 
-
-def check(found: list[dict[str, torch.Tensor]], *names: str) -> None:
-    wanted = {key: row for name in names for key, row in parallel_cases.alone(name).items()}
-    for rank in found:
+def test_each_way_of_dividing(tmp_path: Path) -> None:
+    """All of them in one start of two processes, which takes longer than a way."""
+    for rank in results_of(parallel_cases.__name__, "divided_each_way", tmp_path):
+        wanted = {
+            f"{way.__name__}|{key}": row
+            for way, names in parallel_cases.WAYS.items()
+            for name in names
+            for key, row in parallel_cases.alone(name).items()
+        }
         assert set(rank) == set(wanted)
         for key, row in wanted.items():
             torch.testing.assert_close(rank[key], row, rtol=1e-10, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
-
-
-def test_tensor_parallel(tmp_path: Path) -> None:
-    check(results_of(MODULE, "tensor_parallel", tmp_path), *parallel_cases.MODELS)
-
-
-def test_the_plan_of_transformers(tmp_path: Path) -> None:
-    check(results_of(MODULE, "planned_by_transformers", tmp_path), "llama")
-
-
-def test_fully_sharded(tmp_path: Path) -> None:
-    check(results_of(MODULE, "fully_sharded", tmp_path), "llava", "llama")
 
 
 def test_heads_that_are_cut_in_two_are_refused(tmp_path: Path) -> None:
