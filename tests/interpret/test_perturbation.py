@@ -261,6 +261,27 @@ def test_a_decoder_keeps_the_token_that_it_reads():
     assert curve["mean"][1] == pytest.approx(float(logits.softmax(0)[7]), rel=1e-4)
 
 
+def test_visual_bert_keeps_the_token_that_it_reads():
+    """As the published loop does: [CLS], the token before [SEP] and [SEP] stay, and the words between them go."""
+    case = visual_bert("VisualBertForQuestionAnswering")
+    model, inputs = lively(case.model).eval(), case.inputs
+    result = va.evaluate(model, [(inputs, 1, None)], tests=("positive", "negative"), accuracy=certainty)
+    relevancy = va.explain(model, inputs, target=1).relevancy["joint"]
+    for test, sign in (("positive", -1), ("negative", 1)):
+        curves = torch.zeros(2, len(STEPS))
+        for row, read in enumerate((7, 4)):
+            words = sign * relevancy[row, 1:read]
+            for place, step in enumerate(STEPS):
+                top = words.topk(int((1 - step) * len(words))).indices + 1
+                stay = [0, *sorted(top.tolist()), *range(read, inputs["input_ids"].shape[1])]
+                texts = {name: inputs[name][row : row + 1, stay] for name in ("input_ids", "attention_mask")}
+                regions = {name: value[row : row + 1] for name, value in inputs.items() if name.startswith("visual_")}
+                with torch.no_grad():
+                    curves[row, place] = certainty(model(**texts, **regions))[0]
+        found = next(c for c in result.curves if (c["test"], c["part"]) == (test, "text"))
+        assert found["mean"] == pytest.approx(curves.mean(0).tolist(), abs=1e-6)
+
+
 def test_regions_of_visual_bert_are_dropped():
     case = visual_bert()
     model, inputs = lively(case.model).eval(), {name: value[:1] for name, value in case.inputs.items()}  # two regions are padding

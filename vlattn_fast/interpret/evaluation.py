@@ -148,7 +148,7 @@ def evaluate(
       is constant or not finite is undefined, and such a sample is left out.
 
     Removed patches become 0, the mean pixel of normalised images. Removed regions and words are dropped from the inputs; special
-    tokens stay, and of a decoder the token at the reading position.
+    tokens stay, and so does the token that is read, of a decoder and of VisualBERT for questions.
 
     Args:
         model: as `explain` takes it. Any other model serves where `methods` are callables and the outputs have `logits`

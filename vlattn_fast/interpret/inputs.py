@@ -190,6 +190,11 @@ def real_words(inputs: Mapping[str, Any]) -> Tensor:
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
+def before_sep(inputs: Mapping[str, Any]) -> Tensor:
+    """(B,) the token before the text's last real one."""
+    return (real_words(inputs).sum(-1) - 2).clamp(min=0)
+
+
 def region_names(inputs: Mapping[str, Any]) -> tuple[str, str]:
     """What the features of image regions and their mask are called: UNITER's names here, VisualBERT's in transformers."""
     return ("visual_embeds", "visual_attention_mask") if "visual_embeds" in inputs else ("region_features", "region_mask")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.boxes import grid_entries
-from vlattn_fast.interpret.inputs import last_real
+from vlattn_fast.interpret.inputs import before_sep, last_real
 from vlattn_fast.interpret.records import Family
 
 STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as LXMERT's perturbation test of Chefer et al. has
@@ -171,10 +171,9 @@ def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
     removable = text if text is None or words is None else _asked(words, inputs, None if family is None else text)
     if family is None:
         text = removable
-    if removable is not None and family is not None and family.score == "token" and family.answers == "input_ids":
-        # The token at the reading position asks the question; without it another one would be asked.
-        last = last_real(family.towers[0].tokens, inputs, (removable.shape[0], removable.shape[1]))
-        removable = removable.scatter(1, last[:, None].cpu(), False)
+    if family is not None and removable is not None:
+        asking = _asking(family, inputs, removable)
+        removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
     region_boxes = getattr(shown, "boxes", None)
     pixels = inputs.get("pixel_values")
     if grids and not _fit(pixels, grids, inputs):
@@ -201,6 +200,13 @@ def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
             )
         samples.append(Sample(_one_row(inputs, row, rows, images), columns, entries, own, regions, boxes, problem))
     return samples
+
+
+def _asking(family: Family, inputs: Mapping[str, Any], removable: Tensor) -> Tensor | None:
+    """(B,) the columns of the words that are read, which ask the question: without them another one would be asked."""
+    if family.score == "token" and family.answers == "input_ids":
+        return last_real(family.towers[0].tokens, inputs, (removable.shape[0], removable.shape[1]))
+    return before_sep(inputs) if family.towers and family.towers[0].readout == "before_sep" else None
 
 
 def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tensor:

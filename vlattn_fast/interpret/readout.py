@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.grids import image_tokens, patch_shape
-from vlattn_fast.interpret.inputs import last_real, padded_grids, real_grids, real_tokens, real_words
+from vlattn_fast.interpret.inputs import before_sep, last_real, padded_grids, real_grids, real_tokens, real_words
 from vlattn_fast.interpret.records import Tower
 from vlattn_fast.interpret.towers import TowerTrace
 
@@ -69,7 +69,7 @@ def start_rows(tower: TowerTrace, read: Read | None, inputs: Mapping[str, Any], 
         elif readout == "eot":
             position = end_of_text(tower, inputs)
         elif readout == "before_sep":
-            position = (real_words(inputs).sum(-1) - 2).clamp(min=0)
+            position = before_sep(inputs)
         elif readout == "last" and read is None:
             position = torch.full((batch,), count - 1)
         else:
