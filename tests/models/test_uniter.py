@@ -77,6 +77,18 @@ def test_a_published_state_dict_loads_other_heads_aside():
             UNITER.from_published(lacking, num_attention_heads=2)
 
 
+def test_a_checkpoint_of_retrieval_scores_with_the_head_that_was_trained():
+    """Its score is rank_output(pooled), whose sigmoid the training ranks; itm_output stays as the pre-training left it."""
+    model, inputs = small(), batch()
+    rank = torch.nn.Linear(16, 1)
+    state = {**model.state_dict(), "rank_output.weight": rank.weight.detach(), "rank_output.bias": rank.bias.detach()}
+    loaded = UNITER.from_published(state, num_attention_heads=2)
+    score = rank(model.uniter.pooler(model(**inputs).last_hidden_state))
+    torch.testing.assert_close(loaded(**inputs).logits, torch.cat([torch.zeros_like(score), score], 1))
+    del state["itm_output.weight"], state["itm_output.bias"]
+    assert torch.equal(UNITER.from_published(state, num_attention_heads=2).itm_output.weight[1:], rank.weight)
+
+
 def test_the_head_of_masked_words():
     """Named as published, its weight that of the embeddings, and the formula of the published code."""
     model = small(masked_words=True)

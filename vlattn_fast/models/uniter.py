@@ -284,9 +284,13 @@ class UNITER(nn.Module):
 
         Sizes are read off the tensors; num_attention_heads cannot be and defaults to hidden_size // 64, as published.
         The head of masked words comes along where the checkpoint has it; tensors of heads for other pre-training tasks are
-        ignored. ValueError where a tensor of this model is missing.
+        ignored. Of a checkpoint fine-tuned for retrieval, also with IAIS or CACR, the logits are 0 and the score of its head
+        `rank_output`, which that training has in the place of `itm_output`. ValueError where a tensor of this model is missing.
         """
         state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in state_dict.items()}
+        for name in ("weight", "bias"):
+            if (rank := state.get(f"rank_output.{name}")) is not None:
+                state[f"itm_output.{name}"] = torch.cat([torch.zeros_like(rank), rank])
         layers = {int(name.split(".")[3]) for name in state if name.startswith("uniter.encoder.layer.")}
         try:
             vocab_size, hidden_size = state["uniter.embeddings.word_embeddings.weight"].shape
