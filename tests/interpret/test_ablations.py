@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import CASES, in_double, lively
+from tests.interpret.cases import CASES, TEXT, in_double, lively
 from tests.interpret.cases import published as alone
 from tests.interpret.evaluation_cases import made, rows
 from tests.interpret.linked_maps import ABLATIONS, published
@@ -62,6 +62,27 @@ def test_towers_that_attend_to_one_another(method):
     agrees(*(explain(model, inputs, method=m).relevancy.values() for m in (method, "gradient")), want)
     if method == "gradient:no_aggregation":  # what rule 11 puts in place of R_tt is zero in every other layer
         assert want[0].count_nonzero() == 0 and want[1].count_nonzero() > 0
+
+
+def first(outputs):
+    return getattr(outputs, "logits", getattr(outputs, "question_answering_score", None))[:, 0]
+
+
+@pytest.mark.parametrize("name", ["vit", "lxmert"])
+def test_without_aggregation_a_map_may_vanish(name):
+    """It is a product of the maps of all layers: of LXMERT with its published layers some eighty small numbers."""
+    torch.manual_seed(0)
+    if name == "vit":
+        config = transformers.ViTConfig(**dict(TEXT, num_hidden_layers=24), image_size=24, patch_size=6)
+        model, inputs = transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(1, 3, 24, 24)}
+    else:
+        config = transformers.LxmertConfig(**{**LXMERT, "l_layers": 9, "r_layers": 5, "x_layers": 5}, num_qa_labels=5)
+        model, inputs = transformers.LxmertForQuestionAnswering(config), {"input_ids": torch.tensor([[2, 7, 9, 8, 3]])}
+        inputs |= {"visual_feats": torch.randn(1, 7, 10), "visual_pos": torch.rand(1, 7, 4)}
+    found = explain(model.eval(), inputs, method="gradient:no_aggregation").relevancy
+    assert all(row.count_nonzero() == 0 for row in found.values())
+    evaluation = evaluate(model, [(inputs, 1, None)], methods=("gradient:no_aggregation",), tests=("positive",), accuracy=first)
+    assert rows(evaluation)["gradient:no_aggregation", "positive", "image"]["samples"] == 1
 
 
 @pytest.mark.parametrize("method", [m for m in ABLATIONS if m != "gradient:no_self_attention"])

@@ -190,7 +190,7 @@ def explain(
                 starts = [*starts, *(torch.zeros_like(tower.leaving()) for tower in towers[len(starts) :])]
                 found.append(read_rows(trace, towers, others, starts, score, start_layer, arguments, keep))
             rows = [torch.cat(row, 1) for row in zip(*found, strict=True)]
-            if rule.carries and rule.needs_score:
+            if rule.carries and rule.needs_score and rule.aggregates:  # without aggregation zeros are a result like others
                 check_rows(rows, [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in passes), strict=True)])
     names = [tower.name for tower in [*towers, *others]]
     rows = [row.detach() if said is not None and each else row.detach()[:, 0] for row in rows]
