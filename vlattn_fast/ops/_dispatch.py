@@ -86,12 +86,24 @@ def accept(call: Call) -> list[str]:
     return []
 
 
+Limits = Callable[[Call], list[tuple[str, bool]]]  # of one operator's kernels: reasons, and whether each holds
+
+
+def no_limits(call: Call) -> list[tuple[str, bool]]:
+    return []
+
+
+def limited(call: Call, limits: Limits) -> list[str]:
+    """The reasons among `limits` that hold."""
+    return [reason for reason, holds in limits(call) if holds]
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once as well
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def triton_refusals(call: Call) -> list[str]:
-    """Why no Triton kernel of this package runs the call."""
+def triton_refusals(call: Call, limits: Limits = no_limits) -> list[str]:
+    """Why a Triton kernel with these `limits` does not run the call."""
     reasons = []
     if not _HAS_TRITON:
         reasons.append("triton is not installed")
@@ -101,7 +113,7 @@ def triton_refusals(call: Call) -> list[str]:
         reasons.append("Triton kernels take float16, bfloat16 and float32")
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
         reasons.append("Triton kernels take a head_dim of at most 256")
-    return reasons
+    return reasons + limited(call, limits)
 
 
 def cpu_refusals(call: Call) -> list[str]:
@@ -120,9 +132,6 @@ def cpu_refusals(call: Call) -> list[str]:
     return reasons
 
 
-Limits = Callable[[Call], list[tuple[str, bool]]]  # reasons, and whether each holds
-
-
 def cuda_refusals(call: Call, limits: Limits) -> list[str]:
     """Why a CUDA C++ kernel with these `limits` does not run the call."""
     reasons = []
@@ -139,11 +148,6 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
     return reasons + limited(call, limits)
 
 
-def limited(call: Call, limits: Limits) -> list[str]:
-    """The reasons among `limits` that hold."""
-    return [reason for reason, holds in limits(call) if holds]
-
-
 def no_cuda_kernel(call: Call) -> list[str]:
     return ["there is no CUDA C++ kernel for this operator"]
 
@@ -152,24 +156,18 @@ def not_in_sdpa(call: Call) -> list[str]:
     return ["torch's scaled_dot_product_attention does not compute this operator"]
 
 
-def table(
-    stem: str,
-    triton: Callable[[Call], list[str]] = triton_refusals,
-    cuda: Limits | None = None,
-    sdpa: Limits | None = None,
-    cpu: Callable[[Call], list[str]] = cpu_refusals,
-) -> Table:
+def table(stem: str, *, sdpa: Limits | None = None, triton: Limits = no_limits, cuda: Limits | None = None) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
-    `sdpa`: the limits of torch's own attention, which is the fastest for most of what it takes. `triton` and `cpu`: the
-    refusals of these kernels. Those of the CPU come first where `call` has the flag "short_backward" (`has_short_backward`).
-    `cuda`: the limits of the CUDA C++ kernels, which come after Triton until they have been measured. "auto" never takes the
-    reference.
+    `sdpa`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where there is
+    no such kernel. torch's own attention comes first, since it is the fastest for most of what it takes; CUDA C++ comes after
+    Triton until it has been measured. Calls with the flag "short_backward" (`has_short_backward`) take the CPU kernels before
+    torch's. "auto" never takes the reference.
     """
     return {
         "sdpa": Backend(not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), f"vlattn_fast.sdpa.{stem}"),
-        "cpu": Backend(cpu, f"vlattn_fast.cpu.{stem}"),
-        "triton": Backend(triton, f"vlattn_fast.kernels.{stem}"),
+        "cpu": Backend(cpu_refusals, f"vlattn_fast.cpu.{stem}"),
+        "triton": Backend(partial(triton_refusals, limits=triton), f"vlattn_fast.kernels.{stem}"),
         "cuda": Backend(no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), f"vlattn_fast.cuda.{stem}"),
         "streaming": Backend(accept, f"vlattn_fast.streaming.{stem}"),
         "reference": Backend(accept, f"vlattn_fast.reference.{stem}"),

@@ -14,16 +14,13 @@ from torch import Tensor
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
 from vlattn_fast._tensors import autocast, resolve_scale, scaled_dot_default
 from vlattn_fast.cpu.congruence_loss import maps_shape
-from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs
 
 
-def _triton_refusals(call: Call) -> list[str]:
-    reasons = triton_refusals(call)
-    if max(call.sizes["L"], call.sizes["V"]) > 16384:
-        reasons.append("Triton kernels take at most 16384 tokens of each modality")
-    return reasons
+def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+    return [("Triton kernels take at most 16384 tokens of each modality", max(call.sizes["L"], call.sizes["V"]) > 16384)]
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -34,7 +31,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("congruence_loss", _triton_refusals, _cuda_limits)
+BACKENDS = table("congruence_loss", triton=_triton_limits, cuda=_cuda_limits)
 
 
 def congruence_loss(

@@ -28,7 +28,7 @@ from vlattn_fast._tensors import (
     rows_first,
     without_autocast,
 )
-from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.sdpa import score_attention as sdpa
@@ -64,13 +64,11 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-def _triton_refusals(call: Call) -> list[str]:
-    reasons = triton_refusals(call)
-    if call.sizes["features"] > 256:
-        reasons.append("Triton kernels take scores of at most 256 features")
-    if call.flags["series"]:
-        reasons.append("a sine series chooses its number of features from the data, a Triton kernel takes at most 256")
-    return reasons
+def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+    return [
+        ("Triton kernels take scores of at most 256 features", call.sizes["features"] > 256),
+        ("a sine series chooses its number of features from the data, a Triton kernel takes at most 256", call.flags["series"]),
+    ]
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -82,7 +80,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("score_attention", _triton_refusals, _cuda_limits, _sdpa_limits)
+BACKENDS = table("score_attention", sdpa=_sdpa_limits, triton=_triton_limits, cuda=_cuda_limits)
 
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
 from vlattn_fast._tensors import autocast, without_autocast
-from vlattn_fast.ops._dispatch import Call, described, load, select, table, triton_refusals
+from vlattn_fast.ops._dispatch import Call, described, load, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 
 
-def _triton_refusals(call: Call) -> list[str]:
-    reasons = triton_refusals(call)
-    if call.sizes["regions" if call.flags["direction"] == "t2i" else "words"] > 4096:
-        reasons.append("the Triton kernels attend to at most 4096 contexts, whose weights of one query they hold in registers")
-    return reasons
+def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+    contexts = call.sizes["regions" if call.flags["direction"] == "t2i" else "words"]
+    return [
+        ("the Triton kernels attend to at most 4096 contexts, whose weights of one query they hold in registers", contexts > 4096)
+    ]
 
 
-BACKENDS = table("stacked_cross_attention", _triton_refusals)
+BACKENDS = table("stacked_cross_attention", triton=_triton_limits)
 
 
 def stacked_cross_attention(
