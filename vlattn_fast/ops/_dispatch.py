@@ -42,17 +42,17 @@ class Call(NamedTuple):
         return f"{self.operator}({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
 
-def described(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[str, Any]) -> Call:
-    """The call of `operator` whose first tensor is `first`."""
+def make_call(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[str, Any]) -> Call:
+    """The call of `operator` with dtype and device of its first tensor, `first`."""
     device = first.device
     return Call(operator, first.dtype, device.type, sizes, flags, capability(device))
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device, where there is one."""
+    """The compute capability of a CUDA device; None for other devices, and where it cannot be asked."""
     if device.type != "cuda":
         return None
-    if not torch.compiler.is_compiling():  # which makes a constant of what follows, and would watch the numbers that are kept
+    if not torch.compiler.is_compiling():  # traced code would get guards on the cache; the capability itself becomes a constant
         if device.index not in _CAPABILITIES:
             _CAPABILITIES[device.index] = _capability(device)
         return _CAPABILITIES[device.index]
@@ -117,7 +117,7 @@ def triton_refusals(call: Call, limits: Limits = no_limits) -> list[str]:
 
 
 def cpu_refusals(call: Call) -> list[str]:
-    """Why no CPU kernel of this package runs the call."""
+    """Why the CPU kernels do not run the call."""
     reasons = []
     if not _native.library.exists:
         reasons.append("the CPU kernels are not built (`vlattn info` says why)")
@@ -196,18 +196,18 @@ def select(backends: Table, call: Call, backend: Any) -> str:
 def choose(
     describe: Callable[..., Call], backends: Table, backend: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]
 ) -> str:
-    """What `select` gives for `describe(*tensors, *options)`, which checks these arguments of a public call.
-
-    Both take longer than to see that they have given it before to a call of which they would read the same. Errors are not kept.
+    """`select` with a cache. It gives select(backends, describe(*tensors, *options), backend), where `describe` checks the
+    arguments of the public call. Both are skipped where an earlier call had the same key: looking it up is faster. Errors are not
+    cached. stacked_cross_attention, whose checks read values, and congruence_loss, whose arguments nest, call `select` directly.
     """
-    facts = None if torch.compiler.is_compiling() else _facts(describe, tensors, (*options, backend))
-    chosen = None if facts is None else _CHOSEN.get(facts)
+    key = None if torch.compiler.is_compiling() else _cache_key(describe, tensors, (*options, backend))
+    chosen = None if key is None else _CHOSEN.get(key)
     if chosen is None:
         chosen = select(backends, describe(*tensors, *options), backend)
-        if facts is not None:
+        if key is not None:
             if len(_CHOSEN) >= 4096:
                 _CHOSEN.clear()
-            _CHOSEN[facts] = chosen
+            _CHOSEN[key] = chosen
     return chosen
 
 
@@ -216,12 +216,12 @@ _PLAIN = {str, bool, int, float, type(None)}
 _SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.Additive, scores.Hadamard}
 
 
-def _facts(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that checks and refusals read, but no value of a tensor: no check reads one. None where they may read more: of tensors
-    of other classes or with tangents, and of options that are other objects than score functions."""
+def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Everything that checks and refusals read. They read no value of a tensor. None where they may read more, so that nothing is
+    cached: for subclasses of tensors, forward-mode tangents, and options that are neither plain values nor score functions."""
     kinds = tuple(map(type, options))  # since 1 is equal to True
     if not _PLAIN.issuperset(kinds):
-        tensors, options = _with_parameters(tensors, options)
+        tensors, options = _unpack_scores(tensors, options)
         kinds = tuple(map(type, options))
     if not _PLAIN.issuperset(kinds) or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
@@ -248,31 +248,32 @@ def _facts(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tup
     )
 
 
-def _with_parameters(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Instead of a score function its name and fields, a tensor's place among the options and the tensor among the tensors."""
+def _unpack_scores(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Replaces a score function among the options by the name of its class and its fields. A field that is a tensor goes to the
+    tensors and leaves its name among the options."""
     parameters: list[Any] = []
-    others: list[Any] = []
+    plain: list[Any] = []
     for x in options:
         if type(x) not in _SCORES:  # a subclass may check what is not in its fields
-            others.append(x)
+            plain.append(x)
             continue
-        others.append(type(x).__name__)
+        plain.append(type(x).__name__)
         for name, value in vars(x).items():
             if isinstance(value, Tensor):
                 parameters.append(value)
-                others.append(name)
+                plain.append(name)
             else:
-                others.append(value)
-    return (*tensors, *parameters), tuple(others)
+                plain.append(value)
+    return (*tensors, *parameters), tuple(plain)
 
 
 def masks_padding(backend: str) -> bool:
-    """Whether the backend's kernels themselves keep what stands in padded keys and values from outputs and gradients, so that the
-    public call need not copy them with zeros there."""
+    """Whether the backend's kernels keep padding of keys and values, which may be NaN, out of outputs and gradients. For other
+    backends the public call copies keys and values with zeros at padding."""
     return backend in ("cpu", "triton")
 
 
 def load(backends: Table, name: str) -> ModuleType:
-    """The backend's module. torch.compile can trace this only where the module is there already."""
+    """The backend's module. torch.compile cannot trace an import, so a module that is imported already comes from sys.modules."""
     module = sys.modules.get(backends[name].module)
     return importlib.import_module(backends[name].module) if module is None else module

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, check_masks, describe
 from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
+from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
 from vlattn_fast.reference.attention_map import HEAD_REDUCTIONS, RULES
@@ -134,8 +134,8 @@ def describe_call(
     enable_gqa: Any = False,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
-    concern neither."""
+    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
+    neither checks nor backends read."""
     check_choice("rule", rule, RULES)
     check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
     check_bool(row_normalize=row_normalize)
@@ -155,7 +155,7 @@ def describe_call(
     check_head_dim(query, key)
     check_lse(lse, query)
     check_masks(query, key, attn_mask, key_mask, is_causal)
-    return described(
+    return make_call(
         "attention_map",
         query,
         {

@@ -23,7 +23,7 @@ from vlattn_fast._checks import (
     readable,
 )
 from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
+from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.reference.attention_statistics import AttentionStatistics, chosen_statistics
@@ -160,8 +160,8 @@ def describe_call(
     statistics: Any = None,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
-    concern neither."""
+    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
+    neither checks nor backends read."""
     check_attention(query, key, enable_gqa)
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
@@ -184,7 +184,7 @@ def describe_call(
         if row_weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(row_weight)}")
         _check_rows("row_weight", row_weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
-    return described(
+    return make_call(
         "attention_statistics",
         query,
         {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]},

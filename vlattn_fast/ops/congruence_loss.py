@@ -14,7 +14,7 @@ from torch import Tensor
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
 from vlattn_fast._tensors import autocast, resolve_scale, scaled_dot_default
 from vlattn_fast.cpu.congruence_loss import maps_shape
-from vlattn_fast.ops._dispatch import Call, described, load, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, load, make_call, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs
 
@@ -123,8 +123,8 @@ def describe_call(
     reduction: Any = "mean",
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
-    concern neither."""
+    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
+    neither checks nor backends read."""
     check_choice("kind", kind, KINDS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -158,7 +158,7 @@ def describe_call(
             check_device(name, mask, "text query", text[0])
             if mask.shape != (batch, length):
                 raise ValueError(f"{name} must have shape {(batch, length)}; got {describe(mask)}")
-    return described(
+    return make_call(
         "congruence_loss",
         text[0],
         {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads},

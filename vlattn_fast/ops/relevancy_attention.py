@@ -39,7 +39,7 @@ from vlattn_fast._tensors import (
     scaled_dot_default,
 )
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
+from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
 from vlattn_fast.reference.relevancy_attention import RULES
@@ -145,8 +145,8 @@ def relevancy_attention(
 def describe_call(
     query: Any, key: Any, value: Any, carrier: Any, attn_mask: Any = None, key_mask: Any = None, *options: Any, **named: Any
 ) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
-    concern neither."""
+    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
+    neither checks nor backends read."""
     if value is None:  # which relevancy_step takes
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
     tensors = carrier, query, key, value, None, attn_mask, key_mask
@@ -261,7 +261,7 @@ def _check(
     (batch, _, queries, head_dim), (carrier_batch, rows, carrier_queries) = query.shape, carrier.shape
     if (carrier_batch, carrier_queries) != (batch, queries):
         raise ValueError(f"{name} must have shape (B, T, N) with query's B={batch} and N={queries}; got {describe(carrier)}")
-    return described(
+    return make_call(
         operator,
         query,
         {

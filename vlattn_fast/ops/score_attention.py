@@ -28,7 +28,7 @@ from vlattn_fast._tensors import (
     rows_first,
     without_autocast,
 )
-from vlattn_fast.ops._dispatch import Call, choose, described, load, masks_padding, table
+from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.sdpa import score_attention as sdpa
@@ -208,8 +208,8 @@ def describe_call(
     return_lse: Any = False,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
-    concern neither."""
+    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
+    neither checks nor backends read."""
     score = scores.resolve(score)
     check_attention(query, key, enable_gqa, value=value)
     check_bool(return_lse=return_lse)
@@ -225,7 +225,7 @@ def describe_call(
     in_16_bit = query.dtype.itemsize == 2 or (query.dtype == torch.float32 and autocasts(query))
     # the causal flag by itself needs no mask tensor; torch scales its -inf, so a scale of at most 0 does
     one_mask = (attn_mask is not None) + (key_mask is not None) + is_causal <= 1 and not (is_causal and scale <= 0.0)
-    return described(
+    return make_call(
         "score_attention",
         query,
         {

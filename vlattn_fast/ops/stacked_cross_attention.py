@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
 from vlattn_fast._tensors import autocast, without_autocast
-from vlattn_fast.ops._dispatch import Call, described, load, select, table
+from vlattn_fast.ops._dispatch import Call, load, make_call, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 
@@ -166,8 +166,8 @@ def describe_call(
     lambda_lse: Any = 6.0,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and gives what its backends are asked about. It ignores the options that
-    concern neither."""
+    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
+    neither checks nor backends read."""
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_number("lambda_lse", lambda_lse)
     if aggregation == "logsumexp":
@@ -183,7 +183,7 @@ def describe_call(
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_number("smooth", smooth)
-    return described(
+    return make_call(
         "stacked_cross_attention",
         images,
         {
