@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast._tensors import additive
+from vlattn_fast._tensors import cast_float_mask
 
 LOG2_E = 1.4426950408889634
 INTERPRETED = triton.knobs.runtime.interpret  # Triton asks, too, where a kernel is defined, and not where it is called
@@ -102,7 +102,7 @@ def mask_arguments(
     """
     kind, mask, b, h, n, m = 0, like, 0, 0, 0, 0
     if attn_mask is not None:
-        kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, additive(attn_mask, torch.float32))
+        kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
         b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
     keys = like if key_mask is None else key_mask.contiguous()
     tensors = {"p_mask": mask, "p_key_mask": keys, "stride_mb": b, "stride_mh": h, "stride_mn": n, "stride_mm": m}

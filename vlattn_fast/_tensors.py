@@ -45,8 +45,8 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(like.device.type, enabled=False) if autocasts(like) else _NOTHING
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as it is; a float mask in `dtype`, for kernels that read one dtype. A finite value stays finite: where
+def cast_float_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float mask in `dtype`, for kernels that read one dtype; a bool mask as it is. A finite value stays finite: where
     `dtype` cannot hold it, it becomes the largest that `dtype` holds. Only -inf masks."""
     if mask.dtype in (torch.bool, dtype):
         return mask

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import DTYPES, pointer, rows
-from vlattn_fast._tensors import additive
+from vlattn_fast._tensors import cast_float_mask
 
 FIELDS = "8q d 20q"
 
@@ -17,7 +17,7 @@ def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key:
     """attn_mask as a view of (B, H, N, M), bool or of at most 32 bits, and key_mask (B, M), contiguous."""
     if attn_mask is not None:
         if attn_mask.dtype == torch.float64:
-            attn_mask = additive(attn_mask, torch.float32)
+            attn_mask = cast_float_mask(attn_mask, torch.float32)
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     return attn_mask, None if key_mask is None else key_mask.contiguous()
 

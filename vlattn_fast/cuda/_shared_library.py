@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._native import DTYPES, Library, described, pointer
-from vlattn_fast._tensors import additive
+from vlattn_fast._tensors import cast_float_mask
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
 ROWS, MASKS = "4q", "i?7q"  # Rows, Masks of csrc/cuda/attention.h
@@ -103,7 +103,7 @@ def single(x: float) -> float:
 def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """attn_mask, bool or float32, as a view of (B, H, N, M), and key_mask (B, M), contiguous."""
     if attn_mask is not None:
-        attn_mask = additive(attn_mask, torch.float32).expand(*query.shape[:3], key.shape[2])
+        attn_mask = cast_float_mask(attn_mask, torch.float32).expand(*query.shape[:3], key.shape[2])
     return attn_mask, None if key_mask is None else key_mask.contiguous()
 
 

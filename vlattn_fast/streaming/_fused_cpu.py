@@ -30,7 +30,7 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
     small = masks.key_mask is None or mask_is_small(
         joined_mask_elements(query, key, masks.attn_mask, masks.key_mask, False), query.numel()
     )
-    exact = masks.attn_mask.dtype == torch.bool or _is_exact(masks.attn_mask, _mask_dtype(query))
+    exact = masks.attn_mask.dtype == torch.bool or _is_exact(masks.attn_mask, compute_dtype(query))
     return small and exact and _is_finite(query, key, scale)
 
 
@@ -48,7 +48,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: floa
     """(out (B, H, N, Dv), lse (B, H, N)) of heads-expanded query, key, value."""
     q, k, v = pad_head_dim(query, key, value)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, masks.is_causal, attn_mask=_additive(query, key, masks), scale=scale
+        q, k, v, 0.0, masks.is_causal, attn_mask=_join_masks(query, key, masks), scale=scale
     )
     empty = _empty_rows(query, masks)
     if empty is None:
@@ -73,15 +73,10 @@ def backward(
         torch.where(torch.isneginf(lse), 0.0, lse),
         0.0,
         masks.is_causal,
-        attn_mask=_additive(query, key, masks),
+        attn_mask=_join_masks(query, key, masks),
         scale=scale,
     )
     return grad_q[..., : query.shape[3]], grad_k[..., : key.shape[3]], grad_v[..., : value.shape[3]]
-
-
-def _mask_dtype(query: Tensor) -> torch.dtype:
-    """What the kernel adds masks in: float32 for 16-bit queries, else the query's dtype."""
-    return compute_dtype(query)
 
 
 def _is_exact(mask: Tensor, dtype: torch.dtype) -> bool:
@@ -98,14 +93,14 @@ def _is_finite(query: Tensor, key: Tensor, scale: float) -> bool:
     return largest < torch.finfo(compute_dtype(query)).max
 
 
-def _additive(query: Tensor, key: Tensor, masks: Masks) -> Tensor | None:
-    """attn_mask and key_mask as the kernel takes them: one that is added, expanded without a copy."""
+def _join_masks(query: Tensor, key: Tensor, masks: Masks) -> Tensor | None:
+    """attn_mask and key_mask as one float mask, expanded to (B, H, N, M) without a copy."""
     mask = masks.attn_mask
     visible = None if masks.key_mask is None else masks.key_mask[:, None, None, :]
     if mask is not None and mask.dtype == torch.bool:
         visible, mask = mask if visible is None else mask & visible, None
     if mask is not None:
-        mask = mask.to(_mask_dtype(query))
+        mask = mask.to(compute_dtype(query))  # the dtype that the kernel adds masks in
         mask = mask if visible is None else torch.where(visible, mask, -torch.inf)
     elif visible is not None:
         mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
