@@ -1,6 +1,6 @@
 """What every public call asks of its arguments. Each message names the argument and says "must be ...; got ...".
 
-A check takes the time of each call, so it reads no property twice, and makes words only for a message.
+Every call pays for its checks. So they read no property twice, and format text only when they raise.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def describe(x: Any) -> str:
 
 
 def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str | tuple[int, ...] = "") -> None:
-    """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent; `shape` is the legend the message shows, or
-    sizes, which it may have also per head."""
+    """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent. `shape` is only shown in the message: words, or
+    the sizes of a parameter that may also have a leading (H, ...)."""
     if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor{_legend(shape)}; got {describe(x)}")
@@ -78,9 +78,9 @@ def autocasts(x: Tensor) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of `x` can be read: not where they stand for others, not while a CUDA graph is captured, and not where
+    """Whether the values of `x` can be read: not in traces, not under vmap, not while a CUDA graph is captured, and not where
     there are none (meta and fake tensors)."""
-    if x.is_meta or stands_for_others(x):
+    if x.is_meta or is_traced_or_batched(x):
         return False
     may_be_fake = type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0  # looking closer takes microseconds
     if may_be_fake and detect_fake_mode(x) is not None:
@@ -88,9 +88,9 @@ def readable(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def stands_for_others(x: Tensor) -> bool:
-    """Whether what is done with `x` serves other values as well: in code that is traced (torch.compile, torch.jit.trace,
-    make_fx), and under torch.func.vmap."""
+def is_traced_or_batched(x: Tensor) -> bool:
+    """Whether `x` stands for other values as well: in code that is traced (torch.compile, torch.jit.trace, make_fx), and under
+    torch.func.vmap."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     if torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
@@ -112,7 +112,7 @@ def varies(x: float) -> bool:
     """Whether `x` is a symbol in code that torch.compile traces: a float that may differ from call to call."""
     if not torch.compiler.is_compiling():
         return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # a slow import
 
     return not has_static_value(x)
 
@@ -155,7 +155,7 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def check_names(name: str, value: Any, known: Iterable[str], legend: str = "a sequence of names") -> tuple[str, ...]:
-    """Those of `value`, each once: some of `known`. `legend` is what the message says that `value` must be."""
+    """`value` names some of `known`; returns them without repeats. `legend`: what the message says that `value` must be."""
     if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be {legend}; got {value!r:.80}")
     names = tuple(value)
@@ -184,7 +184,7 @@ def check_callable(**functions: Any) -> None:
 
 
 def check_items(name: str, value: Any, legend: str) -> None:
-    """`value` can be gone through, as a list of items can; `legend` is what the message says that they are."""
+    """`value` is iterable and no string; `legend` is what the message says that it must be."""
     if isinstance(value, str) or not isinstance(value, Iterable) or (isinstance(value, Tensor) and value.ndim == 0):
         raise TypeError(f"{name} must be {legend}; got {describe(value)}")
 
@@ -196,29 +196,29 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
     """A finite real number in [low, high] (or [low, high) with open_high)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number; got {describe(value)}")
-    # comparisons alone: torch.compile knows them of a float that varies, and math.isfinite not
+    # torch.compile traces comparisons of a float that varies, but not math.isfinite
     if not (-_LARGEST <= value <= _LARGEST and low <= value <= high) or (open_high and value == high):
         within = "" if low == -math.inf and high == math.inf else f" in [{low}, {high}{')' if open_high else ']'}"
         raise ValueError(f"{name} must be a finite number{within}; got {value!r:.80}")
 
 
-_SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}
-
-
 def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
-    """A file that can be written, or a folder, which is made. For work of minutes, whose results could go nowhere at its end."""
+    """`path` is a file that can be written, or a folder, which is made. Work of minutes asks before it starts."""
     try:
         if folder:
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
         else:
-            there = os.path.lexists(path)
+            existed = os.path.lexists(path)
             path.open("ab").close()
-            if not there:
+            if not existed:
                 path.unlink()
     except OSError as error:
         kind = "directory" if folder else "file"
         raise ValueError(f"{name} must be a {kind} that can be written; got {path}: {error.strerror}") from None
+
+
+_SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}
 
 
 def check_attention(query: Any, key: Any, enable_gqa: Any, **others: Any) -> None:

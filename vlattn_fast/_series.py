@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import readable, stands_for_others
+from vlattn_fast._checks import is_traced_or_batched, readable
 
 TERMS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -25,7 +25,7 @@ def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) ->
         ValueError: no series reaches the tolerance on the range of the data (the message names the best), the data are not
             finite, or they cannot be read: in code that is traced, under torch.func.vmap, while a CUDA graph is captured.
     """
-    if any([stands_for_others(x) for x in (query, key, vector)]):
+    if any([is_traced_or_batched(x) for x in (query, key, vector)]):
         raise ValueError(
             "Additive(method='series') reads the range of its data, which code that is traced (torch.compile, torch.jit.trace, "
             "make_fx) and torch.func.vmap do not have; use method='exact' there or call it outside"

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlattn_fast._checks import autocasts, check_number
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
-EMULATED_MULTIPROCESSORS = 132
+EMULATED_MULTIPROCESSORS = 132  # those of an H100 or H200
 
 
 def resolve_scale(scale: Any, default: float) -> float:
@@ -81,12 +81,12 @@ def mask_is_small(elements: int, query_elements: int) -> bool:
     return elements <= max(1 << 22, query_elements)
 
 
-SHORT_PAIRS = 1 << 19
+SHORT_PAIRS = 1 << 19  # pairs of a query and a key, over all heads and samples
 
 
 def has_short_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether attention on the CPU has a backward pass and few pairs of queries and keys. There torch's own kernel takes several
-    times as long as the C++ kernel, in bfloat16 and float16 most."""
+    """Whether attention on the CPU will have a backward pass over at most SHORT_PAIRS pairs. For those torch's own kernel takes
+    several times as long as the C++ kernel, most so in bfloat16 and float16."""
     if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
         return False
     if query.device.type != "cpu":
@@ -181,7 +181,7 @@ def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float =
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), which by itself needs most of a microsecond to see that there is nothing to do."""
+    """x.to(dtype). Where there is nothing to do, the comparison saves most of a microsecond."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -230,5 +230,5 @@ def unit_vectors(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; where one is emulated or interpreted, those of a large one."""
+    """The number of a GPU's multiprocessors; a large GPU's number where kernels are interpreted or emulated on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_MULTIPROCESSORS

@@ -105,10 +105,10 @@ class Cosine(_Unscaled):
     def core(self, query: Tensor, key: Tensor) -> Core:
         # A dot product of unit vectors is right only if no product of norms is below eps. That is read from the data where
         # reading costs no device synchronisation and no graph break.
-        looks = query.device.type == "cpu" and readable(query) and readable(key)
-        if not looks or query.numel() == 0 or key.numel() == 0:
+        reads_data = query.device.type == "cpu" and readable(query) and readable(key)
+        if not reads_data or query.numel() == 0 or key.numel() == 0:
             return self._with_clamp(query, key)
-        (unit_q, norm_q), (unit_k, norm_k) = _units(query, self.eps), _units(key, self.eps)
+        (unit_q, norm_q), (unit_k, norm_k) = _unit_vectors_of_data(query, self.eps), _unit_vectors_of_data(key, self.eps)
         smallest = norm_q.min() * norm_k.min()
         if smallest > 0 and smallest >= self.eps:
             return Core("dot", unit_q.to(query.dtype), unit_k.to(key.dtype))
@@ -118,10 +118,9 @@ class Cosine(_Unscaled):
         return Core("cosine", _bounded(query, key, self.eps), _bounded(key, query, self.eps), parameter=self.eps)
 
 
-def _units(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What unit_vectors gives, of vectors whose values can be read. It passes over ordinary vectors half as often, since their
-    squares neither overflow nor vanish; with few queries that is most of a call. A vector of one entry goes the long way, on
-    which its gradient is exactly zero."""
+def _unit_vectors_of_data(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`unit_vectors` in half as many passes over the data, where the values can be read and no square overflows or underflows.
+    With few queries that is most of a call. Vectors of one entry take unit_vectors, whose gradient is exactly zero there."""
     if x.shape[-1] == 1:
         return unit_vectors(x, eps)
     wide = x.to(compute_dtype(x))
@@ -135,16 +134,16 @@ def _units(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _bounded(x: Tensor, other: Tensor, eps: float) -> Tensor:
     """Vectors divided by powers of two where an entry is above a bound, so that no kernel's product of norms overflows.
 
-    The cosine does not depend on the length, and its gradient passes the factor as a constant. Only the clamp could notice. The
-    bound is so large that it does not: in float16 no product with a vector of that length is below eps; in wider dtypes it takes
-    a vector shorter than eps / 2^50. Behind a zero vector the clamp always acts: its gradient is sum x / eps. So float16, whose
-    norms overflow nothing in float32, is left as it is beside one.
+    A cosine does not depend on the lengths; only its clamp does. The bound is so large that the clamp acts on the same pairs as
+    before: in float16 no product with a vector of that length is below eps; in wider dtypes the other vector would have to be
+    shorter than eps / 2^50. Beside a zero vector in `other` the clamp always acts, and its gradient, sum x / eps, does depend on
+    the length. So float16, whose norms cannot overflow in float32, is left as it is there.
     """
     if x.shape[-1] == 0:
         return x
-    wide = compute_dtype(x)
-    bound = max(1.0, eps * 2.0**25) if x.dtype == torch.float16 else 2.0 ** int(0.4 * math.log2(torch.finfo(wide).max))
-    largest = x.detach().abs().amax(-1, keepdim=True).to(wide)
+    dtype = compute_dtype(x)
+    bound = max(1.0, eps * 2.0**25) if x.dtype == torch.float16 else 2.0 ** int(0.4 * math.log2(torch.finfo(dtype).max))
+    largest = x.detach().abs().amax(-1, keepdim=True).to(dtype)
     factor = torch.exp2(torch.log2(bound / largest).floor().clamp(max=0.0))
     if x.dtype == torch.float16 and other.numel():
         factor = torch.where((other.detach() == 0).all(-1).any(), 1.0, factor)
@@ -173,7 +172,7 @@ class General(_Unscaled):
         return self.activation is None
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        _check_projection(self, query, key)
+        _check_projection(self)
         source, target = (key, query) if self.projects == "key" else (query, key)
         _check_parameter("weight", self.weight, (target.shape[-1], source.shape[-1]), query)
         if self.bias is not None:
@@ -282,7 +281,7 @@ class Hadamard(_Unscaled):
         return self.activation in (None, "relu", "leaky_relu")
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        _check_projection(self, query, key)
+        _check_projection(self)
         source, target = (key, query) if self.projects == "key" else (query, key)
         size = target.shape[-1]
         _check_parameter("vector", self.vector, (size,), query)
@@ -317,7 +316,7 @@ class Hadamard(_Unscaled):
         slope = self.negative_slope if self.activation == "leaky_relu" else 0.0
         query_pos, query_neg = _parts(query, slope)
         key_pos, key_neg = _parts(key, slope)
-        with without_autocast(query):  # float16's takes no bfloat16 in a stack
+        with without_autocast(query):  # torch.stack under autocast to float16 refuses bfloat16
             phi = torch.stack([query_pos, query_neg], dim=-1) * vector[:, None, :, None]
             psi = torch.stack([key_pos - slope * key_neg, key_neg - slope * key_pos], dim=-1)
         return Core("dot", phi.flatten(-2), psi.flatten(-2), offset=offset)
@@ -349,7 +348,7 @@ def resolve(score: Any) -> Score:
     return score
 
 
-def _check_projection(score: General | Hadamard, query: Tensor, key: Tensor) -> None:
+def _check_projection(score: General | Hadamard) -> None:
     check_choice("projects", score.projects, ("key", "query"))
     check_choice("activation", score.activation, ACTIVATIONS)
     check_number("negative_slope", score.negative_slope)
@@ -366,7 +365,7 @@ def _check_parameter(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -
 
 
 def _per_head(x: Tensor, num_heads: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Key with as many heads as the query where a parameter is per query head and key heads are shared."""
+    """The key with as many heads as the query, where key heads are shared and a parameter has one value per query head."""
     per_head = (weight is not None and weight.dim() == 3) or (bias is not None and bias.dim() == 2)
     return x.repeat_interleave(num_heads // x.shape[1], dim=1) if per_head and x.shape[1] != num_heads else x
 
@@ -390,16 +389,16 @@ def _for_rows(bias: Tensor) -> Tensor:
 
 
 def _even_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.mT with sizes padded to even ones. In bfloat16 on the CPU torch's product of rows with gaps, also of a
-    gradient's, reads the gaps where the size is odd (docs/bugs.md)."""
+    """x @ weight.mT with sizes padded to even ones. torch's bfloat16 product on the CPU, forward or backward, reads the gaps
+    between rows where a size is odd and the rows are not contiguous (docs/bugs.md)."""
     rows, columns = weight.shape[-2:]
     return (F.pad(x, (0, columns % 2)) @ F.pad(weight, (0, columns % 2, 0, rows % 2)).mT)[..., :rows]
 
 
 def _row_dot(x: Tensor, bias: Tensor) -> Tensor:
     """x . b for each row of (B, H, N, D); bias (D) or (H, D)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) * _for_rows(bias).to(wide)).sum(-1)
+    dtype = compute_dtype(x)
+    return (x.to(dtype) * _for_rows(bias).to(dtype)).sum(-1)
 
 
 def _project(weight: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, projects: str) -> tuple[Tensor, Tensor]:

@@ -87,8 +87,8 @@ def test_cosine_of_large_entries(
     backend: str, eager: bool, case: tuple[torch.dtype, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU and under torch.compile nobody looks at the data: a kernel has the clamp, and bounded vectors."""
-    if not eager:
-        monkeypatch.setattr(S, "_units", lambda x, eps: (x, torch.zeros(())))  # as if a product of norms were below eps
+    if not eager:  # as if a product of norms were below eps
+        monkeypatch.setattr(S, "_unit_vectors_of_data", lambda x, eps: (x, torch.zeros(())))
     check_cosine(backend, *case, eps=1e-8)
 
 
@@ -101,7 +101,7 @@ def test_vectors_whose_squares_fit_take_the_short_way_to_unit_vectors(
     taken = []
     monkeypatch.setattr(S, "unit_vectors", lambda x, eps: taken.append(x) or unit_vectors(x, eps))
     x = torch.randn(1, 2, 5, 8) * size
-    for found, expected in zip(S._units(x, 1e-8), unit_vectors(x, 1e-8), strict=True):
+    for found, expected in zip(S._unit_vectors_of_data(x, 1e-8), unit_vectors(x, 1e-8), strict=True):
         torch.testing.assert_close(found, expected, equal_nan=True)
     assert len(taken) == (not short)
 

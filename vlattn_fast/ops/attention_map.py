@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, check_masks, describe
-from vlattn_fast._tensors import autocast, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
@@ -173,7 +173,7 @@ def _forward(*args: Any) -> Tensor:
 
 
 def _forward_fake(query: Tensor, key: Tensor, *_: Any) -> Tensor:
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = compute_dtype(query)
     return query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=dtype)
 
 

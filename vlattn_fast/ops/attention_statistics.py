@@ -122,7 +122,7 @@ def attention_statistics(
     if key_groups is not None:
         key_groups = key_groups.expand(key.shape[0], -1)
     if row_weight is not None:
-        row_weight = row_weight.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[0], -1)
+        row_weight = row_weight.to(compute_dtype(query)).expand(query.shape[0], -1)
     inputs = (query, key) if row_weight is None else (query, key, row_weight)
     differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
     needed = list(asked)

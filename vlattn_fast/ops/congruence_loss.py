@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
-from vlattn_fast._tensors import autocast, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.cpu.congruence_loss import maps_shape
 from vlattn_fast.ops._dispatch import Call, load, make_call, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
@@ -182,7 +182,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _forward_fake(queries: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
-    loss = queries[0].new_empty(batch, dtype=torch.promote_types(queries[0].dtype, torch.float32))
+    loss = queries[0].new_empty(batch, dtype=compute_dtype(queries[0]))
     return loss, loss.new_empty(maps_shape(batch, L, V) if options[-1] == "cpu" else 0)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
-from vlattn_fast._tensors import autocast, without_autocast
+from vlattn_fast._tensors import autocast, compute_dtype, without_autocast
 from vlattn_fast.ops._dispatch import Call, load, make_call, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
@@ -235,7 +235,7 @@ def _forward(*args: Any) -> Tensor:
 
 
 def _forward_fake(images: Tensor, captions: Tensor, *_: Any) -> Tensor:
-    dtype = torch.promote_types(images.dtype, torch.float32)
+    dtype = compute_dtype(images)
     return images.new_empty(images.shape[0], captions.shape[0], dtype=dtype)
 
 

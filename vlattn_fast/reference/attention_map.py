@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_choice
-from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import compute_dtype, expand_heads, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.reference._softmax import attend
 
 RULES = ("attention", "gradient")
@@ -57,4 +57,4 @@ def attention_map(
     if row_normalize:
         total = abar.sum(-1, keepdim=True)
         abar = abar / torch.where(total == 0, 1.0, total)  # a zero row stays zero
-    return abar.to(torch.promote_types(abar.dtype, torch.float32))
+    return abar.to(compute_dtype(abar))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_names
-from vlattn_fast._tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import compute_dtype, expand_heads, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.reference._softmax import attend
 
 
@@ -74,6 +74,6 @@ def attention_statistics(
         argmax = torch.where(maximum == 0, -1, argmax)
     else:
         maximum, argmax = prob.sum(-1), torch.full_like(prob.sum(-1), -1, dtype=torch.int64)
-    dtype = torch.promote_types(prob.dtype, torch.float32)
+    dtype = compute_dtype(prob)
     found = mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)
     return chosen_statistics(found, asked)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_choice
-from vlattn_fast._tensors import mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 
 EPSILON = 1e-6  # in the logarithms of iais_distributed
 KINDS = ("cacr", "iais_singular", "iais_distributed")
@@ -52,7 +52,7 @@ def congruence_loss(
             loss = loss + _one_direction(kind, ll, vv, lv, vl, text_tokens, image_tokens)
         if direction in ("image", "both"):
             loss = loss + _one_direction(kind, vv, ll, vl, lv, image_tokens, text_tokens)
-    loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+    loss = loss.to(compute_dtype(loss))
     return loss.sum() / max(batch, 1) if reduction == "mean" else loss
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._checks import check_choice
+from vlattn_fast._tensors import compute_dtype
 
 DIRECTIONS = ("t2i", "i2t")
 FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
@@ -33,7 +34,7 @@ def stacked_cross_attention(
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_choice("aggregation", aggregation, AGGREGATIONS)
-    dtype = torch.promote_types(images.dtype, torch.float32)
+    dtype = compute_dtype(images)
     images, captions = images.to(dtype), captions.to(dtype)
     regions = [images.shape[1]] * images.shape[0] if image_lengths is None else image_lengths.tolist()
     words = [captions.shape[1]] * captions.shape[0] if caption_lengths is None else caption_lengths.tolist()
