@@ -140,7 +140,7 @@ def test_below_autograd_nothing_is_recorded() -> None:
     assert out.grad_fn is None and not out.requires_grad
 
 
-def test_without_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a torch whose own parts have other names every call goes through the dispatcher, and gives the same."""
     query, key, value = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
 
@@ -149,6 +149,6 @@ def test_without_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
         return [out, *torch.autograd.grad(out.sum(), (query, key, value))]
 
     short = run()
-    monkeypatch.setattr(_registration, "_HAS_SHORT_WAY", False)
+    monkeypatch.setattr(_registration, "_HAS_FAST_PATH", False)
     for x, y in zip(short, run(), strict=True):
         assert torch.equal(x, y)

@@ -1,7 +1,8 @@
-"""Registration of the operators with torch.library under the namespace `vlattn`, and the short way to their kernels.
+"""Registration of the operators with torch.library under the namespace `vlattn`, and a fast path past torch's dispatcher.
 
-For an operator written in Python torch's dispatcher takes longer than a kernel on small tensors: 15 microseconds, 45 where
-autograd records the call, 20 in the backward pass. A call to which it would add nothing but autograd does without it.
+For an operator written in Python the dispatcher takes longer than a kernel on small tensors: 15 microseconds, 45 where autograd
+records the call, 20 in the backward pass. Where it would do nothing but autograd, the fast path calls the kernel, in an
+autograd.Function if a gradient is needed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from vlattn_fast._checks import varies
 from vlattn_fast._tensors import promised_layouts, without_autocast
 
 _LIBRARY = torch.library.Library("vlattn", "DEF")
-
-
-_SYMBOLIC = "_symbolic"
+_SYMBOLIC = "_symbolic"  # suffix of an operator's twin, see `define`
 _HAS_TWIN: set[str] = set()
 _FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}  # of each operator: backward and setup_context
 
@@ -33,10 +32,10 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     operator = _register(schema, implementation, fake)
     arguments, returns = operator.default._schema.arguments, operator.default._schema.returns
     floats = [i for i, x in enumerate(arguments) if str(x.type) == "float"]
-    number = sum("Tensor" in str(x.type) for x in arguments)
-    lists, returns_lists = (any("List" in str(x.type) for x in each) for each in (arguments, returns))
+    num_tensors = sum("Tensor" in str(x.type) for x in arguments)
+    takes_lists, returns_lists = (any("List" in str(x.type) for x in each) for each in (arguments, returns))
     kernel = _below_autograd(implementation)
-    recorded = _recorded(name, kernel, number, lists)
+    recorded = _autograd_function(name, kernel, num_tensors, takes_lists)
     twin: Any = None
     if floats:
 
@@ -54,14 +53,13 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
                 one = torch.ones((), dtype=torch.float64, device="cpu")  # times it: torch.compile makes a tensor of a product
                 return twin(*[one * x if i in floats else x for i, x in enumerate(args)])
             return operator(*args)
-        # the same by hand, for tensors and threads with which the dispatcher would do nothing else
-        tensors = _flat(args[:number]) if lists else args[:number]
-        if not (_HAS_SHORT_WAY and _only_autograd(tensors)):
+        tensors = _flat(args[:num_tensors]) if takes_lists else args[:num_tensors]
+        if not (_HAS_FAST_PATH and _needs_only_autograd(tensors)):
             return operator(*args)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*tensors)):
             return kernel(*args)
         if returns_lists or _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
-            return operator(*args)  # a Function returns no lists, and does not see where the dispatcher leaves autograd out
+            return operator(*args)  # an autograd.Function cannot return lists, and runs also where autograd is excluded
         return recorded(*tensors, args)
 
     return call
@@ -75,7 +73,7 @@ def _keys(*names: str) -> Any:
     return first
 
 
-def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
+def _needs_only_autograd(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the dispatcher would do nothing for an operator on these tensors but call autograd and the kernel.
 
     It would do more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in modes (of
@@ -83,17 +81,17 @@ def _only_autograd(tensors: Sequence[Tensor | None]) -> bool:
     """
     if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled():
         return False
-    if _C._dispatch_tls_local_include_set().raw_repr() & _NOT_OF_THREADS:
+    if _C._dispatch_tls_local_include_set().raw_repr() & _OTHER_THREAD_KEYS:
         return False
     keys_of = _C._dispatch_keys
     for x in tensors:
-        if x is not None and keys_of(x).raw_repr() & _NOT_OF_TENSORS:
+        if x is not None and keys_of(x).raw_repr() & _OTHER_TENSOR_KEYS:
             return False
     return True
 
 
 def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel of the short way: as in `_register` autocast is off, and no output is a view, since none is tracked."""
+    """The kernel of the fast path: as in `_register` autocast is off, and no output is a view, since autograd tracks none."""
 
     def kernel(*args: Any) -> Any:
         with _C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
@@ -104,20 +102,20 @@ def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 try:
     _ABOVE_KERNELS = _keys("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
-    _NOT_OF_TENSORS = ~(_ABOVE_KERNELS | _keys("CPU", "CUDA")).raw_repr()
-    _NOT_OF_THREADS = ~_keys("BackendSelect", "ADInplaceOrView").raw_repr()
+    _OTHER_TENSOR_KEYS = ~(_ABOVE_KERNELS | _keys("CPU", "CUDA")).raw_repr()  # all but those of an ordinary tensor
+    _OTHER_THREAD_KEYS = ~_keys("BackendSelect", "ADInplaceOrView").raw_repr()  # all but those that every thread has
     _AUTOGRAD = _keys("AutogradCPU").raw_repr() & ~_keys("CPU").raw_repr()
     _C._any_requires_grad(torch.empty(0))
     _C._dispatch_tls_local_exclude_set().raw_repr()
-    _below_autograd(_only_autograd)([torch.empty(0)])
-    _HAS_SHORT_WAY = True
-except AttributeError:  # a torch that names these parts of its own otherwise
-    _HAS_SHORT_WAY = False
+    _below_autograd(_needs_only_autograd)([torch.empty(0)])
+    _HAS_FAST_PATH = True
+except AttributeError:  # a torch whose private functions have other names
+    _HAS_FAST_PATH = False
 
 
-def _recorded(name: str, kernel: Callable[..., Any], number: int, lists: bool) -> Callable[..., Any]:
-    """Calls the kernel in an autograd.Function of the operator's formula. It takes the operator's tensors, those of lists one by
-    one, and, as one argument that autograd does not look into, all arguments."""
+def _autograd_function(name: str, kernel: Callable[..., Any], num_tensors: int, takes_lists: bool) -> Callable[..., Any]:
+    """Calls the kernel in an autograd.Function with the operator's backward formula. Its inputs are the operator's tensors, those
+    of lists one by one, and then all arguments as one tuple, into which autograd does not look."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         outputs = kernel(*inputs[-1])
@@ -125,16 +123,16 @@ def _recorded(name: str, kernel: Callable[..., Any], number: int, lists: bool) -
         return outputs
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        of_tensors = _FORMULAS[name][0](ctx, *grads)[:number]
-        return *(_flat(of_tensors) if lists else of_tensors), None
+        of_tensors = _FORMULAS[name][0](ctx, *grads)[:num_tensors]
+        return *(_flat(of_tensors) if takes_lists else of_tensors), None
 
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-    # what Function.apply looks for first, in Python, is what _only_autograd has not found
+    # Function.apply, in Python, first looks for functorch's tensors; _needs_only_autograd has ruled them out
     return super(torch.autograd.Function, function).apply
 
 
 def _flat(args: Sequence[Any]) -> list[Any]:
-    """Tensors and those of lists, one by one."""
+    """The arguments with lists unpacked."""
     return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
 
 
