@@ -38,13 +38,13 @@ def step(call: Callable[..., Any], shards: Shards, x: Local) -> Tensor:
     check_bool(row_normalize=x["row_normalize"])
     if not shards.by_heads:
         return call(**x)
-    found = call(**{**x, "row_normalize": False}) * shards.share
+    part = call(**{**x, "row_normalize": False}) * shards.share  # which also checks the arguments
     if x["row_normalize"]:
         _check_backend(x)
         shards.check_heads()
         rows = x["relevancy"]
-        found = _normalized(rows, x, x["grad_output"], shards).to(rows.dtype)
-    return shards.over_heads(found)
+        part = _normalized(rows, x, x["grad_output"], shards).to(rows.dtype)
+    return shards.over_heads(part)
 
 
 def _part_of(weight: Any, share: float) -> Any:
@@ -85,8 +85,8 @@ class _Normalized(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, r: Tensor) -> tuple[Tensor | None, ...]:
         x = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=True))}
         a, b = (_weight(x[name]) for name in ("residual_weight", "attention_weight"))
-        found = _normalized(r * b, x, grad, ctx.shards).to(r.dtype)
-        return grad, r * a * ctx.shards.share + found, None, None
+        attended = _normalized(r * b, x, grad, ctx.shards).to(r.dtype)
+        return grad, r * a * ctx.shards.share + attended, None, None
 
 
 def _weight(weight: Any) -> Any:

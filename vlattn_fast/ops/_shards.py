@@ -1,7 +1,7 @@
 """Operators on DTensors that are sharded over the batch or the heads: each process runs the operator on its part.
 
-Nothing is moved between processes but what is averaged over heads: one all-reduce of the result. The placements of the first
-tensor say how a call is divided; the other tensors have the same, or are replicated and cut to it.
+Only what is averaged over heads moves between processes: one all-reduce of the result. The placements of the first tensor say
+how a call is divided; the other tensors have the same, or are replicated and cut to it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Shards:
         self.kinds = [self._kind(placement) for placement in first.placements]
 
     def _kind(self, placement: Any) -> str:
+        """What one dimension of the mesh divides: "batch", "heads", or nothing ("whole")."""
         if placement.is_replicate():
             return "whole"
         if placement.is_shard():
@@ -53,6 +54,10 @@ class Shards:
                     return kind
         where = "batch" if self.dims[1] is None else "batch or heads"
         raise ValueError(f"{self.name} must be replicated or sharded over {where}; got {_shown(self.first)}")
+
+    def _divided(self, kind: str, dims: Dims) -> tuple[int | None, int | None]:
+        """The dimension that `kind` divides, of a tensor with `dims` and of the first tensor; None where there is none."""
+        return {"batch": (dims[0], self.dims[0]), "heads": (dims[1], self.dims[1])}.get(kind, (None, None))
 
     @property
     def by_heads(self) -> bool:
@@ -89,18 +94,18 @@ class Shards:
         placements: list[Any] = []
         of_gradient: list[Any] = []
         for kind, placement, size in zip(self.kinds, x.placements, self.mesh.shape, strict=True):
-            dim, of_first = {"batch": (dims[0], self.dims[0]), "heads": (dims[1], self.dims[1])}.get(kind, (None, None))
+            dim, of_first = self._divided(kind, dims)
             cut = dim is not None and x.ndim >= -dim and (x.shape[dim] != 1 or self.first.shape[of_first] == 1)
-            wanted: Any = Shard(x.ndim + dim) if cut and dim is not None else Replicate()
-            normal = Shard(placement.dim % x.ndim) if placement.is_shard() else placement
-            if normal not in (wanted, Replicate()):
+            local: Any = Shard(x.ndim + dim) if cut and dim is not None else Replicate()
+            current = Shard(placement.dim % x.ndim) if placement.is_shard() else placement  # without a negative dimension
+            if current not in (local, Replicate()):
                 raise ValueError(f"{name} must be replicated, or sharded as {self.name}, {_shown(self.first)}; got {_shown(x)}")
             if cut and kind == "heads" and x.shape[dim] != self.first.shape[self.dims[1]] and x.shape[dim] % size:
                 raise ValueError(f"{name} must have a number of heads that {size} processes can share; got {tuple(x.shape)}")
-            placements.append(wanted)
-            of_gradient.append(wanted if cut or kind == "whole" else Partial())
+            placements.append(local)
+            of_gradient.append(local if cut or kind == "whole" else Partial())
         summed = any(placement.is_partial() for placement in of_gradient)
-        if list(x.placements) == placements and not summed:  # else the gradient of what redistributes is the sum
+        if list(x.placements) == placements and not summed:  # else the backward pass of redistribute sums the gradient
             return x.to_local(grad_placements=of_gradient)
         return Defined.apply(x.redistribute(placements=placements).to_local(grad_placements=of_gradient))
 
@@ -121,7 +126,7 @@ class Shards:
         shape = list(x.shape)
         placements: list[Any] = []
         for kind in self.kinds:
-            dim, of_first = {"batch": (dims[0], self.dims[0]), "heads": (dims[1], self.dims[1])}.get(kind, (None, None))
+            dim, of_first = self._divided(kind, dims)
             if dim is None or of_first is None:
                 placements.append(Replicate())
             else:
@@ -135,7 +140,7 @@ class Shards:
 
 
 class Defined(torch.autograd.Function):
-    """The identity; torch makes zeros of a gradient that is not defined, which its redistribution needs."""
+    """The identity. It turns an undefined gradient into zeros, since the backward pass of redistribute needs a tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -160,9 +165,9 @@ def over_shards(
     """Lets a public call take DTensors, too.
 
     Args:
-        inputs: of each tensor argument its batch and heads; the others follow the first.
-        outputs: of each output likewise.
-        run: calls the operator on the parts of this process, where more is to do than that.
+        inputs: where each tensor argument has its batch and heads. The first one says how the call is divided.
+        outputs: where each output has them.
+        run: run(call, shards, arguments) computes the outputs of this process; default call(**arguments).
     """
 
     def decorate(call: Callable[P, R]) -> Callable[P, R]:
@@ -181,11 +186,11 @@ def over_shards(
             for each, dims in inputs.items():
                 if isinstance(arguments.get(each), Tensor):
                     arguments[each] = shards.local(each, arguments[each], dims)
-            found: Any = call(**arguments) if run is None else run(call, shards, arguments)  # type: ignore[call-arg]
-            if isinstance(found, Tensor):
-                return shards.whole(found, outputs[0])  # type: ignore[return-value]
-            parts = [None if x is None else shards.whole(x, dims) for x, dims in zip(found, outputs, strict=True)]
-            return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)  # type: ignore[return-value]
+            result: Any = call(**arguments) if run is None else run(call, shards, arguments)  # type: ignore[call-arg]
+            if isinstance(result, Tensor):
+                return shards.whole(result, outputs[0])  # type: ignore[return-value]
+            parts = [None if x is None else shards.whole(x, dims) for x, dims in zip(result, outputs, strict=True)]
+            return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)  # type: ignore[return-value]
 
         return public
 

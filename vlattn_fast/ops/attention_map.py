@@ -22,18 +22,20 @@ BACKENDS = table("attention_map")
 
 
 def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:
-    """On this process's heads; then reduced over all of them."""
+    """The map of this process's heads, reduced over the processes and then normalised."""
+    check_bool(row_normalize=x["row_normalize"])
     if not shards.by_heads:
         return call(**x)
     shards.check_heads()
-    found = call(**{**x, "row_normalize": False})
-    mean = x["head_reduction"] == "mean"
-    found = shards.over_heads(found * shards.share if mean else found, "sum" if mean else x["head_reduction"])
-    check_bool(row_normalize=x["row_normalize"])
+    abar = call(**{**x, "row_normalize": False})
+    if x["head_reduction"] == "mean":
+        abar = shards.over_heads(abar * shards.share)
+    else:
+        abar = shards.over_heads(abar, x["head_reduction"])
     if not x["row_normalize"]:
-        return found
-    total = found.sum(-1, keepdim=True)
-    return found / torch.where(total == 0, 1.0, total)
+        return abar
+    total = abar.sum(-1, keepdim=True)
+    return abar / torch.where(total == 0, 1.0, total)
 
 
 @over_shards(dict.fromkeys(("query", "key", "value", "grad_output"), ATTENTION) | {"lse": PER_ROW} | MASKS, [ROWS], _on_shards)

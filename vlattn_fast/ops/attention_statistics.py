@@ -30,7 +30,7 @@ from vlattn_fast.reference.attention_statistics import AttentionStatistics, chos
 
 BACKENDS = table("attention_statistics")
 STATISTICS = AttentionStatistics._fields
-OUTPUTS = (*STATISTICS, "rows")  # of the operator: rows (2, B, H, N) are what a backend's backward pass needs beside statistics
+OUTPUTS = (*STATISTICS, "rows")  # of the operator; rows (2, B, H, N): what else a backend keeps for its backward pass
 
 
 def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Local) -> AttentionStatistics:
@@ -97,7 +97,7 @@ def attention_statistics(
     >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
     (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
     """
-    asked = STATISTICS if statistics is None else _named(statistics, key_groups, num_groups)
+    asked = STATISTICS if statistics is None else _check_statistics(statistics, key_groups, num_groups)
     tensors = query, key, key_groups, row_weight, attn_mask, key_mask
     chosen = choose(describe_call, BACKENDS, backend, tensors, (num_groups, is_causal, enable_gqa))
     num_groups = _resolve_groups(key_groups, num_groups)
@@ -130,7 +130,7 @@ def attention_statistics(
         needed.append("argmax")  # the backward pass reads it
     if differentiated and chosen == "triton":
         needed += ["maximum", "rows"]
-    found = _forward_op(
+    outputs = _forward_op(
         query,
         key,
         key_groups,
@@ -143,7 +143,7 @@ def attention_statistics(
         is_causal,
         chosen,
     )
-    return chosen_statistics(found[:5], asked)
+    return chosen_statistics(outputs[: len(STATISTICS)], asked)
 
 
 def describe_call(
@@ -166,7 +166,7 @@ def describe_call(
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     if statistics is not None:
-        _named(statistics, key_groups, num_groups)
+        _check_statistics(statistics, key_groups, num_groups)
     if key_groups is not None:
         check_tensor("key_groups", key_groups, shape="(M) or (B, M)")
         if key_groups.dtype != torch.int64:
@@ -192,7 +192,8 @@ def describe_call(
     )
 
 
-def _named(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
+def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
+    """The names of the statistics that are asked for."""
     asked = check_names("statistics", statistics, STATISTICS)
     if "mass" in asked and key_groups is None and num_groups is None:
         raise ValueError("key_groups must be given where statistics names 'mass', which would be empty without; got None")
@@ -237,12 +238,12 @@ def _range(groups: Tensor) -> tuple[int, int]:
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    """Tensors without elements stand for what is not asked for."""
+    """Empty tensors stand for outputs that are not asked for."""
     *inputs, statistics, scale, is_causal, backend = args
     query, asked = inputs[0], statistics.split()
-    found = load(BACKENDS, backend).forward(*inputs, asked, scale, is_causal)
+    outputs = load(BACKENDS, backend).forward(*inputs, asked, scale, is_causal)
     return tuple(
-        [x if name in asked else query.new_empty(0, dtype=_dtype(name, query)) for name, x in zip(OUTPUTS, found, strict=True)]
+        [x if name in asked else query.new_empty(0, dtype=_dtype(name, query)) for name, x in zip(OUTPUTS, outputs, strict=True)]
     )
 
 

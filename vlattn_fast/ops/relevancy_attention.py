@@ -97,7 +97,8 @@ def relevancy_attention(
         rule: "gradient" or "attention", which Abar it is.
         row_normalize: divide each row of Abar by its sum; zero rows stay zero.
         residual_weight, attention_weight: a and b, (B, N) or a number, default 1; constants without a gradient.
-        attn_mask, key_mask, is_causal, scale, enable_gqa, backend: as in score_attention; scale defaults to 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale, enable_gqa: as in score_attention; scale defaults to 1/sqrt(D).
+        backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
     Returns:
         out (B, H, N, Dv) and the carrier (B, T, N).
@@ -186,7 +187,7 @@ def relevancy_step(
         query: (B, H, N, D). key: (B, Hkv, M, D).
         value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, where the attention that ran returned it; -inf or +inf
-            marks a row without visible keys. Recomputed where it is None.
+            marks a row without visible keys. Recomputed where it is None, and by "reference", which does not read it.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, backend: as in relevancy_attention.
 
     Returns:

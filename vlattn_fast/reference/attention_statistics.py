@@ -32,9 +32,9 @@ class AttentionStatistics(NamedTuple):
     """(B, H, M): the attention a key receives, sum_i row_weight_i A_ij."""
 
 
-def chosen_statistics(found: Iterable[Tensor], names: Collection[str]) -> AttentionStatistics:
-    """Those of `found` that are named. Most calls ask for all: to type checkers the fields are tensors."""
-    chosen = [x if name in names else None for name, x in zip(AttentionStatistics._fields, found, strict=True)]
+def chosen_statistics(values: Iterable[Tensor], names: Collection[str]) -> AttentionStatistics:
+    """The statistics with these `names`; None for the others. Most calls ask for all: to type checkers the fields are tensors."""
+    chosen = [x if name in names else None for name, x in zip(AttentionStatistics._fields, values, strict=True)]
     return AttentionStatistics(*chosen)  # type: ignore[arg-type]
 
 
@@ -75,5 +75,4 @@ def attention_statistics(
     else:
         maximum, argmax = prob.sum(-1), torch.full_like(prob.sum(-1), -1, dtype=torch.int64)
     dtype = compute_dtype(prob)
-    found = mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)
-    return chosen_statistics(found, asked)
+    return chosen_statistics((mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)), asked)
