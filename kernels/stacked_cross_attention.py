@@ -25,6 +25,8 @@ from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import block_size, cdiv, dot, input_precision, load_tile, store_tile
 
+from vlattn_fast.reference.stacked_cross_attention import split_norm
+
 MAP_ELEMENTS = 1 << 22  # the least that `_map_elements` gives
 EPS = tl.constexpr(1e-8)  # of SCAN's norms and cosine
 
@@ -215,9 +217,8 @@ class _Queries:
 
 def _rule(first_norm: str | None) -> dict[str, Any]:
     """The constants NORM, which follows the clipping, and CLIP."""
-    name = first_norm or "none"
-    clips = name.startswith("clipped")
-    return {"NORM": name.removeprefix("clipped").removeprefix("_") or "none", "CLIP": clips}
+    clips, norm = split_norm(first_norm)
+    return {"NORM": "none" if norm is None else norm, "CLIP": clips}
 
 
 def _parts(dtype: torch.dtype) -> tuple[int, float]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlattn_fast._native import DTYPES, kernel, pointer
 from vlattn_fast._tensors import unit_stride
+from vlattn_fast.reference.stacked_cross_attention import split_norm
 
 _FIELDS = "=5q 2d 12q 2q 2q 2q"
 _run_forward = kernel("stacked_cross_attention_forward", _FIELDS)
@@ -70,8 +71,7 @@ def _call(
     grad_images: Tensor | None,
     grad_captions: Tensor | None,
 ) -> None:
-    clips = first_norm is not None and first_norm.startswith("clipped")
-    norm = None if first_norm == "clipped" else first_norm.removeprefix("clipped_") if first_norm is not None else None
+    clips, norm = split_norm(first_norm)
     pairs = similarity if similarity is not None else grad_similarity
     assert pairs is not None
     strides = pairs.stride()

@@ -18,6 +18,13 @@ FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm"
 AGGREGATIONS = ("logsumexp", "max", "sum", "mean")
 
 
+def split_norm(first_norm: str | None) -> tuple[bool, str | None]:
+    """One of FIRST_NORMS as whether scores are clipped, and the norm after that: "softmax", "l2norm", "l1norm" or None."""
+    if first_norm is None or not first_norm.startswith("clipped"):
+        return False, first_norm
+    return True, None if first_norm == "clipped" else first_norm.removeprefix("clipped_")
+
+
 def stacked_cross_attention(
     images: Tensor,
     captions: Tensor,

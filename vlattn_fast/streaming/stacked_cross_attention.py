@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._tensors import compute_dtype
+from vlattn_fast.reference.stacked_cross_attention import split_norm
 from vlattn_fast.streaming import _tiles
 
 EPS = 1e-8  # of SCAN's norms and cosine
@@ -40,7 +41,7 @@ def forward(
 ) -> Tensor:
     """similarity (Bi, Bc). Rows beyond the lengths are zero; the public call writes the zeros."""
     similarity = images.new_zeros(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
-    rule = _Rule(first_norm, smooth, aggregation, lambda_lse)
+    rule = _Rule(*split_norm(first_norm), smooth, aggregation, lambda_lse)
     query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
     by_context = similarity if direction == "t2i" else similarity.mT
     for x, tiles_y in _tile_pairs(query.rows, context.rows):
@@ -63,7 +64,7 @@ def backward(
     lambda_lse: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of images and captions."""
-    rule = _Rule(first_norm, smooth, aggregation, lambda_lse)
+    rule = _Rule(*split_norm(first_norm), smooth, aggregation, lambda_lse)
     query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
     grad = grad_similarity if direction == "t2i" else grad_similarity.mT  # (context sets, query sets)
     dtype = compute_dtype(images)
@@ -79,19 +80,13 @@ def backward(
 
 @dataclass(frozen=True)
 class _Rule:
-    first_norm: str | None
+    """The options of a call; `clips` and `norm` as split_norm gives them."""
+
+    clips: bool
+    norm: str | None
     smooth: float
     aggregation: str
     lambda_lse: float
-
-    @property
-    def clips(self) -> bool:
-        return self.first_norm is not None and self.first_norm.startswith("clipped")
-
-    @property
-    def norm(self) -> str | None:
-        """softmax, l2norm, l1norm or None: what follows the clipping."""
-        return None if self.first_norm in (None, "clipped") else str(self.first_norm).removeprefix("clipped_")
 
 
 @dataclass(frozen=True)
