@@ -10,12 +10,13 @@ from torch import Tensor
 
 from vlattn_fast._native import DTYPES, kernel, pointer, rows
 from vlattn_fast._tensors import unit_strides
+from vlattn_fast.reference.congruence_loss import num_gradients
 
 _FIELDS = "=9q d 32q 2q 3q 8q"
 _run_forward = kernel("congruence_loss_forward", _FIELDS)
 _run_backward = kernel("congruence_loss_backward", _FIELDS)
 _KINDS = ("cacr", "iais_singular", "iais_distributed")  # Kind of the kernel
-_NOTHING = (0,) * 4
+_NO_GRADS = (0,) * 4
 
 
 def forward(
@@ -33,10 +34,10 @@ def forward(
     """
     (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
     loss = queries[0].new_empty(batch, dtype=torch.float32)
-    # Zeros: an output has the same bits in every run, and not all of the maps is used. NumPy's pages are there once they are
-    # written to, and come by two megabytes where Linux has those.
+    # Zeros, since an output must have the same bits in every run, and the kernel does not fill all of it. The pages of NumPy's
+    # zeros come when they are first written, by two megabytes where Linux has such pages.
     maps = torch.from_numpy(np.zeros(maps_shape(batch, L, V), np.float32))
-    _call(_run_forward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, loss, None, _NOTHING, _NOTHING)
+    _call(_run_forward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, loss, None, _NO_GRADS, _NO_GRADS)
     return loss, maps
 
 
@@ -51,8 +52,8 @@ def backward(
     direction: str,
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
-    grads = [[x.new_empty(*x.shape) for x in xs[: 4 if kind == "iais_distributed" else 2]] for xs in (queries, keys)]
+    """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
+    grads = [[x.new_empty(*x.shape) for x in xs[: num_gradients(kind)]] for xs in (queries, keys)]
     pointers = (tuple(x.data_ptr() for x in xs) + (0,) * (4 - len(xs)) for xs in grads)
     maps, grad_loss = maps.contiguous(), grad_loss.float().contiguous()
     _call(_run_backward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, None, grad_loss, *pointers)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vlattn_fast._native import pointer, rows
 from vlattn_fast._tensors import unit_strides
 from vlattn_fast.cuda._shared_library import ROWS, kernel, single
+from vlattn_fast.reference.congruence_loss import num_gradients
 
 _SIZES = "B H L V D"
 _KINDS = ("cacr", "iais_singular", "iais_distributed")  # Congruence::Kind
@@ -53,8 +54,8 @@ def backward(
     direction: str,
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
-    grads = [[x.new_empty(*x.shape) for x in xs[: 4 if kind == "iais_distributed" else 2]] for xs in (queries, keys)]
+    """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
+    grads = [[x.new_empty(*x.shape) for x in xs[: num_gradients(kind)]] for xs in (queries, keys)]
     grad_loss = grad_loss.float().contiguous()
     regions = 5 if kind == "iais_singular" else 3
     _call(_backward, queries, keys, text_mask, image_mask, kind, direction, scale, regions, None, grad_loss, *grads)

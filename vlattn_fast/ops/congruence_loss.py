@@ -16,7 +16,7 @@ from vlattn_fast._tensors import autocast, compute_dtype, resolve_scale, scaled_
 from vlattn_fast.cpu.congruence_loss import maps_shape
 from vlattn_fast.ops._dispatch import Call, load, make_call, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
-from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs
+from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs, num_gradients
 
 
 def _triton_limits(call: Call) -> list[tuple[str, bool]]:
@@ -171,11 +171,6 @@ def _check_pair(name: str, x: Any, legend: str) -> None:
         raise TypeError(f"{name} must be the pair {legend}; got {describe(x)}")
 
 
-def _num_gradients(kind: str) -> int:
-    """How many blocks have gradients: of LL, VV, LV, VL all four, or the first two."""
-    return 4 if kind == "iais_distributed" else 2
-
-
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return load(BACKENDS, args[-1]).forward(*args[:-1])
 
@@ -193,7 +188,7 @@ def _backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
 def _backward_fake(
     grad_loss: Tensor, maps: Tensor, queries: list[Tensor], keys: list[Tensor], *options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    n = _num_gradients(options[2])
+    n = num_gradients(options[2])
     return [x.new_empty(x.shape) for x in queries[:n]], [x.new_empty(x.shape) for x in keys[:n]]
 
 

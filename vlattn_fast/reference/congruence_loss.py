@@ -79,6 +79,11 @@ def block_inputs(
     return ([text[0], image[0], cross_text_query, cross_image_query], [text[1], image[1], cross_image_key, cross_text_key])
 
 
+def num_gradients(kind: str) -> int:
+    """How many blocks have gradients: all of LL, VV, LV and VL, or the first two, where the cross blocks are constants."""
+    return 4 if kind == "iais_distributed" else 2
+
+
 def _logits(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:
     """The logits of a block (B, H, N, M). Those of padding are so low that its weight is 0."""
     score = scale * query @ key.mT

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._tensors import compute_dtype
-from vlattn_fast.reference.congruence_loss import EPSILON
+from vlattn_fast.reference.congruence_loss import EPSILON, num_gradients
 from vlattn_fast.streaming import _tiles
 from vlattn_fast.streaming._tiles import Tiling
 
@@ -36,7 +36,8 @@ def forward(
     direction: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and nothing that is kept. For queries and keys see reference.congruence_loss.block_inputs."""
+    """The loss of each sample, (B), and an empty tensor: no maps are kept. Queries and keys: see
+    reference.congruence_loss.block_inputs."""
     loss = queries[0].new_zeros(queries[0].shape[0], dtype=compute_dtype(queries[0]))
     for b in _batches(queries):
         for blocks in _directions(_blocks(b, queries, keys, text_mask, image_mask, scale), direction):
@@ -55,8 +56,8 @@ def backward(
     direction: str,
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
-    dtype, n = compute_dtype(queries[0]), 4 if kind == "iais_distributed" else 2
+    """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
+    dtype, n = compute_dtype(queries[0]), num_gradients(kind)
     grad_queries, grad_keys = ([x.new_zeros(x.shape, dtype=dtype) for x in xs[:n]] for xs in (queries, keys))
     for b in _batches(queries):
         blocks = _blocks(b, queries, keys, text_mask, image_mask, scale)
@@ -83,12 +84,12 @@ class _Block:
         self.grad_query: Tensor | None = None
         self.grad_key: Tensor | None = None
         self.dtype = compute_dtype(query)
-        self._mean: Tensor | None = None
-        self._stored: dict[bool, Tensor] = {}
-        self._pending: Tensor | None = None
+        self._mean: Tensor | None = None  # rows(all_rows)
+        self._stored: dict[bool, Tensor] = {}  # what _maps(all_rows, log) gave, by `log`
+        self._pending: Tensor | None = None  # the gradient of rows(all_rows) so far
 
     @property
-    def every(self) -> slice:
+    def all_rows(self) -> slice:
         return slice(0, self.query.shape[2])
 
     def tiles(self, width: int = 0) -> list[slice]:
@@ -132,7 +133,7 @@ class _Block:
     def flush(self) -> None:
         """Differentiates the whole block once, from the sum of the gradients."""
         if self._pending is not None:
-            self.backward(self.every, self._pending)
+            self.backward(self.all_rows, self._pending)
 
     def backward(self, i: slice, grad: Tensor, log_sum: Tensor | None = None) -> None:
         """Adds to grad_query and grad_key, from the gradient of rows(i), or of log_sum(i), which is then `log_sum`."""
@@ -167,7 +168,7 @@ class _Block:
         return self.query.new_zeros(self.query.shape[0], i.stop - i.start, self.key.shape[2], dtype=self.dtype)
 
     def _holds_all(self, i: slice) -> bool:
-        return i == self.every
+        return i == self.all_rows
 
 
 @dataclass(frozen=True)
