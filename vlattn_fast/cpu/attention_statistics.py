@@ -77,8 +77,9 @@ def backward(
     grad_q, grad_k = query.new_empty(batch, heads, queries, head_dim), key.new_empty(*key.shape)
     grad_weight = None
     if row_weight is not None:
-        zero = grad_received is None
-        grad_weight = (query.new_zeros if zero else query.new_empty)(batch, heads, queries, dtype=torch.float32)  # of each head
+        grad_weight = query.new_empty(batch, heads, queries, dtype=torch.float32)  # by head
+        if grad_received is None:
+            grad_weight.zero_()
     _backward(
         *fields(query, key, None, attn_mask, key_mask, scale, is_causal),
         *_constants(key_groups, num_groups, row_weight),

@@ -9,15 +9,8 @@ from vlattn_fast._native import kernel, pointer, rows
 from vlattn_fast._tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
 from vlattn_fast.cpu._attention import FIELDS, fields, masks
 
-KINDS = {
-    name: number
-    for number, name in enumerate(
-        (
-            *("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid", "cosine"),
-            *("additive", "hadamard_tanh", "hadamard_sigmoid"),
-        )
-    )
-}  # ScoreKind of csrc/cpu/scores.h
+_DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid")
+_KINDS = (*_DOT_KINDS, "cosine", "additive", "hadamard_tanh", "hadamard_sigmoid")  # ScoreKind of csrc/cpu/scores.h
 SCORE = "q d q q d"  # Score and Dropout
 BACKWARD = f"={FIELDS} {SCORE} 8q 3q 12q q 6q"  # Backward of csrc/cpu/backward_tile.h
 _forward = kernel("score_attention_forward", f"={FIELDS} {SCORE} 4q q")
@@ -49,7 +42,7 @@ def forward(
     lse = query.new_empty(batch, heads, queries, dtype=torch.float64)
     _forward(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
-        *(KINDS[score], parameter, pointer(vector)),
+        *(_KINDS.index(score), parameter, pointer(vector)),
         *(0 if seed is None else int(seed), dropout_p),
         *rows(out),
         lse.data_ptr(),
@@ -86,7 +79,7 @@ def backward(
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
     _backward(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
-        *(KINDS[score], parameter, pointer(weights)),
+        *(_KINDS.index(score), parameter, pointer(weights)),
         *(0 if seed is None else int(seed), dropout_p),
         *(*rows(grad_out), *rows(out), lse.data_ptr(), 0, pointer(grad_lse)),
         *(*rows(grads[0]), *rows(grads[1]), *rows(grads[2]), pointer(grad_vector)),
@@ -99,13 +92,13 @@ def backward(
 
 
 def new_gradient(x: Tensor, query: Tensor) -> Tensor:
-    """For the gradient of `x`. It is zero where there are no queries."""
+    """Uninitialised, for the gradient of `x`; zero where there are no queries, since the kernel runs over them."""
     grad = empty_gradient(x)
     return grad if query.numel() else grad.zero_()
 
 
 def _same_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of the keys may have a head per query head where the values have not: then both get one."""
+    """Key and value with one number of heads. Features of the key may have a head per query head where the value has fewer."""
     key_heads, value_heads = key.shape[1], value.shape[1]
     if key_heads == value_heads:
         return key, value

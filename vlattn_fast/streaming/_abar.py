@@ -27,7 +27,7 @@ def abar_tile(
     vector: Tensor | None = None,
     parameter: float = 0.0,
 ) -> Tensor:
-    """Rows i of Abar, (b, i, M), from heads-expanded query, key, value; lse (B, H, N) as in `probabilities`.
+    """Rows i of Abar of the samples b, (b, i, M). Key and value have query's heads; lse (B, H, N) as in `probabilities`.
 
     rule "attention": A; "gradient": relu(A * dA), dA = grad_output @ value^T. row_normalize divides each row by its sum; a
     zero row stays zero. score, vector, parameter: the core score, as in score_attention.

@@ -1,6 +1,6 @@
-"""PyTorch's fused CPU attention with the log-sum-exp that a backward pass recomputes P from: a fast way for dot products.
+"""PyTorch's fused CPU attention with its log-sum-exp: a fast path for dot products.
 
-`runs` and `runs_backward` look at the data, which costs nothing on the CPU, and leave to the tiles what the kernel gets wrong.
+`runs` and `runs_backward` read the data, which waits for no device on the CPU, and leave to the tiles what the kernel gets wrong.
 The kernel recomputes P = exp(logit - lse) from a rounded lse: its float32 gradients were seen at 3.3 times the error of the
 plain formula, so float32 calls of at most one tile run as a tile, and so does every backward pass with a large |lse|.
 """
@@ -23,7 +23,7 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
         return False
     if query.dtype == torch.float32 and query.shape[:3].numel() * key.shape[2] <= _tiles.TILE_ELEMENTS:
         return False
-    if masks.is_causal and scale <= 0.0:  # it scales its causal -inf, too
+    if masks.is_causal and scale <= 0.0:  # the kernel multiplies its causal -inf by the scale
         return False
     if masks.attn_mask is None:
         return True
@@ -51,10 +51,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: floa
         q, k, v, 0.0, masks.is_causal, attn_mask=_join_masks(query, key, masks), scale=scale
     )
     empty = _empty_rows(query, masks)
-    if empty is None:
-        return out[..., : value.shape[3]], lse
-    # the kernel gives fully masked rows an lse of 0, and NaN where the causal flag alone leaves a row without keys
-    out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+    if empty is not None:
+        # the kernel gives fully masked rows an lse of 0, and NaN where the causal flag alone leaves a row without keys
+        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
     return out[..., : value.shape[3]], lse
 
 

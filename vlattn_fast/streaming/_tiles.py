@@ -26,20 +26,22 @@ class Tiling:
     num_queries: int
     num_keys: int
 
+    def _rows_per_tile(self) -> int:
+        return max(1, min(self.num_queries, TILE_ELEMENTS // max(1, self.num_keys)))
+
     def rows(self) -> Iterator[tuple[slice, slice]]:
         """Slices of the batch and of the query rows. A tile has several samples only where it has all their rows and heads."""
-        row = max(1, self.num_keys)
-        step_i = max(1, min(self.num_queries, TILE_ELEMENTS // row))
-        step_b = max(1, TILE_ELEMENTS // max(1, row * step_i * self.num_heads)) if step_i == self.num_queries else 1
+        step_i = self._rows_per_tile()
+        per_sample = max(1, self.num_keys) * step_i * self.num_heads
+        step_b = max(1, TILE_ELEMENTS // max(1, per_sample)) if step_i == self.num_queries else 1
         for b in range(0, self.batch, step_b):
             for i in range(0, self.num_queries, step_i):
                 yield slice(b, min(b + step_b, self.batch)), slice(i, min(i + step_i, self.num_queries))
 
     def heads(self) -> Iterator[slice]:
         """Slices of the heads; one tile holds the heads of a slice."""
-        row = max(1, self.num_keys)
-        step_i = max(1, min(self.num_queries, TILE_ELEMENTS // row))
-        step_h = max(1, min(self.num_heads, TILE_ELEMENTS // (row * step_i)))
+        per_head = max(1, self.num_keys) * self._rows_per_tile()
+        step_h = max(1, min(self.num_heads, TILE_ELEMENTS // per_head))
         for h in range(0, self.num_heads, step_h):
             yield slice(h, min(h + step_h, self.num_heads))
 
@@ -63,7 +65,7 @@ class Masks:
                 score = score.masked_fill(~mask, -torch.inf)
             else:
                 score = add_mask(score, mask)
-                # Inf or NaN plus -inf is NaN; on the CPU looking for it takes less than filling
+                # Inf or NaN plus -inf is NaN, but masked pairs must be -inf; on the CPU a sum that looks for NaN is cheaper
                 if score.device.type != "cpu" or score.sum().isnan():
                     score.masked_fill_(torch.isneginf(mask), -torch.inf)
         if self.key_mask is not None:
@@ -95,7 +97,7 @@ def probabilities(logits: Tensor, dtype: torch.dtype, lse: Tensor | None = None)
     if lse is not None:
         return _probabilities_from_lse(logits, lse[..., None]).to(dtype)
     prob, empty = torch.softmax(logits, dim=-1), torch.isneginf(logits.amax(-1, keepdim=True))
-    if empty.device.type == "cpu" and not empty.any():  # filling costs more than the softmax, looking costs nothing here
+    if empty.device.type == "cpu" and not empty.any():  # here a look at the data is free, and filling costs more than the softmax
         return prob.to(dtype)
     return prob.masked_fill_(empty, 0.0).to(dtype)
 

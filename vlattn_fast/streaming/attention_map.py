@@ -32,7 +32,7 @@ def forward(
     value = None if value is None else expand_heads(value, num_heads)
     masks = Masks(attn_mask, key_mask, is_causal)
     abar = query.new_empty(batch, num_queries, num_keys, dtype=compute_dtype(query))
-    options, core = (masks, rule, row_normalize, scale), (head_reduction, score, vector, parameter)
+    tensors, core = (query, key, value, grad_output, lse), (score, vector, parameter)
     for b, i in Tiling(batch, num_heads, num_queries, num_keys).rows():
-        abar[b, i] = abar_tile(query, key, value, grad_output, lse, *options, b, i, *core)
+        abar[b, i] = abar_tile(*tensors, masks, rule, row_normalize, scale, b, i, head_reduction, *core)
     return abar

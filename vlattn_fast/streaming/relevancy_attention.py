@@ -60,7 +60,7 @@ def backward(
     if grad_carrier is None:
         return grads[0], grads[1], grads[2], None
     direct = weigh_rows(grad_carrier, residual_weight)
-    if grad_out is None and rule == "gradient":
+    if grad_out is None and rule == "gradient":  # Abar is zero
         return grads[0], grads[1], grads[2], direct.clone()
     weighted = weigh_rows(grad_carrier, attention_weight)
     attended = step(weighted, query, key, value, grad_out, None, attn_mask, key_mask, rule, row_normalize, scale, is_causal)
@@ -91,8 +91,8 @@ def step(
     masks = Masks(attn_mask, key_mask, is_causal)
     dtype = compute_dtype(query)
     result = torch.zeros(*relevancy.shape[:2], key.shape[2], dtype=dtype, device=query.device)
-    options, core = (masks, rule, row_normalize, scale), ("mean", score, vector, parameter)
+    tensors, core = (query, key, value, grad_output, lse), (score, vector, parameter)
     for b, i in Tiling(query.shape[0], num_heads, query.shape[2], key.shape[2]).rows():
-        abar = abar_tile(query, key, value, grad_output, lse, *options, b, i, *core)
+        abar = abar_tile(*tensors, masks, rule, row_normalize, scale, b, i, "mean", *core)
         result[b] += relevancy[b, :, i].to(dtype) @ abar
     return result.to(relevancy.dtype)
