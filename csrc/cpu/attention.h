@@ -14,9 +14,9 @@ static const Size LANES = VL == 16 ? 64 : 48;  // query rows of a tile: 4, 6 or 
 static const Size GROUP = 16;  // a tile's width is a multiple of this: one line of the cache, whatever the vectors are
 static const int PARTS = 16 / VL;  // vectors of a group
 static const Size SHORT_SUM = 32;  // a sum over keys is one of sums of so many: equal terms would round the same way each time
-static const Size MOST_KEYS = 768;  // so many keys are one block, and each statistic of a row is at hand within it
-static const Size BLOCK_KEYS = 512;  // else they come in blocks of so many
-static const Size MOST_KEYS_OF_FEW = 32768;  // so many numbers of up to GROUP rows are kept, 2 MB, where keys would be read again
+static const Size MOST_KEYS = 768;  // up to this number all keys are one block, within which rows have their whole statistics
+static const Size BLOCK_KEYS = 512;  // more keys come in blocks of this size
+static const Size MOST_KEYS_OF_FEW = 32768;  // up to this number the exponentials of GROUP rows (2 MB) are kept to be read again
 
 struct Masks {
     const void* mask;  // bool (true = visible) or a number to add; null for none
@@ -57,13 +57,14 @@ static Size visible_keys(const Attention& a, Size b) {
     return count;
 }
 
-// A row is fetched while there are other things to do.
+// Prefetches a row.
 static void fetch_row(const Rows& x, Size dtype, Size b, Size head, Size row, Size size) {
     const Size line = dtype == FLOAT32 ? 16 : 32;
     for (Size d = 0; d < size; d += line) __builtin_prefetch(element(x.data, dtype, x.at(b, head, row) + d), 0, 2);
 }
 
-// One tensor's rows [first, first + count): padding becomes 0, so that a NaN there reaches no product.
+// The keys' or values' rows [first, first + count) as float32: in place where possible, else in `copy`, with zeros at padding, so
+// that a NaN there reaches no product.
 static const float* load_rows(const Attention& a, const Rows& x, Size size, Size b, Size head, Size first, Size count,
                               float* copy, Size& stride) {
     const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
@@ -129,7 +130,7 @@ static void tile_product(const Tile& t, Size rows, Size depth, const float* A, S
         product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add, finish);
 }
 
-// Those of a tile's size from `first`
+// Prefetches as many rows as the tile has, from `first`.
 static void fetch_rows(const Rows& x, Size dtype, const Tile& t, Size first, Size size) {
     for (Size i = 0; i < t.rows; ++i) fetch_row(x, dtype, t.b, t.h, first + i, size);
 }
@@ -145,7 +146,7 @@ static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float
         for (Size d = 0; factor != 1.f && d < size; ++d) row[d] *= factor;
         memset(row + size, 0, (stride - size) * sizeof(float));
     }
-    fetch_rows(x, dtype, t, t.first + t.rows, size);  // what the next tile wants: beyond the last row often the next head's
+    fetch_rows(x, dtype, t, t.first + t.rows, size);  // for the next tile: behind a head's last row often lies the next head
     memset(rows_at + t.rows * stride, 0, (t.width - t.rows) * stride * sizeof(float));
     if (transposed) transpose(rows_at, stride, t.width, size, transposed, t.width);
 }
@@ -162,7 +163,7 @@ static void store_tile(const float* transposed, const Tile& t, Size size, float 
 
 // ---- masks
 
-// Whether mask_tile has anything to do
+// Whether any mask may act on a tile and the keys [j0, j0 + count).
 static bool is_masked(const Attention& a, const Tile& t, Size j0, Size count) {
     return a.masks.mask || a.masks.keys || (a.masks.is_causal && j0 + count - 1 > t.first);
 }
@@ -221,7 +222,7 @@ struct Statistics {
     float *shift, *factor;  // (LANES)
 };
 
-// A product of keys and query rows is stored, and its largest number in each column taken up in `top`.
+// Finish of a product of keys and query rows: stores it and updates `top`, the largest logit of each row in a block of keys.
 struct StoreAndTop {
     float* top;
     template <int ROWS, int COLUMNS>
@@ -234,7 +235,7 @@ struct StoreAndTop {
         Store{}(c, row, column, C, ldc);
     }
 };
-// The largest logit of each row
+// top = the largest logit of each query row in S (count, w).
 static void find_top(const float* S, Size count, Size w, float* top) {
     const int CHAINS = VL / 4;  // as the registers allow: each maximum waits for the one before
     for (Size i = 0; i < w; i += GROUP) {
@@ -264,9 +265,9 @@ static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size
     find_top(S, count, t.width, top);
 }
 
-// Running largest logit and sum of e^(logit - largest) of the rows of a tile, taken up block by block (online softmax).
-// `top_of_block` has its largest logits; S becomes e^(logit - largest). `rescale` (LANES) is what earlier sums are to be
-// multiplied by.
+// One block of keys of an online softmax: updates each row's `largest` logit and `total`, the sum of e^(logit - largest).
+// `top_of_block` is the block's `top`. S becomes e^(logit - largest). The caller multiplies its own earlier sums by `rescale`
+// (LANES).
 static void online_softmax(float* S, Size count, Size w, bool first, const float* top_of_block, float* largest, float* total,
                            float* rescale) {
     for (Size i = 0; i < w; i += GROUP) {
@@ -298,7 +299,7 @@ static void online_softmax(float* S, Size count, Size w, bool first, const float
     }
 }
 
-// A product of values and cotangents, dA, is taken up where it comes: X, which has a tile's shape, becomes max(X dA, 0).
+// Finish of dA, the product of values and cotangents: X, which has the tile's shape, becomes max(X dA, 0), and dA is not stored.
 struct TakeGradient {
     float* X;
     Size width;
@@ -314,11 +315,12 @@ struct TakeGradient {
     }
 };
 
-// A log-sum-exp of the caller is a float32 at best. It is used up to this magnitude, where P = e^(logit - lse) is right to 1e-3.
-// Beyond, rows are divided by the sum over the keys that are here.
-static const double LARGEST_GIVEN_LSE = 16384.;
+// The caller's log-sum-exp is a float32 at best. Up to this magnitude P = e^(logit - lse) is right to 1e-3. Beyond it rows are
+// divided by the sum over the keys of this call.
+static const double LARGEST_CALLER_LSE = 16384.;
 
-// Of finished rows: shift and factor, and the log-sum-exp where it is wanted. `largest` and `total` may be those of `s`.
+// The end of an online softmax: shift and factor of each row, and the log-sum-exp where `lse` is not null. `largest` and `total`
+// may be the arrays of `s`.
 static void finish_rows(const float* largest, const float* total, Size rows, Size w, const Statistics& s, double* lse) {
     for (Size i = 0; i < w; ++i) {
         const bool masked = largest[i] == -INFINITY && total[i] == 0.f;
@@ -328,7 +330,7 @@ static void finish_rows(const float* largest, const float* total, Size rows, Siz
     }
 }
 
-// S (logits) becomes P
+// S: logits become P.
 static void probabilities(float* S, Size count, Size w, const Statistics& s) {
     for (Size i = 0; i < w; i += GROUP) {
         Vector shift[PARTS], factor[PARTS];

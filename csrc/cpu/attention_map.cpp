@@ -68,7 +68,7 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
         const double lse = c.lse[(t.b * a.H + t.h) * a.N + t.first + i];
         if (fabs(lse) == INFINITY)
             factor[i] = 0.f;  // a fully masked row
-        else if (factor[i] != 0.f && fabs(lse) <= LARGEST_GIVEN_LSE)
+        else if (factor[i] != 0.f && fabs(lse) <= LARGEST_CALLER_LSE)
             factor[i] = (float)exp(x.shift[i] - lse);
     }
     for (Size i = 0; c.reduction == MEAN && i < w; ++i) factor[i] /= a.H;

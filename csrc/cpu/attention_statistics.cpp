@@ -39,8 +39,8 @@ template <class Pass>
 struct StatisticsCall {
     const Pass& pass;
     SharedSums sums;
-    float* spaces;  // of the tasks
-    Size space_floats;
+    float* spaces = nullptr;  // of the tasks
+    Size space_floats = 0;
 };
 template <class Pass>
 static void add_items(StatisticsCall<Pass>& call, Size task) {
@@ -68,7 +68,7 @@ static Size run_pass(const Pass& pass) {
     Size* start = (Size*)malloc((tasks + 1) * sizeof(Size));
     if (!start) return NO_MEMORY;
     cut(pass.a, tasks, start);
-    StatisticsCall<Pass> call = {pass, {start, tasks, pass.unit(), pass.floats(), nullptr}, nullptr, 0};
+    StatisticsCall<Pass> call = {pass, {start, tasks, pass.unit(), pass.floats()}};
     Memory counted, memory;
     typename Pass::Space space;
     space.plan(pass, counted);

@@ -1,15 +1,16 @@
-// The backward pass of attention, and relevancy inside it. A thread takes tiles of query rows of one key head after the other,
-// and adds up that head's gradients of keys and values.
+// The backward pass of attention, and relevancy inside it. A task takes the tiles of query rows of one key head after the other,
+// and sums that head's gradients of keys and values. Heads that several tasks share are summed at the end (shared_sums.h).
 #pragma once
 #include "backward_tile.h"
 
 namespace ISA {
 namespace {
 
-// ---- gradients of keys and values, and r Abar, when a unit is done
+// ---- gradients of keys and values, and r Abar, when a unit (a key head's tiles; a sample's for r Abar) is done
 
-// The sums of a key head lie in the gradient itself where a tile writes them `once`, as it can in float32 and whole vectors:
-// where more tiles add to them, rows that are far apart would drive one another out of the cache. Rows from `filled` are 0.
+// Where a single tile writes the sums of a key head (`once`), they lie in the gradient tensor itself, if it is float32 in whole
+// vectors. Where several tiles add to them, they lie together: rows far apart would drive one another out of the cache. Rows from
+// `filled` on start at 0.
 static void start_sums(const Attention& a, const Rows& grad, Size size, bool once, Size b, Size head, Size filled, Sums& sums) {
     if (once && a.dtype == FLOAT32 && size == sums.stride) sums = {(float*)grad.data + grad.at(b, head, 0), grad.stride_n};
     for (Size j = filled; j < a.M; ++j) memset(sums.row(j), 0, round_up(size, VL) * sizeof(float));
@@ -66,7 +67,7 @@ static void backward_task(BackwardCall& call, Size task) {
         const Size unit = item / call.keys.unit, b = unit / a.Hkv, head = unit % a.Hkv;
         const Size end = least(last, (unit + 1) * call.keys.unit);
         if (inputs) {
-            // the first tile fills the sums, where it sees all keys that are seen and no unit adds to them
+            // the first tile overwrites the sums where it sees all visible keys and the score has no hidden units
             g.fresh = !a.masks.is_causal && !c.score.sums_units();
             const Size filled = g.fresh ? visible_keys(a, b) : 0;
             const bool once = g.fresh && call.keys.unit == 1;
@@ -124,18 +125,11 @@ static Size attention_backward(const Backward& c) {
     Size* start = (Size*)malloc((tasks + 1) * sizeof(Size));
     if (!start) return NO_MEMORY;
     for (Size task = 0; task <= tasks; ++task) start[task] = share(items, task, tasks);
-    BackwardCall call = {c,
-                         {start, tasks, tiles, a.M * key_stride, nullptr},
-                         {start, tasks, tiles, a.M * value_stride, nullptr},
-                         {start, tasks, a.Hkv * tiles, a.M * round_up(c.relevancy.T, VL), nullptr},
-                         nullptr,
-                         nullptr,
-                         false,
-                         key_stride,
-                         value_stride,
-                         false};
+    const SharedSums keys = {start, tasks, tiles, a.M * key_stride}, values = {start, tasks, tiles, a.M * value_stride};
+    const SharedSums carried = {start, tasks, a.Hkv * tiles, a.M * round_up(c.relevancy.T, VL)};
+    BackwardCall call = {c, keys, values, carried, key_stride, value_stride};
     Memory memory;
-    for (int pass = 0; pass < 2; ++pass) {
+    for (int pass = 0; pass < 2; ++pass) {  // counts, then allocates (Memory)
         if (pass == 1 && !memory.allocate()) {
             free(start);
             return NO_MEMORY;

@@ -18,13 +18,16 @@ struct Relevancy {
     float* result;  // (B, T, M)
 };
 
+// Where a row's log-sum-exp comes from. The caller's may count keys that are not in this call: P is what it says.
+enum LseSource : Size { OWN_LSE = 0, CALLER_LSE = 1, NO_LSE = 2 };
+
 struct Backward {
     Attention a;
     Score score;
     Dropout dropout;
     Rows grad_out, out;  // grad_out may be null for Abar = mean P
     const double* lse;  // (B, H, N) natural log-sum-exp
-    Size lse_counts;  // 0: the keys that are here; 1: maybe others as well, so P is what it says; 2: there is none
+    Size lse_source;  // LseSource
     const float* grad_lse;  // (B, H, N) or null
     Rows grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
     float* grad_vector;  // (H, D) or null
@@ -36,17 +39,17 @@ struct BackwardCall {
     // The items are tiles of query rows, key head by key head; the sums are the gradients of a key head's keys and values, and
     // r Abar of a sample.
     SharedSums keys, values, carried;
-    float* vector_parts;  // the units' vector, by task
-    float* row_sums;  // (B, H, N) sums of max(P dP, 0) or P over the keys, for row_normalize
-    bool sums_rows;  // this pass only finds them
     Size key_stride, value_stride;  // D and Dv rounded up to VL
-    bool failed;
+    float* vector_parts = nullptr;  // gradients of the units' vector, by task
+    float* row_sums = nullptr;  // (B, H, N) sums of max(P dP, 0) or P over the keys, for row_normalize
+    bool sums_rows = false;  // this pass computes row_sums alone
+    bool failed = false;
     bool inputs() const { return (c.grad_query.data || c.grad_value.data) && !sums_rows; }  // an empty tensor has no pointer
     // whether a tile has all keys at once and finds its statistics itself
-    bool at_once() const { return c.a.M <= c.a.key_block() && c.lse_counts != 1; }
+    bool at_once() const { return c.a.M <= c.a.key_block() && c.lse_source != CALLER_LSE; }
     // whether the statistics of few rows over many keys leave the exponentials behind: there reading the keys is what takes time
     bool keeps_exponentials() const {
-        return !at_once() && !inputs() && c.lse_counts == 2 && c.a.N <= GROUP && c.a.M <= MOST_KEYS_OF_FEW;
+        return !at_once() && !inputs() && c.lse_source == NO_LSE && c.a.N <= GROUP && c.a.M <= MOST_KEYS_OF_FEW;
     }
 };
 
@@ -112,14 +115,14 @@ static void statistics_by_blocks(const Attention& a, const Score& score, Logits&
     const Statistics s = {shift, factor};
     finish_rows(largest, total, t.rows, w, s, nullptr);
 }
-// In float64 a log-sum-exp of up to 2^24 gives P = e^(logit - lse) to 2^-29; where it is larger the statistics are found anew.
-static const double LARGEST_LSE = 16777216.;
+// Ours is a float64. Up to 2^24 it gives P = e^(logit - lse) to 2^-29. Beyond it the statistics are computed again.
+static const double LARGEST_OWN_LSE = 16777216.;
 
 // Statistics of a tile where its keys come in blocks; `scratch` holds 5 * LANES
 static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,
                             float* scratch, float* exponentials, float* shifts) {
-    const double* lse = c.lse_counts == 2 ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
-    const double bound = c.lse_counts == 1 ? LARGEST_GIVEN_LSE : LARGEST_LSE;
+    const double* lse = c.lse_source == NO_LSE ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
+    const double bound = c.lse_source == CALLER_LSE ? LARGEST_CALLER_LSE : LARGEST_OWN_LSE;
     bool lost[LANES], any = false;
     for (Size i = 0; i < t.width; ++i) {
         const double x = i >= t.rows ? -INFINITY : lse ? lse[i] : 0;

@@ -11,7 +11,7 @@ namespace {
 struct SharedSums {
     const Size* start;  // (tasks + 1): task n takes the items [start[n], start[n + 1])
     Size tasks, unit, floats;  // floats: of the sums of one unit
-    float* parts;  // of each task one for the unit that goes on from an earlier task, and one for all that begin in its range
+    float* parts = nullptr;  // of each task: one for the unit that an earlier task began, one for all that begin in its range
 
     bool goes_on(Size task) const { return start[task] % unit != 0 && start[task] < start[task + 1]; }
     bool begins(Size task) const { return round_up(start[task], unit) < start[task + 1]; }

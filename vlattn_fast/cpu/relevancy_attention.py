@@ -12,7 +12,7 @@ from vlattn_fast.cpu.score_attention import BACKWARD, NO_RELEVANCY, new_gradient
 
 _backward = kernel("relevancy_attention_backward", BACKWARD)
 _DOT = (0, 0.0, 0, 0, 0.0)  # Score and Dropout of csrc/cpu/
-_EXACT, _GIVEN, _NONE = 0, 1, 2  # lse_counts of csrc/cpu/backward_tile.h
+_OWN_LSE, _CALLER_LSE, _NO_LSE = 0, 1, 2  # LseSource of csrc/cpu/backward_tile.h
 
 
 def forward(
@@ -63,12 +63,12 @@ def backward(
     elif not needs_gradients:
         return None, None, None, None
     grads: list[Tensor | None] = [None, None, None]
-    if not needs_gradients and rule == "attention":
+    if not needs_gradients and rule == "attention":  # P alone is needed
         grad_out = None
     if needs_gradients:
         grads = [new_gradient(x, query) for x in (query, key, value)]
     attended = _run(
-        *(grad_out, query, key, value, out, lse, attn_mask, key_mask, scale, is_causal, _EXACT),
+        *(grad_out, query, key, value, out, lse, attn_mask, key_mask, scale, is_causal, _OWN_LSE),
         *(grads, weighted, direct, rule, row_normalize),
     )
     return grads[0], grads[1], grads[2], attended
@@ -92,8 +92,9 @@ def step(
     if rule == "attention":
         value = grad_output = None
     no_grads: list[Tensor | None] = [None, None, None]
+    lse_source = _NO_LSE if lse is None else _CALLER_LSE
     attended = _run(
-        *(grad_output, query, key, value, None, lse, attn_mask, key_mask, scale, is_causal, _NONE if lse is None else _GIVEN),
+        *(grad_output, query, key, value, None, lse, attn_mask, key_mask, scale, is_causal, lse_source),
         *(no_grads, relevancy, None, rule, row_normalize),
     )
     assert attended is not None
@@ -111,7 +112,7 @@ def _run(
     key_mask: Tensor | None,
     scale: float,
     is_causal: bool,
-    lse_counts: int,
+    lse_source: int,
     grads: list[Tensor | None],
     relevancy: Tensor | None,
     direct: Tensor | None,
@@ -137,7 +138,7 @@ def _run(
     _backward(
         *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
         *_DOT,
-        *(*rows(grad_out), *rows(out), pointer(lse), lse_counts, 0),
+        *(*rows(grad_out), *rows(out), pointer(lse), lse_source, 0),
         *(*rows(grads[0]), *rows(grads[1]), *rows(grads[2]), 0),
         *carried,
     )
