@@ -123,7 +123,7 @@ def explain(
     model = unwrapped(model)
     check_has_gradients(model)
     family = find_family(model)
-    said = None
+    prepared = None
     if answer is None and not each:
         raise ValueError("each must be left out without an answer, whose tokens it is about; got False")
     if answer is None and tokenizer is not None:
@@ -132,8 +132,8 @@ def explain(
         if target is not None or read is not None:
             raise ValueError("answer must be given without target and read, which it takes the place of; got both")
         family = encoder_decoder(model) if family is None else family
-        said = prepare_answer(answer, tokenizer, inputs, family, model)
-        inputs = said.arguments
+        prepared = prepare_answer(answer, tokenizer, inputs, family, model)
+        inputs = prepared.arguments
     if family is None:
         if read is None:
             raise ValueError(_how_to_read(model, inputs))
@@ -145,7 +145,7 @@ def explain(
     if through_connector:
         vision = _vision_of(model, family, rule, start_layer)
     with torch.inference_mode(False), torch.enable_grad(), at_rest(model):
-        arguments, pairs = prepare_inputs(model, inputs, family, target, None if said is None else said.positions)
+        arguments, pairs = prepare_inputs(model, inputs, family, target, None if prepared is None else prepared.positions)
         empty = is_empty(arguments)
         connects = through_connector and not empty
         if connects:
@@ -156,46 +156,38 @@ def explain(
                 connect(trace.towers[-1], trace.towers[0], family.connector, model.config, arguments)
             outputs = model(**(with_one_row(model, arguments, family) if empty else arguments))
         trace.check()
-        towers, others = _chosen(trace, read, None if said is None else tuple(said.arguments[family.answers].shape))
+        towers, others = _read_towers(trace, read, None if prepared is None else tuple(prepared.arguments[family.answers].shape))
         for tower in towers:
             tower.check_start(start_layer)
-        # No row of a vision tower behind a connector is read.
-        read_towers = towers[:-1] if connects else towers
-        if said is not None and towers[0].tokens == "patches_text":  # positions in the text, which stands behind the patches
-            said = replace(said, positions=said.positions + towers[0].size - said.arguments["input_ids"].shape[1])
+        starting = towers[:-1] if connects else towers  # all but the vision tower, into which a connector carries relevancy
+        if prepared is not None and towers[0].tokens == "patches_text":  # positions in the text, which stands behind the patches
+            prepared = replace(prepared, positions=prepared.positions + towers[0].size - prepared.arguments["input_ids"].shape[1])
         positions = None
         if empty:
-            scores, chosen, rows = _nothing([*towers, *others], outputs, family, target)
+            scores, chosen, rows = _empty_rows([*towers, *others], outputs, family, target)
         else:
-            if said is None:
+            if prepared is None:
                 scores, chosen = choose_score(
                     outputs, family, target, arguments, pairs, [tower.shape for tower in towers], rule.needs_score
                 )
                 if family.score == "query" and chosen is not None:
                     read = torch.eye(towers[0].size)[chosen]
-                passes: list[Pass] = [(scores, [_start(tower, read, arguments, bool(others)) for tower in read_towers])]
+                passes: list[Pass] = [(scores, [_start(tower, read, arguments, bool(others)) for tower in starting])]
             else:
-                scores, chosen = said.scores(getattr(outputs, family.logits, None), arguments.get("logits_to_keep")), None
-                passes = _passes(said, scores, read_towers, each)
+                scores, chosen = prepared.scores(getattr(outputs, family.logits, None), arguments.get("logits_to_keep")), None
+                passes = _passes(prepared, scores, starting, each)
                 scores = scores if each else scores.sum(1)
             if scores is not None:
                 edges = [edge for tower in towers for edge in tower.edges(start_layer)]
                 check_scores(scores, edges if rule.needs_score else None)
-                _check_batches(read_towers, len(scores))
-            places = ((tower.name, _position(said, passes, i)) for i, tower in enumerate(read_towers))
+                _check_batches(starting, len(scores))
+            places = ((tower.name, _position(prepared, passes, i)) for i, tower in enumerate(starting))
             positions = {name: place for name, place in places if place is not None}
-            found = []
-            for number, (score, starts) in enumerate(_with_progress(passes)):
-                score, keep = score if rule.needs_score else None, number + 1 < len(passes)
-                starts = [*starts, *(torch.zeros_like(tower.leaving()) for tower in towers[len(starts) :])]
-                found.append(read_rows(trace, towers, others, starts, score, start_layer, arguments, keep))
-            rows = [torch.cat(row, 1) for row in zip(*found, strict=True)]
-            if rule.carries and rule.needs_score and rule.aggregates:  # without aggregation zeros are a result like others
-                check_rows(rows, [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in passes), strict=True)])
+            rows = _rows_of_passes(trace, towers, others, passes, start_layer, arguments)
     names = [tower.name for tower in [*towers, *others]]
-    rows = [row.detach() if said is not None and each else row.detach()[:, 0] for row in rows]
+    rows = [row.detach() if prepared is not None and each else row.detach()[:, 0] for row in rows]
     relevancy = dict(zip(names, rows, strict=True))
-    fields = parts(model, [*read_towers, *others], arguments, relevancy, said)
+    fields = parts(model, [*starting, *others], arguments, relevancy, prepared)
     if connects:
         relevancy["vision"], maps = vision_maps(relevancy["vision"], family.connector, model.config, arguments, fields)
         fields |= maps
@@ -225,19 +217,41 @@ def _vision_of(model: nn.Module, family: Family, rule: Method, start_layer: int)
     return family.vision
 
 
-def _passes(said: Answer, scores: Tensor, towers: list[TowerTrace], each: bool) -> list[Pass]:
+def _passes(answer: Answer, scores: Tensor, towers: list[TowerTrace], each: bool) -> list[Pass]:
     """The score (B,) and the rows to read of each backward pass over an answer."""
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in towers]
     if not each:
-        return [(scores.sum(1), [said.start(like, None) for like in likes])]
-    return [(scores[:, t], [said.start(like, t) for like in likes]) for t in range(scores.shape[1])]
+        return [(scores.sum(1), [answer.start(like, None) for like in likes])]
+    return [(scores[:, t], [answer.start(like, t) for like in likes]) for t in range(scores.shape[1])]
 
 
-def _position(said: Answer | None, passes: list[Pass], tower: int) -> Tensor | None:
+def _rows_of_passes(
+    trace: Trace,
+    towers: list[TowerTrace],
+    others: list[TowerTrace],
+    passes: list[Pass],
+    start_layer: int,
+    arguments: Mapping[str, Any],
+) -> list[Tensor]:
+    """The rows (B, P, N) of `towers` and `others`, one from each of P backward passes."""
+    method = trace.method
+    rows = []
+    for number, (score, starts) in enumerate(_with_progress(passes)):
+        score = score if method.needs_score else None
+        starts = [*starts, *(torch.zeros_like(tower.leaving()) for tower in towers[len(starts) :])]
+        keep = number + 1 < len(passes)
+        rows.append(read_rows(trace, towers, others, starts, score, start_layer, arguments, keep))
+    joined = [torch.cat(row, 1) for row in zip(*rows, strict=True)]
+    if method.carries and method.needs_score and method.aggregates:  # without aggregation zeros are a result like others
+        check_rows(joined, [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in passes), strict=True)])
+    return joined
+
+
+def _position(answer: Answer | None, passes: list[Pass], tower: int) -> Tensor | None:
     """int64 (B,), or (B, T) of an answer: the token whose row is read in a tower; None where it is not one token alone."""
-    if said is not None:
-        last = said.real.sum(1, keepdim=True).sub(1).clamp(min=0)
-        return said.positions.gather(1, torch.minimum(torch.arange(said.positions.shape[1]).expand(len(last), -1), last))
+    if answer is not None:
+        last = answer.real.sum(1, keepdim=True).sub(1).clamp(min=0)
+        return answer.positions.gather(1, torch.minimum(torch.arange(answer.positions.shape[1]).expand(len(last), -1), last))
     start = passes[0][1][tower][:, 0]
     alone = bool(((start == 1).sum(-1) == 1).all()) and bool(((start != 0).sum(-1) == 1).all())
     return start.argmax(-1).cpu() if alone else None
@@ -278,7 +292,7 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     return f"{problem}. Its towers are {', '.join(found)}. Say which row is read and what the score is, as in {line}"
 
 
-def _chosen(trace: Trace, read: Any, answered: tuple[int, ...] | None) -> tuple[list[TowerTrace], list[TowerTrace]]:
+def _read_towers(trace: Trace, read: Any, answered: tuple[int, ...] | None) -> tuple[list[TowerTrace], list[TowerTrace]]:
     """The towers whose own rows are read, and those that they attend to, whose part of these rows is read as well.
 
     Args:
@@ -319,7 +333,7 @@ def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: 
     return start_rows(tower, read[tower.name] if isinstance(read, Mapping) else read, arguments, like)
 
 
-def _nothing(
+def _empty_rows(
     towers: list[TowerTrace], outputs: Any, family: Family, target: Any
 ) -> tuple[Tensor | None, list[int] | None, list[Tensor]]:
     """Scores, their indices and the rows (0, 1, N) of an empty batch, from a run over one made-up row."""

@@ -18,10 +18,14 @@ from vlattn_fast.interpret.towers import TowerTrace
 
 
 def parts(
-    model: nn.Module, towers: list[TowerTrace], arguments: Mapping[str, Any], relevancy: Mapping[str, Tensor], said: Answer | None
+    model: nn.Module,
+    towers: list[TowerTrace],
+    arguments: Mapping[str, Any],
+    relevancy: Mapping[str, Tensor],
+    answer: Answer | None,
 ) -> dict[str, Any]:
     """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer."""
-    found: dict[str, Any] = {} if said is None else {"answer": said.ids}
+    fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
     ids = arguments.get("input_ids")
     ids = None if ids is None else ids.reshape(-1, ids.shape[-1])
     for tower in towers:
@@ -32,34 +36,34 @@ def parts(
         config = model.config if joint else tower.config
         maps = _each(row, functools.partial(image_maps, record, config, arguments))
         if maps is not None:
-            found["image"], found["image_rows"] = maps
+            fields["image"], fields["image_rows"] = maps
         if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
             first = words.shape[1] - ids.shape[1] if record.tokens == "patches_text" else 0
             placed = nn.functional.pad(ids, (first, 0))
-            if said is not None and tower is towers[0]:  # of an answer every token is shown
-                words[torch.arange(len(words))[:, None], said.positions + 1] |= said.real.to(words.device)
-            found["text"] = gather_words(row, words)
-            found["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
-            found["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(placed, words, strict=True)]
+            if answer is not None and tower is towers[0]:  # of an answer every token is shown
+                words[torch.arange(len(words))[:, None], answer.positions + 1] |= answer.real.to(words.device)
+            fields["text"] = gather_words(row, words)
+            fields["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
+            fields["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(placed, words, strict=True)]
         if record.tokens == "boxes":
-            found["regions"], found["boxes"] = row, arguments["visual_pos"][..., :4].detach()
+            fields["regions"], fields["boxes"] = row, arguments["visual_pos"][..., :4].detach()
         if record.tokens == "regions" and (features := arguments.get(region_names(arguments)[0])) is not None:
-            found["regions"] = row[:, row.shape[1] - features.shape[1] :]
+            fields["regions"] = row[:, row.shape[1] - features.shape[1] :]
             if "region_positions" in arguments:
-                found["boxes"] = arguments["region_positions"][..., :4].detach()
-    if said is not None and "decoder_input_ids" in arguments:
-        found |= _behind(found, relevancy[towers[0].name], said)
-    return found
+                fields["boxes"] = arguments["region_positions"][..., :4].detach()
+    if answer is not None and "decoder_input_ids" in arguments:
+        fields |= _behind(fields, relevancy[towers[0].name], answer)
+    return fields
 
 
-def _behind(found: Mapping[str, Any], row: Tensor, said: Answer) -> dict[str, Any]:
+def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str, Any]:
     """Fields of text with the answer behind that of the encoder, if there is one.
 
     Args:
         row: (B, N) or (B, T, N), of the decoder.
     """
-    places = [spots[: len(ids)] for spots, ids in zip((said.positions + 1).tolist(), said.ids, strict=True)]
-    text, before = found.get("text"), found.get("token_ids", [[] for _ in places])
+    places = [spots[: len(ids)] for spots, ids in zip((answer.positions + 1).tolist(), answer.ids, strict=True)]
+    text, before = fields.get("text"), fields.get("token_ids", [[] for _ in places])
     rows = []
     for number, (spots, ids) in enumerate(zip(places, before, strict=True)):
         prompt = [] if text is None else [text[number][..., : len(ids)].to(row)]
@@ -67,8 +71,8 @@ def _behind(found: Mapping[str, Any], row: Tensor, said: Answer) -> dict[str, An
     joined = nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(1, -1) if rows else row[..., :0]
     return {
         "text": joined,
-        "places": [[*one, *other] for one, other in zip(found.get("places", before), places, strict=True)],
-        "token_ids": [[*one, *other] for one, other in zip(before, said.ids, strict=True)],
+        "places": [[*one, *other] for one, other in zip(fields.get("places", before), places, strict=True)],
+        "token_ids": [[*one, *other] for one, other in zip(before, answer.ids, strict=True)],
     }
 
 
@@ -79,6 +83,7 @@ def vision_maps(
 
     Args:
         row: (images, N) or (images, T, N), as the tower ran.
+        fields: those that `parts` gave.
 
     Returns:
         The rows, where there is one for each map; else (B, [T,] n), all that the tower saw of a prompt in its order, with zeros
@@ -91,14 +96,14 @@ def vision_maps(
     maps = tuple(flat[..., index.to(flat.device)] for index in merged.maps)
     alike = len({index.shape for index in merged.maps}) == 1
     rows = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
-    found: dict[str, Any] = {"image": torch.stack(maps) if alike else maps, "image_rows": rows}
+    of_vision: dict[str, Any] = {"image": torch.stack(maps) if alike else maps, "image_rows": rows}
     if fields.get("image_rows") == rows:
-        found["tower_images"] = {"language": fields["image"]}
+        of_vision["tower_images"] = {"language": fields["image"]}
     if len(row) != len(rows):
         owners = torch.tensor(rows)[merged.owners].to(flat.device)
         parts = [flat[..., owners == prompt].movedim(-1, 0) for prompt in range(len(of_token))]
         row = nn.utils.rnn.pad_sequence(parts, batch_first=True).movedim(1, -1)
-    return row, found
+    return row, of_vision
 
 
 def _each(rows: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
