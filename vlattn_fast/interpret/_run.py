@@ -65,7 +65,7 @@ class traced:  # noqa: N801 (used as a function is)
     def __init__(self, model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> None:
         self._trace = Trace(model, family, method, weighting)
         self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
-        if self._trace.finds:
+        if self._trace.finds_towers:
             self._roots = [model.get_submodule(family.within)]
             check_rules(self._roots[0])
         self._stack = contextlib.ExitStack()

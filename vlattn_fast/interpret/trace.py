@@ -16,7 +16,7 @@ import contextlib
 import contextvars
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +36,7 @@ from vlattn_fast.reference.relevancy_residual import Weighting
 
 
 class Attends(Protocol):
-    """Whoever takes the calls of transformers' attention interface during a run."""
+    """What takes the calls of transformers' attention interface during a run."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None
@@ -81,9 +81,9 @@ class Trace(TorchFunctionMode):
     def __init__(self, model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> None:
         super().__init__()
         self.model, self.method = model, method
-        self.finds = not family.towers or family.bimodal  # towers that no record names, and cross-attention
-        self._make = functools.partial(TowerTrace, model=model, method=method, weighting=weighting, keeps=self.finds)
-        self.towers = [self._make(record) for record in family.towers]
+        self.finds_towers = not family.towers or family.bimodal  # towers that no record names, and cross-attention
+        self._make_tower = functools.partial(TowerTrace, model=model, method=method, weighting=weighting, keeps=self.finds_towers)
+        self.towers = [self._make_tower(record) for record in family.towers]
         self.calls: list[Call] = []  # in the order in which they ran, where rules for several towers may read them
         self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
         within = f"{family.within}." if family.within else ""
@@ -93,7 +93,7 @@ class Trace(TorchFunctionMode):
         # Of the modules that run now, the outermost first; None = of another model, or a part that is not explained.
         self._paths: list[str | None] = [""]
         self._ran: set[str] = set()
-        self._runs, self._run = [0], 0  # a number of its own for each run of each module: those on the way, and the last
+        self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = new_mark("calls")
         self._around, self._is_over = _running.get(), False
@@ -122,7 +122,7 @@ class Trace(TorchFunctionMode):
             yield from tower.install(self._of_this_run)
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        path = self._paths[-1] if isinstance(module, nn.Softmax) else self._names.get(module)  # whoever asks takes the softmax
+        path = self._paths[-1] if isinstance(module, nn.Softmax) else self._names.get(module)  # its caller takes the softmax
         self._paths.append(path)
         if path is not None:
             self._ran.add(path)
@@ -170,7 +170,7 @@ class Trace(TorchFunctionMode):
 
     def _explains(self, path: str | None) -> bool:
         """Whether the module at `path` belongs to what is explained: all of a model whose towers are found, else the towers."""
-        return path is not None and (self.finds or self._tower_around(path) is not None)
+        return path is not None and (self.finds_towers or self._tower_around(path) is not None)
 
     def _tower_around(self, path: str) -> TowerTrace | None:
         """The recorded tower that the module at `path` lies in, if any."""
@@ -179,17 +179,12 @@ class Trace(TorchFunctionMode):
                 return tower
         return None
 
-    def _calls_of(self, values: Any) -> int:
-        """The calls that `values` were computed from."""
-        calls = 0
-        for value in values:
-            if isinstance(value, Tensor):
-                calls |= getattr(value, self._mark, 0)
-            elif isinstance(value, (tuple, list)):
-                calls |= self._calls_of(value)
-        return calls
+    def _calls_of(self, values: Iterable[Any]) -> int:
+        """The calls that `values` were computed from, as bits."""
+        return read_mark(values, self._mark)
 
     def _note(self, value: Any, calls: int) -> None:
+        """Adds `calls` to those that a tensor, or those in a tuple or list, were computed from."""
         if isinstance(value, Tensor):
             setattr(value, self._mark, getattr(value, self._mark, 0) | calls)
         elif isinstance(value, (tuple, list)):
@@ -214,7 +209,7 @@ class Trace(TorchFunctionMode):
             shapes = [tensor.shape[:2] for tensor in (query, key, value)]
             if not enable_gqa and shapes.count(shapes[0]) < 3:  # torch's function broadcasts batch and heads, as for multi-query
                 shape = torch.broadcast_shapes(*shapes)
-                query, key, value = (self._as(x.expand(*shape, -1, -1), x) for x in (query, key, value))
+                query, key, value = (self._marked_as(x.expand(*shape, -1, -1), x) for x in (query, key, value))
             return self.attend(query, key, value, masks)
         if query.ndim != 3:
             raise ValueError(
@@ -222,7 +217,7 @@ class Trace(TorchFunctionMode):
             )
         if attn_mask is not None and attn_mask.ndim == 3:
             masks["attn_mask"] = attn_mask.unsqueeze(1)
-        query, key, value = (self._as(x.unsqueeze(1), x) for x in (query, key, value))  # (B, N, D) is one head
+        query, key, value = (self._marked_as(x.unsqueeze(1), x) for x in (query, key, value))  # (B, N, D) is one head
         output = self.attend(query, key, value, masks)
         result = output.squeeze(1)
         self._note(result, self._calls_of((output,)))
@@ -259,14 +254,14 @@ class Trace(TorchFunctionMode):
         self._note(lse, calls[0] | calls[1])
         return result, lse
 
-    def _as(self, view: Tensor, tensor: Tensor) -> Tensor:
-        """A view of `tensor`, which takes its calls along by hand: the trace does not see what is computed here."""
+    def _marked_as(self, view: Tensor, tensor: Tensor) -> Tensor:
+        """A view of `tensor` with its calls, which are copied by hand: the trace does not see what it computes itself."""
         self._note(view, self._calls_of((tensor,)))
         return view
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
-        with torch._C.DisableTorchFunction():  # what is computed here is no business of the trace
+        with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
             calls = self._calls_of((query,))
             output, owner = self._attend(query, key, value, masks, calls, self._calls_of((key,)))
             if owner is not None:
@@ -292,43 +287,44 @@ class Trace(TorchFunctionMode):
                 return tower.pool(query, key, value, masks), None
         owner = self._tower_of(path, calls, batch, rows)
         same = rows == columns and self._same_tokens(calls, key_calls)
-        if owner is None and (not self.finds or not (same or in_layers(path))):
+        if owner is None and (not self.finds_towers or not (same or in_layers(path))):
             if same:
                 self._refuse_foreign(path)
             return attention(query, key, value, masks), None
-        tower = self._found() if owner is None else owner
+        tower = self._new_tower() if owner is None else owner
         if same:
             again = tower.path == path and tower.last_run == self._runs[-1] and tower.last_call is not None
             chunk = again and not calls >> (tower.last_call or 0) & 1
             tower.last_run = self._runs[-1]
             output = tower.attend(path, query, key, value, masks, len(self._owners), chunk)
-            self._keep(path, tower, tower, Attended(query, key, value, masks, output, tower.mesh), key_calls)
+            self._record(path, tower, tower, Attended(query, key, value, masks, output, tower.mesh), key_calls)
             return output, tower
-        if not self.finds:
+        if not self.finds_towers:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
                 f"got {rows} queries and {columns} keys in attention '{path}'"
             )
         source = self._source_of(key_calls, key)
         output = tower.cross(path, query, key, value, masks, len(self._owners))
-        self._keep(path, tower, source, Attended(query, key, value, masks, output, tower.mesh), key_calls)
+        self._record(path, tower, source, Attended(query, key, value, masks, output, tower.mesh), key_calls)
         return output, tower
 
-    def _keep(self, path: str, tower: TowerTrace, source: TowerTrace, attended: Attended, key_calls: int) -> None:
-        if self.finds:
+    def _record(self, path: str, tower: TowerTrace, source: TowerTrace, attended: Attended, key_calls: int) -> None:
+        """Appends to `calls`, with the source's last call that the keys came through."""
+        if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
             self.calls.append(Call(path, tower, source, attended, len(self._owners), seen))
 
     # --- towers ---
 
-    def _found(self) -> TowerTrace:
+    def _new_tower(self) -> TowerTrace:
         if self.method.weighted:
             raise ValueError(
                 "method must be one that needs no residual branch where towers have no record; got 'weighted' and "
                 f"'{self._paths[-1]}'"
             )
-        tower = self._make(None)
+        tower = self._make_tower(None)
         self.towers.append(tower)
         return tower
 
@@ -366,7 +362,7 @@ class Trace(TorchFunctionMode):
         for tower in self.towers:
             if not tower.paths and (tower.batch, tower.size) == (batch, size):
                 return tower
-        tower = next((tower for tower in self.towers if not tower.lists and tower.batch is None), None) or self._found()
+        tower = next((tower for tower in self.towers if not tower.lists and tower.batch is None), None) or self._new_tower()
         tower.batch, tower.size, tower.dtype, tower.device = batch, size, compute_dtype(key), key.device
         return tower
 
@@ -397,7 +393,7 @@ class Trace(TorchFunctionMode):
 
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""
-        return self.finds or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
+        return self.finds_towers or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
 
     def _check_by_hand(self) -> None:
         """ValueError for a module that takes a softmax itself and calls no attention that the trace sees."""
@@ -419,13 +415,24 @@ def _is_checkpointed() -> bool:
 
 
 def new_mark(name: str) -> str:
-    """The attribute by which a run marks tensors. No run has had it: an id() may come again, while tensors that a model keeps
-    still bear the marks of an earlier run."""
+    """The attribute by which a run marks tensors. No earlier run had it, as an id() might: tensors that a model keeps still bear
+    the marks of earlier runs."""
     return f"_vlattn_{name}_{next(_numbers)}"
 
 
+def read_mark(values: Iterable[Any], mark: str) -> int:
+    """The bits that tensors among `values`, and in tuples and lists among them, have as `mark`."""
+    bits = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            bits |= getattr(value, mark, 0)
+        elif isinstance(value, (tuple, list)):
+            bits |= read_mark(value, mark)
+    return bits
+
+
 def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Of a function of torch, by its place or by the name that all give it."""
+    """The first argument of a torch function, by position or by the name "input"."""
     return args[0] if args else kwargs["input"]
 
 

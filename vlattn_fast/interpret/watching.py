@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret._override import is_entered, overridden
 from vlattn_fast.interpret.multihead import heads
-from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, Trace, first_argument, new_mark, running_trace
+from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, Trace, first_argument, new_mark, read_mark, running_trace
 
 Pair = tuple[Tensor, Tensor]  # query (B, H, N, D), key (B, H, M, D)
 MODALITIES = ("text", "image")
@@ -36,9 +36,11 @@ _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"
 class AttentionCall:
     """One call of attention.
 
-    kinds, key_kinds: what the tokens of the queries and of the keys come from. masks: what of its options `attention_statistics`
-    takes as well; None where a module writes attention out by hand. score: the core score. again: a module within the model has
-    called attention among such tokens before, in one run of it: for a part of them, as for one of several images.
+    kinds, key_kinds: what the tokens of the queries and of the keys come from, as bits (TEXT, IMAGE).
+    query, key: (B, H, N, D) and (B, H, M, D).
+    masks: the options that `attention_statistics` takes as well; None where a module writes attention out by hand.
+    score: the core score.
+    again: the module that calls has called attention with these kinds before in this run of it, as for one image after another.
     """
 
     kinds: int
@@ -67,7 +69,7 @@ class _Running:
 
 
 class _FastPath:
-    """torch's switch for all threads as an attribute, which `overridden` counts."""
+    """torch's process-wide switch for the fast path of nn.MultiheadAttention, as an attribute that `overridden` can set."""
 
     @property
     def enabled(self) -> bool:
@@ -87,7 +89,7 @@ class Watch(TorchFunctionMode):
     Args:
         modality: input name -> "text" or "image", for inputs without the usual names.
         finish: called after a forward pass with its attention calls.
-        sees: called with each attention call and its number as it comes; then none is kept, and `finish` gets none.
+        sees: called with the number of each attention call and the call, as it comes; then none is kept, and `finish` gets none.
         leaves: called with the number of a call and what the layer around it returned.
     """
 
@@ -122,7 +124,7 @@ class Watch(TorchFunctionMode):
             self._slow.__enter__()
             self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
             for module in self._model.modules():
-                if not isinstance(module, (nn.Softmax, nn.Dropout)):  # whoever asks takes the softmax
+                if not isinstance(module, (nn.Softmax, nn.Dropout)):  # their caller takes the softmax
                     self._handles.append(module.register_forward_pre_hook(self._push))
                     self._handles.append(module.register_forward_hook(self._pop, always_call=True))
             return super().__enter__()
@@ -213,11 +215,11 @@ class Watch(TorchFunctionMode):
             self._softmax(run, first_argument(args, kwargs))
         kinds = self._kinds(args) | self._kinds(kwargs.values())
         if kinds:
-            self._set(args[0] if result is None and args else result, kinds, also=True)
+            self._set(args[0] if result is None and args else result, kinds, add=True)
         return result
 
     def _attends(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        """The kinds of the queries, where `func` is attention; the call is kept."""
+        """Keeps the call where `func` is attention, and gives the kinds of its queries; else None."""
         if func is functional.scaled_dot_product_attention or func is SCORE_ATTENTION:
             query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
             kinds = self._kinds((query,)), self._kinds((key,))
@@ -230,7 +232,7 @@ class Watch(TorchFunctionMode):
         return None
 
     def _multihead(self, given: Mapping[str, Any]) -> int:
-        """nn.MultiheadAttention splits into heads where no mode sees it, so its projections are made once more."""
+        """nn.MultiheadAttention splits into heads where no mode sees it. So query and key are projected here once more."""
         query, key, size = given["query"], given["key"], given["embed_dim_to_check"] // given["num_heads"]
         kinds = self._kinds((query,)), self._kinds((key,))
         if given["use_separate_proj_weight"]:
@@ -239,7 +241,7 @@ class Watch(TorchFunctionMode):
             weights = given["in_proj_weight"].chunk(3)[:2]
         biases = (None, None) if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)[:2]
         states = (x[:, None] if x.ndim == 2 else x for x in (query, key))  # torch takes (N, C) as well as (N, B, C)
-        # torch.utils.checkpoint counts what is saved for the backward pass, and runs the layer again where nobody watches
+        # torch.utils.checkpoint counts the saved tensors and runs the layer again unwatched: these must not go through its hooks
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             projected = [functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True)]
         query, key = (heads(x, size) for x in projected)
@@ -273,25 +275,19 @@ class Watch(TorchFunctionMode):
         self._number += 1
         return kinds[0]
 
-    def _kinds(self, values: Any) -> int:
-        """What `values` were computed from."""
-        kinds = 0
-        for value in values:
-            if isinstance(value, Tensor):
-                kinds |= getattr(value, self._mark, 0)
-            elif isinstance(value, (tuple, list)):
-                kinds |= self._kinds(value)
-        return kinds
+    def _kinds(self, values: Iterable[Any]) -> int:
+        """What `values` were computed from: TEXT, IMAGE, both or neither."""
+        return read_mark(values, self._mark)
 
-    def _set(self, value: Any, kinds: int, also: bool = False) -> None:
+    def _set(self, value: Any, kinds: int, add: bool = False) -> None:
+        """Sets the kinds of a tensor, or of those in a tuple, list or mapping; with `add`, beside those that they have."""
         if isinstance(value, Tensor):
-            setattr(value, self._mark, kinds | (getattr(value, self._mark, 0) if also else 0))
+            setattr(value, self._mark, kinds | (getattr(value, self._mark, 0) if add else 0))
         elif isinstance(value, (tuple, list)):
             for part in value:
-                self._set(part, kinds, also)
+                self._set(part, kinds, add)
         elif isinstance(value, Mapping):
-            for part in value.values():
-                self._set(part, kinds, also)
+            self._set(list(value.values()), kinds, add)
 
 
 def check_modality(modality: Mapping[str, str] | None) -> dict[str, str]:
