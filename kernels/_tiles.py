@@ -19,7 +19,7 @@ from torch import Tensor
 from vlattn_fast._tensors import cast_float_mask
 
 LOG2_E = 1.4426950408889634
-INTERPRETED = triton.knobs.runtime.interpret  # Triton asks, too, where a kernel is defined, and not where it is called
+INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
 ROWS = tl.constexpr(64)  # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
 
 
@@ -29,7 +29,7 @@ def block_size(size: int, smallest: int = 16) -> int:
 
 
 def cdiv(size: int, block: int) -> int:
-    """How many blocks hold `size`. triton.cdiv gives the same, and takes as long as an allocation."""
+    """How many blocks hold `size`. triton.cdiv gives the same on the host, but takes as long as an allocation."""
     return -(-size // block)
 
 
@@ -77,7 +77,7 @@ def aligned(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def alignment(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Of what number of bytes the address of a tensor must be a multiple, so that it is not copied; 0 where it always is."""
+    """The number of bytes that must divide a tensor's address, else `aligned` copies it; 0 where it copies in any case."""
     size = shape[-1]
     if stride[-1] != 1 and size > 1:
         return 0
@@ -88,7 +88,7 @@ def alignment(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def strides(letter: str, stride: tuple[int, ...]) -> dict[str, int]:
-    """Those of a tensor (B, H, N, D), in elements, but for the last, which is 1."""
+    """The arguments stride_<letter>b, h and n of a tensor (B, H, N, D), in elements. The last stride is 1."""
     b, h, n, _ = stride
     return {f"stride_{letter}b": b, f"stride_{letter}h": h, f"stride_{letter}n": n}
 
@@ -96,9 +96,10 @@ def strides(letter: str, stride: tuple[int, ...]) -> dict[str, int]:
 def mask_arguments(
     attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The mask tensors with the strides of attn_mask (0 where it is broadcast), and the constants of `mask_logits`.
+    """Two groups of arguments: the mask tensors with the strides of attn_mask (0 where it is broadcast), and the constants MASK
+    and KEY_MASK of `mask_logits`.
 
-    `like` is the query (B, H, N, D). It stands in for a mask that is absent and is not read then.
+    `like` is the query (B, H, N, D). Its pointer takes the place of a mask that is absent; no kernel reads it there.
     """
     kind, mask, b, h, n, m = 0, like, 0, 0, 0, 0
     if attn_mask is not None:
@@ -275,11 +276,11 @@ OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `
 
 @triton.jit
 def is_coarse(b_lse, LIMIT: tl.constexpr):
-    """Whether rounding a natural log-sum-exp shows in exp(logit - lse), because it is so far from 0.
+    """Whether a natural log-sum-exp is so far from 0 that its rounding shows in exp(logit - lse).
 
     Float masks of -1e5 or finfo.min make such rows. Their probabilities are computed from the largest logit and the sum instead.
-    The limit is lower for our own lse than for one from the caller, which may count keys that are not here. Streaming has the
-    same limit.
+    LIMIT is lower for our own lse, whose sums can be computed again. The caller's lse may count keys that are not here, so it is
+    used as far as it is right to 1e-3, as in streaming (`lse_is_lost`) and csrc/cpu (LARGEST_CALLER_LSE).
     """
     return (tl.abs(b_lse) >= LIMIT) & (tl.abs(b_lse) < float("inf"))
 
@@ -309,10 +310,10 @@ def relu(b_x):
 
 @triton.jit
 def key_range(i_q, M, ALL_EDGE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """For the i_q-th block of queries: (where the tiles at the edge begin, where they end).
+    """For the i_q-th block of queries: the keys at which the edge tiles begin and end.
 
-    Tiles of BLOCK_KV keys before the first number lie within the keys and below the diagonal; it is 0 with ALL_EDGE. No query of
-    the block sees keys from the second number on.
+    Tiles of BLOCK_KV keys before the first number lie within the keys and below the diagonal, and need no masks for these. With
+    ALL_EDGE it is 0. No query of the block sees keys from the second number on.
     """
     end = tl.minimum(M, (i_q + 1) * BLOCK_Q) if CAUSAL else M
     if ALL_EDGE:

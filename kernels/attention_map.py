@@ -96,10 +96,11 @@ def forward(
     facts = {"rule": rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
     masked = attn_mask is not None
     config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
-    one_tile, float_mask, exact = num_kv <= config["BLOCK_KV"], call["MASK"] == 2, query.dtype == torch.float32
-    rows = "statistics" if lse is not None or not one_tile else "tile"
-    if lse is not None and not float_mask and not exact:
-        rows = "lse"
+    one_tile, float_mask = num_kv <= config["BLOCK_KV"], call["MASK"] == 2
+    if lse is None:
+        rows = "tile" if one_tile else "statistics"
+    else:  # float32 maps and float masks would show the rounding of the lse
+        rows = "statistics" if float_mask or query.dtype == torch.float32 else "lse"
     row_max = row_inverse = abar  # placeholders where the kernel does not read them
     if rows == "statistics" and (lse is None or float_mask):
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))

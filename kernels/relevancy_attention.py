@@ -64,26 +64,26 @@ def backward(
     is_causal: bool,
     need_inputs: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing is needed."""
+    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
     grads: tuple[Tensor | None, ...] = (None, None, None)
     weighted_r = r_abar = None
     if grad_carrier is not None and (grad_out is not None or rule == "attention"):
         weighted_r = weigh_rows(grad_carrier, attention_weight)
     if need_inputs and grad_out is not None:
         launch = _describe(query, key, value, grad_out, attn_mask, key_mask, rule, scale, is_causal)
-        beside = None if weighted_r is None or weighted_r.shape[1] > MAX_T else weighted_r
+        fused_r = None if weighted_r is None or weighted_r.shape[1] > MAX_T else weighted_r  # more rows go through `step`
         lse, coarse = lse.contiguous(), None
         if launch.float_mask:
             coarse = _statistics(launch, lse, False, OWN_LSE)
         config = _config("backward_q", launch)
-        summed = beside is not None and row_normalize
+        summed = fused_r is not None and row_normalize
         grad_q, rows = queries(launch.call, config, lse, aligned(out), coarse, by_gradient=launch.by_gradient, summed=summed)
-        grad_k, grad_v, r_abar = _keys(launch, rows, beside)
+        grad_k, grad_v, r_abar = _keys(launch, rows, fused_r)
         grads = (grad_q, grad_k, grad_v)
     if weighted_r is not None and r_abar is None:
         # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
-        exact = query.dtype == torch.float32 or (attn_mask is not None and attn_mask.dtype != torch.bool)
-        known_lse = None if exact else lse
+        rounding_shows = query.dtype == torch.float32 or (attn_mask is not None and attn_mask.dtype != torch.bool)
+        known_lse = None if rounding_shows else lse
         r_abar = step(
             weighted_r, query, key, value, grad_out, known_lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal
         )
@@ -110,8 +110,8 @@ def step(
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M).
 
-    Up to MAX_T rows are multiplied while Abar is computed. More would compute it again for each MAX_T of them: it is stored then,
-    for as many samples at once as `_stored_maps` says.
+    Up to MAX_T rows are multiplied while Abar is computed. More would compute it again for each MAX_T of them. So then Abar is
+    stored, for as many samples at once as `_stored_maps` says.
 
     `lse` may count keys that are not here: probabilities are exp(logit - lse). Under a float mask, rows whose lse `is_coarse` are
     normalised over the keys that are here.
@@ -146,14 +146,14 @@ def step(
     else:
         rows = Rows(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf))
     r_abar = _keys(launch, rows, relevancy)[2]
-    assert r_abar is not None  # relevancy was there
+    assert r_abar is not None  # since relevancy is not
     return r_abar.to(relevancy.dtype)
 
 
 def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
-    """Of how many samples `step` stores Abar (N, M) at once; 0 for few rows, and where not even one is small enough.
+    """Of how many samples `step` stores Abar (N, M) at once; 0 for few rows, and where a single map is too large.
 
-    Together they have no more elements than the queries or the result, or 2^22: memory stays linear in the sequence's length.
+    Together the maps have at most as many elements as the queries or the result, or 2^22: memory stays linear in the length.
     """
     (batch, heads, num_q, size), num_kv, num_t = query.shape, key.shape[2], relevancy.shape[1]
     if num_t <= MAX_T or min(batch, heads, num_q, size, num_kv) == 0:
@@ -162,7 +162,7 @@ def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
 
 
 class _Launch(NamedTuple):
-    """The named arguments of a launch, as score_attention describes them, and whether Abar is by the gradient."""
+    """The named arguments of a launch, from score_attention.arguments, and whether the rule is "gradient"."""
 
     call: dict[str, Any]
     by_gradient: bool
@@ -189,13 +189,15 @@ def _describe(
 
 
 def _statistics(launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.constexpr = CALLER_LSE) -> Rows:
+    """Statistics of each row; with `summed` also the row sums of each head's part of Abar."""
     pair = launch.float_mask or (lse is None and launch.call["EXACT"])
     config = _config("statistics", launch)
     return score_attention.row_statistics(launch.call, config, lse, limit, pair, by_gradient=launch.by_gradient, summed=summed)
 
 
 def _keys(launch: _Launch, rows: Rows, relevancy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`keys` with r Abar averaged over heads, or with the row sums divided out."""
+    """The kernel that takes keys block by block: gradients of key and value, and r Abar, each None where it is not computed. r is
+    divided by the number of heads, or by the row sums of Abar."""
     query, key = launch.call["p_q"], launch.call["p_k"]
     num_t = 0 if relevancy is None else relevancy.shape[1]
     block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
