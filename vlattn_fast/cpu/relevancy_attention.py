@@ -53,20 +53,19 @@ def backward(
     need_inputs: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
-    needs_gradients = need_inputs and grad_out is not None
+    grads: list[Tensor | None] = [None, None, None]
+    if need_inputs and grad_out is not None:
+        grads = [new_gradient(x, query) for x in (query, key, value)]
+    elif grad_carrier is None:
+        return None, None, None, None
+    elif rule == "attention":  # Abar needs P alone
+        grad_out = None
     direct = weighted = None
     if grad_carrier is not None:
         direct = weigh_rows(grad_carrier, residual_weight)
         weighted = weigh_rows(grad_carrier, attention_weight)
         if grad_out is None and rule == "gradient":  # Abar is zero
             return None, None, None, direct.clone()
-    elif not needs_gradients:
-        return None, None, None, None
-    grads: list[Tensor | None] = [None, None, None]
-    if not needs_gradients and rule == "attention":  # P alone is needed
-        grad_out = None
-    if needs_gradients:
-        grads = [new_gradient(x, query) for x in (query, key, value)]
     attended = _run(
         *(grad_out, query, key, value, out, lse, attn_mask, key_mask, scale, is_causal, _OWN_LSE),
         *(grads, weighted, direct, rule, row_normalize),

@@ -6,7 +6,7 @@ answer depends on something in between are not asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +41,6 @@ class Questions:
 
     def __len__(self) -> int:
         return len(self.questions)
-
-
-_Text = Callable[[list[int], Tensor, bool], tuple[str, str]]  # (indices, digits of the scene, yes or no) -> question and answer
 
 
 @dataclass(frozen=True)

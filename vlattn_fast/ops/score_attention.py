@@ -185,7 +185,7 @@ def score_attention(
         )
     out = as_dtype(out, out_dtype)
     if isinstance(core.offset, Tensor) and core.offset.requires_grad:
-        # what cancels in the softmax has a gradient of zero, not none
+        # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
         never = torch.zeros((), dtype=torch.bool, device=out.device)
         out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
     if not return_lse:
