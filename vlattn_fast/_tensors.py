@@ -32,7 +32,7 @@ def scaled_dot_default(head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
 
 
-def autocast(*tensors: Any) -> tuple[Any, ...]:
+def cast_by_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on, except float64, as scaled_dot_product_attention does it."""
     if not autocasts(tensors[0]):
         return tensors

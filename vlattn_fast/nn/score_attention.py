@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlattn_fast import scores
 from vlattn_fast._checks import check_bool, check_choice, check_number, check_tensor, describe
-from vlattn_fast._tensors import as_dtype, autocast, mask_padding, resolve_scale, without_autocast
+from vlattn_fast._tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale, without_autocast
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.score_attention import score_attention
@@ -196,7 +196,7 @@ class ScoreAttention(nn.Module):
         scale = resolve_scale(self.scale, score.default_scale(query.shape[-1]))
         (key,) = mask_padding(masks["key_mask"], key, fill=score.masked_key)
         core = score.core(query, key)
-        query, key, vector = autocast(core.query, core.key, core.vector)
+        query, key, vector = cast_by_autocast(core.query, core.key, core.vector)
         if core.kind == "dot":
             return as_dtype(attention_map(query, key, scale=scale, backend=_map_backend(self.backend), **masks), query.dtype)
         options = masks["attn_mask"], masks["key_mask"], "attention", "mean", False, scale, masks["is_causal"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, check_masks, describe
-from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
@@ -115,7 +115,7 @@ def attention_map(
         )
     if not masks_padding(chosen):
         key, value = mask_padding(key_mask, key, value)
-    query, key, value, grad_output = autocast(query, key, value, grad_output)
+    query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
     return _forward_op(
         query, key, value, grad_output, lse, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, chosen
     )

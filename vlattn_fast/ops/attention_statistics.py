@@ -22,7 +22,7 @@ from vlattn_fast._checks import (
     describe,
     readable,
 )
-from vlattn_fast._tensors import autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
@@ -118,7 +118,7 @@ def attention_statistics(
         )
     if not masks_padding(chosen):
         (key,) = mask_padding(key_mask, key)
-    query, key = autocast(query, key)
+    query, key = cast_by_autocast(query, key)
     if key_groups is not None:
         key_groups = key_groups.expand(key.shape[0], -1)
     if row_weight is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
-from vlattn_fast._tensors import autocast, compute_dtype, resolve_scale, scaled_dot_default
+from vlattn_fast._tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.cpu.congruence_loss import maps_shape
 from vlattn_fast.ops._dispatch import Call, load, make_call, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
@@ -102,9 +102,9 @@ def congruence_loss(
         )
         return loss
     if cross is not None:
-        cross = (autocast(*cross[0]), autocast(*cross[1]))
+        cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
     masks = (None, None) if masks_padding(chosen) else (text_mask, image_mask)
-    queries, keys = block_inputs(autocast(*text), autocast(*image), cross, *masks)
+    queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *masks)
     loss, _ = _forward_op(queries, keys, text_mask, image_mask, kind, direction, scale, chosen)
     if reduction == "none":
         return loss

@@ -29,7 +29,7 @@ from vlattn_fast._checks import (
 )
 from vlattn_fast._tensors import (
     as_gradient,
-    autocast,
+    cast_by_autocast,
     compute_dtype,
     empty_rows_first,
     lse_dtype,
@@ -118,7 +118,7 @@ def relevancy_attention(
     chosen = choose(describe_call, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
     weights = [_weight("residual_weight", residual_weight, carrier), _weight("attention_weight", attention_weight, carrier)]
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    query, key, value = autocast(query, key, value)
+    query, key, value = cast_by_autocast(query, key, value)
     if chosen == "reference":
         return load(BACKENDS, chosen).relevancy_attention(
             query,
@@ -151,7 +151,7 @@ def describe_call(
     if value is None:  # which relevancy_step takes
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
     tensors = carrier, query, key, value, None, attn_mask, key_mask
-    call = _check("relevancy_attention", "carrier", *tensors, *options, **named)
+    call = _describe("relevancy_attention", "carrier", *tensors, *options, **named)
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"key must be as long as query ({query.shape[2]}): relevancy_attention is self-attention, relevancy_step takes "
@@ -202,7 +202,7 @@ def relevancy_step(
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
     check_lse(lse, query)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    query, key, value, grad_output = autocast(query, key, value, grad_output)
+    query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
     if chosen == "reference":
         return load(BACKENDS, chosen).relevancy_step(
             relevancy,
@@ -226,7 +226,7 @@ def relevancy_step(
     )
 
 
-def _check(
+def _describe(
     operator: str,
     name: str,
     carrier: Any,
@@ -276,7 +276,7 @@ def _check(
     )
 
 
-_describe_step = partial(_check, "relevancy_step", "relevancy")
+_describe_step = partial(_describe, "relevancy_step", "relevancy")
 
 
 def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:

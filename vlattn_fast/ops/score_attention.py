@@ -16,7 +16,7 @@ from vlattn_fast._checks import autocasts, check_attention, check_bool, check_ma
 from vlattn_fast._tensors import (
     as_dtype,
     as_gradient,
-    autocast,
+    cast_by_autocast,
     compute_dtype,
     empty_rows_first,
     has_short_backward,
@@ -159,7 +159,7 @@ def score_attention(
     if not masks_padding(chosen) or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
         (key,) = mask_padding(key_mask, key, fill=score.masked_key)
     core = score.core(query, key)
-    query, key, vector, value = autocast(core.query, core.key, core.vector, value)
+    query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)
     out_dtype = value.dtype
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)

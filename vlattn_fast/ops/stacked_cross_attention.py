@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
-from vlattn_fast._tensors import autocast, compute_dtype, without_autocast
+from vlattn_fast._tensors import cast_by_autocast, compute_dtype, without_autocast
 from vlattn_fast.ops._dispatch import Call, load, make_call, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
@@ -86,7 +86,7 @@ def stacked_cross_attention(
     )
     chosen = select(BACKENDS, call, backend)
     caption_lengths, image_lengths = _place(caption_lengths, captions), _place(image_lengths, images)
-    images, captions = autocast(images, captions)
+    images, captions = cast_by_autocast(images, captions)
     if chosen == "reference":
         with without_autocast(images):
             return load(BACKENDS, chosen).stacked_cross_attention(
