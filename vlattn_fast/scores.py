@@ -63,6 +63,8 @@ class Score(Protocol):
 
 
 class _Unscaled:
+    """The defaults of a score function: no scale, and no dot product of features for all data."""
+
     masked_key: ClassVar[float] = 0.0
     is_dot_product: ClassVar[bool] = False
 
@@ -402,6 +404,7 @@ def _row_dot(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _project(weight: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, projects: str) -> tuple[Tensor, Tensor]:
+    """Query and key, of which the one that `projects` names became W x + b."""
     if weight is None and bias is None:
         return query, key
     if projects == "query":

@@ -80,6 +80,7 @@ def _call(
     grad_queries: tuple[int, ...],
     grad_keys: tuple[int, ...],
 ) -> None:
+    """Packs CongruenceLoss of csrc/cpu/ and runs the kernel. grad_queries, grad_keys: four pointers each, 0 for none."""
     batch, heads, L, head_dim = queries[0].shape
     blocks = unit_strides(*queries, *keys)  # they and the masks live until the call is over
     masks = [None if mask is None else mask.contiguous() for mask in (text_mask, image_mask)]

@@ -71,6 +71,7 @@ def _call(
     grad_images: Tensor | None,
     grad_captions: Tensor | None,
 ) -> None:
+    """Packs StackedCrossAttention of csrc/cpu/, in which the queries' side comes first, and runs the kernel."""
     clips, norm = split_norm(first_norm)
     pairs = similarity if similarity is not None else grad_similarity
     assert pairs is not None

@@ -122,6 +122,7 @@ class Trace(TorchFunctionMode):
             yield from tower.install(self._of_this_run)
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before each module runs: notes its path and the number of its run; `_pop` takes them off again."""
         path = self._paths[-1] if isinstance(module, nn.Softmax) else self._names.get(module)  # its caller takes the softmax
         self._paths.append(path)
         if path is not None:
@@ -147,12 +148,12 @@ class Trace(TorchFunctionMode):
             return self._sdpa(*args, **kwargs)
         if func is SCORE_ATTENTION:
             return self._score_attention(*args)
-        if func is functional.multi_head_attention_forward and self._explains(self._paths[-1]):
-            raise ValueError(
-                f"model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
-                f"'{self._paths[-1]}', which calls multi_head_attention_forward"
-            )
         path = self._paths[-1]
+        if func is functional.multi_head_attention_forward and self._explains(path):
+            raise ValueError(
+                "model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
+                f"'{path}', which calls multi_head_attention_forward"
+            )
         if getattr(func, "__name__", None) == "flex_attention" and path is not None and self._concerns(path):
             raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
         if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
@@ -204,6 +205,7 @@ class Trace(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        """scaled_dot_product_attention: `attend` on tensors of four dimensions; dropout is off, as everywhere in a run."""
         masks = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         if query.ndim == 4:
             shapes = [tensor.shape[:2] for tensor in (query, key, value)]
@@ -274,6 +276,8 @@ class Trace(TorchFunctionMode):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], calls: int, key_calls: int
     ) -> tuple[Tensor, TowerTrace | None]:
+        """The output, and the tower that it belongs to, None where it is not explained. `calls` and `key_calls` are what the
+        queries and the keys came through, as bits."""
         path, batch, rows, columns = self._paths[-1], query.shape[0], query.shape[2], key.shape[2]
         if path is not None and _is_checkpointed():
             raise ValueError(
@@ -293,6 +297,8 @@ class Trace(TorchFunctionMode):
             return attention(query, key, value, masks), None
         tower = self._new_tower() if owner is None else owner
         if same:
+            # A module may attend to a long sequence in chunks: one run of it calls again, with queries that did not come through
+            # the last call.
             again = tower.path == path and tower.last_run == self._runs[-1] and tower.last_call is not None
             chunk = again and not calls >> (tower.last_call or 0) & 1
             tower.last_run = self._runs[-1]
