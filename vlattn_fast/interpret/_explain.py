@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._checks import check_bool
 from vlattn_fast._extras import with_progress
-from vlattn_fast.interpret._run import at_rest, check_has_gradients, traced, unwrapped
+from vlattn_fast.interpret._run import at_rest, check_has_gradients, never_compiled, traced, unwrapped
 from vlattn_fast.interpret.answers import Answer, encoder_decoder, prepare_answer
 from vlattn_fast.interpret.connectors import check_pictures, connect
 from vlattn_fast.interpret.cut import parts, vision_maps
@@ -33,6 +33,7 @@ Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
 
 
+@never_compiled
 def explain(
     model: nn.Module,
     inputs: Mapping[str, Any],

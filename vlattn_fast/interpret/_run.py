@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret._override import overridden
@@ -22,6 +23,20 @@ from vlattn_fast.interpret.refused import check_rules
 from vlattn_fast.interpret.towers import submodule
 from vlattn_fast.interpret.trace import Trace, plain
 from vlattn_fast.reference.relevancy_residual import Weighting
+
+_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
+
+
+def never_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """`function` runs as plain Python also where torch.compile meets it, which then parts its graph there."""
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_compiling():  # asked first, since `disable` imports Dynamo, which takes seconds
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -148,9 +163,23 @@ def _plainly() -> Iterator[tuple[Any, str, Any]]:
         yield frames, "_stance", frames.DynamoStance("force_eager")
 
 
-def uncompiled(model: nn.Module) -> overridden:
-    """What torch.compile made of the model and of its parts runs as plain Python; the last run over it puts everything back."""
-    return overridden([*_compiled(model.modules()), *_plainly()])
+class uncompiled(overridden):  # noqa: N801 (used as a function is)
+    """What torch.compile made of the model and of its parts runs as plain Python; the last run over it puts everything back.
+
+    Within a function that torch.compile compiles, this thread runs plain Python as well: Dynamo would trace what sees the calls,
+    and may repeat what it adds up.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__([*_compiled(model.modules()), *_plainly()])
+
+    def __enter__(self) -> None:
+        self._tracer = set_eval_frame(None)
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        set_eval_frame(self._tracer)
 
 
 def _compiled(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:

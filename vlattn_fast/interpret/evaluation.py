@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlattn_fast._checks import check_callable, check_items, check_names
 from vlattn_fast._extras import extra, with_progress
 from vlattn_fast.interpret._explain import explain
-from vlattn_fast.interpret._run import at_rest, unwrapped
+from vlattn_fast.interpret._run import at_rest, never_compiled, unwrapped
 from vlattn_fast.interpret.boxes import check_boxes, intersection_over_union, mass, pointing
 from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import find_family
@@ -107,6 +107,7 @@ class Evaluation:
         return "\n".join(lines)
 
 
+@never_compiled
 def evaluate(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any, Any]],

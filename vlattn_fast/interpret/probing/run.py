@@ -10,7 +10,7 @@ from torch import nn
 
 from vlattn_fast._checks import check_bool, check_callable, check_items, check_names
 from vlattn_fast._extras import extra, with_progress
-from vlattn_fast.interpret._run import at_rest, unwrapped
+from vlattn_fast.interpret._run import at_rest, never_compiled, unwrapped
 from vlattn_fast.interpret.families import find_family
 from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
@@ -24,6 +24,7 @@ TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "lingui
 READS = ("mean", "cls")
 
 
+@never_compiled
 def probe(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any]],

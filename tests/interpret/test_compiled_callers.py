@@ -1,0 +1,79 @@
+"""What looks into models, called within a function that torch.compile compiles: it gives what it gives elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vlattn_fast as va
+from vlattn_fast.models import UNITER, UNITERConfig
+from vlattn_fast.nn import capture_attention
+
+
+class Attends(nn.Module):
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        query, key = hidden_states.flatten(2).mT[:, None], encoder_hidden_states[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(query, key, key)
+
+
+MODEL = UNITER(UNITERConfig(99, 32, 2, 4, 64, region_dim=8)).eval()
+INPUTS = {
+    "input_ids": torch.arange(1, 11).view(2, 5),
+    "region_features": torch.randn(2, 3, 8),
+    "region_positions": torch.randn(2, 3, 7),
+}
+NETWORK, LATENTS, WORDS = Attends(), torch.randn(1, 8, 4, 6), torch.randn(1, 5, 8)
+
+
+def explained(x: Tensor) -> Any:
+    return va.explain(MODEL, INPUTS).relevancy["joint"] * (x + 1)
+
+
+def evaluated(x: Tensor) -> Any:
+    found = va.evaluate(MODEL, [(INPUTS, None, None)], tests=("positive", "insertion"), steps=(0.0, 0.5, 1.0))
+    return [row["value"] for row in found.table], x + 1
+
+
+def probed(x: Tensor) -> Any:
+    return [row["value"] for row in va.probe(MODEL, [(INPUTS, None)], tests=("modality",)).table], x + 1
+
+
+def captured(x: Tensor) -> Any:
+    with capture_attention(MODEL) as seen:
+        MODEL(**INPUTS)
+    query, key = seen.query, seen.key
+    return query * (x + 1), torch.autograd.grad((query @ key.mT).square().sum(), MODEL.uniter.embeddings.word_embeddings.weight)
+
+
+def mapped(x: Tensor) -> Any:
+    with va.prompt_maps(NETWORK, guidance="none") as maps:
+        for _ in range(3):
+            NETWORK(LATENTS, WORDS)
+    return maps.steps, maps.token_maps() * (x + 1)
+
+
+@pytest.fixture
+def graphs() -> Iterator[list[torch.fx.GraphModule]]:
+    """What Dynamo has made graphs of."""
+    torch._dynamo.reset()
+    yield []
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("function", [explained, evaluated, probed, captured, mapped])
+def test_the_same_as_elsewhere(function: Callable[[Tensor], Any], graphs: list[torch.fx.GraphModule]) -> None:
+    """explain and evaluate failed within Dynamo, and prompt_maps added some calls twice."""
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.zeros(())
+    torch.testing.assert_close(torch.compile(function, backend=keep)(x), function(x))
+    attends = [node for graph in graphs for node in graph.graph.nodes if "attention" in str(node.target)]
+    assert not attends, "Dynamo traced the model"
+    assert len(graphs) <= 2, "Dynamo traced what looks into the model"
