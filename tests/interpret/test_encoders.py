@@ -199,3 +199,14 @@ def test_classes_that_share_a_tower(index):
         if want.abs().max() > 0:
             assert error(got, want, place, method) < 1e-10, method
         assert method == "gradcam" or want.abs().max() > 0
+
+
+def test_a_caption_of_padding_alone_is_refused():
+    """GIT's patches are real in each row, and its last patch predicts no word."""
+    torch.manual_seed(0)
+    encoder = git()
+    inputs = {**encoder.inputs, "attention_mask": encoder.inputs["attention_mask"].clone()}
+    inputs["attention_mask"][1] = 0
+    for arguments in ({}, {"read": "last", "target": lambda outputs: outputs.logits[:, -1, 3]}):
+        with pytest.raises(ValueError, match="attention_mask must have a real token in each row; got a row of padding alone"):
+            explain(encoder.model, inputs, **arguments)

@@ -230,6 +230,7 @@ def last_real(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int
     real = real_tokens(tokens, inputs, shape)
     if real is None:
         return torch.full((shape[0],), shape[1] - 1)
-    if not bool(real.any(-1).all()):
+    words = real_words(inputs) if tokens == "patches_text" else real  # patches are real in each row
+    if not bool(words.any(-1).all()):
         raise ValueError("attention_mask must have a real token in each row; got a row of padding alone")
     return shape[1] - 1 - real.flip(-1).int().argmax(-1)
