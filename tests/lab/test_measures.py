@@ -47,6 +47,17 @@ def test_text_and_image_scores_are_not_exchanged(told):
     assert va.lab.winoground_scores(None, count=40) == {"text": 0.0, "image": 1.0, "group": 0.0}
 
 
+def test_nan_is_not_counted_as_a_loss(told):
+    one, two = va.lab.swapped_pairs(40)
+    broken = two.input_ids
+    told(lambda scenes, ids: torch.nan if torch.equal(scenes.images, one.images) and torch.equal(ids, broken) else 0.0)
+    with pytest.raises(ValueError, match=r"scores that can be compared; got NaN for picture 0 with caption 1, at \[0, 1"):
+        va.lab.winoground_scores(None, count=40)
+    told(lambda scenes, ids: torch.nan)
+    with pytest.raises(ValueError, match="scores that can be compared; got NaN for a true caption, at"):
+        va.lab.matching_accuracy(None, count=40)
+
+
 def test_retrieval_by_hand(monkeypatch):
     """Of drawn similarities of images to captions."""
     count = 60

@@ -54,10 +54,11 @@ def matching_accuracy(
     """Accuracy for each kind of wrong caption: "digit", "relation", "order". Each is over `count` scenes with their true caption
     and the same scenes with a false one. Other arguments as in `digit_scenes`."""
     drawn = functools.partial(digit_scenes, count, seed=seed, split=split, pairs=pairs)
-    true = (matching_score(model, drawn()) > 0).double().mean()
+    true = (_comparable("a true caption", matching_score(model, drawn())) > 0).double().mean()
     accuracy = {}
     for negative in NEGATIVES:
-        false = (matching_score(model, drawn(negative=negative)) <= 0).double().mean()
+        scores = _comparable(f"a caption with another {negative}", matching_score(model, drawn(negative=negative)))
+        false = (scores <= 0).double().mean()
         accuracy[negative] = float(true + false) / 2
     return accuracy
 
@@ -68,9 +69,18 @@ def winoground_scores(
     """Text, image and group score over `count` swapped pairs of scenes (Thrush et al., "Winoground", CVPR 2022,
     equations 1 to 3); chance is 1/4, 1/4 and 1/6."""
     one, two = swapped_pairs(count, seed=seed, split=split, pairs=pairs)
-    own_one, own_two = matching_score(model, one), matching_score(model, two)
-    crossed_one = matching_score(model, one, input_ids=two.input_ids)
-    crossed_two = matching_score(model, two, input_ids=one.input_ids)
+    own_one = _comparable("picture 0 with caption 0", matching_score(model, one))
+    own_two = _comparable("picture 1 with caption 1", matching_score(model, two))
+    crossed_one = _comparable("picture 0 with caption 1", matching_score(model, one, input_ids=two.input_ids))
+    crossed_two = _comparable("picture 1 with caption 0", matching_score(model, two, input_ids=one.input_ids))
     text = (own_one > crossed_one) & (own_two > crossed_two)
     image = (own_one > crossed_two) & (own_two > crossed_one)
     return {name: float(hit.double().mean()) for name, hit in (("text", text), ("image", image), ("group", text & image))}
+
+
+def _comparable(name: str, scores: Tensor) -> Tensor:
+    """`scores` (B). ValueError where one is NaN, which in comparisons would count as a loss."""
+    places = scores.isnan().nonzero()[:, 0].tolist()
+    if places:
+        raise ValueError(f"model must give scores that can be compared; got NaN for {name}, at {places!r:.80}")
+    return scores
