@@ -106,6 +106,48 @@ def test_sanity_leaves_out_the_row_that_is_not_finite():
     assert (row["value"], row["samples"], row["left_out"]) == (pytest.approx(1.0), 1, 1)
 
 
+def test_sanity_hides_no_other_error():
+    """Only relevancy that the randomised weights leave undefined is left out."""
+    model, inputs = made("vit")
+    trained = model.classifier.weight.detach().clone()
+
+    def broken(model, inputs, target):
+        if not torch.equal(model.classifier.weight, trained):
+            raise ValueError("broken by itself")
+        return SimpleNamespace(image=torch.arange(40.0).view(2, 4, 5))
+
+    with pytest.raises(ValueError, match="broken by itself"):
+        va.evaluate(model, [(inputs, None, None)], methods={"broken": broken}, tests=("sanity",))
+
+
+def test_sanity_leaves_out_scores_that_are_no_numbers():
+    model, inputs = made("vit")
+    ran = []  # hooks go along with a copy
+    model.register_forward_hook(lambda module, args, outputs: ran.append(module))
+
+    def target(outputs):
+        return outputs.logits[:, 1] * (1 if ran[-1] is model else torch.nan)
+
+    result = va.evaluate(model, [(inputs, target, None)], tests=("sanity",), sanity_stages=2)
+    assert rows(result)["gradient", "sanity", "image"]["left_out"] == 2
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_logits_that_are_nan_are_neither_right_nor_wrong(target):
+    """The largest of them would be the first."""
+
+    class Broken(Planted):
+        def forward(self, **inputs):
+            outputs = super().forward(**inputs)
+            outputs.logits[(inputs["pixel_values"] == 0).all(-1).all(-1).all(-1)] = torch.nan
+            return outputs
+
+    data = [(inputs, target, boxes) for inputs, _, boxes in planted_data(1)]
+    for test in ("positive", "insertion"):
+        with pytest.raises(ValueError, match="got NaN for row 0 of a batch with 0 of 16 entries of the image left"):
+            va.evaluate(Broken(), data, methods={"truth": truth()}, tests=(test,))
+
+
 def test_rank_correlation_is_spearmans():
     one, two = torch.tensor([1.0, 5.0, 5.0, 2.0]), torch.tensor([3.0, 4.0, 9.0, 0.0])
     ranks, others = [1, 3.5, 3.5, 2], [2, 3, 4, 1]

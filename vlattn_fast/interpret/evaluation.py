@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from vlattn_fast.interpret.judging import Judge, Question
 from vlattn_fast.interpret.methods import ABLATIONS, METHODS
 from vlattn_fast.interpret.perturbation import STEPS, Sample, Words, area_under, kept, split
 from vlattn_fast.interpret.randomised import cascade, rank_correlation
+from vlattn_fast.interpret.refused import UndefinedRelevancy
 from vlattn_fast.interpret.tally import Tally
 
 if TYPE_CHECKING:
@@ -396,6 +398,10 @@ def _perturb(
     for line, steps, places in plans:
         measured = accuracy if line[1] in ("positive", "negative") else probability
         curve = [measured[wanted[place]] for place in places]
+        for (row, part, entries), value in zip(places, curve, strict=True):
+            if math.isnan(value):
+                left = f"{len(entries)} of {samples[row].count(part)} entries of the {part}"
+                raise ValueError(f"model must give scores that are numbers; got NaN for row {row} of a batch with {left} left")
         found.add(line, area_under(steps, curve), curve)
 
 
@@ -419,7 +425,7 @@ def _sanity(
             for name, method in chosen.items():
                 try:
                     again = _maps(name, _explained(changed, question, method, options), samples, generator)
-                except ValueError:  # a map that is nothing but itself: of random weights it may be
+                except UndefinedRelevancy:  # of random weights it may be
                     again = [dict.fromkeys(PARTS) for _ in samples]
                 for row, (before, after) in enumerate(zip(maps[name], again, strict=True)):
                     for part in PARTS:

@@ -181,8 +181,8 @@ class Judge:
 
 
 def _of_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """1 where the target has the largest logit, else 0, and its softmax; both (B,)."""
-    correct = (logits.argmax(-1) == target).double()
+    """1 where the target has the largest logit, else 0, and its softmax; both (B,). NaN where logits are."""
+    correct = (logits.argmax(-1) == target).double().where(~logits.isnan().any(-1), torch.nan)
     return correct, logits.double().softmax(-1).gather(1, target[:, None])[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""Modules that no published rule covers. A model is refused by their names where its towers are found."""
+"""What is refused: modules that no published rule covers, by their names where towers are found, and undefined relevancy."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ _REASONS = {
     "BridgeTowerLinkTower": "which adds up two streams of the same tokens, whose relevancies no published rule joins",
     **dict.fromkeys(_RECURRENT, "which hands on what tokens hold by a recurrence, beside attention or in place of it"),
 }
+
+
+class UndefinedRelevancy(ValueError):
+    """The call is right, but this model's weights give a score that is NaN, or no row beside the one that is read."""
 
 
 def check_rules(model: nn.Module) -> None:

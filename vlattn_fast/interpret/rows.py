@@ -12,6 +12,7 @@ from vlattn_fast.interpret.bimodal import Call, Weights, last_attention, relevan
 from vlattn_fast.interpret.inputs import decoder_inputs, real_tokens
 from vlattn_fast.interpret.methods import Method, gradcam, raw_attention
 from vlattn_fast.interpret.records import Tower
+from vlattn_fast.interpret.refused import UndefinedRelevancy
 from vlattn_fast.interpret.towers import TowerTrace
 from vlattn_fast.interpret.trace import Trace
 from vlattn_fast.reference.relevancy_residual import residual_weights
@@ -159,7 +160,7 @@ def _read_tokens(start: Tensor) -> Tensor:
 
 
 def check_rows(rows: list[Tensor], starts: list[Tensor]) -> None:
-    """ValueError where no row (B, T, N) is more than the row that was read: the score does not depend on what is read.
+    """UndefinedRelevancy where no row (B, T, N) is more than the row that was read: the score does not depend on what is read.
 
     Args:
         starts: the weights (B, T, N) of the rows that are read; there are none for towers that are read through others.
@@ -171,7 +172,7 @@ def check_rows(rows: list[Tensor], starts: list[Tensor]) -> None:
         beside = row.masked_fill(own, 0.0) if bool(own.any()) else row - start
         if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):
             return
-    raise ValueError(
+    raise UndefinedRelevancy(
         "target must be a score that the row which is read has a part in; got a relevancy that is this row alone. Name the row "
         'by read=, e.g. read="last" or the position (or (B, N) weights) that the score is computed from'
     )

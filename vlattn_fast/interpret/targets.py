@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast.interpret.inputs import indices, last_real
 from vlattn_fast.interpret.records import Family
+from vlattn_fast.interpret.refused import UndefinedRelevancy
 
 
 def choose_score(
@@ -81,7 +82,7 @@ def _of_query(logits: Tensor, family: Family, target: Any) -> tuple[Tensor, list
 
 
 def check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None) -> None:
-    """ValueError for a score that is NaN, and for scores that do not depend on the explained layers.
+    """UndefinedRelevancy for a score that is NaN, and ValueError for scores that do not depend on the explained layers.
 
     Args:
         scores: (B,).
@@ -89,7 +90,7 @@ def check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None) -> None:
     """
     if bool(scores.isnan().any()):
         rows = scores.isnan().nonzero()[:, 0].tolist()
-        raise ValueError(f"target must give scores that are numbers; got nan in rows {rows} of the batch")
+        raise UndefinedRelevancy(f"target must give scores that are numbers; got nan in rows {rows} of the batch")
     if edges is not None and not _depends_on(scores, edges):
         raise ValueError("target must give scores that depend on the explained layers; got scores without a gradient there")
 
