@@ -90,6 +90,26 @@ def test_wrong_kinds_are_refused_by_name(name: str, kind: str, bert: torch.nn.Mo
         assert re.search(rf"\b{name}\b", str(raised.value)), str(raised.value)
 
 
+QUERY = torch.ones(1, 2, 3, 4)
+HUGE: dict[str, Callable[[int], Any]] = {
+    "num_groups": lambda x: va.attention_statistics(QUERY, QUERY, key_groups=torch.zeros(3, dtype=torch.long), num_groups=x),
+    "eps": lambda x: va.score_attention(QUERY, QUERY, QUERY, score=va.scores.Cosine(eps=x)),
+    "lambda_lse": lambda x: va.stacked_cross_attention(torch.ones(2, 3, 4), torch.ones(2, 3, 4), lambda_lse=x),
+    "weight": lambda x: va.nn.CongruenceLoss(weight=x),
+    "embed_dim": lambda x: va.nn.ScoreAttention(x, 4),
+    "num_hidden_layers": lambda x: va.models.UNITERConfig(99, 32, x, 4, 64),
+    "hidden_size": lambda x: va.models.UNITERConfig(99, x, 2, 4, 64),
+    "count": va.lab.digit_scenes,
+    "seed": lambda x: va.lab.digit_questions(1, seed=x),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_integers_of_more_than_64_bits(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be (at most|a float)"):
+        HUGE[name](10**30)
+
+
 @pytest.mark.parametrize("answer", [[3, -100], [[3, 4], [5, -100]]])
 def test_ids_of_an_answer_below_zero(answer: Any) -> None:
     config = transformers.LlamaConfig(

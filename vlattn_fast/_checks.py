@@ -190,6 +190,7 @@ def check_items(name: str, value: Any, legend: str) -> None:
 
 
 _LARGEST = sys.float_info.max  # an int may be larger
+_INT64 = -(2**63), 2**63 - 1
 
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_high: bool = False) -> None:
@@ -200,6 +201,18 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
     if not (-_LARGEST <= value <= _LARGEST and low <= value <= high) or (open_high and value == high):
         within = "" if low == -math.inf and high == math.inf else f" in [{low}, {high}{')' if open_high else ']'}"
         raise ValueError(f"{name} must be a finite number{within}; got {value!r:.80}")
+    if isinstance(value, int) and not _INT64[0] <= value <= _INT64[1]:
+        raise ValueError(f"{name} must be a float where it is beyond integers of 64 bits; got {value!r:.80}")
+
+
+def check_integer(name: str, value: Any, *, low: int = _INT64[0], high: int = _INT64[1]) -> None:
+    """An int in [low, high], by default of 64 bits, as torch's are."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {describe(value)}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}; got {value!r:.80}")
+    if value > high:
+        raise ValueError(f"{name} must be at most {high}; got {value!r:.80}")
 
 
 def check_writable(name: str, path: Path, *, folder: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_callable, check_items, check_names
+from vlattn_fast._checks import check_callable, check_integer, check_items, check_names
 from vlattn_fast._extras import extra, with_progress
 from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret._run import at_rest, never_compiled, unwrapped
@@ -171,7 +171,7 @@ def evaluate(
             target: its score.
         words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; of a model without a
             record all but padding and the first and last token.
-        sanity_stages: randomised models of the cascade, the wholly randomised one included.
+        sanity_stages: randomised models of the cascade, the wholly randomised one included; 1000 at most.
         batch_size: rows of one forward pass over perturbed inputs.
         seed: of the random maps and weights.
         options: further arguments of `explain` for the methods given by name, as `read` and `start_layer`; `weighting` is for the
@@ -192,9 +192,9 @@ def evaluate(
     _check_used(tests, chosen.values(), options, steps=steps, accuracy=accuracy, probability=probability)
     drawn = {test: _checked_steps(steps, test) for test in tests if test in _PERTURBED}
     check_callable(accuracy=accuracy, probability=probability, words=words)
-    for name, value, low in (("sanity_stages", sanity_stages, 1), ("batch_size", batch_size, 1), ("seed", seed, -(2**63))):
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
-            raise ValueError(f"{name} must be an int {'from 1 on' if low == 1 else 'of 64 bits'}; got {value!r}")
+    check_integer("sanity_stages", sanity_stages, low=1, high=1000)  # each explains the whole data set anew
+    check_integer("batch_size", batch_size, low=1)
+    check_integer("seed", seed)
     check_items("dataset", dataset, "(inputs, target, boxes) for each sample or batch")
     model = unwrapped(model)
     judge = Judge(model, find_family(model), accuracy, probability, batch_size)

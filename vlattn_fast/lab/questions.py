@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlattn_fast._checks import check_integer
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
 from vlattn_fast.lab.scenes import CLEARANCE, Scenes, displacement, sample_scenes, sayable_captions
 
@@ -92,11 +93,8 @@ def digit_prompts(
 
 
 def _sample(kinds: Sequence[str], count: int, split: str, seed: int, kind: str | None, pairs: str | None) -> Questions:
-    for name, value in (("count", count), ("seed", seed)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int; got {value!r}")
-    if count < 1:
-        raise ValueError(f"count must be at least 1; got {count}")
+    check_integer("count", count, low=1)
+    check_integer("seed", seed, high=2**64 - 1)  # as torch's generators take it
     if kind is not None and kind not in kinds:
         raise ValueError(f"kind must be None or one of {tuple(kinds)}; got {kind!r}")
     chosen = tuple(kinds) if kind is None else (kind,)

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vlattn_fast._checks import check_integer
 from vlattn_fast._extras import extra
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS, DigitProcessor
 
@@ -133,11 +134,8 @@ def digit_scenes(
         pairs: which captions (see `held_out_captions`): "seen" in training, "held_out", or "all" of them; None = "all"
             for the test split and "seen" for the others.
     """
-    for name, value in (("count", count), ("seed", seed)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int; got {value!r}")
-    if count < 1:
-        raise ValueError(f"count must be at least 1; got {count}")
+    check_integer("count", count, low=1)
+    check_integer("seed", seed, high=2**64 - 1)  # as torch's generators take it
     if negative is not None and negative not in NEGATIVES:
         raise ValueError(f"negative must be None or one of {NEGATIVES}; got {negative!r}")
     kind = 0 if negative is None else 1 + NEGATIVES.index(negative)

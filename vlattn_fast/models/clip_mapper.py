@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_number, readable
+from vlattn_fast._checks import check_integer, check_number, readable
 from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
 
 
@@ -369,10 +369,7 @@ def _hidden_size(name: str, encoder: Any) -> int:
 
 def _check_sizes(**sizes: Any) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int; got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}")
+        check_integer(name, size, low=1)
 
 
 def _initialize(module: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_number
+from vlattn_fast._checks import check_integer, check_number
 from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
 
 LAYER_NORM_EPS = 1e-12  # of the published models
@@ -53,11 +53,7 @@ class UNITERConfig:
             "region_dim",
             "position_dim",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int; got {value!r}")
-            if value < (2 if name == "type_vocab_size" else 1):
-                raise ValueError(f"{name} must be at least {2 if name == 'type_vocab_size' else 1}; got {value}")
+            check_integer(name, getattr(self, name), low=2 if name == "type_vocab_size" else 1)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads ({self.num_attention_heads}); got {self.hidden_size}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast import scores
-from vlattn_fast._checks import check_bool, check_choice, check_number, check_tensor, describe
+from vlattn_fast._checks import check_bool, check_choice, check_integer, check_number, check_tensor, describe
 from vlattn_fast._tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale, without_autocast
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.attention_map import attention_map
@@ -123,9 +123,8 @@ class ScoreAttention(nn.Module):
         super().__init__()
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
         for name, size in sizes.items():
-            optional = size is None and name in ("kdim", "vdim")
-            if not optional and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-                raise ValueError(f"{name} must be a positive integer; got {describe(size)}")
+            if size is not None or name not in ("kdim", "vdim"):
+                check_integer(name, size, low=1)
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim = {embed_dim}; got {num_heads}")
         check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)

@@ -16,6 +16,7 @@ from vlattn_fast._checks import (
     check_attention,
     check_device,
     check_head_dim,
+    check_integer,
     check_masks,
     check_names,
     check_tensor,
@@ -173,10 +174,7 @@ def describe_call(
             raise TypeError(f"key_groups must be int64 (-1 = no group); got {describe(key_groups)}")
         _check_rows("key_groups", key_groups, query, (key.shape[0], key.shape[2]), "(M) or (B, M)")
     if num_groups is not None:
-        if isinstance(num_groups, bool) or not isinstance(num_groups, int):
-            raise TypeError(f"num_groups must be an integer or None; got {describe(num_groups)}")
-        if num_groups < 0:
-            raise ValueError(f"num_groups must not be negative; got {num_groups}")
+        check_integer("num_groups", num_groups, low=0)
         if key_groups is None and num_groups > 0:
             raise ValueError(f"num_groups must be 0 or None where key_groups is not given; got {num_groups}")
     if row_weight is not None:
