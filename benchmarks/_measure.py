@@ -353,12 +353,15 @@ class Measurement:
 
 
 def largest_error(got: Tensors, truth: Tensors | None) -> float | None:
-    """The largest error of any output over that output's largest magnitude; None where nothing can be compared."""
+    """The largest error of any output over that output's largest magnitude; None where nothing can be compared. ArithmeticError
+    where it is NaN or infinite, which JSON has not: times of wrong numbers are no result."""
     errors = []
     for name, x in got.items():
         if truth is not None and name in truth:
             size = float(truth[name].abs().max())
             errors.append(float((x.detach().double() - truth[name]).abs().max()) / (size or 1.0))
+            if not math.isfinite(errors[-1]):
+                raise ArithmeticError(f"{name} must be finite as the formula's is; got an error of {errors[-1]}")
     return max(errors) if errors else None
 
 

@@ -112,6 +112,10 @@ def test_the_error_is_the_largest_of_any_output():
     got = {"one": torch.tensor([4.0, -7.0]), "two": torch.tensor([1.01]), "more": torch.ones(1)}
     assert _measure.largest_error(got, truth) == 1 / 8
     assert _measure.largest_error({"more": torch.ones(1)}, truth) is _measure.largest_error(got, None) is None
+    for wrong in (math.nan, math.inf):  # JSON has neither, and NaN is in no order with others
+        for values in ([wrong, -8.0], [4.0, wrong]):
+            with pytest.raises(ArithmeticError, match=f"one must be finite as the formula's is; got an error of {wrong}"):
+                _measure.largest_error({"one": torch.tensor(values), "two": torch.tensor([9.0])}, truth)
 
 
 def test_floors_are_those_of_the_performance_page():

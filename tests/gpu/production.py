@@ -16,6 +16,7 @@ from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._choice import choose
 
 from vlattn_fast import scores, verify
+from vlattn_fast._tolerance import Errors
 from vlattn_fast.verify import Case, Sizes
 
 # Several tiles a loop and ragged ones, heads of 64, 72 and 128 features, and what CUDA C++ takes, which is short.
@@ -123,6 +124,11 @@ def _masked(case: Case, kind: str, generator: torch.Generator) -> Case:
 
 def case_named(device: str, operator: str, name: str, sizes: str) -> Case:
     return next(case for case in cases(device, sizes) if (case.operator, case.name) == (operator, name))
+
+
+def ratio_of(errors: Errors) -> float:
+    """A ratio of `verify`'s rule as JSON has it: 1e6 in place of an infinite one."""
+    return min(round(errors.ratio(), 3), 1e6)
 
 
 def first_word(text: str) -> str:

@@ -126,7 +126,7 @@ def _measured(launch: _Launch, device: str) -> Row:
     assert launch.call is not None, f"{launch.hot.benchmark} does not run on triton"
     pools = settle(launch.problem.runs("triton"), enough=lambda: 1 if device == "cpu" else 4)
     worst = max(pools.values(), key=lambda pool: pool.ratio())
-    ratio = round(worst.ratio(), 3)
+    ratio = production.ratio_of(worst)
     if ratio > 1.0:
         return {"passed": False, "ratio": ratio, "problem": str(worst)}
     found = [one for one in launches.launched(launch.call) if one[0] in launch.hot.kernels]

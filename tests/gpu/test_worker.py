@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from tests.gpu import production, session, worker
+from tests.gpu import production, session, sweep, worker
+from vlattn_fast._tolerance import Errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +33,16 @@ def test_a_profile_without_kernels_is_no_profile(monkeypatch):
     monkeypatch.setattr(production, "call_of", lambda *_: lambda: None)
     monkeypatch.setattr(worker, "_profiled", lambda *_: {})
     assert not worker.kernels({"call": "", "backend": "triton"}, "cuda")["passed"]
+
+
+def test_a_configuration_that_gives_nan_has_a_row_in_json(monkeypatch):
+    """JSON has no infinity, which the ratio of such errors is."""
+    wrong = Errors()
+    wrong.mismatch = "NaN where the formula is finite"
+    monkeypatch.setattr(sweep, "settle", lambda *_, **__: {"output": wrong})
+    launch = SimpleNamespace(call=lambda: None, problem=SimpleNamespace(runs=lambda backend: None))
+    row = sweep._measured(launch, "cpu")
+    assert not row["passed"] and json.loads(json.dumps(row, allow_nan=False))["ratio"] > 1
 
 
 BAR = """

@@ -26,7 +26,6 @@ ROW = "ROW "  # before a row; whatever else is printed is kept for what went wro
 Item = dict[str, Any]
 Row = dict[str, Any]
 SAME_KERNEL = 3  # calls that are profiled
-MOST = 1e6  # in place of an infinite ratio, which JSON has not
 
 
 def main(device: str) -> None:
@@ -84,7 +83,7 @@ def _compared(problem: verify._Problem, backend: str, device: str) -> dict[str, 
 
     with launches.watching(see):
         pools = settle(problem.runs(backend), enough=lambda: 1 if device == "cpu" else 4)
-    ratios = {name: min(round(pool.ratio(), 3), MOST) for name, pool in pools.items()}
+    ratios = {name: production.ratio_of(pool) for name, pool in pools.items()}
     worst = max(ratios, key=lambda name: ratios[name])
     return {"ratio": ratios[worst], "worst": worst, "says": str(pools[worst]), "kernels": sorted(names)}
 
