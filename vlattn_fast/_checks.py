@@ -108,6 +108,15 @@ def _is_batched(x: Tensor) -> bool:
     return False
 
 
+def check_not_batched(names: str, remedy: str, *tensors: Tensor) -> None:
+    """No tensor stands for the samples of a torch.func.vmap, for calls that torch cannot run sample by sample."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if _is_batched(x):
+            raise ValueError(f"{names} must not stand for the samples of a torch.func.vmap ({remedy}); got {describe(x)} of each")
+
+
 def varies(x: float) -> bool:
     """Whether `x` is a symbol in code that torch.compile traces: a float that may differ from call to call."""
     if not torch.compiler.is_compiling():

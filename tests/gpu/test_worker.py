@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from tests.gpu import production, session, sweep, worker
 from vlattn_fast._tolerance import Errors

@@ -73,3 +73,23 @@ def test_vmap_runs_sample_by_sample(name: str, backend: str) -> None:
     got = torch.func.vmap(call)(*[torch.stack([x[each] for x in samples]) for each in names])
     want = [call(*x.values()) for x in samples]
     torch.testing.assert_close(list(got), [torch.stack(each) for each in zip(*want, strict=True)])
+
+
+@pytest.mark.parametrize("backend", ["auto", "streaming", "cpu"])
+def test_vmap_over_a_congruence_loss_is_refused(backend: str) -> None:
+    """The formula takes it."""
+
+    def loss(text: Tensor, image: Tensor, backend: str) -> Tensor:
+        return va.congruence_loss((text, text), (image, image), backend=backend)
+
+    text, image = torch.randn(3, 2, 2, 5, 4), torch.randn(2, 2, 6, 4)
+    with pytest.raises(ValueError, match="samples of a torch.func.vmap .backend='reference' takes them.; got a torch.float32"):
+        torch.func.vmap(loss, (0, None, None))(text, image, backend)
+    got = torch.func.vmap(loss, (0, None, None))(text, image, "reference")
+    torch.testing.assert_close(got, torch.stack([loss(each, image, "reference") for each in text]))
+
+
+def test_vmap_over_a_residual_is_refused() -> None:
+    terms, carriers = torch.randn(2, 3, 2, 5, 8), torch.randn(2, 3, 2, 1, 5)
+    with pytest.raises(ValueError, match="carriers of relevancy_residual must not stand for the samples of a torch.func.vmap"):
+        torch.func.vmap(va.relevancy_residual)(*terms, *carriers)

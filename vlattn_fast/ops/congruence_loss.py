@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_choice, check_device, check_floating, check_tensor, describe
+from vlattn_fast._checks import check_choice, check_device, check_floating, check_not_batched, check_tensor, describe
 from vlattn_fast._tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.cpu.congruence_loss import maps_shape
 from vlattn_fast.ops._dispatch import Call, load, make_call, masks_padding, select, table
@@ -105,6 +105,7 @@ def congruence_loss(
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
     masks = (None, None) if masks_padding(chosen) else (text_mask, image_mask)
     queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *masks)
+    check_not_batched("text, image and cross", "backend='reference' takes them", *queries, *keys)
     loss, _ = _forward_op(queries, keys, text_mask, image_mask, kind, direction, scale, chosen)
     if reduction == "none":
         return loss

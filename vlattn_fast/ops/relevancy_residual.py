@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlattn_fast import reference
-from vlattn_fast._checks import FLOAT_DTYPES, check_device, check_floating, check_tensor, describe
+from vlattn_fast._checks import FLOAT_DTYPES, check_device, check_floating, check_not_batched, check_tensor, describe
 from vlattn_fast.ops._shards import ROWS, over_shards
 from vlattn_fast.reference.relevancy_residual import Weighting
 
@@ -67,4 +67,6 @@ def relevancy_residual(
             f"branch_carrier must have residual_carrier's shape and dtype; got {describe(residual_carrier)} and "
             f"{describe(branch_carrier)}"
         )
+    tensors = residual, branch, residual_carrier, branch_carrier
+    check_not_batched("terms and carriers of relevancy_residual", "the batch can hold them", *tensors)
     return reference.relevancy_residual(residual, branch, residual_carrier, branch_carrier, weighting=weighting)
