@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -239,6 +240,23 @@ def test_labels_name_the_rows():
     assert titles(made(text=None, token_ids=None, target=None, scores=None).plot()) == ["row 0", "row 1"]
     with pytest.raises(ValueError, match="labels must be 2, one per row; got 1"):
         made().plot(labels=["cat"])
+
+
+def test_an_installed_font_has_the_letters_that_matplotlibs_own_lacks(monkeypatch, tmp_path):
+    """STIXGeneral, which matplotlib brings, has one syllable of Japanese."""
+    before = dict(matplotlib.rcParams)
+    shown = [(made(words=[["of", "の", "$"], ["の"]]), None), (made(text=None, token_ids=None), ["の", "row"])]
+
+    def draw():
+        for explanation, labels in shown:
+            explanation.plot(labels=labels).savefig(tmp_path / "words.png")
+
+    monkeypatch.setattr("vlattn_fast.interpret.pictures._FONTS", ("No such font",))
+    with pytest.warns(UserWarning, match="Glyph 12398 .*missing"):
+        draw()
+    monkeypatch.setattr("vlattn_fast.interpret.pictures._FONTS", ("No such font", "STIXGeneral"))
+    draw()  # a warning is an error
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_words_are_joined_in_a_picture():

@@ -231,7 +231,8 @@ class Explanation:
     ) -> Figure:
         """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
 
-        The maps of a row are scaled together, from their smallest value (transparent over an image) to their largest.
+        The maps of a row are scaled together, from their smallest value (transparent over an image) to their largest. Letters
+        that matplotlib's font lacks (Chinese, Japanese, Korean, emoji) are drawn in a font that has them, where one is installed.
 
         Args:
             image: what the maps lie on: a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1] or bytes; or one

@@ -31,6 +31,12 @@ _WIDTH, _SMALL = 3.4, 2.3  # of a row's panel and of an answer's, in inches
 _COLUMNS = 5  # of an answer's maps
 _POINTS = 72 * _WIDTH * 0.9  # that a line of words may take
 _SIZE, _LINE = 11, 19  # of words and of a line of them, in points
+_EAST_ASIAN = 0x2E80  # from here on Unicode has what matplotlib's own font lacks: Chinese, Japanese, Korean, emoji
+_FONTS = (  # that have it; of emoji not those of coloured bitmaps, which matplotlib cannot draw
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("WenQuanYi Micro Hei", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans"),
+    *("Apple SD Gothic Neo", "Arial Unicode MS", "Noto Emoji", "Segoe UI Emoji", "Symbola"),
+)
 
 
 def draw(
@@ -43,7 +49,7 @@ def draw(
     alpha: float,
 ) -> Figure:
     """See `Explanation.plot`."""
-    from matplotlib.figure import Figure
+    from matplotlib import rc_context
 
     chosen = list(range(len(explanation))) if rows is None else list(rows)
     for row in chosen:
@@ -53,6 +59,26 @@ def draw(
         raise ValueError(f"alpha must be from 0 to 1; got {alpha}")
     painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, cmap, alpha)
     found = choices(explanation, labels)
+    with rc_context(_fonts(found)):
+        return _figure(explanation, chosen, found, labels, painter)
+
+
+def _fonts(found: list[Choice]) -> dict[str, list[str]]:
+    """matplotlib's settings for the texts of choices: where its own font lacks letters, those that are installed stand behind."""
+    from matplotlib import font_manager, rcParams
+
+    texts = [choice.label for choice in found] + [word.text for choice in found for word, _ in choice.words]
+    if max("".join(texts), default="") < chr(_EAST_ASIAN):
+        return {}
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return {"font.family": [*rcParams["font.family"], *(name for name in _FONTS if name in installed)]}
+
+
+def _figure(
+    explanation: Explained, chosen: list[int], found: list[Choice], labels: Sequence[str] | None, painter: _Painter
+) -> Figure:
+    from matplotlib.figure import Figure
+
     groups = [[choice for choice in found if choice.row == row] for row in chosen]
     if explanation.each:
         sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(group, painter))) for group in groups]
