@@ -132,6 +132,17 @@ def test_sanity_leaves_out_scores_that_are_no_numbers():
     assert rows(result)["gradient", "sanity", "image"]["left_out"] == 2
 
 
+def test_equal_captions_tie_in_both_parts():
+    """Of whole inputs the first is taken, whichever part is about to be perturbed."""
+    model, inputs = made("siglip")
+    inputs["input_ids"][1] = inputs["input_ids"][0]
+    for target in (0, 1):
+        for seed in range(4):
+            inputs["pixel_values"] = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+            result = va.evaluate(model, [(inputs, [target] * 2, None)], methods=("attention",), tests=("positive",), steps=(0, 1))
+            assert [curve["mean"][0] for curve in result.curves] == [1.0 - target] * 2
+
+
 @pytest.mark.parametrize("target", [0, 1])
 def test_logits_that_are_nan_are_neither_right_nor_wrong(target):
     """The largest of them would be the first."""

@@ -92,7 +92,9 @@ class Judge:
             parts = [samples[row].keeping(part, entries) for row, part, entries in (keys[place] for place in places)]
             rows = [keys[place][0] for place in places]
             if question.logits is not None and self._needs_choice:
-                correct, likely = self._choice(question, rows[0], keys[places[0]][1], parts)
+                part = keys[places[0]][1]
+                whole = torch.tensor([len(keys[place][2]) == samples[rows[0]].count(part) for place in places])
+                correct, likely = self._choice(question, rows[0], part, parts, whole)
             else:
                 correct, likely = self._measures(question, rows, parts)
             for place, one, two in zip(places, correct.tolist(), likely.tolist(), strict=True):
@@ -126,10 +128,13 @@ class Judge:
             correct, likely = (new if value is None else value for value, new in zip((correct, likely), defaults, strict=True))
         return _scores(correct, "accuracy", len(rows)), _scores(likely, "probability", len(rows))
 
-    def _choice(self, question: Question, row: int, part: str, parts: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    def _choice(
+        self, question: Question, row: int, part: str, parts: list[dict[str, Any]], whole: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Of images that are matched with texts: one row's target among all texts of the batch.
 
-        A perturbed image meets all texts. A perturbed text takes the place of the whole one.
+        A perturbed image meets all texts. A perturbed text takes the place of the whole one. Where nothing is taken away, `whole`
+        (B,), all logits are those of the batch: of the target alone another rounding would decide between equal texts.
         """
         assert question.logits is not None
         target = question.target[row]
@@ -142,6 +147,7 @@ class Judge:
             images = {name: value for name, value in parts[0].items() if name.startswith(("pixel", "spatial"))}
             logits = question.logits[row].float().repeat(len(parts), 1)
             logits[:, target] = self._call({**texts, **images})[0].logits_per_image[0].cpu().float()
+        logits[whole] = question.logits[row].float()
         correct, likely = _of_logits(logits, torch.full((len(parts),), target))
         if self._accuracy is not None or self._probability is not None:
             outputs, _ = self._call(_stacked(parts))
