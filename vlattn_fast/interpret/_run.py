@@ -24,14 +24,15 @@ from vlattn_fast.interpret.towers import submodule
 from vlattn_fast.interpret.trace import Trace, plain
 from vlattn_fast.reference.relevancy_residual import Weighting
 
-_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def never_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
     """`function` runs as plain Python also where torch.compile meets it, which then parts its graph there."""
 
     @functools.wraps(function)
-    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():  # asked first, since `disable` imports Dynamo, which takes seconds
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)

@@ -398,8 +398,8 @@ def _perturb(
     for line, steps, places in plans:
         measured = accuracy if line[1] in ("positive", "negative") else probability
         curve = [measured[wanted[place]] for place in places]
-        for (row, part, entries), value in zip(places, curve, strict=True):
-            if math.isnan(value):
+        for (row, part, entries), score in zip(places, curve, strict=True):
+            if math.isnan(score):
                 left = f"{len(entries)} of {samples[row].count(part)} entries of the {part}"
                 raise ValueError(f"model must give scores that are numbers; got NaN for row {row} of a batch with {left} left")
         found.add(line, area_under(steps, curve), curve)

@@ -59,19 +59,19 @@ def draw(
         raise ValueError(f"alpha must be from 0 to 1; got {alpha}")
     painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, cmap, alpha)
     found = choices(explanation, labels)
-    with rc_context(_fonts(found)):
+    with rc_context({"font.family": _fonts(found)}):
         return _figure(explanation, chosen, found, labels, painter)
 
 
-def _fonts(found: list[Choice]) -> dict[str, list[str]]:
-    """matplotlib's settings for the texts of choices: where its own font lacks letters, those that are installed stand behind."""
+def _fonts(found: list[Choice]) -> list[str]:
+    """matplotlib's fonts for the texts of choices: where its own lacks letters, those that are installed stand behind it."""
     from matplotlib import font_manager, rcParams
 
     texts = [choice.label for choice in found] + [word.text for choice in found for word, _ in choice.words]
     if max("".join(texts), default="") < chr(_EAST_ASIAN):
-        return {}
+        return rcParams["font.family"]
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    return {"font.family": [*rcParams["font.family"], *(name for name in _FONTS if name in installed)]}
+    return [*rcParams["font.family"], *(name for name in _FONTS if name in installed)]
 
 
 def _figure(
