@@ -89,6 +89,17 @@ def test_vmap_over_a_congruence_loss_is_refused(backend: str) -> None:
     torch.testing.assert_close(got, torch.stack([loss(each, image, "reference") for each in text]))
 
 
+@pytest.mark.parametrize("backend", ["streaming", "cpu"])
+def test_vmap_over_its_masks_is_refused(backend: str) -> None:
+    text, image = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 6, 4)
+
+    def loss(text_mask: Tensor) -> Tensor:
+        return va.congruence_loss((text, text), (image, image), text_mask=text_mask, backend=backend)
+
+    with pytest.raises(ValueError, match="samples of a torch.func.vmap"):
+        torch.func.vmap(loss)(torch.ones(3, 2, 5, dtype=torch.bool))
+
+
 def test_vmap_over_a_residual_is_refused() -> None:
     terms, carriers = torch.randn(2, 3, 2, 5, 8), torch.randn(2, 3, 2, 1, 5)
     with pytest.raises(ValueError, match="carriers of relevancy_residual must not stand for the samples of a torch.func.vmap"):

@@ -105,7 +105,7 @@ def congruence_loss(
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
     masks = (None, None) if masks_padding(chosen) else (text_mask, image_mask)
     queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *masks)
-    check_not_batched("text, image and cross", "backend='reference' takes them", *queries, *keys)
+    check_not_batched("tensors of congruence_loss", "backend='reference' takes them", *queries, *keys, text_mask, image_mask)
     loss, _ = _forward_op(queries, keys, text_mask, image_mask, kind, direction, scale, chosen)
     if reduction == "none":
         return loss
