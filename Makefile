@@ -2,6 +2,7 @@
 # make test   lint, types and every test, then a tenth of `make cpus`; ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, of undefined behaviour and of threads; ARGS="-k causal"
+# make published CLONES=DIR  the results beside those of the authors' own code, of which DIR has clones (tests/published/authors.py)
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
 # make report benchmarks/REPORT.md from the stored rows
 # These make their own environment in .venv first; an environment that is there already is completed and kept. The library of the
@@ -24,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus sanitize format lint venv bench report docs oldest table gpu clean
+.PHONY: demo test cpus sanitize published format lint venv bench report docs oldest table gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -56,6 +57,11 @@ lint: $(INSTALLED)
 	@cd build/types && "$(abspath $(PY))" -m mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache/all"
 
 venv: $(READY)
+
+published: export VLATTN_PUBLISHED := $(abspath $(CLONES))
+published: $(READY)
+	@$(if $(CLONES),,$(error CLONES=DIR is missing, the folder of the clones that tests/published/authors.py names))
+	@$(PY) -m pytest tests/published $(ARGS)
 
 bench: $(READY)
 	@$(PY) -m vlattn_fast.benchmarks $(ARGS)

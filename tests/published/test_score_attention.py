@@ -1,0 +1,55 @@
+"""Score functions of Cao et al. (COLING 2022): the attention layers of their M4C, with a mask, forward and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vlattn_fast as va
+from tests.published.authors import assert_equal, defined
+from vlattn_fast import scores
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
+
+FILES: dict[str, Callable[..., Any]] = {
+    "modeling_bert_original": lambda: "scaled_dot",
+    "modeling_bert_general_qwk": lambda weight: scores.General(weight),
+    "modeling_bert_biased_general_qwk": lambda weight, bias: scores.General(weight, bias),
+    "modeling_bert_act_general_qwk": lambda weight, bias: scores.General(weight, bias, activation="relu"),
+}
+
+
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float64, "auto"), (torch.float64, "reference"), (torch.float32, "auto")])
+@pytest.mark.parametrize("file", FILES)
+def test_layers_of_m4c(file: str, dtype: torch.dtype, backend: str) -> None:
+    path = f"M4C/pytorchtransformers/{file}.py"
+    layer_of = defined("adlnlp/Attention_VL", path, "BertSelfAttention", torch=torch, nn=nn, math=math).BertSelfAttention
+    config = SimpleNamespace(hidden_size=24, num_attention_heads=3, output_attentions=False, attention_probs_dropout_prob=0.0)
+    layer = layer_of(config).double().eval()
+    for parameter in layer.parameters():
+        parameter.data.normal_(0, 0.4)
+    states, mask = torch.randn(2, 7, 24, dtype=torch.float64), torch.zeros(2, 1, 1, 7, dtype=torch.float64)
+    mask[0, ..., 5:] = -10000.0
+    heads = [
+        layer.transpose_for_scores(project(states)).detach().requires_grad_() for project in (layer.query, layer.key, layer.value)
+    ]
+    layer.query = layer.key = layer.value = nn.Identity()
+    given = iter(heads)
+    layer.transpose_for_scores = lambda _: next(given)  # queries, keys and values are leaves
+    out = layer(states, mask)[0].unflatten(-1, (3, 8)).transpose(1, 2)
+    parameters = list(layer.W.parameters()) if hasattr(layer, "W") else []
+    cotangent = torch.randn_like(out)
+    wanted = torch.autograd.grad(out, [*heads, *parameters], cotangent)
+
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (*heads, *parameters)]
+    got = va.score_attention(*leaves[:3], score=FILES[file](*leaves[3:]), attn_mask=mask.to(dtype), backend=backend)
+    assert_equal(got, out.detach(), "out")
+    grads: tuple[Tensor, ...] = torch.autograd.grad(got, leaves, cotangent.to(dtype))
+    for name, grad, published in zip(("query", "key", "value", "weight", "bias"), grads, wanted, strict=False):
+        assert_equal(grad, published, name)
