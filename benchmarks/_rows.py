@@ -76,10 +76,12 @@ def _commit() -> str:
 
 
 def _version(name: str) -> str | None:
+    if name == "torch":
+        return torch.__version__  # with the build, as +cu130, which its metadata may leave out
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return torch.__version__ if name == "torch" else None
+        return None
 
 
 def check_path(path: Path) -> None:
