@@ -98,6 +98,11 @@ def is_traced_or_batched(x: Tensor) -> bool:
     return _is_batched(x)
 
 
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace runs. It checks a trace by another one, without gradients, and both must have the same graph."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def _is_batched(x: Tensor) -> bool:
     """Whether `x` stands for the samples of a torch.func.vmap, also within torch.func.grad and the like."""
     functorch = torch._C._functorch

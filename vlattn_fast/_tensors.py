@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._checks import autocasts, check_number
+from vlattn_fast._checks import autocasts, check_number, is_jit_traced
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 EMULATED_MULTIPROCESSORS = 132  # those of an H100 or H200
@@ -85,11 +85,9 @@ SHORT_PAIRS = 1 << 19  # pairs of a query and a key, over all heads and samples
 
 
 def has_short_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether attention on the CPU will have a backward pass over at most SHORT_PAIRS pairs. For those torch's own kernel takes
-    several times as long as the C++ kernel, most so in bfloat16 and float16."""
-    if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
-        return False
-    if query.device.type != "cpu":
+    """Whether attention will have a backward pass over at most SHORT_PAIRS pairs. Code that torch.jit.trace makes may have one."""
+    has_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not (has_gradient or is_jit_traced()):
         return False
     batch, heads, rows = query.shape[:3]
     return batch * heads * rows * key.shape[2] <= SHORT_PAIRS
@@ -188,6 +186,15 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums: float32, or float64 for float64 input."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def as_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """`lse` in `dtype`, where a finite one stays finite: -inf says that a row sees no key, and under a float64 mask of -1e300 it
+    sees some."""
+    if lse.dtype == dtype or lse.dtype != torch.float64:
+        return lse.to(dtype)
+    largest = torch.finfo(dtype).max
+    return torch.where(torch.isinf(lse), lse, lse.clamp(-largest, largest)).to(dtype)
 
 
 def lse_dtype(query: Tensor, backend: str) -> torch.dtype:

@@ -160,13 +160,12 @@ def table(stem: str, *, sdpa: Limits | None = None, triton: Limits = no_limits, 
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
     `sdpa`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where there is
-    no such kernel. torch's own attention comes first, since it is the fastest for most of what it takes; CUDA C++ comes after
-    Triton until it has been measured. Calls with the flag "short_backward" (`has_short_backward`) take the CPU kernels before
-    torch's. "auto" never takes the reference.
+    no such kernel. On the CPU our kernels come before torch's own attention, which is slower in every stored row; on a GPU torch's
+    comes first. CUDA C++ comes after Triton until it has been measured. "auto" never takes the reference.
     """
     return {
-        "sdpa": Backend(not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), f"vlattn_fast.sdpa.{stem}"),
         "cpu": Backend(cpu_refusals, f"vlattn_fast.cpu.{stem}"),
+        "sdpa": Backend(not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), f"vlattn_fast.sdpa.{stem}"),
         "triton": Backend(partial(triton_refusals, limits=triton), f"vlattn_fast.kernels.{stem}"),
         "cuda": Backend(no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), f"vlattn_fast.cuda.{stem}"),
         "streaming": Backend(accept, f"vlattn_fast.streaming.{stem}"),
@@ -182,8 +181,6 @@ def select(backends: Table, call: Call, backend: Any) -> str:
     """
     check_choice("backend", backend, BACKEND_NAMES)
     if backend == "auto":
-        if call.flags.get("short_backward") and not backends["cpu"].refusals(call):
-            return "cpu"
         for name, candidate in backends.items():
             if not candidate.refusals(call) and not (name in ("triton", "cuda") and call.device_type == "cpu"):
                 return name

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import scores
-from vlattn_fast._checks import autocasts, check_attention, check_bool, check_masks, check_number, describe, varies
+from vlattn_fast._checks import autocasts, check_attention, check_bool, check_masks, check_number, describe, is_jit_traced, varies
 from vlattn_fast._tensors import (
     as_dtype,
     as_gradient,
+    as_lse,
     cast_by_autocast,
     compute_dtype,
     empty_rows_first,
-    has_short_backward,
-    joined_mask_elements,
     lse_dtype,
-    mask_is_small,
     mask_padding,
     resolve_scale,
     rows_first,
@@ -42,21 +40,29 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
         ("SDPA returns no log-sum-exp", flags["return_lse"]),
         ("SDPA's dropout cannot be repeated tile by tile", flags["dropout"]),
         (
-            "SDPA takes no float mask: it would round it, and its backward pass fails on rows of a finite mask",
-            flags["float_mask"],
+            "SDPA takes no attn_mask: it adds -inf to a hidden score, which leaves NaN there, and rounds a float mask",
+            flags["attn_mask"],
         ),
         (
-            "SDPA takes joined masks up to 2^22 elements, or up to the query's size",
-            not mask_is_small(sizes["joined_mask"], query_elements),
+            "SDPA takes key_mask or is_causal, not both: it adds -inf to a hidden score, which leaves NaN there",
+            flags["key_mask"] and flags["is_causal"],
+        ),
+        (
+            "torch's fused CPU kernel gives zeros for a row of NaN under is_causal with fewer than 16 keys",
+            on_cpu and flags["is_causal"] and sizes["keys"] < 16,
         ),
         ("SDPA gives NaN for what is empty", query_elements * sizes["keys"] * sizes["value_dim"] == 0),
         ("SDPA's scale is a constant of the graph that torch.compile makes", flags["varying_scale"]),
         ("SDPA's fused kernels take float64 on the CPU only", call.dtype == torch.float64 and not on_cpu),
-        ("SDPA's fused kernels take a scale of at most 0 on the CPU only", not (flags["positive_scale"] or on_cpu)),
+        (
+            "SDPA's fused kernels take a scale of at most 0 on the CPU only, and not under is_causal: they scale its -inf",
+            not flags["positive_scale"] and (flags["is_causal"] or not on_cpu),
+        ),
         (
             # pytorch issue 196678; torch prefers cuDNN there from 2.11 on
             "SDPA by cuDNN on sm_90 gives NaN for gradients of low scores under a mask of so many keys",
-            flags["masked_16_bit_backward"]
+            flags["key_mask"]
+            and flags["backward_in_16_bit"]
             and call.capability is not None
             and call.capability[0] == 9
             and sizes["keys"] % 128 == 64,
@@ -165,7 +171,7 @@ def score_attention(
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     if chosen == "sdpa":
         with without_autocast(query):  # the casts are done, and a series' features stay float32
-            out = sdpa.attention(query, key, value, attn_mask, key_mask, is_causal, scale)
+            out = sdpa.attention(query, key, value, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
         out, lse = _forward_op(
@@ -184,13 +190,14 @@ def score_attention(
             chosen,
         )
     out = as_dtype(out, out_dtype)
-    if isinstance(core.offset, Tensor) and core.offset.requires_grad:
+    if isinstance(core.offset, Tensor) and (core.offset.requires_grad or is_jit_traced()):
         # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
         never = torch.zeros((), dtype=torch.bool, device=out.device)
         out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
     if not return_lse:
         return out
-    lse = as_dtype(lse, compute_dtype(out))
+    is_wide = attn_mask is not None and attn_mask.dtype == torch.float64  # only then lse may be finite and beyond float32
+    lse = (as_lse if is_wide else as_dtype)(lse, compute_dtype(out))
     return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
 
 
@@ -221,10 +228,7 @@ def describe_call(
     features = max(head_dim, key_dim) if vector is None else vector.shape[-1]
     varying_scale = scale is not None and varies(scale)
     scale = resolve_scale(scale, score.default_scale(head_dim))
-    masked = attn_mask is not None or key_mask is not None
     in_16_bit = query.dtype.itemsize == 2 or (query.dtype == torch.float32 and autocasts(query))
-    # the causal flag by itself needs no mask tensor; torch scales its -inf, so a scale of at most 0 does
-    one_mask = (attn_mask is not None) + (key_mask is not None) + is_causal <= 1 and not (is_causal and scale <= 0.0)
     return make_call(
         "score_attention",
         query,
@@ -236,7 +240,6 @@ def describe_call(
             "head_dim": head_dim,
             "value_dim": value.shape[3],
             "features": 2 * features if isinstance(score, scores.Hadamard) else features,
-            "joined_mask": 0 if one_mask else joined_mask_elements(query, key, attn_mask, key_mask, is_causal),
         },
         {
             "score": type(score).__name__,
@@ -244,11 +247,12 @@ def describe_call(
             "dot_product": score.is_dot_product,
             "dropout": dropout_p > 0.0,
             "return_lse": return_lse,
-            "float_mask": attn_mask is not None and attn_mask.dtype != torch.bool,
-            "masked_16_bit_backward": in_16_bit and masked and torch.is_grad_enabled(),
+            "attn_mask": attn_mask is not None,
+            "key_mask": key_mask is not None,
+            "is_causal": is_causal,
+            "backward_in_16_bit": in_16_bit and torch.is_grad_enabled(),
             "positive_scale": scale > 0.0,
             "varying_scale": varying_scale,
-            "short_backward": score.is_dot_product and has_short_backward(query, key, value),
         },
     )
 

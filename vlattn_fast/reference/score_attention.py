@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast import scores
-from vlattn_fast._tensors import compute_dtype, expand_heads, mask_padding, resolve_scale, unit_vectors
+from vlattn_fast._tensors import as_lse, compute_dtype, expand_heads, mask_padding, resolve_scale, unit_vectors
 from vlattn_fast.reference._softmax import attend
 
 
@@ -38,7 +38,7 @@ def score_attention(
     logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score_map(score, query, key)
     prob, lse = attend(logits, attn_mask, key_mask, is_causal)
     out = F.dropout(prob, dropout_p) @ value
-    return (out, lse.to(compute_dtype(query))) if return_lse else out
+    return (out, as_lse(lse, compute_dtype(query))) if return_lse else out
 
 
 def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
         return cosine
     norms = norm_q[..., :, None] * norm_k[..., None, :]
     clamped = (q.to(norms.dtype) @ k.to(norms.dtype).mT) / eps
-    return torch.where(norms >= eps, cosine, clamped.to(q.dtype))
+    return torch.where(norms < eps, clamped.to(q.dtype), cosine)  # of an infinite vector the norms are NaN, and so is the cosine
 
 
 def _affine(score: Any, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vlattn_fast._tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast._tensors import as_lse, compute_dtype, expand_heads, fold_heads
 from vlattn_fast.streaming import _fused_cpu
 from vlattn_fast.streaming._dropout import keep_factor
 from vlattn_fast.streaming._scores import score_tile, score_tile_backward
@@ -41,7 +41,7 @@ def forward(
     out = query.new_empty(query.shape[0], query.shape[2], num_heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
     for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, parameter, scale):
-        lse[b, h, i] = logsumexp(logits)
+        lse[b, h, i] = as_lse(logsumexp(logits), lse.dtype)
         prob = probabilities(logits, compute_dtype(query))
         if dropout_p > 0.0:
             prob = prob * keep_factor(seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, prob.dtype)
