@@ -85,7 +85,7 @@ SHORT_PAIRS = 1 << 19  # pairs of a query and a key, over all heads and samples
 
 
 def has_short_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether attention will have a backward pass over at most SHORT_PAIRS pairs. Code that torch.jit.trace makes may have one."""
+    """Whether attention will have a backward pass over at most SHORT_PAIRS pairs. Code of torch.jit.trace may have one."""
     has_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if not (has_gradient or is_jit_traced()):
         return False

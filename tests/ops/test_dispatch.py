@@ -287,10 +287,10 @@ def test_asking_needs_no_tensor_and_no_device(operator: str) -> None:
 def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: str) -> None:
     backends, call = TABLES[operator], a_call(operator)
     able = [name for name, backend in backends.items() if not backend.refusals(call)]
-    first = operator == "score_attention"  # a scaled dot product, which torch's own attention takes
+    by_torch = operator == "score_attention"  # a scaled dot product, which torch's own attention takes
     assert _dispatch.select(backends, call, "auto") == able[0]
-    assert able[0] == ("sdpa" if first else "cpu" if "cpu" in able else "streaming")
-    assert _dispatch.select(backends, a_call(operator, "cuda"), "auto") == ("sdpa" if first else "triton")
+    assert able[0] == ("cpu" if "cpu" in able else "sdpa" if by_torch else "streaming")
+    assert _dispatch.select(backends, a_call(operator, "cuda"), "auto") == ("sdpa" if by_torch else "triton")
     for name, backend in backends.items():
         reasons = backend.refusals(call)
         if not reasons:

@@ -160,7 +160,7 @@ def table(stem: str, *, sdpa: Limits | None = None, triton: Limits = no_limits, 
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
     `sdpa`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where there is
-    no such kernel. On the CPU our kernels come before torch's own attention, which is slower in every stored row; on a GPU torch's
+    no such kernel. On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's
     comes first. CUDA C++ comes after Triton until it has been measured. "auto" never takes the reference.
     """
     return {

@@ -23,7 +23,7 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
         return False
     if query.dtype == torch.float32 and query.shape[:3].numel() * key.shape[2] <= _tiles.TILE_ELEMENTS:
         return False
-    if key.shape[2] < 16:  # without a mask the kernel takes a row of NaN for a hidden one where no vector register is full of keys
+    if key.shape[2] < 16:  # the kernel takes a row of NaN for a hidden one where no vector register is full of keys
         return False
     if masks.is_causal and scale <= 0.0:  # the kernel multiplies its causal -inf by the scale
         return False

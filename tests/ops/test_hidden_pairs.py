@@ -1,0 +1,102 @@
+"""NaN and Inf in pairs that a mask hides, rows of NaN that no mask hides, and masks of more digits than the query's.
+
+The formula says which rows of the result are finite. torch's fused CPU kernel, which "sdpa" and "streaming" call, adds -inf to what
+is hidden, and takes rows of NaN for hidden ones where keys are few.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.ops.backends import DTYPES, F64, assert_refused, each, on
+from vlattn_fast import _native
+
+N, M = 20, 18
+SOME = torch.ones(N, M, dtype=torch.bool)
+SOME[:7, 5] = False
+MASKS: dict[str, dict[str, Any]] = {
+    "bool, in all rows": {"attn_mask": torch.arange(M) != 5},
+    "bool, in some rows": {"attn_mask": SOME},
+    "causal": {"is_causal": True},
+    "causal, key": {"is_causal": True, "key_mask": torch.ones(1, M, dtype=torch.bool)},
+    "causal, bool": {"is_causal": True, "attn_mask": SOME},
+    "causal, negative scale": {"is_causal": True, "scale": -0.5},
+    "float": {"attn_mask": torch.where(SOME, 0.0, -math.inf)},
+}
+EVERY = (F64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs_of(dtype: torch.dtype, m: int = M) -> tuple[Tensor, ...]:
+    return torch.randn(1, 2, N, 8, dtype=dtype), torch.randn(1, 2, m, 8, dtype=dtype), torch.randn(1, 2, m, 8, dtype=dtype)
+
+
+@each("dtype", auto=EVERY, streaming=EVERY, cpu=DTYPES["cpu"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_hidden_key_reaches_no_row(backend: str, dtype: torch.dtype, mask: str, value: float, requires_grad: bool) -> None:
+    """And every row that sees it, as in the formula."""
+    query, key, values = (x.requires_grad_(requires_grad) for x in inputs_of(dtype))
+    with torch.no_grad():
+        key[:, :, 5] = value
+    got, formula = (
+        call(query, key, values, **MASKS[mask], **options)
+        for call, options in ((va.score_attention, {"backend": backend}), (va.reference.score_attention, {}))
+    )
+    finite = [x.isfinite().all(-1) for x in (got, formula)]
+    assert torch.equal(*finite) and finite[0][:, :, :5].all()
+
+
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "causal"])
+def test_sdpa_refuses_what_torch_would_leave_nan(mask: str) -> None:
+    assert_refused("sdpa", "SDPA", lambda: va.score_attention(*inputs_of(torch.float32), **MASKS[mask], backend="sdpa"))
+
+
+@on("streaming", "sdpa", "cpu", "reference")
+def test_nan_in_a_query_that_sees_no_key_stays_there(backend: str) -> None:
+    query, key, value = (x.requires_grad_() for x in inputs_of(torch.float32))
+    with torch.no_grad():
+        query[:, :, 3] = math.nan
+    out = va.score_attention(query, key, value, key_mask=torch.zeros(1, M, dtype=torch.bool), backend=backend)
+    assert not any(x.any() for x in (out, *torch.autograd.grad(out.sum(), (query, key, value))))
+
+
+@each("dtype", auto=EVERY, reference=EVERY, streaming=EVERY, sdpa=DTYPES["sdpa"], cpu=DTYPES["cpu"])
+@pytest.mark.parametrize("built", [True, False], ids=["our kernels", "no kernels of ours"])
+@pytest.mark.parametrize("m", [1, 7, 15, 16])
+def test_a_row_of_nan_is_nan(backend: str, dtype: torch.dtype, m: int, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "cpu":
+        monkeypatch.setattr(_native, "library", _native.library._replace(exists=built))
+    options: list[dict[str, Any]] = [{}, {"key_mask": torch.arange(m)[None] < max(1, m - 2)}, {"is_causal": True}]
+    for masks in options if backend != "sdpa" or m == 16 else options[:2]:
+        for bad in range(2):
+            x = inputs_of(dtype, m)
+            x[bad][:] = math.nan
+            for tensors in (x, [each.clone().requires_grad_() for each in x]):
+                assert va.score_attention(*tensors, **masks, backend=backend).isnan().all(), (masks, bad)
+            if backend != "sdpa":
+                assert va.score_attention(*x, **masks, return_lse=True, backend=backend)[1].isnan().all(), (masks, bad)
+
+
+@on("reference", "streaming")
+def test_a_float64_mask_keeps_its_digits_and_hides_nothing(backend: str) -> None:
+    """NumPy's masks are float64. An lse beyond float32 stays finite, since -inf says that a row sees no key."""
+    query, key, value = inputs_of(torch.float32)
+    mask = torch.randn(N, M, dtype=F64)
+    want = va.reference.score_attention(*(x.double() for x in (query, key, value)), attn_mask=mask)
+    got = va.score_attention(query, key, value, attn_mask=mask + 1e6, backend=backend)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    mask = torch.full((N, M), -1e300, dtype=F64)
+    out, lse = va.score_attention(query, key, value, attn_mask=mask, return_lse=True, backend=backend)
+    torch.testing.assert_close(lse, torch.full_like(lse, torch.finfo(torch.float32).min))
+    torch.testing.assert_close(out, value.mean(2, keepdim=True).expand(out.shape))
+    mask[:, 0] = -math.inf
+    mask[:, 1] = -1e299
+    out = va.score_attention(query, key, value, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(out, value[:, :, 1:2].expand(out.shape))
