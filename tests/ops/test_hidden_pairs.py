@@ -1,7 +1,7 @@
 """NaN and Inf in pairs that a mask hides, rows of NaN that no mask hides, and masks of more digits than the query's.
 
-The formula says which rows of the result are finite. torch's fused CPU kernel, which "sdpa" and "streaming" call, adds -inf to what
-is hidden, and takes rows of NaN for hidden ones where keys are few.
+The formula says which rows of the result are finite. torch's fused CPU kernel, which "sdpa" and "streaming" call, adds -inf to
+what is hidden, and takes rows of NaN for hidden ones where keys are few.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_a_row_of_nan_is_nan(backend: str, dtype: torch.dtype, m: int, built: bo
         for bad in range(2):
             x = inputs_of(dtype, m)
             x[bad][:] = math.nan
-            for tensors in (x, [each.clone().requires_grad_() for each in x]):
+            for tensors in (x, [one.clone().requires_grad_() for one in x]):
                 assert va.score_attention(*tensors, **masks, backend=backend).isnan().all(), (masks, bad)
             if backend != "sdpa":
                 assert va.score_attention(*x, **masks, return_lse=True, backend=backend)[1].isnan().all(), (masks, bad)
