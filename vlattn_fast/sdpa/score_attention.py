@@ -30,7 +30,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
             query, key, value = query.double(), key.double(), value.double()
         if mask is None and not is_causal and key.shape[2] < 16:
             # without a mask the kernel takes a row of NaN for a hidden one where no vector register is full of keys
-            mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool)
+            mask = query.new_zeros(1, 1, 1, key.shape[2])
         shares_heads = key.shape[1] == value.shape[1]
         query, key, value = pad_head_dim(query, key, value)  # the kernel wants one head_dim
     else:
