@@ -31,8 +31,8 @@ _ANYRES = Family((replace(_QUERIES, grid=grids.anyres),), "token", vision=_VISIO
 DECODERS: dict[str, Family] = {
     # One token a patch, or a square of patches.
     "LlavaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION),
-    "PaliGemmaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION),
-    "Gemma3ForConditionalGeneration": Family((_GEMMA,), "token", vision=_VISION),
+    "PaliGemmaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION, answer_type=1),  # 0 = sees both ways
+    "Gemma3ForConditionalGeneration": Family((_GEMMA,), "token", vision=_VISION, answer_type=0),  # 1 = image
     "Mistral3ForConditionalGeneration": Family((replace(_QUERIES, grid=grids.merged_sizes),), "token"),
     "Qwen2VLForConditionalGeneration": Family((_QWEN,), "token", vision=_PACKED, connector=merging.packed),
     "Qwen2_5_VLForConditionalGeneration": Family((_QWEN,), "token", vision=_PACKED, connector=merging.packed),

@@ -97,6 +97,8 @@ class Family:
         within: the part of a bimodal model where attention is explained; other parts run as they are.
         background: of "query" scores: the last logit is that of no object. Without, all are objects.
         answers: the input that an answer is put into, behind the prompt; "decoder_input_ids" of encoder-decoders.
+        answer_type: the `token_type_ids` of an answer's tokens, where models tell by them which tokens see one another both ways;
+            None = those of the last token of the prompt. Where it is not 0, the inputs must have `token_type_ids`.
         generating: the record of those models of the class that have a vocabulary (`vocab_size`) and predict its tokens.
         others: records of those models of the class that have other parts, as another language model. One that fits none of them
             is explained as a model without a record.
@@ -111,6 +113,7 @@ class Family:
     within: str = ""
     background: bool = True
     answers: str = "input_ids"
+    answer_type: int | None = None
     generating: Family | None = None
     others: tuple[Family, ...] = ()
 
