@@ -38,7 +38,8 @@ class Tower:
     Args:
         name: key in `Explanation.relevancy`.
         path: the tower inside the model, "" for the model itself.
-        layers: the list of layers inside the tower, first to last; "" for tokens without, which others only attend to.
+        layers: the list of layers inside the tower, first to last, where "*" stands for any number (lists that run one after the
+            other); "" for tokens without, which others only attend to.
         readout: the row that is read: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last position,
             "target" the position that predicts the target token, "before_sep" the token before the text's last real one,
             "mean" and "patch_mean" 1/N over all (patch) tokens,
