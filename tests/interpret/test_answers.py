@@ -303,3 +303,13 @@ def test_labels_beside_an_answer_of_a_decoder_make_a_loss_alone():
     want = explain(model, inputs, answer=[17, 30])
     got = explain(model, {**inputs, "labels": PROMPTS[:, :4]}, answer=[17, 30])
     assert torch.equal(got.relevancy["language"], want.relevancy["language"]) and torch.equal(got.scores, want.scores)
+
+
+def test_an_answer_to_a_single_token():
+    """The row that predicts its first token is of one that sees itself alone."""
+    model = decoder()
+    got = explain(model, {"input_ids": PROMPTS[:1, :1]}, answer=[17])
+    scores, rows = published(model, PROMPTS[0, :1].tolist(), [17])
+    assert rows[0, 0] > 1 and rows[0, 1] == 0
+    torch.testing.assert_close(got.relevancy["language"][0], rows, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(got.scores[0], scores, rtol=1e-9, atol=1e-10)
