@@ -146,6 +146,15 @@ def albert() -> Encoder:
     return replace(made, places={"text": place})
 
 
+def albert_groups() -> Encoder:
+    """Two groups of a layer, which are called twice each."""
+    config = transformers.AlbertConfig(**{**T5, "num_hidden_layers": 4}, embedding_size=16, num_labels=3, num_hidden_groups=2)
+    groups = "albert.encoder.albert_layer_groups"
+    made = text_model(transformers.AlbertForSequenceClassification(config), groups)
+    sums = (s for i in range(2) for s in layer_sums(f"{groups}.{i}.albert_layers", 1, "attention", "attention.LayerNorm"))
+    return replace(made, places={"text": replace(made.places["text"], sums=tuple(sums))})
+
+
 def mpnet() -> Encoder:
     model = transformers.MPNetForSequenceClassification(transformers.MPNetConfig(**T5, num_labels=3))
     return text_model(model, "mpnet.encoder.layer", summed="attention.LayerNorm")
@@ -291,7 +300,20 @@ def git() -> Encoder:
     return Encoder(transformers.GitForCausalLM(config), inputs, {"language": place}, score, facts=facts)
 
 
-MADE = [deit, deit_with_teacher, dinov3, roberta, xlm_roberta, distilbert, electra, albert, mpnet, align_text, align]
+MADE = [
+    deit,
+    deit_with_teacher,
+    dinov3,
+    roberta,
+    xlm_roberta,
+    distilbert,
+    electra,
+    albert,
+    albert_groups,
+    mpnet,
+    align_text,
+    align,
+]
 MADE += [chinese_clip, alt_clip, metaclip_2, clipseg, owlvit, blip, siglip2]
 MADE += [vilt, visual_bert, visual_bert_vqa, layoutlmv3, flava, git]
 

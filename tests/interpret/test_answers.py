@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import LLAMA, lively
+from tests.interpret.cases import LLAMA, in_double, last_real_row, lively
+from tests.interpret.decoder_cases import DECODERS, IMAGE, Decoder, next_logits
+from tests.interpret.stored_maps import Place, rows_of
 from vlattn_fast.interpret import explain
 
 PROMPTS = torch.tensor([[4, 9, 11, 7, 23, 8], [5, 6, 3, 12, 0, 0]])
@@ -165,3 +169,147 @@ def test_a_row_that_the_score_does_not_come_from():
     named = explain(model, inputs, target=score, read=2).relevancy["language"]
     assert (named[0, :3] > 0).all() and (named[0, 3:] == 0).all()
     torch.testing.assert_close(explain(model, inputs, target=score, read={"language": 2}).relevancy["language"], named)
+
+
+def double_inputs(decoder: Decoder, side: str = "right") -> dict:
+    return in_double(decoder.case(decoder.inputs(side)))
+
+
+def answered(decoder: Decoder, answers: list[list[int]]) -> dict:
+    """The inputs of prompts with answers behind them, by the model's own rules for what each token has."""
+    longer = dataclasses.replace(decoder, prompts=[p + a for p, a in zip(decoder.prompts, answers, strict=True)])
+    inputs = double_inputs(longer)
+    if type(decoder.model).__name__.startswith("PaliGemma"):  # its prefix is 0, its suffix 1
+        for types, prompt in zip(inputs["token_type_ids"], decoder.prompts, strict=True):
+            types[len(prompt) :] = 1
+    return inputs
+
+
+@pytest.mark.parametrize("decoder", [*DECODERS, "mllama"], indirect=True)
+def test_each_token_is_scored_as_the_model_does_that_has_seen_those_before_it(decoder):
+    answers = [[7, 12, 9], [9, 5, 30]]
+    got = explain(decoder.model, double_inputs(decoder), answer=answers).scores
+    decoder.model.set_attn_implementation("literal")  # eager, with softmax in float64
+    for t in range(3):
+        inputs = answered(decoder, [row[:t] for row in answers])
+        want = next_logits(decoder.model(**inputs, use_cache=False), inputs).log_softmax(-1)
+        assert (got[:, t] - want[range(2), [row[t] for row in answers]]).abs().max() < 1e-6  # norms and angles are in float32
+
+
+@pytest.mark.parametrize(
+    "decoder", ["PaliGemmaForConditionalGeneration", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel"], indirect=True
+)
+def test_a_score_does_not_depend_on_later_tokens(decoder):
+    for side in ("right", "left"):
+        inputs = double_inputs(decoder, side)
+        whole, other = (explain(decoder.model, inputs, answer=[7, 12, last]) for last in (9, 30))
+        torch.testing.assert_close(whole.scores[:, :2], other.scores[:, :2], rtol=1e-9, atol=1e-9)
+        assert (whole.scores[:, 2] - other.scores[:, 2]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("decoder", ["PaliGemmaForConditionalGeneration"], indirect=True)
+def test_answers_of_paligemma_equal_stored_maps(decoder):
+    got = explain(decoder.model, double_inputs(decoder), answer=[7, 12])
+    inputs = answered(decoder, [[7, 12]] * 2)
+    real = inputs["attention_mask"].bool()
+    last = last_real_row(inputs, real.shape[1]).double()
+    for t, token in enumerate((7, 12)):
+        row = last.roll(t - 2, 1)  # in front of the token
+        score = lambda o, row=row, token=token: (o.logits * row[..., None]).sum(1).log_softmax(-1)[:, token]  # noqa: E731
+        place = Place("model.language_model.layers", row, real)
+        want = rows_of(decoder.model, inputs, score, {"language": place})["language"]
+        assert (got.relevancy["language"][:, t] - want).abs().max() < 1e-9 * (want - row).abs().max()
+
+
+@pytest.mark.parametrize("decoder", ["PaliGemmaForConditionalGeneration"], indirect=True)
+def test_answers_of_paligemma_need_types(decoder):
+    inputs = {name: value for name, value in decoder.inputs().items() if name != "token_type_ids"}
+    with pytest.raises(ValueError, match=r"inputs must contain 'token_type_ids' \(B, N\) beside answer"):
+        explain(decoder.model, inputs, answer=[7])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "decoder", [f"{kind}ForConditionalGeneration" for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")], indirect=True
+)
+def test_positions_in_three_axes_count_on_behind_the_image(decoder, side):
+    """The model's own positions of prompts with answers; one prompt ends with its image, whose last token has smaller ones."""
+    ends_with_image = [*decoder.prompts[1][:2], *[IMAGE] * 8]
+    decoder = dataclasses.replace(decoder, prompts=[decoder.prompts[0], ends_with_image])
+    inputs = double_inputs(decoder, side)
+    named = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+    positions = decoder.model.model.get_rope_index(**named)[0]
+    assert positions.shape == (3, *inputs["input_ids"].shape)
+    want = explain(decoder.model, inputs, answer=[[7, 12, 9], [9, 5]])
+    got = explain(decoder.model, {**inputs, "position_ids": positions}, answer=[[7, 12, 9], [9, 5]])
+    torch.testing.assert_close(got.scores, want.scores, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.relevancy["language"], want.relevancy["language"], rtol=1e-9, atol=1e-9)
+
+
+def test_types_that_are_embedded_go_on_as_the_prompt_ends():
+    """GPT-2 adds the embedding of a type; 0 is no more text than 4 is."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=32)
+    model = lively(transformers.GPT2LMHeadModel(config)).eval().double()
+    inputs = {"input_ids": PROMPTS[:1], "token_type_ids": torch.tensor([[3, 3, 3, 4, 4, 4]])}
+    longer = {"input_ids": torch.tensor([[*PROMPTS[0].tolist(), 17]]), "token_type_ids": torch.tensor([[3, 3, 3, 4, 4, 4, 4]])}
+    want = model(**longer).logits[0, -1].log_softmax(-1)[30]
+    got = explain(model, inputs, answer=[17, 30]).scores[0, 1]
+    torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_positions_of_all_prompts():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
+    want = explain(model, inputs, answer=[17, 30])
+    got = explain(model, {**inputs, "position_ids": torch.arange(4)[None]}, answer=[17, 30])
+    assert torch.equal(got.relevancy["language"], want.relevancy["language"])
+
+
+def test_inputs_that_no_answer_can_make_longer_are_refused():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
+    for name, value, words in (
+        ("inputs_embeds", torch.randn(2, 4, 32), r"inputs must not contain 'inputs_embeds' beside answer.*got \(2, 4, 32\)"),
+        ("head_mask", torch.ones(3, 2, 4), "inputs must not contain 'head_mask' beside answer"),
+        ("position_ids", torch.arange(4), r"position_ids must have shape \(B, N\), \(1, N\) or \(3, B, N\).*got \(4,\)"),
+        ("token_type_ids", torch.zeros(2, 3), r"token_type_ids must have shape \(B, N\) with \(B, N\) = \(2, 4\); got \(2, 3\)"),
+        ("attention_mask", torch.ones(2, 1, 4, 4), r"attention_mask must have shape \(B, N\)"),
+        ("cross_attention_mask", torch.ones(2, 3, 1, 1), r"cross_attention_mask must have shape \(B, N, images, tiles\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            explain(model, {**inputs, name: value}, answer=[17])
+    pictures = {"image_sizes": torch.ones(2, 4), "qformer_input_ids": torch.ones(2, 4)}  # sizes that the prompts happen to have
+    want, got = (explain(model, {**inputs, **more}, answer=[17]).scores for more in ({}, pictures))
+    assert torch.equal(got, want)
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return lively(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))).eval()
+
+
+@pytest.mark.parametrize("length", [2, 3])  # of another length than the decoder's tokens, and of theirs
+def test_labels_beside_an_answer_of_an_encoder_decoder(length):
+    inputs = {"input_ids": PROMPTS, "labels": torch.full((2, length), 5)}
+    with pytest.raises(ValueError, match="inputs must not contain 'labels' beside answer, since an encoder-decoder"):
+        explain(t5(), inputs, answer=[7, 12])
+    embeds = {"input_ids": PROMPTS, "decoder_inputs_embeds": torch.randn(2, 1, 32)}
+    with pytest.raises(ValueError, match="inputs must not contain 'decoder_inputs_embeds' beside answer"):
+        explain(t5(), embeds, answer=[7, 12])
+
+
+def test_labels_beside_an_answer_of_a_decoder_make_a_loss_alone():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
+    want = explain(model, inputs, answer=[17, 30])
+    got = explain(model, {**inputs, "labels": PROMPTS[:, :4]}, answer=[17, 30])
+    assert torch.equal(got.relevancy["language"], want.relevancy["language"]) and torch.equal(got.scores, want.scores)
+
+
+def test_an_answer_to_a_single_token():
+    """The row that predicts its first token is of one that sees itself alone."""
+    model = decoder()
+    got = explain(model, {"input_ids": PROMPTS[:1, :1]}, answer=[17])
+    scores, rows = published(model, PROMPTS[0, :1].tolist(), [17])
+    assert rows[0, 0] > 1 and rows[0, 1] == 0
+    torch.testing.assert_close(got.relevancy["language"][0], rows, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(got.scores[0], scores, rtol=1e-9, atol=1e-10)

@@ -13,6 +13,7 @@ from tests.interpret.test_decoder_images import pixels_at
 from vlattn_fast.interpret import FAMILIES, explain
 from vlattn_fast.interpret.cut import vision_maps
 from vlattn_fast.interpret.dataset.pieces import split
+from vlattn_fast.interpret.families import find_family
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
 TEXT = dict(
@@ -138,7 +139,7 @@ def test_what_is_refused():
 
 # --- every record with a connector ---
 
-CONNECTED = [name for name in DECODERS if getattr(FAMILIES.get(name), "vision", None) is not None]
+CONNECTED = [*(name for name in DECODERS if getattr(FAMILIES.get(name), "vision", None) is not None), "pixtral"]
 
 # Tokens of each prompt's pictures, where the tower sees tiles, or all at once. Three and five tiles; 4 x 8 and 8 x 4 patches.
 OF_PROMPTS = {
@@ -146,13 +147,22 @@ OF_PROMPTS = {
     "LlavaOnevisionForConditionalGeneration": [3 * 16, 5 * 16],
     "Qwen2VLForConditionalGeneration": [32, 32],
     "Qwen2_5_VLForConditionalGeneration": [32, 32],
+    "Mistral3ForConditionalGeneration": [8, 16],
+    "pixtral": [8, 12],
 }
 SHAPES = {  # of the tower
     "LlavaNextForConditionalGeneration": (8, 17),
     "LlavaOnevisionForConditionalGeneration": (8, 16),
     "Qwen2VLForConditionalGeneration": (1, 64),
     "Qwen2_5_VLForConditionalGeneration": (1, 64),
+    "pixtral": (1, 20),
 }
+
+
+def kind(decoder):
+    """The name of the model's class; "pixtral" for LLaVA over Pixtral."""
+    name = type(decoder.model).__name__
+    return "pixtral" if name.startswith("Llava") and "Pixtral" in type(decoder.model.model.vision_tower).__name__ else name
 
 
 def in_double(decoder, side):
@@ -161,7 +171,7 @@ def in_double(decoder, side):
 
 
 def vision_layers(decoder):
-    tower = FAMILIES[type(decoder.model).__name__].vision
+    tower = find_family(decoder.model).vision
     return f"{tower.path}.{tower.layers}"
 
 
@@ -227,7 +237,7 @@ def test_every_connector(decoder, side):
     for bar in reversed(vision):
         start = start + start @ bar
     want = start[:, 0]
-    if (sizes := OF_PROMPTS.get(type(decoder.model).__name__)) is not None:
+    if (sizes := OF_PROMPTS.get(kind(decoder))) is not None:
         want = torch.nn.utils.rnn.pad_sequence(want.flatten().split(sizes), batch_first=True)
     torch.testing.assert_close(got.relevancy["vision"], want, rtol=1e-8, atol=1e-10)
     assert sum(bool((bar != 0).any()) for bar in vision) >= len(vision) - 1 > 0
@@ -242,6 +252,7 @@ def test_every_connector(decoder, side):
         "LlavaOnevisionForConditionalGeneration",
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
+        "pixtral",
     ],
     indirect=True,
 )
@@ -249,8 +260,8 @@ def test_maps_are_the_patches_of_their_place(decoder):
     """Each entry is of the vision token that depends on the pixels at its place, and on no others."""
     inputs = decoder.inputs()
     got = explain(decoder.model, inputs, through_connector=True)
-    row, family = got.relevancy["vision"], FAMILIES[type(decoder.model).__name__]
-    shape = SHAPES.get(type(decoder.model).__name__, row.shape)
+    row, family = got.relevancy["vision"], find_family(decoder.model)
+    shape = SHAPES.get(kind(decoder), row.shape)
     numbers = 1 + torch.arange(shape[0] * shape[1]).view(shape)  # 0 pads
     of_prompts, found = vision_maps(numbers, family.connector, decoder.model.config, inputs, {})
     assert found["image_rows"] == got.image_rows == [place.row for place in decoder.maps]
@@ -322,3 +333,27 @@ def test_prompts_without_pictures_and_empty_batches(decoder):
     assert got.relevancy["language"].shape == (0, empty["input_ids"].shape[1]) and got.relevancy["vision"].shape == (0, 0)
     with pytest.raises(ValueError, match="inputs must contain 'pixel_values' where through_connector is set; got none"):
         explain(decoder.model, {"input_ids": torch.tensor([[1, 5, 6, 7]])}, through_connector=True)
+
+
+@pytest.mark.parametrize("decoder", ["pixtral", "Mistral3ForConditionalGeneration"], indirect=True)
+def test_images_in_one_row_must_have_their_sizes(decoder):
+    wrong = {**decoder.inputs(), "image_sizes": torch.tensor([[32, 32], [32, 32]])}
+    family = find_family(decoder.model)
+    with pytest.raises(ValueError, match="off where image_sizes do not tell the patches; got 5 tokens for a tower of"):
+        family.connector(decoder.model.config, wrong, (1, 20), 5)
+
+
+def test_edges_that_are_in_no_square():
+    """Images of 3 x 5 patches: squares of 2 x 2 leave a row and a column out."""
+    config = DECODERS["Mistral3ForConditionalGeneration"]().model.config
+    inputs = {"pixel_values": torch.zeros(2, 3, 24, 40), "image_sizes": torch.tensor([[24, 40]] * 2)}
+    merged = FAMILIES["Mistral3ForConditionalGeneration"].connector(config, inputs, (1, 30), 4)
+    first = [0, 0, 1, 1, -1, 0, 0, 1, 1, -1, -1, -1, -1, -1, -1]
+    assert merged.tokens.tolist() == [*first, *(token + 2 * (token >= 0) for token in first)]
+
+
+def test_llava_over_another_vision_tower_has_no_record_of_its_connector():
+    vision = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=TEXT, image_token_index=98)
+    family = find_family(transformers.LlavaForConditionalGeneration(config))
+    assert family.towers == FAMILIES["LlavaForConditionalGeneration"].towers and family.vision is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from tests.interpret.decoder_cases import (  # noqa: E402
     DECODERS,
     IMAGE,
     LLAMA,
+    LLAMA4,
     VISION,
     Decoder,
     every,
@@ -25,6 +28,7 @@ from tests.interpret.decoder_cases import (  # noqa: E402
     two_images,
     words,
 )
+from tests.interpret.stored_maps import Place, rows_of  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 
 
@@ -240,3 +244,22 @@ def test_prompts_without_images(decoder):
     got = explain(decoder.model, inputs)
     assert got.image is None and got.token_ids == [words(6)]
     assert error(got.relevancy["language"], stored_maps(decoder, inputs), inputs) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [3, 5])  # the fourth sees beyond the chunk
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_at_the_edges_of_a_chunk(layers, side):
+    """Llama 4 attends in chunks of 16. The first token of a chunk sees itself alone in them, and its row says so."""
+    torch.manual_seed(6)
+    decoder = text("Llama4Text", name="Llama4ForCausalLM", parts=dict(LLAMA4, num_hidden_layers=layers))
+    lively(decoder.model).eval()
+    for size, others in itertools.product((16, 17, 18, 32, 33), ([], [words(3)])):
+        decoder = replace(decoder, prompts=[words(size), *others])
+        inputs = in_double(decoder.case(decoder.inputs(side)))
+        real = inputs["attention_mask"].bool()
+        place = Place("model.layers", last_real_row(inputs, real.shape[1]), real)
+        score = lambda o: next_logits(o, inputs).max(-1).values  # noqa: B023, E731
+        want = rows_of(decoder.model, inputs, score, {"language": place})["language"]
+        got = explain(decoder.model, inputs).relevancy["language"]
+        assert (got - want).abs().max() < 1e-9 * (want - place.row).abs().max()
+        assert int((got[0] != 0).sum()) == (size if layers == 5 else 16 - -size % 16)

@@ -346,3 +346,28 @@ def test_errors_of_items(item, kind, message):
     item = tuple(inputs if part == "inputs" else part for part in item)
     with pytest.raises(kind, match=message):
         va.evaluate(model, [item])
+
+
+def rival(**fields):
+    return lambda model, inputs, target: SimpleNamespace(**fields)
+
+
+ONE = torch.rand(1, 4, 4)
+BAD_RIVALS = [
+    (rival(image=ONE), ValueError, "methods must give one image for each of 2 rows of a batch; got 1 of 'bad'"),
+    (rival(image=torch.rand(3, 4, 4)), ValueError, "one image for each of 2 rows of a batch; got 3 of 'bad'"),
+    (rival(text=torch.rand(1, 8)), ValueError, "one text for each of 2 rows of a batch; got 1 of 'bad'"),
+    (rival(regions=torch.rand(1, 8)), ValueError, "one regions for each of 2 rows of a batch; got 1 of 'bad'"),
+    (rival(image=ONE, image_rows=[0, 1]), ValueError, r"image_rows, from 0 to 1, for each map; got \[0, 1\] for 1 maps"),
+    (rival(image=ONE, image_rows=[2]), ValueError, r"image_rows, from 0 to 1, for each map; got \[2\] for 1 maps of 'bad'"),
+    (lambda model, inputs, target: torch.rand(2, 4, 4), TypeError, r"what has .image, .regions or .text; got Tensor of 'bad'"),
+]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("bad", "error", "words"), BAD_RIVALS)
+def test_a_rival_without_a_map_for_each_row_is_refused(bad, error, words, first):
+    """Also where its maps come first, and tell the grids of a model without a record."""
+    methods = {"bad": bad, "truth": truth()} if first else {"truth": truth(), "bad": bad}
+    with pytest.raises(error, match=words):
+        va.evaluate(Planted(), planted_data(1), methods=methods, tests=("pointing",))

@@ -185,6 +185,10 @@ def explain(
             places = ((tower.name, _position(prepared, passes, i)) for i, tower in enumerate(starting))
             positions = {name: place for name, place in places if place is not None}
             rows = _rows_of_passes(trace, towers, others, passes, start_layer, arguments)
+            # A decoder's logits and its row are of one position: where that sees itself alone, its row is what it rests on.
+            predicts = family.score == "token" and read is None and not callable(target)
+            if not predicts and rule.carries and rule.needs_score and rule.aggregates:  # without aggregation rows may be zeros
+                check_rows(rows, [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in passes), strict=True)])
     names = [tower.name for tower in [*towers, *others]]
     rows = [row.detach() if prepared is not None and each else row.detach()[:, 0] for row in rows]
     relevancy = dict(zip(names, rows, strict=True))
@@ -242,10 +246,7 @@ def _rows_of_passes(
         starts = [*starts, *(torch.zeros_like(tower.leaving()) for tower in towers[len(starts) :])]
         keep = number + 1 < len(passes)
         rows.append(read_rows(trace, towers, others, starts, score, start_layer, arguments, keep))
-    joined = [torch.cat(row, 1) for row in zip(*rows, strict=True)]
-    if method.carries and method.needs_score and method.aggregates:  # without aggregation zeros are a result like others
-        check_rows(joined, [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in passes), strict=True)])
-    return joined
+    return [torch.cat(row, 1) for row in zip(*rows, strict=True)]
 
 
 def _position(answer: Answer | None, passes: list[Pass], tower: int) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], famil
     Raises:
         TypeError: neither token ids nor texts.
         ValueError: the model is neither a decoder with a record nor an encoder-decoder; no tokenizer for texts; no tokens;
-            nothing to put them behind.
+            nothing to put them behind; an input with an entry for each token that the answer cannot make longer.
     """
     if family is None or family.score != "token":
         raise ValueError(
@@ -83,41 +83,156 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], famil
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError(f"inputs must contain '{family.answers}' (B, N), which the answer is put behind; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
-    length = max((len(row) for row in ids), default=0)
     shape = (prompts.shape[0], prompts.shape[1])
     prefix = family.answers.removesuffix("input_ids")
-    beside = {name.removeprefix(prefix): name for name in inputs if name.startswith(prefix)}  # what goes along with the tokens
+    arguments = _without_labels(inputs, prefix)
+    _check_types(arguments, family)
+    beside = {name.removeprefix(prefix): value for name, value in arguments.items() if name.startswith(prefix)}
+    beside = {name: value for name, value in beside.items() if _follows_tokens(name, value, shape, prefix)}
+    if beside.get("attention_mask") is None and len({len(row) for row in ids}) > 1:
+        beside["attention_mask"] = torch.ones_like(prompts)
     of_tower = "text" if prefix else family.towers[0].tokens
-    last = last_real(of_tower, {name: inputs[full] for name, full in beside.items()}, shape)
-    arguments = dict(inputs)
-    if inputs.get(f"{prefix}attention_mask") is None and any(len(row) < length for row in ids):
-        arguments[f"{prefix}attention_mask"] = torch.ones_like(prompts)
-        beside["attention_mask"] = f"{prefix}attention_mask"
-    # Where each of the N + T columns comes from: the prompt, the answer, then what was behind the prompt's last real token.
+    places = _places(ids, last_real(of_tower, beside, shape), shape, family.answer_type)
+    for name, value in beside.items():
+        arguments[f"{prefix}{name}"] = _LONGER[name](places, value, beside)
+    return Answer(ids, arguments, places.positions)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where answers of at most T tokens stand among the N + T columns of B prompts.
+
+    source: int64 (B, N + T), the column of the prompt that each column repeats; the answer's repeat the last real token.
+    answered: bool (B, N + T), True = a column of the answer.
+    tokens: int64 (B, T), 0 for padding of a shorter answer; real: bool (B, T), False = that padding.
+    positions: int64 (B, T), where each token of the answer is predicted.
+    type: the `token_type_ids` of an answer; None = as the last real token of the prompt has.
+    """
+
+    source: Tensor
+    answered: Tensor
+    tokens: Tensor
+    real: Tensor
+    positions: Tensor
+    type: int | None
+
+    def repeated(self, value: Tensor) -> Tensor:
+        """(B, N, ...) as (B, N + T, ...), where the answer has what the last real token of its prompt has."""
+        rows = torch.arange(len(value), device=value.device)[:, None]
+        return value[rows, self.source.to(value.device)]
+
+    def filled(self, value: Tensor, new: Tensor | int) -> Tensor:
+        """(B, N) as (B, N + T), where the answer has `new` (B, T), or one number for all."""
+        new = torch.as_tensor(new).expand(self.tokens.shape)
+        return self.repeated(value).masked_scatter(self.answered.to(value.device), new.to(value))
+
+
+def _places(ids: list[list[int]], last: Tensor, shape: tuple[int, int], answer_type: int | None) -> _Places:
+    """The places of answers `ids` behind the tokens `last` (B,) of prompts (B, N)."""
+    length = max((len(row) for row in ids), default=0)
     column = torch.arange(shape[1] + length)
     answered = (column > last[:, None]) & (column <= last[:, None] + length)
+    # Each column is of the prompt, of the answer, or what stood behind the prompt's last real token.
     source = torch.where(column > last[:, None] + length, column - length, torch.minimum(column, last[:, None]))
     tokens = torch.zeros(shape[0], length, dtype=torch.long)
     for row, row_ids in enumerate(ids):
         tokens[row, : len(row_ids)] = torch.tensor(row_ids)
     real = torch.arange(length) < torch.tensor([len(row) for row in ids])[:, None]
-    for name, full in beside.items():
-        value = arguments[full]
-        if not isinstance(value, Tensor) or value.shape[:2] != shape or name.startswith("pixel"):
-            continue
-        places = answered.to(value.device)
-        rows = torch.arange(shape[0], device=value.device)[:, None]
-        longer = value[rows, source.to(value.device)]  # the answer repeats what the last real token has
-        if name == "input_ids":
-            longer[places] = tokens.to(value).flatten()
-        elif name == "attention_mask":
-            longer[places] = real.to(value).flatten()
-        elif name == "position_ids":
-            longer[places] += torch.arange(1, length + 1, device=value.device).repeat(shape[0])
-        elif name.endswith("type_ids"):
-            longer[places] = 0  # text
-        arguments[full] = longer
-    return Answer(ids, arguments, last[:, None] + torch.arange(length))
+    return _Places(source, answered, tokens, real, last[:, None] + torch.arange(length), answer_type)
+
+
+# --- inputs that have an entry for each token ---
+
+
+def _longer_types(places: _Places, types: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    return places.repeated(types) if places.type is None else places.filled(types, places.type)
+
+
+def _longer_positions(places: _Places, positions: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    """Positions (B, N) count on from the last real token's, as (1, N) of all prompts do. Those of Qwen-VL (3, B, N) are all three
+    one more than the largest of the prompt: an image's last token has not the largest in each of them."""
+    prompts = beside["input_ids"]
+    steps = torch.arange(1, places.tokens.shape[1] + 1, device=positions.device)
+    if positions.ndim == 2:
+        positions = positions.expand(prompts.shape)
+        last = positions.gather(1, places.positions[:, :1].to(positions.device)) if len(prompts) else positions[:, :1]
+        return places.filled(positions, last + steps)
+    mask = beside.get("attention_mask")
+    real = torch.ones_like(prompts, dtype=torch.bool) if mask is None else mask.bool()
+    lowest = torch.iinfo(positions.dtype).min
+    largest = positions.masked_fill(~real.to(positions.device), lowest).amax((0, 2))
+    return torch.stack([places.filled(axis, largest[:, None] + steps) for axis in positions])
+
+
+# By the name of an input that has an entry for each token: how an answer makes it longer. transformers' `generate` does the same,
+# but for `token_type_ids`, whose meaning the record says.
+_LONGER: dict[str, Callable[[_Places, Tensor, Mapping[str, Tensor]], Tensor]] = {
+    "input_ids": lambda places, value, _: places.filled(value, places.tokens),
+    "attention_mask": lambda places, value, _: places.filled(value, places.real),
+    "token_type_ids": _longer_types,
+    "mm_token_type_ids": lambda places, value, _: places.filled(value, 0),  # text
+    "position_ids": _longer_positions,
+    "cross_attention_mask": lambda places, value, _: places.repeated(value),  # words see what the last one sees (Mllama)
+}
+# Their shapes; None = any further axes.
+_SHAPES = {"position_ids": "(B, N), (1, N) or (3, B, N)", "cross_attention_mask": "(B, N, images, tiles)"}
+# Inputs about pictures, whose sizes may equal those of the prompts.
+_OF_PICTURES = (
+    *("pixel_", "aspect_ratio_", "image_sizes", "image_grid_", "video_grid_"),
+    *("qformer_", "batch_num_images", "second_per_grid_"),
+)
+
+
+def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) -> bool:
+    """Whether an input has an entry for each token of the prompts, and an answer makes it longer.
+
+    Raises:
+        ValueError: it has, but nobody says what the answer's tokens have, or its shape is another one.
+    """
+    if value is None:
+        return False
+    sizes = tuple(value.shape) if isinstance(value, Tensor) else None
+    if name not in _LONGER:
+        alike = sizes is not None and shape in (sizes[:2], sizes[-2:]) and not name.startswith(_OF_PICTURES)
+        if alike or (prefix and sizes is not None):
+            raise ValueError(
+                f"inputs must not contain '{prefix}{name}' beside answer, since what the answer's tokens have there is unknown; "
+                f"got {sizes}. Put the answer into the inputs yourself and name its tokens by target= and read="
+            )
+        return False
+    if name == "cross_attention_mask":
+        fits = sizes is not None and sizes[:2] == shape
+    elif name == "position_ids":
+        fits = sizes in (shape, (1, shape[1]), (3, *shape))
+    else:
+        fits = sizes == shape
+    if not fits:
+        got = type(value).__name__ if sizes is None else sizes
+        raise ValueError(f"{prefix}{name} must have shape {_SHAPES.get(name, '(B, N)')} with (B, N) = {shape}; got {got}")
+    return True
+
+
+def _without_labels(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The inputs without labels, of which a decoder computes a loss alone, which is not read.
+
+    Raises:
+        ValueError: labels of an encoder-decoder, which are an answer themselves.
+    """
+    if prefix and inputs.get("labels") is not None:
+        raise ValueError(
+            "inputs must not contain 'labels' beside answer, since an encoder-decoder takes them for the answer; got both. "
+            "Leave one of them out"
+        )
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def _check_types(inputs: Mapping[str, Any], family: Family) -> None:
+    """ValueError where types tell the answer from the prompt, which sees itself both ways, and there are none."""
+    if family.answer_type and inputs.get("token_type_ids") is None:
+        raise ValueError(
+            "inputs must contain 'token_type_ids' (B, N) beside answer, as the model's processor makes them: they say which "
+            "tokens see one another both ways; got none"
+        )
 
 
 def encoder_decoder(model: nn.Module) -> Family | None:

@@ -26,14 +26,25 @@ _NEOX = replace(_TEXT, path="gpt_neox", branch="attention")
 
 _VISION = Tower("vision", "model.vision_tower", "encoder.layers", "mean", "patches")
 _PACKED = replace(_VISION, path="model.visual", layers="blocks")
+_PIXTRAL = replace(_VISION, layers="transformer.layers")
 _ANYRES = Family((replace(_QUERIES, grid=grids.anyres),), "token", vision=_VISION, connector=merging.tiles)
 
 DECODERS: dict[str, Family] = {
     # One token a patch, or a square of patches.
-    "LlavaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION),
-    "PaliGemmaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION),
-    "Gemma3ForConditionalGeneration": Family((_GEMMA,), "token", vision=_VISION),
-    "Mistral3ForConditionalGeneration": Family((replace(_QUERIES, grid=grids.merged_sizes),), "token"),
+    "LlavaForConditionalGeneration": Family(
+        (_DECODER,),
+        "token",
+        vision=_VISION,
+        others=(
+            Family((_DECODER,), "token", vision=_PIXTRAL, connector=merging.in_one_row),
+            Family((_DECODER,), "token"),  # over another vision tower
+        ),
+    ),
+    "PaliGemmaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION, answer_type=1),  # 0 = sees both ways
+    "Gemma3ForConditionalGeneration": Family((_GEMMA,), "token", vision=_VISION, answer_type=0),  # 1 = image
+    "Mistral3ForConditionalGeneration": Family(
+        (replace(_QUERIES, grid=grids.merged_sizes),), "token", vision=_PIXTRAL, connector=merging.in_one_row
+    ),
     "Qwen2VLForConditionalGeneration": Family((_QWEN,), "token", vision=_PACKED, connector=merging.packed),
     "Qwen2_5_VLForConditionalGeneration": Family((_QWEN,), "token", vision=_PACKED, connector=merging.packed),
     "Qwen3VLForConditionalGeneration": Family((_QWEN,), "token"),  # its image tokens are made of several layers' patches

@@ -19,7 +19,7 @@ _UNITER = Tower("joint", "uniter", "encoder.layer", "cls", "regions", branch="at
 _ROBERTA = replace(_BERT, path="roberta")
 _DISTILBERT = replace(_BERT, path="distilbert", layers="transformer.layer", branch="attention", stream="")
 _MPNET = replace(_BERT, path="mpnet", branch="attention.attn.o")
-_ALBERT = replace(_BERT, path="albert", layers="encoder.albert_layer_groups.0.albert_layers", branch="attention.dense")
+_ALBERT = replace(_BERT, path="albert", layers="encoder.albert_layer_groups.*.albert_layers", branch="attention.dense")
 _BERT_BESIDE_CLIP = replace(_BERT, path="text_model")
 _SIGLIP2_VISION = replace(_SIGLIP_VISION, tokens="packed_patches")
 

@@ -22,7 +22,7 @@ from vlattn_fast.interpret.explanation import Explanation
 from vlattn_fast.interpret.families import find_family
 from vlattn_fast.interpret.judging import Judge, Question
 from vlattn_fast.interpret.methods import ABLATIONS, METHODS
-from vlattn_fast.interpret.perturbation import STEPS, Sample, Words, area_under, kept, split
+from vlattn_fast.interpret.perturbation import STEPS, Sample, Words, area_under, check_maps, kept, split
 from vlattn_fast.interpret.randomised import cascade, rank_correlation
 from vlattn_fast.interpret.refused import UndefinedRelevancy
 from vlattn_fast.interpret.tally import Tally
@@ -335,6 +335,7 @@ def _maps(name: str, result: Any, samples: list[Sample], generator: torch.Genera
     """The entries of each row's image and words, one by one."""
     if result is None:
         return [{part: torch.rand(sample.count(part), generator=generator) for part in PARTS} for sample in samples]
+    check_maps(name, result, len(samples))
     image, regions, text = (getattr(result, part, None) for part in ("image", "regions", "text"))
     owners = getattr(result, "image_rows", None)
     rows: Maps = []

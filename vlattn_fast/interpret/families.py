@@ -32,6 +32,7 @@ def find_family(model: nn.Module) -> Family | None:
 
 
 def _fits(family: Family, model: nn.Module) -> bool:
-    """Whether the layers of each tower are in the model."""
+    """Whether the layers of each tower, and of the vision tower behind a connector, are in the model."""
     names = {name for name, _ in model.named_modules()}
-    return all(f"{tower.path}.{tower.layers}".strip(".") in names for tower in family.towers)
+    towers = [*family.towers, *([] if family.vision is None else [family.vision])]
+    return all(f"{tower.path}.{tower.layers}".strip(".") in names for tower in towers)

@@ -66,7 +66,7 @@ def image_tokens(config: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 def patches(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """One token a patch (LLaVA, PaliGemma). Some vision towers put their CLS token in front."""
-    shapes = _sizes(config, inputs, 1)
+    shapes = merged_shapes(config, inputs, 1)
     tokens = int(image_tokens(config, inputs).sum())
     before = int(tokens == sum(height * width + 1 for height, width in shapes))
     return [whole(shape, before) for shape in shapes]
@@ -74,7 +74,7 @@ def patches(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
 def merged_sizes(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """One token for a square of patches, in images of several sizes (Mistral 3)."""
-    return [whole(shape) for shape in _sizes(config, inputs, config.spatial_merge_size)]
+    return [whole(shape) for shape in merged_shapes(config, inputs, config.spatial_merge_size)]
 
 
 def merged_frames(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
@@ -263,6 +263,16 @@ def anyres_shape(config: Any, shape: Sequence[int]) -> Shape:
     return height, width
 
 
+def merged_shapes(config: Any, inputs: Mapping[str, Any], merge: int) -> list[Shape]:
+    """(h, w) of the tokens of each image, which are squares of `merge` by `merge` patches."""
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        pixels = inputs["pixel_values"]
+        sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
+    shapes = (patch_shape(config.vision_config, size) for size in torch.as_tensor(sizes).tolist())
+    return [(height // merge, width // merge) for height, width in shapes]
+
+
 # --- parts ---
 
 
@@ -280,16 +290,6 @@ def _in_order(config: Any, inputs: Mapping[str, Any], images: list[Layout], vide
 
 def _pair(size: int | Sequence[int]) -> Shape:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _sizes(config: Any, inputs: Mapping[str, Any], merge: int) -> list[Shape]:
-    """(h, w) of the tokens of each image."""
-    sizes = inputs.get("image_sizes")
-    if sizes is None:
-        pixels = inputs["pixel_values"]
-        sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
-    shapes = (patch_shape(config.vision_config, size) for size in torch.as_tensor(sizes).tolist())
-    return [(height // merge, width // merge) for height, width in shapes]
 
 
 def _after(count: int, shape: Shape) -> Tensor:

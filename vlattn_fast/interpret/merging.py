@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.grids import Shape, anyres, anyres_shape, anyres_tiles, patch_shape
+from vlattn_fast.interpret.grids import Shape, anyres, anyres_shape, anyres_tiles, merged_shapes, patch_shape
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,25 @@ def _in_windows(index: Tensor, size: int, of_square: int) -> Tensor:
         return index.flatten()
     windows = (part for frame in index for rows in frame.split(step) for part in rows.split(step, dim=1))
     return torch.cat([window.flatten() for window in windows])
+
+
+def in_one_row(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> Merged:
+    """One image token for a patch, or for a square of patches, in images of any size; all images are one sequence (Pixtral)."""
+    side = getattr(config, "spatial_merge_size", 1)
+    numbers, maps, owners = list[Tensor](), list[Tensor](), list[Tensor]()
+    patch = token = 0
+    for number, (height, width) in enumerate(merged_shapes(config, inputs, 1)):
+        rows, columns = torch.arange(height)[:, None] // side, torch.arange(width) // side
+        whole = (rows < height // side) & (columns < width // side)  # what is left at the edges is in no square
+        numbers.append(torch.where(whole, token + rows * (width // side) + columns, -1).flatten())
+        maps.append(patch + torch.arange(height * width).view(height, width))
+        owners.append(torch.full((height * width,), number))
+        patch, token = patch + height * width, token + (height // side) * (width // side)
+    if shape != (1, patch) or count != token:
+        raise ValueError(
+            f"through_connector must be off where image_sizes do not tell the patches; got {count} tokens for a tower of {shape}"
+        )
+    return Merged(torch.cat(numbers), tuple(maps), torch.cat(owners))
 
 
 def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> Merged:

@@ -38,7 +38,8 @@ class Tower:
     Args:
         name: key in `Explanation.relevancy`.
         path: the tower inside the model, "" for the model itself.
-        layers: the list of layers inside the tower, first to last; "" for tokens without, which others only attend to.
+        layers: the list of layers inside the tower, first to last, where "*" stands for any number (lists that run one after the
+            other); "" for tokens without, which others only attend to.
         readout: the row that is read: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last position,
             "target" the position that predicts the target token, "before_sep" the token before the text's last real one,
             "mean" and "patch_mean" 1/N over all (patch) tokens,
@@ -97,6 +98,8 @@ class Family:
         within: the part of a bimodal model where attention is explained; other parts run as they are.
         background: of "query" scores: the last logit is that of no object. Without, all are objects.
         answers: the input that an answer is put into, behind the prompt; "decoder_input_ids" of encoder-decoders.
+        answer_type: the `token_type_ids` of an answer's tokens, where models tell by them which tokens see one another both ways;
+            None = those of the last token of the prompt. Where it is not 0, the inputs must have `token_type_ids`.
         generating: the record of those models of the class that have a vocabulary (`vocab_size`) and predict its tokens.
         others: records of those models of the class that have other parts, as another language model. One that fits none of them
             is explained as a model without a record.
@@ -111,6 +114,7 @@ class Family:
     within: str = ""
     background: bool = True
     answers: str = "input_ids"
+    answer_type: int | None = None
     generating: Family | None = None
     others: tuple[Family, ...] = ()
 

@@ -87,8 +87,7 @@ class TowerTrace:
             root = submodule(model, record.path, record)
             self.config = getattr(root, "config", self.config)
             if record.layers:
-                submodule(root, record.layers, record)
-                self.lists.append(_joined(record.path, record.layers))
+                self.lists += [_joined(record.path, layers) for layers in matching(root, record)]
             for further in record.further:
                 submodule(model, further, record)
                 self.lists.append(further)
@@ -259,7 +258,8 @@ class TowerTrace:
             raise ValueError(
                 f"method must be one that needs no residual branch, which tower '{self.name}' has no record of; got 'weighted'"
             )
-        for layer in self.model.get_submodule(self.lists[0]).children():
+        root = submodule(self.model, self.record.path, self.record)
+        for layer in (layer for layers in matching(root, self.record) for layer in root.get_submodule(layers).children()):
             stream = submodule(layer, self.record.stream, self.record)
             yield stream.register_forward_pre_hook(of_this_run(self._keep_stream), with_kwargs=True)
             branch = submodule(layer, self.record.branch, self.record)
@@ -390,6 +390,15 @@ def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
         raise ValueError(
             f"model must have a module '{path}' in tower '{tower.name}'; got {type(module).__name__} without"
         ) from error
+
+
+def matching(root: nn.Module, tower: Tower) -> list[str]:
+    """The lists of layers in a tower's module `root` that its record names; ValueError if there is none."""
+    pattern = re.escape(tower.layers).replace(r"\*", r"\d+")
+    layers = [name for name, _ in root.named_modules() if re.fullmatch(pattern, name)]
+    if not layers:
+        submodule(root, tower.layers, tower)  # raises
+    return layers
 
 
 def _calls(path: str, called: set[str]) -> bool:
