@@ -106,3 +106,15 @@ def test_refusals() -> None:
             wrong()
     with pytest.raises(TypeError, match="hardest must be"):
         ScanLoss(hardest="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["direction", "first_norm", "smooth", "aggregation", "lambda_lse", "backend", "foo"])
+def test_options_are_refused_where_the_loss_is_made(name: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be|unexpected keyword argument '{name}'"):
+        ScanLoss(**{name: "garbage"})
+    if name == "lambda_lse":
+        with pytest.raises(ValueError, match="lambda_lse must be greater than 0"):
+            ScanLoss(lambda_lse=0.0)
+        with pytest.raises(ValueError, match="gamma2 must be greater than 0"):
+            DamsmLoss(gamma2=0.0)
+        assert ScanLoss(aggregation="mean", lambda_lse=0.0)  # which no logarithm divides by

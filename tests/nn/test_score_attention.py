@@ -1,8 +1,12 @@
 """ScoreAttention against the formula with the layer's own weights, and against torch's own layer."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -162,3 +166,29 @@ def test_bad_input():
         layer(torch.randn(1, 5, 8), torch.randn(1, 5, 6))
     with pytest.raises(TypeError, match="must make a torch.nn.Module"):
         ScoreAttention(8, 2, lambda num_heads, head_dim: scores.Dot())
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 3, dtype=torch.bool), torch.ones(3, 3)])
+def test_wrong_attn_mask_beside_a_float_padding_mask(mask: Tensor) -> None:
+    layer, x = ScoreAttention(16, 4), torch.randn(2, 6, 16)
+    with pytest.raises(ValueError, match="attn_mask must broadcast to"):
+        layer(x, key_padding_mask=torch.zeros(2, 6), attn_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("score", "options", "name"),
+    [
+        ("general", {"foo": 1}, "foo"),
+        ("general", {"weight": torch.ones(4, 4)}, "weight"),
+        ("general", {"projects": "garbage"}, "projects"),
+        ("hadamard", {"activation": "garbage"}, "activation"),
+        ("additive", {"method": "garbage"}, "method"),
+        ("additive", {"method": "series", "tolerance": -1.0}, "tolerance"),
+    ],
+)
+@pytest.mark.parametrize("per_head", [True, False])
+def test_options_of_scores_are_refused_where_the_layer_is_made(
+    score: str, options: dict[str, Any], name: str, per_head: bool
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be|keyword argument '{name}'"):
+        ScoreAttention(16, 4, score, per_head=per_head, score_options=options)

@@ -65,11 +65,9 @@ def multihead_attention(
     is_causal = is_causal and key_padding_mask is None and not need_weights
     mask = None
     if not is_causal:
-        if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (-1, module.num_heads))
-        if key_padding_mask is not None:
-            key_padding_mask = (key_padding_mask if batched else key_padding_mask[None])[:, None, None]
-        mask = _visible(queries, keys.shape[2] - key.shape[1], attn_mask, key_padding_mask)
+        if key_padding_mask is not None and not batched:
+            key_padding_mask = key_padding_mask[None]
+        mask = joined_masks(queries, keys.shape[2] - key.shape[1], attn_mask, key_padding_mask)
     output = module.out_proj(attend(queries, keys, values, mask, is_causal))
     maps = attention_map(queries, keys, attn_mask=mask).to(output.dtype) if need_weights else None
     if not batched:
@@ -77,10 +75,13 @@ def multihead_attention(
     return output if module.batch_first else output.transpose(0, 1), maps
 
 
-def _visible(query: Tensor, extra: int, *masks: Tensor | None) -> Tensor | None:
-    """torch's masks, True or -inf where a key is masked, as one mask for SDPA; `extra` last keys are visible to all."""
+def joined_masks(query: Tensor, extra: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+    """nn.MultiheadAttention's masks (N, M) or (B * H, N, M) and (B, M), True or -inf where a key is masked, as one mask for SDPA;
+    `extra` last keys are visible to all. query: (B, H, N, D)."""
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unflatten(0, (-1, query.shape[1]))
     total: Tensor | None = None
-    for mask in masks:
+    for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
         if mask is None:
             continue
         if mask.dtype != torch.bool and not mask.is_floating_point():

@@ -19,8 +19,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret._override import is_entered, overridden
-from vlattn_fast.interpret.multihead import heads
+from vlattn_fast.interpret.multihead import heads, joined_masks
 from vlattn_fast.interpret.trace import SCORE_ATTENTION, SOFTMAX, Trace, first_argument, new_mark, read_mark, running_trace
+from vlattn_fast.interpret.written_scores import WrittenScores
 
 Pair = tuple[Tensor, Tensor]  # query (B, H, N, D), key (B, H, M, D)
 MODALITIES = ("text", "image")
@@ -29,6 +30,8 @@ _KINDS = {"text": TEXT, "image": IMAGE}
 _TEXT_INPUTS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "text")
 _IMAGE_INPUTS = ("pixel_values", "visual_feats", "visual_embeds", "region_features", "image", "images", "video")
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+_SCATTERS = (torch.masked_scatter, Tensor.masked_scatter)
+_JOINS = (torch.cat, torch.concat, *_SCATTERS)
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -38,9 +41,11 @@ class AttentionCall:
 
     kinds, key_kinds: what the tokens of the queries and of the keys come from, as bits (TEXT, IMAGE).
     query, key: (B, H, N, D) and (B, H, M, D).
-    masks: the options that `attention_statistics` takes as well; None where a module writes attention out by hand.
+    masks: the options that `attention_statistics` takes as well; None where a module writes attention out by hand, and does
+        more to its scores than to scale and to mask them.
     score: the core score.
     again: the module that calls has called attention with these kinds before in this run of it, as for one image after another.
+    image: bool (N) or (B, N), which tokens of a sequence of words and image tokens are of the image; None: not known.
     """
 
     kinds: int
@@ -50,18 +55,19 @@ class AttentionCall:
     masks: Mapping[str, Any] | None = None
     score: str = "dot"
     again: bool = False
+    image: Tensor | None = None
 
 
 @dataclass
 class _Running:
     """A module whose forward pass is under way.
 
-    product: the last matmul in it, its operands and the shape of its result; written: the kinds of the queries of attention that
+    product: the last matmul in it; written: the kinds of the queries of attention that
     it writes out by hand; listed: whether it is one of a list of modules, as layers are; calls: the numbers of the calls within,
     where no other of a list lies between; seen: the kinds of queries and keys of the calls that it made itself.
     """
 
-    product: tuple[Tensor, Tensor, torch.Size] | None = None
+    product: WrittenScores | None = None
     written: int = 0
     listed: bool = False
     calls: list[int] = field(default_factory=list)
@@ -178,6 +184,7 @@ class Watch(TorchFunctionMode):
         if not self._is_on():
             return
         self._calls, self._number, self._learns = [], 0, torch.is_grad_enabled()
+        self._image: dict[int, Tensor] = {}  # by the length of a sequence: which of its tokens are of the image
         named = list(kwargs.items())
         if args:
             inner: Any = module
@@ -210,9 +217,13 @@ class Watch(TorchFunctionMode):
             return result
         if func in _PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
             right = args[1] if len(args) > 1 else kwargs["other" if "other" in kwargs else "mat2"]
-            run.product = first_argument(args, kwargs), right, result.shape
+            run.product = WrittenScores(first_argument(args, kwargs), right, result)
         elif func in SOFTMAX:
             self._softmax(run, first_argument(args, kwargs))
+        elif run.product is not None:
+            run.product.follow(func, args, kwargs, result)
+        if func in _JOINS:
+            self._join(func, args, kwargs, result)
         kinds = self._kinds(args) | self._kinds(kwargs.values())
         if kinds:
             self._set(args[0] if result is None and args else result, kinds, add=True)
@@ -245,15 +256,37 @@ class Watch(TorchFunctionMode):
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             projected = [functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True)]
         query, key = (heads(x, size) for x in projected)
-        return self._keep((query, key), kinds)
+        if given["bias_k"] is not None or given["add_zero_attn"]:  # there are more keys
+            return self._keep((query, key), kinds)
+        padding = given["key_padding_mask"]
+        padding = padding[None] if padding is not None and padding.ndim == 1 else padding
+        mask = joined_masks(query, 0, given["attn_mask"], padding)
+        return self._keep((query, key), kinds, {"attn_mask": mask, "is_causal": False, "scale": None})
 
     def _softmax(self, run: _Running, scores: Tensor) -> None:
         """A module takes a softmax itself: its last product was of queries and keys, if it has the shape of the scores."""
-        if run.product is None or run.product[2] != scores.shape:
+        product = run.product
+        if product is None or product.shape != scores.shape:
             return
-        query, key, _ = run.product
-        run.written |= self._keep((query, key.transpose(-1, -2)), (self._kinds((query,)), self._kinds((key,))))
+        query, key = product.query, product.transposed_key
+        kinds = self._kinds((query,)), self._kinds((key,))
+        run.written |= self._keep((query, key.transpose(-1, -2)), kinds, product.masks(scores))
         run.product = None
+
+    def _join(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Keeps which tokens are of the image in a sequence (B, N, C) that is joined of words and image tokens."""
+        if func in _SCATTERS:
+            whole, where, source = (*args, *kwargs.values())
+            if where.ndim == whole.ndim and self._kinds((whole,)) & TEXT and self._kinds((source,)) == IMAGE:
+                image = where[..., 0] if where.ndim == 3 else where
+                before = self._image.get(image.shape[1]) if self._kinds((whole,)) & IMAGE else None
+                self._image[image.shape[1]] = image if before is None else image | before
+            return
+        parts = args[0] if args else kwargs["tensors"]
+        kinds = [self._kinds((part,)) for part in parts]
+        if (args[1] if len(args) > 1 else kwargs.get("dim")) in (1, -2) and result.ndim == 3 and set(kinds) == {TEXT, IMAGE}:
+            places = [torch.full((part.shape[1],), kind == IMAGE) for part, kind in zip(parts, kinds, strict=True)]
+            self._image[result.shape[1]] = torch.cat(places).to(result.device)
 
     def _keep(self, pair: Pair, kinds: tuple[int, int], masks: Mapping[str, Any] | None = None, score: str = "dot") -> int:
         """Keeps a call, and gives the kinds of its queries."""
@@ -263,7 +296,8 @@ class Watch(TorchFunctionMode):
                 "use_reentrant=True"
             )
         run = self._stack[-1]
-        call = AttentionCall(*kinds, *pair, masks, score, len(self._stack) > 1 and kinds in run.seen)
+        image = self._image.get(pair[0].shape[2]) if kinds == (TEXT | IMAGE, TEXT | IMAGE) else None
+        call = AttentionCall(*kinds, *pair, masks, score, len(self._stack) > 1 and kinds in run.seen, image)
         run.seen.add(kinds)
         if self._sees is None:
             self._calls.append(call)

@@ -1,6 +1,7 @@
 """Modules on the operators."""
 
-from vlattn_fast.nn.capture_attention import AttentionCapture, CapturedLayer, capture_attention
+from vlattn_fast.nn.capture_attention import AttentionCapture, capture_attention
+from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.nn.congruence_loss import CongruenceLoss, training_signal_annealing
 from vlattn_fast.nn.matching_losses import DamsmLoss, ScanLoss
 from vlattn_fast.nn.replace_attention import ReplacedAttention, replace_attention
@@ -11,6 +12,7 @@ __all__ = [
     "CapturedLayer",
     "CongruenceLoss",
     "DamsmLoss",
+    "QueryKey",
     "ReplacedAttention",
     "ScanLoss",
     "ScoreAttention",

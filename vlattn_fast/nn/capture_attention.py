@@ -9,41 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from vlattn_fast._tensors import expand_heads
 from vlattn_fast.interpret._run import uncompiled, unwrapped
-from vlattn_fast.interpret.watching import IMAGE, TEXT, AttentionCall, Pair, Watch, check_modality
-
-
-@dataclass(frozen=True)
-class CapturedLayer:
-    """One layer's queries and keys, (B, H, N, D) each, keys with as many heads as queries.
-
-    text, image: of self-attention over words alone, and over image tokens alone. cross: ((text query, image key), (image query,
-    text key)) where the model has cross-attention both ways. joint: of self-attention over words and image tokens together. None
-    where the model has no such attention.
-    """
-
-    text: Pair | None = None
-    image: Pair | None = None
-    cross: tuple[Pair, Pair] | None = None
-    joint: Pair | None = None
-
-    def split(self, num_text_tokens: int) -> tuple[Pair, Pair, None]:
-        """(text, image, cross) of one sequence with the words first, as `congruence_loss` takes them; cross is None, since one
-        attention serves for all."""
-        if self.joint is None:
-            has = "attention over " + " and over ".join(x for x in ("text", "image") if getattr(self, x) is not None)
-            raise ValueError(f"split must be called for a model that attends to words and image together; got {has}")
-        query, key = self.joint
-        if isinstance(num_text_tokens, bool) or not 0 <= num_text_tokens <= query.shape[2]:
-            raise ValueError(f"num_text_tokens must be from 0 to {query.shape[2]}, the tokens; got {num_text_tokens!r}")
-        n = num_text_tokens
-        return (query[:, :, :n], key[:, :, :n]), (query[:, :, n:], key[:, :, n:]), None
+from vlattn_fast.interpret.watching import IMAGE, TEXT, AttentionCall, Watch, check_modality
+from vlattn_fast.nn.captured_layer import CapturedLayer, Positions, QueryKey, pair_of
 
 
 def capture_attention(
@@ -126,46 +99,63 @@ class AttentionCapture:
         return self._found()[0]
 
     @property
-    def text(self) -> Pair:
+    def text(self) -> QueryKey:
         return self._field("text")
 
     @property
-    def image(self) -> Pair:
+    def image(self) -> QueryKey:
         return self._field("image")
 
     @property
-    def cross(self) -> tuple[Pair, Pair] | None:
+    def joint(self) -> QueryKey:
+        return self._field("joint")
+
+    @property
+    def cross(self) -> tuple[QueryKey, QueryKey] | None:
         return self.layer.cross
 
     @property
+    def is_image(self) -> Tensor | None:
+        return self.layer.is_image
+
+    @property
     def query(self) -> Tensor:
-        return self._sequence()[0]
+        return self.layer.query
 
     @property
     def key(self) -> Tensor:
-        return self._sequence()[1]
+        return self.layer.key
 
-    def _sequence(self) -> Pair:
-        """Of the joint sequence, or of the only one that there is."""
-        layer = self.layer
-        pairs = [pair for pair in (layer.text, layer.image) if pair is not None]
-        return pairs[0] if layer.joint is None and len(pairs) == 1 else self._field("joint")
+    @property
+    def scale(self) -> float:
+        return self.layer.scale
 
-    def _field(self, name: str) -> Pair:
+    @property
+    def is_causal(self) -> bool:
+        return self.layer.is_causal
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        return self.layer.attn_mask
+
+    def _field(self, name: str) -> QueryKey:
         layer = self.layer
-        pair: Pair | None = getattr(layer, name)
+        pair: QueryKey | None = getattr(layer, name)
         if pair is None:
             has = ", ".join(field for field in ("text", "image", "joint") if getattr(layer, field) is not None)
-            hint = "; split(num_text_tokens) parts one sequence of both" if name != "joint" and layer.joint is not None else ""
+            hint = "; split() parts one sequence of both" if name != "joint" and layer.joint is not None else ""
             raise ValueError(f"model must have self-attention over {name} tokens by themselves; got attention over {has}{hint}")
         return pair
 
-    def split(self, num_text_tokens: int) -> tuple[Pair, Pair, None]:
-        """(text, image, cross) of one sequence with the words first, see `CapturedLayer.split`."""
-        return self.layer.split(num_text_tokens)
+    def split(
+        self, num_text_tokens: int | None = None, *, text: Positions | None = None, image: Positions | None = None
+    ) -> tuple[QueryKey, QueryKey, None]:
+        """(text, image, cross) of one sequence, see `CapturedLayer.split`."""
+        return self.layer.split(num_text_tokens, text=text, image=image)
 
     def _finish(self, calls: Sequence[AttentionCall]) -> None:
         own = {kinds: _in_order(c for c in calls if c.kinds == c.key_kinds == kinds) for kinds in (TEXT, IMAGE, TEXT | IMAGE)}
+        is_image = next((call.image for call in calls if call.image is not None), None)
         across = {
             kinds: _in_order(c for c in calls if (c.kinds, c.key_kinds) == kinds) for kinds in ((TEXT, IMAGE), (IMAGE, TEXT))
         }
@@ -180,29 +170,30 @@ class AttentionCapture:
                 raise ValueError(f"layers must be among {min(lengths)} layers; got {index}")
         self._captured = [
             CapturedLayer(
-                text=_at(own[TEXT], index),
-                image=_at(own[IMAGE], index),
+                text=_layer(own[TEXT], index),
+                image=_layer(own[IMAGE], index),
                 cross=_both(across[TEXT, IMAGE], across[IMAGE, TEXT], index),
-                joint=_at(own[TEXT | IMAGE], index),
+                joint=_layer(own[TEXT | IMAGE], index),
+                is_image=is_image,
             )
             for index in self._layers
         ]
 
 
-def _at(found: Sequence[Pair], index: int) -> Pair | None:
-    return found[index] if found else None
+def _layer(layers: Sequence[QueryKey], index: int) -> QueryKey | None:
+    return layers[index] if layers else None
 
 
-def _both(one: Sequence[Pair], other: Sequence[Pair], index: int) -> tuple[Pair, Pair] | None:
+def _both(one: Sequence[QueryKey], other: Sequence[QueryKey], index: int) -> tuple[QueryKey, QueryKey] | None:
     """Cross-attention both ways, in a layer that has it. Layers are counted from the end, where they meet."""
     last = index if index < 0 else index - len(one)
     fits = len(one) == len(other) and -len(one) <= last < 0
     return (one[last], other[last]) if fits else None
 
 
-def _in_order(calls: Iterable[AttentionCall]) -> list[Pair]:
+def _in_order(calls: Iterable[AttentionCall]) -> list[QueryKey]:
     """The layers' queries and keys; none where a layer attends part by part, as Qwen-VL's vision tower does, image by image."""
     calls = list(calls)
     if any(call.again for call in calls):
         return []
-    return [(call.query, expand_heads(call.key, call.query.shape[1])) for call in calls]
+    return [pair_of(call.query, expand_heads(call.key, call.query.shape[1]), call.masks, call.score) for call in calls]

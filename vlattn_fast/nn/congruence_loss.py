@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlattn_fast._checks import check_choice, check_number
-from vlattn_fast.nn.capture_attention import AttentionCapture, CapturedLayer
+from vlattn_fast.nn.capture_attention import AttentionCapture
+from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.congruence_loss import congruence_loss
 from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS
@@ -23,6 +24,9 @@ class CongruenceLoss(nn.Module):
     regions, 2e-6 with 60 and 100. It is larger where attention is sharp. IAIS is 0.01 there, and about 1 where it is sharp. The
     authors of both add the loss as it is times the schedule's weight, and sum the task's loss over a batch of one positive and
     31 negatives, so `weight` is worth a search.
+
+    The blocks are softmaxes of their own, over all words or all image tokens, also where the model's layer is causal or masks
+    pairs of tokens: the losses are defined so. Of a layer's mask only padding has a part in them.
 
     Args:
         kind, direction, scale, reduction, backend: as in `vlattn_fast.congruence_loss`; direction also "alternate": "image" at
@@ -85,17 +89,23 @@ class CongruenceLoss(nn.Module):
 
         Args:
             text, image, cross, text_mask, image_mask: as in `vlattn_fast.congruence_loss`. A capture takes the place of text,
-                image and cross; where the model has one sequence, text_mask (B, L) tells how many of its tokens are words.
+                image and cross. Its layer's own scale holds unless the module has one, and its own mask says which words and
+                image tokens are padding unless text_mask or image_mask do. Where words and image are one sequence, it is parted
+                as the model put it together; where the model's run does not show that, text_mask (B, L) tells how many tokens
+                are words, which come first.
             step: of the training, from 0; default: the calls in training mode so far that did not say it.
         """
+        scale = self.scale
         if isinstance(text, AttentionCapture | CapturedLayer):
             if image is not None or cross is not None:
                 raise ValueError("image and cross must be left out where the first argument is a capture; got both")
-            words, image, cross = _parts(text, text_mask)
+            layer = text.layer if isinstance(text, AttentionCapture) else text
+            text, image, cross = words, regions, _ = _parts(layer, text_mask)
+            scale = layer.scale if scale is None else scale
+            text_mask = words.key_mask if text_mask is None else text_mask
+            image_mask = regions.key_mask if image_mask is None else image_mask
         elif image is None:
             raise ValueError("image must be the (query, key) of image tokens; got None")
-        else:
-            words = text
         counts = step is None and (self.direction == "alternate" or self.schedule != "const")
         if step is None:
             step = self.calls if counts else 0
@@ -103,14 +113,14 @@ class CongruenceLoss(nn.Module):
             raise ValueError(f"step must be an int from 0 on; got {step!r}")
         direction = ("image", "text")[step % 2] if self.direction == "alternate" else self.direction
         loss = congruence_loss(
-            words,
+            text,
             image,
             cross,
             kind=self.kind,
             direction=direction,
             text_mask=text_mask,
             image_mask=image_mask,
-            scale=self.scale,
+            scale=scale,
             reduction=self.reduction,
             backend=self.backend,
         )
@@ -132,13 +142,14 @@ class CongruenceLoss(nn.Module):
         return f"{options}, schedule={self.schedule!r}, num_steps={self.num_steps}, weight={self.weight}"
 
 
-def _parts(captured: AttentionCapture | CapturedLayer, text_mask: Tensor | None) -> tuple[Any, Any, Any]:
+def _parts(layer: CapturedLayer, text_mask: Tensor | None) -> tuple[QueryKey, QueryKey, Any]:
     """text, image and cross of a captured layer."""
-    layer = captured.layer if isinstance(captured, AttentionCapture) else captured
     if layer.text is not None and layer.image is not None:
         return layer.text, layer.image, layer.cross
     if layer.joint is None:
         raise ValueError("model must attend to words and to image tokens; the captured layer has only one of them")
+    if layer.is_image is not None:
+        return layer.split()
     if text_mask is None:
         raise ValueError("text_mask (B, L) must tell how many tokens of the captured sequence are words; got None")
     return layer.split(text_mask.shape[1])

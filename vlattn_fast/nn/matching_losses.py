@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._checks import check_bool, check_choice, check_number, describe
 from vlattn_fast.ops import BACKEND_NAMES
-from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
+from vlattn_fast.ops.stacked_cross_attention import check_options, check_positive, damsm_similarity, stacked_cross_attention
 
 
 class ScanLoss(nn.Module):
@@ -21,18 +21,42 @@ class ScanLoss(nn.Module):
     Args:
         margin: least difference of a true pair to a false one.
         hardest: the hardest caption of each image and the hardest image of each caption, instead of all of them.
-        options: of `stacked_cross_attention`.
+        direction, first_norm, smooth, aggregation, lambda_lse, backend: as in `stacked_cross_attention`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named).
 
     >>> loss = ScanLoss(direction="i2t")
     >>> loss(torch.randn(4, 36, 16), torch.randn(4, 7, 16), torch.tensor([7, 4, 5, 6])).shape
     torch.Size([])
     """
 
-    def __init__(self, margin: float = 0.2, hardest: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        margin: float = 0.2,
+        hardest: bool = True,
+        *,
+        direction: str = "t2i",
+        first_norm: str | None = "clipped_l2norm",
+        smooth: float = 9.0,
+        aggregation: str = "logsumexp",
+        lambda_lse: float = 6.0,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         check_number("margin", margin, low=0.0)
         check_bool(hardest=hardest)
-        self.margin, self.hardest, self.options = margin, hardest, options
+        check_options(direction, first_norm, smooth, aggregation, lambda_lse)
+        check_choice("backend", backend, BACKEND_NAMES)
+        self.margin, self.hardest = margin, hardest
+        self.options: dict[str, Any] = {
+            "direction": direction,
+            "first_norm": first_norm,
+            "smooth": smooth,
+            "aggregation": aggregation,
+            "lambda_lse": lambda_lse,
+            "backend": backend,
+        }
 
     def forward(
         self,
@@ -77,6 +101,9 @@ class DamsmLoss(nn.Module):
         gamma1, gamma2: see `damsm_similarity`. gamma3: factor in the softmax over images and over captions.
         backend: as in `damsm_similarity`.
 
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named).
+
     >>> DamsmLoss()(torch.randn(4, 289, 16), torch.randn(4, 7, 16), torch.tensor([7, 4, 5, 6])).shape
     torch.Size([])
     """
@@ -85,6 +112,7 @@ class DamsmLoss(nn.Module):
         super().__init__()
         for name, gamma in (("gamma1", gamma1), ("gamma2", gamma2), ("gamma3", gamma3)):
             check_number(name, gamma, low=0.0)
+        check_positive("gamma2", gamma2)
         check_choice("backend", backend, BACKEND_NAMES)
         self.gamma1, self.gamma2, self.gamma3, self.backend = gamma1, gamma2, gamma3, backend
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast import scores
-from vlattn_fast._checks import check_bool, check_choice, check_integer, check_number, check_tensor, describe
+from vlattn_fast._checks import (
+    check_bool,
+    check_choice,
+    check_device,
+    check_integer,
+    check_masks,
+    check_number,
+    check_tensor,
+    describe,
+)
 from vlattn_fast._tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale, without_autocast
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.attention_map import attention_map
@@ -48,6 +57,8 @@ class LearnedScore(nn.Module):
             shape = (head_dim,) if name in ("vector", "bias") else (head_dim, head_dim)
             setattr(self, name, nn.Parameter(torch.empty(num_heads, *shape) if per_head else torch.empty(shape)))
         self.reset_parameters()
+        token = next(self.parameters()).new_zeros(1, num_heads, 1, head_dim)
+        self().check(token, token)  # the class refuses options that it does not take
 
     def reset_parameters(self) -> None:
         """Matrices and vector with variance 1/D, which keeps the size of what they are applied to; bias 0."""
@@ -172,7 +183,7 @@ class ScoreAttention(nn.Module):
         if key_padding_mask is not None:
             if key_mask is not None:
                 raise ValueError("key_mask must be None where key_padding_mask is given; got both")
-            key_mask, attn_mask = _without_padding(key_padding_mask, attn_mask, k)
+            key_mask, attn_mask = _without_padding(key_padding_mask, attn_mask, q, k)
         score = scores.resolve(self.score() if isinstance(self.score, nn.Module) else self.score)
         masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
         out = score_attention(
@@ -225,12 +236,15 @@ class ScoreAttention(nn.Module):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}{score}, dropout={self.dropout}"
 
 
-def _without_padding(padding: Tensor, attn_mask: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _without_padding(
+    padding: Tensor, attn_mask: Tensor | None, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """key_mask and attn_mask that stand for nn.MultiheadAttention's key_padding_mask (B, M)."""
     shape = key.shape[0], key.shape[2]
     check_tensor("key_padding_mask", padding, rank=2, shape="(B, M)")
     if padding.shape != shape:
         raise ValueError(f"key_padding_mask must have shape {shape}; got {describe(padding)}")
+    check_device("key_padding_mask", padding, "key", key)
     if padding.dtype == torch.bool:
         return ~padding, attn_mask
     if not padding.is_floating_point():
@@ -238,9 +252,7 @@ def _without_padding(padding: Tensor, attn_mask: Tensor | None, key: Tensor) -> 
     added = padding[:, None, None]
     if attn_mask is None:
         return None, added
-    check_tensor("attn_mask", attn_mask, shape="that broadcasts to (B, H, N, M)")
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"attn_mask must be bool (True = may attend) or floating point (added); got {describe(attn_mask)}")
+    check_masks(query, key, attn_mask, None, False)
     if attn_mask.dtype == torch.bool:
         return None, added.expand(torch.broadcast_shapes(added.shape, attn_mask.shape)).masked_fill(~attn_mask, -torch.inf)
     return None, added + attn_mask

@@ -138,7 +138,7 @@ def damsm_similarity(
     """
     check_number("gamma1", gamma1)
     check_number("gamma2", gamma2)
-    _check_positive("gamma2", gamma2)
+    check_positive("gamma2", gamma2)
     return gamma2 * stacked_cross_attention(
         images,
         captions,
@@ -168,10 +168,7 @@ def describe_call(
 ) -> Call:
     """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
     neither checks nor backends read."""
-    check_choice("aggregation", aggregation, AGGREGATIONS)
-    check_number("lambda_lse", lambda_lse)
-    if aggregation == "logsumexp":
-        _check_positive("lambda_lse", lambda_lse)
+    check_options(direction, first_norm, smooth, aggregation, lambda_lse)
     check_tensor("images", images, rank=3, shape="(Bi, R, D)")
     check_tensor("captions", captions, rank=3, shape="(Bc, T, D)")
     check_floating(images=images, captions=captions)
@@ -180,9 +177,6 @@ def describe_call(
         raise ValueError(f"captions must have images' feature size D = {images.shape[2]}; got {describe(captions)}")
     _check_lengths("caption_lengths", caption_lengths, "captions", captions)
     _check_lengths("image_lengths", image_lengths, "images", images)
-    check_choice("direction", direction, DIRECTIONS)
-    check_choice("first_norm", first_norm, FIRST_NORMS)
-    check_number("smooth", smooth)
     return make_call(
         "stacked_cross_attention",
         images,
@@ -195,6 +189,17 @@ def describe_call(
         },
         {"direction": direction, "first_norm": first_norm, "aggregation": aggregation},
     )
+
+
+def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any) -> None:
+    """The options of `stacked_cross_attention` that are no tensors are what it documents."""
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("first_norm", first_norm, FIRST_NORMS)
+    check_number("smooth", smooth)
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    check_number("lambda_lse", lambda_lse)
+    if aggregation == "logsumexp":
+        check_positive("lambda_lse", lambda_lse)
 
 
 def _check_lengths(name: str, lengths: Any, of_name: str, of: Tensor) -> None:
@@ -213,7 +218,8 @@ def _check_lengths(name: str, lengths: Any, of_name: str, of: Tensor) -> None:
             raise ValueError(f"{name} must lie in [0, {of.shape[1]}], the rows {of_name} have; got values in [{low}, {high}]")
 
 
-def _check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
+    """`value` divides a log-sum-exp."""
     if value <= 0:
         raise ValueError(f"{name} must be greater than 0, since the log-sum-exp is divided by it; got {value!r}")
 

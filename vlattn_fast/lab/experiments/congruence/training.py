@@ -32,7 +32,7 @@ from vlattn_fast.lab.scenes import (
 )
 from vlattn_fast.models.uniter import UNITER, UNITERConfig, UNITEROutput
 from vlattn_fast.nn import CongruenceLoss, capture_attention
-from vlattn_fast.nn.capture_attention import CapturedLayer
+from vlattn_fast.nn.captured_layer import CapturedLayer
 from vlattn_fast.reference.congruence_loss import KINDS
 
 CONFIG = UNITERConfig(

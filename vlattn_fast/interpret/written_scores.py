@@ -1,0 +1,85 @@
+"""The scores of attention that a module writes out by hand, from the product of queries and keys to the softmax."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CASTS = ("float", "to", "type", "type_as", "contiguous")
+_HIDDEN = -1e4  # models write masks from here down, and no weight of a float is left there
+
+
+class WrittenScores:
+    """One product of queries and keys, and the scale and the mask that the module gives it.
+
+    query: (B, H, N, D). transposed_key: (B, H, D, M). shape: of the scores.
+    """
+
+    def __init__(self, query: Tensor, transposed_key: Tensor, scores: Tensor) -> None:
+        self.query, self.transposed_key, self.shape = query, transposed_key, scores.shape
+        self._scores: Callable[[], Tensor | None] = weakref.ref(scores)
+        self._scale = 1.0
+        self._mask: Tensor | None = None
+
+    def masks(self, scores: Tensor) -> Mapping[str, Any] | None:
+        """attn_mask, is_causal and scale of `scores` in front of the softmax; None where something else was done to them."""
+        if self._scores() is not scores:
+            return None
+        return {"attn_mask": self._mask, "is_causal": False, "scale": self._scale}
+
+    def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Goes on from the scores to `result` where `func` scales, masks or casts them, and loses them where it changes them
+        otherwise."""
+        scores = self._scores()
+        if scores is None or all(x is not scores for x in args):
+            return
+        name = getattr(func, "__name__", "").rstrip("_")
+        plain = not kwargs and len(args) > 1
+        if name in _CASTS or (plain and self._takes(name, args, args[1] if args[0] is scores else args[0], scores)):
+            self._scores = weakref.ref(result)
+        elif result is None or result is scores:
+            self._scores = _lost
+
+    def _takes(self, name: str, args: Sequence[Any], other: Any, scores: Tensor) -> bool:
+        """Whether the operation is a scale or a mask, which is kept."""
+        if name == "mul" or (name == "div" and args[0] is scores):
+            if self._mask is not None or not _is_number(other):
+                return False
+            self._scale *= float(other) if name == "mul" else 1 / float(other)
+            return True
+        if name == "add" and isinstance(other, Tensor) and other.is_floating_point():
+            self._mask = joined(self._mask, other)
+            return True
+        if name == "masked_fill" and _is_number(args[2]) and float(args[2]) <= _HIDDEN:
+            self._mask = joined(self._mask, ~args[1])
+            return True
+        return False
+
+
+def hidden(mask: Tensor) -> Tensor:
+    """bool, of the shape of an attn_mask: where a query does not see a key."""
+    return ~mask if mask.dtype == torch.bool else mask <= _HIDDEN
+
+
+def _lost() -> None:
+    return None
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad)
+
+
+def joined(one: Tensor | None, other: Tensor) -> Tensor:
+    """Two masks at once: bool where both are."""
+    if one is None:
+        return other
+    if one.dtype != torch.bool and other.dtype != torch.bool:
+        return one + other
+    if one.dtype == other.dtype:
+        return one & other
+    visible, added = (one, other) if one.dtype == torch.bool else (other, one)
+    return torch.where(visible, added, -torch.inf)

@@ -1,0 +1,227 @@
+"""A layer that `capture_attention` has seen: its queries and keys, and the scale and mask that the model has beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._checks import describe
+from vlattn_fast._tensors import scaled_dot_default
+from vlattn_fast.interpret.written_scores import hidden, joined
+
+Positions = Tensor | Sequence[int]
+
+
+class QueryKey(tuple[Tensor, Tensor]):
+    """The pair (query, key) of one attention of the model, (B, H, N, D) and (B, H, M, D), keys with as many heads as queries.
+
+    It also tells what else the attention is made of: softmax(scale * query key^T + attn_mask), causal where is_causal.
+
+    Raises:
+        ValueError: an attribute is read where the model does something else to the product, as a soft cap.
+    """
+
+    _options: Mapping[str, Any] | None = None  # attn_mask, is_causal and scale; None = the model does something else
+    _score = "dot"
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of the product, as the model has it."""
+        scale = self._option("scale")
+        return scaled_dot_default(self[0].shape[-1]) if scale is None else float(scale)
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        """The model's mask, bool (True = may attend) or float (added), broadcastable to (B, H, N, M); None = none."""
+        mask: Tensor | None = self._option("attn_mask")
+        return mask
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no query sees a later key, by the model's flag or by its mask."""
+        flag, mask, (queries, keys) = bool(self._option("is_causal")), self.attn_mask, (x.shape[2] for x in self)
+        if flag or mask is None or queries < 2 or mask.shape[-2:] != (queries, keys):
+            return flag
+        earlier = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
+        return bool((hidden(mask) | earlier).all())
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        """bool (B, M), False = a key that no query sees, as padding; None where the model has no mask."""
+        mask = self.attn_mask
+        if mask is None:
+            return None
+        visible = ~hidden(_with_four_dims(mask))
+        return visible.any(2).any(1).expand(self[1].shape[0], self[1].shape[2])
+
+    def _option(self, name: str) -> Any:
+        if self._options is None or self._score != "dot":
+            kind = "other scores, written out by hand" if self._options is None else f"the score {self._score!r}"
+            raise ValueError(
+                f"{name} is known of layers that scale and mask the product of queries and keys alone; got {kind}: pass scale, "
+                "text_mask and image_mask to the loss"
+            )
+        return self._options[name]
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """One layer's queries and keys.
+
+    text, image: of self-attention over words alone, and over image tokens alone. cross: ((text query, image key), (image query,
+    text key)) where the model has cross-attention both ways. joint: of self-attention over words and image tokens together. None
+    where the model has no such attention. Each pair is a `QueryKey`.
+    is_image: bool (N) or (B, N), which tokens of `joint` are of the image; None where the model's run does not show it.
+    """
+
+    text: QueryKey | None = None
+    image: QueryKey | None = None
+    cross: tuple[QueryKey, QueryKey] | None = None
+    joint: QueryKey | None = None
+    is_image: Tensor | None = None
+
+    @property
+    def sequence(self) -> QueryKey:
+        """Of the sequence that words and image tokens share, or of the only one that there is. ValueError where there are two."""
+        if self.joint is None and self.text is not None and self.image is not None:
+            raise ValueError("model must have self-attention over joint tokens by themselves; got attention over text, image")
+        pair = self.joint or self.text or self.image
+        assert pair is not None
+        return pair
+
+    @property
+    def query(self) -> Tensor:
+        """(B, H, N, D) of `sequence`."""
+        return self.sequence[0]
+
+    @property
+    def key(self) -> Tensor:
+        """(B, H, N, D) of `sequence`."""
+        return self.sequence[1]
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        """The model's mask of `sequence`, see `QueryKey`."""
+        return self.sequence.attn_mask
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token of `sequence` sees a later one."""
+        return self.sequence.is_causal
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of the product of queries and keys, as the model has it. ValueError where text and image differ."""
+        pairs = (self.joint,) if self.joint is not None else (self.text, self.image, *(self.cross or ()))
+        scales = {pair.scale for pair in pairs if pair is not None}
+        if len(scales) > 1:
+            raise ValueError(f"scale must be the same for text and image; got {sorted(scales)}: read text.scale and image.scale")
+        return scales.pop()
+
+    def split(
+        self, num_text_tokens: int | None = None, *, text: Positions | None = None, image: Positions | None = None
+    ) -> tuple[QueryKey, QueryKey, None]:
+        """(text, image, cross) of one sequence, as `congruence_loss` takes them; cross is None, since one attention serves for
+        all.
+
+        Args:
+            num_text_tokens: how many words stand first; all tokens behind them are of the image.
+            text, image: positions (int), or bool (N) or (B, N); one of them alone leaves the rest to the other. Parts keep the
+                order of the sequence.
+
+        Without arguments the tokens are parted as the model put them together (`is_image`).
+
+        Raises:
+            ValueError: the model attends to words and image apart; the image does not stand behind `num_text_tokens` words;
+                rows of a batch that have different numbers of words.
+        """
+        if self.joint is None:
+            has = "attention over " + " and over ".join(x for x in ("text", "image") if getattr(self, x) is not None)
+            raise ValueError(f"split must be called for a model that attends to words and image together; got {has}")
+        shape = self.joint[0].shape[0], self.joint[0].shape[2]
+        if num_text_tokens is not None:
+            if text is not None or image is not None:
+                raise ValueError("text and image must be None beside num_text_tokens; got both")
+            behind = self._behind(num_text_tokens, shape[1])
+            return _at(self.joint, ~behind, "text"), _at(self.joint, behind, "image"), None
+        of_text, of_image = _chosen("text", text, shape), _chosen("image", image, shape)
+        if of_text is None and of_image is None:
+            if self.is_image is None:
+                raise ValueError(
+                    "num_text_tokens, text or image must be given where the model's run does not show them; got None"
+                )
+            of_image = self.is_image.cpu()
+        if of_text is None:
+            assert of_image is not None
+            of_text = ~of_image
+        of_image = ~of_text if of_image is None else of_image
+        if bool((of_text & of_image).any()):
+            raise ValueError("text and image must have no token in common; got some that both choose")
+        return _at(self.joint, of_text, "text"), _at(self.joint, of_image, "image"), None
+
+    def _behind(self, num_text_tokens: int, size: int) -> Tensor:
+        """bool (N), the tokens behind so many words. ValueError where the image stands elsewhere."""
+        if isinstance(num_text_tokens, bool) or not isinstance(num_text_tokens, int) or not 0 <= num_text_tokens <= size:
+            raise ValueError(f"num_text_tokens must be from 0 to {size}, the tokens; got {num_text_tokens!r}")
+        behind = torch.arange(size) >= num_text_tokens
+        if self.is_image is not None and not bool((self.is_image.cpu() == behind).all()):
+            first = int(self.is_image.reshape(-1, size).any(0).int().argmax())
+            raise ValueError(
+                f"num_text_tokens must be the number of words that stand in front of the image; got {num_text_tokens}, and an "
+                f"image token at {first}: leave it out to part the tokens as the model put them together"
+            )
+        return behind
+
+
+def pair_of(query: Tensor, key: Tensor, options: Mapping[str, Any] | None, score: str) -> QueryKey:
+    pair = QueryKey((query, key))
+    if options is not None and (key_mask := options.get("key_mask")) is not None:
+        options = {**options, "attn_mask": joined(options["attn_mask"], key_mask[:, None, None]), "key_mask": None}
+    pair._options, pair._score = options, score
+    return pair
+
+
+# --- parts of a sequence ---
+
+
+def _chosen(name: str, positions: Any, shape: tuple[int, int]) -> Tensor | None:
+    """`positions` as bool (N) or (B, N)."""
+    if positions is None:
+        return None
+    legend = f"positions from 0 to {shape[1] - 1}, or bool (N) or (B, N) = {shape}"
+    try:
+        chosen = torch.as_tensor(positions)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be {legend}; got {describe(positions)}") from None
+    if chosen.dtype == torch.bool and tuple(chosen.shape) in (shape, shape[1:]):
+        return chosen.cpu()
+    if chosen.dtype not in (torch.int64, torch.int32) and chosen.numel() or chosen.ndim != 1:
+        raise ValueError(f"{name} must be {legend}; got {describe(positions)}")
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < shape[1]:
+        raise ValueError(f"{name} must be {legend}; got {int(chosen.min())} to {int(chosen.max())}")
+    return torch.zeros(shape[1], dtype=torch.bool).index_fill(0, chosen.long().cpu(), True)
+
+
+def _at(pair: QueryKey, chosen: Tensor, name: str) -> QueryKey:
+    """Of self-attention, the tokens that are chosen: bool (N) or (B, N)."""
+    counts = sorted(set(chosen.reshape(-1, chosen.shape[-1]).sum(1).tolist()))
+    if len(counts) > 1:
+        raise ValueError(f"{name} must be as many tokens in each row; got {counts[0]} to {counts[-1]}: pass rows by themselves")
+    index = chosen.nonzero()[:, -1].view(-1 if chosen.ndim == 2 else 1, counts[0] if counts else 0)
+    places = index.to(pair[0].device)  # (B or 1, L)
+    options = pair._options
+    if options is not None and (mask := options["attn_mask"]) is not None:
+        mask = _with_four_dims(mask)
+        mask = torch.take_along_dim(mask, places[:, None, :, None], 2) if mask.shape[2] > 1 else mask
+        mask = torch.take_along_dim(mask, places[:, None, None, :], 3) if mask.shape[3] > 1 else mask
+        options = {**options, "attn_mask": mask}
+    query, key = (torch.take_along_dim(x, places[:, None, :, None], 2) for x in pair)
+    return pair_of(query, key, options, pair._score)
+
+
+def _with_four_dims(mask: Tensor) -> Tensor:
+    return mask[(None,) * (4 - mask.ndim)]
