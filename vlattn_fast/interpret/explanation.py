@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlattn_fast._checks import check_writable
 from vlattn_fast._extras import extra
+from vlattn_fast.interpret.tensor_files import open_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,9 +130,6 @@ class Explanation:
     def save(self, path: str | Path) -> Path:
         """Write values (safetensors) and facts (JSON in its metadata) to `path`; `Explanation.load` reads them back."""
         check_writable("path", Path(path))
-        with extra("explain"):
-            from safetensors.torch import save_file
-
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         tensors |= {f"relevancy.{name}": value for name, value in self.relevancy.items()}
         tensors |= {f"position.{name}": value for name, value in (self.position or {}).items()}
@@ -149,25 +147,25 @@ class Explanation:
         }
         # safetensors refuses tensors that share memory, and a map may be a view of its row.
         values = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-        save_file(values, path, metadata={"explanation": json.dumps(facts)})
+        write_tensors(Path(path), values, {"explanation": json.dumps(facts)})
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Explanation:
-        """Read what `save` wrote. ValueError where `path` holds something else."""
-        with extra("explain"):
-            from safetensors import SafetensorError, safe_open
+        """Read what `save` wrote.
 
-        message = f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}"
-        try:
-            opened = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(message) from error
-        with opened as file:
+        Raises:
+            ValueError: `path` holds something else, or a part of it.
+        """
+        with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
             if facts.get("format") != _FORMAT:
-                raise ValueError(message)
+                raise ValueError(f"its format is {facts.get('format')}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return cls._from_file(tensors, facts)
+
+    @classmethod
+    def _from_file(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Explanation:
         maps: dict[str, Any] = {
             name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
             for name, count in facts["maps"].items()
