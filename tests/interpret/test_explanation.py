@@ -277,7 +277,7 @@ def test_a_crop_places_the_map():
             made().plot(np.ones((20, 40, 3)), crop=crop)
     with pytest.raises(ValueError, match="crop must be None for an explanation without maps; got"):
         made(image=None, image_rows=None).to_html(crop=(0, 0, 1, 1))
-    with pytest.raises(ValueError, match="alpha must be from 0 to 1; got 1.5"):
+    with pytest.raises(ValueError, match="alpha must be .*; got 1.5"):
         made().plot(alpha=1.5)
 
 
