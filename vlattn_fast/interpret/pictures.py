@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _WIDTH, _SMALL = 3.4, 2.3  # of a row's panel and of an answer's, in inches
 _COLUMNS = 5  # of an answer's maps
 _MANY = 40  # words of an answer; more have their maps on one sheet, and a table with fewer names than lines
-_SHEET, _TILE = 12, 96  # maps in a line of the sheet, and pixels in a line of each
+_SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of each
 _NAMES = 80  # that a table has room for above its columns
 _POINTS = 72 * _WIDTH * 0.9  # that a line of words may take
 _SIZE, _LINE = 11, 19  # of words and of a line of them, in points
@@ -211,7 +211,7 @@ class _Painter:
 
 
 def _cells(size: int, start: float, end: float, count: int) -> tuple[Array, Array]:
-    """Which of `count` cells that lie evenly from `start` to `end` (relative) the pixels there show, and which of `size` they are."""
+    """The pixels, of `size`, that lie between `start` and `end` (relative): which of `count` cells each shows, and its number."""
     places = ((np.arange(size) + 0.5) / size - start) / (end - start)
     inside = (places >= 0) & (places < 1)
     return (places[inside] * count).astype(int), np.flatnonzero(inside)
@@ -322,13 +322,13 @@ def _draw_sheet(part: Any, row: Row, painter: _Painter, lines: int) -> None:
         tiles.insert(0, ("", painter.tile(photo, 0, 0)))
     gap, text = 6, 22
     height = max(len(tile) for _, tile in tiles) + text
-    sheet = np.ones((lines * height, _SHEET * (_TILE + gap), 3))
+    sheet = np.full((lines * height, _SHEET * (_TILE + gap), 4), 255, np.uint8)
     axis = part.subplots()
     axis.set_axis_off()
     for number, (label, tile) in enumerate(tiles):
         y, x = number // _SHEET * height + text, number % _SHEET * (_TILE + gap)
-        sheet[y : y + len(tile), x : x + _TILE] = tile
-        shown = label if len(label) <= 14 else label[:13] + "…"
+        sheet[y : y + len(tile), x : x + _TILE, :3] = np.rint(255 * tile)
+        shown = label if len(label) <= 10 else label[:9] + "…"
         axis.text(x, y - 3, shown, fontsize=7, parse_math=False, in_layout=False)
     axis.imshow(sheet, interpolation="nearest")
     if high > low:
