@@ -124,7 +124,8 @@ def test_an_answers_tokens():
 def test_the_own_entry():
     explanation = answered()
     assert torch.equal(explanation.own["language"], torch.full((2, 3), 1.25))
-    summed = replace(explanation, relevancy={"language": explanation.relevancy["language"].sum(1)})
+    parts = {name: getattr(explanation, name).sum(1) for name in ("image", "text")}
+    summed = replace(explanation, relevancy={"language": explanation.relevancy["language"].sum(1)}, **parts)
     assert not summed.each and summed.own["language"].shape == (2, 3)
     for row in range(2):
         expected = summed.relevancy["language"][row, explanation.position["language"][row]]

@@ -39,7 +39,7 @@ class Page(str):
         return f'<iframe title="relevancy" style="width: 100%; height: 44rem; border: 0" srcdoc="{source}"></iframe>'
 
 
-def render(explanations: Sequence[Explained], image: Any, labels: Sequence[str] | None, crop: Any, title: str, cmap: str) -> Page:
+def render(explanations: Sequence[Explained], image: Any, labels: Sequence[Any] | None, crop: Any, title: str, cmap: str) -> Page:
     """See `Explanation.to_html`."""
     import jinja2
     from matplotlib.colors import to_hex
@@ -129,12 +129,15 @@ def _figures(patches: list[Patch], crops: list[Box], pictures: list[Array] | Non
 
 
 def _range(values: Array) -> tuple[float, float]:
-    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    known = values[np.isfinite(values)]
+    return (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
 
 
 def _values(values: Array, low: float, high: float) -> dict[str, Any]:
-    cells = np.rint(np.nan_to_num(shares(values, low, high)) * _STEPS).astype(int)
-    return {"low": _number(low), "high": _number(high), "cells": cells.ravel().tolist()}
+    flat = values.ravel()
+    whole = np.rint(np.nan_to_num(shares(flat, low, high)).clip(0, 1) * _STEPS).astype(int)
+    cells = whole if not np.isnan(flat).any() else np.where(np.isnan(flat), None, whole)
+    return {"low": _number(low), "high": _number(high), "cells": cells.tolist()}
 
 
 def _number(value: float | None) -> float | None:

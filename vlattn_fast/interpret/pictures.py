@@ -47,7 +47,7 @@ def draw(
     explanation: Explained,
     image: Any,
     rows: Sequence[int] | None,
-    labels: Sequence[str] | None,
+    labels: Sequence[Any] | None,
     crop: Any,
     cmap: str,
     alpha: float,
@@ -154,7 +154,8 @@ class _Painter:
             axis.imshow(picture)
         for patch in patches:
             x1, y1, x2, y2 = self.crops[patch.index] if patch.box is None else patch.box
-            opacity = None if picture is None else self.alpha * np.minimum(1, 1.5 * shares(patch.values, low, high)) ** 1.5
+            share = np.nan_to_num(shares(patch.values, low, high)).clip(0, 1)
+            opacity = None if picture is None else self.alpha * np.minimum(1, 1.5 * share) ** 1.5
             drawn = axis.imshow(
                 patch.values,
                 cmap=self.cmap,
@@ -188,7 +189,7 @@ class _Painter:
             tile = picture[: len(tile), :, :3] / 255 * visible + 1 - visible
         for patch in patches:
             x1, y1, x2, y2 = self.crops[patch.index] if patch.box is None else patch.box
-            share = np.nan_to_num(shares(patch.values, low, high))
+            share = np.nan_to_num(shares(patch.values, low, high)).clip(0, 1)
             opacity = np.ones_like(share) if picture is None else self.alpha * np.minimum(1, 1.5 * share) ** 1.5
             down, inside_down = _cells(len(tile), y1, y2, share.shape[0])
             along, inside_along = _cells(_TILE, x1, x2, share.shape[1])
@@ -400,12 +401,12 @@ def _draw_words(axis: Any, words: list[Word], values: Array) -> None:
     """Words in lines, coloured by their share of the largest magnitude: orange above zero, blue below."""
     from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
 
-    largest = float(np.abs(values).max()) or 1.0
+    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0)) or 1.0
     lines: list[list[Any]] = []
     for line in _lines_of(words, values):
         lines.append([])
         for text, blank, value in line:
-            share = abs(value) / largest
+            share = min(1.0, abs(value) / largest) if value == value else 0.0
             color = (1.0, 0.62, 0.24, share) if value >= 0 else (0.43, 0.70, 1.0, share)
             box = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
             if blank:

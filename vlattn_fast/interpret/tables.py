@@ -161,7 +161,7 @@ def compare(explanation: Explained, other: Explained) -> Comparison:
     cosine, rank = {}, {}
     for name, values in explanation.relevancy.items():
         rows = (
-            without_own(each.relevancy[name], (each.position or {}).get(name)).double().cpu().flatten(0, -2)
+            without_own(each.relevancy[name], (each.position or {}).get(name)).detach().double().cpu().flatten(0, -2)
             for each in (explanation, other)
         )
         scores = [_alike(a, b) for a, b in zip(*rows, strict=True)]

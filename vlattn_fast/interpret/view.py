@@ -136,6 +136,8 @@ def read_rows(explanation: Explained, labels: Sequence[Any] | None = None, numbe
         if len(labels) != len(explanation):
             raise ValueError(f"labels must be {len(explanation)}, one per row; got {len(labels)}")
     tokens, answers = explanation.tokens, explanation.answer_tokens
+    if tokens is None and explanation.text is not None and answers is None:  # nobody has named them
+        tokens = [[str(place) for place in range(explanation.text.shape[-1])]] * len(explanation)
     marks = find_marks(token for row in tokens or [] for token in row)
     rows = []
     for number in range(len(explanation)) if numbers is None else numbers:
@@ -333,7 +335,7 @@ def to_rgb(picture: Any) -> Any:
 def _picture(image: Any) -> Array:
     if hasattr(image, "convert"):  # a PIL image, whose array may hold indices of a palette
         image = to_rgb(image)
-    array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+    array = to_array(image) if isinstance(image, Tensor) and image.is_floating_point() else np.asarray(image)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"image must be a PIL image, an array or a tensor; got {describe(image)}")
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
@@ -342,13 +344,15 @@ def _picture(image: Any) -> Array:
         array = np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
     if array.ndim != 3 or array.shape[2] not in (3, 4):
         raise ValueError(f"image must have shape (H, W), (H, W, 3) or (3, H, W); got {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"image must have at least one pixel; got shape {array.shape}")
     if array.dtype.kind == "b":
         array = array * np.uint8(255)
     if array.dtype.kind != "f":
-        if array.size and not (array.min() >= 0 and array.max() <= 255):
+        if not (array.min() >= 0 and array.max() <= 255):
             raise ValueError(f"image must be bytes, or floats from 0 to 1; got {array.min()} to {array.max()}")
         return array.astype(np.uint8)
-    if array.size and not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
+    if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
         got = f"{array.min():.3g} to {array.max():.3g}"
         raise ValueError(f"image must be bytes, or floats from 0 to 1 (not a model's normalised pixel_values); got {got}")
     return np.rint(array.clip(0, 1) * 255).astype(np.uint8)
@@ -365,7 +369,11 @@ def read_crops(explanation: Explained, crop: Any) -> list[Box]:
         return [WHOLE] * count
     if explanation.image_rows is None:
         raise ValueError(f"crop must be None for an explanation without maps; got {crop}")
-    array = np.asarray(crop.detach().cpu() if isinstance(crop, Tensor) else crop, dtype=float)
-    if array.shape not in ((4,), (count, 4)) or not ((array[..., 2:] > array[..., :2]).all() and np.isfinite(array).all()):
+    try:
+        array = np.asarray(crop.detach().cpu() if isinstance(crop, Tensor) else crop, dtype=float)
+        fits = array.shape in ((4,), (count, 4)) and (array[..., 2:] > array[..., :2]).all() and np.isfinite(array).all()
+    except (TypeError, ValueError):  # no numbers
+        fits = False
+    if not fits:
         raise ValueError(f"crop must be x1, y1, x2, y2 relative to the image, x1 < x2, y1 < y2, or one box per map; got {crop}")
     return [tuple(box) for box in np.broadcast_to(array, (count, 4)).tolist()]
