@@ -15,6 +15,8 @@ import torch
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("transformers")
 image_module = pytest.importorskip("PIL.Image")
+safetensors = pytest.importorskip("safetensors")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 import vlattn_fast as va  # noqa: E402
 from tests import saved_models  # noqa: E402
@@ -178,7 +180,6 @@ def test_a_folder_with_texts_for_all_and_the_lazy_sequence(models, pictures, tmp
         explanations[16]
 
     read = []
-    safetensors = pytest.importorskip("safetensors")
     opened = safetensors.safe_open
     monkeypatch.setattr(safetensors, "safe_open", lambda path, **options: read.append(path) or opened(path, **options))
     fresh = va.load_explanations(out)
@@ -233,10 +234,9 @@ def test_what_is_refused(models, pictures, tmp_path):
 
     assert f'--method must be "gradient", with which {out} was begun; got "rollout"' in refused(*run, "--method", "rollout")
     assert "--text must be [], with which" in refused(*run, "--text", "b")
-    with (out / store.SETTINGS).open("rb") as held:
-        fcntl = pytest.importorskip("fcntl")
-        fcntl.flock(held, fcntl.LOCK_SH)
-        assert "which another run is writing to" in refused(*run)
+    for held, shared in ((out, False), (out / store.SETTINGS, True)):  # by the first rank of a run, by another one
+        with store.locked(held, shared=shared):
+            assert f"got {out}, which another run is writing to" in refused(*run)
     write_lines(dataset, [{"image": "x.png", "text": "a"}])
     assert f"--dataset must be the one with which {out} was begun" in refused(*run)
     below = dataset / "out"  # nobody may write here, root included
@@ -316,7 +316,7 @@ def many(pictures, tmp_path):
 
 
 def check_all(models, out, rows):
-    items = [line["item"] for _, lines in store.finished(out) for line in lines if "error" not in line]
+    items = [line["item"] for shard in store.finished(out) for line in shard.lines if "error" not in line]
     assert sorted(items) == [i for i in range(40) if i not in (11, 30)], "every item exactly once"
     explanations = va.load_explanations(out)
     assert [failure["item"] for failure in explanations.failures] == [11, 30]
@@ -366,12 +366,100 @@ def test_torchrun(models, many, tmp_path):
     check_all(models, out, rows)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_of_two_runs_that_begin_at_once_one_is_refused(models, many, tmp_path):
+    dataset, rows = many
+    out = tmp_path / "out"
+    both = start("-m", "tests.explain_twice", models["clip"], dataset, out)
+    assert both.returncode == 0, both.stderr
+    refused = f"out must be of one run at a time; got {out}, which another run is writing to"
+    assert sorted(both.stdout.splitlines()) == ["explained 38", refused]
+    check_all(models, out, rows)
+
+
+@pytest.fixture
+def four(models, pictures, tmp_path):
+    """Four inputs, and the command that writes them as two shards."""
+    rows = [{"image": str(picture(pictures, i)), "text": CAPTIONS[i]} for i in range(4)]
+    dataset = write_lines(tmp_path / "four.jsonl", rows)
+    sizes = ("--batch-size", 1, "--shard-size", 2)
+    return rows, ("explain", "--model", models["clip"], "--dataset", dataset, "--out", tmp_path / "out", *sizes)
+
+
+@pytest.mark.parametrize("place", ["tensors", "lines"])
+def test_a_full_disk_ends_a_run_in_one_line(models, four, tmp_path, monkeypatch, place):
+    rows, run = four
+    out, full = tmp_path / "out", "No space left on device"
+    save_file, publish, shards = safetensors_torch.save_file, store._publish, []
+
+    def save_until_full(tensors, path, metadata):
+        shards.append(path)
+        if place == "tensors" and len(shards) == 2:
+            raise safetensors.SafetensorError(f"Error while serializing: I/O error: {full} (os error 28)")
+        save_file(tensors, path, metadata)
+
+    def publish_until_full(unfinished, path):
+        if place == "lines" and len(shards) == 2 and path.suffix == ".jsonl":
+            raise OSError(28, full, str(unfinished))
+        publish(unfinished, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_torch, "save_file", save_until_full)
+        patch.setattr(store, "_publish", publish_until_full)
+        result = vlattn(*run)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    (line,) = [line for line in result.output.splitlines() if line.startswith("explain stopped")]
+    assert str(out / store.SHARDS) in line and full in line and "keeps what was written before" in line
+    assert not list(out.rglob("*.tmp")) and len(va.load_explanations(out)) == 2
+    assert closing(vlattn(*run)) == f"done 2, failed 0, skipped 2 (done before), of 4: {out}"
+    for row, explanation in zip(rows, va.load_explanations(out), strict=True):
+        assert_same(explanation, alone(models["clip"], row["image"], [row["text"]]))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of files")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_files_have_the_rights_that_the_umask_leaves(four, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        assert vlattn(*four[1]).exit_code == 0
+        va.load_explanations(tmp_path / "out")[0].save(tmp_path / "out" / "one.safetensors")
+    finally:
+        os.umask(before)
+    rights = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(rights) == 7 and set(rights.values()) == {0o666 & ~umask}, rights
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut within its header", "no shard", "lines"])
+def test_a_damaged_shard_is_named_and_explained_anew(models, four, tmp_path, damage):
+    rows, run = four
+    assert vlattn(*run).exit_code == 0
+    out = tmp_path / "out"
+    shard = sorted((out / store.SHARDS).glob("*.safetensors"))[1]
+    before = va.load_explanations(out)
+    if damage == "lines":
+        shard = shard.with_suffix(".jsonl")
+    if damage == "no shard":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[: {"cut": -300, "cut within its header": 300, "lines": 20}[damage]])
+    with pytest.raises(ValueError, match=f"directory must have whole shards; got .*{shard.name} is (cut or missing|broken)"):
+        va.load_explanations(out)
+    if damage != "lines":
+        with pytest.raises(ValueError, match=f"directory must have whole shards; got .*{shard.name} cannot be read"):
+            before[3]
+    with pytest.warns(UserWarning, match=f"{shard.name} is .*; its inputs are explained anew"):
+        result = vlattn(*run)
+    assert closing(result) == f"done 2, failed 0, skipped 2 (done before), of 4: {out}"
+    for row, explanation in zip(rows, va.load_explanations(out), strict=True):
+        assert_same(explanation, alone(models["clip"], row["image"], [row["text"]]))
+
+
 def test_lines_hold_what_parts_lines_elsewhere(tmp_path):
     (tmp_path / store.SHARDS).mkdir()
     writer, line = store.ShardWriter(tmp_path, 0), {"item": 0, "id": "a\u2028b", "text": ["c\x85d"], "error": "e"}
     writer.fail(line)
     writer.flush()
-    assert [lines for _, lines in store.finished(tmp_path)] == [[line]]
+    assert [shard.lines for shard in store.finished(tmp_path)] == [[line]]
 
 
 def test_names_that_are_no_text_and_a_run_killed_as_it_began(models, pictures, tmp_path):

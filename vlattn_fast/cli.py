@@ -238,6 +238,10 @@ def explain(
         option, _, rest = str(error).partition(" ")
         named = f"--{option.replace('_', '-')} {rest}"
         raise typer.BadParameter(named if option in _EXPLAIN_OPTIONS else str(error)) from error
+    except OSError as error:  # a full disk
+        kept = "" if dataset is None else f". {out} keeps what was written before; the same command goes on from there"
+        typer.echo(f"explain stopped: {error.filename or out}: {error.strerror or error}{kept}", err=True)
+        raise typer.Exit(1) from None
     if outcome.first:
         inputs = outcome.done + outcome.failed + outcome.skipped
         typer.echo(f"done {outcome.done}, failed {outcome.failed}, skipped {outcome.skipped} (done before), of {inputs}: {out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlattn_fast.interpret.words import _byte_table, join_tokens
+from vlattn_fast.interpret.words import _byte_table, find_marks, join_tokens
 
 
 def byte_level(text: str) -> str:
@@ -44,4 +44,4 @@ def test_words(tokens, words):
 def test_marks_are_known_from_the_whole_vocabulary():
     """An answer may begin inside a line: none of its tokens has a mark then."""
     assert [word.text for word in join_tokens(["gir", "affe"])] == ["gir", "affe"]
-    assert [word.text for word in join_tokens(["gir", "affe"], ["▁the"])] == ["giraffe"]
+    assert [word.text for word in join_tokens(["gir", "affe"], find_marks(["▁the"]))] == ["giraffe"]

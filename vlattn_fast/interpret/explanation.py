@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_writable
+from vlattn_fast._checks import check_items, check_writable, describe
 from vlattn_fast._extras import extra
+from vlattn_fast.interpret.fields import check_fields
+from vlattn_fast.interpret.tensor_files import open_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +40,7 @@ class Explanation:
             the grids differ; None without an image. Maps come in the order of their tokens. An image that is cut into tiles has
             one map of all tiles, where config and inputs say how they lie, and one of its thumbnail; else each tile has its own.
             A video has a map per frame.
-        image_rows: the row of the batch each map of `image` belongs to.
+        image_rows: the row of the batch each map of `image` belongs to; by default one map is of each row.
         text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros.
         token_ids: the ids of the entries of `text`, row by row, as long as each text is.
         words: the same as strings, see `with_tokens`.
@@ -81,6 +83,11 @@ class Explanation:
     answer: list[list[int]] | None = None
     tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
     places: list[list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.image_rows is None and (self.image is not None or self.tower_images):
+            object.__setattr__(self, "image_rows", list(range(len(self))))
 
     @property
     def each(self) -> bool:
@@ -129,9 +136,6 @@ class Explanation:
     def save(self, path: str | Path) -> Path:
         """Write values (safetensors) and facts (JSON in its metadata) to `path`; `Explanation.load` reads them back."""
         check_writable("path", Path(path))
-        with extra("explain"):
-            from safetensors.torch import save_file
-
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         tensors |= {f"relevancy.{name}": value for name, value in self.relevancy.items()}
         tensors |= {f"position.{name}": value for name, value in (self.position or {}).items()}
@@ -148,26 +152,26 @@ class Explanation:
             **{name: getattr(self, name) for name in _FACTS},
         }
         # safetensors refuses tensors that share memory, and a map may be a view of its row.
-        values = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-        save_file(values, path, metadata={"explanation": json.dumps(facts)})
+        values = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+        write_tensors(Path(path), values, {"explanation": json.dumps(facts)})
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Explanation:
-        """Read what `save` wrote. ValueError where `path` holds something else."""
-        with extra("explain"):
-            from safetensors import SafetensorError, safe_open
+        """Read what `save` wrote.
 
-        message = f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}"
-        try:
-            opened = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(message) from error
-        with opened as file:
+        Raises:
+            ValueError: `path` holds something else, or a part of it.
+        """
+        with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
             if facts.get("format") != _FORMAT:
-                raise ValueError(message)
+                raise ValueError(f"its format is {facts.get('format')}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return cls._from_file(tensors, facts)
+
+    @classmethod
+    def _from_file(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Explanation:
         maps: dict[str, Any] = {
             name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
             for name, count in facts["maps"].items()
@@ -224,21 +228,23 @@ class Explanation:
         image: Any = None,
         *,
         rows: Sequence[int] | None = None,
-        labels: Sequence[str] | None = None,
+        labels: Sequence[Any] | None = None,
         crop: Any = None,
         cmap: str = "inferno",
         alpha: float = 0.85,
     ) -> Figure:
         """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
 
-        The maps of a row are scaled together, from their smallest value (transparent over an image) to their largest. Letters
+        The maps of a row are scaled together, from their smallest value (transparent over an image) to their largest. An answer
+        of more than 40 words has its maps on one sheet, scaled together, and a table with fewer names than words. A row without
+        maps and words shows the entries of its towers. Letters
         that matplotlib's font lacks (Chinese, Japanese, Korean, emoji) are drawn in a font that has them, where one is installed.
 
         Args:
             image: what the maps lie on: a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1] or bytes; or one
                 per map. None draws the maps alone.
             rows: rows of the batch to draw; all by default.
-            labels: names of the rows, such as classes; by default their text.
+            labels: names of the rows, such as classes or their numbers; by default their text.
             crop: where the maps lie on the image, if they do not cover it: x1, y1, x2, y2 relative to it, or one box per map.
                 CLIP's processor, for example, shows the model the middle square.
             cmap: matplotlib's name of the colours.
@@ -256,7 +262,7 @@ class Explanation:
         self,
         image: Any = None,
         *,
-        labels: Sequence[str] | None = None,
+        labels: Sequence[Any] | None = None,
         crop: Any = None,
         title: str = "Relevancy",
         cmap: str = "inferno",
@@ -277,10 +283,15 @@ class Explanation:
         with extra("viz"):
             from vlattn_fast.interpret.page import render
 
+            check_items("beside", beside, "a sequence of explanations")
+            for one in beside:
+                if not isinstance(one, Explanation):
+                    raise TypeError(f"beside must be a sequence of explanations; got {describe(one)}")
             return render([self, *beside], image, labels, crop, title, cmap)
 
     def save_html(self, path: str | Path, image: Any = None, **options: Any) -> Path:
         """Write the page of `to_html`, which has the same options, to `path`."""
+        check_writable("path", Path(path))
         page = self.to_html(image, **options)
         Path(path).write_text(page, encoding="utf-8")
         return Path(path)

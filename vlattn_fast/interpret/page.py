@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from vlattn_fast.interpret.view import (
     Choice,
     Explained,
     Patch,
-    choices,
+    Row,
     limits,
     read_crops,
     read_pictures,
-    row_label,
-    row_words,
+    read_rows,
     shares,
 )
 
@@ -39,27 +39,27 @@ class Page(str):
         return f'<iframe title="relevancy" style="width: 100%; height: 44rem; border: 0" srcdoc="{source}"></iframe>'
 
 
-def render(explanations: Sequence[Explained], image: Any, labels: Sequence[str] | None, crop: Any, title: str, cmap: str) -> Page:
+def render(explanations: Sequence[Explained], image: Any, labels: Sequence[Any] | None, crop: Any, title: str, cmap: str) -> Page:
     """See `Explanation.to_html`."""
     import jinja2
     from matplotlib.colors import to_hex
 
     first = explanations[0]
     pictures, crops = read_pictures(first, image), read_crops(first, crop)
-    listed = choices(first, labels)
+    listed = read_rows(first, labels)
     methods = []
     for explanation in explanations:
-        found = listed if explanation is first else choices(explanation, labels)
-        if [_kind(choice) for choice in found] != [_kind(choice) for choice in listed]:
+        found = listed if explanation is first else read_rows(explanation, labels)
+        if _kinds(found) != _kinds(listed):
             raise ValueError(f"beside must explain the same rows, words, maps and towers; got {explanation!r} beside {first!r}")
         layers = f", layers from {explanation.start_layer}" if explanation.start_layer else ""
-        values = [_choice(c, crops, pictures, together=crop is not None) for c in found]
+        values = [_choice(c, crops, pictures, together=crop is not None) for row in found for c in row.choices]
         methods.append({"name": explanation.method + layers, "choices": values})
     data = {
         "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
         "steps": _STEPS,
         "pictures": [_photo(picture) for picture in pictures or []],
-        "texts": [_text(first, row) for row in range(len(first))],
+        "texts": [_text(row, first.each) for row in listed],
         "towers": list(first.relevancy),
         "methods": methods,
     }
@@ -68,12 +68,14 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[str] 
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("explanation.html")
-    return Page(template.render(title=title, data=data, groups=_groups(first, listed, labels), kind=_words_are(first)))
+    groups = _groups(listed, first.each, labels is not None)
+    return Page(template.render(title=title, data=data, groups=groups, kind=_words_are(first)))
 
 
-def _kind(choice: Choice) -> tuple[Any, ...]:
+def _kinds(rows: list[Row]) -> list[tuple[Any, ...]]:
     """What choices must have in common to be shown in each other's place."""
-    return choice.row, choice.label, len(choice.words), len(choice.patches), *choice.rows, *choice.towers
+    chosen = (choice for row in rows for choice in row.choices)
+    return [(c.row, c.label, len(c.values), len(c.patches), *c.rows, *c.towers) for c in chosen]
 
 
 def _words_are(explanation: Explained) -> str:
@@ -83,26 +85,19 @@ def _words_are(explanation: Explained) -> str:
     return "Answer" if explanation.text is not None else "Prompt"
 
 
-def _groups(explanation: Explained, listed: list[Choice], labels: Sequence[str] | None) -> list[dict[str, Any]]:
+def _groups(rows: list[Row], each: bool, labelled: bool) -> list[dict[str, Any]]:
     """The choices as the page lists them: an answer's words under their prompt, or all rows together."""
-    numbered: list[dict[str, Any]] = [{"index": i, "choice": choice, "space": True} for i, choice in enumerate(listed)]
-    if not explanation.each:
-        return [{"label": None, "choices": numbered}]
-    groups = []
-    for row in range(len(explanation)):
-        words = row_words(explanation, row)[1]
-        mine = [one for one in numbered if one["choice"].row == row]
-        for one, word in zip(mine, words, strict=False):
-            one["space"] = word.space
-        label = row_label(explanation, row) if len(explanation) > 1 else None
-        groups.append({"label": label if labels is None else labels[row], "choices": mine})
-    return groups
+    numbers = count()
+    groups = [[{"index": next(numbers), "choice": choice} for choice in row.choices] for row in rows]
+    if not each:
+        return [{"label": None, "choices": [one for group in groups for one in group]}]
+    labels = [row.label if labelled or len(rows) > 1 else None for row in rows]
+    return [{"label": label, "choices": group} for label, group in zip(labels, groups, strict=True)]
 
 
-def _text(explanation: Explained, row: int) -> list[dict[str, Any]]:
+def _text(row: Row, each: bool) -> list[dict[str, Any]]:
     """The words of a row's text; an answer's that have rows of their own are buttons instead."""
-    prompt, answer = row_words(explanation, row)
-    return [{"text": word.text, "space": word.space} for word in (prompt if explanation.each else prompt + answer)]
+    return [{"text": word.text, "space": word.space} for word in (row.prompt if each else row.words)]
 
 
 def _choice(choice: Choice, crops: list[Box], pictures: list[Array] | None, together: bool) -> dict[str, Any]:
@@ -112,7 +107,7 @@ def _choice(choice: Choice, crops: list[Box], pictures: list[Array] | None, toge
         "row": choice.row,
         "label": choice.label,
         "score": _number(choice.score),
-        "words": [_number(value) for _, value in choice.words],
+        "words": _numbers(choice.values),
         "views": {name: _figures(patches, crops, pictures, together) for name, patches in views.items()},
         "rows": {name: _values(values, *_range(values)) for name, values in choice.rows.items()},
         "own": {name: _number(value) for name, value in choice.own.items()},
@@ -134,17 +129,25 @@ def _figures(patches: list[Patch], crops: list[Box], pictures: list[Array] | Non
 
 
 def _range(values: Array) -> tuple[float, float]:
-    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    known = values[np.isfinite(values)]
+    return (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
 
 
 def _values(values: Array, low: float, high: float) -> dict[str, Any]:
-    cells = np.rint(np.nan_to_num(shares(values, low, high)) * _STEPS).astype(int)
-    return {"low": _number(low), "high": _number(high), "cells": cells.ravel().tolist()}
+    flat = values.ravel()
+    whole = np.rint(np.nan_to_num(shares(flat, low, high)).clip(0, 1) * _STEPS).astype(int)
+    cells = whole if not np.isnan(flat).any() else np.where(np.isnan(flat), None, whole)
+    return {"low": _number(low), "high": _number(high), "cells": cells.tolist()}
 
 
 def _number(value: float | None) -> float | None:
     """Four digits; JSON has no NaN."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")
+
+
+def _numbers(values: Array) -> list[float | None]:
+    known = np.isfinite(values).tolist()
+    return [float(f"{value:.4g}") if finite else None for value, finite in zip(values.tolist(), known, strict=True)]
 
 
 def _photo(picture: Array) -> dict[str, Any]:

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlattn_fast._checks import check_integer, check_items, check_number
 from vlattn_fast.interpret.view import (
+    WHOLE,
     Array,
     Box,
     Choice,
     Explained,
     Patch,
-    choices,
+    Row,
     limits,
     read_crops,
     read_pictures,
-    row_label,
-    row_words,
+    read_rows,
     shares,
 )
 from vlattn_fast.interpret.words import Word
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 _WIDTH, _SMALL = 3.4, 2.3  # of a row's panel and of an answer's, in inches
 _COLUMNS = 5  # of an answer's maps
+_MANY = 40  # words of an answer; more have their maps on one sheet, and a table with fewer names than lines
+_SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of each
+_NAMES = 80  # that a table has room for above its columns
 _POINTS = 72 * _WIDTH * 0.9  # that a line of words may take
 _SIZE, _LINE = 11, 19  # of words and of a line of them, in points
 _EAST_ASIAN = 0x2E80  # from here on Unicode has what matplotlib's own font lacks: Chinese, Japanese, Korean, emoji
@@ -43,7 +47,7 @@ def draw(
     explanation: Explained,
     image: Any,
     rows: Sequence[int] | None,
-    labels: Sequence[str] | None,
+    labels: Sequence[Any] | None,
     crop: Any,
     cmap: str,
     alpha: float,
@@ -51,50 +55,51 @@ def draw(
     """See `Explanation.plot`."""
     from matplotlib import rc_context
 
-    chosen = list(range(len(explanation))) if rows is None else list(rows)
-    for row in chosen:
-        if not 0 <= row < len(explanation):
-            raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be from 0 to 1; got {alpha}")
+    chosen = _chosen(rows, len(explanation))
+    check_number("alpha", alpha, low=0, high=1)
     painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, cmap, alpha)
-    found = choices(explanation, labels)
+    found = read_rows(explanation, labels, chosen)
     with rc_context({"font.family": _fonts(found)}):
-        return _figure(explanation, chosen, found, labels, painter)
+        return _figure(found, explanation.each, painter)
 
 
-def _fonts(found: list[Choice]) -> list[str]:
-    """matplotlib's fonts for the texts of choices: where its own lacks letters, those that are installed stand behind it."""
+def _chosen(rows: Sequence[int] | None, count: int) -> list[int]:
+    """The rows to draw."""
+    if rows is None:
+        return list(range(count))
+    check_items("rows", rows, "numbers of rows")
+    for row in rows:
+        check_integer("rows", row)
+        if not 0 <= row < count:
+            raise ValueError(f"rows must be from 0 to {count - 1}; got {row}")
+    return list(rows)
+
+
+def _fonts(found: list[Row]) -> list[str]:
+    """matplotlib's fonts for the texts of rows: where its own lacks letters, those that are installed stand behind it."""
     from matplotlib import font_manager, rcParams
 
-    texts = [choice.label for choice in found] + [word.text for choice in found for word, _ in choice.words]
+    texts = [row.label for row in found] + [word.text for row in found for word in (*row.prompt, *row.answer)]
     if max("".join(texts), default="") < chr(_EAST_ASIAN):
         return rcParams["font.family"]
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return [*rcParams["font.family"], *(name for name in _FONTS if name in installed)]
 
 
-def _figure(
-    explanation: Explained, chosen: list[int], found: list[Choice], labels: Sequence[str] | None, painter: _Painter
-) -> Figure:
+def _figure(found: list[Row], each: bool, painter: _Painter) -> Figure:
     from matplotlib.figure import Figure
 
-    groups = [[choice for choice in found if choice.row == row] for row in chosen]
-    if explanation.each:
-        sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(group, painter))) for group in groups]
+    if each:
+        sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(row, painter))) for row in found]
     else:
-        sizes = [_row_size(group[0], painter) for group in groups]
+        sizes = [_row_size(row, painter) for row in found]
     width, height = max([_WIDTH, *(w for w, _ in sizes)]), sum(h for _, h in sizes)
     figure = Figure(figsize=(width, max(height, 1)), layout="constrained")
-    if not groups:
+    if not found:
         return figure
-    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=[h for _, h in sizes])[:, 0]
-    for part, row, group in zip(parts, chosen, groups, strict=True):
-        if explanation.each:
-            title = row_label(explanation, row) if labels is None else labels[row]
-            _draw_answer(part, explanation, title, group, painter)
-        else:
-            _draw_row(part, group[0], painter)
+    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=[h for _, h in sizes])[:, 0]
+    for part, row in zip(parts, found, strict=True):
+        (_draw_answer if each else _draw_row)(part, row, painter)
     return figure
 
 
@@ -103,7 +108,7 @@ def colors(cmap: str) -> ListedColormap:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    if cmap not in colormaps:
+    if not isinstance(cmap, str) or cmap not in colormaps:
         raise ValueError(f"cmap must be a name of matplotlib's colours, such as 'inferno' or 'viridis'; got {cmap!r}")
     return ListedColormap(colormaps[cmap](np.linspace(0, 0.85, 256)), name=cmap)
 
@@ -126,13 +131,13 @@ class _Painter:
         """Panels of a choice, photos beside their overlays included."""
         return len(self.panels(choice)) * (1 if self.pictures is None else 2)
 
-    def shape(self, choice: Choice) -> float:
-        """Height of the first panel per width."""
-        if not choice.patches:
+    def shape(self, patches: list[Patch]) -> float:
+        """Height per width of the panel that begins with these maps."""
+        if not patches:
             return 0.3
-        picture = self._picture(choice.patches[0])
-        height, width = (choice.patches[0].values if picture is None else picture).shape[:2]
-        return min(2.0, height / width) if choice.patches[0].box is None or picture is not None else 1.0
+        picture = self._picture(patches[0])
+        height, width = (patches[0].values if picture is None else picture).shape[:2]
+        return min(2.0, height / width) if patches[0].box is None or picture is not None else 1.0
 
     def photo(self, axis: Any, patches: list[Patch]) -> None:
         picture = self._picture(patches[0])
@@ -149,7 +154,8 @@ class _Painter:
             axis.imshow(picture)
         for patch in patches:
             x1, y1, x2, y2 = self.crops[patch.index] if patch.box is None else patch.box
-            opacity = None if picture is None else self.alpha * np.minimum(1, 1.5 * shares(patch.values, low, high)) ** 1.5
+            share = np.nan_to_num(shares(patch.values, low, high)).clip(0, 1)
+            opacity = None if picture is None else self.alpha * np.minimum(1, 1.5 * share) ** 1.5
             drawn = axis.imshow(
                 patch.values,
                 cmap=self.cmap,
@@ -164,6 +170,34 @@ class _Painter:
         axis.set(xlim=(0, width) if picture is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
         return drawn
 
+    def small(self) -> _Painter:
+        """The same with pictures that are no larger than they are on a sheet."""
+        from PIL import Image
+
+        if self.pictures is None:
+            return self
+        sizes = [(_TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))) for picture in self.pictures]
+        small = [np.asarray(Image.fromarray(one).resize(size)) for one, size in zip(self.pictures, sizes, strict=True)]
+        return _Painter(small, self.crops, self.together, self.cmap.name, self.alpha)
+
+    def tile(self, patches: list[Patch], low: float, high: float) -> Array:
+        """A panel as pixels (h, _TILE, 3), floats from 0 to 1."""
+        picture = self._picture(patches[0])
+        tile = np.ones((max(1, round(_TILE * self.shape(patches))), _TILE, 3))
+        if picture is not None:
+            visible = picture[..., 3:] / 255 if picture.shape[2] == 4 else 1.0
+            tile = picture[: len(tile), :, :3] / 255 * visible + 1 - visible
+        for patch in patches:
+            x1, y1, x2, y2 = self.crops[patch.index] if patch.box is None else patch.box
+            share = np.nan_to_num(shares(patch.values, low, high)).clip(0, 1)
+            opacity = np.ones_like(share) if picture is None else self.alpha * np.minimum(1, 1.5 * share) ** 1.5
+            down, inside_down = _cells(len(tile), y1, y2, share.shape[0])
+            along, inside_along = _cells(_TILE, x1, x2, share.shape[1])
+            inside, cells = np.ix_(inside_down, inside_along), np.ix_(down, along)
+            seen = opacity[cells][..., None]
+            tile[inside] = seen * self.cmap(share)[cells][..., :3] + (1 - seen) * tile[inside]
+        return tile
+
     def _frame(self, axis: Any, corner: tuple[float, float], size: tuple[float, float], region: bool) -> None:
         from matplotlib.patches import Rectangle
 
@@ -177,20 +211,38 @@ class _Painter:
         return None if self.pictures is None else self.pictures[self._number(patch)]
 
 
-def _row_size(choice: Choice, painter: _Painter) -> tuple[float, float]:
+def _cells(size: int, start: float, end: float, count: int) -> tuple[Array, Array]:
+    """The pixels, of `size`, that lie between `start` and `end` (relative): which of `count` cells each shows, and its number."""
+    places = ((np.arange(size) + 0.5) / size - start) / (end - start)
+    inside = (places >= 0) & (places < 1)
+    return (places[inside] * count).astype(int), np.flatnonzero(inside)
+
+
+def _row_size(row: Row, painter: _Painter) -> tuple[float, float]:
     """Inches of a row's figure."""
-    height = max(0.9 * _WIDTH * max(0.3, painter.shape(choice)), _LINE * len(_lines_of(choice.words)) / 72)
-    return _WIDTH * max(1, painter.count(choice) + bool(choice.words)), 0.5 + height
+    choice = row.choices[0]
+    height = max(0.9 * _WIDTH * max(0.3, painter.shape(choice.patches)), _LINE * len(_lines_of(row.words, choice.values)) / 72)
+    return _WIDTH * _columns(row, painter), 0.5 + height
 
 
-def _draw_row(part: Any, choice: Choice, painter: _Painter) -> None:
-    """Photo, overlay and words of a row, under its label and score."""
-    columns = max(1, painter.count(choice) + bool(choice.words))
+def _columns(row: Row, painter: _Painter) -> int:
+    """Axes of a row: its panels and its words, or all its towers where it has neither."""
+    return painter.count(row.choices[0]) + bool(row.words) or len(row.choices[0].rows)
+
+
+def _draw_row(part: Any, row: Row, painter: _Painter) -> None:
+    """Photo, overlay and words of a row, under its label and score; the entries of its towers where it has neither."""
+    (choice,), columns = row.choices, _columns(row, painter)
     axes = part.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.set_axis_off()
     low, high = limits(choice.patches)
     drawn, at = None, 0
+    if not choice.patches and not row.words:
+        for axis, (name, values) in zip(axes, choice.rows.items(), strict=True):
+            axis.stairs(values, fill=True, color=painter.cmap(0.5))
+            axis.set_title(name, fontsize=9, parse_math=False)
+    else:
+        for axis in axes:
+            axis.set_axis_off()
     for patches in painter.panels(choice):
         if painter.pictures is not None:
             painter.photo(axes[at], patches)
@@ -199,45 +251,56 @@ def _draw_row(part: Any, choice: Choice, painter: _Painter) -> None:
         at += 1
     if drawn is not None and high > low:
         _bar(part, drawn, axes[:at])
-    if choice.words:
-        _draw_words(axes[at], choice.words)
-    _title(part.suptitle("", fontsize=_SIZE), choice.label, choice.score, columns * _WIDTH)
+    if row.words:
+        _draw_words(axes[at], row.words, choice.values)
+    _title(part.suptitle("", fontsize=_SIZE), row.label, choice.score, columns * _WIDTH)
 
 
-def _answer_heights(group: list[Choice], painter: _Painter) -> list[float]:
-    """Inches of an answer's parts: its maps in lines, and the table of its words."""
-    lines, words = _lines(group, painter), bool(group and group[0].words)
-    maps = [lines * (_SMALL * painter.shape(group[0]) + 0.6)] if lines else []
-    return maps + ([0.9 + 0.22 * len(group)] if words else [])
+def _answer_heights(row: Row, painter: _Painter) -> list[float]:
+    """Inches of an answer's parts: its maps in lines, and the table of its words, or of each tower where it has neither."""
+    if not row.choices:
+        return [0.3]
+    table, (lines, columns) = 0.9 + 0.22 * min(len(row.choices), _MANY), _lines(row, painter)
+    shape, width = painter.shape(row.choices[0].patches), _COLUMNS * _SMALL / columns
+    maps = [lines * (width * shape + (0.6 if columns == _COLUMNS else 0.2))] if lines else []
+    return maps + [table] * (bool(row.words) if lines or row.words else len(row.choices[0].rows))
 
 
-def _lines(group: list[Choice], painter: _Painter) -> int:
-    panels = sum(len(painter.panels(choice)) for choice in group)
-    return -(-(panels + (painter.pictures is not None)) // _COLUMNS) if panels else 0
+def _lines(row: Row, painter: _Painter) -> tuple[int, int]:
+    """Lines of an answer's maps, and maps in each."""
+    panels = sum(len(painter.panels(choice)) for choice in row.choices)
+    columns = _COLUMNS if len(row.choices) <= _MANY else _SHEET
+    return -(-(panels + (painter.pictures is not None)) // columns) if panels else 0, columns
 
 
-def _draw_answer(part: Any, explanation: Explained, title: str, group: list[Choice], painter: _Painter) -> None:
+def _draw_answer(part: Any, row: Row, painter: _Painter) -> None:
     """A map per word of the answer, and a table of what its words count for each other."""
-    heights, lines = _answer_heights(group, painter), _lines(group, painter)
-    if not heights:
-        return
+    heights, (lines, columns) = _answer_heights(row, painter), _lines(row, painter)
     parts = list(part.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     if lines:
-        _draw_maps(parts.pop(0), group, painter, lines)
-    if parts:
-        _draw_table(parts.pop(0), explanation, group, painter.cmap)
-    scores = [choice.score for choice in group if choice.score is not None]
-    _title(part.suptitle("", fontsize=_SIZE), title, sum(scores) if scores else None, _COLUMNS * _SMALL)
+        (_draw_maps if columns == _COLUMNS else _draw_sheet)(parts.pop(0), row, painter, lines)
+    if row.words:
+        values = np.array([choice.values for choice in row.choices], dtype=float)
+        values[np.triu_indices_from(values, len(row.prompt) + 1)] = np.nan  # words that were not there yet
+        axis = _draw_table(parts.pop(0), row, values, [word.text for word in row.words], painter.cmap)
+        axis.axvline(len(row.prompt) - 0.5, color="white", linewidth=2)
+    elif row.choices and not lines:
+        for name, values in row.choices[0].rows.items():
+            tower = np.array([choice.rows[name] for choice in row.choices])
+            axis = _draw_table(parts.pop(0), row, tower, [str(i) for i in range(len(values))], painter.cmap)
+            axis.set_title(name, fontsize=9, parse_math=False)
+    scores = [choice.score for choice in row.choices if choice.score is not None]
+    _title(part.suptitle("", fontsize=_SIZE), row.label, sum(scores) if scores else None, _COLUMNS * _SMALL)
 
 
-def _draw_maps(part: Any, group: list[Choice], painter: _Painter, lines: int) -> None:
+def _draw_maps(part: Any, row: Row, painter: _Painter, lines: int) -> None:
     axes = part.subplots(lines, _COLUMNS, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
     free = iter(axes)
     if painter.pictures is not None:
-        painter.photo(next(free), painter.panels(group[0])[0])
-    for choice in group:
+        painter.photo(next(free), painter.panels(row.choices[0])[0])
+    for choice in row.choices:
         low, high = limits(choice.patches)
         for patches in painter.panels(choice):
             axis = next(free)
@@ -247,20 +310,43 @@ def _draw_maps(part: Any, group: list[Choice], painter: _Painter, lines: int) ->
                 _bar(part, drawn, [axis], location="bottom")
 
 
-def _draw_table(part: Any, explanation: Explained, group: list[Choice], cmap: ListedColormap) -> None:
-    """Words of the answer (down) by the words that they rest on (across)."""
+def _draw_sheet(part: Any, row: Row, painter: _Painter, lines: int) -> None:
+    """The maps of many words as one image, scaled together, each under its word. An axis for each would take minutes."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    painter = painter.small()
+    low, high = limits([patch for choice in row.choices for patch in choice.patches])
+    tiles = [(choice.label, painter.tile(maps, low, high)) for choice in row.choices for maps in painter.panels(choice)]
+    if painter.pictures is not None:
+        photo = [Patch(patch.index, np.zeros((1, 1)), WHOLE) for patch in painter.panels(row.choices[0])[0][:1]]
+        tiles.insert(0, ("", painter.tile(photo, 0, 0)))
+    gap, text = 6, 22
+    height = max(len(tile) for _, tile in tiles) + text
+    sheet = np.full((lines * height, _SHEET * (_TILE + gap), 4), 255, np.uint8)
     axis = part.subplots()
-    prompt = len(row_words(explanation, group[0].row)[0])
-    values = np.array([[value for _, value in choice.words] for choice in group])
-    values[np.triu_indices_from(values, prompt + 1)] = np.nan  # words that were not there yet
+    axis.set_axis_off()
+    for number, (label, tile) in enumerate(tiles):
+        y, x = number // _SHEET * height + text, number % _SHEET * (_TILE + gap)
+        sheet[y : y + len(tile), x : x + _TILE, :3] = np.rint(255 * tile)
+        shown = label if len(label) <= 10 else label[:9] + "…"
+        axis.text(x, y - 3, shown, fontsize=7, parse_math=False, in_layout=False)
+    axis.imshow(sheet, interpolation="nearest")
+    if high > low:
+        _bar(part, ScalarMappable(Normalize(low, high), painter.cmap), [axis])
+
+
+def _draw_table(part: Any, row: Row, values: Array, across: list[str], cmap: ListedColormap) -> Any:
+    """Words of the answer (down) by what they rest on (across); where there are too many, not each is named."""
+    axis = part.subplots()
     drawn = axis.imshow(values, cmap=cmap, aspect="auto", interpolation="nearest")
-    words = [word.text for word, _ in group[0].words]
-    across = axis.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
-    down = axis.set_yticks(range(len(group)), [choice.label for choice in group], fontsize=8)
-    for tick in (*across, *down):
+    below, beside = -(-len(across) // _NAMES) or 1, -(-len(row.choices) // _MANY) or 1
+    columns = axis.set_xticks(range(0, len(across), below), across[::below], rotation=90, fontsize=8)
+    lines = axis.set_yticks(range(0, len(row.choices), beside), [choice.label for choice in row.choices[::beside]], fontsize=8)
+    for tick in (*columns, *lines):
         tick.label1.set_parse_math(False)
-    axis.axvline(prompt - 0.5, color="white", linewidth=2)
     _bar(part, drawn, [axis])
+    return axis
 
 
 def _bar(part: Any, drawn: Any, axes: Any, location: str = "right") -> None:
@@ -292,7 +378,7 @@ def _title(text: Any, label: str, score: float | None, width: float) -> None:
     text.set_text((label + end).lstrip())
 
 
-def _lines_of(words: list[tuple[Word, float]]) -> list[list[tuple[str, bool, float]]]:
+def _lines_of(words: list[Word], values: Array) -> list[list[tuple[str, bool, float]]]:
     """Words in lines: (text, whether a blank stands in front, value) each."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextToPath
@@ -300,7 +386,7 @@ def _lines_of(words: list[tuple[Word, float]]) -> list[list[tuple[str, bool, flo
     measure, font = TextToPath(), FontProperties(size=_SIZE)
     lines: list[list[tuple[str, bool, float]]] = []
     length = 0.0
-    for word, value in words:
+    for word, value in zip(words, values.tolist(), strict=True):
         blank = word.space and bool(lines)
         advance = measure.get_text_width_height_descent(" " * blank + word.text, font, ismath=False)[0] + 4
         if not lines or length + advance > _POINTS:
@@ -311,16 +397,16 @@ def _lines_of(words: list[tuple[Word, float]]) -> list[list[tuple[str, bool, flo
     return lines
 
 
-def _draw_words(axis: Any, words: list[tuple[Word, float]]) -> None:
+def _draw_words(axis: Any, words: list[Word], values: Array) -> None:
     """Words in lines, coloured by their share of the largest magnitude: orange above zero, blue below."""
     from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
 
-    largest = max(abs(value) for _, value in words) or 1.0
+    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0)) or 1.0
     lines: list[list[Any]] = []
-    for line in _lines_of(words):
+    for line in _lines_of(words, values):
         lines.append([])
         for text, blank, value in line:
-            share = abs(value) / largest
+            share = min(1.0, abs(value) / largest) if value == value else 0.0
             color = (1.0, 0.62, 0.24, share) if value >= 0 else (0.43, 0.70, 1.0, share)
             box = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
             if blank:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")  # <s>, <|im_start|>, [SEP]
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte that SentencePiece has no token for
@@ -29,7 +30,25 @@ class Word:
     space: bool
 
 
-def join_tokens(tokens: Sequence[str], vocabulary: Sequence[str] | None = None) -> list[Word]:
+class Marks(NamedTuple):
+    """How a tokenizer marks where words begin or end."""
+
+    byte_level: bool  # "Ġgiraffe"; every character stands for a byte
+    spaced: bool  # "▁giraffe"
+    ends: bool  # "giraffe</w>"
+    of_bytes: bool  # every character stands for a byte, with a mark or without
+
+
+def find_marks(vocabulary: Iterable[str]) -> Marks:
+    """The marks in tokens of one tokenizer; the more tokens, the surer they are."""
+    tokens = list(vocabulary)
+    byte_level = any(token.startswith("Ġ") or "Ċ" in token for token in tokens)  # ".Ċ" is a token, too
+    spaced = any(token.startswith("▁") for token in tokens)
+    ends = any(token.endswith("</w>") for token in tokens)
+    return Marks(byte_level, spaced, ends, byte_level or (not spaced and _are_bytes(tokens)))
+
+
+def join_tokens(tokens: Sequence[str], marks: Marks | None = None) -> list[Word]:
     """The words that tokens make up, without the tokenizer's marks.
 
     Known are the marks of byte-level BPE ("Ġgiraffe"), SentencePiece ("▁giraffe"), CLIP ("giraffe</w>") and WordPiece
@@ -38,13 +57,13 @@ def join_tokens(tokens: Sequence[str], vocabulary: Sequence[str] | None = None) 
 
     Args:
         tokens: what `convert_ids_to_tokens` returned.
-        vocabulary: further tokens of the same tokenizer, by which its marks are known; default: none.
+        marks: of the tokenizer; by default those that `tokens` show.
 
     Example:
         >>> [word.text for word in join_tokens(["▁a", "▁gir", "affe", "."])]
         ['a', 'giraffe', '.']
     """
-    pieces = _pieces(tokens, [*tokens, *(vocabulary or ())])
+    pieces = _pieces(tokens, marks or find_marks(tokens))
     units = _whole_characters(pieces)
     words: list[Word] = []
     start = 0
@@ -77,13 +96,10 @@ def _fault(pieces: Sequence[bytes]) -> str | None:
     return None
 
 
-def _pieces(tokens: Sequence[str], vocabulary: Sequence[str]) -> list[bytes]:
+def _pieces(tokens: Sequence[str], marks: Marks) -> list[bytes]:
     """Every token as the bytes of its text, with a space before it where a word begins."""
-    ends = any(token.endswith("</w>") for token in vocabulary)
-    marked = any(token.startswith("Ġ") or "Ċ" in token for token in vocabulary)  # ".Ċ" is a token, too
-    spaced = any(token.startswith("▁") for token in vocabulary)
-    of_bytes = marked or (not spaced and _are_bytes(vocabulary))
-    if marked or (of_bytes and not ends):
+    byte_level, spaced, ends, of_bytes = marks
+    if byte_level or (of_bytes and not ends):
         return [_bytes_of(token) for token in tokens]
     if spaced:
         return [

@@ -22,7 +22,6 @@ from vlattn_fast.interpret.dataset.store import (
     ShardWriter,
     check_settings,
     clean,
-    finished,
     locked,
     to_lines,
     write_text,
@@ -67,6 +66,7 @@ def explain_dataset(
 
     Raises:
         ValueError: no such model or dataset; `out` was begun with other options, or is being written to.
+        OSError: a file of `out` cannot be written, as on a full disk. What was written before is kept.
     """
     find_method(options.method)
     out = Path(out)
@@ -78,7 +78,7 @@ def explain_dataset(
         batches = Batches(*_load(options, ranks, device), options)
         done = _by_first(ranks, lambda: _begin(out, settings, stack))
         if ranks.rank > 0:
-            stack.enter_context(locked(out, alone=False))
+            stack.enter_context(locked(out / SETTINGS, shared=True))
         todo = [number for number in range(len(items)) if number not in done]
         numbers = todo[ranks.rank :: ranks.world]
         stream = in_threads(lambda number: batches.prepare(number, items[number]), numbers, workers)
@@ -120,17 +120,22 @@ def _by_first(ranks: Ranks, act: Callable[[], Any]) -> Any:
 
 
 def _begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack) -> set[int]:
-    """Make or take up the directory, and lock it; the numbers of the items that are done."""
+    """Make or take up the directory, and lock it; the numbers of the items that are done.
+
+    The first rank holds the directory alone. The others share a lock of its settings, so that no run begins beside the ranks of
+    one whose first rank has died.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(out))
+        check_settings(out, settings)  # once more: another run may have begun while the model was loaded
         if not (out / SETTINGS).exists():
             write_text(out / SETTINGS, to_lines([settings]))
     except OSError as error:
         raise ValueError(f"out must be a directory that can be written; got {out}: {error.strerror}") from error
-    stack.enter_context(locked(out, alone=True))
-    (out / SHARDS).mkdir(exist_ok=True)
-    clean(out)
-    return {line["item"] for _, lines in finished(out) for line in lines if "error" not in line}
+    with locked(out / SETTINGS):
+        (out / SHARDS).mkdir(exist_ok=True)
+        return {line["item"] for shard in clean(out) for line in shard.lines if "error" not in line}
 
 
 def _load(options: Options, ranks: Ranks, device: str | None) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """A directory of explanations: shards of safetensors, and beside each shard the lines that say what is finished.
 
 A file is written under another name, synchronised and renamed. A shard counts once its lines are there, so what a killed run
-leaves half-written counts for nothing, and is written over.
+leaves half-written counts for nothing, and is written over. A shard that was cut or deleted later counts for nothing either.
 
     settings.json           the options that decide the results, and a digest of the dataset
     shards/R-N.safetensors  the N-th shard of rank R: tensors "<item>/<place>", in the metadata the facts of each item
@@ -14,15 +14,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vlattn_fast._extras import extra
 from vlattn_fast.interpret.dataset.pieces import pack
 from vlattn_fast.interpret.explanation import Explanation
+from vlattn_fast.interpret.tensor_files import write_tensors
 
 FORMAT = "vlattn_fast.explanations.1"
 SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"
@@ -30,9 +32,20 @@ SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there as a whole, or not at all."""
+    with _unfinished_removed(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+        _publish(unfinished, path)
+
+
+@contextlib.contextmanager
+def _unfinished_removed(path: Path) -> Iterator[Path]:
+    """The name under which `path` is written. Where that fails nothing is left there, which would fill a full disk further."""
     unfinished = _unfinished(path)
-    unfinished.write_text(text, encoding="utf-8")
-    _publish(unfinished, path)
+    try:
+        yield unfinished
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _unfinished(path: Path) -> Path:
@@ -97,42 +110,82 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be {was}, with which {directory} was begun; got {now}")
 
 
-def finished(directory: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Each shard that counts, by its name without an ending, and its lines."""
+class Shard(NamedTuple):
+    """A shard whose lines are there: its name without an ending, its lines, and why it cannot be read (None: it can)."""
+
+    name: str
+    lines: list[dict[str, Any]]
+    fault: str | None
+
+
+def finished(directory: Path) -> Iterator[Shard]:
+    """The shards whose lines are there, in the order of their names."""
     for path in sorted((directory / SHARDS).glob("*.jsonl")):
-        with path.open(encoding="utf-8") as lines:  # splitlines() also parts at characters that stand in texts, as U+2028
-            yield path.stem, [json.loads(line) for line in lines]
+        try:
+            with path.open(encoding="utf-8") as text:  # splitlines() also parts at characters that stand in texts, as U+2028
+                lines = [json.loads(line) for line in text]
+        except ValueError:
+            yield Shard(path.stem, [], f"{path} is broken")
+            continue
+        whole = all("error" in line for line in lines) or _is_whole(path.with_suffix(".safetensors"))
+        yield Shard(path.stem, lines, None if whole else f"{path.with_suffix('.safetensors')} is cut or missing")
 
 
-def clean(directory: Path) -> None:
-    """Remove what a killed run has left half-written."""
+_END = re.compile(rb'"data_offsets":\[\d+,(\d+)\]')  # of a tensor in the header of safetensors
+
+
+def _is_whole(shard: Path) -> bool:
+    """Whether a file of safetensors is as long as its header says. Opening thousands of them would take minutes."""
+    try:
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = shard.stat().st_size - 8 - length
+            return size >= 0 and size == max(map(int, _END.findall(file.read(length))), default=-1)
+    except FileNotFoundError:
+        return False
+
+
+def clean(directory: Path) -> list[Shard]:
+    """Remove what a killed run has left half-written, and shards that cannot be read; the shards that can."""
+    shards = list(finished(directory))
+    for shard in shards:
+        if shard.fault is not None:
+            warnings.warn(f"{shard.fault}; its inputs are explained anew", stacklevel=2)
+            (directory / SHARDS / f"{shard.name}.jsonl").unlink()
     for path in (directory / SHARDS).iterdir():
         if path.suffix == ".tmp" or (path.suffix == ".safetensors" and not path.with_suffix(".jsonl").exists()):
             path.unlink()
+    return [shard for shard in shards if shard.fault is None]
 
 
 @contextlib.contextmanager
-def locked(directory: Path, alone: bool) -> Iterator[None]:
-    """Hold `directory` against other runs; the ranks of one share it. The lock ends with the process, however that ends.
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
+    """Hold a file or folder against other processes. The lock ends with the process, however that ends.
 
     Args:
-        alone: ValueError where any process of another run still holds it. Without: wait for this one to be let in.
+        shared: with others that ask so; wait until they may have it. Without: alone.
+
+    Raises:
+        ValueError: alone, and another process holds it.
     """
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows
         yield
         return
-    with (directory / SETTINGS).open("rb") as file:
-        try:
-            if alone:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(file, fcntl.LOCK_SH)  # the lock of one's own becomes a shared one
-        except BlockingIOError:
-            raise ValueError(f"out must be of one run at a time; got {directory}, which another run is writing to") from None
-        except OSError:  # a file system without locks
-            pass
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        folder = path if path.is_dir() else path.parent
+        raise ValueError(f"out must be of one run at a time; got {folder}, which another run is writing to") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
         yield
+    finally:
+        os.close(handle)
 
 
 class ShardWriter:
@@ -158,17 +211,19 @@ class ShardWriter:
         self._lines.append(line)
 
     def flush(self) -> None:
-        """Write the shard, then its lines."""
-        with extra("explain"):
-            from safetensors.torch import save_file
+        """Write the shard, then its lines.
 
+        Raises:
+            OSError: one of them cannot be written, as on a full disk.
+        """
         if not self._lines:
             return
         while (lines := self.folder / f"{self.rank:05}-{self._number:06}.jsonl").exists():
             self._number += 1
         if self._facts:
             shard = lines.with_suffix(".safetensors")
-            save_file(self._tensors, _unfinished(shard), metadata=self._facts)
-            _publish(_unfinished(shard), shard)
+            with _unfinished_removed(shard) as unfinished:
+                write_tensors(unfinished, self._tensors, self._facts)
+                _publish(unfinished, shard)
         write_text(lines, to_lines(self._lines))
         self._tensors, self._facts, self._lines = {}, {}, []

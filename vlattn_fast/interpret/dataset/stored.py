@@ -46,10 +46,14 @@ class Explanations(Sequence[Explanation]):
 
     def _shard(self, name: str) -> Any:
         with extra("explain"):
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
 
         if self._opened is None or self._opened[0] != name:
-            shard = safe_open(self.directory / SHARDS / f"{name}.safetensors", framework="pt")
+            path = self.directory / SHARDS / f"{name}.safetensors"
+            try:
+                shard = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise _broken(self.directory, f"{path} cannot be read ({error})") from error
             metadata = shard.metadata()
             self._opened = name, (shard, lambda item: json.loads(metadata[str(item)]))
         return self._opened[1]
@@ -69,7 +73,7 @@ def load_explanations(directory: str | Path) -> Explanations:
         names the inputs.
 
     Raises:
-        ValueError: no such run wrote `directory`.
+        ValueError: no such run wrote `directory`; a shard of it is cut or missing.
     """
     directory = Path(directory)
     settings = read_settings(directory)
@@ -77,7 +81,9 @@ def load_explanations(directory: str | Path) -> Explanations:
         raise ValueError(f"directory must be one that `vlattn explain --dataset` wrote; got {directory}")
     entries: dict[int, tuple[int, str, str]] = {}
     failures: dict[int, dict[str, Any]] = {}
-    for name, lines in finished(directory):
+    for name, lines, fault in finished(directory):
+        if fault is not None:
+            raise _broken(directory, fault)
         for line in lines:
             if "error" in line:
                 failures[line["item"]] = line
@@ -85,3 +91,10 @@ def load_explanations(directory: str | Path) -> Explanations:
                 entries.setdefault(line["item"], (line["item"], line["id"], name))
     missing = [failures[item] for item in sorted(failures) if item not in entries]
     return Explanations(directory, settings, [entries[item] for item in sorted(entries)], missing)
+
+
+def _broken(directory: Path, fault: str) -> ValueError:
+    return ValueError(
+        f"directory must have whole shards; got {directory}, where {fault}. `vlattn explain --dataset` with the options of "
+        "its settings.json explains these inputs anew"
+    )

@@ -31,11 +31,11 @@ function valueAt(map, u, v, smooth) {
   const [rows, columns] = map.size;
   const cell = (y, x) => map.cells[Math.min(Math.max(y, 0), rows - 1) * columns + Math.min(Math.max(x, 0), columns - 1)];
   let value = cell(Math.floor(v), Math.floor(u));
-  if (smooth) {
+  if (smooth && value !== null) {
     const x = Math.floor(u - 0.5), y = Math.floor(v - 0.5), right = u - 0.5 - x, down = v - 0.5 - y;
     value = (1 - down) * ((1 - right) * cell(y, x) + right * cell(y, x + 1)) + down * ((1 - right) * cell(y + 1, x) + right * cell(y + 1, x + 1));
   }
-  return map.low + (value / data.steps) * (map.high - map.low);
+  return value === null ? null : map.low + (value / data.steps) * (map.high - map.low);
 }
 
 /* Red, green, blue and alpha by share. Over a photo, small values are transparent. */
@@ -60,6 +60,7 @@ function paint(canvas, figure, low, high) {
       const v = (((y + 0.5) / height - y1) / (y2 - y1)) * rows;
       for (let x = left; x < right; x++, at += 4) {
         const value = valueAt(map, (((x + 0.5) / width - x1) / (x2 - x1)) * columns, v, smooth);
+        if (value === null) continue; /* not a number: nothing is drawn */
         const share = high > low ? (value - low) / (high - low) : 0;
         const [red, green, blue, alpha] = shades[Math.round(255 * Math.max(0, Math.min(1, share)))];
         pixels.data[at] = red;
@@ -169,7 +170,7 @@ function showTokens(choice) {
   context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--mark");
   row.cells.forEach((cell, i) => {
     const y = canvas.height * (1 - cell / data.steps);
-    if (row.high > row.low) context.fillRect(i * step, Math.min(y, base), Math.max(step * 0.85, 0.5), Math.abs(base - y));
+    if (cell !== null && row.high > row.low) context.fillRect(i * step, Math.min(y, base), Math.max(step * 0.85, 0.5), Math.abs(base - y));
   });
   const text = `${row.cells.length} tokens of "${state.tower}", special ones included: ${format(row.low)} to ${format(row.high)}`;
   const kept = !own ? "" : `. The position that is read keeps ${format(own)} for itself, left out here`;
