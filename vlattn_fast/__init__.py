@@ -3,18 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vlattn_fast import nn, reference, scores
-from vlattn_fast.interpret import (
-    Evaluation,
-    Explanation,
-    ProbeReport,
-    PromptMaps,
-    evaluate,
-    explain,
-    load_explanations,
-    probe,
-    prompt_maps,
-)
+from vlattn_fast import reference, scores
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -25,7 +14,33 @@ from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cr
 from vlattn_fast.reference.attention_statistics import AttentionStatistics
 
 if TYPE_CHECKING:
-    from vlattn_fast import lab, models
+    from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
+    from vlattn_fast import lab, models, nn
+    from vlattn_fast.interpret import (
+        Evaluation,
+        Explanation,
+        ProbeReport,
+        PromptMaps,
+        evaluate,
+        explain,
+        load_explanations,
+        probe,
+        prompt_maps,
+    )
+
+# imported when they are first asked for, since they take longer than the operators: packages, and the names of one of them
+_PACKAGES = ("interpret", "lab", "models", "nn")
+_OF_INTERPRET = (
+    "Evaluation",
+    "Explanation",
+    "ProbeReport",
+    "PromptMaps",
+    "evaluate",
+    "explain",
+    "load_explanations",
+    "probe",
+    "prompt_maps",
+)
 
 __all__ = [
     "AttentionStatistics",
@@ -56,11 +71,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The packages that most programs do without are imported when they are first asked for."""
-    if name in ("lab", "models"):
+    """Imports a package, or a function or class of `vlattn_fast.interpret`, at its first use."""
+    if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _OF_INTERPRET:
+        globals()[name] = value = getattr(importlib.import_module(f"{__name__}.interpret"), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})

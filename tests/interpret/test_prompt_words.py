@@ -18,8 +18,8 @@ from tests.interpret.stored_prompts import traced
 
 def test_a_pipeline():
     """With guidance, two prompts and two pictures of each: what the pipeline says is what counts."""
-    pipeline = stable_diffusion()
-    embeds = {"prompt_embeds": torch.randn(2, LENGTH, 16), "negative_prompt_embeds": torch.randn(2, LENGTH, 16)}
+    pipeline = stable_diffusion().to(torch.float64)  # below, a batch of four is compared with a half of eight
+    embeds = {name: torch.randn(2, LENGTH, 16, dtype=torch.float64) for name in ("prompt_embeds", "negative_prompt_embeds")}
     options = {"height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent", "num_images_per_prompt": 2}
 
     def run(guidance_scale: float) -> Tensor:

@@ -149,11 +149,17 @@ def test_zero_vectors(backend: str, case: tuple[str | None, torch.dtype]) -> Non
 
 @on(*FAST)
 def test_the_best_queries_share_the_gradient(backend: str) -> None:
-    """Equal words, and as many regions as make every product exact: equal cosines, whatever the order of sums."""
-    inputs = {name: (4.0 * x).round() / 4.0 for name, x in tensors((2, 3), 4, 8, 16, torch.float32).items()}
-    inputs["captions"][:, 1:4] = inputs["captions"][:, :1] = 1.0
-    grad = check(backend, inputs, aggregation="max")["grad captions"]
-    assert torch.equal(grad[:, 1:4], grad[:, :1].expand_as(grad[:, 1:4]))
+    """Equal words are nearest to four equal regions, whose weights of 1/4 are exact: equal cosines in any order of sums."""
+    inputs = {name: (4.0 * x).round().abs() / 4.0 for name, x in tensors((2, 3), 4, 8, 16, torch.float32).items()}
+    inputs["images"][:] = inputs["images"][:, :1]
+    inputs["captions"][:, 4:] *= -1.0
+    inputs["captions"][:, :4] = 1.0
+    grad = outputs_and_grads(partial(stacked_cross_attention, aggregation="max", backend=backend), inputs)["grad captions"]
+    formula = partial(reference.stacked_cross_attention, aggregation="max")
+    exact = outputs_and_grads(formula, as_dtype(inputs, torch.float64))["grad captions"]
+    assert (exact[:, :4].norm(dim=-1) > 1e-2).all()
+    torch.testing.assert_close(exact[:, 1:4], exact[:, :1].expand(-1, 3, -1))
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @on(*FAST)
