@@ -36,21 +36,20 @@ ROWS = {
 
 HEAD = """# Models
 
-`va.explain(model, inputs)` takes these classes of transformers, and this package's UNITER and CLIPMapper, as they are, and any
-other model with `read=` and `target=` (see [Explain a model](guides/explain_a_model.md)). This page is written from the
-package's records. A test names each class. It compares a small random model with the published rule on stored maps, or runs every
-method on a class with such a tower.
+`va.explain(model, inputs)` takes these classes of transformers, and UNITER and CLIPMapper of this package, without further arguments.
+Any other model needs `read=` and `target=` ([Explain a model](guides/explain_a_model.md)). A script writes this page from the package's
+records. A test names each class: it compares a small random model with the published rule on stored maps, or runs every method on a
+class with the same kind of tower.
 
-*none* as the default score: the outputs have no logits, so a method that takes a gradient needs `target=`, a callable.
+- *default score*: *none* means that the outputs have no logits, so a method that takes a gradient needs `target=`, a callable.
+- *maps*: the parts of the image that have a map, which are patches, a backbone's features, image tokens on their grid, or boxes.
+- *weighted*: whether the record names the residual branch that `method="weighted"` needs.
+- *connector*: whether `through_connector=True` carries relevancy into the vision tower.
 
-*maps* says which parts of the image have a map: patches, a backbone's features, image tokens on their grid, or boxes. *weighted*
-says whether the record names the residual branch that `method="weighted"` needs. *connector* says whether
-`through_connector=True` goes on into the vision tower.
+`explain` refuses two kinds of attention by name, which a config can ask for: attention sinks, and soft-capped logits, as in Google's
+checkpoints of Gemma 2. `Gemma2ForCausalLM` works with `attn_logit_softcapping=None`.
 
-A config can ask for attention that is refused by name: soft-capped logits, as in Google's checkpoints of Gemma 2
-(`Gemma2ForCausalLM` is explained with `attn_logit_softcapping=None`), and attention sinks.
-
-BLIP-2 and InstructBLIP are explained as they are over OPT and Vicuna. Over Flan-T5 they need `answer=` or `read=`, as other
+BLIP-2 and InstructBLIP over OPT and Vicuna need no further arguments. Over Flan-T5 they need `answer=` or `read=`, as other
 encoder-decoders do.
 """
 
