@@ -3,7 +3,7 @@
 Neither needs torch. CPU: where a C++ compiler is found. CUDA: where nvcc and a C++ compiler are found, and no torch that is not
 for CUDA. Elsewhere the install goes on without. VLATTN_CPU=1 (VLATTN_CUDA=1) builds the library or fails, =0 leaves it out.
 CMakeLists.txt alone says how they are built. What was built, or why nothing was, is written beside it: `vlattn info` reads that
-(vlattn_fast/_native.py).
+(vlattn_fast/backends/native.py).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ENVIRONMENT = {**os.environ, "PATH": os.pathsep.join(PATHS)}
 
 @dataclass(frozen=True)
 class Kernels:
-    """One library: vlattn_fast/<name>/libvlattn_<name>.so, asked for by VLATTN_<NAME>."""
+    """One library: vlattn_fast/backends/<name>/libvlattn_<name>.so, asked for by VLATTN_<NAME>."""
 
     name: str
     title: str
@@ -52,7 +52,7 @@ class Kernels:
 
     @property
     def folder(self) -> str:
-        return f"vlattn_fast/{self.name}"
+        return f"vlattn_fast/backends/{self.name}"
 
     @property
     def library(self) -> str:
@@ -264,7 +264,8 @@ if __name__ == "__main__":
     setup(
         packages=[
             *inside,
-            "vlattn_fast.interpret.templates",
+            "vlattn_fast.interpret.result.templates",
+            "vlattn_fast.interpret.probing.templates",
             "vlattn_fast.lab.data",
             "vlattn_fast.kernels",
             "vlattn_fast.benchmarks",

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from vlattn_fast import _native
-from vlattn_fast._checks import check_writable
+from vlattn_fast._ground.checks import check_writable
+from vlattn_fast.backends import native
 
 HERE = Path(__file__).parent
 # In a checkout the rows lie beside this file; an installed package is no place to write to.
@@ -55,7 +55,7 @@ def provenance(command: str) -> dict[str, Any]:
 
 def instructions() -> str:
     """What torch's own kernels and those of torch.compile use of the CPU, and the set of this package's, where it is built."""
-    ours = f", kernels for {_native.instruction_set()}" if _native.library.exists else ""
+    ours = f", kernels for {native.instruction_set()}" if native.library.exists else ""
     return torch.backends.cpu.get_cpu_capability() + ours
 
 

@@ -33,7 +33,7 @@ from vlattn_fast.benchmarks._run import check_device
 
 import vlattn_fast as va
 from vlattn_fast import scores
-from vlattn_fast._native import library
+from vlattn_fast.backends.native import library
 from vlattn_fast.ops import _dispatch
 
 ROUNDS, QUICK_ROUNDS = 20, 1

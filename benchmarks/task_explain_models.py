@@ -29,8 +29,8 @@ from vlattn_fast.benchmarks._whole_models import CLIP, LLAVA, LXMERT, QWEN, Whol
 from vlattn_fast.benchmarks._workloads import CLIP_MODEL, LLAVA_ANSWER, LLAVA_MODEL, LXMERT_MODEL, QWEN_ANSWER, QWEN_MODEL, Sizes
 
 import vlattn_fast as va
-from vlattn_fast.interpret.answers import prepare_answer
-from vlattn_fast.interpret.families import find_family
+from vlattn_fast.interpret.explaining.answer import prepare_answer
+from vlattn_fast.interpret.records.registry import find_family
 
 PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
 BACKWARDS = "one forward, a backward a token"

@@ -49,7 +49,7 @@ from vlattn_fast.kernels._tiles import (
     strides,
 )
 
-from vlattn_fast._tensors import as_dtype, empty_gradient, fold_heads
+from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 
 
 class Rows(NamedTuple):

@@ -53,7 +53,7 @@ from vlattn_fast.kernels._tiles import (
     strides,
 )
 
-from vlattn_fast._tensors import empty_gradient, multiprocessors
+from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 
 PROGRAMS = 2  # for each multiprocessor, as many as their registers allow
 LARGEST = 2**28  # numbers in the sums of several ranges

@@ -34,8 +34,8 @@ from vlattn_fast.kernels._tiles import (
 )
 from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, statistics_kernel
 
-from vlattn_fast._tensors import unit_stride
-from vlattn_fast.reference.congruence_loss import EPSILON
+from vlattn_fast._ground.tensors import unit_stride
+from vlattn_fast.backends.reference.congruence_loss import EPSILON
 
 _CHUNK_BYTES, _MAPS = 1 << 28, 6  # a chunk of samples holds about _MAPS maps of _CHUNK_BYTES in all
 

@@ -21,7 +21,7 @@ from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._products_backward import Rows, keys, queries
 from vlattn_fast.kernels._tiles import CALLER_LSE, LOG2_E, OWN_LSE, aligned, block_size, pad_rows
 
-from vlattn_fast._tensors import weigh_rows
+from vlattn_fast._ground.tensors import weigh_rows
 
 MAX_T = 64  # rows of r in one program
 

@@ -64,7 +64,7 @@ from vlattn_fast.kernels._tiles import (
     strides,
 )
 
-from vlattn_fast._tensors import empty_rows_first
+from vlattn_fast._ground.tensors import empty_rows_first
 
 Shape = tuple[int, ...]
 

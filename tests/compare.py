@@ -1,8 +1,8 @@
 """How tests compare: one tolerance rule, gradients by name, and what an operator allocates.
 
 Import with `from compare import ...`; tests/conftest.py puts this folder on the path. The rule is that of
-vlattn_fast/_tolerance.py: errors against float64, as a root mean square and at most, are held to those of the plain formula
-in the same dtype, pooled over draws of the inputs.
+vlattn_fast/checking/tolerance.py: errors against float64, as a root mean square and at most, are held to those of the plain
+formula in the same dtype, pooled over draws of the inputs.
 
 - `assert_all_close_to(fn, reference, inputs, cotangents)` compares all outputs and gradients. It draws again by itself, which
   calls both functions again with every number of inputs and cotangents multiplied by a factor between 0.75 and 1 (equal numbers
@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlattn_fast._tolerance import ENOUGH, Errors, settle
-from vlattn_fast._tolerance import draws as _endless
-from vlattn_fast.cuda import _shared_library
+from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.checking.tolerance import ENOUGH, Errors, settle
+from vlattn_fast.checking.tolerance import draws as _endless
 
 SLOW = 1  # draws in Triton's interpreter, in the emulation of CUDA and under sanitizers, if the rule holds by then
 

@@ -5,7 +5,7 @@
 
 torch's own kernels, MKL and oneDNN choose their code by the CPU. These variables make them choose as older or other CPUs would,
 so that sums run in other orders and in blocks of other sizes. The package's own CPU kernels run in other instruction sets with
-them. The rule of vlattn_fast/_tolerance.py must hold under each.
+them. The rule of vlattn_fast/checking/tolerance.py must hold under each.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def shares() -> dict[str, str]:
 
 def instruction_sets() -> list[str]:
     """Of the package's CPU kernels: those that this processor runs."""
-    code = "from vlattn_fast import _native; print(*(_native._available() if _native.library.exists else ()))"
+    code = "from vlattn_fast.backends import native; print(*(native._available() if native.library.exists else ()))"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 
 

@@ -16,7 +16,7 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
     from triton.runtime.jit import KernelInterface
     from vlattn_fast.benchmarks import host
 
-    from vlattn_fast import verify
+    from vlattn_fast.checking import verify
     from vlattn_fast.ops import _dispatch
 
     before = KernelInterface.__getitem__, _dispatch.INTERPRETED

@@ -56,7 +56,7 @@ def test_what_the_published_procedures_compute_in_float64():
 def test_a_backend_joins_by_itself_when_it_refuses_no_longer(monkeypatch):
     from vlattn_fast.ops import _dispatch, attention_map
 
-    table = {**attention_map.BACKENDS, "new": _dispatch.Backend(_dispatch.accept, "vlattn_fast.streaming.attention_map")}
+    table = {**attention_map.BACKENDS, "new": _dispatch.Backend(_dispatch.accept, "vlattn_fast.backends.streaming.attention_map")}
     monkeypatch.setattr(attention_map, "BACKENDS", table)
     monkeypatch.setattr(_dispatch, "BACKEND_NAMES", (*_dispatch.BACKEND_NAMES, "new"))
     (benchmark,) = _choice.choose(["attention_map/attention/clip"])
@@ -83,7 +83,7 @@ def test_compiled_variants():
 def test_a_variant_that_fails_or_does_not_fit_is_a_row(monkeypatch):
     (benchmark,) = _choice.choose(["attention_map/gradient/clip"])
     monkeypatch.setattr(_measure, "_free_memory", lambda device: 1000)
-    monkeypatch.setattr("vlattn_fast.streaming.attention_map.forward", lambda *inputs: 1 / 0)
+    monkeypatch.setattr("vlattn_fast.backends.streaming.attention_map.forward", lambda *inputs: 1 / 0)
     rows = {row["variant"]: row for row in measured(benchmark)}
     assert "over half of the memory" in rows["reference"]["not_run"]
     assert rows["streaming"]["not_run"] == "ZeroDivisionError: division by zero"
@@ -255,7 +255,7 @@ def test_vlattn_bench(only_congruence, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "rows" / "cpu.json").read_text())[0]["command"].split()[0] == "vlattn"
     assert "streaming" in result.output and vlattn("--device", "tpu").exit_code == 2
-    monkeypatch.setattr("vlattn_fast.streaming.congruence_loss.forward", lambda *inputs: 1 / 0)
+    monkeypatch.setattr("vlattn_fast.backends.streaming.congruence_loss.forward", lambda *inputs: 1 / 0)
     assert vlattn().exit_code == 1
 
 

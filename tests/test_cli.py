@@ -11,10 +11,12 @@ typer_testing = pytest.importorskip("typer.testing")
 transformers = pytest.importorskip("transformers")
 
 from tests import saved_models  # noqa: E402
-from vlattn_fast import _native, cli, verify  # noqa: E402
-from vlattn_fast.cuda import _shared_library  # noqa: E402
-from vlattn_fast.interpret import loading  # noqa: E402
-from vlattn_fast.interpret.methods import METHODS  # noqa: E402
+from vlattn_fast import cli  # noqa: E402
+from vlattn_fast.backends import native  # noqa: E402
+from vlattn_fast.backends.cuda import _shared_library  # noqa: E402
+from vlattn_fast.checking import verify  # noqa: E402
+from vlattn_fast.interpret.explaining import loading  # noqa: E402
+from vlattn_fast.interpret.relevancy.methods import METHODS  # noqa: E402
 from vlattn_fast.ops import _dispatch  # noqa: E402
 
 
@@ -166,7 +168,7 @@ def test_a_folder_without_a_model(picture, tmp_path):
 @pytest.mark.parametrize("command", ["explain", "verify", "bench", "demo"])
 def test_what_cannot_be_written_is_refused_at_the_start(vit, picture, tmp_path, command, monkeypatch):
     monkeypatch.setattr(cli, "load_model", None)  # none of these gets so far
-    monkeypatch.setattr("vlattn_fast._demo.run", None)
+    monkeypatch.setattr("vlattn_fast.benchmarks.demo.run", None)
     lines = {
         "explain": ["--model", vit, "--image", picture],
         "verify": ["attention_map", "--fuzz", 1],
@@ -312,10 +314,10 @@ def test_info_says_how_the_library_for_the_cpu_was_built(library, record, words,
         file.write_text(library)
     if record:
         (tmp_path / "build.json").write_text(json.dumps(record))
-    monkeypatch.setattr(_native, "INSTALLED", file)
-    monkeypatch.setattr(_native, "library", _native.find(file))
-    for remembered in (_native._library, _native.instruction_set):
-        monkeypatch.setattr(_native, remembered.__name__, remembered.__wrapped__)
+    monkeypatch.setattr(native, "INSTALLED", file)
+    monkeypatch.setattr(native, "library", native.find(file))
+    for remembered in (native._library, native.instruction_set):
+        monkeypatch.setattr(native, remembered.__name__, remembered.__wrapped__)
     assert f"\nCPU C++       {words}" in vlattn("info").output
 
 
@@ -336,7 +338,7 @@ def test_verify_runs_every_backend():
 
 
 def test_verify_fails_on_a_wrong_backend(monkeypatch):
-    from vlattn_fast.streaming import attention_map
+    from vlattn_fast.backends.streaming import attention_map
 
     right = attention_map.forward
     monkeypatch.setattr(attention_map, "forward", lambda *inputs: right(*inputs) * 1.001)
@@ -374,9 +376,7 @@ def test_demo_writes_its_pictures(tmp_path):
 
 
 def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, capsys):
-    from vlattn_fast.benchmarks import _isolated
-
-    from vlattn_fast import _demo
+    from vlattn_fast.benchmarks import _isolated, demo
 
     def measure(name, variants, overrides):
         """Rows at a tiny size; the processes are tested with the benchmarks."""
@@ -389,9 +389,9 @@ def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, caps
         return [next(row for row in rows if row["variant"] == variant) for variant in variants]
 
     monkeypatch.setattr(_isolated, "measure", measure)
-    _demo.compare()
+    demo.compare()
     printed = capsys.readouterr().out
-    for variant in _demo.VARIANTS:
+    for variant in demo.VARIANTS:
         assert re.search(rf"^{re.escape(variant)} +\d+\.\d\d +\d+\.\d\d", printed, re.M), printed
     assert re.search(r"published procedure takes \d+\.\d times as long", printed)
 

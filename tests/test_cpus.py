@@ -38,7 +38,7 @@ def test_the_shares_are_a_tenth_and_no_test_is_in_two() -> None:
 def test_the_settings_reach_the_kernels(setting: str, name: str) -> None:
     if name not in cpus.instruction_sets():
         pytest.skip(f"this processor does not run the CPU kernels of {name}")
-    code = "from vlattn_fast import _native; print(_native.instruction_set())"
+    code = "from vlattn_fast.backends import native; print(native.instruction_set())"
     environment = {**os.environ, **cpus.SETTINGS[setting]}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == name

@@ -247,9 +247,9 @@ def test_the_picture_is_the_demos(tmp_path):
     """Same size and, up to the drawing library's version, same pixels."""
     image = pytest.importorskip("PIL.Image")
     np = pytest.importorskip("numpy")
-    from vlattn_fast import _demo
+    from vlattn_fast.benchmarks import demo
 
-    _demo.picture(tmp_path)
+    demo.picture(tmp_path)
     shown, made = (
         np.asarray(image.open(path).convert("RGB"), dtype=float)
         for path in (ROOT / "docs" / "answer.png", tmp_path / "answer.png")

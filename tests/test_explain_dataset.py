@@ -21,9 +21,9 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 import vlattn_fast as va  # noqa: E402
 from tests import saved_models  # noqa: E402
 from tests.test_cli import said, vlattn  # noqa: E402
-from vlattn_fast.interpret import loading  # noqa: E402
 from vlattn_fast.interpret.dataset import pieces, store  # noqa: E402
 from vlattn_fast.interpret.dataset.items import Items  # noqa: E402
+from vlattn_fast.interpret.explaining import loading  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = ["a red square", "a circle", "blue", "a red red blue square"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from vlattn_fast.interpret import loading
+from vlattn_fast.interpret.explaining import loading
 
 EXPLANATION = va.Explanation({"vision": torch.rand(1, 5)}, torch.rand(1, 2, 2), [0])
 CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {

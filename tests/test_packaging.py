@@ -23,8 +23,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 MAPPED = ("kernels", "benchmarks")  # folders at the top that are installed inside of the package
-LIBRARY, RECORD = "vlattn_fast/cuda/libvlattn_cuda.so", "vlattn_fast/cuda/build.json"  # where a build leaves them; not in git
-CPU_LIBRARY, CPU_RECORD = "vlattn_fast/cpu/libvlattn_cpu.so", "vlattn_fast/cpu/build.json"
+# Where a build leaves them; not in git.
+LIBRARY, RECORD = "vlattn_fast/backends/cuda/libvlattn_cuda.so", "vlattn_fast/backends/cuda/build.json"
+CPU_LIBRARY, CPU_RECORD = "vlattn_fast/backends/cpu/libvlattn_cpu.so", "vlattn_fast/backends/cpu/build.json"
 CMAKE = """
 import os, pathlib, shutil, sys
 option = "--build" if "--build" in sys.argv else "-B"
@@ -163,9 +164,9 @@ def contents(folder: Path, kind: str = "cuda") -> tuple[str, set[str], dict[str,
     """The only wheel's tags and names, and build.json and the library of this kind."""
     (built,) = folder.iterdir()
     with zipfile.ZipFile(built) as archive:
-        names, file = set(archive.namelist()), f"vlattn_fast/{kind}/libvlattn_{kind}.so"
+        names, file = set(archive.namelist()), f"vlattn_fast/backends/{kind}/libvlattn_{kind}.so"
         library = archive.read(file).decode() if file in names else None
-        return built.stem.split("-", 2)[2], names, json.loads(archive.read(f"vlattn_fast/{kind}/build.json")), library
+        return built.stem.split("-", 2)[2], names, json.loads(archive.read(f"vlattn_fast/backends/{kind}/build.json")), library
 
 
 CPU_TOOLS = ("c++", "cmake", "ninja")

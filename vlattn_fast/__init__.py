@@ -3,7 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vlattn_fast import reference, scores
+from vlattn_fast import scores
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -11,7 +13,6 @@ from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_s
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 from vlattn_fast.ops.score_attention import score_attention
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
-from vlattn_fast.reference.attention_statistics import AttentionStatistics
 
 if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package

@@ -17,16 +17,16 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the vlattn command needs {missing.name}: pip install 'vlattn_fast[cli]'") from missing
 
-from vlattn_fast import verify as checks
-from vlattn_fast._checks import check_writable
-from vlattn_fast.interpret.answers import token_ids
+from vlattn_fast._ground.checks import check_writable
+from vlattn_fast.checking import verify as checks
 from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
-from vlattn_fast.interpret.loading import build_inputs, load_model, moved, open_image, seen_part
-from vlattn_fast.interpret.loading import generate as generate_answer
-from vlattn_fast.interpret.methods import METHODS
+from vlattn_fast.interpret.explaining.answer import token_ids
+from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, moved, open_image, seen_part
+from vlattn_fast.interpret.explaining.loading import generate as generate_answer
 from vlattn_fast.interpret.probing.run import TESTS
+from vlattn_fast.interpret.relevancy.methods import METHODS
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -75,7 +75,7 @@ def _check_file(out: Path | None) -> None:
 @_command
 def info() -> None:
     """Versions, devices, and which backend runs which operator, with the reasons for what it does not run."""
-    from vlattn_fast._info import lines
+    from vlattn_fast.checking.info import lines
 
     for line in lines():
         typer.echo(line)
@@ -101,7 +101,7 @@ def verify(
     With --fuzz N it draws N calls: sizes, masks, memory layouts, numbers and options. Each must be right, or refused by name.
     Every failure comes with the command that repeats it.
     """
-    from vlattn_fast.cuda import _shared_library
+    from vlattn_fast.backends.cuda import _shared_library
 
     if fuzz is not None:
         if dtype or device != "cpu":
@@ -142,8 +142,8 @@ def verify(
 def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str] | None, out: Path | None) -> None:
     from tqdm import tqdm
 
-    from vlattn_fast import _fuzz as fuzzer
     from vlattn_fast.benchmarks._rows import provenance
+    from vlattn_fast.checking import fuzz as fuzzer
 
     for option, names, known in (("OPERATOR", operators, fuzzer.OPERATORS), ("--backend", backends, BACKEND_NAMES)):
         if unknown := set(names or ()) - set(known):
@@ -340,7 +340,7 @@ def demo(
     costs: Annotated[bool, typer.Option(help="Also measure what one map costs (minutes).")] = True,
 ) -> None:
     """Check every operator, explain pictures of DigitScenes, the benchmark inside the package, and compare what one map costs."""
-    from vlattn_fast._demo import run
+    from vlattn_fast.benchmarks.demo import run
 
     try:
         check_writable("--out", out, folder=True)

@@ -22,9 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._checks import check_choice, check_floating, check_head_dim, check_number, check_tensor, describe, readable
-from vlattn_fast._series import sine_series
-from vlattn_fast._tensors import compute_dtype, scaled_dot_default, unit_vectors, without_autocast
+from vlattn_fast._ground.checks import (
+    check_choice,
+    check_floating,
+    check_head_dim,
+    check_number,
+    check_tensor,
+    describe,
+    readable,
+)
+from vlattn_fast._ground.series import sine_series
+from vlattn_fast._ground.tensors import compute_dtype, scaled_dot_default, unit_vectors, without_autocast
 
 __all__ = ["Additive", "Cosine", "Dot", "General", "Hadamard", "ScaledDot", "Score"]
 

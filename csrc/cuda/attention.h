@@ -1,4 +1,4 @@
-// What the attention kernels share: the layout of tensors and masks. vlattn_fast/cuda/_shared_library.py packs them.
+// What the attention kernels share: the layout of tensors and masks. vlattn_fast/backends/cuda/_shared_library.py packs them.
 #pragma once
 
 #include "device.h"

@@ -1,4 +1,4 @@
-// congruence_loss of each sample, and its gradients. Packed by vlattn_fast/cuda/congruence_loss.py.
+// congruence_loss of each sample, and its gradients. Packed by vlattn_fast/backends/cuda/congruence_loss.py.
 #pragma once
 
 #include "attention.h"

@@ -1,5 +1,5 @@
 // Attention over short sequences, its backward pass and r Abar; Abar = mean_h relu(A * dA) or mean_h A. Packed by
-// vlattn_fast/cuda/relevancy_attention.py.
+// vlattn_fast/backends/cuda/relevancy_attention.py.
 #pragma once
 
 #include "attention.h"

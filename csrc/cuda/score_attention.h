@@ -1,4 +1,4 @@
-// score_attention with exact additive scores: s_ij = sum_a u_a tanh(x_ia + y_ja). Packed by vlattn_fast/cuda/score_attention.py.
+// score_attention with exact additive scores: s_ij = sum_a u_a tanh(x_ia + y_ja). Packed by vlattn_fast/backends/cuda/score_attention.py.
 #pragma once
 
 #include "attention.h"

@@ -10,11 +10,11 @@ import os
 
 import torch
 
-from vlattn_fast import _native
+from vlattn_fast.backends import native
 
 
 def pytest_configure() -> None:
     threads = ctypes.CDLL(os.environ["VLATTN_OWN_THREADS"])
-    _native._library().vlattn_set_threads(threads.own_parallel_for, threads.own_get_num_threads)
+    native._library().vlattn_set_threads(threads.own_parallel_for, threads.own_get_num_threads)
     torch.set_num_threads(1)
     torch.set_num_threads = lambda count: None

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from tests.cpu.building import KINDS, sanitized  # noqa: E402
 from tests.cuda.building import sanitizing  # noqa: E402
-from vlattn_fast import _native  # noqa: E402
+from vlattn_fast.backends import native  # noqa: E402
 
 PATHS = ("tests/cpu", "tests/ops")
 CHOSEN = "cpu and not compile and not opcheck and not test_library and not test_sanitized"
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("-k", dest="chosen", metavar="EXPRESSION", help="of pytest")
     options = parser.parse_args()
-    sets = _native._available()
+    sets = native._available()
     chosen = f"{CHOSEN} and ({options.chosen})" if options.chosen else CHOSEN
     codes = []
     for kind, instruction_set in [*(("address", name) for name in sets), ("thread", sets[0])]:

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from vlattn_fast import _native
+from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, sys
 import torch, vlattn_fast as va
 from typer.testing import CliRunner
-from vlattn_fast import _native
+from vlattn_fast import native
 from vlattn_fast.cli import app
 
 def computed():
@@ -30,7 +30,7 @@ def computed():
     got = va.score_attention(query, key, value, score=score, backend="cpu")
     expected = va.reference.score_attention(query, key, value, score=score)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)  # products of 20 features before tanh are large
-    return _native.instruction_set()
+    return native.instruction_set()
 
 def said(name):
     os.environ["VLATTN_CPU_ISA"] = name
@@ -57,7 +57,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def available() -> list[str]:
-    return _native._available()
+    return native._available()
 
 
 def small() -> Any:
@@ -101,17 +101,17 @@ def test_info_names_what_runs(said: dict[str, tuple[str, str]]) -> None:
 
 def test_a_struct_of_another_size_is_told_from_one_that_fits() -> None:
     with pytest.raises(RuntimeError, match="does not fit this vlattn_fast: install it again"):
-        _native.kernel("score_attention_forward", "qqd")(1, 2, 3.0)
+        native.kernel("score_attention_forward", "qqd")(1, 2, 3.0)
 
 
 def test_a_kernel_that_is_not_there() -> None:
     with pytest.raises(RuntimeError, match=r"has no vlattn_\w+_transmogrify: it does not fit this vlattn_fast; install it again"):
-        _native.kernel("transmogrify", "q")(1)
+        native.kernel("transmogrify", "q")(1)
 
 
 def test_a_missing_library_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small()
-    monkeypatch.setattr(_native, "library", _native.find(tmp_path / "libvlattn_cpu.so"))
+    monkeypatch.setattr(native, "library", native.find(tmp_path / "libvlattn_cpu.so"))
     with pytest.raises(ValueError, match=r"backend='cpu' cannot run .*the CPU kernels are not built \(`vlattn info` says why\)"):
         small()
 
@@ -123,16 +123,16 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
 
 
 def test_another_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "library", _native.find(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    for remembered in (_native._library, _native.instruction_set):
-        monkeypatch.setattr(_native, remembered.__name__, remembered.__wrapped__)
-    assert "libtorch_cpu.so has no vlattn_set_threads: it does not fit this vlattn_fast" in _native.state()
+    monkeypatch.setattr(native, "library", native.find(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    for remembered in (native._library, native.instruction_set):
+        monkeypatch.setattr(native, remembered.__name__, remembered.__wrapped__)
+    assert "libtorch_cpu.so has no vlattn_set_threads: it does not fit this vlattn_fast" in native.state()
 
 
 def test_no_torch_in_it() -> None:
     """It serves every version of torch, and can be built without one."""
     if shutil.which("readelf") is None:
         pytest.skip("readelf is not installed")
-    said = subprocess.run(["readelf", "-d", _native.library.path], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(["readelf", "-d", native.library.path], capture_output=True, text=True, check=True).stdout
     needed = {line.split("[")[1].split(".so")[0] for line in said.splitlines() if "(NEEDED)" in line}
     assert needed <= {"libm", "libc", "libgcc_s", "libstdc++", "ld-linux-x86-64"} and "libc" in needed

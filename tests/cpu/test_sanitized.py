@@ -6,14 +6,14 @@ import pytest
 
 from tests.cpu import sanitize
 from tests.cpu.building import KINDS, sanitized
-from vlattn_fast import _native
+from vlattn_fast.backends import native
 
 CHOSEN = {"address": "layouts or empty or grouped", "thread": "layouts or grouped"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_found(kind: str) -> None:
-    widest = _native._available()[0]
+    widest = native._available()[0]
     chosen = f"{sanitize.CHOSEN} and ({CHOSEN[kind]})"
     done = sanitize.run(kind, sanitized(kind, widest), widest, "-x", *sanitize.PATHS, "-k", chosen)
     assert done.returncode == 0, done.stdout[-10000:]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.cuda.building import ROOT
-from vlattn_fast.cuda import _shared_library
+from vlattn_fast.backends.cuda import _shared_library
 
 
 def attend(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from compare import assert_all_close_to, assert_close_to
 import vlattn_fast as va
 from tests.ops.backends import F64, assert_refused
 from tests.ops.relevancy_cases import check, tensors
-from vlattn_fast.cuda import relevancy_attention
+from vlattn_fast.backends.cuda import relevancy_attention
 
 MANY = 132  # from so many samples on, a block takes all heads of one: _tensors.EMULATED_MULTIPROCESSORS
 

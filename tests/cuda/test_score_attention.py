@@ -14,7 +14,7 @@ from tests.ops.backends import LOW, assert_refused
 from tests.ops.score_cases import call
 from tests.ops.score_cases import check as check_backend
 from vlattn_fast import scores as S
-from vlattn_fast.cuda import score_attention
+from vlattn_fast.backends.cuda import score_attention
 
 
 def additive(p: dict[str, torch.Tensor]) -> S.Additive:

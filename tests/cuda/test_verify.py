@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.ops.backends import DEVICE
+from vlattn_fast.checking.verify import OPERATORS, backends_of, verify
 from vlattn_fast.ops._dispatch import no_cuda_kernel
-from vlattn_fast.verify import OPERATORS, backends_of, verify
 
 WITH_KERNELS = [operator for operator in OPERATORS if backends_of(operator)["cuda"].refusals is not no_cuda_kernel]
 

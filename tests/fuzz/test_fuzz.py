@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from tests.ops.backends import cuda_library, ready  # noqa: F401 (a fixture)
-from vlattn_fast import _fuzz
-from vlattn_fast._fuzz_cases import LAYOUTS, lay_out
+from vlattn_fast.checking import fuzz
+from vlattn_fast.checking.fuzz_cases import LAYOUTS, lay_out
 from vlattn_fast.cli import app
 
 CONFIGURATIONS, PART = 2000, 50
@@ -29,8 +29,8 @@ def every_backend(cuda_library: Path) -> Iterator[None]:  # noqa: F811
 @pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("first", range(0, CONFIGURATIONS, PART))
 def test_right_or_refused(first: int) -> None:
-    summary = _fuzz.Summary()
-    for outcome in _fuzz.fuzz(PART, first):
+    summary = fuzz.Summary()
+    for outcome in fuzz.fuzz(PART, first):
         summary.add(outcome)
     assert not summary.failures, "\n".join(summary.failures)
     assert summary.compared.total() > PART / 2
@@ -45,10 +45,10 @@ def test_stored_results() -> None:
 
 
 def test_every_operator_and_backend_is_drawn() -> None:
-    drawn = [_fuzz.drawn(number) for number in range(CONFIGURATIONS)]
-    assert {operator for operator, _, _ in drawn} == set(_fuzz.OPERATORS)
-    assert {backend for _, backend, _ in drawn} == set(_fuzz.BACKENDS)
-    assert {dtype for _, _, dtype in drawn} == set(_fuzz.DTYPES)
+    drawn = [fuzz.drawn(number) for number in range(CONFIGURATIONS)]
+    assert {operator for operator, _, _ in drawn} == set(fuzz.OPERATORS)
+    assert {backend for _, backend, _ in drawn} == set(fuzz.BACKENDS)
+    assert {dtype for _, _, dtype in drawn} == set(fuzz.DTYPES)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,17 +65,17 @@ def test_layouts_keep_the_numbers(layout: str) -> None:
 
 FLAWS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "a map a thousandth too large": (
-        "vlattn_fast.streaming.attention_map",
+        "vlattn_fast.backends.streaming.attention_map",
         "forward",
         lambda right: lambda *inputs: right(*inputs) * 1.001,
     ),
     "a log-sum-exp a thousandth too large": (
-        "vlattn_fast.streaming.score_attention",
+        "vlattn_fast.backends.streaming.score_attention",
         "logsumexp",
         lambda right: lambda logits: right(logits) + 1e-3,
     ),
     "all groups of keys taken for one": (
-        "vlattn_fast.streaming.attention_statistics",
+        "vlattn_fast.backends.streaming.attention_statistics",
         "forward",
         lambda right: lambda q, k, groups, *rest: right(q, k, None if groups is None else groups.clamp(max=0), *rest),
     ),
@@ -87,9 +87,9 @@ def test_a_planted_flaw_is_caught_and_repeated_by_its_number(flaw: str, monkeypa
     module, name, plant = FLAWS[flaw]
     target = importlib.import_module(module)
     monkeypatch.setattr(target, name, plant(getattr(target, name)))
-    first = next((outcome for outcome in _fuzz.fuzz(150, 0, backends=("streaming",)) if not outcome.passed), None)
+    first = next((outcome for outcome in fuzz.fuzz(150, 0, backends=("streaming",)) if not outcome.passed), None)
     assert first is not None, f"{flaw}: not caught"
-    again = _fuzz.run(first.seed, operators=(first.operator,), backends=("streaming",))
+    again = fuzz.run(first.seed, operators=(first.operator,), backends=("streaming",))
     assert (again.ratio, again.facts) == (first.ratio, first.facts)
     command = f"verify {first.operator} --backend streaming --fuzz 1 --seed {first.seed}"
     assert first.repro() == f"vlattn {command}"

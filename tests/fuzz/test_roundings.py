@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlattn_fast import reference
-from vlattn_fast._roundings import OtherRoundings, unluckiest
+from vlattn_fast.backends import reference
+from vlattn_fast.checking.roundings import OtherRoundings, unluckiest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from tests.gpu import production
-from vlattn_fast import verify
+from vlattn_fast.checking import verify
 
 CALLS = 3
 

@@ -327,7 +327,7 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row | Non
 def benchmarks(run: Session) -> bool:
     from vlattn_fast.benchmarks._choice import OURS, choose
 
-    from vlattn_fast import verify as operators
+    from vlattn_fast.checking import verify as operators
 
     gate, items, verified = Gate(run), [], True
     names = [benchmark.name for benchmark in choose([])]
@@ -353,7 +353,7 @@ def benchmarks(run: Session) -> bool:
 
 
 def tests(run: Session) -> bool:
-    from vlattn_fast.verify import OPERATORS
+    from vlattn_fast.checking.verify import OPERATORS
 
     files = [
         f"tests/{folder}/{path.name}" for folder in _folders(run) for path in sorted((TREE / "tests" / folder).glob("test_*.py"))

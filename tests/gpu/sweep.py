@@ -17,8 +17,8 @@ import torch
 from vlattn_fast.kernels import _configurations
 
 from tests.gpu import launches, production
-from vlattn_fast import verify
-from vlattn_fast._tolerance import settle
+from vlattn_fast.checking import verify
+from vlattn_fast.checking.tolerance import settle
 
 Config = dict[str, int]
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.gpu import production, session, sweep, worker
-from vlattn_fast._tolerance import Errors
+from vlattn_fast.checking.tolerance import Errors
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,8 +19,8 @@ from vlattn_fast.benchmarks._measure import Measurement
 from vlattn_fast.benchmarks._rows import device_name
 
 from tests.gpu import launches, production
-from vlattn_fast import verify
-from vlattn_fast._tolerance import settle
+from vlattn_fast.checking import verify
+from vlattn_fast.checking.tolerance import settle
 
 ROW = "ROW "  # before a row; whatever else is printed is kept for what went wrong
 Item = dict[str, Any]

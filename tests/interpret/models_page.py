@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vlattn_fast.interpret.decoders import DECODERS
-from vlattn_fast.interpret.encoders import ENCODERS
-from vlattn_fast.interpret.linked import LINKED
-from vlattn_fast.interpret.records import Family
+from vlattn_fast.interpret.records.decoders import DECODERS
+from vlattn_fast.interpret.records.encoders import ENCODERS
+from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.records.two_towers import LINKED
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "models.md"

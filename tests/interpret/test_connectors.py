@@ -11,9 +11,9 @@ from tests.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, p
 from tests.interpret.stored_maps import Kept
 from tests.interpret.test_decoder_images import pixels_at
 from vlattn_fast.interpret import FAMILIES, explain
-from vlattn_fast.interpret.cut import vision_maps
 from vlattn_fast.interpret.dataset.pieces import split
-from vlattn_fast.interpret.families import find_family
+from vlattn_fast.interpret.explaining.fields import vision_maps
+from vlattn_fast.interpret.records.registry import find_family
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
 TEXT = dict(

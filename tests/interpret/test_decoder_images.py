@@ -13,7 +13,7 @@ import transformers as t  # noqa: E402
 
 from tests.interpret.decoder_cases import IMAGE, Decoder, Map, every, image, pixels, words  # noqa: E402
 from vlattn_fast.interpret import FAMILIES, explain  # noqa: E402
-from vlattn_fast.interpret.readout import image_maps  # noqa: E402
+from vlattn_fast.interpret.explaining.token_parts import image_maps  # noqa: E402
 
 
 def nothing(module, query, key, value, attention_mask, **options):  # type: ignore[no-untyped-def]

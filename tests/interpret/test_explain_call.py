@@ -11,7 +11,7 @@ import transformers
 
 import vlattn_fast as va
 from vlattn_fast.interpret import Family, Tower, explain, register_family
-from vlattn_fast.interpret.families import FAMILIES
+from vlattn_fast.interpret.records.registry import FAMILIES
 
 ALL = ("clip", "siglip", "vit", "dinov2", "bert", "llava", "qwen2_5_vl", "uniter")
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -441,6 +441,6 @@ def test_towers_alone_and_mean_pooling():
 
 def test_public_name():
     """The call and the package share a name; importing parts of the package must not put it in the call's place."""
-    import vlattn_fast.interpret.pictures  # noqa: F401
+    import vlattn_fast.interpret.result.figure  # noqa: F401
 
     assert va.explain is explain

@@ -17,7 +17,9 @@ transformers = pytest.importorskip("transformers")
 from tests.interpret.cases import lively, one_hot  # noqa: E402
 from tests.interpret.stored_maps import Place, beside, error, rows_of  # noqa: E402
 from tests.interpret.tower_cases import HEADS, METHODS, T5, Block, Stack, check, first_rows, made, second, sequences, stack, text  # noqa: E402
-from vlattn_fast.interpret import explain, trace, watching  # noqa: E402
+from vlattn_fast.attach import attention_calls  # noqa: E402
+from vlattn_fast.interpret import explain  # noqa: E402
+from vlattn_fast.interpret.relevancy import model_trace  # noqa: E402
 
 SEEN = ["torch", "by name", "one head", "one key head", "nn.MultiheadAttention", "timm"]
 
@@ -276,7 +278,7 @@ class Remembers(Stack):
 
 
 def test_states_that_a_model_keeps_bear_no_marks_of_the_next_run(monkeypatch):
-    for module in (trace, watching):  # as it may be once an object is gone
+    for module in (model_trace, attention_calls):  # as it may be once an object is gone
         monkeypatch.setattr(module, "id", lambda x: 7, raising=False)
     model, inputs = stack("torch", make=Remembers), sequences()
     explain(model, inputs, read="cls", target=second)
@@ -284,5 +286,5 @@ def test_states_that_a_model_keeps_bear_no_marks_of_the_next_run(monkeypatch):
     unmarked.last = model.last.clone()
     again, first = (explain(one, inputs, read="cls", target=second).relevancy for one in (model, unmarked))
     torch.testing.assert_close(again, first)
-    marks = {watching.Watch(model, {}, lambda calls: None)._mark for _ in range(2)}
+    marks = {attention_calls.Watch(model, {}, lambda calls: None)._mark for _ in range(2)}
     assert len(marks) == 2

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.interpret.made import answered, made
-from vlattn_fast.interpret import Explanation, view
+from vlattn_fast.interpret import Explanation
+from vlattn_fast.interpret.result import choices
 
 
 def cells(page: str) -> list[list[float | None]]:
@@ -59,7 +60,7 @@ def test_maps_without_rows_are_of_one_row_each():
 
 def test_text_without_words_is_numbered():
     explanation = Explanation({"text": torch.rand(1, 4)}, text=torch.tensor([[0.25, 1.0]]))
-    (row,) = view.read_rows(explanation)
+    (row,) = choices.read_rows(explanation)
     assert [word.text for word in row.words] == ["0", "1"] and row.choices[0].values.tolist() == [0.25, 1.0]
     explanation.plot().canvas.draw()
 
@@ -207,8 +208,8 @@ def test_load_names_what_is_broken(tmp_path):
 
 
 def test_words_are_joined_once_a_row(monkeypatch):
-    joined, join = [], view.join_tokens
-    monkeypatch.setattr(view, "join_tokens", lambda *arguments: joined.append(arguments) or join(*arguments))
+    joined, join = [], choices.join_tokens
+    monkeypatch.setattr(choices, "join_tokens", lambda *arguments: joined.append(arguments) or join(*arguments))
     explanation = long_answer(60)
     for draw in (explanation.to_html, explanation.plot):
         joined.clear()
@@ -224,10 +225,10 @@ def test_words_are_joined_once_a_row(monkeypatch):
 
 
 def test_a_table_reads_each_row_once(monkeypatch):
-    from vlattn_fast.interpret import tables
+    from vlattn_fast.interpret.result import table
 
-    read, text_row = [], tables.text_row
-    monkeypatch.setattr(tables, "text_row", lambda *arguments: read.append(arguments) or text_row(*arguments))
+    read, text_row = [], table.text_row
+    monkeypatch.setattr(table, "text_row", lambda *arguments: read.append(arguments) or text_row(*arguments))
     explanation = long_answer(60)
     frame, largest = explanation.to_pandas(), explanation.top(1)
     assert len(read) == 2 and len(frame) == 60 * (4 + 65) and len(largest) == 60
@@ -235,7 +236,7 @@ def test_a_table_reads_each_row_once(monkeypatch):
 
 
 def test_many_words_share_a_sheet():
-    from vlattn_fast.interpret import pictures
+    from vlattn_fast.interpret.result import figure
 
     short, long = long_answer(40).plot(), long_answer(300).plot()
     assert len(short.axes) > 80 and len(long.axes) == 4  # sheet and table, each with a bar
@@ -245,12 +246,12 @@ def test_many_words_share_a_sheet():
     brightness = sheet[..., :3].sum(-1).astype(int)
     for number, text in ((0, long.axes[0].texts[0]), (17, long.axes[0].texts[17]), (299, long.axes[0].texts[299])):
         x, y = text.get_position()
-        tile = brightness[int(y) + 3 :, int(x) :][: pictures._TILE, : pictures._TILE]
-        half = pictures._TILE // 2
+        tile = brightness[int(y) + 3 :, int(x) :][: figure._TILE, : figure._TILE]
+        half = figure._TILE // 2
         quarters = [tile[i : i + half, j : j + half].mean() for i in (0, half) for j in (0, half)]
         assert int(np.argmax(quarters)) == number % 4  # where the word's map has its peak
     table = long.axes[2] if long.axes[2].get_yticklabels() else long.axes[1]
-    assert len(table.get_xticklabels()) <= pictures._NAMES and len(table.get_yticklabels()) <= pictures._MANY
+    assert len(table.get_xticklabels()) <= figure._NAMES and len(table.get_yticklabels()) <= figure._MANY
     assert long.get_size_inches()[1] < 40
     long.draw_without_rendering()
 

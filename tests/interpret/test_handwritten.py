@@ -35,8 +35,8 @@ from tests.interpret.handwritten_cases import (  # noqa: E402
     trocr,
     visual_bert,
 )
-from vlattn_fast.interpret._override import overridden  # noqa: E402
-from vlattn_fast.interpret.handwritten import _TRANSFORMERS, replacements  # noqa: E402
+from vlattn_fast.attach.attributes import overridden  # noqa: E402
+from vlattn_fast.attach.handwritten import _TRANSFORMERS, replacements  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 
 from tests.interpret.cases import lively
+from vlattn_fast.attach.attributes import _overridden, overridden
 from vlattn_fast.interpret import explain, probe
-from vlattn_fast.interpret._override import _overridden, overridden
 from vlattn_fast.nn import capture_attention
 
 INPUTS = {"input_ids": torch.tensor([[2, 7, 8, 3], [2, 9, 4, 3]])}

@@ -11,7 +11,7 @@ from tests.interpret.decoder_cases import blip2, instructblip
 from tests.interpret.linked_maps import METHODS, bar, encoder_decoder_maps, published
 from tests.interpret.stored_maps import Kept
 from vlattn_fast.interpret import explain
-from vlattn_fast.interpret.loading import generate
+from vlattn_fast.interpret.explaining.loading import generate
 
 LXMERT = dict(
     hidden_size=32,

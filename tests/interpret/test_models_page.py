@@ -8,8 +8,8 @@ import typing
 import pytest
 
 from tests.interpret.models_page import KINDS, PAGE, named, page, row, sources
-from vlattn_fast.interpret.encoders import ENCODERS
-from vlattn_fast.interpret.linked import LINKED
+from vlattn_fast.interpret.records.encoders import ENCODERS
+from vlattn_fast.interpret.records.two_towers import LINKED
 
 
 def test_the_page_is_up_to_date():

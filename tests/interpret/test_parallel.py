@@ -13,7 +13,7 @@ pytest.importorskip("torch.distributed.tensor")
 
 from tests.interpret import parallel_cases  # noqa: E402
 from tests.two_ranks import results_of  # noqa: E402
-from vlattn_fast.interpret.ranks import heads_mesh  # noqa: E402
+from vlattn_fast.attach.tensor_parallel import heads_mesh  # noqa: E402
 
 
 def test_each_way_of_dividing(tmp_path: Path) -> None:

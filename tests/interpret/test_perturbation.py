@@ -18,7 +18,7 @@ from tests.interpret.decoder_cases import llama4, pixtral  # noqa: E402
 from tests.interpret.encoder_cases import git, vilt, visual_bert  # noqa: E402
 from tests.interpret.evaluation_cases import made, rows  # noqa: E402
 from tests.interpret.test_linked import florence  # noqa: E402
-from vlattn_fast.interpret.perturbation import kept  # noqa: E402
+from vlattn_fast.interpret.evaluating.perturbation import kept  # noqa: E402
 
 STEPS = [0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1]
 

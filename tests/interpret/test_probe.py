@@ -20,12 +20,12 @@ from tests.interpret.decoder_cases import DECODERS, IMAGE  # noqa: E402
 from tests.interpret.probe_cases import planted, scenes  # noqa: E402
 from tests.interpret.stored_maps import SOFTMAX, Kept  # noqa: E402
 from tests.nn import models  # noqa: E402
-from vlattn_fast.interpret.families import find_family  # noqa: E402
 from vlattn_fast.interpret.probing import gathered  # noqa: E402
 from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
 from vlattn_fast.interpret.probing.linear import fusion, linear_probe  # noqa: E402
 from vlattn_fast.interpret.probing.two_streams import TwoStreams  # noqa: E402
 from vlattn_fast.interpret.probing.watched import Watched  # noqa: E402
+from vlattn_fast.interpret.records.registry import find_family  # noqa: E402
 from vlattn_fast.models import UNITER, UNITERConfig  # noqa: E402
 
 WORDS, BOXES = models.WORDS, models.BOXES

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vlattn_fast as va
 from tests.interpret.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Case
 from tests.interpret.stored_prompts import published, stored, traced
-from vlattn_fast.interpret import prompt_trace
+from vlattn_fast.interpret.prompting import diffusion_trace
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -102,7 +102,7 @@ def test_text_as_long_as_the_picture(monkeypatch):
         kept = stored(case, passes, monkeypatch)
         expected = published(case, kept, slice(None), case.size)
         torch.testing.assert_close(traced(case, passes).token_maps(), expected, rtol=0, atol=1e-5)
-        monkeypatch.setattr(prompt_trace, "TEXT_FIRST", {})
+        monkeypatch.setattr(diffusion_trace, "TEXT_FIRST", {})
         with pytest.raises(ValueError, match=r"text_first must be True or False.*got None for \w+Transformer2DModel, in '"):
             traced(case, passes)
         said = traced(case, passes, text_first=name == "flux").token_maps()
@@ -111,7 +111,7 @@ def test_text_as_long_as_the_picture(monkeypatch):
 
 
 def test_joint_attention_in_slices(monkeypatch):
-    monkeypatch.setattr(prompt_trace, "_ELEMENTS", 100)
+    monkeypatch.setattr(diffusion_trace, "_ELEMENTS", 100)
     for name in ("sd3", "flux"):
         case = CASES[name]()
         passes = [case.inputs(batch=2)]
@@ -277,9 +277,9 @@ def test_joint_attention_by_hand_is_refused(name):
 def test_backends_of_diffusers_are_named():
     case = CASES["flux"]()
     module = case.model.transformer_blocks[0].attn
-    assert prompt_trace._computed_by(module) == "FluxAttnProcessor (backend 'native')"
+    assert diffusion_trace._computed_by(module) == "FluxAttnProcessor (backend 'native')"
     module.processor._attention_backend = "flex"
-    assert prompt_trace._computed_by(module) == "FluxAttnProcessor (backend 'flex')"
+    assert diffusion_trace._computed_by(module) == "FluxAttnProcessor (backend 'flex')"
 
 
 def test_a_network_without_text_is_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.backends import DEVICE
-from vlattn_fast.verify import DTYPES, OPERATORS, verify
+from vlattn_fast.checking.verify import DTYPES, OPERATORS, verify
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

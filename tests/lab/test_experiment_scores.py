@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import vlattn_fast as va  # noqa: E402
+from vlattn_fast.backends.reference.score_attention import score_map  # noqa: E402
 from vlattn_fast.lab.experiments import run, scores  # noqa: E402
 from vlattn_fast.lab.experiments.experiment import Settings, rank_correlation  # noqa: E402
 from vlattn_fast.lab.experiments.scores import TASKS, answering, encoders, generation, matching, page  # noqa: E402
@@ -26,7 +27,6 @@ from vlattn_fast.lab.experiments.scores.attend import (  # noqa: E402
 )
 from vlattn_fast.lab.experiments.scores.material import FEATURES, seeded  # noqa: E402
 from vlattn_fast.lab.texts import TEXT_VOCABULARY  # noqa: E402
-from vlattn_fast.reference.score_attention import score_map  # noqa: E402
 
 
 def ids(count: int, length: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret._run import at_rest
+from vlattn_fast.attach.session import at_rest
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 

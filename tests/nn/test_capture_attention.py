@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.nn.models import BOXES, HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer, uniter, visual_bert
+from vlattn_fast.backends.reference.congruence_loss import congruence_loss as formula
 from vlattn_fast.nn import CongruenceLoss, capture_attention
-from vlattn_fast.reference.congruence_loss import congruence_loss as formula
 
 # The modules that project: path of the layer's query and key, of words, image or both, and of cross-attention.
 JOINT = {

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.nn.models import DEEP, HEAD_DIM, MODELS, PATCHES, WORDS, words
+from vlattn_fast.backends.reference.congruence_loss import congruence_loss as formula
 from vlattn_fast.nn import CongruenceLoss, QueryKey, capture_attention
-from vlattn_fast.reference.congruence_loss import congruence_loss as formula
 
 IMAGE_TOKEN, PATCH_TOKENS = 95, 16
 DECODER: dict[str, Any] = {**DEEP, "vocab_size": 99, "pad_token_id": 0}

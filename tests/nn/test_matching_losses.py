@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlattn_fast.backends.reference.stacked_cross_attention import stacked_cross_attention
 from vlattn_fast.nn import DamsmLoss, ScanLoss
-from vlattn_fast.reference.stacked_cross_attention import stacked_cross_attention
 
 LENGTHS = torch.tensor([4, 6, 2, 5])
 

@@ -16,9 +16,9 @@ from transformers import BertConfig, BertModel
 
 from tests.nn.models import MODELS, answer, lxmert, visual_bert
 from vlattn_fast import explain, scores
+from vlattn_fast.backends.reference.score_attention import score_attention
 from vlattn_fast.nn import ScoreAttention, replace_attention
 from vlattn_fast.nn.score_attention import FIXED, LEARNED, LearnedScore
-from vlattn_fast.reference.score_attention import score_attention
 
 COUNTS = {"LXMERT": 2 + 1 + 2 * 3, "CLIP, sdpa": 5, "CLIP, eager": 5}
 

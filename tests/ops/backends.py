@@ -27,8 +27,8 @@ import torch
 import torch.utils.deterministic
 
 from tests.cuda.building import HOST, ROOT, build
-from vlattn_fast import _native
-from vlattn_fast.cuda import _shared_library
+from vlattn_fast.backends import native
+from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.ops import _dispatch
 
 F64 = torch.float64
@@ -107,10 +107,10 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
             patch.setattr(_dispatch, "INTERPRETED", True)
             # what overflows in a kernel overflows without a word, as on a GPU
             stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
-        if backend == "cpu" and not _native.library.exists:
+        if backend == "cpu" and not native.library.exists:
             if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
                 pytest.skip("the CPU kernels are not tested: there is no C++ compiler to build them with")
-            pytest.fail(f"{_native.library.path} is not there: `make venv` builds it, and `vlattn info` says why it did not")
+            pytest.fail(f"{native.library.path} is not there: `make venv` builds it, and `vlattn info` says why it did not")
         if backend == "cuda":
             assert library is not None
             patch.setattr(_shared_library, "library", _shared_library.find(library))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.ops.backends import INTERPRET, backend, cuda_library  # noqa: F401  fixtures
-from vlattn_fast.streaming import _tiles
+from vlattn_fast.backends.streaming import _tiles
 
 # `make gpu` asks for no more than pytest: what needs hypothesis lies in files of this name
 collect_ignore_glob = [] if INTERPRET else ["*_properties.py"]

@@ -30,10 +30,10 @@ from tests.ops.map_cases import (
     sharp,
 )
 from tests.ops.score_cases import LAYOUTS, lay_out
-from vlattn_fast import reference
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.reference.attention_map import attention_map as formula
+from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES, attention_map
-from vlattn_fast.reference.attention_map import attention_map as formula
-from vlattn_fast.streaming import _tiles
 
 FAST = ("streaming", "cpu", "triton")
 LOG2, LOG3 = math.log(2.0), math.log(3.0)

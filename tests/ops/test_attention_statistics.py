@@ -33,9 +33,9 @@ from tests.ops.map_cases import (
     statistics_inputs,
 )
 from tests.ops.score_cases import LAYOUTS, lay_out
+from vlattn_fast.backends.reference.attention_statistics import attention_statistics as formulas
+from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_statistics
-from vlattn_fast.reference.attention_statistics import attention_statistics as formulas
-from vlattn_fast.streaming import _tiles
 
 FAST = ("streaming", "cpu", "triton")
 LOG2, LOG3 = math.log(2.0), math.log(3.0)

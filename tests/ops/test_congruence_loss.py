@@ -13,8 +13,8 @@ from torch import Tensor
 from tests.ops.backends import F64, LOW, core, each, finest, on
 from tests.ops.congruence_loss_cases import CROSS, NAMES, call, check, cotangent_of, make, masks, prefix
 from tests.ops.score_cases import LAYOUTS, lay_out
+from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
-from vlattn_fast.streaming import _tiles
 
 FAST = ("streaming", "cpu", "triton", "cuda")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.ops.backends import F64, on
 from tests.ops.congruence_loss_cases import CROSS, NAMES, call, make, masks, prefix
+from vlattn_fast.backends.reference.congruence_loss import congruence_loss as reference
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
-from vlattn_fast.reference.congruence_loss import congruence_loss as reference
 
 
 def by_hand() -> dict[str, Tensor]:

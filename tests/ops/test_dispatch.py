@@ -15,9 +15,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import vlattn_fast as va
-from vlattn_fast import _native, verify
 from vlattn_fast import scores as S
-from vlattn_fast.cuda import _shared_library
+from vlattn_fast.backends import native
+from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.checking import verify
 from vlattn_fast.ops import _dispatch
 
 Q, K, V = torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 6)
@@ -357,10 +358,10 @@ def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeyp
 def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refusals = _dispatch.table("some")["cpu"].refusals
     call = _dispatch.Call("some", torch.bfloat16, "cpu", {"head_dim": 256, "value_dim": 256}, {})
-    monkeypatch.setattr(_native, "library", _native.library._replace(exists=True))
+    monkeypatch.setattr(native, "library", native.library._replace(exists=True))
     assert refusals(call) == []
     assert refusals(call._replace(**change)) == [words]
-    monkeypatch.setattr(_native, "library", _native.find(Path("nowhere")))
+    monkeypatch.setattr(native, "library", native.find(Path("nowhere")))
     assert refusals(call) == ["the CPU kernels are not built (`vlattn info` says why)"]
 
 

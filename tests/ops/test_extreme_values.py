@@ -12,8 +12,8 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.ops.backends import core, each, on
 from vlattn_fast import scores as S
-from vlattn_fast._tensors import unit_vectors
-from vlattn_fast.streaming import _tiles
+from vlattn_fast._ground.tensors import unit_vectors
+from vlattn_fast.backends.streaming import _tiles
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered in:RuntimeWarning")

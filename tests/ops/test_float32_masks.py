@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.ops.backends import core, each, on
-from vlattn_fast.streaming import _tiles
+from vlattn_fast.backends.streaming import _tiles
 
 BACKENDS = ("reference", "streaming")
 ALL = (*BACKENDS, "cpu", "triton")

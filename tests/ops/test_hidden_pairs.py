@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.ops.backends import DTYPES, F64, assert_refused, each, on
-from vlattn_fast import _native
+from vlattn_fast.backends import native
 
 N, M = 20, 18
 SOME = torch.ones(N, M, dtype=torch.bool)
@@ -72,7 +72,7 @@ def test_nan_in_a_query_that_sees_no_key_stays_there(backend: str) -> None:
 @pytest.mark.parametrize("m", [1, 7, 15, 16])
 def test_a_row_of_nan_is_nan(backend: str, dtype: torch.dtype, m: int, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend != "cpu":
-        monkeypatch.setattr(_native, "library", _native.library._replace(exists=built))
+        monkeypatch.setattr(native, "library", native.library._replace(exists=built))
     options: list[dict[str, Any]] = [{}, {"key_mask": torch.arange(m)[None] < max(1, m - 2)}, {"is_causal": True}]
     for masks in options if backend != "sdpa" or m == 16 else options[:2]:
         for bad in range(2):

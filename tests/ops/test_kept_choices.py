@@ -13,8 +13,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 import vlattn_fast as va
-from vlattn_fast import _native, scores
-from vlattn_fast.cuda import _shared_library
+from vlattn_fast import scores
+from vlattn_fast.backends import native
+from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.ops import _dispatch
 
 TABLE = _dispatch.table("some")
@@ -123,15 +124,15 @@ def test_another_state_of_torch_is_asked_for(state: Callable[[], AbstractContext
 
 @pytest.mark.parametrize("what", ["interpreter", "CPU library", "CUDA library", "host library"])
 def test_another_choice_of_backends_is_asked_for(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = _native.library._replace(exists=True), _shared_library.library._replace(exists=True, device_type="cuda")
-    monkeypatch.setattr(_native, "library", cpu)
+    cpu, cuda = native.library._replace(exists=True), _shared_library.library._replace(exists=True, device_type="cuda")
+    monkeypatch.setattr(native, "library", cpu)
     monkeypatch.setattr(_shared_library, "library", cuda)
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     asked = Asked()
     asked.during((X,), ())
     module, name, value = {
         "interpreter": (_dispatch, "INTERPRETED", True),
-        "CPU library": (_native, "library", cpu._replace(exists=False)),
+        "CPU library": (native, "library", cpu._replace(exists=False)),
         "CUDA library": (_shared_library, "library", cuda._replace(exists=False)),
         "host library": (_shared_library, "library", cuda._replace(device_type="cpu")),
     }[what]
@@ -213,4 +214,4 @@ def test_auto_takes_the_same_with_and_without_a_backward_pass(kept: dict[Any, st
     for tensor, state in ((x, nullcontext()), (x.clone().requires_grad_(), nullcontext()), (x, torch.no_grad())):
         with state:
             va.score_attention(tensor, Q, Q)
-    assert list(kept.values()) == ["cpu" if _native.library.exists else "sdpa"] * 3
+    assert list(kept.values()) == ["cpu" if native.library.exists else "sdpa"] * 3

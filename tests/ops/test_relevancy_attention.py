@@ -19,10 +19,10 @@ import vlattn_fast as va
 from tests.ops.backends import F64, HALVES, LOW, each, finest, on
 from tests.ops.relevancy_cases import BACKENDS, MASKS, RULES, WEIGHTS, call, check, cotangents, padding, tensors
 from tests.ops.score_cases import LAYOUTS, lay_out
+from vlattn_fast.backends.reference.relevancy_attention import head_mean
+from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.ops._dispatch import load
 from vlattn_fast.ops.relevancy_attention import BACKENDS as TABLE
-from vlattn_fast.reference.relevancy_attention import head_mean
-from vlattn_fast.streaming import relevancy_attention as streaming
 
 
 def t(*rows: object) -> Tensor:

@@ -42,7 +42,7 @@ from tests.ops.score_cases import (
     tensors,
 )
 from vlattn_fast import scores as S
-from vlattn_fast.streaming import _tiles
+from vlattn_fast.backends.streaming import _tiles
 
 
 @each("score", streaming=SCORES, sdpa=DOT_PRODUCTS, cpu=SCORES, triton=PUBLIC, cuda=ADDITIVE)

@@ -14,7 +14,7 @@ import vlattn_fast as va
 from tests.ops.backends import F64, each
 from tests.ops.score_cases import SCORES, TORCH_JIT, B, H, M, N, attention_inputs, bool_mask, call, sizes_of, tensors
 from vlattn_fast import scores as S
-from vlattn_fast.streaming import _tiles
+from vlattn_fast.backends.streaming import _tiles
 
 # ------------------------------------------------------------------------------------------------- dropout
 

@@ -12,8 +12,8 @@ from compare import LargestAllocation, bytes_of, outputs_and_grads
 import vlattn_fast as va
 from tests.ops.backends import DTYPES, LOW, each, on
 from tests.ops.score_cases import FEW, KINDS, MASKS, PLAIN, B, H, M, N, call, check, padding, sizes_of, tensors
-from vlattn_fast import _tensors
-from vlattn_fast.streaming import _tiles
+from vlattn_fast._ground import tensors as tensor_helpers
+from vlattn_fast.backends.streaming import _tiles
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, in the interpreter: finfo.min log2(e)
@@ -147,7 +147,7 @@ def test_causal_is_top_left_for_unequal_lengths(backend: str) -> None:
 def test_no_mask_brings_a_whole_map(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's SDPA falls back to whole maps for masks of three dimensions: it gets them with four."""
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1024)
-    monkeypatch.setattr(_tensors, "SHORT_PAIRS", 1024)
+    monkeypatch.setattr(tensor_helpers, "SHORT_PAIRS", 1024)
     mask = torch.rand(shape) > 0.4
     for lse in (False, True):
         q, k, v = (torch.randn(2, 4, length, 8, requires_grad=True) for length in (128, 96, 96))

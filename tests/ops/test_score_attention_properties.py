@@ -14,7 +14,7 @@ import vlattn_fast as va
 from tests.ops.backends import F64
 from tests.ops.score_cases import LAYOUTS, Params, call, lay_out
 from vlattn_fast import scores as S
-from vlattn_fast.streaming import _tiles
+from vlattn_fast.backends.streaming import _tiles
 
 
 @st.composite

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from vlattn_fast import _series
 from vlattn_fast import scores as S
-from vlattn_fast.reference.score_attention import score_map
+from vlattn_fast._ground import series
+from vlattn_fast.backends.reference.score_attention import score_map
 
 F64 = torch.float64
 
@@ -276,7 +276,7 @@ def test_series_with_weights_equals_exact_within_tolerance() -> None:
 
 
 def test_series_out_of_reach_names_what_is_attainable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_series, "TERMS", (2, 4, 8, 12))  # the fits of 48 and 64 terms take seconds
+    monkeypatch.setattr(series, "TERMS", (2, 4, 8, 12))  # the fits of 48 and 64 terms take seconds
     query, key, value = (20 * x.detach() for x in inputs())
     vector = torch.ones(4, dtype=F64)
     with pytest.raises(ValueError, match="tolerance=1e-09 is out of reach .* is attainable .*; raise the tolerance") as caught:
@@ -325,7 +325,7 @@ def test_series_refusals() -> None:
 )
 def test_series_fit_reaches_the_known_errors(radius: float, terms: int, bound: float) -> None:
     """Within 2.5 times the best errors known for (range, terms), measured on another grid than the fit's."""
-    frequencies, coefficients, error = _series.fit(float(radius), terms)
+    frequencies, coefficients, error = series.fit(float(radius), terms)
     x = torch.linspace(-radius, radius, 12345, dtype=F64)
     fitted = (torch.sin(x[:, None] * torch.as_tensor(frequencies)) * torch.as_tensor(coefficients)).sum(-1)
     measured = float((fitted - x.tanh()).abs().max())

@@ -15,8 +15,9 @@ from torch._dynamo.testing import CompileCounter
 
 import vlattn_fast as va
 from tests.ops.backends import DEVICE, on
-from vlattn_fast import _native, verify
 from vlattn_fast import scores as S
+from vlattn_fast.backends import native
+from vlattn_fast.checking import verify
 from vlattn_fast.ops import _dispatch
 from vlattn_fast.ops.score_attention import BACKENDS, describe_call
 
@@ -48,7 +49,7 @@ def describe(query: Tensor = Q, key: Tensor = K, value: Tensor = V, **options: A
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an install without a C++ compiler."""
-    monkeypatch.setattr(_native, "library", _native.library._replace(exists=False))
+    monkeypatch.setattr(native, "library", native.library._replace(exists=False))
 
 
 @pytest.mark.usefixtures("no_library")

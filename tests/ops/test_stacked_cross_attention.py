@@ -17,10 +17,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.ops.backends import DEVICE, F64, HALVES, LOW, core, each, finest, on
 from tests.ops.score_cases import LAYOUTS, lay_out
 from tests.ops.stacked_cross_attention_cases import RAGGED, check, random_lengths, tensors
-from vlattn_fast import damsm_similarity, reference, stacked_cross_attention
+from vlattn_fast import damsm_similarity, stacked_cross_attention
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming import stacked_cross_attention as streaming
 from vlattn_fast.ops.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
-from vlattn_fast.streaming import _tiles
-from vlattn_fast.streaming import stacked_cross_attention as streaming
 
 FAST = ("streaming", "cpu", "triton")
 NAN = float("nan")

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ops.stacked_cross_attention_cases import random_lengths, tensors
-from vlattn_fast import reference, stacked_cross_attention
+from vlattn_fast import stacked_cross_attention
+from vlattn_fast.backends import reference
 from vlattn_fast.ops.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 
 

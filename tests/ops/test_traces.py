@@ -14,8 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import vlattn_fast as va
 from tests.ops.backends import on
 from tests.ops.every_call import CALLS, outputs_of
-from vlattn_fast import _native
 from vlattn_fast import scores as S
+from vlattn_fast.backends import native
 
 Call = Callable[..., Any]
 TRACES: dict[str, Callable[..., Call]] = {
@@ -49,7 +49,7 @@ def test_a_trace_of_cosine_serves_vectors_of_length_zero(trace: str, backend: st
 @pytest.mark.parametrize("score", ["scaled_dot", "cosine", "hadamard"])
 def test_a_layer_that_learns_is_traced(score: str, dtype: torch.dtype, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.jit.trace traces it with gradients and then, to check, without: both must have the same graph."""
-    monkeypatch.setattr(_native, "library", _native.library._replace(exists=built))
+    monkeypatch.setattr(native, "library", native.library._replace(exists=built))
     layer, x = va.nn.ScoreAttention(16, 2, score).to(dtype), torch.randn(2, 5, 16, dtype=dtype)
     traced = torch.jit.trace(layer, (x,))
     torch.testing.assert_close(traced(x), layer(x))

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from compare import as_dtype, outputs_and_grads
 
 import vlattn_fast as va
-from vlattn_fast._tolerance import ENOUGH, draws, worst_ratio
+from vlattn_fast.checking.tolerance import ENOUGH, draws, worst_ratio
 
 SEEDS = 1000
 LOW = (torch.float32, torch.bfloat16, torch.float16)

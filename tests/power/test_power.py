@@ -19,7 +19,7 @@ from compare import as_dtype, assert_all_close_to
 from torch import Tensor
 
 import vlattn_fast as va
-from vlattn_fast.streaming import _tiles, score_attention
+from vlattn_fast.backends.streaming import _tiles, score_attention
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 B, H, N, M, D = 2, 3, 24, 40, 16

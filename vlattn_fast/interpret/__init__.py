@@ -1,13 +1,13 @@
 """Relevancy maps of whole models: a model and an input in, an `Explanation` out."""
 
-from vlattn_fast.interpret._explain import explain
 from vlattn_fast.interpret.dataset import Explanations, load_explanations
-from vlattn_fast.interpret.evaluation import Evaluation, evaluate
-from vlattn_fast.interpret.explanation import Explanation
-from vlattn_fast.interpret.families import FAMILIES, register_family
+from vlattn_fast.interpret.evaluating.evaluate import Evaluation, evaluate
+from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.probing import ProbeReport, probe
-from vlattn_fast.interpret.prompts import PromptMaps, prompt_maps
-from vlattn_fast.interpret.records import Family, Tower
+from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps
+from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.records.registry import FAMILIES, register_family
+from vlattn_fast.interpret.result.explanation import Explanation
 
 __all__ = [
     "FAMILIES",

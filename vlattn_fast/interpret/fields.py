@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlattn_fast._checks import check_tensor, describe
+from vlattn_fast._ground.checks import check_tensor, describe
 
 _BY_ROW = ("text", "regions", "boxes", "scores", "target", "answer", "places")
 

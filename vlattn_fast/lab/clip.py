@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._extras import extra
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
 from vlattn_fast.lab.scenes import CANVAS, CLEARANCE, NEGATIVES, Scenes, digit_scenes
 from vlattn_fast.lab.texts import END, MOST_WORDS, PAD, START, TEXT_VOCABULARY, SceneProcessor

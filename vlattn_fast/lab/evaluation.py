@@ -6,7 +6,6 @@ Tasks: matching (UNITER, the default), clip (the dual encoder), vqa and captions
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,21 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_writable
-from vlattn_fast.interpret._explain import explain
-from vlattn_fast.interpret.evaluation import PARTS, TESTS, Evaluation, Rival, evaluate
+from vlattn_fast._ground.checks import check_writable
+from vlattn_fast.backends.reference.relevancy_residual import residual_weights
+from vlattn_fast.interpret.evaluating.evaluate import PARTS, TESTS, Evaluation, Rival, evaluate
+from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.lab import rivals
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
 from vlattn_fast.lab.tasks import TASKS, Task, log_odds, matching
 from vlattn_fast.models.clip_mapper import CLIPMapper
-from vlattn_fast.reference.relevancy_residual import residual_weights
 
 RESULTS = Path("benchmarks/results")
 
 
 def methods_of(task: Task) -> dict[str, str | Rival]:
     """Everything that is compared on a task, by its name; captum's methods where captum is installed."""
-    rivals = importlib.import_module("vlattn_fast.benchmarks.rivals")  # by name, since benchmarks are built on this package
-
     found: dict[str, str | Rival] = {name: name for name in task.methods}
     for kind in task.rivals:
         if kind != "CAPTUM" or version("captum") is not None:

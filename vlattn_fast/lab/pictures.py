@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._extras import extra
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret import Explanation
-from vlattn_fast.interpret.view import Array
+from vlattn_fast.interpret.result.choices import Array
 from vlattn_fast.lab.pointing import box_shares
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import Questions

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_integer
+from vlattn_fast._ground.checks import check_integer
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
 from vlattn_fast.lab.scenes import CLEARANCE, Scenes, displacement, sample_scenes, sayable_captions
 

@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_integer
-from vlattn_fast._extras import extra
+from vlattn_fast._ground.checks import check_integer
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS, DigitProcessor
 
 CANVAS = 32  # pixels, both sides

@@ -37,7 +37,7 @@ class Task:
         load: gives the shipped model.
         items: (model, samples, seed, rows of an item) -> what `evaluate` takes as its dataset.
         methods: names of `evaluate`.
-        rivals: sets of `vlattn_fast.benchmarks.rivals`: "CLIP", "CAPTUM".
+        rivals: sets of `vlattn_fast.lab.rivals`: "CLIP", "CAPTUM".
         batch: rows of an item.
         accuracy, probability: see `evaluate`.
     """

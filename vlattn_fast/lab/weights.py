@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlattn_fast._extras import extra
+from vlattn_fast._ground.extras import extra
 
 DATA = Path(__file__).parent / "data"
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_integer, check_number, readable
+from vlattn_fast._ground.checks import check_integer, check_number, readable
 from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_integer, check_number
+from vlattn_fast._ground.checks import check_integer, check_number
 from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
 
 LAYER_NORM_EPS = 1e-12  # of the published models

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlattn_fast._tensors import expand_heads
-from vlattn_fast.interpret._run import uncompiled, unwrapped
-from vlattn_fast.interpret.watching import IMAGE, TEXT, AttentionCall, Watch, check_modality
+from vlattn_fast._ground.tensors import expand_heads
+from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall, Watch, check_modality
+from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.nn.captured_layer import CapturedLayer, Positions, QueryKey, pair_of
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import describe
-from vlattn_fast._tensors import scaled_dot_default
+from vlattn_fast._ground.checks import describe
+from vlattn_fast._ground.tensors import scaled_dot_default
 from vlattn_fast.interpret.written_scores import hidden, joined
 
 Positions = Tensor | Sequence[int]

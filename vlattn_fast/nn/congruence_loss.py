@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_choice, check_number
+from vlattn_fast._ground.checks import check_choice, check_number
+from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS
 from vlattn_fast.nn.capture_attention import AttentionCapture
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.congruence_loss import congruence_loss
-from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS
 
 SCHEDULES = ("linear", "exp", "log", "const")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._checks import check_bool, check_choice, check_number, describe
+from vlattn_fast._ground.checks import check_bool, check_choice, check_number, describe
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.stacked_cross_attention import check_options, check_positive, damsm_similarity, stacked_cross_attention
 

@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlattn_fast import scores
-from vlattn_fast._checks import check_bool, check_choice
-from vlattn_fast.interpret._run import unwrapped
-from vlattn_fast.interpret.dispatch import CONFIG_NAME, REPLACED, RULE, masks_of
-from vlattn_fast.interpret.handwritten import with_core
-from vlattn_fast.interpret.towers import split_path
+from vlattn_fast._ground.checks import check_bool, check_choice
+from vlattn_fast.attach.handwritten import with_core
+from vlattn_fast.attach.paths import split_path
+from vlattn_fast.attach.session import unwrapped
+from vlattn_fast.attach.transformers_interface import CONFIG_NAME, REPLACED, RULE, masks_of
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.score_attention import score_attention

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast import scores
-from vlattn_fast._checks import (
+from vlattn_fast._ground.checks import (
     check_bool,
     check_choice,
     check_device,
@@ -20,11 +20,11 @@ from vlattn_fast._checks import (
     check_tensor,
     describe,
 )
-from vlattn_fast._tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale, without_autocast
+from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale, without_autocast
+from vlattn_fast.backends.streaming.attention_map import forward as streaming_map
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.score_attention import score_attention
-from vlattn_fast.streaming.attention_map import forward as streaming_map
 
 FIXED = ("dot", "scaled_dot", "cosine")
 LEARNED: dict[str, tuple[type, tuple[str, ...]]] = {

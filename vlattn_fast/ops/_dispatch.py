@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from vlattn_fast import _native, scores
-from vlattn_fast._checks import check_choice
-from vlattn_fast.cuda import _shared_library
+from vlattn_fast import scores
+from vlattn_fast._ground.checks import check_choice
+from vlattn_fast.backends import native
+from vlattn_fast.backends.cuda import _shared_library
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
@@ -119,7 +120,7 @@ def triton_refusals(call: Call, limits: Limits = no_limits) -> list[str]:
 def cpu_refusals(call: Call) -> list[str]:
     """Why the CPU kernels do not run the call."""
     reasons = []
-    if not _native.library.exists:
+    if not native.library.exists:
         reasons.append("the CPU kernels are not built (`vlattn info` says why)")
     if call.device_type != "cpu":
         reasons.append("the CPU kernels run on CPU tensors")
@@ -164,12 +165,14 @@ def table(stem: str, *, sdpa: Limits | None = None, triton: Limits = no_limits, 
     comes first. CUDA C++ comes after Triton until it has been measured. "auto" never takes the reference.
     """
     return {
-        "cpu": Backend(cpu_refusals, f"vlattn_fast.cpu.{stem}"),
-        "sdpa": Backend(not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), f"vlattn_fast.sdpa.{stem}"),
+        "cpu": Backend(cpu_refusals, f"vlattn_fast.backends.cpu.{stem}"),
+        "sdpa": Backend(not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), f"vlattn_fast.backends.sdpa.{stem}"),
         "triton": Backend(partial(triton_refusals, limits=triton), f"vlattn_fast.kernels.{stem}"),
-        "cuda": Backend(no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), f"vlattn_fast.cuda.{stem}"),
-        "streaming": Backend(accept, f"vlattn_fast.streaming.{stem}"),
-        "reference": Backend(accept, f"vlattn_fast.reference.{stem}"),
+        "cuda": Backend(
+            no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), f"vlattn_fast.backends.cuda.{stem}"
+        ),
+        "streaming": Backend(accept, f"vlattn_fast.backends.streaming.{stem}"),
+        "reference": Backend(accept, f"vlattn_fast.backends.reference.{stem}"),
     }
 
 
@@ -239,7 +242,7 @@ def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options:
         torch.is_grad_enabled(),
         torch._C._is_any_autocast_enabled() and (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
         INTERPRETED,
-        _native.library.exists,
+        native.library.exists,
         _shared_library.library.exists,
         _shared_library.library.device_type,
     )

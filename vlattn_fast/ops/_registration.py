@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 
-from vlattn_fast._checks import varies
-from vlattn_fast._tensors import promised_layouts, without_autocast
+from vlattn_fast._ground.checks import varies
+from vlattn_fast._ground.tensors import promised_layouts, without_autocast
 
 _LIBRARY = torch.library.Library("vlattn", "DEF")
 _SYMBOLIC = "_symbolic"  # suffix of an operator's twin, see `define`

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_bool
+from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.ops._shards import Local, Shards
 from vlattn_fast.ops.attention_map import attention_map
 

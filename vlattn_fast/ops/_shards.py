@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import describe
+from vlattn_fast._ground.checks import describe
 
 P = ParamSpec("P")
 R = TypeVar("R")

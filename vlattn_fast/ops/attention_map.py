@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, check_masks, describe
-from vlattn_fast._tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, check_masks, describe
+from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
-from vlattn_fast.reference.attention_map import HEAD_REDUCTIONS, RULES
 
 BACKENDS = table("attention_map")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import (
+from vlattn_fast._ground.checks import (
     FLOAT_DTYPES,
     check_attention,
     check_device,
@@ -23,11 +23,11 @@ from vlattn_fast._checks import (
     describe,
     readable,
 )
-from vlattn_fast._tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, chosen_statistics
 from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
-from vlattn_fast.reference.attention_statistics import AttentionStatistics, chosen_statistics
 
 BACKENDS = table("attention_statistics")
 STATISTICS = AttentionStatistics._fields

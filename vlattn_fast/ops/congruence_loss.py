@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_choice, check_device, check_floating, check_not_batched, check_tensor, describe
-from vlattn_fast._tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
-from vlattn_fast.cpu.congruence_loss import maps_shape
+from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_not_batched, check_tensor, describe
+from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
+from vlattn_fast.backends.cpu.congruence_loss import maps_shape
+from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs, num_gradients
 from vlattn_fast.ops._dispatch import Call, load, make_call, masks_padding, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
-from vlattn_fast.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs, num_gradients
 
 
 def _triton_limits(call: Call) -> list[tuple[str, bool]]:

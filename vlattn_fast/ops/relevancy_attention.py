@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import (
+from vlattn_fast._ground.checks import (
     FLOAT_DTYPES,
     check_attention,
     check_bool,
@@ -27,7 +27,7 @@ from vlattn_fast._checks import (
     check_tensor,
     describe,
 )
-from vlattn_fast._tensors import (
+from vlattn_fast._ground.tensors import (
     as_gradient,
     cast_by_autocast,
     compute_dtype,
@@ -38,11 +38,11 @@ from vlattn_fast._tensors import (
     rows_first,
     scaled_dot_default,
 )
+from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
-from vlattn_fast.reference.relevancy_attention import RULES
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlattn_fast import reference
-from vlattn_fast._checks import FLOAT_DTYPES, check_device, check_floating, check_not_batched, check_tensor, describe
+from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_floating, check_not_batched, check_tensor, describe
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.ops._shards import ROWS, over_shards
-from vlattn_fast.reference.relevancy_residual import Weighting
 
 
 @over_shards(dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), ROWS), [ROWS, ROWS])

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import scores
-from vlattn_fast._checks import autocasts, check_attention, check_bool, check_masks, check_number, describe, is_jit_traced, varies
-from vlattn_fast._tensors import (
+from vlattn_fast._ground.checks import (
+    autocasts,
+    check_attention,
+    check_bool,
+    check_masks,
+    check_number,
+    describe,
+    is_jit_traced,
+    varies,
+)
+from vlattn_fast._ground.tensors import (
     as_dtype,
     as_gradient,
     as_lse,
@@ -26,10 +35,10 @@ from vlattn_fast._tensors import (
     rows_first,
     without_autocast,
 )
+from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
-from vlattn_fast.sdpa import score_attention as sdpa
 
 
 def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:

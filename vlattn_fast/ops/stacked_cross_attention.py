@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
-from vlattn_fast._tensors import cast_by_autocast, compute_dtype, without_autocast
+from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
+from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, without_autocast
+from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 from vlattn_fast.ops._dispatch import Call, load, make_call, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
-from vlattn_fast.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 
 
 def _triton_limits(call: Call) -> list[tuple[str, bool]]:

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret._explain import explain, without_progress
-from vlattn_fast.interpret.answers import token_ids
 from vlattn_fast.interpret.dataset.items import Item
 from vlattn_fast.interpret.dataset.pieces import split
-from vlattn_fast.interpret.explanation import Explanation
-from vlattn_fast.interpret.families import find_family
-from vlattn_fast.interpret.inputs import prepare_inputs
-from vlattn_fast.interpret.loading import build_inputs, generate, moved, open_image
-from vlattn_fast.interpret.view import to_rgb
+from vlattn_fast.interpret.explaining.answer import token_ids
+from vlattn_fast.interpret.explaining.explain import explain, without_progress
+from vlattn_fast.interpret.explaining.inputs import prepare_inputs
+from vlattn_fast.interpret.explaining.loading import build_inputs, generate, moved, open_image
+from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.result.choices import to_rgb
+from vlattn_fast.interpret.result.explanation import Explanation
 
 _WINDOW = 32  # batches whose inputs may wait for others of their shape
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast._extras import extra
-from vlattn_fast.interpret.loading import open_lines
+from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.explaining.loading import open_lines
 
 COLUMNS = ("image", "text", "target", "answer", "id")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.explanation import Explanation
+from vlattn_fast.interpret.result.explanation import Explanation
 
 _TENSOR, _TUPLE = "$tensor", "$tuple"
 

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vlattn_fast.interpret.dataset.pieces import pack
-from vlattn_fast.interpret.explanation import Explanation
-from vlattn_fast.interpret.tensor_files import write_tensors
+from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.tensor_files import write_tensors
 
 FORMAT = "vlattn_fast.explanations.1"
 SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"

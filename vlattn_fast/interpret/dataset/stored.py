@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast._extras import extra
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.dataset.pieces import unpack
 from vlattn_fast.interpret.dataset.store import SHARDS, finished, read_settings
-from vlattn_fast.interpret.explanation import Explanation
+from vlattn_fast.interpret.result.explanation import Explanation
 
 
 class Explanations(Sequence[Explanation]):

@@ -66,7 +66,7 @@ def page(table: Rows, facts: Mapping[str, Any]) -> str:
     picture = io.BytesIO()
     draw(table).savefig(picture, format="png", dpi=110)
     source = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode("ascii")
-    folder = Path(__file__).parent.parent / "templates"
+    folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

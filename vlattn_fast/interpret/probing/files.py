@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast.interpret.loading import build_inputs, moved, open_image, open_lines
+from vlattn_fast.interpret.explaining.loading import build_inputs, moved, open_image, open_lines
 from vlattn_fast.interpret.probing.labels import KEYS, read_item
 
 _COLUMNS = ("image", "text", *KEYS)

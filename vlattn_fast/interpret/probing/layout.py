@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.grids import image_tokens
-from vlattn_fast.interpret.inputs import real_tokens
-from vlattn_fast.interpret.methods import METHODS
-from vlattn_fast.interpret.readout import end_of_text, word_positions
-from vlattn_fast.interpret.records import Family, Tower
-from vlattn_fast.interpret.towers import TowerTrace
+from vlattn_fast.interpret.explaining.token_parts import end_of_text, word_positions
+from vlattn_fast.interpret.records.image_grids import image_tokens
+from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.records.tokens import real_tokens
+from vlattn_fast.interpret.relevancy.methods import METHODS
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 TEXT, IMAGE, SPECIAL, NONE = 0, 1, 2, -1
 Parts = Callable[[Mapping[str, Any]], Any]

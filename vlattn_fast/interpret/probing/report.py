@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlattn_fast._extras import extra
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.probing.charts import COLUMNS, draw, page
 
 if TYPE_CHECKING:

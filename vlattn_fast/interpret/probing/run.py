@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn_fast._checks import check_bool, check_callable, check_items, check_names
-from vlattn_fast._extras import extra, with_progress
-from vlattn_fast.interpret._run import at_rest, never_compiled, unwrapped
-from vlattn_fast.interpret.families import find_family
+from vlattn_fast._ground.checks import check_bool, check_callable, check_items, check_names
+from vlattn_fast._ground.extras import extra, with_progress
+from vlattn_fast.attach.attention_calls import check_modality
+from vlattn_fast.attach.session import at_rest, never_compiled, unwrapped
 from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
 from vlattn_fast.interpret.probing.report import ProbeReport
 from vlattn_fast.interpret.probing.two_streams import TwoStreams
 from vlattn_fast.interpret.probing.watched import Watched
-from vlattn_fast.interpret.watching import check_modality
+from vlattn_fast.interpret.records.registry import find_family
 
 TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "linguistic")
 READS = ("mean", "cls")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall
 from vlattn_fast.interpret.probing.layout import Layout
 from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched, behind, both_ways, checked, one_way
-from vlattn_fast.interpret.watching import IMAGE, TEXT, AttentionCall
 
 Place = tuple[int, int]  # a row, and the number of the sets that are asked for in it
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret._run import dispatched
+from vlattn_fast.attach.attention_calls import TEXT as FROM_TEXT
+from vlattn_fast.attach.attention_calls import AttentionCall, Watch, kind_of
+from vlattn_fast.attach.session import dispatched
 from vlattn_fast.interpret.probing.layout import IMAGE, TEXT, Layout, Layouts
-from vlattn_fast.interpret.watching import TEXT as FROM_TEXT
-from vlattn_fast.interpret.watching import AttentionCall, Watch, kind_of
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
 _KEYS = 16  # groups of one key each in one call: so much of a map is there at a time

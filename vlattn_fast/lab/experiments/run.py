@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from vlattn_fast._checks import check_writable
-from vlattn_fast._extras import with_progress
+from vlattn_fast._ground.checks import check_writable
+from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage
 from vlattn_fast.lab.provenance import commit, versions
 

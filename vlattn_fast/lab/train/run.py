@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn_fast._checks import check_writable
+from vlattn_fast._ground.checks import check_writable
 from vlattn_fast.lab import clip as clip_model
 from vlattn_fast.lab import mapper as mapper_model
 from vlattn_fast.lab import uniter as uniter_model

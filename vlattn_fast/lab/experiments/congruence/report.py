@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from vlattn_fast._extras import extra
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.experiments.congruence.training import JUMP, RELATIONAL, jump, value_name
 from vlattn_fast.lab.experiments.experiment import Cell, Row, mean_and_deviation, paired_test
 

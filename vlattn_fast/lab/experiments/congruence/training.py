@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlattn_fast.backends.reference.congruence_loss import KINDS
 from vlattn_fast.lab import winoground
 from vlattn_fast.lab.processor import DIGIT_WORDS, VOCABULARY
 from vlattn_fast.lab.scenes import (
@@ -33,7 +34,6 @@ from vlattn_fast.lab.scenes import (
 from vlattn_fast.models.uniter import UNITER, UNITERConfig, UNITEROutput
 from vlattn_fast.nn import CongruenceLoss, capture_attention
 from vlattn_fast.nn.captured_layer import CapturedLayer
-from vlattn_fast.reference.congruence_loss import KINDS
 
 CONFIG = UNITERConfig(
     vocab_size=len(VOCABULARY),

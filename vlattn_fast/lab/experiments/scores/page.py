@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlattn_fast._extras import extra
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.experiments.experiment import Row, mean_and_deviation, paired_test
 from vlattn_fast.lab.experiments.scores.attend import SCORES, UNIFORM, spearman
 from vlattn_fast.lab.scenes import CANVAS

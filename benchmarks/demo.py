@@ -1,0 +1,136 @@
+"""`make demo`: checks every operator, explains a picture of the embedded benchmark, and compares the costs of one map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlattn_fast.backends import native
+
+SEED = 1  # of the scenes
+SCENES = 200
+BACKEND = "cpu" if native.library.exists else "streaming"  # what explanations run on here
+VARIANTS = ("plain forward+backward", BACKEND, "maps stored, one backward", "published")
+
+
+def run(out: Path, *, costs: bool = True) -> bool:
+    """Prints the tables and writes the pictures into `out`; whether every check passed."""
+    out.mkdir(parents=True, exist_ok=True)
+    passed = check()
+    picture(out)
+    pointing()
+    answers()
+    if costs:
+        compare()
+    return passed
+
+
+def check() -> bool:
+    from vlattn_fast.checking.verify import verify
+
+    print(f"Checks: outputs and gradients of the {BACKEND} backend against the formula in float64.")
+    print("Error as a multiple of what is allowed: root mean square twice that of the formula in the same dtype, plus one ulp,")
+    print("and the largest error four times the formula's largest, plus two ulps.\n")
+    print(f"{'operator':25}{'dtype':10}{'checks':>6}{'worst':>7}")
+    results = list(verify((BACKEND,)))
+    for result in results:
+        dtype = str(result.dtype).removeprefix("torch.")
+        verdict = "passed" if result.passed else f"FAILED at {result.worst}"
+        print(f"{result.operator:25}{dtype:10}{result.checks:6}{result.ratio:7.2f}  {verdict}")
+    good = sum(result.passed for result in results)
+    print(f"\n{good} of {len(results)} passed\n", flush=True)
+    return good == len(results)
+
+
+def log_odds(outputs: Any) -> Tensor:
+    """(B): that the caption is true of the picture."""
+    logits: Tensor = outputs.logits
+    return logits[:, 1] - logits[:, 0]
+
+
+def picture(out: Path) -> None:
+    """A question about a scene and what each word of the model's answer rests on, as PNG and as a page. The scene is the first of
+    ten whose digits the model names rightly."""
+    from vlattn_fast import lab
+    from vlattn_fast.lab.mapper import complete
+    from vlattn_fast.lab.pictures import answer_figure
+    from vlattn_fast.lab.pointing import box_shares, explain_answers, select
+    from vlattn_fast.lab.processor import DIGIT_WORDS
+
+    model, processor = lab.load_captioner()
+    asked = lab.digit_prompts(10, seed=SEED, kind="which")
+    right = [said == answer for said, answer in zip(complete(model, asked), asked.answers, strict=True)]
+    asked = select(asked, [right.index(True)])
+    explanation, (words,) = explain_answers(model, processor, asked)
+    question = asked.questions[0]
+    assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # an answer about a picture has both
+    answer_figure(explanation, asked, words).savefig(out / "answer.png", dpi=130, metadata={"Software": None})
+    photo = (1 - asked.images[0]).repeat_interleave(10, 0).repeat_interleave(10, 1)
+    explanation.save_html(out / "answer.html", photo, title=f"{question}?")
+    print(f'"{question}"? "{" ".join(words)}". What each word rests on: {out / "answer.png"}, {out / "answer.html"}\n')
+    print(f"{'word':12}{'probability':>12}   strongest on the digit   share of its map there")
+    shares = box_shares(explanation.image, asked.boxes)[0] / explanation.image[0].sum((1, 2))[:, None]
+    for word, score, share in zip(words, explanation.scores[0].exp().tolist(), shares, strict=True):
+        top = int(share.argmax())
+        print(f"{word:12}{score:12.2f}   {DIGIT_WORDS[int(asked.digits[0, top])]:24}{share[top]:.1%}")
+    print(flush=True)
+
+
+def pointing() -> None:
+    from vlattn_fast import lab
+    from vlattn_fast.interpret import explain
+    from vlattn_fast.interpret.relevancy.methods import METHODS
+
+    model, _ = lab.load_uniter()
+    scenes = lab.digit_scenes(SCENES, seed=SEED)
+    print(f"Pointing game over {SCENES} scenes of digits not trained on, each with two named digits among four:\n")
+    print(f"{'method':12}{'top region is named':>22}{'top two are the named':>24}")
+    for method in METHODS:
+        regions = explain(model, scenes.inputs(), target=log_odds, method=method).regions
+        assert regions is not None  # UNITER has them
+        hit = scenes.named.gather(1, regions.topk(2).indices).double()
+        print(f"{method:12}{hit[:, 0].mean():22.1%}{hit.prod(1).mean():24.1%}")
+    print(f"{'chance':12}{1 / 2:22.1%}{1 / 6:24.1%}\n", flush=True)
+
+
+def answers() -> None:
+    from vlattn_fast.lab.pointing import CHANCE, METHODS, question_pointing, word_pointing
+
+    print("The same of questions: how often the digit with the largest part of the map is the one that it is about.\n")
+    heads = {"answer": "what is left of a six", "there": "is there a three", "is": "is a three left of a six", "word": "words"}
+    print(f"{'method':12}" + "".join(f"{head:>26}" for head in heads.values()))
+    for method in METHODS:
+        shares = {**question_pointing(method, count=SCENES, seed=SEED), **word_pointing(method, count=SCENES, seed=SEED)}
+        print(f"{method:12}" + "".join(f"{shares[name]:26.1%}" for name in heads))
+    print(f"{'chance':12}" + "".join(f"{CHANCE[name]:26.1%}" for name in heads) + "\n", flush=True)
+
+
+def compare() -> None:
+    """The task that explains a picture, as `vlattn bench task_explain_clip` measures it, each variant in its own process."""
+    from vlattn_fast.benchmarks._isolated import measure
+
+    print("Cost of one relevancy map on six layers of CLIP ViT-L/14@336's vision tower, random weights, one picture.")
+    print("Variants run in turns, each in a process of its own; takes minutes.\n", flush=True)
+    rows = measure("task_explain_clip", VARIANTS, overrides={"layers": 6})
+    sizes = ", ".join(f"{name} {size}" for name, size in rows[0]["sizes"].items())
+    print(f"{sizes}; {rows[0]['dtype']}; median of {rows[0]['rounds']} calls")
+    print(f"{'variant':28}{'seconds':>8}{'of plain':>10}{'peak MiB':>10}{'of plain':>10}  error of the map")
+    bare = rows[0]
+    for row in rows:
+        print(f"{row['variant']:28}{_cost(row, bare)}")
+    seconds = {row["variant"]: row.get("p50_us", 0.0) for row in rows}
+    if seconds[BACKEND] and seconds["published"]:
+        times = seconds["published"] / seconds[BACKEND]
+        print(f"\nThe published procedure takes {times:.1f} times as long as vlattn_fast ({BACKEND}).", flush=True)
+
+
+def _cost(row: dict[str, Any], bare: dict[str, Any]) -> str:
+    if "not_run" in row:
+        return f"not run: {row['not_run']}"
+    memory = ""
+    if row["peak_bytes"] is not None and bare.get("peak_bytes"):
+        memory = f"{row['peak_bytes'] / 2**20:10.0f}{row['peak_bytes'] / bare['peak_bytes']:10.2f}"
+    error = "" if row["error"] is None else f"{row['error']:.1e}"
+    return f"{row['p50_us'] / 1e6:8.2f}{row['ratio_to_bound']:10.2f}{memory:20}  {error}"

@@ -1,0 +1,241 @@
+"""What every operator does to its tensors before and after the arithmetic: masks, strides, heads, dtypes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlattn_fast._ground.checks import autocasts, check_number, is_jit_traced
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+EMULATED_MULTIPROCESSORS = 132  # those of an H100 or H200
+
+
+def resolve_scale(scale: Any, default: float) -> float:
+    """`scale` as a float (0.0 included), or the default where it is None."""
+    if scale is None:
+        return default
+    check_number("scale", scale)
+    return float(scale)
+
+
+def scaled_dot_default(head_dim: int) -> float:
+    """1/sqrt(D); 1 where D is 0 and every score is 0."""
+    return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+
+
+def cast_by_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where autocast is on, except float64, as scaled_dot_product_attention does it."""
+    if not autocasts(tensors[0]):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for tensors like `like`."""
+    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else _NOTHING
+
+
+def cast_float_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float mask in `dtype`, for kernels that read one dtype; a bool mask as it is. A finite value stays finite: where
+    `dtype` cannot hold it, it becomes the largest that `dtype` holds. Only -inf masks."""
+    if mask.dtype in (torch.bool, dtype):
+        return mask
+    largest = torch.finfo(dtype).max
+    if torch.finfo(mask.dtype).max > largest:
+        wide = mask.to(torch.promote_types(mask.dtype, torch.float32))  # bfloat16 would round the bound up, to Inf in float16
+        mask = torch.where(torch.isinf(mask), wide, wide.clamp(-largest, largest))
+    return mask.to(dtype)
+
+
+def add_mask(score: Tensor, mask: Tensor) -> Tensor:
+    """score + a float mask, in the dtype of sums or the mask's, whichever is wider: in 16 bit a bias would lose its digits,
+    and finfo.min plus a negative score would be -inf, which masks."""
+    dtype = torch.promote_types(compute_dtype(score), mask.dtype)
+    return score.to(dtype) + mask.to(dtype)
+
+
+def joined_mask_elements(query: Tensor, key: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool) -> int:
+    """How many elements the masks of a call have when they are joined to one; query (B, H, N, D), key (B, Hkv, M, D)."""
+    shape = () if attn_mask is None else tuple(attn_mask.shape)
+    batch, heads, rows, _ = (1,) * (4 - len(shape)) + shape
+    if key_mask is not None:
+        batch = query.shape[0]
+    if is_causal:
+        rows = query.shape[2]
+    return batch * heads * rows * key.shape[2]
+
+
+def mask_is_small(elements: int, query_elements: int) -> bool:
+    """Whether a joined mask may be made: it takes at most 16 MiB in float32, or no more memory than the query, so that memory
+    stays linear in the length of the sequence."""
+    return elements <= max(1 << 22, query_elements)
+
+
+SHORT_PAIRS = 1 << 19  # pairs of a query and a key, over all heads and samples
+
+
+def has_short_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether attention will have a backward pass over at most SHORT_PAIRS pairs. Code of torch.jit.trace may have one."""
+    has_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not (has_gradient or is_jit_traced()):
+        return False
+    batch, heads, rows = query.shape[:3]
+    return batch * heads * rows * key.shape[2] <= SHORT_PAIRS
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied where its last stride is not 1: no kernel takes a stride for the last dimension."""
+    return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """`unit_stride` of the tensors that are not None."""
+    return tuple([x if x is None or x.stride()[-1] == 1 else unit_stride(x) for x in tensors])
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """(B, H, N, D) laid out as (B, N, H, D): the layout that fake implementations promise, whatever a backend returned.
+
+    It is SDPA's, so that heads merge without a copy; nothing is copied where `x` already has it.
+    """
+    return _laid_out(x, _rows_first(*x.shape[1:]))
+
+
+def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int) -> Tensor:
+    """An uninitialised (B, H, N, D) tensor in the layout of `rows_first`."""
+    return like.new_empty_strided((like.shape[0], num_heads, length, size), _rows_first(num_heads, length, size))
+
+
+def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad` in the layout of `rows_first`, or in that of `x` (B, H, N, D) where `x` is contiguous.
+
+    Torch would copy another layout into x.grad. Within `promised_layouts` it is always the first: the compiler may lay out an
+    intermediate result otherwise than its fake said.
+    """
+    return _laid_out(grad, _gradient_strides(x, x.shape[1]))
+
+
+def empty_gradient(x: Tensor, num_heads: int | None = None) -> Tensor:
+    """Uninitialised, in the layout of `as_gradient`; with more heads than `x` has, in float32, to be summed."""
+    heads = x.shape[1] if num_heads is None else num_heads
+    shape = (x.shape[0], heads, *x.shape[2:])
+    dtype = x.dtype if heads == x.shape[1] else torch.float32
+    return x.new_empty_strided(shape, _gradient_strides(x, heads), dtype=dtype)
+
+
+@contextmanager
+def promised_layouts() -> Iterator[None]:
+    """Around a registered operator: this thread's gradients have the layout that the fake implementation promises."""
+    before, _LAYOUTS.promised = _LAYOUTS.promised, True
+    try:
+        yield
+    finally:
+        _LAYOUTS.promised = before
+
+
+class _Layouts(threading.local):
+    promised = False
+
+
+_LAYOUTS = _Layouts()
+
+
+def _gradient_strides(x: Tensor, heads: int) -> tuple[int, ...]:
+    _, _, length, size = x.shape
+    if x.is_contiguous() and not _LAYOUTS.promised:
+        return heads * length * size, length * size, size, 1
+    return _rows_first(heads, length, size)
+
+
+def _rows_first(heads: int, length: int, size: int) -> tuple[int, ...]:
+    return length * heads * size, size, heads * size, 1
+
+
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
+
+
+def weigh_rows(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """(B, T, N) times a weight broadcastable to (B, N), where there is one."""
+    return rows if weight is None else rows * weight[:, None]
+
+
+def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float = 0.0) -> tuple[Any, ...]:
+    """(B, Hkv, M, *) tensors with `fill` at padding, so that NaN or Inf there reaches no output and no gradient."""
+    if key_mask is None:
+        return tensors
+    visible = key_mask[:, None, :, None]
+    return tuple(None if x is None else torch.where(visible, x, fill) for x in tensors)
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype). Where there is nothing to do, the comparison saves most of a microsecond."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums: float32, or float64 for float64 input."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def as_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """`lse` in `dtype`, where a finite one stays finite: -inf says that a row sees no key, and under a float64 mask of -1e300 it
+    sees some."""
+    if lse.dtype == dtype or lse.dtype != torch.float64:
+        return lse.to(dtype)
+    largest = torch.finfo(dtype).max
+    return torch.where(torch.isinf(lse), lse, lse.clamp(-largest, largest)).to(dtype)
+
+
+def lse_dtype(query: Tensor, backend: str) -> torch.dtype:
+    """The dtype of the log-sum-exp that a backend's backward pass gets. The CPU's kernels keep it in float64, since
+    P = exp(logit - lse) is no more exact than it is."""
+    return torch.float64 if backend == "cpu" else compute_dtype(query)
+
+
+def pad_head_dim(*tensors: Tensor) -> list[Tensor]:
+    """(B, H, *, D) tensors with zeros up to one D and a last stride of 1: what torch's fused CPU kernel asks for."""
+    size = max(x.shape[3] for x in tensors)
+    padded = [x if x.shape[3] == size else F.pad(x, (0, size - x.shape[3])) for x in tensors]
+    return [x if x.stride(3) == 1 else x.contiguous() for x in padded]
+
+
+def expand_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, Hkv, M, D) as (B, H, M, D) for grouped-query attention: query head h reads key head h // (H / Hkv)."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def fold_heads(grad: Tensor, num_key_heads: int) -> Tensor:
+    """The gradient of expand_heads: the sum over the query heads that share a key head."""
+    return grad if grad.shape[1] == num_key_heads else grad.unflatten(1, (num_key_heads, -1)).sum(2)
+
+
+def unit_vectors(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / |x| and |x| along the last axis, both in the dtype of sums; differentiable in x through the unit vectors alone.
+
+    Each vector is divided by its largest entry before the squares are summed, so that no norm overflows or underflows. A zero
+    vector stays zero; with eps = 0 it gives NaN, as q . k / (|q| |k|) does.
+    """
+    x = x.to(compute_dtype(x))
+    largest = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
+    divisor = torch.where(largest > 0, largest, 1.0) if eps > 0 else largest
+    scaled = x / divisor
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    unit = scaled / (torch.where(norm > 0, norm, 1.0) if eps > 0 else norm)
+    return unit, (divisor * norm).detach().squeeze(-1)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The number of a GPU's multiprocessors; a large GPU's number where kernels are interpreted or emulated on the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_MULTIPROCESSORS

@@ -1,0 +1,75 @@
+"""The run that sees the attention calls of this thread, and marks on the tensors of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
+
+
+class Attends(Protocol):
+    """Takes the calls of transformers' attention interface during a run. `explains`: the run belongs to `explain`."""
+
+    explains: bool
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None
+    ) -> Tensor: ...
+
+
+RUNNING: contextvars.ContextVar[Attends | None] = contextvars.ContextVar("vlattn_trace", default=None)
+_numbers = itertools.count()
+SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
+SCORE_ATTENTION = torch.ops.vlattn.score_attention
+
+
+def running_trace() -> Attends | None:
+    """The innermost trace of this thread."""
+    return RUNNING.get()
+
+
+class _Plain:
+    explains = False
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
+        return functional.scaled_dot_product_attention(query, key, value, **masks)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within it, the calls of transformers' attention interface become calls of torch, which any mode sees."""
+    token = RUNNING.set(_Plain())
+    try:
+        yield
+    finally:
+        RUNNING.reset(token)
+
+
+def new_mark(name: str) -> str:
+    """The attribute by which a run marks tensors. No earlier run had it, as an id() might: tensors that a model keeps still bear
+    the marks of earlier runs."""
+    return f"_vlattn_{name}_{next(_numbers)}"
+
+
+def read_mark(values: Iterable[Any], mark: str) -> int:
+    """The bits that tensors among `values`, and in tuples and lists among them, have as `mark`."""
+    bits = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            bits |= getattr(value, mark, 0)
+        elif isinstance(value, (tuple, list)):
+            bits |= read_mark(value, mark)
+    return bits
+
+
+def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a torch function, by position or by the name "input"."""
+    return args[0] if args else kwargs["input"]

@@ -1,0 +1,393 @@
+"""Attention that a model writes out by hand, matmul, softmax, matmul, as calls of torch's scaled_dot_product_attention.
+
+Such a call shows to whoever watches torch's functions; the products of a hand-written one do not. A class is known by its name
+(transformers is not imported). Not here, since they are not softmax(scale * Q K^T + mask) V: GroundingDINO's bidirectional
+attention (two softmaxes of one score matrix), deformable and disentangled attention, LiLT's joint scores, GroupViT's assignment.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlattn_fast.attach.multihead import attend, heads, multihead_attention
+from vlattn_fast.attach.transformers_interface import REPLACED
+
+# of a module, its query, key and value (B, H, N, D) and the mask: the output (B, H, N, D)
+Core = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """(module, "forward", function) for every module of `model` that computes attention by hand; for `overridden`.
+
+    Each function takes what the module's forward takes, returns what that returns in eval mode, and calls
+    scaled_dot_product_attention once. Where the forward returns an attention map beside its output, there is None.
+
+    Raises:
+        ValueError: a module whose forward is replaced already, by somebody else.
+    """
+    for name, module in model.named_modules():
+        function = _replacement(type(module))
+        if function is None or hasattr(module, REPLACED):  # a replaced score's operator shows by itself
+            continue
+        # accelerate's hooks call what was the forward before.
+        attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
+        before = vars(module).get(attribute)
+        of_class = attribute == "_old_forward" and getattr(before, "__func__", None) is type(module).forward
+        if before is not None and not of_class and getattr(before, "func", None) is not function:  # another run's equals ours
+            kind = type(module).__name__
+            raise ValueError(f"model must have the forward of its class in '{name}' ({kind}); got one of its own, {before!r}")
+        yield module, attribute, functools.partial(function, module)
+
+
+def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """The function for the class that defines `kind`'s forward. A subclass with a forward of its own has none."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    if owner is nn.MultiheadAttention:
+        return multihead_attention
+    return _TRANSFORMERS.get(owner.__name__) if owner.__module__.startswith("transformers.") else None
+
+
+def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]] | None:
+    """The forward of a class with query, key and value projections alone, around another core; None for other classes."""
+
+    def of_itself(
+        module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+    ) -> tuple[Tensor]:
+        return _projected(module, hidden_states, hidden_states, attention_mask, output_attentions, core)
+
+    def of_context(
+        module: Any, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+    ) -> tuple[Tensor]:
+        return _projected(module, hidden_states, context, attention_mask, output_attentions, core)
+
+    function = _replacement(kind)
+    return of_itself if function is _bert else of_context if function is _lxmert else None
+
+
+# --- what they share ---
+
+
+def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | None:
+    """The sum of the masks that a module adds to its scores."""
+    total: Tensor | None = None
+    for mask in masks:
+        if mask is None:
+            continue
+        if not mask.is_floating_point():
+            raise ValueError(
+                f"model must give {type(module).__name__} float masks, which it adds to its scores; got one of {mask.dtype}"
+            )
+        mask = mask.to(query.device)
+        total = mask if total is None else total + mask
+    return total
+
+
+def _refuse_maps(module: nn.Module, output_attentions: Any) -> None:
+    if output_attentions:
+        raise ValueError(
+            f"model must not ask for attention maps; got output_attentions={output_attentions!r} in {type(module).__name__}"
+        )
+
+
+def _keys_and_values(
+    module: Any, key: nn.Module, value: nn.Module, size: int, states: Tensor, cache: Any, cross: bool
+) -> tuple[Tensor, Tensor]:
+    """Key and value (B, H, M, D) of `states` by two projections, joined with those in a transformers cache."""
+    joint = hasattr(cache, "cross_attention_cache")  # an EncoderDecoderCache
+    part = (cache.cross_attention_cache if cross else cache.self_attention_cache) if joint else cache
+    if joint and cross and cache.is_updated.get(module.layer_idx):
+        return part.layers[module.layer_idx].keys, part.layers[module.layer_idx].values
+    keys, values = heads(key(states), size), heads(value(states), size)
+    if part is not None:
+        keys, values = part.update(keys, values, module.layer_idx)
+        if joint and cross:
+            cache.is_updated[module.layer_idx] = True
+    return keys, values
+
+
+# --- transformers ---
+
+
+def _plain(module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: Tensor | None, core: Core | None = None) -> Tensor:
+    """The attention (B, N, H * D) of a module with query, key and value projections."""
+    size = module.attention_head_size
+    query, key, value = heads(module.query(queries), size), heads(module.key(keys), size), heads(module.value(values), size)
+    mask = _added(module, query, *masks)
+    if core is not None:
+        return core(module, query, key, value, mask).transpose(1, 2).flatten(2)
+    return attend(query, key, value, mask)
+
+
+def _projected(
+    module: Any, queries: Tensor, context: Tensor, mask: Tensor | None, output_attentions: Any, core: Core | None = None
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    return (_plain(module, queries, context, context, mask, core=core),)
+
+
+def _bert(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+) -> tuple[Tensor]:
+    return _projected(module, hidden_states, hidden_states, attention_mask, output_attentions)
+
+
+def _lxmert(
+    module: Any, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+) -> tuple[Tensor]:
+    return _projected(module, hidden_states, context, attention_mask, output_attentions)
+
+
+def _grounding(
+    module: Any,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: Any = False,
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    return (module.out_proj(_plain(module, queries, keys, values, attention_mask)),)
+
+
+def _mobilevit(module: Any, hidden_states: Tensor) -> Tensor:
+    return _plain(module, hidden_states, hidden_states, hidden_states)
+
+
+def _tvp(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = None
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    output = module.dense(_plain(module, hidden_states, hidden_states, hidden_states, attention_mask))
+    return (module.layer_norm(output + hidden_states),)
+
+
+def _layoutlm(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    rel_pos: Any = None,
+    rel_2d_pos: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    bias = None
+    if module.has_relative_attention_bias:  # without it the module leaves out the spatial bias, too
+        total = rel_pos + rel_2d_pos if module.has_spatial_attention_bias else rel_pos
+        bias = total * module.attention_head_size**-0.5
+    return _plain(module, hidden_states, hidden_states, hidden_states, bias, attention_mask), None
+
+
+def _swin(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
+) -> tuple[Tensor]:
+    """The batch holds every image's windows in turn, and the mask (windows, N, N) those of one image."""
+    _refuse_maps(module, output_attentions)
+    size = hidden_states.shape[1]
+    bias = (
+        module.relative_position_bias_table[module.relative_position_index.view(-1)].view(1, size, size, -1).permute(0, 3, 1, 2)
+    )
+    if attention_mask is not None:
+        images = hidden_states.shape[0] // attention_mask.shape[0]
+        attention_mask = attention_mask[:, None].repeat(images, 1, 1, 1)
+    return (_plain(module, hidden_states, hidden_states, hidden_states, bias, attention_mask),)
+
+
+def _mpnet(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: Any = False,
+    **kwargs: Any,
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    query, key, value = (heads(p(hidden_states), module.attention_head_size) for p in (module.q, module.k, module.v))
+    return (module.o(attend(query, key, value, _added(module, query, position_bias, attention_mask))),)
+
+
+def _perceiver(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    inputs: Tensor | None = None,
+    inputs_mask: Tensor | None = None,
+    output_attentions: Any = False,
+) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    hidden_states = module.layernorm1(hidden_states)
+    states, mask = (hidden_states, attention_mask) if inputs is None else (module.layernorm2(inputs), inputs_mask)
+    query = heads(module.query(hidden_states), module.qk_channels_per_head)
+    key = heads(module.key(states), module.qk_channels_per_head)
+    value = heads(module.value(states), module.v_channels_per_head)
+    return (attend(query, key, value, _added(module, query, mask)),)
+
+
+def _packed(module: Any, hidden_states: Tensor) -> Tensor:
+    """The attention (B, N, H * D) of a module with one projection for query, key and value."""
+    query, key, value = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return attend(query, key, value, scale=module.scale)
+
+
+def _blip_vision(module: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    return module.projection(_packed(module, hidden_states)), None
+
+
+def _mgpstr(module: Any, hidden_states: Tensor) -> tuple[Tensor, None]:
+    return module.proj(_packed(module, hidden_states)), None
+
+
+def _timesformer(module: Any, hidden_states: Tensor, output_attentions: Any = False) -> tuple[Tensor]:
+    _refuse_maps(module, output_attentions)
+    return (_packed(module, hidden_states),)
+
+
+def _sam(module: Any, hidden_states: Tensor, output_attentions: Any = None) -> tuple[Tensor, None]:
+    """The relative positions' bias depends on the queries, so it has a gradient."""
+    _refuse_maps(module, output_attentions)
+    grid = hidden_states.shape[1:3]
+    packed = module.qkv(hidden_states).flatten(1, 2).unflatten(-1, (3, module.num_attention_heads, -1))
+    query, key, value = packed.permute(2, 0, 3, 1, 4)
+    bias = None
+    if module.use_rel_pos:
+        bias = module.get_decomposed_rel_pos(query.flatten(0, 1), module.rel_pos_h, module.rel_pos_w, grid, grid)
+        bias = bias.reshape(*query.shape[:3], -1)
+    output = attend(query, key, value, bias, scale=module.scale)
+    return module.proj(output.unflatten(1, grid)), None
+
+
+def _decoder(
+    module: Any, hidden_states: Tensor, mask: Tensor | None, encoder_hidden_states: Tensor | None, past_key_values: Any
+) -> Tensor:
+    """The attention (B, N, H * D) of a BERT-like decoder layer, to its own sequence or to an encoder's."""
+    cross = encoder_hidden_states is not None
+    states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    size = module.attention_head_size
+    query = heads(module.query(hidden_states), size)
+    key, value = _keys_and_values(module, module.key, module.value, size, states, past_key_values, cross)
+    return attend(query, key, value, _added(module, query, mask))
+
+
+def _blip_text(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    mask = attention_mask if encoder_hidden_states is None else encoder_attention_mask
+    return _decoder(module, hidden_states, mask, encoder_hidden_states, past_key_values), None
+
+
+def _git(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    return _decoder(module, hidden_states, attention_mask, None, past_key_values), None
+
+
+def _rembert(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    past_key_values: Any = None,
+    output_attentions: Any = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, output_attentions)
+    return _decoder(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values), None
+
+
+def _tapas(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    past_key_values: Any = None,
+    output_attentions: Any = False,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    _refuse_maps(module, output_attentions)
+    output = _decoder(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values)
+    return (output, past_key_values) if module.is_decoder else (output,)
+
+
+def _bart(
+    module: Any, hidden_states: Tensor, states: Tensor | None, mask: Tensor | None, past_key_values: Any, scale: float
+) -> Tensor:
+    """The output of an attention with projections q_proj, k_proj, v_proj and out_proj, to its own sequence or to `states`."""
+    query = heads(module.q_proj(hidden_states), module.head_dim)
+    source = hidden_states if states is None else states
+    key, value = _keys_and_values(
+        module, module.k_proj, module.v_proj, module.head_dim, source, past_key_values, states is not None
+    )
+    return module.out_proj(attend(query, key, value, _added(module, query, mask), scale=scale))
+
+
+def _groupvit(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, kwargs.get("output_attentions"))
+    return _bart(module, hidden_states, encoder_hidden_states, attention_mask, None, module.scale), None
+
+
+def _trocr(
+    module: Any,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    output_attentions: Any = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _refuse_maps(module, output_attentions)
+    return _bart(module, hidden_states, key_value_states, attention_mask, past_key_values, module.scaling), None
+
+
+_TRANSFORMERS: dict[str, Callable[..., Any]] = {
+    "BlipAttention": _blip_vision,
+    "BlipTextSelfAttention": _blip_text,
+    "ClapAudioSelfAttention": _swin,
+    "DeepseekOcr2SamVisionAttention": _sam,
+    "DonutSwinSelfAttention": _swin,
+    "FlavaSelfAttention": _bert,
+    "GitSelfAttention": _git,
+    "GotOcr2VisionAttention": _sam,
+    "GroundingDinoMultiheadAttention": _grounding,
+    "GroupViTAttention": _groupvit,
+    "LayoutLMv3SelfAttention": _layoutlm,
+    "LxmertAttention": _lxmert,
+    "MMGroundingDinoMultiheadAttention": _grounding,
+    "MPNetSelfAttention": _mpnet,
+    "MaskFormerSwinSelfAttention": _swin,
+    "MegatronBertSelfAttention": _rembert,
+    "MgpstrAttention": _mgpstr,
+    "MobileViTSelfAttention": _mobilevit,
+    "OmDetTurboMultiheadAttention": _grounding,
+    "PPFormulaNetVisionAttention": _sam,
+    "PerceiverSelfAttention": _perceiver,
+    "RemBertSelfAttention": _rembert,
+    "SLANeXtVisionAttention": _sam,
+    "SamHQVisionAttention": _sam,
+    "SamVisionAttention": _sam,
+    "TapasSelfAttention": _tapas,
+    "TimesformerSelfAttention": _timesformer,
+    "TrOCRAttention": _trocr,
+    "TvpAttention": _tvp,
+    "UnlimitedOcrSamVisionAttention": _sam,
+    "ViltSelfAttention": _bert,
+    "VisualBertSelfAttention": _bert,
+    "ZoeDepthMultiheadAttention": _grounding,
+}

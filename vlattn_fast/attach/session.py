@@ -1,0 +1,170 @@
+"""A model during one run of `explain`: without its wrappers, at rest, and with its attention where a trace sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
+from torch.overrides import TorchFunctionMode
+
+from vlattn_fast.attach.attributes import overridden
+from vlattn_fast.attach.current import plain
+from vlattn_fast.attach.handwritten import replacements
+from vlattn_fast.attach.transformers_interface import configs, sdpa_function
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` runs as plain Python also where torch.compile meets it, which then parts its graph there."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # asked first, since `disable` imports Dynamo, which takes seconds
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model inside of torch.compile's, DataParallel's, DDP's and PEFT's wrappers and of a pipeline.
+
+    Raises:
+        TypeError: there is no module in it.
+        ValueError: PEFT prepends prompts, which the model inside does not do.
+    """
+    while True:
+        if isinstance(model, nn.Module) and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            if model.active_peft_config.is_prompt_learning:
+                raise ValueError(f"model must take its prompts as inputs; got PEFT's {model.active_peft_config.peft_type}")
+            model = model.get_base_model()
+        elif not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
+            model = model.model
+        else:
+            break
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    return model
+
+
+def check_has_gradients(model: nn.Module) -> None:
+    """ValueError for a model made under inference mode, whose parameters torch keeps out of every backward pass."""
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(
+            f"model must be made outside of torch.inference_mode, as within torch.inference_mode(False); got '{name}', which was "
+            "made under it"
+        )
+
+
+@contextlib.contextmanager
+def dispatched(model: nn.Module) -> Iterator[None]:
+    """Within it, `model` attends by calls of scaled_dot_product_attention or score_attention, which a mode of torch sees."""
+    with visible([model]), plain():
+        yield
+
+
+def visible(roots: Sequence[nn.Module]) -> overridden:
+    """A context in which the attention below `roots` goes where a run sees it."""
+    return overridden(_changes(roots))
+
+
+def _changes(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """What makes the attention below `roots` visible. A generator, see `configs`."""
+    modules = [module for root in roots for module in root.modules()]
+    return chain(
+        configs(roots), _functions(modules), _fused(modules), _in_order(modules), *(replacements(root) for root in roots)
+    )
+
+
+def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Our attention function for modules that hold their own as `attention_function`, as this package's models do."""
+    for module in modules:
+        own = vars(module).get("attention_function") or getattr(type(module), "attention_function", None)
+        if callable(own):
+            yield module, "attention_function", sdpa_function
+
+
+def _fused(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere."""
+    for module in modules:
+        if "fused_attn" in vars(module):  # also where another run has set it, which may end before this one
+            yield module, "fused_attn", True
+
+
+def _in_order(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """ViLT shuffles the patches of an image, which changes nothing but their places in the sequence: those must be known."""
+    for module in modules:
+        if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
+            yield module, "visual_embed", functools.partial(_visual_embed, module)
+
+
+def _visual_embed(module: Any, *args: Any, **kwargs: Any) -> Any:
+    with _DrawsInOrder():
+        return type(module).visual_embed(module, *args, **kwargs)
+
+
+class _DrawsInOrder(TorchFunctionMode):
+    """Where all of n are drawn without replacement, they come in their order."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.multinomial and not kwargs and len(args) == 2 and args[0].shape == (int(args[1]),):
+            return torch.arange(len(args[0]), device=args[0].device)
+        return func(*args, **(kwargs or {}))
+
+
+def _plainly() -> Iterator[tuple[Any, str, Any]]:
+    """What torch.compile made runs as plain Python, in other threads as well: what is compiled shows no attention."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if hasattr(frames, "_stance") and hasattr(frames, "DynamoStance"):
+        yield frames, "_stance", frames.DynamoStance("force_eager")
+
+
+class uncompiled(overridden):  # noqa: N801 (used as a function is)
+    """What torch.compile made of the model and of its parts runs as plain Python; the last run over it puts everything back.
+
+    Within a function that torch.compile compiles, this thread runs plain Python as well: Dynamo would trace what sees the calls,
+    and may repeat what it adds up.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__([*_compiled(model.modules()), *_plainly()])
+
+    def __enter__(self) -> None:
+        self._tracer = set_eval_frame(None)
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        set_eval_frame(self._tracer)
+
+
+def _compiled(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    for module in modules:
+        if "_compiled_call_impl" in vars(module):
+            yield module, "_compiled_call_impl", None
+
+
+def at_rest(model: nn.Module) -> overridden:
+    """The model in eval mode, with frozen parameters and not compiled; the last run over it puts everything back."""
+    # A compiled module inside of the model holds the attributes of the module that it wraps, which is met as well.
+    modules = list(model.modules())
+    modes = [(module, "training", False) for module in modules if "_orig_mod" not in module._modules]
+    # Tensors made under inference mode have no gradients, and torch does not let the flag be set again outside of it.
+    frozen = [(parameter, "requires_grad", False) for parameter in model.parameters() if not parameter.is_inference()]
+    return overridden([*modes, *frozen, *_compiled(modules), *_plainly()])

@@ -1,0 +1,161 @@
+"""transformers' attention interface: the functions that it calls for us, and the configs that name them for one run.
+
+transformers looks its attention function up by the name in the config. Two names are registered:
+
+- "vlattn" gets the masks that SDPA gets (bool, or None where the pattern is causal or complete), for models that support SDPA;
+- "vlattn_additive" gets eager attention's float masks, for models that also add the mask by hand somewhere.
+
+A config may belong to several models, so it stays as it is: for the run each module holds a copy that names our function.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.attach.current import running_trace
+
+SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
+CONFIG_NAME = "_attn_implementation_internal"  # where a config of transformers keeps the name
+# What nn.replace_attention puts on a module: its score, and whether `module.is_causal` decides without a mask.
+REPLACED, RULE = "attention_score", "_attention_causal_by_module"
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # its hooks, parameters and the like
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    causal_by_module: bool = False,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention contract: query, key, value (B, H, N, D) in, (output (B, N, H, D), None) out.
+
+    Dropout is off, since explained models run in eval mode. `causal_by_module` and `options` are those of `masks_of`.
+
+    Raises:
+        ValueError: an option that the operator does not support (softcap, attention sinks, paged or packed sequences) in an
+            explained tower, or a call outside of `explain`.
+    """
+    trace = running_trace()
+    if trace is None:
+        raise ValueError(
+            f"model must be run by explain while its attention is '{SDPA_NAME}'; got {type(module).__name__} outside of it"
+        )
+    masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
+    output = trace.attend(query, key, value, {**masks, "scale": scaling}, module)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def masks_of(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    *,
+    causal_by_module: bool,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """attn_mask, is_causal and enable_gqa of a call by transformers' interface, as SDPA takes them.
+
+    A mask already contains causality and windows. Without a mask `is_causal` decides, and where that is None too,
+    `module.is_causal` if `causal_by_module` is set (SDPA's rule).
+
+    Raises:
+        ValueError: softcap, attention sinks, paged or packed sequences; a window without a mask.
+    """
+    refused = {"softcap": softcap, "s_aux": s_aux, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
+    for name, option in refused.items():
+        if option is not None:
+            raise ValueError(f"model must not use {name}, which attention here does not support; got {type(module).__name__}")
+    if attention_mask is None and sliding_window is not None and sliding_window < key.shape[2]:
+        raise ValueError(
+            f"model must pass the mask of a sliding window; got {type(module).__name__} with {sliding_window} and none"
+        )
+
+    causal = attention_mask is None and query.shape[2] > 1
+    if causal:
+        causal = getattr(module, "is_causal", True) if is_causal is None and causal_by_module else bool(is_causal)
+    if position_bias is not None:
+        attention_mask, causal = _with_bias(position_bias, attention_mask, causal), False
+    return {"attn_mask": attention_mask, "is_causal": causal, "enable_gqa": key.shape[1] != query.shape[1]}
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if causal:
+        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def sdpa_function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`attention_function` where `module.is_causal` decides without a mask."""
+    return attention_function(*args, causal_by_module=True, **kwargs)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    for name, function, mask in ((SDPA_NAME, sdpa_function, sdpa_mask), (ADDITIVE_NAME, attention_function, eager_mask)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, mask)
+
+
+def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """(module, attribute, copy of its config that names our function) for each module below `roots` that dispatches.
+
+    A module follows the innermost of transformers' models that it belongs to. A generator, since `overridden` runs it while no
+    other run puts configs in or takes them out.
+    """
+    names: dict[nn.Module, str] = {}
+    parts: Iterator[Any] = (part for root in roots for part in root.modules())  # outermost first: inner models have the last word
+    for part in parts:
+        if hasattr(type(part), "_can_set_attn_implementation"):  # what a module lacks it looks for long
+            dispatches = part._can_set_attn_implementation()
+            name = SDPA_NAME if getattr(part, "_supports_sdpa", False) else ADDITIVE_NAME
+            for module in part.modules():
+                names.pop(module, None)
+                if dispatches:
+                    names[module] = name
+    # A module may hold its config under other names as well. Where a score is replaced it stays.
+    own = [module for module in names if REPLACED not in vars(module) and REPLACED not in module._modules]
+    attributes = ((module, key, value) for module in own for key, value in vars(module).items() if key not in _OF_ANY_MODULE)
+    held = [(module, key, value) for module, key, value in attributes if hasattr(value, CONFIG_NAME)]
+    chosen = {id(config): names[module] for module, _, config in held}
+    if chosen:
+        _register()
+    for module in names:
+        if RULE in vars(module):
+            yield module, RULE, names[module] == SDPA_NAME
+    copies: dict[int, Any] = {}
+    for module, attribute, config in held:
+        yield module, attribute, _naming_us(config, names[module], chosen, copies)
+
+
+def _naming_us(config: Any, name: str, chosen: dict[int, str], copies: dict[int, Any]) -> Any:
+    """A copy of `config` that names our function; models also read the configs inside it, so those are copied, too."""
+    if id(config) not in copies:
+        copies[id(config)] = copied = copy.copy(config)
+        setattr(copied, CONFIG_NAME, chosen.get(id(config), name))  # the public setter would overwrite the sub-configs
+        for key in getattr(config, "sub_configs", None) or ():
+            if hasattr(part := getattr(config, key, None), CONFIG_NAME):
+                setattr(copied, key, _naming_us(part, name, chosen, copies))
+    return copies[id(config)]

@@ -1,0 +1,21 @@
+"""The formulas as the papers write them, with whole maps and plain autograd, on any device and floating dtype."""
+
+from vlattn_fast.backends.reference.attention_map import attention_map
+from vlattn_fast.backends.reference.attention_statistics import attention_statistics
+from vlattn_fast.backends.reference.congruence_loss import congruence_loss
+from vlattn_fast.backends.reference.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.backends.reference.relevancy_residual import relevancy_residual
+from vlattn_fast.backends.reference.score_attention import score_attention
+from vlattn_fast.backends.reference.stacked_cross_attention import damsm_similarity, stacked_cross_attention
+
+__all__ = [
+    "attention_map",
+    "attention_statistics",
+    "congruence_loss",
+    "damsm_similarity",
+    "relevancy_attention",
+    "relevancy_residual",
+    "relevancy_step",
+    "score_attention",
+    "stacked_cross_attention",
+]

@@ -1,0 +1,78 @@
+"""What probes read from an attention map A = softmax(scale * q k^T + mask): Cao et al., "Behind the Scene", ECCV 2020 (VALUE).
+
+With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
+M keys, G groups of keys; query (B, H, N, D), key (B, Hkv, M, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_names
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.backends.reference._softmax import attend
+
+
+class AttentionStatistics(NamedTuple):
+    """Statistics of A (B, H, N, M), float32 (float64 for float64 input); argmax is int64. None is what was not asked for."""
+
+    mass: Tensor
+    """(B, H, N, G): the attention of a query on each group of keys, sum_{j in g} A_ij."""
+    entropy: Tensor
+    """(B, H, N): -sum_j A_ij log A_ij in nats."""
+    maximum: Tensor
+    """(B, H, N): max_j A_ij."""
+    argmax: Tensor
+    """(B, H, N) int64: the first key with that weight; -1 for a fully masked row."""
+    received: Tensor
+    """(B, H, M): the attention a key receives, sum_i row_weight_i A_ij."""
+
+
+def chosen_statistics(values: Iterable[Tensor], names: Collection[str]) -> AttentionStatistics:
+    """The statistics with these `names`; None for the others. Most calls ask for all: to type checkers the fields are tensors."""
+    chosen = [x if name in names else None for name, x in zip(AttentionStatistics._fields, values, strict=True)]
+    return AttentionStatistics(*chosen)  # type: ignore[arg-type]
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    statistics: Collection[str] | None = None,
+    key_groups: Tensor | None = None,
+    num_groups: int | None = None,
+    row_weight: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionStatistics:
+    """The formulas behind vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
+    names = AttentionStatistics._fields
+    asked = names if statistics is None else check_names("statistics", statistics, names)
+    (key,) = mask_padding(key_mask, key)
+    key = expand_heads(key, query.shape[1])
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B, H, N, M)
+    if key_groups is None:
+        key_groups, num_groups = key.new_full((key.shape[2],), -1, dtype=torch.int64), 0
+    elif num_groups is None:
+        num_groups = int(key_groups.max()) + 1 if key_groups.numel() else 0
+    member = key_groups[..., None] == torch.arange(num_groups, device=key.device)  # (M, G) or (B, M, G)
+    weight = query.new_ones(query.shape[2]) if row_weight is None else row_weight.to(prob.dtype)  # (N) or (B, N)
+
+    mass = prob @ member.expand(query.shape[0], -1, -1)[:, None].to(prob.dtype)  # sum_{j in g} A_ij
+    entropy = -(prob * torch.where(prob > 0, prob, 1.0).log()).sum(-1)  # -sum_j A_ij log A_ij, 0 log 0 = 0
+    received = (weight.expand(query.shape[0], -1)[:, None, :, None] * prob).sum(2)  # sum_i w_i A_ij
+    if prob.shape[-1] > 0:
+        maximum, argmax = prob.max(-1)
+        argmax = torch.where(maximum == 0, -1, argmax)
+    else:
+        maximum, argmax = prob.sum(-1), torch.full_like(prob.sum(-1), -1, dtype=torch.int64)
+    dtype = compute_dtype(prob)
+    return chosen_statistics((mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)), asked)

@@ -1,0 +1,116 @@
+"""Relevancy as the papers write it, with whole maps (Chefer et al., ICCV 2021, eq. 5-6; Huang et al. 2023).
+
+Shapes: query, key (B, H, N, D), value (B, H, N, Dv), carrier and relevancy (B, T, N), Abar (B, N, M).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_choice
+from vlattn_fast._ground.tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.backends.reference._softmax import attend
+
+RULES = ("gradient", "attention")
+
+
+def relevancy_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    carrier: Tensor,
+    *,
+    rule: str = "gradient",
+    row_normalize: bool = False,
+    residual_weight: Tensor | float | None = None,
+    attention_weight: Tensor | float | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(out, carrier). In the backward pass the carrier's cotangent r becomes r * a + (r * b) Abar."""
+    check_choice("rule", rule, RULES)
+    key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key, value))
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
+    return _Carry.apply(
+        prob @ value, carrier, prob.detach(), value.detach(), rule, row_normalize, residual_weight, attention_weight
+    )
+
+
+def relevancy_step(
+    relevancy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    rule: str = "gradient",
+    row_normalize: bool = False,
+    lse: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, M). The log-sum-exp is recomputed; `lse` is not read."""
+    check_choice("rule", rule, RULES)
+    (key,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key))
+    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
+    grad_prob = None
+    if rule == "gradient":
+        if value is None or grad_output is None:
+            raise ValueError("value and grad_output must be given for rule='gradient'; got None")
+        (value,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, value))
+        grad_prob = grad_output @ value.mT
+    return (relevancy.to(prob.dtype) @ head_mean(prob, grad_prob, row_normalize)).to(relevancy.dtype)
+
+
+def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Tensor:
+    """Abar = mean_h relu(A * dA) (eq. 5), or mean_h A without dA. row_normalize divides each row by its sum."""
+    each = prob if grad_prob is None else (prob * grad_prob).clamp(min=0)
+    abar = each.mean(1) if each.shape[1] > 0 else each.sum(1)  # 0 without heads
+    if row_normalize:
+        total = abar.sum(-1, keepdim=True)
+        abar = abar / torch.where(total == 0, 1.0, total)  # a zero row stays zero, NaN stays NaN
+    return abar
+
+
+class _Carry(torch.autograd.Function):
+    """Identity on (out, carrier). The backward pass multiplies the carrier's cotangent by Abar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        carrier: Tensor,
+        prob: Tensor,
+        value: Tensor,
+        rule: str,
+        row_normalize: bool,
+        residual_weight: Any,
+        attention_weight: Any,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(prob, value)
+        ctx.rule, ctx.row_normalize, ctx.weights = rule, row_normalize, (residual_weight, attention_weight)
+        ctx.set_materialize_grads(False)
+        return out.clone(), carrier.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, r: Tensor | None) -> tuple[Any, ...]:
+        prob, value = ctx.saved_tensors
+        if r is None:
+            return grad_out, *(None,) * 7
+        a, b = (1.0 if w is None else w[:, None].to(r.dtype) if isinstance(w, Tensor) else w for w in ctx.weights)
+        grad_prob = None
+        if ctx.rule == "gradient":
+            grad_prob = torch.zeros_like(prob) if grad_out is None else grad_out @ value.mT
+        abar = head_mean(prob, grad_prob, ctx.row_normalize).to(r.dtype)
+        return grad_out, r * a + (r * b) @ abar, *(None,) * 6

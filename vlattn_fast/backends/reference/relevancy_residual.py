@@ -1,0 +1,78 @@
+"""A residual sum that weights relevancy by what each of its two terms brings (our reading of Huang et al. 2023).
+
+On any device and floating dtype. Shapes: residual and branch (B, N, C), carriers (B, T, N), weights (B, N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_choice, describe
+from vlattn_fast._ground.tensors import compute_dtype
+
+WEIGHTINGS = ("contribution", "norm", "equal")
+Weighting = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def relevancy_residual(
+    residual: Tensor,
+    branch: Tensor,
+    residual_carrier: Tensor,
+    branch_carrier: Tensor,
+    *,
+    weighting: str | Weighting = "contribution",
+) -> tuple[Tensor, Tensor]:
+    """(residual + branch, carrier). In the backward pass the carrier's cotangent r becomes r * a and r * b."""
+    if not callable(weighting):
+        check_choice("weighting", weighting, WEIGHTINGS)
+    total, carrier = _Residual.apply(residual, branch, residual_carrier, branch_carrier, weighting)
+    return total, carrier
+
+
+class _Residual(torch.autograd.Function):
+    """An autograd.Function, since a weighting may be any callable; torch.compile traces into it and fuses it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(residual, branch)
+        ctx.weighting = weighting
+        return residual + branch, residual_carrier.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        residual, branch = ctx.saved_tensors
+        with torch.no_grad():  # constants of the rule; everything else here is linear in grad and r
+            a, b = residual_weights(residual, branch, grad, ctx.weighting)
+        return grad, grad, r * a[:, None].to(r.dtype), r * b[:, None].to(r.dtype), None
+
+
+def residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: str | Weighting) -> tuple[Tensor, Tensor]:
+    """a and b (B, N) of `relevancy_residual` from both terms and the gradient at their sum, (B, N, C)."""
+    if callable(weighting):
+        weights = weighting(residual, branch, grad)
+        shape = residual.shape[:2]
+        if not (isinstance(weights, tuple) and len(weights) == 2) or any(
+            not isinstance(w, Tensor) or w.shape != shape for w in weights
+        ):
+            raise ValueError(
+                f"weighting must return two tensors (a, b) of shape (B, N) = {tuple(shape)}; got {describe(weights)}"
+            )
+        return weights
+    dtype = compute_dtype(residual)
+    if weighting == "equal":
+        ones = residual.new_ones(residual.shape[:2], dtype=dtype)
+        return ones, ones
+    x, o, g = residual.to(dtype), branch.to(dtype), grad.to(dtype)
+    if weighting == "contribution":
+        by_residual, by_branch = (g * x).sum(-1).abs(), (g * o).sum(-1).abs()
+    else:
+        by_residual, by_branch = x.norm(dim=-1), o.norm(dim=-1)
+    total = by_residual + by_branch
+    a = torch.where(total == 0, 0.5, by_residual / torch.where(total == 0, 1.0, total))  # NaN stays NaN
+    return a, 1 - a

@@ -1,0 +1,123 @@
+"""PyTorch's fused CPU attention with its log-sum-exp: a fast path for dot products.
+
+`runs` and `runs_backward` read the data, which waits for no device on the CPU, and leave to the tiles what the kernel gets wrong.
+The kernel recomputes P = exp(logit - lse) from a rounded lse: its float32 gradients were seen at 3.3 times the error of the
+plain formula, so float32 calls of at most one tile run as a tile, and so does every backward pass with a large |lse|.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import compute_dtype, joined_mask_elements, mask_is_small, pad_head_dim
+from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming._tiles import Masks
+
+
+def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: float, scale: float) -> bool:
+    """Whether `forward` computes this dot-product attention of heads-expanded query, key and value."""
+    sizes = (*query.shape, *key.shape[1:3], value.shape[3])
+    if query.device.type != "cpu" or dropout_p > 0.0 or any(size == 0 for size in sizes):
+        return False
+    if query.dtype == torch.float32 and query.shape[:3].numel() * key.shape[2] <= _tiles.TILE_ELEMENTS:
+        return False
+    if key.shape[2] < 16:  # the kernel takes a row of NaN for a hidden one where no vector register is full of keys
+        return False
+    if masks.is_causal and scale <= 0.0:  # the kernel multiplies its causal -inf by the scale
+        return False
+    if masks.attn_mask is None:
+        return True
+    small = masks.key_mask is None or mask_is_small(
+        joined_mask_elements(query, key, masks.attn_mask, masks.key_mask, False), query.numel()
+    )
+    exact = masks.attn_mask.dtype == torch.bool or _is_exact(masks.attn_mask, compute_dtype(query))
+    return small and exact and _is_finite(query, key, scale)
+
+
+def runs_backward(query: Tensor, lse: Tensor) -> bool:
+    """Whether `backward` is exact for a call that `runs`: every |lse| is so small that its rounding does not matter.
+
+    In float32 |lse| <= 64 is rounded by at most 2^-18 = 4e-6, as much as logits of that size are; in 16 bit a rounding of
+    1/64 ulp of the query's dtype is allowed. Rows of finfo.min or -1e9 lie far above it, whatever the logits are.
+    """
+    bound = max(64.0, torch.finfo(query.dtype).eps / torch.finfo(lse.dtype).eps / 32)
+    return bool(((lse.abs() <= bound) | torch.isneginf(lse)).all())
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: float) -> tuple[Tensor, Tensor]:
+    """(out (B, H, N, Dv), lse (B, H, N)) of heads-expanded query, key, value."""
+    q, k, v = pad_head_dim(query, key, value)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, masks.is_causal, attn_mask=_join_masks(query, key, masks), scale=scale
+    )
+    empty = _empty_rows(query, masks)
+    if empty is not None:
+        # the kernel gives fully masked rows an lse of 0, and NaN where the causal flag alone leaves a row without keys
+        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+    return out[..., : value.shape[3]], lse
+
+
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, masks: Masks, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of heads-expanded query, key and value."""
+    q, k, v = pad_head_dim(query, key, value)
+    grad_out, out = (F.pad(x, (0, v.shape[3] - x.shape[3])) for x in (grad_out, out))
+    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        torch.where(torch.isneginf(lse), 0.0, lse),
+        0.0,
+        masks.is_causal,
+        attn_mask=_join_masks(query, key, masks),
+        scale=scale,
+    )
+    return grad_q[..., : query.shape[3]], grad_k[..., : key.shape[3]], grad_v[..., : value.shape[3]]
+
+
+def _is_exact(mask: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a float mask loses nothing in `dtype` and has neither NaN nor +inf, which the kernel may drop."""
+    if mask.numel() and not bool(mask.amax() < torch.inf):
+        return False
+    return torch.promote_types(mask.dtype, dtype) == dtype or torch.equal(mask.to(dtype).to(mask.dtype), mask)
+
+
+def _is_finite(query: Tensor, key: Tensor, scale: float) -> bool:
+    """Whether no score is Inf or NaN, by a bound: the kernel adds -inf to what is masked, which would make NaN of it."""
+    (low_q, high_q), (low_k, high_k) = (map(float, x.aminmax()) for x in (query, key))
+    largest = max(-low_q, high_q) * max(-low_k, high_k) * query.shape[-1] * max(1.0, abs(scale))
+    return largest < torch.finfo(compute_dtype(query)).max
+
+
+def _join_masks(query: Tensor, key: Tensor, masks: Masks) -> Tensor | None:
+    """attn_mask and key_mask as one float mask, expanded to (B, H, N, M) without a copy."""
+    mask = masks.attn_mask
+    visible = None if masks.key_mask is None else masks.key_mask[:, None, None, :]
+    if mask is not None and mask.dtype == torch.bool:
+        visible, mask = mask if visible is None else mask & visible, None
+    if mask is not None:
+        mask = mask.to(compute_dtype(query))  # the dtype that the kernel adds masks in
+        mask = mask if visible is None else torch.where(visible, mask, -torch.inf)
+    elif visible is not None:
+        mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
+    return None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+
+
+def _empty_rows(query: Tensor, masks: Masks) -> Tensor | None:
+    """(broadcastable to (B, H, N)) rows without a visible key; None where there can be none."""
+    if masks.attn_mask is None and masks.key_mask is None:
+        return None
+    visible = torch.ones((), dtype=torch.bool)
+    if masks.attn_mask is not None:
+        visible = masks.attn_mask if masks.attn_mask.dtype == torch.bool else ~torch.isneginf(masks.attn_mask)
+    if masks.key_mask is not None:
+        visible = visible & masks.key_mask[:, None, None, :]
+    empty = ~visible.any(-1)
+    if masks.is_causal:  # the first visible key comes after the row
+        empty = empty | (visible.to(torch.uint8).argmax(-1) > torch.arange(query.shape[2]))
+    return empty

@@ -1,0 +1,172 @@
+"""The core scores of one tile and their gradients: q (b, h, i, A), k (b, h, M, A) -> (b, h, i, M).
+
+Scores that are sums over hidden units (additive, Hadamard) run unit by unit, so that no (i, M, A) block exists. What they take
+is memory traffic: each step of a unit is one pass over the tile, in place, with the keys of the unit side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import unit_vectors
+
+DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid")
+UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
+
+
+def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter: float) -> Tensor:
+    """The scores of a tile. `vector` (h, A) belongs to the kinds that sum over hidden units."""
+    if kind == "cosine":
+        return _cosine(q, k, parameter)
+    if kind in DOT_KINDS:
+        return _activation(kind, q @ k.mT, parameter)
+    assert vector is not None
+    units = _Units(kind, q, k, vector)
+    score, unit, ones = units.of_tile().zero_(), units.of_tile(), vector.new_zeros(vector.shape[0])
+    for a in range(q.shape[-1]):
+        if units.factored[a]:
+            score.addcdiv_(-2 * vector[:, None, None, a], units.one_plus_exp(a, unit))
+            ones += vector[:, a]  # the 1 in 1 - 2 / (1 + e^2x e^2y)
+        else:
+            score.addcmul_(units.activation(a, unit), vector[:, None, None, a])
+    return score.add_(ones[:, None, None]) if any(units.factored) else score
+
+
+def score_tile_backward(
+    kind: str, grad: Tensor, q: Tensor, k: Tensor, vector: Tensor | None, parameter: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of q (b, h, i, A), k (b, h, M, A) and the vector (h, A) from that of the scores (b, h, i, M)."""
+    if kind == "cosine":
+        return *_cosine_backward(grad, q, k, parameter), None
+    if kind in DOT_KINDS:
+        if kind != "dot":
+            grad = grad * _activation_slope(kind, q @ k.mT, parameter)
+        return grad @ k, grad.mT @ q, None
+    assert vector is not None
+    units = _Units(kind, q, k, vector)
+    unit, by_unit, total = units.of_tile(), units.of_tile(), grad.sum((0, 2, 3))
+    grad_q, grad_k, grad_vector = torch.empty_like(q), torch.empty_like(k), torch.empty_like(vector)
+    for a in range(q.shape[-1]):
+        if units.factored[a]:
+            # with r = 1 / (1 + e^2x e^2y) the unit is 1 - 2 r and its slope 4 r (1 - r)
+            torch.mul(grad, units.one_plus_exp(a, unit).reciprocal_(), out=by_unit)
+            grad_vector[:, a] = total - 2 * by_unit.sum((0, 2, 3))
+            grad_product = torch.addcmul(by_unit, by_unit, unit, value=-1.0, out=unit).mul_(4.0)
+        else:
+            torch.mul(grad, units.activation(a, unit), out=by_unit)
+            grad_vector[:, a] = by_unit.sum((0, 2, 3))
+            grad_product = units.slope(unit).mul_(grad)
+        grad_q[..., a], grad_k[..., a] = units.sums(a, grad_product, by_unit)
+    grad_q *= vector[:, None]
+    grad_k *= vector[:, None]
+    return grad_q, grad_k, grad_vector
+
+
+class _Units:
+    """The hidden units of a tile, one at a time in a buffer (b, h, i, M).
+
+    `factored` says which of them are tanh(x + y) = 1 - 2 / (1 + e^2x e^2y), with exponentials once a query and a key. Only in
+    float64, whose tanh takes as long as four passes: in float32 this gains nothing in the backward pass, and where |x + y| is
+    small, scores and the vector's gradient have up to twelve times the error of tanh, which has the digits of small numbers.
+    """
+
+    def __init__(self, kind: str, q: Tensor, k: Tensor, vector: Tensor) -> None:
+        self.kind, self.q, self.keys = kind, q, k.mT.contiguous()
+        self.factored = [False] * q.shape[-1]
+        if kind == "additive" and q.dtype == torch.float64 and q.device.type == "cpu" and q.numel() and k.numel():
+            self.factored = (_factors(q, k) & vector.isfinite().all(0)).tolist()
+            self.exp_q, self.exp_keys = torch.exp(2 * q), torch.exp(2 * self.keys)
+            self.ones = q.new_ones(k.shape[-2])
+
+    def of_tile(self) -> Tensor:
+        return self.q.new_empty(*self.q.shape[:-1], self.keys.shape[-1])
+
+    def one_plus_exp(self, a: int, out: Tensor) -> Tensor:
+        return torch.addcmul(self.ones, self.exp_q[..., a, None], self.exp_keys[..., a, None, :], out=out)
+
+    def activation(self, a: int, out: Tensor) -> Tensor:
+        combine = torch.add if self.kind == "additive" else torch.mul
+        combine(self.q[..., a, None], self.keys[..., a, None, :], out=out)
+        return out.sigmoid_() if self.kind == "hadamard_sigmoid" else out.tanh_()
+
+    def slope(self, unit: Tensor) -> Tensor:
+        """Writes over the unit its derivative by what the activation acts on."""
+        first = unit if self.kind == "hadamard_sigmoid" else unit.new_ones(())
+        return torch.addcmul(first, unit, unit, value=-1.0, out=unit)
+
+    def sums(self, a: int, grad: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (b, h, i) and (b, h, M) of the unit's queries and keys from that of their sum or product."""
+        if self.kind == "additive":
+            return grad.sum(-1), grad.sum(-2)
+        by_q = torch.mul(grad, self.keys[..., a, None, :], out=buffer).sum(-1)
+        return by_q, torch.mul(grad, self.q[..., a, None], out=buffer).sum(-2)
+
+
+def _factors(q: Tensor, k: Tensor) -> Tensor:
+    """(A) for which units 1 - 2 / (1 + e^2x e^2y) has the digits of float64 that count, from the least and largest x and y.
+
+    No exponential overflows; some |x + y| is more than 2^-5, as units near 0 lose digits to the 1; and some is less than 7, as
+    slopes beyond are what is left of 1 - tanh^2.
+    """
+    (least_q, most_q), (least_k, most_k) = (torch.aminmax(x, dim=-2) for x in (q, k))  # (b, h, A)
+    corners = torch.stack([least_q + least_k, least_q + most_k, most_q + least_k, most_q + most_k]).abs()
+    single = torch.stack([least_q, most_q, least_k, most_k]).abs().amax(0)
+    fit = (single <= 170.0) & (corners.amax(0) <= 170.0) & (corners.amax(0) >= 2.0**-5) & (corners.amin(0) <= 7.0)
+    return fit.all(0).all(0)
+
+
+def _activation(kind: str, x: Tensor, negative_slope: float) -> Tensor:
+    match kind:
+        case "dot_relu":
+            return torch.relu(x)
+        case "dot_leaky_relu":
+            return torch.where(x >= 0, x, negative_slope * x)
+        case "dot_tanh":
+            return torch.tanh(x)
+        case "dot_sigmoid":
+            return torch.sigmoid(x)
+    return x
+
+
+def _activation_slope(kind: str, x: Tensor, negative_slope: float) -> Tensor:
+    match kind:
+        case "dot_relu":
+            return (x > 0).to(x.dtype)
+        case "dot_leaky_relu":
+            return torch.where(x > 0, torch.ones_like(x), negative_slope)  # two Python numbers would give float32
+        case "dot_tanh":
+            return 1 - torch.tanh(x) ** 2
+    t = torch.sigmoid(x)
+    return t * (1 - t)
+
+
+def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
+    """q . k / max(|q| |k|, eps) by unit vectors, so that no product of norms overflows."""
+    (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
+    cosine, norms = unit_q @ unit_k.mT, norm_q[..., :, None] * norm_k[..., None, :]
+    # |q| |k| / eps is at most 1 where it is used
+    return cosine if eps == 0.0 else cosine * torch.where(norms >= eps, 1.0, norms / eps)
+
+
+def _cosine_backward(grad: Tensor, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k: through unit vectors where the clamp does not act, grad k / eps where it does.
+
+    A unit vector's gradient loses the part along it once it is summed, as in autograd: of one feature exactly 0 is left.
+    """
+    (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
+    norm_q, norm_k = norm_q[..., :, None], norm_k[..., None, :]
+    free = norm_q * norm_k >= eps
+    by_unit = torch.where(free, grad, 0.0)
+    grad_q = _norm_backward(by_unit @ unit_k, unit_q, norm_q)
+    grad_k = _norm_backward(by_unit.mT @ unit_q, unit_k, norm_k.mT)
+    if eps > 0.0 and not (free.device.type == "cpu" and free.all()):  # looking costs nothing there
+        clamped = torch.where(free, 0.0, grad)
+        grad_q += (clamped * (norm_k / eps)) @ unit_k
+        grad_k += (clamped * (norm_q / eps)).mT @ unit_q
+    return grad_q, grad_k
+
+
+def _norm_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of x from that of x / |x|, and 0 for a zero vector, on which the clamp acts."""
+    return (grad - unit * (grad * unit).sum(-1, keepdim=True)) / torch.where(norm > 0.0, norm, 1.0)

@@ -1,0 +1,128 @@
+"""Tiles of the score matrix: some query rows with all their keys, so that each statistic of a row is a plain reduction.
+
+A tile holds at most TILE_ELEMENTS scores, or one row of one head where that is longer. So memory is O(N + M), and the temporaries
+of one tile stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import add_mask
+
+TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tiles of a (B, H, N, M) score matrix: `for b, i in rows(): for h in heads(): ...`, all slices."""
+
+    batch: int
+    num_heads: int
+    num_queries: int
+    num_keys: int
+
+    def _rows_per_tile(self) -> int:
+        return max(1, min(self.num_queries, TILE_ELEMENTS // max(1, self.num_keys)))
+
+    def rows(self) -> Iterator[tuple[slice, slice]]:
+        """Slices of the batch and of the query rows. A tile has several samples only where it has all their rows and heads."""
+        step_i = self._rows_per_tile()
+        per_sample = max(1, self.num_keys) * step_i * self.num_heads
+        step_b = max(1, TILE_ELEMENTS // max(1, per_sample)) if step_i == self.num_queries else 1
+        for b in range(0, self.batch, step_b):
+            for i in range(0, self.num_queries, step_i):
+                yield slice(b, min(b + step_b, self.batch)), slice(i, min(i + step_i, self.num_queries))
+
+    def heads(self) -> Iterator[slice]:
+        """Slices of the heads; one tile holds the heads of a slice."""
+        per_head = max(1, self.num_keys) * self._rows_per_tile()
+        step_h = max(1, min(self.num_heads, TILE_ELEMENTS // per_head))
+        for h in range(0, self.num_heads, step_h):
+            yield slice(h, min(h + step_h, self.num_heads))
+
+
+@dataclass(frozen=True)
+class Masks:
+    """attn_mask (broadcastable to (B, H, N, M)), key_mask (B, M), causal j <= i."""
+
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    is_causal: bool
+
+    def apply(self, score: Tensor, shape: tuple[int, int, int, int], b: slice, h: slice, i: slice) -> Tensor:
+        """The logits of a tile (b, h, i, M): float masks added, masked pairs -inf. `score` is not changed.
+
+        A float mask wider than the dtype of sums gives logits in the mask's dtype.
+        """
+        if self.attn_mask is not None:
+            mask = self.attn_mask.expand(shape)[b, h, i]
+            if mask.dtype == torch.bool:
+                score = score.masked_fill(~mask, -torch.inf)
+            else:
+                score = add_mask(score, mask)
+                # Inf or NaN plus -inf is NaN, but masked pairs must be -inf; on the CPU a sum that looks for NaN is cheaper
+                if score.device.type != "cpu" or score.sum().isnan():
+                    score.masked_fill_(torch.isneginf(mask), -torch.inf)
+        if self.key_mask is not None:
+            score = score.masked_fill(~self.key_mask[b, None, None, :], -torch.inf)
+        if self.is_causal:
+            o_q = torch.arange(i.start, i.stop, device=score.device)
+            o_kv = torch.arange(score.shape[-1], device=score.device)
+            score = score.masked_fill(o_kv > o_q[:, None], -torch.inf)
+        return score
+
+
+def logsumexp(logits: Tensor) -> Tensor:
+    """The log-sum-exp of each row (..., M); -inf for a fully masked row."""
+    if logits.shape[-1] == 0:
+        return logits.new_full(logits.shape[:-1], -torch.inf)
+    return torch.logsumexp(logits, dim=-1)
+
+
+def probabilities(logits: Tensor, dtype: torch.dtype, lse: Tensor | None = None) -> Tensor:
+    """Softmax of full rows in `dtype`; a fully masked row gives zeros.
+
+    Without `lse` each row is divided by its sum, which is taken relative to the row's largest logit. That is exact however large
+    the logits are. With `lse`, which may count keys that are not here, P = exp(logits - lse); an lse of -inf or +inf marks a
+    fully masked row. Where |lse| is too large to hold the logarithm of the sum (`lse_is_lost`), the row is divided by its sum
+    over the keys that are here.
+    """
+    if logits.shape[-1] == 0:
+        return logits.to(dtype)
+    if lse is not None:
+        return _probabilities_from_lse(logits, lse[..., None]).to(dtype)
+    prob, empty = torch.softmax(logits, dim=-1), torch.isneginf(logits.amax(-1, keepdim=True))
+    if empty.device.type == "cpu" and not empty.any():  # here a look at the data is free, and filling costs more than the softmax
+        return prob.to(dtype)
+    return prob.masked_fill_(empty, 0.0).to(dtype)
+
+
+def lse_is_lost(lse: Tensor) -> Tensor:
+    """Rows whose log-sum-exp was rounded by more than 1/1024: |lse| >= 2^14 in float32, 2^43 in float64.
+
+    P = exp(logit - lse) would be wrong by more than 0.1 %, and by all of log M where every key of a row has a mask of -1e9.
+    """
+    bound = 2.0**-9 / torch.finfo(lse.dtype).eps
+    return torch.isfinite(lse) & (lse.abs() >= bound)
+
+
+def _probabilities_from_lse(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse) (b, h, i, M) with lse (b, h, i, 1)."""
+    shift, lost = torch.where(torch.isinf(lse), torch.inf, lse), lse_is_lost(lse)
+    if lost.device.type == "cpu" and not lost.any():
+        return torch.exp(logits - shift)
+    largest = logits.amax(-1, keepdim=True)
+    shift = torch.where(lost, torch.where(torch.isneginf(largest), torch.inf, largest), shift)
+    prob = torch.exp(logits - shift)
+    total = prob.sum(-1, keepdim=True)
+    return prob / torch.where(lost & (total > 0), total, 1.0)
+
+
+def softmax_backward(prob: Tensor, grad_prob: Tensor) -> Tensor:
+    """The gradient of the logits from that of the probabilities."""
+    return prob * (grad_prob - (prob * grad_prob).sum(-1, keepdim=True))

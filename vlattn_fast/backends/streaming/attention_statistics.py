@@ -1,0 +1,122 @@
+"""attention_statistics in O(N + M) memory with plain PyTorch, on any device and dtype.
+
+A tile holds full rows of A, so each statistic of a row is one reduction. The backward pass recomputes the tiles; beside the
+inputs it needs argmax only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities, softmax_backward
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    key_groups: Tensor | None,
+    row_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    num_groups: int,
+    statistics: Collection[str],
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); anything for what `statistics` does not name."""
+    dtype, rows = compute_dtype(query), query.shape[:3]
+    mass = query.new_zeros(*rows, num_groups, dtype=dtype)
+    entropy, maximum = (query.new_zeros(rows, dtype=dtype) for _ in range(2))
+    argmax = query.new_full(rows, -1, dtype=torch.int64)
+    received = query.new_zeros(*rows[:2], key.shape[2], dtype=dtype)
+    key = expand_heads(key, query.shape[1])
+    for b, h, i, prob in _probability_tiles(query, key, Masks(attn_mask, key_mask, is_causal), scale):
+        if "entropy" in statistics:
+            entropy[b, h, i] = torch.special.entr(prob).sum(-1)
+        if "maximum" in statistics or "argmax" in statistics:
+            largest, where = prob.max(-1)
+            maximum[b, h, i] = largest
+            argmax[b, h, i] = where.masked_fill(largest == 0, -1)
+        if "received" in statistics:
+            received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, None, None, i] @ prob).squeeze(2)
+        for g, columns in _group_columns(key_groups, num_groups, b, dtype):
+            mass[b, h, i, g] = (prob.flatten(1, 2) @ columns).view(*prob.shape[:3], -1)
+    return mass, entropy, maximum, argmax, received, None
+
+
+def backward(
+    grad_mass: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_maximum: Tensor | None,
+    grad_received: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    mass: None,
+    maximum: None,
+    argmax: Tensor,
+    of_rows: None,
+    key_groups: Tensor | None,
+    row_weight: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    num_groups: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key and row_weight."""
+    dtype, num_key_heads = compute_dtype(query), key.shape[1]
+    key = expand_heads(key, query.shape[1])
+    grad_q = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    grad_k = key.new_zeros(key.shape, dtype=dtype)
+    grad_weight = None if row_weight is None else torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
+    o_kv = torch.arange(key.shape[2], device=key.device)
+    for b, h, i, prob in _probability_tiles(query, key, Masks(attn_mask, key_mask, is_causal), scale):
+        grad_prob = torch.zeros_like(prob)
+        if grad_mass is not None:
+            for g, columns in _group_columns(key_groups, num_groups, b, dtype):
+                grad_prob += (grad_mass[b, h, i, g].flatten(1, 2) @ columns.mT).view_as(prob)
+        if grad_entropy is not None:
+            # the 1 of d(-P log P)/dP = -(log P + 1) cancels in the softmax
+            grad_prob -= grad_entropy[b, h, i, None] * torch.where(prob > 0, prob.log(), 0.0)
+        if grad_maximum is not None:
+            grad_prob += torch.where(o_kv == argmax[b, h, i, None], grad_maximum[b, h, i, None], 0.0)
+        if grad_received is not None:
+            grad_row = grad_received[b, h, None, :]  # the same for every query
+            grad_prob += grad_row if row_weight is None else row_weight[b, None, i, None] * grad_row
+            if grad_weight is not None:
+                grad_weight[b, i] += (prob * grad_row).sum((1, 3))
+        grad_score = softmax_backward(prob, grad_prob) * scale
+        grad_q[b, h, i] = (grad_score @ key[b, h].to(dtype)).to(grad_q.dtype)
+        grad_k[b, h] += grad_score.mT @ query[b, h, i].to(dtype)
+    return grad_q, fold_heads(grad_k, num_key_heads).to(key.dtype), grad_weight
+
+
+def _probability_tiles(query: Tensor, key: Tensor, masks: Masks, scale: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """Slices of batch, heads and query rows with their tile of A, (b, h, i, M) in the dtype of sums. No tile without keys."""
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if key.shape[2] == 0:
+        return
+    dtype, tiling = compute_dtype(query), Tiling(*shape)
+    for b, i in tiling.rows():
+        for h in tiling.heads():
+            tile = (query[b, h, i].to(dtype) @ key[b, h].to(dtype).mT) * scale
+            yield b, h, i, probabilities(masks.apply(tile, shape, b, h, i), dtype)
+
+
+def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the groups with the membership of each key (b, M, g), 0 or 1; no slice is larger than a tile.
+
+    A product with the membership, instead of scatter_add, is deterministic, and an index out of range belongs to no group.
+    """
+    if key_groups is None:
+        return
+    groups = key_groups[b, :, None]
+    step = max(1, _tiles.TILE_ELEMENTS // max(1, groups.numel()))
+    for g in range(0, num_groups, step):
+        index = torch.arange(g, min(g + step, num_groups), device=groups.device)
+        yield slice(g, g + len(index)), (groups == index).to(dtype)

@@ -1,0 +1,121 @@
+"""score_attention in O(N + M) memory with plain PyTorch, on any device and dtype.
+
+Dot products run in PyTorch's fused CPU kernel where it takes the call (`_fused_cpu`); everything else runs tile by tile, and
+the backward pass recomputes each tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import as_lse, compute_dtype, expand_heads, fold_heads
+from vlattn_fast.backends.streaming import _fused_cpu
+from vlattn_fast.backends.streaming._dropout import keep_factor
+from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
+from vlattn_fast.backends.streaming._tiles import Masks, Tiling, logsumexp, probabilities
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    vector: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    score: str,
+    parameter: float,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N)."""
+    masks = Masks(attn_mask, key_mask, is_causal)
+    num_heads = query.shape[1]
+    key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
+    if score == "dot" and _fused_cpu.runs(query, key, value, masks, dropout_p, scale):
+        return _fused_cpu.forward(query, key, value, masks, scale)
+    out = query.new_empty(query.shape[0], query.shape[2], num_heads, value.shape[3]).transpose(1, 2)
+    lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
+    for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, parameter, scale):
+        lse[b, h, i] = as_lse(logsumexp(logits), lse.dtype)
+        prob = probabilities(logits, compute_dtype(query))
+        if dropout_p > 0.0:
+            prob = prob * keep_factor(seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, prob.dtype)
+        out[b, h, i] = (prob @ value[b, h].to(prob.dtype)).to(out.dtype)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    vector: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    score: str,
+    parameter: float,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and vector."""
+    masks = Masks(attn_mask, key_mask, is_causal)
+    num_heads, num_key_heads, num_value_heads = query.shape[1], key.shape[1], value.shape[1]
+    key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
+    fused = score == "dot" and grad_lse is None and _fused_cpu.runs(query, key, value, masks, dropout_p, scale)
+    if fused and _fused_cpu.runs_backward(query, lse):
+        grad_q, grad_k, grad_v = _fused_cpu.backward(grad_out, query, key, value, out, lse, masks, scale)
+        return grad_q, fold_heads(grad_k, num_key_heads), fold_heads(grad_v, num_value_heads), None
+    dtype = compute_dtype(query)
+    grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
+    grad_k, grad_v = (x.new_zeros(x.shape, dtype=dtype) for x in (key, value))
+    grad_vector = None if vector is None else vector.new_zeros(vector.shape, dtype=dtype)
+    for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, parameter, scale):
+        prob = probabilities(logits, dtype)
+        go, v = grad_out[b, h, i].to(dtype), value[b, h].to(dtype)
+        grad_prob = go @ v.mT
+        dropped = prob
+        if dropout_p > 0.0:
+            factor = keep_factor(seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, dtype)
+            dropped, grad_prob = prob * factor, grad_prob * factor
+        grad_v[b, h] += dropped.mT @ go
+        # FlashAttention takes delta = sum_j P dP as sum(dO * O); this sum has no rounding of O
+        delta = (prob * grad_prob).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - grad_lse[b, h, i, None].to(dtype)
+        grad_score = prob * (grad_prob - delta) * scale
+        gq, gk, gu = score_tile_backward(score, grad_score, *_operands(query, key, vector, b, h, i), parameter)
+        grad_q[b, h, i] = gq.to(grad_q.dtype)
+        grad_k[b, h] += gk
+        if grad_vector is not None and gu is not None:
+            grad_vector[h] += gu
+    grad_k, grad_v = fold_heads(grad_k, num_key_heads).to(key.dtype), fold_heads(grad_v, num_value_heads).to(value.dtype)
+    return grad_q, grad_k, grad_v, None if grad_vector is None else grad_vector.to(query.dtype)
+
+
+def _logit_tiles(
+    query: Tensor, key: Tensor, vector: Tensor | None, masks: Masks, score: str, parameter: float, scale: float
+) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """Slices of batch, heads and query rows with their masked logits (b, h, i, M) in the dtype of sums."""
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    tiling = Tiling(*shape)
+    for b, i in tiling.rows():
+        for h in tiling.heads():
+            tile = score_tile(score, *_operands(query, key, vector, b, h, i), parameter) * scale
+            yield b, h, i, masks.apply(tile, shape, b, h, i)
+
+
+def _operands(
+    query: Tensor, key: Tensor, vector: Tensor | None, b: slice, h: slice, i: slice
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = compute_dtype(query)
+    return query[b, h, i].to(dtype), key[b, h].to(dtype), None if vector is None else vector[h].to(dtype)

@@ -1,0 +1,313 @@
+"""stacked_cross_attention in bounded memory with plain PyTorch: each tile is some context sets with some query sets, batched.
+
+The attended vector a_q = sum_c alpha_qc c is needed in cos(q, a_q) only. Where a set has fewer contexts than features, a_q is
+never formed: <q, a_q> = sum_c alpha_qc s_qc and |a_q|^2 = alpha G alpha^T, with the Gram matrix G = C C^T. That saves about half
+of the products. Both sums cancel where a_q is short, and would be less accurate than the plain formula. Two things prevent it:
+G and all maps are float64, which costs little beside the products over features; and the uniform part of alpha, which cancels
+where the contexts lie around zero, is taken by their mean: <q, a_q> = <q, mean> + sum_c (alpha_qc - 1/m) s_qc.
+The backward pass recomputes each tile; only the inputs are saved. The gradient of a cosine is what is left of two vectors along q
+and a, which cancel where features have a large part in common. So products over features take the rows less the contexts' mean in
+the inputs' dtype, and the coefficients of that mean are summed in the dtype of the maps, where they cancel without loss.
+
+Shapes: a tile has x context sets of m contexts and y query sets of n queries; maps are (x, y, n, m).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
+from vlattn_fast.backends.streaming import _tiles
+
+EPS = 1e-8  # of SCAN's norms and cosine
+
+
+def forward(
+    images: Tensor,
+    captions: Tensor,
+    caption_lengths: Tensor | None,
+    image_lengths: Tensor | None,
+    direction: str,
+    first_norm: str | None,
+    smooth: float,
+    aggregation: str,
+    lambda_lse: float,
+) -> Tensor:
+    """similarity (Bi, Bc). Rows beyond the lengths are zero; the public call writes the zeros."""
+    similarity = images.new_zeros(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
+    rule = _Rule(*split_norm(first_norm), smooth, aggregation, lambda_lse)
+    query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
+    by_context = similarity if direction == "t2i" else similarity.mT
+    for x, tiles_y in _tile_pairs(query.rows, context.rows):
+        contexts = _Contexts(context, x)
+        for y in tiles_y:
+            by_context[x, y] = _Tile(rule, query, y, contexts).similarity().to(similarity.dtype)
+    return similarity
+
+
+def backward(
+    grad_similarity: Tensor,
+    images: Tensor,
+    captions: Tensor,
+    caption_lengths: Tensor | None,
+    image_lengths: Tensor | None,
+    direction: str,
+    first_norm: str | None,
+    smooth: float,
+    aggregation: str,
+    lambda_lse: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of images and captions."""
+    rule = _Rule(*split_norm(first_norm), smooth, aggregation, lambda_lse)
+    query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
+    grad = grad_similarity if direction == "t2i" else grad_similarity.mT  # (context sets, query sets)
+    dtype = compute_dtype(images)
+    grad_q, grad_c = (side.rows.new_zeros(side.rows.shape, dtype=dtype) for side in (query, context))
+    for x, tiles_y in _tile_pairs(query.rows, context.rows):
+        contexts = _Contexts(context, x)
+        for y in tiles_y:
+            grad_q[y] += _Tile(rule, query, y, contexts).backward(grad[x, y])
+        grad_c[x] = contexts.backward()
+    grad_q, grad_c = grad_q.to(images.dtype), grad_c.to(images.dtype)
+    return (grad_c, grad_q) if direction == "t2i" else (grad_q, grad_c)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The options of a call; `clips` and `norm` as split_norm gives them."""
+
+    clips: bool
+    norm: str | None
+    smooth: float
+    aggregation: str
+    lambda_lse: float
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Images or captions: rows (B, L, D), of which the first lengths (B) are real."""
+
+    rows: Tensor
+    lengths: Tensor | None
+
+    def tile(self, i: slice) -> Tensor:
+        return self.rows[i].to(compute_dtype(self.rows))
+
+    def masks(self, i: slice) -> tuple[Tensor | None, Tensor | None]:
+        """bool (i, L), True = real, and (i), True = not empty. Row 0 of an empty set, a zero vector, counts as real so that
+        nothing becomes NaN; the similarity of the set is set to 0 later."""
+        if self.lengths is None:
+            return None, None
+        lengths = self.lengths[i]
+        return torch.arange(self.rows.shape[1], device=lengths.device) < lengths.clamp(min=1)[:, None], lengths > 0
+
+
+def _sides(
+    images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None, direction: str
+) -> tuple[_Side, _Side]:
+    """The side of the queries and the side of the contexts."""
+    image, caption = _Side(images, image_lengths), _Side(captions, caption_lengths)
+    return (caption, image) if direction == "t2i" else (image, caption)
+
+
+def _tile_pairs(query: Tensor, context: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Slices of the context sets, each with all slices of the query sets. The maps of a tile, its rows of either side and its
+    Gram matrices have at most TILE_ELEMENTS elements each, or those of one pair where that is more."""
+    (num_y, n, size), (num_x, m, _) = query.shape, context.shape
+    if n == 0 or m == 0:
+        return
+    m += 1  # the mean
+    step_x = max(1, min(num_x, _tiles.TILE_ELEMENTS // (m * max(m, n, size))))
+    step_y = max(1, _tiles.TILE_ELEMENTS // (n * max(step_x * m, size)))
+    tiles_y = [slice(y, min(y + step_y, num_y)) for y in range(0, num_y, step_y)]
+    for x in range(0, num_x, step_x):
+        yield slice(x, min(x + step_x, num_x)), tiles_y
+
+
+class _Contexts:
+    """The context sets x and their gradient, to which the tiles add."""
+
+    def __init__(self, side: _Side, x: slice) -> None:
+        rows = side.tile(x)
+        self.size = rows.shape[1]
+        self.mask, self.filled = side.masks(x)
+        self.dtype = rows.dtype if rows.device.type == "mps" else torch.float64  # of the maps; mps has no float64
+        wide = rows.to(self.dtype)
+        real = wide.new_full((1, 1), self.size) if self.mask is None else self.mask.sum(1, keepdim=True).to(self.dtype)
+        self.share = real.reciprocal()[..., None]  # 1/m: (1, 1, 1) or (x, 1, 1)
+        self.gram = self.grad_gram = None
+        if rows.shape[1] < rows.shape[2]:
+            self.gram = wide @ wide.mT
+            self.grad_gram = torch.zeros_like(self.gram)
+            rows = torch.cat([rows, (wide * self.share).sum(1, keepdim=True).to(rows.dtype)], dim=1)
+        self.norm = torch.linalg.vector_norm(wide, dim=-1)  # (x, m)
+        self.rows = rows  # (x, m, D); with a Gram matrix (x, m + 1, D), where row m is the mean
+        self.common = (wide * self.share).sum(1).mean(0).to(rows.dtype)  # (D)
+        self.less_common = rows - self.common
+        self.grad_rows = torch.zeros_like(rows)  # but for the part along `common`,
+        self.grad_common = self.share.new_zeros(rows.shape[:2])  # of which these are the coefficients
+
+    def backward(self) -> Tensor:
+        """The gradient of the context sets (x, m, D)."""
+        grad = self.grad_rows + self.grad_common[..., None] * self.common
+        if self.grad_gram is not None:
+            grad, grad_mean = grad[:, : self.size], grad[:, self.size :]
+            grad = grad + self.grad_gram @ self.rows[:, : self.size].to(self.dtype) + grad_mean * self.share
+        return grad.to(self.rows.dtype)
+
+
+class _Tile:
+    """The forward pass of some context sets with the query sets y, and what the backward pass needs of it."""
+
+    def __init__(self, rule: _Rule, side: _Side, y: slice, contexts: _Contexts) -> None:
+        self.rule, self.contexts = rule, contexts
+        self.query = query = side.tile(y)
+        self.mask, self.filled = side.masks(y)
+        scores = (query.flatten(0, 1) @ contexts.rows.flatten(0, 1).mT).view(*query.shape[:2], *contexts.rows.shape[:2])
+        scores = scores.permute(2, 0, 1, 3).to(contexts.dtype)
+        self.score = scores[..., : contexts.size].contiguous()
+        self.normal, self.column_norm = _normalize(rule, self.score, self.mask)
+        logits = rule.smooth * self.normal
+        if contexts.mask is not None:
+            logits = logits.masked_fill(~contexts.mask[:, None, None, :], -torch.inf)
+        self.alpha = torch.softmax(logits, dim=-1)
+        if contexts.gram is None:
+            self.attended = self._times(self.alpha, contexts.rows)  # a
+            dot = (query.to(contexts.dtype) * self.attended).sum(-1)
+            self.norm_a = torch.linalg.vector_norm(self.attended, dim=-1)
+        else:
+            self.attended = self._times(self.alpha, contexts.gram)  # C a
+            dot = scores[..., contexts.size] + ((self.alpha - contexts.share[..., None]) * self.score).sum(-1)
+            self.norm_a = (self.alpha * self.attended).sum(-1).clamp(min=0.0).sqrt()  # rounding may leave less than 0
+        self.dot = dot
+        self.norm_q = torch.linalg.vector_norm(query, dim=-1).to(contexts.dtype)
+        self.length = self.norm_q * self.norm_a
+        self.cosine = dot / self.length.clamp(min=EPS)
+
+    def similarity(self) -> Tensor:
+        """(x, y)."""
+        return self._zero_where_empty(_aggregate(self.rule, self.cosine, self.mask))
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """The gradient of the query sets (y, n, D) from that of the similarity (x, y). Adds to the gradient of the contexts."""
+        contexts, query, alpha = self.contexts, self.query.to(self.contexts.dtype), self.alpha
+        grad = self._zero_where_empty(grad.to(contexts.dtype))
+        grad_cosine = grad[..., None] * _aggregate_backward(self.rule, self.cosine, self.mask)
+        grad_dot = grad_cosine / self.length.clamp(min=EPS)
+        grad_length = torch.where(self.length >= EPS, -grad_dot * self.cosine, 0.0)
+        by_norm_q = _ratio((grad_length * self.norm_a).sum(0), self.norm_q)[..., None]
+        by_norm_a = _ratio(grad_length * self.norm_q, self.norm_a)[..., None]
+        grad_dot = grad_dot[..., None]
+        grad_query = by_norm_q * query
+        if contexts.grad_gram is None:
+            grad_query = grad_query + (grad_dot * self.attended).sum(0)
+            grad_attended = grad_dot * query + by_norm_a * self.attended
+            grad_alpha = self._times(grad_attended, contexts.rows.mT)
+            contexts.grad_rows += self._outer(alpha, grad_attended, contexts.rows.dtype)
+            direct = None
+        else:
+            grad_alpha = grad_dot * self.score + by_norm_a * self.attended
+            contexts.grad_gram += self._outer(alpha * by_norm_a, alpha, contexts.dtype)
+            direct = grad_dot * (alpha - contexts.share[..., None])
+            if contexts.mask is not None:
+                direct = direct.masked_fill(~contexts.mask[:, None, None, :], 0.0)
+        grad_normal = self.rule.smooth * alpha * self._less_mean(grad_alpha, grad_dot)
+        grad_score = _normalize_backward(self.rule, grad_normal, self.score, self.normal, self.column_norm)
+        if direct is not None:
+            grad_score = torch.cat([grad_score + direct, grad_dot], dim=-1)
+        flat = grad_score.permute(1, 2, 0, 3).to(self.query.dtype).reshape(query.shape[0] * query.shape[1], -1)
+        # the queries may not have it: of few contexts the mean is not near 0 either
+        common = contexts.common
+        shared = self.query.mean((0, 1)) @ common > 0.5 * common.square().sum()
+        contexts.grad_rows += (flat.mT @ (self.query - torch.where(shared, common, 0.0)).flatten(0, 1)).view_as(contexts.rows)
+        contexts.grad_common += torch.where(shared, grad_score.sum((1, 2)), 0.0)
+        grad_query = grad_query + grad_score.sum((0, 3))[..., None] * contexts.common
+        return (grad_query + (flat @ contexts.less_common.flatten(0, 1)).view_as(query)).to(self.query.dtype)
+
+    def _less_mean(self, grad_alpha: Tensor, grad_dot: Tensor) -> Tensor:
+        """grad_alpha (x, y, n, m) less sum_c alpha grad_alpha, as the softmax's backward takes it.
+
+        The sum is <a, gradient of a>: 0, as a cosine does not change with the length of a, but where the clamp acts. What
+        rounding adds is taken off each context in proportion to its length. So a zero context has none of it: its column of
+        scores is divided by a norm of 0 + EPS, which would make 1e8 times as much of it.
+        """
+        mean = torch.where(self.length >= EPS, 0.0, grad_dot[..., 0] * self.dot)
+        rounding = (self.alpha * grad_alpha).sum(-1) - mean
+        norm = self.contexts.norm  # (x, m)
+        share = _ratio(rounding, (self.alpha.flatten(1, 2) @ norm[..., None]).view_as(rounding))
+        return torch.addcmul(grad_alpha - mean[..., None], share[..., None], norm[:, None, None], value=-1.0)
+
+    def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """(x, y, n, k) times (x, k, l), in the dtype of the matrix."""
+        product = x.flatten(1, 2).to(matrix.dtype) @ matrix
+        return product.view(*x.shape[:3], -1).to(self.contexts.dtype)
+
+    def _outer(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """(x, k, l) from (x, y, n, k) and (x, y, n, l)."""
+        return a.flatten(1, 2).mT.to(dtype) @ b.flatten(1, 2).to(dtype)
+
+    def _zero_where_empty(self, similarity: Tensor) -> Tensor:
+        if self.contexts.filled is not None:
+            similarity = torch.where(self.contexts.filled[:, None], similarity, 0.0)
+        return similarity if self.filled is None else torch.where(self.filled, similarity, 0.0)
+
+
+def _normalize(rule: _Rule, score: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Normalises each context's column over the queries (axis 2): the result and the norm. Scores of padding are 0 and add
+    nothing to a norm."""
+    if rule.norm == "softmax":
+        return torch.softmax(_mask_padding(score, mask, -torch.inf), dim=2), None
+    if rule.clips:
+        score = F.leaky_relu(score, 0.1)
+    if rule.norm is None:
+        return score, None
+    norm = torch.linalg.vector_norm(score, ord=2 if rule.norm == "l2norm" else 1, dim=2, keepdim=True)
+    return score / (norm + EPS), norm
+
+
+def _normalize_backward(rule: _Rule, grad: Tensor, score: Tensor, normal: Tensor, norm: Tensor | None) -> Tensor:
+    if rule.norm == "softmax":
+        return normal * (grad - (normal * grad).sum(2, keepdim=True))
+    if norm is not None:
+        slope = normal.sign() if rule.norm == "l1norm" else _ratio(normal * (norm + EPS), norm)  # of the norm
+        grad = (grad - (grad * normal).sum(2, keepdim=True) * slope) / (norm + EPS)
+    return torch.where(score > 0.0, grad, 0.1 * grad) if rule.clips else grad
+
+
+def _aggregate(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
+    """(x, y, n) to (x, y)."""
+    if rule.aggregation == "logsumexp":
+        return torch.logsumexp(rule.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1) / rule.lambda_lse
+    if rule.aggregation == "max":
+        return _mask_padding(cosine, mask, -torch.inf).amax(-1)
+    return (cosine * _aggregate_backward(rule, cosine, mask)).sum(-1)
+
+
+def _aggregate_backward(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
+    """The derivative of the aggregate by each cosine, (x, y, n)."""
+    if rule.aggregation == "logsumexp":
+        return torch.softmax(rule.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1)
+    if rule.aggregation == "max":
+        cosine = _mask_padding(cosine, mask, -torch.inf)
+        ones = (cosine == cosine.amax(-1, keepdim=True)).to(cosine.dtype)
+    else:
+        ones = _mask_padding(torch.ones_like(cosine), mask, 0.0)
+    return ones if rule.aggregation == "sum" else ones / ones.sum(-1, keepdim=True)
+
+
+def _mask_padding(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
+    """(x, y, n) or (x, y, n, m) with `value` at padding of the query sets, mask (y, n)."""
+    if mask is None:
+        return x
+    return x.masked_fill(~(mask if x.dim() == 3 else mask[..., None]), value)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b for b >= 0, and 0 where b is 0: the gradient of a norm at 0."""
+    return torch.where(b > 0.0, a / torch.where(b > 0.0, b, 1.0), 0.0)

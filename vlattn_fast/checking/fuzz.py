@@ -1,0 +1,241 @@
+"""Random calls of every operator on every backend: right by the rule of _tolerance, or refused by name.
+
+`vlattn verify --fuzz N --seed S` runs the configurations S, S + 1, ..., S + N - 1. Each is drawn from its number alone, and is
+repeated by its number with its operator and backend: `vlattn verify OPERATOR --backend BACKEND --fuzz 1 --seed NUMBER`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlattn_fast.backends import reference
+from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.checking.fuzz_cases import DRAWS, FEW_PAIRS, LAYOUTS, PAIRS, Dice, Draw, Tensors, lay_out
+from vlattn_fast.checking.roundings import OtherRoundings, unluckiest
+from vlattn_fast.checking.tolerance import draws, settle
+from vlattn_fast.checking.verify import outputs_and_gradients
+from vlattn_fast.ops import OPERATORS as MODULES
+
+OPERATORS = tuple(DRAWS)
+PUBLIC = {name: getattr(module, name) for module in MODULES.values() for name in OPERATORS if hasattr(module, name)}
+# How often each is drawn. The Triton and CUDA C++ kernels are interpreted and emulated where there is no GPU, which is slow.
+BACKENDS = ("streaming",) * 7 + ("cpu",) * 7 + ("auto",) * 2 + ("sdpa", "triton", "cuda", "reference")
+ROUNDINGS = 4  # of the formula, of which the unluckiest counts
+DTYPES = (torch.float32,) * 4 + (torch.bfloat16, torch.float16) * 2 + (torch.float64,)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one configuration: `ratio` is the worst error over what is allowed, `failure` says what is wrong."""
+
+    seed: int
+    operator: str
+    backend: str
+    dtype: torch.dtype
+    ratio: float = 0.0
+    worst: str = ""
+    refused: str = ""
+    failure: str = ""
+    facts: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and self.ratio <= 1.0
+
+    def repro(self) -> str:
+        """The command that runs this configuration alone."""
+        emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
+        prefix = emulated.get(self.backend, "")
+        return f"{prefix}vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
+
+
+def fuzz(
+    count: int, seed: int = 0, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS
+) -> Iterator[Outcome]:
+    """`count` configurations from number `seed` on, of these operators and backends."""
+    for number in range(seed, seed + count):
+        yield run(number, operators=operators, backends=backends)
+
+
+def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS) -> Outcome:
+    """Draws configuration number `seed`, runs it and compares every output and gradient with the formula in float64."""
+    operator, backend, dtype = drawn(seed, operators, backends)
+    # the formula as a backend gets these layouts, too, and torch's product in bfloat16 reads between rows on some CPUs
+    nan = backend != "reference" or dtype.itemsize > 2
+    dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS, nan)
+    draw = DRAWS[operator](dice, dtype)
+    if dice.facts.get("mask") == "float, NaN":
+        draw.differentiable = False  # which gradients are NaN depends on the order of the sums
+    try:
+        with np.errstate(all="ignore"):  # Triton's interpreter computes in NumPy, which warns where float16 overflows
+            ratio, worst, refused = _judge(draw, backend, dice)
+        failure = ""
+    except Exception as error:  # whatever it is, the configuration is to be named
+        ratio, worst, refused, failure = float("inf"), "", "", f"{type(error).__name__}: {error}"
+    facts = ", ".join(f"{name}={value}" for name, value in dice.facts.items())
+    return Outcome(seed, operator, backend, dtype, ratio, worst, refused, failure, facts)
+
+
+def drawn(
+    seed: int, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS
+) -> tuple[str, str, torch.dtype]:
+    """Operator, backend and dtype of a configuration; each has a generator of its own, so fewer of one leave the others."""
+    operator = random.Random(f"operator {seed}").choice(operators)
+    backend = random.Random(f"backend {seed}").choice(backends)
+    return operator, backend, random.Random(f"dtype {seed}").choice(DTYPES)
+
+
+def _judge(draw: Draw, backend: str, dice: Dice) -> tuple[float, str, str]:
+    """(ratio, what has it, why the backend refuses the call).
+
+    A call that passes as it was drawn is right. One that does not is judged with as many draws as the rule takes, against the
+    formula with other roundings: as it stands, the formula may be exact by luck.
+    """
+    try:
+        errors = settle(islice(_runs(draw, backend, dice, other_roundings=False), 1))
+        if any(pool.ratio() > 1.0 for pool in errors.values()):
+            errors = settle(_runs(draw, backend, dice, other_roundings=True), enough=lambda: 1)
+    except ValueError as refusal:
+        if backend not in ("auto", "streaming", "reference") and f"backend={backend!r} cannot run" in str(refusal):
+            return 0.0, "", str(refusal)
+        raise
+    worst = max(errors, key=lambda name: errors[name].ratio())
+    return errors[worst].ratio(), f"{worst}: {errors[worst]}", ""
+
+
+def _runs(draw: Draw, backend: str, dice: Dice, other_roundings: bool) -> Iterator[tuple[Tensors, Tensors, Tensors]]:
+    """Draw after draw: ours, the formula in float64, and the formula in the dtype of the call."""
+    for number, (tensors,) in enumerate(draws(draw.tensors)):
+        name = f"{draw.operator} {dice.facts} {number}"
+        cotangents = _Cotangents(name, dice.gap)
+        before = {name: x._version for name, x in tensors.items()}
+        got = _results(draw, tensors, backend, cotangents)
+        if before != {name: x._version for name, x in tensors.items()}:
+            raise AssertionError("an input was written to")
+        in_float64 = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+        exact = _results(draw, in_float64, "", cotangents)
+        if got.keys() != exact.keys():
+            raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
+        if other_roundings:
+            keeps_ties = dice.facts.get("kind") not in ("cacr", "iais_distributed")  # elsewhere comparisons decide: of a maximum
+            others = (OtherRoundings(f"{name} {n}", draw.dtype, keeps_ties) for n in range(ROUNDINGS))
+            formula = unluckiest([_rounded_otherwise(draw, tensors, cotangents, other) for other in others], exact)
+        else:
+            formula = _results(draw, tensors, "", cotangents)
+        if draw.dtype == torch.float16:
+            wide = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
+            _drop_doubtful_overflow(got, exact, partial(_results, draw, wide, "", cotangents))
+        yield got, exact, formula
+
+
+def _rounded_otherwise(draw: Draw, tensors: Tensors, cotangents: _Cotangents, roundings: OtherRoundings) -> Tensors:
+    with roundings:
+        return _results(draw, tensors, "", cotangents)
+
+
+def _drop_doubtful_overflow(got: Tensors, exact: Tensors, in_float32: Callable[[], Tensors]) -> None:
+    """Sets to 0, in both, the places where float16 overflows on one side and the formula in float32 does not say which is right.
+
+    Behind a zero vector cosine's gradients are sums times 1 / eps = 1e8. Where such a sum cancels, or float32 has lost the scores
+    beside a mask of -1e9, what is left is rounding, and it is above 65504 or not. A place stays where the formulas in float32 and
+    in float64 are both above twice that limit, of one sign, or both below half of it; NaN stays everywhere.
+    """
+    limit = torch.finfo(torch.float16).max
+    over = {name: x.isinf() | (exact[name].abs() > limit) for name, x in got.items() if x.dtype == torch.float16}
+    if not any(bool(x.any()) for x in over.values()):
+        return
+    for name, formula in in_float32().items():
+        if name in over:
+            truth, single = exact[name], formula.double()
+            above = (truth.sign() == single.sign()) & (truth.abs() > 2 * limit) & (single.abs() > 2 * limit)
+            below = (truth.abs() < limit / 2) & (single.abs() < limit / 2)
+            doubtful = over[name] & ~above & ~below & ~got[name].isnan()
+            got[name], exact[name] = got[name].masked_fill(doubtful, 0.0), truth.masked_fill(doubtful, 0.0)
+
+
+class _Cotangents:
+    """The same random gradients for every backend and dtype, in layouts of their own; made once for each dtype of the outputs."""
+
+    def __init__(self, seed: str, gap: float) -> None:
+        self.seed, self.gap = seed, gap
+        self.made: dict[tuple[torch.dtype, ...], list[Tensor]] = {}
+
+    def __call__(self, outputs: list[Tensor]) -> list[Tensor]:
+        dtypes = tuple(x.dtype for x in outputs)
+        if dtypes not in self.made:
+            dice = Dice(self.seed)
+            dice.gap = self.gap
+            self.made[dtypes] = [_cotangent(dice, x) for x in outputs]
+        return self.made[dtypes]
+
+
+def _cotangent(dice: Dice, x: Tensor) -> Tensor:
+    numbers = dice.randn(*x.shape).bfloat16().to(x.dtype)  # rounded once, so that every dtype gets the same
+    if dice.chance(0.2):
+        return torch.ones((), dtype=x.dtype).expand(x.shape)  # what .sum() sends
+    layout = dice.choice.choice(LAYOUTS)
+    return lay_out(numbers, layout, dice.gap) if x.dim() >= 2 else numbers
+
+
+def _results(draw: Draw, tensors: Tensors, backend: str, cotangents: _Cotangents) -> Tensors:
+    """Floating outputs and gradients by name, on `backend` or, without one, of the formula, which gets contiguous tensors.
+
+    (torch's own product in bfloat16 reads what lies between rows of odd size on some CPUs: docs/bugs.md.)
+    """
+    if backend:
+        call = partial(PUBLIC[draw.operator], backend=backend)
+        return outputs_and_gradients(lambda leaves: call(**draw.arguments(leaves)), tensors, cotangents, draw.differentiable)
+    call, tensors = getattr(reference, draw.operator), {name: x.contiguous() for name, x in tensors.items()}
+
+    def contiguous(outputs: list[Tensor]) -> list[Tensor]:
+        return [x.contiguous() for x in cotangents(outputs)]
+
+    return outputs_and_gradients(lambda leaves: call(**draw.arguments(leaves)), tensors, contiguous, draw.differentiable)
+
+
+@dataclass
+class Summary:
+    """Counts of many outcomes, and the worst of those that passed."""
+
+    compared: Counter[str] = field(default_factory=Counter)  # by backend
+    refused: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)  # the command that repeats each, and what is wrong
+    worst: Outcome | None = None
+
+    def add(self, outcome: Outcome) -> None:
+        (self.refused if outcome.refused else self.compared)[outcome.backend] += 1
+        if not outcome.passed:
+            self.failures.append(f"{outcome.repro()}  # {outcome.failure or outcome.worst} [{outcome.dtype}; {outcome.facts}]")
+        elif self.worst is None or outcome.ratio > self.worst.ratio:
+            self.worst = outcome
+
+    def record(self) -> dict[str, Any]:
+        """What is stored of a run."""
+        return {
+            "configurations": self.compared.total() + self.refused.total(),
+            "compared": dict(sorted(self.compared.items())),
+            "refused": dict(sorted(self.refused.items())),
+            "failures": self.failures,
+            "worst_ratio": None if self.worst is None else round(self.worst.ratio, 3),
+            "worst": None if self.worst is None else self.worst.repro(),
+        }
+
+    def lines(self) -> list[str]:
+        """The same for the screen."""
+        found = self.record()
+        counts = ", ".join(f"{name} {count}" for name, count in found["compared"].items())
+        return [
+            f"{found['configurations']} calls: {self.compared.total()} compared ({counts}), {self.refused.total()} refused, "
+            f"{len(self.failures)} failed",
+            f"the worst error that passed is {found['worst_ratio']} of what is allowed: {found['worst']}",
+        ]

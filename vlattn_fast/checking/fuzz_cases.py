@@ -1,0 +1,381 @@
+"""Random calls of the operators for the fuzzer: sizes, masks, memory layouts and numbers, each drawn from one seed."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast import scores
+from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.backends.reference.stacked_cross_attention import FIRST_NORMS
+
+Tensors = dict[str, Tensor]
+
+# 0, 1, odd sizes and both sides of the edges of tiles; small sizes come more often, so that a call takes milliseconds
+LENGTHS = (0, 1, 1, 2, 3, 5, 7, 11, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 127, 129)
+DIMS = (1, 2, 3, 5, 8, 8, 16, 16, 24, 31, 32, 40, 64, 65)
+LAYOUTS = (
+    "contiguous",
+    "heads last",  # (B, N, H, D) in memory, as projections leave it
+    "features first",  # the last stride is not 1
+    "rows padded",
+    "every second row",
+    "every second number",
+    "offset by one",
+    "part of a longer batch",
+    "fused",  # one of three tensors that lie in one, as after a joint projection
+    "one batch for all",  # stride 0
+    "one head for all",
+    "one row for all",
+)
+VALUES = ("normal", "normal", "normal", "small", "large", "constant", "signs", "one-hot", "with zero rows")
+MASKS = (
+    "none",
+    "bool",
+    "bool, rows masked",
+    "float",
+    "float32",
+    "float, -inf",
+    "float, NaN",
+    "float, finite rows",
+    "float32, finite rows",
+    "key",
+    "key, samples masked",
+    "causal",
+    "key and causal",
+    "bool and key",
+    "float and key and causal",
+)
+PAIRS = 1 << 15  # of query and key over batch and heads, at most
+FEW_PAIRS = 1 << 12  # where kernels are interpreted or emulated
+
+
+@dataclass
+class Draw:
+    """One call: its tensors, and how they become the keyword arguments of the public call.
+
+    `tensors` are in the call's dtype.
+    """
+
+    operator: str
+    dtype: torch.dtype
+    tensors: Tensors
+    arguments: Callable[[Tensors], dict[str, Any]]
+    differentiable: bool = True
+
+
+class Dice:
+    """What one seed draws: Python's generator for choices, torch's for numbers."""
+
+    def __init__(self, seed: str, pairs: int = PAIRS, nan: bool = True) -> None:
+        self.pairs, self.gap = pairs, torch.nan if nan else 0.0  # what stands between rows, and in masks of kind "float, NaN"
+        self.choice = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(self.choice.getrandbits(60))
+        self.facts: dict[str, Any] = {}
+
+    def pick(self, name: str, options: Any) -> Any:
+        """One of the options, noted under `name`."""
+        self.facts[name] = self.choice.choice(tuple(options))
+        return self.facts[name]
+
+    def chance(self, p: float) -> bool:
+        return self.choice.random() < p
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def bools(self, *shape: int, p: float = 0.7) -> Tensor:
+        return torch.rand(shape, generator=self.generator) < p
+
+    def numbers(self, shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tensor:
+        """float64 numbers of a kind of VALUES, or of one of the norms that leave the range of `dtype`."""
+        x = self.randn(*shape)
+        match kind:
+            case "small":
+                return x * 1e-3
+            case "large":
+                return x * 8.0
+            case "constant":
+                return torch.full(shape, 0.75, dtype=torch.float64)
+            case "signs":
+                return x.sign()
+            case "one-hot":
+                return torch.where(x == x.amax(-1, keepdim=True), 4.0, 0.0) if x.numel() else x
+            case "overflowing norms":  # the sum of their squares overflows
+                return x * (9000.0 if dtype == torch.float16 else 1e20)
+            case "vanishing norms":
+                return x * (1e-4 if dtype == torch.float16 else 1e-25)
+            case "with zero rows":
+                return torch.where(self.bools(*shape[:-1])[..., None], x, 0.0)
+        return x
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """B, H, Hkv, N, M."""
+        while True:
+            batch, heads = self.choice.choice((1, 1, 2, 3, 0 if self.chance(0.05) else 2)), self.choice.choice((1, 2, 3, 4, 6, 8))
+            queries, keys = self.choice.choice(LENGTHS), self.choice.choice(LENGTHS)
+            if batch * heads * queries * keys <= self.pairs:
+                break
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        key_heads = self.choice.choice(divisors) if self.chance(0.3) else heads
+        self.facts |= {"B": batch, "H": heads, "Hkv": key_heads, "N": queries, "M": keys}
+        return batch, heads, key_heads, queries, keys
+
+    def laid_out(self, name: str, x: Tensor, dtype: torch.dtype, repeated: bool = True) -> Tensor:
+        """`x` in `dtype` in a layout of LAYOUTS, of stride 0 only where `repeated` allows it."""
+        layout = self.choice.choice(LAYOUTS if repeated else LAYOUTS[:-3]) if self.chance(0.5) else "contiguous"
+        if layout != "contiguous":
+            self.facts[f"layout of {name}"] = layout
+        return lay_out(x.to(dtype), layout, self.gap)
+
+
+def lay_out(x: Tensor, layout: str, gap: float = torch.nan) -> Tensor:
+    """`x` (at least two dimensions) with its numbers in another place in memory, and `gap` between them; layouts of stride 0
+    repeat its first part."""
+    rank, shape = x.dim(), list(x.shape)
+    match layout:
+        case "heads last" if rank == 4:
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        case "features first":
+            return x.mT.contiguous().mT
+        case "one batch for all":
+            return x[:1].contiguous().expand(shape)
+        case "one head for all" if rank == 4:
+            return x[:, :1].contiguous().expand(shape)
+        case "one row for all":
+            return x[..., :1, :].contiguous().expand(shape)
+    around = {
+        "rows padded": ([*shape[:-1], shape[-1] + 3], (..., slice(0, shape[-1]))),
+        "every second row": ([*shape[:-2], 2 * shape[-2], shape[-1]], (..., slice(None, None, 2), slice(None))),
+        "every second number": ([*shape[:-1], 2 * shape[-1]], (..., slice(None, None, 2))),
+        "part of a longer batch": ([shape[0] + 2, *shape[1:]], (slice(1, shape[0] + 1),)),
+        "fused": ([*shape[:-1], 3 * shape[-1]], (..., slice(shape[-1], 2 * shape[-1]))),
+        "offset by one": ([math.prod(shape) + 1], (slice(1, None),)),
+    }
+    if layout not in around:
+        return x
+    size, index = around[layout]
+    part = torch.full(size, gap, dtype=x.dtype)[index]
+    if layout == "offset by one":
+        part = part.view(shape)
+    return part.copy_(x)
+
+
+def draw_masks(dice: Dice, batch: int, heads: int, queries: int, keys: int, dtype: torch.dtype) -> dict[str, Any]:
+    """attn_mask, key_mask, is_causal."""
+    kind = dice.pick("mask", MASKS)
+    masks: dict[str, Any] = {"is_causal": "causal" in kind}
+    shape = dice.choice.choice(((batch, heads), (batch, 1), (1, heads), (1, 1))) + (queries, keys)
+    if kind.startswith("bool"):
+        visible = dice.bools(*shape)
+        if "rows masked" in kind:
+            visible &= dice.bools(*shape[:-1])[..., None]
+        masks["attn_mask"] = visible
+    elif kind.startswith("float"):
+        bias = dice.randn(*shape).to(torch.float32 if "float32" in kind else dtype)
+        if "-inf" in kind:
+            bias.masked_fill_(~dice.bools(*shape), -torch.inf)
+        if "NaN" in kind:
+            bias.masked_fill_(dice.bools(*shape, p=0.02), dice.gap)
+        if "finite rows" in kind:
+            low = dice.pick("finite", ("finfo.min", "-1e9", "-1e4"))
+            value = torch.finfo(bias.dtype).min if low == "finfo.min" else max(float(low), torch.finfo(bias.dtype).min)
+            bias.masked_fill_(~dice.bools(*shape[:-1])[..., None], value)
+            bias.masked_fill_(~dice.bools(*shape, p=0.9), value)
+        masks["attn_mask"] = bias[0, 0] if batch and dice.chance(0.3) else bias
+    if "key" in kind:
+        masks["key_mask"] = dice.bools(batch, keys)
+        if "samples masked" in kind:
+            masks["key_mask"] &= dice.bools(batch)[:, None]
+    return masks
+
+
+def poison(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """(B, Hkv, M, D) with NaN and Inf in the rows of padding."""
+    if key_mask is None:
+        return x
+    bad = torch.where(torch.arange(x.shape[2])[:, None] % 2 == 0, torch.nan, torch.inf).to(x.dtype)
+    return torch.where(key_mask[:, None, :, None], x, bad)
+
+
+def attention_inputs(
+    dice: Dice, dtype: torch.dtype, *, square: bool = False, value: bool = True, values: tuple[str, ...] = VALUES
+) -> tuple[Tensors, dict[str, Any]]:
+    """query, key and value of one call, and its masks, scale and enable_gqa."""
+    batch, heads, key_heads, queries, keys = dice.sizes()
+    if square:
+        keys = dice.facts["M"] = queries
+    dim = dice.pick("D", DIMS)
+    value_dim = dice.choice.choice(DIMS) if dice.chance(0.3) else dim
+    dice.facts["Dv"] = value_dim
+    options = draw_masks(dice, batch, heads, queries, keys, dtype)
+    options |= {"scale": dice.pick("scale", (None, None, 0.125, 1.0, 0.0, -0.5)), "enable_gqa": key_heads != heads}
+    kind = dice.pick("values", values)
+    padding = options.get("key_mask")
+    tensors = {
+        "query": dice.laid_out("query", dice.numbers((batch, heads, queries, dim), kind, dtype), dtype),
+        "key": poison(dice.numbers((batch, key_heads, keys, dim), kind, dtype), padding),
+    }
+    if value:
+        tensors["value"] = poison(dice.randn(batch, key_heads, keys, value_dim), padding)
+    for name in ("key", "value") if value else ("key",):  # repeated rows would carry padding's NaN into real rows
+        tensors[name] = dice.laid_out(name, tensors[name], dtype, repeated=padding is None)
+    return tensors, options
+
+
+def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
+    name = dice.pick("score", ("dot", "scaled_dot", "cosine", "general", "additive", "hadamard"))
+    extreme = ("overflowing norms", "vanishing norms") if name == "cosine" else ()
+    tensors, options = attention_inputs(dice, dtype, values=VALUES + extreme)
+    heads, dim = tensors["query"].shape[1], tensors["query"].shape[3]
+    options["return_lse"] = dice.pick("return_lse", (False, True))
+    activation = dice.pick("activation", scores.ACTIVATIONS)
+    projects = dice.choice.choice(("key", "query"))
+    per_head = (heads,) if dice.chance(0.3) else ()
+    parameters = {
+        "weight": dice.randn(*per_head, dim, dim) / math.sqrt(dim),
+        "bias": dice.randn(*per_head, dim) / 4,
+        "vector": dice.randn(*per_head, dim) / math.sqrt(dim),
+    }
+    used: dict[str, tuple[str, ...]] = {
+        "general": ("weight", "bias"),
+        "additive": ("vector", "bias"),
+        "hadamard": ("vector", "weight"),
+    }
+    chosen = {key: parameters[key].to(dtype) for key in used.get(name, ())}
+
+    def arguments(given: Tensors) -> dict[str, Any]:
+        of: dict[str, Any] = {key: given[key] for key in chosen}
+        score: Any = name
+        if name == "general":
+            score = scores.General(**of, activation=activation, projects=projects)
+        elif name == "additive":
+            score = scores.Additive(**of)
+        elif name == "hadamard":
+            score = scores.Hadamard(**of, activation=activation, projects=projects)
+        return {"query": given["query"], "key": given["key"], "value": given["value"], "score": score, **options}
+
+    return Draw("score_attention", dtype, {**tensors, **chosen}, arguments)
+
+
+def draw_relevancy_attention(dice: Dice, dtype: torch.dtype) -> Draw:
+    tensors, options = attention_inputs(dice, dtype, square=True)
+    batch, _, queries, _ = tensors["query"].shape
+    rows = dice.pick("T", (1, 1, 2, 3, 5, 17))
+    carrier = dice.randn(batch, rows, queries).to(compute_dtype(tensors["query"]))
+    options |= {"rule": dice.pick("rule", ("gradient", "attention")), "row_normalize": dice.pick("row_normalize", (False, True))}
+    if dice.chance(0.5):
+        weight = torch.rand(batch, queries, generator=dice.generator)
+        options |= {"residual_weight": weight, "attention_weight": 1 - weight} if dice.chance(0.5) else {"residual_weight": 0.5}
+    return Draw("relevancy_attention", dtype, {**tensors, "carrier": carrier}, lambda t: {**t, **options})
+
+
+def map_inputs(dice: Dice, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any]]:
+    """What relevancy_step and attention_map share: value and grad_output only where the rule takes them."""
+    tensors, options = attention_inputs(dice, dtype)
+    options |= {"rule": dice.pick("rule", ("gradient", "attention")), "row_normalize": dice.pick("row_normalize", (False, True))}
+    value = tensors.pop("value")
+    if options["rule"] == "gradient":
+        grad_output = dice.randn(*tensors["query"].shape[:3], value.shape[3])
+        tensors |= {"value": value, "grad_output": dice.laid_out("grad_output", grad_output, dtype)}
+    return tensors, options
+
+
+def draw_relevancy_step(dice: Dice, dtype: torch.dtype) -> Draw:
+    tensors, options = map_inputs(dice, dtype)
+    batch, _, queries, _ = tensors["query"].shape
+    tensors["relevancy"] = dice.randn(batch, dice.pick("T", (1, 2, 5)), queries).to(compute_dtype(tensors["query"]))
+    return Draw("relevancy_step", dtype, tensors, lambda t: {**t, **options}, differentiable=False)
+
+
+def draw_attention_map(dice: Dice, dtype: torch.dtype) -> Draw:
+    tensors, options = map_inputs(dice, dtype)
+    options["head_reduction"] = dice.pick("head_reduction", ("mean", "max", "min"))
+    return Draw("attention_map", dtype, tensors, lambda t: {**t, **options}, differentiable=False)
+
+
+def draw_attention_statistics(dice: Dice, dtype: torch.dtype) -> Draw:
+    tensors, options = attention_inputs(dice, dtype, value=False)
+    batch, _, queries, _ = tensors["query"].shape
+    keys = tensors["key"].shape[2]
+    if dice.chance(0.8):
+        groups = dice.pick("G", (1, 2, 3, 7))
+        shape = (batch, keys) if dice.chance(0.5) else (keys,)
+        index = torch.randint(-1, groups, shape, generator=dice.generator)
+        options |= {"key_groups": index, "num_groups": groups}
+    if dice.chance(0.5):
+        tensors["row_weight"] = dice.randn(batch, queries).to(dtype)
+    return Draw("attention_statistics", dtype, tensors, lambda t: {**t, **options})
+
+
+def draw_congruence_loss(dice: Dice, dtype: torch.dtype) -> Draw:
+    batch, heads = dice.pick("B", (1, 2, 3)), dice.pick("H", (1, 2, 4))
+    text, image = dice.pick("L", LENGTHS[:15]), dice.pick("V", LENGTHS[:17])
+    dim = dice.pick("D", DIMS)
+    kinds = dice.pick("kind", ("cacr", "iais_singular", "iais_distributed"))
+    options = {
+        "kind": kinds,
+        "direction": dice.pick("direction", ("text", "image", "both")),
+        "reduction": dice.pick("reduction", ("mean", "none")),
+        "scale": dice.pick("scale", (None, 0.25)),
+    }
+    if dice.chance(0.6):
+        options |= {"text_mask": dice.bools(batch, text), "image_mask": dice.bools(batch, image)}
+    lengths = {"text": text, "image": image}
+    names = [f"{side} {part}" for side in lengths for part in ("query", "key")]
+    if crossed := dice.pick("cross", (False, True)):
+        names += ["cross text query", "cross image key", "cross image query", "cross text key"]
+    tensors = {}
+    for name in names:
+        side = "text" if "text" in name else "image"
+        x = poison(dice.randn(batch, heads, lengths[side], dim), options.get(f"{side}_mask"))
+        tensors[name] = dice.laid_out(name, x, dtype, repeated=f"{side}_mask" not in options)
+
+    def arguments(t: Tensors) -> dict[str, Any]:
+        call: dict[str, Any] = {side: (t[f"{side} query"], t[f"{side} key"]) for side in lengths}
+        if crossed:
+            call["cross"] = ((t["cross text query"], t["cross image key"]), (t["cross image query"], t["cross text key"]))
+        return {**call, **options}
+
+    return Draw("congruence_loss", dtype, tensors, arguments)
+
+
+def draw_stacked_cross_attention(dice: Dice, dtype: torch.dtype) -> Draw:
+    images, captions = dice.pick("Bi", (0, 1, 2, 3)), dice.pick("Bc", (0, 1, 2, 4))
+    regions, words, features = dice.pick("R", LENGTHS[:18]), dice.pick("T", LENGTHS[:15]), dice.pick("D", DIMS)
+    options: dict[str, Any] = {
+        "direction": dice.pick("direction", ("t2i", "i2t")),
+        "first_norm": dice.pick("first_norm", FIRST_NORMS),
+        "smooth": dice.pick("smooth", (9.0, 4.0, 1.0)),
+        "aggregation": dice.pick("aggregation", ("logsumexp", "sum", "mean")),
+        "lambda_lse": dice.pick("lambda_lse", (6.0, 1.0)),
+    }
+    unit = torch.nn.functional.normalize
+    tensors = {
+        "images": unit(dice.randn(images, regions, features), dim=-1),
+        "captions": unit(dice.randn(captions, words, features), dim=-1),
+    }
+    for name, length, count in (("images", regions, images), ("captions", words, captions)):
+        if dice.chance(0.5):
+            lengths = torch.randint(0, length + 1, (count,), generator=dice.generator)
+            options[f"{name.removesuffix('s')}_lengths"] = lengths
+            tensors[name] = torch.where((torch.arange(length) < lengths[:, None])[..., None], tensors[name], torch.nan)
+        tensors[name] = dice.laid_out(name, tensors[name], dtype, repeated=f"{name.removesuffix('s')}_lengths" not in options)
+    return Draw("stacked_cross_attention", dtype, tensors, lambda t: {**t, **options})
+
+
+DRAWS: dict[str, Callable[[Dice, torch.dtype], Draw]] = {
+    "score_attention": draw_score_attention,
+    "relevancy_attention": draw_relevancy_attention,
+    "relevancy_step": draw_relevancy_step,
+    "attention_map": draw_attention_map,
+    "attention_statistics": draw_attention_statistics,
+    "congruence_loss": draw_congruence_loss,
+    "stacked_cross_attention": draw_stacked_cross_attention,
+}

@@ -1,0 +1,121 @@
+"""`vlattn info`: versions and devices, and which backend runs which operator, as tables with each reason said once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import textwrap
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, capability, select
+
+PACKAGES = ("torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+WIDTH = 118
+
+Calls = Mapping[tuple[str, str], Call]  # by dtype and by the name of the case
+
+
+def lines() -> Iterator[str]:
+    """The whole page, line by line."""
+    yield from _versions()
+    yield from _devices()
+    notes: dict[str, dict[str, None]] = {}
+    for device_type, title in (("cpu", "On a CPU"), ("cuda", "On a CUDA device")):
+        yield ""
+        yield from _table(title, device_type, notes)
+    yield ""
+    for number, (reason, calls) in enumerate(notes.items(), 1):
+        concerned = f" ({'; '.join(calls)})" if calls else ""
+        yield from textwrap.wrap(f"{f'[{number}]':5}{reason}{concerned}", WIDTH, subsequent_indent=" " * 5)
+
+
+def _versions() -> Iterator[str]:
+    """What is installed comes first."""
+    found = {name: _version(name) for name in ("vlattn_fast", *PACKAGES)}
+    for name, version in found.items():
+        if version is not None:
+            yield f"{name:14}{version}"
+    yield f"{'python':14}{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if missing := [name for name, version in found.items() if version is None]:
+        yield f"{'not installed':14}{', '.join(missing)}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[str]:
+    from vlattn_fast.backends import native
+    from vlattn_fast.backends.cuda import _shared_library
+
+    yield f"{'cpu':14}{torch.get_num_threads()} threads"
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        yield f"{f'cuda:{i}':14}{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
+        yield f"{'cuda':14}{'no device' if torch.version.cuda else 'this torch is built without it'}"
+    yield f"{'CPU C++':14}{native.state()}"
+    yield f"{'CUDA C++':14}{_shared_library.state()}"
+
+
+def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> Iterator[str]:
+    """One line per operator, one column per backend and one for "auto"; adds the reasons to `notes`."""
+    from vlattn_fast.checking.verify import OPERATORS, backends_of, cases, facts_of
+
+    everything = cases()
+    here = capability(torch.device(device_type)) if device_type == "cuda" else None
+    rows = [[title, *(name for name in BACKEND_NAMES if name != "auto"), "auto"]]
+    for operator in OPERATORS:
+        calls = {
+            (dtype, case.name): facts_of(operator, case.arguments(case.in_dtype(torch.float32)))._replace(
+                dtype=getattr(torch, dtype), device_type=device_type, capability=here
+            )
+            for case in everything
+            if case.operator == operator
+            for dtype in DTYPES
+        }
+        table = backends_of(operator)
+        cells = [
+            _cell(operator, calls, {key: table[name].refusals(call) for key, call in calls.items()}, notes)
+            for name in rows[0][1:-1]
+        ]
+        chosen = dict.fromkeys(select(table, call, "auto") for call in calls.values())
+        rows.append([operator, *cells, "/".join(chosen)])
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
+    for row in rows:
+        yield "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _cell(operator: str, calls: Calls, refusals: Mapping[tuple[str, str], list[str]], notes: dict[str, dict[str, None]]) -> str:
+    """The word "yes", or what is refused with the numbers of the reasons."""
+    refused = {key: reasons for key, reasons in refusals.items() if reasons}
+    if not refused:
+        return "yes"
+    by_reason: dict[str, list[tuple[str, str]]] = {}
+    for key, reasons in refused.items():
+        for reason in reasons:
+            by_reason.setdefault(reason, []).append(key)
+    if len(refused) == len(calls):
+        # A reason that holds for every call says enough.
+        by_reason = {reason: keys for reason, keys in by_reason.items() if len(keys) == len(calls)} or by_reason
+        what = "no"
+    else:
+        names = {name for _, name in calls}
+        whole = [dtype for dtype in DTYPES if all((dtype, name) in refused for name in names)]
+        rest = [dtype for dtype in DTYPES if dtype not in whole]
+        only_dtypes = len(refused) == len(whole) * len(names)
+        what = "some" if not only_dtypes else f"{rest[0]} only" if len(rest) == 1 else f"not {'/'.join(whole)}"
+    numbers = []
+    for reason, keys in by_reason.items():
+        concerned = notes.setdefault(reason, {})
+        cases = dict.fromkeys(name for _, name in keys)
+        if len(cases) < len({name for _, name in calls}):
+            concerned[f"{operator}: {', '.join(cases)}"] = None
+        numbers.append(list(notes).index(reason) + 1)
+    return f"{what} [{','.join(map(str, sorted(numbers)))}]"

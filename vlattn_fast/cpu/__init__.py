@@ -1,4 +1,0 @@
-"""The CPU kernels: one launcher per operator for csrc/cpu/, called through vlattn_fast/_native.py.
-
-A launcher's own time counts on small tensors. It gives torch sizes one by one: a torch.Size takes a microsecond longer to read.
-"""

@@ -1,0 +1,5 @@
+"""`evaluate`: how good maps are.
+
+In: a model and a data set of inputs, targets and boxes. Out: an Evaluation, rows and curves.
+Imports explaining and all that it imports.
+"""

@@ -1,0 +1,311 @@
+"""Inputs with some of their patches, regions or words taken away, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.evaluating.box_scores import grid_entries
+from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.records.tokens import before_sep, last_real
+
+STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as LXMERT's perturbation test of Chefer et al. has
+_IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
+_REGIONS = ("region_", "visual_", "masked_regions")
+_NO_WORDS = ("pixel", "decoder_", *_REGIONS)  # inputs that stay whole where words go, whatever their length
+
+Words = Callable[[Mapping[str, Any]], Tensor]
+
+
+# --- which tokens stay ---
+
+
+def kept(values: Tensor, test: str, steps: Sequence[float]) -> list[list[int]]:
+    """The entries that stay at each step, in the order of their values.
+
+    "negative" keeps the int((1 - step) n) largest, so the least relevant go first; "positive" does so with -values. The product
+    is truncated as in the published code: (1 - 0.8) * 10 = 1.9999999999999996 keeps one. "deletion" removes the step * n
+    largest, "insertion" has these alone (Petsiuk et al. 2018).
+
+    Args:
+        values: (n,)
+    """
+    n = len(values)
+    ranked = values.argsort(descending=True, stable=True).tolist()
+    if test == "negative":
+        return [ranked[: int((1 - step) * n)] for step in steps]
+    if test == "positive":
+        ranked = (-values).argsort(descending=True, stable=True).tolist()
+        return [ranked[: int((1 - step) * n)] for step in steps]
+    counts = [int(step * n + 1e-9) for step in steps]
+    return [ranked[count:] if test == "deletion" else ranked[:count] for count in counts]
+
+
+def area_under(steps: Sequence[float], values: Sequence[float]) -> float:
+    """The area under a curve by trapezoids."""
+    return float(torch.trapezoid(torch.tensor(values, dtype=torch.float64), torch.tensor(steps, dtype=torch.float64)))
+
+
+# --- where they are ---
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a batch.
+
+    Args:
+        inputs: of this row alone, tensors (1, ...).
+        words: the columns of `input_ids` that hold the words that may go; None without text.
+        entries: their places among the words of an explanation's `.text`.
+        grids: (h, w) of each of its images; None without patches that can be taken away.
+        regions: the indices of its real regions; None without regions.
+        boxes: (n, 4) where each entry of the image lies; None where they lie in several images.
+        problem: why the model cannot run on this row alone, where that is so.
+    """
+
+    inputs: dict[str, Any]
+    words: Tensor | None
+    entries: Tensor | None
+    grids: list[tuple[int, int]] | None
+    regions: Tensor | None
+    boxes: Tensor | None
+    problem: str | None = None
+
+    def count(self, part: str) -> int:
+        """How many entries its "image" or its "text" has."""
+        if part == "text":
+            return 0 if self.words is None else len(self.words)
+        if self.regions is not None:
+            return len(self.regions)
+        return sum(height * width for height, width in self.grids or [])
+
+    def keeping(self, part: str, entries: Sequence[int]) -> dict[str, Any]:
+        """The inputs with these entries of a part alone; the other part stays whole.
+
+        Words are removed from ids and masks; the rest of the sequence stays, and its order. Regions are taken in the order of
+        `entries`; of LXMERT one box of zeros stands for none. Patches are set to 0, the mean pixel of normalised images.
+        """
+        if self.problem is not None:
+            raise ValueError(self.problem)
+        chosen = torch.tensor(list(entries), dtype=torch.long)
+        if part == "text":
+            return self._with_words(chosen)
+        if self.regions is not None:
+            index = self.regions[chosen]
+            if not len(index) and "visual_feats" in self.inputs:  # Hugging Face's LXMERT cannot run without any box
+                return {
+                    **self.inputs,
+                    **{name: _blank(value) for name, value in self.inputs.items() if name.startswith("visual_")},
+                }
+            return {
+                name: value[:, index.to(value.device)] if isinstance(value, Tensor) and name.startswith(_REGIONS) else value
+                for name, value in self.inputs.items()
+            }
+        stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
+        pixels = self.inputs["pixel_values"]
+        sizes = _real_sizes(pixels, self.inputs)
+        return {**self.inputs, "pixel_values": _masked(pixels, sizes, self.grids or [], stays)}
+
+    def _with_words(self, chosen: Tensor) -> dict[str, Any]:
+        assert self.words is not None
+        shape = self.inputs["input_ids"].shape
+        stays = torch.ones(shape[1], dtype=torch.bool)
+        stays[self.words] = False
+        stays[self.words[chosen]] = True
+        inputs = dict(self.inputs)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.shape[:2] == shape and not name.startswith(_NO_WORDS):
+                inputs[name] = value[:, stays.to(value.device)]
+        return inputs
+
+
+def _blank(value: Any) -> Any:
+    """One region (1, 1, ...) of zeros, in a mask a real one."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.ones_like(value[:, :1]) if value.ndim == 2 else torch.zeros_like(value[:, :1])
+
+
+def _real_sizes(pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Height and width of each image of pixels (images, C, H, W), without the padding that `pixel_mask` (images, H, W) or
+    `image_sizes` (images, 2) tell."""
+    mask, sizes = inputs.get("pixel_mask"), inputs.get("image_sizes")
+    if isinstance(mask, Tensor):
+        return [(int(each[:, 0].sum()), int(each[0].sum())) for each in mask]
+    if isinstance(sizes, Tensor):
+        return [(height, width) for height, width in sizes.tolist()]
+    return [(pixels.shape[-2], pixels.shape[-1])] * len(pixels)
+
+
+def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int, int]], stays: Tensor) -> Tensor:
+    """Pixels (images, C, H, W), or patches (P, features) of all images in turn, with 0 where an entry does not stay.
+
+    Args:
+        sizes: height and width of each image, over which its grid lies.
+    """
+    if pixels.ndim == 2:
+        return pixels * stays.to(pixels).repeat_interleave(pixels.shape[0] // len(stays))[:, None]
+    masks = []
+    for (height, width), (h, w), part in zip(sizes, grids, stays.split([h * w for h, w in grids]), strict=True):
+        mask = part.view(h, w).repeat_interleave(height // h, 0).repeat_interleave(width // w, 1)
+        masks.append(nn.functional.pad(mask, (0, pixels.shape[-1] - width, 0, pixels.shape[-2] - height)))
+    return pixels * torch.stack(masks).to(pixels)[:, None]
+
+
+def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: Any, words: Words | None) -> list[Sample]:
+    """A batch as its rows.
+
+    Args:
+        rows: how many.
+        shown: an explanation of it, which tells grids and towers. Of a model without a record: whatever has `.image`.
+        words: see `evaluate`.
+    """
+    image, owners = getattr(shown, "image", None), getattr(shown, "image_rows", None)
+    grids = [tuple(part.shape[-2:]) for part in image] if image is not None else []
+    owners = list(range(len(grids))) if owners is None else owners
+    text = _words(family, inputs, shown)
+    removable = text if text is None or words is None else _asked(words, inputs, None if family is None else text)
+    if family is None:
+        text = removable
+    if family is not None and removable is not None:
+        asking = _asking(family, inputs, removable)
+        removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
+    region_boxes = getattr(shown, "boxes", None)
+    pixels = inputs.get("pixel_values")
+    if grids and not _fit(pixels, grids, inputs):
+        grids = []
+    samples = []
+    for row in range(rows):
+        images = [index for index, owner in enumerate(owners) if owner == row] if grids else None
+        regions = _real_regions(inputs, row)
+        own = [grids[index] for index in images] if images else None
+        boxes = None
+        if regions is not None and region_boxes is not None:
+            boxes = region_boxes[row].cpu().double()[regions]
+        elif own is not None and len(own) == 1:
+            boxes = grid_entries(*own[0])
+        columns = entries = None
+        if text is not None and removable is not None:
+            columns = removable[row].nonzero()[:, 0]
+            entries = removable[row][text[row]].nonzero()[:, 0]
+        problem = None
+        if images is None and rows > 1 and isinstance(pixels, Tensor) and pixels.shape[0] not in (1, rows):
+            problem = (
+                "inputs must be of one row where nothing tells which pixel_values, such as tiles of images, belong to which row; "
+                f"got {rows} rows and pixel_values {tuple(pixels.shape)}. Let the data set give them one by one"
+            )
+        samples.append(Sample(_one_row(inputs, row, rows, images), columns, entries, own, regions, boxes, problem))
+    return samples
+
+
+def check_maps(name: str, result: Any, rows: int) -> None:
+    """That a method's maps are those of the batch: one a row, or as many as its `image_rows` says.
+
+    Args:
+        result: whatever has `.image`, `.regions` or `.text`.
+        rows: of the batch.
+
+    Raises:
+        TypeError: `result` has none of them.
+        ValueError: too few rows, or too many.
+    """
+    parts = ("image", "regions", "text")
+    if not any(hasattr(result, part) for part in parts):
+        raise TypeError(f"methods must give what has .image, .regions or .text; got {type(result).__name__} of {name!r}")
+    owners = getattr(result, "image_rows", None)
+    for part in parts:
+        if (values := getattr(result, part, None)) is None:
+            continue
+        if part == "image" and owners is not None:
+            if len(owners) != len(values) or not all(0 <= owner < rows for owner in owners):
+                raise ValueError(
+                    f"methods must give an entry of image_rows, from 0 to {rows - 1}, for each map; got {list(owners)} for "
+                    f"{len(values)} maps of {name!r}"
+                )
+        elif len(values) != rows:
+            raise ValueError(f"methods must give one {part} for each of {rows} rows of a batch; got {len(values)} of {name!r}")
+
+
+def _asking(family: Family, inputs: Mapping[str, Any], removable: Tensor) -> Tensor | None:
+    """(B,) the columns of the words that are read, which ask the question: without them another one would be asked."""
+    if family.score == "token" and family.answers == "input_ids":
+        return last_real(family.towers[0].tokens, inputs, (removable.shape[0], removable.shape[1]))
+    return before_sep(inputs) if family.towers and family.towers[0].readout == "before_sep" else None
+
+
+def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tensor:
+    """The words that the caller allows to go, among those of `text`."""
+    ids, found = inputs["input_ids"], words(inputs)
+    if not isinstance(found, Tensor) or found.shape != ids.shape or found.dtype != torch.bool:
+        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"words must return bool (B, N) = {tuple(ids.shape)}; got {got}")
+    return found.cpu() if text is None else found.cpu() & text
+
+
+def _words(family: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:
+    """bool (B, N), True = a word, as `.text` has them; None without text."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor):
+        return None
+    if family is not None and family.towers:
+        places = getattr(shown, "places", None)
+        if places is None:
+            return None
+        # Where patches come in front of the words, places count from the first patch.
+        fronts = [shown.relevancy[t.name].shape[-1] - ids.shape[-1] for t in family.towers if t.tokens == "patches_text"]
+        positions = torch.zeros(len(places), ids.shape[-1], dtype=torch.bool)
+        for row, columns in enumerate(places):
+            positions[row, torch.tensor(columns, dtype=torch.long) - sum(fronts)] = True
+        return positions
+    # Without a record: everything but padding and the first and last token, as [CLS] and [SEP] are.
+    mask = inputs.get("attention_mask")
+    real = mask.bool().cpu() if isinstance(mask, Tensor) else torch.ones(ids.shape, dtype=torch.bool)
+    place = real.cumsum(1)
+    return real & (place > 1) & (place < place[:, -1:])
+
+
+def _fit(pixels: Any, grids: list[tuple[int, int]], inputs: Mapping[str, Any]) -> bool:
+    """Whether patches can be told apart in `pixel_values`.
+
+    Raises:
+        ValueError: an image that is no whole number of patches high and wide.
+    """
+    if not isinstance(pixels, Tensor):
+        return False
+    if pixels.ndim == 2:
+        return inputs.get("image_grid_thw") is not None and pixels.shape[0] % sum(h * w for h, w in grids) == 0
+    if pixels.ndim != 4 or pixels.shape[0] != len(grids):
+        return False
+    for (height, width), (h, w) in zip(_real_sizes(pixels, inputs), grids, strict=True):
+        if height % h or width % w:
+            raise ValueError(f"pixel_values must be a whole number of patches, {h} x {w}; got {height} x {width} pixels")
+    return True
+
+
+def _real_regions(inputs: Mapping[str, Any], row: int) -> Tensor | None:
+    for name in ("region_features", "visual_feats", "visual_embeds"):
+        features, real = inputs.get(name), inputs.get("region_mask" if name == "region_features" else "visual_attention_mask")
+        if isinstance(features, Tensor):
+            return torch.arange(features.shape[1]) if real is None else real[row].bool().nonzero()[:, 0].cpu()
+    return None
+
+
+def _one_row(inputs: Mapping[str, Any], row: int, rows: int, images: list[int] | None) -> dict[str, Any]:
+    """The inputs of one row, with its images where they are told apart."""
+    single: dict[str, Any] = {}
+    grid = inputs.get("image_grid_thw")
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            single[name] = value
+        elif name == "pixel_values" and value.ndim == 2 and grid is not None and images is not None:
+            parts = value.split(grid.prod(-1).tolist())
+            single[name] = torch.cat([parts[index] for index in images])
+        elif name in _IMAGES and images is not None:
+            single[name] = value[images]
+        else:
+            single[name] = value[row : row + 1] if value.shape[0] == rows else value
+    return single

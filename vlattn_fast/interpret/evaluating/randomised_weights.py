@@ -1,0 +1,57 @@
+"""Randomised weights and rank correlations, for the sanity check of Adebayo et al. (NeurIPS 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are randomised together."""
+
+    parameters: list[nn.Parameter]
+
+    @torch.no_grad()
+    def randomise(self, generator: torch.Generator) -> None:
+        """Every tensor becomes normal numbers with its own mean and standard deviation."""
+        for parameter in self.parameters:
+            if not parameter.is_floating_point() or parameter.numel() == 0:
+                continue
+            trained = parameter.float()
+            noise = torch.randn(parameter.shape, generator=generator).to(trained.device)
+            parameter.copy_(trained.mean() + trained.std(correction=0) * noise)
+
+
+def cascade(model: nn.Module, inputs: Mapping[str, Any], stages: int) -> list[Group]:
+    """The model's parameters from its output to its input, in `stages` groups of as many modules.
+
+    The order is that in which modules are first called, backwards. A model without that many modules has empty groups.
+    """
+    order: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any) -> None:
+        if module not in order:
+            order.append(module)
+
+    holders = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    handles = [module.register_forward_pre_hook(note) for module in holders]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    never = [module for module in holders if module not in order]  # their parameters are read from outside
+    groups: list[Group] = []
+    done: set[int] = set()
+    backwards = [*reversed(order), *never]
+    sizes = [len(backwards) * (stage + 1) // stages for stage in range(stages)]
+    for start, end in zip([0, *sizes], sizes, strict=False):
+        members = [p for module in backwards[start:end] for p in module.parameters(recurse=False) if id(p) not in done]
+        done |= {id(parameter) for parameter in members}
+        groups.append(Group(members))
+    return groups

@@ -1,0 +1,286 @@
+"""An answer: its tokens behind the prompt, their log-probabilities, and the rows that predict them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.records.tokens import last_real
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of T tokens (shorter ones are padded) to prompts of N tokens.
+
+    Args:
+        ids: each row's tokens.
+        arguments: the model's inputs with the answer behind the last real token of each prompt, N + T tokens in all.
+        positions: int64 (B, T), where each token of the answer is predicted: the place in front of its own.
+    """
+
+    ids: list[list[int]]
+    arguments: dict[str, Any]
+    positions: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """bool (B, T), False = padding of a shorter answer."""
+        lengths = torch.tensor([len(row) for row in self.ids])
+        return torch.arange(self.positions.shape[1]) < lengths[:, None]
+
+    def scores(self, logits: Any, kept: Tensor | None) -> Tensor:
+        """The log-probabilities (B, T) of the answer's tokens, 0 for padding.
+
+        Args:
+            logits: (B, N + T, vocabulary), or of the positions `kept` alone.
+
+        Raises:
+            ValueError: other logits, or none.
+        """
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
+            raise ValueError(f"answer must be of a model whose logits are (B, N, vocabulary); got logits {got}")
+        positions = self.positions.to(logits.device)
+        if kept is not None:
+            positions = torch.searchsorted(kept.to(logits.device), positions)
+        rows = torch.arange(len(positions), device=logits.device)[:, None]
+        ids = torch.zeros_like(positions)
+        for row, tokens in enumerate(self.ids):
+            ids[row, : len(tokens)] = torch.tensor(tokens, device=ids.device)
+        log_probabilities = logits[rows, positions].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return log_probabilities.gather(2, ids[..., None])[..., 0].masked_fill(~self.real.to(ids.device), 0.0)
+
+    def start(self, like: Tensor, token: int | None) -> Tensor:
+        """The weights (B, 1, N + T) of the row that predicts `token`, or of all such rows together; `like` has their shape."""
+        real = self.real if token is None else self.real[:, token : token + 1]
+        positions = self.positions if token is None else self.positions[:, token : token + 1]
+        weights = real.to(device=like.device, dtype=like.dtype)
+        return torch.zeros_like(like[:, 0]).scatter_add_(1, positions.to(like.device), weights)[:, None]
+
+
+def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], family: Family | None, model: nn.Module) -> Answer:
+    """`answer` behind the prompts of `inputs`; in an encoder-decoder behind the decoder's, which is its start token alone unless
+    `inputs` have another.
+
+    Raises:
+        TypeError: neither token ids nor texts.
+        ValueError: the model is neither a decoder with a record nor an encoder-decoder; no tokenizer for texts; no tokens;
+            nothing to put them behind; an input with an entry for each token that the answer cannot make longer.
+    """
+    if family is None or family.score != "token":
+        raise ValueError(
+            "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
+            f"{type(model).__name__}"
+        )
+    if family.answers not in inputs and family.answers != "input_ids":
+        inputs = {**inputs, family.answers: _start_tokens(model, inputs)}
+    prompts = inputs.get(family.answers)
+    if not isinstance(prompts, Tensor) or prompts.ndim != 2:
+        raise ValueError(f"inputs must contain '{family.answers}' (B, N), which the answer is put behind; got none")
+    ids = token_ids(answer, tokenizer, len(prompts))
+    shape = (prompts.shape[0], prompts.shape[1])
+    prefix = family.answers.removesuffix("input_ids")
+    arguments = _without_labels(inputs, prefix)
+    _check_types(arguments, family)
+    beside = {name.removeprefix(prefix): value for name, value in arguments.items() if name.startswith(prefix)}
+    beside = {name: value for name, value in beside.items() if _follows_tokens(name, value, shape, prefix)}
+    if beside.get("attention_mask") is None and len({len(row) for row in ids}) > 1:
+        beside["attention_mask"] = torch.ones_like(prompts)
+    of_tower = "text" if prefix else family.towers[0].tokens
+    places = _places(ids, last_real(of_tower, beside, shape), shape, family.answer_type)
+    for name, value in beside.items():
+        arguments[f"{prefix}{name}"] = _LONGER[name](places, value, beside)
+    return Answer(ids, arguments, places.positions)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where answers of at most T tokens stand among the N + T columns of B prompts.
+
+    source: int64 (B, N + T), the column of the prompt that each column repeats; the answer's repeat the last real token.
+    answered: bool (B, N + T), True = a column of the answer.
+    tokens: int64 (B, T), 0 for padding of a shorter answer; real: bool (B, T), False = that padding.
+    positions: int64 (B, T), where each token of the answer is predicted.
+    type: the `token_type_ids` of an answer; None = as the last real token of the prompt has.
+    """
+
+    source: Tensor
+    answered: Tensor
+    tokens: Tensor
+    real: Tensor
+    positions: Tensor
+    type: int | None
+
+    def repeated(self, value: Tensor) -> Tensor:
+        """(B, N, ...) as (B, N + T, ...), where the answer has what the last real token of its prompt has."""
+        rows = torch.arange(len(value), device=value.device)[:, None]
+        return value[rows, self.source.to(value.device)]
+
+    def filled(self, value: Tensor, new: Tensor | int) -> Tensor:
+        """(B, N) as (B, N + T), where the answer has `new` (B, T), or one number for all."""
+        new = torch.as_tensor(new).expand(self.tokens.shape)
+        return self.repeated(value).masked_scatter(self.answered.to(value.device), new.to(value))
+
+
+def _places(ids: list[list[int]], last: Tensor, shape: tuple[int, int], answer_type: int | None) -> _Places:
+    """The places of answers `ids` behind the tokens `last` (B,) of prompts (B, N)."""
+    length = max((len(row) for row in ids), default=0)
+    column = torch.arange(shape[1] + length)
+    answered = (column > last[:, None]) & (column <= last[:, None] + length)
+    # Each column is of the prompt, of the answer, or what stood behind the prompt's last real token.
+    source = torch.where(column > last[:, None] + length, column - length, torch.minimum(column, last[:, None]))
+    tokens = torch.zeros(shape[0], length, dtype=torch.long)
+    for row, row_ids in enumerate(ids):
+        tokens[row, : len(row_ids)] = torch.tensor(row_ids)
+    real = torch.arange(length) < torch.tensor([len(row) for row in ids])[:, None]
+    return _Places(source, answered, tokens, real, last[:, None] + torch.arange(length), answer_type)
+
+
+# --- inputs that have an entry for each token ---
+
+
+def _longer_types(places: _Places, types: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    return places.repeated(types) if places.type is None else places.filled(types, places.type)
+
+
+def _longer_positions(places: _Places, positions: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    """Positions (B, N) count on from the last real token's, as (1, N) of all prompts do. Those of Qwen-VL (3, B, N) are all three
+    one more than the largest of the prompt: an image's last token has not the largest in each of them."""
+    prompts = beside["input_ids"]
+    steps = torch.arange(1, places.tokens.shape[1] + 1, device=positions.device)
+    if positions.ndim == 2:
+        positions = positions.expand(prompts.shape)
+        last = positions.gather(1, places.positions[:, :1].to(positions.device)) if len(prompts) else positions[:, :1]
+        return places.filled(positions, last + steps)
+    mask = beside.get("attention_mask")
+    real = torch.ones_like(prompts, dtype=torch.bool) if mask is None else mask.bool()
+    lowest = torch.iinfo(positions.dtype).min
+    largest = positions.masked_fill(~real.to(positions.device), lowest).amax((0, 2))
+    return torch.stack([places.filled(axis, largest[:, None] + steps) for axis in positions])
+
+
+# By the name of an input that has an entry for each token: how an answer makes it longer. transformers' `generate` does the same,
+# but for `token_type_ids`, whose meaning the record says.
+_LONGER: dict[str, Callable[[_Places, Tensor, Mapping[str, Tensor]], Tensor]] = {
+    "input_ids": lambda places, value, _: places.filled(value, places.tokens),
+    "attention_mask": lambda places, value, _: places.filled(value, places.real),
+    "token_type_ids": _longer_types,
+    "mm_token_type_ids": lambda places, value, _: places.filled(value, 0),  # text
+    "position_ids": _longer_positions,
+    "cross_attention_mask": lambda places, value, _: places.repeated(value),  # words see what the last one sees (Mllama)
+}
+# Their shapes; None = any further axes.
+_SHAPES = {"position_ids": "(B, N), (1, N) or (3, B, N)", "cross_attention_mask": "(B, N, images, tiles)"}
+# Inputs about pictures, whose sizes may equal those of the prompts.
+_OF_PICTURES = (
+    *("pixel_", "aspect_ratio_", "image_sizes", "image_grid_", "video_grid_"),
+    *("qformer_", "batch_num_images", "second_per_grid_"),
+)
+
+
+def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) -> bool:
+    """Whether an input has an entry for each token of the prompts, and an answer makes it longer.
+
+    Raises:
+        ValueError: it has, but nobody says what the answer's tokens have, or its shape is another one.
+    """
+    if value is None:
+        return False
+    sizes = tuple(value.shape) if isinstance(value, Tensor) else None
+    if name not in _LONGER:
+        alike = sizes is not None and shape in (sizes[:2], sizes[-2:]) and not name.startswith(_OF_PICTURES)
+        if alike or (prefix and sizes is not None):
+            raise ValueError(
+                f"inputs must not contain '{prefix}{name}' beside answer, since what the answer's tokens have there is unknown; "
+                f"got {sizes}. Put the answer into the inputs yourself and name its tokens by target= and read="
+            )
+        return False
+    if name == "cross_attention_mask":
+        fits = sizes is not None and sizes[:2] == shape
+    elif name == "position_ids":
+        fits = sizes in (shape, (1, shape[1]), (3, *shape))
+    else:
+        fits = sizes == shape
+    if not fits:
+        got = type(value).__name__ if sizes is None else sizes
+        raise ValueError(f"{prefix}{name} must have shape {_SHAPES.get(name, '(B, N)')} with (B, N) = {shape}; got {got}")
+    return True
+
+
+def _without_labels(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The inputs without labels, of which a decoder computes a loss alone, which is not read.
+
+    Raises:
+        ValueError: labels of an encoder-decoder, which are an answer themselves.
+    """
+    if prefix and inputs.get("labels") is not None:
+        raise ValueError(
+            "inputs must not contain 'labels' beside answer, since an encoder-decoder takes them for the answer; got both. "
+            "Leave one of them out"
+        )
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def _check_types(inputs: Mapping[str, Any], family: Family) -> None:
+    """ValueError where types tell the answer from the prompt, which sees itself both ways, and there are none."""
+    if family.answer_type and inputs.get("token_type_ids") is None:
+        raise ValueError(
+            "inputs must contain 'token_type_ids' (B, N) beside answer, as the model's processor makes them: they say which "
+            "tokens see one another both ways; got none"
+        )
+
+
+def encoder_decoder(model: nn.Module) -> Family | None:
+    """The family of an encoder-decoder without a record, whose towers are found; None for other models."""
+    config = getattr(model, "config", None)
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
+        return Family((), "token", answers="decoder_input_ids")
+    return None
+
+
+def _start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, 1), the token that the answers of an encoder-decoder begin with."""
+    configs = [getattr(model, "generation_config", None), config := getattr(model, "config", None)]
+    configs += [getattr(config, name, None) for name in ("text_config", "decoder")]
+    known = (getattr(config, "decoder_start_token_id", None) for config in configs)
+    start = next((token for token in known if isinstance(token, int)), None)
+    first = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim), None)
+    if start is None or first is None:
+        raise ValueError(
+            f"inputs must contain 'decoder_input_ids' where the config has no decoder_start_token_id; got {sorted(inputs)}"
+        )
+    return torch.full((len(first), 1), start, device=first.device)
+
+
+def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
+    if isinstance(answer, str):
+        answer = [answer] * batch
+    if hasattr(answer, "tolist"):
+        answer = answer.tolist()
+    if not isinstance(answer, Sequence) or not answer:
+        if batch == 0:
+            return []
+        raise TypeError(f"answer must be token ids (B, T), (T,), a text or one text a row; got {answer!r}")
+    if all(isinstance(part, str) for part in answer):
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given for an answer that is text; got None")
+        encode = getattr(tokenizer, "tokenizer", tokenizer)
+        answer = [list(encode(part, add_special_tokens=False)["input_ids"]) for part in answer]
+    answer = [part.tolist() if hasattr(part, "tolist") else part for part in answer]  # NumPy's and torch's
+    if all(isinstance(part, int) for part in answer):
+        answer = [answer] * batch
+    if not all(isinstance(row, Sequence) and all(type(token) is int for token in row) for row in answer):
+        raise TypeError(f"answer must be token ids (B, T), (T,), a text or one text a row; got {answer!r}")
+    rows = [list(row) for row in answer]
+    if (lowest := min((token for row in rows for token in row), default=0)) < 0:  # as -100, which fills up labels
+        raise ValueError(f"answer must hold token ids from 0 on; got {lowest}")
+    if len(rows) != batch:
+        raise ValueError(f"answer must have one row for each of the {batch} prompts; got {len(rows)}")
+    if not all(rows):
+        raise ValueError("answer must have at least one token in each row; got an empty one")
+    return rows

@@ -1,0 +1,120 @@
+"""The parts of relevancy rows that belong to images and to words, as fields of an Explanation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.explaining.answer import Answer
+from vlattn_fast.interpret.explaining.token_parts import gather_words, image_maps, word_positions
+from vlattn_fast.interpret.records.connector_maps import Connector
+from vlattn_fast.interpret.records.image_grids import image_tokens
+from vlattn_fast.interpret.records.tokens import region_names
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+
+
+def parts(
+    model: nn.Module,
+    towers: list[TowerTrace],
+    arguments: Mapping[str, Any],
+    relevancy: Mapping[str, Tensor],
+    answer: Answer | None,
+) -> dict[str, Any]:
+    """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer."""
+    fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
+    ids = arguments.get("input_ids")
+    ids = None if ids is None else ids.reshape(-1, ids.shape[-1])
+    for tower in towers:
+        if (record := tower.record) is None:
+            continue
+        row = relevancy[tower.name]
+        joint = record.grid is not None or record.tokens in ("image_text", "text_patches", "patches_text")
+        config = model.config if joint else tower.config
+        maps = _each(row, functools.partial(image_maps, record, config, arguments))
+        if maps is not None:
+            fields["image"], fields["image_rows"] = maps
+        if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
+            first = words.shape[1] - ids.shape[1] if record.tokens == "patches_text" else 0
+            placed = nn.functional.pad(ids, (first, 0))
+            if answer is not None and tower is towers[0]:  # of an answer every token is shown
+                words[torch.arange(len(words))[:, None], answer.positions + 1] |= answer.real.to(words.device)
+            fields["text"] = gather_words(row, words)
+            fields["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
+            fields["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(placed, words, strict=True)]
+        if record.tokens == "boxes":
+            fields["regions"], fields["boxes"] = row, arguments["visual_pos"][..., :4].detach()
+        if record.tokens == "regions" and (features := arguments.get(region_names(arguments)[0])) is not None:
+            fields["regions"] = row[:, row.shape[1] - features.shape[1] :]
+            if "region_positions" in arguments:
+                fields["boxes"] = arguments["region_positions"][..., :4].detach()
+    if answer is not None and "decoder_input_ids" in arguments:
+        fields |= _behind(fields, relevancy[towers[0].name], answer)
+    return fields
+
+
+def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str, Any]:
+    """Fields of text with the answer behind that of the encoder, if there is one.
+
+    Args:
+        row: (B, N) or (B, T, N), of the decoder.
+    """
+    places = [spots[: len(ids)] for spots, ids in zip((answer.positions + 1).tolist(), answer.ids, strict=True)]
+    text, before = fields.get("text"), fields.get("token_ids", [[] for _ in places])
+    rows = []
+    for number, (spots, ids) in enumerate(zip(places, before, strict=True)):
+        prompt = [] if text is None else [text[number][..., : len(ids)].to(row)]
+        rows.append(torch.cat([*prompt, row[number][..., spots]], -1).movedim(-1, 0))
+    joined = nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(1, -1) if rows else row[..., :0]
+    return {
+        "text": joined,
+        "places": [[*one, *other] for one, other in zip(fields.get("places", before), places, strict=True)],
+        "token_ids": [[*one, *other] for one, other in zip(before, answer.ids, strict=True)],
+    }
+
+
+def vision_maps(
+    row: Tensor, connector: Connector, config: Any, arguments: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The rows of the vision tower behind a connector, and fields with its maps.
+
+    Args:
+        row: (images, N) or (images, T, N), as the tower ran.
+        fields: those that `parts` gave.
+
+    Returns:
+        The rows, where there is one for each map; else (B, [T,] n), all that the tower saw of a prompt in its order, with zeros
+        behind shorter ones.
+    """
+    of_token = image_tokens(config, arguments)
+    prompts = of_token.nonzero()[:, 0].cpu()
+    merged = connector(config, arguments, (row.shape[0], row.shape[-1]), len(prompts))
+    flat = row.movedim(0, -2).flatten(-2)  # ([T,] images * N)
+    maps = tuple(flat[..., index.to(flat.device)] for index in merged.maps)
+    alike = len({index.shape for index in merged.maps}) == 1
+    rows = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
+    of_vision: dict[str, Any] = {"image": torch.stack(maps) if alike else maps, "image_rows": rows}
+    if fields.get("image_rows") == rows:
+        of_vision["tower_images"] = {"language": fields["image"]}
+    if len(row) != len(rows):
+        owners = torch.tensor(rows)[merged.owners].to(flat.device)
+        parts = [flat[..., owners == prompt].movedim(-1, 0) for prompt in range(len(of_token))]
+        row = nn.utils.rnn.pad_sequence(parts, batch_first=True).movedim(1, -1)
+    return row, of_vision
+
+
+def _each(rows: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
+    """`read` of rows (B, N), which gives tensors (or a tuple of them) and facts. Of rows (B, T, N) its tensors have a dimension T
+    behind the first (in a tuple: in front)."""
+    if rows.ndim == 2:
+        return read(rows)
+    single = [read(one) for one in rows.unbind(1)]
+    if not single or single[0] is None:
+        return None
+    values, facts = [one[0] for one in single if one is not None], single[0][1]
+    if isinstance(values[0], tuple):
+        return tuple(torch.stack(maps) for maps in zip(*values, strict=True)), facts
+    return torch.stack(values, 1), facts

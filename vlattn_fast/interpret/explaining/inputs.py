@@ -1,0 +1,149 @@
+"""The inputs of one run: copies, pairs of images and texts, and which tokens are real."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.records.tokens import last_real
+
+_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "pixel_mask")
+_TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+def prepare_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], family: Family, target: Any, positions: Tensor | None = None
+) -> tuple[dict[str, Any], list[int] | None]:
+    """Keyword arguments for the model, and for "pair" families the text that each row stands for.
+
+    One image with T texts becomes T pairs, as in the notebook of Chefer et al.; a target picks the text of each image.
+
+    Args:
+        positions: where a decoder's logits are read; None = at the last real token.
+
+    Raises:
+        TypeError: `inputs` is no mapping, or holds pictures or words that no processor made tensors of.
+        ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
+    """
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
+    for name in ("pixel_values", "input_ids", "attention_mask") if family.towers else ():
+        value = inputs.get(name)
+        while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
+            value = value[0]
+        if value is not None and not isinstance(value, Tensor):
+            made = "tensors, as the model's processor makes them with return_tensors='pt'"
+            raise TypeError(f"inputs must hold {made}; got {type(value).__name__} in '{name}'")
+    for name in ("input_ids", "attention_mask") if family.towers else ():
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.ndim < 2:
+            raise ValueError(f"inputs must hold '{name}' (B, N), also of one text; got {tuple(value.shape)}")
+    if inputs.get("output_attentions"):
+        raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("inputs must give the whole sequence in one forward pass, without past_key_values; got a cache")
+    # Tensors made under inference mode cannot be saved for a backward pass; a copy made outside of it can.
+    arguments = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
+    accepted = inspect.signature(model.forward).parameters
+    by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    named = [name for name, parameter in accepted.items() if parameter.kind in by_name]
+    if named and not set(named) & set(inputs):
+        raise ValueError(f"inputs must be named as in the model's forward ({', '.join(named)}); got {sorted(inputs)}")
+    if hasattr(model, "config") and hasattr(model.config, "return_dict"):
+        arguments["return_dict"] = True
+    others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    if "use_cache" in accepted or (family.score == "token" and others):
+        arguments["use_cache"] = False
+    # Positions count from the first patch, or are those of another sequence than the prompt's.
+    joint = any(tower.tokens in ("patches_text", "decoded") for tower in family.towers)
+    if family.score == "token" and not callable(target) and "logits_to_keep" in accepted and not joint:
+        # Logits of the whole prompt are large and only a few rows of them are asked for.
+        sequence = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+        arguments.pop("labels", None)
+        if positions is None:
+            positions = last_real(family.towers[0].tokens, arguments, tuple(sequence.shape[:2]))
+        arguments["logits_to_keep"] = positions.unique()
+    if family.score != "pair" or callable(target):
+        return arguments, None
+    for name in ("pixel_values", "input_ids"):
+        if not isinstance(inputs.get(name), Tensor):
+            raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(inputs)}")
+    return _paired(arguments, target)
+
+
+def is_empty(arguments: Mapping[str, Any]) -> bool:
+    """Whether the batch has no row."""
+    batches = (arguments[name] for name in ("input_ids", "inputs_embeds", "pixel_values") if arguments.get(name) is not None)
+    first = next(batches, None)
+    return isinstance(first, Tensor) and first.shape[0] == 0
+
+
+def with_one_row(model: nn.Module, arguments: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The arguments of an empty batch with one row of zeros (masks: of ones), and prompts without images, unless the model needs
+    them.
+
+    Most models cannot run an empty batch, since they leave a size for `view` to infer. A run over one row tells how many
+    tokens each tower has.
+    """
+    pixels = inspect.signature(model.forward).parameters.get("pixel_values")
+    needed = family.bimodal or (pixels is not None and pixels.default is inspect.Parameter.empty)
+    prompts = not needed and any(tower.tokens == "image_text" for tower in family.towers)
+    filled = {}
+    for name, value in arguments.items():
+        if prompts and (name.startswith("pixel_") or name in ("image_grid_thw", "video_grid_thw", "image_sizes")):
+            continue
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == 0:
+            filling = int(name.endswith("mask") or name == "spatial_shapes")
+            if name == "input_ids" and isinstance(end := getattr(model, "eos_token_id", None), int):
+                filling = end  # the model may look for it
+            value = torch.full((1, *value.shape[1:]), filling, dtype=value.dtype, device=value.device)
+        filled[name] = value
+    return filled
+
+
+def _paired(arguments: dict[str, Any], target: Any) -> tuple[dict[str, Any], list[int]]:
+    images, texts = arguments["pixel_values"].shape[0], arguments["input_ids"].shape[0]
+    if target is not None:
+        chosen = indices(target, images, texts, "texts")
+        rows = list(range(images))
+    elif images == texts or images == 1 or texts == 1:
+        count = texts if images == 1 else images
+        rows = list(range(count)) if images == count else [0] * count
+        chosen = list(range(count)) if texts == count else [0] * count
+    else:
+        counts = f"{images} images and {texts} texts"
+        raise ValueError(
+            f"inputs must be as many images as texts, one image, or one text, unless target pairs them; got {counts}"
+        )
+    for names, picked, size in ((_IMAGE_INPUTS, rows, images), (_TEXT_INPUTS, chosen, texts)):
+        if picked == list(range(size)):
+            continue
+        for name in names:
+            if isinstance(arguments.get(name), Tensor) and arguments[name].shape[0] == size:
+                arguments[name] = arguments[name][picked]
+    return arguments, chosen
+
+
+def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
+    """`target` as one index per row: an int for all, or (B,) ints.
+
+    Raises:
+        TypeError: neither an int nor a sequence or tensor of ints.
+        ValueError: wrong count, or an index outside 0 ... size - 1.
+    """
+    if hasattr(target, "tolist"):  # torch's and NumPy's tensors and scalars
+        target = target.tolist()
+    chosen = [target] * batch if isinstance(target, int) else target
+    if not isinstance(chosen, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
+        raise TypeError(f"target must be None, an int, (B,) ints or a callable; got {target!r}")
+    if len(chosen) != batch:
+        raise ValueError(f"target must be one index or {batch} indices (one per row); got {len(chosen)}")
+    for index in chosen:
+        if not 0 <= index < size:
+            raise ValueError(f"target must be from 0 to {size - 1} ({what}); got {index}")
+    return list(chosen)

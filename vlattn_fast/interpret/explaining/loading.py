@@ -1,0 +1,186 @@
+"""A Hugging Face model and its processor by name, and what the processor makes of pictures and texts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.result.choices import to_rgb
+
+_CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
+_IN_FRONT = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they put the picture's tokens there by themselves
+_ENDS_PROMPTS = ("GitForCausalLM",)  # its tokenizer closes a text, and the model would go on behind the end
+
+
+def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The model, of the class its configuration names, and its processor, tokenizer or image processor.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    with extra("explain"):
+        import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = (config.architectures or [""])[0]
+        cls = getattr(transformers, architecture, transformers.AutoModel)
+        loaded = cls.from_pretrained(name) if dtype is None else cls.from_pretrained(name, dtype=dtype)
+        return loaded.eval(), transformers.AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model must be a directory or id of a Hugging Face model; got {name}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def open_lines(path: Path) -> Iterator[TextIO]:
+    """The lines of a data set's file. ValueError where it is no UTF-8."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            yield lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"dataset must be text in UTF-8; got {path}: {error}") from error
+
+
+def open_image(path: str | Path) -> Any:
+    """The picture in `path`, RGB and upright, as cameras note it. ValueError where it is none, or has 32 bits."""
+    with extra("viz"):
+        from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture.load()
+    except FileNotFoundError:
+        raise ValueError(f"image must be a file; got {path}, which is not there") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, by the kind of damage
+        raise ValueError(f"image must be a picture; got {path}, which is no picture: {_first_line(error)}") from error
+    return to_rgb(picture)
+
+
+def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """What the processor makes of one picture (or None) and its texts, in the form that the model's kind asks for.
+
+    Raises:
+        ValueError: a picture or text too many or too few, or too long a text; or a model without a record.
+    """
+    name = type(model).__name__
+    takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
+    takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
+    for part, present, taken in (("image", picture is not None, takes_image), ("text", bool(texts), takes_text)):
+        if present != taken:
+            raise ValueError(
+                f"{part} must be {'given to' if taken else 'left out for'} {name}; got {'one' if present else 'none'}"
+            )
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a pair, as from a command line that is no UTF-8
+            raise ValueError(f"text must be Unicode; got {text!r}")
+    if not takes_text:
+        return dict(processor(images=picture, return_tensors="pt"))
+    if (family := find_family(model)) is None:
+        raise ValueError(f"model must be of a known family; got {name}, which va.explain takes with read= and target=")
+    if name in _CHANGES_PROMPTS:
+        raise ValueError(f"model must generate behind the prompt that its processor makes; got {name}, which va.explain takes")
+    decoder = family.score == "token"
+    # SigLIP was trained with padding. Many decoders' tokenizers have none.
+    padding = "max_length" if model.config.model_type.startswith("siglip") else len(texts) > 1
+    if decoder and len(texts) > 1:
+        raise ValueError(f"text must be one text, which is what {name} takes; got {len(texts)}")
+    if not takes_image:
+        inputs = dict(processor(list(texts), padding=padding, return_tensors="pt"))
+    else:
+        prompts = [_prompt(processor, one) for one in texts] if decoder else list(texts)
+        bos = getattr(processor.tokenizer, "bos_token", None)
+        once = {"add_special_tokens": False} if decoder and bos and prompts[0].startswith(bos) else {}  # a template may have it
+        inputs = dict(processor(images=picture, text=prompts, padding=padding, return_tensors="pt", **once))
+    if name in _ENDS_PROMPTS:
+        inputs |= {part: inputs[part][:, :-1] for part in ("input_ids", "attention_mask", "token_type_ids") if part in inputs}
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if (
+        not decoder and most is not None and inputs["input_ids"].shape[1] > most
+    ):  # on a GPU the model's own error ends the process
+        raise ValueError(f"text must have at most {most} tokens for {name}; got {inputs['input_ids'].shape[1]}")
+    return inputs
+
+
+def _prompt(processor: Any, text: str) -> str:
+    """The text behind the picture's token, as the model was trained."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    token = getattr(processor, "image_token", None)
+    if token is None or type(processor).__name__ in _IN_FRONT or str(token) in text:
+        return text
+    return f"{token}{text}" if type(processor).__name__ == "PaliGemmaProcessor" else f"{token}\n{text}"
+
+
+def seen_part(processor: Any, inputs: Mapping[str, Any], picture: Any) -> tuple[float, float, float, float] | None:
+    """x1, y1, x2, y2 of the part of a picture that the model saw, relative to its size; None where the processor cuts tiles.
+
+    transformers' image processors resize a picture, to a size or by its shortest edge, and then cut out the middle.
+    """
+    pixels = inputs.get("pixel_values")
+    if picture is None or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
+        return None
+    prepare = getattr(processor, "image_processor", processor)
+    # LLaVA's makes the picture a square first, with an edge on either side.
+    padded = getattr(prepare, "do_pad", False) and type(prepare).__name__.startswith("LlavaImageProcessor")
+    width, height = (max(picture.size),) * 2 if padded else picture.size
+    wider, higher = width / picture.size[0], height / picture.size[1]
+    size = getattr(prepare, "size", None) or {}
+    if getattr(prepare, "do_resize", False) and "shortest_edge" in size:
+        scale = size["shortest_edge"] / min(width, height)
+        width, height = width * scale, height * scale
+    elif getattr(prepare, "do_resize", False):
+        width, height = size.get("width", width), size.get("height", height)
+    x, y = 0.5 * wider, 0.5 * higher
+    if getattr(prepare, "do_center_crop", False):
+        x, y = x * prepare.crop_size["width"] / width, y * prepare.crop_size["height"] / height
+    return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
+
+
+def moved(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The inputs on the model's device, pixels and other floats in its dtype."""
+    placed = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value = value.to(model.device, model.dtype if value.is_floating_point() else None)
+        placed[name] = value
+    return placed
+
+
+def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int]]:
+    """At most `count` tokens behind each prompt, the most likely one each time; the token that ends an answer is left out.
+
+    Raises:
+        ValueError: the model is no decoder with a record; an answer has no token.
+    """
+    family = find_family(model)
+    if family is None or family.score != "token":
+        raise ValueError(f"generate must be asked of a decoder with a record; got {type(model).__name__}")
+    images = [
+        getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")
+    ]  # they stand for pixels, no words
+    never = [*(model.generation_config.suppress_tokens or []), *(token for token in images if token is not None)]
+    with torch.no_grad():
+        made = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1, suppress_tokens=never or None)
+    ends = model.generation_config.eos_token_id
+    stops = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+    answers = []
+    prompt = inputs.get(family.answers)  # without one a decoder behind an encoder begins with its start token
+    for row in made[:, 1 if prompt is None else prompt.shape[1] :].tolist():
+        end = next((place for place, token in enumerate(row) if token in stops), len(row))
+        if end == 0:
+            raise ValueError("generate must give an answer with a token; got the end of the text at once")
+        answers.append(row[:end])
+    return answers

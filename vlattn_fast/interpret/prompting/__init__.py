@@ -1,0 +1,5 @@
+"""`prompt_maps`: where a diffusion model puts the words of its prompt.
+
+In: a pipeline and a prompt. Out: PromptMaps.
+Imports attach and result.
+"""

@@ -1,0 +1,377 @@
+"""Sees the attention between picture and text in a diffusion model, call by call, and adds up what each text token gets.
+
+A call is one of torch's scaled_dot_product_attention within the model's forward pass. Three kinds attend to text:
+
+- cross-attention: N image queries, L text keys (UNets, PixArt);
+- image queries with text and image keys together (UNets with added keys);
+- joint attention: N + L queries and keys, one part behind the other (SD3, Flux). The concatenation, which the trace sees too,
+  says which part is first.
+
+All others (self-attention, keys of image prompts) are left alone. The picture's rows of a call become one (N, L) head mean, which
+is added to the sum of its grid. No map per head, layer or step is kept.
+
+A trace sees the thread that entered it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from vlattn_fast.attach.attributes import is_entered
+from vlattn_fast.ops.attention_map import attention_map
+
+Grid = tuple[int, int]
+TEXT_FIRST = {"FluxTransformer2DModel": True, "SD3Transformer2DModel": False}  # where text and picture are of one length
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_ELEMENTS = 1 << 20  # of a head mean whose keys are not all text
+
+
+@dataclass
+class _Running:
+    """A module whose forward pass is under way.
+
+    Args:
+        path: its name in the model.
+        module: itself.
+        picture: h, w of the patches of the (B, C, H, W) tensor that it was given.
+        tokens: N of the (B, N, C) tensor that it was given.
+        text: L of its `encoder_hidden_states`.
+        seen, counted: whether it called torch's attention, and whether for the text.
+    """
+
+    path: str
+    module: nn.Module
+    picture: Grid | None
+    tokens: int | None
+    text: int | None
+    seen: bool = False
+    counted: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The part of an attention call that counts: the rows of the picture and the columns of the text."""
+
+    grid: Grid
+    rows: slice
+    columns: slice
+
+
+class PromptTrace(TorchFunctionMode):
+    """Adds up head means of attention to text while it is entered.
+
+    Args:
+        model: the denoising network, without wrappers.
+        guidance: says for each forward pass how classifier-free guidance runs, see `prompt_maps`.
+        text_first, grid, layers: see `prompt_maps`.
+    """
+
+    _thread: int | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guidance: Callable[[], str],
+        text_first: bool | None,
+        grid: Grid | None,
+        layers: Callable[[str], bool] | None,
+    ) -> None:
+        super().__init__()
+        self.model, self.guidance, self.layers = model, guidance, layers
+        self.sums: dict[Grid, Tensor] = {}  # (h, w) -> (B, h * w, L)
+        self.maps = self.steps = 0  # heads of all calls in all steps; forward passes
+        self._said_text_first, self._said_grid = text_first, grid
+        self._running: list[_Running] = []
+        self._passes = 0
+        self._handles: list[Any] = []
+
+    # --- the run ---
+
+    def __getstate__(self) -> None:
+        """A model that is copied or pickled meanwhile takes its hooks along. Those of a copy see nothing."""
+
+    def __enter__(self) -> PromptTrace:
+        self._thread = threading.get_ident()
+        try:
+            for path, module in self.model.named_modules():
+                if module is self.model or next(module.children(), None) is not None:
+                    push, pop = functools.partial(self._push, path), functools.partial(self._pop, path)
+                    self._handles.append(module.register_forward_pre_hook(push, with_kwargs=True))
+                    self._handles.append(module.register_forward_hook(pop))
+            return super().__enter__()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        if is_entered(self):
+            super().__exit__(*error)
+        while self._handles:
+            self._handles.pop().remove()
+        self._running.clear()
+
+    def _push(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        if module is self.model:
+            self._begin(args, kwargs)
+        elif not self._running:
+            return  # a part of the model by itself
+        first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        shape = tuple(first.shape) if isinstance(first, Tensor) else ()
+        text = _length(argument(module, "encoder_hidden_states", args, kwargs))
+        if text and text not in self._texts and (module is self.model or hasattr(module, "processor")):
+            self._texts.append(text)
+        picture, tokens = _patches(module, shape) if len(shape) == 4 else None, shape[1] if len(shape) == 3 else None
+        self._running.append(_Running(path, module, picture, tokens, text))
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass of the whole model."""
+        self._running.clear()  # of a pass that an error broke off
+        self._guided = self.guidance()
+        self._counts = not (self._guided == "calls" and self._passes % 2)
+        self._passes += 1
+        self._text_first: dict[tuple[int, int], bool | None] = {}  # (L, N) -> the order of the last concatenation
+        self._before, self._others = self.maps, set[tuple[int, int]]()
+        self._texts: list[int] = []  # the lengths of this pass: the model's text, and what blocks may have put before it
+        self._packed: tuple[Grid | None, int] = None, 0  # the picture's grid, and how many image tokens there are
+        if self._said_grid is not None:
+            self._packed = self._said_grid, self._said_grid[0] * self._said_grid[1]
+        elif self._counts:
+            ids, shapes = (argument(self.model, name, args, kwargs) for name in ("img_ids", "img_shapes"))
+            if isinstance(ids, Tensor):
+                self._packed = _grid_of(ids), ids.shape[-2]
+            elif shapes:
+                self._packed = _first_of(shapes)
+
+    def _pop(self, path: str, module: nn.Module, *_: Any) -> None:
+        if threading.get_ident() != self._thread or not self._running:
+            return
+        while self._running[-1].module is not module:  # those within it that an error left, which the model has caught
+            self._running.pop()
+        run = self._running[-1]
+        if self._counts and not run.seen and self._should_attend(run):
+            raise ValueError(
+                "model must compute attention by torch's scaled_dot_product_attention; got "
+                f"{_computed_by(run.module)} in '{path}', which did not call it (AttnProcessor2_0 and the backend 'native' do)"
+            )
+        if self._counts and module is self.model:
+            self._end(run)
+        self._running.pop()
+
+    def _end(self, run: _Running) -> None:
+        if self.maps > self._before:
+            self.steps += 1
+            return
+        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._others)) or "none"
+        hint = "" if self._said_grid is not None else "; grid=(h, w) says how image tokens lie where the model does not"
+        hint += "" if self.layers is None else "; layers= says which of them count"
+        raise ValueError(
+            f"model must attend from the tokens of one picture to encoder_hidden_states; got a forward pass of "
+            f"{type(self.model).__name__} with {run.text or 'no'} text tokens and attention of queries x keys: {shapes}{hint}"
+        )
+
+    def _should_attend(self, run: _Running) -> bool:
+        """Whether attention between picture and text is expected in a module."""
+        if not hasattr(run.module, "processor") or not self._is_chosen(run.path):
+            return False
+        if run.text is not None or run.tokens is None:
+            return run.text is not None
+        return any(self._grid(run.tokens - text) is not None for text in self._texts)
+
+    def _is_chosen(self, path: str) -> bool:
+        return self.layers is None or bool(self.layers(path))
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._running and self._counts:
+            if func is functional.scaled_dot_product_attention:
+                self._sdpa(*args, **kwargs)
+            elif func in _CONCATENATIONS:
+                self._concatenation(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    # --- attention calls ---
+
+    def _sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        run = next((run for run in reversed(self._running) if hasattr(run.module, "processor")), self._running[-1])
+        part = self._part(run, query.shape[2], key.shape[2]) if query.ndim == 4 else None
+        run.seen = True
+        if part is None:
+            self._others.add((query.shape[-2], key.shape[-2]))
+            return
+        if not self._is_chosen(run.path) or (run.counted and hasattr(run.module, "processor")):
+            return  # a processor has further calls for image prompts, behind that for the text
+        run.counted = True
+        if is_causal:
+            raise ValueError(f"model must attend to the whole text; got causal attention in '{run.path}'")
+        batch = self._conditional(query.shape[0])
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])[batch, :, part.rows]
+        # A mode is off while it handles a call. Sums outlive inference mode, in which they could not be added to elsewhere.
+        with torch.inference_mode(False), torch.no_grad():
+            self._add(part, query[batch, :, part.rows], key[batch], attn_mask, scale, enable_gqa)
+
+    def _add(
+        self, part: _Part, query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float | None, enable_gqa: bool
+    ) -> None:
+        batch, heads, rows, keys = *query.shape[:3], key.shape[2]
+        length = part.columns.stop - part.columns.start
+        for total in self.sums.values():
+            if (total.shape[0], total.shape[2]) != (batch, length):
+                raise ValueError(
+                    f"model must attend to texts of one length and in one batch size in all calls; got {length} tokens and a "
+                    f"batch of {batch} after {total.shape[2]} and {total.shape[0]}"
+                )
+        step = rows if keys == length else max(1, _ELEMENTS // max(1, batch * keys))
+        for i in range(0, rows, step):
+            mask = None if attn_mask is None else attn_mask[:, :, i : i + step]
+            mean = attention_map(query[:, :, i : i + step], key, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+            if part.grid not in self.sums:
+                self.sums[part.grid] = mean.new_zeros(batch, rows, length)
+            total = self.sums[part.grid]
+            total[:, i : i + step].add_(mean[:, :, part.columns].to(total), alpha=heads)
+        self.maps += heads
+
+    def _conditional(self, batch: int) -> slice:
+        """The rows of a batch that see the prompt."""
+        if self._guided != "batch":
+            return slice(None)
+        if batch % 2:
+            raise ValueError(f"guidance must be 'batch' only where the batch holds unconditional rows as well; got {batch} rows")
+        return slice(batch // 2, batch)
+
+    # --- what is picture and what is text ---
+
+    def _part(self, run: _Running, rows: int, columns: int) -> _Part | None:
+        grid, text = self._grid(rows), run.text
+        if grid is not None and text and columns == text:
+            return _Part(grid, _slice(0, grid), slice(0, text))
+        if grid is not None and text and columns == rows + text:
+            first = self._is_text_first(run, text, rows)
+            return _Part(grid, _slice(0, grid), slice(0, text) if first else slice(rows, columns))
+        for text in self._texts if run.text is None else [run.text]:
+            grid, picture = self._grid(rows - text), rows - text
+            if grid is not None and rows == columns:
+                if self._is_text_first(run, text, picture):
+                    return _Part(grid, _slice(text, grid), slice(0, text))
+                return _Part(grid, _slice(0, grid), slice(picture, columns))
+        return None
+
+    def _grid(self, tokens: int) -> Grid | None:
+        """h, w of the picture that begins `tokens` image tokens."""
+        grid, total = self._packed
+        if grid is not None and tokens == total:
+            return grid
+        pictures = (run.picture for run in reversed(self._running) if run.picture is not None)
+        return next((picture for picture in pictures if picture[0] * picture[1] == tokens > 0), None)
+
+    def _concatenation(self, tensors: Any = (), dim: int = 0, **_: Any) -> None:
+        """Two parts of a sequence that are put behind one another: (B, N, C), (B, N, H, D) or (B, H, N, D)."""
+        if len(tensors) != 2 or tensors[0].ndim != tensors[1].ndim:
+            return
+        dims = tensors[0].ndim
+        dim = dim + dims if dim < 0 else dim
+        if (dims, dim) not in ((3, 1), (4, 1), (4, 2)):
+            return
+        left, right = (tensor.shape[dim] for tensor in tensors)
+        if left != right:
+            self._text_first[left, right], self._text_first[right, left] = True, False
+
+    def _is_text_first(self, run: _Running, text: int, picture: int) -> bool:
+        found = self._said_text_first
+        if found is None and text != picture:
+            found = self._text_first.get((text, picture))
+        if found is None:
+            found = TEXT_FIRST.get(type(self.model).__name__)
+        if found is None:
+            raise ValueError(
+                f"text_first must be True or False where the model does not show the order of {text} text and {picture} image "
+                f"tokens; got None for {type(self.model).__name__}, in '{run.path}'"
+            )
+        return found
+
+
+def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of a forward pass; None where it was not given."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    kind: Any = type(module)
+    names = _parameters(kind)
+    return args[names.index(name)] if name in names[: len(args)] else None
+
+
+@functools.cache
+def _parameters(kind: Any) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]  # without self
+
+
+def _length(text: Any) -> int | None:
+    """L of (B, L, C); image prompts may stand behind the text in a tuple."""
+    if isinstance(text, (tuple, list)) and text:
+        text = text[0]
+    return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
+
+
+def _patches(module: nn.Module, shape: tuple[int, ...]) -> Grid:
+    """The grid of tokens that a module makes of (B, C, H, W)."""
+    size = getattr(getattr(module, "config", None), "patch_size", None)
+    size = size if isinstance(size, int) and size > 0 else 1
+    return shape[2] // size, shape[3] // size
+
+
+def _grid_of(ids: Tensor) -> Grid | None:
+    """h, w of (N, 3) or (B, N, 3) ids: the picture, row and column of each token. The first picture is the one that is made.
+
+    A fourth id may count the tokens of the text.
+    """
+    ids = ids[0] if ids.ndim == 3 else ids
+    if ids.ndim != 2 or ids.shape[1] not in (3, 4) or not len(ids):
+        return None
+    ids = ids[ids[:, 0] == ids[0, 0]]
+    height, width = (int(ids[:, i].unique().numel()) for i in (1, 2))
+    return (height, width) if height * width == len(ids) else None
+
+
+def _first_of(shapes: Any) -> tuple[Grid | None, int]:
+    """h, w of the first picture, which is made, and the number of all tokens, from (frames, h, w) of each picture of each row."""
+    pictures = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
+    frames, height, width = pictures[0]
+    return ((height, width) if frames == 1 else None), sum(f * h * w for f, h, w in pictures)
+
+
+def _slice(start: int, grid: Grid) -> slice:
+    return slice(start, start + grid[0] * grid[1])
+
+
+def _computed_by(module: nn.Module) -> str:
+    """The class of a module's processor, and the backend of diffusers that it asks."""
+    processor: Any = module.processor
+    name, backend = type(processor).__name__, getattr(processor, "_attention_backend", "")
+    if backend is None:  # the one that is active for all
+        registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
+        backend = "" if registry is None else registry.get_active_backend()[0]
+    return f"{name} (backend {getattr(backend, 'value', backend)!r})" if backend else name

@@ -1,0 +1,263 @@
+"""`prompt_maps`: which part of a picture attended to which word of the prompt while a diffusion model made it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._ground.checks import check_choice
+from vlattn_fast.attach.session import uncompiled, unwrapped
+from vlattn_fast.interpret.prompting.diffusion_trace import Grid, PromptTrace
+from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.words import join_tokens
+
+GUIDANCE = (None, "none", "batch", "calls")
+MODES = ("bicubic", "bilinear")
+_KINDS = ("", "Img2Img", "Inpaint", "ControlNet")
+_IN_BATCH = {f"StableDiffusion{version}{kind}Pipeline" for version in ("", "XL", "3") for kind in _KINDS} | {"SanaPipeline"}
+
+
+@contextlib.contextmanager
+def prompt_maps(
+    model: Any,
+    *,
+    guidance: str | None = None,
+    text_first: bool | None = None,
+    grid: Grid | None = None,
+    layers: Callable[[str], bool] | None = None,
+) -> Iterator[PromptMaps]:
+    """Within it, every forward pass of a diffusion model adds to heat maps of its prompt's words.
+
+    The maps are those of Tang et al., "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", ACL 2023: what each
+    place of the picture attends to each text token, enlarged to one size and averaged over heads, layers and denoising steps.
+    A call's map is streamed: per layer there is one map without heads, and what is kept is one sum per grid of the layers.
+
+    The model computes what it always does, with the attention processors that it has. Seen are calls of torch's
+    scaled_dot_product_attention by the thread that entered; a module that attends to the text otherwise (sliced, xformers,
+    flash) is an error.
+
+    Args:
+        model: a pipeline of diffusers, or its network (`pipe.unet`, `pipe.transformer`): UNets and transformers with
+            cross-attention, and transformers that attend to text and picture jointly.
+        guidance: how classifier-free guidance runs, whose unconditional part does not count. "batch": the first half of each
+            batch is unconditional (Stable Diffusion, SDXL, SD3, PixArt). "calls": every second forward pass is (Flux with a
+            negative prompt, Qwen-Image). "none": there is none, or the prompt of every row counts. None: what the pipeline says,
+            which is enough for those of Stable Diffusion and where nothing is guided.
+        text_first: whether text tokens stand before image tokens in joint attention; None: as the model concatenates them.
+        grid: (h, w) of the image tokens, where the model gets neither latents (B, C, H, W) nor `img_ids`.
+        layers: says by the path of a module in the network whether its attention counts; None: all. DAAM's own code leaves out
+            the middle block: `lambda path: "mid_block" not in path`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong. Within: a forward pass that attends to no text, or not by
+            scaled_dot_product_attention; texts of several lengths.
+
+    Example:
+        >>> class Attends(torch.nn.Module):
+        ...     def forward(self, hidden_states, encoder_hidden_states):
+        ...         query, key = hidden_states.flatten(2).mT[:, None], encoder_hidden_states[:, None]
+        ...         return torch.nn.functional.scaled_dot_product_attention(query, key, key)
+        >>> network = Attends()
+        >>> with prompt_maps(network, guidance="none") as maps:
+        ...     for step in range(3):
+        ...         attended = network(torch.randn(1, 8, 4, 6), torch.randn(1, 5, 8))
+        >>> maps.steps, maps.token_maps().shape
+        (3, torch.Size([1, 5, 4, 6]))
+    """
+    check_choice("guidance", guidance, GUIDANCE)
+    if text_first is not None and not isinstance(text_first, bool):
+        raise TypeError(f"text_first must be True, False or None; got {text_first!r}")
+    if layers is not None and not callable(layers):
+        raise TypeError(f"layers must be a function of a module's path, or None; got {layers!r}")
+    if grid is not None:
+        grid = _checked_size("grid", grid)
+    network = _network(model)
+    trace = PromptTrace(network, _guidance(model, guidance), text_first, grid, layers)
+    with uncompiled(network), trace:
+        yield PromptMaps(trace)
+
+
+class PromptMaps:
+    """What `prompt_maps` has added up. All values are raw: mean attention, so a place's tokens add up to at most 1."""
+
+    def __init__(self, trace: PromptTrace) -> None:
+        self._trace = trace
+
+    @property
+    def steps(self) -> int:
+        """The forward passes that count."""
+        return self._trace.steps
+
+    @property
+    def grids(self) -> list[Grid]:
+        """(h, w) of the layers that count, the largest first."""
+        return sorted(self._trace.sums, key=lambda grid: -grid[0] * grid[1])
+
+    def token_maps(
+        self, columns: int | Sequence[int] | None = None, *, size: Grid | None = None, mode: str = "bicubic"
+    ) -> Tensor:
+        """Heat maps (B, C, h, w) of text tokens; B counts conditional rows alone.
+
+        Args:
+            columns: the tokens' places in the text that the network gets; an int gives (B, h, w); None: all.
+            size: (h, w); default: the largest grid that attends.
+            mode: how smaller maps are enlarged, "bicubic" as in the paper, or "bilinear", which never falls below 0.
+
+        Raises:
+            ValueError: nothing was seen; a column that is none; an argument is wrong.
+        """
+        check_choice("mode", mode, MODES)
+        if not self._trace.sums:
+            raise ValueError(
+                "maps must have seen a forward pass; got none. Run the pipeline, or the network that was given, inside of `with`"
+            )
+        size = self.grids[0] if size is None else _checked_size("size", size)
+        batch, _, length = next(iter(self._trace.sums.values())).shape
+        chosen = list(range(length)) if columns is None else [columns] if isinstance(columns, int) else list(columns)
+        for column in chosen:
+            if not 0 <= column < length:
+                raise ValueError(f"columns must be from 0 to {length - 1}, the text tokens of the network; got {column}")
+        total: Tensor | None = None
+        for grid, added in self._trace.sums.items():
+            part = added[:, :, chosen].mT.unflatten(-1, grid)
+            if grid != size and part.numel():
+                part = nn.functional.interpolate(part, size, mode=mode, align_corners=False)
+            elif grid != size:
+                part = part.new_zeros(batch, len(chosen), *size)
+            total = part if total is None else total + part.to(total)
+        assert total is not None
+        total = total / self._trace.maps
+        return total[:, 0] if isinstance(columns, int) else total
+
+    def word_map(
+        self,
+        word: str,
+        prompt: str | Sequence[str],
+        tokenizer: Any,
+        *,
+        first: int = 0,
+        size: Grid | None = None,
+        mode: str = "bicubic",
+    ) -> Tensor:
+        """The heat map (B, h, w) of a word: the sum of its tokens' maps, over all its places in the prompt.
+
+        Args:
+            word: as the prompt has it; upper and lower case do not matter.
+            prompt, tokenizer, first: see `explanation`.
+            size, mode: see `token_maps`.
+
+        Raises:
+            ValueError: a prompt without the word.
+        """
+        maps = []
+        for row, (ids, columns) in enumerate(self._tokens(prompt, tokenizer, first)):
+            tokens = _named(tokenizer, ids)
+            spoken = [part for part in join_tokens(tokens) if part.text.lower() == word.lower()]
+            if not spoken:
+                words = ", ".join(part.text for part in join_tokens(tokens))
+                raise ValueError(f"word must be a word of each prompt; got {word!r} for {words!r}")
+            chosen = [columns[i] for part in spoken for i in part.tokens]
+            maps.append(self.token_maps(chosen, size=size, mode=mode)[row].sum(0))
+        return torch.stack(maps)
+
+    def explanation(
+        self, prompt: str | Sequence[str], tokenizer: Any, *, first: int = 0, size: Grid | None = None, mode: str = "bicubic"
+    ) -> Explanation:
+        """The maps of a prompt's words as an Explanation, which draws them (`plot`, `save_html`) and writes tables.
+
+        Its `image` is (B, T, h, w), a map per token without special ones, and its `answer` the tokens. Padding has no map.
+
+        Args:
+            prompt: what the pipeline was given; one for all rows, or a list, each for as many rows as there are pictures of it.
+            tokenizer: the pipeline's, of the text encoder whose output the network attends to.
+            first: the column of the prompt's first token. SD3's network gets 77 columns of CLIP, and T5's behind them.
+            size, mode: see `token_maps`.
+
+        Raises:
+            ValueError: more tokens than the network has columns; not one prompt per picture.
+        """
+        tokens = self._tokens(prompt, tokenizer, first)
+        columns = sorted({column for _, row in tokens for column in row})
+        maps = self.token_maps(columns, size=size, mode=mode)
+        image = maps.new_zeros(len(tokens), max((len(ids) for ids, _ in tokens), default=0), *maps.shape[2:])
+        for row, (ids, places) in enumerate(tokens):
+            image[row, : len(ids)] = maps[row, [columns.index(place) for place in places]]
+        said = [ids for ids, _ in tokens]
+        return Explanation(
+            relevancy={"image": image.flatten(2)},
+            image=image,
+            image_rows=list(range(len(image))),
+            token_ids=said,
+            words=[_named(tokenizer, ids) for ids in said],
+            answer=said,
+            method="prompt_maps",
+        )
+
+    def _tokens(self, prompt: str | Sequence[str], tokenizer: Any, first: int) -> list[tuple[list[int], list[int]]]:
+        """For each row, the ids of its prompt without special ones, and the columns where they stand."""
+        shape = self.token_maps(()).shape[0], next(iter(self._trace.sums.values())).shape[2]
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(each, str) for each in prompts) or shape[0] % len(prompts):
+            raise ValueError(f"prompt must be a text, or one for each of {shape[0]} pictures or several of them; got {prompt!r}")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        special, rows = set(tokenizer.all_special_ids), []
+        for text in prompts:
+            ids = list(tokenizer(text)["input_ids"])
+            if first < 0 or first + len(ids) > shape[1]:
+                raise ValueError(
+                    f"prompt must have its tokens within the network's {shape[1]} text tokens; got {len(ids)} from column "
+                    f"{first} of {text!r}"
+                )
+            kept = [i for i, token in enumerate(ids) if token not in special]
+            rows += [([ids[i] for i in kept], [first + i for i in kept])] * (shape[0] // len(prompts))
+        return rows
+
+    def __repr__(self) -> str:
+        return f"PromptMaps(steps={self.steps}, grids={self.grids})"
+
+
+def _named(tokenizer: Any, ids: list[int]) -> list[str]:
+    return [str(token) for token in getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens(ids)]
+
+
+def _network(model: Any) -> nn.Module:
+    """The network of a pipeline that removes the noise, or the model itself."""
+    if isinstance(model, nn.Module):
+        return unwrapped(model)
+    parts = [part for name in ("unet", "transformer", "transformer_2") if (part := getattr(model, name, None)) is not None]
+    if len(parts) > 1:
+        raise ValueError(f"model must have one network; got {type(model).__name__} with {len(parts)}: give the one to look into")
+    if not parts:
+        raise TypeError(f"model must be a torch.nn.Module, or a pipeline with a unet or transformer; got {type(model).__name__}")
+    return unwrapped(parts[0])
+
+
+def _guidance(model: Any, guidance: str | None) -> Callable[[], str]:
+    """What is asked before each forward pass, since a pipeline may stop to guide on the way."""
+    if guidance is not None:
+        return lambda: guidance
+    name = type(model).__name__
+    says, known = hasattr(type(model), "do_classifier_free_guidance"), any(k.__name__ in _IN_BATCH for k in type(model).__mro__)
+    told = f"guidance must be 'none', 'batch' or 'calls' for a model that does not say how it is guided; got None and {name}"
+    if isinstance(model, nn.Module) or not says:
+        raise ValueError(told)
+
+    def asked() -> str:
+        if not model.do_classifier_free_guidance:
+            return "none"
+        if not known:
+            raise ValueError(told)
+        return "batch"
+
+    return asked
+
+
+def _checked_size(name: str, size: Any) -> Grid:
+    fits = isinstance(size, (tuple, list)) and len(size) == 2
+    if not fits or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
+        raise ValueError(f"{name} must be (h, w), two integers above 0; got {size!r}")
+    return size[0], size[1]

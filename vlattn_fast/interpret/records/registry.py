@@ -1,0 +1,38 @@
+"""The model families that `explain` has a record of, by class name; `register_family` adds one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vlattn_fast.interpret.records.decoders import DECODERS
+from vlattn_fast.interpret.records.encoders import ENCODERS
+from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.records.two_towers import LINKED
+
+FAMILIES: dict[str, Family] = {**ENCODERS, **DECODERS, **LINKED}
+
+
+def register_family(class_name: str, family: Family) -> None:
+    """Make `explain` accept models whose class, or a base class, is called `class_name`."""
+    if not isinstance(family, Family):
+        raise TypeError(f"family must be a vlattn_fast.interpret.Family; got {type(family).__name__}")
+    FAMILIES[class_name] = family
+
+
+def find_family(model: nn.Module) -> Family | None:
+    """The record of `model`'s class or its nearest base class."""
+    generates = getattr(model, "vocab_size", None) is not None
+    for cls in type(model).__mro__:
+        family = FAMILIES.get(cls.__name__)
+        if family is not None and family.others:
+            return next((one for one in (family, *family.others) if _fits(one, model)), None)
+        if family is not None:
+            return family.generating if family.generating is not None and generates else family
+    return None
+
+
+def _fits(family: Family, model: nn.Module) -> bool:
+    """Whether the layers of each tower, and of the vision tower behind a connector, are in the model."""
+    names = {name for name, _ in model.named_modules()}
+    towers = [*family.towers, *([] if family.vision is None else [family.vision])]
+    return all(f"{tower.path}.{tower.layers}".strip(".") in names for tower in towers)

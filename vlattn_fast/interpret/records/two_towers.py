@@ -1,0 +1,41 @@
+"""Records of models whose towers attend to one another: cross-attention between image and text, and encoder-decoders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vlattn_fast.interpret.records import image_grids
+from vlattn_fast.interpret.records.record import Family, Tower
+
+_TEXT = Tower("text", "lxmert", "encoder.layer", "cls", "bert_text")
+_REGIONS = Tower("vision", "lxmert", "encoder.r_layers", "cls", "boxes")
+_LXMERT = Family((_TEXT, _REGIONS), "class", bimodal=True, logits="question_answering_score")
+
+_QUERIES = Tower("queries", "model.decoder", "layers", "query", "queries")
+_FEATURES = Tower("vision", "model.encoder", "layers", "mean", "features")
+_DETR = Family((_QUERIES, _FEATURES), "query", bimodal=True)
+
+# DaViT attends in windows and between channels, so no relevancy goes through it: the language model's part is explained.
+_DECODED = Tower("language", "model.language_model.decoder", "layers", "target", "decoded")
+_PROMPT = Tower("prompt", "model.language_model.encoder", "layers", "mean", "image_text", grid=image_grids.behind_mean)
+_FLORENCE = Family((_DECODED, _PROMPT), "token", bimodal=True, within="model.language_model", answers="decoder_input_ids")
+
+# Its layers go on from the text encoder's states, token by token, and attend to the image's.
+_SUMS = ("self_attention_residual", "cross_attention_residual")
+_MAPPED = Tower("text", "text", "encoder.layers", "eot", "clip_text", "self_attn", further=("layers",), sums=_SUMS)
+_TO_MAP = Tower("vision", "vision", "encoder.layers", "cls", "patches", "self_attn", prefix=1)
+_MAPPER = Family((replace(_MAPPED, readout="target", tokens="text"), _TO_MAP), "token", bimodal=True)
+
+_BLIP_DECODER = Tower("text", "text_decoder.bert", "encoder.layer", "target", "text")
+_BLIP_VISION = replace(_TO_MAP, path="vision_model", branch=None)
+
+LINKED: dict[str, Family] = {
+    "BlipForConditionalGeneration": Family((_BLIP_DECODER, _BLIP_VISION), "token", bimodal=True),
+    "CLIPMapper": Family((_MAPPED, _TO_MAP), "class", bimodal=True, generating=_MAPPER),
+    "LxmertForQuestionAnswering": _LXMERT,
+    "LxmertForPreTraining": _LXMERT,
+    "LxmertModel": replace(_LXMERT, towers=(replace(_TEXT, path=""), replace(_REGIONS, path=""))),
+    "DetrForObjectDetection": _DETR,
+    "ConditionalDetrForObjectDetection": replace(_DETR, background=False),
+    "Florence2ForConditionalGeneration": _FLORENCE,
+}

@@ -1,0 +1,5 @@
+"""Carries relevancy through a model.
+
+In: a model, its record and a method. Out: a trace of its towers, and the row of each tower after a backward pass.
+Imports records and attach.
+"""

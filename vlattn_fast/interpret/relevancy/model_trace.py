@@ -1,0 +1,394 @@
+"""Sees every attention call of a model in one forward pass, and finds out which calls belong to one tower.
+
+A call reaches a `Trace` in one of two ways: transformers' attention interface hands it over (dispatch.py), or the model calls
+`torch.nn.functional.scaled_dot_product_attention` or this package's operator `score_attention`, which the trace sees as a mode of
+torch. Attention that a module writes out by hand is replaced for the run (handwritten.py), so that it takes the second way.
+
+A tower is the calls over the same tokens. Every tensor remembers the attention calls it was computed from, as bits of an int: a
+query continues the tower whose calls it came through. Where its keys came through other calls, the call is cross-attention.
+
+A trace is active in the thread and context that entered it; other threads may run the same model meanwhile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
+from vlattn_fast.attach.attributes import is_entered
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, first_argument, new_mark, read_mark
+from vlattn_fast.attach.paths import in_layers, layers_of
+from vlattn_fast.backends.reference.relevancy_residual import Weighting
+from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.relevancy.methods import Attended, Method
+from vlattn_fast.interpret.relevancy.through_call import Scored, attention
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.two_modalities import Call
+
+
+class Trace(TorchFunctionMode):
+    """One run of a model.
+
+    Args:
+        model: the model, without wrappers.
+        family: its record, which names the towers; where it names none, every tower is found.
+        method, weighting: see `explain`.
+    """
+
+    explains = True
+
+    def __init__(self, model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        self.finds_towers = not family.towers or family.bimodal  # towers that no record names, and cross-attention
+        self._make_tower = functools.partial(TowerTrace, model=model, method=method, weighting=weighting, keeps=self.finds_towers)
+        self.towers = [self._make_tower(record) for record in family.towers]
+        self.calls: list[Call] = []  # in the order in which they ran, where rules for several towers may read them
+        self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
+        within = f"{family.within}." if family.within else ""
+        self._names: dict[nn.Module, str | None] = {
+            module: path for path, module in model.named_modules() if f"{path}.".startswith(within)
+        }
+        # Of the modules that run now, the outermost first; None = of another model, or a part that is not explained.
+        self._paths: list[str | None] = [""]
+        self._ran: set[str] = set()
+        self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
+        self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
+        self._mark = new_mark("calls")
+        self._around, self._is_over = RUNNING.get(), False
+
+    # --- the run ---
+
+    def __enter__(self) -> Trace:
+        RUNNING.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """As if it had not been entered; also where Ctrl-C broke off `__enter__`."""
+        if is_entered(self):
+            super().__exit__(*error)
+        RUNNING.set(self._around)
+        self._is_over = True
+
+    def install(self) -> Iterator[Any]:
+        """Register the hooks of this run; yields their handles.
+
+        Those that follow the modules are torch's global ones: they also see modules of other models, which a hook may run.
+        """
+        yield nn.modules.module.register_module_forward_pre_hook(self._of_this_run(self._push))
+        yield nn.modules.module.register_module_forward_hook(self._of_this_run(self._pop), always_call=True)
+        for tower in self.towers:
+            yield from tower.install(self._of_this_run)
+
+    def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before each module runs: notes its path and the number of its run; `_pop` takes them off again."""
+        path = self._paths[-1] if isinstance(module, nn.Softmax) else self._names.get(module)  # its caller takes the softmax
+        self._paths.append(path)
+        if path is not None:
+            self._ran.add(path)
+        self._run += 1
+        self._runs.append(self._run)
+
+    def _pop(self, *_: Any) -> None:
+        self._paths.pop()
+        self._runs.pop()
+
+    def _of_this_run(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, silent in runs over the same model by other threads and by hooks."""
+        return lambda *args: hook(*args) if RUNNING.get() is self else None
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._is_over:  # torch takes a mode off for each call, and may put it back after Ctrl-C when the run has ended
+            return func(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention:
+            return self._sdpa(*args, **kwargs)
+        if func is SCORE_ATTENTION:
+            return self._score_attention(*args)
+        path = self._paths[-1]
+        if func is functional.multi_head_attention_forward and self._explains(path):
+            raise ValueError(
+                "model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
+                f"'{path}', which calls multi_head_attention_forward"
+            )
+        if getattr(func, "__name__", None) == "flex_attention" and path is not None and self._concerns(path):
+            raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
+        if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
+        result = func(*args, **kwargs)
+        if self.method.weighted:
+            for tower in self.towers:
+                tower.follow(func, args, result)
+        calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
+        if calls:
+            # What is written into a tensor in place is in it from now on.
+            self._note(args[0] if result is None and args else result, calls)
+        return result
+
+    def _explains(self, path: str | None) -> bool:
+        """Whether the module at `path` belongs to what is explained: all of a model whose towers are found, else the towers."""
+        return path is not None and (self.finds_towers or self._tower_around(path) is not None)
+
+    def _tower_around(self, path: str) -> TowerTrace | None:
+        """The recorded tower that the module at `path` lies in, if any."""
+        for tower in self.towers:
+            if tower.record is not None and (not tower.record.path or f"{path}.".startswith(f"{tower.record.path}.")):
+                return tower
+        return None
+
+    def _calls_of(self, values: Iterable[Any]) -> int:
+        """The calls that `values` were computed from, as bits."""
+        return read_mark(values, self._mark)
+
+    def _note(self, value: Any, calls: int) -> None:
+        """Adds `calls` to those that a tensor, or those in a tuple or list, were computed from."""
+        if isinstance(value, Tensor):
+            setattr(value, self._mark, getattr(value, self._mark, 0) | calls)
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                self._note(part, calls)
+
+    # --- attention calls ---
+
+    def _sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """scaled_dot_product_attention: `attend` on tensors of four dimensions; dropout is off, as everywhere in a run."""
+        masks = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        if query.ndim == 4:
+            shapes = [tensor.shape[:2] for tensor in (query, key, value)]
+            if not enable_gqa and shapes.count(shapes[0]) < 3:  # torch's function broadcasts batch and heads, as for multi-query
+                shape = torch.broadcast_shapes(*shapes)
+                query, key, value = (self._marked_as(x.expand(*shape, -1, -1), x) for x in (query, key, value))
+            return self.attend(query, key, value, masks)
+        if query.ndim != 3:
+            raise ValueError(
+                f"model must call attention with (B, H, N, D) tensors; got {tuple(query.shape)} in '{self._paths[-1]}'"
+            )
+        if attn_mask is not None and attn_mask.ndim == 3:
+            masks["attn_mask"] = attn_mask.unsqueeze(1)
+        query, key, value = (self._marked_as(x.unsqueeze(1), x) for x in (query, key, value))  # (B, N, D) is one head
+        output = self.attend(query, key, value, masks)
+        result = output.squeeze(1)
+        self._note(result, self._calls_of((output,)))
+        return result
+
+    def _score_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        vector: Tensor | None,
+        attn_mask: Tensor | None,
+        key_mask: Tensor | None,
+        seed: Tensor | None,
+        kind: str,
+        parameter: float,
+        scale: float,
+        dropout_p: float,
+        is_causal: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """The operator's output and log-sum-exp; dropout is off, as everywhere in a run."""
+        calls = [self._calls_of((tensor,)) for tensor in (query, key, value)]
+        with torch._C.DisableTorchFunction():
+            options = None, kind, parameter, scale, 0.0, is_causal, backend
+            output, lse = SCORE_ATTENTION(query, key, value, vector, attn_mask, key_mask, *options)
+            heads = query.shape[1]
+            keys, values = (expand_heads(x.detach(), heads) for x in mask_padding(key_mask, key, value))
+            tensors = query.detach(), keys, values
+        for tensor, each in zip(tensors, calls, strict=True):
+            self._note(tensor, each)
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "scale": scale}
+        result = self.attend(*tensors, {**masks, "score": Scored(kind, vector, parameter, output)})
+        self._note(lse, calls[0] | calls[1])
+        return result, lse
+
+    def _marked_as(self, view: Tensor, tensor: Tensor) -> Tensor:
+        """A view of `tensor` with its calls, which are copied by hand: the trace does not see what it computes itself."""
+        self._note(view, self._calls_of((tensor,)))
+        return view
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
+        """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
+        with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
+            calls = self._calls_of((query,))
+            output, owner = self._attend(query, key, value, masks, calls, self._calls_of((key,)))
+            if owner is not None:
+                calls |= 1 << len(self._owners)
+                self._owners.append(owner)
+            if calls:
+                self._note(output, calls)
+        return output
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], calls: int, key_calls: int
+    ) -> tuple[Tensor, TowerTrace | None]:
+        """The output, and the tower that it belongs to, None where it is not explained. `calls` and `key_calls` are what the
+        queries and the keys came through, as bits."""
+        path, batch, rows, columns = self._paths[-1], query.shape[0], query.shape[2], key.shape[2]
+        if path is not None and _is_checkpointed():
+            raise ValueError(
+                "model must keep what it computes (use_reentrant=False runs layers twice); got attention "
+                f"'{path}' inside of torch.utils.checkpoint"
+            )
+        if path is None:
+            return attention(query, key, value, masks), None
+        for tower in self.towers:
+            if tower.pooling_path is not None and path == tower.pooling_path:
+                return tower.pool(query, key, value, masks), None
+        owner = self._tower_of(path, calls, batch, rows)
+        same = rows == columns and self._same_tokens(calls, key_calls)
+        if owner is None and (not self.finds_towers or not (same or in_layers(path))):
+            if same:
+                self._refuse_foreign(path)
+            return attention(query, key, value, masks), None
+        tower = self._new_tower() if owner is None else owner
+        if same:
+            # A module may attend to a long sequence in chunks: one run of it calls again, with queries that did not come through
+            # the last call.
+            again = tower.path == path and tower.last_run == self._runs[-1] and tower.last_call is not None
+            chunk = again and not calls >> (tower.last_call or 0) & 1
+            tower.last_run = self._runs[-1]
+            output = tower.attend(path, query, key, value, masks, len(self._owners), chunk)
+            self._record(path, tower, tower, Attended(query, key, value, masks, output, tower.mesh), key_calls)
+            return output, tower
+        if not self.finds_towers:
+            raise ValueError(
+                f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
+                f"got {rows} queries and {columns} keys in attention '{path}'"
+            )
+        source = self._source_of(key_calls, key)
+        output = tower.cross(path, query, key, value, masks, len(self._owners))
+        self._record(path, tower, source, Attended(query, key, value, masks, output, tower.mesh), key_calls)
+        return output, tower
+
+    def _record(self, path: str, tower: TowerTrace, source: TowerTrace, attended: Attended, key_calls: int) -> None:
+        """Appends to `calls`, with the source's last call that the keys came through."""
+        if self.finds_towers:
+            behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
+            seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
+            self.calls.append(Call(path, tower, source, attended, len(self._owners), seen))
+
+    # --- towers ---
+
+    def _new_tower(self) -> TowerTrace:
+        if self.method.weighted:
+            raise ValueError(
+                "method must be one that needs no residual branch where towers have no record; got 'weighted' and "
+                f"'{self._paths[-1]}'"
+            )
+        tower = self._make_tower(None)
+        self.towers.append(tower)
+        return tower
+
+    def _reached(self, calls: int) -> list[TowerTrace]:
+        """The towers among whose calls `calls` are, the latest call's first."""
+        owners = (self._owners[i] for i in range(calls.bit_length() - 1, -1, -1) if calls >> i & 1)
+        return list(dict.fromkeys(owner for owner in owners if owner is not None))
+
+    def _tower_of(self, path: str, calls: int, batch: int, size: int) -> TowerTrace | None:
+        """The tower that a call at `path` continues."""
+        layers = layers_of(path)
+        for tower in self._reached(calls):
+            if tower.goes_on(path, batch, size):
+                return tower
+        # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
+        for tower in reversed(self.towers):
+            again = path == tower.path and tower.last_run == self._runs[-1]
+            if layers in tower.lists and (again or path not in tower.paths) and tower.fits(path, batch, size):
+                return tower
+        return None
+
+    def _same_tokens(self, calls: int, key_calls: int) -> bool:
+        """Whether queries and keys are of one sequence: in cross-attention they came through the calls of different towers."""
+        if calls == key_calls or not calls:
+            return calls == key_calls
+        reached = self._reached(key_calls)
+        return bool(reached) and reached[0] in self._reached(calls)[:1]
+
+    def _source_of(self, calls: int, key: Tensor) -> TowerTrace:
+        """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
+        batch, size = key.shape[0], key.shape[2]
+        for tower in self._reached(calls):
+            if (tower.batch, tower.size) == (batch, size):
+                return tower
+        for tower in self.towers:
+            if not tower.paths and (tower.batch, tower.size) == (batch, size):
+                return tower
+        tower = next((tower for tower in self.towers if not tower.lists and tower.batch is None), None) or self._new_tower()
+        tower.batch, tower.size, tower.dtype, tower.device = batch, size, compute_dtype(key), key.device
+        return tower
+
+    def _refuse_foreign(self, path: str) -> None:
+        """ValueError for a call inside of a recorded tower that is none of its layers: the map would leave it out."""
+        if (tower := self._tower_around(path)) is not None:
+            raise ValueError(
+                f"model must call only the attention of its layers in tower '{tower.name}'; got a call of '{path}', which is "
+                "in none of them"
+            )
+
+    # --- after the forward pass ---
+
+    def check(self) -> None:
+        """ValueError, naming the module, if attention of an explained tower was not seen."""
+        self._check_by_hand()
+        if not any(tower.paths for tower in self.towers):
+            raise ValueError(
+                "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a "
+                f"forward pass of {type(self.model).__name__} without a call"
+            )
+        called = {path for tower in self.towers for path in tower.paths}
+        number = 0
+        for tower in self.towers:
+            if not tower.name:
+                tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
+            tower.check(called, self._ran)
+
+    def _concerns(self, path: str) -> bool:
+        """Whether a module may lie in a tower that is explained."""
+        return self.finds_towers or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
+
+    def _check_by_hand(self) -> None:
+        """ValueError for a module that takes a softmax itself and calls no attention that the trace sees."""
+        called = {path for tower in self.towers for path in tower.paths}
+        for path, is_map in self.by_hand.items():
+            kind = type(self.model.get_submodule(path)).__name__
+            seen = any(other == path or other.startswith(f"{path}.") or not path for other in called)
+            if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
+                raise ValueError(
+                    "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
+                    f"'{path}' ({kind}), which takes a softmax itself"
+                )
+
+
+def _is_checkpointed() -> bool:
+    """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def _is_map(scores: Tensor, dim: Any) -> bool:
+    """Whether a softmax is over the keys of attention maps: (B, H, N, M) with several queries, or (B, N, N)."""
+    if dim not in (-1, scores.ndim - 1) or scores.shape[-2] == 1:
+        return False
+    return scores.ndim == 4 or (scores.ndim == 3 and scores.shape[1] == scores.shape[2])

@@ -1,0 +1,379 @@
+"""What pictures and tables show of an Explanation: its rows, with one `Choice` each, or one per word of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_items, describe
+from vlattn_fast.interpret.result.words import Marks, Word, find_marks, join_tokens
+
+Array = np.ndarray[Any, Any]
+Box = tuple[float, float, float, float]
+Maps = Tensor | tuple[Tensor, ...]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+class Explained(Protocol):
+    """What is read of an Explanation; see there."""
+
+    def __len__(self) -> int: ...
+    @property
+    def relevancy(self) -> dict[str, Tensor]: ...
+    @property
+    def image(self) -> Maps | None: ...
+    @property
+    def tower_images(self) -> dict[str, Maps] | None: ...
+    @property
+    def image_rows(self) -> list[int] | None: ...
+    @property
+    def text(self) -> Tensor | None: ...
+    @property
+    def tokens(self) -> list[list[str]] | None: ...
+    @property
+    def answer_tokens(self) -> list[list[str]] | None: ...
+    @property
+    def each(self) -> bool: ...
+    @property
+    def position(self) -> dict[str, Tensor] | None: ...
+    @property
+    def places(self) -> list[list[int]] | None: ...
+    @property
+    def own(self) -> dict[str, Tensor]: ...
+    @property
+    def regions(self) -> Tensor | None: ...
+    @property
+    def boxes(self) -> Tensor | None: ...
+    @property
+    def scores(self) -> Tensor | None: ...
+    @property
+    def target(self) -> list[int] | None: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def start_layer(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Values on a part of a picture.
+
+    Args:
+        index: the number of the map among all maps, or of the row for regions.
+        values: (h, w), evenly over `box`; (1, 1) for a region.
+        box: x1, y1, x2, y2 relative to the picture; None: where the caller says.
+    """
+
+    index: int
+    values: Array
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one row of the batch rests on, or one word of its answer; the tokens of a word are added up.
+
+    Args:
+        row: of the batch.
+        label: the row's text, class or the answer's word.
+        space: whether a space stands before it.
+        score: the explained score.
+        patches: maps and regions; `towers` may have other maps, by name.
+        values: of `Row.words`, as many.
+        rows: tower -> its raw row, 0 at the position that is read.
+        own: tower -> that position's entry, where it is known; the mean of several.
+    """
+
+    row: int
+    label: str
+    space: bool
+    score: float | None
+    patches: list[Patch]
+    towers: dict[str, list[Patch]]
+    values: Array
+    rows: dict[str, Array]
+    own: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the batch.
+
+    Args:
+        number: in the batch.
+        label: its name, text, class or number. An answer whose words are the choices is not repeated.
+        prompt, answer: the words of its text.
+        words: those of them that have values.
+        choices: the row itself, or the words of its answer, where each token has a row of its own.
+    """
+
+    number: int
+    label: str
+    prompt: list[Word]
+    answer: list[Word]
+    words: list[Word]
+    choices: list[Choice]
+
+
+def read_rows(explanation: Explained, labels: Sequence[Any] | None = None, numbers: Sequence[int] | None = None) -> list[Row]:
+    """The rows of an explanation. Tokens are joined to words once a row.
+
+    Args:
+        labels: names of all rows of the batch, instead of their text or class.
+        numbers: the rows to read; all by default.
+
+    Raises:
+        TypeError, ValueError: not one label per row.
+    """
+    if labels is not None:
+        check_items("labels", labels, "a name for each row")
+        labels = [str(label) for label in labels]
+        if len(labels) != len(explanation):
+            raise ValueError(f"labels must be {len(explanation)}, one per row; got {len(labels)}")
+    tokens, answers = explanation.tokens, explanation.answer_tokens
+    if tokens is None and explanation.text is not None and answers is None:  # nobody has named them
+        tokens = [[str(place) for place in range(explanation.text.shape[-1])]] * len(explanation)
+    marks = find_marks(token for row in tokens or [] for token in row)
+    rows = []
+    for number in range(len(explanation)) if numbers is None else numbers:
+        named = tokens is not None and (explanation.text is not None or explanation.each)
+        prompt, answer = _join(tokens[number], answers and answers[number], marks) if tokens and named else ([], [])
+        label = _row_label(explanation, number, prompt, answer) if labels is None else labels[number]
+        words = [] if explanation.text is None else [*prompt, *answer]
+        said = None
+        if explanation.each and answers is not None:
+            said = _moved(answer, len(answers[number]) - len(tokens[number])) if tokens else join_tokens(answers[number], marks)
+        rows.append(Row(number, label, prompt, answer, words, _choices(explanation, number, label, words, said)))
+    return rows
+
+
+def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[list[Word], list[Word]]:
+    """The words of a prompt, and those of the answer behind it."""
+    if answer is None:
+        return join_tokens(tokens, marks), []
+    split = len(tokens) - len(answer)
+    first, *others = _moved(join_tokens(tokens[split:], marks), split) or [None]
+    behind = [] if first is None else [replace(first, space=True), *others]
+    return join_tokens(tokens[:split], marks), behind
+
+
+def _moved(words: list[Word], by: int) -> list[Word]:
+    return [replace(word, tokens=range(word.tokens.start + by, word.tokens.stop + by)) for word in words]
+
+
+def _row_label(explanation: Explained, number: int, prompt: list[Word], answer: list[Word]) -> str:
+    words = prompt if explanation.each and explanation.text is not None else [*prompt, *answer]
+    text = "".join(" " * word.space + word.text for word in words).strip()
+    if text:
+        return text if len(text) <= 80 else text[:79] + "…"
+    return f"row {number}" if explanation.target is None else f"target {explanation.target[number]}"
+
+
+def to_array(tensor: Tensor) -> Array:
+    """A tensor as NumPy's float32, or float64 where it is."""
+    tensor = tensor.detach().cpu()
+    return (tensor if tensor.dtype.itemsize > 4 else tensor.float()).numpy()
+
+
+def _choices(explanation: Explained, number: int, label: str, words: list[Word], said: list[Word] | None) -> list[Choice]:
+    """The choices of a row.
+
+    Args:
+        words: what the entries of the row's text are added up to.
+        said: the words of its answer, with tokens counted from the answer's first; None: the row is one choice.
+    """
+    ranges = None if said is None else [word.tokens for word in said]
+
+    def pick(values: Tensor) -> Array:
+        """Values (T, ...) of the row's tokens added up to (choices, ...); of a row that is one choice (...) as (1, ...)."""
+        return to_array(values)[None] if ranges is None else _sums(to_array(values), ranges, 0)
+
+    count = 1 if ranges is None else len(ranges)
+    rows = {name: pick(tower_row(explanation, name, number)) for name in explanation.relevancy}
+    entries = {name: values for name, values in explanation.own.items() if len(values) == len(explanation)}
+    own = {name: _means(to_array(values[number]), ranges) for name, values in entries.items()}
+    values = _sums(pick(text_row(explanation, number)), [word.tokens for word in words], 1) if words else np.zeros((count, 0))
+    scores = None if explanation.scores is None else pick(explanation.scores[number]).reshape(count, -1).sum(1)
+    patches = _maps(explanation, explanation.image, number, pick) + _regions(explanation, number, pick)
+    towers = {name: _maps(explanation, maps, number, pick) for name, maps in (explanation.tower_images or {}).items()}
+
+    def of(choice: int, parts: list[Patch]) -> list[Patch]:
+        return [Patch(part.index, part.values[choice], part.box) for part in parts]
+
+    return [
+        Choice(
+            row=number,
+            label=label if said is None else said[i].text,
+            space=said is None or said[i].space,
+            score=None if scores is None else float(scores[i]),
+            patches=of(i, patches),
+            towers={name: of(i, parts) for name, parts in towers.items()},
+            values=values[i],
+            rows={name: part[i] for name, part in rows.items()},
+            own={name: float(part[i]) for name, part in own.items()},
+        )
+        for i in range(count)
+    ]
+
+
+def _sums(values: Array, ranges: Sequence[range], axis: int) -> Array:
+    """Neighbouring entries along an axis added up over ranges that lie one behind the other."""
+    if not ranges:
+        return np.zeros((*values.shape[:axis], 0, *values.shape[axis + 1 :]), values.dtype)
+    values = np.take(values, range(ranges[-1].stop), axis)  # behind it are the zeros of longer texts
+    return np.add.reduceat(values, [part.start for part in ranges], axis)
+
+
+def _means(values: Array, ranges: Sequence[range] | None) -> Array:
+    """The means (choices,) of entries of tokens (T,), or of one or several that belong to the row."""
+    if ranges is None or values.ndim == 0:
+        return np.full(1 if ranges is None else len(ranges), values.mean())
+    return _sums(values, ranges, 0) / [len(part) for part in ranges]
+
+
+def without_own(values: Tensor, position: Tensor | None) -> Tensor:
+    """Relevancy (..., N), 0 at the positions (...) that are read, or at several (..., T) of them."""
+    if position is None:
+        return values
+    index = position.to(values.device)
+    return values.scatter(-1, index[..., None] if index.ndim < values.ndim else index, 0.0)
+
+
+def tower_row(explanation: Explained, tower: str, row: int) -> Tensor:
+    """A tower's entries for one row of the batch, 0 at the position that is read; those of all its images in turn."""
+    values, position = explanation.relevancy[tower], (explanation.position or {}).get(tower)
+    owners = [row] if len(values) == len(explanation) else [i for i, of in enumerate(explanation.image_rows or []) if of == row]
+    parts = [without_own(values[i], None if position is None else position[i]) for i in owners]
+    return torch.cat(parts, -1) if parts else torch.zeros_like(values[0])
+
+
+def home(explanation: Explained, *names: str) -> str:
+    """The tower that a part was cut from: the first of the names that there is, or the first tower."""
+    return next((name for name in names if name in explanation.relevancy), next(iter(explanation.relevancy)))
+
+
+def text_row(explanation: Explained, row: int) -> Tensor:
+    """The text's entries for one row of the batch, 0 at the position that is read."""
+    values = explanation.text[row] if explanation.text is not None else torch.zeros(0)
+    tower = home(explanation, "text", "language")
+    position = (explanation.position or {}).get(tower)
+    if position is None or explanation.places is None or len(explanation.relevancy[tower]) != len(explanation):
+        return values
+    # Between towers that entry is zero, and `text` may be of another tower.
+    carried = explanation.relevancy[tower][row]
+    if not bool((carried - without_own(carried, position[row])).any()):
+        return values
+    places = torch.tensor([*explanation.places[row], *[-1] * (values.shape[-1] - len(explanation.places[row]))])
+    read = position[row].cpu().reshape(-1, 1) == places  # (1, L) or (T, L)
+    read = read if values.ndim == 2 else read.any(0)
+    return values.masked_fill(read.to(values.device), 0.0)
+
+
+def _maps(explanation: Explained, maps: Maps | None, row: int, pick: Any) -> list[Patch]:
+    """The row's maps, each with its values for all choices."""
+    if maps is None or explanation.image_rows is None:
+        return []
+    owners = enumerate(zip(maps, explanation.image_rows, strict=True))
+    return [Patch(index, pick(part)) for index, (part, owner) in owners if owner == row]
+
+
+def _regions(explanation: Explained, row: int, pick: Any) -> list[Patch]:
+    """The row's regions, each with its values for all choices."""
+    if explanation.regions is None or explanation.boxes is None:
+        return []
+    values, boxes = pick(explanation.regions[row]), to_array(explanation.boxes[row]).tolist()
+    return [Patch(row, values[:, i].reshape(-1, 1, 1), tuple(box)) for i, box in enumerate(boxes)]
+
+
+def limits(patches: Sequence[Patch]) -> tuple[float, float]:
+    """The smallest and the largest number on all of them; 0 and 0 for none."""
+    values = np.concatenate([np.zeros(0), *(patch.values.ravel() for patch in patches)])
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+
+
+def shares(values: Array, low: float, high: float) -> Array:
+    """Values mapped to [0, 1]; zeros where `low` equals `high`."""
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+
+
+# --- the user's pictures ---
+
+
+def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
+    """The user's image or images as (H, W, 3) or (H, W, 4) arrays of bytes: one for all maps, or one per map."""
+    if image is None:
+        return None
+    many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
+    pictures = [_picture(part) for part in image] if many else [_picture(image)]
+    count = len(explanation) if explanation.image_rows is None else len(explanation.image_rows)
+    if len(pictures) not in (1, count):
+        raise ValueError(f"image must be one image or {count} of them (one per map); got {len(pictures)}")
+    return pictures
+
+
+def to_rgb(picture: Any) -> Any:
+    """A PIL image in RGB. Of 16 bits the upper eight count; PIL takes all above 255 for white.
+
+    Raises:
+        ValueError: 32 bits, of which nobody says what is white.
+    """
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I": older versions of PIL
+        from PIL import Image
+
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"image must have 8 or 16 bits a channel; got a picture of mode {picture.mode!r}, which has 32")
+    return picture.convert("RGB")
+
+
+def _picture(image: Any) -> Array:
+    if hasattr(image, "convert"):  # a PIL image, whose array may hold indices of a palette
+        image = to_rgb(image)
+    array = to_array(image) if isinstance(image, Tensor) and image.is_floating_point() else np.asarray(image)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"image must be a PIL image, an array or a tensor; got {describe(image)}")
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1):
+        array = np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
+    if array.ndim != 3 or array.shape[2] not in (3, 4):
+        raise ValueError(f"image must have shape (H, W), (H, W, 3) or (3, H, W); got {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"image must have at least one pixel; got shape {array.shape}")
+    if array.dtype.kind == "b":
+        array = array * np.uint8(255)
+    if array.dtype.kind != "f":
+        if not (array.min() >= 0 and array.max() <= 255):
+            raise ValueError(f"image must be bytes, or floats from 0 to 1; got {array.min()} to {array.max()}")
+        return array.astype(np.uint8)
+    if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
+        got = f"{array.min():.3g} to {array.max():.3g}"
+        raise ValueError(f"image must be bytes, or floats from 0 to 1 (not a model's normalised pixel_values); got {got}")
+    return np.rint(array.clip(0, 1) * 255).astype(np.uint8)
+
+
+def read_crops(explanation: Explained, crop: Any) -> list[Box]:
+    """The box of every map on its picture.
+
+    Raises:
+        ValueError: `crop` is neither a box nor one box per map.
+    """
+    count = 0 if explanation.image_rows is None else len(explanation.image_rows)
+    if crop is None:
+        return [WHOLE] * count
+    if explanation.image_rows is None:
+        raise ValueError(f"crop must be None for an explanation without maps; got {crop}")
+    try:
+        array = np.asarray(crop.detach().cpu() if isinstance(crop, Tensor) else crop, dtype=float)
+        fits = array.shape in ((4,), (count, 4)) and (array[..., 2:] > array[..., :2]).all() and np.isfinite(array).all()
+    except (TypeError, ValueError):  # no numbers
+        fits = False
+    if not fits:
+        raise ValueError(f"crop must be x1, y1, x2, y2 relative to the image, x1 < x2, y1 < y2, or one box per map; got {crop}")
+    return [tuple(box) for box in np.broadcast_to(array, (count, 4)).tolist()]

@@ -1,0 +1,324 @@
+"""The result of `explain`: raw values, what they belong to, and pictures of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_items, check_writable, describe
+from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.fields import check_fields
+from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from vlattn_fast.interpret.result.page import Page
+    from vlattn_fast.interpret.result.table import Comparison, Entry
+
+_FORMAT = "vlattn_fast.explanation.2"
+_TENSORS = ("text", "regions", "boxes", "scores")
+_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "places")
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Relevancy of the tokens of an input to a score. All values are raw; only pictures scale them.
+
+    Args:
+        relevancy: tower -> (B, N), the read-out row over all of that tower's tokens, special ones included. (images, N) where a
+            tower sees one image at a time and prompts hold several; not the first tower. Where it sees tiles, or all images at
+            once, (B, N) holds all of a prompt, with zeros behind shorter ones.
+        image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several maps; a tuple of (h, w) where
+            the grids differ; None without an image. Maps come in the order of their tokens. An image that is cut into tiles has
+            one map of all tiles, where config and inputs say how they lie, and one of its thumbnail; else each tile has its own.
+            A video has a map per frame.
+        image_rows: the row of the batch each map of `image` belongs to; by default one map is of each row.
+        text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros.
+        token_ids: the ids of the entries of `text`, row by row, as long as each text is.
+        words: the same as strings, see `with_tokens`.
+        regions: (B, R), the entries of image regions, for models that see boxes instead of patches.
+        boxes: (B, R, 4), x1, y1, x2, y2 of the regions relative to the image.
+        scores: (B,) the explained scores; None where a method has none.
+        target: text, class or token index of each score; None for a callable.
+        method, start_layer: the arguments of `explain`.
+        position: tower -> (B,) int64, the token whose row is read. Its own entry is about 1 whatever the input, so pictures and
+            tables leave it out; `own` tells it. Towers without one such token (mean, pooling head) are missing.
+        places: the token of its tower that each entry of `text` stands for, row by row; for the answer of an encoder-decoder the
+            token of its decoder.
+        answer: the ids of the answer's tokens, row by row, where an answer of a decoder is explained, or of the
+            prompt where `prompt_maps` made the maps; None otherwise.
+        tower_images: tower -> maps in the form of `image`, for the same images, where several towers see them. `image` is the
+            one of the tower nearest to the pixels.
+
+    With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
+    and special tokens included: what earlier words of the answer count for later ones. Two forms:
+
+    - `each` token by itself: `relevancy` holds (B, T, N), `scores` (B, T), `text` (B, T, L), `image` (images, T, h, w) or a tuple
+      of (T, h, w), `position` (B, T). Row t explains token t. Shorter answers end in zeros.
+    - all tokens at once: shapes as without an answer, but `position` is (B, T), all of the rows that are read
+      (shorter answers repeat one).
+    """
+
+    relevancy: dict[str, Tensor]
+    image: Tensor | tuple[Tensor, ...] | None = None
+    image_rows: list[int] | None = None
+    text: Tensor | None = None
+    token_ids: list[list[int]] | None = None
+    words: list[list[str]] | None = None
+    regions: Tensor | None = None
+    boxes: Tensor | None = None
+    scores: Tensor | None = None
+    target: list[int] | None = None
+    method: str = "gradient"
+    start_layer: int = 0
+    position: dict[str, Tensor] | None = None
+    answer: list[list[int]] | None = None
+    tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
+    places: list[list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.image_rows is None and (self.image is not None or self.tower_images):
+            object.__setattr__(self, "image_rows", list(range(len(self))))
+
+    @property
+    def each(self) -> bool:
+        """Whether every token of an answer has a row of its own."""
+        return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """tower -> the entry of the token whose row is read, in the shape of `position`."""
+        entries = {}
+        for name, index in (self.position or {}).items():
+            values = self.relevancy[name]
+            index = index.to(values.device)
+            alone = index.ndim < values.ndim  # one position per row, not several
+            entries[name] = values.gather(-1, index[..., None])[..., 0] if alone else values.gather(-1, index)
+        return entries
+
+    @property
+    def tokens(self) -> list[list[str]] | None:
+        """The words that the entries of `text` belong to; the ids as strings until `with_tokens` has named them."""
+        if self.words is not None or self.token_ids is None:
+            return self.words
+        return [[str(index) for index in row] for row in self.token_ids]
+
+    @property
+    def answer_tokens(self) -> list[list[str]] | None:
+        """The answer's part of `tokens`; None without an answer."""
+        if self.answer is None:
+            return None
+        if self.tokens is None:
+            return [[str(index) for index in row] for row in self.answer]
+        return [row[len(row) - len(answer) :] for row, answer in zip(self.tokens, self.answer, strict=True)]
+
+    def with_tokens(self, tokenizer: Any) -> Explanation:
+        """The same explanation with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
+        if self.token_ids is None:
+            raise ValueError("tokenizer must have text to name; got an explanation without text")
+        convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
+        return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
+
+    def to_numpy(self) -> dict[str, Any]:
+        """Every tensor as a NumPy array under the name of its field; dicts stay dicts, tuples of maps become lists."""
+        arrays = {name: _arrays(getattr(self, name)) for name in (*_TENSORS, "relevancy", "image", "position", "tower_images")}
+        return {name: value for name, value in arrays.items() if value is not None}
+
+    def save(self, path: str | Path) -> Path:
+        """Write values (safetensors) and facts (JSON in its metadata) to `path`; `Explanation.load` reads them back."""
+        check_writable("path", Path(path))
+        tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+        tensors |= {f"relevancy.{name}": value for name, value in self.relevancy.items()}
+        tensors |= {f"position.{name}": value for name, value in (self.position or {}).items()}
+        others = {f"tower_images.{name}": maps for name, maps in (self.tower_images or {}).items()}
+        maps = {"image": self.image, **others} if self.image is not None else others
+        for name, value in maps.items():
+            tensors |= {f"{name}.{i}": part for i, part in enumerate(value if isinstance(value, tuple) else (value,))}
+        facts = {
+            "format": _FORMAT,
+            "towers": list(self.relevancy),
+            "positions": None if self.position is None else list(self.position),
+            "maps": {name: len(value) if isinstance(value, tuple) else None for name, value in maps.items()},
+            "tower_images": None if self.tower_images is None else list(self.tower_images),
+            **{name: getattr(self, name) for name in _FACTS},
+        }
+        # safetensors refuses tensors that share memory, and a map may be a view of its row.
+        values = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+        write_tensors(Path(path), values, {"explanation": json.dumps(facts)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Explanation:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: `path` holds something else, or a part of it.
+        """
+        with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
+            facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
+            if facts.get("format") != _FORMAT:
+                raise ValueError(f"its format is {facts.get('format')}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return cls._from_file(tensors, facts)
+
+    @classmethod
+    def _from_file(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Explanation:
+        maps: dict[str, Any] = {
+            name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
+            for name, count in facts["maps"].items()
+        }
+        positions, others = facts["positions"], facts["tower_images"]
+        fields: dict[str, Any] = {**{name: tensors.get(name) for name in _TENSORS}, **{name: facts[name] for name in _FACTS}}
+        return cls(
+            relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
+            image=maps.get("image"),
+            position=None if positions is None else {name: tensors[f"position.{name}"] for name in positions},
+            tower_images=None if others is None else {name: maps[f"tower_images.{name}"] for name in others},
+            **fields,
+        )
+
+    def top(self, k: int = 5) -> list[Entry]:
+        """The `k` largest entries of each tower, per row and per token of an answer, largest first.
+
+        Where a tower's patches, words or regions are known, they are the entries; else all its tokens are. Entries of one tower
+        can be compared, those of different towers cannot.
+
+        Example:
+            >>> explanation = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
+            >>> explanation.top(1)
+            [Entry(row=0, answer=None, tower='text', part='token', position=2, place=None, word=None, value=0.5)]
+        """
+        from vlattn_fast.interpret.result.table import largest
+
+        return largest(self, k)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Every entry as a line: row, answer (the token's number), tower, part, position, image, y, x, word, value."""
+        from vlattn_fast.interpret.result.table import to_frame
+
+        with extra("tables"):
+            return to_frame(self)
+
+    def compare(self, other: Explanation) -> Comparison:
+        """How alike two explanations of the same input are, per tower and row: methods, models, or an edited input.
+
+        The entry at `position` is left out.
+
+        Example:
+            >>> plain = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
+            >>> double = Explanation({"text": torch.tensor([[0.0, 0.6, 1.0]])})
+            >>> plain.compare(double).table
+            [{'tower': 'text', 'row': 0, 'cosine': 1.0, 'rank': 1.0}]
+        """
+        from vlattn_fast.interpret.result.table import compare
+
+        return compare(self, other)
+
+    def plot(
+        self,
+        image: Any = None,
+        *,
+        rows: Sequence[int] | None = None,
+        labels: Sequence[Any] | None = None,
+        crop: Any = None,
+        cmap: str = "inferno",
+        alpha: float = 0.85,
+    ) -> Figure:
+        """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
+
+        The maps of a row are scaled together, from their smallest value (transparent over an image) to their largest. An answer
+        of more than 40 words has its maps on one sheet, scaled together, and a table with fewer names than words. A row without
+        maps and words shows the entries of its towers. Letters
+        that matplotlib's font lacks (Chinese, Japanese, Korean, emoji) are drawn in a font that has them, where one is installed.
+
+        Args:
+            image: what the maps lie on: a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1] or bytes; or one
+                per map. None draws the maps alone.
+            rows: rows of the batch to draw; all by default.
+            labels: names of the rows, such as classes or their numbers; by default their text.
+            crop: where the maps lie on the image, if they do not cover it: x1, y1, x2, y2 relative to it, or one box per map.
+                CLIP's processor, for example, shows the model the middle square.
+            cmap: matplotlib's name of the colours.
+            alpha: how opaque the largest value is over an image.
+
+        Returns:
+            A matplotlib Figure (without pyplot: nothing is shown or kept open).
+        """
+        with extra("viz"):
+            from vlattn_fast.interpret.result.figure import draw
+
+            return draw(self, image, rows, labels, crop, cmap, alpha)
+
+    def to_html(
+        self,
+        image: Any = None,
+        *,
+        labels: Sequence[Any] | None = None,
+        crop: Any = None,
+        title: str = "Relevancy",
+        cmap: str = "inferno",
+        beside: Sequence[Explanation] = (),
+    ) -> Page:
+        """One self-contained page, which needs no network: choose a row, or a word of the answer, and see its map and words.
+
+        The image is stored once, in its own resolution, or a smaller one where it would take more than 300 kB.
+
+        Args:
+            image, labels, crop, cmap: as for `plot`.
+            title: heading of the page.
+            beside: explanations of the same input by other methods, to switch to.
+
+        Returns:
+            The page's text, a `str`. A notebook shows it in a frame.
+        """
+        with extra("viz"):
+            from vlattn_fast.interpret.result.page import render
+
+            check_items("beside", beside, "a sequence of explanations")
+            for one in beside:
+                if not isinstance(one, Explanation):
+                    raise TypeError(f"beside must be a sequence of explanations; got {describe(one)}")
+            return render([self, *beside], image, labels, crop, title, cmap)
+
+    def save_html(self, path: str | Path, image: Any = None, **options: Any) -> Path:
+        """Write the page of `to_html`, which has the same options, to `path`."""
+        check_writable("path", Path(path))
+        page = self.to_html(image, **options)
+        Path(path).write_text(page, encoding="utf-8")
+        return Path(path)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; the plain text where a package for pages is missing."""
+        try:
+            return self.to_html()._repr_html_()
+        except ModuleNotFoundError:
+            return None
+
+    def __len__(self) -> int:
+        """Rows of the batch."""
+        return next(iter(self.relevancy.values())).shape[0]
+
+    def __repr__(self) -> str:
+        shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}
+        return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
+
+
+def _arrays(value: Any) -> Any:
+    """Tensors inside dicts and tuples as NumPy arrays."""
+    if isinstance(value, dict):
+        return {name: _arrays(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [_arrays(part) for part in value]
+    if value is None:
+        return None
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()

@@ -1,0 +1,59 @@
+"""Files of tensors: written with the rights of other files, and read with errors that name them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlattn_fast._ground.extras import extra
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors to `path`, which others may read where the umask lets them; safetensors keeps it for its owner alone.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk. What `path` held before is still there.
+    """
+    with extra("explain"):
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+    existed = path.exists()
+    path.touch()
+    try:
+        rights = stat.S_IMODE(path.stat().st_mode)
+        save_file(tensors, path, metadata=metadata)
+        path.chmod(rights)
+    except SafetensorError as error:
+        if not existed:
+            path.unlink(missing_ok=True)
+        number = int(code[1]) if (code := re.search(r"os error (\d+)", str(error))) else 0
+        raise OSError(number, os.strerror(number) if number else str(error), str(path)) from error
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, message: str) -> Iterator[Any]:
+    """The safetensors file at `path`. ValueError with `message` and the reason where it holds something else, or is cut.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with extra("explain"):
+        from safetensors import SafetensorError, safe_open
+
+    if path.is_dir():
+        raise ValueError(f"{message}, which is a directory")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{message}: {type(error).__name__}: {error}") from error
