@@ -3,4 +3,8 @@
 python -m vlattn_fast.benchmarks [names] [--device cuda] [--quick]     measure, print, append rows to results/
 python -m vlattn_fast.benchmarks report                                tables and plots from the rows, REPORT.md
 pytest benchmarks/test_benchmarks.py                                   the same under pytest-benchmark
+
+In: names of benchmarks.
+Out: rows of times, memory and errors in results/, and the report of them.
+Imports: lab, checking, interpret, ops, backends, scores, _ground.
 """

@@ -1,6 +1,6 @@
-"""Who may import whom: a file imports from its own floor or from a floor below, and no two files import each other.
+"""Who may import whom: each folder's docstring says what comes in, what goes out and which folders it imports.
 
-And no file is longer than one can read at a time.
+Folders import one another without a circle, so each has a height. The heights follow from the imports, those by name included.
 """
 
 from __future__ import annotations
@@ -10,70 +10,122 @@ import graphlib
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = (
-    ("_checks", "_tensors", "_series", "_extras", "_tolerance", "_roundings", "_native", "scores", "reference"),
-    ("streaming", "sdpa", "cpu", "cuda", "kernels"),
-    ("ops",),
-    ("nn", "models", "interpret", "probe", "lab", "verify", "_fuzz", "_fuzz_cases"),
-    ("benchmarks", "_demo", "_info"),
-    ("cli", "__init__", "__main__"),
-)
+PACKAGES = {"vlattn_fast": "vlattn_fast", "vlattn_fast.kernels": "kernels", "vlattn_fast.benchmarks": "benchmarks"}
+MOST_FLOORS = 6  # of interpret and attach together
 LONGEST = 450  # lines of a Python file outside kernels/
-FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+BY_NAME = re.compile(r"vlattn_fast(?:\.[a-z_]+)+\.?")  # a module, or the beginning of one in an f-string
 
 
-def imports() -> dict[str, set[str]]:
-    """Each module of the package with those that it imports, also inside functions and for type checkers."""
-    folders = {
-        "vlattn_fast": ROOT / "vlattn_fast",
-        "vlattn_fast.kernels": ROOT / "kernels",
-        "vlattn_fast.benchmarks": ROOT / "benchmarks",
-    }
-    files = {
-        ".".join([package, *file.relative_to(folder).with_suffix("").parts]): file
-        for package, folder in folders.items()
-        for file in sorted(folder.rglob("*.py"))
+@cache
+def files() -> dict[str, Path]:
+    """Each module of the package; a folder's `__init__` under the folder's name."""
+    return {
+        ".".join([package, *file.relative_to(ROOT / folder).with_suffix("").parts]).removesuffix(".__init__"): file
+        for package, folder in PACKAGES.items()
+        for file in sorted((ROOT / folder).rglob("*.py"))
         if not file.name.startswith("test_")
     }
-    packages = {module.removesuffix(".__init__"): module for module in files if module.endswith(".__init__")}
-    edges: dict[str, set[str]] = {}
-    for module, file in files.items():
-        edges[module] = set()
-        for node in ast.walk(ast.parse(file.read_text())):
-            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{module} imports relatively, line {node.lineno}"
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vlattn_fast"):
-                names = {f"{node.module}.{alias.name}" for alias in node.names}
-                edges[module] |= {name if name in files or name in packages else str(node.module) for name in names}
-            elif isinstance(node, ast.Import):
-                edges[module] |= {alias.name for alias in node.names if alias.name.startswith("vlattn_fast.")}
-    return {module: {packages.get(name, name) for name in names} - {module} for module, names in edges.items()}
 
 
-def test_no_import_runs_upwards() -> None:
-    upwards = [
-        f"{module} imports {name}"
-        for module, names in imports().items()
-        for name in names
-        if FLOOR[module.split(".")[1]] < FLOOR[name.split(".")[1]]
-    ]
-    assert not upwards, "\n".join(upwards)
+@cache
+def trees() -> dict[str, ast.Module]:
+    return {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in files().items()}
+
+
+def module_of(name: str) -> str:
+    """The module that `name` lies in."""
+    while name not in files():
+        name = name.rpartition(".")[0]
+    return name
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """What a file imports, also inside functions, for type checkers, and by a name in a string."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"a relative import, line {node.lineno}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and BY_NAME.fullmatch(node.value):
+            names.add(node.value.rstrip("."))
+    return {name for name in names if name.startswith("vlattn_fast.")}
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Each module with those that it imports."""
+    return {module: {module_of(name) for name in imported(tree)} - {module, "vlattn_fast"} for module, tree in trees().items()}
+
+
+def folder_of(module: str) -> str:
+    """The folder of a module, without the package's name; "" for the package's own modules but `scores`."""
+    package = module if files()[module].name == "__init__.py" else module.rpartition(".")[0]
+    return "scores" if module == "vlattn_fast.scores" else package.removeprefix("vlattn_fast").removeprefix(".")
+
+
+@cache
+def folders() -> dict[str, set[str]]:
+    """Each folder with those that its files import."""
+    edges: dict[str, set[str]] = {folder_of(module): set() for module in files()}
+    for module, names in imports().items():
+        edges[folder_of(module)] |= {folder_of(name) for name in names} - {folder_of(module)}
+    return edges
+
+
+def heights(edges: dict[str, set[str]]) -> dict[str, int]:
+    floors: dict[str, int] = {}
+    for name in graphlib.TopologicalSorter(edges).static_order():
+        floors[name] = 1 + max((floors[below] for below in edges[name]), default=0)
+    return floors
+
+
+def test_no_two_files_import_each_other() -> None:
+    graphlib.TopologicalSorter(imports()).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_two_folders_import_each_other() -> None:
+    graphlib.TopologicalSorter(folders()).prepare()
+
+
+def test_interpret_and_attach_have_few_floors() -> None:
+    rooms = {name for name in folders() if name.split(".")[0] in ("interpret", "attach")}
+    floors = heights({name: folders()[name] & rooms for name in rooms})
+    assert max(floors.values()) <= MOST_FLOORS, floors
+
+
+@pytest.mark.parametrize("folder", [name for name in folders() if name not in ("", "scores")])
+def test_a_folder_says_what_it_takes_and_gives_and_imports(folder: str) -> None:
+    text = ast.get_docstring(trees()[f"vlattn_fast.{folder}"]) or ""
+    parts = dict(re.findall(r"^(In|Out|Imports): ((?:.|\n)+?)(?=^[A-Z]\w+: |\n\n|\Z)", text, re.M))
+    assert set(parts) == {"In", "Out", "Imports"}, f"{folder}: {text}"
+    named = set(re.findall(r"[\w.]+\w", parts["Imports"])) - {"nothing"}
+    uncovered = {name for name in folders()[folder] if not any(name == n or name.startswith(f"{n}.") for n in named)}
+    unused = {n for n in named if not any(name == n or name.startswith(f"{n}.") for name in folders()[folder])}
+    assert not uncovered and not unused, f"{folder} imports {sorted(folders()[folder])}"
 
 
 def test_contributing_has_the_floors_in_their_order() -> None:
     tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The tree")[1].split("Beside the package")[0]
     places = [row.split(" | ")[0] for row in tree.splitlines() if row.startswith("| `")]
-    heights = [{FLOOR[name] for name in re.findall(r"`(?:vlattn_fast/)?(\w+)(?:/|\.py)`", place)} for place in places]
-    assert all(len(of_row) == 1 for of_row in heights) and len(heights) > 10
-    assert heights == sorted(heights, key=max, reverse=True)
-
-
-def test_no_two_files_import_each_other() -> None:
-    graphlib.TopologicalSorter(imports()).prepare()  # raises CycleError, which names the circle
+    named = [re.findall(r"`(?:vlattn_fast/)?([\w/]+?)(?:/|\.py)`", place) for place in places]
+    rows = {name.replace("/", "."): number for number, names in enumerate(named) for name in names}
+    tops = {name.split(".")[0] for name in folders()} - {""}
+    assert tops <= set(rows), tops - set(rows)
+    upwards = [
+        f"{name} imports {below}"
+        for name, names in folders().items()
+        for below in names
+        if name in rows and below in rows and rows[below] < rows[name]
+    ]
+    assert not upwards, "\n".join(upwards)
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a git checkout")

@@ -1,5 +1,6 @@
 """Sees and replaces the attention of a foreign model.
 
-In: a model (nn.Module). Out: its attention calls, each as tensors and masks, or handed to who replaces them.
-Imports ops and the ground, nothing of interpret.
+In: a model.
+Out: its attention calls, as tensors and masks, handed to the run that sees them.
+Imports: ops.
 """

@@ -1,5 +1,6 @@
-"""The backends of the operators: each folder has one file an operator with the functions `forward` and `backward`.
+"""The backends of the operators: a folder each, with a file for each operator that has the functions `forward` and `backward`.
 
-In: the checked arguments of an operator. Out: its outputs or gradients. `native` calls the libraries of C++ kernels.
-Imports scores and the ground.
+In: the checked arguments of an operator.
+Out: its outputs, or its gradients. `native` calls the libraries of C++ kernels.
+Imports: nothing.
 """

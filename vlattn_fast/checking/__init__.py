@@ -1,5 +1,6 @@
 """Checks of the operators on this machine: `vlattn verify`, `vlattn fuzz` and `vlattn info`.
 
-In: names of operators and backends. Out: errors as multiples of what the tolerance rule allows.
-Imports ops and all below.
+In: names of operators and backends.
+Out: errors as multiples of what the tolerance rule allows.
+Imports: ops, backends, scores, _ground.
 """

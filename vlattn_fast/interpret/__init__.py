@@ -1,4 +1,9 @@
-"""Relevancy maps of whole models: a model and an input in, an `Explanation` out."""
+"""Relevancy maps of whole models: `explain`, `evaluate`, `probe`, `prompt_maps`.
+
+In: a model and an input.
+Out: an `Explanation`, `Evaluation`, `ProbeReport` or `PromptMaps`.
+Imports: interpret.
+"""
 
 from vlattn_fast.interpret.dataset import Explanations, load_explanations
 from vlattn_fast.interpret.evaluating.evaluate import Evaluation, evaluate

@@ -2,6 +2,10 @@
 trained on it: UNITER, a CLIP dual encoder, and two CLIPMapper on top of that, for answers and for captions.
 
 Needs scikit-learn (the scans), safetensors (the weights) and, for all but UNITER, transformers only when they are first used.
+
+In: seeds and counts.
+Out: scenes, samples, trained models.
+Imports: interpret, attach, models, backends.reference, _ground.
 """
 
 from vlattn_fast.lab import winoground

@@ -1,4 +1,9 @@
-"""Vision-language models in plain PyTorch whose attention the package can explain and change."""
+"""Vision-language models in plain PyTorch whose attention the package can explain and change.
+
+In: pixels, token ids, region features.
+Out: logits.
+Imports: _ground.
+"""
 
 from vlattn_fast.models.clip_mapper import CLIPMapper, CLIPMapperOutput
 from vlattn_fast.models.uniter import UNITER, UNITERConfig, UNITEROutput

@@ -1,4 +1,9 @@
-"""Modules on the operators."""
+"""Layers and losses on the operators.
+
+In: tensors, or a model whose attention is replaced or captured.
+Out: modules and context managers.
+Imports: attach, ops, backends.reference, backends.streaming, scores, _ground.
+"""
 
 from vlattn_fast.nn.capture_attention import AttentionCapture, capture_attention
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey

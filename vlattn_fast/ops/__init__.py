@@ -3,6 +3,10 @@
 Every module here has the operator's name. It holds the public call of that name, `BACKENDS` (name to `Backend`, in the order in
 which "auto" takes them) and `describe_call(**arguments)`, which checks the arguments of the public call and gives the `Call` that
 backends are asked about.
+
+In: the arguments of a public call.
+Out: its result, differentiable.
+Imports: backends, kernels, scores, _ground.
 """
 
 from vlattn_fast.ops import (

@@ -1,1 +1,6 @@
-"""The CUDA C++ kernels of csrc/cuda/: the library that is built from them, and an operator a file in front of it."""
+"""The CUDA C++ kernels of csrc/cuda/: the library that is built from them, and a launcher per operator.
+
+In: the checked arguments of an operator, as CUDA tensors.
+Out: its outputs, or its gradients.
+Imports: backends, backends.reference, _ground.
+"""

@@ -1,4 +1,9 @@
-"""The formulas as the papers write them, with whole maps and plain autograd, on any device and floating dtype."""
+"""The formulas as the papers write them, with whole maps and plain autograd, on any device and floating dtype.
+
+In: the arguments of a public call.
+Out: its result.
+Imports: scores, _ground.
+"""
 
 from vlattn_fast.backends.reference.attention_map import attention_map
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics

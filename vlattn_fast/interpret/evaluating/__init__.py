@@ -1,5 +1,6 @@
 """`evaluate`: how good maps are.
 
-In: a model and a data set of inputs, targets and boxes. Out: an Evaluation, rows and curves.
-Imports explaining and all that it imports.
+In: a model, and a data set of inputs, targets and boxes.
+Out: an `Evaluation`: rows and curves.
+Imports: interpret.explaining, interpret.relevancy, interpret.records, interpret.result, attach, _ground.
 """

@@ -1,4 +1,9 @@
-"""Probes of heads and states over a data set."""
+"""`probe`: what heads attend to and what hidden states know, over a data set.
+
+In: a model and labelled samples.
+Out: a `ProbeReport`.
+Imports: interpret.explaining, interpret.relevancy, interpret.records, attach, ops, _ground.
+"""
 
 from vlattn_fast.interpret.probing.report import ProbeReport
 from vlattn_fast.interpret.probing.run import probe

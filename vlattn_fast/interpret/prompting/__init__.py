@@ -1,5 +1,6 @@
 """`prompt_maps`: where a diffusion model puts the words of its prompt.
 
-In: a pipeline and a prompt. Out: PromptMaps.
-Imports attach and result.
+In: a pipeline and a prompt.
+Out: `PromptMaps`.
+Imports: interpret.result, attach, ops, _ground.
 """

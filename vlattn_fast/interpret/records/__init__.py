@@ -1,5 +1,6 @@
-"""Records: what a forward pass of a model does not show, by the model's class.
+"""Records: what a forward pass does not show, by the model's class.
 
-In: a model or its inputs. Out: its record, which tokens are real, where patches lie.
-Imports the ground alone.
+In: a model, or its config and inputs.
+Out: its record, which tokens are real, how patches lie.
+Imports: nothing.
 """

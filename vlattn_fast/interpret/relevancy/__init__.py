@@ -1,5 +1,6 @@
 """Carries relevancy through a model.
 
-In: a model, its record and a method. Out: a trace of its towers, and the row of each tower after a backward pass.
-Imports records and attach.
+In: a model, its record and a method.
+Out: a trace of its towers, and the relevancy row of each tower after a backward pass.
+Imports: interpret.records, attach, ops, backends.reference, backends.streaming, _ground.
 """

@@ -3,4 +3,8 @@
 `scores` (Cao et al., COLING 2022), `congruence` (Pandey et al., ACL 2023), `value` (Cao et al., ECCV 2020) and
 `weighted_relevancy` (Huang et al., 2023). Each takes under 30 minutes on two cores, and leaves its rows in
 benchmarks/results/experiment-NAME.json and its pictures in docs/experiments/.
+
+In: the name of an experiment.
+Out: its rows, page and pictures.
+Imports: lab, interpret.probing, models, _ground.
 """

@@ -1,1 +1,6 @@
-"""Trains the models of DigitScenes: python -m vlattn_fast.lab.train uniter|clip|vqa|captions [options]."""
+"""Trains the models of DigitScenes: python -m vlattn_fast.lab.train uniter|clip|vqa|captions [options].
+
+In: options of a training.
+Out: a file of weights.
+Imports: lab, models, _ground.
+"""

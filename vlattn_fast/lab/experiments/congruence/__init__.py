@@ -2,6 +2,10 @@
 
 The weight and the layer of each loss are chosen on validation scenes and by seeds of their own. Then no loss and the three losses
 train from the same initial weights on the same batches.
+
+In: options of the experiment.
+Out: its rows.
+Imports: lab, nn, models, ops, backends.reference, _ground.
 """
 
 from __future__ import annotations

@@ -2,6 +2,10 @@
 
 The same small models are trained with each score function: matching of images and texts, question answering, pictures from
 captions. The paper finds that the more accurate score is not the more interpretable one. Does that hold here?
+
+In: options of the experiment.
+Out: its rows.
+Imports: lab, interpret.evaluating, nn, ops, _ground.
 """
 
 from __future__ import annotations
