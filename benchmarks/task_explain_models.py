@@ -218,7 +218,9 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
 
     def forward(model: nn.Module, t: Tensors) -> Tensor:
         """The log-probabilities (B, T) of the answer's tokens."""
-        said = prepare_answer(answer, None, t, find_family(model), model)
+        family = find_family(model)
+        assert family is not None  # the models of this benchmark are decoders with a record
+        said = prepare_answer(answer, None, t, family, model)
         kept = said.positions.unique().to(device)
         return said.scores(model(**said.arguments, use_cache=False, logits_to_keep=kept).logits, kept)
 

@@ -119,7 +119,7 @@ def test_what_is_refused():
     ids[0, 1:17] = 98
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32)}
     for options in ({"method": "rollout"}, {"method": "weighted"}, {"start_layer": 1}):
-        with pytest.raises(ValueError, match="through_connector must be off but for method 'gradient'"):
+        with pytest.raises(ValueError, match="through_connector=True supports method='gradient' with start_layer=0 only"):
             explain(model, inputs, through_connector=True, **options)
     words = r"must be off where image tokens are made of several layers' patches; got vision_feature_layer \[-1, -2\]"
     many = transformers.LlavaConfig(
@@ -133,7 +133,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=words):
         explain(model, {**inputs, "vision_feature_layer": [-1, -2]}, through_connector=True)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}))
-    with pytest.raises(ValueError, match="without a record of its connector; got LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="needs a record of the model's connector, which LlamaForCausalLM does not have"):
         explain(llama, {"input_ids": ids}, through_connector=True)
 
 

@@ -299,7 +299,7 @@ def test_bad_arguments(case):
         with pytest.raises(ValueError, match=f"weighting must be left out for a method without weights; got .* for '{method}'"):
             explain(case.model, case.inputs, method=method, weighting=weighting)
     for name, value in (("each", False), ("tokenizer", object())):
-        with pytest.raises(ValueError, match=f"{name} must be left out without an answer, .*; got (False|object)"):
+        with pytest.raises(ValueError, match=f"{name}(=False)? needs answer="):
             explain(case.model, case.inputs, **{name: value})
     with pytest.raises(ValueError, match="output_attentions"):
         explain(case.model, dict(case.inputs, output_attentions=True))

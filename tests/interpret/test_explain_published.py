@@ -270,7 +270,7 @@ def test_autocast(case, method):
 def test_position_bias_is_added_to_the_mask():
     """The contract of transformers' newest argument, against a score written out."""
     from vlattn_fast.attach.transformers_interface import attention_function
-    from vlattn_fast.interpret.relevancy import model_trace
+    from vlattn_fast.attach.current import RUNNING
 
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 5, 8)
@@ -284,7 +284,7 @@ def test_position_bias_is_added_to_the_mask():
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, **masks)
 
     module = torch.nn.Identity()
-    token = model_trace._running.set(Recorded())
+    token = RUNNING.set(Recorded())
     try:
         nothing = torch.zeros_like(causal)
         for mask, is_causal, hidden in ((None, False, nothing), (None, True, ~causal), (visible, None, ~visible)):
@@ -298,4 +298,4 @@ def test_position_bias_is_added_to_the_mask():
             with pytest.raises(ValueError, match=next(iter(refused)).replace("_", "[_ ]")):
                 attention_function(module, query, key, value, None, scaling=0.3, **refused)
     finally:
-        model_trace._running.reset(token)
+        RUNNING.reset(token)

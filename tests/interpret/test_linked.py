@@ -298,7 +298,7 @@ def test_florence_begins_by_itself_and_refuses_what_it_cannot():
     ids[:, :13] = 59
     inputs = {"pixel_values": torch.randn(1, 3, 24, 32), "input_ids": ids}
     assert explain(model, inputs).relevancy["language"].shape == (1, 1)  # the start token alone
-    with pytest.raises(ValueError, match="without a record of its connector; got Florence2"):
+    with pytest.raises(ValueError, match="needs a record of the model's connector, which Florence2"):
         explain(model, inputs, through_connector=True)
 
 

@@ -33,6 +33,13 @@ class Answer:
         lengths = torch.tensor([len(row) for row in self.ids])
         return torch.arange(self.positions.shape[1]) < lengths[:, None]
 
+    @property
+    def read_positions(self) -> Tensor:
+        """int64 (B, T), where each token is predicted; padding of a shorter answer repeats its last token's."""
+        last = self.real.sum(1, keepdim=True).sub(1).clamp(min=0)
+        column = torch.arange(self.positions.shape[1]).expand(len(last), -1)
+        return self.positions.gather(1, torch.minimum(column, last))
+
     def scores(self, logits: Any, kept: Tensor | None) -> Tensor:
         """The log-probabilities (B, T) of the answer's tokens, 0 for padding.
 
@@ -63,20 +70,15 @@ class Answer:
         return torch.zeros_like(like[:, 0]).scatter_add_(1, positions.to(like.device), weights)[:, None]
 
 
-def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], family: Family | None, model: nn.Module) -> Answer:
+def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], family: Family, model: nn.Module) -> Answer:
     """`answer` behind the prompts of `inputs`; in an encoder-decoder behind the decoder's, which is its start token alone unless
     `inputs` have another.
 
     Raises:
         TypeError: neither token ids nor texts.
-        ValueError: the model is neither a decoder with a record nor an encoder-decoder; no tokenizer for texts; no tokens;
-            nothing to put them behind; an input with an entry for each token that the answer cannot make longer.
+        ValueError: no tokenizer for texts; no tokens; nothing to put them behind; an input with an entry for each token that the
+            answer cannot make longer.
     """
-    if family is None or family.score != "token":
-        raise ValueError(
-            "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
-            f"{type(model).__name__}"
-        )
     if family.answers not in inputs and family.answers != "input_ids":
         inputs = {**inputs, family.answers: _start_tokens(model, inputs)}
     prompts = inputs.get(family.answers)

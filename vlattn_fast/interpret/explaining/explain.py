@@ -1,37 +1,31 @@
-"""`explain`: one forward pass with a carrier through the layers, one backward pass, one relevancy row per tower."""
+"""`explain`: one forward pass with a carrier through the layers, one backward pass, one relevancy row per tower.
+
+Five stages, each of which takes what the one before gives: `Request.check`, `lay_out`, `run_traced`, `ask`, `carry_back`. What
+they know together becomes an `Explanation`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_bool
 from vlattn_fast._ground.extras import with_progress
-from vlattn_fast.attach.session import at_rest, check_has_gradients, never_compiled, unwrapped
+from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
-from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
-from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs, with_one_row
-from vlattn_fast.interpret.explaining.score import check_scores, choose_score
-from vlattn_fast.interpret.explaining.start_rows import Read, check_read, start_rows
-from vlattn_fast.interpret.records.record import Family, Tower
-from vlattn_fast.interpret.records.registry import find_family
-from vlattn_fast.interpret.records.tokens import decoder_inputs
-from vlattn_fast.interpret.relevancy.backward import check_between, check_rows, read_rows
-from vlattn_fast.interpret.relevancy.methods import Method, check_weighting, find_method
-from vlattn_fast.interpret.relevancy.model_trace import Trace
-from vlattn_fast.interpret.relevancy.through_connector import check_pictures, connect
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.traced import traced
+from vlattn_fast.interpret.explaining.prompt import Prompt, lay_out
+from vlattn_fast.interpret.explaining.question import Pass, Question, ask
+from vlattn_fast.interpret.explaining.request import Request, Target
+from vlattn_fast.interpret.explaining.run import Run, run_traced
+from vlattn_fast.interpret.explaining.start_rows import Read
+from vlattn_fast.interpret.relevancy.backward import check_rows, read_rows
 from vlattn_fast.interpret.result.explanation import Explanation
 
-Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
 
 
@@ -40,7 +34,7 @@ def explain(
     model: nn.Module,
     inputs: Mapping[str, Any],
     *,
-    target: None | int | Tensor | list[int] | Callable[[Any], Tensor] = None,
+    target: Target = None,
     method: str = "gradient",
     start_layer: int = 0,
     weighting: str | Weighting = "contribution",
@@ -115,150 +109,75 @@ def explain(
             does not support (softcap, sinks); a score that does not depend on the explained layers, or is NaN; a row that
             nothing but itself counts for.
     """
-    rule = find_method(method)
-    check_weighting(weighting)
-    if weighting != "contribution" and not rule.weighted:
-        raise ValueError(f"weighting must be left out for a method without weights; got {weighting!r} for {rule.name!r}")
-    check_read(read)
-    if not isinstance(start_layer, int) or isinstance(start_layer, bool):
-        raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
-    check_bool(each=each, through_connector=through_connector)
-    model = unwrapped(model)
-    check_has_gradients(model)
-    family = find_family(model)
-    prepared = None
-    if answer is None and not each:
-        raise ValueError("each must be left out without an answer, whose tokens it is about; got False")
-    if answer is None and tokenizer is not None:
-        raise ValueError(f"tokenizer must be left out without an answer, which it is for; got {type(tokenizer).__name__}")
-    if answer is not None:
-        if target is not None or read is not None:
-            raise ValueError("answer must be given without target and read, which it takes the place of; got both")
-        family = encoder_decoder(model) if family is None else family
-        prepared = prepare_answer(answer, tokenizer, inputs, family, model)
-        inputs = prepared.arguments
-    if family is None:
-        if read is None:
-            raise ValueError(_how_to_read(model, inputs))
-        family = Family((), "class")
-    if family.bimodal:
-        check_between(rule, start_layer, family.towers)
-    if family.score == "query" and read is not None and not callable(target):
-        raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
-    if through_connector:
-        vision = _vision_of(model, family, rule, start_layer)
-    with torch.inference_mode(False), torch.enable_grad(), at_rest(model):
-        arguments, pairs = prepare_inputs(model, inputs, family, target, None if prepared is None else prepared.positions)
-        empty = is_empty(arguments)
-        connects = through_connector and not empty
-        if connects:
-            check_pictures(model.config, arguments)
-            family = replace(family, towers=(*family.towers, vision))
-        with traced(model, family, rule, weighting) as trace:
-            if connects:
-                connect(trace.towers[-1], trace.towers[0], family.connector, model.config, arguments)
-            outputs = model(**(with_one_row(model, arguments, family) if empty else arguments))
-        trace.check()
-        towers, others = _read_towers(trace, read, None if prepared is None else tuple(prepared.arguments[family.answers].shape))
-        for tower in towers:
-            tower.check_start(start_layer)
-        starting = towers[:-1] if connects else towers  # all but the vision tower, into which a connector carries relevancy
-        if prepared is not None and towers[0].tokens == "patches_text":  # positions in the text, which stands behind the patches
-            prepared = replace(prepared, positions=prepared.positions + towers[0].size - prepared.arguments["input_ids"].shape[1])
-        positions = None
-        if empty:
-            scores, chosen, rows = _empty_rows([*towers, *others], outputs, family, target)
-        else:
-            if prepared is None:
-                scores, chosen = choose_score(
-                    outputs, family, target, arguments, pairs, [tower.shape for tower in towers], rule.needs_score
-                )
-                if family.score == "query" and chosen is not None:
-                    read = torch.eye(towers[0].size)[chosen]
-                passes: list[Pass] = [(scores, [_start(tower, read, arguments, bool(others)) for tower in starting])]
-            else:
-                scores, chosen = prepared.scores(getattr(outputs, family.logits, None), arguments.get("logits_to_keep")), None
-                passes = _passes(prepared, scores, starting, each)
-                scores = scores if each else scores.sum(1)
-            if scores is not None:
-                edges = [edge for tower in towers for edge in tower.edges(start_layer)]
-                check_scores(scores, edges if rule.needs_score else None)
-                _check_batches(starting, len(scores))
-            places = ((tower.name, _position(prepared, passes, i)) for i, tower in enumerate(starting))
-            positions = {name: place for name, place in places if place is not None}
-            rows = _rows_of_passes(trace, towers, others, passes, start_layer, arguments)
-            # A decoder's logits and its row are of one position: where that sees itself alone, its row is what it rests on.
-            predicts = family.score == "token" and read is None and not callable(target)
-            if not predicts and rule.carries and rule.needs_score and rule.aggregates:  # without aggregation rows may be zeros
-                check_rows(rows, [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in passes), strict=True)])
-    names = [tower.name for tower in [*towers, *others]]
-    rows = [row.detach() if prepared is not None and each else row.detach()[:, 0] for row in rows]
-    relevancy = dict(zip(names, rows, strict=True))
-    fields = parts(model, [*starting, *others], arguments, relevancy, prepared)
-    if connects:
-        relevancy["vision"], maps = vision_maps(relevancy["vision"], family.connector, model.config, arguments, fields)
-        fields |= maps
-    elif through_connector:  # an empty batch
-        relevancy["vision"] = rows[0].new_zeros(0, 0)
-    return Explanation(
-        relevancy=relevancy,
-        **fields,
-        position=positions,
-        scores=None if scores is None else scores.detach(),
-        target=chosen,
+    request = Request.check(
+        model,
+        inputs,
+        target=target,
         method=method,
         start_layer=start_layer,
+        weighting=weighting,
+        read=read,
+        answer=answer,
+        each=each,
+        tokenizer=tokenizer,
+        through_connector=through_connector,
     )
+    with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
+        prompt = lay_out(request, inputs)
+        run = run_traced(request, prompt)
+        question = ask(request, prompt, run)
+        rows = carry_back(request, prompt, run, question)
+    return assemble(request, prompt, run, question, rows)
 
 
-def _vision_of(model: nn.Module, family: Family, rule: Method, start_layer: int) -> Tower:
-    """The vision tower behind a family's connector."""
-    if family.vision is None:
-        raise ValueError(
-            f"through_connector must be off for a model without a record of its connector; got {type(model).__name__}"
-        )
-    if rule.name != "gradient" or start_layer != 0:
-        raise ValueError(
-            f"through_connector must be off but for method 'gradient' and start_layer 0; got {rule.name!r} and {start_layer}"
-        )
-    return family.vision
+def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
+    """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer has one, from a backward pass each."""
+    rows: list[list[Tensor]] = [[] for _ in run.towers]
+    for number, (score, starts) in enumerate(_with_progress(question.passes)):
+        if run.vision is not None:  # its row starts from the decoder's image tokens
+            starts = [*starts, torch.zeros_like(run.vision.leaving())]
+        score = score if request.method.needs_score else None
+        keep = number + 1 < len(question.passes)
+        carried = read_rows(run.trace, run.carrying, run.attended, starts, score, request.start_layer, prompt.arguments, keep)
+        for of_tower, row in zip(rows, carried, strict=True):
+            of_tower.append(row)
+    if not question.passes:
+        joined = [torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device) for tower in run.towers]
+    else:
+        joined = [torch.cat(of_tower, 1) for of_tower in rows]
+        _check_rows(request, question, joined)
+    each = question.answer is not None and request.each
+    return {tower.name: row.detach() if each else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
 
 
-def _passes(answer: Answer, scores: Tensor, towers: list[TowerTrace], each: bool) -> list[Pass]:
-    """The score (B,) and the rows to read of each backward pass over an answer."""
-    likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in towers]
-    if not each:
-        return [(scores.sum(1), [answer.start(like, None) for like in likes])]
-    return [(scores[:, t], [answer.start(like, t) for like in likes]) for t in range(scores.shape[1])]
+def _check_rows(request: Request, question: Question, rows: list[Tensor]) -> None:
+    """UndefinedRelevancy for rows (B, T, N) that hold nothing beside the token that is read, where that tells of a wrong row."""
+    method = request.method
+    # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
+    predicts = request.record.score == "token" and request.read is None and not callable(request.target)
+    if not predicts and method.carries and method.needs_score and method.aggregates:  # without aggregation rows may be zeros
+        starts = zip(*(starts for _, starts in question.passes), strict=True)
+        check_rows(rows, [torch.cat(of_tower, 1) for of_tower in starts])
 
 
-def _rows_of_passes(
-    trace: Trace,
-    towers: list[TowerTrace],
-    others: list[TowerTrace],
-    passes: list[Pass],
-    start_layer: int,
-    arguments: Mapping[str, Any],
-) -> list[Tensor]:
-    """The rows (B, P, N) of `towers` and `others`, one from each of P backward passes."""
-    method = trace.method
-    rows = []
-    for number, (score, starts) in enumerate(_with_progress(passes)):
-        score = score if method.needs_score else None
-        starts = [*starts, *(torch.zeros_like(tower.leaving()) for tower in towers[len(starts) :])]
-        keep = number + 1 < len(passes)
-        rows.append(read_rows(trace, towers, others, starts, score, start_layer, arguments, keep))
-    return [torch.cat(row, 1) for row in zip(*rows, strict=True)]
-
-
-def _position(answer: Answer | None, passes: list[Pass], tower: int) -> Tensor | None:
-    """int64 (B,), or (B, T) of an answer: the token whose row is read in a tower; None where it is not one token alone."""
-    if answer is not None:
-        last = answer.real.sum(1, keepdim=True).sub(1).clamp(min=0)
-        return answer.positions.gather(1, torch.minimum(torch.arange(answer.positions.shape[1]).expand(len(last), -1), last))
-    start = passes[0][1][tower][:, 0]
-    alone = bool(((start == 1).sum(-1) == 1).all()) and bool(((start != 0).sum(-1) == 1).all())
-    return start.argmax(-1).cpu() if alone else None
+def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: dict[str, Tensor]) -> Explanation:
+    model, arguments = request.model, prompt.arguments
+    fields = parts(model, [*run.read, *run.attended], arguments, rows, question.answer)
+    if run.vision is not None:
+        name = run.vision.name
+        rows[name], maps = vision_maps(rows[name], request.record.connector, model.config, arguments, fields)
+        fields |= maps
+    elif request.vision is not None:  # an empty batch
+        rows[request.vision.name] = next(iter(rows.values())).new_zeros(0, 0)
+    return Explanation(
+        relevancy=rows,
+        **fields,
+        position=question.positions,
+        scores=None if question.scores is None else question.scores.detach(),
+        target=question.target,
+        method=request.method.name,
+        start_layer=request.start_layer,
+    )
 
 
 @contextlib.contextmanager
@@ -274,79 +193,3 @@ def without_progress() -> Iterator[None]:
 def _with_progress(passes: list[Pass]) -> Iterable[Pass]:
     """`passes`, with a progress bar where there are several."""
     return with_progress(passes, "explaining", unit="token") if len(passes) > 1 and _progress.get() else passes
-
-
-def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it."""
-    family, rule = Family((), "class"), find_method("attention")
-    problem = f"model must be of a known family where read is None; got {type(model).__name__}"
-    try:
-        with torch.inference_mode(False), torch.no_grad(), at_rest(model), traced(model, family, rule, "equal") as trace:
-            model(**prepare_inputs(model, inputs, family, None)[0])
-        trace.check()
-    except Exception as error:
-        return (
-            f"{problem}, and no attention of it could be seen ({type(error).__name__}: {error}). "
-            "vlattn_fast.interpret.register_family adds a record"
-        )
-    found = [f"{tower.name} ({tower.lists[0]}: {tower.size} tokens)" for tower in trace.towers if tower.paths]
-    if not found:
-        return f"{problem}, which called no attention. vlattn_fast.interpret.register_family adds a record"
-    line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
-    return f"{problem}. Its towers are {', '.join(found)}. Say which row is read and what the score is, as in {line}"
-
-
-def _read_towers(trace: Trace, read: Any, answered: tuple[int, ...] | None) -> tuple[list[TowerTrace], list[TowerTrace]]:
-    """The towers whose own rows are read, and those that they attend to, whose part of these rows is read as well.
-
-    Args:
-        answered: (B, N) of the tokens that an answer is among. Where towers are found, they are the last of that shape.
-    """
-    links = {(call.tower, call.source) for call in trace.calls if call.tower is not call.source}
-    named = {tower.name: tower for tower in trace.towers}
-    if isinstance(read, Mapping):
-        for name in read:
-            if name not in named:
-                raise ValueError(f"read must name towers among {', '.join(named)}; got {name!r}")
-        towers = [named[name] for name in read]
-    else:
-        recorded = [tower for tower in trace.towers if tower.record is not None]  # nobody says what is read of others
-        towers = [t for t in recorded or trace.towers if t.paths and not any(source is t for _, source in links)]
-        towers = towers or trace.towers[:1]  # all attend to one another: the first is read
-        if answered is not None and not recorded:
-            towers = [tower for tower in towers if tower.shape == answered][-1:]
-    others = [tower for tower in trace.towers if tower not in towers and any((t, tower) in links for t in towers)]
-    return towers, others
-
-
-def _check_batches(towers: list[TowerTrace], scores: int) -> None:
-    """ValueError for a tower that does not run once over each input."""
-    for tower in towers:
-        if tower.batch != scores:
-            raise ValueError(
-                f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} for "
-                f"{scores} scores, as attention in windows or chunks has. Read other towers by read={{...}}"
-            )
-
-
-def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
-    """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others."""
-    arguments = decoder_inputs(arguments) if attends and tower.record is None else arguments
-    rows = tower.rows_at_end()
-    like = torch.zeros(tower.batch or 0, 1, rows, dtype=tower.dtype, device=tower.device)
-    return start_rows(tower, read[tower.name] if isinstance(read, Mapping) else read, arguments, like)
-
-
-def _empty_rows(
-    towers: list[TowerTrace], outputs: Any, family: Family, target: Any
-) -> tuple[Tensor | None, list[int] | None, list[Tensor]]:
-    """Scores, their indices and the rows (0, 1, N) of an empty batch, from a run over one made-up row."""
-    rows = []
-    for tower in towers:
-        tower.batch = 0
-        rows.append(torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device))
-    if callable(target):
-        return rows[0].new_zeros(0), None, rows
-    if family.score == "pair" or getattr(outputs, family.logits, None) is not None:
-        return rows[0].new_zeros(0), [], rows
-    return None, None, rows

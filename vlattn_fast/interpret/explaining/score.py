@@ -21,7 +21,7 @@ def choose_score(
     target: None | int | Tensor | list[int] | Callable[[Any], Tensor],
     inputs: Mapping[str, Any],
     pairs: list[int] | None,
-    shapes: list[tuple[int, int]],
+    shape: tuple[int, int],
     required: bool,
 ) -> tuple[Tensor | None, list[int] | None]:
     """Scores (B,) and the index each belongs to (text, class or token; None for a callable).
@@ -29,13 +29,13 @@ def choose_score(
     Args:
         outputs: the model's.
         pairs: see `prepare_inputs`.
-        shapes: (B, N) of each tower.
+        shape: (B, N) of the tower that is read.
         required: False for methods without a gradient. They run without a score where the outputs have no logits.
 
     Raises:
         TypeError, ValueError: `target`, or what the callable returned, has a wrong type or shape.
     """
-    batch = shapes[0][0]
+    batch = shape[0]
     if callable(target):
         scores = target(outputs)
         if not isinstance(scores, Tensor):
@@ -54,7 +54,7 @@ def choose_score(
                 raise ValueError("target must be a callable(outputs) -> (B,) scores where the outputs have no logits; got none")
             return None, None
         if family.score == "token":
-            position = last_real(family.towers[0].tokens, inputs, shapes[0]).to(logits.device)
+            position = last_real(family.towers[0].tokens, inputs, shape).to(logits.device)
             if isinstance(kept := inputs.get("logits_to_keep"), Tensor):
                 position = torch.searchsorted(kept.to(logits.device), position)
             logits = logits[torch.arange(batch, device=logits.device), position]

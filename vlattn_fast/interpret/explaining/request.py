@@ -1,0 +1,146 @@
+"""The first stage of `explain`: what the caller asks, with every refusal that needs no run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._ground.checks import check_bool
+from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
+from vlattn_fast.backends.reference.relevancy_residual import Weighting
+from vlattn_fast.interpret.explaining.answer import encoder_decoder
+from vlattn_fast.interpret.explaining.inputs import prepare_inputs
+from vlattn_fast.interpret.explaining.start_rows import Read, check_read
+from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.relevancy.backward import check_between
+from vlattn_fast.interpret.relevancy.methods import Method, check_weighting, find_method
+from vlattn_fast.interpret.relevancy.traced import traced
+
+Target = None | int | Tensor | list[int] | Callable[[Any], Tensor]
+UNRECORDED = Family((), "class")  # of a model without a record: every tower is found
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of one `explain`, checked.
+
+    Args:
+        model: without its wrappers.
+        record: the model's, or one without towers, where they are found.
+        method: the method's record.
+        answer, each, tokenizer: as the caller gave them; `answer` None = a target is explained.
+        vision: the tower that relevancy is carried on into through the model's connector; None = it ends in the decoder.
+    """
+
+    model: nn.Module
+    record: Family
+    target: Target
+    method: Method
+    start_layer: int
+    weighting: str | Weighting
+    read: None | Read | Mapping[str, Read]
+    answer: Any
+    each: bool
+    tokenizer: Any
+    vision: Tower | None
+
+    @classmethod
+    def check(
+        cls,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        *,
+        target: Target,
+        method: str,
+        start_layer: int,
+        weighting: str | Weighting,
+        read: None | Read | Mapping[str, Read],
+        answer: Any,
+        each: bool,
+        tokenizer: Any,
+        through_connector: bool,
+    ) -> Request:
+        """The request, with the errors of `explain`."""
+        chosen = find_method(method)
+        check_weighting(weighting)
+        if weighting != "contribution" and not chosen.weighted:
+            raise ValueError(f"weighting must be left out for a method without weights; got {weighting!r} for {chosen.name!r}")
+        check_read(read)
+        if not isinstance(start_layer, int) or isinstance(start_layer, bool):
+            raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
+        check_bool(each=each, through_connector=through_connector)
+        model = unwrapped(model)
+        check_has_gradients(model)
+        if answer is None:
+            if not each:
+                raise ValueError("each=False needs answer=: it asks for the sum over an answer's tokens")
+            if tokenizer is not None:
+                raise ValueError(f"tokenizer needs answer=, whose text it encodes; got {type(tokenizer).__name__} alone")
+            record = _record_of(model, inputs, read)
+        else:
+            if target is not None or read is not None:
+                raise ValueError("answer must be given without target and read, which it takes the place of; got both")
+            record = _record_of_answers(model)
+        if record.bimodal:
+            check_between(chosen, start_layer, record.towers)
+        if record.score == "query" and read is not None and not callable(target):
+            raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
+        vision = _vision_of(model, record, chosen, start_layer) if through_connector else None
+        return cls(model, record, target, chosen, start_layer, weighting, read, answer, each, tokenizer, vision)
+
+
+def _record_of(model: nn.Module, inputs: Mapping[str, Any], read: Any) -> Family:
+    record = find_family(model)
+    if record is None and read is None:
+        raise ValueError(_how_to_read(model, inputs))
+    return UNRECORDED if record is None else record
+
+
+def _record_of_answers(model: nn.Module) -> Family:
+    """The record of a model that predicts tokens."""
+    record = find_family(model) or encoder_decoder(model)
+    if record is None or record.score != "token":
+        raise ValueError(
+            "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
+            f"{type(model).__name__}"
+        )
+    return record
+
+
+def _vision_of(model: nn.Module, record: Family, method: Method, start_layer: int) -> Tower:
+    """The vision tower behind a record's connector."""
+    if record.vision is None:
+        raise ValueError(
+            f"through_connector=True needs a record of the model's connector, which {type(model).__name__} does not have"
+        )
+    if method.name != "gradient" or start_layer != 0:
+        raise ValueError(
+            "through_connector=True supports method='gradient' with start_layer=0 only; got "
+            f"method={method.name!r} with start_layer={start_layer}"
+        )
+    return record.vision
+
+
+def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it."""
+    problem = f"model must be of a known family where read is None; got {type(model).__name__}"
+    method = find_method("attention")
+    try:
+        with torch.inference_mode(False), torch.no_grad(), at_rest(model), traced(model, UNRECORDED, method, "equal") as trace:
+            model(**prepare_inputs(model, inputs, UNRECORDED, None)[0])
+        trace.check()
+    except Exception as error:
+        return (
+            f"{problem}, and no attention of it could be seen ({type(error).__name__}: {error}). "
+            "vlattn_fast.interpret.register_family adds a record"
+        )
+    towers = [f"{tower.name} ({tower.lists[0]}: {tower.size} tokens)" for tower in trace.towers if tower.paths]
+    if not towers:
+        return f"{problem}, which called no attention. vlattn_fast.interpret.register_family adds a record"
+    line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
+    return f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}"
