@@ -6,7 +6,8 @@ Imports: interpret.
 """
 
 from vlattn_fast.interpret.dataset import Explanations, load_explanations
-from vlattn_fast.interpret.evaluating.evaluate import Evaluation, evaluate
+from vlattn_fast.interpret.evaluating.evaluate import evaluate
+from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.probing import ProbeReport, probe
 from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps

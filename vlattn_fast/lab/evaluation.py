@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_writable
 from vlattn_fast.backends.reference.relevancy_residual import residual_weights
-from vlattn_fast.interpret.evaluating.evaluate import PARTS, TESTS, Evaluation, Rival, evaluate
+from vlattn_fast.interpret.evaluating.evaluate import evaluate
+from vlattn_fast.interpret.evaluating.evaluation import Evaluation
+from vlattn_fast.interpret.evaluating.plan import PARTS, TESTS, Rival
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.lab import rivals
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions

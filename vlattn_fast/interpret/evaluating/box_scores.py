@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,3 +108,10 @@ def _cut(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     width, height = (edge.diff() for edge in edges)
     within = inside[1][:, :, None] & inside[0][:, None, :]
     return height[:, None] * width, within[: len(first)], within[len(first) :]
+
+
+BOX_SCORES: dict[str, Callable[[Tensor, Tensor, Tensor], float]] = {
+    "pointing": pointing,
+    "iou": intersection_over_union,
+    "mass": mass,
+}

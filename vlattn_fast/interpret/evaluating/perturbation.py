@@ -202,34 +202,6 @@ def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
     return samples
 
 
-def check_maps(name: str, result: Any, rows: int) -> None:
-    """That a method's maps are those of the batch: one a row, or as many as its `image_rows` says.
-
-    Args:
-        result: whatever has `.image`, `.regions` or `.text`.
-        rows: of the batch.
-
-    Raises:
-        TypeError: `result` has none of them.
-        ValueError: too few rows, or too many.
-    """
-    parts = ("image", "regions", "text")
-    if not any(hasattr(result, part) for part in parts):
-        raise TypeError(f"methods must give what has .image, .regions or .text; got {type(result).__name__} of {name!r}")
-    owners = getattr(result, "image_rows", None)
-    for part in parts:
-        if (values := getattr(result, part, None)) is None:
-            continue
-        if part == "image" and owners is not None:
-            if len(owners) != len(values) or not all(0 <= owner < rows for owner in owners):
-                raise ValueError(
-                    f"methods must give an entry of image_rows, from 0 to {rows - 1}, for each map; got {list(owners)} for "
-                    f"{len(values)} maps of {name!r}"
-                )
-        elif len(values) != rows:
-            raise ValueError(f"methods must give one {part} for each of {rows} rows of a batch; got {len(values)} of {name!r}")
-
-
 def _asking(family: Family, inputs: Mapping[str, Any], removable: Tensor) -> Tensor | None:
     """(B,) the columns of the words that are read, which ask the question: without them another one would be asked."""
     if family.score == "token" and family.answers == "input_ids":

@@ -1,0 +1,78 @@
+"""`Evaluation`: what `evaluate` measured, as rows, curves and pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlattn_fast._ground.extras import extra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FORMAT = "vlattn_fast.evaluation.1"
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Args:
+        table: a row for each method, test and part: "method", "test", "part" ("image" or "text"), "value" (the mean over
+            samples; None without any), "sd" (their standard deviation; None below two), "samples", and "left_out": samples
+            that have no such part, no boxes, or too little of them.
+        curves: a row for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
+            a step), "samples". Of "sanity" the steps are the share of randomised modules, and samples have maps at each of them.
+        facts: the arguments of the run.
+    """
+
+    table: list[dict[str, Any]]
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, method: str, test: str, part: str = "image") -> float | None:
+        """The mean of one row of the table. ValueError where there is no such row."""
+        for row in self.table:
+            if (row["method"], row["test"], row["part"]) == (method, test, part):
+                return row["value"]
+        raise ValueError(f"method, test and part must be those of a row of the table; got {method!r}, {test!r}, {part!r}")
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to `path` as JSON; `Evaluation.load` reads it back."""
+        whole = {"format": _FORMAT, "facts": self.facts, "table": self.table, "curves": self.curves}
+        Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read what `save` wrote. ValueError where `path` holds something else."""
+        try:
+            whole = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError:
+            whole = None
+        if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
+            raise ValueError(f"path must be a file that Evaluation.save wrote ({_FORMAT}); got {path}")
+        return cls(whole["table"], whole["curves"], whole["facts"])
+
+    def plot(self) -> Figure:
+        """Draw a curve for each test with steps, and bars with standard deviations for the others.
+
+        Returns:
+            A matplotlib Figure (without pyplot: nothing is shown or kept open).
+        """
+        with extra("viz"):
+            from vlattn_fast.interpret.evaluating.charts import draw
+
+            return draw(self.table, self.curves)
+
+    def __str__(self) -> str:
+        """The table as text."""
+        width = max([len(row["method"]) for row in self.table], default=0)
+        lines = [f"{'method':{max(width, 6)}}  {'test':9}  {'part':5}  {'value':>7}  {'s.d.':>7}  samples  left out"]
+        for row in self.table:
+            value, sd = ("-" if row[name] is None else f"{row[name]:.4f}" for name in ("value", "sd"))
+            head = f"{row['method']:{max(width, 6)}}  {row['test']:9}  {row['part']:5}"
+            lines.append(f"{head}  {value:>7}  {sd:>7}  {row['samples']:7}  {row['left_out']:8}")
+        return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""The maps of a batch that each method gives: the numbers of each row's image and words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.evaluating.box_scores import check_boxes
+from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
+from vlattn_fast.interpret.evaluating.perturbation import Sample, split
+from vlattn_fast.interpret.evaluating.plan import PARTS, Plan, Rival, with_weighting
+from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.result.explanation import Explanation
+
+Maps = list[dict[str, Tensor | None]]  # of each row: part -> (n,)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """An item of the data set, explained.
+
+    Args:
+        maps: of each method.
+        boxes: (K, 4) of each row, or None.
+    """
+
+    question: Question
+    samples: list[Sample]
+    maps: dict[str, Maps]
+    boxes: list[Tensor | None]
+
+
+def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generator) -> Batch | None:
+    """The item with the maps of every method; None for an empty batch."""
+    inputs, target, boxes = _triple(item)
+    question = judge.ask(inputs, target)
+    if question is None:
+        return None
+    results = {name: run_method(plan.model, question, method, plan.options) for name, method in plan.methods.items()}
+    samples = split(judge.family, question.rows_inputs, question.rows, _shown(judge, question, results), plan.words)
+    maps = {name: maps_of(name, result, samples, generator) for name, result in results.items()}
+    for name, rows in maps.items():
+        _check_finite(name, rows)
+    return Batch(question, samples, maps, check_boxes(boxes, question.rows))
+
+
+def _triple(item: Any) -> tuple[Mapping[str, Any], Any, Any]:
+    if not isinstance(item, (tuple, list)) or len(item) != 3:
+        got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
+        raise TypeError(f"dataset must give (inputs, target, boxes or None); got {got}")
+    return item[0], item[1], item[2]
+
+
+def _shown(judge: Judge, question: Question, results: Mapping[str, Any]) -> Any:
+    """The explanation that tells where patches and words are; of a model without a record whatever has `.image`."""
+    explanation = next((result for result in results.values() if isinstance(result, Explanation)), None)
+    if explanation is None and judge.family is not None:
+        return explain(judge.model, question.inputs, target=question.target, method="attention")
+    return explanation or next((result for result in results.values() if getattr(result, "image", None) is not None), None)
+
+
+def run_method(model: nn.Module, question: Question, method: str | Rival, options: Mapping[str, Any]) -> Any:
+    """What a method says; None = random."""
+    if callable(method):
+        return method(model, question.inputs, question.target)
+    if method == "random":
+        return None
+    rule, weighting = with_weighting(method)
+    arguments = {name: value for name, value in options.items() if name != "weighting" or rule.startswith("weighted")}
+    arguments |= {"weighting": weighting} if weighting else {}
+    return explain(model, question.inputs, target=question.target, method=rule, **arguments)
+
+
+def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Generator) -> Maps:
+    """The entries of each row's image and words, one by one."""
+    if result is None:
+        return [{part: torch.rand(sample.count(part), generator=generator) for part in PARTS} for sample in samples]
+    _check_rows(name, result, len(samples))
+    image, regions, text = (getattr(result, part, None) for part in ("image", "regions", "text"))
+    owners = getattr(result, "image_rows", None)
+    rows: Maps = []
+    for row, sample in enumerate(samples):
+        values: dict[str, Tensor | None] = {"image": None, "text": None}
+        if sample.regions is not None and regions is not None:
+            values["image"] = _entries(name, regions[row], sample.regions)
+        elif sample.grids is not None and image is not None:
+            own = [part for index, part in enumerate(image) if (index if owners is None else owners[index]) == row]
+            shapes = [tuple(part.shape) for part in own]
+            if shapes != sample.grids:
+                raise ValueError(f"methods must give maps on the grids {sample.grids}; got {shapes} of {name!r}")
+            values["image"] = torch.cat([part.flatten() for part in own])
+        if sample.entries is not None and text is not None:
+            values["text"] = _entries(name, text[row], sample.entries)
+        # In float64, since bytes cannot be negated, and means of 16 bits are rounded.
+        rows.append({part: None if value is None else value.detach().cpu().double() for part, value in values.items()})
+    return rows
+
+
+def _check_rows(name: str, result: Any, rows: int) -> None:
+    """That a method's maps are those of the batch: one a row, or as many as its `image_rows` says.
+
+    Args:
+        result: whatever has `.image`, `.regions` or `.text`.
+        rows: of the batch.
+
+    Raises:
+        TypeError: `result` has none of them.
+        ValueError: too few rows, or too many.
+    """
+    parts = ("image", "regions", "text")
+    if not any(hasattr(result, part) for part in parts):
+        raise TypeError(f"methods must give what has .image, .regions or .text; got {type(result).__name__} of {name!r}")
+    owners = getattr(result, "image_rows", None)
+    for part in parts:
+        if (values := getattr(result, part, None)) is None:
+            continue
+        if part == "image" and owners is not None:
+            if len(owners) != len(values) or not all(0 <= owner < rows for owner in owners):
+                raise ValueError(
+                    f"methods must give an entry of image_rows, from 0 to {rows - 1}, for each map; got {list(owners)} for "
+                    f"{len(values)} maps of {name!r}"
+                )
+        elif len(values) != rows:
+            raise ValueError(f"methods must give one {part} for each of {rows} rows of a batch; got {len(values)} of {name!r}")
+
+
+def _check_finite(name: str, rows: Maps) -> None:
+    for row in rows:
+        for part, value in row.items():
+            if value is not None and not bool(value.isfinite().all()):
+                raise ValueError(f"methods must give finite maps; got {value.tolist()} of {name!r} for the {part}")
+
+
+def _entries(name: str, values: Tensor, index: Tensor) -> Tensor:
+    if values.ndim != 1 or (len(index) and int(index.max()) >= len(values)):
+        raise ValueError(f"methods must give a row of {len(index)} entries or more; got {tuple(values.shape)} of {name!r}")
+    return values[index.to(values.device)]

@@ -1,0 +1,163 @@
+"""What the caller asks of `evaluate`: methods, tests and their options, checked before the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlattn_fast._ground.checks import check_callable, check_integer, check_items, check_names
+from vlattn_fast.attach.session import unwrapped
+from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
+from vlattn_fast.interpret.evaluating.perturbation import STEPS, Words
+from vlattn_fast.interpret.relevancy.methods import ABLATIONS, METHODS
+
+PERTURBED = ("positive", "negative", "insertion", "deletion")
+TESTS = (*PERTURBED, *BOX_SCORES, "sanity")
+PARTS = ("image", "text")
+WEIGHTINGS = ("contribution", "norm", "equal")
+_READERS = {"steps": PERTURBED, "accuracy": PERTURBED[:2], "probability": PERTURBED[2:]}
+
+Rival = Callable[[nn.Module, Mapping[str, Any], Any], Any]
+Measure = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arguments of one `evaluate`, checked.
+
+    Args:
+        model: without its wrappers.
+        methods: a name of `explain`'s, "random" or a callable, by its name in the table.
+        steps: of each test with a curve over perturbed inputs.
+        options: further arguments of `explain`.
+    """
+
+    model: nn.Module
+    methods: dict[str, str | Rival]
+    tests: tuple[str, ...]
+    steps: dict[str, tuple[float, ...]]
+    accuracy: Measure | None
+    probability: Measure | None
+    words: Words | None
+    sanity_stages: int
+    batch_size: int
+    seed: int
+    options: dict[str, Any]
+
+    @classmethod
+    def check(
+        cls,
+        model: nn.Module,
+        *,
+        methods: Sequence[str | Rival] | Mapping[str, str | Rival],
+        tests: Sequence[str],
+        steps: Sequence[float] | None,
+        accuracy: Measure | None,
+        probability: Measure | None,
+        words: Words | None,
+        sanity_stages: int,
+        batch_size: int,
+        seed: int,
+        options: dict[str, Any],
+    ) -> Plan:
+        """The plan, with the errors of `evaluate`."""
+        chosen = named_methods(methods)
+        if "weighting" in options:
+            _check_weighting(options["weighting"], chosen.values())
+        tests = check_names("tests", tests, TESTS)
+        _check_used(tests, chosen.values(), options, steps=steps, accuracy=accuracy, probability=probability)
+        of_tests = {test: _checked_steps(steps, test) for test in tests if test in PERTURBED}
+        check_callable(accuracy=accuracy, probability=probability, words=words)
+        check_integer("sanity_stages", sanity_stages, low=1, high=1000)  # each explains the whole data set anew
+        check_integer("batch_size", batch_size, low=1)
+        check_integer("seed", seed)
+        rest = accuracy, probability, words, sanity_stages, batch_size, seed, options
+        return cls(unwrapped(model), chosen, tuple(tests), of_tests, *rest)
+
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The rows of the table: (method, test, part)."""
+        parts = {test: ("image",) if test in BOX_SCORES else PARTS for test in self.tests}
+        return [(name, test, part) for name in self.methods for test in self.tests for part in parts[test]]
+
+    @property
+    def x_axes(self) -> dict[str, Sequence[float]]:
+        """Of each test with a curve."""
+        return {**self.steps, "sanity": [(stage + 1) / self.sanity_stages for stage in range(self.sanity_stages)]}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "model": type(self.model).__name__,
+            "methods": list(self.methods),
+            "tests": list(self.tests),
+            "steps": {test: list(values) for test, values in self.steps.items()},
+            "seed": self.seed,
+            "sanity_stages": self.sanity_stages,
+        }
+
+
+def named_methods(methods: Any) -> dict[str, str | Rival]:
+    check_items("methods", methods, "a sequence or a dict of names and callables")
+    if isinstance(methods, Mapping):
+        named = dict(methods)
+    else:
+        named = {}
+        for method in methods:
+            name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+            if name in named:
+                raise ValueError(f"methods must have different names (a dict gives them); got {name!r} twice")
+            named[name] = method
+    if not named:
+        raise ValueError("methods must name at least one; got none")
+    for method in named.values():
+        if callable(method):
+            continue
+        if not isinstance(method, str):
+            raise TypeError(f"methods must be names and callables; got {type(method).__name__}")
+        rule, weighting = with_weighting(method)
+        known = [*METHODS, *ABLATIONS]
+        if method != "random" and (rule not in known or (weighting and not rule.startswith("weighted"))):
+            known += [*(f"weighted:{name}" for name in WEIGHTINGS), "random"]
+            raise ValueError(f"methods must be callables or among {', '.join(known)}; got {method!r}")
+    return named
+
+
+def with_weighting(method: str) -> tuple[str, str]:
+    """`explain`'s method and its weighting, "" where the name says none: "weighted:norm:no_normalization" has both."""
+    rule, *parts = method.split(":")
+    weighting = parts.pop(0) if parts and parts[0] in WEIGHTINGS else ""
+    return ":".join([rule, *parts]), weighting
+
+
+def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
+    """ValueError where no method takes the weighting that is asked for, or one names another."""
+    weighted = [method for method in methods if isinstance(method, str) and method.startswith("weighted")]
+    if not weighted or any(with_weighting(method)[1] for method in weighted):
+        raise ValueError(f"weighting must be for methods 'weighted' that name none themselves; got {weighting!r} for {weighted}")
+
+
+def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: Mapping[str, Any], **given: Any) -> None:
+    """ValueError where none of the tests reads an argument, or none of the methods the options."""
+    for name, value in given.items():
+        if value is not None and not set(_READERS[name]) & set(tests):
+            readers = ", ".join(_READERS[name])
+            raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")
+    if options and all(callable(method) or method == "random" for method in methods):
+        raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
+
+
+def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:
+    if steps is None:
+        return STEPS if test in ("positive", "negative") else tuple(step / 20 for step in range(21))
+    try:
+        values = tuple(float(step) for step in steps)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"steps must be two or more increasing fractions from 0 to 1; got {steps!r}") from None
+    rising = all(one < two for one, two in zip(values, values[1:], strict=False))
+    if len(values) < 2 or not rising or values[0] < 0 or values[-1] > 1:
+        raise ValueError(f"steps must be two or more increasing fractions from 0 to 1; got {list(values)}")
+    return values
