@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from vlattn_fast.attach.attributes import is_entered, overridden
 from vlattn_fast.attach.current import SCORE_ATTENTION, SOFTMAX, first_argument, new_mark, read_mark, running_trace
 from vlattn_fast.attach.multihead import heads, joined_masks
-from vlattn_fast.interpret.written_scores import WrittenScores
+from vlattn_fast.attach.written_scores import WrittenScores
 
 Pair = tuple[Tensor, Tensor]  # query (B, H, N, D), key (B, H, M, D)
 MODALITIES = ("text", "image")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast._ground.tensors import scaled_dot_default
-from vlattn_fast.interpret.written_scores import hidden, joined
+from vlattn_fast.attach.written_scores import hidden, joined
 
 Positions = Tensor | Sequence[int]
 

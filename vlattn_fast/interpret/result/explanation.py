@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.fields import check_fields
+from vlattn_fast.interpret.result.field_checks import check_fields
 from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
 
 if TYPE_CHECKING:
