@@ -346,7 +346,7 @@ results.live = document.getElementById("summary").getAttribute("aria-live");
     assert found["pressed"] == [["true", 0], ["false", -1], ["false", -1], ["false", -1]]
 
 
-@pytest.mark.parametrize("kind", ["rows", "regions", "bare", "tokens", "empty", "towers"])
+@pytest.mark.parametrize("kind", ["rows", "regions", "bare", "tokens", "empty", "towers", "nan"])
 def test_every_kind_of_page_runs(browse, kind):
     corners = torch.rand(2, 3, 2) / 2
     explanation = {
@@ -355,6 +355,7 @@ def test_every_kind_of_page_runs(browse, kind):
         "bare": made(text=None, token_ids=None, scores=None),
         "tokens": Explanation({"tower0": torch.rand(1, 9)}),
         "empty": Explanation({"tower0": torch.zeros(0, 9)}),
+        "nan": made(image=torch.full((2, 3, 4), torch.nan), relevancy={"text": torch.full((2, 6), torch.nan)}),
         "towers": made(tower_images={"text": torch.rand(2, 5, 5)}),
     }[kind]
     page = explanation.to_html(None if kind == "bare" else photo()) if kind != "tokens" else explanation.to_html()

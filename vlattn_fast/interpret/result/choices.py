@@ -139,15 +139,16 @@ def read_rows(explanation: Explained, labels: Sequence[Any] | None = None, numbe
     if tokens is None and explanation.text is not None and answers is None:  # nobody has named them
         tokens = [[str(place) for place in range(explanation.text.shape[-1])]] * len(explanation)
     marks = find_marks(token for row in tokens or [] for token in row)
+    shown = explanation.text is not None or explanation.each
     rows = []
     for number in range(len(explanation)) if numbers is None else numbers:
-        named = tokens is not None and (explanation.text is not None or explanation.each)
-        prompt, answer = _join(tokens[number], answers and answers[number], marks) if tokens and named else ([], [])
+        end = None if answers is None else answers[number]
+        prompt, answer = _join(tokens[number], end, marks) if tokens is not None and shown else ([], [])
         label = _row_label(explanation, number, prompt, answer) if labels is None else labels[number]
         words = [] if explanation.text is None else [*prompt, *answer]
         said = None
-        if explanation.each and answers is not None:
-            said = _moved(answer, len(answers[number]) - len(tokens[number])) if tokens else join_tokens(answers[number], marks)
+        if explanation.each and end is not None:
+            said = join_tokens(end, marks) if tokens is None else _moved(answer, len(end) - len(tokens[number]))
         rows.append(Row(number, label, prompt, answer, words, _choices(explanation, number, label, words, said)))
     return rows
 
@@ -157,8 +158,8 @@ def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[li
     if answer is None:
         return join_tokens(tokens, marks), []
     split = len(tokens) - len(answer)
-    first, *others = _moved(join_tokens(tokens[split:], marks), split) or [None]
-    behind = [] if first is None else [replace(first, space=True), *others]
+    behind = _moved(join_tokens(tokens[split:], marks), split)
+    behind[:1] = [replace(word, space=True) for word in behind[:1]]
     return join_tokens(tokens[:split], marks), behind
 
 

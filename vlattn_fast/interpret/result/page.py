@@ -135,9 +135,10 @@ def _range(values: Array) -> tuple[float, float]:
 
 def _values(values: Array, low: float, high: float) -> dict[str, Any]:
     flat = values.ravel()
-    whole = np.rint(np.nan_to_num(shares(flat, low, high)).clip(0, 1) * _STEPS).astype(int)
-    cells = whole if not np.isnan(flat).any() else np.where(np.isnan(flat), None, whole)
-    return {"low": _number(low), "high": _number(high), "cells": cells.tolist()}
+    cells = np.rint(np.nan_to_num(shares(flat, low, high)).clip(0, 1) * _STEPS).astype(int).tolist()
+    for i in np.flatnonzero(np.isnan(flat)).tolist():
+        cells[i] = None
+    return {"low": _number(low), "high": _number(high), "cells": cells}
 
 
 def _number(value: float | None) -> float | None:

@@ -106,7 +106,9 @@ def _groups(explanation: Explained) -> Iterator[_Group]:
     """All entries, by row, token of the answer and tower."""
     tokens, answers = explanation.tokens, explanation.answer_tokens if explanation.each else None
     for row in range(len(explanation)):
-        towers = {name: _tower_parts(explanation, row, name, tokens and tokens[row]) for name in explanation.relevancy}
+        towers = {
+            name: _tower_parts(explanation, row, name, None if tokens is None else tokens[row]) for name in explanation.relevancy
+        }
         for answer in [None] if answers is None else range(len(answers[row])):
             for tower, parts in towers.items():
                 yield _Group(row, answer, tower, parts)
