@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
+from vlattn_fast import verify
 from vlattn_fast.benchmarks._measure import Benchmark
 from vlattn_fast.benchmarks._rows import HERE
-
-from vlattn_fast import verify
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 # One file per operator, one of all over the length, and one per task; the tasks are found by the names of their files.

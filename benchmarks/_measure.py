@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from vlattn_fast.benchmarks import _gpu
-from vlattn_fast.benchmarks._rows import device_name
-from vlattn_fast.benchmarks._workloads import Sizes, Workload
 
 import vlattn_fast as va
 from vlattn_fast import verify
+from vlattn_fast.benchmarks import _gpu
+from vlattn_fast.benchmarks._rows import device_name
+from vlattn_fast.benchmarks._workloads import Sizes, Workload
 from vlattn_fast.lab.experiments.memory import peak_of_call
 
 ROUNDS = {"cpu": 7, "cuda": 50}

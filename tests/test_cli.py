@@ -374,9 +374,8 @@ def test_demo_writes_its_pictures(tmp_path):
 
 
 def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, capsys):
-    from vlattn_fast.benchmarks import _isolated
-
     from vlattn_fast import _demo
+    from vlattn_fast.benchmarks import _isolated
 
     def measure(name, variants, overrides):
         """Rows at a tiny size; the processes are tested with the benchmarks."""

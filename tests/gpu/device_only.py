@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from vlattn_fast.benchmarks._gpu import without_synchronising
 
 import vlattn_fast as va
 from vlattn_fast import verify
+from vlattn_fast.benchmarks._gpu import without_synchronising
 
 
 def runs(backend: str, case: verify.Case) -> bool:

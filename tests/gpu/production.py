@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vlattn_fast.benchmarks import _measure
-from vlattn_fast.benchmarks._choice import choose
 
 from vlattn_fast import scores, verify
 from vlattn_fast._tolerance import Errors
+from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.verify import Case, Sizes
 
 # Several tiles a loop and ragged ones, heads of 64, 72 and 128 features, and what CUDA C++ takes, which is short.

@@ -325,9 +325,8 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row | Non
 
 
 def benchmarks(run: Session) -> bool:
-    from vlattn_fast.benchmarks._choice import OURS, choose
-
     from vlattn_fast import verify as operators
+    from vlattn_fast.benchmarks._choice import OURS, choose
 
     gate, items, verified = Gate(run), [], True
     names = [benchmark.name for benchmark in choose([])]

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vlattn_fast.benchmarks._choice import OURS, choose
-from vlattn_fast.benchmarks._measure import Measurement
-from vlattn_fast.benchmarks._rows import device_name
 
 from tests.gpu import launches, production
 from vlattn_fast import verify
 from vlattn_fast._tolerance import settle
+from vlattn_fast.benchmarks._choice import OURS, choose
+from vlattn_fast.benchmarks._measure import Measurement
+from vlattn_fast.benchmarks._rows import device_name
 
 ROW = "ROW "  # before a row; whatever else is printed is kept for what went wrong
 Item = dict[str, Any]

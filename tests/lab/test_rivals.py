@@ -10,10 +10,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from vlattn_fast.benchmarks import rivals  # noqa: E402
-
 import vlattn_fast as va  # noqa: E402
 from tests.interpret.evaluation_cases import made, rows  # noqa: E402
+from vlattn_fast.benchmarks import rivals  # noqa: E402
 
 TARGET = [2, 0, 2]
 
