@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vlattn_fast.benchmarks._measure import Pass, Tensors
 from vlattn_fast.benchmarks._workloads import Sizes
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vlattn_fast.benchmarks import _models
 from vlattn_fast.benchmarks._bounds import pairs, tokens
 from vlattn_fast.benchmarks._measure import Problem, Tensors, Variant, backends, randoms, without_output

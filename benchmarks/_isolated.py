@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._measure import Measurement
 from vlattn_fast.benchmarks._workloads import Sizes

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+import vlattn_fast as va
 from vlattn_fast.benchmarks import _gpu
 from vlattn_fast.benchmarks._rows import device_name
 from vlattn_fast.benchmarks._workloads import Sizes, Workload
-
-import vlattn_fast as va
 from vlattn_fast.checking import verify
 from vlattn_fast.lab.experiments.memory import peak_of_call
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import vlattn_fast as va
 from vlattn_fast.benchmarks._bounds import softmax_map, tokens
 from vlattn_fast.benchmarks._measure import Pass, Tensors, randoms
 from vlattn_fast.benchmarks._workloads import Sizes
-
-import vlattn_fast as va
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.benchmarks import scaling
 from vlattn_fast.benchmarks._choice import OURS
-
-from vlattn_fast._ground.extras import extra
 
 Row = dict[str, Any]
 BEST = "vlattn_fast"  # the name of our best backend in the first picture

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from vlattn_fast.benchmarks._measure import Tensors
-from vlattn_fast.benchmarks._workloads import Sizes
 
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.benchmarks._measure import Tensors
+from vlattn_fast.benchmarks._workloads import Sizes
 
 TARGET = 7  # the class or token that is explained
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, tokens
 from vlattn_fast.benchmarks._measure import (
     Benchmark,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, tokens
 from vlattn_fast.benchmarks._measure import (
     Benchmark,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa
 from vlattn_fast.benchmarks._measure import (
     Benchmark,
@@ -24,7 +25,6 @@ from vlattn_fast.benchmarks._measure import (
     without_output,
 )
 from vlattn_fast.benchmarks._workloads import UNITER, Sizes
-
 from vlattn_fast.lab.experiments.congruence.official import published_loss
 
 BLOCKS = ("text_query", "text_key", "image_query", "image_key")

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vlattn_fast.benchmarks._measure import randoms
-from vlattn_fast.benchmarks._rows import RESULTS, append, device_name, provenance, slug
-from vlattn_fast.benchmarks._run import check_device
 
 import vlattn_fast as va
 from vlattn_fast import scores
 from vlattn_fast.backends.native import library
+from vlattn_fast.benchmarks._measure import randoms
+from vlattn_fast.benchmarks._rows import RESULTS, append, device_name, provenance, slug
+from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.ops import _dispatch
 
 ROUNDS, QUICK_ROUNDS = 20, 1

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+
 from vlattn_fast.benchmarks import (
     attention_map,
     attention_statistics,

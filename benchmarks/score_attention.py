@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from vlattn_fast import scores
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, tokens
 from vlattn_fast.benchmarks._measure import (
     Benchmark,
@@ -27,8 +29,6 @@ from vlattn_fast.benchmarks._measure import (
     without_output,
 )
 from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
-
-from vlattn_fast import scores
 
 ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
 

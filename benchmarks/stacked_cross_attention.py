@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vlattn_fast.benchmarks._measure import (
     Benchmark,
     Pass,

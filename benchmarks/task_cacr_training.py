@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import vlattn_fast as va
 from vlattn_fast.benchmarks import _models
 from vlattn_fast.benchmarks._bounds import pairs
 from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, backends, randoms, without_output
 from vlattn_fast.benchmarks._workloads import UNITER_ENCODER, Sizes
 from vlattn_fast.benchmarks.congruence_loss import masks
-
-import vlattn_fast as va
 from vlattn_fast.lab.experiments.congruence.official import published_loss
 
 Blocks = dict[str, Tensor]

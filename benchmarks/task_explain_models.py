@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+import vlattn_fast as va
 from vlattn_fast.benchmarks._bounds import pairs
 from vlattn_fast.benchmarks._choice import EXPLAIN
 from vlattn_fast.benchmarks._measure import Benchmark, Problem, Run, Tensors, Variant, without_output
 from vlattn_fast.benchmarks._whole_models import CLIP, LLAVA, LXMERT, QWEN, Whole, lively
 from vlattn_fast.benchmarks._workloads import CLIP_MODEL, LLAVA_ANSWER, LLAVA_MODEL, LXMERT_MODEL, QWEN_ANSWER, QWEN_MODEL, Sizes
-
-import vlattn_fast as va
 from vlattn_fast.interpret.explaining.answer import prepare_answer
 from vlattn_fast.interpret.records.registry import find_family
 

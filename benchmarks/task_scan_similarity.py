@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import vlattn_fast as va
 from vlattn_fast.benchmarks._measure import Benchmark, Problem, Tensors, Variant, backends, backward, without_output
 from vlattn_fast.benchmarks._workloads import SCAN_BATCH, Sizes
 from vlattn_fast.benchmarks.stacked_cross_attention import OPTIONS, all_pairs, floor, inputs, packed, published_similarity
-
-import vlattn_fast as va
 
 MARGIN = 0.2
 

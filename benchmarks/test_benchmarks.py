@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vlattn_fast.benchmarks._choice import declared
 from vlattn_fast.benchmarks._measure import Benchmark, Measurement
 from vlattn_fast.benchmarks._rows import append, device_name, provenance

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vlattn_fast.kernels._tiles import cdiv, dot
 
 FEW_GROUPS = 4

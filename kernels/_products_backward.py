@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._scores import (
     activate,
@@ -48,8 +50,6 @@ from vlattn_fast.kernels._tiles import (
     store_tile,
     strides,
 )
-
-from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 
 
 class Rows(NamedTuple):

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._products_backward import Rows, empty_key_gradients, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
@@ -52,8 +54,6 @@ from vlattn_fast.kernels._tiles import (
     store_tile,
     strides,
 )
-
-from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 
 PROGRAMS = 2  # for each multiprocessor, as many as their registers allow
 LARGEST = 2**28  # numbers in the sums of several ranges

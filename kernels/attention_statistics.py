@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq, is_cuda
+
 from vlattn_fast.kernels import _statistics_backward
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device

@@ -19,6 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from vlattn_fast._ground.tensors import unit_stride
+from vlattn_fast.backends.reference.congruence_loss import EPSILON
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
@@ -33,9 +36,6 @@ from vlattn_fast.kernels._tiles import (
     store_tile,
 )
 from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, statistics_kernel
-
-from vlattn_fast._ground.tensors import unit_stride
-from vlattn_fast.backends.reference.congruence_loss import EPSILON
 
 _CHUNK_BYTES, _MAPS = 1 << 28, 6  # a chunk of samples holds about _MAPS maps of _CHUNK_BYTES in all
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from vlattn_fast.kernels._tiles import dot, load_tile, load_where, real_tokens, store_tile
 
 

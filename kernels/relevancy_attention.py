@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+
+from vlattn_fast._ground.tensors import weigh_rows
 from vlattn_fast.kernels import attention_map, score_attention
 from vlattn_fast.kernels._configurations import Config, configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._products_backward import Rows, keys, queries
 from vlattn_fast.kernels._tiles import CALLER_LSE, LOG2_E, OWN_LSE, aligned, block_size, pad_rows
-
-from vlattn_fast._ground.tensors import weigh_rows
 
 MAX_T = 64  # rows of r in one program
 

@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from vlattn_fast._ground.tensors import empty_rows_first
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
 from vlattn_fast.kernels._device import on_device
@@ -63,8 +65,6 @@ from vlattn_fast.kernels._tiles import (
     store_tile,
     strides,
 )
-
-from vlattn_fast._ground.tensors import empty_rows_first
 
 Shape = tuple[int, ...]
 

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import block_size, cdiv, dot, input_precision, load_tile, store_tile
-
-from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 
 MAP_ELEMENTS = 1 << 22  # the least that `_map_elements` gives
 EPS = tl.constexpr(1e-8)  # of SCAN's norms and cosine

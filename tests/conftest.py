@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 import vlattn_fast.kernels  # before the variable below is set, which _dispatch reads
 
 try:

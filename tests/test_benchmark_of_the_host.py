@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from vlattn_fast.benchmarks import __main__ as command
 from vlattn_fast.benchmarks import _report
 
@@ -14,8 +15,8 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
     """Every operator, forward and backward; what is launched does nothing, and afterwards launches are launches again."""
     pytest.importorskip("triton")
     from triton.runtime.jit import KernelInterface
-    from vlattn_fast.benchmarks import host
 
+    from vlattn_fast.benchmarks import host
     from vlattn_fast.checking import verify
     from vlattn_fast.ops import _dispatch
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from vlattn_fast.benchmarks import __main__ as command
 from vlattn_fast.benchmarks import _bounds, _choice, _gpu, _isolated, _measure, _pictures, _report, _rows, _run, _workloads
 

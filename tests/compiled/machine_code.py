@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlattn_fast.kernels._configurations import UNIT_KINDS
-
 from tests.compiled.table import tool
+from vlattn_fast.kernels._configurations import UNIT_KINDS
 
 CLASSES = {"mma": r"(HGMMA|HMMA|UTC\w*MMA)\b", "mufu": r"MUFU\b"}
 

@@ -63,6 +63,7 @@ def pretend(architecture: int) -> None:
 def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
     """The rows of the kernels that one call launches."""
     from triton.runtime.jit import JITFunction
+
     from vlattn_fast.kernels import _configurations
 
     launched: dict[str, list[Row]] = {}

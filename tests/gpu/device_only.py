@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from vlattn_fast.benchmarks._gpu import without_synchronising
 
 import vlattn_fast as va
+from vlattn_fast.benchmarks._gpu import without_synchronising
 from vlattn_fast.checking import verify
 
 

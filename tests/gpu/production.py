@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vlattn_fast.benchmarks import _measure
-from vlattn_fast.benchmarks._choice import choose
 
 from vlattn_fast import scores
+from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import Errors
 from vlattn_fast.checking.verify import Case, Sizes

@@ -326,7 +326,6 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row | Non
 
 def benchmarks(run: Session) -> bool:
     from vlattn_fast.benchmarks._choice import OURS, choose
-
     from vlattn_fast.checking import verify as operators
 
     gate, items, verified = Gate(run), [], True

@@ -14,11 +14,11 @@ from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
-from vlattn_fast.kernels import _configurations
 
 from tests.gpu import launches, production
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import settle
+from vlattn_fast.kernels import _configurations
 
 Config = dict[str, int]
 Row = dict[str, Any]

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from vlattn_fast.benchmarks import _rows
-from vlattn_fast.benchmarks.host import without_launches
-from vlattn_fast.kernels import _configurations
 
 from tests.gpu import ncu, production, run, session, sweep
+from vlattn_fast.benchmarks import _rows
+from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
+from vlattn_fast.kernels import _configurations
 
 ROOT = Path(__file__).parents[2]
 SELECT = r"attention_map( |$|/gradient[/,](?!llava))|test_device_guard"

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from tests.gpu import launches, production
 from vlattn_fast.benchmarks._choice import OURS, choose
 from vlattn_fast.benchmarks._measure import Measurement
 from vlattn_fast.benchmarks._rows import device_name
-
-from tests.gpu import launches, production
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import settle
 

@@ -10,12 +10,12 @@ from functools import partial
 import pytest
 import torch
 from compare import as_dtype
-from vlattn_fast.kernels import attention_statistics as kernels
 
 import vlattn_fast as va
 from tests.ops.backends import assert_refused
 from tests.ops.map_cases import B, check_statistics, groups, key_mask, statistics_inputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics
+from vlattn_fast.kernels import attention_statistics as kernels
 
 F32, BF16 = torch.float32, torch.bfloat16
 

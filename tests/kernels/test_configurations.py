@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from vlattn_fast.kernels import _configurations
-from vlattn_fast.kernels._configurations import LINES, Line, _meets, configuration
 
 import vlattn_fast as va
+from vlattn_fast.kernels import _configurations
+from vlattn_fast.kernels._configurations import LINES, Line, _meets, configuration
 
 FACTS: dict[str, Any] = {"rule": "attention", "dtype": torch.bfloat16, "N": 64, "M": 64, "size": 64, "masked": False}
 TABLE, MEASURED = LINES["attention_map map"][1].config, {"BLOCK_Q": 16}

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import vlattn_fast.kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vlattn_fast.kernels
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import input_precision
 

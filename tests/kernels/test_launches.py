@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from vlattn_fast.kernels import __path__ as folders
 
 FILES = [file for file in sorted(Path(folders[0]).glob("*.py")) if "@triton.jit" in file.read_text()]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import LargestAllocation
-from vlattn_fast.kernels import relevancy_attention as kernels
 
 import vlattn_fast as va
 from tests.ops.backends import F64, assert_refused
 from tests.ops.relevancy_cases import MASKS, check, tensors
+from vlattn_fast.kernels import relevancy_attention as kernels
 
 
 @pytest.mark.parametrize("n", (1, 15, 17, 31, 65))

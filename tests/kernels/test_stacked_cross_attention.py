@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vlattn_fast.kernels import stacked_cross_attention as kernels
 
 import vlattn_fast as va
 from tests.ops.backends import assert_refused
 from tests.ops.stacked_cross_attention_cases import RAGGED, check, tensors
+from vlattn_fast.kernels import stacked_cross_attention as kernels
 
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vlattn_fast.kernels._tiles import aligned
 
 import vlattn_fast as va
+from vlattn_fast.kernels._tiles import aligned
 
 H, N, D = 2, 5, 8
 

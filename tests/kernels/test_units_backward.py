@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from compare import as_dtype
-from vlattn_fast.kernels import _units_backward
 
 import vlattn_fast as va
 from tests.ops.score_cases import check
 from vlattn_fast import scores as S
+from vlattn_fast.kernels import _units_backward
 
 KINDS = {
     "additive": lambda p: S.Additive(p["vector"]),

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from vlattn_fast.benchmarks.host import without_launches
 
+from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.ops._dispatch import load
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+
 from vlattn_fast.kernels import attention_statistics
 
 NAMES = ("mass", "entropy", "maximum", "argmax", "received")

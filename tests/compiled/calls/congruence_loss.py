@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+
 from vlattn_fast.kernels import congruence_loss
 
 UNITER, LONG = (60, 100), (160, 400)  # text and image tokens

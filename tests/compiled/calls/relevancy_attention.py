@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+
 from vlattn_fast.kernels import relevancy_attention
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
