@@ -36,6 +36,9 @@ LLAVA = Workload("llava", "LLaVA-7B", {"B": 4, "H": 32, "N": 704, "D": 128, "cau
 HIGHRES = Workload(
     "highres", "high-resolution VLM", {"B": 1, "H": 32, "N": 16384, "D": 128, "causal": 1}, {"H": 1, "N": 4096}, {"N": 1024}
 )
+DECODER = Workload(
+    "decoder", "one token of a decoder", {"B": 32, "Hkv": 4, "shared": 8, "M": 8192, "D": 128}, {"B": 1}, {"M": 1024}
+)
 SCAN = Workload(
     "scan",
     "SCAN",

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -18,6 +19,7 @@ from vlattn_fast import scores
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, tokens
 from vlattn_fast.benchmarks._measure import (
     Benchmark,
+    Pass,
     Problem,
     Tensors,
     Variant,
@@ -28,7 +30,7 @@ from vlattn_fast.benchmarks._measure import (
     randoms,
     without_output,
 )
-from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import CLIP, DECODER, LLAVA, UNITER, Sizes
 
 ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
 
@@ -91,6 +93,41 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     return Problem(tensors, variants, "SDPA", truth, _part, pairs(sizes), floor)
 
 
+def build_token(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Scaled dot products of one token with a cache, each of whose heads is shared by some query heads."""
+    b, kv, m, d = (sizes[name] for name in ("B", "Hkv", "M", "D"))
+    h = kv * sizes["shared"]
+    randn = randoms(device, dtype)
+    tensors = {"query": randn(b, h, 1, d), "key": randn(b, kv, m, d), "value": randn(b, kv, m, d)}
+
+    def arguments(t: Tensors) -> dict[str, Any]:
+        return {**t, "enable_gqa": True}
+
+    variants = operator_variants("score_attention", arguments, tensors, forward, 2)
+    truth = variants["reference"].run
+    variants["SDPA"] = Variant(without_output(forward(lambda t: F.scaled_dot_product_attention(**arguments(t)))))
+    floor = (Pass(4 * b * h * m * d, 2 * b * kv * m * d * dtype.itemsize, b * h * m),)
+    return Problem(tensors, variants, "SDPA", truth, lambda name, x: x, b * h * m, floor)
+
+
+def build_padded(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Scaled dot products where a quarter of the keys is padding."""
+    b, h, n, d = sizes["B"], sizes["H"], tokens(sizes), sizes["D"]
+    randn = randoms(device, dtype)
+    tensors = {name: randn(b, h, n, d) for name in ("query", "key", "value", "grad_output")}
+    tensors["key_mask"] = (torch.arange(n, device=device) < n - n // 4).expand(b, n).contiguous()
+
+    def arguments(t: Tensors) -> dict[str, Any]:
+        return {name: t[name] for name in ("query", "key", "value", "key_mask")}
+
+    finish = backward(("query", "key", "value"), ("grad_output",)) if both else forward
+    variants = operator_variants("score_attention", arguments, tensors, finish, 4 if both else 2)
+    truth = variants["reference"].run
+    variants["SDPA"] = Variant(without_output(finish(sdpa)))
+    floor = passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD)[: 1 + both]
+    return Problem(tensors, variants, "SDPA", truth, _part, pairs(sizes), floor)
+
+
 def _part(name: str, x: Tensor) -> Tensor:
     return x[:1, :2] if x.dim() == 4 else x
 
@@ -127,4 +164,8 @@ BENCHMARKS = [
     for kind in kinds
     for both in (False, True)
     if both or workload is CLIP
+] + [
+    Benchmark(__name__, "scaled dot, padding, forward", CLIP, partial(build_padded, False)),
+    Benchmark(__name__, "scaled dot, padding, forward+backward", CLIP, partial(build_padded, True)),
+    Benchmark(__name__, "scaled dot, one token", DECODER, build_token),
 ]
