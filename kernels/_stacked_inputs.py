@@ -78,7 +78,7 @@ def _even(count: int, most: int) -> int:
 
 
 class Contexts:
-    """Context sets x: rows (X * M, D), lengths (X). What the backward pass sums over a set is of `dtype`."""
+    """Context sets x: rows (X * M, D), lengths (X). The sums over a set, which the backward pass takes, are of `dtype`."""
 
     def __init__(self, side: Side, x: slice, dtype: torch.dtype = torch.float32) -> None:
         rows, lengths = side[0][x], side[1]
@@ -111,7 +111,7 @@ class Contexts:
 class Queries:
     """Query sets y: rows (L, D). The real rows of set i go from start[i] to start[i + 1]; the rest are zeros.
 
-    Norms and what the backward pass sums over rows are of `dtype`.
+    Norms, and the sums over rows that the backward pass takes, are of `dtype`.
     """
 
     def __init__(self, side: Side, y: slice, dtype: torch.dtype = torch.float32) -> None:
@@ -135,7 +135,7 @@ class Queries:
         return self.rows.to(self.dtype)
 
     def new_map(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """(L, ...), or (parts, L, ...). What is multiplied as a whole must not hold garbage behind the packed rows."""
+        """(L, ...), or (parts, L, ...). A product takes whole maps, so there must be no garbage behind the packed rows."""
         return self.rows.new_empty(shape, dtype=dtype) if self.place is None else self.rows.new_zeros(shape, dtype=dtype)
 
     def unpack(self, x: Tensor) -> Tensor:
