@@ -44,9 +44,9 @@ def largest_magnitude(b_x, SCORE: tl.constexpr):
 
 @triton.jit
 def weights_summed(p_u, o_a, A):
-    """Of a head's vector [A]: the largest magnitude, 1 where all are next to nothing, and the sum.
+    """The largest magnitude of a head's vector [A], or 1 where all are next to nothing; and the vector's sum.
 
-    Weights are divided by the first, so that their reciprocals are not too large.
+    Weights are divided by the largest, so that their reciprocals are not too large.
     """
     b_u = tl.load(p_u + o_a, mask=o_a < A, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(b_u), axis=0)
@@ -480,7 +480,7 @@ def _backward_pairs(
     in memory, which only this program writes. The groups take the queries in parts, each another one, and meet in between.
     """
     GROUPS: tl.constexpr = b_dk.shape[1]
-    b_at_k = _of_key(tl.load(p_k, mask=m_k, other=0.0).to(tl.float32), SCORE, METHOD, EXACT, FAST)
+    b_at_k = _key_term(tl.load(p_k, mask=m_k, other=0.0).to(tl.float32), SCORE, METHOD, EXACT, FAST)
     b_at_k = tl.reshape(b_at_k, b_dk.shape)
     m_a = (o_a < A)[None, :]
     b_units = tl.zeros_like(b_dk)
@@ -496,7 +496,7 @@ def _backward_pairs(
             b_q2 = tl.load(p_q1 + stride_q, mask=m_2, other=0.0).to(tl.float32)
             b_dq1, b_dq2 = tl.load(p_dq1, mask=m_a, other=0.0), tl.load(p_dq1 + A, mask=m_a, other=0.0)
             b_ds1, b_ds2 = tl.load(p_ds1)[:, :, None], tl.load(p_ds1 + BLOCK_KV)[:, :, None]
-            b_at1, b_at2 = _of_query(b_q1, METHOD, EXACT)[None, :, :], _of_query(b_q2, METHOD, EXACT)[None, :, :]
+            b_at1, b_at2 = _query_term(b_q1, METHOD, EXACT)[None, :, :], _query_term(b_q2, METHOD, EXACT)[None, :, :]
             if FAST and SCORE != "additive":
                 b_t1, b_t2 = _fast_tanh(b_at_k * b_at1, PRECISION), _fast_tanh(b_at_k * b_at2, PRECISION)
                 b_slope1, b_slope2 = 1.0 - b_t1 * b_t1, 1.0 - b_t2 * b_t2
@@ -558,8 +558,8 @@ def _quarters(b_x):
 
 
 @triton.jit
-def _of_query(b_y, METHOD: tl.constexpr, EXACT: tl.constexpr):
-    """What `_exponential` takes of a query: itself, or e^-2y."""
+def _query_term(b_y, METHOD: tl.constexpr, EXACT: tl.constexpr):
+    """The operand that `_exponential` takes for a query: the query itself, or e^-2y."""
     if METHOD == "product" or METHOD == "clamped product":
         if EXACT:
             b_y = twice_exponential(b_y)
@@ -569,10 +569,10 @@ def _of_query(b_y, METHOD: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _of_key(b_x, SCORE: tl.constexpr, METHOD: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr):
-    """What `_exponential` takes of a key. In products the key carries the factor."""
+def _key_term(b_x, SCORE: tl.constexpr, METHOD: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr):
+    """The operand that `_exponential` takes for a key. In products the key carries the factor."""
     if SCORE == "additive":
-        b_x = _of_query(b_x, METHOD, EXACT)
+        b_x = _query_term(b_x, METHOD, EXACT)
     else:
         b_x *= _product_factor(SCORE, FAST)
     return b_x
@@ -580,7 +580,7 @@ def _of_key(b_x, SCORE: tl.constexpr, METHOD: tl.constexpr, EXACT: tl.constexpr,
 
 @triton.jit
 def _product_factor(SCORE: tl.constexpr, FAST: tl.constexpr):
-    """What a product of query and key is multiplied by to be the exponent of `_exponential`, or with FAST tanh's argument."""
+    """The factor that makes a product of query and key the exponent of `_exponential`, or with FAST tanh's argument."""
     if FAST:
         factor = 1.0 if SCORE == "hadamard_tanh" else 0.5
     else:
@@ -590,7 +590,7 @@ def _product_factor(SCORE: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _exponential(b_x, b_y, SCORE: tl.constexpr, METHOD: tl.constexpr):
-    """e, where the logistic function is 1 / (1 + e), of what `_of_key` and `_of_query` give."""
+    """e, where the logistic function is 1 / (1 + e), from `_key_term` and `_query_term`."""
     if METHOD == "sum":
         b_e = tl.exp2(tl.minimum((b_x + b_y) * -2.8853900817779268, 57.7078, propagate_nan=tl.PropagateNan.ALL))
     else:
@@ -604,8 +604,8 @@ def _exponential(b_x, b_y, SCORE: tl.constexpr, METHOD: tl.constexpr):
 
 @triton.jit
 def units_factors(SCORE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr):
-    """What the sums of `units_backward` are multiplied by, of keys, of queries, and of the vector, and what the sum of the
-    scores' gradients adds to the last.
+    """Factors of the sums of `units_backward`: of keys, of queries, of the vector; and that of the sum of the scores' gradients,
+    which is added to the vector's gradient.
 
     The sums are over the slopes of the logistic function, a quarter of tanh's at half the argument.
     """

@@ -168,18 +168,18 @@ class _Chunk:
         self._write_gradients(grad_map, grad_log, grad_queries, grad_keys, grad_loss)
 
     def _target(self, side: int) -> Tensor:
-        """What `_divergence_kernel` takes beside the map to compute the target of one direction.
+        """The argument from which `_divergence_kernel` takes the target of one direction.
 
-        For iais_singular it is the indices (b, N) of the rows and columns of the other modality's block, for long rows the target
-        (b, N, N). Otherwise the map is enough.
+        For iais_singular: the indices (b, N) of the rows and columns of the other modality's block. For the other kinds: the map,
+        of which the kernel computes the target; where `fused` is off, the target (b, N, N).
         """
         if self.fused and self.kind != "iais_singular":
             return self.map
-        other = 1 - side
-        cross = self._part(self.map, side, other)
+        across = 1 - side
+        cross = self._part(self.map, side, across)
         if self.kind == "iais_singular":
             return cross.argmax(-1)  # the first of equal entries
-        inner = self._part(self.map, other, side if self.kind == "iais_distributed" else other)
+        inner = self._part(self.map, across, side if self.kind == "iais_distributed" else across)
         return cross @ inner @ cross.mT if self.kind == "cacr" else cross @ inner
 
     def _divergence(self, targets: list[Tensor], grad_intra: Tensor | None = None) -> list[Tensor]:
@@ -225,39 +225,39 @@ class _Chunk:
 
         They are written to `grad_map` or, with `add`, added to it.
         """
-        other = 1 - side
-        size, across = self.sizes[side], self.sizes[other]
+        across = 1 - side
+        size, size_across = self.sizes[side], self.sizes[across]
         distributed = self.kind == "iais_distributed"
-        back, out = self._part(self.map, other, side), self._part(grad_map, other, side if distributed else other)
-        tiles = cdiv(across, 32) + (cdiv(size, 32) if distributed else 0)
+        back, out = self._part(self.map, across, side), self._part(grad_map, across, side if distributed else across)
+        tiles = cdiv(size_across, 32) + (cdiv(size, 32) if distributed else 0)
         _target_backward_kernel[(tiles * self.batch,)](
             p_grad_target=grad_target,
             p_cross=cross,
             p_back=back,
-            p_grad_cross=self._part(grad_map, side, other),
+            p_grad_cross=self._part(grad_map, side, across),
             p_out=out,
             N=size,
-            M=across,
+            M=size_across,
             stride_b=back.stride(0),
             stride_n=back.stride(1),
             KIND=self.kind,
             ADD=add,
             BLOCK_Q=32,
             BLOCK_N=block_size(size),
-            BLOCK_M=block_size(across),
+            BLOCK_M=block_size(size_across),
             num_warps=8,
         )
 
     def _add_target_backward(self, side: int, cross: Tensor, grad_target: Tensor, grad_map: Tensor) -> None:
         """As `_target_backward`, by torch's products, and always added to `grad_map`."""
-        other = 1 - side
+        across = 1 - side
         if self.kind == "iais_distributed":
-            self._part(grad_map, side, other).baddbmm_(grad_target, self._part(self.map, other, side).mT)
-            self._part(grad_map, other, side).baddbmm_(cross.mT, grad_target)
+            self._part(grad_map, side, across).baddbmm_(grad_target, self._part(self.map, across, side).mT)
+            self._part(grad_map, across, side).baddbmm_(cross.mT, grad_target)
             return
         if self.kind == "iais_singular":  # products with 0 and 1, not scatter_add: deterministic on a GPU
-            cross = torch.zeros_like(self._part(self.map, side, other)).scatter_(-1, cross[:, :, None], 1.0)
-        self._part(grad_map, other, other).baddbmm_(cross.mT, grad_target @ cross)
+            cross = torch.zeros_like(self._part(self.map, side, across)).scatter_(-1, cross[:, :, None], 1.0)
+        self._part(grad_map, across, across).baddbmm_(cross.mT, grad_target @ cross)
 
     def _maps(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """The map of head means, the base-2 logarithm of the sum over the heads (for iais_singular), and statistics.
@@ -492,13 +492,13 @@ def _divergence_tile(
     p_map,
     p_target,
     p_row_mask,
-    p_other_mask,
+    p_mask_across,
     p_out,
     p_grad_intra,
     i_b,
     start,
-    place,
-    other_place,
+    first_token,
+    first_across,
     N,
     M,
     per_head,
@@ -511,10 +511,11 @@ def _divergence_tile(
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """sym(p, t) of whole rows, or its gradients at the own block and at the target, divided by the number of heads (not so where
-    the own block is the logarithm of the sum over the heads).
+    """sym(p, t) of whole rows, or with GRAD its gradients at the modality's own block and at the target.
 
-    `place` and `other_place` are where the tokens of this modality and of the other one begin in the sample's map. Nothing
+    The gradients are divided by the number of heads, but not at a block that is the logarithm of the sum over the heads.
+
+    `first_token` and `first_across` are where the tokens of this modality and of the other one begin in the sample's map. Nothing
     cancels: with d = log p - log t, the loss sum (p - t) d = sum t expm1(d) d has no negative term.
     """
     S = N + M
@@ -523,20 +524,20 @@ def _divergence_tile(
     b_weight = tl.where(m_q, 1.0 / N, 0.0)
     if MASKED:
         num_real = tl.sum(m_kv.to(tl.int32), axis=0)
-        num_others = 0
+        num_across = 0
         for begin in range(0, M, BLOCK_KV):
-            num_others += tl.sum(real_tokens(p_other_mask, begin + o_kv, M, True).to(tl.int32), axis=0)
-        b_weight = tl.where(m_q & (num_others > 0), 1.0 / tl.maximum(num_real, 1).to(tl.float32), 0.0)
+            num_across += tl.sum(real_tokens(p_mask_across, begin + o_kv, M, True).to(tl.int32), axis=0)
+        b_weight = tl.where(m_q & (num_across > 0), 1.0 / tl.maximum(num_real, 1).to(tl.float32), 0.0)
     m_pair = (b_weight > 0.0)[:, None] & m_kv[None, :]
-    own = place * S + place
-    b_intra = tl.load(p_intra + own + o_q.to(tl.int64)[:, None] * S + o_kv[None, :], mask=m_pair, other=0.0)  # [q,kv]
-    p_inner = p_map + other_place * S + (place if KIND == "iais_distributed" else other_place)
+    intra = first_token * S + first_token
+    b_intra = tl.load(p_intra + intra + o_q.to(tl.int64)[:, None] * S + o_kv[None, :], mask=m_pair, other=0.0)  # [q,kv]
+    p_inner = p_map + first_across * S + (first_token if KIND == "iais_distributed" else first_across)
     if KIND == "iais_singular":
         b_row = tl.load(p_target + i_b * N + o_q, mask=m_q, other=0)
         b_column = tl.load(p_target + i_b * N + o_kv, mask=m_kv, other=0)
         b_target = tl.load(p_inner + b_row[:, None] * S + b_column[None, :], mask=m_pair, other=0.0)  # [q,kv]
     elif FUSED:
-        p_cross = p_map + place * S + other_place
+        p_cross = p_map + first_token * S + first_across
         o_m = tl.arange(0, BLOCK_M)
         if KIND == "cacr":
             b_cross = load_tile(p_cross, S, o_q, o_m, N, M)  # [q,m]
@@ -591,7 +592,7 @@ def _divergence_tile(
         b_grad_target *= per_head
         if KIND != "iais_singular":  # a head's share of the logarithm is taken where it is known
             b_grad_intra *= per_head
-        store_tile(p_grad_intra + own, S, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_intra, 0.0))
+        store_tile(p_grad_intra + intra, S, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_intra, 0.0))
         store_tile(p_out + i_b * N * N, N, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_target, 0.0))
     else:
         tl.store(p_out + o_q, tl.sum(tl.where(m_pair, b_weight * b_loss, 0.0), axis=1), mask=o_q < N)

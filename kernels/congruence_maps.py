@@ -12,8 +12,8 @@ from vlattn_fast.kernels._tiles import dot, load_tile, load_where, real_tokens, 
 
 
 @triton.jit
-def _of_block(i_r, i_c, xs, n: tl.constexpr, step: tl.constexpr):
-    """The n-th of `step` numbers of the block with rows i_r and columns i_c. xs has those of LL, VV, LV, VL in this order."""
+def _entry_of_block(i_r, i_c, xs, n: tl.constexpr, step: tl.constexpr):
+    """Entry n of the block with rows i_r and columns i_c. xs has `step` entries for each of LL, VV, LV, VL in this order."""
     first = tl.where(i_c == 0, xs[n], xs[2 * step + n])
     return tl.where(i_r == 0, first, tl.where(i_c == 0, xs[3 * step + n], xs[step + n]))
 
@@ -21,15 +21,15 @@ def _of_block(i_r, i_c, xs, n: tl.constexpr, step: tl.constexpr):
 @triton.jit
 def _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k):
     """The query and the key of a block at its sample, and their strides of head and row."""
-    p_q = _of_block(i_r, i_c, p_qs, 0, 1) + i_b * _of_block(i_r, i_c, strides_q, 0, 3)
-    p_k = _of_block(i_r, i_c, p_ks, 0, 1) + i_b * _of_block(i_r, i_c, strides_k, 0, 3)
+    p_q = _entry_of_block(i_r, i_c, p_qs, 0, 1) + i_b * _entry_of_block(i_r, i_c, strides_q, 0, 3)
+    p_k = _entry_of_block(i_r, i_c, p_ks, 0, 1) + i_b * _entry_of_block(i_r, i_c, strides_k, 0, 3)
     return (
         p_q,
         p_k,
-        _of_block(i_r, i_c, strides_q, 1, 3),
-        _of_block(i_r, i_c, strides_q, 2, 3),
-        _of_block(i_r, i_c, strides_k, 1, 3),
-        _of_block(i_r, i_c, strides_k, 2, 3),
+        _entry_of_block(i_r, i_c, strides_q, 1, 3),
+        _entry_of_block(i_r, i_c, strides_q, 2, 3),
+        _entry_of_block(i_r, i_c, strides_k, 1, 3),
+        _entry_of_block(i_r, i_c, strides_k, 2, 3),
     )
 
 
@@ -78,6 +78,7 @@ def _map_tile(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
+    """The mean over the heads of a tile of one block; with LOG also the base-2 logarithm of the sum over the heads."""
     o_kv = start + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
     m_q, m_kv = real_tokens(p_row_mask, o_q, N, MASKED), real_tokens(p_mask, o_kv, M, MASKED)
@@ -273,7 +274,7 @@ def statistics_kernel(
 
 @triton.jit
 def _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG: tl.constexpr):
-    """For a tile of logits: the probabilities, their gradient, and the gradient of their logarithms (with LOG; else unused)."""
+    """The probabilities P of a tile of logits, the gradient of P, and with LOG the gradient of log P (else it is unused)."""
     b_s -= b_max[:, None]
     b_p = tl.exp2(b_s) / b_sum[:, None]
     b_g = load_tile(p_grad_map, S, o_q, o_kv, N, M)
@@ -286,7 +287,7 @@ def _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S,
 
 @triton.jit
 def _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG: tl.constexpr):
-    """The gradient of the logits from what `_terms` gives and the sums of p g and of a over each row.
+    """The gradient of the logits from `_terms` p, g, a, and the sums of p g and of a over each row.
 
     A saturated row has p = 1 at one key. There g - sum p g is exactly 0 and must not be rounded together with a: g is thousands
     of times larger where logits are in the thousands.
@@ -340,6 +341,7 @@ def _gradient_tile(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
+    """The gradients of a tile of keys of one head, and with WHOLE those of all queries. `factor`: scale times the cotangent."""
     o_kv = start + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, BLOCK_D)
     m_kv = real_tokens(p_mask, o_kv, M, MASKED)
@@ -377,7 +379,7 @@ def _gradient_tile(
 
 @triton.jit
 def _gradient_block(i, tiles, H, DIAGONAL: tl.constexpr):
-    """For a program: its tile, sample, head, and the rows and columns (0 text, 1 image) of its block."""
+    """A program's tile, sample, head, and the rows and columns (0 text, 1 image) of its block."""
     blocks = 2 if DIAGONAL else 4
     i_block, i_bh = (i // tiles) % blocks, (i // (tiles * blocks)).to(tl.int64)
     i_r, i_c = i_block // 2, i_block % 2
@@ -432,8 +434,8 @@ def gradient_kernel(
     p_q += i_h * stride_qh
     p_k += i_h * stride_kh
     i_bh = i_b * H + i_h
-    p_grad_q = _of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
-    p_grad_k = _of_block(i_r, i_c, p_grad_ks, 0, 1) + i_bh * M * D
+    p_grad_q = _entry_of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
+    p_grad_k = _entry_of_block(i_r, i_c, p_grad_ks, 0, 1) + i_bh * M * D
     offset = (i_b * S + i_r * L) * S + i_c * L
     p_grad_map += offset
     p_grad_log += offset
@@ -598,7 +600,7 @@ def gradient_q_kernel(
             b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
             b_p, b_g, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
             b_dq += _dot_small(_grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), b_k, PRECISION)
-        p_grad_q = _of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
+        p_grad_q = _entry_of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
         b_dq *= scale * tl.load(p_grad_loss + i_b)
         if MASKED:
             b_dq = tl.where(m_q[:, None], b_dq, 0.0)

@@ -229,7 +229,7 @@ def _options(
 
 
 def with_gradient(call: dict[str, Any], grad_out: Tensor | None, scale: float) -> dict[str, Any]:
-    """`arguments` and what a backward pass needs besides."""
+    """`arguments` with the gradient and the scale, which a backward pass also reads."""
     grad_out = call["p_q"] if grad_out is None else aligned(grad_out)
     return {**call, "p_grad": grad_out, **strides("g", grad_out.stride()), "scale": scale}
 
@@ -272,7 +272,7 @@ def row_statistics(
 
 
 def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
-    """What a score needs of the rows of x (B, H, N, A) alone.
+    """The part of a score that depends on the rows of x (B, H, N, A) alone.
 
     Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A, N) with A padded to an even number. `precomputed_at` says how N is padded.
     """

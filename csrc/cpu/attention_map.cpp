@@ -162,12 +162,10 @@ struct MapRun {
 static void map_task(MapRun& call, Size task) {
     MapTiles x;
     Memory memory;
-    x.plan(call.c, memory);
-    if (!memory.allocate()) {
+    if (!memory.place([&] { x.plan(call.c, memory); })) {
         call.failed = true;
         return;
     }
-    x.plan(call.c, memory);
     // by turns, to and fro: under the causal mask the later rows take longer
     const Size items = call.items * call.parts;
     for (Size turn = 0; turn * call.tasks < items; ++turn) {
@@ -214,11 +212,7 @@ static Size attention_map(const MapCall& c) {
     const Size parts = parts_of(items, c.a.H, threads);
     MapRun call = {c, items, parts, least(threads, items * parts), nullptr, false};
     Memory memory;
-    if (parts > 1) {
-        memory.take(items * parts * call.tile_size());
-        if (!memory.allocate()) return NO_MEMORY;
-        call.joined = memory.base;
-    }
+    if (parts > 1 && !memory.place([&] { call.joined = memory.take(items * parts * call.tile_size()); })) return NO_MEMORY;
     run(call.tasks, call, map_task);
     call.tasks = least(call.tasks, items);
     if (parts > 1 && !call.failed) run(call.tasks, call, join_task);

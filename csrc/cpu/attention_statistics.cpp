@@ -39,17 +39,13 @@ template <class Pass>
 struct StatisticsCall {
     const Pass& pass;
     SharedSums sums;
-    float* spaces = nullptr;  // of the tasks
-    Size space_floats = 0;
+    typename Pass::Space* spaces = nullptr;  // of the tasks
 };
 template <class Pass>
 static void add_items(StatisticsCall<Pass>& call, Size task) {
     const SharedSums& sums = call.sums;
     const Size first = sums.start[task], last = sums.start[task + 1];
-    Memory memory;
-    memory.base = call.spaces + task * call.space_floats;
-    typename Pass::Space space;
-    space.plan(call.pass, memory);
+    typename Pass::Space space = call.spaces[task];
     float* into = nullptr;
     for (Size item = first; item < last; ++item) {
         const Size n = item / sums.unit;
@@ -69,17 +65,19 @@ static Size run_pass(const Pass& pass) {
     if (!start) return NO_MEMORY;
     cut(pass.a, tasks, start);
     StatisticsCall<Pass> call = {pass, {start, tasks, pass.unit(), pass.floats()}};
-    Memory counted, memory;
-    typename Pass::Space space;
-    space.plan(pass, counted);
-    call.space_floats = counted.used;
-    for (int n = 0; n < 2; ++n) {
-        if (n == 1 && !memory.allocate()) {
-            free(start);
-            return NO_MEMORY;
-        }
+    Memory memory;
+    const bool placed = memory.place([&] {
         call.sums.plan(memory);
-        call.spaces = memory.take(tasks * call.space_floats);
+        call.spaces = (typename Pass::Space*)memory.take(tasks * sizeof(typename Pass::Space) / sizeof(float));
+        for (Size n = 0; n < tasks; ++n) {
+            typename Pass::Space space;
+            space.plan(pass, memory);
+            if (memory.base) call.spaces[n] = space;
+        }
+    });
+    if (!placed) {
+        free(start);
+        return NO_MEMORY;
     }
     run(tasks, call, add_items<Pass>);
     call.sums.join(0, call.sums.floats, [&](Size unit, const float* sums) { pass.finish(unit, sums); });

@@ -203,8 +203,7 @@ static bool prepare(Job& job, Memory& memory, Size threads, bool gradients) {
     const CongruenceLoss& c = job.c;
     job.first = 0, job.samples = c.B;
     if (gradients) job.samples = least(c.B, most(threads, CHUNK / (2 * job.map_size() + 1)));
-    for (int pass = 0; pass < 2; ++pass) {
-        if (pass == 1 && !memory.allocate()) return false;
+    const bool placed = memory.place([&] {
         job.counts = (Size*)memory.take(c.B * 4);
         job.tokens = (int32_t*)memory.take(c.B * (c.lengths[0] + c.lengths[1]));
         job.losses = memory.take(c.B * 2);
@@ -213,11 +212,11 @@ static bool prepare(Job& job, Memory& memory, Size threads, bool gradients) {
         for (Size n = 0; n < threads; ++n) {
             Workspace w;
             w.plan(c, memory);
-            if (pass == 1) job.workspaces[n] = w;
+            if (memory.base) job.workspaces[n] = w;
         }
-    }
-    list_tokens(job);
-    return true;
+    });
+    if (placed) list_tokens(job);
+    return placed;
 }
 
 static Size congruence_loss_forward(const CongruenceLoss& c) {

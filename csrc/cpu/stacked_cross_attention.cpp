@@ -418,18 +418,17 @@ static void plan_workspace(const Job& job, bool backward, Memory& memory, Worksp
 static bool prepare(Job& job, Memory& lists, Memory& memory, bool backward) {
     const StackedCrossAttention& c = job.c;
     const Size threads = job.threads;
-    for (int pass = 0; pass < 2; ++pass) {
-        if (pass == 1 && !lists.allocate()) return false;
+    const bool listed = lists.place([&] {
         place(c, c.query, true, lists, job.query);
         place(c, c.context, false, lists, job.context);
         job.blocks = (Size*)lists.take(2 * (c.query.count + 1));
-    }
+    });
+    if (!listed) return false;
     list_blocks(job);
     const Size kept = job.rows() * job.width() + 1;
     job.sets = backward ? least(c.context.count, most(2 * threads, MOST_KEPT / kept)) : 0;
     job.splits = most(1, least(job.num_blocks, 4 * threads / most(c.context.count, 1)));
-    for (int pass = 0; pass < 2; ++pass) {
-        if (pass == 1 && !memory.allocate()) return false;
+    const bool placed = memory.place([&] {
         job.norm_q = memory.take(job.rows());
         job.flat = memory.take(job.sets * job.rows() * job.width()), job.by_norm_q = memory.take(job.sets * job.rows());
         job.grad_query = backward ? memory.take(job.rows() * job.features()) : nullptr;
@@ -437,11 +436,11 @@ static bool prepare(Job& job, Memory& lists, Memory& memory, bool backward) {
         for (Size n = 0; n < threads; ++n) {
             Workspace w;
             plan_workspace(job, backward, memory, w);
-            if (pass == 1) job.workspaces[n] = w;
+            if (memory.base) job.workspaces[n] = w;
         }
-    }
-    run(threads, job, pack_task);
-    return true;
+    });
+    if (placed) run(threads, job, pack_task);
+    return placed;
 }
 
 static void start(Job& job, void (*task)(Job&, Size)) {

@@ -54,7 +54,7 @@ static void run(Size tasks, Context& context, void (*task)(Context&, Size)) {
         Call::range(0, tasks, &call);
 }
 
-// One allocation, handed out in pieces: a function that takes its pieces from a Memory is called twice, first to be counted.
+// One allocation, handed out in pieces. `place` calls a function that takes them twice: first they are null and are counted.
 struct Memory {
     float* base = nullptr;
     Size used = 0;
@@ -67,6 +67,13 @@ struct Memory {
         base = (float*)aligned_alloc(64, most(used, 16) * sizeof(float));
         used = 0;
         return base != nullptr;
+    }
+    template <class Plan>
+    bool place(const Plan& plan) {  // plan() takes every piece; false where there is not enough
+        plan();
+        if (!allocate()) return false;
+        plan();
+        return true;
     }
     void release() { free(base); }
 };

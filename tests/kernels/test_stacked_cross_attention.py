@@ -14,7 +14,7 @@ import torch
 import vlattn_fast as va
 from tests.ops.backends import assert_refused
 from tests.ops.stacked_cross_attention_cases import RAGGED, check, tensors
-from vlattn_fast.kernels import stacked_cross_attention as kernels
+from vlattn_fast.kernels import _stacked_inputs as kernels
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -41,7 +41,7 @@ def test_chunks_add_up(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_map_elements", lambda device: elements)
     check("triton", tensors(dtype=F32), **RAGGED)
     pairs = torch.zeros(3, 5)
-    for x, tiles_y in kernels._chunks((torch.empty(3, 7, 2), None), (torch.empty(5, 9, 2), None)):
+    for x, tiles_y in kernels.chunks((torch.empty(3, 7, 2), None), (torch.empty(5, 9, 2), None)):
         for y in tiles_y:
             pairs[x, y] += 1
             assert pairs[x, y].numel() * 16 * 9 <= max(elements, 16 * 9)  # rows of maps are padded
