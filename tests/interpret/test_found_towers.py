@@ -16,7 +16,8 @@ transformers = pytest.importorskip("transformers")
 
 from tests.interpret.cases import lively, one_hot  # noqa: E402
 from tests.interpret.stored_maps import Place, beside, error, rows_of  # noqa: E402
-from tests.interpret.tower_cases import HEADS, METHODS, T5, Block, Stack, check, first_rows, made, second, sequences, stack, text  # noqa: E402
+from tests.interpret.tower_cases import HEADS, METHODS, T5, Block, Heads, Stack, check, first_rows  # noqa: E402
+from tests.interpret.tower_cases import made, second, sequences, stack, text  # noqa: E402
 from vlattn_fast.attach import attention_calls  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.relevancy import model_trace  # noqa: E402
@@ -288,3 +289,48 @@ def test_states_that_a_model_keeps_bear_no_marks_of_the_next_run(monkeypatch):
     torch.testing.assert_close(again, first)
     marks = {attention_calls.Watch(model, {}, lambda calls: None)._mark for _ in range(2)}
     assert len(marks) == 2
+
+
+class TwoBranches(Block):
+    """Adds up two attentions over the same tokens, in one module or in two beside one another."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__("torch", 32)
+        self.attend = Summed(32) if inside else self.attend
+        self.beside = None if inside else Heads("torch", 32)
+
+    def forward(self, x, visible):
+        normed = self.norm(x)
+        more = 0 if self.beside is None else self.beside(normed, visible)
+        return x + self.attend(normed, visible) + more
+
+
+class Summed(Heads):
+    def __init__(self, width: int) -> None:
+        super().__init__("torch", width)
+        self.more = nn.Linear(width, 3 * width)
+
+    def forward(self, x, visible):
+        parts = []
+        for project in (self.qkv, self.more):
+            q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in project(x).chunk(3, -1))
+            parts.append(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None]))
+        return self.out(sum(parts).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("inside", [True, False], ids=["in one module", "in two modules"])
+def test_two_attentions_over_the_same_tokens_are_refused(inside, method):
+    model = stack("torch", "torch")
+    model.blocks.extend([lively(TwoBranches(inside))])
+    model.eval()
+    words = "in a run of a module; got 28 queries" if inside else "layer behind layer in a tower; got 'blocks.2.attend' beside"
+    with pytest.raises(ValueError, match=words):
+        explain(model, sequences(), method=method, read="cls", target=second)
+
+
+def test_a_difference_of_two_softmaxes_is_refused():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = made(transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(vocab_size=50, num_hidden_layers=2, **sizes)))
+    with pytest.raises(ValueError, match="each token once in a run of a module; got .*DiffLlama.*Attention"):
+        explain(model, text(), read="last", target=lambda outputs: outputs.logits[:, -1, 7])

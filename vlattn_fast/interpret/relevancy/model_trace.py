@@ -60,6 +60,7 @@ class Trace(TorchFunctionMode):
         # Of the modules that run now, the outermost first; None = of another model, or a part that is not explained.
         self._paths: list[str | None] = [""]
         self._ran: set[str] = set()
+        self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = new_mark("calls")
@@ -97,9 +98,15 @@ class Trace(TorchFunctionMode):
         self._run += 1
         self._runs.append(self._run)
 
-    def _pop(self, *_: Any) -> None:
-        self._paths.pop()
-        self._runs.pop()
+    def _pop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        path, run = self._paths.pop(), self._runs.pop()
+        if (rows := self._chunks.pop(run, 0)) and isinstance(first := output[0] if isinstance(output, tuple) else output, Tensor):
+            if first.numel() != rows * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
+                raise ValueError(
+                    f"model must attend to each token once in a run of a module; got {rows} queries for an output of "
+                    f"{tuple(first.shape)} in '{path}' ({type(module).__name__}), and no published rule joins several attentions "
+                    "over the same tokens"
+                )
 
     def _of_this_run(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook, silent in runs over the same model by other threads and by hooks."""
@@ -267,8 +274,16 @@ class Trace(TorchFunctionMode):
             # A module may attend to a long sequence in chunks: one run of it calls again, with queries that did not come through
             # the last call.
             again = tower.path == path and tower.last_run == self._runs[-1] and tower.last_call is not None
-            chunk = again and not calls >> (tower.last_call or 0) & 1
-            tower.last_run = self._runs[-1]
+            beside = tower.last_call is not None and not calls >> tower.last_call & 1
+            chunk = again and beside
+            if beside and calls and not again:
+                raise ValueError(
+                    f"model must attend layer behind layer in a tower; got '{path}' beside '{tower.path}', over the same tokens, and "
+                    "no published rule joins their relevancies"
+                )
+            if chunk:
+                self._chunks[self._runs[-1]] = self._chunks.get(self._runs[-1], tower.queries) + batch * rows
+            tower.last_run, tower.queries = self._runs[-1], batch * rows
             output = tower.attend(path, query, key, value, masks, len(self._owners), chunk)
             self._record(path, tower, tower, Attended(query, key, value, masks, output, tower.mesh), key_calls)
             return output, tower

@@ -49,6 +49,7 @@ class TowerTrace:
         self.lists: list[str] = []  # lists of layers, in the order in which they ran
         self.paths: list[str] = []  # modules that called attention, in this order, too
         self.last_run = 0  # of the module that called attention last
+        self.queries = 0  # of that call, over the whole batch
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.last: Attended | None = None  # for methods that read the last attention alone
         # Where the score's gradient enters the attention of each layer; they tell whether a score depends on it.
