@@ -15,34 +15,35 @@ Row = dict[str, Any]
 
 COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound", "of floor", "calls")
 RIVALS = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward")
-SUMMARY = """Our fastest backend against each rival: *2.00x* says that the rival takes twice as long. *reference* is the formula
-in eager mode, *reference compiled* the same under torch.compile, *published* the procedure as its authors run it. *of bound* is
-our time over that of the bound: plain SDPA of the same shape, or a model without an explanation or a loss. It is below 1 where an
-operator needs less than SDPA does, or is faster than torch's. *MiB* is what a call adds to memory at its peak, beside the least
-that a rival adds.
+SUMMARY = """The table compares our fastest backend with each rival: *2.00x* means that the rival takes twice as long.
+*reference* is the formula in eager mode, *reference compiled* the formula under torch.compile, *published* the procedure as its
+authors run it. *of bound* is our time over that of the bound: plain SDPA of the same shape, or a model without an explanation or
+a loss. This ratio is below 1 where an operator does less work than SDPA, or is faster than torch's SDPA. *MiB* is the peak memory
+that a call adds, and *of a rival at least* the smallest peak of a rival.
 """
-SETTINGS = """Each machine in its settings: our time over that of the bound, and the time of the fastest rival over ours.
+SETTINGS = """The table has a column for each machine and setting: our time over that of the bound, and the time of the fastest
+rival over ours.
 """
-HOST = """What Python and torch add to a call of one short head, in microseconds above those of
-F.scaled_dot_product_attention, and in brackets the goal. With Triton launches are left out, with *cpu* kernels run on a few
-hundred numbers. `python -m vlattn_fast.benchmarks host` measures it.
+HOST = """The table has the time of Python and torch in a call of one short head, in microseconds above that of
+F.scaled_dot_product_attention, with the goal in brackets. The columns of Triton leave launches out; in the columns of *cpu* the
+kernels run on a few hundred numbers. `python -m vlattn_fast.benchmarks host` measures these times.
 """
 INTRODUCTION = """## How it was measured
 
 `make report` writes this page from the rows in `benchmarks/results/`, and `make bench` measures them. The newest row of each
 variant is shown.
 
-- Variants run in turns in one process, on a CPU those of `task_explain_models` each in a process of its own. p20, p50
-  and p80 are percentiles over single calls, and *calls* is their number. On a GPU events time a call, behind a backlog that hides
-  the host.
+- Variants run in turns in one process; on a CPU each variant of `task_explain_models` has a process of its own. p20, p50 and p80
+  are percentiles over single calls, and *calls* is their number. On a GPU, events time a call behind queued work that hides the
+  host.
 - *cuda*, *triton*, *sdpa* and *streaming* are backends of this package. *reference* is the formula with whole maps in eager mode.
   *published* is the procedure as its authors run it.
-- *peak MiB*: what one call adds to memory at its peak: of torch's allocator on a GPU, of the process's resident set on a CPU.
+- *peak MiB*: the peak memory that one call adds, by torch's allocator on a GPU and by the process's resident set on a CPU.
 - *error*: the largest error of any output or compared gradient over its largest magnitude, against the formula in float64 on a
   part of the batch.
-- *of bound*: p50 over that of the bound. The bound is the variant in italics: a yardstick, no limit.
+- *of bound*: p50 over the p50 of the bound. The bound, the variant in italics, is a yardstick and not a limit.
 - *of floor*: p50 over the least time that an H200's rates allow (`_measure.py`), on an H200 only.
-- On a CPU the batch and the heads are smaller (SCAN: the pairs; whole models: depth and width). Each table names its sizes.
+- CPU rows have fewer batches and heads (SCAN: fewer pairs; whole models: less depth and width). Each table names its sizes.
 """
 
 

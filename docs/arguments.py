@@ -1,6 +1,6 @@
-"""For mkdocstrings: an Args line that describes several arguments becomes one line for each.
+"""Extension of mkdocstrings: splits an Args line that describes several arguments into one line for each.
 
-The docstrings save space with "text_mask, image_mask: ..." and "query: ... key: ...". The site's tables show each argument with
+Docstrings save space with "text_mask, image_mask: ..." and "query: ... key: ...". The tables of the site show each argument with
 its type and default.
 """
 

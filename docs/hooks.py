@@ -1,6 +1,6 @@
-"""For mkdocs: formulas become MathML, and costs and counts are read from stored results, while the site is built.
+"""Hooks of mkdocs: they turn formulas into MathML, and write costs and counts from stored results into the pages.
 
-So a page needs no script to show a formula, and no figure in it can grow stale.
+A page then needs no script to show a formula, and its figures are always those of the stored rows.
 """
 
 import html
@@ -25,9 +25,12 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def cost(stems: list[str]) -> str:
-    """Median milliseconds and peak MiB of these benchmarks' stored rows, one line a workload, the newest row of each.
+    """A table of median milliseconds and peak MiB: a line for each workload of these benchmarks, from its newest stored rows.
 
-    A file has rows of several machines and settings; shown is the one that opens the report.
+    The file has rows of several machines and settings. The table takes those of the setting that opens the report.
+
+    Raises:
+        ValueError: no stored row belongs to these benchmarks.
     """
     newest: dict[str, dict[str, dict[str, Any]]] = {}
     stored = json.loads(ROWS.read_text(encoding="utf-8"))
@@ -51,7 +54,7 @@ def cost(stems: list[str]) -> str:
         cells = [_cell(variants.get(name)) for name in names]
         lines.append(f"| {benchmark} ({sizes}) | {' | '.join(cells)} |")
     where = f"{', '.join(map(str, _setting(first)))} threads, torch {first['versions']['torch']}, {first['dtype']}"
-    return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}. In italics: the bound."])
+    return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}. The bound is in italics."])
 
 
 def _setting(row: dict[str, Any]) -> tuple[str, str, int]:
@@ -65,7 +68,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def fuzz() -> str:
-    """The counts of the stored run of the fuzzer."""
+    """A table of the counts of the stored fuzzer run."""
     if not FUZZED.exists():
         return "Not yet run."
     run = json.loads(FUZZED.read_text(encoding="utf-8"))
@@ -84,5 +87,5 @@ def formula(match: re.Match[str]) -> str:
     tag, source = match[1], html.unescape(match[2]).strip()
     mathml = convert(source, display="inline" if tag == "span" else "block")
     if "\\" in re.sub(r"<[^>]*>", "", mathml):
-        raise ValueError(f"latex2mathml does not know a command of: {source}")
+        raise ValueError(f"latex2mathml does not know a command in this formula: {source}")
     return f'<{tag} class="arithmatex">{mathml}</{tag}>'

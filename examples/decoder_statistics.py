@@ -1,8 +1,8 @@
 """Statistics of a decoder's attention: how much each head looks at the image and how much at the text.
 
-A Llama decoder from transformers reads sixteen image tokens and then eight text tokens, as vision-language models feed it. Its
-attention function is registered by name: it runs SDPA as before and also asks `va.attention_statistics`, which never stores a
-map. The weights are random, so a share says nothing here; load trained weights to find heads with a task.
+A Llama decoder from transformers reads sixteen image tokens and then eight text tokens, as in a vision-language model. The
+script registers an attention function by name, which runs SDPA and also calls `va.attention_statistics`; neither stores a map.
+The weights are random, so the shares mean nothing here. Load trained weights to find heads with a task.
 """
 
 from typing import Any

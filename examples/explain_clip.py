@@ -1,9 +1,9 @@
 """Explain a Hugging Face model: which patches of a picture, and which words, make the two similar.
 
-Part 1 runs a small CLIP with random weights on a real photo, so that no download is needed. For maps that mean something, load
+Part 1 runs a small CLIP with random weights on a real photo, without any download. For maps with a meaning, load
 `CLIPModel.from_pretrained(...)` and let its processor make the inputs. The calls stay the same.
-Part 2 explains a model that was trained: the UNITER that ships with the package, on scenes of handwritten digits. It shows how
-often the most relevant region is one of the two digits that the caption names.
+Part 2 explains a trained model: the UNITER of this package, on scenes of handwritten digits. The script counts how often the most
+relevant region is one of the two digits that the caption names.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Train image-text matching with SCAN's loss and with DAMSM's: `va.nn.ScanLoss`, `va.nn.DamsmLoss`.
 
-Scenes of DigitScenes, four handwritten digits each, and the two digits that their captions name. Regions and words become
-vectors of one space, each by itself; only the similarity attends. Nothing tells which region a word names. The script trains with
-each loss and looks for the words of each of 50 new scenes among those of all 50.
+A scene of DigitScenes has four handwritten digits, and its caption names two of them. Two encoders turn each region and each
+word into a vector of one space; only the similarity attends. No label says which region a word names. The script trains with
+each loss, and then looks for the words of each of 50 new scenes among the words of all 50.
 """
 
 import torch
@@ -41,8 +41,8 @@ def train(loss: nn.Module) -> Encoders:
 
 
 @torch.no_grad()
-def found(model: Encoders) -> float:
-    """Share of new scenes that show both digits of the words which fit them best."""
+def share_of_right_digits(model: Encoders) -> float:
+    """The share of new scenes whose best pair of words names two digits of the scene."""
     scenes = va.lab.digit_scenes(TESTED, split="test", seed=0)
     regions, words = model(scenes)
     best = va.stacked_cross_attention(regions, words).argmax(1)
@@ -51,6 +51,6 @@ def found(model: Encoders) -> float:
     return shown.all(1).double().mean().item()
 
 
-results = {name: found(train(loss)) for name, loss in LOSSES.items()}
+results = {name: share_of_right_digits(train(loss)) for name, loss in LOSSES.items()}
 for name, share in results.items():
     print(f"{name:6} right digits in {share:.0%} of {TESTED} new scenes (by chance: 13%)")

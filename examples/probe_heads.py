@@ -1,8 +1,8 @@
 """Which heads know what region a phrase names? `va.probe` asks a trained model, and the same model before its training.
 
-The model is `va.models.UNITER` with the weights trained on DigitScenes: a caption names two of four handwritten digits. A linear
-probe on the attention of one head, between a phrase and a region, tells the named region from another of the picture. One head
-does it almost as well as all of them together; before training none does.
+The model is `va.models.UNITER` with the weights trained on DigitScenes, where a caption names two of four handwritten digits. A
+linear probe reads the attention of one head between a phrase and a region, and tells the named region from another region of the
+picture. One head alone is almost as good as all heads together; before training no head is good.
 """
 
 import torch

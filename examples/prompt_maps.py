@@ -1,6 +1,6 @@
 """Look into a diffusion model of diffusers: which part of the picture attended to which word of the prompt.
 
-The pipeline has random weights, so that no download is needed. For maps that mean something, load
+The pipeline has random weights and needs no download. For maps with a meaning, load
 `StableDiffusionPipeline.from_pretrained(...)`. The calls stay the same.
 """
 
@@ -55,7 +55,7 @@ pipe = StableDiffusionPipeline(
 )
 pipe.set_progress_bar_config(disable=True)
 
-# Two prompts, four steps with classifier-free guidance, a picture that is no square.
+# Two prompts, four steps with classifier-free guidance, pictures that are not square.
 prompts = ["a cat on a red mat", "two dog and a cat"]
 with va.prompt_maps(pipe) as maps:
     pictures = pipe(prompts, height=64, width=96, num_inference_steps=4).images
@@ -67,7 +67,7 @@ for prompt, heat in zip(prompts, cat, strict=True):
     row, column = divmod(int(heat.argmax()), heat.shape[1])
     print(f"  'cat' in {prompt!r}: {tuple(heat.shape)}, most at row {row}, column {column}")
 
-# Every word over its picture: `explanation.plot(pictures)`, or a page to point at words in: `explanation.save_html(...)`.
+# `explanation.plot(pictures)` draws every word over its picture; `explanation.save_html(...)` writes a page to point at words in.
 explanation = maps.explanation(prompts, pipe.tokenizer)
 for text, heats in zip(explanation.tokens, explanation.image, strict=True):
     shares = {word: f"{heat.mean():.1%}" for word, heat in zip(text, heats, strict=False)}

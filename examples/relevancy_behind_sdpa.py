@@ -1,8 +1,8 @@
 """Maps of attention that you cannot change: `va.relevancy_step` behind torch's scaled_dot_product_attention.
 
-The model calls SDPA as it always did. The script keeps the inputs and the output of each call, asks autograd for the gradients of
-the outputs, and then goes from the last layer to the first: r <- r + r @ Abar. No attention map is stored, neither by SDPA nor
-by relevancy_step. To change nothing in the model's code, SDPA is replaced for one forward pass by a function that takes notes.
+For one forward pass, the script replaces SDPA by a function that also keeps the inputs and the output of each call, so the
+model's code does not change. autograd then gives the gradients of the outputs, and the script goes from the last layer to the
+first: r <- r + r @ Abar. Neither SDPA nor relevancy_step stores an attention map.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
 
 class Layer(nn.Module):
-    """Somebody else's layer."""
+    """A layer of a foreign model."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Layer(nn.Module):
         return x + self.out(attended.transpose(1, 2).flatten(2))
 
 
-def noting_sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+def recording_sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     output = sdpa(query, key, value, **options)
     calls.append((query, key, value, output))
     return output
@@ -40,7 +40,7 @@ def noting_sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Te
 
 model = nn.Sequential(*(Layer(64, 4) for _ in range(4)))
 x = torch.randn(2, 50, 64)  # (B, N, C)
-with patch.object(nn.functional, "scaled_dot_product_attention", noting_sdpa):
+with patch.object(nn.functional, "scaled_dot_product_attention", recording_sdpa):
     score = model(x)[:, 0].square().sum()  # any score that depends on the attention
 gradients = torch.autograd.grad(score, [output for *_, output in calls])
 

@@ -1,7 +1,7 @@
 """Relevancy in a transformer of your own: thread a carrier through `va.relevancy_attention`.
 
-The model reads twelve random tokens. One of them has a mark, and the class is the sign of that token's first feature. After a
-short training, one backward pass tells which token the answer rests on. It should be the marked one.
+The model reads twelve random tokens. One token has a mark, and the class is the sign of that token's first feature. After a short
+training, one backward pass shows which token the answer rests on, which should be the marked token.
 """
 
 import torch
@@ -20,7 +20,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, carrier: Tensor) -> tuple[Tensor, Tensor]:
         query, key, value = self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
-        attended, carrier = va.relevancy_attention(query, key, value, carrier)  # the only line that knows of relevancy
+        attended, carrier = va.relevancy_attention(query, key, value, carrier)  # the only line for relevancy
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(x), carrier
 
@@ -61,7 +61,7 @@ start = torch.zeros(200, 1, 1 + TOKENS, requires_grad=True)  # (B, T, N): one ro
 logits, carrier = model(tokens, start)
 score = logits.max(1).values.sum()
 cls_row = torch.zeros_like(start)
-cls_row[:, 0, 0] = 1.0  # which row of the relevancy matrix: that of the class token
+cls_row[:, 0, 0] = 1.0  # read the class token's row of the relevancy matrix
 (relevancy,) = torch.autograd.grad([score, carrier], [start], [torch.ones_like(score), cls_row])
 
 accuracy = (logits.argmax(1) == labels).double().mean().item()

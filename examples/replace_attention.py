@@ -1,7 +1,7 @@
 """Put another score function into a model that is trained already: `va.nn.replace_attention`.
 
-A small ViT of transformers learns handwritten digits. Then its last layer gets a Hadamard score, whose parameters are new, and
-learns on for a while; in the end the model gets its own attention back.
+A small ViT of transformers learns handwritten digits. Then the last layer gets a Hadamard score with new parameters, and the
+model learns on for a while. At the end the model gets its first attention back.
 """
 
 import torch
@@ -41,13 +41,13 @@ def accuracy() -> float:
 
 
 train(STEPS)
-own, own_logits = accuracy(), logits()
+before, logits_before = accuracy(), logits()
 with va.nn.replace_attention(model, score="hadamard", layers=-1, per_head=True) as replaced:
-    untrained, moved = accuracy(), (logits() - own_logits).abs().max().item()
+    untrained, change = accuracy(), (logits() - logits_before).abs().max().item()
     train(STEPS // 2)
     trained = accuracy()
-    explanation = va.explain(model, {"pixel_values": new_scans[:1, None]})  # a replaced model is explained as any other
+    explanation = va.explain(model, {"pixel_values": new_scans[:1, None]})  # explain takes the model like any other
 print(f"replaced: {', '.join(replaced.scores)}")
-print(f"accuracy on new scans: {own:.1%} with its own score, {untrained:.1%} with a new one, {trained:.1%} after training it")
-print(f"the new one moves logits by up to {moved:.1f} before it is trained")
+print(f"accuracy on new scans: {before:.1%} with its own score, {untrained:.1%} with a new one, {trained:.1%} after training it")
+print(f"the new one moves logits by up to {change:.1f} before it is trained")
 print(f"relevancy of the patches {tuple(explanation.image.shape)}; back to its own attention: {accuracy():.1%}")

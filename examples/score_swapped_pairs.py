@@ -1,8 +1,9 @@
 """Does a model see who is where? Winoground's scores for any scoring function: `va.lab.winoground`.
 
-Two pictures show the same digits in exchanged places, two captions have the same words in another order. "Text" counts where each
-picture's own caption scores higher than the other's, "image" where each caption's own picture does, "group" where both hold. One
-stream that sees words and regions together (UNITER) is asked, and two towers that meet in one product (CLIP).
+Two pictures show the same digits in exchanged places, and two captions have the same words in another order. "Text" counts pairs
+where each picture's own caption scores higher than the other caption, "image" pairs where each caption's own picture scores
+higher, and "group" pairs where both are true. The script scores UNITER, one stream over words and regions, and CLIP, two towers
+that meet in one product.
 
 `va.lab.winoground.load_pairs(directory)` reads a local copy of Winoground itself.
 """
@@ -41,6 +42,6 @@ results = {
     "CLIP": va.lab.winoground.evaluate(similarity, pairs),
     "chance": {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6},
 }
-print(f"{one.captions[0]!r} and {two.captions[0]!r}, and {PAIRS - 1} pairs more")
+print(f"{one.captions[0]!r} and {two.captions[0]!r}, and {PAIRS - 1} more pairs")
 for name, scores in results.items():
     print(f"  {name:7}" + "".join(f"  {kind} {share:4.0%}" for kind, share in scores.items()))

@@ -1,7 +1,7 @@
 """Swap the score function of an attention layer and train: `va.nn.ScoreAttention`.
 
 A small classifier reads a handwritten digit as eight rows of eight pixels. Only the score function of its attention changes from
-one run to the next. The figures show that each one trains; they say nothing about which is better.
+one run to the next. The figures show that each score function trains, not which one is better.
 """
 
 import torch

@@ -1,8 +1,9 @@
-"""Add CACR to a training loop: `va.nn.CongruenceLoss` of what `va.nn.capture_attention` hands out, beside the loss of the task.
+"""Add CACR to a training loop: `va.nn.CongruenceLoss` on the attention that `va.nn.capture_attention` hands out.
 
-CACR asks that words attend to each other as the regions do that they look at. The model is a single stream over three words and
-four regions. Each region shows one object in one colour; the words name three of the objects. The question: which colour has the
-object of the first word? The script trains twice from the same weights, without and with CACR, and tests on new scenes.
+CACR asks words to attend to each other like the regions that they attend to. The model is a single stream over three words and
+four regions. Each region shows one object in one colour, and the words name three of the objects. The task is to tell the colour
+of the object that the first word names. The script trains twice from the same weights, without and with CACR, and tests on new
+scenes.
 """
 
 import torch

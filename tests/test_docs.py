@@ -142,6 +142,11 @@ def test_the_site_has_every_page_once():
     assert sorted(f"docs/{page}" for page in nav) == PAGES
 
 
+def test_every_page_but_the_first_two_lies_under_a_heading():
+    top = re.findall(r"^  - .+: ([\w/]+\.md)$", text("mkdocs.yml"), re.M)
+    assert top == ["index.md", "install.md"]
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- cost:" in text(page)])
 def test_costs_are_of_stored_rows(page):
     stored = {row["benchmark"].split("/")[0] for row in json.loads(text("benchmarks/results/cpu.json"))}

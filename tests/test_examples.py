@@ -84,7 +84,7 @@ def test_train_with_cacr(run):
 def test_replace_attention(run):
     pytest.importorskip("transformers")
     got, printed = run("replace_attention")
-    assert got["own"] > 0.6 and got["trained"] > 0.7 and tuple(got["explanation"].image.shape) == (1, 4, 4)
+    assert got["before"] > 0.6 and got["trained"] > 0.7 and tuple(got["explanation"].image.shape) == (1, 4, 4)
     assert list(got["replaced"].scores) == ["vit.layers.1.attention"] and f"{got['trained']:.1%} after" in printed
     assert not any("attention_score" in name for name in got["model"].state_dict())
 

@@ -253,34 +253,34 @@ def goal_of(entry: Entry) -> float:
 
 HEAD = """# Triton kernels, predicted
 
-Nothing on this page was measured on a GPU. The times are **predicted from machine code**: Triton {version} compiles each kernel for
-sm_90, and a script counts the instructions of the loops over tiles. Each column is the time that one part of an H200 needs for its
-share of these instructions:
+Nothing on this page was measured on a GPU. The times are **predicted from machine code**: Triton {version} compiles each kernel
+for sm_90, and a script counts the instructions of the loops over tiles. Each column is the time that one part of an H200 needs
+for its share of these instructions:
 
 - *issue*: all instructions, at 128 a clock and SM;
 - *special*: exponentials, reciprocals and tanh, at 16 a clock and SM;
 - *products*: matrix products, padding of tiles and smaller last tiles included, at 790 TFLOP/s;
 - *memory*: every tensor read or written once, at 4.3 TB/s.
 
-*predicted* adds up the largest of issue, special and products over the kernels of a pass, and is never less than memory. *predicted* is a
-lower bound: other waiting, and work outside of the loops, are not counted. *floor* is the largest of special, products and memory for
-the least work that the pass needs. The goal is 1.4 times the floor for a forward pass and 1.6 times for a backward pass; an ! marks
-passes beyond the goal.
+*predicted* adds up the largest of issue, special and products over the kernels of a pass, and is never less than memory.
+*predicted* is a lower bound: other waiting, and work outside of the loops, are not counted. *floor* is the largest of special,
+products and memory for the least work that the pass needs. The goal is 1.4 times the floor for a forward pass and 1.6 times for
+a backward pass; an ! marks passes beyond the goal.
 
-The least work of a backward pass includes the scores once more, since no map is kept: a matrix product, or a tanh or half a reciprocal
-for each hidden unit.
+The least work of a backward pass includes the scores once more, since no map is kept: a matrix product, or a tanh or half a
+reciprocal for each hidden unit.
 
 The passes beyond the goal do more work than their floor counts:
 
-- A map without a given log-sum-exp takes two exponentials a pair, one in the kernel for the log-sum-exp and one in the kernel for the
-  map. Each kernel is within the goal of its own floor.
-- Statistics take a dozen instructions a pair for the entropy, the maximum, its place and the groups. The received attention goes over
-  the pairs once more, and the backward pass goes over the pairs three times.
+- A map without a given log-sum-exp takes two exponentials a pair, one in the kernel for the log-sum-exp and one in the kernel
+  for the map. Each kernel is within the goal of its own floor.
+- Statistics take a dozen instructions a pair for the entropy, the maximum, its place and the groups. The received attention goes
+  over the pairs once more, and the backward pass goes over the pairs three times.
 - Backward passes of tanh and sigmoid take two special functions a pair in each of two kernels, and compute 640 rows for 577.
 - For 160 tokens, maps and statistics compute 192 rows, and a map in one kernel 256 keys.
 
-The page leaves out `congruence_loss`, `stacked_cross_attention` and LXMERT's 36 tokens: their loops have a few turns or one, and most
-of their work lies outside of the loops. `tests/compiled/triton.json` has the counts of all kernels.
+The page leaves out `congruence_loss`, `stacked_cross_attention` and LXMERT's 36 tokens: their loops have a few turns or one, and
+most of their work lies outside of the loops. `tests/compiled/triton.json` has the counts of all kernels.
 
 """
 

@@ -36,18 +36,18 @@ ROWS = {
 
 HEAD = """# Models
 
-`va.explain(model, inputs)` takes these classes of transformers, and UNITER and CLIPMapper of this package, without further arguments.
-Any other model needs `read=` and `target=` ([Explain a model](guides/explain_a_model.md)). A script writes this page from the package's
-records. A test names each class: it compares a small random model with the published rule on stored maps, or runs every method on a
-class with the same kind of tower.
+`va.explain(model, inputs)` takes these classes of transformers, and UNITER and CLIPMapper of this package, without further
+arguments. Any other model needs `read=` and `target=` ([Explain a model](guides/explain_a_model.md)). A script writes this page
+from the package's records. A test names each class: it compares a small random model with the published rule on stored maps, or
+runs every method on a class with the same kind of tower.
 
 - *default score*: *none* means that the outputs have no logits, so a method that takes a gradient needs `target=`, a callable.
 - *maps*: the parts of the image that have a map, which are patches, a backbone's features, image tokens on their grid, or boxes.
 - *weighted*: whether the record names the residual branch that `method="weighted"` needs.
 - *connector*: whether `through_connector=True` carries relevancy into the vision tower.
 
-`explain` refuses two kinds of attention by name, which a config can ask for: attention sinks, and soft-capped logits, as in Google's
-checkpoints of Gemma 2. `Gemma2ForCausalLM` works with `attn_logit_softcapping=None`.
+`explain` refuses two kinds of attention by name, which a config can ask for: attention sinks, and soft-capped logits, as in
+Google's checkpoints of Gemma 2. `Gemma2ForCausalLM` works with `attn_logit_softcapping=None`.
 
 BLIP-2 and InstructBLIP over OPT and Vicuna need no further arguments. Over Flan-T5 they need `answer=` or `read=`, as other
 encoder-decoders do.

@@ -16,8 +16,21 @@ transformers = pytest.importorskip("transformers")
 
 from tests.interpret.cases import lively, one_hot  # noqa: E402
 from tests.interpret.stored_maps import Place, beside, error, rows_of  # noqa: E402
-from tests.interpret.tower_cases import HEADS, METHODS, T5, Block, Heads, Stack, check, first_rows  # noqa: E402
-from tests.interpret.tower_cases import made, second, sequences, stack, text  # noqa: E402
+from tests.interpret.tower_cases import (  # noqa: E402  # noqa: E402
+    HEADS,
+    METHODS,
+    T5,
+    Block,
+    Heads,
+    Stack,
+    check,
+    first_rows,
+    made,
+    second,
+    sequences,
+    stack,
+    text,
+)
 from vlattn_fast.attach import attention_calls  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.relevancy import model_trace  # noqa: E402
