@@ -278,8 +278,8 @@ class Trace(TorchFunctionMode):
             chunk = again and beside
             if beside and calls and not again:
                 raise ValueError(
-                    f"model must attend layer behind layer in a tower; got '{path}' beside '{tower.path}', over the same tokens, and "
-                    "no published rule joins their relevancies"
+                    f"model must attend layer behind layer in a tower; got '{path}' beside '{tower.path}', over the same tokens, "
+                    "and no published rule joins their relevancies"
                 )
             if chunk:
                 self._chunks[self._runs[-1]] = self._chunks.get(self._runs[-1], tower.queries) + batch * rows
