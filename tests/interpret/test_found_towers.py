@@ -14,9 +14,22 @@ from torch.utils.checkpoint import checkpoint
 
 transformers = pytest.importorskip("transformers")
 
-from tests.interpret.cases import lively, one_hot  # noqa: E402
-from tests.interpret.stored_maps import Place, beside, error, rows_of  # noqa: E402
-from tests.interpret.tower_cases import HEADS, METHODS, T5, Block, Stack, check, first_rows, made, second, sequences, stack, text  # noqa: E402
+from tests.helpers.interpret.cases import lively, one_hot  # noqa: E402
+from tests.helpers.interpret.stored_maps import Place, beside, error, rows_of  # noqa: E402
+from tests.helpers.interpret.tower_cases import (  # noqa: E402
+    HEADS,
+    METHODS,
+    T5,
+    Block,
+    Stack,
+    check,
+    first_rows,
+    made,
+    second,
+    sequences,
+    stack,
+    text,
+)
 from vlattn_fast.attach import attention_calls  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.relevancy import model_trace  # noqa: E402
