@@ -2,7 +2,7 @@
 # make test   lint, types and every test, then a tenth of `make cpus`; ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, of undefined behaviour and of threads; ARGS="-k causal"
-# make published CLONES=DIR  the results beside those of the authors' own code, of which DIR has clones (tests/published/authors.py)
+# make published CLONES=DIR  the results beside those of the authors' own code, of which DIR has clones (tests/helpers/published/authors.py)
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
 # make report benchmarks/REPORT.md from the stored rows
 # These make their own environment in .venv first; an environment that is there already is completed and kept. The library of the
@@ -34,13 +34,13 @@ demo: $(READY)
 test: export OMP_NUM_THREADS := 1
 test: lint $(READY)
 	@$(PY) -m pytest --numprocesses $(WORKERS) $(ARGS)
-	@$(if $(ARGS),:,$(PY) tests/cpus.py --tenth --workers $(WORKERS))
+	@$(if $(ARGS),:,$(PY) -m tools.cpus --tenth --workers $(WORKERS))
 
 cpus: $(READY)
-	@$(PY) tests/cpus.py --workers $(WORKERS)
+	@$(PY) -m tools.cpus --workers $(WORKERS)
 
 sanitize: $(READY)
-	@$(PY) tests/cpu/sanitize.py $(ARGS)
+	@$(PY) -m tools.sanitize $(ARGS)
 
 format: $(INSTALLED)
 	@$(PY) -m ruff check --fix .
@@ -57,7 +57,7 @@ venv: $(READY)
 
 published: export VLATTN_PUBLISHED := $(abspath $(CLONES))
 published: $(READY)
-	@$(if $(CLONES),,$(error CLONES=DIR is missing, the folder of the clones that tests/published/authors.py names))
+	@$(if $(CLONES),,$(error CLONES=DIR is missing, the folder of the clones that tests/helpers/published/authors.py names))
 	@$(PY) -m pytest tests/published $(ARGS)
 
 bench: $(READY)
@@ -84,11 +84,11 @@ oldest:
 	@.venv-oldest/bin/python -m pytest tests/kernels -W "ignore:Conversion of an array:DeprecationWarning" $(ARGS)
 
 table: $(READY)
-	@$(PY) -m tests.compiled.triton --write
-	@$(PY) -m tests.compiled.cuda --write
+	@$(PY) -m tools.compiled.triton --write
+	@$(PY) -m tools.compiled.cuda --write
 
 gpu:
-	@$(PYTHON) tests/gpu/run.py $(PARTS) $(ARGS)
+	@$(PYTHON) -m tools.gpu.run $(PARTS) $(ARGS)
 
 # torch comes first and by itself: asked for with a range, pip would take the newest and its CUDA libraries along.
 # triton comes without dependencies, and only where it is published. The stamp is written last; two makes take turns.

@@ -9,7 +9,6 @@ import pkgutil
 import random
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,8 +42,6 @@ if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
 with torch.device("cpu"):  # torch keeps which functions obey a default device at the first use: its own, not those of `_poison`
     torch.empty(0)
 
-sys.path.insert(0, str(Path(__file__).parent))  # compare.py, in every import mode of pytest
-
 if hypothesis is not None:
     hypothesis.settings.register_profile(
         "vlattn",
@@ -59,9 +56,9 @@ if hypothesis is not None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what compares with the formula. VLATTN_ACCURACY_SHARE=i/n keeps a draw of these, as tests/cpus.py asks for;
+    """Marks what compares with the formula. VLATTN_ACCURACY_SHARE=i/n keeps a draw of these, as tools/cpus.py asks for;
     VLATTN_SHARD=i/n keeps each n-th test from the i-th on: `make gpu` runs n processes side by side."""
-    from tests.accuracy import compares, drawn
+    from tests.helpers.accuracy import compares, drawn
 
     share = os.environ.get("VLATTN_ACCURACY_SHARE")
     accuracy = [item for item in items if isinstance(item, pytest.Function) and compares(item.function)]

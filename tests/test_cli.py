@@ -10,7 +10,7 @@ import torch
 typer_testing = pytest.importorskip("typer.testing")
 transformers = pytest.importorskip("transformers")
 
-from tests import saved_models  # noqa: E402
+from tests.helpers import saved_models  # noqa: E402
 from vlattn_fast import cli  # noqa: E402
 from vlattn_fast.backends import native  # noqa: E402
 from vlattn_fast.backends.cuda import _shared_library  # noqa: E402

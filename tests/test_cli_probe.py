@@ -15,7 +15,7 @@ from PIL import Image  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import vlattn_fast as va  # noqa: E402
-from tests import saved_models  # noqa: E402
+from tests.helpers import saved_models  # noqa: E402
 from vlattn_fast.cli import app  # noqa: E402
 
 

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from tests import cpus
-from tests.accuracy import compares, drawn
+from tests.helpers.accuracy import compares, drawn
 from tests.ops import test_congruence_loss, test_score_attention
 from tests.power import test_power
+from tools import cpus
 
 
 def test_tests_that_compare_are_marked() -> None:

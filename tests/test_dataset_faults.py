@@ -22,7 +22,7 @@ models, pictures, many = runs.models, runs.pictures, runs.many
 def test_of_two_runs_that_begin_at_once_one_is_refused(models, many, tmp_path):
     dataset, rows = many
     out = tmp_path / "out"
-    both = start("-m", "tests.explain_twice", models["clip"], dataset, out)
+    both = start("-m", "tests.helpers.explain_twice", models["clip"], dataset, out)
     assert both.returncode == 0, both.stderr
     refused = f"out must be of one run at a time; got {out}, which another run is writing to"
     assert sorted(both.stdout.splitlines()) == ["explained 38", refused]

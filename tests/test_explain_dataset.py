@@ -18,7 +18,7 @@ image_module = pytest.importorskip("PIL.Image")
 safetensors = pytest.importorskip("safetensors")
 
 import vlattn_fast as va  # noqa: E402
-from tests import saved_models  # noqa: E402
+from tests.helpers import saved_models  # noqa: E402
 from tests.test_cli import said, vlattn  # noqa: E402
 from vlattn_fast.interpret.dataset import pieces, store  # noqa: E402
 from vlattn_fast.interpret.dataset.items import Items  # noqa: E402
@@ -337,7 +337,7 @@ def test_processes_killed_twice_and_resumed_by_others(models, many, tmp_path):
     out = tmp_path / "out"
     shards, done, written = out / store.SHARDS, 0, {}
     for number, (die, left) in enumerate((("lines", ".safetensors"), ("shard", ".safetensors.tmp"))):
-        killed = start("-m", "tests.explain_ranks", 2, die, models["clip"], dataset, out)
+        killed = start("-m", "tests.helpers.explain_ranks", 2, die, models["clip"], dataset, out)
         assert killed.returncode == 1 and "Traceback" not in killed.stderr, killed.stderr
         names = {path.name for path in shards.iterdir()}
         unfinished = f"00001-{number + 1:06}"
@@ -346,7 +346,7 @@ def test_processes_killed_twice_and_resumed_by_others(models, many, tmp_path):
         done = len(va.load_explanations(out))
         assert all(path.stat().st_mtime_ns == time for path, time in written.items())
         written = {path: path.stat().st_mtime_ns for path in shards.glob("*.jsonl")}
-    resumed = start("-m", "tests.explain_ranks", 4, "no", models["clip"], dataset, out)
+    resumed = start("-m", "tests.helpers.explain_ranks", 4, "no", models["clip"], dataset, out)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.split() == [str(38 - done), "2", str(done)]
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())

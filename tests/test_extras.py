@@ -62,7 +62,7 @@ def test_every_extra_has_code():
 
 def test_nothing_points_to_pages_that_are_not_shipped():
     shipped = {path.stem for path in ROOT.glob("*.md")} | {path.stem for path in (ROOT / "docs").rglob("*.md")}
-    folders = ("vlattn_fast", "kernels", "csrc", "benchmarks", "tests", "docs", "examples")
+    folders = ("vlattn_fast", "kernels", "csrc", "benchmarks", "tests", "tools", "docs", "examples")
     pages = re.compile(r"\b(DESIGN|PERFORMANCE|SPEC|RELIABILITY|ADAPTERS)\b")
     for folder in folders:
         for path in (ROOT / folder).rglob("*"):

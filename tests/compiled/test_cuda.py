@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiled import cuda
-from tests.compiled.cuda import nvcc_version, rows_of
-from tests.compiled.table import differences, read, write
+from tools.compiled import cuda
+from tools.compiled.cuda import nvcc_version, rows_of
+from tools.compiled.table import differences, read, write
 
 BACKWARD = r"backward|grad"  # in the name of every kernel that is not a forward pass's
 ROW = {"registers": 100, "shared": 1024, "stack": 0, "mma": 16, "loop": 200}
@@ -54,7 +54,7 @@ def nvcc() -> str:
 def test_kernels_compile_as_stored(nvcc: str) -> None:
     table = read(cuda.TABLE)
     if table and nvcc not in table:
-        pytest.skip(f"the table has no nvcc {nvcc}, only {', '.join(table)}: python -m tests.compiled.cuda --write adds it")
+        pytest.skip(f"the table has no nvcc {nvcc}, only {', '.join(table)}: python -m tools.compiled.cuda --write adds it")
     stored = {key: row for key, row in table.get(nvcc, {}).items() if key.endswith(" sm_90a")}
     assert differences(rows_of(cuda.built()), stored) == []
 

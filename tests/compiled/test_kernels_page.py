@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from tests.compiled.kernels_page import CLIP, COUNTS, LLAVA, PAGE, Turn, counts, page, tiles_of, turns_of
+from tools.pages.kernels_page import CLIP, COUNTS, LLAVA, PAGE, Turn, counts, page, tiles_of, turns_of
 
 
 def test_the_page_is_that_of_the_table() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.compiled.kernels_page writes it anew"
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tools.pages.kernels_page writes it anew"
     assert json.loads(COUNTS.read_text(encoding="utf-8")) == counts()
 
 

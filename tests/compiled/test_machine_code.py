@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.compiled.machine_code import Loop, innermost_loops, main_loop, repeated
+from tools.compiled.machine_code import Loop, innermost_loops, main_loop, repeated
 
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiled.table import differences, read, write
+from tools.compiled.table import differences, read, write
 
 ROW = {"registers": 100, "spills": 0, "shared": 1024, "tensor_cores": "wgmma"}
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.compiled.table import read
-from tests.compiled.triton import ARCHITECTURES, TABLE, narrow_offsets, operators, rows_of, tasks_of
+from tools.compiled.table import read
+from tools.compiled.triton import ARCHITECTURES, TABLE, narrow_offsets, operators, rows_of, tasks_of
 
 STORED = [(key, row) for rows in read(TABLE).values() for key, row in rows.items()]  # of every version of Triton
 EVERY = "15"  # all of them take minutes: `make table` compiles them and stores what has changed
@@ -34,7 +34,7 @@ TTIR = """
 
 def test_some_kernels_compile_as_stored() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compiled.triton", "--every", EVERY]
+    command = [sys.executable, "-m", "tools.compiled.triton", "--every", EVERY]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 

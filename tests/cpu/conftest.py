@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.ops import backends
+from tests.helpers.ops import backends
 
 
 @pytest.fixture(autouse=True)

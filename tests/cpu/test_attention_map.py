@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import as_dtype
 
 import vlattn_fast as va
-from tests.ops.backends import LOW, assert_refused
-from tests.ops.map_cases import check_map, key_mask, map_inputs
+from tests.helpers.compare import as_dtype
+from tests.helpers.ops.backends import LOW, assert_refused
+from tests.helpers.ops.map_cases import check_map, key_mask, map_inputs
 from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES
 
 # A tile has up to 64 queries (48 without AVX-512), in groups of 16; up to 768 keys are one block. More come in

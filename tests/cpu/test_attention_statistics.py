@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from compare import as_dtype, outputs_and_grads
 
 import vlattn_fast as va
 from tests.cpu.test_attention_map import BLOCKS, SIZES
-from tests.ops.backends import LOW, assert_refused
-from tests.ops.map_cases import but_argmax, check_statistics, float_mask, groups, key_mask, statistics_inputs
+from tests.helpers.compare import as_dtype, outputs_and_grads
+from tests.helpers.ops.backends import LOW, assert_refused
+from tests.helpers.ops.map_cases import but_argmax, check_statistics, float_mask, groups, key_mask, statistics_inputs
 
 
 @pytest.mark.parametrize("n, m", SIZES + BLOCKS)

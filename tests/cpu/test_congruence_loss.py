@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import LargestAllocation, as_dtype, outputs_and_grads
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import assert_refused
-from tests.ops.congruence_loss_cases import call, check, make, prefix
+from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
+from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.congruence_loss_cases import call, check, make, prefix
 from vlattn_fast.ops.congruence_loss import KINDS
 
 F32, BF16 = torch.float32, torch.bfloat16

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_close_to
 
 import vlattn_fast as va
-from tests.ops.backends import LOW
-from tests.ops.relevancy_cases import MASKS, RULES, check, cotangents, padding, tensors
+from tests.helpers.compare import assert_close_to
+from tests.helpers.ops.backends import LOW
+from tests.helpers.ops.relevancy_cases import MASKS, RULES, check, cotangents, padding, tensors
 
 # A tile has up to 64 queries (48 without AVX-512), in groups of 16; up to 768 keys are one block, more come in blocks of 512.
 SIZES = (1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 97, 129, 768, 769, 1100)

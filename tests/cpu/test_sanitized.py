@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cpu import sanitize
-from tests.cpu.building import KINDS, sanitized
+from tests.helpers.cpu.building import KINDS, sanitized
+from tools import sanitize
 from vlattn_fast.backends import native
 
 CHOSEN = {"address": "layouts or empty or grouped", "thread": "layouts or grouped"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import as_dtype, outputs_and_grads
 
 import vlattn_fast as va
-from tests.ops.backends import LOW
-from tests.ops.score_cases import MASKS, SCORES, attention_inputs, call, check, padding, tensors
+from tests.helpers.compare import as_dtype, outputs_and_grads
+from tests.helpers.ops.backends import LOW
+from tests.helpers.ops.score_cases import MASKS, SCORES, attention_inputs, call, check, padding, tensors
 
 # A tile has up to 64 queries (48 without AVX-512), in groups of 16; one or two are a case apart. Up to 768 keys are one block,
 # more come in blocks of 512.

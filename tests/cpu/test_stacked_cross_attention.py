@@ -9,12 +9,12 @@ from functools import partial
 
 import pytest
 import torch
-from compare import outputs_and_grads
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import assert_refused
-from tests.ops.stacked_cross_attention_cases import check, random_lengths, tensors
+from tests.helpers.compare import outputs_and_grads
+from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.stacked_cross_attention_cases import check, random_lengths, tensors
 
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cuda.building import changed, run_tests
+from tests.helpers.cuda.building import changed, run_tests
 
 
 class Break(NamedTuple):

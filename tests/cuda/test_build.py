@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiled.cuda import built as build_library
-from tests.compiled.table import cuobjdump
+from tools.compiled.cuda import built as build_library
+from tools.compiled.table import cuobjdump
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cuda"

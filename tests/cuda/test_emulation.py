@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.building import HOST, SANITIZED, THREADS, build, sanitizing
+from tests.helpers.cuda.building import HOST, SANITIZED, THREADS, build, sanitizing
 
 SEEDS = range(1, 4)
 FAILED = 719  # cudaErrorLaunchFailure

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.cuda.building import ROOT
+from tests.helpers.cuda.building import ROOT
 from vlattn_fast.backends.cuda import _shared_library
 
 

@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from compare import assert_all_close_to, assert_close_to
 
 import vlattn_fast as va
-from tests.ops.backends import F64, assert_refused
-from tests.ops.relevancy_cases import check, tensors
+from tests.helpers.compare import assert_all_close_to, assert_close_to
+from tests.helpers.ops.backends import F64, assert_refused
+from tests.helpers.ops.relevancy_cases import check, tensors
 from vlattn_fast.backends.cuda import relevancy_attention
 
 MANY = 132  # from so many samples on, a block takes all heads of one: _tensors.EMULATED_MULTIPROCESSORS

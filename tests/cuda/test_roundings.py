@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.cuda.building import CONTRACTED, build, run_tests
+from tests.helpers.cuda.building import CONTRACTED, build, run_tests
 
 CHOSEN = {
     "score_attention": "any_range or grouped or heads or either_gradient",

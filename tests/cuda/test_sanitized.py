@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.building import SANITIZED, THREADS, build, changed, run_tests, sanitizing
+from tests.helpers.cuda.building import SANITIZED, THREADS, build, changed, run_tests, sanitizing
 
 CHOSEN = {
     "address": {
@@ -27,7 +27,7 @@ BARRIER = "__syncthreads();"
 
 def run(kind: str, library: Path, chosen: dict[str, str]) -> tuple[int, str]:
     environment = {**sanitizing(kind), "VLATTN_CUDA_LIBRARY": str(library), "VLATTN_EMULATION_SEED": "3"}
-    environment["VLATTN_TEST_SANITIZED"] = "1"  # one draw of the numbers (tests/compare.py)
+    environment["VLATTN_TEST_SANITIZED"] = "1"  # one draw of the numbers (tests/helpers/compare.py)
     if kind == "thread":
         environment["TSAN_OPTIONS"] += ":halt_on_error=1"
     return run_tests(chosen, environment)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from compare import as_dtype, assert_all_close_to, outputs_and_grads
 
 import vlattn_fast as va
-from tests.ops.backends import LOW, assert_refused
-from tests.ops.score_cases import call
-from tests.ops.score_cases import check as check_backend
+from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
+from tests.helpers.ops.backends import LOW, assert_refused
+from tests.helpers.ops.score_cases import call
+from tests.helpers.ops.score_cases import check as check_backend
 from vlattn_fast import scores as S
 from vlattn_fast.backends.cuda import score_attention
 

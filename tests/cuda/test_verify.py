@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.backends import DEVICE
+from tests.helpers.ops.backends import DEVICE
 from vlattn_fast.checking.verify import OPERATORS, backends_of, verify
 from vlattn_fast.ops._dispatch import no_cuda_kernel
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.ops.backends import cuda_library, ready  # noqa: F401 (a fixture)
+from tests.helpers.ops.backends import cuda_library, ready  # noqa: F401 (a fixture)
 from vlattn_fast.checking import fuzz
 from vlattn_fast.checking.fuzz_cases import LAYOUTS, lay_out
 from vlattn_fast.cli import app

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu import ncu, production, run, session, sweep
+from tools.gpu import ncu, production, run, session, sweep
 from vlattn_fast.benchmarks import _rows
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
@@ -66,16 +66,18 @@ class Call:
         self.environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "VLATTN_COMMIT": "abc123"}
 
     def words(self, *parts: str) -> list[str]:
-        program = [sys.executable, str(ROOT / "tests" / "gpu" / "run.py")]
+        program = [sys.executable, "-m", "tools.gpu.run"]
         return [*program, *parts, "--device", "cpu", "--select", SELECT, "--workers", "1", "--out", str(self.out)]
 
     def __call__(self, *parts: str) -> tuple[int, str]:
-        done = subprocess.run(self.words(*parts), env=self.environment, capture_output=True, text=True)
+        done = subprocess.run(self.words(*parts), cwd=ROOT, env=self.environment, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
     def kill_after_a_row(self, part: str) -> int:
         """How many rows there are."""
-        process = subprocess.Popen(self.words(part), env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            self.words(part), cwd=ROOT, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None and not (self.out / f"gpu-{part}.json").exists():
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -350,7 +352,7 @@ def test_a_worker_that_dies_is_a_row_and_starts_anew(tree, monkeypatch):
         "import sys, os\nfor line in sys.stdin:\n  print('hm')\n  print('ROW {\"passed\": true}', flush=True)\n  os._exit(7)\n"
     )
     monkeypatch.setattr(session, "TREE", session.ROOT)
-    folder = session.ROOT / "tests" / "gpu"
+    folder = session.ROOT / "tools" / "gpu"
     folder.mkdir(parents=True)
     (folder / "worker.py").write_text(program)
     worker = session.Worker(tree)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 AHEAD = """
 import torch
 from triton.runtime.jit import JITFunction
-from tests.gpu import production, sweep
+from tools.gpu import production, sweep
 from vlattn_fast import verify
 
 def note(kernel, *args, grid, warmup, **kwargs):
@@ -39,7 +39,7 @@ def test_the_sweep_compiles_ahead_what_is_timed_and_what_is_checked():
 
 DIES = """
 import os, signal, time
-from tests.gpu import sweep
+from tools.gpu import sweep
 
 if __name__ == "__main__":
     pool = sweep.new_pool()

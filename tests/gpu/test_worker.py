@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.gpu import production, session, sweep, worker
+from tools.gpu import production, session, sweep, worker
 from vlattn_fast.checking.tolerance import Errors
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_a_configuration_that_gives_nan_has_a_row_in_json(monkeypatch):
 
 BAR = """
 import sys
-from tests.gpu import worker
+from tools.gpu import worker
 worker.compiled = lambda item, device: sys.stdout.write("50%") and {"passed": True}
 worker.main("cpu")
 """

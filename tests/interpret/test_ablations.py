@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import CASES, TEXT, in_double, lively
-from tests.interpret.cases import published as alone
-from tests.interpret.evaluation_cases import made, rows
-from tests.interpret.linked_maps import ABLATIONS, published
+from tests.helpers.interpret.cases import CASES, TEXT, in_double, lively
+from tests.helpers.interpret.cases import published as alone
+from tests.helpers.interpret.evaluation_cases import made, rows
+from tests.helpers.interpret.linked_maps import ABLATIONS, published
 from tests.interpret.test_linked import LXMERT, encoder_decoder_maps, lxmert_maps, text_encoder_decoder
 from vlattn_fast.interpret import evaluate, explain
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import LLAMA, in_double, last_real_row, lively
-from tests.interpret.decoder_cases import DECODERS, IMAGE, Decoder, next_logits
-from tests.interpret.stored_maps import Place, rows_of
+from tests.helpers.interpret.cases import LLAMA, in_double, last_real_row, lively
+from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, Decoder, next_logits
+from tests.helpers.interpret.stored_maps import Place, rows_of
 from vlattn_fast.interpret import explain
 
 PROMPTS = torch.tensor([[4, 9, 11, 7, 23, 8], [5, 6, 3, 12, 0, 0]])

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import TEXT, VISION, literal_attention, lively
-from tests.interpret.linked_maps import METHODS, published
+from tests.helpers.interpret.cases import TEXT, VISION, literal_attention, lively
+from tests.helpers.interpret.linked_maps import METHODS, published
 from tests.interpret.test_page import browse, data  # noqa: F401 (a fixture)
 from vlattn_fast.interpret import explain
 from vlattn_fast.models import CLIPMapper

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import last_real_row, lively
-from tests.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, pixels
-from tests.interpret.stored_maps import Kept
+from tests.helpers.interpret.cases import last_real_row, lively
+from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, pixels
+from tests.helpers.interpret.stored_maps import Kept
 from tests.interpret.test_decoder_images import pixels_at
 from vlattn_fast.interpret import FAMILIES, explain
 from vlattn_fast.interpret.dataset.pieces import split

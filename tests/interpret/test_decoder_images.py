@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 import torch  # noqa: E402
 import transformers as t  # noqa: E402
 
-from tests.interpret.decoder_cases import IMAGE, Decoder, Map, every, image, pixels, words  # noqa: E402
+from tests.helpers.interpret.decoder_cases import IMAGE, Decoder, Map, every, image, pixels, words  # noqa: E402
 from vlattn_fast.interpret import FAMILIES, explain  # noqa: E402
 from vlattn_fast.interpret.explaining.token_parts import image_maps  # noqa: E402
 

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from tests.interpret.cases import in_double, last_real_row, lively, one_sample, published  # noqa: E402
-from tests.interpret.decoder_cases import (  # noqa: E402
+from tests.helpers.interpret.cases import in_double, last_real_row, lively, one_sample, published  # noqa: E402
+from tests.helpers.interpret.decoder_cases import (  # noqa: E402
     DECODERS,
     IMAGE,
     LLAMA,
@@ -28,7 +28,7 @@ from tests.interpret.decoder_cases import (  # noqa: E402
     two_images,
     words,
 )
-from tests.interpret.stored_maps import Place, rows_of  # noqa: E402
+from tests.helpers.interpret.stored_maps import Place, rows_of  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.interpret.cases import CASES
+from tests.helpers.interpret.cases import CASES
 from vlattn_fast.interpret import Explanation, explain
 from vlattn_fast.interpret.relevancy.methods import METHODS
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret import linked_maps
-from tests.interpret.cases import TEXT, lively
+from tests.helpers.interpret import linked_maps
+from tests.helpers.interpret.cases import TEXT, lively
 from vlattn_fast.interpret import explain
 
 SIZES = dict(

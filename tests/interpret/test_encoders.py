@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.interpret.cases import lively, one_hot  # noqa: E402
-from tests.interpret.encoder_cases import (  # noqa: E402
+from tests.helpers.interpret.cases import lively, one_hot  # noqa: E402
+from tests.helpers.interpret.encoder_cases import (  # noqa: E402
     IMAGE,
     MADE,
     PATCHES,
@@ -28,7 +28,7 @@ from tests.interpret.encoder_cases import (  # noqa: E402
     vilt,
     visual_bert,
 )
-from tests.interpret.stored_maps import Place, error, rows_of  # noqa: E402
+from tests.helpers.interpret.stored_maps import Place, error, rows_of  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 
 METHODS = ("gradient", "weighted", "rollout", "attention", "gradcam")

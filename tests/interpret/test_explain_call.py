@@ -175,7 +175,7 @@ def test_low_precision_model(case):
 
 @pytest.mark.parametrize("method", ["gradient", "weighted", "rollout", "attention", "gradcam"])
 def test_no_map_is_ever_held(method):
-    from compare import LargestAllocation
+    from tests.helpers.compare import LargestAllocation
 
     config = transformers.ViTConfig(**dict(TINY, num_attention_heads=8), image_size=256, patch_size=8)
     model, pixels = transformers.ViTForImageClassification(config), torch.randn(1, 3, 256, 256)

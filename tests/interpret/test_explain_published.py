@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import (
+from tests.helpers.interpret.cases import (
     LLAMA,
     TEXT,
     VISION,

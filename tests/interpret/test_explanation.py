@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.interpret.cases import CASES
-from tests.interpret.made import ANSWERS, PROMPTS, answered, made
+from tests.helpers.interpret.cases import CASES
+from tests.helpers.interpret.made import ANSWERS, PROMPTS, answered, made
 from vlattn_fast.interpret import Explanation, explain
 
 

@@ -9,9 +9,9 @@ from torch.nn import functional
 
 transformers = pytest.importorskip("transformers")
 
-from tests.interpret.cases import VISION, lively, one_hot  # noqa: E402
-from tests.interpret.stored_maps import Place, beside, rows_of  # noqa: E402
-from tests.interpret.tower_cases import HEADS, METHODS, T5, check, first_rows, made, sequences, text  # noqa: E402
+from tests.helpers.interpret.cases import VISION, lively, one_hot  # noqa: E402
+from tests.helpers.interpret.stored_maps import Place, beside, rows_of  # noqa: E402
+from tests.helpers.interpret.tower_cases import HEADS, METHODS, T5, check, first_rows, made, sequences, text  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 
 # --- torch's and open_clip's encoders ---

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 transformers = pytest.importorskip("transformers")
 
-from tests.interpret.cases import lively, one_hot  # noqa: E402
-from tests.interpret.stored_maps import Place, beside, error, rows_of  # noqa: E402
-from tests.interpret.tower_cases import (  # noqa: E402  # noqa: E402
+from tests.helpers.interpret.cases import lively, one_hot  # noqa: E402
+from tests.helpers.interpret.stored_maps import Place, beside, error, rows_of  # noqa: E402
+from tests.helpers.interpret.tower_cases import (  # noqa: E402
     HEADS,
     METHODS,
     T5,

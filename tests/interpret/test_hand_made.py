@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.interpret.made import answered, made
+from tests.helpers.interpret.made import answered, made
 from vlattn_fast.interpret import Explanation
 from vlattn_fast.interpret.result import choices
 

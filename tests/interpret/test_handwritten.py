@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from tests.interpret.cases import TEXT, lively  # noqa: E402
-from tests.interpret.handwritten_cases import (  # noqa: E402
+from tests.helpers.interpret.cases import TEXT, lively  # noqa: E402
+from tests.helpers.interpret.handwritten_cases import (  # noqa: E402
     MODELS,
     MODULES,
     POSITIONS,

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import lively
-from tests.interpret.decoder_cases import blip2, instructblip
-from tests.interpret.linked_maps import METHODS, bar, encoder_decoder_maps, published
-from tests.interpret.stored_maps import Kept
+from tests.helpers.interpret.cases import lively
+from tests.helpers.interpret.decoder_cases import blip2, instructblip
+from tests.helpers.interpret.linked_maps import METHODS, bar, encoder_decoder_maps, published
+from tests.helpers.interpret.stored_maps import Kept
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.explaining.loading import generate
 

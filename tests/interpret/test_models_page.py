@@ -7,13 +7,13 @@ import typing
 
 import pytest
 
-from tests.interpret.models_page import KINDS, PAGE, named, page, row, sources
+from tools.pages.models_page import KINDS, PAGE, named, page, row, sources
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.two_towers import LINKED
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.interpret.models_page writes it anew"
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tools.pages.models_page writes it anew"
 
 
 def test_every_record_is_tested():

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.interpret.cases import CASES
-from tests.interpret.made import answered, made
+from tests.helpers.interpret.cases import CASES
+from tests.helpers.interpret.made import answered, made
 from vlattn_fast.interpret import Explanation, explain
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

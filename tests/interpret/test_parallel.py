@@ -11,8 +11,8 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch.distributed.tensor")
 
-from tests.interpret import parallel_cases  # noqa: E402
-from tests.two_ranks import results_of  # noqa: E402
+from tests.helpers.interpret import parallel_cases  # noqa: E402
+from tests.helpers.two_ranks import results_of  # noqa: E402
 from vlattn_fast.attach.tensor_parallel import heads_mesh  # noqa: E402
 
 

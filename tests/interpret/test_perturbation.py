@@ -13,10 +13,10 @@ pytest.importorskip("transformers")
 import transformers  # noqa: E402
 
 import vlattn_fast as va  # noqa: E402
-from tests.interpret.cases import TEXT, lively  # noqa: E402
-from tests.interpret.decoder_cases import llama4, pixtral  # noqa: E402
-from tests.interpret.encoder_cases import git, vilt, visual_bert  # noqa: E402
-from tests.interpret.evaluation_cases import made, rows  # noqa: E402
+from tests.helpers.interpret.cases import TEXT, lively  # noqa: E402
+from tests.helpers.interpret.decoder_cases import llama4, pixtral  # noqa: E402
+from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert  # noqa: E402
+from tests.helpers.interpret.evaluation_cases import made, rows  # noqa: E402
 from tests.interpret.test_linked import florence  # noqa: E402
 from vlattn_fast.interpret.evaluating.perturbation import kept  # noqa: E402
 

@@ -17,8 +17,8 @@ pytest.importorskip("sklearn")
 import transformers as hf  # noqa: E402
 
 import vlattn_fast as va  # noqa: E402
-from tests.interpret.probe_cases import planted, scenes  # noqa: E402
-from tests.nn import models  # noqa: E402
+from tests.helpers.interpret.probe_cases import planted, scenes  # noqa: E402
+from tests.helpers.nn import models  # noqa: E402
 from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
 
 # --- the report ---

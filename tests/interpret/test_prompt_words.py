@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.interpret.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Words, stable_diffusion
-from tests.interpret.stored_prompts import traced
+from tests.helpers.interpret.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Words, stable_diffusion
+from tests.helpers.interpret.stored_prompts import traced
 
 # --- pipelines, words, pictures ---
 

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
-from tests.interpret.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Case
-from tests.interpret.stored_prompts import published, stored, traced
+from tests.helpers.interpret.diffusion_cases import CASES, HEIGHT, LENGTH, WIDTH, Case
+from tests.helpers.interpret.stored_prompts import published, stored, traced
 from vlattn_fast.interpret.prompting import diffusion_trace
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}

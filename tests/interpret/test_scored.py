@@ -12,10 +12,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
-from tests.interpret import linked_maps
-from tests.interpret.cases import lively
-from tests.interpret.stored_maps import Kept, Place, error, layer_sums, rows_of
-from tests.interpret.tower_cases import METHODS, Stack, first_rows, second, sequences, stack
+from tests.helpers.interpret import linked_maps
+from tests.helpers.interpret.cases import lively
+from tests.helpers.interpret.stored_maps import Kept, Place, error, layer_sums, rows_of
+from tests.helpers.interpret.tower_cases import METHODS, Stack, first_rows, second, sequences, stack
 from tests.nn.test_score_attention import CASES
 from vlattn_fast.interpret import FAMILIES, Family, Tower, explain
 from vlattn_fast.nn import ScoreAttention

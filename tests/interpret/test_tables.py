@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch
 
-from tests.interpret.made import answered, made
+from tests.helpers.interpret.made import answered, made
 from vlattn_fast.interpret import Explanation
 from vlattn_fast.interpret.result.table import Entry
 

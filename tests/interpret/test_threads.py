@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from tests.interpret.cases import lively
+from tests.helpers.interpret.cases import lively
 from vlattn_fast.interpret import explain
 from vlattn_fast.models.uniter import UNITER, UNITERConfig
 

@@ -11,7 +11,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from tests.interpret.cases import TEXT, lively  # noqa: E402
+from tests.helpers.interpret.cases import TEXT, lively  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 
 

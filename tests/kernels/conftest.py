@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ops import backends
+from tests.helpers.ops import backends
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from compare import as_dtype
 
 import vlattn_fast as va
-from tests.ops.backends import assert_refused
-from tests.ops.map_cases import check_map, key_mask, map_inputs
+from tests.helpers.compare import as_dtype
+from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.map_cases import check_map, key_mask, map_inputs
 from vlattn_fast.ops.attention_map import RULES
 
 

@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 import torch
-from compare import as_dtype
 
 import vlattn_fast as va
-from tests.ops.backends import assert_refused
-from tests.ops.map_cases import B, check_statistics, groups, key_mask, statistics_inputs
+from tests.helpers.compare import as_dtype
+from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.map_cases import B, check_statistics, groups, key_mask, statistics_inputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics
 from vlattn_fast.kernels import attention_statistics as kernels
 

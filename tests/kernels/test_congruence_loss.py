@@ -10,11 +10,11 @@ from functools import partial
 
 import pytest
 import torch
-from compare import as_dtype
 
 import vlattn_fast as va
-from tests.ops.backends import assert_refused
-from tests.ops.congruence_loss_cases import check, make, masks, prefix
+from tests.helpers.compare import as_dtype
+from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.congruence_loss_cases import check, make, masks, prefix
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

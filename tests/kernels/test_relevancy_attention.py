@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import LargestAllocation
 
 import vlattn_fast as va
-from tests.ops.backends import F64, assert_refused
-from tests.ops.relevancy_cases import MASKS, check, tensors
+from tests.helpers.compare import LargestAllocation
+from tests.helpers.ops.backends import F64, assert_refused
+from tests.helpers.ops.relevancy_cases import MASKS, check, tensors
 from vlattn_fast.kernels import relevancy_attention as kernels
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from compare import as_dtype
 
 import vlattn_fast as va
-from tests.ops.backends import assert_refused
-from tests.ops.score_cases import check
+from tests.helpers.compare import as_dtype
+from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.score_cases import check
 from vlattn_fast import scores as S
 
 F32, BF16 = torch.float32, torch.bfloat16

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from tests.ops.backends import assert_refused
-from tests.ops.stacked_cross_attention_cases import RAGGED, check, tensors
+from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.stacked_cross_attention_cases import RAGGED, check, tensors
 from vlattn_fast.kernels import _stacked_inputs as kernels
 
 F32, BF16 = torch.float32, torch.bfloat16

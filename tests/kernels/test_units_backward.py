@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from compare import as_dtype
 
 import vlattn_fast as va
-from tests.ops.score_cases import check
+from tests.helpers.compare import as_dtype
+from tests.helpers.ops.score_cases import check
 from vlattn_fast import scores as S
 from vlattn_fast.kernels import _units_backward
 

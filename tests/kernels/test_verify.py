@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.backends import DEVICE
+from tests.helpers.ops.backends import DEVICE
 from vlattn_fast.checking.verify import DTYPES, OPERATORS, verify
 
 

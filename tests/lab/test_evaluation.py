@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
 
 import vlattn_fast as va  # noqa: E402
-from tests.interpret.cases import lively  # noqa: E402
+from tests.helpers.interpret.cases import lively  # noqa: E402
 from vlattn_fast.interpret.evaluating.plan import named_methods as _named  # noqa: E402
 from vlattn_fast.lab import evaluation, tasks  # noqa: E402
 from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 import vlattn_fast as va  # noqa: E402
-from tests.interpret.evaluation_cases import made, rows  # noqa: E402
+from tests.helpers.interpret.evaluation_cases import made, rows  # noqa: E402
 from vlattn_fast.lab import rivals  # noqa: E402
 
 TARGET = [2, 0, 2]

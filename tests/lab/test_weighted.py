@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 import vlattn_fast as va  # noqa: E402
-from tests.interpret.cases import lively  # noqa: E402
-from tests.lab.weighted_maps import _relevancies, run, shares, weighted_relevancy  # noqa: E402
+from tests.helpers.interpret.cases import lively  # noqa: E402
+from tests.helpers.lab.weighted_maps import _relevancies, run, shares, weighted_relevancy  # noqa: E402
 from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG  # noqa: E402
 from vlattn_fast.lab.clip import build_clip  # noqa: E402
 from vlattn_fast.lab.mapper import CONFIG  # noqa: E402

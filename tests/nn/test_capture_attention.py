@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.nn.models import BOXES, HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer, uniter, visual_bert
+from tests.helpers.nn.models import BOXES, HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer, uniter, visual_bert
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss as formula
 from vlattn_fast.nn import CongruenceLoss, capture_attention
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.nn.models import HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer
+from tests.helpers.nn.models import HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer
 from vlattn_fast.interpret import explain
 from vlattn_fast.nn import capture_attention
 

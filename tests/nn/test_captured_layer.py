@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.nn.models import DEEP, HEAD_DIM, MODELS, PATCHES, WORDS, words
+from tests.helpers.nn.models import DEEP, HEAD_DIM, MODELS, PATCHES, WORDS, words
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss as formula
 from vlattn_fast.nn import CongruenceLoss, QueryKey, capture_attention
 

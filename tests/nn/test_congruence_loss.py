@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tests.ops.congruence_loss_cases import call, make, masks
+from tests.helpers.ops.congruence_loss_cases import call, make, masks
 from vlattn_fast.nn.congruence_loss import CongruenceLoss, training_signal_annealing
 from vlattn_fast.ops.congruence_loss import KINDS, congruence_loss
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from tests.nn.models import MODELS, answer, lxmert, visual_bert
+from tests.helpers.nn.models import MODELS, answer, lxmert, visual_bert
 from vlattn_fast import explain, scores
 from vlattn_fast.backends.reference.score_attention import score_attention
 from vlattn_fast.nn import ScoreAttention, replace_attention

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops.backends import INTERPRET, backend, cuda_library  # noqa: F401  fixtures
+from tests.helpers.ops.backends import INTERPRET, backend, cuda_library  # noqa: F401  fixtures
 from vlattn_fast.backends.streaming import _tiles
 
 # `make gpu` asks for no more than pytest: what needs hypothesis lies in files of this name

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.ops.backends import DEVICE, F64, core, each, finest, on
-from tests.ops.map_cases import (
+from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of
+from tests.helpers.ops.backends import DEVICE, F64, core, each, finest, on
+from tests.helpers.ops.map_cases import (
     CORE_MASKS,
     DV,
     MASKS,
@@ -29,7 +29,7 @@ from tests.ops.map_cases import (
     map_inputs,
     sharp,
 )
-from tests.ops.score_cases import LAYOUTS, lay_out
+from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.attention_map import attention_map as formula
 from vlattn_fast.backends.streaming import _tiles

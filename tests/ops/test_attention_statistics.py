@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.ops.backends import F64, core, each, finest, on
-from tests.ops.map_cases import (
+from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
+from tests.helpers.ops.backends import F64, core, each, finest, on
+from tests.helpers.ops.map_cases import (
     CORE_MASKS,
     MASKS,
     SMALL_TILE,
@@ -32,7 +32,7 @@ from tests.ops.map_cases import (
     sharp,
     statistics_inputs,
 )
-from tests.ops.score_cases import LAYOUTS, lay_out
+from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics as formulas
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_statistics

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.ops.map_cases import STATISTICS
+from tests.helpers.ops.map_cases import STATISTICS
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
 

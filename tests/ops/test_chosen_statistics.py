@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import as_dtype, outputs_and_grads
 from torch import Tensor
 
-from tests.ops.backends import finest, on
-from tests.ops.map_cases import groups, key_mask, statistics_inputs
+from tests.helpers.compare import as_dtype, outputs_and_grads
+from tests.helpers.ops.backends import finest, on
+from tests.helpers.ops.map_cases import groups, key_mask, statistics_inputs
 from vlattn_fast.ops.attention_statistics import AttentionStatistics, attention_statistics
 
 FAST = ("streaming", "cpu", "triton")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from tests.ops.every_call import CALLS, gradients, leaves, outputs_of
+from tests.helpers.ops.every_call import CALLS, gradients, leaves, outputs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch.compile
 VARYING = [(name, option) for name, every in CALLS.items() for option in every.floats]

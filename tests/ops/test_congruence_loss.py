@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from compare import LargestAllocation, as_dtype, outputs_and_grads
 from torch import Tensor
 
-from tests.ops.backends import F64, LOW, core, each, finest, on
-from tests.ops.congruence_loss_cases import CROSS, NAMES, call, check, cotangent_of, make, masks, prefix
-from tests.ops.score_cases import LAYOUTS, lay_out
+from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
+from tests.helpers.ops.backends import F64, LOW, core, each, finest, on
+from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, check, cotangent_of, make, masks, prefix
+from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
 

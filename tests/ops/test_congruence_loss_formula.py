@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compare import outputs_and_grads
 from torch import Tensor
 
-from tests.ops.backends import F64, on
-from tests.ops.congruence_loss_cases import CROSS, NAMES, call, make, masks, prefix
+from tests.helpers.compare import outputs_and_grads
+from tests.helpers.ops.backends import F64, on
+from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, make, masks, prefix
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss as reference
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.backends import on
-from tests.ops.every_call import CALLS, leaves, outputs_of
+from tests.helpers.ops.backends import on
+from tests.helpers.ops.every_call import CALLS, leaves, outputs_of
 
 BACKENDS = ("auto", "streaming", "reference", "triton")
 SAVED = "modified by an inplace operation"  # torch's own error: the backward pass needs this output as it was

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import each
-from tests.ops.every_call import gradients, leaves, outputs_of
+from tests.helpers.ops.backends import each
+from tests.helpers.ops.every_call import gradients, leaves, outputs_of
 from vlattn_fast import scores as S
 
 Tensors = dict[str, Tensor]

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from compare import assert_all_close_to
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import core, each, on
+from tests.helpers.compare import assert_all_close_to
+from tests.helpers.ops.backends import core, each, on
 from vlattn_fast.backends.streaming import _tiles
 
 BACKENDS = ("reference", "streaming", "cpu", "triton")

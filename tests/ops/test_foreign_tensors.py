@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vlattn_fast as va
-from tests.ops.every_call import CALLS, Every, gradients, leaves, outputs_of
+from tests.helpers.ops.every_call import CALLS, Every, gradients, leaves, outputs_of
 from vlattn_fast import scores as S
 from vlattn_fast.ops import attention_statistics
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from tests.ops.backends import on
+from tests.helpers.ops.backends import on
 
 
 @on("reference", "streaming")

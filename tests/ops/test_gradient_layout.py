@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import each, on
+from tests.helpers.ops.backends import each, on
 
 BACKENDS = ("cpu", "streaming", "triton")
 Attend = Callable[..., Tensor]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import DTYPES, F64, assert_refused, each, on
+from tests.helpers.ops.backends import DTYPES, F64, assert_refused, each, on
 from vlattn_fast.backends import native
 
 N, M = 20, 18

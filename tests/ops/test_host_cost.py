@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
-from tests.ops.backends import on
-from tests.ops.every_call import CALLS, Every, gradients, leaves, outputs_of
+from tests.helpers.ops.backends import on
+from tests.helpers.ops.every_call import CALLS, Every, gradients, leaves, outputs_of
 from vlattn_fast.ops import _registration
 
 OPERATORS = [name for name in CALLS if name != "relevancy_residual"]  # which is PyTorch alone

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from compare import LargestAllocation, bytes_of
 
 import vlattn_fast as va
+from tests.helpers.compare import LargestAllocation, bytes_of
 from vlattn_fast import scores as S
 
 MB = 1 << 20

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import each, on
+from tests.helpers.ops.backends import each, on
 
 NAN, INF = float("nan"), float("inf")
 Call = Callable[[str], Any]

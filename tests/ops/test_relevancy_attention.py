@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import as_dtype, assert_close_to, outputs_and_grads
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import F64, HALVES, LOW, each, finest, on
-from tests.ops.relevancy_cases import BACKENDS, MASKS, RULES, WEIGHTS, call, check, cotangents, padding, tensors
-from tests.ops.score_cases import LAYOUTS, lay_out
+from tests.helpers.compare import as_dtype, assert_close_to, outputs_and_grads
+from tests.helpers.ops.backends import F64, HALVES, LOW, each, finest, on
+from tests.helpers.ops.relevancy_cases import BACKENDS, MASKS, RULES, WEIGHTS, call, check, cotangents, padding, tensors
+from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.backends.reference.relevancy_attention import head_mean
 from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.ops._dispatch import load

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import vlattn_fast as va
-from tests.ops.backends import F64, each
-from tests.ops.relevancy_cases import cotangents, padding, some, tensors
+from tests.helpers.ops.backends import F64, each
+from tests.helpers.ops.relevancy_cases import cotangents, padding, some, tensors
 
 B, H, N, D = 2, 4, 6, 5
 

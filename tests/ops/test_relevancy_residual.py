@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from compare import assert_close_to
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.helpers.compare import assert_close_to
 
 F64 = torch.float64
 B, H, N, D, T, LAYERS = 2, 2, 6, 4, 2, 3

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_close_to, draws
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import F64, HALVES, each, finest, on
-from tests.ops.relevancy_cases import BACKENDS, RULES, padding, some, tensors
+from tests.helpers.compare import assert_close_to, draws
+from tests.helpers.ops.backends import F64, HALVES, each, finest, on
+from tests.helpers.ops.relevancy_cases import BACKENDS, RULES, padding, some, tensors
 
 
 def t(*rows: object) -> Tensor:

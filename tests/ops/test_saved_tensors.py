@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.backends import on
-from tests.ops.every_call import CALLS, gradients, leaves, outputs_of
+from tests.helpers.ops.backends import on
+from tests.helpers.ops.every_call import CALLS, gradients, leaves, outputs_of
 
 LENGTH = 1100  # more than one block of keys of the CPU kernels
 SAVING = [name for name, each in CALLS.items() if each.differentiable]

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from compare import as_dtype, assert_all_close_to, outputs_and_grads
 
 import vlattn_fast as va
-from tests.ops.backends import DTYPES, F64, HALVES, INTERPRET, LOW, assert_refused, each, finest, on
-from tests.ops.score_cases import (
+from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
+from tests.helpers.ops.backends import DTYPES, F64, HALVES, INTERPRET, LOW, assert_refused, each, finest, on
+from tests.helpers.ops.score_cases import (
     ADDITIVE,
     DOT_PRODUCTS,
     DV,

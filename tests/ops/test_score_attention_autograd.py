@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from compare import as_dtype, assert_all_close_to, outputs_and_grads
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import F64, each
-from tests.ops.score_cases import SCORES, TORCH_JIT, B, H, M, N, attention_inputs, bool_mask, call, sizes_of, tensors
+from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
+from tests.helpers.ops.backends import F64, each
+from tests.helpers.ops.score_cases import SCORES, TORCH_JIT, B, H, M, N, attention_inputs, bool_mask, call, sizes_of, tensors
 from vlattn_fast import scores as S
 from vlattn_fast.backends.streaming import _tiles
 

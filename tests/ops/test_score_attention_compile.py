@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from compare import outputs_and_grads
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.ops.backends import F64, each, on
-from tests.ops.score_cases import PLAIN, SCORES, TORCH_JIT, attention_inputs, call, lay_out, padding, tensors
+from tests.helpers.compare import outputs_and_grads
+from tests.helpers.ops.backends import F64, each, on
+from tests.helpers.ops.score_cases import PLAIN, SCORES, TORCH_JIT, attention_inputs, call, lay_out, padding, tensors
 from vlattn_fast import scores as S
 
 KINDS = {

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from compare import LargestAllocation, bytes_of, outputs_and_grads
 
 import vlattn_fast as va
-from tests.ops.backends import DTYPES, LOW, each, on
-from tests.ops.score_cases import FEW, KINDS, MASKS, PLAIN, B, H, M, N, call, check, padding, sizes_of, tensors
+from tests.helpers.compare import LargestAllocation, bytes_of, outputs_and_grads
+from tests.helpers.ops.backends import DTYPES, LOW, each, on
+from tests.helpers.ops.score_cases import FEW, KINDS, MASKS, PLAIN, B, H, M, N, call, check, padding, sizes_of, tensors
 from vlattn_fast._ground import tensors as tensor_helpers
 from vlattn_fast.backends.streaming import _tiles
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from compare import as_dtype, assert_all_close_to
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vlattn_fast as va
-from tests.ops.backends import F64
-from tests.ops.score_cases import LAYOUTS, Params, call, lay_out
+from tests.helpers.compare import as_dtype, assert_all_close_to
+from tests.helpers.ops.backends import F64
+from tests.helpers.ops.score_cases import LAYOUTS, Params, call, lay_out
 from vlattn_fast import scores as S
 from vlattn_fast.backends.streaming import _tiles
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import LargestAllocation, assert_all_close_to, bytes_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import vlattn_fast as va
-from tests.ops.backends import DEVICE, on
+from tests.helpers.compare import LargestAllocation, assert_all_close_to, bytes_of
+from tests.helpers.ops.backends import DEVICE, on
 from vlattn_fast import scores as S
 from vlattn_fast.backends import native
 from vlattn_fast.checking import verify

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import vlattn_fast as va
-from tests.ops.every_call import CALLS, leaves, outputs_of
+from tests.helpers.ops.every_call import CALLS, leaves, outputs_of
 
 A, B = torch.rand(2, 4, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)
 

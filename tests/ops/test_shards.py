@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.two_ranks import results_of
+from tests.helpers.two_ranks import results_of
 
 pytest.importorskip("torch.distributed.tensor")
 B, H, N, M, D = 3, 4, 5, 6, 8

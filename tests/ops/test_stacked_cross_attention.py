@@ -11,12 +11,12 @@ from itertools import product
 
 import pytest
 import torch
-from compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.ops.backends import DEVICE, F64, HALVES, LOW, core, each, finest, on
-from tests.ops.score_cases import LAYOUTS, lay_out
-from tests.ops.stacked_cross_attention_cases import RAGGED, check, random_lengths, tensors
+from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
+from tests.helpers.ops.backends import DEVICE, F64, HALVES, LOW, core, each, finest, on
+from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from tests.helpers.ops.stacked_cross_attention_cases import RAGGED, check, random_lengths, tensors
 from vlattn_fast import damsm_similarity, stacked_cross_attention
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.streaming import _tiles

@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from compare import outputs_and_grads
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.ops.stacked_cross_attention_cases import random_lengths, tensors
+from tests.helpers.compare import outputs_and_grads
+from tests.helpers.ops.stacked_cross_attention_cases import random_lengths, tensors
 from vlattn_fast import stacked_cross_attention
 from vlattn_fast.backends import reference
 from vlattn_fast.ops.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import vlattn_fast as va
-from tests.ops.backends import on
-from tests.ops.every_call import CALLS, outputs_of
+from tests.helpers.ops.backends import on
+from tests.helpers.ops.every_call import CALLS, outputs_of
 from vlattn_fast import scores as S
 from vlattn_fast.backends import native
 

@@ -13,18 +13,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from compare import as_dtype, outputs_and_grads
-
 import vlattn_fast as va
+from tests.helpers.compare import as_dtype, outputs_and_grads
 from vlattn_fast.checking.tolerance import ENOUGH, draws, worst_ratio
 
 SEEDS = 1000

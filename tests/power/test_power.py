@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from compare import as_dtype, assert_all_close_to
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.helpers.compare import as_dtype, assert_all_close_to
 from vlattn_fast.backends.streaming import _tiles, score_attention
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.published.authors import assert_equal, clone, on_cpu
+from tests.helpers.published.authors import assert_equal, clone, on_cpu
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.published.authors import defined
+from tests.helpers.published.authors import defined
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of

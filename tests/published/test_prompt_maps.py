@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.published.authors import assert_equal, clone
+from tests.helpers.published.authors import assert_equal, clone
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")

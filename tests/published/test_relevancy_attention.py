@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import vlattn_fast as va
-from tests.published.authors import assert_equal, defined, on_cpu
+from tests.helpers.published.authors import assert_equal, defined, on_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.published.authors import assert_equal, defined
+from tests.helpers.published.authors import assert_equal, defined
 from vlattn_fast import scores
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
-from tests.published.authors import assert_equal, defined, on_cpu
+from tests.helpers.published.authors import assert_equal, defined, on_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
 

@@ -1,0 +1,146 @@
+"""Models that two processes share, and what `explain` gives for them: tensor parallelism, FSDP2, and both."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tests.helpers.interpret import cases, decoder_cases
+from vlattn_fast.interpret import explain
+
+METHODS = ("gradient", "weighted", "rollout", "attention", "gradcam")
+COLUMNS = ("q_proj", "k_proj", "v_proj", "fc1", "gate_proj", "up_proj")
+ROWS = ("o_proj", "out_proj", "fc2", "down_proj")
+Made = tuple[nn.Module, dict[str, Any]]
+
+
+def clip() -> Made:
+    case = cases.clip()
+    return case.model, case.inputs
+
+
+def llama() -> Made:
+    """Grouped-query attention, one head of keys in each process."""
+    ids = torch.randint(5, 50, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**cases.LLAMA)), {"input_ids": ids, "attention_mask": mask}
+
+
+def llava() -> Made:
+    vision, text = transformers.CLIPVisionConfig(**cases.VISION), transformers.LlamaConfig(**cases.LLAMA)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=55)
+    ids = torch.randint(5, 50, (2, 24))
+    ids[:, 2:18] = 55
+    return transformers.LlavaForConditionalGeneration(config), {"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24)}
+
+
+def mllama() -> Made:
+    """Words attend to tiles of images in layers of cross-attention."""
+    decoder = decoder_cases.mllama()
+    return decoder.model, decoder.inputs("right")
+
+
+MODELS: dict[str, Callable[[], Made]] = {"clip": clip, "llama": llama, "llava": llava, "mllama": mllama}
+CASES = [(name, method) for name in MODELS for method in METHODS if name != "mllama" or method == "gradient"]
+
+
+def made(name: str) -> Made:
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    model = cases.lively(model).eval().double()
+    return model, {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+
+
+def explained(name: str, model: nn.Module, inputs: dict[str, Any], methods: tuple[str, ...] = METHODS) -> dict[str, Tensor]:
+    found = {}
+    for method in methods:
+        if (name, method) in CASES:
+            explanation = explain(model, inputs, method=method)
+            found |= {f"{name}|{method}|{tower}": row for tower, row in explanation.relevancy.items()}
+    if name in ("llama", "llava"):
+        found[f"{name}|answer|language"] = explain(model, inputs, answer=[9, 8, 7]).relevancy["language"]
+    if name == "llava":
+        found[f"{name}|connector|vision"] = explain(model, inputs, through_connector=True).relevancy["vision"]
+    return found
+
+
+def divided(model: nn.Module, mesh: Any) -> None:
+    """The projections of attention and MLP, by torch's own styles."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Linear) and (name in COLUMNS or name in ROWS):
+            plan[path] = ColwiseParallel() if name in COLUMNS else RowwiseParallel()
+        if hasattr(module, "q_proj") and type(module).__name__.startswith("Mllama"):  # it does not infer how many heads it has
+            for name in ("num_heads", "num_key_value_heads"):
+                if hasattr(module, name):
+                    setattr(module, name, getattr(module, name) // 2)
+    parallelize_module(model, mesh, plan)
+
+
+def tensor_parallel() -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    for name in MODELS:
+        model, inputs = made(name)
+        divided(model, mesh)
+        found |= explained(name, model, inputs)
+    return found
+
+
+def planned_by_transformers() -> dict[str, Tensor]:
+    """As from_pretrained(tp_plan="auto") divides it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model, inputs = made("llama")
+    whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    styles = {f"model.{name}": style for name, style in model.config.base_model_tp_plan.items()}
+    plan = {}
+    for path, _ in [*model.named_modules(), *model.named_parameters()]:
+        generic = ".".join("*" if part.isdigit() else part for part in path.removesuffix(".weight").split("."))
+        if generic in styles:
+            plan[path] = styles[generic]
+    apply_tensor_parallelism(model, mesh, plan)
+    from torch.distributed.tensor import distribute_tensor
+
+    with torch.no_grad():  # from_pretrained fills the parts from files
+        for name, parameter in model.named_parameters():
+            if hasattr(parameter, "placements"):
+                parameter.copy_(distribute_tensor(whole[name], mesh, parameter.placements))
+    return explained("llama", model, inputs)
+
+
+def fully_sharded() -> dict[str, Tensor]:
+    found = {}
+    for name in ("llava", "llama"):
+        model, inputs = made(name)
+        for module in list(model.modules()):
+            if isinstance(module, nn.ModuleList):
+                for layer in module:
+                    torch.distributed.fsdp.fully_shard(layer)
+        torch.distributed.fsdp.fully_shard(model)
+        found |= explained(name, model, inputs)
+    return found
+
+
+WAYS = {tensor_parallel: tuple(MODELS), planned_by_transformers: ("llama",), fully_sharded: ("llava", "llama")}
+
+
+def divided_each_way() -> dict[str, Tensor]:
+    return {f"{way.__name__}|{key}": row for way in WAYS for key, row in way().items()}
+
+
+@functools.cache
+def alone(name: str) -> dict[str, Tensor]:
+    return explained(name, *made(name))

@@ -1,0 +1,154 @@
+"""The backends that the suites of tests/ops/ run over, and what each of them needs to run here.
+
+A test takes `backend` and names those it runs on: `@on("streaming", "triton")`, or `@each("dtype", streaming=(F64,), triton=LOW)`
+where each has choices of its own. `backend` is then the name, ready to be passed to the operator. Nothing is skipped because a
+backend refuses it: what a backend takes stands in the suite, and what it does not take is a test with assert_refused.
+
+On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels in a build for the host
+(csrc/cuda/host/emulation.h). With VLATTN_TEST_DEVICE=cuda (`make gpu`) every backend runs on that device; VLATTN_CUDA_LIBRARY
+names the library then. The tests name no device: what they make lies on the default one. The CPU kernels are those that the
+install has built; they are not tested on a device.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.deterministic
+
+from tests.helpers.cuda.building import HOST, ROOT, build
+from vlattn_fast.backends import native
+from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.ops import _dispatch
+
+F64 = torch.float64
+HALVES = (torch.bfloat16, torch.float16)
+LOW = (torch.float32, *HALVES)
+DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
+INTERPRET = DEVICE == "cpu"
+DTYPES = {
+    "reference": (F64, *LOW),
+    "streaming": (F64, *LOW),
+    "sdpa": (F64, *LOW) if DEVICE == "cpu" else LOW,
+    "cpu": LOW,
+    "triton": LOW,
+    "cuda": LOW,
+}
+
+
+def finest(backend: str) -> torch.dtype:
+    """The dtype in which a difference from the formula shows best: float64 where the backend takes it."""
+    return DTYPES[backend][0]
+
+
+def core(backend: str) -> tuple[torch.dtype, ...]:
+    """The dtypes of an operator's core case: all of the backend's, but float16 not in the interpreter, where bfloat16 takes the
+    same way."""
+    return LOW[:2] if backend == "triton" and INTERPRET else DTYPES[backend]
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    """The test runs once on each of these backends."""
+    return pytest.mark.parametrize("backend", names, indirect=True)
+
+
+def each(argument: str, **choices: Iterable[Any]) -> pytest.MarkDecorator:
+    """The test runs on each backend with each of its choices of `argument` (a dtype, or the key of a table of cases)."""
+    rows = [pytest.param(name, choice, id=f"{name}-{_label(choice)}") for name in choices for choice in choices[name]]
+    return pytest.mark.parametrize(("backend", argument), rows, indirect=["backend"])
+
+
+def _label(choice: Any) -> str:
+    """Of dtypes, names, and tuples of them."""
+    parts = map(_label, choice) if isinstance(choice, tuple) else (str(choice).removeprefix("torch."),)
+    return " ".join(parts)
+
+
+def assert_refused(backend: str, words: str, run: Callable[[], Any]) -> None:
+    """run() raises ValueError with what the table of backends says of `backend`, and `words` are part of it."""
+    with pytest.raises(ValueError, match=rf"backend='{backend}' cannot run .*{re.escape(words)}"):
+        run()
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend, which is ready while the test runs."""
+    with ready(request.param, request.getfixturevalue("cuda_library") if request.param == "cuda" else None):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    if given := os.environ.get("VLATTN_CUDA_LIBRARY"):
+        return Path(given)
+    if not INTERPRET or not (ROOT / "CMakeLists.txt").exists():
+        pytest.skip("the CUDA C++ kernels are not tested: `make gpu` found no nvcc to build them with")
+    return build("host", *HOST) / "libvlattn_host.so"
+
+
+@contextmanager
+def ready(backend: str, library: Path | None = None) -> Iterator[None]:
+    """Within it the backend runs on the device, which is the default one; `library` holds the CUDA C++ kernels."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        if backend == "triton" and INTERPRET:
+            patch.setenv("TRITON_INTERPRET", "1")
+            _patch_once_a_launch(patch)
+            patch.setattr(_dispatch, "INTERPRETED", True)
+            # what overflows in a kernel overflows without a word, as on a GPU
+            stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
+        if backend == "cpu" and not native.library.exists:
+            if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
+                pytest.skip("the CPU kernels are not tested: there is no C++ compiler to build them with")
+            pytest.fail(f"{native.library.path} is not there: `make venv` builds it, and `vlattn info` says why it did not")
+        if backend == "cuda":
+            assert library is not None
+            patch.setattr(_shared_library, "library", _shared_library.find(library))
+            # what is allocated for a kernel, outputs and workspaces, comes full of NaN
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        if DEVICE != "cpu":  # a default device is a mode, and in a mode every call goes through torch's dispatcher
+            torch.set_default_device(DEVICE)
+        try:
+            yield
+        finally:
+            torch.set_default_device(None)
+            torch.use_deterministic_algorithms(deterministic)
+
+
+def _patch_once_a_launch(patch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter puts its own functions into triton.language at each launch, and looks through it again at each call of
+    a device function, which takes nearly half of its time. Here it does so once a launch for each module that kernels use."""
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
+        return
+    patch_lang, restore, modules = interpreter._patch_lang, interpreter._LangPatchScope.restore, {}
+    done: set[frozenset[str]] = set()
+
+    def once(function: Any) -> Any:
+        if function not in modules:
+            names = [x.__name__ for x in function.__globals__.values() if isinstance(x, ModuleType)]
+            modules[function] = frozenset(name for name in names if name in ("triton.language", "triton.language.core"))
+        if modules[function] in done:
+            return None
+        scope = patch_lang(function)
+        done.add(modules[function])
+        return scope
+
+    def end(scope: Any) -> None:
+        done.clear()
+        restore(scope)
+
+    patch.setattr(interpreter, "_patch_lang", once)
+    patch.setattr(interpreter._LangPatchScope, "restore", end)  # at the end of a launch

@@ -1,0 +1,1 @@
+"""What only a developer runs: each as `python -m tools.<name>` in the folder of the repository. Nothing of it is installed."""

@@ -1,0 +1,67 @@
+"""Which barriers of the CUDA C++ kernels the tests need: each is removed in turn, and ThreadSanitizer must report it.
+
+    python -m tools.barriers                       all of them, which takes about a minute each
+    python -m tools.barriers relevancy_attention   those of one operator
+
+A barrier that nothing reports is not needed, or lacks a test. `make test` removes one (test_sanitized.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.cuda.test_sanitized import BUILDS, CHOSEN, run
+from tests.helpers.cuda.building import ROOT, rewritten
+
+SOURCES = ROOT / "csrc" / "cuda"
+BARRIER = re.compile(r"\b__sync(threads|warp)\(\);")
+TESTS = CHOSEN["thread"]
+MORE = {
+    "score_attention": "every_score or grouped",
+    "relevancy_attention": "grouped or head_dims or layouts or taken_as_it_is",
+    "congruence_loss": "kinds_and_directions or head_dims or layouts",
+}
+
+
+def files(name: str) -> list[str]:
+    """The source, and what it includes of ours, each once."""
+    found = [name]
+    for file in found:
+        included = re.findall(r'^#include "([\w.]+)"', (SOURCES / file).read_text(), re.M)
+        found += [other for other in included if other not in found]
+    return found
+
+
+def outcome(operator: str, file: str, text: str) -> str:
+    """What becomes of the tests of an operator with `text` in the place of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = rewritten(f"{operator}.cu", file, text, Path(folder), *BUILDS["thread"])
+        status, written = run("thread", library, {operator: f"{TESTS[operator]} or {MORE[operator]}"})
+    if "WARNING: ThreadSanitizer: data race" in written:
+        return "reported"
+    return "NOTHING" if status == 0 else f"another failure: {written[-2000:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operators", nargs="*", metavar="operator", help=f"of {', '.join(TESTS)}; default: all")
+    operators = parser.parse_args().operators or list(TESTS)
+    if unknown := sorted(set(operators) - set(TESTS)):
+        parser.error(f"operator must be one of {', '.join(TESTS)}; got {', '.join(unknown)}")
+    missed = 0
+    for operator in operators:
+        for file in files(f"{operator}.cu"):
+            text = (SOURCES / file).read_text()
+            for barrier in BARRIER.finditer(text):
+                what = outcome(operator, file, text[: barrier.start()] + ";" + text[barrier.end() :])
+                missed += what != "reported"
+                print(f"{operator}: {file}:{text.count(chr(10), 0, barrier.start()) + 1}: {what}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

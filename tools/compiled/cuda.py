@@ -1,0 +1,99 @@
+"""What the CUDA C++ kernels compile to: registers, shared memory, stack and instructions of every kernel and target, held to a
+stored table.
+
+    python -m tools.compiled.cuda            # compare build/cuda, brought up to date, with tests/compiled/cuda.json
+    python -m tools.compiled.cuda --write    # store what is compiled there
+
+"shared" is what is allocated statically, with the KiB that CUDA keeps for itself in every block since sm_90; what a launch asks
+for besides is not in the library. "stack" is bytes of a thread: spilled registers, and arrays that are indexed at run time. "mma"
+counts the matrix instructions of the whole kernel, "loop" all instructions of its main loop (machine_code.py), or of its longest
+one where none has a matrix instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tools.compiled.machine_code import CLASSES, innermost_loops, main_loop
+from tools.compiled.table import Row, cuobjdump, differences, read, tool, write
+
+TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "cuda.json"
+
+
+def nvcc_version() -> str:
+    printed = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"\bV([\d.]+)", printed)[1]
+
+
+def rows_of(library: Path) -> dict[str, Row]:
+    """A row for each kernel and target: "score_attention_kernel<__half, 64> sm_90a"."""
+    rows: dict[str, Row] = {}
+    for part in cuobjdump("--dump-resource-usage", library).split("\nFatbin ")[1:]:
+        target = re.search(r"^arch = (\w+)$", part, re.M)[1]
+        usage = re.findall(r"^ Function (\S+):\n(.*)$", part, re.M)
+        for name, (_, words) in zip(readable([mangled for mangled, _ in usage]), usage, strict=True):
+            key = f"{name} {target}"
+            assert key not in rows, f"two kernels are called {name}: give one of them another name"
+            numbers = {word: int(number) for word, number in re.findall(r"(\w+):(\d+)", words)}
+            rows[key] = {"registers": numbers["REG"], "shared": numbers["SHARED"], "stack": numbers["STACK"]}
+    for key, sass in machine_code(library).items():
+        loops = innermost_loops(sass)
+        loop = main_loop(loops) or max(loops, key=lambda one: one.instructions, default=None)
+        rows[key] |= {"mma": len(re.findall(rf"\s{CLASSES['mma']}", sass)), "loop": loop and loop.instructions}
+    return rows
+
+
+def machine_code(library: Path) -> dict[str, str]:
+    """nvdisasm's text of each kernel and target."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [tool("cuobjdump"), "--extract-elf", "all", library.absolute()], cwd=folder, check=True, capture_output=True
+        )
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            target = cubin.suffixes[-2].removeprefix(".")
+            text = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+            _, *parts = re.split(r"^\t\.section\t\.text\.", text, flags=re.M)
+            names = readable([part.split(",", 1)[0] for part in parts])
+            found |= {f"{name} {target}": part for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def readable(mangled: list[str]) -> list[str]:
+    """Names with template arguments, without parameters and our namespaces."""
+    names = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"vlattn::|\(anonymous namespace\)::", "", name) for name in names.splitlines()]
+
+
+def built(*, all_targets: bool = False) -> Path:
+    """The library for sm_90a, or for all targets, which takes minutes."""
+    from tests.helpers.cuda.building import CUDA, TARGETS, build
+
+    return build(*(TARGETS if all_targets else CUDA)) / "libvlattn_cuda.so"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.compiled.cuda", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="store what is compiled")
+    parser.add_argument("--library", type=Path, help="another one than that of build/cuda")
+    options = parser.parse_args()
+    compiled, table, version = rows_of(options.library or built(all_targets=True)), read(TABLE), nvcc_version()
+    if options.write:
+        table[version] = compiled
+        write(TABLE, table)
+    lines = differences(compiled, table.get(version, {}))
+    for key, row in compiled.items():
+        if row["stack"]:
+            print(f"stack of {row['stack']} bytes: {key}")
+    print("\n".join(lines))
+    print(f"nvcc {version}: {len(compiled)} kernels, {len(lines)} not as stored")
+    sys.exit(1 if lines else 0)
+
+
+if __name__ == "__main__":
+    main()

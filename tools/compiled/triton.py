@@ -1,0 +1,200 @@
+"""What the Triton kernels compile to: registers, shared memory, spills, tensor cores and the main loop, held to a stored table.
+
+    python -m tools.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
+    python -m tools.compiled.triton [OPERATOR ...] --write        # store what is compiled
+    python -m tools.compiled.triton --every 15                    # a part of it, as in `make test`
+
+No GPU is needed. The launchers of the kernels run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100
+device is there, and each launch compiles its kernel with the specialisation that device would get, and ends there.
+tools/compiled/calls/ has the calls, a file per operator: `calls()` yields (name, function). Triton's interpreter must be off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import random
+import re
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tools.compiled.machine_code import facts
+from tools.compiled.table import Row, cuobjdump, differences, read, write
+
+TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "triton.json"
+ARCHITECTURES = (80, 90, 100)
+TENSOR_CORES = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
+
+
+DIVISIONS = ("arith.divsi", "arith.divui", "arith.remsi", "arith.remui")
+
+
+def operators() -> list[str]:
+    return sorted(file.stem for file in Path(__file__).with_name("calls").glob("[a-z]*.py"))
+
+
+def calls_of(operator: str) -> dict[str, Any]:
+    return dict(importlib.import_module(f"tools.compiled.calls.{operator}").calls())
+
+
+def pretend(architecture: int) -> None:
+    """Tells triton that such a GPU is there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    class Device:
+        def get_current_device(self) -> int:
+            return architecture
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", architecture, 32)
+
+    driver.set_active(Device())
+
+
+def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
+    """The rows of the kernels that one call launches."""
+    from triton.runtime.jit import JITFunction
+
+    from vlattn_fast.kernels import _configurations
+
+    launched: dict[str, list[Row]] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        narrow = narrow_offsets(kernel.asm["ttir"])
+        assert not narrow, f"{operator} {name} {self.fn.__name__}: products of 32 bits reach an address: {narrow}"
+        launched.setdefault(self.fn.__name__, []).append(_row(kernel) | facts(kernel, kwargs))
+
+    _configurations.OVERRIDES = _configurations.MEASURED.get(f"sm_{architecture}", {})
+    pretend(architecture)
+    JITFunction.run = compile_only
+    try:
+        calls_of(operator)[name]()
+    finally:
+        JITFunction.run = run
+    assert launched, f"{operator} {name}: no kernel was launched"
+    return {
+        f"{operator} {name} {kernel}{f' launch {n + 1}' if n else ''} sm_{architecture}": row
+        for kernel, rows in launched.items()
+        for n, row in enumerate(rows)
+        if row not in rows[:n]
+    }
+
+
+def _row(kernel: Any) -> Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = cuobjdump("--dump-resource-usage", file.name)
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    cores = [name for name, words in TENSOR_CORES.items() if words in kernel.asm["ptx"]]
+    return {"registers": registers, "spills": stack, "shared": kernel.metadata.shared, "tensor_cores": "+".join(cores)}
+
+
+def narrow_offsets(ttir: str) -> list[str]:
+    """Products of two 32-bit variables that reach an address without having been widened: those of large tensors overflow.
+
+    A product with a constant, as of a block's number and its size, stays within the number of rows, but not if the other factor
+    is a stride. A quotient or a remainder is no larger than what is divided, whatever it is divided by, and a condition only
+    chooses.
+    """
+    # of each name its definitions with their lines: regions beside one another use names anew, so the last above a line counts
+    definitions: dict[str, list[tuple[int, str, list[str], str]]] = {}
+    for number, line in enumerate(ttir.splitlines()):
+        if match := re.match(r"\s*(%[\w#]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
+            found = (number, match[2], re.findall(r"%[\w#]+", match[3]), match[4])
+            definitions.setdefault(match[1], []).append(found)
+
+    def above(name: str, number: int) -> tuple[int, str, list[str], str] | None:
+        return next((one for one in reversed(definitions.get(name, [])) if one[0] < number), None)
+
+    narrow: list[str] = []
+    for place, operation, operands, kind in (one for every in definitions.values() for one in every):
+        if operation != "tt.addptr" or not re.search(r"(, |x)i32>?$", kind.strip()):
+            continue
+        ahead, seen = [(operands[1], place)], set()
+        while ahead:
+            name, number = ahead.pop()
+            found_above = above(name, number)
+            if found_above is None or found_above[0] in seen:
+                continue
+            line_of, inner, of, _ = found_above
+            seen.add(line_of)
+            constants = [operand for operand in of if (one := above(operand, line_of)) and one[1] == "arith.constant"]
+            strides = [operand for operand in of if operand.startswith("%stride") and operand not in constants]
+            if inner == "arith.muli" and (strides or not constants):
+                narrow.append(f"{name} = {' * '.join(of)}")
+            ahead += [(x, line_of) for x in (of[:1] if inner in DIVISIONS else of[1:] if inner == "arith.select" else of)]
+    return narrow
+
+
+Task = tuple[str, str, int]  # operator, call, architecture
+
+
+def tasks_of(chosen: list[str], every: int = 1) -> list[Task]:
+    """All of them, operator by operator in an order drawn by a fixed seed, or one of `every`."""
+    tasks = [(operator, name, arch) for operator in chosen for name in calls_of(operator) for arch in ARCHITECTURES]
+    draws = random.Random(0)
+    return sorted(tasks, key=lambda task: (task[0], draws.random()))[::every]
+
+
+def rows_of(tasks: list[Task], rows: dict[str, Row]) -> dict[str, Row]:
+    """The stored rows that these tasks compile."""
+    patterns = [rf"{re.escape(f'{operator} {name}')} \w+( launch \d+)? sm_{arch}" for operator, name, arch in tasks]
+    pattern = re.compile("|".join(patterns))
+    return {key: row for key, row in rows.items() if pattern.fullmatch(key)}
+
+
+def compile_all(tasks: list[Task]) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for compiled in pool.map(compile_call, *zip(*tasks, strict=True)):
+            rows |= compiled
+    return rows
+
+
+def main() -> None:
+    import triton
+
+    parser = argparse.ArgumentParser(prog="python -m tools.compiled.triton", description=__doc__.splitlines()[0])
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile one of N pairs of a call and a target")
+    parser.add_argument("--write", action="store_true", help="store what is compiled")
+    options = parser.parse_args()
+    chosen = options.operators or operators()
+    if unknown := sorted(set(chosen) - set(operators())):
+        parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
+    if options.write and options.every != 1:
+        parser.error("--write must come without --every: it replaces all rows of an operator")
+    table = read(TABLE)
+    rows, tasks = table.get(triton.__version__, {}), tasks_of(chosen, options.every)
+    compiled = compile_all(tasks)
+    if options.write:
+        table[triton.__version__] = {key: row for key, row in rows.items() if key.split()[0] not in chosen} | compiled
+        write(TABLE, table)
+        rows = compiled
+    elif options.every == 1:
+        rows = {key: row for key, row in rows.items() if key.split()[0] in chosen}
+    else:
+        rows = rows_of(tasks, rows)
+    lines = differences(compiled, rows)
+    for key, row in compiled.items():
+        if row["spills"]:
+            print(f"spills {row['spills']} bytes: {key}")
+    print("\n".join(lines))
+    print(f"triton {triton.__version__}: {len(compiled)} kernels compiled, {len(lines)} not as stored")
+    sys.exit(1 if lines else 0)
+
+
+if __name__ == "__main__":
+    main()

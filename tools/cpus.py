@@ -1,0 +1,74 @@
+"""The accuracy tests under other arithmetic of the CPU: `make cpus`, and a tenth of them in `make test`.
+
+    python -m tools.cpus            all of them, as this machine is and under each of three settings
+    python -m tools.cpus --tenth    one in thirty under each of the settings, another thirtieth for each
+
+torch's own kernels, MKL and oneDNN choose their code by the CPU. These variables make them choose as older or other CPUs would,
+so that sums run in other orders and in blocks of other sizes. The package's own CPU kernels run in other instruction sets with
+them. The rule of vlattn_fast/checking/tolerance.py must hold under each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ISA = "VLATTN_CPU_ISA"
+SETTINGS = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", ISA: "v3"},
+    "sse4": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        ISA: "baseline",
+    },
+    "compatible": {"MKL_CBWR": "COMPATIBLE"},
+}
+SHARES = 10 * len(SETTINGS)
+# where the accuracy tests are: to collect all others, too, takes longer than a share of these
+FOLDERS = tuple(f"tests/{name}" for name in ("cpu", "cuda", "kernels", "ops", "power"))
+
+
+def shares() -> dict[str, str]:
+    """Of each setting, what tests/helpers/accuracy.py draws for it; a tenth in all."""
+    return {name: f"{n}/{SHARES}" for n, name in enumerate(SETTINGS)}
+
+
+def instruction_sets() -> list[str]:
+    """Of the package's CPU kernels: those that this processor runs."""
+    code = "from vlattn_fast.backends import native; print(*(native._available() if native.library.exists else ()))"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+def run(name: str, *options: str, share: str = "") -> int:
+    environment = {**os.environ, **SETTINGS.get(name, {}), "OMP_NUM_THREADS": "1", "VLATTN_ACCURACY_SHARE": share}
+    if environment.get(ISA) not in instruction_sets():
+        environment.pop(ISA, None)
+    command = [sys.executable, "-m", "pytest", "--quiet", "--tb=short", "-m", "accuracy", *options, *FOLDERS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = done.stdout.strip().splitlines()
+    said = lines if done.returncode else lines[-1:]
+    print(f"{name}{share and f', share {share}'}: ", *said, sep="\n" if done.returncode else "", flush=True)
+    return done.returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tenth", action="store_true", help="one accuracy test in ten, drawn by a stored seed")
+    parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
+    options = parser.parse_args()
+    if options.tenth:  # each setting in one process: collecting takes longer than a share's tests
+        with ThreadPoolExecutor(options.workers) as pool:
+            codes = list(pool.map(lambda named: run(named[0], share=named[1]), shares().items()))
+    else:
+        codes = [run(name, "--numprocesses", str(options.workers)) for name in ("as it is", *SETTINGS)]
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Launches kernels of one backend and ends: what `make gpu` sanitizes and profiles.
+
+usage: python -m tools.gpu.launch DEVICE BACKEND OPERATOR    its cases of 200 queries and keys, in bfloat16, forward and backward
+       python -m tools.gpu.launch DEVICE BACKEND BENCHMARK   three calls of a benchmark
+"""
+
+import sys
+
+import torch
+
+from tools.gpu import production
+from vlattn_fast.checking import verify
+
+CALLS = 3
+
+
+def main(device: str, backend: str, name: str) -> None:
+    if "/" in name:
+        call = production.call_of(name, backend, device)
+        assert call is not None, f"{name} does not run on {backend}"
+        for _ in range(CALLS):
+            call()
+    else:
+        cases(device, backend, name)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def cases(device: str, backend: str, operator: str) -> None:
+    """At a shorter size where the backend takes none of them."""
+    refusals, ran = verify.backends_of(operator)[backend].refusals, 0
+    for sizes in ("N200", "uniter"):
+        for case in production.cases(device, sizes):
+            tensors = case.in_dtype(torch.bfloat16, device)
+            if case.operator == operator and not refusals(verify.facts_of(operator, case.arguments(tensors))):
+                verify._run(case, tensors, backend)
+                ran += 1
+                print(f"{operator} {case.name}", flush=True)
+        if ran:
+            return
+    raise SystemExit(f"{backend} runs no case of {operator}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

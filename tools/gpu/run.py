@@ -1,0 +1,439 @@
+"""`make gpu`: what only a machine with a GPU can say, in five parts of at most ten minutes each, without downloading anything.
+
+    python -m tools.gpu.run [PART ...] [--device cuda] [--out benchmarks/results]        make gpu PARTS=verify
+
+verify:     every Triton and CUDA kernel against the formula at the sizes of models, by the tolerance rule: outputs and gradients.
+            What is wrong there, or was not verified, is not timed below.
+sweep:      tiles, warps and stages of the twelve hottest launches; the fastest right ones go to kernels/configurations.json.
+ncu:        the time of each kernel, and stalls and pipes of the eight slowest by Nsight Compute, where it is installed.
+benchmarks: all of `python -m vlattn_fast.benchmarks`, calls and CUDA graphs, beside each of SDPA's kernels; the host's time.
+tests:      the tests of tests/ops/, tests/kernels/, tests/cuda/ and those that need a device, then compute-sanitizer, where it is
+            installed, one tool after another.
+
+A part writes each row to OUT/gpu-PART.json as soon as it is known. Called again on the same sources it goes on where it was cut,
+after --minutes or otherwise; rows in benchmarks/results/ count as well. The CUDA C++ kernels are built first, where nvcc is
+installed; where that fails, the rest runs without them. Compiled kernels are kept in build/ from call to call.
+
+It needs torch >= 2.11, triton >= 3.6, numpy and pytest. It ends with status 1 where something failed or is left to do. With
+--device cpu all of it runs at tiny sizes in Triton's interpreter: a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tools.gpu import ncu, session
+from tools.gpu.session import ROOT, TREE, Item, Row, Session, cuda_library
+
+SLOWEST = 8
+CPU_TRIES = 3  # configurations of a launch in a rehearsal
+BYTES_AN_ITEM = 5000  # of the text of tests
+NO_TESTS = 5  # pytest's status: a file may have fewer than items, or none that says anything about a device
+SIDE_BY_SIDE = 4  # operators under one tool of compute-sanitizer
+# A process that loads torch calls CUDA late, and compute-sanitizer waits for 10 s by itself. That a driver lacks something which
+# torch asks it for is no error; what a kernel does is.
+SANITIZE = ("--launch-timeout", "300", "--error-exitcode", "9")
+TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": (), "synccheck": ()}
+NOT_TIMED, UNVERIFIED = "not timed: ", "not verified (make gpu PARTS=verify)"
+
+# what compiles kernels, or runs on a CPU alone
+LEFT_OUT = ("cuda/test_build", "cuda/test_emulation", "cuda/test_roundings", "cuda/test_sanitized", "cuda/test_broken")
+LEFT_OUT += ("_properties",)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, default=session.STORED, help="folder that rows are added to")
+    parser.add_argument(
+        "--table", type=Path, help="that the sweep writes; default: kernels/configurations.json, in a rehearsal in OUT"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="of each part; what is left is for the next call")
+    parser.add_argument("--select", default="", help="a regular expression: only items whose names it is found in")
+    parser.add_argument("--again", action="store_true", help="what failed runs again")
+    parser.add_argument(
+        "--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes side by side, where times do not count"
+    )
+    options = parser.parse_args()
+    if unknown := sorted(set(options.parts) - set(PARTS)):
+        parser.error(f"PART must be one of {', '.join(PARTS)}; got {', '.join(unknown)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.table = options.table or (ROOT / "kernels" if options.device == "cuda" else options.out) / "configurations.json"
+    if options.device == "cuda":
+        os.environ["PATH"] = with_tools(os.environ.get("PATH", ""))
+    lay_out_tree()
+    run, failed = Session(options), False
+    for part in options.parts or PARTS:
+        start = time.monotonic()
+        run.begin()
+        run.sources = session.sources()
+        built = build(run, part)
+        if not built:  # what needs no library runs, and its rows are not those of a call with one
+            run.sources += " without CUDA C++"
+        write_table(run)
+        before = set(run.known(part))
+        done = PARTS[part](run) and built
+        rows = run.known(part)
+        wrong = [row for row in rows.values() if not row["passed"]]
+        said = "passed" if done and not wrong else "FAILED" if wrong or not built else "NOT FINISHED: call it again"
+        new = len(rows.keys() - before)
+        seconds = time.monotonic() - start
+        print(f"{part}: {said}, {len(rows)} rows ({new} new), {len(wrong)} failed, in {seconds:.0f} s", flush=True)
+        for row in wrong[:40]:
+            print(f"  {row['item']}: {row.get('problem', '')[:300]}")
+        failed |= not done or bool(wrong)
+        if run.device == "cuda":
+            run.close()
+    run.close()
+    sys.exit(1 if failed else 0)
+
+
+def with_tools(path: str, profilers: str = "/opt/nvidia/nsight-compute") -> str:
+    """PATH with the scripts beside this Python (cmake, ninja), the CUDA toolkit and the newest Nsight Compute behind it: where
+    these are installed, they may not be on it."""
+    places = [Path(sysconfig.get_path("scripts")), Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")]
+    places += sorted(Path(profilers).glob("*"), reverse=True)
+    return os.pathsep.join([path, *(str(place) for place in places if place.is_dir())])
+
+
+def lay_out_tree() -> None:
+    """The package as an installation has it, with kernels/ and benchmarks/ inside, since nothing may be installed here. Files
+    that are there already are kept, with what Python has compiled of them."""
+    places = {
+        "vlattn_fast": "vlattn_fast",
+        "kernels": "vlattn_fast/kernels",
+        "benchmarks": "vlattn_fast/benchmarks",
+        "tests": "tests",
+        "tools": "tools",
+    }
+    wanted = {Path("pyproject.toml"): ROOT / "pyproject.toml"}
+    for folder, place in places.items():
+        for path in (ROOT / folder).rglob("*"):
+            below = path.relative_to(ROOT / folder)
+            linked = folder == "vlattn_fast" and below.parts[0] in ("kernels", "benchmarks")
+            if path.is_file() and not linked and not {"__pycache__", "results"} & set(below.parts):
+                wanted[place / below] = path
+    if TREE.exists():
+        for path in [path for path in TREE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]:
+            if path.relative_to(TREE) not in wanted:
+                path.unlink()
+    for place, path in wanted.items():
+        target = TREE / place
+        if not target.exists() or not filecmp.cmp(path, target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
+
+
+def selected(run: Session, items: list[Item]) -> list[Item]:
+    return [item for item in items if re.search(run.options.select, item["item"])]
+
+
+def build(run: Session, part: str) -> bool:
+    """The library of the CUDA C++ kernels, of these sources and for this GPU alone. Whether it is there, or cannot be."""
+    library, stamp = cuda_library(run.device), cuda_library(run.device).with_name("sources")
+    if missing := [tool for tool in ("nvcc", "cmake", "ninja") if shutil.which(tool) is None]:
+        there = "; the library that is there is taken" if library.exists() else ""
+        print(f"CUDA C++ is not built: {', '.join(missing)} not installed{there}", flush=True)
+        return True
+    if library.exists() and stamp.exists() and stamp.read_text() == run.sources:
+        return True
+    number = run.architecture.removeprefix("sm_")
+    target = f"{number}{'a' if int(number) >= 90 else ''}-real"
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(library.parent)]
+    configure.append("-DVLATTN_HOST=ON" if run.device == "cpu" else f"-DVLATTN_TARGETS={target}")
+    start = time.monotonic()
+    for words in (configure, ["cmake", "--build", str(library.parent), "--parallel", str(os.cpu_count())]):
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            library.unlink(missing_ok=True)  # an older one would be taken for this commit's
+            problem = f"{' '.join(words[:2])} ended with {done.returncode}: {done.stdout[-2000:]}"
+            run.store(part, {"item": "build", "passed": False, "problem": problem})
+            print(f"CUDA C++ is not built: {problem}", flush=True)
+            return False
+    stamp.write_text(run.sources)
+    facts = {"target": target, "bytes": library.stat().st_size, "seconds": round(time.monotonic() - start, 1)}
+    run.store(part, {"item": "build", "passed": True, **facts})
+    return True
+
+
+# --- verify ---
+
+
+def verify(run: Session) -> bool:
+    from tools.gpu import production
+
+    items = selected(run, [{"item": check.item} for check in production.checks(run.device)])
+    return run.run("verify", items, run.worker, run.options.workers if run.device == "cuda" else 1)
+
+
+class Gate:
+    """What may be timed: kernels whose cases are all verified, and right."""
+
+    def __init__(self, run: Session) -> None:
+        from tools.gpu import production
+
+        self._rows = run.known("verify")
+        # a rehearsal verifies what it selects
+        items = list(self._rows) if run.device == "cpu" else [check.item for check in production.checks(run.device)]
+        self._items = [item for item in items if "/" in item]
+
+    def doubt(self, operators: list[str], what: str, backend: str) -> str:
+        """Why this backend is not timed; empty where it may be. Cases that begin with the first word of `what` count, where there
+        are such, and else all of the operators'."""
+        from tools.gpu.production import first_word
+
+        items = [item for item in self._items if item.split("/")[0] in operators]
+        items = [item for item in items if first_word(item.split("/")[1]) == first_word(what)] or items
+        if not items or not all(item in self._rows for item in items):
+            return f"{NOT_TIMED}{what} of {', '.join(operators)} is {UNVERIFIED}"
+        for item in items:
+            found = self._rows[item].get("backends", {}).get(backend, {"problem": "its process died"})
+            if "problem" in found or found.get("ratio", 0.0) > 1.0:
+                return f"{NOT_TIMED}{backend} is wrong in {item}"
+        return ""
+
+
+# --- sweep ---
+
+
+def sweep(run: Session) -> bool:
+    from tools.gpu import production
+    from tools.gpu.sweep import candidates, label, winner
+
+    gate, worker, done = Gate(run), run.worker(), True
+
+    def attempt(item: Item, seconds: float) -> Row | None:
+        row, config = worker(item, seconds), item["config"]
+        return None if row is None else {"launch": item["launch"], "config": config, "is_default": config is None, **row}
+
+    for number, hot in enumerate(production.HOTTEST):
+        if not re.search(run.options.select, hot.key):
+            continue
+        if doubt := gate.doubt([hot.operator], hot.check[0], "triton"):
+            print(f"{hot.key}: {doubt}", flush=True)
+            done &= UNVERIFIED not in doubt
+            continue
+        if not run.run("sweep", [tile(hot.key, number, None, [None])], lambda: attempt):
+            return False
+        while True:
+            rows = [row for row in run.known("sweep").values() if row.get("launch") == hot.key and "config" in row]
+            default = next((row["config"] for row in rows if row["is_default"]), None)
+            if default is None:
+                break  # it failed as it is
+            ahead = candidates(default, hot.most, rows, hot.stages)
+            if not ahead or (run.device == "cpu" and len(rows) >= CPU_TRIES):
+                break
+            ahead = ahead[: CPU_TRIES - len(rows)] if run.device == "cpu" else ahead
+            if not run.run("sweep", [tile(hot.key, number, config, ahead) for config in ahead], lambda: attempt):
+                return False
+        if default is not None:
+            timed = {label(row["config"]): row.get("us") for row in rows}
+            best = winner(default, rows)
+            key = next(row["key"] for row in rows if row["is_default"])
+            won = {"launch": hot.key, "key": key, "winner": best, "us": timed[label(best)], "us_before": timed[label(default)]}
+            if run.known("sweep").get(f"{hot.key}: winner", {}).get("winner") != best:
+                run.store("sweep", {"item": f"{hot.key}: winner", "passed": True, "changed": best != default, **won})
+            print(f"{hot.key}: {label(best)}, {won['us']} us, before {won['us_before']} us", flush=True)
+            write_table(run)
+    return done
+
+
+def tile(key: str, number: int, config: dict[str, int] | None, batch: list[Any]) -> Item:
+    from tools.gpu.sweep import label
+
+    return {"item": f"{key}: {label(config)}", "launch": key, "hot": number, "config": config, "batch": batch}
+
+
+def write_table(run: Session) -> None:
+    """The winners of the stored rows into the table, here and in the tree, which the parts below read."""
+    winners = {row["key"]: row["winner"] for row in run.known("sweep").values() if row.get("changed")}
+    if not winners:
+        return
+    table = json.loads(run.options.table.read_text()) if run.options.table.exists() else {}
+    table[run.architecture] = dict(sorted({**table.get(run.architecture, {}), **winners}.items()))
+    parts = []
+    for name, one in table.items():
+        lines = (f"{json.dumps(key)}: {json.dumps(config)}" for key, config in one.items())
+        parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
+    text = "{\n" + ",\n".join(parts) + "\n}\n"
+    (TREE / "vlattn_fast" / "kernels" / "configurations.json").write_text(text)
+    run.options.table.write_text(text)
+    if run.options.out.resolve() != session.STORED:  # rows that travel take the table along
+        (run.options.out / "configurations.json").write_text(text)
+
+
+# --- ncu ---
+
+
+def profile(run: Session) -> bool:
+    from tools.gpu import production
+
+    gate, items, verified = Gate(run), [], True
+    for item in selected(
+        run, [{"item": f"{name} {backend}", "call": name, "backend": backend} for name, backend in production.calls()]
+    ):
+        operator, what, _ = item["call"].split("/")
+        if doubt := gate.doubt([operator], what, item["backend"]):
+            print(f"{item['item']}: {doubt}", flush=True)
+            verified &= UNVERIFIED not in doubt
+        else:
+            items.append(item)
+    if run.device == "cuda":  # each call once, to compile on all cores what is then timed by itself
+        run.run("ncu", [{**item, "part": "compile"} for item in items], run.worker, run.options.workers, stored=False)
+        run.close()
+    done = run.run("ncu", items, run.worker) and verified
+    known, times = run.known("ncu"), {}
+    for item in items:
+        for kernel, us in known.get(item["item"], {}).get("kernels", {}).items():
+            task = {**item, "item": f"ncu {item['call'].split('/')[0]} {kernel} {item['backend']}", "kernel": kernel, "us": us}
+            times[task["item"]] = max(times.get(task["item"], task), task, key=lambda one: one["us"])
+    program = shutil.which("ncu")
+    if program is None:
+        run.store("ncu", {"item": "ncu", "passed": True, "not_run": "ncu is not installed"})
+        print("ncu is not installed: times of kernels alone", flush=True)
+        return done
+    slowest = sorted(times.values(), key=lambda task: -task["us"])[:SLOWEST]
+    return done and run.run("ncu", slowest, lambda: lambda item, seconds: _stalls(run, program, item, seconds))
+
+
+def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row | None:
+    child = [sys.executable, "-m", "tools.gpu.launch", run.device, item["backend"], item["call"]]
+    done = run.command(ncu.command(program, item["kernel"], 1, child), seconds)
+    if done is None:
+        return None
+    found = ncu.table(done[1])
+    problem = "" if found else f"ended with {done[0]} and no table: {done[1][-1500:]}"
+    return {**item, **found, "passed": bool(found), "problem": problem}
+
+
+# --- benchmarks ---
+
+
+def benchmarks(run: Session) -> bool:
+    from vlattn_fast.benchmarks._choice import OURS, choose
+    from vlattn_fast.checking import verify as operators
+
+    gate, items, verified = Gate(run), [], True
+    names = [benchmark.name for benchmark in choose([])]
+    first = [name for name in names if name.split("/")[0] in operators.OPERATORS]
+    for item in selected(run, [{"item": name} for name in ["host", *first, *(name for name in names if name not in first)]]):
+        module, _, what = item["item"].partition("/")
+        if module == "scaling":
+            module, _, what = what.partition(", ")
+        concerned = [module] if module in operators.OPERATORS else list(operators.OPERATORS)
+        doubts = {} if module == "host" else {name: gate.doubt(concerned, what, name) for name in ("triton", "cuda")}
+        if any(UNVERIFIED in doubt for doubt in doubts.values()):
+            print(f"{item['item']}: {doubts['triton']}", flush=True)
+            verified = False
+            continue
+        item["left_out"] = {name: doubt for name, doubt in doubts.items() if doubt}
+        if module.startswith("task_") and doubts["triton"]:  # it chooses the backend call by call
+            item["left_out"] = dict.fromkeys(OURS, doubts["triton"])
+        items.append(item)
+    return run.run("benchmarks", items, run.worker) and verified
+
+
+# --- tests ---
+
+
+def tests(run: Session) -> bool:
+    from vlattn_fast.checking.verify import OPERATORS
+
+    files = [
+        f"tests/{folder}/{path.name}" for folder in _folders(run) for path in sorted((TREE / "tests" / folder).glob("test_*.py"))
+    ]
+    files = [file for file in files if not file.removeprefix("tests/").removesuffix(".py").endswith(LEFT_OUT)]
+    files += ["tests/gpu/device_only.py"] if run.device == "cuda" else []
+    files = [file for file in files if re.search(run.options.select, file)]
+    done = run.run("tests", _shards(files), lambda: lambda item, seconds: _pytest(run, item, seconds), run.options.workers)
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        run.store("tests", {"item": "sanitizer", "passed": True, "not_run": "compute-sanitizer is not installed"})
+        print("compute-sanitizer is not installed", flush=True)
+        return done
+    for tool, more in TOOLS.items():
+        backends = {"triton": "kernels", **({"cuda": "cuda"} if cuda_library(run.device).exists() else {})}
+        items = [
+            {
+                "item": f"{tool} {backend} {path.stem}",
+                "words": [program, "--tool", tool, *SANITIZE, *more],
+                "child": [backend, path.stem],
+            }
+            for backend, folder in backends.items()
+            for path in sorted((TREE / "vlattn_fast" / folder).glob("[a-z]*.py"))
+            if path.stem in OPERATORS
+        ]
+        done &= run.run("tests", selected(run, items), lambda: lambda item, seconds: _sanitized(run, item, seconds), SIDE_BY_SIDE)
+    return done
+
+
+def _folders(run: Session) -> list[str]:
+    return ["ops", "kernels", *(["cuda"] if cuda_library(run.device).exists() else [])]
+
+
+def _shards(files: list[str]) -> list[Item]:
+    """Each file in items of about BYTES_AN_ITEM, by which its tests are dealt out."""
+    shards = {file: -(-(TREE / file).stat().st_size // BYTES_AN_ITEM) for file in files}
+    return [{"item": f"{file} {i + 1} of {n}", "file": file, "shard": f"{i}/{n}"} for file, n in shards.items() for i in range(n)]
+
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "minversion=1", "-o", "filterwarnings=default"]
+
+
+def _pytest(run: Session, item: Item, seconds: float) -> Row | None:
+    report = TREE / f"{re.sub(r'[^a-z0-9]+', '-', item['item'])}.xml"
+    done = run.command([*PYTEST, f"--junitxml={report}", item["file"]], seconds, VLATTN_SHARD=item["shard"])
+    if done is None:
+        return None
+    status, said = done
+    if status is None or not report.exists():
+        why = "took too long" if status is None else f"ended with {status}"
+        return {"passed": False, "problem": f"{why}: {said[-1500:]}"}
+    ran, failures = 0, []
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        ran += 1
+        problem = next((child for child in case if child.tag in ("failure", "error")), None)
+        if problem is not None:
+            failures.append(f"{case.get('classname')}::{case.get('name')}: {(problem.get('message') or '')[:300]}")
+    nothing = not ran and status != NO_TESTS
+    problem = f"no test ran: {said[-500:]}" if nothing else "; ".join(failures)
+    return {"passed": not problem, "tests": ran, "failures": failures, "problem": problem[:1500]}
+
+
+def _sanitized(run: Session, item: Item, seconds: float) -> Row | None:
+    backend, operator = item["child"]
+    child = [sys.executable, "-m", "tools.gpu.launch", run.device, backend, operator]
+    # memcheck sees an access beyond a tensor only where tensors do not share one allocation
+    done = run.command([*item["words"], *child], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if done is None:
+        return None
+    status, said = done
+    why = "took too long" if status is None else f"ended with {status}"
+    return {"passed": status == 0, "problem": "" if status == 0 else f"{why}: {said[-1500:]}"}
+
+
+PARTS: dict[str, Callable[[Session], bool]] = {
+    "verify": verify,
+    "sweep": sweep,
+    "ncu": profile,
+    "benchmarks": benchmarks,
+    "tests": tests,
+}
+
+
+if __name__ == "__main__":
+    main()

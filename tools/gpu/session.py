@@ -1,0 +1,239 @@
+"""Items of `make gpu`, run and stored: each row as soon as it is known, so that a part that was cut goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TREE = ROOT / "build" / "gpu"
+STORED = ROOT / "benchmarks" / "results"  # rows from earlier calls, wherever this one writes
+SOURCES = ("vlattn_fast/**/*.py", "kernels/*.py", "benchmarks/*.py", "csrc/**/*", "tools/gpu/production.py", "CMakeLists.txt")
+LEAST_LEFT = 15.0  # seconds; with less of them no item is begun
+OF_AN_ITEM = 420.0  # seconds that it may take
+ROW = "ROW "
+# what is ended must take along what it has started
+GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace", **GROUP}
+
+Item = dict[str, Any]  # "item" is its name
+Row = dict[str, Any]
+Execute = Callable[[Item, float], Row | None]  # in so many seconds; None where they did not suffice
+
+
+def sources() -> str:
+    """Which tree this is: of files alone, as a copy has no commits. The table that the sweep writes is not part of it."""
+    digest = hashlib.sha256()
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            if path.is_file():
+                digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Session:
+    """A call of run.py: its options, what is known, and the time that is left of a part."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        sys.path.insert(0, str(TREE))
+        self._rows = importlib.import_module("vlattn_fast.benchmarks._rows")
+        import torch
+
+        self.options, self.device, self.sources = options, options.device, sources()
+        place = torch.device(self.device)
+        self.slug = self._rows.slug(place)
+        interpreted = ", Triton's interpreter" if self.device == "cpu" else ""
+        self.origin = {"device": self._rows.device_name(place) + interpreted}
+        self.origin |= self._rows.provenance(" ".join(["python", "tools/gpu/run.py", *sys.argv[1:]]))
+        major, minor = (0, 0) if self.device == "cpu" else torch.cuda.get_device_capability()
+        self.architecture = f"sm_{major}{minor}"
+        self._end, self._lock = 0.0, threading.Lock()
+        self._workers: list[Worker] = []
+
+    def begin(self) -> None:
+        self._end = time.monotonic() + 60 * self.options.minutes
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def known(self, part: str) -> dict[str, Row]:
+        """The rows of a part by item, of this tree on this device."""
+        found: dict[str, Row] = {}
+        for folder in dict.fromkeys((STORED, self.options.out.resolve())):
+            path = folder / f"gpu-{part}.json"
+            for row in json.loads(path.read_text()) if path.exists() else []:
+                if row["sources"] == self.sources and row["device"] == self.origin["device"]:
+                    found[row["item"]] = row
+        return found
+
+    def store(self, part: str, row: Row) -> None:
+        """A row of a part. Its `rows`, those of a benchmark, go to the file of the device first."""
+        with self._lock:
+            if rows := row.pop("rows", None):
+                self._append([{**one, **self.origin} for one in rows], f"{self.slug}.json")
+            stamp = {"sources": self.sources, **self.origin, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            self._append([{"part": part, **row, **stamp}], f"gpu-{part}.json")
+
+    def _append(self, rows: list[Row], name: str) -> None:
+        """To those of earlier calls, so that the new file may take the place of the stored one."""
+        path = self.options.out / name
+        if self.device == "cuda" and not path.exists() and (STORED / name).exists():
+            shutil.copy(STORED / name, path)
+        self._rows.append(rows, path)
+
+    def run(
+        self, part: str, items: Sequence[Item], executor: Callable[[], Execute], side_by_side: int = 1, stored: bool = True
+    ) -> bool:
+        """Those whose rows are not known, in this order, on `side_by_side` threads with an executor each. Whether all are known
+        now. `stored` False: what they leave behind counts, and not their rows."""
+        known = self.known(part)
+        again = self.options.again
+        waiting = [item for item in items if item["item"] not in known or (again and not known[item["item"]]["passed"])]
+        total, lock, cut, begun = len(waiting), threading.Lock(), [], time.monotonic()
+
+        def serve() -> None:
+            execute = executor()
+            while True:
+                with lock:
+                    if not waiting or self.left() < LEAST_LEFT:
+                        return
+                    item = waiting.pop(0)
+                try:
+                    row = execute({"part": part, **item}, min(OF_AN_ITEM, self.left()))
+                except Exception as error:  # else its thread would end, and the item would be neither known nor left
+                    row = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500]}
+                if row is None:
+                    cut.append(item)
+                    return
+                if stored:
+                    self.store(part, {"item": item["item"], **row})
+                if total > 1:
+                    done = total - len(waiting)
+                    failed = "" if row["passed"] else f"  FAILED: {row.get('problem', '')}"[:300]
+                    print(f"[{done} of {total}, {time.monotonic() - begun:.0f} s] {item['item']}{failed}", flush=True)
+
+        threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(side_by_side, total))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return not waiting and not cut
+
+    def worker(self) -> Worker:
+        """What executes items in a process of its own; a rehearsal has one for all. It lasts until `close`."""
+        if self.device == "cuda" or not self._workers:
+            self._workers.append(Worker(self))
+        return self._workers[-1]
+
+    def close(self) -> None:
+        while self._workers:
+            self._workers.pop().close()
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """Of what runs in the tree. Compiled kernels are kept in build/, from call to call."""
+        library = cuda_library(self.device)
+        caches = {"TRITON_CACHE_DIR": "triton-cache", "TORCHINDUCTOR_CACHE_DIR": "inductor-cache"}
+        return {
+            **{name: str(ROOT / "build" / folder) for name, folder in caches.items()},
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH")))),
+            "VLATTN_TEST_DEVICE": self.device,
+            **({"VLATTN_CUDA_LIBRARY": str(library)} if library.exists() else {}),
+            "OMP_NUM_THREADS": "1",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            **({"TRITON_INTERPRET": "1"} if self.device == "cpu" else {}),
+            **more,
+        }
+
+    def command(self, words: list[str], seconds: float, **more: str) -> tuple[int | None, str] | None:
+        """Its exit status and what it printed: (None, ...) where it took longer than an item may; None where the part is out of
+        time."""
+        process = subprocess.Popen(words, cwd=TREE, env=self.environment(**more), **PIPES)
+        try:
+            said, _ = process.communicate(timeout=seconds)
+            return process.returncode, said
+        except subprocess.TimeoutExpired:
+            end(process)
+            said = process.communicate()[0]
+            return (None, said) if seconds >= OF_AN_ITEM else None
+
+
+def cuda_library(device: str) -> Path:
+    return ROOT / "build" / ("host/libvlattn_host.so" if device == "cpu" else "cuda/libvlattn_cuda.so")
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """With what it has started."""
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        pass
+
+
+class Worker:
+    """A process of worker.py, started at its first item, and anew where it has died."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, item: Item, seconds: float) -> Row | None:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = self._started()
+        process, out_of_time = self._process, threading.Event()
+
+        def stop() -> None:
+            out_of_time.set()
+            end(process)
+
+        timer, said = threading.Timer(seconds, stop), [""]
+        timer.start()
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(json.dumps(item) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                if line.startswith(ROW):
+                    row = json.loads(line.removeprefix(ROW))
+                    if row.pop("last", False):
+                        process.wait()
+                    return row
+                said.append(line)
+        except BrokenPipeError:
+            pass
+        finally:
+            timer.cancel()
+        status = process.wait()
+        if out_of_time.is_set() and seconds < OF_AN_ITEM:
+            return None
+        why = f"took over {seconds:.0f} s" if out_of_time.is_set() else f"the process ended with {status}"
+        return {"passed": False, "problem": f"{why}: {''.join(said)[-1500:]}"}
+
+    def _started(self) -> subprocess.Popen[str]:
+        words = [sys.executable, "-m", "tools.gpu.worker", self._session.device]
+        return subprocess.Popen(words, cwd=TREE, env=self._session.environment(), stdin=subprocess.PIPE, **PIPES)
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.close()
+            process.wait(10)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            end(process)
+            process.wait()
+        process.stdout.close()

@@ -1,0 +1,188 @@
+"""Tiles, warps and stages of the hottest launches, one after another: is it right, and how long does it take.
+
+First tiles and warps about those of kernels/_configurations.py, then the stages of the three fastest. A configuration is
+timed only where it keeps the tolerance rule, and takes the place of the one that is there where it saves SAVES of the time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from typing import Any
+
+import torch
+
+from tools.gpu import launches, production
+from vlattn_fast.checking import verify
+from vlattn_fast.checking.tolerance import settle
+from vlattn_fast.kernels import _configurations
+
+Config = dict[str, int]
+Row = dict[str, Any]
+WARPS, FASTEST = (4, 8), 3
+LEAST_TILE, MOST_KEYS = 16, 128
+SAVES = 0.03
+
+
+def label(config: Config | None) -> str:
+    return "as it is" if config is None else " ".join(f"{name}={x}" for name, x in config.items())
+
+
+def candidates(default: Config, most: int, rows: Sequence[Row], stages: Sequence[int]) -> list[Config]:
+    """What is to be tried next, from the rows of this launch. Empty where all is done."""
+    known = [row["config"] for row in rows]
+    tiles = [{"BLOCK_Q": size} for size in _about(default["BLOCK_Q"], most)]
+    if "BLOCK_KV" in default:
+        tiles = [{**tile, "BLOCK_KV": size} for tile in tiles for size in _about(default["BLOCK_KV"], MOST_KEYS)]
+    first = [{**default, **tile, "num_warps": warps} for tile in tiles for warps in WARPS]
+    if ahead := [config for config in first if config not in known]:
+        return ahead
+    fastest: list[Config] = []
+    for row in sorted((row for row in rows if "us" in row), key=lambda row: row["us"]):
+        without = {name: x for name, x in row["config"].items() if name != "num_stages"}
+        if without not in fastest:
+            fastest.append(without)
+    second = [{**default, **without, "num_stages": count} for without in fastest[:FASTEST] for count in stages]
+    return [config for config in second if config not in known]
+
+
+def _about(size: int, most: int) -> list[int]:
+    return [x for x in (size // 2, size, 2 * size) if LEAST_TILE <= x <= most]
+
+
+def winner(default: Config, rows: Sequence[Row]) -> Config:
+    """The fastest one; the default where none saves enough."""
+    timed = {label(row["config"]): row for row in rows if "us" in row}
+    if not timed:
+        return default
+    best, now = min(timed.values(), key=lambda row: row["us"]), timed.get(label(default))
+    return best["config"] if now is None or best["us"] < (1 - SAVES) * now["us"] else default
+
+
+class Recorder(dict[str, Config]):
+    """In the place of `OVERRIDES`: `config` for the launches whose facts begin with `prefix`, and what these are."""
+
+    def __init__(self, prefix: str, config: Config | None) -> None:
+        self.prefix, self.config = prefix, config
+        self.asked: dict[str, Config] = {}  # with what would have been taken
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if not f"{key} ".startswith(f"{self.prefix} "):
+            return default
+        self.asked[key] = dict(default)
+        return dict(default) if self.config is None else self.config
+
+
+class _Launch:
+    """A hot launch: its problem, its call, and what was compiled for it."""
+
+    def __init__(self, hot: production.Hot, device: str) -> None:
+        self.hot, self.device = hot, device
+        name, sizes = hot.check
+        case = production.case_named(device, hot.operator, name, sizes)
+        self.problem = verify._Problem(case, torch.bfloat16, device, truth_on=device)
+        self.call = production.call_of(hot.benchmark, "triton", device)
+        self.compiled: set[str] = set()
+
+
+_now: list[_Launch] = []  # the one that is swept
+_pool: list[ProcessPoolExecutor] = []
+
+
+def tried(item: dict[str, Any], device: str) -> Row:
+    """The row of one configuration; `config` None is what the kernel takes by itself. `batch` is compiled beforehand, in all."""
+    hot, config = production.HOTTEST[item["hot"]], item["config"]
+    if not _now or _now[0].hot is not hot:
+        _now.clear()
+        torch.cuda.empty_cache()
+        _now.append(_Launch(hot, device))
+    launch = _now[0]
+    if device == "cuda" and label(config) not in launch.compiled:
+        _compile(item["hot"], item["batch"])
+        launch.compiled |= {label(each) for each in item["batch"]}
+    recorder = Recorder(hot.key, config)
+    before, _configurations.OVERRIDES = _configurations.OVERRIDES, recorder
+    try:
+        row = _measured(launch, device)
+    except Exception as error:
+        if type(error).__name__ not in ("OutOfResources", "CompilationError", "PTXASError"):
+            raise
+        row = {"passed": True, "not_run": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        _configurations.OVERRIDES = before
+    if len(recorder.asked) > 1:
+        raise RuntimeError(f"the case and the timed call must ask with the same facts; got {sorted(recorder.asked)}")
+    ((key, default),) = recorder.asked.items()
+    return {"launch": hot.key, "key": key, "config": default if config is None else config, "is_default": config is None, **row}
+
+
+def _measured(launch: _Launch, device: str) -> Row:
+    assert launch.call is not None, f"{launch.hot.benchmark} does not run on triton"
+    pools = settle(launch.problem.runs("triton"), enough=lambda: 1 if device == "cpu" else 4)
+    worst = max(pools.values(), key=lambda pool: pool.ratio())
+    ratio = production.ratio_of(worst)
+    if ratio > 1.0:
+        return {"passed": False, "ratio": ratio, "problem": str(worst)}
+    found = [one for one in launches.launched(launch.call) if one[0] in launch.hot.kernels]
+    us = launches.seconds([start for _, start, _ in found], device) * 1e6
+    compiled = [kernel for _, _, kernel in found if kernel is not None]
+    facts = {name: [getattr(kernel, f"n_{name}", None) for kernel in compiled] for name in ("regs", "spills")}
+    return {"passed": True, "ratio": ratio, "us": round(us, 3), **facts}
+
+
+def _compile(hot: int, batch: list[Config | None]) -> None:
+    """Into Triton's cache on the disk, on all cores."""
+    if not _pool:
+        _pool.append(new_pool())
+    major, minor = torch.cuda.get_device_capability()
+    ahead: list[Future[None]] = [_pool[0].submit(compile_one, hot, config, 10 * major + minor) for config in batch]
+    for one in ahead:
+        one.exception()  # it comes again, and is stored, where this configuration is launched
+
+
+def new_pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """A process that crashes ends none of its pool's, which would hold its output open: run.py would read on until time is up."""
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def compile_one(hot: int, config: Config | None, architecture: int) -> None:
+    """One launch compiled as for this GPU, on CPU tensors: as it is timed and as it is checked, since sizes and masks that differ
+    are compiled anew. The other launches of these calls do nothing."""
+    from triton.runtime.jit import JITFunction
+
+    from tools.compiled.triton import pretend
+    from vlattn_fast.ops import _dispatch
+
+    chosen = production.HOTTEST[hot]
+    _dispatch.INTERPRETED = True  # so that Triton's kernels take CPU tensors; nothing is interpreted
+    _configurations.OVERRIDES = Recorder(chosen.key, config)
+    pretend(architecture)
+    run = JITFunction.run
+
+    def only_this(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if self.fn.__name__ in chosen.kernels:
+            run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = only_this
+    try:
+        # with so many heads no kernel divides the keys of one among programs, nor does it on a device with all of them
+        call = production.call_of(chosen.benchmark, "triton", "cpu", batch=16)
+        assert call is not None
+        call()
+        name, sizes = chosen.check
+        case = production.case_named("cuda", chosen.operator, name, sizes)
+        verify._run(case, case.in_dtype(torch.bfloat16), "triton")
+    finally:
+        JITFunction.run = run

@@ -1,0 +1,63 @@
+"""The tests of the CPU kernels under sanitizers of addresses and undefined behaviour, and of threads: `make sanitize`.
+
+    python -m tools.sanitize                          everything, with address under each instruction set of this processor
+    python -m tools.sanitize --only thread -k causal  one of them, with further arguments of pytest
+
+Under `address` the kernels' workspace comes full of NaN. Under `thread` they run on three threads of their own (threads.cpp).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers.cpu.building import KINDS, sanitized
+from tests.helpers.cuda.building import sanitizing
+from vlattn_fast.backends import native
+
+ROOT = Path(__file__).parents[1]
+PATHS = ("tests/cpu", "tests/ops")
+CHOSEN = "cpu and not compile and not opcheck and not test_library and not test_sanitized"
+MOST = 2**31  # bytes of a workspace that are filled
+
+
+def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest with the library of `folder`; its exit status is not 0 where a test fails or the sanitizer has found something."""
+    environment = {
+        **sanitizing(kind),
+        "ASAN_OPTIONS": f"detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size={MOST}",
+        "VLATTN_CPU_LIBRARY": str(folder / "libvlattn_cpu.so"),
+        "VLATTN_CPU_ISA": instruction_set,
+        "VLATTN_OWN_THREADS": str(folder / "libthreads.so"),
+        "VLATTN_TEST_SANITIZED": "1",  # one draw of the numbers (tests/helpers/compare.py)
+        "OMP_NUM_THREADS": "1",
+    }
+    own = ("-p", "tests.helpers.cpu.own_threads") if kind == "thread" else ()
+    # what the sanitizer writes is not pytest's to keep
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *own, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("-k", dest="chosen", metavar="EXPRESSION", help="of pytest")
+    options = parser.parse_args()
+    sets = native._available()
+    chosen = f"{CHOSEN} and ({options.chosen})" if options.chosen else CHOSEN
+    codes = []
+    for kind, instruction_set in [*(("address", name) for name in sets), ("thread", sets[0])]:
+        if options.only in (None, kind):
+            done = run(kind, sanitized(kind), instruction_set, *PATHS, "-k", chosen)
+            lines = done.stdout.strip().splitlines()
+            print(f"{kind}, {instruction_set}:", *(lines if done.returncode else lines[-1:]), sep="\n", flush=True)
+            codes.append(done.returncode)
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
