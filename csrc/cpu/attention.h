@@ -23,6 +23,7 @@ struct Masks {
     Size dtype, stride_b, stride_h, stride_n, stride_m;
     const uint8_t* keys;  // (B, M), 0 = padding; null for none
     Size is_causal;  // query i sees keys j <= i
+    const double* shifts;  // (B, H, N) of a float64 mask: its largest value in each row, which softmax does not see; else null
 };
 
 struct Attention {
@@ -31,6 +32,10 @@ struct Attention {
     double scale;
     Rows query, key, value;
     Masks masks;
+    // of the rows from n on; null where the mask is not float64
+    const double* mask_shifts(Size b, Size h, Size n) const {
+        return masks.shifts ? masks.shifts + (b * H + h) * N + n : nullptr;
+    }
     Size group() const { return H / Hkv; }  // query heads that share a key head
     Size key_block() const { return M > MOST_KEYS ? BLOCK_KEYS : M > 0 ? M : 1; }
 };
@@ -55,6 +60,15 @@ static Size visible_keys(const Attention& a, Size b) {
     if (a.masks.keys)
         while (count > 0 && !a.masks.keys[b * a.M + count - 1]) --count;
     return count;
+}
+
+// The gradient of a key or a value: zero at padding, also where a query or a cotangent is NaN.
+static void store_key(const Attention& a, Size b, Size head, Size j, const float* gradient, Size size, const Rows& to) {
+    void* row = (void*)element(to.data, a.dtype, to.at(b, head, j));
+    if (a.masks.keys && !a.masks.keys[b * a.M + j])
+        memset(row, 0, size * (a.dtype == FLOAT32 ? 4 : 2));
+    else if (row != gradient)
+        narrow(gradient, size, a.dtype, row);
 }
 
 // Prefetches a row.
@@ -168,13 +182,37 @@ static bool is_masked(const Attention& a, const Tile& t, Size j0, Size count) {
     return a.masks.mask || a.masks.keys || (a.masks.is_causal && j0 + count - 1 > t.first);
 }
 
+// A float64 mask is added in float64, and the row's shift is taken from the sum: so a bias keeps its digits beside an offset of the
+// whole row, and scores vanish beside it where they do in float64. `rows` holds GROUP * LANES.
+static void add_float64_mask(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* rows) {
+    const Masks& m = a.masks;
+    const double* mask = (const double*)m.mask + t.b * m.stride_b + t.h * m.stride_h + t.first * m.stride_n + j0 * m.stride_m;
+    const double *shifts = a.mask_shifts(t.b, t.h, t.first), lowest = -3.4028234663852886e38;
+    for (Size j = 0; j < count; j += GROUP) {
+        const Size some = least(GROUP, count - j);
+        transpose(S + j * t.width, t.width, some, t.width, rows, GROUP);
+        for (Size i = 0; i < t.width; ++i) {
+            const double *added = mask + (i < t.rows ? i : 0) * m.stride_n + j * m.stride_m, shift = shifts[i < t.rows ? i : 0];
+            float* s = rows + i * GROUP;
+            for (Size n = 0; n < some; ++n) {
+                const double x = added[n * m.stride_m], sum = (double)s[n] + x - shift;
+                const bool masked = x == -INFINITY || s[n] == -INFINITY;
+                s[n] = masked ? -INFINITY : sum < lowest ? (float)lowest : (float)sum;  // a finite sum masks nothing
+            }
+        }
+        transpose(rows, GROUP, t.width, some, S + j * t.width, t.width);
+    }
+}
+
 // The scores of a tile with the keys [j0, j0 + count) become logits: float masks are added, masked pairs become -Inf.
 // `scratch` holds 2 * GROUP * LANES.
 static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch) {
     const Masks& m = a.masks;
     const Size w = t.width;
     const Vector masked = splat(-INFINITY);
-    if (m.mask) {
+    if (m.dtype == FLOAT64) {
+        add_float64_mask(a, t, j0, count, S, scratch);
+    } else if (m.mask) {
         const Size base = t.b * m.stride_b + t.h * m.stride_h + t.first * m.stride_n;
         float *rows = scratch, *tile = scratch + GROUP * LANES;
         for (Size j = 0; j < count; j += GROUP) {  // GROUP keys at a time, so that rows of the mask can be read along the keys
@@ -268,7 +306,8 @@ static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size
 // One block of keys of an online softmax: updates each row's `largest` logit and `total`, the sum of e^(logit - largest).
 // `top_of_block` is the block's `top`. S becomes e^(logit - largest). The caller multiplies its own earlier sums by `rescale`
 // (LANES).
-static void online_softmax(float* S, Size count, Size w, bool first, const float* top_of_block, float* largest, float* total,
+// Totals are float64: as many blocks of alike logits would round them all the same way.
+static void online_softmax(float* S, Size count, Size w, bool first, const float* top_of_block, float* largest, double* total,
                            float* rescale) {
     for (Size i = 0; i < w; i += GROUP) {
         Vector top[PARTS], sum[PARTS];
@@ -292,10 +331,9 @@ static void online_softmax(float* S, Size count, Size w, bool first, const float
                 }
             for (int p = 0; p < PARTS; ++p) sum[p] += part[p];
         }
-        for (int p = 0; p < PARTS; ++p) {
-            float* t = total + i + p * VL;
-            store(t, first ? sum[p] : load(t) * load(rescale + i + p * VL) + sum[p]);
-        }
+        float of_block[GROUP];
+        for (int p = 0; p < PARTS; ++p) store(of_block + p * VL, sum[p]);
+        for (Size n = 0; n < GROUP; ++n) total[i + n] = (first ? 0. : total[i + n] * rescale[i + n]) + of_block[n];
     }
 }
 
@@ -319,14 +357,11 @@ struct TakeGradient {
 // divided by the sum over the keys of this call.
 static const double LARGEST_CALLER_LSE = 16384.;
 
-// The end of an online softmax: shift and factor of each row, and the log-sum-exp where `lse` is not null. `largest` and `total`
-// may be the arrays of `s`.
-static void finish_rows(const float* largest, const float* total, Size rows, Size w, const Statistics& s, double* lse) {
+// The end of an online softmax: shift and factor of each row. `largest` may be the array of `s`.
+static void finish_rows(const float* largest, const double* total, Size w, const Statistics& s) {
     for (Size i = 0; i < w; ++i) {
-        const bool masked = largest[i] == -INFINITY && total[i] == 0.f;
-        if (lse && i < rows) lse[i] = masked ? -INFINITY : largest[i] + log((double)total[i]);
-        const float factor = masked ? 0.f : 1.f / total[i];
-        s.shift[i] = masked ? 0.f : largest[i], s.factor[i] = factor;
+        const bool masked = largest[i] == -INFINITY && total[i] == 0.;
+        s.shift[i] = masked ? 0.f : largest[i], s.factor[i] = masked ? 0.f : 1.f / (float)total[i];
     }
 }
 

@@ -34,7 +34,8 @@ struct MapTiles {
     float *rows, *query, *grad_output;  // transposed: (D, width), (Dv, width)
     float *heads, *dA, *map, *mask;  // dA is written where Dv is more than DEPTH
     Size size;  // of a tile
-    float *top, *largest, *shift, *total, *rescale, *factor;  // (LANES), factor (H, LANES)
+    float *top, *largest, *shift, *rescale, *factor;  // (LANES), factor (H, LANES)
+    double* total;  // (LANES)
 
     void plan(const MapCall& c, Memory& memory) {
         const Attention& a = c.a;
@@ -44,7 +45,7 @@ struct MapTiles {
         heads = memory.take(size * c.heads()), map = memory.take(c.heads() < a.H ? size : CHUNK * LANES);
         dA = memory.take(c.gradient ? LANES * a.key_block() : 0), mask = memory.take(2 * GROUP * LANES);
         top = memory.take(LANES), largest = memory.take(LANES), shift = memory.take(LANES);
-        total = memory.take(LANES), rescale = memory.take(LANES), factor = memory.take(a.H * LANES);
+        total = memory.take_doubles(LANES), rescale = memory.take(LANES), factor = memory.take(a.H * LANES);
     }
 };
 
@@ -63,13 +64,14 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
     for (Size j0 = 0; j0 < keys; j0 += block)
         online_softmax(S + j0 * w, least(block, keys - j0), w, j0 == 0, x.largest, x.shift, x.total, x.rescale);
     float* factor = x.factor + t.h * LANES;
-    finish_rows(x.shift, x.total, t.rows, w, {x.shift, factor}, nullptr);
+    finish_rows(x.shift, x.total, w, {x.shift, factor});
+    const double* mask_shifts = a.mask_shifts(t.b, t.h, t.first);
     for (Size i = 0; c.lse && i < t.rows; ++i) {
         const double lse = c.lse[(t.b * a.H + t.h) * a.N + t.first + i];
         if (fabs(lse) == INFINITY)
             factor[i] = 0.f;  // a fully masked row
         else if (factor[i] != 0.f && fabs(lse) <= LARGEST_CALLER_LSE)
-            factor[i] = (float)exp(x.shift[i] - lse);
+            factor[i] = (float)exp(x.shift[i] + (mask_shifts ? mask_shifts[i] : 0.) - lse);
     }
     for (Size i = 0; c.reduction == MEAN && i < w; ++i) factor[i] /= a.H;
     if (!c.gradient) return;

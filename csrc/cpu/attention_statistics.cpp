@@ -111,8 +111,10 @@ struct StatisticsRows {
     Keys keys;
     float *query, *transposed;  // (LANES, stride), (D, width): query rows times the scale
     float *S, *mask;
-    float *largest, *total, *weighted;  // of the logits; sum e; sum e w with the weights w of `sweep`
-    float *received, *weight, *factor;  // sum e grad_received; the row's weight, and 0 beyond the tile; 1 / total, 0 if masked
+    // sum e; sum e w with the weights w of `sweep`; sum e grad_received: float64, since alike terms are all rounded the same way
+    double *total, *weighted, *received;
+    float *largest, *mean;  // of the logits; backward, sum P dP
+    float *weight, *factor;  // the row's weight, and 0 beyond the tile; 1 / total, 0 if masked
     int32_t* argmax;
     Size* group;  // (keys of a block)
     Size stride;
@@ -124,8 +126,8 @@ struct StatisticsRows {
         stride = round_up(a.D, VL);
         query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
         S = memory.take(most(LANES * a.key_block(), kept)), mask = memory.take(2 * GROUP * LANES);
-        largest = memory.take(LANES), total = memory.take(LANES), weighted = memory.take(LANES);
-        received = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
+        total = memory.take_doubles(LANES), weighted = memory.take_doubles(LANES), received = memory.take_doubles(LANES);
+        largest = memory.take(LANES), mean = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
         argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
     }
     void start(const Attention& a, const Tile& t, const RowWeight& w) {
@@ -177,8 +179,12 @@ static void sweep(const StatisticsRows& r, Size j0, Size count, Size w, const St
         for (; j < count; ++j) top = maximum(top, load(r.S + j * w + i));
         const Vector shift = top == nothing ? Vector{} : top;
         const Vector moved = maximum(lowest, before - shift), by = exp_negative(before - shift);
-        Vector total = load(r.total + i) * by, received = load(r.received + i) * by;
-        Vector weighted = (load(r.weighted + i) + (BACKWARD ? load(d->slope + i) : splat(1.f)) * load(r.total + i) * moved) * by;
+        const Vector drift = BACKWARD ? load(d->slope + i) * moved : moved;
+        for (int n = 0; n < VL; ++n) {
+            r.weighted[i + n] = (r.weighted[i + n] + drift[n] * r.total[i + n]) * by[n];
+            r.total[i + n] *= by[n], r.received[i + n] *= by[n];
+        }
+        Vector total = Vector{}, weighted = Vector{}, received = Vector{};
         Integers found = Integers{} + INT32_MAX;
         for (Size chunk = 0; chunk < count; chunk += SHORT_SUM) {
             Vector some = Vector{}, some_weighted = Vector{}, some_received = Vector{};
@@ -196,6 +202,10 @@ static void sweep(const StatisticsRows& r, Size j0, Size count, Size w, const St
                 }
             }
             total += some, weighted += some_weighted, received += some_received;
+            if (chunk % BLOCK_KEYS != BLOCK_KEYS - SHORT_SUM && chunk + SHORT_SUM < count) continue;
+            for (int n = 0; n < VL; ++n)
+                r.total[i + n] += total[n], r.weighted[i + n] += weighted[n], r.received[i + n] += received[n];
+            total = weighted = received = Vector{};
         }
         if (!BACKWARD) {
             Integers argmax;
@@ -203,14 +213,14 @@ static void sweep(const StatisticsRows& r, Size j0, Size count, Size w, const St
             argmax = top > before ? found : argmax;
             memcpy(r.argmax + i, &argmax, sizeof argmax);
         }
-        store(r.largest + i, top), store(r.total + i, total), store(r.weighted + i, weighted), store(r.received + i, received);
+        store(r.largest + i, top);
     }
 }
 // After the last sweep: factor, and `largest` becomes what the exponentials are shifted by
 static void finish_sweeps(const StatisticsRows& r, Size w) {
     for (Size i = 0; i < w; ++i) {
         const bool masked = r.largest[i] == -INFINITY && r.total[i] == 0;
-        r.factor[i] = masked ? 0.f : 1.f / r.total[i];
+        r.factor[i] = masked ? 0.f : 1.f / (float)r.total[i];
         if (masked) r.largest[i] = 0;
     }
 }
@@ -248,7 +258,7 @@ static void store_rows(const StatisticsForward& c, const StatisticsRows& r, cons
     const Size at = (t.b * c.a.H + t.h) * c.a.N + t.first;
     for (Size i = 0; i < t.rows; ++i) {
         const float factor = r.factor[i];
-        c.entropy[at + i] = factor == 0 ? 0.f : logf(r.total[i]) - r.weighted[i] * factor;
+        c.entropy[at + i] = factor == 0 ? 0.f : (float)(log(r.total[i]) - r.weighted[i] / r.total[i]);
         c.maximum[at + i] = factor;
         c.argmax[at + i] = factor == 0 ? -1 : factor != factor ? 0 : r.argmax[i];  // of NaN the first
     }
@@ -347,8 +357,7 @@ struct StatisticsBackward {
     Size unit() const { return a.group() * tiles_of(a); }
     Size floats() const { return a.M * stride(); }
     void finish(Size head, const float* x) const {
-        for (Size j = 0; j < a.M; ++j)
-            narrow(x + j * stride(), a.D, a.dtype, (void*)element(d_key.data, a.dtype, d_key.at(head / a.Hkv, head % a.Hkv, j)));
+        for (Size j = 0; j < a.M; ++j) store_key(a, head / a.Hkv, head % a.Hkv, j, x + j * stride(), a.D, d_key);
     }
     void add(Space& space, const Tile& t, float* sums) const;
 };
@@ -363,12 +372,12 @@ static void load_cotangents(const StatisticsBackward& c, StatisticsBackward::Spa
     if (c.d_mass) transpose(c.d_mass + at * G, G, t.rows, G, x.mass, t.width);
     memset(x.zeros, 0, c.a.key_block() * sizeof(float));
 }
-// E = the gradient of the logits, from E = e^(logit - largest), which is made once more with AGAIN. `r.weighted` is sum P dP.
+// E = the gradient of the logits, from E = e^(logit - largest), which is made once more with AGAIN.
 template <bool AGAIN>
 static void logit_gradients(const StatisticsRows& r, Size count, Size w, const StatisticsCotangents& d, float* E) {
     const Vector lowest = splat(LOWEST);
     for (Size i = 0; i < w; i += VL) {
-        const Vector shift = load(r.largest + i), factor = load(r.factor + i), mean = load(r.weighted + i),
+        const Vector shift = load(r.largest + i), factor = load(r.factor + i), mean = load(r.mean + i),
                      weight = load(r.weight + i);
         const Integers masked = factor == Vector{};
         for (Size j = 0; j < count; ++j) {
@@ -398,8 +407,9 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     finish_sweeps(r, w);
     for (Size i = 0; i < w; ++i) {
         // the largest weight is `factor`
-        r.weighted[i] = (r.weighted[i] + space.maximum[i]) * r.factor[i];
-        if (d_weight && i < t.rows) d_weight[head * a.N + t.first + i] = r.factor[i] == 0 ? 0.f : r.received[i] * r.factor[i];
+        r.mean[i] = (float)((r.weighted[i] + space.maximum[i]) * r.factor[i]);
+        if (d_weight && i < t.rows)
+            d_weight[head * a.N + t.first + i] = r.factor[i] == 0 ? 0.f : (float)(r.received[i] * r.factor[i]);
     }
     memset(space.d_query, 0, a.D * w * sizeof(float));
     for (Size j0 = 0; j0 < keys; j0 += block) {
@@ -415,7 +425,7 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
             if (j < 0 || j >= count) continue;
             // x is 0 here. dP is made whole before `weighted` is subtracted, so that a row with one key gets 0 exactly.
             const float rest = space.mass[r.group[j] + i] + r.weight[i] * d.received[j];
-            space.E[j * w + i] = r.factor[i] * (rest + space.maximum[i] - r.weighted[i]);
+            space.E[j * w + i] = r.factor[i] * (rest + space.maximum[i] - r.mean[i]);
         }
         tile_product<true>(t, a.D, count, r.keys.rows, r.keys.stride, space.E, space.d_query, true);
         product<false>(count, stride(), t.rows, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);

@@ -17,10 +17,7 @@ static void start_sums(const Attention& a, const Rows& grad, Size size, bool onc
 }
 static void write_keys(const Attention& a, const Rows& to, const Sums& from, Size size, Size b, Size head, Size first,
                        Size last) {
-    for (Size j = first; j < last; ++j) {
-        void* row = (void*)element(to.data, a.dtype, to.at(b, head, j));
-        if (row != from.row(j)) narrow(from.row(j), size, a.dtype, row);
-    }
+    for (Size j = first; j < last; ++j) store_key(a, b, head, j, from.row(j), size, to);
 }
 static void write_result(const Relevancy& v, const Attention& a, const float* from, Size b, Size first, Size last) {
     const Size stride = round_up(v.T, VL);

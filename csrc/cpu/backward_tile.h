@@ -91,7 +91,7 @@ struct Gradients {
         cosine_query = memory.take(tiles * LANES), cosine_key = memory.take(a.M);
         const Size carried = c.relevancy.rows ? LANES * round_up(c.relevancy.T, VL) : 0;
         rows = memory.take(carried), scaled_rows = memory.take(carried);
-        scratch = memory.take(LANES * most(a.D, a.Dv) + 5 * LANES), vector = memory.take(a.H * a.D);
+        scratch = memory.take(LANES * most(a.D, a.Dv) + 6 * LANES), vector = memory.take(a.H * a.D);
     }
 };
 
@@ -100,7 +100,8 @@ struct Gradients {
 // The largest logit and the sum over all keys of a tile, block by block. `exponentials` and `shifts` as in Gradients.
 static void statistics_by_blocks(const Attention& a, const Score& score, Logits& logits, const Tile& t, Size visible,
                                  float* shift, float* factor, float* scratch, float* exponentials, float* shifts) {
-    float *largest = scratch, *total = scratch + LANES, *rescale = scratch + 2 * LANES;
+    float *largest = scratch, *rescale = scratch + LANES;
+    double* total = (double*)(scratch + 2 * LANES);
     const Size keys = t.keys(a, visible), w = t.width;
     float* S = logits.S;
     for (Size i = 0; i < w; ++i) largest[i] = -INFINITY, total[i] = 0;
@@ -112,28 +113,29 @@ static void statistics_by_blocks(const Attention& a, const Score& score, Logits&
         if (shifts) memcpy(shifts + j0 / a.key_block() * w, largest, w * sizeof(float));
     }
     logits.S = S;
-    const Statistics s = {shift, factor};
-    finish_rows(largest, total, t.rows, w, s, nullptr);
+    finish_rows(largest, total, w, {shift, factor});
 }
 // Ours is a float64. Up to 2^24 it gives P = e^(logit - lse) to 2^-29. Beyond it the statistics are computed again.
 static const double LARGEST_OWN_LSE = 16777216.;
 
-// Statistics of a tile where its keys come in blocks; `scratch` holds 5 * LANES
+// Statistics of a tile where its keys come in blocks; `scratch` holds 6 * LANES
 static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,
                             float* scratch, float* exponentials, float* shifts) {
     const double* lse = c.lse_source == NO_LSE ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
+    const double* mask_shifts = c.a.mask_shifts(t.b, t.h, t.first);
     const double bound = c.lse_source == CALLER_LSE ? LARGEST_CALLER_LSE : LARGEST_OWN_LSE;
     bool lost[LANES], any = false;
     for (Size i = 0; i < t.width; ++i) {
-        const double x = i >= t.rows ? -INFINITY : lse ? lse[i] : 0;
+        double x = i >= t.rows ? -INFINITY : lse ? lse[i] : 0;
         const bool masked = fabs(x) == INFINITY;
         lost[i] = i < t.rows && !masked && (!lse || fabs(x) > bound);
+        if (mask_shifts && i < t.rows) x -= mask_shifts[i];
         any |= lost[i];
         shift[i] = masked ? INFINITY : (float)x;  // e^(logit - Inf) is 0 whatever the logit is
         factor[i] = masked ? 0.f : (float)exp(shift[i] - x);
     }
     if (!any) return;
-    float *own_shift = scratch + 3 * LANES, *own_factor = scratch + 4 * LANES;
+    float *own_shift = scratch + 4 * LANES, *own_factor = scratch + 5 * LANES;
     logits.load_queries(c.a, c.score, t);
     statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch, exponentials, shifts);
     for (Size i = 0; i < t.width; ++i)
@@ -142,19 +144,20 @@ static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Si
 
 // ---- r Abar
 
-// result (count, stride) += X^T r: X (count, width), r (width, stride)
-static void carry(const float* X, Size count, Size w, const float* r, Size T, float* result) {
-    const Size stride = round_up(T, VL);
+// result (count, stride) += X^T r over the tile's rows: X (count, width), r (width, stride). Lanes beyond the rows may hold NaN.
+static void carry(const float* X, Size count, const Tile& t, const float* r, Size T, float* result) {
+    const Size stride = round_up(T, VL), w = t.width, whole = t.rows / VL * VL;
     if (T > 2) {
-        product<false>(count, stride, w, X, w, r, stride, result, stride, true);
+        product<false>(count, stride, t.rows, X, w, r, stride, result, stride, true);
         return;
     }
     for (Size n = 0; n < T; ++n) {
-        float lane[LANES];
-        for (Size i = 0; i < w; ++i) lane[i] = r[i * stride + n];
+        float lane[LANES] = {};
+        for (Size i = 0; i < t.rows; ++i) lane[i] = r[i * stride + n];
         for (Size j = 0; j < count; ++j) {
             Vector total = Vector{};
-            for (Size i = 0; i < w; i += VL) total += load(lane + i) * load(X + j * w + i);
+            for (Size i = 0; i < whole; i += VL) total += load(lane + i) * load(X + j * w + i);
+            if (whole < t.rows) total += load(lane + whole) * first_lanes(load(X + j * w + whole), t.rows - whole);
             result[j * stride + n] += sum(total);
         }
     }
@@ -206,10 +209,10 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         factor = g.scratch;
         for (Size i = 0; i < w; ++i) factor[i] = whole[i] * (here[i] == -INFINITY ? 0.f : expf(here[i] - shift[i]));
     } else if (unscaled) {
-        float *largest = g.scratch, *total = g.scratch + LANES, *rescale = g.scratch + 2 * LANES;
+        float *largest = g.scratch, *rescale = g.scratch + LANES;
+        double* total = (double*)(g.scratch + 2 * LANES);
         online_softmax(P, count, w, true, g.logits.top, largest, total, rescale);
-        const Statistics s = {shift, factor};
-        finish_rows(largest, total, t.rows, w, s, nullptr);
+        finish_rows(largest, total, w, {shift, factor});
     } else {
         const Statistics s = {shift, factor};
         probabilities(P, count, w, s);
@@ -225,7 +228,7 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         for (Size i = 0; i < w; ++i)
             for (Size r = 0; r < stride; r += VL)
                 store(g.scaled_rows + i * stride + r, load(g.rows + i * stride + r) * splat(factor[i]));
-        return carry(P, count, w, g.scaled_rows, c.relevancy.T, g.result + j0 * stride);
+        return carry(P, count, t, g.scaled_rows, c.relevancy.T, g.result + j0 * stride);
     }
     if (c.grad_out.data)
         tile_product<false>(t, count, a.Dv, g.logits.values.rows, g.logits.values.stride, g.out_transposed, dP, false);
@@ -275,7 +278,7 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
             if (carries) store(P + at, contribution(is_gradient, p, dp));
             store(dP + at, p * ((dp - load(delta + i)) + load(by_lse + i)));
         }
-    if (carries) carry(P, count, w, g.rows, c.relevancy.T, g.result + j0 * round_up(c.relevancy.T, VL));
+    if (carries) carry(P, count, t, g.rows, c.relevancy.T, g.result + j0 * round_up(c.relevancy.T, VL));
     if (!inputs) return;
     float* query = g.query + index * LANES * a.D;
     if (c.score.sums_units()) {
@@ -289,7 +292,7 @@ static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t,
         return;
     }
     if (c.score.kind == COSINE)
-        cosine_gradient(c.score, (float)a.scale, dP, count, w, g.logits.query_norm, g.logits.key_norm, g.kept,
+        cosine_gradient(c.score, (float)a.scale, dP, count, t, g.logits.query_norm, g.logits.key_norm, g.kept,
                         g.cosine_query + index * LANES, g.cosine_key + j0);
     else if (c.score.bends())
         bend(c.score, (float)a.scale, dP, n, g.kept);

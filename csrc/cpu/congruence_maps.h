@@ -184,7 +184,7 @@ static void add_log_softmax(const float* S, Size M, Size w, bool first, float* m
             float *largest = map + j * ld + i, *sum = sums + j * w + i;
             const Vector x = (load(S + j * w + i) - top) - lse;
             const Vector before = first ? x : load(largest), total = first ? Vector{} : load(sum);
-            const Vector e = exp_negative(-absolute(x - before));  // 1 at first
+            const Vector e = exp_negative(x == before ? Vector{} : -absolute(x - before));  // 1 at first, also of -Inf
             store(sum, x > before ? total * e + 1.f : total + e);
             store(largest, maximum(before, x));
         }

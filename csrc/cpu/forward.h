@@ -84,8 +84,9 @@ struct Logits {
         } else {
             tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false);
             if (score.kind == COSINE) {
-                if (another)
-                    for (Size j = 0; j < loaded; ++j) key_norm[j] = norm(keys.rows + j * keys.stride, a.D);
+                const uint8_t* visible = a.masks.keys ? a.masks.keys + t.b * a.M + j0 : nullptr;
+                for (Size j = 0; another && j < loaded; ++j)  // padding is zeros, over whose norm nothing can be divided
+                    key_norm[j] = visible && !visible[j] ? 1.f : norm(keys.rows + j * keys.stride, a.D);
                 divide_by_norms(score, (float)a.scale, S, count, w, query_norm, key_norm, kept);
             } else {
                 activate(score, (float)a.scale, S, count * w, kept);
@@ -109,12 +110,23 @@ struct ForwardCall {
     Size tasks;
     bool failed;
 };
+// The log-sum-exp of a tile's rows: -Inf where a row sees no key, and finite where float32 cannot hold a finite one, since a public
+// call gives it in float32.
+static void store_lse(const Attention& a, const Tile& t, const float* largest, const double* total, double* lse) {
+    const double *shifts = a.mask_shifts(t.b, t.h, t.first), bound = 3.4028234663852886e38;
+    for (Size i = 0; i < t.rows; ++i) {
+        const double x = largest[i] + log(total[i]) + (shifts ? shifts[i] : 0.);
+        const bool masked = largest[i] == -INFINITY && total[i] == 0.;
+        lse[i] = masked ? -INFINITY : x < -bound ? -bound : x > bound && x < INFINITY ? bound : x;
+    }
+}
 static void forward_task(ForwardCall& call, Size task) {
     const Forward& c = call.c;
     const Attention& a = c.a;
     Logits logits;
     Memory memory;
-    float *out, *largest, *total, *rescale;
+    float *out, *largest, *rescale, *factor;
+    double* total;
     for (int pass = 0; pass < 2; ++pass) {
         if (pass == 1 && !memory.allocate()) {
             call.failed = true;
@@ -122,7 +134,8 @@ static void forward_task(ForwardCall& call, Size task) {
         }
         logits.plan(a, c.score, memory, false);
         out = memory.take(a.Dv * LANES);
-        largest = memory.take(LANES), total = memory.take(LANES), rescale = memory.take(LANES);
+        largest = memory.take(LANES), rescale = memory.take(LANES), factor = memory.take(LANES);
+        total = memory.take_doubles(LANES);
     }
     const Size items = a.B * a.H * tiles_of(a);
     for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
@@ -141,9 +154,9 @@ static void forward_task(ForwardCall& call, Size task) {
             load_keys(a, a.value, a.Dv, logits.values, t.b, t.h / a.group(), j0, least(a.key_block(), visible - j0));
             tile_product<true>(t, a.Dv, count, logits.values.rows, logits.values.stride, logits.S, out, j0 > 0);
         }
-        const Statistics finished = {rescale, total};
-        finish_rows(largest, total, t.rows, w, finished, c.lse + (t.b * a.H + t.h) * a.N + t.first);
-        scale_rows(out, a.Dv, w, total);
+        store_lse(a, t, largest, total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
+        finish_rows(largest, total, w, {rescale, factor});
+        scale_rows(out, a.Dv, w, factor);
         store_tile(out, t, a.Dv, 1.f, c.out, a.dtype, logits.S);  // S is free now
     }
     memory.release();

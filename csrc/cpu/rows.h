@@ -5,7 +5,7 @@
 namespace ISA {
 namespace {
 
-enum Dtype : Size { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3 };
+enum Dtype : Size { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3, FLOAT64 = 4 };  // the last two of masks alone
 
 // (B, H, N, *) with a last stride of 1; strides count elements.
 struct Rows {

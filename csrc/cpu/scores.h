@@ -52,9 +52,9 @@ static void bend(const Score& score, float scale, float* G, Size n, const float*
         const Vector x = load(kept + i);
         Vector by = one;
         switch (score.kind) {
-            case DOT_RELU:
-                by = x > Vector{} ? one : Vector{};
-                break;
+            case DOT_RELU:  // not a product: Inf and NaN times a slope of 0 would be NaN
+                store(G + i, x > Vector{} ? load(G + i) * factor : Vector{});
+                continue;
             case DOT_LEAKY_RELU:
                 by = x > Vector{} ? one : slope;
                 break;
@@ -91,16 +91,17 @@ static void divide_by_norms(const Score& score, float scale, float* S, Size coun
         }
 }
 // The gradient of the product q . k from that of the logits. Where the clamp does not act the norms have gradients, too: sums of
-// gradient times cosine are added to by_query (w) and by_key (count).
-static void cosine_gradient(const Score& score, float scale, float* G, Size count, Size w, const float* query_norm,
+// gradient times cosine are added to by_query (width) and, over the tile's rows, to by_key (count).
+static void cosine_gradient(const Score& score, float scale, float* G, Size count, const Tile& t, const float* query_norm,
                             const float* key_norm, const float* kept, float* by_query, float* by_key) {
+    const Size w = t.width;
     const Vector eps = splat((float)score.parameter), factor = splat(scale);
     for (Size j = 0; j < count; ++j) {
         Vector by = Vector{};
         for (Size i = 0; i < w; i += VL) {
             const Vector norms = load(query_norm + i) * splat(key_norm[j]), g = load(G + j * w + i) * factor;
             const Vector x = norms >= eps ? g * load(kept + j * w + i) : Vector{};
-            by += x;
+            by += first_lanes(x, t.rows - i);
             store(by_query + i, load(by_query + i) + x);
             store(G + j * w + i, g / maximum(eps, norms));
         }
@@ -273,9 +274,14 @@ static void unit_gradient(const Units& u, Size a, Size rows, const float* Q, con
                           Size ld, const float* G, float* by_query, float* by_key, float* by_weight) {
     for (Size first = 0; first < ld; first += 512) {
         Vector by_w[4] = {};
-        for (Size i = 0; i < rows; i += UNIT_ROWS)
-            unit_gradient_rows<POLICY, UNIT_ROWS>(u, a, Q + i * u.count, rows_at + i * stride, stride, K, ld, G + i * ld,
-                                                  by_query + i * u.count, by_key, by_w, first, least(first + 512, ld));
+        const auto take = [&](auto at_once, Size i) {
+            unit_gradient_rows<POLICY, decltype(at_once)::value>(u, a, Q + i * u.count, rows_at + i * stride, stride, K, ld,
+                                                                 G + i * ld, by_query + i * u.count, by_key, by_w, first,
+                                                                 least(first + 512, ld));
+        };
+        Size i = 0;
+        for (; i + UNIT_ROWS <= rows; i += UNIT_ROWS) take(Constant<UNIT_ROWS>{}, i);
+        for (; i < rows; ++i) take(Constant<1>{}, i);
         for (int n = 0; n < 4; ++n) by_weight[a + n] += sum(by_w[n]);
     }
 }
@@ -291,7 +297,7 @@ struct UnitTile {
         *query_extent;  // (count) of k and |k|, q and |q|; of the queries up to VL more
     float* query;  // (LANES, count): what `exponential` takes
     const float* rows;  // (LANES, stride): q
-    Size stride, count_rows;  // the tile's own rows, rounded up to UNIT_ROWS
+    Size stride, count_rows;  // the tile's rows
     float *by_query, *by_weight;
     float* scores;  // (LANES, ld): logits or their gradient, row by row
     Policy* policies;  // (count / 4): of the tile, by four units
@@ -315,14 +321,20 @@ struct UnitTile {
     }
     void load_keys(const Attention& a, const Keys& keys, Size count) {
         ld = round_up(count, VL);
-        memset(key, 0, units.count * ld * sizeof(float));
         memset(exponentials, 0, units.count / 4);
-        transpose(keys.rows, keys.stride, count, a.D, key, ld);
+        load_units(a, keys, count, 0, units.count);
         for (Size n = 0; n < units.count; ++n) {
             Vector top = Vector{}, extent = Vector{};  // 0: what is padded
             for (Size j = 0; j < ld; j += VL) take_extent(load(key + n * ld + j), top, extent);
             key_largest[n] = largest(top), key_extent[n] = largest(extent);
         }
+    }
+    // `key` for the units [first, first + some). Behind the keys the last one is repeated: 0 times a query of Inf would be NaN.
+    void load_units(const Attention& a, const Keys& keys, Size count, Size first, Size some) {
+        memset(key + first * ld, 0, some * ld * sizeof(float));
+        transpose(keys.rows + first, keys.stride, count, least(some, a.D - first), key + first * ld, ld);
+        for (Size n = first; n < first + some; ++n)
+            for (Size j = count; j < ld; ++j) key[n * ld + j] = key[n * ld + count - 1];
     }
     static void take_extent(Vector x, Vector& top, Vector& extent) {  // of NaN nothing
         top = maximum(x, top), extent = maximum(absolute(x), extent);
@@ -331,7 +343,7 @@ struct UnitTile {
     // which the keys follow: e^(ck) is made once, and k is fetched again where a later tile wants it.
     void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size real, const Keys& keys,
                    Size count) {
-        rows = rows_at, stride = row_stride, count_rows = round_up(real, UNIT_ROWS);
+        rows = rows_at, stride = row_stride, count_rows = real;
         for (Size n = 0; n < units.count; n += VL) {
             Vector top = Vector{}, extent = Vector{};
             for (Size i = 0; i < count_rows; ++i) take_extent(load(rows + i * stride + n), top, extent);
@@ -362,8 +374,7 @@ struct UnitTile {
             if (wanted && !exponentials[n / 4]) {
                 for (Size i = 0; i < 4 * ld; i += VL) store(key + n * ld + i, exp_bounded(load(key + n * ld + i) * units.c));
             } else if (!wanted && exponentials[n / 4]) {
-                memset(key + n * ld, 0, 4 * ld * sizeof(float));
-                transpose(keys.rows + n, keys.stride, count, least(4, a.D - n), key + n * ld, ld);
+                load_units(a, keys, count, n, 4);
             }
             exponentials[n / 4] = wanted;
         }

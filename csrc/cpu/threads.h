@@ -63,6 +63,7 @@ struct Memory {
         used += round_up(floats, 16);
         return p;
     }
+    double* take_doubles(Size count) { return (double*)take(2 * count); }
     bool allocate() {  // what has been counted; false where there is not enough
         base = (float*)aligned_alloc(64, most(used, 16) * sizeof(float));
         used = 0;

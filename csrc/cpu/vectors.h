@@ -57,6 +57,14 @@ INLINE Vector maximum(Vector a, Vector b) {
 }
 INLINE Vector absolute(Vector x) { return (Vector)((Integers)x & 0x7fffffff); }
 
+// The first n lanes of x, and 0 in the others, whatever they hold
+INLINE Vector first_lanes(Vector x, Size n) {
+    Integers lane;
+    for (int i = 0; i < VL; ++i) lane[i] = i;
+    const Integers inside = lane < Integers{} + (int32_t)n;
+    return inside ? x : Vector{};
+}
+
 INLINE float sum(Vector x) {
 #if VL == 16
     return _mm512_reduce_add_ps(x);  // in the order of the loop below, without its way through memory

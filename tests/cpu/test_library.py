@@ -111,9 +111,46 @@ def test_a_kernel_that_is_not_there() -> None:
 
 def test_a_missing_library_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small()
+    monkeypatch.setattr(native, "INSTALLED", tmp_path / "libvlattn_cpu.so")
     monkeypatch.setattr(native, "library", native.find(tmp_path / "libvlattn_cpu.so"))
     with pytest.raises(ValueError, match=r"backend='cpu' cannot run .*the CPU kernels are not built \(`vlattn info` says why\)"):
         small()
+
+
+NOWHERE = """
+import torch, vlattn_fast as va
+from typer.testing import CliRunner
+from vlattn_fast.cli import app
+
+x, pairs = torch.zeros(1, 1, 3, 4), torch.zeros(1, 3, 4)
+for backend in ("auto", "cpu", "cuda", "streaming"):
+    for operator, *inputs in ((va.attention_map, x, x), (va.stacked_cross_attention, pairs, pairs)):
+        try:
+            operator(*inputs, backend=backend)
+            print(backend, "runs")
+        except ValueError as error:
+            print(backend, error)
+print(CliRunner().invoke(app, ["info"]).stdout)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "name", "title", "refused"),
+    [
+        ("VLATTN_CPU_LIBRARY", "libvlattn_cpu.so", "CPU", ("auto", "cpu")),
+        ("VLATTN_CUDA_LIBRARY", "libvlattn_cuda.so", "CUDA C++", ("cuda",)),
+        ("VLATTN_CUDA_LIBRARY", "libvlattn_host.so", "CUDA C++", ("auto", "cuda")),
+    ],
+)
+def test_a_variable_that_names_no_file(variable: str, name: str, title: str, refused: tuple[str, ...], tmp_path: Path) -> None:
+    """No call that would use the library goes on without it, and `vlattn info` still says what is there."""
+    file = tmp_path / name
+    done = run("-c", NOWHERE, **{variable: str(file)})
+    error = f"{variable} must name the library of the {title} kernels; got '{file}', which is no file"
+    for backend in refused:
+        assert done.stdout.splitlines().count(f"{backend} {error}") == 2, done.stdout
+    assert "streaming runs\n" in done.stdout and f"{file}, named by {variable}, is not there\n" in done.stdout
+    assert ("auto runs\n" in done.stdout) == ("auto" not in refused)
 
 
 def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:

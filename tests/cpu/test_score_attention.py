@@ -3,6 +3,8 @@ tests/ops/test_score_attention*.py."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -65,3 +67,17 @@ def test_threads_that_share_a_head(score: str) -> None:
             run = call(va.score_attention, make, return_lse=True, enable_gqa=True, backend="cpu")
             first, second = outputs_and_grads(run, inputs), outputs_and_grads(run, inputs)
             assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+@pytest.mark.parametrize("m", [200, 200_000])
+def test_many_keys_that_are_alike(m: int) -> None:
+    """What each block of keys brings to the sum is rounded the same way. The logits are exact, and all but one are alike."""
+    key = torch.zeros(1, 1, m, 1)
+    key[0, 0, m // 3] = 0.25
+    query, exact = torch.ones(1, 1, 3, 1), torch.tensor(m - 1 + math.exp(0.25), dtype=torch.float64).log()
+    _, lse = va.score_attention(query, key, key, score="dot", return_lse=True, backend="cpu")
+    ulp = torch.finfo(torch.float32).eps * 2.0 ** exact.log2().floor()
+    assert (lse.double() - exact).abs().max() <= ulp
+    found = va.attention_statistics(query, key, scale=1.0, backend="cpu")
+    assert (found.entropy.double() - (exact - 0.25 * (0.25 - exact).exp())).abs().max() <= 2 * ulp
+    assert (found.maximum.double() / (0.25 - exact).exp() - 1).abs().max() <= 4 * torch.finfo(torch.float32).eps

@@ -2,7 +2,8 @@
 
 A call is one packed struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL; for the CPU each has 8
 bytes. Refusals look only at whether the file exists; it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than
-the installed one, VLATTN_CPU_ISA one of the instruction sets: v4, v3 or baseline. The library for GPUs: cuda/_shared_library.py.
+the installed one, and calls that would use it raise where it is not there. VLATTN_CPU_ISA names one of the instruction sets: v4,
+v3 or baseline. The library for GPUs: cuda/_shared_library.py.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ class Library(NamedTuple):
     exists: bool
     title: str
     device_type: str  # what its kernels run on
+    error: str  # what a call that asks for it says where a variable names a file that is not there; else empty
 
     @classmethod
-    def find(cls, path: Path, title: str, device_type: str) -> Library:
-        return cls(path.absolute(), path.is_file(), title, device_type)
+    def find(cls, path: Path, title: str, device_type: str, installed: Path, variable: str) -> Library:
+        path, exists = path.absolute(), path.is_file()
+        error = f"{variable} must name the library of the {title} kernels; got {str(path)!r}, which is no file"
+        return cls(path, exists, title, device_type, "" if exists or path == installed else error)
 
     @functools.cache  # noqa: B019  there are two
     def load(self) -> ctypes.CDLL:
@@ -53,7 +57,7 @@ class Library(NamedTuple):
 
 
 def find(path: Path) -> Library:
-    return Library.find(path, "CPU", "cpu")
+    return Library.find(path, "CPU", "cpu", INSTALLED, "VLATTN_CPU_LIBRARY")
 
 
 library = find(Path(os.environ.get("VLATTN_CPU_LIBRARY") or INSTALLED))

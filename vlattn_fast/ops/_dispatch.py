@@ -180,9 +180,13 @@ def select(backends: Table, call: Call, backend: Any) -> str:
     """The name of the backend that runs `call`: `backend`, or for "auto" the first without refusals.
 
     On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ are there for tests, by name.
-    Raises ValueError with all reasons where the named backend refuses the call.
+    Raises ValueError with all reasons where the named backend refuses the call, and where a variable of the environment names a
+    library that is not there.
     """
     check_choice("backend", backend, BACKEND_NAMES)
+    for name, library in (("cpu", _native.library), ("cuda", _shared_library.library)):
+        if library.error and (backend == name or (backend == "auto" and call.device_type == library.device_type)):
+            raise ValueError(library.error)
     if backend == "auto":
         for name, candidate in backends.items():
             if not candidate.refusals(call) and not (name in ("triton", "cuda") and call.device_type == "cpu"):

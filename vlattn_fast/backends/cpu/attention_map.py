@@ -29,11 +29,11 @@ def forward(
 ) -> Tensor:
     """Abar (B, N, M)."""
     query, key, value, grad_output = unit_strides(query, key, value, grad_output)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    seen = masks(attn_mask, key_mask, is_causal, query, key)
     lse = None if lse is None else lse.double().contiguous()
     abar = query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=torch.float32)
     _run(
-        *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
+        *fields(query, key, value, seen, scale),
         *rows(grad_output),
         *(rule == "gradient", _REDUCTIONS.index(head_reduction), row_normalize),
         pointer(lse),

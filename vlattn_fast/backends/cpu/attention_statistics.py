@@ -33,7 +33,7 @@ def forward(
     `received` is empty where `statistics` does not name it. The others are computed in any case, since they cost next to nothing.
     """
     query, key = unit_strides(query, key)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    seen = masks(attn_mask, key_mask, is_causal, query, key)
     batch, heads, queries, _ = query.shape
     mass = query.new_empty(batch, heads, queries, num_groups, dtype=torch.float32)
     entropy = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -42,7 +42,7 @@ def forward(
     receives = "received" in statistics
     received = query.new_empty(batch, heads, key.shape[2] if receives else 0, dtype=torch.float32)
     _forward(
-        *fields(query, key, None, attn_mask, key_mask, scale, is_causal),
+        *fields(query, key, None, seen, scale),
         *_constants(key_groups, num_groups, row_weight),
         *map(pointer, (mass, entropy, maximum, argmax, received if receives else None)),
     )
@@ -70,7 +70,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query, key and row_weight."""
     query, key = unit_strides(query, key)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    seen = masks(attn_mask, key_mask, is_causal, query, key)
     argmax = argmax.contiguous()
     cotangents = [None if x is None else x.contiguous() for x in (grad_mass, grad_entropy, grad_maximum, grad_received)]
     batch, heads, queries, head_dim = query.shape
@@ -81,7 +81,7 @@ def backward(
         if grad_received is None:
             grad_weight.zero_()
     _backward(
-        *fields(query, key, None, attn_mask, key_mask, scale, is_causal),
+        *fields(query, key, None, seen, scale),
         *_constants(key_groups, num_groups, row_weight),
         *map(pointer, (argmax, *cotangents)),
         *(*rows(grad_q), *rows(grad_k), pointer(grad_weight)),

@@ -122,7 +122,7 @@ def _run(
     if grad_out is None:
         value = None
     grad_out, query, key, value, out = unit_strides(grad_out, query, key, value, out)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    seen = masks(attn_mask, key_mask, is_causal, query, key)
     lse = None if lse is None else lse.double().contiguous()
     result: Tensor | None = None
     carried: tuple[int, ...] = NO_RELEVANCY
@@ -135,7 +135,7 @@ def _run(
             result = result.zero_() if direct is None else direct.clone()
         carried = (r.data_ptr(), carried_rows, rule == "gradient", row_normalize, pointer(direct), result.data_ptr())
     _backward(
-        *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
+        *fields(query, key, value, seen, scale),
         *_DOT,
         *(*rows(grad_out), *rows(out), pointer(lse), lse_source, 0),
         *(*rows(grads[0]), *rows(grads[1]), *rows(grads[2]), 0),

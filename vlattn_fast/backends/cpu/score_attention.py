@@ -35,13 +35,13 @@ def forward(
     """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N) float64."""
     key, value = _same_heads(key, value)
     query, key, value = unit_strides(query, key, value)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    seen = masks(attn_mask, key_mask, is_causal, query, key)
     vector = None if vector is None else vector.float().contiguous()
     batch, heads, queries, _ = query.shape
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float64)
     _forward(
-        *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
+        *fields(query, key, value, seen, scale),
         *(_KINDS.index(score), parameter, pointer(vector)),
         *(0 if seed is None else int(seed), dropout_p),
         *rows(out),
@@ -72,13 +72,13 @@ def backward(
     num_key_heads, num_value_heads = key.shape[1], value.shape[1]
     key, value = _same_heads(key, value)
     query, key, value, out, grad_out = unit_strides(query, key, value, out, grad_out)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    seen = masks(attn_mask, key_mask, is_causal, query, key)
     weights = None if vector is None else vector.float().contiguous()
     grads = [new_gradient(x, query) for x in (query, key, value)]
     grad_vector = None if weights is None else torch.zeros_like(weights)
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
     _backward(
-        *fields(query, key, value, attn_mask, key_mask, scale, is_causal),
+        *fields(query, key, value, seen, scale),
         *(_KINDS.index(score), parameter, pointer(weights)),
         *(0 if seed is None else int(seed), dropout_p),
         *(*rows(grad_out), *rows(out), lse.data_ptr(), 0, pointer(grad_lse)),

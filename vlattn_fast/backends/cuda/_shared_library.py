@@ -28,7 +28,8 @@ _NO_MASK, _BOOL, _ADDED = range(3)  # Masks::Kind
 
 
 def find(path: Path) -> Library:
-    return Library.find(path, "CUDA C++", "cpu" if path.name.startswith("libvlattn_host") else "cuda")
+    device_type = "cpu" if path.name.startswith("libvlattn_host") else "cuda"
+    return Library.find(path, "CUDA C++", device_type, INSTALLED, "VLATTN_CUDA_LIBRARY")
 
 
 library = find(Path(os.environ.get("VLATTN_CUDA_LIBRARY") or INSTALLED))

@@ -1,0 +1,122 @@
+"""Inf and NaN where the rows or keys of a call do not fill a tile: the rows, keys and features that pad it reach no result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.ops.backends import on
+from torch import Tensor
+
+import vlattn_fast as va
+
+INF, NAN = float("inf"), float("nan")
+SIZES = ((1, 18), (2, 20), (5, 17), (17, 19), (33, 15), (3, 800))
+UNITS = torch.linspace(-1.0, 1.0, 6)
+HADAMARD = {name: va.scores.Hadamard(UNITS, torch.eye(6), activation=name) for name in ("tanh", "sigmoid")}
+
+
+def inputs(n: int, m: int) -> list[Tensor]:
+    """query, key, value and the cotangent of the output. The first feature of each query is positive."""
+    query, key, value, grad = (torch.randn(1, 2, length, 6) for length in (n, m, m, n))
+    query[..., 0] = query[..., 0].abs() + 0.1
+    return [query, key, value, grad]
+
+
+def assert_no_less_finite(backend: str, run: Any) -> None:
+    for i, (got, formula) in enumerate(zip(run(backend), run("reference"), strict=True)):
+        lost = formula.isfinite() & ~got.isfinite()
+        assert not lost.any(), f"result {i} is not finite at {lost.nonzero()[:5].tolist()}"
+
+
+@pytest.mark.parametrize("rule", ("gradient", "attention"))
+@pytest.mark.parametrize("n, m", SIZES)
+@on("streaming", "cpu")
+def test_relevancy_beside_an_infinite_key_or_value(backend: str, n: int, m: int, rule: str) -> None:
+    """A key of -Inf, which no query attends to, and a value of Inf, which leaves the relevancy of the other keys finite."""
+    for place, number in ((1, -INF), (2, INF)):
+        tensors = inputs(n, m)
+        tensors[place][0, 0, 3, 0] = number
+        for carried in (1, 3):
+            rows = torch.rand(1, carried, n)
+            for row_normalize in (False, True):
+                options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize}
+                found = []
+                assert_no_less_finite(
+                    backend,
+                    lambda name, t=tensors, r=rows, o=options, f=found: (
+                        f.append(va.relevancy_step(r, *t, **o, backend=name)) or f[-1:]
+                    ),
+                )
+                if place == 1:
+                    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def gradients(backend: str, tensors: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    query, key, value, grad = tensors
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    out, lse = va.score_attention(*leaves, **options, return_lse=True, backend=backend)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("n, m", SIZES)
+@pytest.mark.parametrize("place", (0, 1, 2), ids=("query", "key", "value"))
+@pytest.mark.parametrize("activation", HADAMARD)
+@on("cpu")
+def test_gradients_of_hadamard_beside_infinity(backend: str, activation: str, place: int, n: int, m: int) -> None:
+    tensors = inputs(n, m)
+    tensors[place][0, 0, 0, 2] = INF
+    assert_no_less_finite(backend, lambda name: gradients(name, tensors, {"score": HADAMARD[activation]}))
+
+
+@pytest.mark.parametrize("n, m", SIZES)
+@on("cpu")
+def test_gradients_of_relu_beside_infinity(backend: str, n: int, m: int) -> None:
+    """Where ReLU is zero its gradient is, too."""
+    score = va.scores.General(torch.eye(6), activation="relu")
+    for place in range(4):
+        tensors = inputs(n, m)
+        tensors[place][0, 0, 0, 2] = INF
+        assert_no_less_finite(backend, lambda name, t=tensors: gradients(name, t, {"score": score}))
+
+
+@pytest.mark.parametrize("number", (INF, NAN), ids=str)
+@pytest.mark.parametrize("score", ("scaled_dot", va.scores.Cosine(0.0), HADAMARD["tanh"]), ids=("dot", "cosine", "hadamard"))
+@on("streaming", "cpu")
+def test_padding_has_no_gradient_beside_nan(backend: str, score: Any, number: float) -> None:
+    """A query, or a cotangent, that is not finite reaches the gradients of keys, but not of padding; and its own row of the
+    query's gradient alone."""
+    key_mask = torch.ones(1, 20, dtype=torch.bool)
+    key_mask[:, 5] = key_mask[:, 18:] = False
+    for place in (0, 3):
+        tensors = inputs(17, 20)
+        tensors[place][0, 0, 3, 2] = number
+        _, _, grad_query, *others = gradients(backend, tensors, {"score": score, "key_mask": key_mask})
+        assert all(not grad[:, :, [5, 18, 19]].any() for grad in others)
+        rest = torch.arange(17) != 3
+        assert grad_query[:, :, rest].isfinite().all() and grad_query[:, 1].isfinite().all()
+
+
+@on("streaming", "cpu")
+def test_padding_has_no_gradient_of_statistics_beside_nan(backend: str) -> None:
+    query, key, _, _ = inputs(17, 20)
+    query[0, 0, 3, 2] = NAN
+    key_mask = torch.arange(20)[None] % 5 > 0
+    key.requires_grad_()
+    found = va.attention_statistics(query, key, key_mask=key_mask, backend=backend)
+    (grad,) = torch.autograd.grad(found.entropy.sum() + found.received.sum(), key)
+    assert not grad[:, :, ::5].any() and grad[0, 0, 1].isnan().any()
+
+
+@on("streaming", "cpu")
+def test_singular_congruence_with_a_head_that_cannot_see_a_key(backend: str) -> None:
+    """A score of -Inf in one head: the sum of the heads is that of the others."""
+    query, key = (torch.rand(1, 2, 5, 4) + 0.1 for _ in range(2))
+    key[0, 0, 2, 1] = -INF
+    image = torch.randn(1, 2, 6, 4), torch.randn(1, 2, 6, 4)
+    pairs = [
+        va.congruence_loss((query, key), image, kind="iais_singular", direction="text", backend=b) for b in (backend, "reference")
+    ]
+    assert pairs[1].isfinite() and pairs[0].isfinite()
+    torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-5)
