@@ -2,7 +2,7 @@
 
 In: a model and an input.
 Out: an `Explanation`, `Evaluation`, `ProbeReport` or `PromptMaps`.
-Imports: interpret, _ground.
+Imports: interpret.
 """
 
 from vlattn_fast.interpret.dataset import Explanations, load_explanations
