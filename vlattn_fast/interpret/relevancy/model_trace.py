@@ -279,8 +279,8 @@ class Trace(TorchFunctionMode):
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
                 f"got {rows} queries and {columns} keys in attention '{path}'"
             )
+        call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
         source = self._source_of(key_calls, call.key)
-        call = tower.enter(call, len(self._owners))
         output = self.method.cross(tower, call)
         self._record(tower, source, call.attended(output), path, key_calls)
         return output, tower
@@ -389,7 +389,7 @@ class Trace(TorchFunctionMode):
         called = {path for tower in self.towers for path in tower.paths}
         for path, is_map in self.by_hand.items():
             kind = type(self.model.get_submodule(path)).__name__
-            seen = any(other == path or other.startswith(f"{path}.") or not path for other in called)
+            seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
             if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
                 raise ValueError(
                     "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "

@@ -209,7 +209,7 @@ def matching(root: nn.Module, tower: Tower) -> list[str]:
 
 
 def _calls(path: str, called: set[str]) -> bool:
-    return any(other == path or other.startswith(f"{path}.") for other in called)
+    return any(caller == path or caller.startswith(f"{path}.") for caller in called)
 
 
 def _joined(*paths: str) -> str:
