@@ -81,7 +81,7 @@ def picture(out: Path) -> None:
 def pointing() -> None:
     from vlattn_fast import lab
     from vlattn_fast.interpret import explain
-    from vlattn_fast.interpret.relevancy.methods import METHODS
+    from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 
     model, _ = lab.load_uniter()
     scenes = lab.digit_scenes(SCENES, seed=SEED)

@@ -16,7 +16,7 @@ from vlattn_fast.backends import native  # noqa: E402
 from vlattn_fast.backends.cuda import _shared_library  # noqa: E402
 from vlattn_fast.checking import verify  # noqa: E402
 from vlattn_fast.interpret.explaining import loading  # noqa: E402
-from vlattn_fast.interpret.relevancy.methods import METHODS  # noqa: E402
+from vlattn_fast.interpret.relevancy.methods.registry import METHODS  # noqa: E402
 from vlattn_fast.ops import _dispatch  # noqa: E402
 
 

@@ -26,7 +26,7 @@ from vlattn_fast.interpret.explaining.answer import token_ids
 from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, moved, open_image, seen_part
 from vlattn_fast.interpret.explaining.loading import generate as generate_answer
 from vlattn_fast.interpret.probing.run import TESTS
-from vlattn_fast.interpret.relevancy.methods import METHODS
+from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

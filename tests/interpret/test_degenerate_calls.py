@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers.interpret.cases import CASES
 from vlattn_fast.interpret import Explanation, explain
-from vlattn_fast.interpret.relevancy.methods import METHODS
+from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 
 NEEDS_SCORE = [name for name, method in METHODS.items() if method.needs_score]
 

@@ -130,6 +130,88 @@ def test_weights_of_the_residual_branch_need_a_record():
         explain(stack("torch"), sequences(), read="cls", target=second, method="weighted")
 
 
+class Look(nn.Module):
+    """Attention from x to y with its map at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_query, self.of_key, self.of_value = (nn.Linear(32, 32) for _ in range(3))
+        self.maps: list[Tensor] | None = None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        parts = zip((self.of_query, self.of_key, self.of_value), (x, y, y), strict=True)
+        q, k, v = (project(part).unflatten(-1, (HEADS, -1)).transpose(1, 2) for project, part in parts)
+        if self.maps is None:
+            output = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            self.maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
+            output = self.maps[-1] @ v
+        return x + output.transpose(1, 2).flatten(2)
+
+
+class LooksFirst(nn.Module):
+    """Words whose layers attend to an image first, then to themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"look": Look(), "attend": Look()}) for _ in range(2))
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        for layer in self.layers:
+            text = layer["look"](text, image)
+            text = layer["attend"](text, text)
+        return self.head(text[:, 0])
+
+
+def test_words_that_look_at_an_image_before_they_attend():
+    torch.manual_seed(0)
+    model = made(LooksFirst()).double()
+    inputs = {"text": torch.randn(2, 7, 32).double(), "image": torch.randn(2, 4, 32).double()}
+    maps: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, Look):
+            module.maps = maps
+    grads = torch.autograd.grad(second(model(**inputs)).sum(), maps)
+    steps = [(a * g).clamp(min=0).mean(1).detach() for a, g in zip(maps, grads, strict=True)]
+    first_look, first_attend, second_look, second_attend = steps
+    eye = torch.eye(7, dtype=torch.float64)
+    bar = first_attend / first_attend.sum(-1, keepdim=True) + eye  # equations 8 and 9 of I + Abar
+    crossed = first_look + first_attend @ first_look + bar.mT @ second_look
+    crossed = crossed + second_attend @ crossed
+    alone = (eye + second_attend) @ (eye + first_attend)
+    for module in model.modules():
+        if isinstance(module, Look):
+            module.maps = None
+    got = explain(model, inputs, read={"tower0": "cls"}, target=second).relevancy
+    assert list(got) == ["tower0", "context4"]
+    torch.testing.assert_close(got["context4"], crossed[:, 0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got["tower0"][:, 1:], alone[:, 0, 1:], rtol=1e-9, atol=1e-11)
+
+
+class InChunks(nn.Module):
+    """Attends to three tokens at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2).split(3, 2) for part in self.qkv(x).chunk(3, -1))
+        parts = [nn.functional.scaled_dot_product_attention(*part) for part in zip(q, k, v, strict=True)]
+        return self.out(torch.cat(parts, 2).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("method", ["attention", "gradcam"])
+def test_a_last_attention_in_chunks_is_refused(method):
+    model = stack("torch", "torch", "torch")
+    for block in model.blocks:
+        block.attend = lively(InChunks())
+    assert explain(model, sequences(), read="cls", target=second).relevancy["tower0"].shape == (2, 7)
+    with pytest.raises(ValueError, match=f"in chunks; got '{method}' and 'blocks.2.attend'"):
+        explain(model, sequences(), read="cls", target=second, method=method)
+
+
 class Checkpointed(Stack):
     reentrant = False
 

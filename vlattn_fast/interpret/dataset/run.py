@@ -27,7 +27,7 @@ from vlattn_fast.interpret.dataset.store import (
     write_text,
 )
 from vlattn_fast.interpret.explaining.loading import load_model
-from vlattn_fast.interpret.relevancy.methods import find_method
+from vlattn_fast.interpret.relevancy.methods.registry import find_method
 
 _SECONDS = 60.0  # after which a shard is written, however small
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlattn_fast.interpret.evaluating.box_scores import check_boxes
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
-from vlattn_fast.interpret.evaluating.plan import PARTS, Plan, Rival, with_weighting
+from vlattn_fast.interpret.evaluating.plan import PARTS, Plan, Rival, takes_weighting, with_weighting
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.result.explanation import Explanation
 
@@ -69,10 +69,10 @@ def run_method(model: nn.Module, question: Question, method: str | Rival, option
         return method(model, question.inputs, question.target)
     if method == "random":
         return None
-    rule, weighting = with_weighting(method)
-    arguments = {name: value for name, value in options.items() if name != "weighting" or rule.startswith("weighted")}
+    name, weighting = with_weighting(method)
+    arguments = {option: value for option, value in options.items() if option != "weighting" or takes_weighting(method)}
     arguments |= {"weighting": weighting} if weighting else {}
-    return explain(model, question.inputs, target=question.target, method=rule, **arguments)
+    return explain(model, question.inputs, target=question.target, method=name, **arguments)
 
 
 def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Generator) -> Maps:

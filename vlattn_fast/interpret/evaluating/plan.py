@@ -12,7 +12,7 @@ from vlattn_fast._ground.checks import check_callable, check_integer, check_item
 from vlattn_fast.attach.session import unwrapped
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
 from vlattn_fast.interpret.evaluating.perturbation import STEPS, Words
-from vlattn_fast.interpret.relevancy.methods import ABLATIONS, METHODS
+from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, find_method
 
 PERTURBED = ("positive", "negative", "insertion", "deletion")
 TESTS = (*PERTURBED, *BOX_SCORES, "sanity")
@@ -118,24 +118,29 @@ def named_methods(methods: Any) -> dict[str, str | Rival]:
             continue
         if not isinstance(method, str):
             raise TypeError(f"methods must be names and callables; got {type(method).__name__}")
-        rule, weighting = with_weighting(method)
+        name, weighting = with_weighting(method)
         known = [*METHODS, *ABLATIONS]
-        if method != "random" and (rule not in known or (weighting and not rule.startswith("weighted"))):
-            known += [*(f"weighted:{name}" for name in WEIGHTINGS), "random"]
+        if method != "random" and (name not in known or (weighting and not find_method(name).takes_weighting)):
+            weighted = [name for name, kind in METHODS.items() if kind.takes_weighting]
+            known += [*(f"{name}:{part}" for name in weighted for part in WEIGHTINGS), "random"]
             raise ValueError(f"methods must be callables or among {', '.join(known)}; got {method!r}")
     return named
 
 
 def with_weighting(method: str) -> tuple[str, str]:
     """`explain`'s method and its weighting, "" where the name says none: "weighted:norm:no_normalization" has both."""
-    rule, *parts = method.split(":")
+    name, *parts = method.split(":")
     weighting = parts.pop(0) if parts and parts[0] in WEIGHTINGS else ""
-    return ":".join([rule, *parts]), weighting
+    return ":".join([name, *parts]), weighting
+
+
+def takes_weighting(method: str) -> bool:
+    return method != "random" and find_method(with_weighting(method)[0]).takes_weighting
 
 
 def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
     """ValueError where no method takes the weighting that is asked for, or one names another."""
-    weighted = [method for method in methods if isinstance(method, str) and method.startswith("weighted")]
+    weighted = [method for method in methods if isinstance(method, str) and takes_weighting(method)]
     if not weighted or any(with_weighting(method)[1] for method in weighted):
         raise ValueError(f"weighting must be for methods 'weighted' that name none themselves; got {weighting!r} for {weighted}")
 

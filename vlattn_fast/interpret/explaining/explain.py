@@ -23,7 +23,8 @@ from vlattn_fast.interpret.explaining.question import Pass, Question, ask
 from vlattn_fast.interpret.explaining.request import Request, Target
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.explaining.start_rows import Read
-from vlattn_fast.interpret.relevancy.backward import check_rows, read_rows
+from vlattn_fast.interpret.relevancy.backward import BackwardPass, check_rows
+from vlattn_fast.interpret.relevancy.method import rows_of
 from vlattn_fast.interpret.result.explanation import Explanation
 
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
@@ -135,11 +136,18 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
     rows: list[list[Tensor]] = [[] for _ in run.towers]
     for number, (score, starts) in enumerate(_with_progress(question.passes)):
         if run.vision is not None:  # its row starts from the decoder's image tokens
-            starts = [*starts, torch.zeros_like(run.vision.leaving())]
-        score = score if request.method.needs_score else None
-        keep = number + 1 < len(question.passes)
-        carried = read_rows(run.trace, run.carrying, run.attended, starts, score, request.start_layer, prompt.arguments, keep)
-        for of_tower, row in zip(rows, carried, strict=True):
+            starts = [*starts, torch.zeros_like(run.vision.carriers.leaving())]
+        backward = BackwardPass(
+            towers=run.carrying,
+            attended=run.attended,
+            calls=run.trace.calls,
+            starts=starts,
+            scores=score if request.method.needs_score else None,
+            start_layer=request.start_layer,
+            arguments=prompt.arguments,
+            keep=number + 1 < len(question.passes),
+        )
+        for of_tower, row in zip(rows, rows_of(request.method, backward), strict=True):
             of_tower.append(row)
     if not question.passes:
         joined = [torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device) for tower in run.towers]
@@ -152,10 +160,9 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
 
 def _check_rows(request: Request, question: Question, rows: list[Tensor]) -> None:
     """UndefinedRelevancy for rows (B, T, N) that hold nothing beside the token that is read, where that tells of a wrong row."""
-    method = request.method
     # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
     predicts = request.record.score == "token" and request.read is None and not callable(request.target)
-    if not predicts and method.carries and method.needs_score and method.aggregates:  # without aggregation rows may be zeros
+    if not predicts and request.method.holds_start:
         starts = zip(*(starts for _, starts in question.passes), strict=True)
         check_rows(rows, [torch.cat(of_tower, 1) for of_tower in starts])
 

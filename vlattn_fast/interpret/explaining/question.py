@@ -51,7 +51,7 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
         _about_target(request, prompt, run) if prompt.answer is None else _about_answer(request, prompt, run, prompt.answer)
     )
     if question.scores is not None:
-        edges = [edge for tower in run.carrying for edge in tower.edges(request.start_layer)]
+        edges = [edge for tower in run.carrying for edge in request.method.edges(tower, request.start_layer)]
         check_scores(question.scores, edges if request.method.needs_score else None)
         _check_batches(run.read, len(question.scores))
     return question

@@ -17,8 +17,8 @@ from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.start_rows import Read, check_read
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.registry import find_family
-from vlattn_fast.interpret.relevancy.backward import check_between
-from vlattn_fast.interpret.relevancy.methods import Method, check_weighting, find_method
+from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.traced import traced
 
 Target = None | int | Tensor | list[int] | Callable[[Any], Tensor]
@@ -32,7 +32,7 @@ class Request:
     Args:
         model: without its wrappers.
         record: the model's, or one without towers, where they are found.
-        method: the method's record.
+        method: of this call alone.
         answer, each, tokenizer: as the caller gave them; `answer` None = a target is explained.
         vision: the tower that relevancy is carried on into through the model's connector; None = it ends in the decoder.
     """
@@ -42,7 +42,6 @@ class Request:
     target: Target
     method: Method
     start_layer: int
-    weighting: str | Weighting
     read: None | Read | Mapping[str, Read]
     answer: Any
     each: bool
@@ -66,10 +65,7 @@ class Request:
         through_connector: bool,
     ) -> Request:
         """The request, with the errors of `explain`."""
-        chosen = find_method(method)
-        check_weighting(weighting)
-        if weighting != "contribution" and not chosen.weighted:
-            raise ValueError(f"weighting must be left out for a method without weights; got {weighting!r} for {chosen.name!r}")
+        chosen = find_method(method)(weighting)
         check_read(read)
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
@@ -87,11 +83,11 @@ class Request:
                 raise ValueError("answer must be given without target and read, which it takes the place of; got both")
             record = _record_of_answers(model)
         if record.bimodal:
-            check_between(chosen, start_layer, record.towers)
+            chosen.check_between(start_layer, record.towers)
         if record.score == "query" and read is not None and not callable(target):
             raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
         vision = _vision_of(model, record, chosen, start_layer) if through_connector else None
-        return cls(model, record, target, chosen, start_layer, weighting, read, answer, each, tokenizer, vision)
+        return cls(model, record, target, chosen, start_layer, read, answer, each, tokenizer, vision)
 
 
 def _record_of(model: nn.Module, inputs: Mapping[str, Any], read: Any) -> Family:
@@ -129,9 +125,9 @@ def _vision_of(model: nn.Module, record: Family, method: Method, start_layer: in
 def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it."""
     problem = f"model must be of a known family where read is None; got {type(model).__name__}"
-    method = find_method("attention")
+    method = find_method("attention")()
     try:
-        with torch.inference_mode(False), torch.no_grad(), at_rest(model), traced(model, UNRECORDED, method, "equal") as trace:
+        with torch.inference_mode(False), torch.no_grad(), at_rest(model), traced(model, UNRECORDED, method) as trace:
             model(**prepare_inputs(model, inputs, UNRECORDED, None)[0])
         trace.check()
     except Exception as error:

@@ -49,7 +49,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     if request.vision is not None and connects:
         check_pictures(model.config, arguments)
         record = replace(record, towers=(*record.towers, request.vision))
-    with traced(model, record, request.method, request.weighting) as trace:
+    with traced(model, record, request.method) as trace:
         if connects:
             connect(trace.towers[-1], trace.towers[0], record.connector, model.config, arguments)
         outputs = model(**(with_one_row(model, arguments, record) if prompt.empty else arguments))

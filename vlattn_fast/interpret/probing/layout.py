@@ -13,7 +13,6 @@ from vlattn_fast.interpret.explaining.token_parts import end_of_text, word_posit
 from vlattn_fast.interpret.records.image_grids import image_tokens
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.tokens import real_tokens
-from vlattn_fast.interpret.relevancy.methods import METHODS
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 TEXT, IMAGE, SPECIAL, NONE = 0, 1, 2, -1
@@ -118,7 +117,7 @@ class Layouts:
         return Layout(parts, torch.zeros_like(parts, dtype=torch.bool), torch.zeros(shape[0], dtype=torch.long), 0, regions)
 
     def _recorded(self, tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
-        trace = TowerTrace(tower, self.model, METHODS["attention"], "equal", False)
+        trace = TowerTrace(tower, self.model, False)
         trace.batch, trace.size = shape
         config = self.model.config if tower.tokens == "image_text" else trace.config
         ids = inputs.get("input_ids")

@@ -26,12 +26,12 @@ from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_paddin
 from vlattn_fast.attach.attributes import is_entered
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, first_argument, new_mark, read_mark
 from vlattn_fast.attach.paths import in_layers, layers_of
-from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.relevancy.methods import Attended, Method
-from vlattn_fast.interpret.relevancy.through_call import Scored, attention
+from vlattn_fast.interpret.relevancy.attention_call import Attended, AttentionCall
+from vlattn_fast.interpret.relevancy.backward import LinkedCall
+from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.through_call import Scored
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.two_modalities import Call
 
 
 class Trace(TorchFunctionMode):
@@ -40,18 +40,18 @@ class Trace(TorchFunctionMode):
     Args:
         model: the model, without wrappers.
         family: its record, which names the towers; where it names none, every tower is found.
-        method, weighting: see `explain`.
+        method: says what is made of each attention call of a tower.
     """
 
     explains = True
 
-    def __init__(self, model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> None:
+    def __init__(self, model: nn.Module, family: Family, method: Method) -> None:
         super().__init__()
         self.model, self.method = model, method
         self.finds_towers = not family.towers or family.bimodal  # towers that no record names, and cross-attention
-        self._make_tower = functools.partial(TowerTrace, model=model, method=method, weighting=weighting, keeps=self.finds_towers)
+        self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers)
         self.towers = [self._make_tower(record) for record in family.towers]
-        self.calls: list[Call] = []  # in the order in which they ran, where rules for several towers may read them
+        self.calls: list[LinkedCall] = []  # in the order in which they ran, where rules for several towers may read them
         self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
         within = f"{family.within}." if family.within else ""
         self._names: dict[nn.Module, str | None] = {
@@ -86,8 +86,7 @@ class Trace(TorchFunctionMode):
         """
         yield nn.modules.module.register_module_forward_pre_hook(self._of_this_run(self._push))
         yield nn.modules.module.register_module_forward_hook(self._of_this_run(self._pop), always_call=True)
-        for tower in self.towers:
-            yield from tower.install(self._of_this_run)
+        yield from self.method.hooks(self.model, self.towers, self._of_this_run)
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before each module runs: notes its path and the number of its run; `_pop` takes them off again."""
@@ -134,9 +133,7 @@ class Trace(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
         result = func(*args, **kwargs)
-        if self.method.weighted:
-            for tower in self.towers:
-                tower.follow(func, args, result)
+        self.method.follow(func, args, result)
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
         if calls:
             # What is written into a tensor in place is in it from now on.
@@ -238,8 +235,10 @@ class Trace(TorchFunctionMode):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
         with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
+            path = self._paths[-1]
+            call = AttentionCall("" if path is None else path, query, key, value, masks)
             calls = self._calls_of((query,))
-            output, owner = self._attend(query, key, value, masks, calls, self._calls_of((key,)))
+            output, owner = (call.output(), None) if path is None else self._attend(call, calls)
             if owner is not None:
                 calls |= 1 << len(self._owners)
                 self._owners.append(owner)
@@ -247,71 +246,72 @@ class Trace(TorchFunctionMode):
                 self._note(output, calls)
         return output
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], calls: int, key_calls: int
-    ) -> tuple[Tensor, TowerTrace | None]:
-        """The output, and the tower that it belongs to, None where it is not explained. `calls` and `key_calls` are what the
-        queries and the keys came through, as bits."""
-        path, batch, rows, columns = self._paths[-1], query.shape[0], query.shape[2], key.shape[2]
-        if path is not None and _is_checkpointed():
+    def _attend(self, call: AttentionCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
+        """The output, and the tower that it belongs to, None where it is not explained.
+
+        Args:
+            calls: those that the queries came through, as bits.
+        """
+        path, batch, rows, columns = call.path, call.query.shape[0], call.query.shape[2], call.key.shape[2]
+        if _is_checkpointed():
             raise ValueError(
                 "model must keep what it computes (use_reentrant=False runs layers twice); got attention "
                 f"'{path}' inside of torch.utils.checkpoint"
             )
-        if path is None:
-            return attention(query, key, value, masks), None
         for tower in self.towers:
             if tower.pooling_path is not None and path == tower.pooling_path:
-                return tower.pool(query, key, value, masks), None
+                return self.method.pool(tower, tower.enter_pooling(call)), None
+        key_calls = self._calls_of((call.key,))
         owner = self._tower_of(path, calls, batch, rows)
         same = rows == columns and self._same_tokens(calls, key_calls)
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
             if same:
                 self._refuse_foreign(path)
-            return attention(query, key, value, masks), None
+            return call.output(), None
         tower = self._new_tower() if owner is None else owner
         if same:
-            # A module may attend to a long sequence in chunks: one run of it calls again, with queries that did not come through
-            # the last call.
-            again = tower.path == path and tower.last_run == self._runs[-1] and tower.last_call is not None
-            beside = tower.last_call is not None and not calls >> tower.last_call & 1
-            chunk = again and beside
-            if beside and calls and not again:
-                raise ValueError(
-                    f"model must attend layer behind layer in a tower; got '{path}' beside '{tower.path}', over the same tokens, "
-                    "and no published rule joins their relevancies"
-                )
-            if chunk:
-                self._chunks[self._runs[-1]] = self._chunks.get(self._runs[-1], tower.queries) + batch * rows
-            tower.last_run, tower.queries = self._runs[-1], batch * rows
-            output = tower.attend(path, query, key, value, masks, len(self._owners), chunk)
-            self._record(path, tower, tower, Attended(query, key, value, masks, output, tower.mesh), key_calls)
+            call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls))
+            output = self.method.attend(tower, call)
+            self._record(tower, tower, call.attended(output), path, key_calls)
             return output, tower
         if not self.finds_towers:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
                 f"got {rows} queries and {columns} keys in attention '{path}'"
             )
-        source = self._source_of(key_calls, key)
-        output = tower.cross(path, query, key, value, masks, len(self._owners))
-        self._record(path, tower, source, Attended(query, key, value, masks, output, tower.mesh), key_calls)
+        call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
+        source = self._source_of(key_calls, call.key)
+        output = self.method.cross(tower, call)
+        self._record(tower, source, call.attended(output), path, key_calls)
         return output, tower
 
-    def _record(self, path: str, tower: TowerTrace, source: TowerTrace, attended: Attended, key_calls: int) -> None:
+    def _is_chunk(self, tower: TowerTrace, call: AttentionCall, calls: int) -> bool:
+        """Whether a call takes a further part of the tower's sequence: a module may attend to a long one in chunks. One run of it
+        calls again then, with queries that did not come through the last call."""
+        run, queries = self._runs[-1], call.query.shape[0] * call.query.shape[2]
+        again = tower.path == call.path and tower.last_run == run and tower.last_call is not None
+        beside = tower.last_call is not None and not calls >> tower.last_call & 1
+        if beside and calls and not again:
+            raise ValueError(
+                f"model must attend layer behind layer in a tower; got '{call.path}' beside '{tower.path}', over the same "
+                "tokens, and no published rule joins their relevancies"
+            )
+        if again and beside:
+            self._chunks[run] = self._chunks.get(run, tower.queries) + queries
+        tower.last_run, tower.queries = run, queries
+        return again and beside
+
+    def _record(self, tower: TowerTrace, source: TowerTrace, attended: Attended, path: str, key_calls: int) -> None:
         """Appends to `calls`, with the source's last call that the keys came through."""
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
-            self.calls.append(Call(path, tower, source, attended, len(self._owners), seen))
+            self.calls.append(LinkedCall(path, tower, source, attended, len(self._owners), seen))
 
     # --- towers ---
 
     def _new_tower(self) -> TowerTrace:
-        if self.method.weighted:
-            raise ValueError(
-                "method must be one that needs no residual branch where towers have no record; got 'weighted' and "
-                f"'{self._paths[-1]}'"
-            )
+        self.method.check_unrecorded(self._paths[-1] or "")
         tower = self._make_tower(None)
         self.towers.append(tower)
         return tower
@@ -378,6 +378,7 @@ class Trace(TorchFunctionMode):
             if not tower.name:
                 tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
             tower.check(called, self._ran)
+            self.method.check_tower(tower)
 
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""
@@ -388,7 +389,7 @@ class Trace(TorchFunctionMode):
         called = {path for tower in self.towers for path in tower.paths}
         for path, is_map in self.by_hand.items():
             kind = type(self.model.get_submodule(path)).__name__
-            seen = any(other == path or other.startswith(f"{path}.") or not path for other in called)
+            seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
             if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
                 raise ValueError(
                     "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "

@@ -35,12 +35,12 @@ def connect(vision: TowerTrace, language: TowerTrace, connector: Connector, conf
     """Let the relevancy of `language`'s image tokens go on into `vision`, which runs before it."""
 
     def below(like: Tensor) -> Tensor:
-        leaving = vision.leaving()
+        leaving = vision.carriers.leaving()
         fed = connector(config, arguments, vision.shape, int(image_tokens(config, arguments).sum())).tokens
         real, places = fed >= 0, image_tokens(config, arguments).flatten().nonzero()[:, 0]
         tokens = fed[real].to(leaving.device)
         shares = 1 / tokens.bincount(minlength=len(places)).clamp(min=1).to(leaving)
-        given = leaving.new_zeros(len(places)).index_add(0, tokens, leaving.flatten()[real.to(leaving.device)]) * shares
-        return torch.zeros_like(like).flatten().index_copy(0, places.to(like.device), given.to(like)).view_as(like)
+        brought = leaving.new_zeros(len(places)).index_add(0, tokens, leaving.flatten()[real.to(leaving.device)]) * shares
+        return torch.zeros_like(like).flatten().index_copy(0, places.to(like.device), brought.to(like)).view_as(like)
 
-    language.below = below
+    language.carriers.below = below

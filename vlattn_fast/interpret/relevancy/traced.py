@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from vlattn_fast.attach.session import visible
-from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_rules
-from vlattn_fast.interpret.relevancy.methods import Method
+from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import submodule
 
@@ -19,8 +18,8 @@ from vlattn_fast.interpret.relevancy.tower_trace import submodule
 class traced:  # noqa: N801 (used as a function is)
     """A trace of the forward pass within it; everything is put back on leaving, also by an exception."""
 
-    def __init__(self, model: nn.Module, family: Family, method: Method, weighting: str | Weighting) -> None:
-        self._trace = Trace(model, family, method, weighting)
+    def __init__(self, model: nn.Module, family: Family, method: Method) -> None:
+        self._trace = Trace(model, family, method)
         self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
         if self._trace.finds_towers:
             self._roots = [model.get_submodule(family.within)]

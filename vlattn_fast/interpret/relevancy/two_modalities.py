@@ -12,100 +12,85 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.methods import Attended, Method, gradcam, raw_attention
-from vlattn_fast.interpret.relevancy.through_call import mean_map, step
+from vlattn_fast.interpret.relevancy.backward import BackwardPass, LinkedCall, read_tokens
+from vlattn_fast.interpret.relevancy.through_call import mean_map
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
-
-@dataclass(frozen=True)
-class Call:
-    """An attention call whose queries are tokens of `tower` and whose keys are tokens of `source`, often the same.
-
-    Args:
-        number: of the call in the run.
-        seen: of cross-attention, the number of the last call of `source` that the keys came through; None without one.
-    """
-
-    path: str
-    tower: TowerTrace
-    source: TowerTrace
-    attended: Attended
-    number: int
-    seen: int | None
-
-
-Real = Callable[[TowerTrace], Tensor | None]
-Weights = tuple[Tensor, Tensor]
 Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]
 
 
-def relevancies(
-    calls: Sequence[Call], grads: Sequence[Tensor | None], method: Method, weights: Sequence[Weights | None]
-) -> Relevancies:
-    """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it).
+class Equations:
+    """Equations 6 to 11. A method that differs in one of them overrides its part."""
 
-    With weights an addition to R becomes diag(a) R + diag(b) (what is added), our reading of weighted relevancy (after Huang et
-    al. 2023) between towers. Equations 8 and 9 keep what is added to the identity in bounds. Where a + b = 1, and the rows of
-    Abar are divided by their sums, rows sum to one anyway, so R itself stands in equation 10 but with equal weights.
+    def begin(self, relevancies: Relevancies, calls: Sequence[LinkedCall]) -> None:
+        """What stands in `relevancies` beside the identities before the first call: nothing counts yet."""
 
-    Args:
-        method: "gradient", "weighted" or an ablation of these.
-        weights: a and b (B, N) of each call; None = 1 and 1.
-    """
-    found: Relevancies = {}
+    def mean_map(self, call: LinkedCall, grad: Tensor, like: Tensor) -> Tensor:
+        """Equation 5: Abar (B, N, M), on the device and in the dtype of `like`: layers may have several."""
+        attended = call.attended
+        return mean_map(attended.query, attended.key, attended.value, grad, attended.masks, attended.mesh).to(like)
+
+    def within(self, abar: Tensor, relevancy: Tensor) -> Tensor:
+        """Equations 6, 7 and 11: what a call adds to the relevancy of its queries' tower from that of its keys' tower."""
+        return abar @ relevancy
+
+    def normalized(self, call: LinkedCall, relevancy: Tensor) -> Tensor:
+        """Equations 8 and 9, which keep what is added to the identity in bounds."""
+        return normalized(relevancy)
+
+    def across(self, of_queries: Tensor, abar: Tensor, of_keys: Tensor) -> Tensor:
+        """Equation 10: what cross-attention adds between its two towers, from the relevancies within each."""
+        return of_queries.transpose(1, 2) @ abar @ of_keys
+
+    def added(self, call: LinkedCall, old: Tensor | None, addition: Tensor) -> Tensor:
+        """The relevancy behind a call."""
+        return addition if old is None else old + addition
+
+
+@torch.no_grad()
+def relevancies(calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equations: Equations) -> Relevancies:
+    """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it)."""
+    state: Relevancies = {}
     for call in calls:
         for tower in (call.tower, call.source):
             eye = torch.eye(tower.size, dtype=tower.dtype, device=tower.device)
-            found.setdefault((tower, tower), eye.expand(tower.batch or 0, -1, -1))
-    if not method.aggregates:  # zeros count where they take the place of something
-        linked = {(call.tower, call.source) for call in calls if call.tower is not call.source}
-        for s, q in linked:
-            if (q, s) in linked:
-                found[s, q] = found[s, s].new_zeros(s.batch or 0, s.size, q.size)
+            state.setdefault((tower, tower), eye.expand(tower.batch or 0, -1, -1))
+    equations.begin(state, calls)
     waited = Counter(call.seen for call in calls if call.seen is not None)
     behind: dict[int, Relevancies] = {}  # R_s behind a call of s that keys came through, while calls wait for it
-    for call, grad, weight in zip(calls, grads, weights, strict=True):
-        of_keys = found if call.seen is None else behind[call.seen]
-        for pair, addition in _additions(found, of_keys, call, grad, method):
-            old = found.get(pair) if method.aggregates else None
-            if weight is not None:
-                a, b = (part[..., None].to(addition) for part in weight)
-                old, addition = None if old is None else a * old, b * addition
-            found[pair] = addition if old is None else old + addition
+    for call, grad in zip(calls, grads, strict=True):
+        of_keys = state if call.seen is None else behind[call.seen]
+        for pair, addition in [] if grad is None else _additions(state, of_keys, call, grad, equations):
+            state[pair] = equations.added(call, state.get(pair), addition)
         if call.seen is not None:
             waited[call.seen] -= 1
             if not waited[call.seen]:
                 del behind[call.seen]
         if waited[call.number]:
-            behind[call.number] = {pair: part for pair, part in found.items() if pair[0] is call.tower}
-    return found
+            behind[call.number] = {pair: part for pair, part in state.items() if pair[0] is call.tower}
+    return state
 
 
 def _additions(
-    found: Relevancies, of_keys: Mapping[tuple[TowerTrace, TowerTrace], Tensor], call: Call, grad: Tensor | None, method: Method
+    state: Relevancies,
+    of_keys: Mapping[tuple[TowerTrace, TowerTrace], Tensor],
+    call: LinkedCall,
+    grad: Tensor,
+    equations: Equations,
 ) -> list[tuple[tuple[TowerTrace, TowerTrace], Tensor]]:
-    """What a call adds to the relevancies (equations 6, 7, 10 and 11)."""
-    if grad is None:
-        return []
-    s, q, seen = call.tower, call.source, call.attended
-    abar = mean_map(seen.query, seen.key, seen.value, grad, seen.masks, seen.mesh)
-    abar = abar.to(found[s, s])  # layers may have several devices
-    if method.row_normalize:
-        total = abar.sum(-1, keepdim=True)
-        abar = abar / total.masked_fill(total == 0, 1.0)
+    """What a call adds to the relevancies."""
+    s, q = call.tower, call.source
+    abar = equations.mean_map(call, grad, state[s, s])
     if s is q:
-        return [((s, t), abar @ part) for (of, t), part in found.items() if of is s]
-    of_s, of_q = found[s, s], of_keys[q, q].to(abar)
-    if method.normalizes and (not method.weighted or s.weighting == "equal"):
-        of_s, of_q = normalized(of_s), normalized(of_q)
-    additions = [((s, q), of_s.transpose(1, 2) @ abar @ of_q if method.mixes else abar)]
+        return [((s, t), equations.within(abar, part)) for (of, t), part in state.items() if of is s]
+    of_s, of_q = (equations.normalized(call, part) for part in (state[s, s], of_keys[q, q].to(abar)))
+    additions = [((s, q), equations.across(of_s, abar, of_q))]
     if (q, s) in of_keys:
-        additions.append(((s, s), abar @ of_keys[q, s].to(abar)))
+        additions.append(((s, s), equations.within(abar, of_keys[q, s].to(abar))))
     return additions
 
 
@@ -113,65 +98,35 @@ def normalized(relevancy: Tensor) -> Tensor:
     """Equations 8 and 9: what lies beside the identity, each row divided by its sum, plus the identity. Zero rows stay zero."""
     eye = torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
     beside = relevancy - eye
-    total = beside.sum(-1, keepdim=True)
-    return beside / total.masked_fill(total == 0, 1.0) + eye
+    return divided_by_sums(beside) + eye
 
 
-# --- the baselines, as the code of the same authors has them ---
+def divided_by_sums(rows: Tensor) -> Tensor:
+    """Each row divided by its sum; rows without a sum stay as they are."""
+    total = rows.sum(-1, keepdim=True)
+    return rows / total.masked_fill(total == 0, 1.0)
 
 
-def rolled_out(calls: Sequence[Call], tower: TowerTrace, source: TowerTrace, start: Tensor, real: Real) -> Tensor:
-    """Rollout: the row `start` (B, 1, N) of `tower` over its own tokens, or over those of `source`, which it attends to.
-
-    Between towers it is rollout(tower)^T A rollout(source), with A = mean_h A of the last attention from one to the other and the
-    self-attention in front of it. Rows of padding are left out of the sum that the transposition makes.
-    """
-    if tower is source:
-        return _rolled(calls, tower, start)
-    last = _last(calls, tower, source)
-    column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
-    for call in calls[:last]:
-        if call.tower is tower and call.source is tower:
-            column = (column + column @ _mean_attention(eye, call).mT) / 2
-    if (words := real(tower)) is not None:
-        column = column.masked_fill(~words[:, None].to(column.device), 0.0)
-    return _rolled(calls[:last], source, _mean_attention(column, calls[last]))
-
-
-def _rolled(calls: Sequence[Call], tower: TowerTrace, row: Tensor) -> Tensor:
-    """row (B, 1, N) times the product of (I + mean_h A) / 2 over the self-attention of a tower, the last on the left."""
-    for call in reversed(calls):
-        if call.tower is tower and call.source is tower:
-            row = (row + _mean_attention(row, call)) / 2
-    return row
-
-
-def _mean_attention(rows: Tensor, call: Call) -> Tensor:
-    """rows (B, T, N) @ mean_h A, (B, T, M)."""
-    seen = call.attended
-    found = step(rows.to(seen.query.device), seen.query, seen.key, seen.value, None, seen.masks, "attention", False, seen.mesh)
-    return found.to(rows)  # layers may have several devices
-
-
-def last_attention(
-    calls: Sequence[Call], grads: Sequence[Tensor | None] | None, tower: TowerTrace, source: TowerTrace, start: Tensor, real: Real
-) -> Tensor:
-    """The row `start` (B, 1, N) of the last attention from `tower` to `source`: of mean_h A, or Grad-CAM's with `grads`.
+@torch.no_grad()
+def rows_between(backward: BackwardPass, read: Callable[[TowerTrace, TowerTrace, Tensor], Tensor]) -> list[Tensor]:
+    """The rows (B, 1, N) of the towers, the entries of the tokens that are read set to zero, and those of the towers that they
+    attend to.
 
     Args:
-        real: bool (B, N) of a tower, False = padding; None = no padding.
+        read: takes a tower, one that it attends to (or itself) and the weights (B, 1, N) of the rows that are read of the
+            first; returns how much the tokens of the second count for them, (B, 1, M).
     """
-    last = _last(calls, tower, source)
-    seen = calls[last].attended
-    rows, device = start.to(seen.query.device), seen.query.device
-    if grads is None:
-        return raw_attention(rows, seen).to(start)
-    grad = torch.zeros_like(seen.output) if (of_call := grads[last]) is None else of_call
-    queries, keys = (None if (words := real(of)) is None else words.to(device) for of in (tower, source))
-    return gradcam(rows, seen, grad, queries, keys).to(start)
+    linked = {(call.tower, call.source) for call in backward.calls}
+    pairs = list(zip(backward.towers, backward.starts, strict=True))
+    carried = [read(tower, tower, start).masked_fill(read_tokens(start), 0.0) for tower, start in pairs]
+    for source in backward.attended:
+        parts = [read(tower, source, start) for tower, start in pairs if (tower, source) in linked]
+        carried.append(torch.stack(parts).sum(0))
+    return carried
 
 
-def _last(calls: Sequence[Call], tower: TowerTrace, source: TowerTrace) -> int:
+def last_between(calls: Sequence[LinkedCall], tower: TowerTrace, source: TowerTrace) -> int:
+    """Where in `calls` the last attention from `tower` to `source` is."""
     numbers = [number for number, call in enumerate(calls) if call.tower is tower and call.source is source]
     if not numbers:
         raise ValueError(f"model must attend from tower '{tower.name}' to '{source.name}' for this method; got no such call")

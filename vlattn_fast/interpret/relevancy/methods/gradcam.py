@@ -1,0 +1,41 @@
+"""Method "gradcam": the row of relu(mean_h w_h A_h) in the last layer with w_h = mean_ij dA_h (Chefer et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import expand_heads
+from vlattn_fast.attach.tensor_parallel import mean_over
+from vlattn_fast.interpret.relevancy.attention_call import Attended
+from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, times_map
+
+
+class GradCam(LastAttentionMethod):
+    """mean_ij dA_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map."""
+
+    name = "gradcam"
+
+    def read(
+        self, start: Tensor, attended: Attended, grad: Tensor | None, real: Callable[[], tuple[Tensor | None, Tensor | None]]
+    ) -> Tensor:
+        """The mean leaves padding out. It includes pairs that a causal mask masks, as in the published code."""
+        real_queries, real_keys = real()
+        dtype, heads = start.dtype, attended.query.shape[1]
+        grad = torch.zeros_like(attended.output) if grad is None else grad
+        query, grad = attended.query.to(dtype), grad.to(dtype)
+        key, value = (expand_heads(tensor.to(dtype), heads) for tensor in (attended.key, attended.value))
+        queries = torch.ones_like(start[:, 0]) if real_queries is None else real_queries.to(dtype)
+        keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else real_keys.to(dtype)
+        gradient_sum = torch.einsum("bhnd,bn->bhd", grad, queries)
+        value_sum = torch.einsum("bhmd,bm->bhd", value, keys)
+        pairs = (queries.sum(-1) * keys.sum(-1)).clamp(min=1)
+        weights = (gradient_sum * value_sum).sum(-1) / pairs[:, None]
+
+        def combine(attention: Tensor) -> Tensor:
+            mean = torch.einsum("bh,bhnm->bnm", weights, attention).div(heads)
+            return mean_over(attended.mesh, mean).relu()
+
+        return times_map(start, query, key, attended.masks, combine)

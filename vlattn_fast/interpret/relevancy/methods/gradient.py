@@ -1,0 +1,105 @@
+"""Method "gradient": carried <- carried + carried Abar with Abar = mean_h relu(A * dA), and the paper's ablations.
+
+Chefer, Gur, Wolf (ICCV 2021): equations 5 and 6 for one row, and equations 5 to 11 between towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlattn_fast.interpret.relevancy.backward import BackwardPass, LinkedCall
+from vlattn_fast.interpret.relevancy.carried import CarriedMethod
+from vlattn_fast.interpret.relevancy.carriers import Recursion
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancies, relevancies, rows_between
+
+
+class Gradient(CarriedMethod):
+    name = "gradient"
+    holds_start = True
+    recursion = Recursion("gradient")
+    equations: ClassVar[Equations] = Equations()
+
+    def between(self, backward: BackwardPass) -> list[Tensor]:
+        calls = backward.reaching_calls()
+        grads = backward.gradients([call.attended.output for call in calls])
+        return rows_by_equations(backward, calls, grads, self.equations)
+
+
+def rows_by_equations(
+    backward: BackwardPass, calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equations: Equations
+) -> list[Tensor]:
+    """The rows (B, 1, N) of R, which the equations make of the calls and of the gradients at their outputs."""
+    matrices = relevancies(calls, grads, equations)
+
+    def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+        if (tower, source) not in matrices:  # the score depends on no attention between them
+            return start.new_zeros(*start.shape[:2], source.size)
+        return start @ matrices[tower, source]
+
+    return rows_between(backward, read)
+
+
+# --- ablations ---
+
+
+class _NotNormalized(Equations):
+    def normalized(self, call: LinkedCall, relevancy: Tensor) -> Tensor:
+        return relevancy
+
+
+class _NotAdded(_NotNormalized):
+    """As published it goes without the normalization, too: what takes the place of the identity may have no residual."""
+
+    def begin(self, relevancies: Relevancies, calls: Sequence[LinkedCall]) -> None:
+        """Zeros count where they take the place of something."""
+        linked = {(call.tower, call.source) for call in calls if call.tower is not call.source}
+        for s, q in linked:
+            if (q, s) in linked:
+                relevancies[s, q] = relevancies[s, s].new_zeros(s.batch or 0, s.size, q.size)
+
+    def added(self, call: LinkedCall, old: Tensor | None, addition: Tensor) -> Tensor:
+        return addition
+
+
+class _CrossAlone(Equations):
+    def across(self, of_queries: Tensor, abar: Tensor, of_keys: Tensor) -> Tensor:
+        return abar
+
+
+class WithoutAggregation(Gradient):
+    """A call's addition takes the place of the relevancy. Rows may be zero."""
+
+    name = "gradient:no_aggregation"
+    holds_start = False
+    recursion = Recursion("gradient", residual_weight=0.0)
+    equations = _NotAdded()
+
+
+class _BetweenAlone(Gradient):
+    """An ablation that differs from "gradient" only where towers attend to one another."""
+
+    name = ""
+
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        raise ValueError(
+            f"method must be 'gradient' for towers that do not attend to one another; got {self.name!r}, which leaves out a part "
+            "of the rules for those that do"
+        )
+
+
+class WithoutNormalization(_BetweenAlone):
+    """Without equations 8 and 9."""
+
+    name = "gradient:no_normalization"
+    equations = _NotNormalized()
+
+
+class WithoutSelfAttention(_BetweenAlone):
+    """Equation 10 adds Abar alone."""
+
+    name = "gradient:no_self_attention"
+    equations = _CrossAlone()

@@ -1,0 +1,34 @@
+"""The methods by their names: each class with a name in a file of this folder."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from vlattn_fast.interpret.relevancy import methods
+from vlattn_fast.interpret.relevancy.method import Method
+
+
+def methods_in_folder() -> dict[str, type[Method]]:
+    """Methods and ablations by their names, "gradient" first: it is the default of `explain`."""
+    by_name: dict[str, type[Method]] = {}
+    for file in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
+        for kind in vars(importlib.import_module(file.name)).values():
+            if isinstance(kind, type) and issubclass(kind, Method) and kind.name and kind.__module__ == file.name:
+                if kind.name in by_name:
+                    raise ValueError(f"methods must have names of their own; got {kind.name!r} in {file.name} once more")
+                by_name[kind.name] = kind
+    return dict(sorted(by_name.items(), key=lambda item: item[0] != "gradient"))
+
+
+_ALL = methods_in_folder()
+METHODS = {name: kind for name, kind in _ALL.items() if ":" not in name}
+ABLATIONS = {name: kind for name, kind in _ALL.items() if ":" in name}
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of a method or an ablation; ValueError names the known ones."""
+    known = {**METHODS, **ABLATIONS}
+    if isinstance(name, str) and name in known:
+        return known[name]
+    raise ValueError(f"method must be one of {', '.join(known)}; got {name!r}")

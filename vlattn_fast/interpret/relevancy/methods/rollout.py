@@ -1,0 +1,59 @@
+"""Method "rollout": carried <- (carried + carried mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret.relevancy.backward import BackwardPass, LinkedCall
+from vlattn_fast.interpret.relevancy.carried import CarriedMethod
+from vlattn_fast.interpret.relevancy.carriers import Recursion
+from vlattn_fast.interpret.relevancy.through_call import step
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_between
+
+
+class Rollout(CarriedMethod):
+    """A + I is divided by its row sum, which is 2 wherever a row of A sums to one."""
+
+    name = "rollout"
+    needs_score = False
+    recursion = Recursion("attention", residual_weight=0.5, attention_weight=0.5)
+
+    def between(self, backward: BackwardPass) -> list[Tensor]:
+        """As the code of Chefer et al. 2021 has it: rollout(tower)^T A rollout(source), with A = mean_h A of the last attention
+        from one to the other and the self-attention in front of it. Rows of padding are left out of the sum that the
+        transposition makes.
+        """
+        calls = backward.reaching_calls()
+
+        def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+            if tower is source:
+                return _rolled(calls, tower, start)
+            last = last_between(calls, tower, source)
+            column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
+            for call in calls[:last]:
+                if call.tower is tower and call.source is tower:
+                    column = (column + column @ _mean_attention(eye, call).mT) / 2
+            if (real := backward.real(tower)) is not None:
+                column = column.masked_fill(~real[:, None].to(column.device), 0.0)
+            return _rolled(calls[:last], source, _mean_attention(column, calls[last]))
+
+        return rows_between(backward, read)
+
+
+def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> Tensor:
+    """row (B, 1, N) times the product of (I + mean_h A) / 2 over the self-attention of a tower, the last on the left."""
+    for call in reversed(calls):
+        if call.tower is tower and call.source is tower:
+            row = (row + _mean_attention(row, call)) / 2
+    return row
+
+
+def _mean_attention(rows: Tensor, call: LinkedCall) -> Tensor:
+    """rows (B, T, N) @ mean_h A, (B, T, M)."""
+    seen = call.attended
+    result = step(rows.to(seen.query.device), seen.query, seen.key, seen.value, None, seen.masks, "attention", False, seen.mesh)
+    return result.to(rows)  # layers may have several devices
