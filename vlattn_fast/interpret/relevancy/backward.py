@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlattn_fast.backends.reference.relevancy_residual import residual_weights
 from vlattn_fast.interpret.records.record import Tower
-from vlattn_fast.interpret.records.tokens import decoder_inputs, real_tokens
+from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.methods import Method, gradcam, raw_attention
 from vlattn_fast.interpret.relevancy.model_trace import Trace
@@ -76,7 +76,7 @@ def _last_only(
                 rows.append(raw_attention(start, call))
                 continue
             grad = torch.zeros_like(call.output) if grad is None else grad
-            real = real_tokens(tower.tokens, arguments, tower.shape, tower.config)
+            real = tower.tokens_in(arguments).real()
             real = None if real is None else real.to(start.device)
             rows.append(gradcam(start, call, grad, None if tower.pooled else real, real))
     return rows
@@ -113,7 +113,7 @@ def _between(
 
     def real(tower: TowerTrace) -> Tensor | None:
         inputs = decoder_inputs(arguments) if tower.record is None and tower in towers else arguments
-        return real_tokens(tower.tokens, inputs, tower.shape, tower.config)
+        return tower.tokens_in(inputs).real()
 
     with torch.no_grad():
         found = relevancies(calls, grads, method, weights) if method.carries and grads is not None else {}

@@ -7,7 +7,7 @@ beginning.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.paths import in_layers, layers_of, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
-from vlattn_fast.interpret.records.record import Tokens, Tower
+from vlattn_fast.interpret.records.record import Tower
+from vlattn_fast.interpret.records.tokens import Tokens
 from vlattn_fast.interpret.relevancy.methods import Attended, Method, weigh
 from vlattn_fast.interpret.relevancy.through_call import Through, attention, relevancy_through
 
@@ -90,10 +91,9 @@ class TowerTrace:
         """(B, N)"""
         return self.batch or 0, self.size
 
-    @property
-    def tokens(self) -> Tokens | None:
-        """What its tokens are, where a record says it."""
-        return None if self.record is None else self.record.tokens
+    def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
+        """Its tokens, of the kind that the record says, or of none."""
+        return Tokens(inputs, self.shape) if self.record is None else self.record.tokens_in(self.model, inputs, self.shape)
 
     # --- which calls are this tower's ---
 
