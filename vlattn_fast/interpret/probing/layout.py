@@ -123,8 +123,10 @@ class Layouts:
         in_front = of_image.cumsum(1) <= tokens.prefix  # of the patches
         special = torch.where(of_image, in_front, ~words.cpu())
         regions = [row.nonzero()[:, 0].tolist() for row in of_image & ~special]
-        read = tower.row.position
-        row = torch.zeros(shape[0], dtype=torch.long) if read is None else read(tokens).cpu()
+        read = tower.row
+        row = torch.zeros(shape[0], dtype=torch.long)  # [CLS], also where a word asks a question
+        if read.position is not None and (read.predicts or not read.asks):
+            row = read.position(tokens).cpu()
         parts = torch.where(of_image, IMAGE, TEXT)
         return Layout(torch.where(real, parts, NONE), special, row, tokens.before, regions)
 
