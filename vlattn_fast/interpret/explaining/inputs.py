@@ -1,4 +1,4 @@
-"""The inputs of one run: copies, pairs of images and texts, and which tokens are real."""
+"""The inputs of one run: copies, and pairs of images and texts."""
 
 from __future__ import annotations
 

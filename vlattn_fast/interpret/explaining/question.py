@@ -67,8 +67,7 @@ def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
 
 def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
     first, record, read = run.read[0], request.record, request.read
-    batch, required = first.shape[0], request.method.needs_score
-    scores, target = choose_score(run.outputs, record, request.target, prompt.arguments, prompt.pairs, batch, required)
+    scores, target = choose_score(request, prompt, run.outputs, first.shape[0])
     if record.scoring.names_row and target is not None:
         read = torch.eye(first.size)[target]
     starts = [_start(tower, read, prompt.arguments, bool(run.attended)) for tower in run.read]

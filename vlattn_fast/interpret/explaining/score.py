@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.explaining.prompt import Prompt
+from vlattn_fast.interpret.explaining.request import Request
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 
 
-def choose_score(
-    outputs: Any,
-    record: Family,
-    target: None | int | Tensor | list[int] | Callable[[Any], Tensor],
-    arguments: Mapping[str, Any],
-    pairs: list[int] | None,
-    batch: int,
-    required: bool,
-) -> tuple[Tensor | None, list[int] | None]:
+def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
     """Scores (B,) and the index each belongs to (text, class, token or object query; None for a callable).
 
-    Args:
-        outputs: the model's.
-        arguments: what it was called with.
-        pairs: see `prepare_inputs`.
-        required: False for methods without a gradient. They run without a score where the outputs have no logits.
+    Methods without a gradient run without a score where the outputs have no logits.
 
     Raises:
         TypeError, ValueError: `target`, or what the callable returned, has a wrong type or shape.
     """
+    record, target = request.record, request.target
     if callable(target):
         scores = target(outputs)
         if not isinstance(scores, Tensor):
@@ -39,9 +29,9 @@ def choose_score(
         if scores.ndim != 1 or (record.towers and scores.shape != (batch,)):
             raise ValueError(f"target must return scores of shape (B,) = ({batch},); got {tuple(scores.shape)}")
         return scores, None
-    if not required and target is None and record.scoring.logits(outputs) is None:
+    if not request.method.needs_score and target is None and record.scoring.logits(outputs) is None:
         return None, None
-    return record.scoring.choose(outputs, target if pairs is None else pairs, arguments)
+    return record.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
 
 
 def check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None) -> None:

@@ -320,7 +320,7 @@ class TextPatches(_TextAndImage, name="text_patches"):
     """BERT's text, then patches."""
 
     def real_image(self, shape: Shape) -> Tensor:
-        real = super().real_image(shape)  # what stands before the patches is
+        real = super().real_image(shape)  # tokens before the patches are
         if self.config is not None and self.inputs.get("pixel_mask") is not None:
             grids = self._grids()
             padding = max((height * width for height, width in grids), default=0)
