@@ -221,7 +221,7 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
         family = find_family(model)
         assert family is not None  # the models of this benchmark are decoders with a record
         said = prepare_answer(answer, None, t, family, model)
-        kept = said.positions.unique().to(device)
+        kept = said.answer_positions.unique().to(device)
         return said.scores(model(**said.arguments, use_cache=False, logits_to_keep=kept).logits, kept)
 
     def plain(t: Tensors) -> Tensors:

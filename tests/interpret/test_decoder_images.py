@@ -13,7 +13,6 @@ import transformers as t  # noqa: E402
 
 from tests.helpers.interpret.decoder_cases import IMAGE, Decoder, Map, every, image, pixels, words  # noqa: E402
 from vlattn_fast.interpret import FAMILIES, explain  # noqa: E402
-from vlattn_fast.interpret.explaining.token_parts import image_maps  # noqa: E402
 
 
 def nothing(module, query, key, value, attention_mask, **options):  # type: ignore[no-untyped-def]
@@ -36,7 +35,7 @@ def test_maps_are_the_image_tokens_of_their_place(decoder):
     row = explanation.relevancy["language"]
     numbers = torch.arange(row.numel()).view(row.shape)
     record = FAMILIES[type(decoder.model).__name__].towers[0]
-    maps, _ = image_maps(record, decoder.model.config, inputs, numbers)
+    maps, _ = record.tokens_in(decoder.model, inputs, row.shape).maps(numbers)
     assert len({int(i) for positions in maps for i in positions.flatten()}) == sum(positions.numel() for positions in maps)
 
     check_places(decoder, inputs, maps, "inputs_embeds")
@@ -156,7 +155,7 @@ def test_cross_attention_maps_are_the_tokens_of_their_place(decoder):
     assert got.token_ids == [words(7, 20), [5, *words(3, 40)]]
     vision = FAMILIES["MllamaForConditionalGeneration"].towers[1]
     numbers = torch.arange(2 * 34).view(2, 34)
-    maps, _ = image_maps(vision, decoder.model.config, inputs, numbers)
+    maps, _ = vision.tokens_in(decoder.model, inputs, numbers.shape).maps(numbers)
     check_places(decoder, inputs, maps, "cross_attention_states")
     for positions, values in zip(maps, got.image, strict=True):
         assert torch.equal(values, got.relevancy["vision"].flatten()[positions])
@@ -172,4 +171,4 @@ def test_image_tokens_that_do_not_add_up(decoder):
     inputs["input_ids"] = inputs["input_ids"].clone()
     inputs["input_ids"][1, -1] = IMAGE
     with pytest.raises(ValueError, match="inputs must have .* image tokens for maps"):
-        image_maps(record, decoder.model.config, inputs, torch.zeros(inputs["input_ids"].shape))
+        record.tokens_in(decoder.model, inputs, inputs["input_ids"].shape).maps(torch.zeros(inputs["input_ids"].shape))

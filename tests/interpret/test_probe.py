@@ -402,3 +402,11 @@ def test_image_tokens_that_are_learnt_queries(name: str) -> None:
             torch.stack([(each * tokens[:, None, None]).sum(-1)[[0, 1], :, read].mean(0) for each in maps]).numpy()
         ):
             assert report.value("modality", layer, head, kind) == pytest.approx(float(value), abs=1e-5)
+
+
+def test_the_row_of_a_padded_text_is_the_one_that_is_pooled() -> None:
+    """SigLIP pools the last position, of padding or not."""
+    config = hf.SiglipTextConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=60)
+    model, mask = hf.SiglipTextModel(config), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    inputs = {"input_ids": torch.randint(5, 50, (2, 9)), "attention_mask": mask}
+    assert Layouts(model, find_family(model), None).of(inputs, (2, 9)).row.tolist() == [8, 8]

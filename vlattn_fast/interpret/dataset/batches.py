@@ -106,14 +106,14 @@ class Batches:
 
     def __init__(self, model: Any, processor: Any, options: Options) -> None:
         self.model, self.processor, self.options = model, processor, options
-        family = find_family(model)
-        if family is None:
+        record = find_family(model)
+        if record is None:
             raise ValueError(
                 f"model must be of a known family; got {type(model).__name__}: vlattn_fast.interpret.register_family"
             )
-        if family.score != "token" and (options.generate is not None or options.answer is not None):
+        if not record.scoring.predicts and (options.generate is not None or options.answer is not None):
             raise ValueError(f"answer and generate must be asked of a decoder; got {type(model).__name__}")
-        self.family = family
+        self.record = record
         self._of_thread = threading.local()
 
     def prepare(self, number: int, item: Item) -> Prepared | Failed:
@@ -140,8 +140,8 @@ class Batches:
         if target is not None and (said is not None or options.generate is not None):
             raise ValueError("answer must be given without target, which it takes the place of; got both")
         answer = None if said is None else token_ids(said, processor, 1)[0]
-        if self.family.score == "pair":
-            inputs, targets = prepare_inputs(self.model, inputs, self.family, target)
+        if self.record.scoring.pairs:
+            inputs, targets = prepare_inputs(self.model, inputs, self.record, target)
             rows = len(targets or [])
         else:
             rows = len(inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"])
@@ -195,7 +195,7 @@ class Batches:
                 for one, row in zip(group, answer, strict=True):
                     by_length.setdefault(len(row), []).append(replace(one, answer=row))
                 return [found for part in by_length.values() for found in self._explain(part)]
-        paired = self.family.score == "pair"
+        paired = self.record.scoring.pairs
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         options = self.options
         with without_progress():

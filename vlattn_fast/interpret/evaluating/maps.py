@@ -41,7 +41,7 @@ def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generato
     if question is None:
         return None
     results = {name: run_method(plan.model, question, method, plan.options) for name, method in plan.methods.items()}
-    samples = split(judge.family, question.rows_inputs, question.rows, _shown(judge, question, results), plan.words)
+    samples = split(judge.record, question.rows_inputs, question.rows, _shown(judge, question, results), plan.words)
     maps = {name: maps_of(name, result, samples, generator) for name, result in results.items()}
     for name, rows in maps.items():
         _check_finite(name, rows)
@@ -58,7 +58,7 @@ def _triple(item: Any) -> tuple[Mapping[str, Any], Any, Any]:
 def _shown(judge: Judge, question: Question, results: Mapping[str, Any]) -> Any:
     """The explanation that tells where patches and words are; of a model without a record whatever has `.image`."""
     explanation = next((result for result in results.values() if isinstance(result, Explanation)), None)
-    if explanation is None and judge.family is not None:
+    if explanation is None and judge.record is not None:
         return explain(judge.model, question.inputs, target=question.target, method="attention")
     return explanation or next((result for result in results.values() if getattr(result, "image", None) is not None), None)
 

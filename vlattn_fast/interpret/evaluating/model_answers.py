@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.perturbation import Sample
-from vlattn_fast.interpret.explaining.inputs import indices, is_empty, prepare_inputs
-from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.tokens import last_real
+from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
+from vlattn_fast.interpret.records.record import UNRECORDED, Family
 
 Measure = Callable[[Any], Tensor]
 Key = tuple[int, str, tuple[int, ...]]  # row, part, the entries that stay
@@ -38,14 +37,14 @@ class Question:
 
 
 class Judge:
-    """Runs a model of a family (None = without a record) in batches, in eval mode and without gradients."""
+    """Runs a model (`record` None = of no known family) in batches, in eval mode and without gradients."""
 
     def __init__(
-        self, model: nn.Module, family: Family | None, accuracy: Measure | None, probability: Measure | None, batch_size: int
+        self, model: nn.Module, record: Family | None, accuracy: Measure | None, probability: Measure | None, batch_size: int
     ) -> None:
-        self.model, self.family, self.batch_size = model, family, batch_size
+        self.model, self.record, self.batch_size = model, record, batch_size
         self._accuracy, self._probability = accuracy, probability
-        self._record = Family((), "class") if family is None else family
+        self._recorded = UNRECORDED if record is None else record
 
     def ask(self, inputs: Mapping[str, Any], target: Any) -> Question | None:
         """The question of one item; None for an empty batch."""
@@ -53,14 +52,13 @@ class Judge:
             raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
         if is_empty(inputs):
             return None
-        if self._record.score == "pair" and not callable(target):
+        if self._recorded.scoring.pairs and not callable(target):
             return self._ask_pair(inputs, target)
         outputs, arguments = self._call(inputs, target)
         if callable(target):
             return Question(inputs, target, len(_scores(target(outputs), "target")), inputs)
         logits = self._logits(outputs, arguments)
-        chosen = logits.argmax(-1).tolist() if target is None else indices(target, len(logits), logits.shape[1], "classes")
-        return Question(inputs, chosen, len(logits), inputs)
+        return Question(inputs, self._recorded.scoring.pick(logits, target), len(logits), inputs)
 
     def _ask_pair(self, inputs: Mapping[str, Any], target: Any) -> Question:
         for name in ("pixel_values", "input_ids"):
@@ -74,11 +72,8 @@ class Judge:
             )
         outputs, _ = self._call(inputs)
         logits = outputs.logits_per_image
-        if target is not None:
-            chosen = indices(target, images, texts, "texts")
-        else:
-            chosen = list(range(images)) if images == texts else logits.argmax(-1).tolist()
-        paired, _ = prepare_inputs(self.model, inputs, self._record, chosen)
+        chosen = self._recorded.scoring.pick(logits, target)
+        paired, _ = prepare_inputs(self.model, inputs, self._recorded, chosen)
         paired = {name: value for name, value in paired.items() if name in inputs}
         return Question(inputs, chosen, images, paired, logits.cpu())
 
@@ -158,33 +153,21 @@ class Judge:
 
     def _call(self, inputs: Mapping[str, Any], target: Any = None) -> tuple[Any, Mapping[str, Any]]:
         """Outputs, and the arguments that gave them."""
-        if self.family is None:
+        if self.record is None:
             arguments: Mapping[str, Any] = inputs
-        elif self.family.score == "pair":
+        elif self._recorded.scoring.pairs:
             arguments = {**inputs, "return_dict": True}
         else:
             # Of a decoder the logits of one position are computed, unless a measure may read others.
             measures = [measure for measure in (target, self._accuracy, self._probability) if callable(measure)]
-            arguments, _ = prepare_inputs(self.model, inputs, self.family, measures[0] if measures else None)
+            arguments, _ = prepare_inputs(self.model, inputs, self.record, measures[0] if measures else None)
         with torch.no_grad(), at_rest(self.model):
             return self.model(**arguments), arguments
 
     def _logits(self, outputs: Any, arguments: Mapping[str, Any]) -> Tensor:
         """(B, classes), of a decoder those after the last real token."""
-        logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, self._record.logits, None)
-        if not isinstance(logits, Tensor):
-            raise ValueError("target must be a callable(outputs) -> (B,) scores where the outputs have no logits; got none")
-        if self._record.score == "token" and logits.ndim == 3:
-            # All logits have the length of the sequence, which may begin with patches, or be a decoder's behind an encoder.
-            kept = arguments.get("logits_to_keep")
-            shape = (arguments["input_ids"] if isinstance(kept, Tensor) else logits).shape[:2]
-            position = last_real(self._record.towers[0].tokens, arguments, (shape[0], shape[1])).to(logits.device)
-            if isinstance(kept, Tensor):
-                position = torch.searchsorted(kept.to(logits.device), position)
-            logits = logits[torch.arange(len(logits), device=logits.device), position]
-        if logits.ndim != 2:
-            raise ValueError(f"target must be a callable where logits are not (B, classes); got logits {tuple(logits.shape)}")
-        return logits
+        scoring = self._recorded.scoring
+        return scoring.per_row(outputs if isinstance(outputs, Tensor) else scoring.logits(outputs), arguments)
 
 
 def _of_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret.evaluating.box_scores import grid_entries
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.tokens import before_sep, last_real
 
 STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as LXMERT's perturbation test of Chefer et al. has
 _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
@@ -156,7 +155,7 @@ def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int,
     return pixels * torch.stack(masks).to(pixels)[:, None]
 
 
-def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: Any, words: Words | None) -> list[Sample]:
+def split(record: Family | None, inputs: Mapping[str, Any], rows: int, shown: Any, words: Words | None) -> list[Sample]:
     """A batch as its rows.
 
     Args:
@@ -167,12 +166,12 @@ def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
     image, owners = getattr(shown, "image", None), getattr(shown, "image_rows", None)
     grids = [tuple(part.shape[-2:]) for part in image] if image is not None else []
     owners = list(range(len(grids))) if owners is None else owners
-    text = _words(family, inputs, shown)
-    removable = text if text is None or words is None else _asked(words, inputs, None if family is None else text)
-    if family is None:
+    text = _words(record, inputs, shown)
+    removable = text if text is None or words is None else _asked(words, inputs, None if record is None else text)
+    if record is None:
         text = removable
-    if family is not None and removable is not None:
-        asking = _asking(family, inputs, removable)
+    if record is not None and removable is not None:
+        asking = _asking(record, inputs, removable)
         removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
     region_boxes = getattr(shown, "boxes", None)
     pixels = inputs.get("pixel_values")
@@ -202,11 +201,12 @@ def split(family: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
     return samples
 
 
-def _asking(family: Family, inputs: Mapping[str, Any], removable: Tensor) -> Tensor | None:
+def _asking(record: Family, inputs: Mapping[str, Any], removable: Tensor) -> Tensor | None:
     """(B,) the columns of the words that are read, which ask the question: without them another one would be asked."""
-    if family.score == "token" and family.answers == "input_ids":
-        return last_real(family.towers[0].tokens, inputs, (removable.shape[0], removable.shape[1]))
-    return before_sep(inputs) if family.towers and family.towers[0].readout == "before_sep" else None
+    read = record.towers[0].row if record.towers and record.answers == "input_ids" else None
+    if read is None or read.position is None or not read.asks:
+        return None
+    return read.position(record.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
 
 
 def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tensor:
@@ -218,21 +218,22 @@ def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tens
     return found.cpu() if text is None else found.cpu() & text
 
 
-def _words(family: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:
+def _words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:
     """bool (B, N), True = a word, as `.text` has them; None without text."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
         return None
-    if family is not None and family.towers:
+    if record is not None and record.towers:
         places = getattr(shown, "places", None)
         if places is None:
             return None
         # Where patches come in front of the words, places count from the first patch.
-        fronts = [shown.relevancy[t.name].shape[-1] - ids.shape[-1] for t in family.towers if t.tokens == "patches_text"]
-        positions = torch.zeros(len(places), ids.shape[-1], dtype=torch.bool)
+        rows = [(tower.kind, shown.relevancy[tower.name]) for tower in record.towers if tower.kind.text]
+        before = sum(kind(inputs, (len(places), row.shape[-1])).before for kind, row in rows)
+        words = torch.zeros(len(places), ids.shape[-1], dtype=torch.bool)
         for row, columns in enumerate(places):
-            positions[row, torch.tensor(columns, dtype=torch.long) - sum(fronts)] = True
-        return positions
+            words[row, torch.tensor(columns, dtype=torch.long) - before] = True
+        return words
     # Without a record: everything but padding and the first and last token, as [CLS] and [SEP] are.
     mask = inputs.get("attention_mask")
     real = mask.bool().cpu() if isinstance(mask, Tensor) else torch.ones(ids.shape, dtype=torch.bool)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.tokens import last_real
+from vlattn_fast.interpret.records.tokens import Text
 
 
 @dataclass(frozen=True)
@@ -20,25 +20,25 @@ class Answer:
     Args:
         ids: each row's tokens.
         arguments: the model's inputs with the answer behind the last real token of each prompt, N + T tokens in all.
-        positions: int64 (B, T), where each token of the answer is predicted: the place in front of its own.
+        answer_positions: int64 (B, T), where each token of the answer is predicted: the place in front of its own.
     """
 
     ids: list[list[int]]
     arguments: dict[str, Any]
-    positions: Tensor
+    answer_positions: Tensor
 
     @property
     def real(self) -> Tensor:
         """bool (B, T), False = padding of a shorter answer."""
         lengths = torch.tensor([len(row) for row in self.ids])
-        return torch.arange(self.positions.shape[1]) < lengths[:, None]
+        return torch.arange(self.answer_positions.shape[1]) < lengths[:, None]
 
     @property
-    def read_positions(self) -> Tensor:
+    def start_positions(self) -> Tensor:
         """int64 (B, T), where each token is predicted; padding of a shorter answer repeats its last token's."""
         last = self.real.sum(1, keepdim=True).sub(1).clamp(min=0)
-        column = torch.arange(self.positions.shape[1]).expand(len(last), -1)
-        return self.positions.gather(1, torch.minimum(column, last))
+        column = torch.arange(self.answer_positions.shape[1]).expand(len(last), -1)
+        return self.answer_positions.gather(1, torch.minimum(column, last))
 
     def scores(self, logits: Any, kept: Tensor | None) -> Tensor:
         """The log-probabilities (B, T) of the answer's tokens, 0 for padding.
@@ -52,25 +52,25 @@ class Answer:
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
             raise ValueError(f"answer must be of a model whose logits are (B, N, vocabulary); got logits {got}")
-        positions = self.positions.to(logits.device)
+        logit_positions = self.answer_positions.to(logits.device)
         if kept is not None:
-            positions = torch.searchsorted(kept.to(logits.device), positions)
-        rows = torch.arange(len(positions), device=logits.device)[:, None]
-        ids = torch.zeros_like(positions)
+            logit_positions = torch.searchsorted(kept.to(logits.device), logit_positions)
+        rows = torch.arange(len(logit_positions), device=logits.device)[:, None]
+        ids = torch.zeros_like(logit_positions)
         for row, tokens in enumerate(self.ids):
             ids[row, : len(tokens)] = torch.tensor(tokens, device=ids.device)
-        log_probabilities = logits[rows, positions].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        log_probabilities = logits[rows, logit_positions].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return log_probabilities.gather(2, ids[..., None])[..., 0].masked_fill(~self.real.to(ids.device), 0.0)
 
     def start(self, like: Tensor, token: int | None) -> Tensor:
         """The weights (B, 1, N + T) of the row that predicts `token`, or of all such rows together; `like` has their shape."""
         real = self.real if token is None else self.real[:, token : token + 1]
-        positions = self.positions if token is None else self.positions[:, token : token + 1]
+        answer_positions = self.answer_positions if token is None else self.answer_positions[:, token : token + 1]
         weights = real.to(device=like.device, dtype=like.dtype)
-        return torch.zeros_like(like[:, 0]).scatter_add_(1, positions.to(like.device), weights)[:, None]
+        return torch.zeros_like(like[:, 0]).scatter_add_(1, answer_positions.to(like.device), weights)[:, None]
 
 
-def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], family: Family, model: nn.Module) -> Answer:
+def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], record: Family, model: nn.Module) -> Answer:
     """`answer` behind the prompts of `inputs`; in an encoder-decoder behind the decoder's, which is its start token alone unless
     `inputs` have another.
 
@@ -79,25 +79,25 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], famil
         ValueError: no tokenizer for texts; no tokens; nothing to put them behind; an input with an entry for each token that the
             answer cannot make longer.
     """
-    if family.answers not in inputs and family.answers != "input_ids":
-        inputs = {**inputs, family.answers: _start_tokens(model, inputs)}
-    prompts = inputs.get(family.answers)
+    if record.answers not in inputs and record.answers != "input_ids":
+        inputs = {**inputs, record.answers: _start_tokens(model, inputs)}
+    prompts = inputs.get(record.answers)
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
-        raise ValueError(f"inputs must contain '{family.answers}' (B, N), which the answer is put behind; got none")
+        raise ValueError(f"inputs must contain '{record.answers}' (B, N), which the answer is put behind; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
     shape = (prompts.shape[0], prompts.shape[1])
-    prefix = family.answers.removesuffix("input_ids")
+    prefix = record.answers.removesuffix("input_ids")
     arguments = _without_labels(inputs, prefix)
-    _check_types(arguments, family)
+    _check_types(arguments, record)
     beside = {name.removeprefix(prefix): value for name, value in arguments.items() if name.startswith(prefix)}
     beside = {name: value for name, value in beside.items() if _follows_tokens(name, value, shape, prefix)}
     if beside.get("attention_mask") is None and len({len(row) for row in ids}) > 1:
         beside["attention_mask"] = torch.ones_like(prompts)
-    of_tower = "text" if prefix else family.towers[0].tokens
-    places = _places(ids, last_real(of_tower, beside, shape), shape, family.answer_type)
+    kind = Text if prefix else record.towers[0].kind
+    places = _places(ids, kind(beside, shape).last_real(), shape, record.answer_type)
     for name, value in beside.items():
         arguments[f"{prefix}{name}"] = _LONGER[name](places, value, beside)
-    return Answer(ids, arguments, places.positions)
+    return Answer(ids, arguments, places.answer_positions)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Places:
     source: int64 (B, N + T), the column of the prompt that each column repeats; the answer's repeat the last real token.
     answered: bool (B, N + T), True = a column of the answer.
     tokens: int64 (B, T), 0 for padding of a shorter answer; real: bool (B, T), False = that padding.
-    positions: int64 (B, T), where each token of the answer is predicted.
+    answer_positions: int64 (B, T), where each token of the answer is predicted.
     type: the `token_type_ids` of an answer; None = as the last real token of the prompt has.
     """
 
@@ -115,7 +115,7 @@ class _Places:
     answered: Tensor
     tokens: Tensor
     real: Tensor
-    positions: Tensor
+    answer_positions: Tensor
     type: int | None
 
     def repeated(self, value: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def _longer_positions(places: _Places, positions: Tensor, beside: Mapping[str, T
     steps = torch.arange(1, places.tokens.shape[1] + 1, device=positions.device)
     if positions.ndim == 2:
         positions = positions.expand(prompts.shape)
-        last = positions.gather(1, places.positions[:, :1].to(positions.device)) if len(prompts) else positions[:, :1]
+        last = positions.gather(1, places.answer_positions[:, :1].to(positions.device)) if len(prompts) else positions[:, :1]
         return places.filled(positions, last + steps)
     mask = beside.get("attention_mask")
     real = torch.ones_like(prompts, dtype=torch.bool) if mask is None else mask.bool()
@@ -228,9 +228,9 @@ def _without_labels(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
-def _check_types(inputs: Mapping[str, Any], family: Family) -> None:
+def _check_types(inputs: Mapping[str, Any], record: Family) -> None:
     """ValueError where types tell the answer from the prompt, which sees itself both ways, and there are none."""
-    if family.answer_type and inputs.get("token_type_ids") is None:
+    if record.answer_type and inputs.get("token_type_ids") is None:
         raise ValueError(
             "inputs must contain 'token_type_ids' (B, N) beside answer, as the model's processor makes them: they say which "
             "tokens see one another both ways; got none"
@@ -238,7 +238,7 @@ def _check_types(inputs: Mapping[str, Any], family: Family) -> None:
 
 
 def encoder_decoder(model: nn.Module) -> Family | None:
-    """The family of an encoder-decoder without a record, whose towers are found; None for other models."""
+    """The record of an encoder-decoder of no known family, whose towers are found; None for other models."""
     config = getattr(model, "config", None)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         return Family((), "token", answers="decoder_input_ids")

@@ -161,25 +161,25 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
 def _check_rows(request: Request, question: Question, rows: list[Tensor]) -> None:
     """UndefinedRelevancy for rows (B, T, N) that hold nothing beside the token that is read, where that tells of a wrong row."""
     # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
-    predicts = request.record.score == "token" and request.read is None and not callable(request.target)
+    predicts = request.record.scoring.predicts and request.read is None and not callable(request.target)
     if not predicts and request.method.holds_start:
         starts = zip(*(starts for _, starts in question.passes), strict=True)
         check_rows(rows, [torch.cat(of_tower, 1) for of_tower in starts])
 
 
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: dict[str, Tensor]) -> Explanation:
-    model, arguments = request.model, prompt.arguments
-    fields = parts(model, [*run.read, *run.attended], arguments, rows, question.answer)
+    arguments = prompt.arguments
+    fields = parts([*run.read, *run.attended], arguments, rows, question.answer)
     if run.vision is not None:
         name = run.vision.name
-        rows[name], maps = vision_maps(rows[name], request.record.connector, model.config, arguments, fields)
+        rows[name], maps = vision_maps(rows[name], request.record.connector, request.model.config, arguments, fields)
         fields |= maps
     elif request.vision is not None:  # an empty batch
         rows[request.vision.name] = next(iter(rows.values())).new_zeros(0, 0)
     return Explanation(
         relevancy=rows,
         **fields,
-        position=question.positions,
+        position=question.start_positions,
         scores=None if question.scores is None else question.scores.detach(),
         target=question.target,
         method=request.method.name,

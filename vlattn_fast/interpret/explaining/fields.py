@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,50 +9,39 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.explaining.answer import Answer
-from vlattn_fast.interpret.explaining.token_parts import gather_words, image_maps, word_positions
 from vlattn_fast.interpret.records.connector_maps import Connector
 from vlattn_fast.interpret.records.image_grids import image_tokens
-from vlattn_fast.interpret.records.tokens import region_names
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
 def parts(
-    model: nn.Module,
-    towers: list[TowerTrace],
-    arguments: Mapping[str, Any],
-    relevancy: Mapping[str, Tensor],
-    answer: Answer | None,
+    towers: list[TowerTrace], arguments: Mapping[str, Any], relevancy: Mapping[str, Tensor], answer: Answer | None
 ) -> dict[str, Any]:
     """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer."""
     fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
-    ids = arguments.get("input_ids")
-    ids = None if ids is None else ids.reshape(-1, ids.shape[-1])
     for tower in towers:
-        if (record := tower.record) is None:
+        if tower.record is None:
             continue
-        row = relevancy[tower.name]
-        joint = record.grid is not None or record.tokens in ("image_text", "text_patches", "patches_text")
-        config = model.config if joint else tower.config
-        maps = _each(row, functools.partial(image_maps, record, config, arguments))
-        if maps is not None:
+        row, tokens = relevancy[tower.name], tower.tokens_in(arguments)
+        if (maps := _each(row, tokens.maps)) is not None:
             fields["image"], fields["image_rows"] = maps
-        if ids is not None and (words := word_positions(tower, config, arguments, ids)) is not None:
-            first = words.shape[1] - ids.shape[1] if record.tokens == "patches_text" else 0
-            placed = nn.functional.pad(ids, (first, 0))
+        if tokens.ids is not None and (words := tokens.words()) is not None:
+            placed = nn.functional.pad(tokens.ids, (tokens.before, 0))
             if answer is not None and tower is towers[0]:  # of an answer every token is shown
-                words[torch.arange(len(words))[:, None], answer.positions + 1] |= answer.real.to(words.device)
+                words[torch.arange(len(words))[:, None], answer.answer_positions + 1] |= answer.real.to(words.device)
             fields["text"] = gather_words(row, words)
             fields["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
             fields["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(placed, words, strict=True)]
-        if record.tokens == "boxes":
-            fields["regions"], fields["boxes"] = row, arguments["visual_pos"][..., :4].detach()
-        if record.tokens == "regions" and (features := arguments.get(region_names(arguments)[0])) is not None:
-            fields["regions"] = row[:, row.shape[1] - features.shape[1] :]
-            if "region_positions" in arguments:
-                fields["boxes"] = arguments["region_positions"][..., :4].detach()
+        fields |= tokens.fields(row)
     if answer is not None and "decoder_input_ids" in arguments:
         fields |= _behind(fields, relevancy[towers[0].name], answer)
     return fields
+
+
+def gather_words(relevancy: Tensor, words: Tensor) -> Tensor:
+    """The entries (B, ..., N) of the words (B, N) alone, left-aligned in (B, ..., L) with zeros behind shorter texts."""
+    rows = [row[..., mask.to(row.device)].movedim(-1, 0) for row, mask in zip(relevancy, words, strict=True)]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(1, -1) if rows else relevancy[..., :0]
 
 
 def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str, Any]:
@@ -62,7 +50,7 @@ def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str,
     Args:
         row: (B, N) or (B, T, N), of the decoder.
     """
-    places = [spots[: len(ids)] for spots, ids in zip((answer.positions + 1).tolist(), answer.ids, strict=True)]
+    places = [spots[: len(ids)] for spots, ids in zip((answer.answer_positions + 1).tolist(), answer.ids, strict=True)]
     text, before = fields.get("text"), fields.get("token_ids", [[] for _ in places])
     rows = []
     for number, (spots, ids) in enumerate(zip(places, before, strict=True)):

@@ -1,4 +1,4 @@
-"""The inputs of one run: copies, pairs of images and texts, and which tokens are real."""
+"""The inputs of one run: copies, and pairs of images and texts."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.tokens import last_real
+from vlattn_fast.interpret.records.scores import indices, prompt_shape
 
 _IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "pixel_mask")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 def prepare_inputs(
-    model: nn.Module, inputs: Mapping[str, Any], family: Family, target: Any, positions: Tensor | None = None
+    model: nn.Module, inputs: Mapping[str, Any], record: Family, target: Any, logit_positions: Tensor | None = None
 ) -> tuple[dict[str, Any], list[int] | None]:
-    """Keyword arguments for the model, and for "pair" families the text that each row stands for.
+    """Keyword arguments for the model, and for scores of pairs the text that each row stands for.
 
     One image with T texts becomes T pairs, as in the notebook of Chefer et al.; a target picks the text of each image.
 
     Args:
-        positions: where a decoder's logits are read; None = at the last real token.
+        logit_positions: where a decoder's logits are read; None = at the last real token.
 
     Raises:
         TypeError: `inputs` is no mapping, or holds pictures or words that no processor made tensors of.
@@ -32,14 +32,14 @@ def prepare_inputs(
     """
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
-    for name in ("pixel_values", "input_ids", "attention_mask") if family.towers else ():
+    for name in ("pixel_values", "input_ids", "attention_mask") if record.towers else ():
         value = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
             value = value[0]
         if value is not None and not isinstance(value, Tensor):
             made = "tensors, as the model's processor makes them with return_tensors='pt'"
             raise TypeError(f"inputs must hold {made}; got {type(value).__name__} in '{name}'")
-    for name in ("input_ids", "attention_mask") if family.towers else ():
+    for name in ("input_ids", "attention_mask") if record.towers else ():
         value = inputs.get(name)
         if isinstance(value, Tensor) and value.ndim < 2:
             raise ValueError(f"inputs must hold '{name}' (B, N), also of one text; got {tuple(value.shape)}")
@@ -56,19 +56,19 @@ def prepare_inputs(
         raise ValueError(f"inputs must be named as in the model's forward ({', '.join(named)}); got {sorted(inputs)}")
     if hasattr(model, "config") and hasattr(model.config, "return_dict"):
         arguments["return_dict"] = True
+    scoring = record.scoring
     others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    if "use_cache" in accepted or (family.score == "token" and others):
+    if "use_cache" in accepted or (scoring.predicts and others):
         arguments["use_cache"] = False
-    # Positions count from the first patch, or are those of another sequence than the prompt's.
-    joint = any(tower.tokens in ("patches_text", "decoded") for tower in family.towers)
-    if family.score == "token" and not callable(target) and "logits_to_keep" in accepted and not joint:
+    follows = not record.towers or record.towers[0].kind.follows_ids  # logits are counted as the prompt's tokens are
+    if scoring.predicts and not callable(target) and "logits_to_keep" in accepted and follows:
         # Logits of the whole prompt are large and only a few rows of them are asked for.
-        sequence = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+        shape = prompt_shape(arguments)
         arguments.pop("labels", None)
-        if positions is None:
-            positions = last_real(family.towers[0].tokens, arguments, tuple(sequence.shape[:2]))
-        arguments["logits_to_keep"] = positions.unique()
-    if family.score != "pair" or callable(target):
+        if logit_positions is None:
+            logit_positions = scoring.kind(arguments, shape).last_real()
+        arguments["logits_to_keep"] = logit_positions.unique()
+    if not scoring.pairs or callable(target):
         return arguments, None
     for name in ("pixel_values", "input_ids"):
         if not isinstance(inputs.get(name), Tensor):
@@ -83,7 +83,7 @@ def is_empty(arguments: Mapping[str, Any]) -> bool:
     return isinstance(first, Tensor) and first.shape[0] == 0
 
 
-def with_one_row(model: nn.Module, arguments: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def with_one_row(model: nn.Module, arguments: Mapping[str, Any], record: Family) -> dict[str, Any]:
     """The arguments of an empty batch with one row of zeros (masks: of ones), and prompts without images, unless the model needs
     them.
 
@@ -91,8 +91,8 @@ def with_one_row(model: nn.Module, arguments: Mapping[str, Any], family: Family)
     tokens each tower has.
     """
     pixels = inspect.signature(model.forward).parameters.get("pixel_values")
-    needed = family.bimodal or (pixels is not None and pixels.default is inspect.Parameter.empty)
-    prompts = not needed and any(tower.tokens == "image_text" for tower in family.towers)
+    needed = record.bimodal or (pixels is not None and pixels.default is inspect.Parameter.empty)
+    prompts = not needed and any(tower.kind.image_ids for tower in record.towers)
     filled = {}
     for name, value in arguments.items():
         if prompts and (name.startswith("pixel_") or name in ("image_grid_thw", "video_grid_thw", "image_sizes")):
@@ -127,23 +127,3 @@ def _paired(arguments: dict[str, Any], target: Any) -> tuple[dict[str, Any], lis
             if isinstance(arguments.get(name), Tensor) and arguments[name].shape[0] == size:
                 arguments[name] = arguments[name][picked]
     return arguments, chosen
-
-
-def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
-    """`target` as one index per row: an int for all, or (B,) ints.
-
-    Raises:
-        TypeError: neither an int nor a sequence or tensor of ints.
-        ValueError: wrong count, or an index outside 0 ... size - 1.
-    """
-    if hasattr(target, "tolist"):  # torch's and NumPy's tensors and scalars
-        target = target.tolist()
-    chosen = [target] * batch if isinstance(target, int) else target
-    if not isinstance(chosen, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
-        raise TypeError(f"target must be None, an int, (B,) ints or a callable; got {target!r}")
-    if len(chosen) != batch:
-        raise ValueError(f"target must be one index or {batch} indices (one per row); got {len(chosen)}")
-    for index in chosen:
-        if not 0 <= index < size:
-            raise ValueError(f"target must be from 0 to {size - 1} ({what}); got {index}")
-    return list(chosen)

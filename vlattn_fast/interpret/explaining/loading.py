@@ -87,11 +87,11 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
             raise ValueError(f"text must be Unicode; got {text!r}")
     if not takes_text:
         return dict(processor(images=picture, return_tensors="pt"))
-    if (family := find_family(model)) is None:
+    if (record := find_family(model)) is None:
         raise ValueError(f"model must be of a known family; got {name}, which va.explain takes with read= and target=")
     if name in _CHANGES_PROMPTS:
         raise ValueError(f"model must generate behind the prompt that its processor makes; got {name}, which va.explain takes")
-    decoder = family.score == "token"
+    decoder = record.scoring.predicts
     # SigLIP was trained with padding. Many decoders' tokenizers have none.
     padding = "max_length" if model.config.model_type.startswith("siglip") else len(texts) > 1
     if decoder and len(texts) > 1:
@@ -165,8 +165,8 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int
     Raises:
         ValueError: the model is no decoder with a record; an answer has no token.
     """
-    family = find_family(model)
-    if family is None or family.score != "token":
+    record = find_family(model)
+    if record is None or not record.scoring.predicts:
         raise ValueError(f"generate must be asked of a decoder with a record; got {type(model).__name__}")
     images = [
         getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")
@@ -177,7 +177,7 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int
     ends = model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
     answers = []
-    prompt = inputs.get(family.answers)  # without one a decoder behind an encoder begins with its start token
+    prompt = inputs.get(record.answers)  # without one a decoder behind an encoder begins with its start token
     for row in made[:, 1 if prompt is None else prompt.shape[1] :].tolist():
         end = next((place for place, token in enumerate(row) if token in stops), len(row))
         if end == 0:

@@ -36,6 +36,6 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
     if request.answer is not None:
         answer = prepare_answer(request.answer, request.tokenizer, inputs, request.record, request.model)
         inputs = answer.arguments
-    positions = None if answer is None else answer.positions
-    arguments, pairs = prepare_inputs(request.model, inputs, request.record, request.target, positions)
+    logit_positions = None if answer is None else answer.answer_positions
+    arguments, pairs = prepare_inputs(request.model, inputs, request.record, request.target, logit_positions)
     return Prompt(arguments, pairs, answer)

@@ -32,15 +32,15 @@ class Question:
         scores: (B,), or (B, T) of the tokens of an answer; None for a method without a gradient and a model without logits.
         passes: the backward passes; none for an empty batch.
         target: the index of the text, class, token or object query of each row; None for a callable and for an answer.
-        positions: of each tower, int64 (B,), or (B, T) of an answer: the token whose row is read, where it is one token alone;
-            None for an empty batch.
+        start_positions: of each tower, int64 (B,), or (B, T) of an answer: the token whose row is read, where it is one token
+            alone; None for an empty batch.
         answer: the answer, as it stands among the tokens of the tower that is read; None where a target is explained.
     """
 
     scores: Tensor | None
     passes: list[Pass] = field(default_factory=list)
     target: list[int] | None = None
-    positions: dict[str, Tensor] | None = None
+    start_positions: dict[str, Tensor] | None = None
     answer: Answer | None = None
 
 
@@ -58,8 +58,7 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
 
 
 def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
-    logits = request.record.score == "pair" or getattr(run.outputs, request.record.logits, None) is not None
-    if not logits and not callable(request.target):
+    if request.record.scoring.logits(run.outputs) is None and not callable(request.target):
         return Question(None, answer=prompt.answer)
     tower = run.towers[0]
     scores = torch.zeros(0, dtype=tower.dtype, device=tower.device)
@@ -68,9 +67,8 @@ def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
 
 def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
     first, record, read = run.read[0], request.record, request.read
-    needs_score = request.method.needs_score
-    scores, target = choose_score(run.outputs, record, request.target, prompt.arguments, prompt.pairs, first.shape, needs_score)
-    if record.score == "query" and target is not None:
+    scores, target = choose_score(request, prompt, run.outputs, first.shape[0])
+    if record.scoring.names_row and target is not None:
         read = torch.eye(first.size)[target]
     starts = [_start(tower, read, prompt.arguments, bool(run.attended)) for tower in run.read]
     places = ((tower.name, _single_position(start)) for tower, start in zip(run.read, starts, strict=True))
@@ -78,16 +76,16 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
 
 
 def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) -> Question:
-    if run.read[0].tokens == "patches_text":  # the patches stand in front of the text
-        answer = replace(answer, positions=answer.positions + run.read[0].size - prompt.arguments["input_ids"].shape[1])
-    scores = answer.scores(getattr(run.outputs, request.record.logits, None), prompt.arguments.get("logits_to_keep"))
+    before = run.read[0].tokens_in(prompt.arguments).before  # patches stand in front of the text
+    answer = replace(answer, answer_positions=answer.answer_positions + before)
+    scores = answer.scores(request.record.scoring.logits(run.outputs), prompt.arguments.get("logits_to_keep"))
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in run.read]
     if request.each:
         passes: list[Pass] = [(scores[:, t], [answer.start(like, t) for like in likes]) for t in range(scores.shape[1])]
     else:
         scores = scores.sum(1)
         passes = [(scores, [answer.start(like, None) for like in likes])]
-    return Question(scores, passes, None, {tower.name: answer.read_positions for tower in run.read}, answer)
+    return Question(scores, passes, None, {tower.name: answer.start_positions for tower in run.read}, answer)
 
 
 def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:

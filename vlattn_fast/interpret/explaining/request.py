@@ -15,14 +15,13 @@ from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.start_rows import Read, check_read
-from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.traced import traced
 
 Target = None | int | Tensor | list[int] | Callable[[Any], Tensor]
-UNRECORDED = Family((), "class")  # of a model without a record: every tower is found
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Request:
             record = _record_of_answers(model)
         if record.bimodal:
             chosen.check_between(start_layer, record.towers)
-        if record.score == "query" and read is not None and not callable(target):
+        if record.scoring.names_row and read is not None and not callable(target):
             raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
         vision = _vision_of(model, record, chosen, start_layer) if through_connector else None
         return cls(model, record, target, chosen, start_layer, read, answer, each, tokenizer, vision)
@@ -100,7 +99,7 @@ def _record_of(model: nn.Module, inputs: Mapping[str, Any], read: Any) -> Family
 def _record_of_answers(model: nn.Module) -> Family:
     """The record of a model that predicts tokens."""
     record = find_family(model) or encoder_decoder(model)
-    if record is None or record.score != "token":
+    if record is None or not record.scoring.predicts:
         raise ValueError(
             "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
             f"{type(model).__name__}"

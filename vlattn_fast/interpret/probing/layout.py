@@ -9,17 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.explaining.token_parts import end_of_text, word_positions
-from vlattn_fast.interpret.records.image_grids import image_tokens
 from vlattn_fast.interpret.records.record import Family, Tower
-from vlattn_fast.interpret.records.tokens import real_tokens
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.records.tokens import Boxes, Patches
 
 TEXT, IMAGE, SPECIAL, NONE = 0, 1, 2, -1
 Parts = Callable[[Mapping[str, Any]], Any]
-_TEXTS = ("text", "bert_text", "clip_text")
-_PICTURES = ("patches", "boxes")
-_IMAGES = ("regions", "text_patches", "patches_text", "image_text")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +66,12 @@ class Layouts:
         parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither; None = by the record.
     """
 
-    def __init__(self, model: nn.Module, family: Family | None, parts: Parts | None) -> None:
+    def __init__(self, model: nn.Module, record: Family | None, parts: Parts | None) -> None:
         if parts is not None and not callable(parts):
             raise TypeError(f"parts must be None or a callable(inputs) -> (B, N); got {type(parts).__name__}")
         self.model, self.parts = model, parts
-        self.tower: Tower | None = None if family is None else _one_stream(family)
-        self.pair: tuple[Tower, Tower] | None = None if family is None or parts is not None else _two_streams(family)
+        self.tower: Tower | None = None if record is None else _one_stream(record)
+        self.pair: tuple[Tower, Tower] | None = None if record is None or parts is not None else _two_streams(record)
 
     def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of a sequence of tokens (B, N)."""
@@ -117,46 +111,34 @@ class Layouts:
         return Layout(parts, torch.zeros_like(parts, dtype=torch.bool), torch.zeros(shape[0], dtype=torch.long), 0, regions)
 
     def _recorded(self, tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
-        trace = TowerTrace(tower, self.model, False)
-        trace.batch, trace.size = shape
-        config = self.model.config if tower.tokens == "image_text" else trace.config
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.shape[0] != shape[0]:
             raise ValueError("inputs must contain 'input_ids' (B, T), one text for each row of the sequence; got none")
-        real = real_tokens(tower.tokens, inputs, shape, config)
-        real = torch.ones(shape, dtype=torch.bool) if real is None else real.cpu()
-        parts = torch.full(shape, TEXT)
-        before = shape[1] - ids.shape[1] if tower.tokens == "patches_text" else 0
-        if tower.tokens == "image_text":
-            parts[image_tokens(config, inputs).cpu()] = IMAGE
-        elif tower.tokens == "patches_text":
-            parts[:, :before] = IMAGE
-        elif tower.tokens in _IMAGES:
-            parts[:, ids.shape[1] :] = IMAGE
-        words = word_positions(trace, config, inputs, ids)
+        tokens = tower.tokens_in(self.model, inputs, shape)
+        real, words = tokens.real(), tokens.words()
         if words is None:
             raise ValueError(f"model must have words among the tokens of '{tower.name}'; got {tower.tokens}")
-        prefix = torch.zeros(shape, dtype=torch.bool)
-        if tower.tokens in ("text_patches", "patches_text"):
-            start = 0 if before else ids.shape[1]
-            prefix[:, start : start + tower.prefix] = True
-        special = torch.where(parts == TEXT, ~words.cpu(), prefix)
-        regions = [row.nonzero()[:, 0].tolist() for row in (parts == IMAGE) & ~special]
-        row = torch.zeros(shape[0], dtype=torch.long)
-        if tower.readout == "eot":
-            row = end_of_text(trace, inputs).cpu()
-        elif tower.readout in ("target", "last"):
-            row = shape[1] - 1 - real.flip(-1).int().argmax(-1)
-        return Layout(torch.where(real, parts, NONE), special, row, before, regions)
+        real = torch.ones(shape, dtype=torch.bool) if real is None else real.cpu()
+        of_image = tokens.of_image().cpu()
+        in_front = of_image.cumsum(1) <= tokens.prefix  # of the patches
+        special = torch.where(of_image, in_front, ~words.cpu())
+        regions = [row.nonzero()[:, 0].tolist() for row in of_image & ~special]
+        read = tower.row
+        row = torch.zeros(shape[0], dtype=torch.long)  # [CLS], also where a word asks a question
+        if read.position is not None and (read.predicts or not read.asks):
+            row = read.position(tokens).cpu()
+        parts = torch.where(of_image, IMAGE, TEXT)
+        return Layout(torch.where(real, parts, NONE), special, row, tokens.before, regions)
 
 
-def _one_stream(family: Family) -> Tower | None:
+def _one_stream(record: Family) -> Tower | None:
     """The tower with words in it, where there is no other with words that is read."""
-    towers = [tower for tower in family.towers if tower.tokens in (*_IMAGES, *_TEXTS)]
-    return towers[0] if len(towers) == 1 and not family.bimodal and _two_streams(family) is None else None
+    towers = [tower for tower in record.towers if tower.kind.text]
+    return towers[0] if len(towers) == 1 and not record.bimodal and _two_streams(record) is None else None
 
 
-def _two_streams(family: Family) -> tuple[Tower, Tower] | None:
+def _two_streams(record: Family) -> tuple[Tower, Tower] | None:
     """The tower of words and that of image tokens, where there is one of each."""
-    texts, images = ([tower for tower in family.towers if tower.tokens in kinds] for kinds in (_TEXTS, _PICTURES))
-    return (texts[0], images[0]) if len(family.towers) == 2 and len(texts) == len(images) == 1 else None
+    texts = [tower for tower in record.towers if tower.kind.text and not tower.kind.image]
+    images = [tower for tower in record.towers if issubclass(tower.kind, (Patches, Boxes))]
+    return (texts[0], images[0]) if len(record.towers) == 2 and len(texts) == len(images) == 1 else None

@@ -76,7 +76,7 @@ class Watched:
         for name, value in inputs.items():
             wanted |= kind_of(name, self.modality) if isinstance(value, Tensor) else 0
         # Queries that look at the image are learnt: image tokens of these come from no input.
-        learnt = (tower := self.layouts.tower) is not None and tower.tokens == "image_text" and tower.grid is None
+        learnt = (tower := self.layouts.tower) is not None and tower.kind.image_ids and tower.grid is None
         stream, others = _Stream(), list[int]()
         states: dict[int, Tensor] = {}
 

@@ -6,29 +6,17 @@ read, what the tokens stand for, and where the residual sum is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any
+
+from torch import nn
 
 from vlattn_fast.interpret.records.connector_maps import Connector, squares
 from vlattn_fast.interpret.records.image_grids import Grid
-
-ReadOut = Literal["cls", "eot", "last", "target", "before_sep", "mean", "patch_mean", "pool", "query"]
-Tokens = Literal[
-    "patches",
-    "packed_patches",
-    "clip_text",
-    "text",
-    "bert_text",
-    "image_text",
-    "image",
-    "regions",
-    "text_patches",
-    "patches_text",
-    "boxes",
-    "features",
-    "queries",
-    "decoded",
-]
+from vlattn_fast.interpret.records.readouts import READOUTS, ReadOut
+from vlattn_fast.interpret.records.scores import Score
+from vlattn_fast.interpret.records.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -44,12 +32,11 @@ class Tower:
             "target" the position that predicts the target token, "before_sep" the token before the text's last real one,
             "mean" and "patch_mean" 1/N over all (patch) tokens,
             "pool" the row of an attention-pooling head, "query" the object query that the target names.
-        tokens: what the tokens are, which decides how `.image` and `.text` are cut: "patches", "clip_text", "text" (special
-            ids as the config names them), "bert_text", "image_text" (text with image tokens in it), "image" (image tokens alone,
-            as `grid` has them), "regions" (BERT's text, then image regions), "text_patches" (BERT's text, then patches),
-            "patches_text" (patches, then text), "packed_patches" (as many rows of patches as the largest image has, and their
-            grids in `spatial_shapes`), "boxes" (image regions alone), "features" (a backbone's map, whose stride is a power of
-            two), "queries" (learnt ones, of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
+        tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
+            `.text` are cut: "patches", "packed_patches", "text", "clip_text", "bert_text", "image_text" (text with image tokens
+            in it), "image" (image tokens alone, as `grid` has them), "regions" and "text_patches" (BERT's text, then regions or
+            patches), "patches_text", "boxes" (regions alone), "features" (a backbone's), "queries" (of objects) or "decoded" (a
+            decoder's text, whose prompt an encoder reads).
         branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
@@ -64,8 +51,8 @@ class Tower:
     name: str
     path: str
     layers: str
-    readout: ReadOut
-    tokens: Tokens
+    readout: str
+    tokens: str
     branch: str | None = None
     stream: str = ""
     prefix: int = 0
@@ -75,11 +62,30 @@ class Tower:
     sums: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in (("readout", ReadOut), ("tokens", Tokens)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
+        if self.readout not in tuple(READOUTS):
+            raise ValueError(f"readout must be one of {tuple(READOUTS)}; got {self.readout!r}")
+        Tokens.called(self.tokens, "tokens")
         if (self.readout == "pool") != (self.pooling is not None):
             raise ValueError(f"pooling must be set if, and only if, readout is 'pool'; got {self.pooling!r} and {self.readout!r}")
+
+    @property
+    def kind(self) -> type[Tokens]:
+        """The kind of its tokens."""
+        return Tokens.called(self.tokens, "tokens")
+
+    @property
+    def row(self) -> ReadOut:
+        """Which row is read."""
+        return READOUTS[self.readout]
+
+    def tokens_in(self, model: nn.Module, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tokens:
+        """Its tokens (B, N) in a batch of inputs of the model."""
+        of_model = getattr(model, "config", None)
+        of_tower = getattr(model.get_submodule(self.path), "config", of_model)
+        config = of_model if self.grid is not None or (self.kind.text and self.kind.image) else of_tower
+        prefix = self.prefix + (getattr(config, "num_register_tokens", 0) or 0)
+        end = getattr(model, "eos_token_id", getattr(of_tower, "eos_token_id", None))
+        return self.kind(inputs, shape, config, prefix, self.grid, self.row.predicts, end)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Family:
     """
 
     towers: tuple[Tower, ...]
-    score: Literal["pair", "class", "token", "query"]
+    score: str
     bimodal: bool = False
     logits: str = "logits"
     vision: Tower | None = None
@@ -117,6 +123,18 @@ class Family:
     answer_type: int | None = None
     generating: Family | None = None
     others: tuple[Family, ...] = ()
+
+    def __post_init__(self) -> None:
+        Score.called(self.score, "score")
+
+    @property
+    def scoring(self) -> Score:
+        """How the default score is read."""
+        kind = self.towers[0].kind if self.towers else Tokens
+        return Score.called(self.score, "score")(self.logits, kind, self.background)
+
+
+UNRECORDED = Family((), "class")  # of a model without a record: every tower is found
 
 
 def alone(tower: Tower) -> Family:

@@ -23,16 +23,16 @@ def find_family(model: nn.Module) -> Family | None:
     """The record of `model`'s class or its nearest base class."""
     generates = getattr(model, "vocab_size", None) is not None
     for cls in type(model).__mro__:
-        family = FAMILIES.get(cls.__name__)
-        if family is not None and family.others:
-            return next((one for one in (family, *family.others) if _fits(one, model)), None)
-        if family is not None:
-            return family.generating if family.generating is not None and generates else family
+        record = FAMILIES.get(cls.__name__)
+        if record is not None and record.others:
+            return next((one for one in (record, *record.others) if _fits(one, model)), None)
+        if record is not None:
+            return record.generating if record.generating is not None and generates else record
     return None
 
 
-def _fits(family: Family, model: nn.Module) -> bool:
+def _fits(record: Family, model: nn.Module) -> bool:
     """Whether the layers of each tower, and of the vision tower behind a connector, are in the model."""
     names = {name for name, _ in model.named_modules()}
-    towers = [*family.towers, *([] if family.vision is None else [family.vision])]
+    towers = [*record.towers, *([] if record.vision is None else [record.vision])]
     return all(f"{tower.path}.{tower.layers}".strip(".") in names for tower in towers)

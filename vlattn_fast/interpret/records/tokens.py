@@ -1,50 +1,357 @@
-"""Which tokens of the inputs are real."""
+"""Kinds of tokens: which tokens of a tower are real, which are words, and where they lie in a picture.
+
+A kind is one subclass of `Tokens` with a name, which a `Tower` has as `tokens`. Its objects are the tokens of a tower in a batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.image_grids import patch_shape
-from vlattn_fast.interpret.records.record import Tokens
+from vlattn_fast.interpret.records.image_grids import Grid, Shape, image_tokens, patch_shape
+from vlattn_fast.interpret.records.named import Named
+
+Maps = tuple[Tensor | tuple[Tensor, ...], list[int]]
 
 
-def real_tokens(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int, int], config: Any = None) -> Tensor | None:
-    """bool (B, N), True = a real token and no padding; None where all tokens are real, or nothing tells.
+@dataclass(frozen=True, eq=False)
+class Tokens(Named):
+    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without a record, of which only a mask may tell.
 
     Args:
-        tokens: what a tower's record says that its tokens are; None without a record.
-        shape: (B, N) of the tower.
-        config: of the tower, which tells the size of a patch where images are padded.
+        inputs: the model's.
+        shape: (B, N).
+        config: the tower's; the model's where text and image share a sequence, or a grid is given. It tells the sizes of patches.
+        prefix: tokens of the image before its patches, which are CLS and registers.
+        grid: see `Tower`.
+        predicts: whether the tower predicts tokens. Its texts then do not end with [SEP].
+        end: the ids of end-of-text tokens; None where neither model nor config names one.
     """
-    if tokens in ("patches", "boxes", "features", "queries", "image"):
+
+    inputs: Mapping[str, Any]
+    shape: tuple[int, int]
+    config: Any = None
+    prefix: int = 0
+    grid: Grid | None = None
+    predicts: bool = False
+    end: Any = None
+
+    named: ClassVar[dict[str, type[Any]]] = {}
+    text: ClassVar[bool] = False  # it has words of `input_ids`
+    image: ClassVar[bool] = False  # it has tokens of an image
+    image_ids: ClassVar[bool] = False  # some of `input_ids` stand for tokens of an image
+    follows_ids: ClassVar[bool] = False  # token i has the id `input_ids[:, i]`
+
+    @property
+    def ids(self) -> Tensor | None:
+        """int64 (B, T), the ids of the text; CLIP-like inputs may have several texts an image."""
+        ids = self.inputs.get("input_ids")
+        return ids.reshape(-1, ids.shape[-1]) if isinstance(ids, Tensor) else None
+
+    @property
+    def before(self) -> int:
+        """How many tokens stand in front of the text."""
+        return 0
+
+    def real(self) -> Tensor | None:
+        """bool (B, N), True = a real token and no padding; None where all tokens are real, or nothing tells."""
+        mask = self.inputs.get("attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) and mask.shape == self.shape else None
+
+    def words(self) -> Tensor | None:
+        """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
         return None
-    mask = inputs.get("decoder_attention_mask" if tokens == "decoded" else "attention_mask")
-    if tokens == "packed_patches":
-        mask = inputs.get("pixel_attention_mask")
+
+    def of_image(self) -> Tensor:
+        """bool (B, N), True = a token of an image, padding of it included."""
+        return torch.ones(self.shape, dtype=torch.bool)
+
+    def maps(self, relevancy: Tensor) -> Maps | None:
+        """The image's entries of relevancy (B, N) on their grids, and the row each grid belongs to.
+
+        Returns:
+            Maps (B, h, w); with several maps in a prompt (images, h, w) in the order of the prompts; a tuple of (h, w) where
+            grids differ. None where the tower has no image, or its tokens have no place in it.
+        """
+        seen = any(self.inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        if self.grid is None or self.ids is None or not seen:
+            return None
+        of_image = self.of_image()
+        flat = relevancy[of_image.to(relevancy.device)]
+        layouts = self.grid(self.config, self.inputs)
+        sizes = [layout.size for layout in layouts]
+        if sum(sizes) != len(flat):
+            grids = [tuple(index.shape) for layout in layouts for index in layout.maps]
+            raise ValueError(f"inputs must have {sum(sizes)} image tokens for maps {grids}; got {len(flat)}")
+        rows = [part.unique().tolist() for part in of_image.nonzero()[:, 0].split(sizes)]
+        maps, of_rows = [], []
+        for layout, part, row in zip(layouts, flat.split(sizes), rows, strict=True):
+            if len(row) != 1:
+                raise ValueError(
+                    f"inputs must have all tokens of an image in one prompt; got {layout.size} tokens in prompts {row}"
+                )
+            maps += [part[index.to(part.device)] for index in layout.maps]
+            of_rows += row * len(layout.maps)
+        alike = len({image.shape for image in maps}) == 1
+        return torch.stack(maps) if alike else tuple(maps), of_rows
+
+    def fields(self, row: Tensor) -> dict[str, Any]:
+        """Further fields of an `Explanation` from the tower's row (B, N)."""
+        return {}
+
+    def last_real(self) -> Tensor:
+        """(B,) the last real token: the one that predicts a decoder's next token."""
+        real = self.real()
+        if real is None:
+            return torch.full((self.shape[0],), self.shape[1] - 1)
+        if not bool(real[:, self.before :].any(-1).all()):
+            raise ValueError("attention_mask must have a real token in each row; got a row of padding alone")
+        return self.shape[1] - 1 - real.flip(-1).int().argmax(-1)
+
+    def end_of_text(self) -> Tensor:
+        """(B,) the token that CLIP pools: the first end-of-text token, which old configs (eos_token_id 2) take as the largest
+        id; the last real token where neither model nor config names it."""
+        ids = self.ids
+        if ids is None:
+            raise ValueError("inputs must contain 'input_ids', where CLIP's end-of-text token is searched; got none")
+        if self.end is None:
+            return self.last_real()
+        ends = torch.as_tensor(self.end, device=ids.device)
+        return ids.int().argmax(-1) if self.end == 2 else torch.isin(ids, ends).int().argmax(-1)
+
+
+# --- texts ---
+
+
+class Text(Tokens, name="text"):
+    """A text whose special ids the config names."""
+
+    text = follows_ids = True
+    mask: ClassVar[str] = "attention_mask"
+
+    def real(self) -> Tensor | None:
+        mask = self.inputs.get(self.mask)
+        if mask is None:
+            return None
+        if isinstance(mask, Tensor) and mask.shape == self.shape:
+            return mask.bool()
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must have shape (B, N) = {self.shape}; got {got}")
+
+    def words(self) -> Tensor | None:
+        if (ids := self.ids) is None:
+            return None
+        count, real = ids.shape[1], self.real()
+        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real[:, self.before :][:, :count].to(ids.device)
+        words = real & self.not_special(ids, real)
+        return nn.functional.pad(words, (self.before, max(0, self.shape[1] - count - self.before)))
+
+    def not_special(self, ids: Tensor, real: Tensor) -> Tensor:
+        """bool (B, T), True = no special token."""
+        return ~torch.isin(ids, torch.tensor(sorted(_special_ids(self.config)), device=ids.device))
+
+    def of_image(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=torch.bool)
+
+
+class ClipText(Text, name="clip_text"):
+    """A text between a first token and its end-of-text token."""
+
+    def words(self) -> Tensor | None:
+        if (ids := self.ids) is None:
+            return None
+        position = torch.arange(ids.shape[1], device=ids.device)
+        return (position > 0) & (position < self.end_of_text().to(ids.device)[:, None])
+
+
+class BertText(Text, name="bert_text"):
+    """A text behind [CLS], whose parts [SEP] ends."""
+
+    def not_special(self, ids: Tensor, real: Tensor) -> Tensor:
+        if self.predicts:
+            return super().not_special(ids, real)
+        # BERT's config does not name [SEP], but every sequence ends with it; [CLS] comes first.
+        last = ids.shape[1] - 1 - real.flip(-1).int().argmax(-1)
+        words = ids != ids.gather(1, last[:, None])
+        words[:, 0] = False
+        return words
+
+
+class Decoded(Text, name="decoded"):
+    """A decoder's text, whose prompt an encoder reads."""
+
+    text = follows_ids = False
+    mask = "decoder_attention_mask"
+
+    def words(self) -> Tensor | None:
+        return None
+
+
+# --- images ---
+
+
+class _WithoutPadding(Tokens):
+    def real(self) -> Tensor | None:
+        return None
+
+
+class Patches(_WithoutPadding, name="patches"):
+    """Patches of images of one size, behind `prefix` tokens."""
+
+    image = True
+
+    def maps(self, relevancy: Tensor) -> Maps | None:
+        height, width = patch_shape(self.config, self.inputs["pixel_values"].shape[-2:])
+        patches = relevancy[:, self.prefix :]
+        if patches.shape[1] != height * width:
+            raise ValueError(f"pixel_values must give {patches.shape[1]} patches, as the tower has; got {height} x {width}")
+        return patches.reshape(-1, height, width), list(range(len(patches)))
+
+
+class PackedPatches(Tokens, name="packed_patches"):
+    """As many rows of patches as the largest image has, and their grids in `spatial_shapes`."""
+
+    image = True
+
+    def real(self) -> Tensor | None:
+        mask = self.inputs.get("pixel_attention_mask")
         return mask.bool() if isinstance(mask, Tensor) else None
-    if tokens in ("regions", "text_patches", "patches_text"):
-        words = real_words(inputs)
-        if tokens == "regions":
-            region_mask = inputs.get(region_names(inputs)[1])
-            seen = words.new_ones(shape[0], shape[1] - words.shape[1]) if region_mask is None else region_mask.bool()
-        else:
-            seen = _real_patches(inputs, (shape[0], shape[1] - words.shape[1]), config).to(words.device)
-        return torch.cat([seen, words] if tokens == "patches_text" else [words, seen], dim=1)
-    if isinstance(mask, Tensor) and mask.shape == shape:
-        return mask.bool()
-    if mask is None or tokens is None:
-        return None
-    got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    raise ValueError(f"attention_mask must have shape (B, N) = {shape}; got {got}")
+
+    def maps(self, relevancy: Tensor) -> Maps | None:
+        return _cut(relevancy, [(int(h), int(w)) for h, w in self.inputs["spatial_shapes"].tolist()])
 
 
-def decoder_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the decoder of an encoder-decoder gets, under the names of a decoder's inputs; `inputs` themselves of other models."""
-    return {name.removeprefix("decoder_"): inputs[name] for name in inputs if name.startswith("decoder_")} or inputs
+class Features(_WithoutPadding, name="features"):
+    """A backbone's map, whose stride is a power of two."""
+
+    image = True
+
+    def maps(self, relevancy: Tensor) -> Maps | None:
+        """Maps without what of them is padding. The number of features tells the stride."""
+        if self.inputs.get("pixel_values") is None:
+            return None
+        size, count = self.inputs["pixel_values"].shape[-2:], relevancy.shape[1]
+        shapes = [(-(-size[0] // 2**n), -(-size[1] // 2**n)) for n in range(9)]
+        shape = next((shape for shape in shapes if shape[0] * shape[1] == count), None)
+        if shape is None:
+            raise ValueError(f"pixel_values must have {count} features in steps of a power of two; got images of {tuple(size)}")
+        grids = _real_grids(self.inputs, shape)
+        maps = tuple(row.view(shape)[:height, :width] for row, (height, width) in zip(relevancy, grids, strict=True))
+        return torch.stack(maps) if len(set(grids)) == 1 else maps, list(range(len(maps)))
+
+
+class Image(_WithoutPadding, name="image"):
+    """Image tokens alone, as `grid` has them."""
+
+    image = True
+
+
+class Boxes(_WithoutPadding, name="boxes"):
+    """Image regions alone."""
+
+    image = True
+
+    def fields(self, row: Tensor) -> dict[str, Any]:
+        return {"regions": row, "boxes": self.inputs["visual_pos"][..., :4].detach()}
+
+
+class Queries(_WithoutPadding, name="queries"):
+    """Learnt queries of objects."""
+
+
+# --- texts and images in one sequence ---
+
+
+class ImageText(Text, name="image_text"):
+    """A text with image tokens in it."""
+
+    image = image_ids = True
+
+    def of_image(self) -> Tensor:
+        return image_tokens(self.config, self.inputs)
+
+
+class _TextAndImage(BertText):
+    """BERT's text, and behind it an image."""
+
+    image = True
+
+    def real(self) -> Tensor | None:
+        words = real_words(self.inputs)
+        image = self.real_image((self.shape[0], self.shape[1] - words.shape[1])).to(words.device)
+        return torch.cat([image, words] if self.before else [words, image], 1)
+
+    def real_image(self, shape: Shape) -> Tensor:
+        """bool (B, image tokens), True = no padding of an image."""
+        return torch.ones(shape, dtype=torch.bool)
+
+    def of_image(self) -> Tensor:
+        column = torch.arange(self.shape[1]) - self.before
+        return ((column < 0) | (column >= self.inputs["input_ids"].shape[1])).expand(self.shape)
+
+
+class Regions(_TextAndImage, name="regions"):
+    """BERT's text, then image regions."""
+
+    def _named(self) -> tuple[str, str]:
+        """What the features of regions and their mask are called: UNITER's names here, VisualBERT's in transformers."""
+        of_bert = "visual_embeds" in self.inputs
+        return ("visual_embeds", "visual_attention_mask") if of_bert else ("region_features", "region_mask")
+
+    def real_image(self, shape: Shape) -> Tensor:
+        mask = self.inputs.get(self._named()[1])
+        return super().real_image(shape) if mask is None else mask.bool()
+
+    def fields(self, row: Tensor) -> dict[str, Any]:
+        features = self.inputs.get(self._named()[0])
+        if features is None:
+            return {}
+        fields = {"regions": row[:, row.shape[1] - features.shape[1] :]}
+        if "region_positions" in self.inputs:
+            fields["boxes"] = self.inputs["region_positions"][..., :4].detach()
+        return fields
+
+
+class TextPatches(_TextAndImage, name="text_patches"):
+    """BERT's text, then patches."""
+
+    def real_image(self, shape: Shape) -> Tensor:
+        real = super().real_image(shape)  # tokens before the patches are
+        if self.config is not None and self.inputs.get("pixel_mask") is not None:
+            grids = self._grids()
+            padding = max((height * width for height, width in grids), default=0)
+            for row, (height, width) in zip(real, grids, strict=True):
+                row[shape[1] - padding + height * width :] = False
+        return real
+
+    def maps(self, relevancy: Tensor) -> Maps | None:
+        pixels = self.inputs.get("pixel_values")
+        if pixels is None or pixels.ndim != 4:
+            return None  # given as embeddings, or frames
+        start = 0 if self.before else self.inputs["input_ids"].shape[1]
+        end = self.before or self.shape[1]
+        return _cut(relevancy[:, start + self.prefix : end], self._grids())
+
+    def _grids(self) -> list[Shape]:
+        """Rows and columns of patches of each image; `pixel_mask` (B, height, width) says what of it is padding."""
+        return _real_grids(self.inputs, patch_shape(self.config, self.inputs["pixel_values"].shape[-2:]))
+
+
+class PatchesText(TextPatches, name="patches_text"):
+    """Patches, then text."""
+
+    follows_ids = False
+
+    @property
+    def before(self) -> int:
+        return self.shape[1] - int(self.inputs["input_ids"].shape[1])
+
+
+# --- parts ---
 
 
 def real_words(inputs: Mapping[str, Any]) -> Tensor:
@@ -53,22 +360,23 @@ def real_words(inputs: Mapping[str, Any]) -> Tensor:
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
-def before_sep(inputs: Mapping[str, Any]) -> Tensor:
-    """(B,) the token before the text's last real one."""
-    return (real_words(inputs).sum(-1) - 2).clamp(min=0)
+def decoder_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the decoder of an encoder-decoder gets, under the names of a decoder's inputs; `inputs` themselves of other models."""
+    return {name.removeprefix("decoder_"): inputs[name] for name in inputs if name.startswith("decoder_")} or inputs
 
 
-def region_names(inputs: Mapping[str, Any]) -> tuple[str, str]:
-    """What the features of image regions and their mask are called: UNITER's names here, VisualBERT's in transformers."""
-    return ("visual_embeds", "visual_attention_mask") if "visual_embeds" in inputs else ("region_features", "region_mask")
+def _special_ids(config: Any) -> set[int]:
+    names = ["bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id"]
+    names += ["vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id"]
+    ids: set[int] = set()
+    for part in (config, getattr(config, "text_config", None)):
+        for name in names:
+            value = getattr(part, name, None)
+            ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return ids
 
 
-def padded_grids(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]]:
-    """Rows and columns of patches of each image; `pixel_mask` (B, height, width) says what of it is padding."""
-    return real_grids(inputs, patch_shape(config, inputs["pixel_values"].shape[-2:]))
-
-
-def real_grids(inputs: Mapping[str, Any], grid: tuple[int, int]) -> list[tuple[int, int]]:
+def _real_grids(inputs: Mapping[str, Any], grid: Shape) -> list[Shape]:
     """Rows and columns of each image's part of a grid that lies over the padded images."""
     mask = inputs.get("pixel_mask")
     if mask is None:
@@ -77,23 +385,9 @@ def real_grids(inputs: Mapping[str, Any], grid: tuple[int, int]) -> list[tuple[i
     return [(int(each[:, 0].sum()), int(each[0].sum())) for each in mask]
 
 
-def _real_patches(inputs: Mapping[str, Any], shape: tuple[int, int], config: Any) -> Tensor:
-    """bool (B, image tokens): what stands before the patches is real."""
-    real = torch.ones(shape, dtype=torch.bool)
-    if config is not None and inputs.get("pixel_mask") is not None:
-        grids = padded_grids(inputs, config)
-        padding = max((height * width for height, width in grids), default=0)
-        for row, (height, width) in zip(real, grids, strict=True):
-            row[shape[1] - padding + height * width :] = False
-    return real
-
-
-def last_real(tokens: Tokens | None, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
-    """The last real position (B,) of a sequence: the one that predicts a decoder's next token."""
-    real = real_tokens(tokens, inputs, shape)
-    if real is None:
-        return torch.full((shape[0],), shape[1] - 1)
-    words = real_words(inputs) if tokens == "patches_text" else real  # patches are real in each row
-    if not bool(words.any(-1).all()):
-        raise ValueError("attention_mask must have a real token in each row; got a row of padding alone")
-    return shape[1] - 1 - real.flip(-1).int().argmax(-1)
+def _cut(patches: Tensor, grids: list[Shape]) -> Maps | None:
+    """Maps of images whose patches are padded; None without an image, or of a model that draws some of the patches."""
+    if not grids or patches.shape[1] < max(height * width for height, width in grids):
+        return None
+    maps = tuple(row[: h * w].reshape(h, w) for row, (h, w) in zip(patches, grids, strict=True))
+    return torch.stack(maps) if len(set(grids)) == 1 else maps, list(range(len(maps)))

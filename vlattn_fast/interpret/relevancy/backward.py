@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.records.tokens import decoder_inputs, real_tokens
+from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.attention_call import Attended
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -72,8 +72,7 @@ class BackwardPass:
     def real(self, tower: TowerTrace) -> Tensor | None:
         """bool (B, N), False = padding; None = no padding."""
         decodes = bool(self.attended) and tower.record is None and tower in self.towers
-        inputs = decoder_inputs(self.arguments) if decodes else self.arguments
-        return real_tokens(tower.tokens, inputs, tower.shape, tower.config)
+        return tower.tokens_in(decoder_inputs(self.arguments) if decodes else self.arguments).real()
 
 
 def read_tokens(start: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.paths import layers_of, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
-from vlattn_fast.interpret.records.record import Tokens, Tower
+from vlattn_fast.interpret.records.record import Tower
+from vlattn_fast.interpret.records.tokens import Tokens
 from vlattn_fast.interpret.relevancy.attention_call import AttentionCall
 from vlattn_fast.interpret.relevancy.carriers import Carriers
 
@@ -75,10 +77,9 @@ class TowerTrace:
         """(B, N)"""
         return self.batch or 0, self.size
 
-    @property
-    def tokens(self) -> Tokens | None:
-        """What its tokens are, where a record says it."""
-        return None if self.record is None else self.record.tokens
+    def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
+        """Its tokens, of the kind that the record says, or of none."""
+        return Tokens(inputs, self.shape) if self.record is None else self.record.tokens_in(self.model, inputs, self.shape)
 
     @property
     def pooled(self) -> bool:
