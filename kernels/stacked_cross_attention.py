@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
@@ -32,24 +33,16 @@ EPS = tl.constexpr(1e-8)  # of SCAN's norms and cosine
 
 
 @on_device
-def forward(
-    images: Tensor,
-    captions: Tensor,
-    caption_lengths: Tensor | None,
-    image_lengths: Tensor | None,
-    direction: str,
-    first_norm: str | None,
-    smooth: float,
-    aggregation: str,
-    lambda_lse: float,
-) -> Tensor:
+def forward(inputs: StackedCrossAttentionInputs) -> Tensor:
     """similarity (Bi, Bc) float32. Rows beyond the lengths must be zero; the public call zeroes them."""
+    images, captions, direction = inputs.images, inputs.captions, inputs.direction
+    smooth, aggregation, lambda_lse = inputs.smooth, inputs.aggregation, inputs.lambda_lse
     similarity = images.new_empty((images.shape[0], captions.shape[0]), dtype=torch.float32)
     if images.shape[1] == 0 or captions.shape[1] == 0:
         return similarity.zero_()
-    query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
+    query, context = _sides(inputs)
     by_context = similarity if direction == "t2i" else similarity.mT
-    rule = _rule(first_norm)
+    rule = _rule(inputs.first_norm)
     for x, tiles_y in _chunks(context, query):
         contexts = _Contexts(context, x)
         for y in tiles_y:
@@ -76,18 +69,7 @@ def forward(
 
 
 @on_device
-def backward(
-    grad_similarity: Tensor,
-    images: Tensor,
-    captions: Tensor,
-    caption_lengths: Tensor | None,
-    image_lengths: Tensor | None,
-    direction: str,
-    first_norm: str | None,
-    smooth: float,
-    aggregation: str,
-    lambda_lse: float,
-) -> tuple[Tensor, Tensor]:
+def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tensor]:
     """Gradients of images and captions.
 
     With W = grad_score + diag(grad_dot) (alpha - 1/m): grad_q = W C + grad_dot mean(C) + diag(by_norm_q) q and
@@ -95,10 +77,12 @@ def backward(
     U = alpha^T diag(by_norm_a) alpha is summed over the query sets. Terms cancel where a is short or close to q: for float32
     inputs all maps behind alpha, and the small products a C^T = alpha C C^T and U C, are float64, and a is not formed.
     """
-    query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
+    images, captions, direction = inputs.images, inputs.captions, inputs.direction
+    smooth, aggregation, lambda_lse = inputs.smooth, inputs.aggregation, inputs.lambda_lse
+    query, context = _sides(inputs)
     grad_q, grad_c = (torch.zeros_like(rows, dtype=torch.float32) for rows, _ in (query, context))
-    grad = grad_similarity.float() if direction == "t2i" else grad_similarity.float().mT
-    rule = _rule(first_norm)
+    grad = inputs.grad_similarity.float() if direction == "t2i" else inputs.grad_similarity.float().mT
+    rule = _rule(inputs.first_norm)
     dtype = torch.float64 if images.dtype == torch.float32 else torch.float32
     for x, tiles_y in _chunks(context, query) if images.shape[1] > 0 and captions.shape[1] > 0 else ():
         contexts = _Contexts(context, x)
@@ -139,12 +123,11 @@ def backward(
 Side = tuple[Tensor, Tensor | None]  # rows (B,L,D), and how many of each are real
 
 
-def _sides(
-    images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None, direction: str
-) -> tuple[Side, Side]:
+def _sides(inputs: StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs) -> tuple[Side, Side]:
     """The side of the queries and the side of the contexts."""
-    image, caption = (images.contiguous(), image_lengths), (captions.contiguous(), caption_lengths)
-    return (caption, image) if direction == "t2i" else (image, caption)
+    image = inputs.images.contiguous(), inputs.image_lengths
+    caption = inputs.captions.contiguous(), inputs.caption_lengths
+    return (caption, image) if inputs.direction == "t2i" else (image, caption)
 
 
 def _chunks(context: Side, query: Side) -> Iterator[tuple[slice, list[slice]]]:
