@@ -2,7 +2,7 @@
 
 Nothing is imported here: an operator's table of backends loads its kernel, and with it triton, on first use.
 
-In: the checked arguments of an operator, as CUDA tensors.
+In: the inputs of an operator, checked, as CUDA tensors.
 Out: its outputs, or its gradients.
-Imports: backends.reference, _ground.
+Imports: backends, backends.reference, _ground.
 """

@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 from vlattn_fast.kernels._tiles import cdiv
 
 MAP_ELEMENTS = 1 << 22  # the least that `_map_elements` gives
 EPS = tl.constexpr(1e-8)  # of SCAN's norms and cosine
 
+Inputs = StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs
 Side = tuple[Tensor, Tensor | None]  # rows (B, L, D), and how many of each are real
 
 
@@ -31,17 +33,16 @@ class Options(NamedTuple):
     sharpness: float  # lambda_lse
 
     @classmethod
-    def of(cls, first_norm: str | None, smooth: float, aggregation: str, lambda_lse: float) -> Options:
-        clips, norm = split_norm(first_norm)
-        return cls("none" if norm is None else norm, clips, smooth, aggregation, lambda_lse)
+    def of(cls, inputs: Inputs) -> Options:
+        clips, norm = split_norm(inputs.first_norm)
+        return cls("none" if norm is None else norm, clips, inputs.smooth, inputs.aggregation, inputs.lambda_lse)
 
 
-def sides(
-    images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None, direction: str
-) -> tuple[Side, Side]:
+def sides(inputs: Inputs) -> tuple[Side, Side]:
     """The side of the queries and the side of the contexts."""
-    image, caption = (images.contiguous(), image_lengths), (captions.contiguous(), caption_lengths)
-    return (caption, image) if direction == "t2i" else (image, caption)
+    image = inputs.images.contiguous(), inputs.image_lengths
+    caption = inputs.captions.contiguous(), inputs.caption_lengths
+    return (caption, image) if inputs.direction == "t2i" else (image, caption)
 
 
 def chunks(context: Side, query: Side) -> Iterator[tuple[slice, list[slice]]]:

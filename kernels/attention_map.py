@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
@@ -46,36 +47,25 @@ from vlattn_fast.kernels._tiles import (
 
 
 @on_device
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    grad_output: Tensor | None,
-    lse: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    rule: str,
-    head_reduction: str,
-    row_normalize: bool,
-    scale: float,
-    is_causal: bool,
-) -> Tensor:
+def forward(inputs: AttentionMapInputs) -> Tensor:
     """Abar (B, N, M) float32.
 
     Probabilities are exp(logit - lse) where there is an lse (B, H, N), which may count keys that are not here. Under a float
     mask, rows whose lse `is_coarse` are normalised over the keys that are here.
     """
+    query, key, value, grad_output, lse = inputs.query, inputs.key, inputs.value, inputs.grad_output, inputs.lse
+    scale, is_causal = inputs.scale, inputs.is_causal
     batch, heads, num_q, size = query.shape
     num_kv = key.shape[2]
     abar = query.new_empty((batch, num_q, num_kv), dtype=torch.float32)
     if abar.numel() == 0:
         return abar
     query, key = aligned(query), aligned(key)
-    gradient = rule == "gradient"
+    gradient = inputs.rule == "gradient"
     value = aligned(value) if gradient and value is not None else key
     grad_output = aligned(grad_output) if gradient and grad_output is not None else query
     size_v = value.shape[3] if gradient else 0
-    masks, mask_constants = mask_arguments(attn_mask, key_mask, query, num_kv)
+    masks, mask_constants = mask_arguments(inputs.attn_mask, inputs.key_mask, query, num_kv)
     call = {
         "p_q": query,
         "p_k": key,
@@ -94,8 +84,8 @@ def forward(
         "BLOCK_D": block_size(size),
         "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
     }
-    facts = {"rule": rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
-    masked = attn_mask is not None
+    facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
+    masked = inputs.attn_mask is not None
     config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
     one_tile, float_mask = num_kv <= config["BLOCK_KV"], call["MASK"] == 2
     if lse is None:
@@ -130,14 +120,14 @@ def forward(
         **strides("v", value.stride()),
         **strides("g", grad_output.stride()),
         GRADIENT=gradient,
-        REDUCTION=head_reduction,
-        NORMALIZE=row_normalize,
+        REDUCTION=inputs.head_reduction,
+        NORMALIZE=inputs.row_normalize,
         ONE_TILE=one_tile,
         ROWS=rows,
         BLOCK_DV=block_size(size_v),
         **config,
     )
-    if row_normalize and not one_tile:
+    if inputs.row_normalize and not one_tile:
         total = abar.sum(-1, keepdim=True)
         abar.div_(torch.where(total == 0, 1.0, total))
     return abar

@@ -13,7 +13,6 @@ key-major, without atomics, and has the same bits each time. Not yet measured on
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq, is_cuda
 
+from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.kernels import _statistics_backward
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
@@ -50,21 +50,12 @@ from vlattn_fast.kernels._tiles import (
 
 
 @on_device
-def forward(
-    query: Tensor,
-    key: Tensor,
-    key_groups: Tensor | None,
-    row_weight: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    num_groups: int,
-    statistics: Collection[str],
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M) and, for `backward`, of_rows (2, B, H, N): each
     row's largest logit, without the scale unless FOLDED, and the mean of logit - largest in base 2. Garbage for what `statistics`
     does not name."""
+    query, key, num_groups, is_causal = inputs.query, inputs.key, inputs.num_groups, inputs.is_causal
+    statistics = inputs.statistics.split()
     rows = query.shape[:3]
     mass = query.new_empty((*rows, num_groups), dtype=torch.float32)
     entropy, maximum = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -72,8 +63,8 @@ def forward(
     row_max, mean_x = of_rows.unbind()
     argmax = query.new_empty(rows, dtype=torch.int64)
     received = query.new_empty((*rows[:2], key.shape[2] if "received" in statistics else 0), dtype=torch.float32)
-    call = _arguments(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal)
-    facts = _facts(query, key, num_groups, attn_mask)
+    call = _arguments(inputs)
+    facts = _facts(query, key, num_groups, inputs.attn_mask)
     if maximum.numel() > 0:
         config = configuration("attention_statistics", "rows", **facts)
         # groups beyond a block are computed by other programs, which compute the row again
@@ -104,63 +95,40 @@ def forward(
 
 
 @on_device
-def backward(
-    grad_mass: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_maximum: Tensor | None,
-    grad_received: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    mass: Tensor,
-    maximum: Tensor,
-    argmax: Tensor,
-    of_rows: Tensor,
-    key_groups: Tensor | None,
-    row_weight: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    num_groups: int,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key and row_weight; mass, maximum, argmax and of_rows as `forward` gave them."""
-    row_max, mean_x = of_rows.contiguous().unbind()
-    if key_groups is None or num_groups == 0:
+def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key and row_weight; mass, maximum, argmax and rows as `forward` gave them."""
+    query, num_groups, grad_mass = inputs.query, inputs.num_groups, inputs.grad_mass
+    mass, maximum, rows = inputs.mass, inputs.maximum, inputs.rows
+    assert mass is not None and maximum is not None and rows is not None  # which the operator saves for these kernels
+    row_max, mean_x = rows.contiguous().unbind()
+    if inputs.key_groups is None or num_groups == 0:
         grad_mass = None
-    grads = {"mass": grad_mass, "entropy": grad_entropy, "maximum": grad_maximum, "received": grad_received}
-    facts = {**_facts(query, key, num_groups, attn_mask), "product": grad_mass is not None and few(num_groups) == 0}
+    grads = {"mass": grad_mass, "entropy": inputs.grad_entropy, "maximum": inputs.grad_maximum, "received": inputs.grad_received}
+    facts = {**_facts(query, inputs.key, num_groups, inputs.attn_mask), "product": grad_mass is not None and few(num_groups) == 0}
     call = {
-        **_arguments(query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, scale, is_causal),
+        **_arguments(inputs),
         **{f"p_grad_{name}": query if x is None else x.contiguous() for name, x in grads.items()},
-        "p_argmax": argmax.contiguous(),
+        "p_argmax": inputs.argmax.contiguous(),
         "p_row_max": row_max,
         "p_maximum": maximum.contiguous(),
         "p_minus_delta": torch.empty_like(row_max),
-        "scale": scale,
+        "scale": inputs.scale,
         **{name.upper(): x is not None for name, x in grads.items()},
         "FEW": few(num_groups),
     }
     grad_q, grad_weight = _statistics_backward.queries(call, facts, mass.contiguous(), mean_x)
     grad_k = _statistics_backward.keys(call, facts)
-    if row_weight is None:
+    if inputs.row_weight is None:
         return grad_q, grad_k, None
-    return grad_q, grad_k, grad_weight.sum(1) if grad_received is not None else torch.zeros_like(row_weight)
+    return grad_q, grad_k, torch.zeros_like(inputs.row_weight) if inputs.grad_received is None else grad_weight.sum(1)
 
 
-def _arguments(
-    query: Tensor,
-    key: Tensor,
-    key_groups: Tensor | None,
-    row_weight: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    num_groups: int,
-    scale: float,
-    is_causal: bool,
-) -> dict[str, Any]:
+def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> dict[str, Any]:
     """The named arguments that all kernels here share. The query stands in for tensors that are absent."""
-    query, key = aligned(query), aligned(key)
-    masks, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
+    key_groups, num_groups, row_weight = inputs.key_groups, inputs.num_groups, inputs.row_weight
+    scale, is_causal = inputs.scale, inputs.is_causal
+    query, key = aligned(inputs.query), aligned(inputs.key)
+    masks, mask_constants = mask_arguments(inputs.attn_mask, inputs.key_mask, query, key.shape[2])
     groups = query if key_groups is None else aligned(key_groups)
     if few(num_groups) > 0:
         groups = as_members(groups, num_groups)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_stride
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import EPSILON
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
@@ -41,20 +42,10 @@ _CHUNK_BYTES, _MAPS = 1 << 28, 6  # a chunk of samples holds about _MAPS maps of
 
 
 @on_device
-def forward(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and an empty tensor: nothing is kept for the backward pass.
-
-    Queries and keys: see reference.congruence_loss.block_inputs.
-    """
-    losses = [part.losses() for _, part in _chunks(queries, keys, text_mask, image_mask, kind, direction, scale)]
+def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
+    """The loss of each sample, (B), and an empty tensor: nothing is kept for the backward pass."""
+    queries = inputs.queries
+    losses = [part.losses() for _, part in _chunks(inputs)]
     if len(losses) == 1:
         loss = losses[0]
     else:
@@ -63,19 +54,10 @@ def forward(
 
 
 @on_device
-def backward(
-    grad_loss: Tensor,
-    maps: Tensor,
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
-) -> tuple[list[Tensor], list[Tensor]]:
+def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
-    distributed = kind == "iais_distributed"
+    queries, keys, direction = inputs.queries, inputs.keys, inputs.direction
+    distributed = inputs.kind == "iais_distributed"
     # iais_distributed in one direction does not use the other modality's attention to itself
     zero = {"text": {1}, "image": {0}}.get(direction, set()) if distributed else set()
     if _without_tokens(queries):
@@ -84,8 +66,8 @@ def backward(
         [(x.new_zeros if i in zero else x.new_empty)(x.shape) for i, x in enumerate(xs[: 4 if distributed else 2])]
         for xs in (queries, keys)
     )
-    for b, part in _chunks(queries, keys, text_mask, image_mask, kind, direction, scale):
-        part.gradients(_at(grad_queries, b), _at(grad_keys, b), _at([grad_loss], b)[0].float().contiguous())
+    for b, part in _chunks(inputs):
+        part.gradients(_at(grad_queries, b), _at(grad_keys, b), _at([inputs.grad_loss], b)[0].float().contiguous())
     return grad_queries, grad_keys
 
 
@@ -98,16 +80,9 @@ def _without_tokens(queries: list[Tensor]) -> bool:
     return min(*queries[0].shape[:3], queries[1].shape[2]) == 0
 
 
-def _chunks(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
-) -> Iterator[tuple[slice | None, _Chunk]]:
+def _chunks(inputs: CongruenceLossInputs | CongruenceLossBackwardInputs) -> Iterator[tuple[slice | None, _Chunk]]:
     """The samples in chunks whose maps have a bounded size; None where one chunk has all of them."""
+    queries, keys, text_mask, image_mask = inputs.queries, inputs.keys, inputs.text_mask, inputs.image_mask
     if _without_tokens(queries):
         return
     batch, length = queries[0].shape[0], queries[0].shape[2] + queries[1].shape[2]
@@ -122,7 +97,7 @@ def _chunks(
     for start in range(0, batch, step):
         b = None if step >= batch else slice(start, min(start + step, batch))
         part = tuple(_at(queries, b)), tuple(_at(keys, b)), masks and tuple(_at(masks, b))
-        yield b, _Chunk(*part, kind, direction, scale)
+        yield b, _Chunk(*part, inputs.kind, inputs.direction, inputs.scale)
 
 
 class _Chunk:

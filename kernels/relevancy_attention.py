@@ -17,6 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import weigh_rows
+from vlattn_fast.backends.inputs import (
+    AttentionMapInputs,
+    RelevancyAttentionBackwardInputs,
+    RelevancyAttentionInputs,
+    RelevancyStepInputs,
+    ScoreAttentionBackwardInputs,
+    ScoreAttentionInputs,
+)
 from vlattn_fast.kernels import attention_map, score_attention
 from vlattn_fast.kernels._configurations import Config, configuration
 from vlattn_fast.kernels._device import on_device
@@ -26,88 +34,45 @@ from vlattn_fast.kernels._tiles import CALLER_LSE, LOG2_E, OWN_LSE, aligned, blo
 MAX_T = 64  # rows of r in one program
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    carrier: Tensor,
-    residual_weight: Tensor | None,
-    attention_weight: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    rule: str,
-    row_normalize: bool,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
-    out, lse = score_attention.forward(query, key, value, None, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal)
-    return out, carrier.clone(), lse
+    out, lse = score_attention.forward(inputs.attention())
+    return out, inputs.carrier.clone(), lse
 
 
 @on_device
-def backward(
-    grad_out: Tensor | None,
-    grad_carrier: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    residual_weight: Tensor | None,
-    attention_weight: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    rule: str,
-    row_normalize: bool,
-    scale: float,
-    is_causal: bool,
-    need_inputs: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
+    grad_out, grad_carrier, row_normalize = inputs.grad_out, inputs.grad_carrier, inputs.row_normalize
     grads: tuple[Tensor | None, ...] = (None, None, None)
     weighted_r = r_abar = None
-    if grad_carrier is not None and (grad_out is not None or rule == "attention"):
-        weighted_r = weigh_rows(grad_carrier, attention_weight)
-    if need_inputs and grad_out is not None:
-        launch = _describe(query, key, value, grad_out, attn_mask, key_mask, rule, scale, is_causal)
+    if grad_carrier is not None and (grad_out is not None or inputs.rule == "attention"):
+        weighted_r = weigh_rows(grad_carrier, inputs.attention_weight)
+    if inputs.need_inputs and grad_out is not None:
+        launch = _describe(inputs.attention(grad_out), inputs.rule, grad_out)
         fused_r = None if weighted_r is None or weighted_r.shape[1] > MAX_T else weighted_r  # more rows go through `step`
-        lse, coarse = lse.contiguous(), None
+        lse, coarse = inputs.lse.contiguous(), None
         if launch.float_mask:
             coarse = _statistics(launch, lse, False, OWN_LSE)
         config = _config("backward_q", launch)
         summed = fused_r is not None and row_normalize
-        grad_q, rows = queries(launch.call, config, lse, aligned(out), coarse, by_gradient=launch.by_gradient, summed=summed)
+        out = aligned(inputs.out)
+        grad_q, rows = queries(launch.call, config, lse, out, coarse, by_gradient=launch.by_gradient, summed=summed)
         grad_k, grad_v, r_abar = _keys(launch, rows, fused_r)
         grads = (grad_q, grad_k, grad_v)
     if weighted_r is not None and r_abar is None:
         # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
-        rounding_shows = query.dtype == torch.float32 or (attn_mask is not None and attn_mask.dtype != torch.bool)
-        known_lse = None if rounding_shows else lse
-        r_abar = step(
-            weighted_r, query, key, value, grad_out, known_lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal
-        )
+        float_mask = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool
+        rounding_shows = inputs.query.dtype == torch.float32 or float_mask
+        r_abar = step(inputs.step(weighted_r, lse=None if rounding_shows else inputs.lse))
     if grad_carrier is None:
         return grads[0], grads[1], grads[2], None
-    residual = weigh_rows(grad_carrier, residual_weight)
+    residual = weigh_rows(grad_carrier, inputs.residual_weight)
     return grads[0], grads[1], grads[2], residual.clone() if r_abar is None else residual + r_abar
 
 
 @on_device
-def step(
-    relevancy: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    grad_output: Tensor | None,
-    lse: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    rule: str,
-    row_normalize: bool,
-    scale: float,
-    is_causal: bool,
-) -> Tensor:
+def step(inputs: RelevancyStepInputs) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M).
 
     Up to MAX_T rows are multiplied while Abar is computed. More would compute it again for each MAX_T of them. So then Abar is
@@ -116,38 +81,45 @@ def step(
     `lse` may count keys that are not here: probabilities are exp(logit - lse). Under a float mask, rows whose lse `is_coarse` are
     normalised over the keys that are here.
     """
-    if rule == "attention":
-        value = grad_output = None
+    if inputs.rule == "attention":
+        inputs = inputs._replace(value=None, grad_output=None)
+    relevancy, query, key = inputs.relevancy, inputs.query, inputs.key
     samples = _stored_maps(relevancy, query, key)
     if samples > 0:
         result = relevancy.new_empty((*relevancy.shape[:2], key.shape[2]), dtype=torch.float32)
         for start in range(0, query.shape[0], samples):
             b = slice(start, start + samples)
-            abar = attention_map.forward(
-                query[b],
-                key[b],
-                None if value is None else value[b],
-                None if grad_output is None else grad_output[b],
-                None if lse is None else lse[b],
-                attn_mask[b] if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[0] > 1 else attn_mask,
-                None if key_mask is None else key_mask[b],
-                rule,
-                "mean",
-                row_normalize,
-                scale,
-                is_causal,
-            )
-            torch.bmm(relevancy[b].to(torch.float32), abar, out=result[b])
+            torch.bmm(relevancy[b].to(torch.float32), attention_map.forward(_map_inputs(inputs, b)), out=result[b])
         return result.to(relevancy.dtype)
-    launch = _describe(query, key, value, grad_output, attn_mask, key_mask, rule, scale, is_causal)
-    lse = None if lse is None else lse.to(torch.float32).contiguous()
-    if lse is None or row_normalize or launch.float_mask:
-        rows = _statistics(launch, lse, row_normalize)
+    launch = _describe(inputs.attention(), inputs.rule, inputs.grad_output)
+    lse = None if inputs.lse is None else inputs.lse.to(torch.float32).contiguous()
+    if lse is None or inputs.row_normalize or launch.float_mask:
+        rows = _statistics(launch, lse, inputs.row_normalize)
     else:
         rows = Rows(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf))
     r_abar = _keys(launch, rows, relevancy)[2]
     assert r_abar is not None  # since relevancy is not
     return r_abar.to(relevancy.dtype)
+
+
+def _map_inputs(inputs: RelevancyStepInputs, b: slice) -> AttentionMapInputs:
+    """Those of the map of the samples b."""
+    mask = inputs.attn_mask
+    return AttentionMapInputs(
+        query=inputs.query[b],
+        key=inputs.key[b],
+        value=None if inputs.value is None else inputs.value[b],
+        grad_output=None if inputs.grad_output is None else inputs.grad_output[b],
+        lse=None if inputs.lse is None else inputs.lse[b],
+        attn_mask=mask[b] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask,
+        key_mask=None if inputs.key_mask is None else inputs.key_mask[b],
+        rule=inputs.rule,
+        head_reduction="mean",
+        row_normalize=inputs.row_normalize,
+        scale=inputs.scale,
+        is_causal=inputs.is_causal,
+        backend=inputs.backend,
+    )
 
 
 def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
@@ -172,20 +144,9 @@ class _Launch(NamedTuple):
         return self.call["MASK"] == 2
 
 
-def _describe(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    grad_out: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    rule: str,
-    scale: float,
-    is_causal: bool,
-) -> _Launch:
-    value = query if value is None else value
-    call = score_attention.arguments(query, key, value, attn_mask, key_mask, None, "dot", 0.0, scale, 0.0, is_causal)
-    return _Launch(score_attention.with_gradient(call, grad_out, scale), rule == "gradient")
+def _describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None) -> _Launch:
+    call = score_attention.arguments(inputs)
+    return _Launch(score_attention.with_gradient(call, grad_out, inputs.scale), rule == "gradient")
 
 
 def _statistics(launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.constexpr = CALLER_LSE) -> Rows:

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import empty_rows_first
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
 from vlattn_fast.kernels._device import on_device
@@ -70,35 +71,23 @@ Shape = tuple[int, ...]
 
 
 @on_device
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    vector: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    score: str,
-    parameter: float,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), laid out (B, N, H, Dv) as SDPA does, and lse (B, H, N)."""
+    query, vector = inputs.query, inputs.vector
     batch, heads, num_q, _ = query.shape
-    out = empty_rows_first(query, heads, num_q, value.shape[3])
+    out = empty_rows_first(query, heads, num_q, inputs.value.shape[3])
     lse = query.new_empty(batch, heads, num_q, dtype=torch.float32)
     if batch * heads * num_q == 0:
         return out, lse
-    call = arguments(query, key, value, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal)
+    call = arguments(inputs)
     config = _config("forward", call)
     _forward_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
         **call,
         p_u=call["p_q"] if vector is None else vector.contiguous(),
         p_out=out,
         p_lse=lse,
-        UNITS=score in UNIT_KINDS,
-        NEGATIVE=scale < 0.0,
+        UNITS=inputs.score in UNIT_KINDS,
+        NEGATIVE=inputs.scale < 0.0,
         BLOCK_EDGE=_edge_of_keys(call, config),
         **config,
     )
@@ -106,29 +95,11 @@ def forward(
 
 
 @on_device
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    vector: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    score: str,
-    parameter: float,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and vector."""
-    call = arguments(query, key, value, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal)
-    call = with_gradient(call, grad_out, scale)
-    lse = lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    call = with_gradient(arguments(inputs), inputs.grad_out, inputs.scale)
+    vector, out, lse = inputs.vector, inputs.out, inputs.lse.contiguous()
+    grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
     if call["MASK"] == 2:
         coarse = row_statistics(call, _config("forward", call), lse, OWN_LSE, pair=True, vector=vector)
@@ -142,25 +113,15 @@ def backward(
     return grad_q, grad_k, grad_v, None
 
 
-def arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    score: str,
-    parameter: float,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-) -> dict[str, Any]:
+def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> dict[str, Any]:
     """The named arguments that all kernels here and of the backward passes share. The query stands in for what is absent."""
+    query, key, value, seed = inputs.query, inputs.key, inputs.value, inputs.seed
+    score, parameter = inputs.score, inputs.parameter
     sizes, most_aligned = _sizes(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
     if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
         query, key, value = aligned(query), aligned(key), aligned(value)
         sizes, _ = _sizes(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
-    masks, mask_constants = mask_arguments(attn_mask, key_mask, query, key.shape[2])
+    masks, mask_constants = mask_arguments(inputs.attn_mask, inputs.key_mask, query, key.shape[2])
     pre_q = pre_k = query
     if score in UNIT_KINDS or score == "cosine":
         # where y is a product, the query carries the factor of 1 / (1 + 2^(factor y)), or in bfloat16 of tanh(factor y)
@@ -178,7 +139,7 @@ def arguments(
         **masks,
         "p_seed": query if seed is None else seed,
         **sizes,
-        **_options(query.dtype, score, parameter, scale, dropout_p, is_causal),
+        **_options(query.dtype, score, parameter, inputs.scale, inputs.dropout_p, inputs.is_causal),
         **mask_constants,
         "PRECISION": input_precision(query.dtype),
     }

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._stacked_cosines import aggregate, attended_cosines
 from vlattn_fast.kernels._stacked_gradients import Attention, gradient_maps
@@ -28,24 +29,15 @@ from vlattn_fast.kernels._stacked_weights import weight_parts, weights, weights_
 
 
 @on_device
-def forward(
-    images: Tensor,
-    captions: Tensor,
-    caption_lengths: Tensor | None,
-    image_lengths: Tensor | None,
-    direction: str,
-    first_norm: str | None,
-    smooth: float,
-    aggregation: str,
-    lambda_lse: float,
-) -> Tensor:
+def forward(inputs: StackedCrossAttentionInputs) -> Tensor:
     """similarity (Bi, Bc) float32. Rows beyond the lengths must be zero; the public call zeroes them."""
+    images, captions = inputs.images, inputs.captions
     similarity = images.new_empty((images.shape[0], captions.shape[0]), dtype=torch.float32)
     if images.shape[1] == 0 or captions.shape[1] == 0:
         return similarity.zero_()
-    query, context = sides(images, captions, caption_lengths, image_lengths, direction)
-    by_context = similarity if direction == "t2i" else similarity.mT
-    options = Options.of(first_norm, smooth, aggregation, lambda_lse)
+    query, context = sides(inputs)
+    by_context = similarity if inputs.direction == "t2i" else similarity.mT
+    options = Options.of(inputs)
     for x, tiles_y in chunks(context, query):
         contexts = Contexts(context, x)
         for y in tiles_y:
@@ -58,18 +50,7 @@ def forward(
 
 
 @on_device
-def backward(
-    grad_similarity: Tensor,
-    images: Tensor,
-    captions: Tensor,
-    caption_lengths: Tensor | None,
-    image_lengths: Tensor | None,
-    direction: str,
-    first_norm: str | None,
-    smooth: float,
-    aggregation: str,
-    lambda_lse: float,
-) -> tuple[Tensor, Tensor]:
+def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tensor]:
     """Gradients of images and captions.
 
     With W = grad_score + diag(grad_dot) (alpha - 1/m): grad_q = W C + grad_dot mean(C) + diag(by_norm_q) q and
@@ -77,10 +58,11 @@ def backward(
     U = alpha^T diag(by_norm_a) alpha is summed over the query sets. Terms cancel where a is short or close to q: for float32
     inputs all maps behind alpha, and the small products a C^T = alpha C C^T and U C, are float64, and a is not formed.
     """
-    query, context = sides(images, captions, caption_lengths, image_lengths, direction)
+    images, captions, direction = inputs.images, inputs.captions, inputs.direction
+    query, context = sides(inputs)
     grad_q, grad_c = (torch.zeros_like(rows, dtype=torch.float32) for rows, _ in (query, context))
-    grad = grad_similarity.float() if direction == "t2i" else grad_similarity.float().mT
-    options = Options.of(first_norm, smooth, aggregation, lambda_lse)
+    grad = inputs.grad_similarity.float() if direction == "t2i" else inputs.grad_similarity.float().mT
+    options = Options.of(inputs)
     attend, dtype = (_attend_in_float64, torch.float64) if images.dtype == torch.float32 else (_attend, torch.float32)
     for x, tiles_y in chunks(context, query) if images.shape[1] > 0 and captions.shape[1] > 0 else ():
         contexts = Contexts(context, x, dtype)

@@ -128,6 +128,28 @@ def test_contributing_has_the_floors_in_their_order() -> None:
     assert not upwards, "\n".join(upwards)
 
 
+ARGUMENTS = ("args", "arguments", "inputs", "rest", "tensors", "options")  # what holds the arguments of a call
+
+
+def counted(tree: ast.Module) -> list[int]:
+    """Lines where one of ARGUMENTS is indexed or cut by a number that stands there."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        and (node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")) in ARGUMENTS
+        and any(isinstance(number, ast.Constant) and isinstance(number.value, int) for number in ast.walk(node.slice))
+    ]
+
+
+def test_no_argument_is_taken_by_its_number() -> None:
+    """From the schema to the launch arguments have names: see vlattn_fast/backends/inputs.py."""
+    assert counted(ast.parse("args[2:5], ctx.inputs[-1], inputs.queries[0]")) == [1, 1]
+    folders = ("vlattn_fast.ops", "vlattn_fast.backends", "vlattn_fast.kernels")
+    found = {module: counted(tree) for module, tree in trees().items() if module.startswith(folders)}
+    assert not any(found.values()), {module: lines for module, lines in found.items() if lines}
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a git checkout")
 def test_no_file_is_too_long() -> None:
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()

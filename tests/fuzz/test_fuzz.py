@@ -77,7 +77,11 @@ FLAWS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "all groups of keys taken for one": (
         "vlattn_fast.backends.streaming.attention_statistics",
         "forward",
-        lambda right: lambda q, k, groups, *rest: right(q, k, None if groups is None else groups.clamp(max=0), *rest),
+        lambda right: (
+            lambda inputs: right(
+                inputs._replace(key_groups=None if inputs.key_groups is None else inputs.key_groups.clamp(max=0))
+            )
+        ),
     ),
 }
 

@@ -14,6 +14,7 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype
 from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.map_cases import B, check_statistics, groups, key_mask, statistics_inputs
+from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics
 from vlattn_fast.kernels import attention_statistics as kernels
 
@@ -65,13 +66,17 @@ def test_a_group_out_of_range_is_none() -> None:
     query, key, weight = as_dtype(statistics_inputs(7, 12), torch.float32).values()
     index = torch.tensor([0, 1, 2, 3, -1, -7, 2**32, 2**32 + 1, 1 - 2**32, 1, 0, 2]).expand(B, -1)
     clean = torch.where((index >= 0) & (index < 3), index, -1)
-    names = AttentionStatistics._fields
-    got, want = (kernels.forward(query, key, x, weight, None, None, 3, names, 0.5, False) for x in (index, clean))
+    options = {"row_weight": weight, "attn_mask": None, "key_mask": None, "num_groups": 3, "scale": 0.5, "is_causal": False}
+    options |= {"query": query, "key": key, "backend": "triton"}
+    statistics = " ".join(AttentionStatistics._fields)
+    got, want = (
+        kernels.forward(AttentionStatisticsInputs(key_groups=x, statistics=statistics, **options)) for x in (index, clean)
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    cotangents = (torch.randn_like(want[0]), None, None, None)
     mass, _, maximum, argmax, _, rows = want
-    saved = query, key, mass, maximum, argmax, rows
-    got, want = (kernels.backward(*cotangents, *saved, x, weight, None, None, 3, 0.5, False) for x in (index, clean))
+    options |= {"mass": mass, "maximum": maximum, "argmax": argmax, "rows": rows, "grad_mass": torch.randn_like(mass)}
+    options |= {"grad_entropy": None, "grad_maximum": None, "grad_received": None}
+    got, want = (kernels.backward(AttentionStatisticsBackwardInputs(key_groups=x, **options)) for x in (index, clean))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and not got[2].any()
 
 

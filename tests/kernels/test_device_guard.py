@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -68,11 +67,11 @@ def test_one_device_has_no_guard(entered: list[torch.device]) -> None:
 
 @pytest.mark.parametrize("module, name", LAUNCHERS)
 def test_every_launcher_is_guarded(module: str, name: str, entered: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first argument on cuda:1 and nothing else: the guard is entered before the launcher misses the others."""
+    """Inputs with a first tensor on cuda:1 and nothing else: the guard is entered before the launcher misses the others."""
     launcher = getattr(importlib.import_module(f"vlattn_fast.kernels.{module}"), name)
-    count = len(inspect.signature(launcher).parameters)
+    (inputs_type,) = {kind for field, kind in get_type_hints(launcher).items() if field != "return"}
     with contextlib.suppress(Exception):
-        launcher(on("cuda:1"), *(None,) * (count - 1))
+        launcher(inputs_type._make([on("cuda:1"), *[None] * (len(inputs_type._fields) - 1)]))
     assert entered[:1] == [torch.device("cuda:1")]
 
 

@@ -13,6 +13,7 @@ import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation
 from tests.helpers.ops.backends import F64, assert_refused
 from tests.helpers.ops.relevancy_cases import MASKS, check, tensors
+from vlattn_fast.backends.inputs import RelevancyStepInputs
 from vlattn_fast.kernels import relevancy_attention as kernels
 
 
@@ -93,8 +94,23 @@ def test_head_dims(d: int, dv: int) -> None:
 def test_no_partial_sum_is_larger_than_the_output_where_there_are_many_rows() -> None:
     rows, n, h = 130, 64, 8
     query, key, value, _ = tensors(n, h=h, kv=h, d=3, dv=3).values()
+    inputs = RelevancyStepInputs(
+        relevancy=torch.rand(1, rows, n),
+        query=query,
+        key=key,
+        value=value,
+        grad_output=value,
+        lse=None,
+        attn_mask=None,
+        key_mask=None,
+        rule="gradient",
+        row_normalize=False,
+        scale=1.0,
+        is_causal=False,
+        backend="triton",
+    )
     with LargestAllocation() as largest:
-        kernels.step(torch.rand(1, rows, n), query, key, value, value, None, None, None, "gradient", False, 1.0, False)
+        kernels.step(inputs)
     assert largest.bytes <= 4 * rows * n
 
 

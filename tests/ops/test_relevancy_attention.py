@@ -19,6 +19,7 @@ from tests.helpers.compare import as_dtype, assert_close_to, outputs_and_grads
 from tests.helpers.ops.backends import F64, HALVES, LOW, each, finest, on
 from tests.helpers.ops.relevancy_cases import BACKENDS, MASKS, RULES, WEIGHTS, call, check, cotangents, padding, tensors
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import head_mean
 from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.ops._dispatch import load
@@ -153,20 +154,36 @@ def test_either_gradient_alone(backend: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(out.sum(), leaf), sdpa)
 
 
+def backward_inputs(inputs: RelevancyAttentionInputs, **new: Any) -> RelevancyAttentionBackwardInputs:
+    """Those of the backward operator behind a forward pass on `inputs`."""
+    shared = {name: x for name, x in inputs._asdict().items() if name != "carrier"}
+    return RelevancyAttentionBackwardInputs(**shared, **new)
+
+
 @each("dtype", cpu=LOW[:2], triton=LOW[:2], cuda=LOW[:2])
 @pytest.mark.parametrize("rule, row_normalize", RULES)
 def test_what_nobody_asked_for_is_not_computed(rule: str, row_normalize: bool, backend: str, dtype: torch.dtype) -> None:
     """Every combination of cotangents and need_inputs gives what streaming gives, and None where that does."""
     module = load(TABLE, backend)
     query, key, value, carrier = tensors(20, dtype=dtype).values()
-    masks, options = (None, None), (rule, row_normalize, 0.3, True)
     weight = torch.rand(1, 20, dtype=carrier.dtype)
-    out, _, lse = module.forward(query, key, value, carrier, None, None, *masks, *options)
+    options = {"rule": rule, "row_normalize": row_normalize, "scale": 0.3, "is_causal": True, "backend": backend}
+    forward = RelevancyAttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        carrier=carrier,
+        residual_weight=None,
+        attention_weight=weight,
+        attn_mask=None,
+        key_mask=None,
+        **options,
+    )
+    out, _, lse = module.forward(forward)
     grads = (None, torch.randn_like(out)), (None, torch.rand_like(carrier)), (False, True)
     for grad_out, r, need in itertools.product(*grads):
-        args = (grad_out, r, query, key, value, out)
-        rest = (None, weight, *masks, *options, need)
-        ours, theirs = module.backward(*args, lse, *rest), streaming.backward(*args, lse.to(carrier.dtype), *rest)
+        inputs = backward_inputs(forward, grad_out=grad_out, grad_carrier=r, out=out, lse=lse, need_inputs=need)
+        ours, theirs = module.backward(inputs), streaming.backward(inputs._replace(lse=lse.to(carrier.dtype)))
         assert (ours[0] is None) == (grad_out is None or not need) and (ours[3] is None) == (r is None)
         for x, y in zip(ours, theirs, strict=True):
             assert (x is None) == (y is None)
@@ -184,9 +201,22 @@ def test_frozen_inputs(rule: str, row_normalize: bool, backend: str, dtype: torc
     query, key, value, carrier = tensors(36, dtype=dtype).values()
     r, grad_out = torch.rand_like(carrier), torch.randn(1, 2, 36, 5, dtype=dtype)
     options = {"rule": rule, "row_normalize": row_normalize}
-    out, _, lse = module.forward(query, key, value, carrier, None, None, None, None, rule, row_normalize, scale, False)
-    inputs = (query, key, value, out, lse, torch.zeros(1, 1, dtype=carrier.dtype), None, None, None)
-    got = module.backward(grad_out, r, *inputs, rule, row_normalize, scale, False, False)
+    inputs = RelevancyAttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        carrier=carrier,
+        residual_weight=torch.zeros(1, 1, dtype=carrier.dtype),
+        attention_weight=None,
+        attn_mask=None,
+        key_mask=None,
+        scale=scale,
+        is_causal=False,
+        backend=backend,
+        **options,
+    )
+    out, _, lse = module.forward(inputs)
+    got = module.backward(backward_inputs(inputs, grad_out=grad_out, grad_carrier=r, out=out, lse=lse, need_inputs=False))
     assert got[:3] == (None, None, None)
     exact = va.reference.relevancy_step(*(x.double() for x in (r, query, key, value, grad_out)), **options)
     assert_close_to(got[3], exact, va.reference.relevancy_step(r, query, key, value, grad_out, **options), what="frozen")

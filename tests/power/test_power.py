@@ -19,6 +19,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.streaming import _tiles, score_attention
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +39,7 @@ class Flaw:
 
 
 FORWARD_P, BACKWARD_P = "prob = probabilities(logits, compute_dtype(query))", "prob = probabilities(logits, dtype)"
-LSE = "lse[b, h, i] = logsumexp(logits)"
+LSE = "lse[b, h, i] = as_lse(logsumexp(logits), lse.dtype)"
 DELTA = "delta = (prob * grad_prob).sum(-1, keepdim=True)"
 LOGITS = "yield b, h, i, masks.apply(tile, shape, b, h, i)"
 PARTS = "parameter) * scale\n            yield"
@@ -117,14 +118,49 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, code: ModuleType, causal: bool) -> tuple[Tensor, Tensor]:
         ctx.code, ctx.causal = code, causal
-        out, lse = code.forward(query, key, value, None, None, None, None, "dot", 0.0, SCALE, 0.0, causal)
+        inputs = ScoreAttentionInputs(
+            query=query,
+            key=key,
+            value=value,
+            vector=None,
+            attn_mask=None,
+            key_mask=None,
+            seed=None,
+            score="dot",
+            parameter=0.0,
+            scale=SCALE,
+            dropout_p=0.0,
+            is_causal=causal,
+            backend="streaming",
+        )
+        out, lse = code.forward(inputs)
         ctx.save_for_backward(query, key, value, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        options = (None, None, None, None, "dot", 0.0, SCALE, 0.0, ctx.causal)
-        return *ctx.code.backward(grad_out, grad_lse, *ctx.saved_tensors, *options)[:3], None, None
+        query, key, value, out, lse = ctx.saved_tensors
+        inputs = ScoreAttentionBackwardInputs(
+            grad_out=grad_out,
+            grad_lse=grad_lse,
+            query=query,
+            key=key,
+            value=value,
+            out=out,
+            lse=lse,
+            vector=None,
+            attn_mask=None,
+            key_mask=None,
+            seed=None,
+            score="dot",
+            parameter=0.0,
+            scale=SCALE,
+            dropout_p=0.0,
+            is_causal=ctx.causal,
+            backend="streaming",
+        )
+        grad_q, grad_k, grad_v, _ = ctx.code.backward(inputs)
+        return grad_q, grad_k, grad_v, None, None
 
 
 def compare(flaw: Flaw, dtype: torch.dtype, edits: Mapping[str, str]) -> None:

@@ -197,12 +197,6 @@ def as_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.isinf(lse), lse, lse.clamp(-largest, largest)).to(dtype)
 
 
-def lse_dtype(query: Tensor, backend: str) -> torch.dtype:
-    """The dtype of the log-sum-exp that a backend's backward pass gets. The CPU's kernels keep it in float64, since
-    P = exp(logit - lse) is no more exact than it is."""
-    return torch.float64 if backend == "cpu" else compute_dtype(query)
-
-
 def pad_head_dim(*tensors: Tensor) -> list[Tensor]:
     """(B, H, *, D) tensors with zeros up to one D and a last stride of 1: what torch's fused CPU kernel asks for."""
     size = max(x.shape[3] for x in tensors)

@@ -2,7 +2,7 @@
 
 In: tensors, or a model whose attention is replaced or captured.
 Out: modules and context managers.
-Imports: attach, ops, backends.reference, backends.streaming, scores, _ground.
+Imports: attach, ops, backends.reference, scores, _ground.
 """
 
 from vlattn_fast.nn.capture_attention import AttentionCapture, capture_attention

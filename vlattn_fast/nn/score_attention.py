@@ -20,10 +20,10 @@ from vlattn_fast._ground.checks import (
     check_tensor,
     describe,
 )
-from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale, without_autocast
-from vlattn_fast.backends.streaming.attention_map import forward as streaming_map
+from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.attention_map import attention_map
+from vlattn_fast.ops.core_scores import core_map
 from vlattn_fast.ops.score_attention import score_attention
 
 FIXED = ("dot", "scaled_dot", "cosine")
@@ -209,9 +209,8 @@ class ScoreAttention(nn.Module):
         query, key, vector = cast_by_autocast(core.query, core.key, core.vector)
         if core.kind == "dot":
             return as_dtype(attention_map(query, key, scale=scale, backend=_map_backend(self.backend), **masks), query.dtype)
-        options = masks["attn_mask"], masks["key_mask"], "attention", "mean", False, scale, masks["is_causal"]
-        with without_autocast(query):
-            return as_dtype(streaming_map(query, key, None, None, None, *options, core.kind, vector, core.parameter), query.dtype)
+        core = core._replace(query=query, key=key, vector=vector)
+        return as_dtype(core_map(core, rule="attention", scale=scale, **masks), query.dtype)
 
     def _heads(self, name: str, x: Tensor, project: nn.Linear) -> Tensor:
         check_tensor(name, x, rank=3, shape="(B, tokens, features)" if self.batch_first else "(tokens, B, features)")

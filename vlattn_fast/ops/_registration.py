@@ -7,8 +7,9 @@ autograd.Function if a gradient is needed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import _C, Tensor
@@ -18,49 +19,64 @@ from vlattn_fast._ground.tensors import promised_layouts, without_autocast
 
 _LIBRARY = torch.library.Library("vlattn", "DEF")
 _SYMBOLIC = "_symbolic"  # suffix of an operator's twin, see `define`
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    str: "str",
+    str | None: "str?",
+    float: "float",
+    bool: "bool",
+    int: "SymInt",
+}
+_INPUTS: dict[str, type[Any]] = {}  # of each operator: the NamedTuple of what it takes
 _HAS_TWIN: set[str] = set()
 _FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}  # of each operator: backward and setup_context
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers `name(tensors, options) -> outputs`, the tensors first, for every device and returns the function that calls it.
+def define(name: str, inputs_type: type[Any], returns: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers the operator `name(inputs) -> returns` for every device and returns the function that calls it.
+
+    `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The function that is
+    returned, `implementation` and `fake` take one of it.
 
     torch.compile makes a graph for each value of a float that an operator takes. So an operator with floats gets a twin that
     takes 0-dim tensors in their places: compiled code calls it where a float varies.
     """
-    name = schema.split("(", 1)[0]
-    operator = _register(schema, implementation, fake)
-    arguments, returns = operator.default._schema.arguments, operator.default._schema.returns
-    floats = [i for i, x in enumerate(arguments) if str(x.type) == "float"]
-    num_tensors = sum("Tensor" in str(x.type) for x in arguments)
-    takes_lists, returns_lists = (any("List" in str(x.type) for x in each) for each in (arguments, returns))
+    types = {field: _TYPES[kind] for field, kind in get_type_hints(inputs_type).items()}
+    _INPUTS[name] = inputs_type
+    dispatched = _register(name, inputs_type, types, returns, implementation, fake)
+    floats = [field for field, kind in types.items() if kind == "float"]
+    num_tensors = sum("Tensor" in kind for kind in types.values())
+    takes_lists, returns_lists = "Tensor[]" in types.values(), "Tensor[]" in returns
     kernel = _below_autograd(implementation)
-    recorded = _autograd_function(name, kernel, num_tensors, takes_lists)
+    recorded = _autograd_function(name, kernel, list(types)[:num_tensors], takes_lists)
     twin: Any = None
     if floats:
 
-        def with_floats(*args: Any) -> Any:
-            return implementation(*(float(x) if i in floats else x for i, x in enumerate(args)))
+        def with_floats(inputs: Any) -> Any:
+            return implementation(inputs._replace(**{field: float(getattr(inputs, field)) for field in floats}))
 
         _HAS_TWIN.add(name)
-        twin = _register(schema.replace(name, name + _SYMBOLIC, 1).replace("float ", "Tensor "), with_floats, fake)
+        tensors_for_floats = {field: "Tensor" if kind == "float" else kind for field, kind in types.items()}
+        twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake)
 
-    def call(*args: Any) -> Any:
-        if twin is not None and isinstance(args[floats[0]], Tensor):  # the backward pass of the twin
-            return twin(*args)
+    def call(inputs: Any) -> Any:
+        if twin is not None and isinstance(getattr(inputs, floats[0]), Tensor):  # the backward pass of the twin
+            return twin(*inputs)
         if torch.compiler.is_compiling():
-            if any([varies(args[i]) for i in floats]):
+            if any([varies(getattr(inputs, field)) for field in floats]):
                 one = torch.ones((), dtype=torch.float64, device="cpu")  # times it: torch.compile makes a tensor of a product
-                return twin(*[one * x if i in floats else x for i, x in enumerate(args)])
-            return operator(*args)
-        tensors = _flat(args[:num_tensors]) if takes_lists else args[:num_tensors]
+                return twin(*[one * x if field in floats else x for field, x in zip(types, inputs, strict=True)])
+            return dispatched(*inputs)
+        tensors = _flat(inputs[:num_tensors]) if takes_lists else inputs[:num_tensors]
         if not (_HAS_FAST_PATH and _needs_only_autograd(tensors)):
-            return operator(*args)
+            return dispatched(*inputs)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*tensors)):
-            return kernel(*args)
+            return kernel(inputs)
         if returns_lists or _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
-            return operator(*args)  # an autograd.Function cannot return lists, and runs also where autograd is excluded
-        return recorded(*tensors, args)
+            return dispatched(*inputs)  # an autograd.Function cannot return lists, and runs also where autograd is excluded
+        return recorded(*tensors, inputs)
 
     return call
 
@@ -93,9 +109,9 @@ def _needs_only_autograd(tensors: Sequence[Tensor | None]) -> bool:
 def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel of the fast path: as in `_register` autocast is off, and no output is a view, since autograd tracks none."""
 
-    def kernel(*args: Any) -> Any:
+    def kernel(inputs: Any) -> Any:
         with _C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
-            return implementation(*args)
+            return implementation(inputs)
 
     return kernel
 
@@ -113,17 +129,21 @@ except AttributeError:  # a torch whose private functions have other names
     _HAS_FAST_PATH = False
 
 
-def _autograd_function(name: str, kernel: Callable[..., Any], num_tensors: int, takes_lists: bool) -> Callable[..., Any]:
-    """Calls the kernel in an autograd.Function with the operator's backward formula. Its inputs are the operator's tensors, those
-    of lists one by one, and then all arguments as one tuple, into which autograd does not look."""
+def _autograd_function(name: str, kernel: Callable[..., Any], tensor_fields: list[str], takes_lists: bool) -> Callable[..., Any]:
+    """Calls the kernel in an autograd.Function with the operator's backward formula. It takes the operator's tensors, those of
+    lists one by one, and then all inputs as one tuple, into which autograd does not look."""
 
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        outputs = kernel(*inputs[-1])
-        _FORMULAS[name][1](ctx, inputs[-1], outputs)
+    def forward(ctx: Any, *tensors_and_inputs: Any) -> Any:
+        *_, inputs = tensors_and_inputs
+        outputs = kernel(inputs)
+        _, setup_context = _FORMULAS[name]
+        setup_context(ctx, inputs, outputs)
         return outputs
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        of_tensors = _FORMULAS[name][0](ctx, *grads)[:num_tensors]
+        formula, _ = _FORMULAS[name]
+        by_field = formula(ctx, *grads)
+        of_tensors = [*map(by_field.get, tensor_fields)]
         return *(_flat(of_tensors) if takes_lists else of_tensors), None
 
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
@@ -136,26 +156,32 @@ def _flat(args: Sequence[Any]) -> list[Any]:
     return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
 
 
-def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The registered operator.
+def _register(
+    name: str,
+    inputs_type: type[Any],
+    types: dict[str, str],
+    returns: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> Any:
+    """The registered operator; `types` of the schema by field.
 
     Autocast is off inside: the public calls cast their arguments, and it would round the float32 products of a tile. No output
     is a view to autograd, whatever the backend made it from, so that a caller may edit it in place.
     """
-    name = schema.split("(", 1)[0]
+    schema = f"{name}({', '.join(f'{kind} {field}' for field, kind in types.items())}) -> {returns}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    operator = getattr(torch.ops.vlattn, name)
-    types = [str(x.type) for x in operator.default._schema.arguments]
-    first = next(i for i, x in enumerate(types) if x in ("Tensor", "List[Tensor]"))  # one that is never None
-    is_list = types[first] == "List[Tensor]"
+    first = next(field for field, kind in types.items() if kind in ("Tensor", "Tensor[]"))  # one that is never None
 
     def kernel(*args: Any) -> Any:
-        with promised_layouts(), without_autocast(args[first][0] if is_list else args[first]):
-            return _without_views(implementation(*args))
+        inputs = inputs_type(*args)
+        like, *_ = _flat([getattr(inputs, first)])
+        with promised_layouts(), without_autocast(like):
+            return _without_views(implementation(inputs))
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vlattn::{name}", fake, lib=_LIBRARY)
-    return operator
+    torch.library.register_fake(f"vlattn::{name}", lambda *args: fake(inputs_type(*args)), lib=_LIBRARY)
+    return getattr(torch.ops.vlattn, name)
 
 
 def _without_views(outputs: Any) -> Any:
@@ -168,17 +194,55 @@ def _without_views(outputs: Any) -> Any:
     return outputs.new_empty(0).set_(outputs.untyped_storage(), *place)
 
 
-def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Gives the operator and its twin their backward formula."""
+def differentiable(name: str, backward: Callable[..., dict[str, Any]], setup_context: Callable[..., None]) -> None:
+    """Gives the operator and its twin their backward formula: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`,
+    the gradients by the names of the inputs."""
+    inputs_type = _INPUTS[name]
     _FORMULAS[name] = backward, setup_context
+
+    def in_order(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        by_field = backward(ctx, *grads)
+        return tuple(map(by_field.get, inputs_type._fields))
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs_type(*inputs), output)
+
     for each in (name, name + _SYMBOLIC) if name in _HAS_TWIN else (name,):
-        torch.library.register_autograd(f"vlattn::{each}", backward, setup_context=setup_context, lib=_LIBRARY)
+        torch.library.register_autograd(f"vlattn::{each}", in_order, setup_context=setup, lib=_LIBRARY)
+
+
+class Saved:
+    """What an operator saves for its backward operator: the inputs that both have, and the `outputs` of these names. `grads` are
+    the fields of the backward operator that come with its call.
+
+    Tensors are saved where autograd watches them. Names are looked up here once: a backward pass waits for Python.
+    """
+
+    def __init__(self, forward_type: Any, backward_type: Any, *, outputs: Sequence[str] = (), grads: Sequence[str]) -> None:
+        types = get_type_hints(forward_type)
+        shared = [field for field in forward_type._fields if field in backward_type._fields]
+        tensors = [field for field in shared if types[field] in (Tensor, Tensor | None)]
+        options = [field for field in shared if field not in tensors]
+        self._tensors_of, self._options_of = operator.attrgetter(*tensors), operator.attrgetter(*options)
+        names = [*grads, *tensors, *outputs, *options]
+        self._in_order = operator.itemgetter(*[names.index(field) for field in backward_type._fields])
+        self._backward_type = backward_type
+
+    def save(self, ctx: Any, inputs: Any, *outputs: Tensor | None) -> None:
+        """For a setup_context."""
+        ctx.save_for_backward(*self._tensors_of(inputs), *outputs)
+        ctx.options = self._options_of(inputs)
+
+    def inputs(self, ctx: Any, *grads: Any) -> Any:
+        """Those of the backward operator."""
+        values = self._in_order((*grads, *ctx.saved_tensors, *ctx.options))
+        return tuple.__new__(self._backward_type, values)  # half a microsecond less than _make, which counts them
 
 
 def not_differentiable(name: str, why: str) -> None:
     """Makes a backward pass through the operator an error that says why, where torch would give silence or jargon."""
 
-    def backward(ctx: Any, *grads: Any) -> None:
+    def backward(ctx: Any, *grads: Any) -> dict[str, Any]:
         raise RuntimeError(f"vlattn::{name}: {why}")
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, check_masks, describe
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
-from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
+from vlattn_fast.ops._dispatch import Call, choose, load, make_call, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
 
@@ -113,12 +114,25 @@ def attention_map(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if not masks_padding(chosen):
+    if not BACKENDS[chosen].masks_padding:
         key, value = mask_padding(key_mask, key, value)
     query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
-    return _forward_op(
-        query, key, value, grad_output, lse, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, chosen
+    inputs = AttentionMapInputs(
+        query=query,
+        key=key,
+        value=value,
+        grad_output=grad_output,
+        lse=lse,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        rule=rule,
+        head_reduction=head_reduction,
+        row_normalize=row_normalize,
+        scale=scale,
+        is_causal=is_causal,
+        backend=chosen,
     )
+    return _forward_op(inputs)
 
 
 def describe_call(
@@ -170,21 +184,16 @@ def describe_call(
     )
 
 
-def _forward(*args: Any) -> Tensor:
-    return load(BACKENDS, args[-1]).forward(*args[:-1])
+def _forward(inputs: AttentionMapInputs) -> Tensor:
+    return load(BACKENDS, inputs.backend).forward(inputs)
 
 
-def _forward_fake(query: Tensor, key: Tensor, *_: Any) -> Tensor:
-    dtype = compute_dtype(query)
-    return query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=dtype)
+def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
+    query, key = inputs.query, inputs.key
+    return query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=compute_dtype(query))
 
 
-_forward_op = define(
-    "attention_map(Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, Tensor? attn_mask, "
-    "Tensor? key_mask, str rule, str head_reduction, bool row_normalize, float scale, bool is_causal, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-)
+_forward_op = define("attention_map", AttentionMapInputs, "Tensor", _forward, _forward_fake)
 not_differentiable(
     "attention_map",
     "attention_map has no gradient; detach query, key, value and grad_output, and to train on attention use "

@@ -24,12 +24,13 @@ from vlattn_fast._ground.checks import (
     readable,
 )
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, chosen_statistics
-from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
-from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.ops._dispatch import Call, choose, load, make_call, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 
-BACKENDS = table("attention_statistics")
+BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "rows")})
 STATISTICS = AttentionStatistics._fields
 OUTPUTS = (*STATISTICS, "rows")  # of the operator; rows (2, B, H, N): what else a backend keeps for its backward pass
 
@@ -117,34 +118,35 @@ def attention_statistics(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if not masks_padding(chosen):
+    if not BACKENDS[chosen].masks_padding:
         (key,) = mask_padding(key_mask, key)
     query, key = cast_by_autocast(query, key)
     if key_groups is not None:
         key_groups = key_groups.expand(key.shape[0], -1)
     if row_weight is not None:
         row_weight = row_weight.to(compute_dtype(query)).expand(query.shape[0], -1)
-    inputs = (query, key) if row_weight is None else (query, key, row_weight)
-    differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
+    leaves = (query, key) if row_weight is None else (query, key, row_weight)
+    differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in leaves])
     needed = list(asked)
-    if differentiated and ("maximum" in asked or chosen == "cpu"):
-        needed.append("argmax")  # the backward pass reads it
-    if differentiated and chosen == "triton":
-        needed += ["maximum", "rows"]
-    outputs = _forward_op(
-        query,
-        key,
-        key_groups,
-        row_weight,
-        attn_mask,
-        key_mask,
-        num_groups if "mass" in asked else 0,
-        " ".join([name for name in OUTPUTS if name in needed]),
-        scale,
-        is_causal,
-        chosen,
+    if differentiated:
+        needed += BACKENDS[chosen].saves
+        if "maximum" in asked:
+            needed.append("argmax")  # its gradient goes there
+    inputs = AttentionStatisticsInputs(
+        query=query,
+        key=key,
+        key_groups=key_groups,
+        row_weight=row_weight,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        num_groups=num_groups if "mass" in asked else 0,
+        statistics=" ".join([name for name in OUTPUTS if name in needed]),
+        scale=scale,
+        is_causal=is_causal,
+        backend=chosen,
     )
-    return chosen_statistics(outputs[: len(STATISTICS)], asked)
+    *statistics_of_rows, _ = _forward_op(inputs)
+    return chosen_statistics(tuple(statistics_of_rows), asked)
 
 
 def describe_call(
@@ -235,11 +237,10 @@ def _range(groups: Tensor) -> tuple[int, int]:
     return tuple(torch.stack([low, high]).tolist())  # one transfer
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
+def _forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
     """Empty tensors stand for outputs that are not asked for."""
-    *inputs, statistics, scale, is_causal, backend = args
-    query, asked = inputs[0], statistics.split()
-    outputs = load(BACKENDS, backend).forward(*inputs, asked, scale, is_causal)
+    query, asked = inputs.query, inputs.statistics.split()
+    outputs = load(BACKENDS, inputs.backend).forward(inputs)
     return tuple(
         [x if name in asked else query.new_empty(0, dtype=_dtype(name, query)) for name, x in zip(OUTPUTS, outputs, strict=True)]
     )
@@ -249,103 +250,67 @@ def _dtype(name: str, query: Tensor) -> torch.dtype:
     return torch.int64 if name == "argmax" else compute_dtype(query)
 
 
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    key_groups: Any,
-    row_weight: Any,
-    attn_mask: Any,
-    key_mask: Any,
-    num_groups: int,
-    statistics: str,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    rows, asked = query.shape[:3], statistics.split()
-    shapes = {"mass": (*rows, num_groups), "received": (*rows[:2], key.shape[2]), "rows": (2, *rows)}
+def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
+    query, asked = inputs.query, inputs.statistics.split()
+    rows = query.shape[:3]
+    shapes = {"mass": (*rows, inputs.num_groups), "received": (*rows[:2], inputs.key.shape[2]), "rows": (2, *rows)}
     return tuple(
         query.new_empty(shapes.get(name, rows) if name in asked else (0,), dtype=_dtype(name, query)) for name in OUTPUTS
     )
 
 
-def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, row_weight = (*args[4:6], args[11])
+def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, row_weight = inputs.query, inputs.key, inputs.row_weight
     if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
         grad_q, grad_k = query.new_zeros(query.shape), key.new_zeros(key.shape)
         grad_weight = None if row_weight is None else row_weight.new_zeros(row_weight.shape)
     else:
-        grad_q, grad_k, grad_weight = load(BACKENDS, args[-1]).backward(*args[:-1])
+        grad_q, grad_k, grad_weight = load(BACKENDS, inputs.backend).backward(inputs)
     return grad_q, grad_k, grad_q.new_empty(0) if grad_weight is None else grad_weight
 
 
-def _backward_fake(
-    grad_mass: Any,
-    grad_entropy: Any,
-    grad_maximum: Any,
-    grad_received: Any,
-    query: Tensor,
-    key: Tensor,
-    mass: Any,
-    maximum: Any,
-    argmax: Any,
-    rows: Any,
-    key_groups: Any,
-    row_weight: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, row_weight = inputs.query, inputs.key, inputs.row_weight
     grad_weight = query.new_empty(0) if row_weight is None else row_weight.new_empty(row_weight.shape)
     return query.new_empty(query.shape), key.new_empty(key.shape), grad_weight
 
 
-_TENSORS = "Tensor? key_groups, Tensor? row_weight, Tensor? attn_mask, Tensor? key_mask"
-_OPTIONS = "float scale, bool is_causal, str backend"
 _forward_op = define(
-    f"attention_statistics(Tensor query, Tensor key, {_TENSORS}, SymInt num_groups, str statistics, {_OPTIONS}) "
-    "-> (Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor rows)",
+    "attention_statistics",
+    AttentionStatisticsInputs,
+    "(Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor rows)",
     _forward,
     _forward_fake,
 )
 _backward_op = define(
-    "attention_statistics_backward(Tensor? grad_mass, Tensor? grad_entropy, Tensor? grad_maximum, Tensor? grad_received, "
-    f"Tensor query, Tensor key, Tensor? mass, Tensor? maximum, Tensor argmax, Tensor? rows, {_TENSORS}, SymInt num_groups, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    "attention_statistics_backward", AttentionStatisticsBackwardInputs, "(Tensor, Tensor, Tensor)", _backward, _backward_fake
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.num_groups, _, ctx.scale, ctx.is_causal, ctx.backend = inputs
+_saved = Saved(
+    AttentionStatisticsInputs,
+    AttentionStatisticsBackwardInputs,
+    outputs=("mass", "maximum", "argmax", "rows"),
+    grads=("grad_mass", "grad_entropy", "grad_maximum", "grad_received"),
+)
+
+
+def _setup_context(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
     mass, _, maximum, argmax, _, rows = output
-    ctx.save_for_backward(*tensors, argmax, *((mass, maximum, rows) if ctx.backend == "triton" else (None, None, None)))
     ctx.mark_non_differentiable(argmax, rows)
     ctx.set_materialize_grads(False)
+    if "rows" in BACKENDS[inputs.backend].saves:
+        _saved.save(ctx, inputs, mass, maximum, argmax, rows)
+    else:
+        _saved.save(ctx, inputs, None, None, argmax, None)
 
 
 def _autograd(
     ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any, __: Any
-) -> tuple[Any, ...]:
-    query, key, key_groups, row_weight, attn_mask, key_mask, argmax, mass, maximum, rows = ctx.saved_tensors
-    grad_q, grad_k, grad_weight = _backward_op(
-        grad_mass,
-        grad_entropy,
-        grad_maximum,
-        grad_received,
-        query,
-        key,
-        mass,
-        maximum,
-        argmax,
-        rows,
-        key_groups,
-        row_weight,
-        attn_mask,
-        key_mask,
-        ctx.num_groups,
-        ctx.scale,
-        ctx.is_causal,
-        ctx.backend,
-    )
-    return grad_q, grad_k, None, None if row_weight is None else grad_weight, *(None,) * 7
+) -> dict[str, Any]:
+    inputs: AttentionStatisticsBackwardInputs = _saved.inputs(ctx, grad_mass, grad_entropy, grad_maximum, grad_received)
+    grad_q, grad_k, grad_weight = _backward_op(inputs)
+    return {"query": grad_q, "key": grad_k, "row_weight": None if inputs.row_weight is None else grad_weight}
 
 
 differentiable("attention_statistics", _autograd, _setup_context)

@@ -14,8 +14,9 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_not_batched, check_tensor, describe
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.cpu.congruence_loss import maps_shape
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs, num_gradients
-from vlattn_fast.ops._dispatch import Call, load, make_call, masks_padding, select, table
+from vlattn_fast.ops._dispatch import Call, load, make_call, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 
 
@@ -31,7 +32,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("congruence_loss", triton=_triton_limits, cuda=_cuda_limits)
+BACKENDS = table("congruence_loss", triton=_triton_limits, cuda=_cuda_limits, saves={"cpu": ("maps",)})
 
 
 def congruence_loss(
@@ -103,10 +104,20 @@ def congruence_loss(
         return loss
     if cross is not None:
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
-    masks = (None, None) if masks_padding(chosen) else (text_mask, image_mask)
+    masks = (None, None) if BACKENDS[chosen].masks_padding else (text_mask, image_mask)
     queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *masks)
     check_not_batched("tensors of congruence_loss", "backend='reference' takes them", *queries, *keys, text_mask, image_mask)
-    loss, _ = _forward_op(queries, keys, text_mask, image_mask, kind, direction, scale, chosen)
+    inputs = CongruenceLossInputs(
+        queries=queries,
+        keys=keys,
+        text_mask=text_mask,
+        image_mask=image_mask,
+        kind=kind,
+        direction=direction,
+        scale=scale,
+        backend=chosen,
+    )
+    loss, _ = _forward_op(inputs)
     if reduction == "none":
         return loss
     return loss.mean() if loss.shape[0] else loss.sum()
@@ -172,55 +183,64 @@ def _check_pair(name: str, x: Any, legend: str) -> None:
         raise TypeError(f"{name} must be the pair {legend}; got {describe(x)}")
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    return load(BACKENDS, args[-1]).forward(*args[:-1])
+def _forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
+    return load(BACKENDS, inputs.backend).forward(inputs)
 
 
-def _forward_fake(queries: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
-    (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
-    loss = queries[0].new_empty(batch, dtype=compute_dtype(queries[0]))
-    return loss, loss.new_empty(maps_shape(batch, L, V) if options[-1] == "cpu" else 0)
+def _forward_fake(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
+    text, image, *_ = inputs.queries
+    (batch, _, L, _), V = text.shape, image.shape[2]
+    loss = text.new_empty(batch, dtype=compute_dtype(text))
+    return loss, loss.new_empty(maps_shape(batch, L, V) if "maps" in BACKENDS[inputs.backend].saves else 0)
 
 
-def _backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    return load(BACKENDS, args[-1]).backward(*args[:-1])
+def _backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
+    return load(BACKENDS, inputs.backend).backward(inputs)
 
 
-def _backward_fake(
-    grad_loss: Tensor, maps: Tensor, queries: list[Tensor], keys: list[Tensor], *options: Any
-) -> tuple[list[Tensor], list[Tensor]]:
-    n = num_gradients(options[2])
-    return [x.new_empty(x.shape) for x in queries[:n]], [x.new_empty(x.shape) for x in keys[:n]]
+def _backward_fake(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
+    n = num_gradients(inputs.kind)
+    return [x.new_empty(x.shape) for x in inputs.queries[:n]], [x.new_empty(x.shape) for x in inputs.keys[:n]]
 
 
-_INPUTS = (
-    "Tensor[] queries, Tensor[] keys, Tensor? text_mask, Tensor? image_mask, str kind, str direction, float scale, str backend"
-)
 # `maps`: what the backend keeps of its forward pass for the backward pass, without a head axis; empty where it recomputes
-_forward_op = define(f"congruence_loss({_INPUTS}) -> (Tensor loss, Tensor maps)", _forward, _forward_fake)
+_forward_op = define("congruence_loss", CongruenceLossInputs, "(Tensor loss, Tensor maps)", _forward, _forward_fake)
 _backward_op = define(
-    f"congruence_loss_backward(Tensor grad_loss, Tensor maps, {_INPUTS}) -> (Tensor[] grad_queries, Tensor[] grad_keys)",
+    "congruence_loss_backward",
+    CongruenceLossBackwardInputs,
+    "(Tensor[] grad_queries, Tensor[] grad_keys)",
     _backward,
     _backward_fake,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    queries, keys, text_mask, image_mask, ctx.kind, ctx.direction, ctx.scale, ctx.backend = inputs
-    maps = output[1]
+def _setup_context(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor, Tensor]) -> None:
+    _, maps = output
     ctx.mark_non_differentiable(maps)
     ctx.set_materialize_grads(False)  # else zeros as large as the maps
-    ctx.save_for_backward(*queries, *keys, text_mask, image_mask, maps)
+    ctx.save_for_backward(*inputs.queries, *inputs.keys, inputs.text_mask, inputs.image_mask, maps)
+    ctx.kind, ctx.direction, ctx.scale, ctx.backend = inputs.kind, inputs.direction, inputs.scale, inputs.backend
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> dict[str, Any]:
     if grad_loss is None:  # the loss has no part in what is differentiated
-        return [None] * 4, [None] * 4, *(None,) * 6
-    *tensors, text_mask, image_mask, maps = ctx.saved_tensors
-    inputs = maps, tensors[:4], tensors[4:], text_mask, image_mask
-    grad_queries, grad_keys = _backward_op(grad_loss, *inputs, ctx.kind, ctx.direction, ctx.scale, ctx.backend)
+        return {"queries": [None] * 4, "keys": [None] * 4}
+    *blocks, text_mask, image_mask, maps = ctx.saved_tensors
+    inputs = CongruenceLossBackwardInputs(
+        grad_loss=grad_loss,
+        maps=maps,
+        queries=blocks[:4],
+        keys=blocks[4:],
+        text_mask=text_mask,
+        image_mask=image_mask,
+        kind=ctx.kind,
+        direction=ctx.direction,
+        scale=ctx.scale,
+        backend=ctx.backend,
+    )
+    grad_queries, grad_keys = _backward_op(inputs)
     none = [None] * (4 - len(grad_queries))
-    return [*grad_queries, *none], [*grad_keys, *none], *(None,) * 6
+    return {"queries": [*grad_queries, *none], "keys": [*grad_keys, *none]}
 
 
 differentiable("congruence_loss", _autograd, _setup_context)

@@ -32,16 +32,16 @@ from vlattn_fast._ground.tensors import (
     cast_by_autocast,
     compute_dtype,
     empty_rows_first,
-    lse_dtype,
     mask_padding,
     resolve_scale,
     rows_first,
     scaled_dot_default,
 )
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
-from vlattn_fast.ops._registration import define, differentiable, not_differentiable, once_differentiable
+from vlattn_fast.ops._dispatch import Call, choose, load, lse_dtype, make_call, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
 
 
@@ -116,7 +116,8 @@ def relevancy_attention(
     """
     tensors = query, key, value, carrier, attn_mask, key_mask
     chosen = choose(describe_call, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
-    weights = [_weight("residual_weight", residual_weight, carrier), _weight("attention_weight", attention_weight, carrier)]
+    of_residual = _weight("residual_weight", residual_weight, carrier)
+    of_attention = _weight("attention_weight", attention_weight, carrier)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     query, key, value = cast_by_autocast(query, key, value)
     if chosen == "reference":
@@ -135,11 +136,24 @@ def relevancy_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if not masks_padding(chosen):
+    if not BACKENDS[chosen].masks_padding:
         key, value = mask_padding(key_mask, key, value)
-    out, carrier, _ = _forward_op(
-        query, key, value, carrier, *weights, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
+    inputs = RelevancyAttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        carrier=carrier,
+        residual_weight=of_residual,
+        attention_weight=of_attention,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        rule=rule,
+        row_normalize=row_normalize,
+        scale=scale,
+        is_causal=is_causal,
+        backend=chosen,
     )
+    out, carrier, _ = _forward_op(inputs)
     return out, carrier
 
 
@@ -219,11 +233,24 @@ def relevancy_step(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if not masks_padding(chosen):
+    if not BACKENDS[chosen].masks_padding:
         key, value = mask_padding(key_mask, key, value)
-    return _step_op(
-        relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, chosen
+    inputs = RelevancyStepInputs(
+        relevancy=relevancy,
+        query=query,
+        key=key,
+        value=value,
+        grad_output=grad_output,
+        lse=lse,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        rule=rule,
+        row_normalize=row_normalize,
+        scale=scale,
+        is_causal=is_causal,
+        backend=chosen,
     )
+    return _step_op(inputs)
 
 
 def _describe(
@@ -301,86 +328,77 @@ def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
     return weight.to(carrier.dtype)
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out, carrier, lse = load(BACKENDS, args[-1]).forward(*args[:-1])
+def _forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    out, carrier, lse = load(BACKENDS, inputs.backend).forward(inputs)
     return rows_first(out), carrier.contiguous(), lse.contiguous()
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, carrier: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out = empty_rows_first(query, query.shape[1], query.shape[2], value.shape[3])
-    return out, carrier.new_empty(carrier.shape), query.new_empty(query.shape[:3], dtype=lse_dtype(query, rest[-1]))
+def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    query, carrier = inputs.query, inputs.carrier
+    out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query))
+    return out, carrier.new_empty(carrier.shape), lse
 
 
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, backend = args
-    *grads, grad_carrier = load(BACKENDS, backend).backward(*inputs)
-    grads = [inputs[2].new_empty(0) if x is None else as_gradient(x, like) for x, like in zip(grads, inputs[2:5], strict=True)]
-    return *grads, inputs[2].new_empty(0) if grad_carrier is None else grad_carrier.contiguous()
+def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
+    *grads, grad_carrier = load(BACKENDS, inputs.backend).backward(inputs)
+    empty, like = inputs.query.new_empty, (inputs.query, inputs.key, inputs.value)
+    grads = [empty(0) if grad is None else as_gradient(grad, x) for grad, x in zip(grads, like, strict=True)]
+    return *grads, empty(0) if grad_carrier is None else grad_carrier.contiguous()
 
 
-def _backward_fake(
-    grad_out: Tensor | None, grad_carrier: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    need_inputs = rest[-2] and grad_out is not None
+def _backward_fake(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
+    query, key, value, grad_carrier = inputs.query, inputs.key, inputs.value, inputs.grad_carrier
+    need_inputs = inputs.need_inputs and inputs.grad_out is not None
     grads = [empty_rows_first(x, *x.shape[1:]) if need_inputs else x.new_empty(0) for x in (query, key, value)]
     return *grads, query.new_empty(0) if grad_carrier is None else grad_carrier.new_empty(grad_carrier.shape)
 
 
-def _step(*args: Any) -> Tensor:
-    return load(BACKENDS, args[-1]).step(*args[:-1])
+def _step(inputs: RelevancyStepInputs) -> Tensor:
+    return load(BACKENDS, inputs.backend).step(inputs)
 
 
-def _step_fake(relevancy: Tensor, query: Tensor, key: Tensor, *_: Any) -> Tensor:
-    return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], key.shape[2])
+def _step_fake(inputs: RelevancyStepInputs) -> Tensor:
+    relevancy = inputs.relevancy
+    return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], inputs.key.shape[2])
 
 
-_MASKS = "Tensor? attn_mask, Tensor? key_mask"
-_OPTIONS = "str rule, bool row_normalize, float scale, bool is_causal"
-_WEIGHTS = "Tensor? residual_weight, Tensor? attention_weight"
 _forward_op = define(
-    f"relevancy_attention(Tensor query, Tensor key, Tensor value, Tensor carrier, {_WEIGHTS}, {_MASKS}, {_OPTIONS}, "
-    "str backend) -> (Tensor out, Tensor carrier_out, Tensor lse)",
-    _forward,
-    _forward_fake,
+    "relevancy_attention", RelevancyAttentionInputs, "(Tensor out, Tensor carrier_out, Tensor lse)", _forward, _forward_fake
 )
 _backward_op = define(
-    "relevancy_attention_backward(Tensor? grad_out, Tensor? grad_carrier, Tensor query, Tensor key, Tensor value, "
-    f"Tensor out, Tensor lse, {_WEIGHTS}, {_MASKS}, {_OPTIONS}, bool need_inputs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "relevancy_attention_backward",
+    RelevancyAttentionBackwardInputs,
+    "(Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-_step_op = define(
-    "relevancy_step(Tensor relevancy, Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, "
-    f"{_MASKS}, {_OPTIONS}, str backend) -> Tensor",
-    _step,
-    _step_fake,
+_step_op = define("relevancy_step", RelevancyStepInputs, "Tensor", _step, _step_fake)
+
+
+_saved = Saved(
+    RelevancyAttentionInputs,
+    RelevancyAttentionBackwardInputs,
+    outputs=("out", "lse"),
+    grads=("grad_out", "grad_carrier", "need_inputs"),
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, _, *tensors, ctx.rule, ctx.row_normalize, ctx.scale, ctx.is_causal, ctx.backend = inputs
+def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
     out, _, lse = output
-    ctx.save_for_backward(query, key, value, out, lse, *tensors)
+    _saved.save(ctx, inputs, out, lse)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    need_inputs = grad_out is not None and any(ctx.needs_input_grad[:3])
-    if not ctx.needs_input_grad[3]:
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: Tensor | None) -> dict[str, Any]:
+    need_query, need_key, need_value, need_carrier, *_ = ctx.needs_input_grad
+    need_inputs = grad_out is not None and (need_query or need_key or need_value)
+    if not need_carrier:
         grad_carrier = None
-    *grads, carrier_cotangent = _backward_op(
-        grad_out,
-        grad_carrier,
-        *ctx.saved_tensors,
-        ctx.rule,
-        ctx.row_normalize,
-        ctx.scale,
-        ctx.is_causal,
-        need_inputs,
-        ctx.backend,
-    )
-    return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else carrier_cotangent, *(None,) * 9
+    inputs = _saved.inputs(ctx, grad_out, grad_carrier, need_inputs)
+    grad_q, grad_k, grad_v, carrier_cotangent = _backward_op(inputs)
+    grads = {"query": grad_q, "key": grad_k, "value": grad_v} if need_inputs else {}
+    return grads if grad_carrier is None else {**grads, "carrier": carrier_cotangent}
 
 
 differentiable("relevancy_attention", _autograd, _setup_context)

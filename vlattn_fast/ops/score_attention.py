@@ -29,15 +29,15 @@ from vlattn_fast._ground.tensors import (
     cast_by_autocast,
     compute_dtype,
     empty_rows_first,
-    lse_dtype,
     mask_padding,
     resolve_scale,
     rows_first,
     without_autocast,
 )
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.sdpa import score_attention as sdpa
-from vlattn_fast.ops._dispatch import Call, choose, load, make_call, masks_padding, table
-from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.ops._dispatch import Call, choose, load, lse_dtype, make_call, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 
 
@@ -169,9 +169,10 @@ def score_attention(
             enable_gqa=enable_gqa,
             return_lse=return_lse,
         )
-    if not masks_padding(chosen):
+    masks_padding = BACKENDS[chosen].masks_padding
+    if not masks_padding:
         (value,) = mask_padding(key_mask, value)
-    if not masks_padding(chosen) or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
+    if not masks_padding or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
         (key,) = mask_padding(key_mask, key, fill=score.masked_key)
     core = score.core(query, key)
     query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)
@@ -183,21 +184,22 @@ def score_attention(
             out = sdpa.attention(query, key, value, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
-        out, lse = _forward_op(
-            query,
-            key,
-            value,
-            vector,
-            attn_mask,
-            key_mask,
-            seed,
-            core.kind,
-            core.parameter,
-            scale,
-            float(dropout_p),
-            is_causal,
-            chosen,
+        inputs = ScoreAttentionInputs(
+            query=query,
+            key=key,
+            value=value,
+            vector=vector,
+            attn_mask=attn_mask,
+            key_mask=key_mask,
+            seed=seed,
+            score=core.kind,
+            parameter=core.parameter,
+            scale=scale,
+            dropout_p=float(dropout_p),
+            is_causal=is_causal,
+            backend=chosen,
         )
+        out, lse = _forward_op(inputs)
     out = as_dtype(out, out_dtype)
     if isinstance(core.offset, Tensor) and (core.offset.requires_grad or is_jit_traced()):
         # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
@@ -266,88 +268,55 @@ def describe_call(
     )
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    out, lse = load(BACKENDS, args[-1]).forward(*args[:-1])
+def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
+    out, lse = load(BACKENDS, inputs.backend).forward(inputs)
     return rows_first(out), lse.contiguous()
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out = empty_rows_first(query, query.shape[1], query.shape[2], value.shape[3])
-    return out, query.new_empty(query.shape[:3], dtype=lse_dtype(query, rest[-1]))
+def _forward_fake(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
+    query = inputs.query
+    out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
+    return out, query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query))
 
 
-def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, key, value, vector = (*args[2:5], args[7])
+def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, value, vector = inputs.query, inputs.key, inputs.value, inputs.vector
     if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (query, key, value))
         grad_vector = None if vector is None else torch.zeros_like(vector)
     else:
-        grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, args[-1]).backward(*args[:-1])
-    grads = [as_gradient(grad, x) for grad, x in zip((grad_q, grad_k, grad_v), (query, key, value), strict=True)]
-    return grads[0], grads[1], grads[2], grad_q.new_empty(0) if grad_vector is None else grad_vector
+        grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, inputs.backend).backward(inputs)
+    grads = as_gradient(grad_q, query), as_gradient(grad_k, key), as_gradient(grad_v, value)
+    return *grads, grad_q.new_empty(0) if grad_vector is None else grad_vector
 
 
-def _backward_fake(
-    grad_out: Tensor,
-    grad_lse: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    vector: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [empty_rows_first(x, *x.shape[1:]) for x in (query, key, value)]
-    return grads[0], grads[1], grads[2], query.new_empty(0 if vector is None else vector.shape)
+def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, value, vector = inputs.query, inputs.key, inputs.value, inputs.vector
+    grad_q, grad_k, grad_v = (empty_rows_first(x, *x.shape[1:]) for x in (query, key, value))
+    return grad_q, grad_k, grad_v, query.new_empty(0 if vector is None else vector.shape)
 
 
-_OPTIONS = "str score, float parameter, float scale, float dropout_p, bool is_causal, str backend"
-_forward_op = define(
-    "score_attention(Tensor query, Tensor key, Tensor value, Tensor? vector, Tensor? attn_mask, Tensor? key_mask, "
-    f"Tensor? seed, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-    _forward,
-    _forward_fake,
-)
+_forward_op = define("score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", _forward, _forward_fake)
 _backward_op = define(
-    "score_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    f"Tensor lse, Tensor? vector, Tensor? attn_mask, Tensor? key_mask, Tensor? seed, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    "score_attention_backward", ScoreAttentionBackwardInputs, "(Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.score, ctx.parameter, ctx.scale, ctx.dropout_p, ctx.is_causal, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+_saved = Saved(ScoreAttentionInputs, ScoreAttentionBackwardInputs, outputs=("out", "lse"), grads=("grad_out", "grad_lse"))
+
+
+def _setup_context(ctx: Any, inputs: ScoreAttentionInputs, output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    _saved.save(ctx, inputs, out, lse)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, vector, attn_mask, key_mask, seed, out, lse = ctx.saved_tensors
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> dict[str, Any]:
+    inputs: ScoreAttentionBackwardInputs = _saved.inputs(ctx, grad_out, grad_lse)
     if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grad_q, grad_k, grad_v, grad_vector = _backward_op(
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        vector,
-        attn_mask,
-        key_mask,
-        seed,
-        ctx.score,
-        ctx.parameter,
-        ctx.scale,
-        ctx.dropout_p,
-        ctx.is_causal,
-        ctx.backend,
-    )
-    return grad_q, grad_k, grad_v, None if vector is None else grad_vector, *(None,) * 9
+        inputs = inputs._replace(grad_out=torch.zeros_like(inputs.out))
+    grad_q, grad_k, grad_v, grad_vector = _backward_op(inputs)
+    return {"query": grad_q, "key": grad_k, "value": grad_v, "vector": None if inputs.vector is None else grad_vector}
 
 
 differentiable("score_attention", _autograd, _setup_context)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, without_autocast
+from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 from vlattn_fast.ops._dispatch import Call, load, make_call, select, table
-from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 
 
 def _triton_limits(call: Call) -> list[tuple[str, bool]]:
@@ -24,7 +25,7 @@ def _triton_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("stacked_cross_attention", triton=_triton_limits)
+BACKENDS = table("stacked_cross_attention", triton=_triton_limits, mask_padding=("cpu",))
 
 
 def stacked_cross_attention(
@@ -100,20 +101,21 @@ def stacked_cross_attention(
                 aggregation=aggregation,
                 lambda_lse=lambda_lse,
             )
-    if chosen != "cpu":  # its kernels read no padding
+    if not BACKENDS[chosen].masks_padding:
         images, captions = _mask_padding(images, image_lengths), _mask_padding(captions, caption_lengths)
-    return _forward_op(
-        images,
-        captions,
-        caption_lengths,
-        image_lengths,
-        direction,
-        first_norm,
-        float(smooth),
-        aggregation,
-        float(lambda_lse),
-        chosen,
+    inputs = StackedCrossAttentionInputs(
+        images=images,
+        captions=captions,
+        caption_lengths=caption_lengths,
+        image_lengths=image_lengths,
+        direction=direction,
+        first_norm=first_norm,
+        smooth=float(smooth),
+        aggregation=aggregation,
+        lambda_lse=float(lambda_lse),
+        backend=chosen,
     )
+    return _forward_op(inputs)
 
 
 def damsm_similarity(
@@ -236,41 +238,39 @@ def _mask_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.where(visible[..., None], x, 0.0)
 
 
-def _forward(*args: Any) -> Tensor:
-    return load(BACKENDS, args[-1]).forward(*args[:-1])
+def _forward(inputs: StackedCrossAttentionInputs) -> Tensor:
+    return load(BACKENDS, inputs.backend).forward(inputs)
 
 
-def _forward_fake(images: Tensor, captions: Tensor, *_: Any) -> Tensor:
-    dtype = compute_dtype(images)
-    return images.new_empty(images.shape[0], captions.shape[0], dtype=dtype)
+def _forward_fake(inputs: StackedCrossAttentionInputs) -> Tensor:
+    images, captions = inputs.images, inputs.captions
+    return images.new_empty(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
 
 
-def _backward(*args: Any) -> tuple[Tensor, Tensor]:
-    return load(BACKENDS, args[-1]).backward(*args[:-1])
+def _backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tensor]:
+    return load(BACKENDS, inputs.backend).backward(inputs)
 
 
-def _backward_fake(grad_similarity: Tensor, images: Tensor, captions: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return images.new_empty(images.shape), captions.new_empty(captions.shape)
+def _backward_fake(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tensor]:
+    return inputs.images.new_empty(inputs.images.shape), inputs.captions.new_empty(inputs.captions.shape)
 
 
-_ARGUMENTS = (
-    "Tensor images, Tensor captions, Tensor? caption_lengths, Tensor? image_lengths, str direction, str? first_norm, "
-    "float smooth, str aggregation, float lambda_lse, str backend"
-)
-_forward_op = define(f"stacked_cross_attention({_ARGUMENTS}) -> Tensor", _forward, _forward_fake)
+_forward_op = define("stacked_cross_attention", StackedCrossAttentionInputs, "Tensor", _forward, _forward_fake)
 _backward_op = define(
-    f"stacked_cross_attention_backward(Tensor grad_similarity, {_ARGUMENTS}) -> (Tensor, Tensor)", _backward, _backward_fake
+    "stacked_cross_attention_backward", StackedCrossAttentionBackwardInputs, "(Tensor, Tensor)", _backward, _backward_fake
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
+_saved = Saved(StackedCrossAttentionInputs, StackedCrossAttentionBackwardInputs, grads=("grad_similarity",))
 
 
-def _autograd(ctx: Any, grad_similarity: Tensor) -> tuple[Any, ...]:
-    grad_images, grad_captions = _backward_op(grad_similarity, *ctx.saved_tensors, *ctx.options)
-    return grad_images, grad_captions, *(None,) * 8
+def _setup_context(ctx: Any, inputs: StackedCrossAttentionInputs, output: Tensor) -> None:
+    _saved.save(ctx, inputs)
+
+
+def _autograd(ctx: Any, grad_similarity: Tensor) -> dict[str, Any]:
+    grad_images, grad_captions = _backward_op(_saved.inputs(ctx, grad_similarity))
+    return {"images": grad_images, "captions": grad_captions}
 
 
 differentiable("stacked_cross_attention", _autograd, _setup_context)

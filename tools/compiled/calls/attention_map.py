@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.kernels import attention_map
 
 
@@ -25,7 +26,20 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False, lse: bool = False) -> None:
     """At the sizes of UNITER, LXMERT and CLIP ViT-L/14@336."""
     q, k, v, do = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
-    given = (v, do) if rule == "gradient" else (None, None)
-    masks = (torch.zeros(length, length), torch.ones(1, length, dtype=torch.bool)) if masked else (None, None)
-    rows = torch.empty(1, 16, length) if lse else None
-    attention_map.forward(q, k, *given, rows, *masks, rule, "max" if masked else "mean", masked, 0.125, masked)
+    gradient = rule == "gradient"
+    inputs = AttentionMapInputs(
+        query=q,
+        key=k,
+        value=v if gradient else None,
+        grad_output=do if gradient else None,
+        lse=torch.empty(1, 16, length) if lse else None,
+        attn_mask=torch.zeros(length, length) if masked else None,
+        key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
+        rule=rule,
+        head_reduction="max" if masked else "mean",
+        row_normalize=masked,
+        scale=0.125,
+        is_causal=masked,
+        backend="triton",
+    )
+    attention_map.forward(inputs)

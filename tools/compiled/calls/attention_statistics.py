@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.kernels import attention_statistics
 
 NAMES = ("mass", "entropy", "maximum", "argmax", "received")
@@ -27,10 +28,21 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 def run(groups: int, dtype: torch.dtype, size: int, masked: bool = False, only: str | None = None, n: int = 577) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
     q, k = (torch.empty(1, 16, n, size, dtype=dtype) for _ in range(2))
-    given = (torch.zeros(1, n, dtype=torch.int64) if groups else None, torch.ones(1, n) if masked else None)
-    masks = (torch.zeros(n, n), torch.ones(1, n, dtype=torch.bool)) if masked else (None, None)
+    options = {
+        "query": q,
+        "key": k,
+        "key_groups": torch.zeros(1, n, dtype=torch.int64) if groups else None,
+        "row_weight": torch.ones(1, n) if masked else None,
+        "attn_mask": torch.zeros(n, n) if masked else None,
+        "key_mask": torch.ones(1, n, dtype=torch.bool) if masked else None,
+        "num_groups": groups,
+        "scale": 0.125,
+        "is_causal": masked,
+        "backend": "triton",
+    }
     asked = (only,) if only else NAMES
-    *found, rows = attention_statistics.forward(q, k, *given, *masks, groups, asked, 0.125, masked)
+    *found, rows = attention_statistics.forward(AttentionStatisticsInputs(statistics=" ".join(asked), **options))
     mass, _, maximum, argmax, _ = found
-    grads = tuple(x if name in asked else None for name, x in zip(NAMES, found, strict=True) if name != "argmax")
-    attention_statistics.backward(*grads, q, k, mass, maximum, argmax, rows, *given, *masks, groups, 0.125, masked)
+    grads = {f"grad_{name}": x if name in asked else None for name, x in zip(NAMES, found, strict=True) if name != "argmax"}
+    saved = {"mass": mass, "maximum": maximum, "argmax": argmax, "rows": rows}
+    attention_statistics.backward(AttentionStatisticsBackwardInputs(**grads, **saved, **options))

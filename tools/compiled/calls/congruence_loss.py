@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.kernels import congruence_loss
 
 UNITER, LONG = (60, 100), (160, 400)  # text and image tokens
@@ -26,7 +27,16 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 def run(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int] = UNITER, masked: bool = False) -> None:
     """Forward and backward, both directions."""
     text, image = (torch.empty(1, 12, length, size, dtype=dtype) for length in lengths)
-    masks = [torch.ones(1, length, dtype=torch.bool) if masked else None for length in lengths]
-    inputs = ([text, image, text, image], [text, image, image, text], *masks, kind, "both", size**-0.5)
-    _, maps = congruence_loss.forward(*inputs)
-    congruence_loss.backward(torch.ones(1), maps, *inputs)
+    text_mask, image_mask = (torch.ones(1, length, dtype=torch.bool) if masked else None for length in lengths)
+    inputs = CongruenceLossInputs(
+        queries=[text, image, text, image],
+        keys=[text, image, image, text],
+        text_mask=text_mask,
+        image_mask=image_mask,
+        kind=kind,
+        direction="both",
+        scale=size**-0.5,
+        backend="triton",
+    )
+    _, maps = congruence_loss.forward(inputs)
+    congruence_loss.backward(CongruenceLossBackwardInputs(grad_loss=torch.ones(1), maps=maps, **inputs._asdict()))

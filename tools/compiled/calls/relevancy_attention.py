@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyStepInputs
 from vlattn_fast.kernels import relevancy_attention
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -45,14 +46,44 @@ def backward(
     """At the sizes of CLIP ViT-L/14@336, or with fewer tokens."""
     query = torch.empty(1, 16, tokens, size, dtype=dtype)
     key = torch.empty(1, key_heads, tokens, size, dtype=dtype)
-    carrier, lse = torch.empty(1, rows, tokens), torch.empty(1, 16, tokens)
-    real = torch.ones(1, tokens, dtype=torch.bool)
-    masks = (torch.zeros(tokens, tokens) if masked else None, real if masked or padded else None)
-    options = ("gradient", row_normalize, 0.125, masked or causal, True)
-    relevancy_attention.backward(query, carrier, query, key, key, query, lse, None, None, *masks, *options)
+    inputs = RelevancyAttentionBackwardInputs(
+        grad_out=query,
+        grad_carrier=torch.empty(1, rows, tokens),
+        query=query,
+        key=key,
+        value=key,
+        out=query,
+        lse=torch.empty(1, 16, tokens),
+        residual_weight=None,
+        attention_weight=None,
+        attn_mask=torch.zeros(tokens, tokens) if masked else None,
+        key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
+        rule="gradient",
+        row_normalize=row_normalize,
+        scale=0.125,
+        is_causal=masked or causal,
+        need_inputs=True,
+        backend="triton",
+    )
+    relevancy_attention.backward(inputs)
 
 
 def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577) -> None:
     """Without an lse: with the kernel that recomputes it."""
     query = torch.empty(1, 16, length, size, dtype=dtype)
-    relevancy_attention.step(torch.empty(1, rows, length), query, query, query, query, None, None, None, rule, True, 0.125, False)
+    inputs = RelevancyStepInputs(
+        relevancy=torch.empty(1, rows, length),
+        query=query,
+        key=query,
+        value=query,
+        grad_output=query,
+        lse=None,
+        attn_mask=None,
+        key_mask=None,
+        rule=rule,
+        row_normalize=True,
+        scale=0.125,
+        is_causal=False,
+        backend="triton",
+    )
+    relevancy_attention.step(inputs)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import score_attention
 
 # dot_leaky_relu compiles as dot_relu does, hadamard_sigmoid as hadamard_tanh
@@ -29,8 +30,21 @@ def run(kind: str, dtype: torch.dtype, size: int, masked: bool = False, padded: 
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
     q, k, v = (torch.empty(1, 16, tokens, size, dtype=dtype) for _ in range(3))
     vector = torch.empty(16, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
-    masks = (torch.zeros(tokens, tokens), torch.ones(1, tokens, dtype=torch.bool), torch.zeros((), dtype=torch.int64))
-    absent = masks if masked else (None, masks[1] if padded else None, None)
-    options = (kind, 0.5, 0.125, 0.1 if masked else 0.0, masked)
-    out, lse = score_attention.forward(q, k, v, vector, *absent, *options)
-    score_attention.backward(out, None, q, k, v, out, lse, vector, *absent, *options)
+    inputs = ScoreAttentionInputs(
+        query=q,
+        key=k,
+        value=v,
+        vector=vector,
+        attn_mask=torch.zeros(tokens, tokens) if masked else None,
+        key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
+        seed=torch.zeros((), dtype=torch.int64) if masked else None,
+        score=kind,
+        parameter=0.5,
+        scale=0.125,
+        dropout_p=0.1 if masked else 0.0,
+        is_causal=masked,
+        backend="triton",
+    )
+    out, lse = score_attention.forward(inputs)
+    backward = ScoreAttentionBackwardInputs(grad_out=out, grad_lse=None, out=out, lse=lse, **inputs._asdict())
+    score_attention.backward(backward)

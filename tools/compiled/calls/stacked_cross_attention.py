@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.kernels import stacked_cross_attention
 
 
@@ -21,7 +22,17 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 def run(dtype: torch.dtype, direction: str, first_norm: str | None, aggregation: str, regions: int) -> None:
     """Forward and backward at SCAN's features; a caption has at most 60 words."""
     images, captions = torch.empty(2, regions, 1024, dtype=dtype), torch.empty(3, 60, 1024, dtype=dtype)
-    lengths = torch.tensor([60, 20, 7]), None
-    options = (direction, first_norm, 9.0, aggregation, 6.0)
-    similarity = stacked_cross_attention.forward(images, captions, *lengths, *options)
-    stacked_cross_attention.backward(similarity, images, captions, *lengths, *options)
+    inputs = StackedCrossAttentionInputs(
+        images=images,
+        captions=captions,
+        caption_lengths=torch.tensor([60, 20, 7]),
+        image_lengths=None,
+        direction=direction,
+        first_norm=first_norm,
+        smooth=9.0,
+        aggregation=aggregation,
+        lambda_lse=6.0,
+        backend="triton",
+    )
+    similarity = stacked_cross_attention.forward(inputs)
+    stacked_cross_attention.backward(StackedCrossAttentionBackwardInputs(grad_similarity=similarity, **inputs._asdict()))

@@ -2,7 +2,7 @@
 
 A launcher's own time counts on small tensors. It gives torch sizes one by one: a torch.Size takes a microsecond longer to read.
 
-In: the checked arguments of an operator, as CPU tensors.
+In: the inputs of an operator, checked, as CPU tensors.
 Out: its outputs, or its gradients.
 Imports: backends, backends.reference, _ground.
 """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.native import DTYPES, kernel, pointer, rows
 from vlattn_fast.backends.reference.congruence_loss import num_gradients
 
@@ -19,44 +20,25 @@ _KINDS = ("cacr", "iais_singular", "iais_distributed")  # Kind of the kernel
 _NO_GRADS = (0,) * 4
 
 
-def forward(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and the head-mean maps for the backward pass. Padding may hold anything.
-
-    Queries and keys: see reference.congruence_loss.block_inputs.
-    """
+def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
+    """The loss of each sample, (B), and the head-mean maps for the backward pass. Padding may hold anything."""
+    queries = inputs.queries
     (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
     loss = queries[0].new_empty(batch, dtype=torch.float32)
     # Zeros, since an output must have the same bits in every run, and the kernel does not fill all of it. The pages of NumPy's
     # zeros come when they are first written, by two megabytes where Linux has such pages.
     maps = torch.from_numpy(np.zeros(maps_shape(batch, L, V), np.float32))
-    _call(_run_forward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, loss, None, _NO_GRADS, _NO_GRADS)
+    _call(_run_forward, inputs, maps, loss, None, _NO_GRADS, _NO_GRADS)
     return loss, maps
 
 
-def backward(
-    grad_loss: Tensor,
-    maps: Tensor,
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
-) -> tuple[list[Tensor], list[Tensor]]:
+def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
-    grads = [[x.new_empty(*x.shape) for x in xs[: num_gradients(kind)]] for xs in (queries, keys)]
+    n = num_gradients(inputs.kind)
+    grads = [[x.new_empty(*x.shape) for x in xs[:n]] for xs in (inputs.queries, inputs.keys)]
     pointers = (tuple(x.data_ptr() for x in xs) + (0,) * (4 - len(xs)) for xs in grads)
-    maps, grad_loss = maps.contiguous(), grad_loss.float().contiguous()
-    _call(_run_backward, queries, keys, text_mask, image_mask, kind, direction, scale, maps, None, grad_loss, *pointers)
+    maps, grad_loss = inputs.maps.contiguous(), inputs.grad_loss.float().contiguous()
+    _call(_run_backward, inputs, maps, None, grad_loss, *pointers)
     return grads[0], grads[1]
 
 
@@ -67,13 +49,7 @@ def maps_shape(batch: int, L: int, V: int) -> tuple[int, int, int]:
 
 def _call(
     run: Any,
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
+    inputs: CongruenceLossInputs | CongruenceLossBackwardInputs,
     maps: Tensor,
     loss: Tensor | None,
     grad_loss: Tensor | None,
@@ -81,6 +57,8 @@ def _call(
     grad_keys: tuple[int, ...],
 ) -> None:
     """Packs CongruenceLoss of csrc/cpu/ and runs the kernel. grad_queries, grad_keys: four pointers each, 0 for none."""
+    queries, keys, text_mask, image_mask = inputs.queries, inputs.keys, inputs.text_mask, inputs.image_mask
+    kind, direction, scale = inputs.kind, inputs.direction, inputs.scale
     batch, heads, L, head_dim = queries[0].shape
     blocks = unit_strides(*queries, *keys)  # they and the masks live until the call is over
     masks = [None if mask is None else mask.contiguous() for mask in (text_mask, image_mask)]

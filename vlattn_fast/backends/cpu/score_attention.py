@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
 from vlattn_fast.backends.cpu._attention import FIELDS, fields, masks
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.native import kernel, pointer, rows
 
 _DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid")
@@ -18,25 +19,14 @@ _backward = kernel("score_attention_backward", BACKWARD)
 NO_RELEVANCY = (0, 0, 0, 0, 0, 0)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    vector: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    score: str,
-    parameter: float,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N) float64."""
-    key, value = _same_heads(key, value)
-    query, key, value = unit_strides(query, key, value)
-    seen = masks(attn_mask, key_mask, is_causal, query, key)
-    vector = None if vector is None else vector.float().contiguous()
+    key, value = _same_heads(inputs.key, inputs.value)
+    query, key, value = unit_strides(inputs.query, key, value)
+    seen = masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal, query, key)
+    vector = None if inputs.vector is None else inputs.vector.float().contiguous()
+    score, parameter, seed, dropout_p = inputs.score, inputs.parameter, inputs.seed, inputs.dropout_p
+    scale = inputs.scale
     batch, heads, queries, _ = query.shape
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float64)
@@ -50,33 +40,18 @@ def forward(
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    vector: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    score: str,
-    parameter: float,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and vector."""
-    num_key_heads, num_value_heads = key.shape[1], value.shape[1]
-    key, value = _same_heads(key, value)
-    query, key, value, out, grad_out = unit_strides(query, key, value, out, grad_out)
-    seen = masks(attn_mask, key_mask, is_causal, query, key)
-    weights = None if vector is None else vector.float().contiguous()
+    num_key_heads, num_value_heads = inputs.key.shape[1], inputs.value.shape[1]
+    key, value = _same_heads(inputs.key, inputs.value)
+    query, key, value, out, grad_out = unit_strides(inputs.query, key, value, inputs.out, inputs.grad_out)
+    seen = masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal, query, key)
+    score, parameter, seed, dropout_p = inputs.score, inputs.parameter, inputs.seed, inputs.dropout_p
+    scale = inputs.scale
+    vector, weights = inputs.vector, None if inputs.vector is None else inputs.vector.float().contiguous()
     grads = [new_gradient(x, query) for x in (query, key, value)]
     grad_vector = None if weights is None else torch.zeros_like(weights)
-    lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
+    lse, grad_lse = inputs.lse.contiguous(), None if inputs.grad_lse is None else inputs.grad_lse.float().contiguous()
     _backward(
         *fields(query, key, value, seen, scale),
         *(_KINDS.index(score), parameter, pointer(weights)),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.cuda._shared_library import ROWS, kernel, single
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.native import pointer, rows
 from vlattn_fast.backends.reference.congruence_loss import num_gradients
 
@@ -24,59 +25,35 @@ def _kernel(name: str) -> Any:
 _forward, _backward = _kernel("congruence_loss"), _kernel("congruence_loss_backward")
 
 
-def forward(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and an empty tensor: nothing is kept for the backward pass.
-
-    Queries and keys: see reference.congruence_loss.block_inputs.
-    """
-    loss = queries[0].new_empty(queries[0].shape[0], dtype=torch.float32)
-    regions = 3 if kind == "iais_singular" else 2
-    _call(_forward, queries, keys, text_mask, image_mask, kind, direction, scale, regions, loss, None, [], [])
+def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
+    """The loss of each sample, (B), and an empty tensor: nothing is kept for the backward pass."""
+    text = inputs.queries[0]
+    loss = text.new_empty(text.shape[0], dtype=torch.float32)
+    regions = 3 if inputs.kind == "iais_singular" else 2
+    _call(_forward, inputs, regions, loss, None, [], [])
     return loss, loss.new_empty(0)
 
 
-def backward(
-    grad_loss: Tensor,
-    maps: Tensor,
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
-) -> tuple[list[Tensor], list[Tensor]]:
+def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
-    grads = [[x.new_empty(*x.shape) for x in xs[: num_gradients(kind)]] for xs in (queries, keys)]
-    grad_loss = grad_loss.float().contiguous()
-    regions = 5 if kind == "iais_singular" else 3
-    _call(_backward, queries, keys, text_mask, image_mask, kind, direction, scale, regions, None, grad_loss, *grads)
+    n = num_gradients(inputs.kind)
+    grads = [[x.new_empty(*x.shape) for x in xs[:n]] for xs in (inputs.queries, inputs.keys)]
+    regions = 5 if inputs.kind == "iais_singular" else 3
+    _call(_backward, inputs, regions, None, inputs.grad_loss.float().contiguous(), *grads)
     return grads[0], grads[1]
 
 
 def _call(
     run: Any,
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
+    inputs: CongruenceLossInputs | CongruenceLossBackwardInputs,
     regions: int,
     loss: Tensor | None,
     grad_loss: Tensor | None,
     grad_queries: list[Tensor],
     grad_keys: list[Tensor],
 ) -> None:
+    queries, keys, text_mask, image_mask = inputs.queries, inputs.keys, inputs.text_mask, inputs.image_mask
+    kind, direction, scale = inputs.kind, inputs.direction, inputs.scale
     batch, heads, L, head_dim = queries[0].shape
     V = queries[1].shape[2]
     blocks = unit_strides(*queries), unit_strides(*keys)  # they, the masks and the maps live until the call is over

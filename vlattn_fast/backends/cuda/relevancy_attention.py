@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, multiprocessors, unit_strides, weigh_rows
 from vlattn_fast.backends.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, single
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
 from vlattn_fast.backends.native import pointer, rows
 
 _SIZES = "B H key_heads N M T D DV"
@@ -21,23 +22,11 @@ _step = kernel("relevancy_step", _SIZES, _FIELDS)
 _NO_WEIGHT = (0, 0, 0)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    carrier: Tensor,
-    residual_weight: Tensor | None,
-    attention_weight: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    rule: str,
-    row_normalize: bool,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
-    query, key, value = unit_strides(query, key, value)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    scale, is_causal = inputs.scale, inputs.is_causal
+    query, key, value = unit_strides(inputs.query, inputs.key, inputs.value)
+    attn_mask, key_mask = masks(inputs.attn_mask, inputs.key_mask, query, key)
     batch, heads, queries, _ = query.shape
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -48,93 +37,55 @@ def forward(
         *(*rows(None), *rows(None), *rows(None), *rows(None)),
         *(0, *_NO_WEIGHT, *_NO_WEIGHT, False, 0, 0, 0),
     )
-    return out, carrier.clone(), lse
+    return out, inputs.carrier.clone(), lse
 
 
-def backward(
-    grad_out: Tensor | None,
-    grad_carrier: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    residual_weight: Tensor | None,
-    attention_weight: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    rule: str,
-    row_normalize: bool,
-    scale: float,
-    is_causal: bool,
-    need_inputs: bool,
-) -> tuple[Tensor | None, ...]:
+def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing is needed."""
+    query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
     direct = None
-    if grad_carrier is not None and grad_out is None and rule == "gradient":  # Abar is zero
-        direct = weigh_rows(grad_carrier, residual_weight).clone()
+    if grad_carrier is not None and grad_out is None and inputs.rule == "gradient":  # Abar is zero
+        direct = weigh_rows(grad_carrier, inputs.residual_weight).clone()
         grad_carrier = None
     grads: list[Tensor | None] = [None, None, None]
-    if need_inputs and grad_out is not None:
-        grads = [empty_gradient(x) for x in (query, key, value)]
+    if inputs.need_inputs and grad_out is not None:
+        grads = [empty_gradient(x) for x in (query, inputs.key, inputs.value)]
     elif grad_carrier is None:
         return None, None, None, direct
     r_abar = _run_backward(
-        *(_backward, grad_carrier, grad_out, query, key, value),
-        *(attn_mask, key_mask, rule, row_normalize, scale, is_causal),
-        out=out,
-        lse=None if query.dtype == torch.float32 else lse,  # there a rounded lse would be half of the error: it is made again
-        residual_weight=residual_weight,
-        attention_weight=attention_weight,
+        _backward,
+        inputs,
+        grad_carrier,
+        grad_out,
+        inputs.value,
+        out=inputs.out,
+        lse=None if query.dtype == torch.float32 else inputs.lse,  # a rounded lse would be half of the error: it is made again
+        residual_weight=inputs.residual_weight,
+        attention_weight=inputs.attention_weight,
         grads=grads,
         residual=True,
     )
     return *grads, r_abar
 
 
-def step(
-    relevancy: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    grad_output: Tensor | None,
-    lse: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    rule: str,
-    row_normalize: bool,
-    scale: float,
-    is_causal: bool,
-) -> Tensor:
+def step(inputs: RelevancyStepInputs) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M).
 
     `lse` may count keys that are not here. Under a float mask, rows whose lse is too large to be rounded are normalised over the
     keys that are here.
     """
-    if rule == "attention":
-        value = grad_output = None
-    r_abar = _run_backward(
-        *(_step, relevancy, grad_output, query, key, value),
-        *(attn_mask, key_mask, rule, row_normalize, scale, is_causal),
-        lse=lse,
-    )
+    value, grad_output = (None, None) if inputs.rule == "attention" else (inputs.value, inputs.grad_output)
+    r_abar = _run_backward(_step, inputs, inputs.relevancy, grad_output, value, lse=inputs.lse)
     assert r_abar is not None
-    return as_dtype(r_abar, relevancy.dtype)
+    return as_dtype(r_abar, inputs.relevancy.dtype)
 
 
 def _run_backward(
     run: Any,
+    inputs: RelevancyAttentionBackwardInputs | RelevancyStepInputs,
     relevancy: Tensor | None,
     grad_out: Tensor | None,
-    query: Tensor,
-    key: Tensor,
     value: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    rule: str,
-    row_normalize: bool,
-    scale: float,
-    is_causal: bool,
     *,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -145,10 +96,11 @@ def _run_backward(
 ) -> Tensor | None:
     """Fills `grads`, of query, key and value, where they are not None. r * a + (r * b) Abar, or without the first term, where
     there is r, `relevancy`."""
+    rule, row_normalize, scale, is_causal = inputs.rule, inputs.row_normalize, inputs.scale, inputs.is_causal
     f32 = torch.float32
     grad_query, grad_key, grad_value = grads or (None, None, None)
-    grad_out, query, key, value, out = unit_strides(grad_out, query, key, value, out)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
+    grad_out, query, key, value, out = unit_strides(grad_out, inputs.query, inputs.key, value, out)
+    attn_mask, key_mask = masks(inputs.attn_mask, inputs.key_mask, query, key)
     lse, r = (None if x is None else as_dtype(x, f32).contiguous() for x in (lse, relevancy))
     a, b = (None if x is None else as_dtype(x, f32) for x in (residual_weight, attention_weight))
     batch, heads, queries, _ = query.shape

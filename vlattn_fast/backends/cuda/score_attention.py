@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, fold_heads, multiprocessors, unit_strides
 from vlattn_fast.backends.cuda._shared_library import MASKS, ROWS, kernel, mask_fields, masks, single
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.native import pointer, rows
 
 _SIZES = "B H key_heads value_heads N M A DV"
@@ -20,30 +21,17 @@ _BLOCKS = 4  # for each multiprocessor: with fewer heads, the keys of one are di
 _LARGEST = 2**27  # numbers in the sums of several ranges of keys
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    vector: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    score: str,
-    parameter: float,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv) and lse (B, H, N)."""
-    query, key, value = unit_strides(query, key, value)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
-    vector = vector.contiguous()
+    query, key, value = unit_strides(inputs.query, inputs.key, inputs.value)
+    attn_mask, key_mask = masks(inputs.attn_mask, inputs.key_mask, query, key)
+    vector, scale, is_causal = _vector(inputs), inputs.scale, inputs.is_causal
     batch, heads, queries, _ = query.shape
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     _forward(
         query,
-        *_inputs(query, key, value, vector, attn_mask, key_mask, scale, is_causal),
+        *_fields(query, key, value, vector, attn_mask, key_mask, scale, is_causal),
         *(*rows(out), lse.data_ptr()),
         *(*rows(None), 0),  # grad_out, grad_lse
         *(*rows(None), *rows(None), *rows(None), False, False),
@@ -52,29 +40,13 @@ def forward(
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    vector: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    score: str,
-    parameter: float,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and vector."""
-    grad_out, query, key, value, out = unit_strides(grad_out, query, key, value, out)
-    attn_mask, key_mask = masks(attn_mask, key_mask, query, key)
-    weights, lse = vector.contiguous(), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_out, query, key, value, out = unit_strides(inputs.grad_out, inputs.query, inputs.key, inputs.value, inputs.out)
+    attn_mask, key_mask = masks(inputs.attn_mask, inputs.key_mask, query, key)
+    vector, scale, is_causal = _vector(inputs), inputs.scale, inputs.is_causal
+    lse = inputs.lse.contiguous()
+    grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     (batch, heads, queries, units), keys, f32 = query.shape, key.shape[2], torch.float32
     key_heads = max(key.shape[1], value.shape[1])
     grad_query = empty_gradient(query)
@@ -86,7 +58,7 @@ def backward(
     parts = query.new_empty(batch, key_heads, keys, units, dtype=f32) if key_heads < heads else None
     _backward(
         query,
-        *_inputs(query, key, value, weights, attn_mask, key_mask, scale, is_causal),
+        *_fields(query, key, value, vector, attn_mask, key_mask, scale, is_causal),
         *(*rows(out), lse.data_ptr()),
         *(*rows(grad_out), pointer(grad_lse)),
         *(*rows(grad_query), *rows(grad_key), *rows(grad_value), key.shape[1] != key_heads, value.shape[1] != key_heads),
@@ -96,7 +68,12 @@ def backward(
     return grad_query, _folded(grad_key, key), _folded(grad_value, value), summed
 
 
-def _inputs(
+def _vector(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> Tensor:
+    assert inputs.vector is not None  # additive scores have one
+    return inputs.vector.contiguous()
+
+
+def _fields(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -1,6 +1,6 @@
 """The operators in plain PyTorch, tile by tile, in O(N) memory on any device.
 
-In: the checked arguments of an operator.
+In: the inputs of an operator, checked.
 Out: its outputs, or its gradients.
-Imports: backends.reference, _ground.
+Imports: backends, backends.reference, _ground.
 """

@@ -6,36 +6,28 @@ inputs it needs argmax only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities, softmax_backward
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    key_groups: Tensor | None,
-    row_weight: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    num_groups: int,
-    statistics: Collection[str],
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
+def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); anything for what `statistics` does not name."""
+    query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
+    statistics, masks = inputs.statistics.split(), Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
     dtype, rows = compute_dtype(query), query.shape[:3]
     mass = query.new_zeros(*rows, num_groups, dtype=dtype)
     entropy, maximum = (query.new_zeros(rows, dtype=dtype) for _ in range(2))
     argmax = query.new_full(rows, -1, dtype=torch.int64)
-    received = query.new_zeros(*rows[:2], key.shape[2], dtype=dtype)
-    key = expand_heads(key, query.shape[1])
-    for b, h, i, prob in _probability_tiles(query, key, Masks(attn_mask, key_mask, is_causal), scale):
+    received = query.new_zeros(*rows[:2], inputs.key.shape[2], dtype=dtype)
+    key = expand_heads(inputs.key, query.shape[1])
+    for b, h, i, prob in _probability_tiles(query, key, masks, inputs.scale):
         if "entropy" in statistics:
             entropy[b, h, i] = torch.special.entr(prob).sum(-1)
         if "maximum" in statistics or "argmax" in statistics:
@@ -49,33 +41,19 @@ def forward(
     return mass, entropy, maximum, argmax, received, None
 
 
-def backward(
-    grad_mass: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_maximum: Tensor | None,
-    grad_received: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    mass: None,
-    maximum: None,
-    argmax: Tensor,
-    of_rows: None,
-    key_groups: Tensor | None,
-    row_weight: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    num_groups: int,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query, key and row_weight."""
-    dtype, num_key_heads = compute_dtype(query), key.shape[1]
-    key = expand_heads(key, query.shape[1])
+    query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
+    grad_mass, grad_entropy = inputs.grad_mass, inputs.grad_entropy
+    grad_maximum, grad_received = inputs.grad_maximum, inputs.grad_received
+    scale, masks = inputs.scale, Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
+    dtype, num_key_heads = compute_dtype(query), inputs.key.shape[1]
+    key = expand_heads(inputs.key, query.shape[1])
     grad_q = torch.zeros_like(query, memory_format=torch.contiguous_format)
     grad_k = key.new_zeros(key.shape, dtype=dtype)
     grad_weight = None if row_weight is None else torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
     o_kv = torch.arange(key.shape[2], device=key.device)
-    for b, h, i, prob in _probability_tiles(query, key, Masks(attn_mask, key_mask, is_causal), scale):
+    for b, h, i, prob in _probability_tiles(query, key, masks, scale):
         grad_prob = torch.zeros_like(prob)
         if grad_mass is not None:
             for g, columns in _group_columns(key_groups, num_groups, b, dtype):
@@ -84,7 +62,7 @@ def backward(
             # the 1 of d(-P log P)/dP = -(log P + 1) cancels in the softmax
             grad_prob -= grad_entropy[b, h, i, None] * torch.where(prob > 0, prob.log(), 0.0)
         if grad_maximum is not None:
-            grad_prob += torch.where(o_kv == argmax[b, h, i, None], grad_maximum[b, h, i, None], 0.0)
+            grad_prob += torch.where(o_kv == inputs.argmax[b, h, i, None], grad_maximum[b, h, i, None], 0.0)
         if grad_received is not None:
             grad_row = grad_received[b, h, None, :]  # the same for every query
             grad_prob += grad_row if row_weight is None else row_weight[b, None, i, None] * grad_row

@@ -25,51 +25,34 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import EPSILON, num_gradients
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._tiles import Tiling
 
 
-def forward(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and an empty tensor: no maps are kept. Queries and keys: see
-    reference.congruence_loss.block_inputs."""
-    loss = queries[0].new_zeros(queries[0].shape[0], dtype=compute_dtype(queries[0]))
-    for b in _batches(queries):
-        blocks = [_Block(*inputs) for inputs in _inputs_of_blocks(b, queries, keys, text_mask, image_mask, scale)]
-        for ll, vv, lv, vl in _directions(blocks, direction):
-            loss[b] += _FORWARD[kind](ll, vv, lv, vl)
+def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
+    """The loss of each sample, (B), and an empty tensor: no maps are kept."""
+    text = inputs.queries[0]
+    loss = text.new_zeros(text.shape[0], dtype=compute_dtype(text))
+    for b in _batches(inputs.queries):
+        blocks = [_Block(*block) for block in _inputs_of_blocks(b, inputs)]
+        for ll, vv, lv, vl in _directions(blocks, inputs.direction):
+            loss[b] += _FORWARD[inputs.kind](ll, vv, lv, vl)
     return loss, loss.new_empty(0)
 
 
-def backward(
-    grad_loss: Tensor,
-    maps: Tensor,
-    queries: list[Tensor],
-    keys: list[Tensor],
-    text_mask: Tensor | None,
-    image_mask: Tensor | None,
-    kind: str,
-    direction: str,
-    scale: float,
-) -> tuple[list[Tensor], list[Tensor]]:
+def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
-    dtype, n = compute_dtype(queries[0]), num_gradients(kind)
-    grad_queries, grad_keys = ([x.new_zeros(x.shape, dtype=dtype) for x in xs[:n]] for xs in (queries, keys))
-    for b in _batches(queries):
-        inputs = _inputs_of_blocks(b, queries, keys, text_mask, image_mask, scale)
-        differentiated = [_BackwardBlock(inputs[k], grad_queries[k][b], grad_keys[k][b]) for k in range(n)]
-        constants = [_Block(*inputs[k]) for k in range(n, 4)]
-        _differentiate(grad_loss[b].to(dtype), differentiated, constants, kind, direction)
-    dtype = queries[0].dtype
-    return [grad.to(dtype) for grad in grad_queries], [grad.to(dtype) for grad in grad_keys]
+    kind, text = inputs.kind, inputs.queries[0]
+    dtype, n = compute_dtype(text), num_gradients(kind)
+    grad_queries, grad_keys = ([x.new_zeros(x.shape, dtype=dtype) for x in xs[:n]] for xs in (inputs.queries, inputs.keys))
+    for b in _batches(inputs.queries):
+        blocks = _inputs_of_blocks(b, inputs)
+        differentiated = [_BackwardBlock(blocks[k], grad_queries[k][b], grad_keys[k][b]) for k in range(n)]
+        constants = [_Block(*blocks[k]) for k in range(n, 4)]
+        _differentiate(inputs.grad_loss[b].to(dtype), differentiated, constants, kind, inputs.direction)
+    return [grad.to(text.dtype) for grad in grad_queries], [grad.to(text.dtype) for grad in grad_keys]
 
 
 def _differentiate(
@@ -328,17 +311,16 @@ def _batches(queries: list[Tensor]) -> list[slice]:
     return [slice(b, min(b + step, batch)) for b in range(0, batch, step)]
 
 
-def _inputs_of_blocks(
-    b: slice, queries: list[Tensor], keys: list[Tensor], text_mask: Tensor | None, image_mask: Tensor | None, scale: float
-) -> list[_Inputs]:
+def _inputs_of_blocks(b: slice, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs) -> list[_Inputs]:
     """Those of LL, VV, LV, VL of the samples `b`."""
+    queries, keys, text_mask, image_mask = inputs.queries, inputs.keys, inputs.text_mask, inputs.image_mask
     text, image = (
         x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool)[b] if mask is None else mask[b]
         for mask, x in ((text_mask, queries[0]), (image_mask, queries[1]))
     )
     text_padding, image_padding = _padding(text_mask, b), _padding(image_mask, b)
     tokens, padding = (text, image, text, image), (text_padding, image_padding, image_padding, text_padding)
-    return [(queries[k][b], keys[k][b], tokens[k], padding[k], scale) for k in range(4)]
+    return [(queries[k][b], keys[k][b], tokens[k], padding[k], inputs.scale) for k in range(4)]
 
 
 def _padding(mask: Tensor | None, b: slice) -> Tensor | None:

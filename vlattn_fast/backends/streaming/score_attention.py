@@ -12,65 +12,46 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_lse, compute_dtype, expand_heads, fold_heads
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.streaming import _fused_cpu
 from vlattn_fast.backends.streaming._dropout import keep_factor
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, logsumexp, probabilities
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    vector: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    score: str,
-    parameter: float,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N)."""
-    masks = Masks(attn_mask, key_mask, is_causal)
+    query, vector, score, scale, dropout_p = inputs.query, inputs.vector, inputs.score, inputs.scale, inputs.dropout_p
+    masks = Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
     num_heads = query.shape[1]
-    key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
+    key, value = expand_heads(inputs.key, num_heads), expand_heads(inputs.value, num_heads)
     if score == "dot" and _fused_cpu.runs(query, key, value, masks, dropout_p, scale):
         return _fused_cpu.forward(query, key, value, masks, scale)
     out = query.new_empty(query.shape[0], query.shape[2], num_heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
-    for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, parameter, scale):
+    for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, inputs.parameter, scale):
         lse[b, h, i] = as_lse(logsumexp(logits), lse.dtype)
         prob = probabilities(logits, compute_dtype(query))
         if dropout_p > 0.0:
-            prob = prob * keep_factor(seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, prob.dtype)
+            prob = prob * keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, prob.dtype)
         out[b, h, i] = (prob @ value[b, h].to(prob.dtype)).to(out.dtype)
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    vector: Tensor | None,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    score: str,
-    parameter: float,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and vector."""
-    masks = Masks(attn_mask, key_mask, is_causal)
-    num_heads, num_key_heads, num_value_heads = query.shape[1], key.shape[1], value.shape[1]
-    key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
+    query, vector, out, lse, grad_out, grad_lse = (
+        inputs.query,
+        inputs.vector,
+        inputs.out,
+        inputs.lse,
+        inputs.grad_out,
+        inputs.grad_lse,
+    )
+    score, parameter, scale, dropout_p = inputs.score, inputs.parameter, inputs.scale, inputs.dropout_p
+    masks = Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
+    num_heads, num_key_heads, num_value_heads = query.shape[1], inputs.key.shape[1], inputs.value.shape[1]
+    key, value = expand_heads(inputs.key, num_heads), expand_heads(inputs.value, num_heads)
     fused = score == "dot" and grad_lse is None and _fused_cpu.runs(query, key, value, masks, dropout_p, scale)
     if fused and _fused_cpu.runs_backward(query, lse):
         grad_q, grad_k, grad_v = _fused_cpu.backward(grad_out, query, key, value, out, lse, masks, scale)
@@ -79,13 +60,13 @@ def backward(
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=dtype) for x in (key, value))
     grad_vector = None if vector is None else vector.new_zeros(vector.shape, dtype=dtype)
-    for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, parameter, scale):
+    for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, inputs.parameter, scale):
         prob = probabilities(logits, dtype)
         go, v = grad_out[b, h, i].to(dtype), value[b, h].to(dtype)
         grad_prob = go @ v.mT
         dropped = prob
         if dropout_p > 0.0:
-            factor = keep_factor(seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, dtype)
+            factor = keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, dtype)
             dropped, grad_prob = prob * factor, grad_prob * factor
         grad_v[b, h] += dropped.mT @ go
         # FlashAttention takes delta = sum_j P dP as sum(dO * O); this sum has no rounding of O

@@ -22,27 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 from vlattn_fast.backends.streaming import _tiles
 
 EPS = 1e-8  # of SCAN's norms and cosine
 
 
-def forward(
-    images: Tensor,
-    captions: Tensor,
-    caption_lengths: Tensor | None,
-    image_lengths: Tensor | None,
-    direction: str,
-    first_norm: str | None,
-    smooth: float,
-    aggregation: str,
-    lambda_lse: float,
-) -> Tensor:
+def forward(inputs: StackedCrossAttentionInputs) -> Tensor:
     """similarity (Bi, Bc). Rows beyond the lengths are zero; the public call writes the zeros."""
+    images, captions, direction = inputs.images, inputs.captions, inputs.direction
     similarity = images.new_zeros(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
-    rule = _Rule(*split_norm(first_norm), smooth, aggregation, lambda_lse)
-    query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
+    rule, (query, context) = _rule(inputs), _sides(inputs)
     by_context = similarity if direction == "t2i" else similarity.mT
     for x, tiles_y in _tile_pairs(query.rows, context.rows):
         contexts = _Contexts(context, x)
@@ -51,21 +42,10 @@ def forward(
     return similarity
 
 
-def backward(
-    grad_similarity: Tensor,
-    images: Tensor,
-    captions: Tensor,
-    caption_lengths: Tensor | None,
-    image_lengths: Tensor | None,
-    direction: str,
-    first_norm: str | None,
-    smooth: float,
-    aggregation: str,
-    lambda_lse: float,
-) -> tuple[Tensor, Tensor]:
+def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tensor]:
     """Gradients of images and captions."""
-    rule = _Rule(*split_norm(first_norm), smooth, aggregation, lambda_lse)
-    query, context = _sides(images, captions, caption_lengths, image_lengths, direction)
+    images, grad_similarity, direction = inputs.images, inputs.grad_similarity, inputs.direction
+    rule, (query, context) = _rule(inputs), _sides(inputs)
     grad = grad_similarity if direction == "t2i" else grad_similarity.mT  # (context sets, query sets)
     dtype = compute_dtype(images)
     grad_q, grad_c = (side.rows.new_zeros(side.rows.shape, dtype=dtype) for side in (query, context))
@@ -108,12 +88,14 @@ class _Side:
         return torch.arange(self.rows.shape[1], device=lengths.device) < lengths.clamp(min=1)[:, None], lengths > 0
 
 
-def _sides(
-    images: Tensor, captions: Tensor, caption_lengths: Tensor | None, image_lengths: Tensor | None, direction: str
-) -> tuple[_Side, _Side]:
+def _rule(inputs: StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs) -> _Rule:
+    return _Rule(*split_norm(inputs.first_norm), inputs.smooth, inputs.aggregation, inputs.lambda_lse)
+
+
+def _sides(inputs: StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs) -> tuple[_Side, _Side]:
     """The side of the queries and the side of the contexts."""
-    image, caption = _Side(images, image_lengths), _Side(captions, caption_lengths)
-    return (caption, image) if direction == "t2i" else (image, caption)
+    image, caption = _Side(inputs.images, inputs.image_lengths), _Side(inputs.captions, inputs.caption_lengths)
+    return (caption, image) if inputs.direction == "t2i" else (image, caption)
 
 
 def _tile_pairs(query: Tensor, context: Tensor) -> Iterator[tuple[slice, list[slice]]]:

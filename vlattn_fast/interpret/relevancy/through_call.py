@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.tensors import without_autocast
 from vlattn_fast.attach.tensor_parallel import local, mean_over, on_mesh
-from vlattn_fast.backends.streaming import attention_map as streaming_map
-from vlattn_fast.backends.streaming import relevancy_attention as streaming_relevancy
-from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.ops.attention_map import attention_map
+from vlattn_fast.ops.core_scores import core_logits, core_map, core_step
 from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.scores import Core
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +28,9 @@ class Scored:
     vector: Tensor | None
     parameter: float
     output: Tensor
+
+    def core(self, query: Tensor, key: Tensor) -> Core:
+        return Core(self.kind, query, key, self.vector, self.parameter)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any]) -> Tensor:
@@ -42,10 +43,7 @@ def logits(query: Tensor, key: Tensor, masks: dict[str, Any]) -> Tensor:
     """The scores (B, H, R, M) of some queries (B, H, R, D) with all keys (B, H, M, D), in front of the masks."""
     scale = query.shape[-1] ** -0.5 if masks["scale"] is None else masks["scale"]
     score: Scored | None = masks.get("score")
-    if score is None or score.kind == "dot":
-        return query @ key.mT * scale
-    vector = None if score.vector is None else score.vector.to(query.dtype)
-    return score_tile(score.kind, query, key, vector, score.parameter) * scale
+    return core_logits(Core("dot", query, key) if score is None else score.core(query, key), scale)
 
 
 def relevancy_through(
@@ -87,25 +85,8 @@ def mean_map(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, mas
     if score is None or score.kind == "dot":
         tensors, options = on_mesh(mesh, (query, key, value, grad_output), _for_operators(masks))
         return local(attention_map(*tensors, rule="gradient", **options))
-    with without_autocast(query):
-        found = streaming_map.forward(
-            query,
-            key,
-            value,
-            grad_output,
-            None,
-            masks["attn_mask"],
-            masks["key_mask"],
-            "gradient",
-            "mean",
-            False,
-            masks["scale"],
-            masks["is_causal"],
-            score.kind,
-            score.vector,
-            score.parameter,
-        )
-    return mean_over(mesh, found)
+    abar = core_map(score.core(query, key), value, grad_output, rule="gradient", **_core_options(masks))
+    return mean_over(mesh, abar)
 
 
 def step(
@@ -128,29 +109,16 @@ def step(
         raise ValueError(
             f"method must be one without normalized rows where processes share heads of {score.kind} scores; got 'weighted'"
         )
-    with without_autocast(query):
-        found = streaming_relevancy.step(
-            relevancy,
-            query,
-            key,
-            value,
-            grad_output,
-            None,
-            masks["attn_mask"],
-            masks["key_mask"],
-            rule,
-            row_normalize,
-            masks["scale"],
-            masks["is_causal"],
-            score.kind,
-            score.vector,
-            score.parameter,
-        )
-    return mean_over(mesh, found)
+    options = {"rule": rule, "row_normalize": row_normalize, **_core_options(masks)}
+    return mean_over(mesh, core_step(relevancy, score.core(query, key), value, grad_output, **options))
 
 
 def _for_operators(masks: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in masks.items() if name != "score"}
+
+
+def _core_options(masks: dict[str, Any]) -> dict[str, Any]:
+    return {name: masks[name] for name in ("attn_mask", "key_mask", "is_causal", "scale")}
 
 
 class Through(torch.autograd.Function):

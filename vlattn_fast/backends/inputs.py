@@ -1,0 +1,317 @@
+"""What backends take: a NamedTuple for each operator that is registered, which goes whole to the backend that it names.
+
+The fields stand in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first.
+B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_dim, Dv value_dim, T carried rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ScoreAttentionInputs(NamedTuple):
+    """query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), vector (H, D) or None, attn_mask broadcastable to
+    (B, H, N, M), key_mask bool (B, M), seed () where dropout_p > 0."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    vector: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    seed: Tensor | None
+    score: str
+    parameter: float
+    scale: float
+    dropout_p: float
+    is_causal: bool
+    backend: str
+
+
+class ScoreAttentionBackwardInputs(NamedTuple):
+    """grad_out and out (B, H, N, Dv), grad_lse and lse (B, H, N); the others as in ScoreAttentionInputs."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+    vector: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    seed: Tensor | None
+    score: str
+    parameter: float
+    scale: float
+    dropout_p: float
+    is_causal: bool
+    backend: str
+
+
+class RelevancyAttentionInputs(NamedTuple):
+    """query (B, H, N, D), key (B, Hkv, N, D), value (B, Hkv, N, Dv), carrier (B, T, N), weights broadcastable to (B, N), masks as
+    in ScoreAttentionInputs."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    carrier: Tensor
+    residual_weight: Tensor | None
+    attention_weight: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    rule: str
+    row_normalize: bool
+    scale: float
+    is_causal: bool
+    backend: str
+
+    def attention(self) -> ScoreAttentionInputs:
+        """The attention without its carrier."""
+        return ScoreAttentionInputs(
+            query=self.query,
+            key=self.key,
+            value=self.value,
+            vector=None,
+            attn_mask=self.attn_mask,
+            key_mask=self.key_mask,
+            seed=None,
+            score="dot",
+            parameter=0.0,
+            scale=self.scale,
+            dropout_p=0.0,
+            is_causal=self.is_causal,
+            backend=self.backend,
+        )
+
+
+class RelevancyAttentionBackwardInputs(NamedTuple):
+    """grad_out and out (B, H, N, Dv), grad_carrier (B, T, N), lse (B, H, N); the others as in RelevancyAttentionInputs.
+    need_inputs: whether query, key and value get gradients."""
+
+    grad_out: Tensor | None
+    grad_carrier: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+    residual_weight: Tensor | None
+    attention_weight: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    rule: str
+    row_normalize: bool
+    scale: float
+    is_causal: bool
+    need_inputs: bool
+    backend: str
+
+    def attention(self, grad_out: Tensor) -> ScoreAttentionBackwardInputs:
+        """The backward pass of the attention without its carrier."""
+        return ScoreAttentionBackwardInputs(
+            grad_out=grad_out,
+            grad_lse=None,
+            query=self.query,
+            key=self.key,
+            value=self.value,
+            out=self.out,
+            lse=self.lse,
+            vector=None,
+            attn_mask=self.attn_mask,
+            key_mask=self.key_mask,
+            seed=None,
+            score="dot",
+            parameter=0.0,
+            scale=self.scale,
+            dropout_p=0.0,
+            is_causal=self.is_causal,
+            backend=self.backend,
+        )
+
+    def step(self, relevancy: Tensor, lse: Tensor | None) -> RelevancyStepInputs:
+        """relevancy @ Abar behind the same attention."""
+        return RelevancyStepInputs(
+            relevancy=relevancy,
+            query=self.query,
+            key=self.key,
+            value=self.value,
+            grad_output=self.grad_out,
+            lse=lse,
+            attn_mask=self.attn_mask,
+            key_mask=self.key_mask,
+            rule=self.rule,
+            row_normalize=self.row_normalize,
+            scale=self.scale,
+            is_causal=self.is_causal,
+            backend=self.backend,
+        )
+
+
+class RelevancyStepInputs(NamedTuple):
+    """relevancy (B, T, N), query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output (B, H, N, Dv), lse
+    (B, H, N), masks as in ScoreAttentionInputs."""
+
+    relevancy: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    grad_output: Tensor | None
+    lse: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    rule: str
+    row_normalize: bool
+    scale: float
+    is_causal: bool
+    backend: str
+
+    def attention(self) -> ScoreAttentionInputs:
+        """The attention behind which the step stands; without a value the query stands in for it."""
+        return ScoreAttentionInputs(
+            query=self.query,
+            key=self.key,
+            value=self.query if self.value is None else self.value,
+            vector=None,
+            attn_mask=self.attn_mask,
+            key_mask=self.key_mask,
+            seed=None,
+            score="dot",
+            parameter=0.0,
+            scale=self.scale,
+            dropout_p=0.0,
+            is_causal=self.is_causal,
+            backend=self.backend,
+        )
+
+
+class AttentionMapInputs(NamedTuple):
+    """query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output (B, H, N, Dv), lse (B, H, N), masks as in
+    ScoreAttentionInputs."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    grad_output: Tensor | None
+    lse: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    rule: str
+    head_reduction: str
+    row_normalize: bool
+    scale: float
+    is_causal: bool
+    backend: str
+
+
+class AttentionStatisticsInputs(NamedTuple):
+    """query (B, H, N, D), key (B, Hkv, M, D), key_groups (B, M), row_weight (B, N), masks as in ScoreAttentionInputs.
+    statistics: the names of the outputs that are needed, with spaces between them."""
+
+    query: Tensor
+    key: Tensor
+    key_groups: Tensor | None
+    row_weight: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    num_groups: int
+    statistics: str
+    scale: float
+    is_causal: bool
+    backend: str
+
+
+class AttentionStatisticsBackwardInputs(NamedTuple):
+    """grad_mass and mass (B, H, N, G), grad_entropy, grad_maximum, maximum and argmax (B, H, N), grad_received (B, H, M),
+    rows (2, B, H, N); the others as in AttentionStatisticsInputs."""
+
+    grad_mass: Tensor | None
+    grad_entropy: Tensor | None
+    grad_maximum: Tensor | None
+    grad_received: Tensor | None
+    query: Tensor
+    key: Tensor
+    mass: Tensor | None
+    maximum: Tensor | None
+    argmax: Tensor
+    rows: Tensor | None
+    key_groups: Tensor | None
+    row_weight: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    num_groups: int
+    scale: float
+    is_causal: bool
+    backend: str
+
+
+class CongruenceLossInputs(NamedTuple):
+    """queries and keys (B, H, L or V, D) of the blocks LL, VV, LV, VL (see reference.congruence_loss.block_inputs), text_mask
+    bool (B, L), image_mask bool (B, V)."""
+
+    queries: list[Tensor]
+    keys: list[Tensor]
+    text_mask: Tensor | None
+    image_mask: Tensor | None
+    kind: str
+    direction: str
+    scale: float
+    backend: str
+
+
+class CongruenceLossBackwardInputs(NamedTuple):
+    """grad_loss (B), maps as the backend's forward pass gave them; the others as in CongruenceLossInputs."""
+
+    grad_loss: Tensor
+    maps: Tensor
+    queries: list[Tensor]
+    keys: list[Tensor]
+    text_mask: Tensor | None
+    image_mask: Tensor | None
+    kind: str
+    direction: str
+    scale: float
+    backend: str
+
+
+class StackedCrossAttentionInputs(NamedTuple):
+    """images (Bi, R, D), captions (Bc, T, D), caption_lengths int64 (Bc), image_lengths int64 (Bi)."""
+
+    images: Tensor
+    captions: Tensor
+    caption_lengths: Tensor | None
+    image_lengths: Tensor | None
+    direction: str
+    first_norm: str | None
+    smooth: float
+    aggregation: str
+    lambda_lse: float
+    backend: str
+
+
+class StackedCrossAttentionBackwardInputs(NamedTuple):
+    """grad_similarity (Bi, Bc); the others as in StackedCrossAttentionInputs."""
+
+    grad_similarity: Tensor
+    images: Tensor
+    captions: Tensor
+    caption_lengths: Tensor | None
+    image_lengths: Tensor | None
+    direction: str
+    first_norm: str | None
+    smooth: float
+    aggregation: str
+    lambda_lse: float
+    backend: str
+
+
+class CoreScore(NamedTuple):
+    """A core score of vlattn_fast.scores beside its features: its kind, vector (H, A) and parameter."""
+
+    kind: str
+    vector: Tensor | None
+    parameter: float

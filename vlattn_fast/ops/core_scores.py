@@ -1,0 +1,92 @@
+"""attention_map and relevancy_step behind score_attention: for any core score of vlattn_fast.scores, where the operators take dot
+products alone.
+
+They run in plain PyTorch, tile by tile (backends/streaming/), without checks and without gradients. Their callers are layers and
+methods that saw an attention call run.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import without_autocast
+from vlattn_fast.backends.inputs import AttentionMapInputs, CoreScore, RelevancyStepInputs
+from vlattn_fast.backends.streaming import attention_map, relevancy_attention
+from vlattn_fast.backends.streaming._scores import score_tile
+from vlattn_fast.scores import Core
+
+
+def core_logits(core: Core, scale: float) -> Tensor:
+    """The scores (B, H, N, M) in front of the masks. They have a gradient where the core score is "dot"."""
+    if core.kind == "dot":
+        return core.query @ core.key.mT * scale
+    vector = None if core.vector is None else core.vector.to(core.query.dtype)
+    return score_tile(core.kind, core.query, core.key, vector, core.parameter) * scale
+
+
+def core_map(
+    core: Core,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    rule: str,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """Abar (B, N, M), the mean over the heads; see `attention_map`."""
+    inputs = AttentionMapInputs(
+        query=core.query,
+        key=core.key,
+        value=value,
+        grad_output=grad_output,
+        lse=None,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        rule=rule,
+        head_reduction="mean",
+        row_normalize=False,
+        scale=scale,
+        is_causal=is_causal,
+        backend="streaming",
+    )
+    with without_autocast(core.query):
+        return attention_map.forward(inputs, _without_features(core))
+
+
+def core_step(
+    relevancy: Tensor,
+    core: Core,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    *,
+    rule: str,
+    row_normalize: bool,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`."""
+    inputs = RelevancyStepInputs(
+        relevancy=relevancy,
+        query=core.query,
+        key=core.key,
+        value=value,
+        grad_output=grad_output,
+        lse=None,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        rule=rule,
+        row_normalize=row_normalize,
+        scale=scale,
+        is_causal=is_causal,
+        backend="streaming",
+    )
+    with without_autocast(core.query):
+        return relevancy_attention.step(inputs, _without_features(core))
+
+
+def _without_features(core: Core) -> CoreScore:
+    return CoreScore(core.kind, core.vector, core.parameter)
