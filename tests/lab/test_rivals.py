@@ -242,4 +242,4 @@ def test_regions_of_uniter(target):
         mean += weight / 2 * torch.autograd.grad(score(point).sum(), point)[0]
     falls = falls * features.shape[2]  # each feature gets the whole fall
     for method, want in ((rivals.occlusion, falls), (rivals.integrated_gradients, (mean * features).sum(-1))):
-        torch.testing.assert_close(method(model, inputs, target).regions, want.float(), rtol=1e-5, atol=1e-5)  # captum's dtype
+        torch.testing.assert_close(method(model, inputs, target).regions.double(), want, rtol=1e-5, atol=1e-5)
