@@ -75,13 +75,11 @@ class Call:
 
     def kill_after_a_row(self, part: str) -> int:
         """How many rows there are."""
-        process = subprocess.Popen(
-            self.words(part), cwd=ROOT, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and not (self.out / f"gpu-{part}.json").exists():
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        null = subprocess.DEVNULL
+        with subprocess.Popen(self.words(part), cwd=ROOT, env=self.environment, stdout=null, stderr=null) as process:
+            while process.poll() is None and not (self.out / f"gpu-{part}.json").exists():
+                time.sleep(0.005)
+            process.kill()
         return len(self.rows(part))
 
     def rows(self, part: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ AHEAD = """
 import torch
 from triton.runtime.jit import JITFunction
 from tools.gpu import production, sweep
-from vlattn_fast import verify
+from vlattn_fast.checking import verify
 
 def note(kernel, *args, grid, warmup, **kwargs):
     if kernel.fn.__name__ in hot.kernels:

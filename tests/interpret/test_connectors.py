@@ -61,55 +61,93 @@ def maps_of(model, layers, found):
     return handles
 
 
+def two_images(count):
+    """Two prompts of `count` image tokens at other places, in float64."""
+    ids = torch.randint(3, 90, (2, count + 6))
+    ids[0, 1 : count + 1], ids[1, 3 : count + 3] = 98, 98
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32).double()}
+
+
+def stored_bars(model, layers, inputs, score):
+    """(vision, language): the mean of (A * dscore/dA)+ over the heads of each layer, where `score` takes the outputs."""
+    model.set_attn_implementation("literal")
+    vision, language = [], []
+    handles = maps_of(model, layers, vision) + maps_of(model, "model.language_model.layers", language)
+    total = score(model(**inputs)).sum()
+    for handle in handles:
+        handle.remove()
+    model.set_attn_implementation("sdpa")
+    grads = torch.autograd.grad(total, [*vision, *language], allow_unused=True)
+    bars = [
+        torch.zeros_like(a[:, 0]) if g is None else (a.detach() * g).clamp(min=0).mean(1)
+        for a, g in zip([*vision, *language], grads, strict=True)
+    ]
+    return bars[: len(vision)], bars[len(vision) :]
+
+
+def carried(vision, language, row, of_image, token_of_patch, before):
+    """Rows of both towers: `row` (B, N) through the language model, and from its image tokens through the vision tower."""
+    row = row.double()[:, None]
+    for bar in reversed(language):
+        row = row + row @ bar
+    start = torch.zeros(len(row), 1, 16 + before).double()
+    start[:, 0, before:] = row[:, 0][of_image].view(len(row), -1)[:, token_of_patch] / token_of_patch.bincount()[0]
+    for bar in reversed(vision):
+        start = start + start @ bar
+    return row[:, 0], start[:, 0]
+
+
 @pytest.mark.parametrize("make", [llava, internvl, gemma3])
 def test_against_stored_maps(make):
     torch.manual_seed(0)
     model, layers, token_of_patch, before, count = make()
     lively(model).eval().double()
-    ids = torch.randint(3, 90, (2, count + 6))
-    ids[0, 1 : count + 1], ids[1, 3 : count + 3] = 98, 98
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32).double()}
+    inputs = two_images(count)
+    of_image = inputs["input_ids"] == 98
     if make is gemma3:
-        inputs["token_type_ids"] = (ids == 98).long()
+        inputs["token_type_ids"] = of_image.long()
     got = explain(model, inputs, through_connector=True)
-
-    model.set_attn_implementation("literal")
-    vision, language = [], []
-    handles = maps_of(model, layers, vision) + maps_of(model, "model.language_model.layers", language)
-    score = model(**inputs).logits[:, -1].max(-1).values.sum()
-    for handle in handles:
-        handle.remove()
-    grads = torch.autograd.grad(score, [*vision, *language], allow_unused=True)
-    bars = [
-        torch.zeros_like(a[:, 0]) if g is None else (a.detach() * g).clamp(min=0).mean(1)
-        for a, g in zip([*vision, *language], grads, strict=True)
-    ]
-    row = torch.zeros(2, 1, ids.shape[1]).double()
-    row[:, :, -1] = 1
-    for bar in reversed(bars[len(vision) :]):
-        row = row + row @ bar
-    torch.testing.assert_close(got.relevancy["language"], row[:, 0], rtol=1e-8, atol=1e-10)
-    tokens = row[:, 0][ids == 98].view(2, -1)
-    start = torch.zeros(2, 1, 16 + before).double()
-    start[:, 0, before:] = tokens[:, token_of_patch] / token_of_patch.bincount()[0]
-    for bar in reversed(bars[: len(vision)]):
-        start = start + start @ bar
-    torch.testing.assert_close(got.relevancy["vision"], start[:, 0], rtol=1e-8, atol=1e-10)
+    bars = stored_bars(model, layers, inputs, lambda outputs: outputs.logits[:, -1].max(-1).values)
+    row = torch.zeros(inputs["input_ids"].shape)
+    row[:, -1] = 1
+    language, vision = carried(*bars, row, of_image, token_of_patch, before)
+    torch.testing.assert_close(got.relevancy["language"], language, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(got.relevancy["vision"], vision, rtol=1e-8, atol=1e-10)
     assert torch.equal(got.image, got.relevancy["vision"][:, before:].view(2, 4, 4)) and got.image_rows == [0, 1]
-    assert (bars[0] != 0).any() and got.tower_images["language"].shape[0] == 2
+    assert (bars[0][0] != 0).any() and got.tower_images["language"].shape[0] == 2
     assert "vision" not in got.position and "<canvas" in got.to_html()
 
 
 def test_answers():
+    """Each token by itself, and all of them together, whose rows are read at once."""
     torch.manual_seed(0)
-    model = lively(llava()[0]).eval()
-    ids = torch.randint(3, 90, (1, 22))
-    ids[0, 1:17] = 98
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32)}
-    got = explain(model, inputs, answer=[4, 9, 7], through_connector=True)
-    assert got.relevancy["vision"].shape == (1, 3, 17) and got.image.shape == (1, 3, 4, 4)
-    together = explain(model, inputs, answer=[4, 9, 7], through_connector=True, each=False)
-    assert together.relevancy["vision"].shape == (1, 17) and together.image.shape == (1, 4, 4)
+    model, layers, token_of_patch, before, count = llava()
+    lively(model).eval().double()
+    prompts, answers = two_images(count), [[4, 9, 7], [5, 4, 8]]
+    ids = torch.cat([prompts["input_ids"], torch.tensor(answers)], 1)
+    whole = {**prompts, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    first = prompts["input_ids"].shape[1] - 1  # predicts the answer's first token
+
+    def log_probabilities(outputs):
+        return outputs.logits[:, first : first + 3].log_softmax(-1).gather(2, torch.tensor(answers)[..., None])[..., 0]
+
+    def check(got, score, read):
+        row = torch.zeros(ids.shape)
+        row[:, read] = 1
+        bars = stored_bars(model, layers, whole, score)
+        language, vision = carried(*bars, row, ids == 98, token_of_patch, before)
+        assert vision[:, before:].max() > 1e-6
+        torch.testing.assert_close(got["language"], language, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(got["vision"], vision, rtol=1e-8, atol=1e-10)
+
+    each = explain(model, prompts, answer=answers, through_connector=True)
+    assert torch.equal(each.image, each.relevancy["vision"][:, :, before:].view(2, 3, 4, 4))
+    for t in range(3):
+        rows = {tower: row[:, t] for tower, row in each.relevancy.items()}
+        check(rows, lambda outputs, t=t: log_probabilities(outputs)[:, t], [first + t])
+    together = explain(model, prompts, answer=answers, through_connector=True, each=False)
+    assert torch.equal(together.image, together.relevancy["vision"][:, before:].view(2, 4, 4))
+    check(together.relevancy, lambda outputs: log_probabilities(outputs).sum(1), [first, first + 1, first + 2])
 
 
 def test_what_is_refused():
@@ -313,15 +351,25 @@ def test_videos_are_refused(decoder):
 @pytest.mark.parametrize("decoder", ["LlavaNextForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"], indirect=True)
 def test_answers_entries_and_parts_of_a_batch(decoder):
     """What the tower ran at once is cut by prompts, also with a row for each token of an answer."""
-    inputs = decoder.inputs("left")
+    inputs = in_double(decoder, "left")
     inputs.pop("mm_token_type_ids", None)
-    alone = explain(decoder.model, inputs, answer=[[7], [9]], through_connector=True, each=False)
     each = explain(decoder.model, inputs, answer=[[7, 4], [9, 5]], through_connector=True)
-    assert each.relevancy["vision"].shape == (2, 2, alone.relevancy["vision"].shape[1])
-    torch.testing.assert_close(each.relevancy["vision"][:, 0], alone.relevancy["vision"], rtol=1e-4, atol=1e-6)
-    for row, best in ((best.row, best) for best in alone.top(1) if best.tower == "vision"):
-        image, y, x = best.place
-        assert alone.image_rows[image] == row and float(alone.image[image][y, x]) == best.value
+    assert each.relevancy["vision"].shape[:2] == (2, 2)
+    for t, answer in enumerate(([[7], [9]], [[4], [5]])):
+        alone = explain(decoder.model, inputs, answer=answer, through_connector=True, each=False)
+        assert (alone.relevancy["vision"] > 0).any(-1).all()
+        torch.testing.assert_close(each.relevancy["vision"][:, t], alone.relevancy["vision"], rtol=1e-8, atol=1e-12)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[7], [9]])], 1)  # the second token has seen the first
+        inputs = {
+            **inputs,
+            "input_ids": ids,
+            "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+        }
+    (best,) = (best for best in alone.top(1) if best.tower == "vision" and best.row == 1)
+    image, y, x = best.place
+    assert alone.image_rows[image] == 1 and float(alone.image[image][y, x]) == best.value == float(
+        alone.relevancy["vision"][1].max()
+    )
     second = split(alone, [1, 1])[1]
     assert torch.equal(second.relevancy["vision"], alone.relevancy["vision"][1:]) and second.image_rows == [0] * len(second.image)
 

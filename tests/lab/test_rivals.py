@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -219,9 +220,26 @@ def test_integrated_gradients_add_up_to_the_score():
     torch.testing.assert_close(found, whole - empty, rtol=0.02, atol=0.02)
 
 
-def test_regions_of_uniter_have_attributions():
+@pytest.mark.parametrize("target", [[1, 0, 1], lambda outputs: outputs.logits[:, 1]], ids=["classes", "callable"])
+def test_regions_of_uniter(target):
+    """Occlusion: the fall without a region. Integrated gradients: 20 points of Gauss and Legendre from zeros to the features."""
     pytest.importorskip("captum")
     model, inputs = made("uniter")
-    for method in rivals.CAPTUM.values():
-        for target in ([1, 0, 1], lambda outputs: outputs.logits[:, 1]):
-            assert method(model, inputs, target).regions.shape == (3, 5)
+    model.double()
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    features, classes = inputs["region_features"], target if isinstance(target, list) else [1, 1, 1]
+
+    def score(features):
+        return model(**{**inputs, "region_features": features}).logits[range(3), classes]
+
+    with torch.no_grad():
+        without = [score(features * (torch.arange(5) != region)[:, None]) for region in range(5)]
+        falls = score(features)[:, None] - torch.stack(without, 1)
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    mean = torch.zeros_like(features)
+    for node, weight in zip(nodes, weights, strict=True):
+        point = (features * (1 + node) / 2).requires_grad_()
+        mean += weight / 2 * torch.autograd.grad(score(point).sum(), point)[0]
+    falls = falls * features.shape[2]  # each feature gets the whole fall
+    for method, want in ((rivals.occlusion, falls), (rivals.integrated_gradients, (mean * features).sum(-1))):
+        torch.testing.assert_close(method(model, inputs, target).regions.double(), want, rtol=1e-5, atol=1e-5)

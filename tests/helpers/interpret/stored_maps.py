@@ -6,7 +6,7 @@ Nothing of the package is used. Attention of transformers is "literal" (cases.py
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,7 +143,15 @@ def literal_multihead(
 def rows_of(
     model: nn.Module, inputs: dict[str, Any], score: Score, places: dict[str, Place], method: str = "gradient"
 ) -> dict[str, Tensor]:
-    """The relevancy row (B, N) of each tower, by stored maps, their gradients and full matrix products, a sample at a time."""
+    """The relevancy row (B, N) of each tower by one method."""
+    return rows_by_method(model, inputs, score, places, (method,))[method]
+
+
+def rows_by_method(
+    model: nn.Module, inputs: dict[str, Any], score: Score, places: dict[str, Place], methods: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """By each method the relevancy row (B, N) of each tower: one forward pass with stored maps, their gradients, and full matrix
+    products, a sample at a time."""
     kept = Kept(model)
     streams: dict[str, list[Tensor]] = {}
     handles = []
@@ -168,7 +176,7 @@ def rows_of(
         if switches:
             model.set_attn_implementation(before)
 
-    results = {}
+    results: dict[str, dict[str, Tensor]] = {method: {} for method in methods}
     for name, place in places.items():
         maps = [found for path, found in kept.maps if path.startswith(place.prefix) and path != place.pool]
         assert maps, [path for path, _ in kept.maps]
@@ -183,21 +191,22 @@ def rows_of(
         grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
         map_grads, y_grads, pool_grads = grads[: len(maps)], grads[len(maps) : len(maps) + len(ys)], grads[len(maps) + len(ys) :]
         batch, size = maps[0].shape[0], maps[0].shape[-1]
-        result = maps[0].new_zeros(batch, size)
-        for b in range(batch):
-            real = torch.ones(size, dtype=torch.bool) if place.real is None else place.real[b].bool()
-            row = place.row[b].to(result)[None]
-            row = row if pools else row[:, real]
-            result[b, real] = one_sample(
-                method,
-                0,
-                [a[b][:, real][:, :, real] for a in maps],
-                [g[b][:, real][:, :, real] for g in map_grads],
-                *([t[b][real] for t in ts] for ts in (xs, ys, y_grads)),
-                row,
-                (pools[0][b][:, :, real], pool_grads[0][b][:, :, real]) if pools else None,
-            )
-        results[name] = result.detach()
+        for method in methods:
+            result = maps[0].new_zeros(batch, size)
+            for b in range(batch):
+                real = torch.ones(size, dtype=torch.bool) if place.real is None else place.real[b].bool()
+                row = place.row[b].to(result)[None]
+                row = row if pools else row[:, real]
+                result[b, real] = one_sample(
+                    method,
+                    0,
+                    [a[b][:, real][:, :, real] for a in maps],
+                    [g[b][:, real][:, :, real] for g in map_grads],
+                    *([t[b][real] for t in ts] for ts in (xs, ys, y_grads)),
+                    row,
+                    (pools[0][b][:, :, real], pool_grads[0][b][:, :, real]) if pools else None,
+                )
+            results[method][name] = result.detach()
     return results
 
 
