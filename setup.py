@@ -119,9 +119,9 @@ def missing(*tools: str) -> str | None:
 
 def compiler() -> str | None:
     """The C++ compiler: $CXX, or the first of those that CMake would take."""
-    given = os.environ.get("CXX", "")
-    if given:
-        return given if which(shlex.split(given)[0]) else None
+    named = os.environ.get("CXX", "")
+    if named:
+        return named if which(shlex.split(named)[0]) else None
     return next(filter(None, map(which, ("c++", "g++", "clang++"))), None)
 
 
@@ -129,22 +129,22 @@ def outdated(folder: Path) -> bool:
     """Whether a kept build is of another tree or by another compiler: CMake refuses the one and overlooks the other."""
     if not (folder / "CMakeCache.txt").exists():
         return False
-    wanted = str(ROOT.absolute()), which(shlex.split(compiler())[0])
-    return wanted != (cached(folder, "CMAKE_HOME_DIRECTORY"), cached(folder, "CMAKE_CXX_COMPILER"))
+    expected = str(ROOT.absolute()), which(shlex.split(compiler())[0])
+    return expected != (cached(folder, "CMAKE_HOME_DIRECTORY"), cached(folder, "CMAKE_CXX_COMPILER"))
 
 
 def cached(folder: Path, name: str) -> str:
     """A variable of a configured build."""
-    found = re.search(rf"^{name}:\w+=(.*)$", (folder / "CMakeCache.txt").read_text(), re.M)
-    return found[1] if found else ""
+    entry = re.search(rf"^{name}:\w+=(.*)$", (folder / "CMakeCache.txt").read_text(), re.M)
+    return entry[1] if entry else ""
 
 
 def cpu_obstacle(asked: str) -> str | None:
     if sys.platform != "linux" and asked != "1":
         return "it has been tried on Linux only; VLATTN_CPU=1 builds anyway"
     if compiler() is None:
-        given = os.environ.get("CXX")
-        return f"the C++ compiler of $CXX, {given}, was not found" if given else "no C++ compiler was found (g++ or clang++)"
+        named = os.environ.get("CXX")
+        return f"the C++ compiler of $CXX, {named}, was not found" if named else "no C++ compiler was found (g++ or clang++)"
     return missing("cmake", "ninja")
 
 
@@ -154,7 +154,7 @@ def cpu_facts(folder: Path) -> dict[str, object]:
 
 def nvcc_version() -> str:
     said = subprocess.run(["nvcc", "--version"], env=ENVIRONMENT, capture_output=True, text=True).stdout
-    return found[1] if (found := re.search(r"release ([\d.]+)", said)) else "of unknown version"
+    return version[1] if (version := re.search(r"release ([\d.]+)", said)) else "of unknown version"
 
 
 def torch_without_cuda() -> bool:

@@ -42,8 +42,8 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         rows[:, :, read_out] = 1.0
         attend = _models.Carried(causal, start.requires_grad_(), backend)
         total = score(t, x, attend)
-        (found,) = torch.autograd.grad([total, attend.carrier], [start], [torch.ones_like(total), rows])
-        return {"relevancy": _others(found[:, 0])}
+        (carried,) = torch.autograd.grad([total, attend.carrier], [start], [torch.ones_like(total), rows])
+        return {"relevancy": _without_read_out(carried[:, 0])}
 
     def stored(one_backward: bool, t: Tensors) -> Tensors:
         attend = _models.Stored(causal)
@@ -53,9 +53,9 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
             if one_backward
             else (torch.autograd.grad(total, prob, retain_graph=True)[0] for prob in attend.maps)
         )
-        return {"relevancy": _others(_product(attend.maps, grads)[:, read_out])}
+        return {"relevancy": _without_read_out(_product(attend.maps, grads)[:, read_out])}
 
-    def _others(row: Tensor) -> Tensor:
+    def _without_read_out(row: Tensor) -> Tensor:
         """Without the read-out token's own entry, which holds the identity that the recursion starts from."""
         return torch.cat([row[:, :read_out], row[:, read_out + 1 :]], dim=1)
 

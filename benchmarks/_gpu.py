@@ -26,10 +26,10 @@ SDPA_KERNELS = {
 
 def more(runs: Mapping[str, Run]) -> dict[str, Run]:
     """Beside these variants: the bound SDPA by each of its kernels, and it and our backends as CUDA graphs."""
-    found = {f"SDPA {name}": by_kernel(runs["SDPA"], kernel) for name, kernel in SDPA_KERNELS.items() if "SDPA" in runs}
+    fused = {f"SDPA {name}": by_kernel(runs["SDPA"], kernel) for name, kernel in SDPA_KERNELS.items() if "SDPA" in runs}
     captured = {name: run for name, run in runs.items() if name in BACKEND_NAMES and name != "reference"}
-    captured |= {name: run for name, run in {**runs, **found}.items() if name.startswith("SDPA")}
-    return found | {f"{name}{GRAPH}": graphed(run) for name, run in captured.items()}
+    captured |= {name: run for name, run in {**runs, **fused}.items() if name.startswith("SDPA")}
+    return fused | {f"{name}{GRAPH}": graphed(run) for name, run in captured.items()}
 
 
 def by_kernel(run: Run, kernel: SDPBackend) -> Run:

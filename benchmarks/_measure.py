@@ -150,10 +150,10 @@ def call_variants(
     def ours(name: str) -> Callable[[Tensors], Any]:
         return lambda t: public(**arguments(t), backend=name)
 
-    found = {name: Variant(finish(ours(name))) for name in names}
-    found["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
-    found["reference compiled"] = Variant(finish(compile_later(lambda t: formula(**arguments(t)))), maps, compiled=True)
-    return found
+    variants = {name: Variant(finish(ours(name))) for name in names}
+    variants["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
+    variants["reference compiled"] = Variant(finish(compile_later(lambda t: formula(**arguments(t)))), maps, compiled=True)
+    return variants
 
 
 def compile_later(call: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
@@ -333,7 +333,7 @@ class Measurement:
             "sizes": self.sizes,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        found = []
+        table = []
         for name, x in self.standing.items():
             row: dict[str, Any] = {**shared, "variant": name, "is_bound": name == self.problem.bound}
             if x.seconds and not x.not_run:
@@ -348,8 +348,8 @@ class Measurement:
                     "ratio_to_bound": p50 / float(np.median(bound)) if bound else None,
                     "ratio_to_floor": p50 / floor if floor else None,
                 }
-            found.append(row if "p50_us" in row else {**row, "not_run": x.not_run or "no round was left for it"})
-        return found + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]
+            table.append(row if "p50_us" in row else {**row, "not_run": x.not_run or "no round was left for it"})
+        return table + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]
 
 
 def largest_error(got: Tensors, truth: Tensors | None) -> float | None:

@@ -220,14 +220,14 @@ QWEN = Whole(_qwen, _qwen_inputs, _next_token, {"target": TARGET}, _DECODES, _TE
 
 
 def _lxmert(sizes: Sizes) -> nn.Module:
-    t, c, others = _transformers(), sizes["C"], (sizes["layers"] + 1) // 2
+    t, c, half = _transformers(), sizes["C"], (sizes["layers"] + 1) // 2
     config = t.LxmertConfig(
         hidden_size=c,
         intermediate_size=4 * c,
         num_attention_heads=sizes["H"],
         l_layers=sizes["layers"],
-        x_layers=others,
-        r_layers=others,
+        x_layers=half,
+        r_layers=half,
         vocab_size=sizes["vocabulary"],
     )
     return t.LxmertForQuestionAnswering(config)

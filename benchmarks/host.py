@@ -62,7 +62,7 @@ def operators(device: torch.device, backend: str) -> dict[str, Operator]:
     n, d = SIZES["N"], SIZES["D"]
     q, k, v, grad = (randn(1, 1, n, d) for _ in range(4))
     qkv = {"query": q, "key": k, "value": v}
-    vector, weight, other = randn(d), randn(d, d), randn(d, d)
+    vector, left, right = randn(d), randn(d, d), randn(d, d)
     rows = torch.rand(1, 1, n, device=device)
     groups = torch.arange(n, device=device) % 2
     pairs = {"images": randn(2, n, d), "captions": randn(2, n, d)}
@@ -88,8 +88,8 @@ def operators(device: torch.device, backend: str) -> dict[str, Operator]:
     return {
         SDPA: Operator(qkv, lambda t: F.scaled_dot_product_attention(t["query"], t["key"], t["value"])),
         "score_attention": Operator(qkv, public("score_attention")),
-        "score_attention, general tanh": Operator({**qkv, "weight": weight}, tanh),
-        "score_attention, additive": Operator({**qkv, "vector": vector, "query_weight": weight, "key_weight": other}, additive),
+        "score_attention, general tanh": Operator({**qkv, "weight": left}, tanh),
+        "score_attention, additive": Operator({**qkv, "vector": vector, "query_weight": left, "key_weight": right}, additive),
         "relevancy_attention": Operator({**qkv, "carrier": rows}, public("relevancy_attention")),
         "relevancy_attention, step": Operator(step, public("relevancy_step"), False),
         "attention_map": Operator({"query": q, "key": k}, public("attention_map"), False),

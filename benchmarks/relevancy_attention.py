@@ -53,8 +53,8 @@ def build(step: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
         abar = (grad * prob.detach()).clamp(min=0).mean(dim=1).to(t["carrier"].dtype)
         relevancy = torch.eye(n, device=device, dtype=abar.dtype).expand(len(abar), n, n)
         relevancy = relevancy + torch.bmm(abar, relevancy)
-        found = {f"gradient of {name}": x for name, x in zip(INPUTS, grads, strict=True)}
-        return {"output 0": output.detach(), **found, "gradient of carrier": relevancy[:, read_out, None]}
+        gradients = {f"gradient of {name}": x for name, x in zip(INPUTS, grads, strict=True)}
+        return {"output 0": output.detach(), **gradients, "gradient of carrier": relevancy[:, read_out, None]}
 
     def carried(t: Tensors) -> dict[str, Any]:
         return {**{name: t[name] for name in INPUTS}, "carrier": t["carrier"], "is_causal": causal}

@@ -51,8 +51,8 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         names = [name for name in parameters if name in t]
         grad, *grads = torch.autograd.grad(total, [x, *(t[name] for name in names)])
         if t["0.qkv"] is parameters["0.qkv"]:  # not on the copies in float64
-            for parameter, found in zip(parameters.values(), grads, strict=True):
-                parameter.grad = found
+            for parameter, parameter_grad in zip(parameters.values(), grads, strict=True):
+                parameter.grad = parameter_grad
             optimizer.step()
         return {"loss": loss.detach(), "gradient of tokens": grad}
 

@@ -125,26 +125,26 @@ def _with_weights(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tens
 
 
 def _ours(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tensors:
-    found = va.explain(model, t, **whole.explained).relevancy
-    return {f"relevancy {name}": _others(found[name], row) for name, (_, row) in read.items()}
+    relevancy = va.explain(model, t, **whole.explained).relevancy
+    return {f"relevancy {name}": _without(relevancy[name], row) for name, (_, row) in read.items()}
 
 
-def _others(row: Tensor, own: int) -> Tensor:
+def _without(row: Tensor, position: int) -> Tensor:
     """The row (B, ..., N) without its own entry, which may hold the identity that the recursion starts from."""
-    return torch.cat([row[..., :own], row[..., own + 1 :]], dim=-1)
+    return torch.cat([row[..., :position], row[..., position + 1 :]], dim=-1)
 
 
 def _relevancy(maps: Sequence[Tensor], grads: Iterable[Tensor | None], read: Row) -> Tensors:
     """The rows that are read, by the rules for one or two modalities of Chefer et al. (ICCV 2021)."""
     names = {tokens: name for name, (tokens, _) in read.items()}
     linked = any(one.shape[2] != one.shape[3] for one in maps)
-    found: dict[tuple[str, str], Tensor] = {}
+    related: dict[tuple[str, str], Tensor] = {}
     for name, (tokens, _) in read.items():
         eye = torch.eye(tokens, dtype=maps[0].dtype, device=maps[0].device)
-        found[name, name] = eye.expand(len(maps[0]), tokens, tokens)
-        for other, (others, _) in read.items():
-            if linked and other != name:
-                found[name, other] = eye.new_zeros(len(maps[0]), tokens, others)
+        related[name, name] = eye.expand(len(maps[0]), tokens, tokens)
+        for partner, (partner_tokens, _) in read.items():
+            if linked and partner != name:
+                related[name, partner] = eye.new_zeros(len(maps[0]), tokens, partner_tokens)
     waiting: list[tuple[tuple[str, str], Tensor]] = []
     crossings = 0
     for one, grad in zip(maps, grads, strict=True):
@@ -153,19 +153,19 @@ def _relevancy(maps: Sequence[Tensor], grads: Iterable[Tensor | None], read: Row
         if grad is not None:
             abar = (grad * one.detach()).clamp(min=0).mean(dim=1)
             if s == q:
-                found |= {(s, name): found[s, name] + abar @ found[s, name] for of, name in list(found) if of == s}
+                related |= {(s, name): related[s, name] + abar @ related[s, name] for of, name in list(related) if of == s}
             else:  # equations 10 and 11
-                waiting.append(((s, q), _normalized(found[s, s]).mT @ abar @ _normalized(found[q, q])))
-                waiting.append(((s, s), abar @ found[q, s]))
+                waiting.append(((s, q), _normalized(related[s, s]).mT @ abar @ _normalized(related[q, q])))
+                waiting.append(((s, s), abar @ related[q, s]))
         if crossings == 2:  # both directions of a layer read what was there before it
             for pair, addition in waiting:
-                found[pair] = found[pair] + addition
+                related[pair] = related[pair] + addition
             waiting, crossings = [], 0
     first = next(iter(read))
     rows = {}
-    for name, (_, own) in read.items():
-        one = found[first, name][:, read[first][1]] if linked else found[name, name][:, own]
-        rows[f"relevancy {name}"] = _others(one, own)
+    for name, (_, position) in read.items():
+        one = related[first, name][:, read[first][1]] if linked else related[name, name][:, position]
+        rows[f"relevancy {name}"] = _without(one, position)
     return rows
 
 
@@ -233,8 +233,8 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
         return {}
 
     def ours(t: Tensors) -> Tensors:
-        found = va.explain(make(), t, answer=answer).relevancy["language"]
-        return {name: _others(found[:, token], row) for name, (token, row) in places.items()}
+        relevancy = va.explain(make(), t, answer=answer).relevancy["language"]
+        return {name: _without(relevancy[:, token], row) for name, (token, row) in places.items()}
 
     last = sizes["N"] + sizes["T"] - 2  # the place that predicts the last token
     places = {"relevancy, first token": (0, sizes["N"] - 1), "relevancy, last token": (sizes["T"] - 1, last)}
@@ -243,11 +243,11 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
         model = copy.deepcopy(make()).double()
         with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
             scores = forward(model, t)
-        found: Tensors = {}
+        relevancy: Tensors = {}
         for name, (token, row) in places.items():
             grads = torch.autograd.grad(scores[:, token].sum(), kept.maps, retain_graph=True)
-            (found[name],) = _relevancy(kept.maps, grads, {name: (sizes["N"] + sizes["T"], row)}).values()
-        return found
+            (relevancy[name],) = _relevancy(kept.maps, grads, {name: (sizes["N"] + sizes["T"], row)}).values()
+        return relevancy
 
     variants = {EXPLAIN: Variant(ours), BACKWARDS: Variant(without_output(plain))}
     return _problem(whole, variants, BACKWARDS, truth, sizes, device, dtype)

@@ -29,11 +29,11 @@ MORE = {
 
 def files(name: str) -> list[str]:
     """The source, and what it includes of ours, each once."""
-    found = [name]
-    for file in found:
+    names = [name]
+    for file in names:
         included = re.findall(r'^#include "([\w.]+)"', (SOURCES / file).read_text(), re.M)
-        found += [other for other in included if other not in found]
-    return found
+        names += [header for header in included if header not in names]
+    return names
 
 
 def outcome(operator: str, file: str, text: str) -> str:

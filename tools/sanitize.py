@@ -34,9 +34,9 @@ def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subpr
         "VLATTN_TEST_SANITIZED": "1",  # one draw of the numbers (tests/helpers/compare.py)
         "OMP_NUM_THREADS": "1",
     }
-    own = ("-p", "tests.helpers.cpu.own_threads") if kind == "thread" else ()
+    plugins = ("-p", "tests.helpers.cpu.own_threads") if kind == "thread" else ()
     # what the sanitizer writes is not pytest's to keep
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *own, *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *plugins, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )

@@ -50,7 +50,7 @@ def rows_of(library: Path) -> dict[str, Row]:
 
 def machine_code(library: Path) -> dict[str, str]:
     """nvdisasm's text of each kernel and target."""
-    found = {}
+    codes = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [tool("cuobjdump"), "--extract-elf", "all", library.absolute()], cwd=folder, check=True, capture_output=True
@@ -60,8 +60,8 @@ def machine_code(library: Path) -> dict[str, str]:
             text = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
             _, *parts = re.split(r"^\t\.section\t\.text\.", text, flags=re.M)
             names = readable([part.split(",", 1)[0] for part in parts])
-            found |= {f"{name} {target}": part for name, part in zip(names, parts, strict=True)}
-    return found
+            codes |= {f"{name} {target}": part for name, part in zip(names, parts, strict=True)}
+    return codes
 
 
 def readable(mangled: list[str]) -> list[str]:

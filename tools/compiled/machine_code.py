@@ -41,13 +41,13 @@ def innermost_loops(sass: str) -> list[Loop]:
         branch = re.match(r"BRA\b.*?(\.L_x_\d+)", code)
         if branch and labels.get(branch[1], end + 1) <= end:
             stretches.append((labels[branch[1]], end))
-    found = []
+    loops = []
     for start, end in stretches:
-        if not any(other != (start, end) and start <= other[0] and other[1] <= end for other in stretches):
+        if not any(inner != (start, end) and start <= inner[0] and inner[1] <= end for inner in stretches):
             body = lines[start : end + 1]
             counts = {name: sum(re.match(pattern, code) is not None for code in body) for name, pattern in CLASSES.items()}
-            found.append(Loop(len(body), **counts))
-    return found
+            loops.append(Loop(len(body), **counts))
+    return loops
 
 
 def of_whole_tiles(loops: Sequence[Loop], tile: tuple[int, ...], edge: int | None) -> list[Loop]:

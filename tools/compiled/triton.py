@@ -112,8 +112,8 @@ def narrow_offsets(ttir: str) -> list[str]:
     definitions: dict[str, list[tuple[int, str, list[str], str]]] = {}
     for number, line in enumerate(ttir.splitlines()):
         if match := re.match(r"\s*(%[\w#]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
-            found = (number, match[2], re.findall(r"%[\w#]+", match[3]), match[4])
-            definitions.setdefault(match[1], []).append(found)
+            definition = (number, match[2], re.findall(r"%[\w#]+", match[3]), match[4])
+            definitions.setdefault(match[1], []).append(definition)
 
     def above(name: str, number: int) -> tuple[int, str, list[str], str] | None:
         return next((one for one in reversed(definitions.get(name, [])) if one[0] < number), None)

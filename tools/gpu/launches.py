@@ -31,14 +31,14 @@ def watching(see: Callable[[str, Launch], Any]) -> Iterator[None]:
 
 def launched(call: Callable[[], Any]) -> list[tuple[str, Launch, Any]]:
     """The launches of a call, and the compiled kernel of each (None in the interpreter)."""
-    found = []
+    seen = []
 
     def see(name: str, launch: Launch) -> None:
-        found.append((name, launch, launch()))
+        seen.append((name, launch, launch()))
 
     with watching(see):
         call()
-    return found
+    return seen
 
 
 def seconds(launches: list[Launch], device: str) -> float:

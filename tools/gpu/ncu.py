@@ -42,11 +42,11 @@ def table(said: str) -> dict[str, Any]:
     if not of_kernels:
         return {}
     numbers = {name: x for name, text in zip(header, of_kernels[-1], strict=True) if (x := _number(text)) is not None}
-    found: dict[str, Any] = {name: numbers[metric] for name, metric in FACTS.items() if metric in numbers}
+    facts: dict[str, Any] = {name: numbers[metric] for name, metric in FACTS.items() if metric in numbers}
     for group, pattern in (("stalls", STALL), ("pipes", PIPE)):
         matches = [(match[1], x) for name, x in numbers.items() if (match := re.fullmatch(pattern, name))]
-        found[group] = dict(sorted(matches, key=lambda one: -one[1]))
-    return found
+        facts[group] = dict(sorted(matches, key=lambda one: -one[1]))
+    return facts
 
 
 def _number(text: str) -> float | None:

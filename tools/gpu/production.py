@@ -50,13 +50,13 @@ class Check(NamedTuple):
 def checks(device: str) -> list[Check]:
     """The slowest first: scores over hidden units, whose formula holds them for every pair."""
     sizes = SIZES if device == "cuda" else {"D64": TINY["D64"]}
-    found = [
+    planned = [
         Check(case, name, dtype)
         for name in sizes
         for case in cases(device, name)
         for dtype in (verify.DTYPES if device == "cuda" and name in EVERY_DTYPE else (torch.bfloat16,))
     ]
-    return sorted(found, key=lambda check: -_work(check))
+    return sorted(planned, key=lambda check: -_work(check))
 
 
 def _work(check: Check) -> int:
@@ -213,13 +213,13 @@ def call_of(benchmark: str, backend: str, device: str, batch: int | None = None)
     On the CPU kernels are taken as well, which no benchmark times there. `batch`: all else as large as on a device, to compile
     and not to run.
     """
-    (found,) = choose([benchmark])
-    sizes = dict(found.workload.full) if device == "cuda" or batch else found.workload.sizes(torch.device("cpu"), TINY_WORKLOAD)
+    (chosen,) = choose([benchmark])
+    sizes = dict(chosen.workload.full) if device == "cuda" or batch else chosen.workload.sizes(torch.device("cpu"), TINY_WORKLOAD)
     if batch:
         sizes |= {name: batch for name in ("B", "images", "captions") if name in sizes}
     before, _measure.EMULATED = _measure.EMULATED, ()
     try:
-        problem = found.build(sizes, torch.device(device), found.cuda_dtype)
+        problem = chosen.build(sizes, torch.device(device), chosen.cuda_dtype)
     finally:
         _measure.EMULATED = before
     variant = problem.variants.get(backend)

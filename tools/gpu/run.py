@@ -120,18 +120,18 @@ def lay_out_tree() -> None:
         "tests": "tests",
         "tools": "tools",
     }
-    wanted = {Path("pyproject.toml"): ROOT / "pyproject.toml"}
+    sources = {Path("pyproject.toml"): ROOT / "pyproject.toml"}
     for folder, place in places.items():
         for path in (ROOT / folder).rglob("*"):
             below = path.relative_to(ROOT / folder)
             linked = folder == "vlattn_fast" and below.parts[0] in ("kernels", "benchmarks")
             if path.is_file() and not linked and not {"__pycache__", "results"} & set(below.parts):
-                wanted[place / below] = path
+                sources[place / below] = path
     if TREE.exists():
         for path in [path for path in TREE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]:
-            if path.relative_to(TREE) not in wanted:
+            if path.relative_to(TREE) not in sources:
                 path.unlink()
-    for place, path in wanted.items():
+    for place, path in sources.items():
         target = TREE / place
         if not target.exists() or not filecmp.cmp(path, target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +201,8 @@ class Gate:
         if not items or not all(item in self._rows for item in items):
             return f"{NOT_TIMED}{what} of {', '.join(operators)} is {UNVERIFIED}"
         for item in items:
-            found = self._rows[item].get("backends", {}).get(backend, {"problem": "its process died"})
-            if "problem" in found or found.get("ratio", 0.0) > 1.0:
+            check = self._rows[item].get("backends", {}).get(backend, {"problem": "its process died"})
+            if "problem" in check or check.get("ratio", 0.0) > 1.0:
                 return f"{NOT_TIMED}{backend} is wrong in {item}"
         return ""
 
@@ -315,9 +315,9 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row | Non
     done = run.command(ncu.command(program, item["kernel"], 1, child), seconds)
     if done is None:
         return None
-    found = ncu.table(done[1])
-    problem = "" if found else f"ended with {done[0]} and no table: {done[1][-1500:]}"
-    return {**item, **found, "passed": bool(found), "problem": problem}
+    facts = ncu.table(done[1])
+    problem = "" if facts else f"ended with {done[0]} and no table: {done[1][-1500:]}"
+    return {**item, **facts, "passed": bool(facts), "problem": problem}
 
 
 # --- benchmarks ---

@@ -69,13 +69,13 @@ class Session:
 
     def known(self, part: str) -> dict[str, Row]:
         """The rows of a part by item, of this tree on this device."""
-        found: dict[str, Row] = {}
+        latest: dict[str, Row] = {}
         for folder in dict.fromkeys((STORED, self.options.out.resolve())):
             path = folder / f"gpu-{part}.json"
             for row in json.loads(path.read_text()) if path.exists() else []:
                 if row["sources"] == self.sources and row["device"] == self.origin["device"]:
-                    found[row["item"]] = row
-        return found
+                    latest[row["item"]] = row
+        return latest
 
     def store(self, part: str, row: Row) -> None:
         """A row of a part. Its `rows`, those of a benchmark, go to the file of the device first."""

@@ -129,9 +129,9 @@ def _measured(launch: _Launch, device: str) -> Row:
     ratio = production.ratio_of(worst)
     if ratio > 1.0:
         return {"passed": False, "ratio": ratio, "problem": str(worst)}
-    found = [one for one in launches.launched(launch.call) if one[0] in launch.hot.kernels]
-    us = launches.seconds([start for _, start, _ in found], device) * 1e6
-    compiled = [kernel for _, _, kernel in found if kernel is not None]
+    timed = [one for one in launches.launched(launch.call) if one[0] in launch.hot.kernels]
+    us = launches.seconds([start for _, start, _ in timed], device) * 1e6
+    compiled = [kernel for _, _, kernel in timed if kernel is not None]
     facts = {name: [getattr(kernel, f"n_{name}", None) for kernel in compiled] for name in ("regs", "spills")}
     return {"passed": True, "ratio": ratio, "us": round(us, 3), **facts}
 

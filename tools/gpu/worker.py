@@ -52,26 +52,26 @@ def verified(item: Item, device: str) -> Row:
     check = next(check for check in production.checks(device) if check.item == item["item"])
     case = check.case
     problem = verify._Problem(case, check.dtype, device, truth_on=device)
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for backend in production.BACKENDS:
         tensors = case.in_dtype(check.dtype, device)
         refused = verify.backends_of(case.operator)[backend].refusals(verify.facts_of(case.operator, case.arguments(tensors)))
         if refused:
-            found[backend] = {"refused": refused}
+            compared[backend] = {"refused": refused}
             continue
         try:
-            found[backend] = _compared(problem, backend, device)
+            compared[backend] = _compared(problem, backend, device)
         except Exception as error:
-            found[backend] = {"problem": f"{type(error).__name__}: {error}"[:500]}
+            compared[backend] = {"problem": f"{type(error).__name__}: {error}"[:500]}
             if device == "cuda":
                 break  # after an illegal access nothing runs in this process any more
-    failed = {name: str(x) for name, x in found.items() if "problem" in x or x.get("ratio", 0.0) > 1.0}
-    last = device == "cuda" and any("problem" in x for x in found.values())
+    failed = {name: str(x) for name, x in compared.items() if "problem" in x or x.get("ratio", 0.0) > 1.0}
+    last = device == "cuda" and any("problem" in x for x in compared.values())
     if not last:
         torch.cuda.empty_cache()
     facts = {"operator": case.operator, "case": case.name, "sizes": check.sizes, "dtype": str(check.dtype)}
     problem_of = "; ".join(f"{name}: {said}" for name, said in failed.items())
-    return {**facts, "passed": not failed, "problem": problem_of, "backends": found, "last": last}
+    return {**facts, "passed": not failed, "problem": problem_of, "backends": compared, "last": last}
 
 
 def _compared(problem: verify._Problem, backend: str, device: str) -> dict[str, Any]:
@@ -162,8 +162,8 @@ def benchmarked(item: Item, device: str) -> Row:
         row["variant"] for row in rows if "not_run" in row and row["variant"] in OURS and row["variant"] not in item["left_out"]
     ]
     problem = f"not run: {', '.join(failed)}" if failed else ""
-    found = [{**row, "device": device_name(place)} for row in rows]
-    return {"passed": not failed, "problem": problem, "rows": found, "last": bool(failed) and device == "cuda"}
+    placed = [{**row, "device": device_name(place)} for row in rows]
+    return {"passed": not failed, "problem": problem, "rows": placed, "last": bool(failed) and device == "cuda"}
 
 
 if __name__ == "__main__":

@@ -308,10 +308,10 @@ def _changes() -> list[str]:
         "| kernel | instructions a pair | registers | spilled bytes | warps, each computing |",
         "| --- | --- | --- | --- | --- |",
     ]
-    found = counts()
+    counted = counts()
     sizes = {f"{entry.call} {kernel} sm_90": entry.workload.size for entry in ENTRIES for kernel in entry.kernels}
-    for key, after in found["after"].items():
-        versions = [row for row in (found["before"].get(key), after) if row]  # some kernels are new
+    for key, after in counted["after"].items():
+        versions = [row for row in (counted["before"].get(key), after) if row]  # some kernels are new
         whole = [turns_of(key, {"edge": None, **row}, sizes[key])[0] for row in versions]
         pairs = [f"{turn.issue / turn.pairs:.1f}" for turn in whole]
         warps = [f"{row['warps']}, {'a part' if row['repeated'] == 1 else 'all of it'}" for row in versions]

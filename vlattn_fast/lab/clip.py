@@ -125,10 +125,10 @@ def caption_accuracy(model: CLIPModel, *, count: int = 1000, seed: int = 0, pair
     """How often a test image is closer to its true caption than to a false one, for each kind of wrong caption; arguments as in
     `digit_scenes`. Chance is 1/2."""
     true = digit_scenes(count, seed=seed, pairs=pairs)
-    image, own = embeddings(model, true, words_of(true))
+    image, said = embeddings(model, true, words_of(true))
     accuracy = {}
     for negative in NEGATIVES:
         false = digit_scenes(count, seed=seed, pairs=pairs, negative=negative)
-        other = embed_captions(model, words_of(false))
-        accuracy[negative] = round(float(((image * (own - other)).sum(1) > 0).double().mean()), 4)
+        unsaid = embed_captions(model, words_of(false))
+        accuracy[negative] = round(float(((image * (said - unsaid)).sum(1) > 0).double().mean()), 4)
     return accuracy

@@ -31,11 +31,11 @@ RESULTS = Path("benchmarks/results")
 
 def methods_of(task: Task) -> dict[str, str | Rival]:
     """Everything that is compared on a task, by its name; captum's methods where captum is installed."""
-    found: dict[str, str | Rival] = {name: name for name in task.methods}
+    methods: dict[str, str | Rival] = {name: name for name in task.methods}
     for kind in task.rivals:
         if kind != "CAPTUM" or version("captum") is not None:
-            found |= getattr(rivals, kind)
-    return found
+            methods |= getattr(rivals, kind)
+    return methods
 
 
 def run(task: Task, model: nn.Module, samples: int, seed: int, methods: Mapping[str, str | Rival] | None = None) -> Evaluation:
@@ -54,14 +54,14 @@ def run(task: Task, model: nn.Module, samples: int, seed: int, methods: Mapping[
 def whole(runs: Sequence[Evaluation]) -> float | None:
     """Accuracy of the whole inputs, over all runs; None where a run has none."""
     curves = [[curve for curve in run.curves if curve["test"] == "positive" and curve["part"] == "image"] for run in runs]
-    first = [found[0]["mean"][0] for found in curves if found]
+    first = [of_image[0]["mean"][0] for of_image in curves if of_image]
     return sum(first) / len(first) if len(first) == len(runs) else None
 
 
 def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str, Any]]:
     """Of weighted relevancy, the weight a of the residual term by "contribution", a row for each attention of each tower, first
     to last: its mean, and its 5th and 95th percentile over the tokens at which the score has a gradient."""
-    found: dict[tuple[str, int], list[Tensor]] = {}
+    shares: dict[tuple[str, int], list[Tensor]] = {}
     for inputs, target, _ in task.items(model, samples, 0, task.batch):
         seen: dict[int, list[Tensor]] = {}  # by the number of tokens, which tells the towers apart
 
@@ -78,9 +78,9 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
             # One row goes from the last layer to the first. Between towers the layers come in the order in which they ran.
             ordered = parts if isinstance(model, CLIPMapper) else parts[::-1]
             for number, part in enumerate(ordered, 1):
-                found.setdefault(("text" if size == inputs["input_ids"].shape[1] else image, number), []).append(part)
+                shares.setdefault(("text" if size == inputs["input_ids"].shape[1] else image, number), []).append(part)
     rows = []
-    for (tower, number), parts in sorted(found.items()):
+    for (tower, number), parts in sorted(shares.items()):
         numbers = torch.cat(parts).double()
         low, high = numbers.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
         row = {"tower": tower, "attention": number, "tokens": len(numbers), "mean": float(numbers.mean())}

@@ -91,7 +91,7 @@ def explain_answers(
 ) -> tuple[Explanation, list[list[str]]]:
     """The explanation of the model's own answers to prompts, each word by itself, and the words; [END] where there are none."""
     inputs = processor(prompts.images, prompts.questions)
-    given = model.generate(**inputs, max_new_tokens=LONGEST, stop_token=END).tolist()
-    ids = [(row[: row.index(END)] or [END]) if END in row else row for row in given]
+    generated = model.generate(**inputs, max_new_tokens=LONGEST, stop_token=END).tolist()
+    ids = [(row[: row.index(END)] or [END]) if END in row else row for row in generated]
     explanation = explain(model, inputs, answer=ids, method=method).with_tokens(processor)
     return explanation, [processor.convert_ids_to_tokens(row) for row in ids]

@@ -57,11 +57,11 @@ class _Facts:
     @classmethod
     def of(cls, scenes: Scenes, sayable: Tensor) -> _Facts:
         pixels = displacement(scenes.boxes[..., :2].long())
-        other = ~torch.eye(pixels.shape[1], dtype=torch.bool)[..., None]
-        said = sayable[scenes.digits[:, :, None], scenes.digits[:, None, :]] & other
-        holds, fails = (pixels >= CLEARANCE) & other, (pixels <= 0) & other
+        distinct = ~torch.eye(pixels.shape[1], dtype=torch.bool)[..., None]
+        said = sayable[scenes.digits[:, :, None], scenes.digits[:, None, :]] & distinct
+        holds, fails = (pixels >= CLEARANCE) & distinct, (pixels <= 0) & distinct
         others_fail = fails.sum(1, keepdim=True) == pixels.shape[1] - 2
-        clear = (holds | fails | ~other).all(1)
+        clear = (holds | fails | ~distinct).all(1)
         return cls(holds & said, fails & said, holds & said & others_fail, clear, holds)
 
 

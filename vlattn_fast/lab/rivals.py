@@ -64,7 +64,7 @@ def text_layers(model: Any, ids: Tensor, real: Tensor) -> list[Layer]:
 
 
 def _layers(tower: Any, hidden: Tensor, mask: Tensor | None) -> list[Layer]:
-    found = []
+    layers = []
     for layer in tower.encoder.layers:
         attention = layer.self_attn
         normed = layer.layer_norm1(hidden)
@@ -77,9 +77,9 @@ def _layers(tower: Any, hidden: Tensor, mask: Tensor | None) -> list[Layer]:
         heads = _merged(maps @ value)
         summed = hidden + attention.out_proj(heads)
         leaving = summed + layer.mlp(layer.layer_norm2(summed))
-        found.append(Layer(layer, hidden, query, key, value, maps, heads, leaving))
+        layers.append(Layer(layer, hidden, query, key, value, maps, heads, leaving))
         hidden = leaving
-    return found
+    return layers
 
 
 def _merged(heads: Tensor) -> Tensor:
@@ -124,9 +124,9 @@ def legrad(model: nn.Module, inputs: Inputs, target: Any, *, layers: int = 2) ->
     """
     texts = _text_embeddings(model, inputs)[_chosen(inputs, target)]
     with torch.enable_grad(), at_rest(model):
-        found = vision_layers(model, inputs["pixel_values"])[-layers:]
-        scores = [(_image_embeddings(model, layer.leaving.mean(1)) * texts).sum() for layer in found]
-        grads = [torch.autograd.grad(s, layer.attention, retain_graph=True)[0] for s, layer in zip(scores, found, strict=True)]
+        last = vision_layers(model, inputs["pixel_values"])[-layers:]
+        scores = [(_image_embeddings(model, layer.leaving.mean(1)) * texts).sum() for layer in last]
+        grads = [torch.autograd.grad(s, layer.attention, retain_graph=True)[0] for s, layer in zip(scores, last, strict=True)]
     relevancy = torch.stack([grad.clamp(min=0).mean((1, 2)) for grad in grads]).sum(0)
     return SimpleNamespace(image=_on_grid(model, relevancy[:, 1:]))
 
@@ -158,11 +158,11 @@ def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace
         patches[:, 0] = False
         image = _eclip(last, grad, torch.zeros_like(ids[:, 0]), patches)[:, 1:].clamp(min=0)
 
-        found = text_layers(model, ids, real.bool())
+        layers = text_layers(model, ids, real.bool())
         end = _end_of_text(model, ids)
         rows = torch.arange(len(ids), device=ids.device)
-        pooled = model.text_projection(model.text_model.final_layer_norm(found[-1].leaving))[rows, end]  # type: ignore[operator, union-attr]
-        used = found[-max(1, 2 * len(found) // 3) :]
+        pooled = model.text_projection(model.text_model.final_layer_norm(layers[-1].leaving))[rows, end]  # type: ignore[operator, union-attr]
+        used = layers[-max(1, 2 * len(layers) // 3) :]
         grads = torch.autograd.grad((F.normalize(pooled, dim=-1) * images.detach()).sum(), [layer.heads for layer in used])
         position = torch.arange(ids.shape[1], device=ids.device)
         until_end = position <= end[:, None]
@@ -213,14 +213,14 @@ def clip_surgery(model: nn.Module, inputs: Inputs, target: Any, *, layers: int |
     if len(texts) < 2:
         raise ValueError(f"inputs must have two texts or more, whose mean similarity is taken away; got {len(texts)}")
     with at_rest(model):
-        found = vision_layers(model, inputs["pixel_values"])
-        surgical = found[-(len(found) // 2 if layers is None else layers) :]
+        seen = vision_layers(model, inputs["pixel_values"])
+        surgical = seen[-(len(seen) // 2 if layers is None else layers) :]
         second = surgical[0].entering
         for layer in surgical:
             attention = layer.module.self_attn
             consistent = (layer.value @ layer.value.transpose(-1, -2) * attention.scale).softmax(-1) @ layer.value
             second = second + attention.out_proj(_merged(consistent))
-        pooled = _image_embeddings(model, found[-1].leaving[:, 0])
+        pooled = _image_embeddings(model, seen[-1].leaving[:, 0])
         patches = _image_embeddings(model, second[:, 1:])
     weights = len(texts) * (2 * pooled @ texts.T).softmax(-1)
     similarity = patches @ texts.T * weights[:, None]
@@ -235,24 +235,24 @@ def integrated_gradients(model: nn.Module, inputs: Inputs, target: Any, *, steps
     """captum's IntegratedGradients (Sundararajan, Taly, Yan, ICML 2017) from an image of zeros, summed over a patch or region."""
     from captum.attr import IntegratedGradients
 
-    name, score, others = _scored(model, inputs, target)
+    name, score, rest = _scored(model, inputs, target)
     with torch.enable_grad(), at_rest(model):
         method = IntegratedGradients(score)
         image = inputs[name]
-        found = method.attribute(image, additional_forward_args=others, n_steps=steps, internal_batch_size=len(image))
-    return _by_entry(model, name, found)
+        attribution = method.attribute(image, additional_forward_args=rest, n_steps=steps, internal_batch_size=len(image))
+    return _by_entry(model, name, attribution)
 
 
 def occlusion(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace:
     """captum's Occlusion (Zeiler and Fergus, ECCV 2014), one patch or region after another set to zeros."""
     from captum.attr import Occlusion
 
-    name, score, others = _scored(model, inputs, target)
+    name, score, rest = _scored(model, inputs, target)
     image = inputs[name]
     window = (image.shape[1], *_patch(model)) if image.ndim == 4 else (1, image.shape[2])
     with torch.no_grad(), at_rest(model):
-        found = Occlusion(score).attribute(image, window, strides=window, additional_forward_args=others)
-    return _by_entry(model, name, found)
+        attribution = Occlusion(score).attribute(image, window, strides=window, additional_forward_args=rest)
+    return _by_entry(model, name, attribution)
 
 
 def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callable[..., Tensor], tuple[Any, ...]]:
@@ -268,8 +268,8 @@ def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callabl
         beside = {key: value[chosen] for key, value in beside.items()}
     index = None if callable(target) else torch.tensor(target, device=inputs[name].device)
 
-    def score(image: Tensor, *others: Any) -> Tensor:
-        outputs = model(**{name: image}, **dict(zip(beside, others, strict=True)), **fixed)
+    def score(image: Tensor, *rest: Any) -> Tensor:
+        outputs = model(**{name: image}, **dict(zip(beside, rest, strict=True)), **fixed)
         if callable(target):
             return target(outputs)
         if pair:
@@ -277,7 +277,7 @@ def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callabl
         assert index is not None
         logits = outputs.logits
         if logits.ndim == 3:  # of a decoder those behind the last token of each prompt, which padding may follow
-            last = dict(zip(beside, others, strict=True))["attention_mask"].sum(1) - 1
+            last = dict(zip(beside, rest, strict=True))["attention_mask"].sum(1) - 1
             logits = logits[torch.arange(len(logits)), last]
         return logits.gather(1, index.repeat(len(image) // len(index))[:, None])[:, 0]
 
@@ -291,13 +291,13 @@ def _patch(model: Any) -> tuple[int, int]:
     return config.patch_size, config.patch_size
 
 
-def _by_entry(model: Any, name: str, found: Tensor) -> SimpleNamespace:
+def _by_entry(model: Any, name: str, attribution: Tensor) -> SimpleNamespace:
     """Attributions of pixels (B, C, H, W) summed over patches, of regions (B, R, D) over their features."""
-    found = found.detach()
+    attribution = attribution.detach()
     if name != "pixel_values":
-        return SimpleNamespace(regions=found.sum(-1))
+        return SimpleNamespace(regions=attribution.sum(-1))
     height, width = _patch(model)
-    return SimpleNamespace(image=found.sum(1).unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).sum((-3, -1)))
+    return SimpleNamespace(image=attribution.sum(1).unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).sum((-3, -1)))
 
 
 CLIP: dict[str, Callable[..., Any]] = {

@@ -169,13 +169,13 @@ def swapped_pairs(count: int, *, split: str = "test", seed: int = 0, pairs: str 
     its caption has the same words with the two digits exchanged. Each caption is true of its scene and false
     of the other. Arguments as in `digit_scenes`."""
     true = digit_scenes(count, split=split, seed=seed, pairs=pairs)
-    other = digit_scenes(count, split=split, seed=seed, pairs=pairs, negative="order")
+    false = digit_scenes(count, split=split, seed=seed, pairs=pairs, negative="order")
     region = torch.arange(REGIONS).expand(count, -1).clone()
     region[true.named] = torch.nonzero(true.named)[:, 1].view(-1, 2).flip(1).reshape(-1)
     boxes = true.boxes.gather(1, region[..., None].expand(-1, -1, 4))
     crops = DigitProcessor().regions(true.images, true.boxes)["region_features"]
     images = paint(crops.unflatten(-1, (DIGIT, DIGIT)), boxes[..., :2].long())
-    swapped = Scenes(images, boxes, true.digits, other.captions, other.input_ids, true.label, true.named)
+    swapped = Scenes(images, boxes, true.digits, false.captions, false.input_ids, true.label, true.named)
     return true, swapped
 
 

@@ -85,8 +85,8 @@ def retrieval(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Ite
     scenes = digit_scenes(samples, seed=seed)
     for rows in _batches(samples, batch):
         captions = scenes.captions[rows]
-        own = [captions.index(caption) for caption in captions]
-        yield SceneProcessor()(scenes.images[rows], captions), own, _named(scenes.boxes[rows], scenes.named[rows])
+        positives = [captions.index(caption) for caption in captions]
+        yield SceneProcessor()(scenes.images[rows], captions), positives, _named(scenes.boxes[rows], scenes.named[rows])
 
 
 # --- answers and captions with CLIPMapper ---

@@ -264,20 +264,20 @@ class CLIPMapper(nn.Module):
         lengths, rows, prompt = real.sum(1), torch.arange(len(ids), device=ids.device), ids.shape[1]
         ids = F.pad(ids, (0, max_new_tokens))
         positions = torch.arange(ids.shape[1], device=ids.device)
-        given: list[Tensor] = []
+        generated: list[Tensor] = []
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for count in range(max_new_tokens):
             seen = prompt + count
             mask = positions[:seen] < lengths[:, None]
             logits = self(input_ids=ids[:, :seen], attention_mask=mask, image_states=image_states).logits
             token = logits[rows, lengths - 1].argmax(-1).masked_fill(done, stop)
-            given.append(token)
+            generated.append(token)
             done = done | (token == stop)
             if bool(done.all()):
                 break
             ids[rows, lengths] = token.to(ids.dtype)
             lengths = lengths + 1
-        return torch.stack(given, dim=1)
+        return torch.stack(generated, dim=1)
 
     def _mask(self, real: Tensor | None) -> Tensor | None:
         """Of the self-attention, from bool (B, T); without padding, causal attention needs none."""
@@ -300,10 +300,10 @@ class CLIPMapper(nn.Module):
             return (attention_mask.long() * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1)
         if eos == 2:  # configs from before transformers 4.31 say 2, whatever the tokenizer's id is
             return ids.argmax(1)
-        found = torch.isin(ids, torch.as_tensor(eos, dtype=ids.dtype, device=ids.device))
-        if ids.device.type == "cpu" and readable(ids) and not bool(found.any(1).all()):
+        ends = torch.isin(ids, torch.as_tensor(eos, dtype=ids.dtype, device=ids.device))
+        if ids.device.type == "cpu" and readable(ids) and not bool(ends.any(1).all()):
             raise ValueError(f"input_ids must have the end-of-text token {eos} in every row; got rows without")
-        return found.int().argmax(1)
+        return ends.int().argmax(1)
 
     def _check(
         self,
@@ -328,14 +328,14 @@ class CLIPMapper(nn.Module):
             "image_states": (image_states, (batch, None, self.vision_projection.in_features)),
             "text_states": (text_states, (batch, length, self.text_projection.in_features)),
         }
-        for name, (value, wanted) in states.items():
+        for name, (value, sizes) in states.items():
             if value is None:
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-            fits = value.ndim == len(wanted) and all(size in (None, is_) for size, is_ in zip(wanted, value.shape, strict=True))
+            fits = value.ndim == len(sizes) and all(size in (None, is_) for size, is_ in zip(sizes, value.shape, strict=True))
             if not fits or not value.is_floating_point():
-                shape = ", ".join("*" if size is None else str(size) for size in wanted)
+                shape = ", ".join("*" if size is None else str(size) for size in sizes)
                 raise ValueError(f"{name} must be floating point ({shape}); got {value.dtype} {tuple(value.shape)}")
         if attention_mask is not None:
             if not isinstance(attention_mask, Tensor):

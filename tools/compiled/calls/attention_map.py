@@ -25,7 +25,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False, lse: bool = False) -> None:
     """At the sizes of UNITER, LXMERT and CLIP ViT-L/14@336."""
     q, k, v, do = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
-    given = (v, do) if rule == "gradient" else (None, None)
+    gradients = (v, do) if rule == "gradient" else (None, None)
     masks = (torch.zeros(length, length), torch.ones(1, length, dtype=torch.bool)) if masked else (None, None)
     rows = torch.empty(1, 16, length) if lse else None
-    attention_map.forward(q, k, *given, rows, *masks, rule, "max" if masked else "mean", masked, 0.125, masked)
+    attention_map.forward(q, k, *gradients, rows, *masks, rule, "max" if masked else "mean", masked, 0.125, masked)

@@ -27,10 +27,10 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 def run(groups: int, dtype: torch.dtype, size: int, masked: bool = False, only: str | None = None, n: int = 577) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
     q, k = (torch.empty(1, 16, n, size, dtype=dtype) for _ in range(2))
-    given = (torch.zeros(1, n, dtype=torch.int64) if groups else None, torch.ones(1, n) if masked else None)
+    groups_mass = (torch.zeros(1, n, dtype=torch.int64) if groups else None, torch.ones(1, n) if masked else None)
     masks = (torch.zeros(n, n), torch.ones(1, n, dtype=torch.bool)) if masked else (None, None)
     asked = (only,) if only else NAMES
-    *found, rows = attention_statistics.forward(q, k, *given, *masks, groups, asked, 0.125, masked)
-    mass, _, maximum, argmax, _ = found
-    grads = tuple(x if name in asked else None for name, x in zip(NAMES, found, strict=True) if name != "argmax")
-    attention_statistics.backward(*grads, q, k, mass, maximum, argmax, rows, *given, *masks, groups, 0.125, masked)
+    *statistics, rows = attention_statistics.forward(q, k, *groups_mass, *masks, groups, asked, 0.125, masked)
+    mass, _, maximum, argmax, _ = statistics
+    grads = tuple(x if name in asked else None for name, x in zip(NAMES, statistics, strict=True) if name != "argmax")
+    attention_statistics.backward(*grads, q, k, mass, maximum, argmax, rows, *groups_mass, *masks, groups, 0.125, masked)

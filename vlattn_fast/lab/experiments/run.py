@@ -29,8 +29,8 @@ RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 
 
 def experiment(name: str) -> Experiment:
-    found: Experiment = import_module(f"vlattn_fast.lab.experiments.{name}").EXPERIMENT
-    return found
+    loaded: Experiment = import_module(f"vlattn_fast.lab.experiments.{name}").EXPERIMENT
+    return loaded
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     rows = run(chosen.name, settings, out, chosen.processes)
-    found = experiment(chosen.name)
-    for figure, draw in found.figures.items():
+    loaded = experiment(chosen.name)
+    for figure, draw in loaded.figures.items():
         draw(rows).savefig(figures / f"{figure}.png", dpi=120, bbox_inches="tight")
-    print(*found.tables(rows), f"wrote {out}", sep="\n\n")
+    print(*loaded.tables(rows), f"wrote {out}", sep="\n\n")
 
 
 def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Row]:
@@ -78,13 +78,13 @@ def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Ro
         kept = [row for row in stored if row["stage"] == number and _cell(row, cells) is not None]
         done = [_cell(row, cells) for row in kept]
         missing = [cell for cell in cells if cell not in done]
-        found = list(kept)
+        finished = list(kept)
         bar = with_progress(_measured(name, number, missing, settings, 1 if stage.alone else processes), name, total=len(missing))
         for cell, result, seconds in bar:
-            found.append({"stage": number, **cell, **result, "seconds": round(seconds, 1), "commit": here})
-            _write(out, name, settings, rows + found)
+            finished.append({"stage": number, **cell, **result, "seconds": round(seconds, 1), "commit": here})
+            _write(out, name, settings, rows + finished)
         order = {json.dumps(cell): place for place, cell in enumerate(cells)}
-        rows += sorted(found, key=lambda row: order[json.dumps(_cell(row, cells))])
+        rows += sorted(finished, key=lambda row: order[json.dumps(_cell(row, cells))])
     _write(out, name, settings, rows)
     return rows
 

@@ -129,13 +129,13 @@ def crowd_losses(model: CLIPModel, heads: TrainingHeads, generator: torch.Genera
 def losses(model: CLIPModel, heads: TrainingHeads, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
     """All losses on scenes with true captions. To each scene come three false captions, one of each kind; captions of other
     scenes that are true of an image, or nearly so, are no wrong ones for it."""
-    own = words_of(scenes)
-    first, second = ((scenes.digits == own[:, i, None]).int().argmax(1) for i in (0, 2))
+    true = words_of(scenes)
+    first, second = ((scenes.digits == true[:, i, None]).int().argmax(1) for i in (0, 2))
     corners, sayable = scenes.boxes[..., :2].long(), sayable_captions("train", None)
-    words = [own]
+    words = [true]
     for kind in range(1, 1 + len(NEGATIVES)):
         kinds = torch.full((len(scenes),), kind)
-        words.append(caption_words(kinds, scenes.digits, corners, first, second, own[:, 1], sayable, generator)[0])
+        words.append(caption_words(kinds, scenes.digits, corners, first, second, true[:, 1], sayable, generator)[0])
     said = torch.cat(words)
     image = model.vision_model(pixel_values=noisy(scenes.images, generator))
     text = model.text_model(input_ids=caption_ids(said))

@@ -134,7 +134,7 @@ def run(chosen: argparse.Namespace) -> None:
 
 def store(rows: Path, row: dict[str, Any]) -> None:
     """Adds a row to a file of rows, in place of one of the same command."""
-    stored = [other for other in _rows(rows) if other["command"] != row["command"]] + [row]
+    stored = [kept for kept in _rows(rows) if kept["command"] != row["command"]] + [row]
     part = rows.with_name(rows.name + ".part")  # so that a run that ends here leaves the old rows
     part.write_text("[\n" + ",\n".join(map(json.dumps, stored)) + "\n]\n")
     part.replace(rows)

@@ -87,9 +87,9 @@ def _spread(values: Sequence[float], form: str = ".3f") -> str:
     return f"{mean:{form}} ± {deviation:{form}}"
 
 
-def _change(one: Sequence[float], other: Sequence[float], form: str = ".3f") -> tuple[str, str]:
-    """The mean of one - other, pair by pair, ± its deviation, and p; one pair has none."""
-    differences = [a - b for a, b in zip(one, other, strict=True)]
+def _change(first: Sequence[float], second: Sequence[float], form: str = ".3f") -> tuple[str, str]:
+    """The mean of first - second, pair by pair, ± its deviation, and p; one pair has none."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
     mean, deviation = mean_and_deviation(differences)
     p = paired_test(differences)[1]
     shown = "–" if len(differences) < 2 else "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -164,9 +164,9 @@ def _value_table(rows: Sequence[Row]) -> str:
         members = of(rows, "training", arm)
         value = value_name(arm, members[0]["layer"])
         line = [_name(members[0])]
-        for other in ("untrained", "none", arm):
-            line.append(_spread([row["held_out"][value] for row in of(rows, "training", other)], ".2g"))
-        pair = [[row["held_out"][value] for row in of(rows, "training", other)] for other in (arm, "none")]
+        for compared in ("untrained", "none", arm):
+            line.append(_spread([row["held_out"][value] for row in of(rows, "training", compared)], ".2g"))
+        pair = [[row["held_out"][value] for row in of(rows, "training", compared)] for compared in (arm, "none")]
         lines.append([*line, *_change(pair[0], pair[1], ".2g")])
     return _table(["the loss's value, held-out pairs", "untrained", "no loss", "with the loss", "less no loss", "p"], lines)
 

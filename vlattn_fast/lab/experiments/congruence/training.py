@@ -100,12 +100,12 @@ def training_scenes(captions: Tensor, part: str, generator: torch.Generator) -> 
     """(scenes with digits of one part of the training scans and true captions, the ids (B, 7) of other captions that `captions`
     asks for as in `sample_scenes`)."""
     state = generator.get_state()
-    other = sample_scenes(captions, "train", None, generator).input_ids
+    false_ids = sample_scenes(captions, "train", None, generator).input_ids
     generator.set_state(state)  # the same scenes again
     scenes = sample_scenes(torch.zeros_like(captions), "train", None, generator)
     scans, count, start = _scans(part)
     pick = (torch.rand(scenes.digits.shape, generator=generator) * count[scenes.digits]).long()
-    return fewer(replace(scenes, images=paint(scans[start[scenes.digits] + pick], scenes.boxes[..., :2].long()))), other
+    return fewer(replace(scenes, images=paint(scans[start[scenes.digits] + pick], scenes.boxes[..., :2].long()))), false_ids
 
 
 def fewer(scenes: Scenes) -> Scenes:
@@ -137,13 +137,13 @@ def batches(generator: torch.Generator) -> Iterator[tuple[Inputs, Tensor]]:
     says, and with the true one without its relation; labels (2 MATCHED) are of the first two."""
     label = torch.cat([torch.ones_like(FALSE), torch.zeros_like(FALSE)])
     while True:
-        scenes, other = training_scenes(FALSE.repeat(AHEAD), "fit", generator)
+        scenes, false_ids = training_scenes(FALSE.repeat(AHEAD), "fit", generator)
         inputs = model_inputs(scenes, noise=NOISE * torch.randn(*scenes.digits.shape, 64, generator=generator))
         asked = inputs["input_ids"].clone()
         asked[:, RELATION] = MASK_ID
-        for rows in torch.arange(len(other)).split(MATCHED):
+        for rows in torch.arange(len(false_ids)).split(MATCHED):
             batch = {name: x[rows].repeat(3, *[1] * (x.ndim - 1)) for name, x in inputs.items()}
-            yield batch | {"input_ids": torch.cat([x[rows] for x in (inputs["input_ids"], other, asked)])}, label
+            yield batch | {"input_ids": torch.cat([x[rows] for x in (inputs["input_ids"], false_ids, asked)])}, label
 
 
 def congruence(loss: CongruenceLoss, layer: CapturedLayer, matched: int) -> Tensor:
@@ -221,9 +221,9 @@ class Watch:
         self._false = []
         for kind in range(1, 1 + len(NEGATIVES)):
             generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same scenes for each kind of caption
-            scenes, other = training_scenes(torch.full((count,), kind), "validation", generator)
+            scenes, false_ids = training_scenes(torch.full((count,), kind), "validation", generator)
             self._true = model_inputs(scenes)
-            self._false.append(self._true | {"input_ids": other})
+            self._false.append(self._true | {"input_ids": false_ids})
         self.curve: Curve = {}
 
     @torch.no_grad()

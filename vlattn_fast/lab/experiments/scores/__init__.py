@@ -94,14 +94,14 @@ def _train(cell: Cell, settings: Settings) -> dict[str, Any]:
         generation.prepare(seed, sizes)
     began = time.process_time()
     model, first = module.train(arm, seed, sizes, cell["rate"])
-    found: dict[str, Any] = {"training_seconds": round(time.process_time() - began, 2)}
+    figures: dict[str, Any] = {"training_seconds": round(time.process_time() - began, 2)}
     for name, one in (("trained", model), ("untrained", first)):
-        found[name] = _rounded(module.measure(one, seed, sizes))
-    return found | (_shown(model, seed, sizes) if module is generation else {})
+        figures[name] = _rounded(module.measure(one, seed, sizes))
+    return figures | (_shown(model, seed, sizes) if module is generation else {})
 
 
-def _rounded(found: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in found.items()}
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def _shown(model: generation.Generator | None, seed: int, sizes: generation.Sizes) -> dict[str, Any]:

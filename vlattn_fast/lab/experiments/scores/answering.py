@@ -100,11 +100,11 @@ def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Mac, Mac]:
 def aims(questions: Questions) -> Tensor:
     """bool (B, R): the region that answers a question: of "what" the digit that is the answer, of "there" the digit, where
     there is one. No region for other questions."""
-    wanted = []
+    aimed = []
     for kind, question, answer in zip(questions.kinds, questions.questions, questions.answers, strict=True):
         word = answer if kind == "what" else question.split()[-1] if (kind, answer) == ("there", "yes") else ""
-        wanted.append(DIGIT_WORDS.index(word) if word else -1)
-    return questions.digits == torch.tensor(wanted)[:, None]
+        aimed.append(DIGIT_WORDS.index(word) if word else -1)
+    return questions.digits == torch.tensor(aimed)[:, None]
 
 
 def measure(model: Mac, seed: int, sizes: Sizes) -> dict[str, float]:
@@ -112,29 +112,29 @@ def measure(model: Mac, seed: int, sizes: Sizes) -> dict[str, float]:
     net = reader(seed, sizes.learn)
     parts = {kind: questions_of(sizes.tested, seed, sizes.test, kind) for kind in QUESTIONS}
     every = [asked(questions, net) for questions in parts.values()]
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with torch.no_grad():
         for kind, part in zip(parts, every, strict=True):
-            found[kind] = float((model(part.images, part.ids).argmax(1) == part.answers).double().mean())
-    found["accuracy"] = sum(found[kind] for kind in QUESTIONS) / len(QUESTIONS)
+            figures[kind] = float((model(part.images, part.ids).argmax(1) == part.answers).double().mean())
+    figures["accuracy"] = sum(figures[kind] for kind in QUESTIONS) / len(QUESTIONS)
     whole = Asked(*map(torch.cat, zip(*every, strict=True)))
     calls = weights_and_relevancy(model.attend, lambda: _right_logit(model, whole))
     last = calls[-1][0][:, 0]
     target = torch.cat([aims(questions) for questions in parts.values()])
     aimed = target.any(1)
-    found["share"] = float(last[target].double().mean())
-    found["chance"] = 1 / REGIONS
-    found["pointing"] = float(target[aimed].gather(1, last[aimed].argmax(1, keepdim=True)).double().mean())
+    figures["share"] = float(last[target].double().mean())
+    figures["chance"] = 1 / REGIONS
+    figures["pointing"] = float(target[aimed].gather(1, last[aimed].argmax(1, keepdim=True)).double().mean())
     for number, (weights, _) in enumerate(calls, 1):
-        found[f"share_step_{number}"] = float(weights[:, 0][target].double().mean())
+        figures[f"share_step_{number}"] = float(weights[:, 0][target].double().mean())
     weights, relevancy = (torch.stack([call[i][:, 0] for call in calls]).mean(0) for i in (0, 1))
-    found["agreement"] = float(spearman(weights, relevancy).mean())
+    figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()
     def accuracy(mask: Tensor) -> float:
         return float((model(whole.images, whole.ids, mask).argmax(1) == whole.answers).double().mean())
 
-    return found | perturbation(weights, accuracy, seed)
+    return figures | perturbation(weights, accuracy, seed)
 
 
 def _right_logit(model: Mac, part: Asked) -> Tensor:
@@ -145,9 +145,9 @@ def _right_logit(model: Mac, part: Asked) -> Tensor:
 
 def blind(sizes: Sizes, seed: int) -> dict[str, float]:
     """Accuracy of the most frequent answer to each kind of question."""
-    found = {}
+    accuracy = {}
     for kind in QUESTIONS:
         known, test = (questions_of(sizes.tested, seed, split, kind).answers for split in (sizes.learn, sizes.test))
         frequent = max(sorted(set(known)), key=known.count)
-        found[kind] = test.count(frequent) / len(test)
-    return {**found, "accuracy": sum(found.values()) / len(found)}
+        accuracy[kind] = test.count(frequent) / len(test)
+    return {**accuracy, "accuracy": sum(accuracy.values()) / len(accuracy)}

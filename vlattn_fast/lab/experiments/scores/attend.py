@@ -65,8 +65,8 @@ class Attend(nn.Module):
         score = self.score() if isinstance(self.score, nn.Module) else self.score
         query = torch.zeros_like(query) if self.uniform else query
         heads = (x[:, None] for x in (query, key, value))
-        found: Tensor = score_attention(*heads, score=score, key_mask=key_mask, backend=self.backend)[:, 0]
-        return found
+        attended: Tensor = score_attention(*heads, score=score, key_mask=key_mask, backend=self.backend)[:, 0]
+        return attended
 
 
 def weights_and_relevancy(attend: Attend, run: Callable[[], Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -53,8 +53,8 @@ class Pair(nn.Module):
 
     def states(self, images: Tensor) -> Tensor:
         """(B, 32, 32) -> (B, cells, CHANNELS), row by row."""
-        found: Tensor = self.grid(images[:, None]).flatten(2).mT
-        return found
+        cells: Tensor = self.grid(images[:, None]).flatten(2).mT
+        return cells
 
     def picture(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Its cells (B, cells, SIZE) and the whole (B, SIZE)."""
@@ -63,8 +63,8 @@ class Pair(nn.Module):
 
     def digits(self, images: Tensor) -> Tensor:
         """int64 (B, cells): the digit in each cell, or BACKGROUND."""
-        found: Tensor = self.digit(self.norm(self.states(images))).argmax(-1)
-        return found
+        classes: Tensor = self.digit(self.norm(self.states(images))).argmax(-1)
+        return classes
 
 
 def caption_keys(ids: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ def pair(seed: int, sizes: PairSizes) -> Pair:
         images = noisy(scenes.images[rows], generator)[:, 0]
         cells, whole = net.picture(images)
         words, sentence = net.text(ids[rows])
-        found = {"match": damsm_loss(cells, whole, words, sentence, keys[rows])}
-        return found | _of_cells(net, images, scenes.digits[rows], scenes.boxes[rows])
+        losses = {"match": damsm_loss(cells, whole, words, sentence, keys[rows])}
+        return losses | _of_cells(net, images, scenes.digits[rows], scenes.boxes[rows])
 
     weights = {"match": 1.0, "digit": 2.0, "centre": 10.0}
     fit(list(net.parameters()), of_crowds, weights, sizes.first, learning_rate=LEARNING_RATE, log_every=0, warmup=0.1, fused=True)

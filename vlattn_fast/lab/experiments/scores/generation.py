@@ -64,8 +64,8 @@ class Generator(nn.Module):
         """Words (B, WORDS, SIZE), sentence (B, SIZE) and noise (B, NOISE) -> pictures (B, 32, 32) with ink in [0, 1]."""
         start = self.start(torch.cat([sentence, noise], dim=-1)).unflatten(1, (32, 4, 4)).relu()
         grid = self.coarse(F.interpolate(start, scale_factor=2)).relu()
-        found = self.attend(grid.flatten(2).mT, self.words(words), None, key_mask).mT.unflatten(2, (CELLS, CELLS))
-        grid = grid + self.joint(torch.cat([grid, found], dim=1)).relu()
+        attended = self.attend(grid.flatten(2).mT, self.words(words), None, key_mask).mT.unflatten(2, (CELLS, CELLS))
+        grid = grid + self.joint(torch.cat([grid, attended], dim=1)).relu()
         grid = self.fine(F.interpolate(grid, scale_factor=2)).relu()
         picture: Tensor = self.last(F.interpolate(grid, scale_factor=2))[:, 0]
         return (picture - 2).sigmoid()  # most of a scene is blank
@@ -117,15 +117,15 @@ def held_out(seed: int, count: int) -> Captions:
 def precision(judge: Pair, images: Tensor, captions: Captions) -> float:
     """R-precision: how often a picture's own caption fits it better than 29 others."""
     fit_of = similarity(judge, images, captions.ids)
-    own = fit_of.diagonal()
-    return float((own > fit_of.gather(1, captions.wrong).amax(1)).double().mean())
+    true_fit = fit_of.diagonal()
+    return float((true_fit > fit_of.gather(1, captions.wrong).amax(1)).double().mean())
 
 
 def measure_real(seed: int, sizes: Sizes) -> dict[str, float]:
     """The scenes that the captions were said of, in the place of the pictures."""
     captions = held_out(seed, sizes.tested)
-    found = {name: precision(pair(number, sizes.pair), captions.images, captions) for name, number in _judges(seed).items()}
-    return {**found, "ink": float(captions.images.mean())}
+    figures = {name: precision(pair(number, sizes.pair), captions.images, captions) for name, number in _judges(seed).items()}
+    return {**figures, "ink": float(captions.images.mean())}
 
 
 def _judges(seed: int) -> dict[str, int]:
@@ -141,7 +141,7 @@ def measure(model: Generator, seed: int, sizes: Sizes) -> dict[str, float]:
     with torch.no_grad():
         images = model(words, sentence, captions.noise)
     seen = judge.digits(images)  # (T, cells)
-    found = {
+    figures = {
         "accuracy": precision(judge, images, captions),
         "own_encoders": precision(net, images, captions),
         "ink": float(images.mean()),
@@ -156,18 +156,18 @@ def measure(model: Generator, seed: int, sizes: Sizes) -> dict[str, float]:
     weights, relevancy = (x.mT[:, DIGIT_PLACES] for x in (each, relevancy))  # (T, 2, cells)
     inside = seen[:, None] == captions.digits[..., None]
     there, mass = inside.any(-1), (weights * inside).sum(-1) / weights.sum(-1)
-    found["drawn"] = float(there.double().mean())
-    found["share"] = _mean(mass[there])
-    found["chance"] = _mean(inside[there].double().mean(-1))
+    figures["drawn"] = float(there.double().mean())
+    figures["share"] = _mean(mass[there])
+    figures["chance"] = _mean(inside[there].double().mean(-1))
     top = inside.gather(2, weights.argmax(-1, keepdim=True))[..., 0]
-    found["pointing"] = _mean(top[there].double())
-    found["agreement"] = float(spearman(weights, relevancy).mean())
+    figures["pointing"] = _mean(top[there].double())
+    figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()
     def accuracy(mask: Tensor) -> float:
         return precision(judge, model(words, sentence, captions.noise, mask), captions)
 
-    return found | perturbation(each.mean(1), accuracy, seed)
+    return figures | perturbation(each.mean(1), accuracy, seed)
 
 
 @torch.no_grad()

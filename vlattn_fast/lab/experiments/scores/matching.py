@@ -47,8 +47,8 @@ class Matcher(nn.Module):
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """Regions (Bi, R, FEATURES) and captions (Bc, WORDS) -> similarity (Bi, Bc), in one call of attention."""
         words = self.text(ids)[0].flatten(0, 1)
-        found = self.attend(words.expand(len(images), -1, -1), self.region(images))
-        return _cosine(words, found).unflatten(1, (len(ids), WORDS)).mean(-1)
+        attended = self.attend(words.expand(len(images), -1, -1), self.region(images))
+        return _cosine(words, attended).unflatten(1, (len(ids), WORDS)).mean(-1)
 
     def pairs(self, images: Tensor, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """As many images as captions -> similarity (B) of each pair."""
@@ -56,9 +56,9 @@ class Matcher(nn.Module):
         return _cosine(words, self.attend(words, self.region(images), key_mask=key_mask)).mean(-1)
 
 
-def _cosine(words: Tensor, found: Tensor) -> Tensor:
+def _cosine(words: Tensor, attended: Tensor) -> Tensor:
     """Of vectors, words (..., D) being the same for all images. Nothing was found where all regions are masked: 0."""
-    return (found * F.normalize(words, dim=-1)).sum(-1) / torch.linalg.vector_norm(found, dim=-1).clamp(min=1e-8)
+    return (attended * F.normalize(words, dim=-1)).sum(-1) / torch.linalg.vector_norm(attended, dim=-1).clamp(min=1e-8)
 
 
 @functools.lru_cache(maxsize=4)  # of one seed
@@ -117,7 +117,7 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
     images one of which a caption is true, the mean of both."""
     net, scenes = reader(seed, sizes.learn), scenes_of(sizes.tested, seed, sizes.test)
     images, ids, words = regions(net, scenes.images, scenes.boxes), text_ids(scenes.captions, WORDS), words_of(scenes)
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     hits: dict[str, list[Tensor]] = {"caption": [], "image": [], "chance": []}
     with torch.no_grad():
         for start in range(0, sizes.tested, GROUP):
@@ -129,21 +129,21 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
             hits["image"].append(true[similarity.argmax(0), each])
             hits["chance"].append(true.double().mean(1))
         for name, hit in hits.items():
-            found[f"recall_{name}"] = float(torch.cat(hit).double().mean())
-        found["accuracy"] = (found["recall_caption"] + found["recall_image"]) / 2
-        own = model.pairs(images, ids)
+            figures[f"recall_{name}"] = float(torch.cat(hit).double().mean())
+        figures["accuracy"] = (figures["recall_caption"] + figures["recall_image"]) / 2
+        true_scores = model.pairs(images, ids)
         wrong = {}
         for negative in NEGATIVES:
             wrong[negative] = text_ids(scenes_of(sizes.tested, seed, sizes.test, negative).captions, WORDS)
-            found[negative] = float((own > model.pairs(images, wrong[negative])).double().mean())
+            figures[negative] = float((true_scores > model.pairs(images, wrong[negative])).double().mean())
 
     [(weights, relevancy)] = weights_and_relevancy(model.attend, lambda: model.pairs(images, ids))
     places, target = torch.tensor([FIRST, SECOND]), said_regions(scenes)
     weights, relevancy = weights[:, places], relevancy[:, places]
-    found["share"] = float(weights.gather(2, target[..., None]).mean())
-    found["chance"] = 1 / REGIONS
-    found["pointing"] = float((weights.argmax(-1) == target).double().mean())
-    found["agreement"] = float(spearman(weights, relevancy).mean())
+    figures["share"] = float(weights.gather(2, target[..., None]).mean())
+    figures["chance"] = 1 / REGIONS
+    figures["pointing"] = float((weights.argmax(-1) == target).double().mean())
+    figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()
     def accuracy(mask: Tensor) -> float:
@@ -151,4 +151,4 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
         one, two = (model.pairs(images, captions, mask) for captions in (ids, wrong["digit"]))
         return float((one > two).double().mean() + (one == two).double().mean() / 2)
 
-    return found | perturbation(weights.amax(1), accuracy, seed)
+    return figures | perturbation(weights.amax(1), accuracy, seed)

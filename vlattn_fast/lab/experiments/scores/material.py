@@ -54,9 +54,9 @@ def reader(seed: int, split: str) -> nn.Sequential:
 @torch.no_grad()
 def regions(net: nn.Sequential, images: Tensor, boxes: Tensor) -> Tensor:
     """(B, R, FEATURES): what the reader sees in each box, and where the box is."""
-    found = DigitProcessor().regions(images, boxes)
-    read = net[:-1](found["region_features"])
-    return torch.cat([F.normalize(read, dim=-1) * READ**0.5, found["region_positions"]], dim=-1)
+    boxed = DigitProcessor().regions(images, boxes)
+    read = net[:-1](boxed["region_features"])
+    return torch.cat([F.normalize(read, dim=-1) * READ**0.5, boxed["region_positions"]], dim=-1)
 
 
 def text_ids(texts: Sequence[str], length: int) -> Tensor:

@@ -29,7 +29,7 @@ CONTROLS = {UNIFORM: "all words or regions alike", "frequent": "the most frequen
 
 def values(rows: Sequence[Row], task: str, arm: str, name: str, when: str = "trained") -> list[float]:
     """Of each seed, in order; none where the arm has no such figure. focus: share / chance. gap: auc_least - auc_most."""
-    found = []
+    figures = []
     for row in sorted((row for row in rows if row.get("task") == task and row["arm"] == arm), key=lambda row: int(row["seed"])):
         part = row.get(when, {})  # a row of a choice has neither
         if name == "focus" and "share" in part:
@@ -37,8 +37,8 @@ def values(rows: Sequence[Row], task: str, arm: str, name: str, when: str = "tra
         elif name == "gap" and "auc_most" in part:
             part = {"gap": part["auc_least"] - part["auc_most"]}
         if name in part:
-            found.append(float(part[name]))
-    return found
+            figures.append(float(part[name]))
+    return figures
 
 
 def tasks(rows: Sequence[Row]) -> list[str]:
@@ -84,10 +84,10 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *lines))
 
 
-def _cell(found: Sequence[float], digits: int = 3) -> str:
-    if not found:
+def _cell(figures: Sequence[float], digits: int = 3) -> str:
+    if not figures:
         return ""
-    mean, deviation = mean_and_deviation(found)
+    mean, deviation = mean_and_deviation(figures)
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
@@ -99,11 +99,11 @@ def main_table(rows: Sequence[Row], task: str) -> str:
     base = values(rows, task, BASE, "accuracy")
     lines = []
     for arm in dict.fromkeys([*SCORES, *(row["arm"] for row in rows if row.get("task") == task)]):
-        found = {name: values(rows, task, arm, name) for name in names}
+        figures = {name: values(rows, task, arm, name) for name in names}
         compared = len(base) > 1 and arm in SCORES and arm != BASE
-        p = paired_test([x - y for x, y in zip(found["accuracy"], base, strict=True)])[1] if compared else None
+        p = paired_test([x - y for x, y in zip(figures["accuracy"], base, strict=True)])[1] if compared else None
         title = f"`{arm}`" if arm in SCORES else CONTROLS[arm]
-        cells = [_cell(found[name]) for name in names]
+        cells = [_cell(figures[name]) for name in names]
         lines.append([title, cells[0], "" if p is None else f"{p:.3f}", *cells[1:]])
     untrained = {name: _mean_of_scores(rows, task, name) for name in names}
     cells = [_cell(untrained[name]) for name in names]
@@ -113,8 +113,8 @@ def main_table(rows: Sequence[Row], task: str) -> str:
 
 def _mean_of_scores(rows: Sequence[Row], task: str, name: str) -> list[float]:
     """Of each seed, untrained."""
-    found = [values(rows, task, score, name, "untrained") for score in SCORES]
-    return [sum(of_seed) / len(of_seed) for of_seed in zip(*found, strict=True)]
+    by_score = [values(rows, task, score, name, "untrained") for score in SCORES]
+    return [sum(of_seed) / len(of_seed) for of_seed in zip(*by_score, strict=True)]
 
 
 def more_table(rows: Sequence[Row], task: str) -> str:
@@ -130,13 +130,13 @@ def correlation_table(rows: Sequence[Row]) -> str:
     lines = []
     for task in tasks(rows):
         for name, title in INTERPRETABILITY.items():
-            found = correlation(rows, task, name)
+            figures = correlation(rows, task, name)
             lines.append(
                 [
                     f"{task}: {title}",
-                    f"{found['rho']:+.2f}",
-                    f"{found['low']:+.2f} to {found['high']:+.2f}",
-                    f"{found['mean']:+.2f} ± {found['deviation']:.2f}",
+                    f"{figures['rho']:+.2f}",
+                    f"{figures['low']:+.2f} to {figures['high']:+.2f}",
+                    f"{figures['mean']:+.2f} ± {figures['deviation']:.2f}",
                     f"`{best(rows, task, 'accuracy')}`",
                     f"`{best(rows, task, name)}`",
                 ]
@@ -151,8 +151,8 @@ def choice_table(rows: Sequence[Row]) -> str:
     arms = list(dict.fromkeys(row["arm"] for row in tried))
     lines = []
     for task, rate in dict.fromkeys((row["task"], row["rate"]) for row in tried):
-        found = {row["arm"]: row["validation"]["accuracy"] for row in tried if (row["task"], row["rate"]) == (task, rate)}
-        lines.append([f"{task}: {rate:g}", *(f"{found[arm]:.3f}" for arm in arms)])
+        accuracy = {row["arm"]: row["validation"]["accuracy"] for row in tried if (row["task"], row["rate"]) == (task, rate)}
+        lines.append([f"{task}: {rate:g}", *(f"{accuracy[arm]:.3f}" for arm in arms)])
     return _table(["learning rate", *(f"`{arm}`" for arm in arms)], lines)
 
 

@@ -28,8 +28,8 @@ class Alone(nn.Module):
         self.attend = Attend(arm, WIDTH, backend)
 
     def forward(self) -> Tensor:
-        found: Tensor = self.attend(self.words.expand(IMAGES, -1, -1), self.regions)
-        return found
+        attended: Tensor = self.attend(self.words.expand(IMAGES, -1, -1), self.regions)
+        return attended
 
 
 def _ids(count: int, length: int) -> Tensor:
