@@ -1,9 +1,9 @@
-"""Other methods as `va.evaluate` takes them: the plain rule as on CLIP by its authors, LeGrad, Grad-ECLIP and CLIP Surgery for
-Hugging Face's CLIPModel, and captum's integrated gradients and occlusion for any model.
+"""Rival methods as `va.evaluate` takes them: the plain rule as its authors use it on CLIP, LeGrad, Grad-ECLIP and CLIP Surgery
+for Hugging Face's CLIPModel, and captum's integrated gradients and occlusion for any model.
 
-Each is a callable (model, inputs, target) -> whatever has `.image`, `.regions` or `.text`. They are written from the papers and
-from the authors' code, which is named below; where these differ, it is said which one is followed. They store every map, as
-published. Scalings for display (min-max over the finished map, resizing) are left out.
+Each rival is a callable (model, inputs, target) -> an object with `.image`, `.regions` or `.text`. The rivals are written from
+the papers and from the authors' code, which each docstring names; where paper and code differ, the docstring says which one is
+followed. Every map is stored, as published. Scalings for display (min-max over the finished map, resizing) are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Inputs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer computed.
+    """The tensors of one layer.
 
     Args:
         module: the layer.
@@ -88,7 +88,7 @@ def _merged(heads: Tensor) -> Tensor:
 
 
 def _image_embeddings(model: Any, hidden: Tensor) -> Tensor:
-    """Of tokens behind the last layer, or of one: (..., C) -> (..., P) of length 1."""
+    """Tokens behind the last layer (..., C) -> embeddings (..., P) of length 1."""
     return F.normalize(model.visual_projection(model.vision_model.post_layernorm(hidden)), dim=-1)
 
 
@@ -118,9 +118,9 @@ def _on_grid(model: Any, patches: Tensor) -> Tensor:
 def legrad(model: nn.Module, inputs: Inputs, target: Any, *, layers: int = 2) -> SimpleNamespace:
     """LeGrad (Bousselham et al., ICCV 2025; code WalBouss/LeGrad, `LeWrapper.compute_legrad_clip`).
 
-    Of each of the last `layers` layers: s_l = the cosine of the text and of what CLIP's head makes of the mean token behind the
-    layer; the map is the mean of relu(d s_l / dA_l) over heads and queries, without CLS. The maps are summed. The code takes the
-    last two layers unless told otherwise, and the mean token where the paper has the pooled one.
+    In each of the last `layers` layers, s_l is the cosine of the text and of the mean token behind the layer in CLIP's embedding
+    space; the map is the mean of relu(d s_l / dA_l) over heads and queries, without CLS. The maps are summed. As in the code, the
+    default is the last two layers, and the mean token replaces the paper's pooled token.
     """
     texts = _text_embeddings(model, inputs)[_chosen(inputs, target)]
     with torch.enable_grad(), at_rest(model):
@@ -142,9 +142,9 @@ def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace
 
     relu(sum_c w_c lambda_i v_ic) in the last layer: w = the gradient of the cosine of image and text at the attention output of
     the pooled token, v_i = the values, lambda_i = cos(q_pooled, k_i), scaled to [0, 1] over the tokens, with q and k behind the
-    output projection, as in the code. Of the text the sum is over the last two thirds of the layers (the code: 8 of 12), and
-    lambda is scaled over the tokens up to the end of text (the code: over padding, too, which those do not see). The code runs
-    these layers with one head, so what it explains is another model; here they have theirs.
+    output projection, as in the code. For the text the sum runs over the last two thirds of the layers (the code: 8 of 12), and
+    lambda is scaled over the tokens up to the end of text (the code: also over padding, which no text token sees). The code runs
+    these layers with one head, and so explains another model; here the layers keep their heads.
     """
     chosen = _chosen(inputs, target)
     ids, real = inputs["input_ids"][chosen], inputs.get("attention_mask")
@@ -199,11 +199,10 @@ def _end_of_text(model: Any, ids: Tensor) -> Tensor:
 def clip_surgery(model: nn.Module, inputs: Inputs, target: Any, *, layers: int | None = None) -> SimpleNamespace:
     """CLIP Surgery (Li et al., 2023, arXiv 2304.05653; code xmed-lab/CLIP_Surgery, `clip_feature_surgery`).
 
-    Architecture: beside the model's own path a second one sums softmax(v v^T / sqrt(D)) v of the last `layers` layers, without
-    their MLPs, each taken from the model's own states. Its patches, in CLIP's embedding space, are compared with the texts.
-    Features: the similarity with text t is weighted by w_t = T softmax_t(2 cos(image, t)), and the mean over the T texts, which
-    all of them have in common, is taken away. So there must be two texts or more. They stand as they are; the code's demo takes
-    the mean over 85 prompts with each.
+    Architecture: beside the model's path a second path sums softmax(v v^T / sqrt(D)) v of the last `layers` layers, without
+    MLPs, each from the states of the model's path. Its patches, in CLIP's embedding space, are compared with the texts.
+    Features: the similarity with text t is weighted by w_t = T softmax_t(2 cos(image, t)), and the mean over the T texts is
+    subtracted, so two texts or more are needed. Texts are taken as they are; the code's demo averages 85 prompts for each.
 
     Args:
         layers: None = half of them (the code: 6 of 12).
@@ -256,7 +255,7 @@ def occlusion(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace:
 
 
 def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callable[..., Tensor], tuple[Any, ...]]:
-    """The name of the image among the inputs, the explained score as a function of it and of the tensors beside it, and these."""
+    """The image's name among the inputs, the score as a function of the image and of the remaining tensors, and these tensors."""
     name = next((n for n in ("pixel_values", "region_features", "visual_feats") if isinstance(inputs.get(n), Tensor)), None)
     if name is None:
         raise ValueError(f"inputs must have an image: pixel_values, region_features or visual_feats; got {sorted(inputs)}")
@@ -276,7 +275,7 @@ def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callabl
             return outputs.logits_per_image.diagonal()
         assert index is not None
         logits = outputs.logits
-        if logits.ndim == 3:  # of a decoder those behind the last token of each prompt, which padding may follow
+        if logits.ndim == 3:  # a decoder: behind the last token of each prompt, which padding may follow
             last = dict(zip(beside, rest, strict=True))["attention_mask"].sum(1) - 1
             logits = logits[torch.arange(len(logits)), last]
         return logits.gather(1, index.repeat(len(image) // len(index))[:, None])[:, 0]

@@ -1,7 +1,7 @@
-"""The command line of the experiments: measures what is not stored yet, stores each row as it comes, then draws and prints.
+"""The command line of the experiments: measures the cells that have no stored row, stores each row, then draws and prints.
 
-A run that was interrupted goes on where it was: rows of the same commit stay, unless the checkout has changes of its own, no
-commit is known, or models come from a directory, which may hold others than before.
+An interrupted run continues: rows of the same commit are kept, unless the checkout has uncommitted changes, no commit is known,
+or models come from a directory, whose content may have changed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Row]:
-    """All rows of an experiment. Those that `out` holds from this commit are taken from there; `out` is written after each."""
+    """All rows of an experiment; rows of this commit in `out` are kept, and `out` is written after each new row."""
     here = commit()
     stored = _stored(out, name, settings, here)
     rows: list[Row] = []
@@ -90,14 +90,14 @@ def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Ro
 
 
 def _cell(row: Row, cells: Sequence[Cell]) -> Cell | None:
-    """The cell that a row is of."""
+    """The cell of a row."""
     return next((cell for cell in cells if all(row.get(key) == value for key, value in cell.items())), None)
 
 
 def _measured(
     name: str, number: int, cells: Sequence[Cell], settings: Settings, processes: int
 ) -> Iterator[tuple[Cell, dict[str, Any], float]]:
-    """(cell, what came out, seconds) as they come."""
+    """(cell, result, seconds) in the order in which cells end."""
     stage = experiment(name).stages[number]
     if stage.alone or processes == 1 or len(cells) < 2:
         for cell in cells:
@@ -142,7 +142,7 @@ def _stored(out: Path, name: str, settings: Settings, here: str) -> list[Row]:
 
 
 def _write(out: Path, name: str, settings: Settings, rows: Sequence[Row]) -> None:
-    """By way of a second file, so that an interrupted run leaves a whole one."""
+    """Writes a second file and renames it, so that an interrupted run leaves a whole file."""
     head = {
         "experiment": name,
         "command": f"python -m vlattn_fast.lab.experiments {name} --seeds {settings.seeds}"

@@ -1,8 +1,8 @@
 """The five observations of VALUE (Cao et al., "Behind the Scene", ECCV 2020), on UNITER trained on DigitScenes.
 
-A seed is a model: its training, its untrained self, its test scenes. Controls are the untrained model and captions that belong to
-other scenes. [CLS] and [SEP] count as neither text nor image, or seven of eleven tokens would be text, and a head that attends
-evenly would be cross-modal.
+A seed stands for a trained model, the same model untrained, and its test scenes. Controls are the untrained model and captions of
+other scenes. [CLS] and [SEP] count as neither text nor image: otherwise seven of eleven tokens would be text, and a head that
+attends evenly would be cross-modal.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODELS = ("trained", "untrained", "other captions")
-TOKENS = {"text": 5, "image": 4, "special": 2}  # of a caption and a scene
-SAMPLES, SCENES = 300, 500  # of the probes, and of an accuracy
+TOKENS = {"text": 5, "image": 4, "special": 2}  # in a caption and a scene
+SAMPLES, SCENES = 300, 500  # for the probes, and for an accuracy
 KEPT = ("test", "kind", "layer", "head", "value", "chance", "control")
 
 
@@ -75,13 +75,13 @@ def trained(seed: int, settings: Settings) -> UNITER:
 
 
 def other_captions(count: int, seed: int) -> Iterator[tuple[dict[str, Tensor], None]]:
-    """The scenes, each with the caption of the one before."""
+    """The scenes, each with the caption of the scene before."""
     for inputs, _ in probe_samples(count, seed=seed, batch=count):
         yield {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}, None
 
 
 def mean_accuracy(model: UNITER, count: int, seed: int) -> float:
-    """Over the three kinds of wrong captions."""
+    """Mean accuracy over the three kinds of wrong captions."""
     accuracies = matching_accuracy(model, count=count, seed=seed)
     return sum(accuracies.values()) / len(accuracies)
 
@@ -112,7 +112,7 @@ def without_head(model: UNITER, layer: int, head: int) -> Iterator[None]:
         hook.remove()
 
 
-# --- what the rows say ---
+# --- facts from the rows ---
 
 
 def values(row: Row, model: str, test: str, kind: str | None = None, column: str = "value") -> dict[tuple[Any, Any], float]:
@@ -125,7 +125,7 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def per_token(row: Row, model: str, layer: int | None = None) -> float:
-    """Attention of [CLS] on a word over that on a region, mean over heads, of one layer or of all."""
+    """[CLS]'s mean attention on a word over its attention on a region, over the heads of one layer or of all layers."""
     mass = {
         kind: _mean([v for place, v in values(row, model, "modality", kind).items() if layer in (None, place[0])])
         for kind in ("text", "image")
@@ -134,7 +134,7 @@ def per_token(row: Row, model: str, layer: int | None = None) -> float:
 
 
 def facts(row: Row) -> list[tuple[str, str, dict[str, float]]]:
-    """Of a seed: (observation, what is measured, value by model)."""
+    """(observation, name of the measurement, value by model) of one seed."""
 
     def of(measure: Any, models: Sequence[str] = MODELS) -> dict[str, float]:
         return {model: measure(model) for model in models}
@@ -197,7 +197,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Of every head, what its two numbers tell about a phrase's region and about a relation: trained and untrained."""
+    """A dot for every head: how well its two numbers tell a phrase's region, and a relation; trained and untrained."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 3.4), layout="constrained")

@@ -1,7 +1,7 @@
-"""Does weighted relevancy (Huang et al., 2023) give better maps than the plain rule? Gathered from the stored evaluations.
+"""Does weighted relevancy (Huang et al., 2023) give better maps than the plain rule? Read from the stored evaluations.
 
-`python -m vlattn_fast.lab.evaluation TASK` measures; here the two rules are compared on the same scenes, test by test, and held
-against chance. The seeds are sets of test scenes; the models are those that the package ships.
+`python -m vlattn_fast.lab.evaluation TASK` measures; this experiment compares the two rules on the same scenes, test by test, and
+with chance. The seeds are sets of test scenes; the package ships the models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METHODS = {
     "weighted:norm:no_normalization": "from norms, rows not divided",
 }
 LOW_IS_GOOD = ("positive", "deletion")
-LEFT_OUT = ("sanity",)  # says nothing about which map is better
+LEFT_OUT = ("sanity",)  # does not tell which map is better
 LEVEL = 0.05
 
 
@@ -81,7 +81,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Every test's difference with the spread over the sets of scenes."""
+    """The difference in each test with its spread over the sets of scenes."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(3.4 * len(rows), 5), layout="constrained")

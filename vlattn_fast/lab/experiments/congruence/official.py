@@ -1,6 +1,6 @@
-"""The losses as the authors' code computes them (KhoomeiK/CACR and lancopku/IAIS): to be measured against, not for use.
+"""The losses as the authors' code computes them (KhoomeiK/CACR and lancopku/IAIS), as a yardstick and not for use.
 
-The four blocks for the whole batch, then a Python loop over its samples that cuts off each one's padding.
+Four blocks are computed for the whole batch; then a Python loop over the samples cuts off the padding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def published_loss(t: Mapping[str, Tensor], kind: str, direction: str = "both") -> Tensor:
-    """(B) losses, each sample cut out by lengths that are read from its masks.
+    """(B) losses; the masks give the length by which a sample is cut out.
 
     t: text_query, text_key (B, H, L, D), image_query, image_key (B, H, V, D), text_mask (B, L), image_mask (B, V).
     """

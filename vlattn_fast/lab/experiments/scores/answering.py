@@ -1,5 +1,5 @@
-"""Question answering as in MAC (Hudson and Manning, ICLR 2018): in each of a few steps, what is asked for attends to the regions,
-which the memory of the steps before has a part in."""
+"""Question answering as in MAC (Hudson and Manning, ICLR 2018): in each of a few steps a query from the question attends to the
+regions, which are combined with the memory of earlier steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlattn_fast.lab.train.fit import fit
 
 WORDS, SIZE, STEPS = 7, 48, 3
 BATCH = 128
-RATES = (8e-4, 2e-3)  # of learning; which one a score has is chosen on validation scans
+RATES = (8e-4, 2e-3)  # learning rates; validation scans choose one for each score
 
 
 class Sizes(NamedTuple):
@@ -82,7 +82,7 @@ def asked(questions: Questions, net: nn.Sequential) -> Asked:
 
 
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Mac, Mac]:
-    """The model, and what it was before training."""
+    """The trained model and its copy from before training."""
     first, model = (seeded(seed, lambda: Mac(arm)) for _ in range(2))
     known, generator = (
         asked(questions_of(sizes.questions, 1000 + seed, sizes.learn), reader(seed, sizes.learn)),
@@ -98,8 +98,8 @@ def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Mac, Mac]:
 
 
 def aims(questions: Questions) -> Tensor:
-    """bool (B, R): the region that answers a question: of "what" the digit that is the answer, of "there" the digit, where
-    there is one. No region for other questions."""
+    """bool (B, R): the region that answers a question. "what" has the region of the answer's digit, "there" with a yes the
+    region of the digit asked for, and every remaining question no region."""
     aimed = []
     for kind, question, answer in zip(questions.kinds, questions.questions, questions.answers, strict=True):
         word = answer if kind == "what" else question.split()[-1] if (kind, answer) == ("there", "yes") else ""
@@ -108,7 +108,7 @@ def aims(questions: Questions) -> Tensor:
 
 
 def measure(model: Mac, seed: int, sizes: Sizes) -> dict[str, float]:
-    """On test questions, as many of each kind. accuracy: mean over the kinds."""
+    """Figures on test questions, equally many of each kind. accuracy: mean over the kinds."""
     net = reader(seed, sizes.learn)
     parts = {kind: questions_of(sizes.tested, seed, sizes.test, kind) for kind in QUESTIONS}
     every = [asked(questions, net) for questions in parts.values()]

@@ -17,7 +17,7 @@ from vlattn_fast.lab.scenes import CANVAS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BASE = "scaled_dot"  # what the others are compared with
+BASE = "scaled_dot"  # the score that every arm is compared with
 INTERPRETABILITY = {"focus": "share / chance", "pointing": "pointing", "agreement": "agreement", "gap": "gap of areas"}
 MORE = {
     "matching": ("recall_caption", "recall_image", "recall_chance", "digit", "relation", "order"),
@@ -28,7 +28,7 @@ CONTROLS = {UNIFORM: "all words or regions alike", "frequent": "the most frequen
 
 
 def values(rows: Sequence[Row], task: str, arm: str, name: str, when: str = "trained") -> list[float]:
-    """Of each seed, in order; none where the arm has no such figure. focus: share / chance. gap: auc_least - auc_most."""
+    """A figure of each seed, in order; empty where the arm has none. focus: share / chance. gap: auc_least - auc_most."""
     figures = []
     for row in sorted((row for row in rows if row.get("task") == task and row["arm"] == arm), key=lambda row: int(row["seed"])):
         part = row.get(when, {})  # a row of a choice has neither
@@ -46,8 +46,8 @@ def tasks(rows: Sequence[Row]) -> list[str]:
 
 
 def correlation(rows: Sequence[Row], task: str, name: str) -> dict[str, float]:
-    """Rank correlation over SCORES between accuracy and a measure of interpretability: of the means over seeds, its 2.5th and
-    97.5th percentile over all samples of seeds with replacement, and mean and deviation of each seed's own."""
+    """Rank correlation over SCORES between accuracy and a measure of interpretability: of the means over seeds (rho), its 2.5th
+    and 97.5th percentile over all samples of seeds with replacement, and its mean and deviation over seeds."""
     accuracy, measure = (
         torch.tensor([values(rows, task, score, key) for score in SCORES], dtype=torch.float64) for key in ("accuracy", name)
     )
@@ -92,7 +92,7 @@ def _cell(figures: Sequence[float], digits: int = 3) -> str:
 
 
 def main_table(rows: Sequence[Row], task: str) -> str:
-    """The scores, then what they are held against."""
+    """The scores, then the control and the references."""
     names = ("accuracy", "share", "focus", "pointing", "agreement", "auc_most", "auc_least", "gap")
     head = [task, *names[:1], "p", *names[1:]]
     head = [INTERPRETABILITY.get(name, name.replace("_", " ")) for name in head]
@@ -112,7 +112,7 @@ def main_table(rows: Sequence[Row], task: str) -> str:
 
 
 def _mean_of_scores(rows: Sequence[Row], task: str, name: str) -> list[float]:
-    """Of each seed, untrained."""
+    """The mean over SCORES of each seed's untrained models."""
     by_score = [values(rows, task, score, name, "untrained") for score in SCORES]
     return [sum(of_seed) / len(of_seed) for of_seed in zip(*by_score, strict=True)]
 
@@ -198,7 +198,7 @@ def accuracy_and_interpretability(rows: Sequence[Row]) -> Figure:
 
 
 def pictures(rows: Sequence[Row]) -> Figure:
-    """What the generators of the first seed draw, and the scenes that their captions were said of."""
+    """Pictures of the first seed's generators, and the scenes of their captions."""
     with extra("viz"):
         from matplotlib.figure import Figure
 
