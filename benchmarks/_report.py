@@ -48,8 +48,8 @@ variant is shown.
 
 
 def write(results: Path, out: Path) -> list[Path]:
-    """The report and the pictures of each file of rows; the paths written."""
-    paths = [path for path in sorted(results.glob("*.json")) if not path.stem.startswith("evaluation-")]  # no measured costs
+    """Writes the report and the pictures of each file of rows; returns the paths."""
+    paths = [path for path in sorted(results.glob("*.json")) if not path.stem.startswith("evaluation-")]  # have no costs
     stored = {path.stem: json.loads(path.read_text()) for path in paths}
     files = {name: latest for name, rows in stored.items() if (latest := newest(rows))}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,11 +73,11 @@ def write(results: Path, out: Path) -> list[Path]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each setting, benchmark, workload, dtype and variant; other sizes than the last are left behind."""
+    """The last row of each setting, benchmark, workload, dtype and variant, for the last sizes only."""
     latest: dict[Any, Row] = {}
     sizes = {}
     for row in rows:
-        if "benchmark" in row:  # what tests store in the same folder has none
+        if "benchmark" in row:  # rows that tests store in the same folder have none
             latest[_key(row), row["variant"]] = row
             sizes[_key(row)] = row["sizes"]
     return [row for row in latest.values() if row["sizes"] == sizes[_key(row)]]
@@ -95,7 +95,7 @@ def _setting(row: Row) -> str:
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Those of each setting, the one with most rows first, of equal ones that with the newest row."""
+    """The rows of each setting; the setting with most rows comes first, and the newest first among equals."""
     settings: dict[str, list[Row]] = {}
     for row in rows:
         settings.setdefault(_setting(row), []).append(row)
@@ -107,7 +107,7 @@ def _is_scaling(row: Row) -> bool:
 
 
 def _by_benchmark(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """What has a time, by variant; tables of operators and tasks only."""
+    """The rows with a time, by variant; tables of operators and tasks only."""
     tables: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if "p50_us" in row:
@@ -120,7 +120,7 @@ def _fastest(variants: Mapping[str, Row], names: Iterable[str]) -> Row | None:
 
 
 def _best(rows: Sequence[Row]) -> list[Row]:
-    """Of each benchmark our fastest backend, under the package's name, the rivals and the bound."""
+    """Our fastest backend of each benchmark, under the package's name, the rivals and the bound."""
     best = []
     for variants in _by_benchmark(rows).values():
         if ours := _fastest(variants, OURS):
@@ -163,10 +163,10 @@ def _settings(settings: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _host(rows: Sequence[Row]) -> list[str]:
-    """What a call costs beside its kernel: a line an operator, a column a backend and pass."""
+    """The cost of a call beside its kernel: a line an operator, a column a backend and pass."""
     parts = []
     for setting, measured in _by_setting(rows).items():
-        latest = {(row["host"], row["backend"], row["pass"]): row for row in measured}  # the newest
+        latest = {(row["host"], row["backend"], row["pass"]): row for row in measured}  # the newest row wins
         columns = list(dict.fromkeys(key[1:] for key in latest))
         lines = [_line(("call", *map(", ".join, columns))), _line(["---", *["---:"] * len(columns)])]
         for name in dict.fromkeys(key[0] for key in latest):

@@ -1,6 +1,6 @@
 """Mass on text and image, entropy, largest weight and received attention of every head.
 
-Bound: plain SDPA of the same shape. Published (VALUE, ECCV 2020; its code is not public, this is the procedure as described): the
+Bound: plain SDPA of the same shape. Published (VALUE, ECCV 2020, from the paper's description, as its code is not public): the
 maps stored, then one reduction after another.
 """
 

@@ -1,7 +1,7 @@
 """One attention layer that carries relevancy through its backward pass, and the product r Abar by itself.
 
-Bound: plain SDPA, forward and backward (for the product: forward). Published (Chefer et al., ICCV 2021): the map stored, its
-gradient taken, the whole N x N product R + Abar R; the compared row is read out of it.
+Bound: plain SDPA, forward and backward (for the product: forward). Published (Chefer et al., ICCV 2021): a stored map,
+its gradient, and the whole N x N product R + Abar R, of which one row is compared.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def build(step: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
 
 
 def _part(name: str, x: Tensor) -> Tensor:
-    return x[:1]  # all heads: Abar is their mean
+    return x[:1]  # all heads: Abar is the mean over heads
 
 
 BENCHMARKS = [

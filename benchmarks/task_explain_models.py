@@ -1,11 +1,11 @@
 """Explain whole models of transformers by `va.explain`, as a user calls it: models, hooks and preparation included.
 
-Bound: the model's own forward and backward pass down to its embeddings, with SDPA. Published (Chefer et al.): every map stored,
-one gradient a layer, the whole product; for LXMERT one backward pass with the gradients of all weights, as the authors have it.
-Beside it the same maps with one backward pass and no gradient of a weight. Of an answer of 24 tokens every one is explained by
-itself; there the bound is one forward pass and a backward pass a token.
+Bound: the model's forward and backward pass down to its embeddings, with SDPA. Published (Chefer et al.): every map stored, one
+gradient a layer, the whole product; for LXMERT one backward pass with the gradients of all weights, as in the authors' code. A
+further variant takes the same maps with one backward pass and no gradient of a weight. An answer has 24 tokens, each explained
+by itself; its bound is one forward pass and a backward pass a token.
 
-Models have published shapes at a size that the machine runs, and random weights. On a CPU each variant has a process of its own.
+Models have published shapes at a size that the machine runs, and random weights. On a CPU each variant has a separate process.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from vlattn_fast.interpret.records.registry import find_family
 
 PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
 BACKWARDS = "one forward, a backward a token"
-Row = dict[str, tuple[int, int]]  # of each tower: its tokens, and the row that is read
+Row = dict[str, tuple[int, int]]  # by tower: its tokens, and the row that is read
 
 
 class _Maps(TorchFunctionMode):
-    """Keeps every softmax over maps (B, H, N, M) that has a gradient. It is in float32, or in float64 where its scores are."""
+    """Keeps every softmax over maps (B, H, N, M) that has a gradient, in float32, or in float64 for scores in float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Maps(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _starting(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]]:
-    """The outputs of the modules at `paths`, where the graph begins."""
+    """The outputs of the modules at `paths`, at which the graph begins."""
     kept: list[Tensor] = []
 
     def begin(module: nn.Module, args: Any, output: Any) -> None:
@@ -110,7 +110,7 @@ def _stored(model: nn.Module, whole: Whole, read: Row, one_backward: bool, t: Te
 
 
 def _with_weights(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tensors:
-    """As LXMERT's authors have it: a backward pass through the weights as well."""
+    """The LXMERT authors' procedure, whose backward pass also takes the gradients of weights."""
     model.requires_grad_(True)
     try:
         with _Maps() as kept:
@@ -130,7 +130,7 @@ def _ours(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tensors:
 
 
 def _without(row: Tensor, position: int) -> Tensor:
-    """The row (B, ..., N) without its own entry, which may hold the identity that the recursion starts from."""
+    """The row (B, ..., N) without the entry of its token, which may hold the identity that the recursion starts from."""
     return torch.cat([row[..., :position], row[..., position + 1 :]], dim=-1)
 
 
@@ -157,7 +157,7 @@ def _relevancy(maps: Sequence[Tensor], grads: Iterable[Tensor | None], read: Row
             else:  # equations 10 and 11
                 waiting.append(((s, q), _normalized(related[s, s]).mT @ abar @ _normalized(related[q, q])))
                 waiting.append(((s, s), abar @ related[q, s]))
-        if crossings == 2:  # both directions of a layer read what was there before it
+        if crossings == 2:  # both directions of a layer read the relevancies before the layer
             for pair, addition in waiting:
                 related[pair] = related[pair] + addition
             waiting, crossings = [], 0
@@ -178,7 +178,7 @@ def _normalized(relevancy: Tensor) -> Tensor:
 
 
 def _part(name: str, x: Tensor) -> Tensor:
-    return x[:1] if name != "pixel_values" or x.ndim == 4 else x  # Qwen packs patches, of a batch of one
+    return x[:1] if name != "pixel_values" or x.ndim == 4 else x  # Qwen's patches are packed, for a batch of one
 
 
 def _problem(
@@ -191,7 +191,7 @@ def _problem(
 
 
 def build(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
-    make = functools.cache(lambda: _model(whole, sizes, device, dtype))  # by the first variant that runs
+    make = functools.cache(lambda: _model(whole, sizes, device, dtype))  # made by the first variant that runs
     read, layers = whole.read(sizes), sizes["layers"]
 
     def truth(t: Tensors) -> Tensors:

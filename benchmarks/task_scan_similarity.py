@@ -38,7 +38,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         torch.autograd.grad(triplet_loss(scores), list(leaves.values()))
         return {"similarity": scores.detach()}
 
-    def truth(t: Tensors) -> Tensors:  # of a few images: the loss couples all pairs
+    def truth(t: Tensors) -> Tensors:  # for a few images: the loss couples all pairs
         return {"similarity": va.reference.stacked_cross_attention(t["images"], t["captions"], **arguments)}
 
     def published(images: Tensor, captions: Tensor) -> Tensor:
