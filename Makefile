@@ -1,17 +1,17 @@
 # make demo   a picture, a table of checks and a comparison of costs
 # make test   lint, types and every test, then a tenth of `make cpus`; ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
-# make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, of undefined behaviour and of threads; ARGS="-k causal"
-# make published CLONES=DIR  the results beside those of the authors' own code, of which DIR has clones (tests/helpers/published/authors.py)
+# make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, undefined behaviour and threads; ARGS="-k causal"
+# make published CLONES=DIR  results beside those of the authors' code, cloned in DIR (tests/helpers/published/authors.py)
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
 # make report benchmarks/REPORT.md from the stored rows
-# These make their own environment in .venv first; an environment that is there already is completed and kept. The library of the
-# CPU's C++ kernels comes with it, and is built again where one of its sources changed.
-# make docs   the site of docs/ into site/, in an environment of its own, which needs no torch; a warning is an error
-# make oldest the tests of the Triton kernels with the oldest Triton that is supported, in an environment of its own
-# make table  what the Triton and CUDA C++ kernels compile to, stored anew in tests/compiled/triton.json and cuda.json
-# make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Five parts of at most ten minutes each, which go on
-#             where they were cut: verify, sweep, ncu, benchmarks, tests; PARTS=verify for some, ARGS="--minutes 5" (run.py --help)
+# The targets above first make an environment in .venv, or complete the present one, with the library of the CPU's C++ kernels, which
+# is built again after a change of its sources.
+# make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error
+# make oldest the tests of the Triton kernels with the oldest supported Triton, in a separate environment
+# make table  facts of the compiled Triton and CUDA C++ kernels, stored anew in tests/compiled/triton.json and cuda.json
+# make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Five parts of at most ten minutes each, which
+#             continue after a cut: verify, sweep, ncu, benchmarks, tests; PARTS=verify for some, ARGS="--minutes 5" (run.py --help)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,7 +30,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
 
-# One thread a process: two processes of one thread finish sooner than one of two, and sums have the same order everywhere.
+# One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
 test: export OMP_NUM_THREADS := 1
 test: lint $(READY)
 	@$(PY) -m pytest --numprocesses $(WORKERS) $(ARGS)
@@ -69,7 +69,7 @@ report: $(READY)
 docs: .venv-docs/.installed
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
-# Only the packages of the extra, since the pages read the package's source and do not import it. Needs Python 3.11 or newer.
+# Only the extra's packages, since the pages read the package's source and do not import it. Needs Python 3.11 or newer.
 .venv-docs/.installed: pyproject.toml
 	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
 	@.venv-docs/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
@@ -77,7 +77,7 @@ docs: .venv-docs/.installed
 	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --requirement .venv-docs/requirements.txt
 	@touch $@
 
-# That Triton's interpreter turns arrays of one element into numbers, which NumPy 2.4 refuses and 2.3 warns of.
+# Triton's interpreter turns arrays of one element into numbers, which NumPy 2.4 refuses and 2.3 warns of.
 oldest:
 	@$(MAKE) --no-print-directory venv VENV=.venv-oldest TRITON=triton==3.6.0
 	@.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet "numpy<2.4"
@@ -90,8 +90,8 @@ table: $(READY)
 gpu:
 	@$(PYTHON) -m tools.gpu.run $(PARTS) $(ARGS)
 
-# torch comes first and by itself: asked for with a range, pip would take the newest and its CUDA libraries along.
-# triton comes without dependencies, and only where it is published. The stamp is written last; two makes take turns.
+# torch is installed first and by itself: with a range, pip would take the newest torch and its CUDA libraries.
+# triton is installed without dependencies, and only on Linux. The stamp is written last; two makes take turns.
 define INSTALL
 set -e
 if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ]; then exit 0; fi
@@ -110,7 +110,7 @@ $(INSTALLED): pyproject.toml setup.py
 	@$(IN_TURN) sh -c "$$INSTALL"
 
 # Without a compiler the package works without the library; a source that does not compile stops here. The environment's cmake and
-# ninja go on with what the install has built, which those of the system would build anew.
+# ninja continue the install's build, which the system's would begin anew.
 define KERNELS
 set -e
 mkdir -p build

@@ -1,9 +1,9 @@
-"""What pyproject.toml cannot express: where packages lie, and the two libraries of C++ kernels, each built where it can be.
+"""The parts of the build that pyproject.toml cannot express: the folders of packages, and two libraries of C++ kernels.
 
-Neither needs torch. CPU: where a C++ compiler is found. CUDA: where nvcc and a C++ compiler are found, and no torch that is not
-for CUDA. Elsewhere the install goes on without. VLATTN_CPU=1 (VLATTN_CUDA=1) builds the library or fails, =0 leaves it out.
-CMakeLists.txt alone says how they are built. What was built, or why nothing was, is written beside it: `vlattn info` reads that
-(vlattn_fast/backends/native.py).
+The libraries do not need torch. The CPU library needs a C++ compiler; the CUDA library also nvcc, and is not built beside a torch
+without CUDA. Elsewhere the install goes on without. VLATTN_CPU=1 (VLATTN_CUDA=1) builds the library or fails, =0 leaves it out.
+CMakeLists.txt alone says how libraries are built. A record beside the library's place names the build, or why there is none;
+`vlattn info` reads the record (vlattn_fast/backends/native.py).
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ ROOT = Path(__file__).parent
 RECORD = "build.json"
 TOOLS = {"nvcc": "of the CUDA toolkit, on PATH or in $CUDA_HOME/bin", "cmake": "pip install cmake", "ninja": "pip install ninja"}
 
-# sysconfig knows what pip's build isolation hides from imports, torch, and what is not on PATH without isolation: the scripts
-# beside this Python.
+# sysconfig knows torch, which pip's build isolation hides from imports, and the scripts beside this Python, which PATH may lack.
 SITE = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
 PATHS = [os.environ.get("PATH", ""), sysconfig.get_path("scripts"), f"{os.environ.get('CUDA_HOME') or '/usr/local/cuda'}/bin"]
 ENVIRONMENT = {**os.environ, "PATH": os.pathsep.join(PATHS)}
@@ -45,10 +44,10 @@ class Kernels:
 
     name: str
     title: str
-    obstacle: Callable[[str], str | None]  # why it is not built, if it is not, by what was asked for: "", "0" or "1"
+    obstacle: Callable[[str], str | None]  # the request ("", "0" or "1") -> why the library is not built, or None
     options: Callable[[], list[str]]  # of CMakeLists.txt
-    facts: Callable[[Path], dict[str, object]]  # what the record says of a finished build in this folder
-    keeps: Path | None = None  # where an editable install builds, so that the next one compiles only what changed
+    facts: Callable[[Path], dict[str, object]]  # a build folder -> the facts in the record of the build
+    keeps: Path | None = None  # build folder of editable installs, so that the next one compiles only changes
 
     @property
     def folder(self) -> str:
@@ -71,7 +70,7 @@ class Kernels:
 
     @functools.cache  # noqa: B019  there are two
     def reason(self) -> str | None:
-        """Why it is not built, if it is not."""
+        """Why the library is not built; None where it is."""
         return f"{self.variable}=0 left it out" if self.asked == "0" else self.obstacle(self.asked)
 
     def build_into(self, target: Path, editable: bool) -> None:
@@ -81,7 +80,7 @@ class Kernels:
         record = None if reason else self._compile(target, self.keeps if editable else None)
         reason = reason or f"the build failed (an install with {self.variable}=1 shows how)"
         if record is None:
-            (target / self.library).unlink(missing_ok=True)  # of an earlier build
+            (target / self.library).unlink(missing_ok=True)  # from an earlier build
         if record is None and self.asked == "1":
             raise SystemExit(
                 f"{self.variable}=1: the {self.title} library cannot be built: {reason}. {self.variable}=0 installs without it."
@@ -92,7 +91,7 @@ class Kernels:
         (target / RECORD).write_text(json.dumps(record) + "\n")
 
     def _compile(self, target: Path, kept: Path | None) -> dict[str, object] | None:
-        """What was built; None where that failed."""
+        """The record of the build; None where the build failed."""
         folder: AbstractContextManager[str | Path] = tempfile.TemporaryDirectory() if kept is None else nullcontext(kept)
         with folder as made:
             chosen = {"CXX": compiler()} if compiler() else {}
@@ -118,33 +117,33 @@ def missing(*tools: str) -> str | None:
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX, or the first of those that CMake would take."""
-    given = os.environ.get("CXX", "")
-    if given:
-        return given if which(shlex.split(given)[0]) else None
+    """The C++ compiler: $CXX, or the first that CMake would take."""
+    named = os.environ.get("CXX", "")
+    if named:
+        return named if which(shlex.split(named)[0]) else None
     return next(filter(None, map(which, ("c++", "g++", "clang++"))), None)
 
 
 def outdated(folder: Path) -> bool:
-    """Whether a kept build is of another tree or by another compiler: CMake refuses the one and overlooks the other."""
+    """Whether a kept build has another tree, which CMake refuses, or another compiler, which CMake overlooks."""
     if not (folder / "CMakeCache.txt").exists():
         return False
-    wanted = str(ROOT.absolute()), which(shlex.split(compiler())[0])
-    return wanted != (cached(folder, "CMAKE_HOME_DIRECTORY"), cached(folder, "CMAKE_CXX_COMPILER"))
+    expected = str(ROOT.absolute()), which(shlex.split(compiler())[0])
+    return expected != (cached(folder, "CMAKE_HOME_DIRECTORY"), cached(folder, "CMAKE_CXX_COMPILER"))
 
 
 def cached(folder: Path, name: str) -> str:
     """A variable of a configured build."""
-    found = re.search(rf"^{name}:\w+=(.*)$", (folder / "CMakeCache.txt").read_text(), re.M)
-    return found[1] if found else ""
+    entry = re.search(rf"^{name}:\w+=(.*)$", (folder / "CMakeCache.txt").read_text(), re.M)
+    return entry[1] if entry else ""
 
 
 def cpu_obstacle(asked: str) -> str | None:
     if sys.platform != "linux" and asked != "1":
         return "it has been tried on Linux only; VLATTN_CPU=1 builds anyway"
     if compiler() is None:
-        given = os.environ.get("CXX")
-        return f"the C++ compiler of $CXX, {given}, was not found" if given else "no C++ compiler was found (g++ or clang++)"
+        named = os.environ.get("CXX")
+        return f"the C++ compiler of $CXX, {named}, was not found" if named else "no C++ compiler was found (g++ or clang++)"
     return missing("cmake", "ninja")
 
 
@@ -154,11 +153,11 @@ def cpu_facts(folder: Path) -> dict[str, object]:
 
 def nvcc_version() -> str:
     said = subprocess.run(["nvcc", "--version"], env=ENVIRONMENT, capture_output=True, text=True).stdout
-    return found[1] if (found := re.search(r"release ([\d.]+)", said)) else "of unknown version"
+    return version[1] if (version := re.search(r"release ([\d.]+)", said)) else "of unknown version"
 
 
 def torch_without_cuda() -> bool:
-    """Whether there is a torch here, and it is not built for CUDA: the kernels need none, but would have nothing to run on."""
+    """Whether a torch without CUDA is installed, beside which CUDA kernels could not run."""
     folders = (Path(place).absolute() / "torch" for place in [*sys.path, *SITE])
     version = next((folder / "version.py" for folder in folders if (folder / "version.py").is_file()), None)
     return version is not None and re.search(r"^cuda\b.*= ['\"]", version.read_text(), re.M) is None
@@ -173,7 +172,7 @@ def jobs() -> int:
 
 
 def cuda_targets() -> str:
-    """Those of VLATTN_CUDA_TARGETS, as CMake writes them; without it, empty: those of CMakeLists.txt."""
+    """The targets of VLATTN_CUDA_TARGETS, as CMake writes them; empty where it is unset, for those of CMakeLists.txt."""
     asked = os.environ.get("VLATTN_CUDA_TARGETS", "")
     target = r"\d+[af]?-(real|virtual)"
     if asked and not re.fullmatch(f"{target}(;{target})*", asked):
@@ -253,13 +252,13 @@ class WithLibraries(Distribution):
 
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]  # the libraries know neither Python nor the version of torch
+        return "py3", "none", super().get_tag()[2]  # the libraries depend on neither Python nor torch's version
 
 
 if __name__ == "__main__":
     for kernels in BOTH:
-        kernels.reason()  # of a wrong value before anything else
-    # folders of data count as packages, too: setuptools warns that it will leave out others
+        kernels.reason()  # a wrong value ends here
+    # folders of data count as packages, too: setuptools warns that it will leave out folders that are not listed
     inside = ["vlattn_fast", *(f"vlattn_fast.{name}" for name in find_packages("vlattn_fast"))]
     setup(
         packages=[

@@ -1,4 +1,4 @@
-"""What operators' benchmarks share: plain SDPA of the same shape as the bound, the plain map, and the floors of one attention."""
+"""Parts that operators' benchmarks share: plain SDPA of the same shape as the bound, the plain map, the floors of attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sdpa(tensors: Tensors, is_causal: bool = False) -> Tensor:
 
 
 def softmax_map(query: Tensor, key: Tensor, is_causal: bool = False) -> Tensor:
-    """A (B, H, N, M) as models make it in eager mode."""
+    """A (B, H, N, M) as models compute A in eager mode."""
     scores = query @ key.mT * query.shape[-1] ** -0.5
     if is_causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1), -torch.inf)

@@ -1,4 +1,4 @@
-"""Which benchmarks there are, and how a name chooses among them."""
+"""The list of benchmarks, and the choice among them by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlattn_fast.benchmarks._rows import HERE
 from vlattn_fast.checking import verify
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
-# One file per operator, one of all over the length, and one per task; the tasks are found by the names of their files.
+# One file per operator, one for all operators over the length, and one per task; file names list the tasks.
 MODULES = (*verify.OPERATORS, "scaling", *sorted(path.stem for path in HERE.glob("task_*.py")))
 EXPLAIN = "va.explain"  # the variant of tasks on whole models, where the backend is chosen call by call
 OURS = (*(name for name in BACKEND_NAMES if name not in ("auto", "reference")), EXPLAIN)
@@ -22,7 +22,7 @@ def declared() -> list[Benchmark]:
 
 
 def choose(names: Sequence[str]) -> list[Benchmark]:
-    """Those named: by file, file/what or in full; all by default. ValueError with the list for an unknown name."""
+    """The benchmarks named by file, file/workload or in full; all by default. ValueError with the list for an unknown name."""
     everything = declared()
     for name in names:
         if not any(_answers(benchmark, name) for benchmark in everything):

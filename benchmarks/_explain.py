@@ -1,7 +1,7 @@
-"""What both explanation tasks measure: relevancy of a read-out token in a tower with frozen weights.
+"""The measurement of both explanation tasks: relevancy of a read-out token in a tower with frozen weights.
 
-Bound: the tower's own forward and backward pass down to its input, with SDPA. Published (Chefer et al.): every map stored, one
-gradient a layer, the whole N x N product; beside it the same with the gradients of all maps taken in one backward pass.
+Bound: the tower's forward and backward pass down to its input, with SDPA. Published (Chefer et al.): every map stored, one
+gradient a layer, the whole N x N product; a second variant takes the gradients of all maps in one backward pass.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         rows[:, :, read_out] = 1.0
         attend = _models.Carried(causal, start.requires_grad_(), backend)
         total = score(t, x, attend)
-        (found,) = torch.autograd.grad([total, attend.carrier], [start], [torch.ones_like(total), rows])
-        return {"relevancy": _others(found[:, 0])}
+        (carried,) = torch.autograd.grad([total, attend.carrier], [start], [torch.ones_like(total), rows])
+        return {"relevancy": _without_read_out(carried[:, 0])}
 
     def stored(one_backward: bool, t: Tensors) -> Tensors:
         attend = _models.Stored(causal)
@@ -53,10 +53,10 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
             if one_backward
             else (torch.autograd.grad(total, prob, retain_graph=True)[0] for prob in attend.maps)
         )
-        return {"relevancy": _others(_product(attend.maps, grads)[:, read_out])}
+        return {"relevancy": _without_read_out(_product(attend.maps, grads)[:, read_out])}
 
-    def _others(row: Tensor) -> Tensor:
-        """Without the read-out token's own entry, which holds the identity that the recursion starts from."""
+    def _without_read_out(row: Tensor) -> Tensor:
+        """The row without the entry of the read-out token, which holds the identity that the recursion starts from."""
         return torch.cat([row[:, :read_out], row[:, read_out + 1 :]], dim=1)
 
     query = torch.zeros(b, h, n, c // h, device=device, dtype=dtype)

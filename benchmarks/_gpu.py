@@ -1,4 +1,4 @@
-"""What a GPU alone can run: a variant as a CUDA graph, and SDPA by each of torch's fused kernels."""
+"""Variants for a GPU alone: a variant as a CUDA graph, and SDPA by each of torch's fused kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], Tensors]
 
 GRAPH = ", graph"  # ends the name of a variant that is replayed
-CALLS_BEFORE_CAPTURE = 3  # the last of which may not synchronise
+CALLS_BEFORE_CAPTURE = 3  # the last of these calls may not synchronise
 SDPA_KERNELS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -25,11 +25,11 @@ SDPA_KERNELS = {
 
 
 def more(runs: Mapping[str, Run]) -> dict[str, Run]:
-    """Beside these variants: the bound SDPA by each of its kernels, and it and our backends as CUDA graphs."""
-    found = {f"SDPA {name}": by_kernel(runs["SDPA"], kernel) for name, kernel in SDPA_KERNELS.items() if "SDPA" in runs}
+    """Further variants: the bound SDPA by each of its kernels, and SDPA and our backends as CUDA graphs."""
+    fused = {f"SDPA {name}": by_kernel(runs["SDPA"], kernel) for name, kernel in SDPA_KERNELS.items() if "SDPA" in runs}
     captured = {name: run for name, run in runs.items() if name in BACKEND_NAMES and name != "reference"}
-    captured |= {name: run for name, run in {**runs, **found}.items() if name.startswith("SDPA")}
-    return found | {f"{name}{GRAPH}": graphed(run) for name, run in captured.items()}
+    captured |= {name: run for name, run in {**runs, **fused}.items() if name.startswith("SDPA")}
+    return fused | {f"{name}{GRAPH}": graphed(run) for name, run in captured.items()}
 
 
 def by_kernel(run: Run, kernel: SDPBackend) -> Run:
@@ -42,8 +42,8 @@ def by_kernel(run: Run, kernel: SDPBackend) -> Run:
 
 @contextmanager
 def without_synchronising() -> Iterator[None]:
-    """Within it torch refuses to wait for the device. A capture in which it waits fails, and before torch 2.12 its allocator then
-    takes the capture for unfinished."""
+    """Inside, torch refuses to wait for the device. A capture in which torch waits fails, and before torch 2.12 the allocator
+    then takes the capture for unfinished."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -53,8 +53,8 @@ def without_synchronising() -> Iterator[None]:
 
 
 def graphed(run: Run) -> Run:
-    """Captured at the first call, and replayed: what a call costs without its host. Its inputs must stay where they are, and the
-    next call overwrites its outputs."""
+    """A run captured at its first call, and replayed: the cost of a call without the host. Inputs must stay where they are, and
+    the next call overwrites the outputs."""
     made: list[tuple[Any, Tensors]] = []
 
     def replayed(tensors: Tensors) -> Tensors:

@@ -1,7 +1,7 @@
 """A benchmark with each variant in a process of its own: no variant sees memory that another one left behind.
 
 The processes take turns, so that a busy moment of the machine affects all of them alike. The formula in float64 runs once, in a
-process that ends before they begin.
+process that ends before the variants begin.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlattn_fast.benchmarks._measure import Measurement
 from vlattn_fast.benchmarks._workloads import Sizes
 
 _CPU = torch.device("cpu")
-_measurements: list[Measurement] = []  # of a worker: its one
+_measurements: list[Measurement] = []  # in a worker, its only one
 
 Truth = dict[str, np.ndarray]
 
@@ -29,8 +29,8 @@ Truth = dict[str, np.ndarray]
 def measure(
     name: str, variants: Sequence[str] | None = None, *, rounds: int | None = None, overrides: Sizes | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of `variants` (None = all but those under torch.compile) of the benchmark `name` on the CPU; one of them must be
-    the bound, which the ratios refer to."""
+    """The rows of `variants` (None = all but those under torch.compile) of the benchmark `name` on the CPU; the variants must
+    include the bound, which the ratios refer to."""
     rounds = rounds or 3
     with contextlib.ExitStack() as stack:
         stack.enter_context(_idle_threads_sleep())
@@ -53,7 +53,7 @@ def _worker() -> ProcessPoolExecutor:
 
 @contextlib.contextmanager
 def _idle_threads_sleep() -> Iterator[None]:
-    """OpenMP's threads in workers that wait must not spin on the cores of the one that is measured."""
+    """OpenMP's threads in waiting workers must not spin on the cores of the measured worker."""
     before = os.environ.get("OMP_WAIT_POLICY")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
@@ -69,7 +69,7 @@ def _measurement(name: str, overrides: Sizes | None, **options: Any) -> Measurem
 
 
 def _truth(name: str, overrides: Sizes | None) -> tuple[Truth, list[str]]:
-    """What the formula gives in float64 (nothing where that needs too much memory), and the names of the variants."""
+    """The formula's result in float64 (empty where the formula needs too much memory), and the names of the variants."""
     measurement = _measurement(name, overrides, only=[])
     names = [name for name, variant in measurement.problem.variants.items() if not variant.compiled]
     return {name: x.numpy() for name, x in (measurement.truth or {}).items()}, names

@@ -1,8 +1,8 @@
-"""How a benchmark is declared and measured, and its rows.
+"""Benchmarks: their declaration, their measurement, and their rows.
 
 Every variant of a benchmark runs once a round, in turns, in one process, so that a busy moment, a clock change and the caches
-affect all of them alike; the order is drawn for each round. On a GPU a call is timed by events. A backlog keeps the stream busy
-while the host prepares the call, since a pair of events on an idle stream would time the host. Percentiles are over single calls.
+affect all variants alike; each round draws a new order. On a GPU events time a call. A backlog keeps the stream busy while the
+host prepares the call, since a pair of events on an idle stream would time the host. Percentiles are over single calls.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from vlattn_fast.lab.experiments.memory import peak_of_call
 
 ROUNDS = {"cpu": 7, "cuda": 50}
 QUICK_ROUNDS = {"cpu": 3, "cuda": 10}
-SECONDS_A_VARIANT = {"cpu": 4.0, "cuda": 4.0}  # a slower variant sits out some rounds, but runs in
-LEAST_ROUNDS = 3  # these at least
+SECONDS_A_VARIANT = {"cpu": 4.0, "cuda": 4.0}  # a slower variant skips some rounds, but runs in
+LEAST_ROUNDS = 3  # at least
 LONGEST_BACKLOG = 0.05  # seconds
-EMULATED = ("triton", "cuda")  # on a CPU, where nobody times kernels
+EMULATED = ("triton", "cuda")  # on a CPU, where kernels are not timed
 TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 3.86e12  # rates that an H200 reaches: bf16 FLOP/s, bytes/s, exponentials/s
 
 Tensors = dict[str, Tensor]
-Run = Callable[[Tensors], Tensors]  # inputs by name -> what can be compared, by name
+Run = Callable[[Tensors], Tensors]  # inputs by name -> comparable results by name
 
 
 class Pass(NamedTuple):
-    """What one pass must do at least."""
+    """The least work of one pass."""
 
     flops: float
     bytes: float = 0.0
@@ -55,17 +55,17 @@ class Pass(NamedTuple):
 
 class Variant(NamedTuple):
     run: Run
-    maps: float = 0.0  # whole maps (Problem.map_elements) that it holds at once
+    maps: float = 0.0  # whole maps (Problem.map_elements) that the variant holds at once
     compiled: bool = False
 
 
 class Problem(NamedTuple):
-    """A benchmark at a size: its inputs and who runs on them. `bound` is the variant that times are held against."""
+    """A benchmark at a size: its inputs and its variants. Times are divided by those of the variant `bound`."""
 
     tensors: Tensors
     variants: Mapping[str, Variant]
     bound: str
-    truth: Run  # the formula; it runs in float64 on `part` of the inputs, and its outputs are those `part` of the others'
+    truth: Run  # the formula in float64 on `part` of the inputs; its outputs are compared with `part` of the variants' outputs
     part: Callable[[str, Tensor], Tensor]
     map_elements: int
     floor: Sequence[Pass]
@@ -101,7 +101,7 @@ def forward(call: Callable[[Tensors], Any]) -> Run:
 def backward(
     inputs: Sequence[str], cotangents: Sequence[str], not_compared: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Run]:
-    """Forward and backward: gradients of `inputs` for `cotangents`, by name; those of `not_compared` are only computed."""
+    """Forward and backward: gradients of `inputs` for `cotangents`, by name; gradients of `not_compared` are computed only."""
 
     def wrap(call: Callable[[Tensors], Any]) -> Run:
         def run(tensors: Tensors) -> Tensors:
@@ -118,7 +118,7 @@ def backward(
 
 
 def without_output(run: Run) -> Run:
-    """A bound: its result is another than the benchmark's."""
+    """A bound without its result, which is not the benchmark's."""
 
     def silent(tensors: Tensors) -> Tensors:
         run(tensors)
@@ -134,7 +134,7 @@ def operator_variants(
     finish: Callable[[Callable[[Tensors], Any]], Run],
     maps: float,
 ) -> dict[str, Variant]:
-    """Ours on every backend that takes the call, the formula, and the formula under torch.compile."""
+    """This package on every backend that takes the call, the formula, and the formula under torch.compile."""
     return call_variants(operator, arguments, backends(operator, arguments(tensors)), finish, maps)
 
 
@@ -150,10 +150,10 @@ def call_variants(
     def ours(name: str) -> Callable[[Tensors], Any]:
         return lambda t: public(**arguments(t), backend=name)
 
-    found = {name: Variant(finish(ours(name))) for name in names}
-    found["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
-    found["reference compiled"] = Variant(finish(compile_later(lambda t: formula(**arguments(t)))), maps, compiled=True)
-    return found
+    variants = {name: Variant(finish(ours(name))) for name in names}
+    variants["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
+    variants["reference compiled"] = Variant(finish(compile_later(lambda t: formula(**arguments(t)))), maps, compiled=True)
+    return variants
 
 
 def compile_later(call: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
@@ -201,7 +201,7 @@ class _Standing:
 
 
 class Measurement:
-    """A benchmark in a process: first compiles and warms up every variant and takes its memory and error, then runs rounds."""
+    """A benchmark in a process: compiles and warms up every variant, takes its memory and error, and then runs rounds."""
 
     def __init__(
         self,
@@ -217,15 +217,15 @@ class Measurement:
         truth: Tensors | None = None,
         left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """A quick one has few rounds, on a CPU small sizes, and under torch.compile on a GPU the one benchmark that says so.
+        """A quick measurement has few rounds, small sizes on a CPU, and torch.compile on a GPU only for the benchmark that asks.
 
         Args:
             overrides: the largest size by name.
             only: variants to measure; all by default.
-            truth: what the formula gives in float64, where it is known.
-            left_out: variants that are not run, and why; their CUDA graphs neither.
+            truth: the formula's result in float64, where it is known.
+            left_out: why a variant and its CUDA graph are not run, by variant.
         """
-        torch._dynamo.reset()  # its limit of compilations counts per function, and would fall back to eager silently
+        torch._dynamo.reset()  # behind its limit of compilations of a function, dynamo runs eagerly without a word
         self.benchmark, self.device, self.quick = benchmark, device, quick
         self.dtype = dtype or (torch.float32 if device.type == "cpu" else benchmark.cuda_dtype)
         self.rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)[device.type]
@@ -249,7 +249,7 @@ class Measurement:
                 self._try(name, functools.partial(self._warm_up, name))
 
     def _truth(self) -> Tensors | None:
-        """None where the formula in float64 needs more memory than there is."""
+        """The formula's result; None where the formula in float64 needs more memory than there is."""
         part, inputs, share = self.problem.part, {}, 1.0
         for name, x in self.problem.tensors.items():
             small = part(name, x.detach())
@@ -265,7 +265,7 @@ class Measurement:
             return None
 
     def _fits(self, needed: float) -> bool:
-        """Into half of the memory that is free."""
+        """Whether so many bytes fit into half of the free memory."""
         free = _free_memory(self.device)
         return free is None or needed <= free / 2
 
@@ -276,7 +276,7 @@ class Measurement:
         return f"its whole maps need {needed / 2**30:.0f} GiB, over half of the memory that is free"
 
     def _try(self, name: str, step: Callable[[], None]) -> None:
-        """A variant that fails is a result: the row says why."""
+        """Runs a step; a failure is a result, and the variant's row says why."""
         try:
             step()
         except Exception as error:
@@ -294,8 +294,8 @@ class Measurement:
         standing.stride = math.ceil(self.rounds / affordable)
 
     def round(self, number: int = 0) -> None:
-        """One call of each variant, in another order each round: who comes after the formula finds what its maps left of the
-        caches. A slow one sits out some rounds."""
+        """One call of each variant, in another order each round, since the formula's maps spoil the caches for the next variant.
+        A slow variant skips some rounds."""
         for name in random.Random(number).sample(list(self.standing), len(self.standing)):
             standing = self.standing[name]
             if not standing.not_run and number % standing.stride == 0:
@@ -324,7 +324,7 @@ class Measurement:
         return self.rows()
 
     def rows(self) -> list[dict[str, Any]]:
-        """One per variant. Times are in microseconds; without a time, `not_run` says why."""
+        """A row per variant. Times are in microseconds; without a time, `not_run` says why."""
         bound = self.standing[self.problem.bound].seconds if self.problem.bound in self.standing else None
         floor = sum(one.seconds() for one in self.problem.floor) if "H200" in device_name(self.device) else None
         shared = {
@@ -333,7 +333,7 @@ class Measurement:
             "sizes": self.sizes,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        found = []
+        table = []
         for name, x in self.standing.items():
             row: dict[str, Any] = {**shared, "variant": name, "is_bound": name == self.problem.bound}
             if x.seconds and not x.not_run:
@@ -348,13 +348,13 @@ class Measurement:
                     "ratio_to_bound": p50 / float(np.median(bound)) if bound else None,
                     "ratio_to_floor": p50 / floor if floor else None,
                 }
-            found.append(row if "p50_us" in row else {**row, "not_run": x.not_run or "no round was left for it"})
-        return found + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]
+            table.append(row if "p50_us" in row else {**row, "not_run": x.not_run or "no round was left for it"})
+        return table + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]
 
 
 def largest_error(got: Tensors, truth: Tensors | None) -> float | None:
     """The largest error of any output over that output's largest magnitude; None where nothing can be compared. ArithmeticError
-    where it is NaN or infinite, which JSON has not: times of wrong numbers are no result."""
+    for a NaN or infinite error, which JSON cannot hold: times of wrong numbers are no result."""
     errors = []
     for name, x in got.items():
         if truth is not None and name in truth:
@@ -372,7 +372,7 @@ MEMORY_BY = {
 
 
 def _peak_of(run: Callable[[], Any], device: torch.device) -> tuple[int | None, float, float]:
-    """Bytes at the peak of one call, its seconds, and those that the host was busy with it."""
+    """Peak bytes of one call, its seconds, and the seconds that the host was busy."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -395,7 +395,7 @@ def _free_memory(device: torch.device) -> int | None:
 
 @functools.cache
 def _clock(device: torch.device) -> float:
-    """Cycles a second that torch.cuda._sleep waits by, measured."""
+    """The measured cycles a second of torch.cuda._sleep."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(1000)
     begin.record()

@@ -1,7 +1,7 @@
 """A pre-norm transformer tower in plain torch, with its attention as an argument and its weights as a dict of tensors.
 
-So one tower serves every variant of a task, and in float64 too; no model library is needed. Random weights, normal by fan-in, so
-that attention is uneven as in a trained model.
+One tower serves every variant of a task, in float64 too, without a model library. Weights are random, normal by fan-in, so that
+attention is uneven as in a trained model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Plain:
 
 
 class Carried(Plain):
-    """Attention through which a carrier passes on from layer to layer."""
+    """Attention that passes a carrier on from layer to layer."""
 
     def __init__(self, causal: bool, carrier: Tensor, backend: str) -> None:
         super().__init__(causal)

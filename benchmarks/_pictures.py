@@ -22,7 +22,7 @@ def draw_rivals(rows: Sequence[Row], path: Path, title: str) -> Path:
     panels: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         module, _, label = row["benchmark"].partition("/")
-        kind = "" if len({other["dtype"] for other in rows}) == 1 else f" ({row['dtype']})"
+        kind = "" if len({each["dtype"] for each in rows}) == 1 else f" ({row['dtype']})"
         panels.setdefault(module, {}).setdefault(label.replace("/", ", ") + kind, []).append(row)
     looks = _looks(rows)
     columns = 2 if len(panels) > 1 else 1
@@ -43,10 +43,10 @@ def draw_rivals(rows: Sequence[Row], path: Path, title: str) -> Path:
 
 
 def _draw_panel(cell: Any, module: str, lines: dict[str, list[Row]], looks: dict[str, tuple[str, str]]) -> None:
-    for place, found in enumerate(lines.values()):
-        for number, row in enumerate(found):
+    for place, line in enumerate(lines.values()):
+        for number, row in enumerate(line):
             color, marker = looks[row["variant"]]
-            height = place + 0.3 * (number / max(len(found) - 1, 1) - 0.5)  # so that equal times do not cover each other
+            height = place + 0.3 * (number / max(len(line) - 1, 1) - 0.5)  # so that equal times do not cover each other
             cell.plot(row["ratio_to_bound"], height, color=color, marker=marker, markersize=6, alpha=0.85, linestyle="")
     cell.set_yticks(range(len(lines)), list(lines), fontsize=8)
     cell.set_ylim(len(lines) - 0.4, -0.6)

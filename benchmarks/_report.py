@@ -48,21 +48,21 @@ variant is shown.
 
 
 def write(results: Path, out: Path) -> list[Path]:
-    """The report and the pictures of each file of rows; the paths written."""
-    paths = [path for path in sorted(results.glob("*.json")) if not path.stem.startswith("evaluation-")]  # no measured costs
+    """Writes the report and the pictures of each file of rows; returns the paths."""
+    paths = [path for path in sorted(results.glob("*.json")) if not path.stem.startswith("evaluation-")]  # have no costs
     stored = {path.stem: json.loads(path.read_text()) for path in paths}
-    files = {name: found for name, rows in stored.items() if (found := newest(rows))}
+    files = {name: latest for name, rows in stored.items() if (latest := newest(rows))}
     out.parent.mkdir(parents=True, exist_ok=True)
     parts, written = ["# Measurements\n"], [out]
     for name, rows in files.items():
         settings = _by_setting(rows)
-        first, *others = settings
+        first, *rest = settings
         parts.append(f"## {first}\n")
         parts.append(_summary(settings[first]))
         best = [row for row in _best(settings[first]) if not row["is_bound"] and not _is_scaling(row)]
         written.append(_pictures.draw_rivals(best, results / f"{name}.png", first))
         parts.append(f"![Median time over that of the bound]({os.path.relpath(written[-1], out.parent)})\n")
-        if others:
+        if rest:
             parts.append(_settings(settings))
         if scaling := [row for row in settings[first] if _is_scaling(row)]:
             written.append(_pictures.draw_scaling(_best(scaling), results / f"{name}-scaling.png", first))
@@ -73,14 +73,14 @@ def write(results: Path, out: Path) -> list[Path]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each setting, benchmark, workload, dtype and variant; other sizes than the last are left behind."""
-    found: dict[Any, Row] = {}
+    """The last row of each setting, benchmark, workload, dtype and variant, for the last sizes only."""
+    latest: dict[Any, Row] = {}
     sizes = {}
     for row in rows:
-        if "benchmark" in row:  # what tests store in the same folder has none
-            found[_key(row), row["variant"]] = row
+        if "benchmark" in row:  # rows that tests store in the same folder have none
+            latest[_key(row), row["variant"]] = row
             sizes[_key(row)] = row["sizes"]
-    return [row for row in found.values() if row["sizes"] == sizes[_key(row)]]
+    return [row for row in latest.values() if row["sizes"] == sizes[_key(row)]]
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -95,11 +95,11 @@ def _setting(row: Row) -> str:
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Those of each setting, the one with most rows first, of equal ones that with the newest row."""
-    found: dict[str, list[Row]] = {}
+    """The rows of each setting; the setting with most rows comes first, and the newest first among equals."""
+    settings: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(_setting(row), []).append(row)
-    return dict(sorted(found.items(), key=lambda item: (len(item[1]), max(row["time"] for row in item[1])), reverse=True))
+        settings.setdefault(_setting(row), []).append(row)
+    return dict(sorted(settings.items(), key=lambda item: (len(item[1]), max(row["time"] for row in item[1])), reverse=True))
 
 
 def _is_scaling(row: Row) -> bool:
@@ -107,12 +107,12 @@ def _is_scaling(row: Row) -> bool:
 
 
 def _by_benchmark(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """What has a time, by variant; tables of operators and tasks only."""
-    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    """The rows with a time, by variant; tables of operators and tasks only."""
+    tables: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if "p50_us" in row:
-            found.setdefault(_key(row), {})[row["variant"]] = row
-    return found
+            tables.setdefault(_key(row), {})[row["variant"]] = row
+    return tables
 
 
 def _fastest(variants: Mapping[str, Row], names: Iterable[str]) -> Row | None:
@@ -120,18 +120,18 @@ def _fastest(variants: Mapping[str, Row], names: Iterable[str]) -> Row | None:
 
 
 def _best(rows: Sequence[Row]) -> list[Row]:
-    """Of each benchmark our fastest backend, under the package's name, the rivals and the bound."""
-    found = []
+    """Our fastest backend of each benchmark, under the package's name, the rivals and the bound."""
+    best = []
     for variants in _by_benchmark(rows).values():
         if ours := _fastest(variants, OURS):
-            found.append({**ours, "variant": _pictures.BEST})
-        found.extend(row for name, row in variants.items() if name in RIVALS or row["is_bound"])
-    return found
+            best.append({**ours, "variant": _pictures.BEST})
+        best.extend(row for name, row in variants.items() if name in RIVALS or row["is_bound"])
+    return best
 
 
 def _summary(rows: Sequence[Row]) -> str:
     """Our best backend against each rival, a line a benchmark."""
-    tables = {key: found for key, found in _by_benchmark(rows).items() if not key[1].startswith("scaling/")}
+    tables = {key: table for key, table in _by_benchmark(rows).items() if not key[1].startswith("scaling/")}
     rivals = [name for name in RIVALS if any(name in variants for variants in tables.values())]
     lines = [_line(("benchmark", "our best", "ms", *rivals, "of bound", "MiB", "of a rival at least"))]
     lines.append(_line(["---", "---", *["---:"] * (len(rivals) + 4)]))
@@ -149,12 +149,12 @@ def _summary(rows: Sequence[Row]) -> str:
 
 def _settings(settings: Mapping[str, Sequence[Row]]) -> str:
     """Our time over the bound's on each machine in each setting, and how much longer the fastest rival takes."""
-    tables = {name: {key[1:]: found for key, found in _by_benchmark(rows).items()} for name, rows in settings.items()}
+    tables = {name: {key[1:]: table for key, table in _by_benchmark(rows).items()} for name, rows in settings.items()}
     lines = [_line(("benchmark", *tables)), _line(["---", *["---:"] * len(tables)])]
     for key in next(iter(tables.values())):
         cells = []
-        for found in tables.values():
-            ours, rival = (_fastest(found.get(key, {}), names) for names in (OURS, RIVALS))
+        for table in tables.values():
+            ours, rival = (_fastest(table.get(key, {}), names) for names in (OURS, RIVALS))
             bound = "" if ours is None or ours["ratio_to_bound"] is None else f"{ours['ratio_to_bound']:.2f}"
             cells.append(bound if ours is None or rival is None else f"{bound}, {rival['p50_us'] / ours['p50_us']:.2f}x")
         if all(cells):
@@ -163,15 +163,15 @@ def _settings(settings: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _host(rows: Sequence[Row]) -> list[str]:
-    """What a call costs beside its kernel: a line an operator, a column a backend and pass."""
+    """The cost of a call beside its kernel: a line an operator, a column a backend and pass."""
     parts = []
     for setting, measured in _by_setting(rows).items():
-        found = {(row["host"], row["backend"], row["pass"]): row for row in measured}  # the newest
-        columns = list(dict.fromkeys(key[1:] for key in found))
+        latest = {(row["host"], row["backend"], row["pass"]): row for row in measured}  # the newest row wins
+        columns = list(dict.fromkeys(key[1:] for key in latest))
         lines = [_line(("call", *map(", ".join, columns))), _line(["---", *["---:"] * len(columns)])]
-        for name in dict.fromkeys(key[0] for key in found):
-            lines.append(_line((name, *(_host_cell(found.get((name, *column))) for column in columns))))
-        origins = dict.fromkeys(_origin(row) for row in found.values())
+        for name in dict.fromkeys(key[0] for key in latest):
+            lines.append(_line((name, *(_host_cell(latest.get((name, *column))) for column in columns))))
+        origins = dict.fromkeys(_origin(row) for row in latest.values())
         parts.extend([f"## The host: {setting}\n", HOST, *lines, "", *origins, ""])
     return parts
 
@@ -232,8 +232,8 @@ def _cells(row: Row) -> list[str]:
         return [f"not run: {row['not_run']}".replace("|", "\\|"), *[""] * (len(COLUMNS) - 2)]
     peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
     times = (f"{row[f'p{n}_us'] / 1e3:.3f}" for n in (20, 50, 80))
-    others = ((peak, ".1f"), (row["error"], ".1e"), (row["ratio_to_bound"], ".2f"), (row["ratio_to_floor"], ".2f"))
-    return [*times, *("" if x is None else format(x, form) for x, form in others), str(row["rounds"])]
+    figures = ((peak, ".1f"), (row["error"], ".1e"), (row["ratio_to_bound"], ".2f"), (row["ratio_to_floor"], ".2f"))
+    return [*times, *("" if x is None else format(x, form) for x, form in figures), str(row["rounds"])]
 
 
 def _origin(row: Row) -> str:

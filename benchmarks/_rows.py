@@ -1,4 +1,4 @@
-"""Where rows of measurements come from, and the file that keeps them."""
+"""The origin of measured rows, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def provenance(command: str) -> dict[str, Any]:
 
 
 def instructions() -> str:
-    """What torch's own kernels and those of torch.compile use of the CPU, and the set of this package's, where it is built."""
+    """The instruction set of torch's and torch.compile's kernels, and of this package's, where they are built."""
     ours = f", kernels for {native.instruction_set()}" if native.library.exists else ""
     return torch.backends.cpu.get_cpu_capability() + ours
 
@@ -77,7 +77,7 @@ def _commit() -> str:
 
 def _version(name: str) -> str | None:
     if name == "torch":
-        return torch.__version__  # with the build, as +cu130, which its metadata may leave out
+        return torch.__version__  # with the build, such as +cu130, which the metadata may leave out
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -85,7 +85,7 @@ def _version(name: str) -> str | None:
 
 
 def check_path(path: Path) -> None:
-    """ValueError where `append` could not add rows to `path`, which a run must not find out behind its first benchmark."""
+    """ValueError where `append` could not add rows to `path`; a run checks this before its first benchmark."""
     check_writable("out", path.parent, folder=True)
     try:
         known = json.loads(path.read_text()) if path.exists() else []

@@ -43,8 +43,8 @@ def run(
 ) -> bool:
     """Measures, prints and stores; False where one of our backends failed.
 
-    Rows go to `out`, a JSON file or a folder for <device>.json, by default benchmarks/results. A quick run stores none by
-    default, since its sizes are not those of the report. The progress goes to stderr.
+    Rows go to `out`, a JSON file or a folder for <device>.json, by default benchmarks/results. A quick run stores no rows by
+    default, since its sizes differ from the report's. The progress goes to stderr.
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}")
@@ -74,7 +74,7 @@ def run(
 
 
 def _progress(done: int, count: int, elapsed: float, name: str) -> str:
-    """The line in front of a benchmark; the time that is left is estimated from the mean of those before it."""
+    """The line in front of a benchmark; the mean time of finished benchmarks estimates the time left."""
     left = f", about {_clock(elapsed / done * (count - done))} left" if done else ""
     return f"\n[{done + 1} of {count}; {_clock(elapsed)} elapsed{left}] {name}"
 

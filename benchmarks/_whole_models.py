@@ -21,7 +21,7 @@ TARGET = 7  # the class or token that is explained
 
 
 class Whole(NamedTuple):
-    """A model of a workload and how its score is read.
+    """A model of a workload, and the way its score is read.
 
     Args:
         make: the model.
@@ -29,9 +29,9 @@ class Whole(NamedTuple):
         score: its outputs -> the scores (B,).
         explained: the arguments with which va.explain takes the same score.
         options: further arguments of the model.
-        embeddings: where gradients end, in modules of these paths.
-        read: of each tower the shape (N, N) of its maps by N, and the row that is read.
-        eager: the part that explains with whole maps, by the name of its config; None = the model has no other attention.
+        embeddings: paths of the modules at which gradients end.
+        read: by tower, the tokens N of its (N, N) maps, and the row that is read.
+        eager: the implementation that stores whole maps, by name or by config; None = the model always stores them.
     """
 
     make: Callable[[Sizes], nn.Module]
@@ -220,14 +220,14 @@ QWEN = Whole(_qwen, _qwen_inputs, _next_token, {"target": TARGET}, _DECODES, _TE
 
 
 def _lxmert(sizes: Sizes) -> nn.Module:
-    t, c, others = _transformers(), sizes["C"], (sizes["layers"] + 1) // 2
+    t, c, half = _transformers(), sizes["C"], (sizes["layers"] + 1) // 2
     config = t.LxmertConfig(
         hidden_size=c,
         intermediate_size=4 * c,
         num_attention_heads=sizes["H"],
         l_layers=sizes["layers"],
-        x_layers=others,
-        r_layers=others,
+        x_layers=half,
+        r_layers=half,
         vocab_size=sizes["vocabulary"],
     )
     return t.LxmertForQuestionAnswering(config)

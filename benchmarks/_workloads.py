@@ -1,8 +1,8 @@
 """The sizes of every benchmark: those of published models on a GPU, and smaller ones that two CPU cores can run.
 
 B batch, H heads, N tokens, D head_dim; L text tokens, V image tokens. On a CPU batch and heads are smaller (SCAN: the number of
-pairs; whole models: depth and width), and the longest sequence is shorter. A quick run on a CPU takes a part of that again, so
-that all of it ends in two minutes.
+pairs; whole models: depth and width), and the longest sequence is shorter. A quick run on a CPU is smaller again, and ends in
+two minutes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Workload(NamedTuple):
     key: str
     title: str
     full: Sizes
-    cpu: Sizes  # what differs on a CPU
-    quick: Sizes  # what differs from that in a quick run on a CPU
+    cpu: Sizes  # sizes that differ on a CPU
+    quick: Sizes  # sizes that differ further in a quick run on a CPU
 
     def sizes(self, device: torch.device, overrides: Sizes | None = None, quick: bool = False) -> dict[str, int]:
         """overrides: the largest value by name, for a trial at small sizes."""
@@ -54,7 +54,7 @@ DAMSM = Workload(
     {"images": 6, "captions": 6},
 )
 
-# Whole models: C width, `every`: the loss on every so many samples, as IAIS takes the matched pairs among hard negatives.
+# Whole models: C width; `every` = 3: the loss on every third sample, as IAIS takes the matched pairs among hard negatives.
 CLIP_TOWER = Workload("clip-tower", "CLIP ViT-L/14@336's tower", {"layers": 24, **CLIP.full, "C": 1024}, {"B": 1}, {"layers": 1})
 LLAVA_DECODER = Workload(
     "llava-decoder",

@@ -1,7 +1,7 @@
 """One map for all heads: mean_h A, and mean_h relu(A * dA).
 
-Bound: plain SDPA, forward. Published: for A the reference (output_attentions, then the mean over heads); for relu(A * dA) the map
-stored and its gradient taken by autograd.
+Bound: plain SDPA, forward. Published: for A the reference (output_attentions, then the mean over heads); for relu(A * dA) a
+stored map and its gradient by autograd.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mass on text and image, entropy, largest weight and received attention of every head.
 
-Bound: plain SDPA of the same shape. Published (VALUE, ECCV 2020; its code is not public, this is the procedure as described): the
+Bound: plain SDPA of the same shape. Published (VALUE, ECCV 2020, from the paper's description, as its code is not public): the
 maps stored, then one reduction after another.
 """
 
@@ -44,8 +44,8 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
         prob = softmax_map(t["query"], t["key"])
         mass = torch.stack([prob[..., :first].sum(-1), prob[..., first:].sum(-1)], dim=-1)
         entropy = -(prob * prob.clamp(min=torch.finfo(prob.dtype).tiny).log()).sum(-1)
-        found = (mass, entropy, prob.amax(-1), prob.sum(-2))
-        return {name: x.to(t["grad_mass"].dtype) for name, x in zip(STATISTICS, found, strict=True)}
+        statistics = (mass, entropy, prob.amax(-1), prob.sum(-2))
+        return {name: x.to(t["grad_mass"].dtype) for name, x in zip(STATISTICS, statistics, strict=True)}
 
     cotangents = tuple(f"grad_{name}" for name in STATISTICS)
     finish = backward(("query", "key"), cotangents) if both else forward

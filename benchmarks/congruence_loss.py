@@ -1,7 +1,7 @@
 """congruence_loss, forward and backward: CACR and both kinds of IAIS.
 
 Bound: plain SDPA over the same text and image tokens. Published (KhoomeiK/CACR and lancopku/IAIS): the four blocks for the whole
-batch, then a Python loop over its samples that cuts off each one's padding.
+batch, then a Python loop over the samples that cuts off the padding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCKS = ("text_query", "text_key", "image_query", "image_key")
 
 
 def masks(sizes: Sizes, batch: int, device: torch.device) -> Tensors:
-    """Captions and pictures of uneven length, as in a batch of real ones."""
+    """Masks of uneven captions and pictures, as in a real batch."""
     generator = torch.Generator().manual_seed(1)
 
     def mask(longest: int) -> Tensor:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from vlattn_fast.backends import native
 
-SEED = 1  # of the scenes
+SEED = 1  # draws the scenes
 SCENES = 200
-BACKEND = "cpu" if native.library.exists else "streaming"  # what explanations run on here
+BACKEND = "cpu" if native.library.exists else "streaming"  # of the explanations
 VARIANTS = ("plain forward+backward", BACKEND, "maps stored, one backward", "published")
 
 
 def run(out: Path, *, costs: bool = True) -> bool:
-    """Prints the tables and writes the pictures into `out`; whether every check passed."""
+    """Prints the tables, writes the pictures into `out`, and returns whether every check passed."""
     out.mkdir(parents=True, exist_ok=True)
     passed = check()
     picture(out)
@@ -45,14 +45,14 @@ def check() -> bool:
 
 
 def log_odds(outputs: Any) -> Tensor:
-    """(B): that the caption is true of the picture."""
+    """(B): log odds that the caption is true of the picture."""
     logits: Tensor = outputs.logits
     return logits[:, 1] - logits[:, 0]
 
 
 def picture(out: Path) -> None:
-    """A question about a scene and what each word of the model's answer rests on, as PNG and as a page. The scene is the first of
-    ten whose digits the model names rightly."""
+    """Writes a question about a scene and a map for each word of the model's answer, as PNG and as a page. The scene is the first
+    of ten whose digits the model names rightly."""
     from vlattn_fast import lab
     from vlattn_fast.lab.mapper import complete
     from vlattn_fast.lab.pictures import answer_figure
@@ -65,7 +65,7 @@ def picture(out: Path) -> None:
     asked = select(asked, [right.index(True)])
     explanation, (words,) = explain_answers(model, processor, asked)
     question = asked.questions[0]
-    assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # an answer about a picture has both
+    assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # both are there for an answer
     answer_figure(explanation, asked, words).savefig(out / "answer.png", dpi=130, metadata={"Software": None})
     photo = (1 - asked.images[0]).repeat_interleave(10, 0).repeat_interleave(10, 1)
     explanation.save_html(out / "answer.html", photo, title=f"{question}?")
@@ -89,7 +89,7 @@ def pointing() -> None:
     print(f"{'method':12}{'top region is named':>22}{'top two are the named':>24}")
     for method in METHODS:
         regions = explain(model, scenes.inputs(), target=log_odds, method=method).regions
-        assert regions is not None  # UNITER has them
+        assert regions is not None  # UNITER has regions
         hit = scenes.named.gather(1, regions.topk(2).indices).double()
         print(f"{method:12}{hit[:, 0].mean():22.1%}{hit.prod(1).mean():24.1%}")
     print(f"{'chance':12}{1 / 2:22.1%}{1 / 6:24.1%}\n", flush=True)
@@ -108,7 +108,7 @@ def answers() -> None:
 
 
 def compare() -> None:
-    """The task that explains a picture, as `vlattn bench task_explain_clip` measures it, each variant in its own process."""
+    """Prints the costs of explaining a picture, as `vlattn bench task_explain_clip` measures them, a process for each variant."""
     from vlattn_fast.benchmarks._isolated import measure
 
     print("Cost of one relevancy map on six layers of CLIP ViT-L/14@336's vision tower, random weights, one picture.")

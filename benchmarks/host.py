@@ -1,14 +1,14 @@
-"""What Python spends on a call, beside what it spends on torch's own attention.
+"""The time that Python spends on a call, beside the time that Python spends on torch's attention.
 
     python -m vlattn_fast.benchmarks host [--device cuda] [--rounds 20] [--out FOLDER]
 
 Forward without gradients, and forward and backward, of each operator on one short head.
 
-With backend "triton" launches do nothing. So it runs on any machine, on CPU tensors. It leaves out Triton's own launcher (binding
-and specialising the arguments, looking up what was compiled, the driver's launch), the change of the current device, and the
-thread that autograd has for a GPU. Torch's own operators around the kernels run as they are: on a CPU they compute a few hundred
-numbers instead of launching a kernel. With backend "cpu", where it is built, the kernels run; they compute a few hundred numbers,
-too. The yardstick, F.scaled_dot_product_attention, runs whole, in the dtype of the backend's rows.
+With backend "triton" launches do nothing, so the measurement runs on any machine, on CPU tensors. The rows leave out Triton's
+launcher (binding and specialising the arguments, looking up the compiled kernel, the driver's launch), the change of the current
+device, and autograd's thread for a GPU. Torch's operators around the kernels run as they are: on a CPU they compute a few hundred
+numbers instead of launching a kernel. With backend "cpu", where it is built, the kernels compute a few hundred numbers, too. The
+yardstick, F.scaled_dot_product_attention, runs whole, in the dtype of the backend's rows.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.ops import _dispatch
 
 ROUNDS, QUICK_ROUNDS = 20, 1
-CALLS = 20  # in a row, a round: alone among others a call would find cold caches
+CALLS = 20  # in a row, a round: a single call would meet cold caches
 SIZES = {"B": 1, "H": 1, "N": 16, "D": 16}
 DTYPES = {"triton": torch.bfloat16, "cpu": torch.float32}  # by backend
 SDPA = "SDPA"
-# goals of a forward pass above SDPA's, us; those of Triton are for some operators, and that of the CPU's kernels is for all
+# goals of a forward pass above SDPA's, us; Triton has goals for some operators, and the CPU's kernels one goal for all
 TRITON_GOALS, CPU_GOAL = {"score_attention": 25.0, "relevancy_attention": 25.0, "congruence_loss": 60.0}, 30.0
 
 Tensors = dict[str, Tensor]
@@ -57,12 +57,12 @@ class Operator(NamedTuple):
 
 
 def operators(device: torch.device, backend: str) -> dict[str, Operator]:
-    """Each operator, named by it and, behind a comma, by what is special; SDPA first."""
+    """Each operator by its name and, behind a comma, its special case; SDPA first."""
     randn = randoms(device, DTYPES[backend])
     n, d = SIZES["N"], SIZES["D"]
     q, k, v, grad = (randn(1, 1, n, d) for _ in range(4))
     qkv = {"query": q, "key": k, "value": v}
-    vector, weight, other = randn(d), randn(d, d), randn(d, d)
+    vector, left, right = randn(d), randn(d, d), randn(d, d)
     rows = torch.rand(1, 1, n, device=device)
     groups = torch.arange(n, device=device) % 2
     pairs = {"images": randn(2, n, d), "captions": randn(2, n, d)}
@@ -88,8 +88,8 @@ def operators(device: torch.device, backend: str) -> dict[str, Operator]:
     return {
         SDPA: Operator(qkv, lambda t: F.scaled_dot_product_attention(t["query"], t["key"], t["value"])),
         "score_attention": Operator(qkv, public("score_attention")),
-        "score_attention, general tanh": Operator({**qkv, "weight": weight}, tanh),
-        "score_attention, additive": Operator({**qkv, "vector": vector, "query_weight": weight, "key_weight": other}, additive),
+        "score_attention, general tanh": Operator({**qkv, "weight": left}, tanh),
+        "score_attention, additive": Operator({**qkv, "vector": vector, "query_weight": left, "key_weight": right}, additive),
         "relevancy_attention": Operator({**qkv, "carrier": rows}, public("relevancy_attention")),
         "relevancy_attention, step": Operator(step, public("relevancy_step"), False),
         "attention_map": Operator({"query": q, "key": k}, public("attention_map"), False),
@@ -101,7 +101,7 @@ def operators(device: torch.device, backend: str) -> dict[str, Operator]:
 
 @contextmanager
 def without_launches(launched: list[str] | None = None) -> Iterator[None]:
-    """Triton's kernels are called and do nothing, on tensors of any device; `launched` takes their names."""
+    """Inside, calls of Triton's kernels do nothing, on tensors of any device; `launched` takes the kernels' names."""
     from triton.runtime.jit import KernelInterface
 
     def nothing(kernel: Any, grid: Any) -> Callable[..., None]:
@@ -111,7 +111,7 @@ def without_launches(launched: list[str] | None = None) -> Iterator[None]:
 
     before, interpreted = KernelInterface.__getitem__, _dispatch.INTERPRETED
     KernelInterface.__getitem__ = nothing
-    _dispatch.INTERPRETED = True  # so that Triton's kernels take CPU tensors
+    _dispatch.INTERPRETED = True  # Triton's kernels take CPU tensors
     try:
         yield
     finally:
@@ -144,8 +144,8 @@ def passes(operator: Operator) -> dict[str, Callable[[], Any]]:
 
 
 def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = False) -> list[dict[str, Any]]:
-    """A row for each pass of each operator: microseconds of the host, and those above SDPA's. They take turns, in an order drawn
-    for each round."""
+    """A row for each pass of each operator: microseconds of the host, and the microseconds above SDPA's. Operators take turns, in
+    an order drawn for each round."""
     place = check_device(device)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     backends = ["triton", *(["cpu"] if place.type == "cpu" and library.exists else [])]
@@ -182,7 +182,7 @@ def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = Fal
 
 
 def _row(key: Key, times: Mapping[Key, list[float]], launches: int) -> dict[str, Any]:
-    """`host` is its name, as `benchmark` is that of a row of the other benchmarks."""
+    """A row, named by `host` as rows of benchmarks are named by `benchmark`."""
     backend, name, what = key
     p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times[key], (20, 50, 80)))
     above = p50 - float(np.median(times[backend, SDPA, what])) * 1e6

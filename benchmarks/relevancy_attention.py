@@ -1,7 +1,7 @@
 """One attention layer that carries relevancy through its backward pass, and the product r Abar by itself.
 
-Bound: plain SDPA, forward and backward (for the product: forward). Published (Chefer et al., ICCV 2021): the map stored, its
-gradient taken, the whole N x N product R + Abar R; the compared row is read out of it.
+Bound: plain SDPA, forward and backward (for the product: forward). Published (Chefer et al., ICCV 2021): a stored map,
+its gradient, and the whole N x N product R + Abar R, of which one row is compared.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def build(step: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
         abar = (grad * prob.detach()).clamp(min=0).mean(dim=1).to(t["carrier"].dtype)
         relevancy = torch.eye(n, device=device, dtype=abar.dtype).expand(len(abar), n, n)
         relevancy = relevancy + torch.bmm(abar, relevancy)
-        found = {f"gradient of {name}": x for name, x in zip(INPUTS, grads, strict=True)}
-        return {"output 0": output.detach(), **found, "gradient of carrier": relevancy[:, read_out, None]}
+        gradients = {f"gradient of {name}": x for name, x in zip(INPUTS, grads, strict=True)}
+        return {"output 0": output.detach(), **gradients, "gradient of carrier": relevancy[:, read_out, None]}
 
     def carried(t: Tensors) -> dict[str, Any]:
         return {**{name: t[name] for name in INPUTS}, "carrier": t["carrier"], "is_causal": causal}
@@ -75,7 +75,7 @@ def build(step: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
 
 
 def _part(name: str, x: Tensor) -> Tensor:
-    return x[:1]  # all heads: Abar is their mean
+    return x[:1]  # all heads: Abar is the mean over heads
 
 
 BENCHMARKS = [

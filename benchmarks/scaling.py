@@ -1,7 +1,7 @@
-"""Each operator over the length: time over the pairs of queries and keys, and memory over the length, are to be flat.
+"""Each operator over the length: time over the pairs of queries and keys, and memory over the length, should be flat.
 
-B 1, H 1 on a CPU. The bound is plain SDPA of the same length, the rivals those of the operators' own benchmarks until their whole
-maps take over half of the memory that is free.
+B 1, H 1 on a CPU. The bound is plain SDPA of the same length. The rivals of the operators' benchmarks run until their whole maps
+need more than half of the free memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def regions(n: int) -> Sizes:
     return {"images": 4, "captions": 4, "R": n, "T": 32, "D": 256}
 
 
-# the name of each, what builds it, and its sizes at a length
+# name, builder, and sizes at a length
 OPERATORS: dict[str, tuple[Build, Callable[[int], Sizes]]] = {
     "score_attention, additive, forward+backward": (partial(score_attention.build, "additive", True), tokens),
     "relevancy_attention, forward+backward": (partial(relevancy_attention.build, False), tokens),
@@ -53,7 +53,7 @@ OPERATORS: dict[str, tuple[Build, Callable[[int], Sizes]]] = {
 
 
 def pairs(sizes: Sizes) -> int:
-    """Of queries and keys, over batch and heads; of words and regions."""
+    """Pairs of queries and keys, over batch and heads, or of words and regions."""
     if "R" in sizes:
         return sizes["images"] * sizes["captions"] * sizes["R"] * sizes["T"]
     return sizes["B"] * sizes["H"] * length(sizes) ** 2

@@ -1,4 +1,4 @@
-"""score_attention with the score functions that SDPA has not.
+"""score_attention with the score functions that SDPA lacks.
 
 The published procedure is the plain formula in eager mode, which is the reference. FlexAttention expresses the activated score;
 cosine, additive and Hadamard scores are no function of a dot product.
@@ -50,8 +50,8 @@ def _score(kind: str) -> Callable[[Tensors], scores.Score]:
 
 
 def _floor(kind: str, size: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Forward and backward. An activation costs one exponential more per pair. A tanh per feature costs one each; in the
-    additive forward pass two of them share a reciprocal, and the scores need no matrix product."""
+    """Floors of forward and backward. An activation costs one more exponential per pair, a tanh one per feature; in the additive
+    forward pass two tanh share a reciprocal, and the scores need no matrix product."""
     match kind:
         case "additive":
             return (1, 4, 1 + size / 2), (2, 8, 1 + size)
@@ -80,7 +80,7 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     def arguments(t: Tensors) -> dict[str, Any]:
         return {"query": t["query"], "key": t["key"], "value": t["value"], "score": make(t), "is_causal": causal}
 
-    # the gradients of shared parameters are sums over the batch, of which only a part is compared
+    # gradients of shared parameters are sums over the batch, and only a part of the batch is compared
     finish = backward(("query", "key", "value", *used), ("grad_output",), used) if both else forward
     plain = backward(("query", "key", "value"), ("grad_output",)) if both else forward
     features = d if kind in ("additive", "hadamard relu", "hadamard tanh") else 1  # the formula holds them for every pair
@@ -94,7 +94,7 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
 
 
 def build_token(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Scaled dot products of one token with a cache, each of whose heads is shared by some query heads."""
+    """Scaled dot products of one token with a cache, in which several query heads share a head."""
     b, kv, m, d = (sizes[name] for name in ("B", "Hkv", "M", "D"))
     h = kv * sizes["shared"]
     randn = randoms(device, dtype)
@@ -133,7 +133,7 @@ def _part(name: str, x: Tensor) -> Tensor:
 
 
 def _flex(activation: Callable[[Tensor], Tensor], causal: bool, n: int, device: torch.device) -> Callable[[Tensors], Tensor]:
-    """The projection of the keys, and the activation as score_mod."""
+    """FlexAttention with projected keys, and the activation as score_mod."""
     block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=device.type) if causal else None
 
     def call(t: Tensors) -> Tensor:

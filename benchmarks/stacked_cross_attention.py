@@ -1,8 +1,7 @@
 """The similarity of every image with every caption: SCAN (t2i, clipped l2 norm, LogSumExp) and DAMSM.
 
-Bound: plain SDPA in which the real words of all captions ask the regions of every image: the same pairs, but it must write what
-each word attended to, of which the similarity keeps one number. Published: a Python loop over the captions, each against the
-whole batch of images.
+Bound: plain SDPA from the real words of all captions to the regions of every image: the same pairs, but SDPA writes a vector a
+word where the similarity keeps one number. Published: a Python loop over the captions, each against the whole batch of images.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SCAN": {"first_norm": "clipped_l2norm", "smooth": 9.0, "lambda_lse": 6.0},
     "DAMSM": {"first_norm": "softmax", "smooth": 4.0, "lambda_lse": 5.0},
 }
-MOST_PAIRS = 2048  # that the formula, one pair at a time in Python, is run on
+MOST_PAIRS = 2048  # pairs at most for the formula, which takes one at a time in Python
 
 
 def inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[Tensors, Tensor]:
@@ -46,7 +45,7 @@ def inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[Tens
 
 
 def packed(tensors: Tensors, lengths: Tensor) -> Tensors:
-    """For the bound: the images, the words (W,D) without padding, and a cotangent."""
+    """The bound's inputs: the images, the words (W, D) without padding, and a cotangent."""
     words = torch.cat([caption[:length] for caption, length in zip(tensors["captions"], lengths.tolist(), strict=True)])
     images = tensors["images"]
     return {"images": images, "words": words, "grad_output": words.expand(len(images), 1, -1, -1)}
@@ -95,7 +94,7 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     def loop(t: Tensors) -> Tensor:
         return published_similarity(t["images"], t["captions"], lengths, options).to(t["grad_similarity"].dtype)
 
-    # a caption's gradient is a sum over all images, of which only a part is compared
+    # a caption's gradient is a sum over all images, and only a part of the images is compared
     finish: Callable[..., Any] = forward
     if both:
         finish = backward(("images", "captions"), ("grad_similarity",), not_compared=("captions",))

@@ -1,7 +1,7 @@
 """A training step of a UNITER-size encoder: forward, matching loss plus the congruence loss of the last layer, backward, AdamW.
 
-The congruence loss is on every third sample, the matched pairs among hard negatives. Bound: the same step without it. Published:
-the loss as a Python loop over samples.
+Every third sample has the congruence loss: the matched pairs among hard negatives. Bound: the same step without the loss.
+Published: the loss as a Python loop over samples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, words, c, every = sizes["B"], sizes["H"], sizes["L"], sizes["C"], sizes["every"]
     randn, last = randoms(device, dtype), sizes["layers"] - 1
     parameters = {name: x.requires_grad_() for name, x in _models.weights(sizes, device, dtype).items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0)  # costs the same, and every variant sees the same weights
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0)  # same cost, and all variants see the same weights
     tensors = {"tokens": randn(b, words + sizes["V"], c), "aim": randn(c, std=c**-0.5), **parameters, **masks(sizes, b, device)}
 
     def step(congruence: Callable[[Blocks], Tensor] | None, t: Tensors) -> Tensors:
@@ -51,8 +51,8 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         names = [name for name in parameters if name in t]
         grad, *grads = torch.autograd.grad(total, [x, *(t[name] for name in names)])
         if t["0.qkv"] is parameters["0.qkv"]:  # not on the copies in float64
-            for parameter, found in zip(parameters.values(), grads, strict=True):
-                parameter.grad = found
+            for parameter, parameter_grad in zip(parameters.values(), grads, strict=True):
+                parameter.grad = parameter_grad
             optimizer.step()
         return {"loss": loss.detach(), "gradient of tokens": grad}
 

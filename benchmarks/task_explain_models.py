@@ -1,11 +1,11 @@
 """Explain whole models of transformers by `va.explain`, as a user calls it: models, hooks and preparation included.
 
-Bound: the model's own forward and backward pass down to its embeddings, with SDPA. Published (Chefer et al.): every map stored,
-one gradient a layer, the whole product; for LXMERT one backward pass with the gradients of all weights, as the authors have it.
-Beside it the same maps with one backward pass and no gradient of a weight. Of an answer of 24 tokens every one is explained by
-itself; there the bound is one forward pass and a backward pass a token.
+Bound: the model's forward and backward pass down to its embeddings, with SDPA. Published (Chefer et al.): every map stored, one
+gradient a layer, the whole product; for LXMERT one backward pass with the gradients of all weights, as in the authors' code. A
+further variant takes the same maps with one backward pass and no gradient of a weight. An answer has 24 tokens, each explained
+by itself; its bound is one forward pass and a backward pass a token.
 
-Models have published shapes at a size that the machine runs, and random weights. On a CPU each variant has a process of its own.
+Models have published shapes at a size that the machine runs, and random weights. On a CPU each variant has a separate process.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from vlattn_fast.interpret.records.registry import find_family
 
 PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
 BACKWARDS = "one forward, a backward a token"
-Row = dict[str, tuple[int, int]]  # of each tower: its tokens, and the row that is read
+Row = dict[str, tuple[int, int]]  # by tower: its tokens, and the row that is read
 
 
 class _Maps(TorchFunctionMode):
-    """Keeps every softmax over maps (B, H, N, M) that has a gradient. It is in float32, or in float64 where its scores are."""
+    """Keeps every softmax over maps (B, H, N, M) that has a gradient, in float32, or in float64 for scores in float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Maps(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _starting(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]]:
-    """The outputs of the modules at `paths`, where the graph begins."""
+    """The outputs of the modules at `paths`, at which the graph begins."""
     kept: list[Tensor] = []
 
     def begin(module: nn.Module, args: Any, output: Any) -> None:
@@ -110,7 +110,7 @@ def _stored(model: nn.Module, whole: Whole, read: Row, one_backward: bool, t: Te
 
 
 def _with_weights(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tensors:
-    """As LXMERT's authors have it: a backward pass through the weights as well."""
+    """The LXMERT authors' procedure, whose backward pass also takes the gradients of weights."""
     model.requires_grad_(True)
     try:
         with _Maps() as kept:
@@ -125,26 +125,26 @@ def _with_weights(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tens
 
 
 def _ours(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tensors:
-    found = va.explain(model, t, **whole.explained).relevancy
-    return {f"relevancy {name}": _others(found[name], row) for name, (_, row) in read.items()}
+    relevancy = va.explain(model, t, **whole.explained).relevancy
+    return {f"relevancy {name}": _without(relevancy[name], row) for name, (_, row) in read.items()}
 
 
-def _others(row: Tensor, own: int) -> Tensor:
-    """The row (B, ..., N) without its own entry, which may hold the identity that the recursion starts from."""
-    return torch.cat([row[..., :own], row[..., own + 1 :]], dim=-1)
+def _without(row: Tensor, position: int) -> Tensor:
+    """The row (B, ..., N) without the entry of its token, which may hold the identity that the recursion starts from."""
+    return torch.cat([row[..., :position], row[..., position + 1 :]], dim=-1)
 
 
 def _relevancy(maps: Sequence[Tensor], grads: Iterable[Tensor | None], read: Row) -> Tensors:
     """The rows that are read, by the rules for one or two modalities of Chefer et al. (ICCV 2021)."""
     names = {tokens: name for name, (tokens, _) in read.items()}
     linked = any(one.shape[2] != one.shape[3] for one in maps)
-    found: dict[tuple[str, str], Tensor] = {}
+    related: dict[tuple[str, str], Tensor] = {}
     for name, (tokens, _) in read.items():
         eye = torch.eye(tokens, dtype=maps[0].dtype, device=maps[0].device)
-        found[name, name] = eye.expand(len(maps[0]), tokens, tokens)
-        for other, (others, _) in read.items():
-            if linked and other != name:
-                found[name, other] = eye.new_zeros(len(maps[0]), tokens, others)
+        related[name, name] = eye.expand(len(maps[0]), tokens, tokens)
+        for partner, (partner_tokens, _) in read.items():
+            if linked and partner != name:
+                related[name, partner] = eye.new_zeros(len(maps[0]), tokens, partner_tokens)
     waiting: list[tuple[tuple[str, str], Tensor]] = []
     crossings = 0
     for one, grad in zip(maps, grads, strict=True):
@@ -153,19 +153,19 @@ def _relevancy(maps: Sequence[Tensor], grads: Iterable[Tensor | None], read: Row
         if grad is not None:
             abar = (grad * one.detach()).clamp(min=0).mean(dim=1)
             if s == q:
-                found |= {(s, name): found[s, name] + abar @ found[s, name] for of, name in list(found) if of == s}
+                related |= {(s, name): related[s, name] + abar @ related[s, name] for of, name in list(related) if of == s}
             else:  # equations 10 and 11
-                waiting.append(((s, q), _normalized(found[s, s]).mT @ abar @ _normalized(found[q, q])))
-                waiting.append(((s, s), abar @ found[q, s]))
-        if crossings == 2:  # both directions of a layer read what was there before it
+                waiting.append(((s, q), _normalized(related[s, s]).mT @ abar @ _normalized(related[q, q])))
+                waiting.append(((s, s), abar @ related[q, s]))
+        if crossings == 2:  # both directions of a layer read the relevancies before the layer
             for pair, addition in waiting:
-                found[pair] = found[pair] + addition
+                related[pair] = related[pair] + addition
             waiting, crossings = [], 0
     first = next(iter(read))
     rows = {}
-    for name, (_, own) in read.items():
-        one = found[first, name][:, read[first][1]] if linked else found[name, name][:, own]
-        rows[f"relevancy {name}"] = _others(one, own)
+    for name, (_, position) in read.items():
+        one = related[first, name][:, read[first][1]] if linked else related[name, name][:, position]
+        rows[f"relevancy {name}"] = _without(one, position)
     return rows
 
 
@@ -178,7 +178,7 @@ def _normalized(relevancy: Tensor) -> Tensor:
 
 
 def _part(name: str, x: Tensor) -> Tensor:
-    return x[:1] if name != "pixel_values" or x.ndim == 4 else x  # Qwen packs patches, of a batch of one
+    return x[:1] if name != "pixel_values" or x.ndim == 4 else x  # Qwen's patches are packed, for a batch of one
 
 
 def _problem(
@@ -191,7 +191,7 @@ def _problem(
 
 
 def build(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
-    make = functools.cache(lambda: _model(whole, sizes, device, dtype))  # by the first variant that runs
+    make = functools.cache(lambda: _model(whole, sizes, device, dtype))  # made by the first variant that runs
     read, layers = whole.read(sizes), sizes["layers"]
 
     def truth(t: Tensors) -> Tensors:
@@ -233,8 +233,8 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
         return {}
 
     def ours(t: Tensors) -> Tensors:
-        found = va.explain(make(), t, answer=answer).relevancy["language"]
-        return {name: _others(found[:, token], row) for name, (token, row) in places.items()}
+        relevancy = va.explain(make(), t, answer=answer).relevancy["language"]
+        return {name: _without(relevancy[:, token], row) for name, (token, row) in places.items()}
 
     last = sizes["N"] + sizes["T"] - 2  # the place that predicts the last token
     places = {"relevancy, first token": (0, sizes["N"] - 1), "relevancy, last token": (sizes["T"] - 1, last)}
@@ -243,11 +243,11 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
         model = copy.deepcopy(make()).double()
         with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
             scores = forward(model, t)
-        found: Tensors = {}
+        relevancy: Tensors = {}
         for name, (token, row) in places.items():
             grads = torch.autograd.grad(scores[:, token].sum(), kept.maps, retain_graph=True)
-            (found[name],) = _relevancy(kept.maps, grads, {name: (sizes["N"] + sizes["T"], row)}).values()
-        return found
+            (relevancy[name],) = _relevancy(kept.maps, grads, {name: (sizes["N"] + sizes["T"], row)}).values()
+        return relevancy
 
     variants = {EXPLAIN: Variant(ours), BACKWARDS: Variant(without_output(plain))}
     return _problem(whole, variants, BACKWARDS, truth, sizes, device, dtype)

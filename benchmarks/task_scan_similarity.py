@@ -22,8 +22,8 @@ MARGIN = 0.2
 def triplet_loss(similarity: Tensor) -> Tensor:
     """Hinge in both directions against the hardest negative."""
     matched = similarity.diagonal()
-    own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    captions, images = ((MARGIN + similarity - x).clamp(min=0).masked_fill(own, 0.0) for x in (matched[:, None], matched))
+    diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    captions, images = ((MARGIN + similarity - x).clamp(min=0).masked_fill(diagonal, 0.0) for x in (matched[:, None], matched))
     return captions.amax(1).sum() + images.amax(0).sum()
 
 
@@ -34,11 +34,11 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
 
     def step(similarity: Any, t: Tensors) -> Tensors:
         leaves = {name: x.detach().requires_grad_() for name, x in t.items()}
-        found = similarity(leaves["images"], leaves["captions"])
-        torch.autograd.grad(triplet_loss(found), list(leaves.values()))
-        return {"similarity": found.detach()}
+        scores = similarity(leaves["images"], leaves["captions"])
+        torch.autograd.grad(triplet_loss(scores), list(leaves.values()))
+        return {"similarity": scores.detach()}
 
-    def truth(t: Tensors) -> Tensors:  # of a few images: the loss couples all pairs
+    def truth(t: Tensors) -> Tensors:  # for a few images: the loss couples all pairs
         return {"similarity": va.reference.stacked_cross_attention(t["images"], t["captions"], **arguments)}
 
     def published(images: Tensor, captions: Tensor) -> Tensor:

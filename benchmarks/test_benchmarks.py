@@ -20,7 +20,7 @@ from vlattn_fast.benchmarks._rows import append, device_name, provenance
 from vlattn_fast.benchmarks._run import check_device, show
 
 pytest.importorskip("pytest_benchmark")
-pytestmark = pytest.mark.filterwarnings("default")  # torch.compile warns of what is not ours
+pytestmark = pytest.mark.filterwarnings("default")  # torch.compile's warnings are not about this package
 DEVICE = check_device(os.environ.get("VLATTN_BENCH_DEVICE", "cpu"))
 OUT = os.environ.get("VLATTN_BENCH_OUT")
 

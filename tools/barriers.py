@@ -1,9 +1,9 @@
-"""Which barriers of the CUDA C++ kernels the tests need: each is removed in turn, and ThreadSanitizer must report it.
+"""Removes each barrier of the CUDA C++ kernels in turn; ThreadSanitizer must report each removal.
 
-    python -m tools.barriers                       all of them, which takes about a minute each
-    python -m tools.barriers relevancy_attention   those of one operator
+    python -m tools.barriers                       all barriers, about a minute each
+    python -m tools.barriers relevancy_attention   the barriers of one operator
 
-A barrier that nothing reports is not needed, or lacks a test. `make test` removes one (test_sanitized.py).
+A barrier whose removal is not reported is needless, or lacks a test. `make test` removes one barrier (test_sanitized.py).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ MORE = {
 
 
 def files(name: str) -> list[str]:
-    """The source, and what it includes of ours, each once."""
-    found = [name]
-    for file in found:
+    """The source and this package's headers that it includes, each once."""
+    names = [name]
+    for file in names:
         included = re.findall(r'^#include "([\w.]+)"', (SOURCES / file).read_text(), re.M)
-        found += [other for other in included if other not in found]
-    return found
+        names += [header for header in included if header not in names]
+    return names
 
 
 def outcome(operator: str, file: str, text: str) -> str:
-    """What becomes of the tests of an operator with `text` in the place of a file."""
+    """The outcome of an operator's tests with `text` in the place of a file."""
     with tempfile.TemporaryDirectory() as folder:
         library = rewritten(f"{operator}.cu", file, text, Path(folder), *BUILDS["thread"])
         status, written = run("thread", library, {operator: f"{TESTS[operator]} or {MORE[operator]}"})

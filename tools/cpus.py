@@ -1,11 +1,11 @@
-"""The accuracy tests under other arithmetic of the CPU: `make cpus`, and a tenth of them in `make test`.
+"""The accuracy tests under the arithmetic of further CPUs: `make cpus`, and a tenth of the tests in `make test`.
 
-    python -m tools.cpus            all of them, as this machine is and under each of three settings
-    python -m tools.cpus --tenth    one in thirty under each of the settings, another thirtieth for each
+    python -m tools.cpus            all tests, as this machine is and under each of three settings
+    python -m tools.cpus --tenth    one test in thirty under each of the settings, another thirtieth for each
 
-torch's own kernels, MKL and oneDNN choose their code by the CPU. These variables make them choose as older or other CPUs would,
-so that sums run in other orders and in blocks of other sizes. The package's own CPU kernels run in other instruction sets with
-them. The rule of vlattn_fast/checking/tolerance.py must hold under each.
+torch's kernels, MKL and oneDNN choose their code by the CPU. The settings are variables that make them choose code for older or
+other CPUs, with sums in other orders and blocks of other sizes; the package's CPU kernels then run in another instruction set.
+The rule of vlattn_fast/checking/tolerance.py must hold under each setting.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ SETTINGS = {
     "compatible": {"MKL_CBWR": "COMPATIBLE"},
 }
 SHARES = 10 * len(SETTINGS)
-# where the accuracy tests are: to collect all others, too, takes longer than a share of these
+# the folders of the accuracy tests: collecting all tests takes longer than running a share of these
 FOLDERS = tuple(f"tests/{name}" for name in ("cpu", "cuda", "kernels", "ops", "power"))
 
 
 def shares() -> dict[str, str]:
-    """Of each setting, what tests/helpers/accuracy.py draws for it; a tenth in all."""
+    """The share that tests/helpers/accuracy.py draws for each setting; a tenth in all."""
     return {name: f"{n}/{SHARES}" for n, name in enumerate(SETTINGS)}
 
 
 def instruction_sets() -> list[str]:
-    """Of the package's CPU kernels: those that this processor runs."""
+    """The instruction sets of the package's CPU kernels that this processor runs."""
     code = "from vlattn_fast.backends import native; print(*(native._available() if native.library.exists else ()))"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 
@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--tenth", action="store_true", help="one accuracy test in ten, drawn by a stored seed")
     parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
     options = parser.parse_args()
-    if options.tenth:  # each setting in one process: collecting takes longer than a share's tests
+    if options.tenth:  # a process for each setting: collecting takes longer than a share's tests
         with ThreadPoolExecutor(options.workers) as pool:
             codes = list(pool.map(lambda named: run(named[0], share=named[1]), shares().items()))
     else:

@@ -1,9 +1,9 @@
 """The tests of the CPU kernels under sanitizers of addresses and undefined behaviour, and of threads: `make sanitize`.
 
     python -m tools.sanitize                          everything, with address under each instruction set of this processor
-    python -m tools.sanitize --only thread -k causal  one of them, with further arguments of pytest
+    python -m tools.sanitize --only thread -k causal  one sanitizer, with further arguments of pytest
 
-Under `address` the kernels' workspace comes full of NaN. Under `thread` they run on three threads of their own (threads.cpp).
+Under `address` the kernels' workspace is filled with NaN. Under `thread` the kernels run on three separate threads (threads.cpp).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vlattn_fast.backends import native
 ROOT = Path(__file__).parents[1]
 PATHS = ("tests/cpu", "tests/ops")
 CHOSEN = "cpu and not compile and not opcheck and not test_library and not test_sanitized"
-MOST = 2**31  # bytes of a workspace that are filled
+MOST = 2**31  # filled bytes of a workspace
 
 
 def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """pytest with the library of `folder`; its exit status is not 0 where a test fails or the sanitizer has found something."""
+    """pytest with the library of `folder`; its exit status is not 0 where a test fails or the sanitizer reports."""
     environment = {
         **sanitizing(kind),
         "ASAN_OPTIONS": f"detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size={MOST}",
@@ -34,9 +34,9 @@ def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subpr
         "VLATTN_TEST_SANITIZED": "1",  # one draw of the numbers (tests/helpers/compare.py)
         "OMP_NUM_THREADS": "1",
     }
-    own = ("-p", "tests.helpers.cpu.own_threads") if kind == "thread" else ()
-    # what the sanitizer writes is not pytest's to keep
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *own, *arguments]
+    plugins = ("-p", "tests.helpers.cpu.own_threads") if kind == "thread" else ()
+    # pytest must not capture the sanitizer's output
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *plugins, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )

@@ -1,13 +1,11 @@
-"""What the CUDA C++ kernels compile to: registers, shared memory, stack and instructions of every kernel and target, held to a
-stored table.
+"""Compares registers, shared memory, stack and instructions of every compiled CUDA C++ kernel and target with a stored table.
 
     python -m tools.compiled.cuda            # compare build/cuda, brought up to date, with tests/compiled/cuda.json
-    python -m tools.compiled.cuda --write    # store what is compiled there
+    python -m tools.compiled.cuda --write    # store the facts of build/cuda
 
-"shared" is what is allocated statically, with the KiB that CUDA keeps for itself in every block since sm_90; what a launch asks
-for besides is not in the library. "stack" is bytes of a thread: spilled registers, and arrays that are indexed at run time. "mma"
-counts the matrix instructions of the whole kernel, "loop" all instructions of its main loop (machine_code.py), or of its longest
-one where none has a matrix instruction.
+"shared" counts static bytes, with the KiB that CUDA keeps in every block since sm_90; dynamic bytes of a launch are not in the
+library. "stack" counts bytes of a thread: spilled registers, and arrays indexed at run time. "mma" counts the kernel's matrix
+instructions, "loop" all instructions of the main loop (machine_code.py), or of the longest loop where none has any.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ def rows_of(library: Path) -> dict[str, Row]:
 
 def machine_code(library: Path) -> dict[str, str]:
     """nvdisasm's text of each kernel and target."""
-    found = {}
+    codes = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [tool("cuobjdump"), "--extract-elf", "all", library.absolute()], cwd=folder, check=True, capture_output=True
@@ -60,12 +58,12 @@ def machine_code(library: Path) -> dict[str, str]:
             text = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
             _, *parts = re.split(r"^\t\.section\t\.text\.", text, flags=re.M)
             names = readable([part.split(",", 1)[0] for part in parts])
-            found |= {f"{name} {target}": part for name, part in zip(names, parts, strict=True)}
-    return found
+            codes |= {f"{name} {target}": part for name, part in zip(names, parts, strict=True)}
+    return codes
 
 
 def readable(mangled: list[str]) -> list[str]:
-    """Names with template arguments, without parameters and our namespaces."""
+    """Names with template arguments, without parameters and this package's namespaces."""
     names = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
     return [re.sub(r"vlattn::|\(anonymous namespace\)::", "", name) for name in names.splitlines()]
 
@@ -79,8 +77,8 @@ def built(*, all_targets: bool = False) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compiled.cuda", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="store what is compiled")
-    parser.add_argument("--library", type=Path, help="another one than that of build/cuda")
+    parser.add_argument("--write", action="store_true", help="store the facts of the compiled kernels")
+    parser.add_argument("--library", type=Path, help="a library to compare instead of build/cuda's")
     options = parser.parse_args()
     compiled, table, version = rows_of(options.library or built(all_targets=True)), read(TABLE), nvcc_version()
     if options.write:

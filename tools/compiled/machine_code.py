@@ -1,7 +1,4 @@
-"""What the loops of a compiled kernel hold, and whether its warps do the same work twice.
-
-Instructions are counted in innermost loops.
-"""
+"""Counts instructions in the innermost loops of a compiled kernel, and work that its warps do twice."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ CLASSES = {"mma": r"(HGMMA|HMMA|UTC\w*MMA)\b", "mufu": r"MUFU\b"}
 
 @dataclass(frozen=True)
 class Loop:
-    """instructions: all of them; mma, mufu: matrix instructions, and those of the special function unit (exp2, tanh, rcp)."""
+    """instructions: the number of all; mma: of matrix instructions; mufu: of the special function unit's (exp2, tanh, rcp)."""
 
     instructions: int
     mma: int
@@ -28,7 +25,7 @@ class Loop:
 
 
 def innermost_loops(sass: str) -> list[Loop]:
-    """Of nvdisasm's text: from a label to the branch back to it, where no other such stretch lies within."""
+    """The innermost loops in nvdisasm's text: stretches from a label to a branch back to the label, without an inner stretch."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     for line in sass.splitlines():
@@ -41,18 +38,18 @@ def innermost_loops(sass: str) -> list[Loop]:
         branch = re.match(r"BRA\b.*?(\.L_x_\d+)", code)
         if branch and labels.get(branch[1], end + 1) <= end:
             stretches.append((labels[branch[1]], end))
-    found = []
+    loops = []
     for start, end in stretches:
-        if not any(other != (start, end) and start <= other[0] and other[1] <= end for other in stretches):
+        if not any(inner != (start, end) and start <= inner[0] and inner[1] <= end for inner in stretches):
             body = lines[start : end + 1]
             counts = {name: sum(re.match(pattern, code) is not None for code in body) for name, pattern in CLASSES.items()}
-            found.append(Loop(len(body), **counts))
-    return found
+            loops.append(Loop(len(body), **counts))
+    return loops
 
 
 def of_whole_tiles(loops: Sequence[Loop], tile: tuple[int, ...], edge: int | None) -> list[Loop]:
-    """Without the loops of a smaller tile at the edge: those have at most half of a whole tile's special functions, and those of
-    its rows."""
+    """The loops without those of the smaller tile at the edge, which have at most half of a whole tile's special functions, and
+    the special functions of its rows."""
     if edge is None or edge in tile:
         return list(loops)
     most = max((loop.mufu for loop in loops), default=0)
@@ -60,7 +57,7 @@ def of_whole_tiles(loops: Sequence[Loop], tile: tuple[int, ...], edge: int | Non
 
 
 def main_loop(loops: Sequence[Loop], tile: tuple[int, ...] = (), edge: int | None = None) -> Loop | None:
-    """Of whole tiles, of those with the most matrix instructions the shortest, which is that without masks."""
+    """The shortest loop over whole tiles among those with most matrix instructions, which is the loop without masks."""
     whole = of_whole_tiles(loops, tile, edge)
     most = max((loop.mma for loop in whole), default=0)
     return None if most == 0 else min((loop for loop in whole if loop.mma == most), key=lambda loop: loop.instructions)
@@ -90,14 +87,14 @@ def disassembled(cubin: bytes) -> str:
 
 
 def facts(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Of a compiled Triton kernel and what it was launched with: its tile, and what the innermost loops hold.
+    """The tile and the innermost loops of a compiled Triton kernel, from the kernel and its launch options.
 
-    edge: the size of the tile at the edge. loops: (instructions, those of matrices, those of the special function unit) of each.
-    per_pair: instructions of all threads in the main loop for each pair of a query and a key, where a turn of the loop is a tile.
+    edge: the size of the tile at the edge. loops: (instructions, matrix instructions, special functions) of each loop. per_pair:
+    instructions of all threads in the main loop for each pair of a query and a key, where a turn of the loop is a tile.
     """
     loops, warps = innermost_loops(disassembled(kernel.asm["cubin"])), kernel.metadata.num_warps
     rows, keys, edge = (options.get(name) for name in ("BLOCK_Q", "BLOCK_KV", "BLOCK_EDGE"))
-    # scores that are sums over units have no product of queries and keys, and loops within the tile
+    # scores that are sums over units have loops within the tile, and no product of queries and keys
     loop = None if options.get("SCORE") in UNIT_KINDS or not (rows and keys) else main_loop(loops, (rows, keys), edge)
     return {
         "tile": f"{rows}x{keys}" if rows and keys else None,

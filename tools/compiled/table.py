@@ -1,4 +1,4 @@
-"""Tables of what kernels compile to, stored by the compiler's version: read, written, compared."""
+"""Reads, writes and compares tables of compiled kernels, stored by the compiler's version."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(file: Path, table: Table) -> None:
 
 
 def differences(compiled: dict[str, Row], stored: dict[str, Row]) -> list[str]:
-    """What is not as stored, and what asks for too much shared memory, a line each."""
+    """A line for each row that differs from the stored row, or that needs too much shared memory."""
     lines = [
         f"{key}: {row['shared']} bytes of shared memory, more than {SHARED_LIMIT}"
         for key, row in compiled.items()
@@ -46,12 +46,12 @@ def differences(compiled: dict[str, Row], stored: dict[str, Row]) -> list[str]:
 
 
 def tool(name: str) -> Path:
-    """A program that comes with Triton, as not every CUDA toolkit has it."""
+    """A program from Triton's package, since some CUDA toolkits lack the program."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None, f"{name} comes with Triton, which is not installed"
     return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
 
 
 def cuobjdump(*arguments: str | Path) -> str:
-    """What it prints."""
+    """The output of cuobjdump."""
     return subprocess.run([tool("cuobjdump"), *arguments], capture_output=True, text=True, check=True).stdout

@@ -1,12 +1,12 @@
-"""What the Triton kernels compile to: registers, shared memory, spills, tensor cores and the main loop, held to a stored table.
+"""Compares registers, shared memory, spills, tensor cores and main loops of the compiled Triton kernels with a stored table.
 
     python -m tools.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
-    python -m tools.compiled.triton [OPERATOR ...] --write        # store what is compiled
-    python -m tools.compiled.triton --every 15                    # a part of it, as in `make test`
+    python -m tools.compiled.triton [OPERATOR ...] --write        # store the compiled rows
+    python -m tools.compiled.triton --every 15                    # compare a part, as in `make test`
 
-No GPU is needed. The launchers of the kernels run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100
-device is there, and each launch compiles its kernel with the specialisation that device would get, and ends there.
-tools/compiled/calls/ has the calls, a file per operator: `calls()` yields (name, function). Triton's interpreter must be off.
+No GPU is needed. The kernels' launchers run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100 device is
+there, and each launch compiles its kernel with the specialisation for this device, and ends. tools/compiled/calls/ has the calls,
+a file per operator: `calls()` yields (name, function). Triton's interpreter must be off.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def calls_of(operator: str) -> dict[str, Any]:
 
 
 def pretend(architecture: int) -> None:
-    """Tells triton that such a GPU is there."""
+    """Tells triton that a GPU of this architecture is there."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
@@ -102,18 +102,17 @@ def _row(kernel: Any) -> Row:
 
 
 def narrow_offsets(ttir: str) -> list[str]:
-    """Products of two 32-bit variables that reach an address without having been widened: those of large tensors overflow.
+    """Products of two 32-bit variables that reach an address without being widened; with large tensors these overflow.
 
-    A product with a constant, as of a block's number and its size, stays within the number of rows, but not if the other factor
-    is a stride. A quotient or a remainder is no larger than what is divided, whatever it is divided by, and a condition only
-    chooses.
+    A product with a constant, such as a block's number times its size, stays within the number of rows, unless the second factor
+    is a stride. A quotient or a remainder is no larger than its dividend, and a condition only chooses.
     """
-    # of each name its definitions with their lines: regions beside one another use names anew, so the last above a line counts
+    # a name's definitions with their lines: regions side by side reuse names, so the last definition above a line counts
     definitions: dict[str, list[tuple[int, str, list[str], str]]] = {}
     for number, line in enumerate(ttir.splitlines()):
         if match := re.match(r"\s*(%[\w#]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
-            found = (number, match[2], re.findall(r"%[\w#]+", match[3]), match[4])
-            definitions.setdefault(match[1], []).append(found)
+            definition = (number, match[2], re.findall(r"%[\w#]+", match[3]), match[4])
+            definitions.setdefault(match[1], []).append(definition)
 
     def above(name: str, number: int) -> tuple[int, str, list[str], str] | None:
         return next((one for one in reversed(definitions.get(name, [])) if one[0] < number), None)
@@ -142,7 +141,7 @@ Task = tuple[str, str, int]  # operator, call, architecture
 
 
 def tasks_of(chosen: list[str], every: int = 1) -> list[Task]:
-    """All of them, operator by operator in an order drawn by a fixed seed, or one of `every`."""
+    """All tasks, operator by operator in an order drawn by a fixed seed, or one in `every`."""
     tasks = [(operator, name, arch) for operator in chosen for name in calls_of(operator) for arch in ARCHITECTURES]
     draws = random.Random(0)
     return sorted(tasks, key=lambda task: (task[0], draws.random()))[::every]
@@ -169,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compiled.triton", description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="compile one of N pairs of a call and a target")
-    parser.add_argument("--write", action="store_true", help="store what is compiled")
+    parser.add_argument("--write", action="store_true", help="store the compiled rows")
     options = parser.parse_args()
     chosen = options.operators or operators()
     if unknown := sorted(set(chosen) - set(operators())):

@@ -1,4 +1,4 @@
-"""Launches kernels of one backend and ends: what `make gpu` sanitizes and profiles.
+"""Launches kernels of one backend and ends, for the sanitizer and the profiler of `make gpu`.
 
 usage: python -m tools.gpu.launch DEVICE BACKEND OPERATOR    its cases of 200 queries and keys, in bfloat16, forward and backward
        python -m tools.gpu.launch DEVICE BACKEND BENCHMARK   three calls of a benchmark
@@ -27,7 +27,7 @@ def main(device: str, backend: str, name: str) -> None:
 
 
 def cases(device: str, backend: str, operator: str) -> None:
-    """At a shorter size where the backend takes none of them."""
+    """Runs the operator's cases, at a shorter size where the backend takes no case of 200."""
     refusals, ran = verify.backends_of(operator)[backend].refusals, 0
     for sizes in ("N200", "uniter"):
         for case in production.cases(device, sizes):

@@ -1,4 +1,4 @@
-"""What launches Triton kernels, watched: which kernels a call launches, and one of its launches again, to be timed by itself."""
+"""Watches Triton's launches: the kernels that a call launches, and one launch again, to be timed by itself."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-Launch = Callable[[], Any]  # with its arguments, which it keeps alive
-GRAPH_SECONDS, REPLAYS = 2e-3, 30  # a replay takes at least so long
+Launch = Callable[[], Any]  # a launch with its arguments, which stay alive
+GRAPH_SECONDS, REPLAYS = 2e-3, 30  # the least time of a replay, and their number
 
 
 @contextmanager
@@ -31,18 +31,18 @@ def watching(see: Callable[[str, Launch], Any]) -> Iterator[None]:
 
 def launched(call: Callable[[], Any]) -> list[tuple[str, Launch, Any]]:
     """The launches of a call, and the compiled kernel of each (None in the interpreter)."""
-    found = []
+    seen = []
 
     def see(name: str, launch: Launch) -> None:
-        found.append((name, launch, launch()))
+        seen.append((name, launch, launch()))
 
     with watching(see):
         call()
-    return found
+    return seen
 
 
 def seconds(launches: list[Launch], device: str) -> float:
-    """Of all of them, one after another: the median of replays of a CUDA graph, on a device without the host's part."""
+    """Seconds of all launches, one after another: the median of replays, on a device of a CUDA graph, without the host's part."""
 
     def once() -> None:
         for launch in launches:

@@ -1,4 +1,4 @@
-"""Nsight Compute on one kernel: the command, and what its table says of stalls, pipes and occupancy."""
+"""Nsight Compute on one kernel: the command, and stalls, pipes and occupancy from its table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FACTS = {
 
 
 def command(program: str, kernel: str, skip: int, child: list[str]) -> list[str]:
-    """The launch after the first `skip` ones of this kernel. The clocks are left as they are."""
+    """The command that profiles the launch of a kernel behind its first `skip` launches, with the clocks as they are."""
     sections = [word for section in SECTIONS for word in ("--section", section)]
     options = ["--clock-control", "none", "--target-processes", "all", "--print-units", "base", "--page", "raw", "--csv"]
     chosen = ["--kernel-name", f"regex:^{kernel}$", "--launch-skip", str(skip), "--launch-count", "1"]
@@ -30,23 +30,23 @@ def command(program: str, kernel: str, skip: int, child: list[str]) -> list[str]
 
 
 def table(said: str) -> dict[str, Any]:
-    """The last kernel of the table: numbers by FACTS, and by name the stalls in cycles an instruction and the pipes in percent of
-    what they can do. Empty where there is no table."""
+    """The last kernel of the table: numbers by FACTS, and by name stalls in cycles an instruction and pipes in percent of their
+    peak. Empty where there is no table."""
     lines = said.splitlines()
     first = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
     if first is None:
         return {}
     rows = [row for row in csv.reader(line for line in lines[first:] if line.startswith('"')) if len(row) > 1]
     header = rows[0]
-    of_kernels = [row for row in rows[1:] if len(row) == len(header) and row[0].isdigit()]  # units stand in a row without an ID
+    of_kernels = [row for row in rows[1:] if len(row) == len(header) and row[0].isdigit()]  # the row of units has no ID
     if not of_kernels:
         return {}
     numbers = {name: x for name, text in zip(header, of_kernels[-1], strict=True) if (x := _number(text)) is not None}
-    found: dict[str, Any] = {name: numbers[metric] for name, metric in FACTS.items() if metric in numbers}
+    facts: dict[str, Any] = {name: numbers[metric] for name, metric in FACTS.items() if metric in numbers}
     for group, pattern in (("stalls", STALL), ("pipes", PIPE)):
         matches = [(match[1], x) for name, x in numbers.items() if (match := re.fullmatch(pattern, name))]
-        found[group] = dict(sorted(matches, key=lambda one: -one[1]))
-    return found
+        facts[group] = dict(sorted(matches, key=lambda one: -one[1]))
+    return facts
 
 
 def _number(text: str) -> float | None:

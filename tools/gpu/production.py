@@ -1,6 +1,6 @@
-"""What `make gpu` checks, sweeps and profiles: the calls of `vlattn verify` at the sizes of models, and the hottest launches.
+"""The calls that `make gpu` checks, sweeps and profiles: those of `vlattn verify` at the sizes of models, and hot launches.
 
-On a CPU (`--device cpu`, a rehearsal in Triton's interpreter) all of them are tiny.
+On a CPU (`--device cpu`, a rehearsal in Triton's interpreter) all calls are tiny.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import Errors
 from vlattn_fast.checking.verify import Case, Sizes
 
-# Several tiles a loop and ragged ones, heads of 64, 72 and 128 features, and what CUDA C++ takes, which is short.
+# Several tiles a loop and ragged tiles, heads of 64, 72 and 128 features, and short lengths for CUDA C++.
 SIZES = {
     "D64": Sizes(577, 641, 64, 64, regions=36, words=20, features=1024),
     "D128": Sizes(577, 641, 128, 128, regions=289, words=18, features=256),
@@ -31,7 +31,7 @@ SIZES = {
 TINY = {name: Sizes(33, 47, 16, 16, regions=6, words=5, features=8) for name in ("D64", "N200")}
 TINY["uniter"] = TINY["D64"]._replace(queries=16, keys=20)
 TINY_WORKLOAD = {"B": 1, "H": 2, "N": 33, "D": 16, "L": 16, "V": 20, "images": 4, "captions": 4, "R": 6, "T": 5}
-EVERY_DTYPE = ("D64",)  # bfloat16 alone at the other sizes
+EVERY_DTYPE = ("D64",)  # the remaining sizes take bfloat16 alone
 BACKENDS = ("triton", "cuda")
 
 
@@ -48,15 +48,15 @@ class Check(NamedTuple):
 
 
 def checks(device: str) -> list[Check]:
-    """The slowest first: scores over hidden units, whose formula holds them for every pair."""
+    """All checks, the slowest first: scores over hidden units, whose formula holds the units for every pair."""
     sizes = SIZES if device == "cuda" else {"D64": TINY["D64"]}
-    found = [
+    planned = [
         Check(case, name, dtype)
         for name in sizes
         for case in cases(device, name)
         for dtype in (verify.DTYPES if device == "cuda" and name in EVERY_DTYPE else (torch.bfloat16,))
     ]
-    return sorted(found, key=lambda check: -_work(check))
+    return sorted(planned, key=lambda check: -_work(check))
 
 
 def _work(check: Check) -> int:
@@ -66,7 +66,7 @@ def _work(check: Check) -> int:
 
 @functools.cache
 def cases(device: str, sizes: str) -> list[Case]:
-    """Those of `vlattn verify`, and what they leave out: masks of every kind, and the calls of the hottest launches."""
+    """The cases of `vlattn verify`, masks of every kind, and the calls of the hottest launches."""
     chosen = (SIZES if device == "cuda" else TINY)[sizes]
     made = verify.cases(sizes=chosen)
     by_name = {(case.operator, case.name): case for case in made}
@@ -107,7 +107,8 @@ def _one_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _masked(case: Case, kind: str, generator: torch.Generator) -> Case:
-    """Under an attn_mask: its first row masks everything; of a float one the second is finfo.min throughout, and it is causal."""
+    """The case with an attn_mask, whose first row masks everything; a float mask has finfo.min in its second row, and the call is
+    causal."""
     tensors = case.tensors
     shape = tensors["query"].shape[2], tensors["key"].shape[2]
     visible = torch.rand(shape, generator=generator) > 0.3
@@ -142,9 +143,9 @@ def first_word(text: str) -> str:
 class Hot(NamedTuple):
     """A launch that calls spend their time in.
 
-    `key` begins the facts that `kernels/_configurations.py` is asked with, `kernels` are the functions that it launches, `check`
-    is the name and the size of the case that its tiles must keep right, `most` the most queries that a tile may have (rows are
-    padded to 64 in backward passes), and `stages` are those that it may have.
+    key: the first facts in the question to `kernels/_configurations.py`. kernels: the launched functions. check: name and size of
+    the case that the tiles must keep right. most: the most queries of a tile (backward passes pad rows to 64). stages: the
+    allowed numbers of stages.
     """
 
     key: str
@@ -201,25 +202,25 @@ HOTTEST = (
 
 
 def calls() -> list[tuple[str, str]]:
-    """The operators' benchmarks on each backend: what is profiled. Forward passes are part of those with gradients."""
+    """The profiled calls: the operators' benchmarks on each backend. Benchmarks with gradients include the forward passes."""
     names = [benchmark.name for benchmark in choose(verify.OPERATORS)]
     whole = [name for name in names if "forward/" not in name or name.replace("forward/", "forward+backward/") not in names]
     return [(name, backend) for name in whole for backend in BACKENDS]
 
 
 def call_of(benchmark: str, backend: str, device: str, batch: int | None = None) -> Callable[[], Any] | None:
-    """The benchmark's variant of this backend, ready to run; None where the backend does not take it.
+    """The benchmark's variant of this backend, ready to run; None where the backend does not take the call.
 
-    On the CPU kernels are taken as well, which no benchmark times there. `batch`: all else as large as on a device, to compile
-    and not to run.
+    On a CPU, GPU kernels are taken as well, though no benchmark times them there. batch: this batch at full size, to be compiled
+    and not run.
     """
-    (found,) = choose([benchmark])
-    sizes = dict(found.workload.full) if device == "cuda" or batch else found.workload.sizes(torch.device("cpu"), TINY_WORKLOAD)
+    (chosen,) = choose([benchmark])
+    sizes = dict(chosen.workload.full) if device == "cuda" or batch else chosen.workload.sizes(torch.device("cpu"), TINY_WORKLOAD)
     if batch:
         sizes |= {name: batch for name in ("B", "images", "captions") if name in sizes}
     before, _measure.EMULATED = _measure.EMULATED, ()
     try:
-        problem = found.build(sizes, torch.device(device), found.cuda_dtype)
+        problem = chosen.build(sizes, torch.device(device), chosen.cuda_dtype)
     finally:
         _measure.EMULATED = before
     variant = problem.variants.get(backend)
@@ -227,6 +228,6 @@ def call_of(benchmark: str, backend: str, device: str, batch: int | None = None)
 
 
 def function_name(kernel: str) -> str:
-    """Of a kernel as profilers print it, with its namespace, template arguments and parameters."""
+    """The function's name in a profiler's line, which has namespace, template arguments and parameters, too."""
     name = kernel.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0].split("::")[-1]
     return name.split()[-1] if name.strip() else kernel  # a lambda has no name

@@ -1,21 +1,21 @@
-"""`make gpu`: what only a machine with a GPU can say, in five parts of at most ten minutes each, without downloading anything.
+"""`make gpu`: checks and timings that need a GPU, in five parts of at most ten minutes each, without downloading anything.
 
     python -m tools.gpu.run [PART ...] [--device cuda] [--out benchmarks/results]        make gpu PARTS=verify
 
 verify:     every Triton and CUDA kernel against the formula at the sizes of models, by the tolerance rule: outputs and gradients.
-            What is wrong there, or was not verified, is not timed below.
+            Later parts do not time a kernel that is wrong or not verified.
 sweep:      tiles, warps and stages of the twelve hottest launches; the fastest right ones go to kernels/configurations.json.
 ncu:        the time of each kernel, and stalls and pipes of the eight slowest by Nsight Compute, where it is installed.
 benchmarks: all of `python -m vlattn_fast.benchmarks`, calls and CUDA graphs, beside each of SDPA's kernels; the host's time.
-tests:      the tests of tests/ops/, tests/kernels/, tests/cuda/ and those that need a device, then compute-sanitizer, where it is
-            installed, one tool after another.
+tests:      the tests of tests/ops/, tests/kernels/, tests/cuda/ and tests that need a device, then the tools of
+            compute-sanitizer, where it is installed, one after another.
 
-A part writes each row to OUT/gpu-PART.json as soon as it is known. Called again on the same sources it goes on where it was cut,
-after --minutes or otherwise; rows in benchmarks/results/ count as well. The CUDA C++ kernels are built first, where nvcc is
-installed; where that fails, the rest runs without them. Compiled kernels are kept in build/ from call to call.
+A part writes each row to OUT/gpu-PART.json at once. A new call on the same sources continues a part that was cut, after --minutes
+or otherwise; rows in benchmarks/results/ count as well. The CUDA C++ kernels are built first, where nvcc is installed; after a
+failed build the rest runs without these kernels. Compiled kernels are kept in build/ from call to call.
 
-It needs torch >= 2.11, triton >= 3.6, numpy and pytest. It ends with status 1 where something failed or is left to do. With
---device cpu all of it runs at tiny sizes in Triton's interpreter: a rehearsal.
+make gpu needs torch >= 2.11, triton >= 3.6, numpy and pytest, and ends with status 1 where something failed or is left to do.
+With --device cpu everything runs at tiny sizes in Triton's interpreter, as a rehearsal.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from tools.gpu.session import ROOT, TREE, Item, Row, Session, cuda_library
 
 SLOWEST = 8
 CPU_TRIES = 3  # configurations of a launch in a rehearsal
-BYTES_AN_ITEM = 5000  # of the text of tests
-NO_TESTS = 5  # pytest's status: a file may have fewer than items, or none that says anything about a device
+BYTES_AN_ITEM = 5000  # characters of test files in an item
+NO_TESTS = 5  # pytest's status: a file may have fewer tests than items, or no test of a device
 SIDE_BY_SIDE = 4  # operators under one tool of compute-sanitizer
-# A process that loads torch calls CUDA late, and compute-sanitizer waits for 10 s by itself. That a driver lacks something which
-# torch asks it for is no error; what a kernel does is.
+# A process that loads torch calls CUDA late, and compute-sanitizer's default wait is 10 s. A failed query of torch to the driver
+# is no error; errors of kernels count.
 SANITIZE = ("--launch-timeout", "300", "--error-exitcode", "9")
 TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": (), "synccheck": ()}
 NOT_TIMED, UNVERIFIED = "not timed: ", "not verified (make gpu PARTS=verify)"
 
-# what compiles kernels, or runs on a CPU alone
+# tests that compile kernels, or that run on a CPU alone
 LEFT_OUT = ("cuda/test_build", "cuda/test_emulation", "cuda/test_roundings", "cuda/test_sanitized", "cuda/test_broken")
 LEFT_OUT += ("_properties",)
 
@@ -60,13 +60,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, default=session.STORED, help="folder that rows are added to")
     parser.add_argument(
-        "--table", type=Path, help="that the sweep writes; default: kernels/configurations.json, in a rehearsal in OUT"
+        "--table", type=Path, help="table that the sweep writes; default: kernels/configurations.json, in a rehearsal in OUT"
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="of each part; what is left is for the next call")
-    parser.add_argument("--select", default="", help="a regular expression: only items whose names it is found in")
-    parser.add_argument("--again", action="store_true", help="what failed runs again")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of each part; the next call does the rest")
+    parser.add_argument("--select", default="", help="a regular expression: only items whose names contain a match")
+    parser.add_argument("--again", action="store_true", help="run failed items again")
     parser.add_argument(
-        "--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes side by side, where times do not count"
+        "--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes side by side in parts without timings"
     )
     options = parser.parse_args()
     if unknown := sorted(set(options.parts) - set(PARTS)):
@@ -82,7 +82,7 @@ def main() -> None:
         run.begin()
         run.sources = session.sources()
         built = build(run, part)
-        if not built:  # what needs no library runs, and its rows are not those of a call with one
+        if not built:  # items without a library run, and their rows differ from those of a call with a library
             run.sources += " without CUDA C++"
         write_table(run)
         before = set(run.known(part))
@@ -103,16 +103,16 @@ def main() -> None:
 
 
 def with_tools(path: str, profilers: str = "/opt/nvidia/nsight-compute") -> str:
-    """PATH with the scripts beside this Python (cmake, ninja), the CUDA toolkit and the newest Nsight Compute behind it: where
-    these are installed, they may not be on it."""
+    """PATH with the scripts beside this Python (cmake, ninja), the CUDA toolkit and the newest Nsight Compute added, which PATH
+    may lack."""
     places = [Path(sysconfig.get_path("scripts")), Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")]
     places += sorted(Path(profilers).glob("*"), reverse=True)
     return os.pathsep.join([path, *(str(place) for place in places if place.is_dir())])
 
 
 def lay_out_tree() -> None:
-    """The package as an installation has it, with kernels/ and benchmarks/ inside, since nothing may be installed here. Files
-    that are there already are kept, with what Python has compiled of them."""
+    """Lays the package out like an installation, with kernels/ and benchmarks/ inside, since nothing may be installed here.
+    Unchanged files and their bytecode are kept."""
     places = {
         "vlattn_fast": "vlattn_fast",
         "kernels": "vlattn_fast/kernels",
@@ -120,18 +120,18 @@ def lay_out_tree() -> None:
         "tests": "tests",
         "tools": "tools",
     }
-    wanted = {Path("pyproject.toml"): ROOT / "pyproject.toml"}
+    sources = {Path("pyproject.toml"): ROOT / "pyproject.toml"}
     for folder, place in places.items():
         for path in (ROOT / folder).rglob("*"):
             below = path.relative_to(ROOT / folder)
             linked = folder == "vlattn_fast" and below.parts[0] in ("kernels", "benchmarks")
             if path.is_file() and not linked and not {"__pycache__", "results"} & set(below.parts):
-                wanted[place / below] = path
+                sources[place / below] = path
     if TREE.exists():
         for path in [path for path in TREE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]:
-            if path.relative_to(TREE) not in wanted:
+            if path.relative_to(TREE) not in sources:
                 path.unlink()
-    for place, path in wanted.items():
+    for place, path in sources.items():
         target = TREE / place
         if not target.exists() or not filecmp.cmp(path, target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def selected(run: Session, items: list[Item]) -> list[Item]:
 
 
 def build(run: Session, part: str) -> bool:
-    """The library of the CUDA C++ kernels, of these sources and for this GPU alone. Whether it is there, or cannot be."""
+    """Builds the library of the CUDA C++ kernels for this GPU alone, where its tools are installed; False after a failure."""
     library, stamp = cuda_library(run.device), cuda_library(run.device).with_name("sources")
     if missing := [tool for tool in ("nvcc", "cmake", "ninja") if shutil.which(tool) is None]:
         there = "; the library that is there is taken" if library.exists() else ""
@@ -159,7 +159,7 @@ def build(run: Session, part: str) -> bool:
     for words in (configure, ["cmake", "--build", str(library.parent), "--parallel", str(os.cpu_count())]):
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
-            library.unlink(missing_ok=True)  # an older one would be taken for this commit's
+            library.unlink(missing_ok=True)  # an older library would pass for this commit's
             problem = f"{' '.join(words[:2])} ended with {done.returncode}: {done.stdout[-2000:]}"
             run.store(part, {"item": "build", "passed": False, "problem": problem})
             print(f"CUDA C++ is not built: {problem}", flush=True)
@@ -181,19 +181,19 @@ def verify(run: Session) -> bool:
 
 
 class Gate:
-    """What may be timed: kernels whose cases are all verified, and right."""
+    """Lets only kernels be timed whose cases are all verified, and right."""
 
     def __init__(self, run: Session) -> None:
         from tools.gpu import production
 
         self._rows = run.known("verify")
-        # a rehearsal verifies what it selects
+        # a rehearsal verifies the selected items alone
         items = list(self._rows) if run.device == "cpu" else [check.item for check in production.checks(run.device)]
         self._items = [item for item in items if "/" in item]
 
     def doubt(self, operators: list[str], what: str, backend: str) -> str:
-        """Why this backend is not timed; empty where it may be. Cases that begin with the first word of `what` count, where there
-        are such, and else all of the operators'."""
+        """Why this backend is not timed; empty where it may be timed. The cases that begin with the first word of `what` count,
+        or, without such cases, all cases of the operators."""
         from tools.gpu.production import first_word
 
         items = [item for item in self._items if item.split("/")[0] in operators]
@@ -201,8 +201,8 @@ class Gate:
         if not items or not all(item in self._rows for item in items):
             return f"{NOT_TIMED}{what} of {', '.join(operators)} is {UNVERIFIED}"
         for item in items:
-            found = self._rows[item].get("backends", {}).get(backend, {"problem": "its process died"})
-            if "problem" in found or found.get("ratio", 0.0) > 1.0:
+            check = self._rows[item].get("backends", {}).get(backend, {"problem": "its process died"})
+            if "problem" in check or check.get("ratio", 0.0) > 1.0:
                 return f"{NOT_TIMED}{backend} is wrong in {item}"
         return ""
 
@@ -233,7 +233,7 @@ def sweep(run: Session) -> bool:
             rows = [row for row in run.known("sweep").values() if row.get("launch") == hot.key and "config" in row]
             default = next((row["config"] for row in rows if row["is_default"]), None)
             if default is None:
-                break  # it failed as it is
+                break  # the default configuration failed
             ahead = candidates(default, hot.most, rows, hot.stages)
             if not ahead or (run.device == "cpu" and len(rows) >= CPU_TRIES):
                 break
@@ -259,7 +259,7 @@ def tile(key: str, number: int, config: dict[str, int] | None, batch: list[Any])
 
 
 def write_table(run: Session) -> None:
-    """The winners of the stored rows into the table, here and in the tree, which the parts below read."""
+    """Writes the winners of the stored rows into the table, here and in the tree, which later parts read."""
     winners = {row["key"]: row["winner"] for row in run.known("sweep").values() if row.get("changed")}
     if not winners:
         return
@@ -272,7 +272,7 @@ def write_table(run: Session) -> None:
     text = "{\n" + ",\n".join(parts) + "\n}\n"
     (TREE / "vlattn_fast" / "kernels" / "configurations.json").write_text(text)
     run.options.table.write_text(text)
-    if run.options.out.resolve() != session.STORED:  # rows that travel take the table along
+    if run.options.out.resolve() != session.STORED:  # the table goes along with the rows
         (run.options.out / "configurations.json").write_text(text)
 
 
@@ -292,7 +292,7 @@ def profile(run: Session) -> bool:
             verified &= UNVERIFIED not in doubt
         else:
             items.append(item)
-    if run.device == "cuda":  # each call once, to compile on all cores what is then timed by itself
+    if run.device == "cuda":  # each call once: all cores compile before a kernel is timed by itself
         run.run("ncu", [{**item, "part": "compile"} for item in items], run.worker, run.options.workers, stored=False)
         run.close()
     done = run.run("ncu", items, run.worker) and verified
@@ -315,9 +315,9 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row | Non
     done = run.command(ncu.command(program, item["kernel"], 1, child), seconds)
     if done is None:
         return None
-    found = ncu.table(done[1])
-    problem = "" if found else f"ended with {done[0]} and no table: {done[1][-1500:]}"
-    return {**item, **found, "passed": bool(found), "problem": problem}
+    facts = ncu.table(done[1])
+    problem = "" if facts else f"ended with {done[0]} and no table: {done[1][-1500:]}"
+    return {**item, **facts, "passed": bool(facts), "problem": problem}
 
 
 # --- benchmarks ---
@@ -341,7 +341,7 @@ def benchmarks(run: Session) -> bool:
             verified = False
             continue
         item["left_out"] = {name: doubt for name, doubt in doubts.items() if doubt}
-        if module.startswith("task_") and doubts["triton"]:  # it chooses the backend call by call
+        if module.startswith("task_") and doubts["triton"]:  # a task chooses the backend call by call
             item["left_out"] = dict.fromkeys(OURS, doubts["triton"])
         items.append(item)
     return run.run("benchmarks", items, run.worker) and verified
@@ -386,7 +386,7 @@ def _folders(run: Session) -> list[str]:
 
 
 def _shards(files: list[str]) -> list[Item]:
-    """Each file in items of about BYTES_AN_ITEM, by which its tests are dealt out."""
+    """Items of about BYTES_AN_ITEM of each file, among which the tests of the file are dealt out."""
     shards = {file: -(-(TREE / file).stat().st_size // BYTES_AN_ITEM) for file in files}
     return [{"item": f"{file} {i + 1} of {n}", "file": file, "shard": f"{i}/{n}"} for file, n in shards.items() for i in range(n)]
 
@@ -417,7 +417,7 @@ def _pytest(run: Session, item: Item, seconds: float) -> Row | None:
 def _sanitized(run: Session, item: Item, seconds: float) -> Row | None:
     backend, operator = item["child"]
     child = [sys.executable, "-m", "tools.gpu.launch", run.device, backend, operator]
-    # memcheck sees an access beyond a tensor only where tensors do not share one allocation
+    # memcheck sees an access beyond a tensor only where each tensor has its allocation
     done = run.command([*item["words"], *child], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if done is None:
         return None

@@ -1,4 +1,4 @@
-"""Items of `make gpu`, run and stored: each row as soon as it is known, so that a part that was cut goes on where it was."""
+"""Runs the items of `make gpu` and stores each row at once, so that a part that was cut can continue."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / "gpu"
-STORED = ROOT / "benchmarks" / "results"  # rows from earlier calls, wherever this one writes
+STORED = ROOT / "benchmarks" / "results"  # rows of earlier calls, wherever this call writes
 SOURCES = ("vlattn_fast/**/*.py", "kernels/*.py", "benchmarks/*.py", "csrc/**/*", "tools/gpu/production.py", "CMakeLists.txt")
-LEAST_LEFT = 15.0  # seconds; with less of them no item is begun
-OF_AN_ITEM = 420.0  # seconds that it may take
+LEAST_LEFT = 15.0  # seconds; with fewer left no item begins
+OF_AN_ITEM = 420.0  # seconds that an item may take
 ROW = "ROW "
-# what is ended must take along what it has started
+# an ended process must take its children along
 GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace", **GROUP}
 
 Item = dict[str, Any]  # "item" is its name
 Row = dict[str, Any]
-Execute = Callable[[Item, float], Row | None]  # in so many seconds; None where they did not suffice
+Execute = Callable[[Item, float], Row | None]  # (item, seconds) -> its row; None where the seconds did not suffice
 
 
 def sources() -> str:
-    """Which tree this is: of files alone, as a copy has no commits. The table that the sweep writes is not part of it."""
+    """A hash of the tree's files, since a copy has no commits; the table that the sweep writes is left out."""
     digest = hashlib.sha256()
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
@@ -43,7 +43,7 @@ def sources() -> str:
 
 
 class Session:
-    """A call of run.py: its options, what is known, and the time that is left of a part."""
+    """A call of run.py: its options, its known rows, and the time left of a part."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         sys.path.insert(0, str(TREE))
@@ -69,16 +69,16 @@ class Session:
 
     def known(self, part: str) -> dict[str, Row]:
         """The rows of a part by item, of this tree on this device."""
-        found: dict[str, Row] = {}
+        latest: dict[str, Row] = {}
         for folder in dict.fromkeys((STORED, self.options.out.resolve())):
             path = folder / f"gpu-{part}.json"
             for row in json.loads(path.read_text()) if path.exists() else []:
                 if row["sources"] == self.sources and row["device"] == self.origin["device"]:
-                    found[row["item"]] = row
-        return found
+                    latest[row["item"]] = row
+        return latest
 
     def store(self, part: str, row: Row) -> None:
-        """A row of a part. Its `rows`, those of a benchmark, go to the file of the device first."""
+        """Stores a row of a part. The `rows` of a benchmark go to the file of the device first."""
         with self._lock:
             if rows := row.pop("rows", None):
                 self._append([{**one, **self.origin} for one in rows], f"{self.slug}.json")
@@ -86,7 +86,7 @@ class Session:
             self._append([{"part": part, **row, **stamp}], f"gpu-{part}.json")
 
     def _append(self, rows: list[Row], name: str) -> None:
-        """To those of earlier calls, so that the new file may take the place of the stored one."""
+        """Adds rows to those of earlier calls, so that the new file may replace the stored file."""
         path = self.options.out / name
         if self.device == "cuda" and not path.exists() and (STORED / name).exists():
             shutil.copy(STORED / name, path)
@@ -95,8 +95,8 @@ class Session:
     def run(
         self, part: str, items: Sequence[Item], executor: Callable[[], Execute], side_by_side: int = 1, stored: bool = True
     ) -> bool:
-        """Those whose rows are not known, in this order, on `side_by_side` threads with an executor each. Whether all are known
-        now. `stored` False: what they leave behind counts, and not their rows."""
+        """Runs the items without a known row, in this order, on `side_by_side` threads with an executor each; returns whether
+        all are known now. stored False: the items' files count, and rows are not stored."""
         known = self.known(part)
         again = self.options.again
         waiting = [item for item in items if item["item"] not in known or (again and not known[item["item"]]["passed"])]
@@ -111,7 +111,7 @@ class Session:
                     item = waiting.pop(0)
                 try:
                     row = execute({"part": part, **item}, min(OF_AN_ITEM, self.left()))
-                except Exception as error:  # else its thread would end, and the item would be neither known nor left
+                except Exception as error:  # else the thread would end, and its item would have no row
                     row = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500]}
                 if row is None:
                     cut.append(item)
@@ -131,7 +131,7 @@ class Session:
         return not waiting and not cut
 
     def worker(self) -> Worker:
-        """What executes items in a process of its own; a rehearsal has one for all. It lasts until `close`."""
+        """A worker process that executes items until `close`; a rehearsal has one worker for all threads."""
         if self.device == "cuda" or not self._workers:
             self._workers.append(Worker(self))
         return self._workers[-1]
@@ -141,7 +141,7 @@ class Session:
             self._workers.pop().close()
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Of what runs in the tree. Compiled kernels are kept in build/, from call to call."""
+        """The environment of processes in the tree. Compiled kernels are kept in build/ from call to call."""
         library = cuda_library(self.device)
         caches = {"TRITON_CACHE_DIR": "triton-cache", "TORCHINDUCTOR_CACHE_DIR": "inductor-cache"}
         return {
@@ -157,8 +157,8 @@ class Session:
         }
 
     def command(self, words: list[str], seconds: float, **more: str) -> tuple[int | None, str] | None:
-        """Its exit status and what it printed: (None, ...) where it took longer than an item may; None where the part is out of
-        time."""
+        """(exit status, output) of a command; (None, output) where it took longer than an item may; None where the part is out
+        of time."""
         process = subprocess.Popen(words, cwd=TREE, env=self.environment(**more), **PIPES)
         try:
             said, _ = process.communicate(timeout=seconds)
@@ -174,7 +174,7 @@ def cuda_library(device: str) -> Path:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """With what it has started."""
+    """Ends a process and its children."""
     try:
         os.killpg(process.pid, 9)
     except ProcessLookupError:
@@ -182,7 +182,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 class Worker:
-    """A process of worker.py, started at its first item, and anew where it has died."""
+    """A process of worker.py, started at its first item, and again after its death."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

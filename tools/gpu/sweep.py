@@ -1,7 +1,7 @@
-"""Tiles, warps and stages of the hottest launches, one after another: is it right, and how long does it take.
+"""Sweeps tiles, warps and stages of the hottest launches: checks and times one configuration after another.
 
-First tiles and warps about those of kernels/_configurations.py, then the stages of the three fastest. A configuration is
-timed only where it keeps the tolerance rule, and takes the place of the one that is there where it saves SAVES of the time.
+Tiles and warps near those of kernels/_configurations.py come first, then the stages of the three fastest. A configuration is
+timed only where it keeps the tolerance rule, and replaces the present configuration where it saves SAVES of the time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def label(config: Config | None) -> str:
 
 
 def candidates(default: Config, most: int, rows: Sequence[Row], stages: Sequence[int]) -> list[Config]:
-    """What is to be tried next, from the rows of this launch. Empty where all is done."""
+    """The configurations to try next, from the rows of this launch; empty at the end."""
     known = [row["config"] for row in rows]
     tiles = [{"BLOCK_Q": size} for size in _about(default["BLOCK_Q"], most)]
     if "BLOCK_KV" in default:
@@ -54,7 +54,7 @@ def _about(size: int, most: int) -> list[int]:
 
 
 def winner(default: Config, rows: Sequence[Row]) -> Config:
-    """The fastest one; the default where none saves enough."""
+    """The fastest configuration; the default where none saves enough."""
     timed = {label(row["config"]): row for row in rows if "us" in row}
     if not timed:
         return default
@@ -63,11 +63,11 @@ def winner(default: Config, rows: Sequence[Row]) -> Config:
 
 
 class Recorder(dict[str, Config]):
-    """In the place of `OVERRIDES`: `config` for the launches whose facts begin with `prefix`, and what these are."""
+    """Replaces `OVERRIDES`: gives `config` to launches whose facts begin with `prefix`, and records these facts."""
 
     def __init__(self, prefix: str, config: Config | None) -> None:
         self.prefix, self.config = prefix, config
-        self.asked: dict[str, Config] = {}  # with what would have been taken
+        self.asked: dict[str, Config] = {}  # facts, and the configuration that the default rule gives
 
     def __bool__(self) -> bool:
         return True
@@ -80,7 +80,7 @@ class Recorder(dict[str, Config]):
 
 
 class _Launch:
-    """A hot launch: its problem, its call, and what was compiled for it."""
+    """A hot launch: its problem, its call, and its compiled configurations."""
 
     def __init__(self, hot: production.Hot, device: str) -> None:
         self.hot, self.device = hot, device
@@ -91,12 +91,12 @@ class _Launch:
         self.compiled: set[str] = set()
 
 
-_now: list[_Launch] = []  # the one that is swept
+_now: list[_Launch] = []  # the launch that is swept
 _pool: list[ProcessPoolExecutor] = []
 
 
 def tried(item: dict[str, Any], device: str) -> Row:
-    """The row of one configuration; `config` None is what the kernel takes by itself. `batch` is compiled beforehand, in all."""
+    """The row of one configuration; `config` None stands for the kernel's default. The whole `batch` is compiled beforehand."""
     hot, config = production.HOTTEST[item["hot"]], item["config"]
     if not _now or _now[0].hot is not hot:
         _now.clear()
@@ -129,21 +129,21 @@ def _measured(launch: _Launch, device: str) -> Row:
     ratio = production.ratio_of(worst)
     if ratio > 1.0:
         return {"passed": False, "ratio": ratio, "problem": str(worst)}
-    found = [one for one in launches.launched(launch.call) if one[0] in launch.hot.kernels]
-    us = launches.seconds([start for _, start, _ in found], device) * 1e6
-    compiled = [kernel for _, _, kernel in found if kernel is not None]
+    timed = [one for one in launches.launched(launch.call) if one[0] in launch.hot.kernels]
+    us = launches.seconds([start for _, start, _ in timed], device) * 1e6
+    compiled = [kernel for _, _, kernel in timed if kernel is not None]
     facts = {name: [getattr(kernel, f"n_{name}", None) for kernel in compiled] for name in ("regs", "spills")}
     return {"passed": True, "ratio": ratio, "us": round(us, 3), **facts}
 
 
 def _compile(hot: int, batch: list[Config | None]) -> None:
-    """Into Triton's cache on the disk, on all cores."""
+    """Compiles a batch into Triton's cache on the disk, on all cores."""
     if not _pool:
         _pool.append(new_pool())
     major, minor = torch.cuda.get_device_capability()
     ahead: list[Future[None]] = [_pool[0].submit(compile_one, hot, config, 10 * major + minor) for config in batch]
     for one in ahead:
-        one.exception()  # it comes again, and is stored, where this configuration is launched
+        one.exception()  # the launch of this configuration raises it again, and stores it
 
 
 def new_pool() -> ProcessPoolExecutor:
@@ -151,22 +151,22 @@ def new_pool() -> ProcessPoolExecutor:
 
 
 def _end_with_parent() -> None:
-    """A process that crashes ends none of its pool's, which would hold its output open: run.py would read on until time is up."""
+    """Ends this process with its parent: after a crash, pool processes would hold the output open, and run.py would wait."""
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def compile_one(hot: int, config: Config | None, architecture: int) -> None:
-    """One launch compiled as for this GPU, on CPU tensors: as it is timed and as it is checked, since sizes and masks that differ
-    are compiled anew. The other launches of these calls do nothing."""
+    """Compiles one launch for this GPU, on CPU tensors: with the sizes and masks of the timed call, and with those of the check.
+    All remaining launches of these calls do nothing."""
     from triton.runtime.jit import JITFunction
 
     from tools.compiled.triton import pretend
     from vlattn_fast.ops import _dispatch
 
     chosen = production.HOTTEST[hot]
-    _dispatch.INTERPRETED = True  # so that Triton's kernels take CPU tensors; nothing is interpreted
+    _dispatch.INTERPRETED = True  # Triton's kernels take CPU tensors; nothing is interpreted
     _configurations.OVERRIDES = Recorder(chosen.key, config)
     pretend(architecture)
     run = JITFunction.run
@@ -177,7 +177,7 @@ def compile_one(hot: int, config: Config | None, architecture: int) -> None:
 
     JITFunction.run = only_this
     try:
-        # with so many heads no kernel divides the keys of one among programs, nor does it on a device with all of them
+        # with so many heads no kernel divides a head's keys among programs, as on a device with the whole batch
         call = production.call_of(chosen.benchmark, "triton", "cpu", batch=16)
         assert call is not None
         call()

@@ -1,4 +1,4 @@
-"""A process of `make gpu` that keeps what its items share: reads items, a line of JSON each, and answers each by a row.
+"""A process of `make gpu` that keeps data shared by its items: it reads items, a line of JSON each, and answers each by a row.
 
 usage: python -m tools.gpu.worker DEVICE
 """
@@ -22,10 +22,10 @@ from vlattn_fast.benchmarks._rows import device_name
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import settle
 
-ROW = "ROW "  # before a row; whatever else is printed is kept for what went wrong
+ROW = "ROW "  # begins a row; run.py keeps all other output for its error messages
 Item = dict[str, Any]
 Row = dict[str, Any]
-SAME_KERNEL = 3  # calls that are profiled
+SAME_KERNEL = 3  # profiled calls
 
 
 def main(device: str) -> None:
@@ -38,40 +38,40 @@ def main(device: str) -> None:
         except Exception as error:
             row = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500], "last": device == "cuda"}
             traceback.print_exc(file=sys.stdout)
-        # on a line of its own, whatever was printed before
+        # begins a new line, whatever was printed before
         print("\n" + ROW + json.dumps({**row, "seconds": round(time.monotonic() - start, 2)}), flush=True)
         if row.get("last"):
             sys.exit(1)  # after an illegal access nothing runs in this process any more
 
 
 def verified(item: Item, device: str) -> Row:
-    """Each backend that takes the case, by the tolerance rule: the worst output in units of what is allowed."""
-    # outputs come full of NaN, so that one that is not written everywhere is seen
+    """The worst output of each backend that takes the case, in units of the tolerance rule's bound."""
+    # outputs are filled with NaN, so that a gap in an output is seen
     warnings.filterwarnings("ignore", ".*deterministic")
     torch.use_deterministic_algorithms(True, warn_only=True)
     check = next(check for check in production.checks(device) if check.item == item["item"])
     case = check.case
     problem = verify._Problem(case, check.dtype, device, truth_on=device)
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for backend in production.BACKENDS:
         tensors = case.in_dtype(check.dtype, device)
         refused = verify.backends_of(case.operator)[backend].refusals(verify.facts_of(case.operator, case.arguments(tensors)))
         if refused:
-            found[backend] = {"refused": refused}
+            compared[backend] = {"refused": refused}
             continue
         try:
-            found[backend] = _compared(problem, backend, device)
+            compared[backend] = _compared(problem, backend, device)
         except Exception as error:
-            found[backend] = {"problem": f"{type(error).__name__}: {error}"[:500]}
+            compared[backend] = {"problem": f"{type(error).__name__}: {error}"[:500]}
             if device == "cuda":
                 break  # after an illegal access nothing runs in this process any more
-    failed = {name: str(x) for name, x in found.items() if "problem" in x or x.get("ratio", 0.0) > 1.0}
-    last = device == "cuda" and any("problem" in x for x in found.values())
+    failed = {name: str(x) for name, x in compared.items() if "problem" in x or x.get("ratio", 0.0) > 1.0}
+    last = device == "cuda" and any("problem" in x for x in compared.values())
     if not last:
         torch.cuda.empty_cache()
     facts = {"operator": case.operator, "case": case.name, "sizes": check.sizes, "dtype": str(check.dtype)}
     problem_of = "; ".join(f"{name}: {said}" for name, said in failed.items())
-    return {**facts, "passed": not failed, "problem": problem_of, "backends": found, "last": last}
+    return {**facts, "passed": not failed, "problem": problem_of, "backends": compared, "last": last}
 
 
 def _compared(problem: verify._Problem, backend: str, device: str) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _sweep(item: Item, device: str) -> Row:
 
 
 def compiled(item: Item, device: str) -> Row:
-    """The kernels of one call of a benchmark, for the processes to come."""
+    """Compiles the kernels of one call of a benchmark, for later processes."""
     call = production.call_of(item["call"], item["backend"], device)
     if call is not None:
         call()
@@ -131,7 +131,7 @@ def _on_cpu(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def _profiled(call: Callable[[], Any], backend: str) -> dict[str, float]:
-    """By torch's profiler. Torch's own kernels are left out."""
+    """Microseconds by kernel from torch's profiler, without torch's kernels."""
     ours = {name for name, _, _ in launches.launched(call)} if backend == "triton" else None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(SAME_KERNEL):
@@ -148,7 +148,7 @@ def _profiled(call: Callable[[], Any], backend: str) -> dict[str, float]:
 
 
 def benchmarked(item: Item, device: str) -> Row:
-    """The rows of a benchmark, for the device's file of rows. `left_out` names variants that are not timed, and why."""
+    """The rows of a benchmark, for the device's file of rows. `left_out` says why a variant is not timed."""
     place = torch.device(device)
     if item["item"] == "host":
         from vlattn_fast.benchmarks.host import measure
@@ -162,8 +162,8 @@ def benchmarked(item: Item, device: str) -> Row:
         row["variant"] for row in rows if "not_run" in row and row["variant"] in OURS and row["variant"] not in item["left_out"]
     ]
     problem = f"not run: {', '.join(failed)}" if failed else ""
-    found = [{**row, "device": device_name(place)} for row in rows]
-    return {"passed": not failed, "problem": problem, "rows": found, "last": bool(failed) and device == "cuda"}
+    placed = [{**row, "device": device_name(place)} for row in rows]
+    return {"passed": not failed, "problem": problem, "rows": placed, "last": bool(failed) and device == "cuda"}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """docs/kernels.md, from the stored table of the Triton kernels: `python -m tools.pages.kernels_page` writes it and its counts.
 
-The time of a kernel is predicted as the largest of four: instructions over issue slots, those of the special function unit,
-matrix products, and bytes. Kernels of one pass run one after another. Counted are the loops over tiles; what lies outside of them
-is left out.
+The predicted time of a kernel is the largest of four: instructions over issue slots, special functions over their unit's slots,
+matrix products, and bytes. Kernels of one pass run one after another. Only the loops over tiles are counted.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from tools.compiled.triton import TABLE
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "kernels.md"
-COUNTS = ROOT / "benchmarks" / "results" / "machine_code.json"  # of these kernels, before they were worked on and as they are
+COUNTS = ROOT / "benchmarks" / "results" / "machine_code.json"  # of old and present kernels
 
-# an H200: matrix products of bfloat16 and copies as they were measured on one, the rest from its clock of 1.83 GHz and 132 SMs
+# an H200: measured rates of bfloat16 matrix products and copies; the rest from its clock of 1.83 GHz and 132 SMs
 PRODUCTS, BYTES = 790e12, 4.3e12
 CLOCKS = 132 * 1.83e9
 ISSUE, SPECIAL = 128 * CLOCKS, 16 * CLOCKS  # instructions of threads a second
@@ -43,7 +42,7 @@ class Workload:
         return self.batch * self.heads * self.tokens**2 / (2 if self.causal else 1)
 
     def tiles(self, rows: int, keys: int, edge: int | None, by_key: bool) -> tuple[int, int]:
-        """How many whole tiles of a head hold any pair, and how many of the smaller ones at the edge, where a kernel has those.
+        """(whole tiles of a head that hold any pair, smaller tiles at the edge, where a kernel has these).
 
         A program goes over all keys of its rows, or by key over all rows of its keys."""
         blocks, inner = (keys, rows) if by_key else (rows, keys)
@@ -55,7 +54,7 @@ class Workload:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of (B, H, N, D) in bfloat16."""
+        """Bytes of (B, H, N, D) in bfloat16."""
         return 2 * self.batch * self.heads * self.tokens * self.size
 
 
@@ -69,8 +68,8 @@ HIGHRES = Workload("16,384 tokens, 32 heads of 128", 1, 32, 16384, 128, causal=T
 class Entry:
     """One pass of an operator.
 
-    call: as in tools/compiled/calls/. kernels: the name of each and its matrix products over pairs. products, tensors, special:
-    of the floor: matrix products over pairs, tensors of B H N D read or written, special functions a pair.
+    call: as in tools/compiled/calls/. kernels: (name, matrix products over pairs) of each. products, tensors, special: the
+    floor's matrix products over pairs, tensors of B H N D read or written, and special functions a pair.
     """
 
     what: str
@@ -91,7 +90,7 @@ def _scores() -> list[Entry]:
         call = f"score_attention {kind} bf16 64"
         entries.append(Entry(f"score_attention, {kind}, forward", CLIP, call, FORWARD, 2, 4, special))
         entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, BACKWARD, 5, 8, special))
-    # two hidden units share a reciprocal, or each takes a tanh; backward once more, as products of queries and keys are made anew
+    # two hidden units share a reciprocal, or each takes a tanh; backward repeats this, as it recomputes products of q and k
     for kind, special in (("additive", 32.0), ("hadamard_tanh", 64.0)):
         call = f"score_attention {kind} bf16 64"
         entries.append(Entry(f"score_attention, {kind}, forward", CLIP, call, {"_forward_kernel": 1}, 1, 4, special))
@@ -143,18 +142,18 @@ ENTRIES = [
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of the loops over tiles, by what they wait for."""
+    """Microseconds of the loops over tiles, by the resource that they wait for."""
 
     issue: float
     special: float
     products: float
     memory: float
-    predicted: float  # of each kernel the longest of the first three, or the memory of all
+    predicted: float  # the sum over kernels of the longest of the first three, or the memory of all
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the threads of a program do for a tile: instructions, those of the special function unit, and pairs."""
+    """Work of a program's threads on a tile: instructions, special functions among them, and pairs."""
 
     issue: float
     special: float
@@ -162,15 +161,15 @@ class Turn:
 
 
 def turns_of(key: str, row: Row, size: int, queries: int | None = None) -> tuple[Turn, Turn]:
-    """For a whole tile, and for one at the edge. key: of the row in the table.
+    """The turns for a whole tile and for a tile at the edge. key: of the row in the table.
 
-    queries: how many of a tile's there are, where a kernel skips the others (`_units_backward_kernel`); all by default.
+    queries: the number of a tile's queries, where a kernel skips missing ones (`_units_backward_kernel`); all by default.
     """
     rows, keys = map(int, row["tile"].split("x"))
     threads, edge_keys = 32 * row["warps"], row["edge"] or 0
     edge: list[tuple[list[int], float]] = []
     if row["per_pair"] is not None:
-        # a pass over the tiles for each number of matrix instructions, and of its loops the one without masks
+        # a pass over the tiles for each number of matrix instructions, and the pass's loop without masks
         loops = [Loop(*loop) for loop in row["loops"] if loop[1] > 0]
         whole = of_whole_tiles(loops, (rows, keys), row["edge"])
         turns = [
@@ -178,11 +177,11 @@ def turns_of(key: str, row: Row, size: int, queries: int | None = None) -> tuple
         ]
         edge = [([x.instructions, x.mma, x.mufu], 1.0) for x in loops if x not in whole]
         return _turn(turns, threads, rows * keys), _turn(edge, threads, edge_keys * (keys if _by_key(key) else rows))
-    # sums over hidden units: loops of each way to combine exponentials, for the scores, then for the gradients, where a thread
-    # has one unit of a group of keys and takes two queries a turn; those of the tile at the edge follow
+    # sums over hidden units: a loop for each way to combine exponentials, for the scores, then for the gradients, where a thread
+    # has one unit of a group of keys and takes two queries a turn; the loops of the tile at the edge follow
     loops_of_units = [loop for loop in row["loops"] if loop[1] == 0 and loop[2]]
     ways, groups = 3 if "additive" in key else 1, max(1, threads // size)
-    special = row.get("special_a_unit", SPECIAL_A_UNIT[key.split()[1]])  # kernels of before have their own
+    special = row.get("special_a_unit", SPECIAL_A_UNIT[key.split()[1]])  # rows of old kernels hold theirs
     of_a_tile = 2 * ways if "backward" in key else ways
 
     def turn(loops: list[list[int]], pairs: int) -> Turn:
@@ -208,10 +207,10 @@ def _turn(loops: Sequence[tuple[Sequence[int], float]], threads: int, pairs: int
 
 
 def tiles_of(key: str, row: Row, work: Workload) -> list[tuple[int, Turn]]:
-    """Those of a head, as numbers of tiles that are alike."""
+    """The tiles of a head, as (number, turn) of equal tiles."""
     rows, keys = map(int, row["tile"].split("x"))
     if "_units_backward_kernel" not in key:
-        edge = None if row["per_pair"] is None else row["edge"]  # the other sums over units have tiles of one size
+        edge = None if row["per_pair"] is None else row["edge"]  # the rest of the sums over units have tiles of one size
         counts = work.tiles(rows, keys, edge, _by_key(key))
         return list(zip(counts, turns_of(key, row, work.size), strict=True))
     blocks = (work.tokens // keys, 1) if row["edge"] and work.tokens % keys else (math.ceil(work.tokens / keys), 0)
@@ -224,7 +223,7 @@ def tiles_of(key: str, row: Row, work: Workload) -> list[tuple[int, Turn]]:
 
 
 def times_of(entry: Entry, rows: dict[str, Row]) -> Times:
-    """Of all kernels of the pass, one after another."""
+    """The times of all kernels of the pass, one after another."""
     work, kernels = entry.workload, []
     for kernel, products in entry.kernels.items():
         key = f"{entry.call} {kernel} sm_90"
@@ -247,7 +246,7 @@ def floor_of(entry: Entry) -> float:
 
 
 def goal_of(entry: Entry) -> float:
-    """How many times the floor a pass may take."""
+    """The multiple of the floor that a pass may take."""
     return 1.6 if "backward" in entry.what else 1.4
 
 
@@ -296,7 +295,7 @@ def newest() -> tuple[str, dict[str, Row]]:
 
 
 def counts() -> dict[str, Any]:
-    """What COUNTS holds, with the present counts as those after."""
+    """The content of COUNTS, with the present counts under "after"."""
     stored: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8"))
     version, table = newest()
     keys = sorted({f"{entry.call} {kernel} sm_90" for entry in ENTRIES for kernel in entry.kernels})
@@ -308,10 +307,10 @@ def _changes() -> list[str]:
         "| kernel | instructions a pair | registers | spilled bytes | warps, each computing |",
         "| --- | --- | --- | --- | --- |",
     ]
-    found = counts()
+    counted = counts()
     sizes = {f"{entry.call} {kernel} sm_90": entry.workload.size for entry in ENTRIES for kernel in entry.kernels}
-    for key, after in found["after"].items():
-        versions = [row for row in (found["before"].get(key), after) if row]  # some kernels are new
+    for key, after in counted["after"].items():
+        versions = [row for row in (counted["before"].get(key), after) if row]  # some kernels are new
         whole = [turns_of(key, {"edge": None, **row}, sizes[key])[0] for row in versions]
         pairs = [f"{turn.issue / turn.pairs:.1f}" for turn in whole]
         warps = [f"{row['warps']}, {'a part' if row['repeated'] == 1 else 'all of it'}" for row in versions]

@@ -21,7 +21,7 @@ SCORES = {
     "decoded": "next token",
     "states": "none",
 }
-WITHOUT_LOGITS = ("Model", "WithProjection")  # how classes end that give states, or these projected, and no logits
+WITHOUT_LOGITS = ("Model", "WithProjection")  # endings of classes that give states or projections and no logits
 ROWS = {
     "cls": "first token",
     "eot": "end-of-text token",
@@ -61,7 +61,7 @@ def sources() -> str:
 
 
 def rows(name: str, family: Family) -> list[str]:
-    """A class, and those of its models that have a vocabulary."""
+    """The rows of a class and of its models with a vocabulary."""
     more = [] if family.generating is None else [row(f"{name}(vocab_size=...)", family.generating)]
     return [row(name, family), *more]
 

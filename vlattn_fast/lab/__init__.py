@@ -1,7 +1,7 @@
-"""DigitScenes, the embedded benchmark: real handwritten digits, captions that relate them, questions about them, and small models
-trained on it: UNITER, a CLIP dual encoder, and two CLIPMapper on top of that, for answers and for captions.
+"""DigitScenes, the embedded benchmark: handwritten digits, captions that relate them, questions about them, and small models
+trained on it: UNITER, a CLIP dual encoder, and two CLIPMapper on top of this CLIP, for answers and for captions.
 
-Needs scikit-learn (the scans), safetensors (the weights) and, for all but UNITER, transformers only when they are first used.
+scikit-learn (scans), safetensors (weights) and transformers (all models but UNITER) are imported when they are first used.
 
 In: seeds and counts.
 Out: scenes, samples, trained models.

@@ -44,7 +44,7 @@ CONFIG: dict[str, Any] = {
         "hidden_act": "gelu",
     },
 }
-RETRIEVED = 100  # captions that one is to be found among
+RETRIEVED = 100  # captions in a group of retrieval
 
 
 def build_clip(config: dict[str, Any]) -> CLIPModel:
@@ -56,8 +56,8 @@ def build_clip(config: dict[str, Any]) -> CLIPModel:
 
 
 def load_clip(directory: str | Path = DATA) -> tuple[CLIPModel, SceneProcessor]:
-    """The CLIP model (transformers' CLIPModel) trained on DigitScenes, in eval mode, and its processor; by default with the
-    shipped weights, otherwise with those `python -m vlattn_fast.lab.train clip --output DIR` left in a directory."""
+    """The CLIP model (transformers' CLIPModel) trained on DigitScenes, in eval mode, and its processor. A directory holds the
+    weights that `python -m vlattn_fast.lab.train clip --output DIR` writes; the default holds the shipped weights."""
     config, state = load_weights(directory, WEIGHTS, "clip")
     model = build_clip(config)
     model.load_state_dict(state)
@@ -104,8 +104,8 @@ def embeddings(model: CLIPModel, scenes: Scenes, words: Tensor) -> tuple[Tensor,
 
 @torch.no_grad()
 def retrieval(model: CLIPModel, *, count: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Of test scenes and their captions in groups of RETRIEVED: how often the most similar caption is the image's own, and how
-    often it is true of the image, which others of the group may be, too; the same from captions to images."""
+    """Test scenes and their captions are compared in groups of RETRIEVED. Counted is how often the most similar caption is the
+    image's own caption, and how often this caption is true of the image (several may be); the same from captions to images."""
     hits: dict[str, list[Tensor]] = {"image_to_text": [], "image_to_true_text": [], "text_to_image": [], "text_to_true_image": []}
     for group in range(-(-count // RETRIEVED)):
         scenes = digit_scenes(min(RETRIEVED, count - group * RETRIEVED), seed=seed + group)
@@ -113,7 +113,7 @@ def retrieval(model: CLIPModel, *, count: int = 1000, seed: int = 0) -> dict[str
         image, text = embeddings(model, scenes, words)
         true = caption_pixels(scenes, words) >= CLEARANCE
         found_text, found_image = (image @ text.T).argmax(1), (text @ image.T).argmax(1)
-        hits["image_to_text"].append((words[found_text] == words).all(1))  # where two say the same, either is the image's own
+        hits["image_to_text"].append((words[found_text] == words).all(1))  # any caption with the same words counts
         hits["image_to_true_text"].append(true[row, found_text])
         hits["text_to_image"].append(found_image == row)
         hits["text_to_true_image"].append(true[found_image, row])
@@ -125,10 +125,10 @@ def caption_accuracy(model: CLIPModel, *, count: int = 1000, seed: int = 0, pair
     """How often a test image is closer to its true caption than to a false one, for each kind of wrong caption; arguments as in
     `digit_scenes`. Chance is 1/2."""
     true = digit_scenes(count, seed=seed, pairs=pairs)
-    image, own = embeddings(model, true, words_of(true))
+    image, said = embeddings(model, true, words_of(true))
     accuracy = {}
     for negative in NEGATIVES:
         false = digit_scenes(count, seed=seed, pairs=pairs, negative=negative)
-        other = embed_captions(model, words_of(false))
-        accuracy[negative] = round(float(((image * (own - other)).sum(1) > 0).double().mean()), 4)
+        unsaid = embed_captions(model, words_of(false))
+        accuracy[negative] = round(float(((image * (said - unsaid)).sum(1) > 0).double().mean()), 4)
     return accuracy

@@ -30,12 +30,12 @@ RESULTS = Path("benchmarks/results")
 
 
 def methods_of(task: Task) -> dict[str, str | Rival]:
-    """Everything that is compared on a task, by its name; captum's methods where captum is installed."""
-    found: dict[str, str | Rival] = {name: name for name in task.methods}
+    """The methods and rivals of a task, by name; captum's methods only where captum is installed."""
+    methods: dict[str, str | Rival] = {name: name for name in task.methods}
     for kind in task.rivals:
         if kind != "CAPTUM" or version("captum") is not None:
-            found |= getattr(rivals, kind)
-    return found
+            methods |= getattr(rivals, kind)
+    return methods
 
 
 def run(task: Task, model: nn.Module, samples: int, seed: int, methods: Mapping[str, str | Rival] | None = None) -> Evaluation:
@@ -54,16 +54,16 @@ def run(task: Task, model: nn.Module, samples: int, seed: int, methods: Mapping[
 def whole(runs: Sequence[Evaluation]) -> float | None:
     """Accuracy of the whole inputs, over all runs; None where a run has none."""
     curves = [[curve for curve in run.curves if curve["test"] == "positive" and curve["part"] == "image"] for run in runs]
-    first = [found[0]["mean"][0] for found in curves if found]
+    first = [of_image[0]["mean"][0] for of_image in curves if of_image]
     return sum(first) / len(first) if len(first) == len(runs) else None
 
 
 def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str, Any]]:
-    """Of weighted relevancy, the weight a of the residual term by "contribution", a row for each attention of each tower, first
-    to last: its mean, and its 5th and 95th percentile over the tokens at which the score has a gradient."""
-    found: dict[tuple[str, int], list[Tensor]] = {}
+    """The weight a of weighted relevancy's residual term by "contribution", a row for each attention of each tower, first to
+    last: mean, 5th and 95th percentile over the tokens at which the score has a gradient."""
+    shares: dict[tuple[str, int], list[Tensor]] = {}
     for inputs, target, _ in task.items(model, samples, 0, task.batch):
-        seen: dict[int, list[Tensor]] = {}  # by the number of tokens, which tells the towers apart
+        seen: dict[int, list[Tensor]] = {}  # by number of tokens, which differs between towers
 
         def weighting(
             residual: Tensor, branch: Tensor, gradient: Tensor, seen: dict[int, list[Tensor]] = seen
@@ -78,9 +78,9 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
             # One row goes from the last layer to the first. Between towers the layers come in the order in which they ran.
             ordered = parts if isinstance(model, CLIPMapper) else parts[::-1]
             for number, part in enumerate(ordered, 1):
-                found.setdefault(("text" if size == inputs["input_ids"].shape[1] else image, number), []).append(part)
+                shares.setdefault(("text" if size == inputs["input_ids"].shape[1] else image, number), []).append(part)
     rows = []
-    for (tower, number), parts in sorted(found.items()):
+    for (tower, number), parts in sorted(shares.items()):
         numbers = torch.cat(parts).double()
         low, high = numbers.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
         row = {"tower": tower, "attention": number, "tokens": len(numbers), "mean": float(numbers.mean())}
@@ -90,7 +90,7 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
 
 @torch.no_grad()
 def accepted(samples: int, seeds: int) -> dict[str, Any]:
-    """Share of the true captions that the model accepts: as they are, and without their first to fifth word."""
+    """Share of the true captions that the model accepts: whole captions, and captions without their first to fifth word."""
     model = TASKS["matching"].load()
     counts = torch.zeros(6, dtype=torch.float64)
     for seed in range(seeds):
@@ -104,8 +104,8 @@ def accepted(samples: int, seeds: int) -> dict[str, Any]:
 
 
 def over_seeds(runs: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """A row for each method, test and part: mean and standard deviation over the runs that have a value ("seeds" of them), and of
-    the difference from "gradient" in the same run."""
+    """A row for each method, test and part: mean and standard deviation of the value and of its difference from "gradient" in
+    the same run, over the "seeds" runs that have a value."""
     rows = []
     for first in runs[0].table:
         place = (first["method"], first["test"], first["part"])
@@ -121,7 +121,7 @@ def over_seeds(runs: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation; None where there are too few for one."""
+    """Mean and standard deviation; None where too few values are there."""
     numbers = torch.tensor(values, dtype=torch.float64)
     return float(numbers.mean()) if values else None, float(numbers.std()) if len(values) > 1 else None
 
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """As Markdown, of the image and of the text: every method, and what weights and ablations change."""
+    """Markdown tables for the image and for the text: every method, and how weights and ablations change the methods."""
     stored = {(row["method"], row["test"], row["part"]): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for part in PARTS:

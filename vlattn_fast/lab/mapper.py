@@ -25,8 +25,8 @@ LONGEST = 10  # tokens of an answer, [END] among them
 
 
 def load_vqa(directory: str | Path = DATA) -> tuple[CLIPMapper, SceneProcessor]:
-    """The CLIPMapper that answers `digit_questions`, in eval mode, and its processor, whose `answers` are the classes; by default
-    with the shipped weights, otherwise with those `python -m vlattn_fast.lab.train vqa --output DIR` left in a directory."""
+    """The CLIPMapper that answers `digit_questions`, in eval mode, and its processor, whose `answers` are the classes. A folder
+    holds the weights that `python -m vlattn_fast.lab.train vqa --output DIR` writes; the default holds the shipped weights."""
     return _load("vqa", directory), SceneProcessor()
 
 
@@ -61,8 +61,8 @@ def question_accuracy(model: CLIPMapper, *, count: int = 1000, seed: int = 0, pa
 
 
 def blind_accuracy(*, count: int = 1000, learned: int, seed: int = 0) -> dict[str, dict[str, float]]:
-    """What `question_accuracy` is without the images: "kind" always gives the most frequent answer to the kind of question,
-    "text" that to the very question, both counted over `learned` training questions of each kind."""
+    """`question_accuracy` without images: "kind" always gives the most frequent answer to the kind of question, "text" the most
+    frequent answer to the same question, both counted over `learned` training questions of each kind."""
     accuracy: dict[str, dict[str, float]] = {"kind": {}, "text": {}}
     for kind in QUESTIONS:
         asked = digit_questions(count, seed=seed, kind=kind)
@@ -79,7 +79,7 @@ def blind_accuracy(*, count: int = 1000, learned: int, seed: int = 0) -> dict[st
 
 
 def complete(model: CLIPMapper, prompts: Questions, *, images: Any = None) -> list[str]:
-    """The model's answers to prompts, about other images where they are given."""
+    """The model's answers to prompts; `images` replaces the images of the prompts."""
     inputs = SceneProcessor(end=False)(prompts.images if images is None else images, prompts.questions)
     return SceneProcessor().decode(model.generate(**inputs, max_new_tokens=LONGEST, stop_token=END))
 
@@ -87,8 +87,8 @@ def complete(model: CLIPMapper, prompts: Questions, *, images: Any = None) -> li
 def prompt_accuracy(
     model: CLIPMapper, *, count: int = 1000, seed: int = 0, pairs: str | None = None
 ) -> dict[str, dict[str, float]]:
-    """Share of answers to `count` test prompts of each kind that are true of the scene, and of those that the model gives when it
-    sees another scene's image; pairs as in `digit_scenes`."""
+    """Share of answers to `count` test prompts of each kind that are true of the scene, when the model sees the image of this
+    scene, and when it sees the image of another scene; pairs as in `digit_scenes`."""
     accuracy: dict[str, dict[str, float]] = {"true": {}, "other_image": {}}
     for kind in PROMPTS:
         asked = digit_prompts(count, seed=seed, kind=kind, pairs=pairs)

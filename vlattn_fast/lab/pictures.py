@@ -27,14 +27,12 @@ _INK, _GREY, _FRAME = "#1a1a1a", "#7a7a7a", "#0a7d5e"
 
 
 def answer_figure(explanation: Explanation, prompts: Questions, words: list[str], row: int = 0) -> Figure:
-    """The scene of a prompt, and a map over it for each word of the answer, scaled by itself.
-
-    For words that stand for a digit, the digit with the largest share of the map is framed.
-    """
+    """The scene of a prompt, and a map over the scene for each word of the answer, each map with a separate scale. For a word
+    that stands for a digit, the digit with the largest share of the map is framed."""
     with extra("viz"):
         from matplotlib.figure import Figure
 
-    assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # of an answer about a scene
+    assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # an answer about a scene has both
     maps, boxes = explanation.image[row].double(), prompts.boxes[row]
     ink = _smooth(prompts.images[row].double())
     count = 1 + len(words)
@@ -60,7 +58,7 @@ def answer_figure(explanation: Explanation, prompts: Questions, words: list[str]
 
 
 def _legend(figure: Figure, width: float, height: float) -> None:
-    """What the colours mean, under the scene."""
+    """The meaning of the colours, under the scene."""
     left, bottom, long, high = _GAP + 0.68, 0.12, 0.6, 0.1  # inches
     axis = figure.add_axes((left / width, bottom / height, long / width, high / height), xticks=[], yticks=[])
     axis.spines[:].set(color="#c8c8c8", linewidth=0.8)

@@ -1,6 +1,6 @@
 """How often explanations of the two CLIPMapper of DigitScenes point at the digit that a question or a word is about.
 
-A map points at the digit whose box has the largest share of it. All boxes have one size, so chance is one in four.
+A map points at the digit whose box has the largest share of the map. All boxes have one size, so chance is one in four.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vlattn_fast.lab.scenes import CANVAS
 from vlattn_fast.lab.texts import END, SceneProcessor
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
-METHODS = ("gradient", "rollout", "attention", "gradcam")  # that there are for towers which attend to one another
+METHODS = ("gradient", "rollout", "attention", "gradcam")  # methods for towers that attend to one another
 CHANCE = {"answer": 1 / 4, "there": 1 / 4, "is": 1 / 2, "word": 1 / 4}
 
 
 def box_shares(image: Tensor, boxes: Tensor) -> Tensor:
-    """Maps (B, ..., h, w) of scenes with boxes (B, R, 4) in pixels -> (B, ..., R): the sum over each box; a patch counts by the
-    part of it that lies in the box."""
+    """Maps (B, ..., h, w) of scenes with boxes (B, R, 4) in pixels -> (B, ..., R): the sum over each box; a patch counts by
+    the part of the patch inside the box."""
     height, width = image.shape[-2:]
     inside = []
     for axis, cells in ((0, width), (1, height)):
@@ -36,11 +36,11 @@ def box_shares(image: Tensor, boxes: Tensor) -> Tensor:
 
 
 def question_pointing(method: str = "gradient", *, count: int = 200, seed: int = 0) -> dict[str, float]:
-    """Shares of `count` test questions each, explained for the answer that the model gives:
+    """Share of `count` test questions of each kind, explained for the model's answer, whose map points right:
 
     - "answer": "what is left of a six" points at the digit that is the right answer,
-    - "there": "is there a three", where there is, points at it (of 2 `count` questions those with a yes, at most `count`),
-    - "is": "is a three left of a six" points at one of the two.
+    - "there": "is there a three" with the answer yes points at the three (at most `count` out of 2 `count` questions),
+    - "is": "is a three left of a six" points at one of the two digits.
     """
     model, processor = load_vqa()
     shares = {}
@@ -58,8 +58,8 @@ def question_pointing(method: str = "gradient", *, count: int = 200, seed: int =
 
 
 def word_pointing(method: str = "gradient", *, count: int = 200, seed: int = 0) -> dict[str, float]:
-    """How the digits in the model's own answers to `count` test prompts are pointed at: "word", the share of words for a
-    digit of the scene whose map points at it, and "words", how many these are."""
+    """Pointing of the words for digits in the model's answers to `count` test prompts: "words", the number of words for a digit
+    of the scene, and "word", the share of these whose map points at the digit."""
     model, processor = load_captioner()
     asked = digit_prompts(count, seed=seed)
     hits, words = 0, 0
@@ -89,9 +89,9 @@ def select(questions: Questions, rows: Sequence[int]) -> Questions:
 def explain_answers(
     model: CLIPMapper, processor: SceneProcessor, prompts: Questions, method: str = "gradient"
 ) -> tuple[Explanation, list[list[str]]]:
-    """The explanation of the model's own answers to prompts, each word by itself, and the words; [END] where there are none."""
+    """The explanation of the model's answers to prompts, word by word, and the words; an empty answer counts as [END]."""
     inputs = processor(prompts.images, prompts.questions)
-    given = model.generate(**inputs, max_new_tokens=LONGEST, stop_token=END).tolist()
-    ids = [(row[: row.index(END)] or [END]) if END in row else row for row in given]
+    generated = model.generate(**inputs, max_new_tokens=LONGEST, stop_token=END).tolist()
+    ids = [(row[: row.index(END)] or [END]) if END in row else row for row in generated]
     explanation = explain(model, inputs, answer=ids, method=method).with_tokens(processor)
     return explanation, [processor.convert_ids_to_tokens(row) for row in ids]

@@ -17,7 +17,7 @@ def probe_samples(count: int, *, seed: int = 0, batch: int = 50) -> Iterator[tup
     """`count` test scenes with true captions, in batches: (inputs, labels of each scene).
 
     phrases: the two digits that a caption names, the second with its article. relations: the regions of the two, in the order of
-    the caption, and how they are related. sentence: "first_digit", the word that a caption begins with.
+    the caption, and their relation. sentence: "first_digit", the word that a caption begins with.
 
     >>> inputs, labels = next(probe_samples(1, seed=3))
     >>> sorted(labels[0]), len(labels[0]["phrases"])

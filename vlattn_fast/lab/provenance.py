@@ -1,4 +1,4 @@
-"""What a stored row says about where it comes from."""
+"""The origin that a stored row names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def commit() -> str:
-    """The commit of the checkout that holds this file, "+dirty" where it differs from it in more than results and docs."""
+    """The commit of the checkout that holds this file; "+dirty" where the checkout differs in more than results and docs."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -37,12 +37,12 @@ def version(package: str) -> str | None:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of Python and of packages; None where one is not installed."""
+    """The versions of Python and of packages; None for a package that is not installed."""
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the weights: rows tell which ones they were measured with."""
+    """A hash of the weights, by which a row names the weights it was measured with."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())

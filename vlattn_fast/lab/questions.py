@@ -1,7 +1,7 @@
-"""Questions and prompts about the scenes of DigitScenes, with answers that are true of them.
+"""Questions and prompts about the scenes of DigitScenes, with true answers.
 
-A relation is said to hold from CLEARANCE pixels between two centres on, and not to hold where there are none; questions whose
-answer depends on something in between are not asked.
+A relation holds from CLEARANCE pixels between two centres on, and fails from 0 pixels down. A question whose answer depends on a
+distance in between is not asked.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ WHICH = "which digits are there"
 class Questions:
     """A batch of B scenes with a question or prompt each.
 
-    images, boxes, digits: the scenes', as in `Scenes`.
+    images, boxes, digits: as in `Scenes`.
     kinds: B of QUESTIONS or PROMPTS.
     questions: B strings, such as "what is left of a seven"; "" where a caption is asked for.
-    answers: B strings: of a question the one answer, of a prompt one that is true.
+    answers: B strings: the only answer of a question, or one true answer of a prompt.
     named: bool (B, R), the digits that the question or the answer names.
     """
 
@@ -46,34 +46,34 @@ class Questions:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is so in B scenes; [b, i, j, r] is about digit i left of, right of, above, below digit j."""
+    """Relations in B scenes; [b, i, j, r] is about digit i left of, right of, above, below digit j."""
 
-    true: Tensor  # bool (B, R, R, 4): surely so, and sayable
-    false: Tensor  # bool (B, R, R, 4): surely not so, and sayable
-    single: Tensor  # bool (B, R, R, 4): true, and false of all others than i
-    clear: Tensor  # bool (B, R, 4): of every other digit it is sure whether it is on that side of digit j
-    beside: Tensor  # bool (B, R, R, 4): surely so
+    true: Tensor  # bool (B, R, R, 4): surely holds, and sayable
+    false: Tensor  # bool (B, R, R, 4): surely fails, and sayable
+    single: Tensor  # bool (B, R, R, 4): true of i alone
+    clear: Tensor  # bool (B, R, 4): every digit but j surely is or is not on that side of digit j
+    beside: Tensor  # bool (B, R, R, 4): surely holds
 
     @classmethod
     def of(cls, scenes: Scenes, sayable: Tensor) -> _Facts:
         pixels = displacement(scenes.boxes[..., :2].long())
-        other = ~torch.eye(pixels.shape[1], dtype=torch.bool)[..., None]
-        said = sayable[scenes.digits[:, :, None], scenes.digits[:, None, :]] & other
-        holds, fails = (pixels >= CLEARANCE) & other, (pixels <= 0) & other
+        distinct = ~torch.eye(pixels.shape[1], dtype=torch.bool)[..., None]
+        said = sayable[scenes.digits[:, :, None], scenes.digits[:, None, :]] & distinct
+        holds, fails = (pixels >= CLEARANCE) & distinct, (pixels <= 0) & distinct
         others_fail = fails.sum(1, keepdim=True) == pixels.shape[1] - 2
-        clear = (holds | fails | ~other).all(1)
+        clear = (holds | fails | ~distinct).all(1)
         return cls(holds & said, fails & said, holds & said & others_fail, clear, holds)
 
 
 def digit_questions(
     count: int, *, split: str = "test", seed: int = 0, kind: str | None = None, pairs: str | None = None
 ) -> Questions:
-    """`count` questions, each with its one answer; the same arguments give the same questions.
+    """`count` questions, each with its only answer; the same arguments give the same questions.
 
     Args:
         count, split, seed: as in `digit_scenes`.
-        kind: "what" is left of a six: a digit, where only one is there; "is" a three left of a six: yes or no, and both are
-            there; "there": is there a three; "many": how many are left of a six. None = each kind in equal parts.
+        kind: "what" is left of a six: the only digit on that side; "is" a three left of a six, both in the scene: yes or no;
+            "there": is there a three; "many": how many are left of a six. None = each kind in equal parts.
         pairs: which pairs of digits "what" and "is" relate (see `held_out_captions`); None = as in `digit_scenes`.
     """
     return _sample(QUESTIONS, count, split, seed, kind, pairs)
@@ -82,7 +82,7 @@ def digit_questions(
 def digit_prompts(
     count: int, *, split: str = "test", seed: int = 0, kind: str | None = None, pairs: str | None = None
 ) -> Questions:
-    """`count` prompts, each with an answer of several words that is true; others may be, too (see `is_true`).
+    """`count` prompts, each with a true answer of several words; further answers may be true, too (see `is_true`).
 
     Args:
         count, split, seed, pairs: as in `digit_questions`.
@@ -94,7 +94,7 @@ def digit_prompts(
 
 def _sample(kinds: Sequence[str], count: int, split: str, seed: int, kind: str | None, pairs: str | None) -> Questions:
     check_integer("count", count, low=1)
-    check_integer("seed", seed, high=2**64 - 1)  # as torch's generators take it
+    check_integer("seed", seed, high=2**64 - 1)  # the range of torch's generators
     if kind is not None and kind not in kinds:
         raise ValueError(f"kind must be None or one of {tuple(kinds)}; got {kind!r}")
     chosen = tuple(kinds) if kind is None else (kind,)
@@ -119,8 +119,8 @@ def ask(
     pairs: str | None = None,
     generator: torch.Generator,
 ) -> tuple[Questions, Tensor]:
-    """A question (or prompt) of each kind about each scene, in this order, and the scene of each, int64. Scenes about which a
-    kind has nothing to ask are left out of it."""
+    """A question (or prompt) of each kind about each scene, in this order, and the scene of each, int64. A kind leaves out the
+    scenes about which it has nothing to ask."""
     facts = _Facts.of(scenes, sayable_captions(split, pairs))
     parts = [_ask(scenes, facts, kind, prompts, generator) for kind in kinds]
     return _joined([part for part, _ in parts]), torch.cat([rows for _, rows in parts])
@@ -179,7 +179,7 @@ def _ask(scenes: Scenes, facts: _Facts, kind: str, prompts: bool, generator: tor
 
 
 def _first(questions: Questions, count: int) -> Questions:
-    """The first `count` of them, or all."""
+    """The first `count` questions, or all."""
     return Questions(**{name: part[:count] for name, part in vars(questions).items()})
 
 
@@ -192,7 +192,7 @@ def _joined(parts: Sequence[Questions]) -> Questions:
 
 
 def is_true(question: str, answer: str, digits: Tensor, boxes: Tensor) -> bool:
-    """Whether an answer to one of `digit_prompts` is one, and true of the scene with digits (R) and boxes (R, 4)."""
+    """Whether an answer to one of `digit_prompts` is well formed, and true of the scene with digits (R) and boxes (R, 4)."""
     if question == WHICH:
         return answer.split() == [DIGIT_WORDS[digit] for digit in sorted(digits.tolist())]
     if question.startswith("where is a "):

@@ -1,9 +1,9 @@
-"""Other methods as `va.evaluate` takes them: the plain rule as on CLIP by its authors, LeGrad, Grad-ECLIP and CLIP Surgery for
-Hugging Face's CLIPModel, and captum's integrated gradients and occlusion for any model.
+"""Rival methods as `va.evaluate` takes them: the plain rule as its authors use it on CLIP, LeGrad, Grad-ECLIP and CLIP Surgery
+for Hugging Face's CLIPModel, and captum's integrated gradients and occlusion for any model.
 
-Each is a callable (model, inputs, target) -> whatever has `.image`, `.regions` or `.text`. They are written from the papers and
-from the authors' code, which is named below; where these differ, it is said which one is followed. They store every map, as
-published. Scalings for display (min-max over the finished map, resizing) are left out.
+Each rival is a callable (model, inputs, target) -> an object with `.image`, `.regions` or `.text`. The rivals are written from
+the papers and from the authors' code, which each docstring names; where paper and code differ, the docstring says which one is
+followed. Every map is stored, as published. Scalings for display (min-max over the finished map, resizing) are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Inputs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer computed.
+    """The tensors of one layer.
 
     Args:
         module: the layer.
@@ -64,7 +64,7 @@ def text_layers(model: Any, ids: Tensor, real: Tensor) -> list[Layer]:
 
 
 def _layers(tower: Any, hidden: Tensor, mask: Tensor | None) -> list[Layer]:
-    found = []
+    layers = []
     for layer in tower.encoder.layers:
         attention = layer.self_attn
         normed = layer.layer_norm1(hidden)
@@ -77,9 +77,9 @@ def _layers(tower: Any, hidden: Tensor, mask: Tensor | None) -> list[Layer]:
         heads = _merged(maps @ value)
         summed = hidden + attention.out_proj(heads)
         leaving = summed + layer.mlp(layer.layer_norm2(summed))
-        found.append(Layer(layer, hidden, query, key, value, maps, heads, leaving))
+        layers.append(Layer(layer, hidden, query, key, value, maps, heads, leaving))
         hidden = leaving
-    return found
+    return layers
 
 
 def _merged(heads: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _merged(heads: Tensor) -> Tensor:
 
 
 def _image_embeddings(model: Any, hidden: Tensor) -> Tensor:
-    """Of tokens behind the last layer, or of one: (..., C) -> (..., P) of length 1."""
+    """Tokens behind the last layer (..., C) -> embeddings (..., P) of length 1."""
     return F.normalize(model.visual_projection(model.vision_model.post_layernorm(hidden)), dim=-1)
 
 
@@ -118,15 +118,15 @@ def _on_grid(model: Any, patches: Tensor) -> Tensor:
 def legrad(model: nn.Module, inputs: Inputs, target: Any, *, layers: int = 2) -> SimpleNamespace:
     """LeGrad (Bousselham et al., ICCV 2025; code WalBouss/LeGrad, `LeWrapper.compute_legrad_clip`).
 
-    Of each of the last `layers` layers: s_l = the cosine of the text and of what CLIP's head makes of the mean token behind the
-    layer; the map is the mean of relu(d s_l / dA_l) over heads and queries, without CLS. The maps are summed. The code takes the
-    last two layers unless told otherwise, and the mean token where the paper has the pooled one.
+    In each of the last `layers` layers, s_l is the cosine of the text and of the mean token behind the layer in CLIP's embedding
+    space; the map is the mean of relu(d s_l / dA_l) over heads and queries, without CLS. The maps are summed. As in the code, the
+    default is the last two layers, and the mean token replaces the paper's pooled token.
     """
     texts = _text_embeddings(model, inputs)[_chosen(inputs, target)]
     with torch.enable_grad(), at_rest(model):
-        found = vision_layers(model, inputs["pixel_values"])[-layers:]
-        scores = [(_image_embeddings(model, layer.leaving.mean(1)) * texts).sum() for layer in found]
-        grads = [torch.autograd.grad(s, layer.attention, retain_graph=True)[0] for s, layer in zip(scores, found, strict=True)]
+        last = vision_layers(model, inputs["pixel_values"])[-layers:]
+        scores = [(_image_embeddings(model, layer.leaving.mean(1)) * texts).sum() for layer in last]
+        grads = [torch.autograd.grad(s, layer.attention, retain_graph=True)[0] for s, layer in zip(scores, last, strict=True)]
     relevancy = torch.stack([grad.clamp(min=0).mean((1, 2)) for grad in grads]).sum(0)
     return SimpleNamespace(image=_on_grid(model, relevancy[:, 1:]))
 
@@ -142,9 +142,9 @@ def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace
 
     relu(sum_c w_c lambda_i v_ic) in the last layer: w = the gradient of the cosine of image and text at the attention output of
     the pooled token, v_i = the values, lambda_i = cos(q_pooled, k_i), scaled to [0, 1] over the tokens, with q and k behind the
-    output projection, as in the code. Of the text the sum is over the last two thirds of the layers (the code: 8 of 12), and
-    lambda is scaled over the tokens up to the end of text (the code: over padding, too, which those do not see). The code runs
-    these layers with one head, so what it explains is another model; here they have theirs.
+    output projection, as in the code. For the text the sum runs over the last two thirds of the layers (the code: 8 of 12), and
+    lambda is scaled over the tokens up to the end of text (the code: also over padding, which no text token sees). The code runs
+    these layers with one head, and so explains another model; here the layers keep their heads.
     """
     chosen = _chosen(inputs, target)
     ids, real = inputs["input_ids"][chosen], inputs.get("attention_mask")
@@ -158,11 +158,11 @@ def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace
         patches[:, 0] = False
         image = _eclip(last, grad, torch.zeros_like(ids[:, 0]), patches)[:, 1:].clamp(min=0)
 
-        found = text_layers(model, ids, real.bool())
+        layers = text_layers(model, ids, real.bool())
         end = _end_of_text(model, ids)
         rows = torch.arange(len(ids), device=ids.device)
-        pooled = model.text_projection(model.text_model.final_layer_norm(found[-1].leaving))[rows, end]  # type: ignore[operator, union-attr]
-        used = found[-max(1, 2 * len(found) // 3) :]
+        pooled = model.text_projection(model.text_model.final_layer_norm(layers[-1].leaving))[rows, end]  # type: ignore[operator, union-attr]
+        used = layers[-max(1, 2 * len(layers) // 3) :]
         grads = torch.autograd.grad((F.normalize(pooled, dim=-1) * images.detach()).sum(), [layer.heads for layer in used])
         position = torch.arange(ids.shape[1], device=ids.device)
         until_end = position <= end[:, None]
@@ -199,11 +199,10 @@ def _end_of_text(model: Any, ids: Tensor) -> Tensor:
 def clip_surgery(model: nn.Module, inputs: Inputs, target: Any, *, layers: int | None = None) -> SimpleNamespace:
     """CLIP Surgery (Li et al., 2023, arXiv 2304.05653; code xmed-lab/CLIP_Surgery, `clip_feature_surgery`).
 
-    Architecture: beside the model's own path a second one sums softmax(v v^T / sqrt(D)) v of the last `layers` layers, without
-    their MLPs, each taken from the model's own states. Its patches, in CLIP's embedding space, are compared with the texts.
-    Features: the similarity with text t is weighted by w_t = T softmax_t(2 cos(image, t)), and the mean over the T texts, which
-    all of them have in common, is taken away. So there must be two texts or more. They stand as they are; the code's demo takes
-    the mean over 85 prompts with each.
+    Architecture: beside the model's path a second path sums softmax(v v^T / sqrt(D)) v of the last `layers` layers, without
+    MLPs, each from the states of the model's path. Its patches, in CLIP's embedding space, are compared with the texts.
+    Features: the similarity with text t is weighted by w_t = T softmax_t(2 cos(image, t)), and the mean over the T texts is
+    subtracted, so two texts or more are needed. Texts are taken as they are; the code's demo averages 85 prompts for each.
 
     Args:
         layers: None = half of them (the code: 6 of 12).
@@ -213,14 +212,14 @@ def clip_surgery(model: nn.Module, inputs: Inputs, target: Any, *, layers: int |
     if len(texts) < 2:
         raise ValueError(f"inputs must have two texts or more, whose mean similarity is taken away; got {len(texts)}")
     with at_rest(model):
-        found = vision_layers(model, inputs["pixel_values"])
-        surgical = found[-(len(found) // 2 if layers is None else layers) :]
+        seen = vision_layers(model, inputs["pixel_values"])
+        surgical = seen[-(len(seen) // 2 if layers is None else layers) :]
         second = surgical[0].entering
         for layer in surgical:
             attention = layer.module.self_attn
             consistent = (layer.value @ layer.value.transpose(-1, -2) * attention.scale).softmax(-1) @ layer.value
             second = second + attention.out_proj(_merged(consistent))
-        pooled = _image_embeddings(model, found[-1].leaving[:, 0])
+        pooled = _image_embeddings(model, seen[-1].leaving[:, 0])
         patches = _image_embeddings(model, second[:, 1:])
     weights = len(texts) * (2 * pooled @ texts.T).softmax(-1)
     similarity = patches @ texts.T * weights[:, None]
@@ -235,28 +234,28 @@ def integrated_gradients(model: nn.Module, inputs: Inputs, target: Any, *, steps
     """captum's IntegratedGradients (Sundararajan, Taly, Yan, ICML 2017) from an image of zeros, summed over a patch or region."""
     from captum.attr import IntegratedGradients
 
-    name, score, others = _scored(model, inputs, target)
+    name, score, rest = _scored(model, inputs, target)
     with torch.enable_grad(), at_rest(model):
         method = IntegratedGradients(score)
         image = inputs[name]
-        found = method.attribute(image, additional_forward_args=others, n_steps=steps, internal_batch_size=len(image))
-    return _by_entry(model, name, found)
+        attribution = method.attribute(image, additional_forward_args=rest, n_steps=steps, internal_batch_size=len(image))
+    return _by_entry(model, name, attribution)
 
 
 def occlusion(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace:
     """captum's Occlusion (Zeiler and Fergus, ECCV 2014), one patch or region after another set to zeros."""
     from captum.attr import Occlusion
 
-    name, score, others = _scored(model, inputs, target)
+    name, score, rest = _scored(model, inputs, target)
     image = inputs[name]
     window = (image.shape[1], *_patch(model)) if image.ndim == 4 else (1, image.shape[2])
     with torch.no_grad(), at_rest(model):
-        found = Occlusion(score).attribute(image, window, strides=window, additional_forward_args=others)
-    return _by_entry(model, name, found)
+        attribution = Occlusion(score).attribute(image, window, strides=window, additional_forward_args=rest)
+    return _by_entry(model, name, attribution)
 
 
 def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callable[..., Tensor], tuple[Any, ...]]:
-    """The name of the image among the inputs, the explained score as a function of it and of the tensors beside it, and these."""
+    """The image's name among the inputs, the score as a function of the image and of the remaining tensors, and these tensors."""
     name = next((n for n in ("pixel_values", "region_features", "visual_feats") if isinstance(inputs.get(n), Tensor)), None)
     if name is None:
         raise ValueError(f"inputs must have an image: pixel_values, region_features or visual_feats; got {sorted(inputs)}")
@@ -268,16 +267,16 @@ def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callabl
         beside = {key: value[chosen] for key, value in beside.items()}
     index = None if callable(target) else torch.tensor(target, device=inputs[name].device)
 
-    def score(image: Tensor, *others: Any) -> Tensor:
-        outputs = model(**{name: image}, **dict(zip(beside, others, strict=True)), **fixed)
+    def score(image: Tensor, *rest: Any) -> Tensor:
+        outputs = model(**{name: image}, **dict(zip(beside, rest, strict=True)), **fixed)
         if callable(target):
             return target(outputs)
         if pair:
             return outputs.logits_per_image.diagonal()
         assert index is not None
         logits = outputs.logits
-        if logits.ndim == 3:  # of a decoder those behind the last token of each prompt, which padding may follow
-            last = dict(zip(beside, others, strict=True))["attention_mask"].sum(1) - 1
+        if logits.ndim == 3:  # a decoder: behind the last token of each prompt, which padding may follow
+            last = dict(zip(beside, rest, strict=True))["attention_mask"].sum(1) - 1
             logits = logits[torch.arange(len(logits)), last]
         return logits.gather(1, index.repeat(len(image) // len(index))[:, None])[:, 0]
 
@@ -291,13 +290,13 @@ def _patch(model: Any) -> tuple[int, int]:
     return config.patch_size, config.patch_size
 
 
-def _by_entry(model: Any, name: str, found: Tensor) -> SimpleNamespace:
+def _by_entry(model: Any, name: str, attribution: Tensor) -> SimpleNamespace:
     """Attributions of pixels (B, C, H, W) summed over patches, of regions (B, R, D) over their features."""
-    found = found.detach()
+    attribution = attribution.detach()
     if name != "pixel_values":
-        return SimpleNamespace(regions=found.sum(-1))
+        return SimpleNamespace(regions=attribution.sum(-1))
     height, width = _patch(model)
-    return SimpleNamespace(image=found.sum(1).unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).sum((-3, -1)))
+    return SimpleNamespace(image=attribution.sum(1).unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).sum((-3, -1)))
 
 
 CLIP: dict[str, Callable[..., Any]] = {

@@ -1,8 +1,8 @@
 """DigitScenes: handwritten digits on a canvas, captions that name two of them and their relation, boxes as ground truth.
 
-Digits are scikit-learn's `load_digits` scans (1,797, 8 x 8 pixels), split by scan into train and test. Some pairs of
-digits are held out from training captions. A swapped pair is two scenes whose captions have the same words in another
-order, as in Winoground (Thrush et al., CVPR 2022).
+Digits are scikit-learn's `load_digits` scans (1,797, 8 x 8 pixels), split by scan into train and test. Training captions leave
+out some pairs of digits. A swapped pair is two scenes whose captions have the same words in another order, as in Winoground
+(Thrush et al., CVPR 2022).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS, DigitProcessor
 CANVAS = 32  # pixels, both sides
 DIGIT = 8  # pixels, both sides of a scan and of its box
 REGIONS = 4  # digits a scene
-CLEARANCE = 4  # pixels between two centres from which on a relation is said to hold
+CLEARANCE = 4  # pixels between two centres from which a relation holds
 NEGATIVES = ("digit", "relation", "order")
 PAIRS = ("all", "seen", "held_out")
 SPLITS = ("train", "test", "fit", "validation")
@@ -60,7 +60,7 @@ class Scenes:
 
     def render(self, index: int = 0, *, scale: int = 8, boxes: bool = False) -> Tensor:
         """Scene `index` for a plot: uint8 (32*scale, 32*scale, 3), dark ink on white; boxes=True frames the named digits
-        red and the others grey."""
+        red and the rest grey."""
         if not 0 <= index < len(self):
             raise ValueError(f"index must be from 0 to {len(self) - 1}; got {index}")
         if scale < 1:
@@ -80,8 +80,8 @@ class Scenes:
 @cache
 def digit_scans(split: str) -> tuple[Tensor, Tensor, Tensor]:
     """(scans float32 (S,8,8) in [0,1], digits int64 (S), index int64 (S) into `load_digits`) of a split: every fifth scan of
-    each digit is a "test" scan, the others are "train". Whoever chooses between trainings sees no test scan: they train on "fit"
-    and are compared on "validation", which is every fifth training scan of each digit."""
+    each digit is a "test" scan, the rest are "train". A choice between trainings uses no test scan: trainings run on "fit" and
+    are compared on "validation", which is every fifth training scan of each digit."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}; got {split!r}")
     with extra("lab"):
@@ -100,8 +100,8 @@ def digit_scans(split: str) -> tuple[Tensor, Tensor, Tensor]:
 def held_out_captions() -> Tensor:
     """bool (10,10,4): [first digit, second digit, relation] that no training caption says, true or false.
 
-    The nine pairs whose sum is a multiple of five are never named together; the nine whose sum leaves one over are
-    related by "left of" and "right of" only.
+    No training caption names a pair whose sum is a multiple of five (nine pairs). Pairs whose sum leaves one over (nine, too)
+    have only the relations "left of" and "right of".
     """
     digit = torch.arange(10)
     rest = (digit[:, None] + digit) % 5
@@ -111,7 +111,7 @@ def held_out_captions() -> Tensor:
 
 def sayable_captions(split: str, pairs: str | None) -> Tensor:
     """bool (10,10,4): [first digit, second digit, relation] that captions of `pairs` may say; None = "all" for the test split
-    and "seen" for the others."""
+    and "seen" for the rest."""
     if pairs is not None and pairs not in PAIRS:
         raise ValueError(f"pairs must be None or one of {PAIRS}; got {pairs!r}")
     held_out = held_out_captions()
@@ -126,16 +126,16 @@ def digit_scenes(
 
     Args:
         count: how many, at least 1.
-        split: whose scans are drawn, see `digit_scans`.
-        seed: of the generator; scenes and true captions depend on it, on count, split and pairs only.
+        split: the scans that are drawn, see `digit_scans`.
+        seed: of the generator; scenes and true captions depend on seed, count, split and pairs only.
         negative: None = every caption is true (label 1). Otherwise every caption is false (label 0), because it names
-            "digit": a digit that is not in the scene in place of one that is; "relation": another relation;
-            "order": the two digits in the wrong order (the words are those of the true caption).
-        pairs: which captions (see `held_out_captions`): "seen" in training, "held_out", or "all" of them; None = "all"
-            for the test split and "seen" for the others.
+            "digit": a digit outside the scene in place of a digit in it; "relation": another relation;
+            "order": the two digits in the wrong order, with the words of the true caption.
+        pairs: which captions (see `held_out_captions`): "seen" in training, "held_out", or "all"; None = "all" for the test
+            split and "seen" for the rest.
     """
     check_integer("count", count, low=1)
-    check_integer("seed", seed, high=2**64 - 1)  # as torch's generators take it
+    check_integer("seed", seed, high=2**64 - 1)  # the range of torch's generators
     if negative is not None and negative not in NEGATIVES:
         raise ValueError(f"negative must be None or one of {NEGATIVES}; got {negative!r}")
     kind = 0 if negative is None else 1 + NEGATIVES.index(negative)
@@ -149,7 +149,7 @@ def sample_scenes(kind: Tensor, split: str, pairs: str | None, generator: torch.
     scans, scan_digits, _ = digit_scans(split)
     digits = scan_digits[scan]
     first, second, relation = (chosen // 16, chosen // 4 % 4, chosen % 4)
-    wrong = torch.ones_like(sayable) if pairs == "held_out" else sayable  # what is no held-out caption may be false, too
+    wrong = torch.ones_like(sayable) if pairs == "held_out" else sayable  # a false caption need not be held out
     words, named = caption_words(kind, digits, corners, first, second, relation, wrong, generator)
 
     captions = tuple(f"{DIGIT_WORDS[a]} {RELATIONS[r]} a {DIGIT_WORDS[b]}" for a, r, b in words.tolist())
@@ -165,17 +165,16 @@ def sample_scenes(kind: Tensor, split: str, pairs: str | None, generator: torch.
 
 
 def swapped_pairs(count: int, *, split: str = "test", seed: int = 0, pairs: str | None = None) -> tuple[Scenes, Scenes]:
-    """`count` pairs of scenes as in Winoground: the second scene has the same scans with the two named ones exchanged, and
-    its caption has the same words with the two digits exchanged. Each caption is true of its scene and false
-    of the other. Arguments as in `digit_scenes`."""
+    """`count` pairs of scenes as in Winoground: the second scene exchanges the two named scans of the first, and its caption
+    exchanges the two digits. Each caption is true of its scene and false of its partner's. Arguments as in `digit_scenes`."""
     true = digit_scenes(count, split=split, seed=seed, pairs=pairs)
-    other = digit_scenes(count, split=split, seed=seed, pairs=pairs, negative="order")
+    false = digit_scenes(count, split=split, seed=seed, pairs=pairs, negative="order")
     region = torch.arange(REGIONS).expand(count, -1).clone()
     region[true.named] = torch.nonzero(true.named)[:, 1].view(-1, 2).flip(1).reshape(-1)
     boxes = true.boxes.gather(1, region[..., None].expand(-1, -1, 4))
     crops = DigitProcessor().regions(true.images, true.boxes)["region_features"]
     images = paint(crops.unflatten(-1, (DIGIT, DIGIT)), boxes[..., :2].long())
-    swapped = Scenes(images, boxes, true.digits, other.captions, other.input_ids, true.label, true.named)
+    swapped = Scenes(images, boxes, true.digits, false.captions, false.input_ids, true.label, true.named)
     return true, swapped
 
 
@@ -228,7 +227,7 @@ def caption_words(
     sayable: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """(words int64 (B, 3) = first digit, relation, second digit; named bool (B, R)), made false where kind asks for it."""
+    """(words int64 (B, 3) = first digit, relation, second digit; named bool (B, R)), made false where kind is not 0."""
     rows = torch.arange(len(kind))
     a, b = digits[rows, first], digits[rows, second]
 

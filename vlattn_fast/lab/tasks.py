@@ -1,6 +1,6 @@
 """The tasks of DigitScenes as `va.evaluate` takes them: a model, its test scenes with ground-truth boxes, and methods.
 
-Ground truth are the boxes of the digits that a caption, question or answer names.
+The ground truth is the boxes of the digits that a caption, question or answer names.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ LINKED = (*TOWERS[:2], "gradient:no_normalization", "gradient:no_self_attention"
 
 @dataclass(frozen=True)
 class Task:
-    """What is explained and measured.
+    """A task: a model, its samples, and the methods that explain it.
 
     Args:
         load: gives the shipped model.
-        items: (model, samples, seed, rows of an item) -> what `evaluate` takes as its dataset.
+        items: (model, samples, seed, rows of an item) -> a dataset of `evaluate`.
         methods: names of `evaluate`.
         rivals: sets of `vlattn_fast.lab.rivals`: "CLIP", "CAPTUM".
         batch: rows of an item.
@@ -56,7 +56,7 @@ def _batches(count: int, size: int) -> Iterator[slice]:
 
 
 def _named(boxes: Tensor, named: Tensor) -> list[Tensor]:
-    """boxes (B, R, 4) in pixels, named bool (B, R) -> of each row (K, 4) relative to the picture."""
+    """boxes (B, R, 4) in pixels, named bool (B, R) -> boxes (K, 4) of each row, relative to the picture."""
     return [corners[of_row] / CANVAS for corners, of_row in zip(boxes, named, strict=True)]
 
 
@@ -64,7 +64,7 @@ def _named(boxes: Tensor, named: Tensor) -> list[Tensor]:
 
 
 def log_odds(outputs: Any) -> Tensor:
-    """(B): that the caption is true of the picture."""
+    """(B): log odds that the caption is true of the picture."""
     logits: Tensor = outputs.logits
     return logits[:, 1] - logits[:, 0]
 
@@ -81,19 +81,19 @@ def matching(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Iter
 
 
 def retrieval(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Iterator[Item]:
-    """Scenes with their captions: each is to be found among those of its item. Of captions that are the same the first counts."""
+    """Scenes with their captions; each caption is retrieved among those of its item, and the first of equal captions counts."""
     scenes = digit_scenes(samples, seed=seed)
     for rows in _batches(samples, batch):
         captions = scenes.captions[rows]
-        own = [captions.index(caption) for caption in captions]
-        yield SceneProcessor()(scenes.images[rows], captions), own, _named(scenes.boxes[rows], scenes.named[rows])
+        positives = [captions.index(caption) for caption in captions]
+        yield SceneProcessor()(scenes.images[rows], captions), positives, _named(scenes.boxes[rows], scenes.named[rows])
 
 
 # --- answers and captions with CLIPMapper ---
 
 
 def answering(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Iterator[Item]:
-    """Questions of all kinds in equal parts, each with its one answer."""
+    """Questions of all kinds in equal parts, each with its only answer."""
     asked = digit_questions(samples, seed=seed)
     processor = SceneProcessor()
     for rows in _batches(samples, batch):
@@ -103,10 +103,10 @@ def answering(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Ite
 
 
 def captioning(model: Any, samples: int, seed: int, batch: int = 50) -> Iterator[Item]:
-    """The model's own captions: the first digit that each names, then the second, which follows four of its words.
+    """The model's captions: first the first digit that a caption names, then the second digit, which follows four of its words.
 
-    Ground truth is the box of that digit alone; where it is not in the picture, there is none. Captions in which these words are
-    no digits are left out.
+    The ground truth is the box of this digit alone, and empty where the picture lacks the digit. Captions in which these words
+    are no digits are left out.
     """
     scenes = digit_scenes(samples, seed=seed)
     digit_ids = torch.tensor([TEXT_VOCABULARY.index(word) for word in DIGIT_WORDS])

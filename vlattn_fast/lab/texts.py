@@ -14,7 +14,7 @@ _WORDS = (
     *("left", "right", "up", "down", "of", "above", "below", "a"),
     *("what", "is", "there", "how", "many", "are", "where", "which", "digits", "yes", "no"),
 )
-# [END] has the highest id: Hugging Face's CLIP finds the end of a text by it.
+# [END] has the highest id, by which Hugging Face's CLIP finds the end of a text.
 TEXT_VOCABULARY = ("[PAD]", "[START]", *_WORDS, "[END]")
 ANSWERS = (*DIGIT_WORDS, "yes", "no")
 MOST_WORDS = 16  # with [START] and [END]: positions of the text encoders
@@ -28,10 +28,10 @@ class SceneProcessor:
     `processor(images, texts)` gives the keyword arguments of the CLIP model, and of a `CLIPMapper`'s `forward` and `generate`.
 
     Args:
-        end: texts end with [END], as the CLIP model and question answering take them; False = they are prompts to be continued.
+        end: texts end with [END], as for the CLIP model and question answering; False = texts are prompts to be continued.
     """
 
-    answers = ANSWERS  # what the logits of the model that answers questions stand for
+    answers = ANSWERS  # the classes of the model that answers questions
 
     def __init__(self, *, end: bool = True) -> None:
         self.end = end

@@ -30,8 +30,8 @@ CONFIG = UNITERConfig(
 
 
 def load_uniter(directory: str | Path = DATA) -> tuple[UNITER, DigitProcessor]:
-    """The UNITER trained on DigitScenes, in eval mode, and its processor; by default with the shipped weights, otherwise
-    with those `python -m vlattn_fast.lab.train uniter --output DIR` left in a directory."""
+    """The UNITER trained on DigitScenes, in eval mode, and its processor. A directory holds the weights that
+    `python -m vlattn_fast.lab.train uniter --output DIR` writes; the default holds the shipped weights."""
     config, state = load_weights(directory, WEIGHTS, "uniter")
     model = UNITER(UNITERConfig(**config))
     model.load_state_dict(state)
@@ -40,7 +40,7 @@ def load_uniter(directory: str | Path = DATA) -> tuple[UNITER, DigitProcessor]:
 
 @torch.no_grad()
 def matching_score(model: UNITER, scenes: Scenes, *, input_ids: Tensor | None = None) -> Tensor:
-    """(B): log odds that each scene's caption is true of it; input_ids (B, 7) puts other captions in their place."""
+    """(B): log odds that each scene's caption is true of it; input_ids (B, 7) replaces the captions."""
     inputs = scenes.inputs()
     if input_ids is not None:
         inputs["input_ids"] = input_ids
@@ -52,7 +52,7 @@ def matching_accuracy(
     model: UNITER, *, count: int = 1000, seed: int = 0, split: str = "test", pairs: str | None = None
 ) -> dict[str, float]:
     """Accuracy for each kind of wrong caption: "digit", "relation", "order". Each is over `count` scenes with their true caption
-    and the same scenes with a false one. Other arguments as in `digit_scenes`."""
+    and the same scenes with a false caption. The remaining arguments are as in `digit_scenes`."""
     drawn = functools.partial(digit_scenes, count, seed=seed, split=split, pairs=pairs)
     true = (_comparable("a true caption", matching_score(model, drawn())) > 0).double().mean()
     accuracy = {}
@@ -79,7 +79,7 @@ def winoground_scores(
 
 
 def _comparable(name: str, scores: Tensor) -> Tensor:
-    """`scores` (B). ValueError where one is NaN, which in comparisons would count as a loss."""
+    """`scores` (B). ValueError for a NaN, which would lose every comparison."""
     places = scores.isnan().nonzero()[:, 0].tolist()
     if places:
         raise ValueError(f"model must give scores that can be compared; got NaN for {name}, at {places!r:.80}")

@@ -1,4 +1,4 @@
-"""Weights of the lab's models: shipped in vlattn_fast/lab/data, or left in a directory by a training."""
+"""Weights of the lab's models: shipped in vlattn_fast/lab/data, or written to a directory by a training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_weights(directory: str | Path, name: str, training: str) -> tuple[dict[
     """(the report's config, the tensors) of the file `name`; ValueError where a directory has none.
 
     Args:
-        training: what leaves it, as in `python -m vlattn_fast.lab.train NAME`.
+        training: the training that writes the file, as in `python -m vlattn_fast.lab.train NAME`.
     """
     with extra("lab"):
         from safetensors.torch import load_file

@@ -17,15 +17,15 @@ Pair = tuple[Sequence[Any], Sequence[Any]]
 
 
 def evaluate(score: Callable[[Any, Any], float], pairs: Iterable[Pair]) -> dict[str, float]:
-    """Shares of the pairs where the scores are as the captions say; a tie counts as wrong.
+    """Shares of the pairs with right scores; a tie counts as wrong.
 
-    - "text": of each image, its own caption scores higher (equation 1);
-    - "image": of each caption, its own image scores higher (equation 2);
+    - "text": each image scores higher with its caption (equation 1);
+    - "image": each caption scores higher with its image (equation 2);
     - "group": both (equation 3). Chance is 1/4, 1/4 and 1/6.
 
     Args:
-        score: (image, caption) -> a number, higher where they fit better.
-        pairs: of (two images, two captions), such as `load_pairs` gives.
+        score: (image, caption) -> a number, higher for a better fit.
+        pairs: (two images, two captions) each, such as `load_pairs` gives.
 
     Raises:
         ValueError: a pair of another form; no pairs; a score that is NaN.
@@ -56,13 +56,13 @@ def load_pairs(directory: str | Path) -> Iterator[Pair]:
     images, RGB.
 
     Raises:
-        ValueError: a file that is missing, or a line that is not as said (it is named).
+        ValueError: a missing file, or a line of another form (the message names the line).
     """
     folder = Path(directory)
     lines = folder / "examples.jsonl"
     if not lines.is_file():
         raise ValueError(f"directory must hold examples.jsonl and images/; got {directory} without")
-    # splitlines() also parts at characters that stand in texts, as U+2028
+    # splitlines() would also split at characters within texts, such as U+2028
     for number, line in enumerate(lines.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue

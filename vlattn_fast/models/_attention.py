@@ -1,4 +1,4 @@
-"""The attention core of the package's own models, under the interface of Hugging Face's attention functions."""
+"""The attention core of the package's models, under the interface of Hugging Face's attention functions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def sdpa_attention(
     """torch's SDPA under the Hugging Face attention interface.
 
     query (B, H, N, D), key, value (B, H, M, D); attention_mask None or bool, broadcastable to (B, H, N, M), True = may be
-    attended; without one, module.is_causal says whether later keys are masked. Returns (out (B, N, H, D), None): no weights
-    are returned.
+    attended; without a mask, module.is_causal says whether later keys are masked. Returns (out (B, N, H, D), None).
     """
     causal = bool(module.is_causal) and attention_mask is None
     out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scaling)

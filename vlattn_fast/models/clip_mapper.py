@@ -17,7 +17,7 @@ from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
 
 @dataclass(frozen=True)
 class CLIPMapperOutput:
-    """logits (B, num_answers), or (B, T, vocab_size) of the token after each; last_hidden_state (B, T, C): the mapper's text
+    """logits (B, num_answers), or (B, T, vocab_size) for each next token; last_hidden_state (B, T, C): the mapper's text
     states."""
 
     logits: Tensor
@@ -114,7 +114,7 @@ class CLIPMapper(nn.Module):
         freeze_encoders: the encoders' parameters ask for no gradient, and train() leaves the encoders in eval mode, so that
             `encode_image` and `encode_text` give states that can be kept for the whole training.
         eos_token_id: the end-of-text token; None = `text.config.eos_token_id`. As in transformers' CLIP a row is read at its
-            first one, and 2 stands for the highest id of a row. Where the config has none either, the last real token is read.
+            first end-of-text token, and 2 stands for a row's highest id. A config without an id: the last real token is read.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class CLIPMapper(nn.Module):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The text encoder's states (B, T, Ct), as `forward` takes them for text_states."""
-        mask = None if attention_mask is None else attention_mask.long()  # what transformers' tokenizers give
+        mask = None if attention_mask is None else attention_mask.long()  # the dtype of transformers' tokenizers
         states: Tensor = self.text(input_ids=input_ids, attention_mask=mask).last_hidden_state
         return states
 
@@ -197,10 +197,10 @@ class CLIPMapper(nn.Module):
         Args:
             pixel_values: as the vision encoder takes them, float (B, channels, height, width).
             input_ids: int64 (B, T).
-            attention_mask: (B, T), bool or 0/1, True = a real token. None = with num_answers all up to the end-of-text token,
-                with vocab_size all.
-            image_states, text_states: what `encode_image` and `encode_text` gave, in place of running an encoder again;
-                image_states take the place of pixel_values, text_states go beside input_ids.
+            attention_mask: (B, T), bool or 0/1, True = a real token. None = all tokens are real with vocab_size, and all up to
+                the end-of-text token with num_answers.
+            image_states, text_states: results of `encode_image` and `encode_text`, which save a run of the encoders;
+                image_states replace pixel_values, text_states go beside input_ids.
         """
         ids = self._check(pixel_values, input_ids, attention_mask, image_states, text_states)
         end = self._end_of_text(ids, attention_mask) if self.num_answers is not None else None
@@ -236,9 +236,9 @@ class CLIPMapper(nn.Module):
 
         Args:
             pixel_values, input_ids, attention_mask, image_states: as in `forward`; shorter prompts are padded on the right.
-            max_new_tokens: at most so many; None = as many as the text encoder has positions for.
-            stop_token: where a row has given it, the row is finished and filled up with it; None = the eos_token_id, unless
-                that is 2, which stands for another one.
+            max_new_tokens: the most tokens; None = as many as the text encoder has positions for.
+            stop_token: ends a row, and fills the rest of the row; None = the eos_token_id, unless this is 2, which stands for
+                another id.
         """
         if self.vocab_size is None:
             raise ValueError("generate must be called on a model with vocab_size; got one with num_answers")
@@ -264,23 +264,23 @@ class CLIPMapper(nn.Module):
         lengths, rows, prompt = real.sum(1), torch.arange(len(ids), device=ids.device), ids.shape[1]
         ids = F.pad(ids, (0, max_new_tokens))
         positions = torch.arange(ids.shape[1], device=ids.device)
-        given: list[Tensor] = []
+        generated: list[Tensor] = []
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for count in range(max_new_tokens):
             seen = prompt + count
             mask = positions[:seen] < lengths[:, None]
             logits = self(input_ids=ids[:, :seen], attention_mask=mask, image_states=image_states).logits
             token = logits[rows, lengths - 1].argmax(-1).masked_fill(done, stop)
-            given.append(token)
+            generated.append(token)
             done = done | (token == stop)
             if bool(done.all()):
                 break
             ids[rows, lengths] = token.to(ids.dtype)
             lengths = lengths + 1
-        return torch.stack(given, dim=1)
+        return torch.stack(generated, dim=1)
 
     def _mask(self, real: Tensor | None) -> Tensor | None:
-        """Of the self-attention, from bool (B, T); without padding, causal attention needs none."""
+        """The mask of self-attention from bool (B, T); None for causal attention without padding."""
         if real is None:
             return None
         mask = real[:, None, None, :]
@@ -288,7 +288,7 @@ class CLIPMapper(nn.Module):
             return mask
         length = real.shape[1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
-        # padding attends itself: a row that may attend nothing would be NaN
+        # padding attends to itself: a row with nothing to attend to would be NaN
         return (mask & earlier) | torch.eye(length, dtype=torch.bool, device=real.device)
 
     def _end_of_text(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -300,10 +300,10 @@ class CLIPMapper(nn.Module):
             return (attention_mask.long() * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1)
         if eos == 2:  # configs from before transformers 4.31 say 2, whatever the tokenizer's id is
             return ids.argmax(1)
-        found = torch.isin(ids, torch.as_tensor(eos, dtype=ids.dtype, device=ids.device))
-        if ids.device.type == "cpu" and readable(ids) and not bool(found.any(1).all()):
+        ends = torch.isin(ids, torch.as_tensor(eos, dtype=ids.dtype, device=ids.device))
+        if ids.device.type == "cpu" and readable(ids) and not bool(ends.any(1).all()):
             raise ValueError(f"input_ids must have the end-of-text token {eos} in every row; got rows without")
-        return found.int().argmax(1)
+        return ends.int().argmax(1)
 
     def _check(
         self,
@@ -328,14 +328,14 @@ class CLIPMapper(nn.Module):
             "image_states": (image_states, (batch, None, self.vision_projection.in_features)),
             "text_states": (text_states, (batch, length, self.text_projection.in_features)),
         }
-        for name, (value, wanted) in states.items():
+        for name, (value, sizes) in states.items():
             if value is None:
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-            fits = value.ndim == len(wanted) and all(size in (None, is_) for size, is_ in zip(wanted, value.shape, strict=True))
+            fits = value.ndim == len(sizes) and all(size in (None, is_) for size, is_ in zip(sizes, value.shape, strict=True))
             if not fits or not value.is_floating_point():
-                shape = ", ".join("*" if size is None else str(size) for size in wanted)
+                shape = ", ".join("*" if size is None else str(size) for size in sizes)
                 raise ValueError(f"{name} must be floating point ({shape}); got {value.dtype} {tuple(value.shape)}")
         if attention_mask is not None:
             if not isinstance(attention_mask, Tensor):

@@ -103,7 +103,7 @@ class UNITERSelfAttention(nn.Module):
 
 
 class UNITERResidual(nn.Module):
-    """Linear, dropout, residual sum, LayerNorm: what ends both halves of a post-norm layer."""
+    """Linear, dropout, residual sum, LayerNorm: the end of both halves of a post-norm layer."""
 
     def __init__(self, in_features: int, config: UNITERConfig) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class UNITERWordPredictions(nn.Module):
 
 
 class UNITERWordHead(nn.Module):
-    """What the published names prefix with `cls.`."""
+    """The parameters that the published names prefix with `cls.`."""
 
     def __init__(self, config: UNITERConfig, embeddings: nn.Embedding) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class UNITERWordHead(nn.Module):
 
 
 class UNITERModel(nn.Module):
-    """The encoder without a task head: what the published names prefix with `uniter.`."""
+    """The encoder without a task head; published names begin with `uniter.`."""
 
     def __init__(self, config: UNITERConfig) -> None:
         super().__init__()
@@ -278,10 +278,10 @@ class UNITER(nn.Module):
     def from_published(cls, state_dict: Mapping[str, Tensor], *, num_attention_heads: int | None = None) -> UNITER:
         """A model in eval mode from the state dict of a published checkpoint (`torch.load("uniter-base.pt")`).
 
-        Sizes are read off the tensors; num_attention_heads cannot be and defaults to hidden_size // 64, as published.
-        The head of masked words comes along where the checkpoint has it; tensors of heads for other pre-training tasks are
-        ignored. Of a checkpoint fine-tuned for retrieval, also with IAIS or CACR, the logits are 0 and the score of its head
-        `rank_output`, which that training has in the place of `itm_output`. ValueError where a tensor of this model is missing.
+        Tensors give all sizes but num_attention_heads, which defaults to hidden_size // 64, as published. The head of masked
+        words is loaded where the checkpoint has it; tensors of heads for other pre-training tasks are ignored. A checkpoint
+        fine-tuned for retrieval, also with IAIS or CACR, has the head `rank_output` in place of `itm_output`; its logits are 0
+        and the score of `rank_output`. ValueError where a tensor of this model is missing.
         """
         state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in state_dict.items()}
         for name in ("weight", "bias"):
@@ -325,7 +325,7 @@ class UNITER(nn.Module):
         Args:
             input_ids: int64 (B, L), [CLS] w1 .. wn [SEP] then padding.
             region_features: float (B, R, region_dim).
-            region_positions: float (B, R, position_dim), box features, those of `UNITERConfig` in the published models.
+            region_positions: float (B, R, position_dim), box features; `UNITERConfig` lists those of the published models.
             attention_mask: (B, L), bool or 0/1, True = a real word; None = all are.
             region_mask: (B, R), bool or 0/1, True = a real region; None = all are.
             masked_regions: bool (B, R), True = the features are replaced by the mask embedding (masked-region modelling).

@@ -41,8 +41,8 @@ def run(groups: int, dtype: torch.dtype, size: int, masked: bool = False, only: 
         "backend": "triton",
     }
     asked = (only,) if only else NAMES
-    *found, rows = attention_statistics.forward(AttentionStatisticsInputs(statistics=" ".join(asked), **options))
-    mass, _, maximum, argmax, _ = found
-    grads = {f"grad_{name}": x if name in asked else None for name, x in zip(NAMES, found, strict=True) if name != "argmax"}
+    *statistics, rows = attention_statistics.forward(AttentionStatisticsInputs(statistics=" ".join(asked), **options))
+    mass, _, maximum, argmax, _ = statistics
+    grads = {f"grad_{name}": x if name in asked else None for name, x in zip(NAMES, statistics, strict=True) if name != "argmax"}
     saved = {"mass": mass, "maximum": maximum, "argmax": argmax, "rows": rows}
     attention_statistics.backward(AttentionStatisticsBackwardInputs(**grads, **saved, **options))

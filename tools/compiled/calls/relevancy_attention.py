@@ -27,7 +27,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, name, size in ((BF16, "bf16", 64), (BF16, "bf16", 128), (FP32, "fp32", 64)):
         yield f"step {name} {size}", lambda dtype=dtype, size=size: step(dtype, size, 1, "gradient")
     yield "step 577 rows bf16 64", lambda: step(BF16, 64, 577, "gradient")
-    yield "step 577 rows of long maps bf16 64", lambda: step(BF16, 64, 577, "gradient", 2304)  # too large to be stored
+    yield "step 577 rows of long maps bf16 64", lambda: step(BF16, 64, 577, "gradient", 2304)  # rows too large to be stored
     yield "step attention bf16 64", lambda: step(BF16, 64, 1, "attention")
 
 
@@ -69,7 +69,7 @@ def backward(
 
 
 def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577) -> None:
-    """Without an lse: with the kernel that recomputes it."""
+    """Without an lse, so that the kernel that recomputes the lse runs too."""
     query = torch.empty(1, 16, length, size, dtype=dtype)
     inputs = RelevancyStepInputs(
         relevancy=torch.empty(1, rows, length),

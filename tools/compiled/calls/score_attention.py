@@ -16,7 +16,7 @@ KINDS = ("dot", "cosine", "dot_relu", "dot_tanh", "dot_sigmoid", "additive", "ha
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for kind in KINDS:
         yield f"{kind} bf16 64", lambda kind=kind: run(kind, torch.bfloat16, 64)
-    yield "cosine fp16 64", lambda: run("cosine", torch.float16, 64)  # it lengthens short vectors
+    yield "cosine fp16 64", lambda: run("cosine", torch.float16, 64)  # this score lengthens short vectors
     yield "dot padded bf16 64", lambda: run("dot", torch.bfloat16, 64, padded=True)
     yield "dot padded bf16 160 64", lambda: run("dot", torch.bfloat16, 64, padded=True, tokens=160)  # UNITER's
     yield "dot bf16 72", lambda: run("dot", torch.bfloat16, 72)  # SigLIP-so400m's heads

@@ -1,8 +1,8 @@
 """The claims of the four papers, repeated on DigitScenes: python -m vlattn_fast.lab.experiments NAME.
 
 `scores` (Cao et al., COLING 2022), `congruence` (Pandey et al., ACL 2023), `value` (Cao et al., ECCV 2020) and
-`weighted_relevancy` (Huang et al., 2023). Each takes under 30 minutes on two cores, and leaves its rows in
-benchmarks/results/experiment-NAME.json and its pictures in docs/experiments/.
+`weighted_relevancy` (Huang et al., 2023). Each experiment takes under 30 minutes on two cores and
+writes its rows to benchmarks/results/experiment-NAME.json and its pictures to docs/experiments/.
 
 In: the name of an experiment.
 Out: its rows, page and pictures.

@@ -1,4 +1,4 @@
-"""What an experiment is made of."""
+"""The parts of an experiment."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Cell = dict[str, Any]  # what is measured: names and numbers, "seed" among them
-Row = dict[str, Any]  # a cell and what came out
+Cell = dict[str, Any]  # names and numbers that say which measurement, "seed" among them
+Row = dict[str, Any]  # a cell and its results
 
 
 @dataclass(frozen=True)
 class Settings:
-    """seeds: how many, 0 to seeds - 1. smoke: everything runs, but so short that nothing can be learnt from it. models: directory
-    of models trained before, one folder for each seed; None = an experiment trains its own."""
+    """seeds: 0 to seeds - 1 are run. smoke: everything runs, but too briefly for a meaning. models: directory of trained models,
+    one folder for each seed; None = the experiment trains its models."""
 
     seeds: int
     smoke: bool = False
@@ -27,11 +27,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Stage:
-    """Cells that need nothing from one another.
+    """Cells that do not depend on one another.
 
-    cells: (settings, the rows of the stages before) -> the cells. measure: (cell, settings) -> the rest of the row, in plain
-    numbers, names and lists; it runs in a process of its own with one thread, so it may read nothing but its arguments.
-    alone: one at a time and with all threads, since times are measured.
+    cells: (settings, rows of earlier stages) -> the cells. measure: (cell, settings) -> the rest of the row, in plain numbers,
+    names and lists; measure runs in a separate process with one thread, so it may read nothing but its arguments.
+    alone: cells run one at a time with all threads, since times are measured.
     """
 
     cells: Callable[[Settings, Sequence[Row]], list[Cell]]
@@ -67,7 +67,7 @@ def paired_test(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float:
-    """Spearman's; 0 where one side is constant, so that nothing goes with anything."""
+    """Spearman's rank correlation; 0 where one side is constant."""
     from scipy.stats import spearmanr
 
     if len(set(one)) == 1 or len(set(two)) == 1:

@@ -1,4 +1,4 @@
-"""How much memory a call takes on a CPU."""
+"""The memory that a call takes on a CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def peak_of_call(call: Callable[[], Any]) -> tuple[int | None, float]:
     linux = Path("/proc/self/clear_refs").exists()
     held = 0
     if linux:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not to serve this one unseen
+        ctypes.CDLL(None).malloc_trim(0)  # else memory freed by earlier calls would serve this call unseen
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         held = _status("VmRSS")
     start = time.perf_counter()

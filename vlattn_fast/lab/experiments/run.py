@@ -1,7 +1,7 @@
-"""The command line of the experiments: measures what is not stored yet, stores each row as it comes, then draws and prints.
+"""The command line of the experiments: measures the cells that have no stored row, stores each row, then draws and prints.
 
-A run that was interrupted goes on where it was: rows of the same commit stay, unless the checkout has changes of its own, no
-commit is known, or models come from a directory, which may hold others than before.
+An interrupted run continues: rows of the same commit are kept, unless the checkout has uncommitted changes, no commit is known,
+or models come from a directory, whose content may have changed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 
 
 def experiment(name: str) -> Experiment:
-    found: Experiment = import_module(f"vlattn_fast.lab.experiments.{name}").EXPERIMENT
-    return found
+    loaded: Experiment = import_module(f"vlattn_fast.lab.experiments.{name}").EXPERIMENT
+    return loaded
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,14 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     rows = run(chosen.name, settings, out, chosen.processes)
-    found = experiment(chosen.name)
-    for figure, draw in found.figures.items():
+    loaded = experiment(chosen.name)
+    for figure, draw in loaded.figures.items():
         draw(rows).savefig(figures / f"{figure}.png", dpi=120, bbox_inches="tight")
-    print(*found.tables(rows), f"wrote {out}", sep="\n\n")
+    print(*loaded.tables(rows), f"wrote {out}", sep="\n\n")
 
 
 def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Row]:
-    """All rows of an experiment. Those that `out` holds from this commit are taken from there; `out` is written after each."""
+    """All rows of an experiment; rows of this commit in `out` are kept, and `out` is written after each new row."""
     here = commit()
     stored = _stored(out, name, settings, here)
     rows: list[Row] = []
@@ -78,26 +78,26 @@ def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Ro
         kept = [row for row in stored if row["stage"] == number and _cell(row, cells) is not None]
         done = [_cell(row, cells) for row in kept]
         missing = [cell for cell in cells if cell not in done]
-        found = list(kept)
+        finished = list(kept)
         bar = with_progress(_measured(name, number, missing, settings, 1 if stage.alone else processes), name, total=len(missing))
         for cell, result, seconds in bar:
-            found.append({"stage": number, **cell, **result, "seconds": round(seconds, 1), "commit": here})
-            _write(out, name, settings, rows + found)
+            finished.append({"stage": number, **cell, **result, "seconds": round(seconds, 1), "commit": here})
+            _write(out, name, settings, rows + finished)
         order = {json.dumps(cell): place for place, cell in enumerate(cells)}
-        rows += sorted(found, key=lambda row: order[json.dumps(_cell(row, cells))])
+        rows += sorted(finished, key=lambda row: order[json.dumps(_cell(row, cells))])
     _write(out, name, settings, rows)
     return rows
 
 
 def _cell(row: Row, cells: Sequence[Cell]) -> Cell | None:
-    """The cell that a row is of."""
+    """The cell of a row."""
     return next((cell for cell in cells if all(row.get(key) == value for key, value in cell.items())), None)
 
 
 def _measured(
     name: str, number: int, cells: Sequence[Cell], settings: Settings, processes: int
 ) -> Iterator[tuple[Cell, dict[str, Any], float]]:
-    """(cell, what came out, seconds) as they come."""
+    """(cell, result, seconds) in the order in which cells end."""
     stage = experiment(name).stages[number]
     if stage.alone or processes == 1 or len(cells) < 2:
         for cell in cells:
@@ -142,7 +142,7 @@ def _stored(out: Path, name: str, settings: Settings, here: str) -> list[Row]:
 
 
 def _write(out: Path, name: str, settings: Settings, rows: Sequence[Row]) -> None:
-    """By way of a second file, so that an interrupted run leaves a whole one."""
+    """Writes a second file and renames it, so that an interrupted run leaves a whole file."""
     head = {
         "experiment": name,
         "command": f"python -m vlattn_fast.lab.experiments {name} --seeds {settings.seeds}"

@@ -1,8 +1,8 @@
 """The five observations of VALUE (Cao et al., "Behind the Scene", ECCV 2020), on UNITER trained on DigitScenes.
 
-A seed is a model: its training, its untrained self, its test scenes. Controls are the untrained model and captions that belong to
-other scenes. [CLS] and [SEP] count as neither text nor image, or seven of eleven tokens would be text, and a head that attends
-evenly would be cross-modal.
+A seed stands for a trained model, the same model untrained, and its test scenes. Controls are the untrained model and captions of
+other scenes. [CLS] and [SEP] count as neither text nor image: otherwise seven of eleven tokens would be text, and a head that
+attends evenly would be cross-modal.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODELS = ("trained", "untrained", "other captions")
-TOKENS = {"text": 5, "image": 4, "special": 2}  # of a caption and a scene
-SAMPLES, SCENES = 300, 500  # of the probes, and of an accuracy
+TOKENS = {"text": 5, "image": 4, "special": 2}  # in a caption and a scene
+SAMPLES, SCENES = 300, 500  # for the probes, and for an accuracy
 KEPT = ("test", "kind", "layer", "head", "value", "chance", "control")
 
 
@@ -41,22 +41,22 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     samples, scenes = (20, 10) if settings.smoke else (SAMPLES, SCENES)
     untrained = fresh(seed)
     model = trained(seed, settings)
-    found: dict[str, Any] = {"weights": fingerprint(model)}
+    measured: dict[str, Any] = {"weights": fingerprint(model)}
     for name, one in zip(MODELS, (model, untrained, model), strict=True):
         data = other_captions(samples, seed) if name == "other captions" else probe_samples(samples, seed=seed)
         report = probe(
             one, data, tests=("modality", "cross_modal", "fusion") if name == "other captions" else None, special=False
         )
-        found[name] = [
+        measured[name] = [
             {key: round(row[key], 4) if isinstance(row[key], float) else row[key] for key in KEPT}
             for row in report.table
             if row["value"] is not None
         ]
-    found["accuracy"] = mean_accuracy(model, scenes, seed)
-    found["without_head"] = [
+    measured["accuracy"] = mean_accuracy(model, scenes, seed)
+    measured["without_head"] = [
         {"layer": layer, "head": head, "accuracy": accuracy} for layer, head, accuracy in ablated(model, scenes, seed)
     ]
-    return found
+    return measured
 
 
 def fresh(seed: int) -> UNITER:
@@ -75,15 +75,15 @@ def trained(seed: int, settings: Settings) -> UNITER:
 
 
 def other_captions(count: int, seed: int) -> Iterator[tuple[dict[str, Tensor], None]]:
-    """The scenes, each with the caption of the one before."""
+    """The scenes, each with the caption of the scene before."""
     for inputs, _ in probe_samples(count, seed=seed, batch=count):
         yield {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}, None
 
 
 def mean_accuracy(model: UNITER, count: int, seed: int) -> float:
-    """Over the three kinds of wrong captions."""
-    found = matching_accuracy(model, count=count, seed=seed)
-    return sum(found.values()) / len(found)
+    """Mean accuracy over the three kinds of wrong captions."""
+    accuracies = matching_accuracy(model, count=count, seed=seed)
+    return sum(accuracies.values()) / len(accuracies)
 
 
 def ablated(model: UNITER, count: int, seed: int) -> Iterator[tuple[int, int, float]]:
@@ -112,7 +112,7 @@ def without_head(model: UNITER, layer: int, head: int) -> Iterator[None]:
         hook.remove()
 
 
-# --- what the rows say ---
+# --- facts from the rows ---
 
 
 def values(row: Row, model: str, test: str, kind: str | None = None, column: str = "value") -> dict[tuple[Any, Any], float]:
@@ -125,7 +125,7 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def per_token(row: Row, model: str, layer: int | None = None) -> float:
-    """Attention of [CLS] on a word over that on a region, mean over heads, of one layer or of all."""
+    """[CLS]'s mean attention on a word over its attention on a region, over the heads of one layer or of all layers."""
     mass = {
         kind: _mean([v for place, v in values(row, model, "modality", kind).items() if layer in (None, place[0])])
         for kind in ("text", "image")
@@ -134,7 +134,7 @@ def per_token(row: Row, model: str, layer: int | None = None) -> float:
 
 
 def facts(row: Row) -> list[tuple[str, str, dict[str, float]]]:
-    """Of a seed: (observation, what is measured, value by model)."""
+    """(observation, name of the measurement, value by model) of one seed."""
 
     def of(measure: Any, models: Sequence[str] = MODELS) -> dict[str, float]:
         return {model: measure(model) for model in models}
@@ -143,30 +143,30 @@ def facts(row: Row) -> list[tuple[str, str, dict[str, float]]]:
         return max(v for (layer, _), v in values(row, model, test).items() if layer is not None)
 
     probed = MODELS[:2]
-    found: list[tuple[str, str, dict[str, float]]] = []
+    observed: list[tuple[str, str, dict[str, float]]] = []
     for kind, count in TOKENS.items():
         mass = of(lambda model, kind=kind: _mean(list(values(row, model, "modality", kind).values())))
-        found.append(("i", f"attention of [CLS] on the {kind}, {count} tokens of 11", mass))
-    found.append(("i", "attention on a word over attention on a region", of(lambda model: per_token(row, model))))
+        observed.append(("i", f"attention of [CLS] on the {kind}, {count} tokens of 11", mass))
+    observed.append(("i", "attention on a word over attention on a region", of(lambda model: per_token(row, model))))
     crossing = of(lambda model: _mean([v > 0.5 for v in values(row, model, "cross_modal").values()]))
-    found.append(("ii", "share of heads that are cross-modal in most samples", crossing))
+    observed.append(("ii", "share of heads that are cross-modal in most samples", crossing))
     drops = {(one["layer"], one["head"]): row["accuracy"] - one["accuracy"] for one in row["without_head"]}
     shares = values(row, "trained", "cross_modal")
     goes_with = rank_correlation([shares[place] for place in drops], list(drops.values()))
-    found.append(
+    observed.append(
         ("ii", "rank correlation over heads: cross-modal, and what accuracy loses without the head", {"trained": goes_with})
     )
     for number, test, what in (("iii", "coreference", "the region of a phrase"), ("iv", "relation", "how two regions lie")):
         whole = of(lambda model, test=test: values(row, model, test)[None, None], probed)
         shuffled = of(lambda model, test=test: values(row, model, test, column="control")[None, None], probed)
-        found.append((number, f"telling {what} from all heads", whole))
-        found.append((number, f"telling {what} from the best head", of(lambda model, test=test: best(model, test), probed)))
-        found.append((number, f"telling {what} from all heads, shuffled labels", shuffled))
+        observed.append((number, f"telling {what} from all heads", whole))
+        observed.append((number, f"telling {what} from the best head", of(lambda model, test=test: best(model, test), probed)))
+        observed.append((number, f"telling {what} from all heads, shuffled labels", shuffled))
     for task, what in (("word_order", "two exchanged neighbours"), ("first_digit", "the first word")):
         for layer in (0, CONFIG.num_hidden_layers - 1):
             states = of(lambda model, task=task, layer=layer: values(row, model, "linguistic", task)[layer, None], probed)
-            found.append(("v", f"telling {what} from states behind layer {layer + 1}", states))
-    return found
+            observed.append(("v", f"telling {what} from states behind layer {layer + 1}", states))
+    return observed
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -175,7 +175,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     for index, (number, what, first) in enumerate(per_seed[0]):
         cells = []
         for model in MODELS:
-            numbers = [found[index][2][model] for found in per_seed if model in first]
+            numbers = [spreads[index][2][model] for spreads in per_seed if model in first]
             cells.append("{:.3f} ± {:.3f}".format(*mean_and_deviation(numbers)) if numbers else "–")
         lines.append(f"| ({number}) | {what} | {' | '.join(cells)} |")
     yield "\n".join(lines)
@@ -183,7 +183,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     lines = ["| layer | a word over a region | cross-modal heads | best head for a phrase's region | for a relation | fusion |"]
     lines.append("| ---: |" + " ---: |" * 5)
     for layer in range(CONFIG.num_hidden_layers):
-        found = [
+        spreads = [
             [per_token(row, "trained", layer) for row in rows],
             [_mean([v > 0.5 for (one, _), v in values(row, "trained", "cross_modal").items() if one == layer]) for row in rows],
             *[
@@ -192,12 +192,12 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             ],
             [values(row, "trained", "fusion")[layer, None] for row in rows],
         ]
-        lines.append(f"| {layer + 1} | " + " | ".join("{:.3f} ± {:.3f}".format(*mean_and_deviation(v)) for v in found) + " |")
+        lines.append(f"| {layer + 1} | " + " | ".join("{:.3f} ± {:.3f}".format(*mean_and_deviation(v)) for v in spreads) + " |")
     yield "\n".join(lines)
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Of every head, what its two numbers tell about a phrase's region and about a relation: trained and untrained."""
+    """A dot for every head: how well its two numbers tell a phrase's region, and a relation; trained and untrained."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 3.4), layout="constrained")

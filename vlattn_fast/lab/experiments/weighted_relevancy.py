@@ -1,7 +1,7 @@
-"""Does weighted relevancy (Huang et al., 2023) give better maps than the plain rule? Gathered from the stored evaluations.
+"""Does weighted relevancy (Huang et al., 2023) give better maps than the plain rule? Read from the stored evaluations.
 
-`python -m vlattn_fast.lab.evaluation TASK` measures; here the two rules are compared on the same scenes, test by test, and held
-against chance. The seeds are sets of test scenes; the models are those that the package ships.
+`python -m vlattn_fast.lab.evaluation TASK` measures; this experiment compares the two rules on the same scenes, test by test, and
+with chance. The seeds are sets of test scenes; the package ships the models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METHODS = {
     "weighted:norm:no_normalization": "from norms, rows not divided",
 }
 LOW_IS_GOOD = ("positive", "deletion")
-LEFT_OUT = ("sanity",)  # says nothing about which map is better
+LEFT_OUT = ("sanity",)  # does not tell which map is better
 LEVEL = 0.05
 
 
@@ -35,10 +35,10 @@ def path_of(task: str) -> Path:
 
 
 def cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
-    found: list[Cell] = [{"task": task} for task in TASKS if path_of(task).is_file()]
-    if not found:
+    tasks: list[Cell] = [{"task": task} for task in TASKS if path_of(task).is_file()]
+    if not tasks:
         raise ValueError(f"{RESULTS} must hold a stored evaluation (python -m vlattn_fast.lab.evaluation); got none")
-    return found
+    return tasks
 
 
 def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
@@ -70,18 +70,18 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         for part in ("image", "text"):
             for method, what in METHODS.items():
-                found = [one for one in row["compared"] if (one["method"], one["part"]) == (method, part)]
-                if not found:
+                compared = [one for one in row["compared"] if (one["method"], one["part"]) == (method, part)]
+                if not compared:
                     continue
-                counts = [sum(verdict(one) == name for one in found) for name in ("better", "worse", "open")]
-                most, least = max(found, key=lambda one: one["better_by"]), min(found, key=lambda one: one["better_by"])
+                counts = [sum(verdict(one) == name for one in compared) for name in ("better", "worse", "open")]
+                most, least = max(compared, key=lambda one: one["better_by"]), min(compared, key=lambda one: one["better_by"])
                 ends = [f"{one['better_by']:+.3f} ({one['test']})" for one in (most, least)]
                 lines.append(f"| {TASKS[row['task']]} | {part} | {what} | " + " | ".join(map(str, [*counts, *ends])) + " |")
     yield "\n".join(lines)
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Every test's difference with the spread over the sets of scenes."""
+    """The difference in each test with its spread over the sets of scenes."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(3.4 * len(rows), 5), layout="constrained")
@@ -90,10 +90,10 @@ def figure(rows: Sequence[Row]) -> Figure:
     for axis, row in zip(axes, rows, strict=True):
         places = sorted(dict.fromkeys((one["part"], one["test"]) for one in row["compared"]), key=lambda place: place[0])
         for shift, (method, colour) in zip((-0.32, -0.16, 0.0, 0.16, 0.32), colours.items(), strict=True):
-            found = [one for one in row["compared"] if one["method"] == method]
-            heights = [places.index((one["part"], one["test"])) + shift for one in found]
+            compared = [one for one in row["compared"] if one["method"] == method]
+            heights = [places.index((one["part"], one["test"])) + shift for one in compared]
             axis.errorbar(
-                [one["better_by"] for one in found], heights, xerr=[one["sd"] for one in found],
+                [one["better_by"] for one in compared], heights, xerr=[one["sd"] for one in compared],
                 fmt="o", markersize=3.5, linewidth=1, color=colour, label=METHODS[method],
             )  # fmt: skip
         axis.axvline(0, color="black", linewidth=0.8)

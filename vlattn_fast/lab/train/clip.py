@@ -1,10 +1,10 @@
 """The training of the small CLIP model of DigitScenes.
 
-Captions and images find one another in a batch (Radford et al., ICML 2021). That alone teaches which digits a caption names, and
-hardly how they lie: captions are read as bags of words. Other losses see to it that the two vectors have what a relation needs:
-of each patch, which digit it shows and where that digit's centre is; of the image's pooled state, which digits are there, and
-where; of the caption's, its words in order. Those of the patches come first and alone, on images crowded with digits: as long as
-the encoder tells no digits apart, the others have nothing to learn from.
+The contrastive loss matches captions and images in a batch (Radford et al., ICML 2021). This loss alone teaches which digits a
+caption names, and hardly their relation: captions are read as bags of words. Further losses teach a relation's parts: from each
+patch, its digit and the digit's centre; from the pooled image state, which digits are there, and where; from the pooled caption,
+its words in order. The losses of patches come first and alone, on images crowded with digits: until the encoder tells digits
+apart, the remaining losses have nothing to learn from.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class TrainingHeads(nn.Module):
 
 
 def place(model: CLIPModel) -> None:
-    """Position embeddings of the patches begin as sines of row and column, which spares the model learning that they form a
-    grid, and patch embeddings large enough to be seen beside them."""
+    """Starts position embeddings of the patches as sines of row and column, so that the model need not learn the grid, and makes
+    patch embeddings large enough beside them."""
     embeddings = model.vision_model.embeddings
     side, size = CANVAS // PATCH, embeddings.position_embedding.embedding_dim // 4
     angles = torch.arange(side)[:, None] * math.pi / 2 * torch.arange(1, size + 1) / size
@@ -72,14 +72,14 @@ def place(model: CLIPModel) -> None:
 
 
 def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
-    """images (B, H, W) with noise, as strong in each as chance has it up to NOISE -> pixel values (B, 1, H, W)."""
+    """images (B, H, W) with noise of a random strength up to NOISE each -> pixel values (B, 1, H, W)."""
     strength = NOISE * torch.rand(len(images), 1, 1, generator=generator)
     return (images + strength * torch.randn(images.shape, generator=generator))[:, None]
 
 
 def crowd(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """`count` images with as many digits as have room, of the training scans, each some pixels off a grid: (images (B, 32, 32),
-    digits (B, 9), boxes (B, 9, 4))."""
+    """`count` images full of training scans, each scan some pixels off a grid: (images (B, 32, 32), digits (B, 9), boxes
+    (B, 9, 4))."""
     scans, labels, _ = digit_scans("train")
     drawn = torch.randint(0, len(scans), (count, SIDE, SIDE), generator=generator)
     room = CANVAS - SIDE * DIGIT
@@ -96,7 +96,7 @@ def crowd(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
 
 
 def patch_truth(digits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """(digit int64 (B, P), BACKGROUND or UNSURE; centre (B, P, 2) in 0 to 1 of the digit): of the patches, row by row."""
+    """(digit int64 (B, P), BACKGROUND or UNSURE; centre (B, P, 2) in 0 to 1 of the digit) for the patches, row by row."""
     edge = PATCH * torch.arange(CANVAS // PATCH)
     low, high = boxes[..., None, :2], boxes[..., None, 2:]
     overlap = (torch.minimum(high, edge[:, None] + PATCH) - torch.maximum(low, edge[:, None])).clamp(min=0)  # (B, R, side, 2)
@@ -109,7 +109,7 @@ def patch_truth(digits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patch_losses(heads: TrainingHeads, states: Tensor, digits: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-    """Of the vision encoder's states (B, 1 + P, C)."""
+    """The losses of patches from the vision encoder's states (B, 1 + P, C)."""
     digit, centre = patch_truth(digits, boxes)
     states = heads.norm(states[:, 1:])
     shows = (digit != BACKGROUND) & (digit != UNSURE)
@@ -127,15 +127,15 @@ def crowd_losses(model: CLIPModel, heads: TrainingHeads, generator: torch.Genera
 
 
 def losses(model: CLIPModel, heads: TrainingHeads, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
-    """All losses on scenes with true captions. To each scene come three false captions, one of each kind; captions of other
-    scenes that are true of an image, or nearly so, are no wrong ones for it."""
-    own = words_of(scenes)
-    first, second = ((scenes.digits == own[:, i, None]).int().argmax(1) for i in (0, 2))
+    """All losses on scenes with true captions. Each scene has three false captions, one of each kind. A caption of another scene
+    that is true of an image, or nearly true, does not count as wrong for this image."""
+    true = words_of(scenes)
+    first, second = ((scenes.digits == true[:, i, None]).int().argmax(1) for i in (0, 2))
     corners, sayable = scenes.boxes[..., :2].long(), sayable_captions("train", None)
-    words = [own]
+    words = [true]
     for kind in range(1, 1 + len(NEGATIVES)):
         kinds = torch.full((len(scenes),), kind)
-        words.append(caption_words(kinds, scenes.digits, corners, first, second, own[:, 1], sayable, generator)[0])
+        words.append(caption_words(kinds, scenes.digits, corners, first, second, true[:, 1], sayable, generator)[0])
     said = torch.cat(words)
     image = model.vision_model(pixel_values=noisy(scenes.images, generator))
     text = model.text_model(input_ids=caption_ids(said))
@@ -163,8 +163,8 @@ def losses(model: CLIPModel, heads: TrainingHeads, scenes: Scenes, generator: to
 
 
 def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
-    """A model trained with AdamW for `steps` steps, the first of them on crowded images, the others on scenes, with one
-    learning-rate cycle for each part; eval mode."""
+    """A model trained with AdamW for `steps` steps, first on crowded images, then on scenes, with one learning-rate cycle for
+    each part; eval mode."""
     check_steps(steps)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -187,8 +187,8 @@ def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
 
 
 def evaluate(model: CLIPModel, *, count: int, seed: int = 0) -> dict[str, object]:
-    """Retrieval on test scenes, and accuracies per kind of wrong caption for all captions, those seen in training and those held
-    out from it."""
+    """Retrieval on test scenes, and accuracies per kind of wrong caption for all captions, for captions seen in training and for
+    held-out captions."""
     pairs = ("all", "seen", "held_out")
     return {
         "retrieval": retrieval(model, count=count, seed=seed),

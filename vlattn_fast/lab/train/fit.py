@@ -24,9 +24,9 @@ def fit(
     warmup: float = 0.3,
     fused: bool = False,
 ) -> None:
-    """`steps` steps of AdamW down the weighted sum of `losses()`, one learning-rate cycle, which rises to `learning_rate` for
-    the share `warmup` of the steps; a line is printed every log_every steps and at the end, none with 0. fused: one kernel
-    for the whole step, which is faster and rounds otherwise."""
+    """`steps` steps of AdamW down the weighted sum of `losses()`, with one learning-rate cycle, which rises to `learning_rate`
+    for the share `warmup` of the steps. A line is printed every log_every steps and at the end; 0 prints none. fused: one kernel
+    for the whole step, which is faster and rounds differently."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2), pct_start=warmup)
     for step in range(1, steps + 1):

@@ -1,9 +1,9 @@
 """The trainings of the two CLIPMapper of DigitScenes, for questions and for captions, on the trained CLIP model.
 
-The vision encoder stays as it is. The text encoder is trained on, since the captions that CLIP saw have few of the words of
-questions. Beside the answer, the state of each digit word learns the centre of that digit. The state that a question is read at
-learns which digits it is about, and how far apart two are that it compares: yes and no alone teach that very slowly. The state in
-front of a text's last digit learns all digits that would make it true, of which the text has one.
+The vision encoder is frozen. The text encoder trains further, since CLIP's captions have few words of questions. Beside the
+answer, the state of each digit word learns the centre of the digit. The state that answers a question learns which digits the
+question is about, and the distance of two compared digits: yes and no alone teach these very slowly. The state in front of a
+text's last digit learns all digits that would make the text true.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ FIRST, SECOND = 3, 7  # where "[START] is a three left of a seven [END]" has its
 
 
 class TrainingHeads(nn.Module):
-    """The heads that only training uses: where a word's digit is; which digits a question is about, or make a text true; how far
-    apart two are."""
+    """The heads that only training uses: the place of a word's digit; the digits that a question is about, or that make a text
+    true; the distance of two digits."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TrainingHeads(nn.Module):
 
 
 def centre_loss(heads: TrainingHeads, states: Tensor, named: Tensor, digits: Tensor, boxes: Tensor) -> Tensor:
-    """Of the states (B, T, C) that stand for a digit, 0 to 9 in named (B, T), where that digit is in the scene with digits (B, R)
+    """Loss of the centres read from states (B, T, C) that stand for a digit, 0 to 9 in named (B, T), in scenes with digits (B, R)
     and boxes (B, R, 4)."""
     centres, present = centres_of(named, digits, boxes)
     return F.smooth_l1_loss(heads.centre(states[present]), centres[present], beta=0.1)
@@ -59,8 +59,8 @@ def centres_of(named: Tensor, digits: Tensor, boxes: Tensor) -> tuple[Tensor, Te
 
 
 def question_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, image_states: Tensor) -> dict[str, Tensor]:
-    """Questions name few of the digits that are there. So that words find digits early, a list of all four comes to each scene,
-    as a text without an answer."""
+    """The losses of questions. A question names few of a scene's digits, so each scene also has a list of its four digits, as a
+    text without an answer, from which words learn digits early."""
     count = len(asked)
     listed = torch.tensor([i for i, kind in enumerate(asked.kinds) if kind == "there"])  # each scene has one such question
     rows = torch.cat([torch.arange(count), listed])
@@ -69,7 +69,7 @@ def question_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, i
     ids, mask = words["input_ids"], words["attention_mask"]
     output = model(input_ids=ids, attention_mask=mask, image_states=image_states[rows])
     target = torch.tensor([ANSWERS.index(text) for text in asked.answers])
-    # the state that is read stands for the digit it answers with, where the answer is one and no number
+    # the state that answers stands for the digit of the answer, unless the answer is no digit
     kinds = torch.tensor([QUESTIONS.index(kind) for kind in asked.kinds])
     stands = torch.where(kinds == QUESTIONS.index("what"), target, -1)
     stands = torch.cat([stands, torch.full((len(listed),), -1)])
@@ -108,8 +108,8 @@ def prompt_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, ima
 
 
 def fitting_digits(asked: Questions, ids: Tensor, rows: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """(bool (N, 10), bool (N, 10)) of the texts at `rows`: which digits at their position `last` make them true, and which a
-    training text may have there."""
+    """(bool (N, 10), bool (N, 10)) for the texts at `rows`: digits that make the text true at its position `last`, and digits
+    that a training text may have there."""
     ids, boxes = ids[rows], asked.boxes[rows]
     asks = torch.tensor([kind == "what" for kind in asked.kinds])[
         rows
@@ -153,7 +153,7 @@ def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: s
 
 
 def evaluate(task: str, model: CLIPMapper, *, count: int, seed: int = 0) -> dict[str, Any]:
-    """On test scenes, for all captions and those whose pairs of digits no training question or prompt relates."""
+    """Accuracies on test scenes, for all captions and for captions whose pairs of digits no training text relates."""
     measure = prompt_accuracy if task == "captions" else question_accuracy
     report: dict[str, Any] = {
         measure.__name__: {pairs: measure(model, count=count, seed=seed, pairs=pairs) for pairs in ("all", "seen", "held_out")}

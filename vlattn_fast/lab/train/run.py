@@ -28,7 +28,7 @@ EVALUATED = {"uniter": 5000, "clip": 2000, "vqa": 1000, "captions": 1000}  # tes
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, how long by default, and where the result goes.
+    """A training: its function, its default length, and the file of its weights.
 
     config: what the loader builds the model from; half: the weights are stored in float16.
     """
@@ -106,12 +106,12 @@ def run(chosen: argparse.Namespace) -> None:
     state = model.state_dict()
     if training.half:
         state = {name: tensor.half() for name, tensor in state.items()}
-        model.load_state_dict(state)  # what is measured is what is stored
+        model.load_state_dict(state)  # the stored weights are measured
     chosen.output.mkdir(parents=True, exist_ok=True)
     weights = chosen.output / training.weights
-    save_file(state, weights)  # before the measures, which take their time
+    save_file(state, weights)  # before the measurements, which take long
     command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}" + " --validate" * validate
-    if more.get("clip", DATA) != DATA:  # otherwise the command would not repeat this
+    if more.get("clip", DATA) != DATA:  # else the command would not repeat this training
         command += f" --clip {shlex.quote(str(chosen.clip))}"
     report = {
         "command": f"python -m vlattn_fast.lab.train {command}",
@@ -133,9 +133,9 @@ def run(chosen: argparse.Namespace) -> None:
 
 
 def store(rows: Path, row: dict[str, Any]) -> None:
-    """Adds a row to a file of rows, in place of one of the same command."""
-    stored = [other for other in _rows(rows) if other["command"] != row["command"]] + [row]
-    part = rows.with_name(rows.name + ".part")  # so that a run that ends here leaves the old rows
+    """Adds a row to a file of rows, in place of the row of the same command."""
+    stored = [kept for kept in _rows(rows) if kept["command"] != row["command"]] + [row]
+    part = rows.with_name(rows.name + ".part")  # a run that stops here leaves the old rows
     part.write_text("[\n" + ",\n".join(map(json.dumps, stored)) + "\n]\n")
     part.replace(rows)
 

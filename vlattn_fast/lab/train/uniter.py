@@ -1,13 +1,13 @@
 """The training of the small UNITER of DigitScenes.
 
-Beside image-text matching and masked words the model learns what a true caption rests on. The first layer's states of
-regions learn which digit each shows; the second layer's states of words whether the digit that a word names is there, and its
-centre; the state that matching reads how far the two named digits are apart. True and false alone teach all that slowly.
-Scans are bent by chance, so that others than those trained on are recognised, too.
+Beside image-text matching and masked words the model learns the parts of a true caption. The first layer's states of regions
+learn the digit of the region; the second layer's states of words learn whether the named digit is there, and its centre; the
+state that matching reads learns the distance of the two named digits. True and false alone teach all these slowly. Scans are bent
+at random, so that the model recognises new scans.
 
-The sizes of the model, the masked words, the centres and the learning rate come from an older recipe, which was settled while
-looking at test scans. Everything else was chosen as --validate has it: trained on "fit" scans, compared on "validation" scans
-(see `digit_scans`) and captions seen in training.
+The sizes of the model, the masked words, the centres and the learning rate come from an older recipe, which was chosen with a
+view of test scans. All the rest was chosen with --validate: trained on "fit" scans, compared on "validation" scans (see
+`digit_scans`) and captions seen in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlattn_fast.lab.train.fit import check_steps, fit
 from vlattn_fast.lab.uniter import CONFIG, matching_accuracy, winoground_scores
 from vlattn_fast.models.uniter import UNITER
 
-# Of 128 scenes 32 have a masked word. Half of the others are true; the false ones are of each kind in equal parts.
+# 32 of 128 scenes have a masked word. Half of the remaining captions are true; each kind of false caption has an equal part.
 KINDS = torch.tensor([0] * 80 + [1] * 16 + [2] * 16 + [3] * 16)
 MASKED = 32
 NOISE = 0.1  # standard deviation added to the pixels
@@ -37,8 +37,8 @@ FIRST, RELATION, SECOND = (1,), (2, 3), (5,)  # where a caption has its words
 
 
 class TrainingHeads(nn.Module):
-    """The heads that only training uses: masked words, the digit of a region, whether a named digit is there, its centre, and how
-    far two of them are apart."""
+    """The heads that only training uses: masked words, the digit of a region, whether a named digit is there, its centre, and the
+    distance of two named digits."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def mask_words(input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def bent(features: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops (B, R, 64), each turned, slanted, stretched and moved a little, as chance has it."""
+    """Crops (B, R, 64), each turned, slanted, stretched and shifted a little at random."""
     crops = features.view(-1, 1, DIGIT, DIGIT)
     change = torch.randn(len(crops), 2, 3, generator=generator) * torch.tensor([BEND, BEND, MOVE])
     grid = F.affine_grid(torch.eye(2, 3) + change, list(crops.shape), align_corners=False)
@@ -68,7 +68,7 @@ def bent(features: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextlib.contextmanager
 def layer_states(model: UNITER) -> Iterator[list[Tensor]]:
-    """What each layer gives, first to last, in the run inside."""
+    """The outputs of the layers, first to last, in the run inside."""
     states: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda _, __, output: states.append(output)) for layer in model.uniter.encoder.layer]
     try:
@@ -121,8 +121,8 @@ def train(steps: int = 3000, *, seed: int = 0, split: str = "train", log_every: 
 
 
 def evaluate(model: UNITER, *, count: int, seed: int = 0, split: str = "test") -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracies per kind of wrong caption and swapped-pair scores: on test scans for all captions, those seen in training and
-    those held out from it; on other scans for those seen alone."""
+    """Accuracies per kind of wrong caption and swapped-pair scores: on test scans for all captions, captions seen in training and
+    held-out captions; on every other split for captions seen in training alone."""
     told = PAIRS if split == "test" else ("seen",)
     return {
         measure.__name__: {pairs: measure(model, count=count, seed=seed, split=split, pairs=pairs) for pairs in told}

@@ -1,7 +1,7 @@
 """Does a congruence loss (Pandey et al., ACL 2023; Ren et al., ACL 2021) make a model learn order and relation sooner, or better?
 
-The weight and the layer of each loss are chosen on validation scenes and by seeds of their own. Then no loss and the three losses
-train from the same initial weights on the same batches.
+A sweep with separate seeds chooses the weight and the layer of each loss on validation scenes. Then the model trains without a
+loss and with each of the three, from the same initial weights on the same batches.
 
 In: options of the experiment.
 Out: its rows.
@@ -23,7 +23,7 @@ from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settin
 SIZES = Sizes(steps=1500, every=20, validation=300, test=1000)
 SMOKE = Sizes(steps=4, every=2, validation=12, test=12)
 WEIGHTS = {"iais_singular": (0.01, 0.1, 1.0), "iais_distributed": (0.01, 0.1, 1.0), "cacr": (0.1, 1.0, 10.0)}
-SWEEP_SEEDS = (100, 101, 102)  # none of those that are reported
+SWEEP_SEEDS = (100, 101, 102)  # no reported run has these
 ROUNDS = 7
 NO_LOSS = {"loss": "none", "weight": 0.0, "layer": 0}
 
@@ -38,7 +38,7 @@ def sweep_cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
 
 
 def measure_sweep(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """Up to the jump and no further."""
+    """A training that stops at the jump."""
     sizes = SMOKE if settings.smoke else SIZES
     _, curve = train(cell["seed"], cell["loss"], cell["weight"], cell["layer"], sizes, stop_at_jump=True)
     return {"curve": curve}

@@ -1,4 +1,4 @@
-"""What a congruence loss costs in a training step: ours and the authors' loop over samples, side by side."""
+"""The cost of a congruence loss in a training step: this package's and the authors' loop over samples, side by side."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from vlattn_fast.ops.congruence_loss import congruence_loss
 
 Pair = tuple[Tensor, Tensor]  # query, key (B, H, N, D)
 Loss = Callable[[Pair, Pair, Tensor, Tensor], Tensor]  # words, regions, their masks -> a scalar
-DIRECTION = "image"  # one of the two a step, as the authors train
+DIRECTION = "image"  # one direction a step, as the authors train
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A training step. text, image: tokens; matched: of the batch, these samples first have the loss; uneven: captions and
-    pictures differ in length, and are padded."""
+    """A training step. text, image: tokens; matched: number of samples, first in the batch, that have the loss; uneven: captions
+    and pictures differ in length and are padded."""
 
     config: UNITERConfig
     batch: int
@@ -60,8 +60,8 @@ def official(kind: str) -> Loss:
 
 
 def measure(problem: Problem, kind: str, rounds: int) -> dict[str, Any]:
-    """Milliseconds, the least of `rounds` that take turns, and MiB at the peak of one call: of a training step without the loss,
-    with ours and with the authors' loop, and of the two losses alone, forward and backward."""
+    """Least milliseconds of `rounds` in turns, and peak MiB of one call, for five calls: a training step without the loss, with
+    this package's loss and with the authors' loop, and each of the two losses alone, forward and backward."""
     steps = {name: _step(problem, loss) for name, loss in (("none", None), ("ours", ours(kind)), ("official", official(kind)))}
     calls = {f"step {name}": step for name, step in steps.items()}
     calls |= {f"loss {name}": _alone(problem, loss) for name, loss in (("ours", ours(kind)), ("official", official(kind)))}
@@ -80,7 +80,7 @@ def measure(problem: Problem, kind: str, rounds: int) -> dict[str, Any]:
 
 
 def _masks(problem: Problem, count: int) -> tuple[Tensor, Tensor]:
-    """bool (B, L) and (B, V); uneven ones are from a quarter of the length to all of it."""
+    """bool (B, L) and (B, V); uneven lengths go from a quarter of the length to all of it."""
     generator = torch.Generator().manual_seed(1)
 
     def mask(longest: int) -> Tensor:
@@ -96,7 +96,7 @@ def _step(problem: Problem, loss: Loss | None) -> Callable[[], None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = UNITER(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # costs the same, and every call has the same weights
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # same cost, and the weights stay equal between calls
     count, text, image = problem.batch, problem.text, problem.image
     text_mask, image_mask = _masks(problem, count)
     inputs = {

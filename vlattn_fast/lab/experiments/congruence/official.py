@@ -1,6 +1,6 @@
-"""The losses as the authors' code computes them (KhoomeiK/CACR and lancopku/IAIS): to be measured against, not for use.
+"""The losses as the authors' code computes them (KhoomeiK/CACR and lancopku/IAIS), as a yardstick and not for use.
 
-The four blocks for the whole batch, then a Python loop over its samples that cuts off each one's padding.
+Four blocks are computed for the whole batch; then a Python loop over the samples cuts off the padding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def published_loss(t: Mapping[str, Tensor], kind: str, direction: str = "both") -> Tensor:
-    """(B) losses, each sample cut out by lengths that are read from its masks.
+    """(B) losses; the masks give the length by which a sample is cut out.
 
     t: text_query, text_key (B, H, L, D), image_query, image_key (B, H, V, D), text_mask (B, L), image_mask (B, V).
     """
@@ -24,12 +24,12 @@ def published_loss(t: Mapping[str, Tensor], kind: str, direction: str = "both") 
     losses = []
     for i in range(len(ll)):
         n, m = int(text[i].sum().item()), int(image[i].sum().item())
-        own, cross = (ll[i, :n, :n], vv[i, :m, :m]), (lv[i, :n, :m], vl[i, :m, :n])
+        within, cross = (ll[i, :n, :n], vv[i, :m, :m]), (lv[i, :n, :m], vl[i, :m, :n])
         parts = []
         if direction != "image":
-            parts.append(_direction(kind, *own, *cross))
+            parts.append(_direction(kind, *within, *cross))
         if direction != "text":
-            parts.append(_direction(kind, *own[::-1], *cross[::-1]))
+            parts.append(_direction(kind, *within[::-1], *cross[::-1]))
         losses.append(sum(parts[1:], parts[0]))
     return torch.stack(losses)
 
@@ -40,14 +40,14 @@ def _block(query: Tensor, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return (torch.softmax(scores, dim=-1) * real).mean(dim=1)
 
 
-def _direction(kind: str, own: Tensor, other: Tensor, cross: Tensor, back: Tensor) -> Tensor:
+def _direction(kind: str, within: Tensor, opposite: Tensor, cross: Tensor, back: Tensor) -> Tensor:
     if kind == "cacr":
         change = cross.detach()
-        return _symmetric(torch.softmax(own, dim=-1), torch.softmax(change @ other @ change.mT, dim=-1), 0.0)
+        return _symmetric(torch.softmax(within, dim=-1), torch.softmax(change @ opposite @ change.mT, dim=-1), 0.0)
     if kind == "iais_singular":
         index = cross.argmax(dim=-1)
-        return _symmetric(own, torch.softmax(other[index][:, index], dim=-1), 0.0)
-    return _symmetric(own, cross @ back, 1e-6)
+        return _symmetric(within, torch.softmax(opposite[index][:, index], dim=-1), 0.0)
+    return _symmetric(within, cross @ back, 1e-6)
 
 
 def _symmetric(p: Tensor, t: Tensor, epsilon: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The rows of the experiment as tables and pictures, and what is chosen by those of the sweep."""
+"""The rows of the experiment as tables and pictures, and the settings that the sweep's rows choose."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def of(rows: Sequence[Row], what: str, loss: str | None = None) -> list[Row]:
     return [row for row in rows if row["what"] == what and loss in (None, row["loss"])]
 
 
-# --- what is chosen ---
+# --- the choice of settings ---
 
 
 def jump_of(row: Row, names: Sequence[str] = RELATIONAL) -> int | None:
-    """The step at which the accuracies of all of `names` had been past the jump; None where one never was."""
+    """The first step by which every accuracy in `names` has passed the jump; None where one never passes it."""
     steps = [jump(row["curve"], name) for name in names]
     return None if None in steps else max(step for step in steps if step is not None)
 
 
 def at_most(row: Row, names: Sequence[str] = RELATIONAL) -> float:
-    """The step of the jump, or the last one of a training without."""
+    """The step of the jump, or the last step of a training without a jump."""
     step = jump_of(row, names)
     return row["curve"]["step"][-1] if step is None else step
 
@@ -63,7 +63,7 @@ def swept(rows: Sequence[Row], kind: str) -> list[tuple[Cell, list[Row]]]:
 
 
 def chosen(rows: Sequence[Row], kind: str) -> Cell:
-    """The weight and the layer with the earliest jump on average; of equals, the highest accuracy at the end."""
+    """The weight and the layer with the earliest mean jump; a tie goes to the highest final accuracy."""
 
     def order(group: tuple[Cell, list[Row]]) -> tuple[float, float]:
         members = group[1]
@@ -87,9 +87,9 @@ def _spread(values: Sequence[float], form: str = ".3f") -> str:
     return f"{mean:{form}} ± {deviation:{form}}"
 
 
-def _change(one: Sequence[float], other: Sequence[float], form: str = ".3f") -> tuple[str, str]:
-    """The mean of one - other, pair by pair, ± its deviation, and p; one pair has none."""
-    differences = [a - b for a, b in zip(one, other, strict=True)]
+def _change(first: Sequence[float], second: Sequence[float], form: str = ".3f") -> tuple[str, str]:
+    """The mean of first - second, pair by pair, ± its deviation, and p; one pair has no p."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
     mean, deviation = mean_and_deviation(differences)
     p = paired_test(differences)[1]
     shown = "–" if len(differences) < 2 else "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -164,9 +164,9 @@ def _value_table(rows: Sequence[Row]) -> str:
         members = of(rows, "training", arm)
         value = value_name(arm, members[0]["layer"])
         line = [_name(members[0])]
-        for other in ("untrained", "none", arm):
-            line.append(_spread([row["held_out"][value] for row in of(rows, "training", other)], ".2g"))
-        pair = [[row["held_out"][value] for row in of(rows, "training", other)] for other in (arm, "none")]
+        for compared in ("untrained", "none", arm):
+            line.append(_spread([row["held_out"][value] for row in of(rows, "training", compared)], ".2g"))
+        pair = [[row["held_out"][value] for row in of(rows, "training", compared)] for compared in (arm, "none")]
         lines.append([*line, *_change(pair[0], pair[1], ".2g")])
     return _table(["the loss's value, held-out pairs", "untrained", "no loss", "with the loss", "less no loss", "p"], lines)
 
@@ -198,7 +198,7 @@ def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
 
 
 def learning_curves(rows: Sequence[Row]) -> Figure:
-    """Order over steps, a line a seed; the triangle is where the model had passed the jump, on average."""
+    """Accuracy of order over steps, a line a seed; the triangle marks the mean step of the jump."""
     figure, panels = _panels(len(ARMS))
     for panel, arm in zip(panels, ARMS, strict=True):
         for loss in dict.fromkeys(("none", arm)):
@@ -218,7 +218,7 @@ def learning_curves(rows: Sequence[Row]) -> Figure:
 
 
 def congruence_curves(rows: Sequence[Row]) -> Figure:
-    """Each loss's own value on validation scenes over steps, trained with it and without."""
+    """The value of each loss on validation scenes over steps, for models trained with this loss and without."""
     with extra("viz"):
         from matplotlib.lines import Line2D
 

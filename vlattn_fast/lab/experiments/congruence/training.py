@@ -1,10 +1,10 @@
 """The model, its scenes and its training: image-text matching alone, with or without a congruence loss beside it.
 
-Smaller than the UNITER of `vlattn_fast.lab.train`, so that a training takes under a minute of one core, and without the loss that
-tells it where a digit is. Such a model sits at chance on order and relation for a while, and then finds them at once.
+The model is smaller than the UNITER of `vlattn_fast.lab.train`, so that a training takes under a minute of one core, and no loss
+tells the model where a digit is. Such a model stays at chance on order and relation for a while, and then jumps.
 
-So that this while is short, regions come as from a detector, with scores of the ten digits and a place, and the model begins
-where a first training would end: a region with the embedding of the word for its digit, and words looking at regions like them.
+To shorten the wait, regions come as from a detector, with scores of the ten digits and a place, and the model begins where a
+first training would end: a region has the embedding of the word for its digit, and words attend to the regions they name.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ CONFIG = UNITERConfig(
     position_dim=3,
     masked_words=True,
 )
-FALSE = torch.tensor([1] * 12 + [2] * 12 + [3] * 24)  # a batch: as many scenes, each three times, see `batches`
+FALSE = torch.tensor([1] * 12 + [2] * 12 + [3] * 24)  # one entry a scene of a batch, see `batches`
 MATCHED = len(FALSE)  # true captions come first
 REGIONS = 2  # digits a scene
-LEARNING_RATE, WARMUP = 1e-3, 100  # constant after the warm-up, so that the jump does not hang on the length of the run
+LEARNING_RATE, WARMUP = 1e-3, 100  # constant after warm-up: the jump must not depend on the run's length
 NOISE = 0.15  # standard deviation added to the pixels in training
 AHEAD = 16  # batches drawn at once, which is cheaper
 RELATION, MASK_ID = slice(2, 4), VOCABULARY.index("[MASK]")
-WORDS, CAPTION = slice(1, 6), 7  # the five words among the tokens, without [CLS] and [SEP]; regions come behind the caption
-JUMP = 0.75  # the model is past the jump where its accuracy of order and of relation is this at least
+WORDS, CAPTION = slice(1, 6), 7  # the five words without [CLS] and [SEP]; regions follow the caption
+JUMP = 0.75  # accuracy of order and of relation at which a model has passed the jump
 VALIDATION_SEED, TEST_SEED = 1, 2
 RELATIONAL = ("relation", "order")
 
@@ -77,8 +77,8 @@ class Sizes:
 
 @cache
 def _scans(part: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(scans (S, 8, 8) by digit, how many of each, where each begins): every fifth training scan of a digit is for "validation",
-    the others are for "fit"."""
+    """(scans (S, 8, 8) by digit, count of each digit, start of each digit); every fifth training scan of a digit is for
+    "validation", the rest are for "fit"."""
     scans, digits, _ = digit_scans("train")
     rank = F.one_hot(digits, 10).cumsum(0).gather(1, digits[:, None]).squeeze(1) - 1
     chosen = (rank % 5 == 0) == (part == "validation")
@@ -97,19 +97,19 @@ def _detector() -> tuple[Tensor, Tensor]:
 
 
 def training_scenes(captions: Tensor, part: str, generator: torch.Generator) -> tuple[Scenes, Tensor]:
-    """(scenes with digits of one part of the training scans and true captions, the ids (B, 7) of other captions that `captions`
-    asks for as in `sample_scenes`)."""
+    """(scenes with true captions and digits of one part of the training scans, ids (B, 7) of the false captions of the kinds in
+    `captions`, as in `sample_scenes`)."""
     state = generator.get_state()
-    other = sample_scenes(captions, "train", None, generator).input_ids
+    false_ids = sample_scenes(captions, "train", None, generator).input_ids
     generator.set_state(state)  # the same scenes again
     scenes = sample_scenes(torch.zeros_like(captions), "train", None, generator)
     scans, count, start = _scans(part)
     pick = (torch.rand(scenes.digits.shape, generator=generator) * count[scenes.digits]).long()
-    return fewer(replace(scenes, images=paint(scans[start[scenes.digits] + pick], scenes.boxes[..., :2].long()))), other
+    return fewer(replace(scenes, images=paint(scans[start[scenes.digits] + pick], scenes.boxes[..., :2].long()))), false_ids
 
 
 def fewer(scenes: Scenes) -> Scenes:
-    """REGIONS of the digits of each scene, the named ones among them; ink outside of the boxes is not shown to the model."""
+    """Scenes with REGIONS digits each, the named digits among them; the model sees no ink outside the boxes."""
     place = torch.arange(scenes.named.shape[1])
     kept = torch.where(scenes.named, -1, place).argsort(dim=1, stable=True)[:, :REGIONS].sort(1).values
     return replace(
@@ -121,7 +121,7 @@ def fewer(scenes: Scenes) -> Scenes:
 
 
 def model_inputs(scenes: Scenes, *, noise: Tensor | None = None) -> Inputs:
-    """Regions have ten scores, and 1, x and y of their centre, from about -1 to 1. Nothing is padded, so there are no masks."""
+    """A region has ten scores, and 1, x and y of its centre, from about -1 to 1. Nothing is padded, so there are no masks."""
     pixels = scenes.inputs()["region_features"]
     weight, bias = _detector()
     centres = 3.0 * ((scenes.boxes[..., :2] + DIGIT / 2) / CANVAS - 0.5)
@@ -133,21 +133,21 @@ def model_inputs(scenes: Scenes, *, noise: Tensor | None = None) -> Inputs:
 
 
 def batches(generator: torch.Generator) -> Iterator[tuple[Inputs, Tensor]]:
-    """(inputs with noise, labels), without end. Each of MATCHED scenes comes with its true caption, with a false one as FALSE
-    says, and with the true one without its relation; labels (2 MATCHED) are of the first two."""
+    """(inputs with noise, labels), without end. Each of MATCHED scenes comes with its true caption, with a false caption of the
+    kind in FALSE, and with the true caption without its relation; labels (2 MATCHED) belong to the first two thirds."""
     label = torch.cat([torch.ones_like(FALSE), torch.zeros_like(FALSE)])
     while True:
-        scenes, other = training_scenes(FALSE.repeat(AHEAD), "fit", generator)
+        scenes, false_ids = training_scenes(FALSE.repeat(AHEAD), "fit", generator)
         inputs = model_inputs(scenes, noise=NOISE * torch.randn(*scenes.digits.shape, 64, generator=generator))
         asked = inputs["input_ids"].clone()
         asked[:, RELATION] = MASK_ID
-        for rows in torch.arange(len(other)).split(MATCHED):
+        for rows in torch.arange(len(false_ids)).split(MATCHED):
             batch = {name: x[rows].repeat(3, *[1] * (x.ndim - 1)) for name, x in inputs.items()}
-            yield batch | {"input_ids": torch.cat([x[rows] for x in (inputs["input_ids"], other, asked)])}, label
+            yield batch | {"input_ids": torch.cat([x[rows] for x in (inputs["input_ids"], false_ids, asked)])}, label
 
 
 def congruence(loss: CongruenceLoss, layer: CapturedLayer, matched: int) -> Tensor:
-    """The loss over the first `matched` samples: between the words of their captions and the regions of their scenes."""
+    """The loss between words and regions over the first `matched` samples."""
     assert layer.joint is not None
     query, key = (x[:matched] for x in layer.joint)
     return loss((query[:, :, WORDS], key[:, :, WORDS]), (query[:, :, CAPTION:], key[:, :, CAPTION:]))
@@ -161,8 +161,8 @@ def losses(model: UNITER, output: UNITEROutput, inputs: Inputs, label: Tensor) -
 
 
 def new_model(seed: int) -> UNITER:
-    """A region begins with the embedding of the word for the digit that the detector says, and in the first layer the keys are
-    projected as the queries are."""
+    """A model whose regions begin with the embedding of the word for the detected digit, and whose first layer projects keys as
+    it projects queries."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = UNITER(CONFIG)
@@ -176,13 +176,13 @@ def new_model(seed: int) -> UNITER:
 
 
 def train(seed: int, loss: str, weight: float, layer: int, sizes: Sizes, *, stop_at_jump: bool = False) -> tuple[UNITER, Curve]:
-    """A trained model, and what was seen of it every `sizes.every` steps on validation scenes.
+    """A trained model, and its accuracies and losses on validation scenes every `sizes.every` steps.
 
-    Seeds pair the runs: initial weights, scenes, captions and noise are those of the seed, whatever the loss.
+    Seeds pair the runs: the seed alone gives initial weights, scenes, captions and noise, whatever the loss.
 
     Args:
         loss: a kind of `CongruenceLoss`, or "none".
-        stop_at_jump: stop at the first look where order and relation are past it.
+        stop_at_jump: stop at the first evaluation where order and relation have passed the jump.
     """
     model, drawn, watch = new_model(seed), batches(torch.Generator().manual_seed(seed)), Watch(sizes.validation)
     extra = None if loss == "none" else CongruenceLoss(loss, direction="alternate", weight=weight)
@@ -209,21 +209,21 @@ def train(seed: int, loss: str, weight: float, layer: int, sizes: Sizes, *, stop
 
 
 def jump(curve: Curve, name: str) -> int | None:
-    """The first step at which the accuracy of a kind of caption was seen past the jump; None where it never was."""
+    """The first step at which the accuracy of a kind of caption has passed the jump; None where no step has."""
     return next((int(step) for step, value in zip(curve["step"], curve[name], strict=True) if value >= JUMP), None)
 
 
 class Watch:
-    """Looks at a model while it trains: its accuracies on validation scenes as `matching_accuracy` has them, and the congruence
-    of its attention by each loss and in each layer."""
+    """Measures a model while it trains: accuracies on validation scenes as in `matching_accuracy`, and the congruence of its
+    attention by each loss and in each layer."""
 
     def __init__(self, count: int) -> None:
         self._false = []
         for kind in range(1, 1 + len(NEGATIVES)):
             generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same scenes for each kind of caption
-            scenes, other = training_scenes(torch.full((count,), kind), "validation", generator)
+            scenes, false_ids = training_scenes(torch.full((count,), kind), "validation", generator)
             self._true = model_inputs(scenes)
-            self._false.append(self._true | {"input_ids": other})
+            self._false.append(self._true | {"input_ids": false_ids})
         self.curve: Curve = {}
 
     @torch.no_grad()
@@ -261,8 +261,8 @@ def value_name(kind: str, layer: int) -> str:
 
 @torch.no_grad()
 def final_scores(model: UNITER, count: int, pairs: str) -> dict[str, float]:
-    """On scenes with test scans: accuracies by kind of wrong caption, Winoground's three scores on swapped pairs, and the
-    congruence losses of true captions."""
+    """Scores on scenes with test scans: accuracies by kind of wrong caption, Winoground's three scores on swapped pairs, and
+    the congruence losses of true captions."""
     scores: dict[str, float] = {}
     true = model_inputs(fewer(digit_scenes(count, seed=TEST_SEED, pairs=pairs)))
     accepted = float((log_odds(model, true) > 0).double().mean())

@@ -26,11 +26,11 @@ TASKS: dict[str, Any] = {"matching": matching, "answering": answering, "generati
 REFERENCES = {"answering": "frequent", "generation": "real"}  # arms without a model
 
 
-CHOICE_SEED = 100  # of the trainings that the rates of learning are chosen by, none of those measured
+CHOICE_SEED = 100  # of the trainings that choose the learning rates; no measured training has it
 
 
 def choices(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
-    """Each rate of learning, where a task has several."""
+    """A cell for each learning rate of the tasks that have several."""
     return [
         {"task": task, "arm": arm, "rate": rate, "seed": CHOICE_SEED}
         for task, module in TASKS.items()
@@ -40,7 +40,7 @@ def choices(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
 
 
 def choose(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """Learnt from four fifths of the training scans, measured on the others."""
+    """Accuracy on a fifth of the training scans, after training on the rest."""
     with _without_denormals():
         module, seed = TASKS[cell["task"]], cell["seed"]
         sizes = _sizes(module, settings)._replace(learn="fit", test="validation")
@@ -49,13 +49,13 @@ def choose(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 
 def rate_of(task: str, arm: str, rows: Sequence[Row]) -> float:
-    """That of the best accuracy on validation scenes."""
+    """The learning rate with the best accuracy on validation scenes."""
     tried = [row for row in rows if "validation" in row and (row["task"], row["arm"]) == (task, arm)]
     return float(max(tried, key=lambda row: row["validation"]["accuracy"])["rate"] if tried else TASKS[task].RATES[0])
 
 
 def trainings(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
-    """Those of one seed follow one another, since a process keeps its scenes and encoders."""
+    """Cells of one seed follow one another, since a process keeps the scenes and encoders of a seed."""
     cells: list[Cell] = []
     for seed in range(settings.seeds):
         for task in TASKS:
@@ -94,14 +94,14 @@ def _train(cell: Cell, settings: Settings) -> dict[str, Any]:
         generation.prepare(seed, sizes)
     began = time.process_time()
     model, first = module.train(arm, seed, sizes, cell["rate"])
-    found: dict[str, Any] = {"training_seconds": round(time.process_time() - began, 2)}
+    figures: dict[str, Any] = {"training_seconds": round(time.process_time() - began, 2)}
     for name, one in (("trained", model), ("untrained", first)):
-        found[name] = _rounded(module.measure(one, seed, sizes))
-    return found | (_shown(model, seed, sizes) if module is generation else {})
+        figures[name] = _rounded(module.measure(one, seed, sizes))
+    return figures | (_shown(model, seed, sizes) if module is generation else {})
 
 
-def _rounded(found: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in found.items()}
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def _shown(model: generation.Generator | None, seed: int, sizes: generation.Sizes) -> dict[str, Any]:

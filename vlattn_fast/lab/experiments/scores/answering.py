@@ -1,5 +1,5 @@
-"""Question answering as in MAC (Hudson and Manning, ICLR 2018): in each of a few steps, what is asked for attends to the regions,
-which the memory of the steps before has a part in."""
+"""Question answering as in MAC (Hudson and Manning, ICLR 2018): in each of a few steps a query from the question attends to the
+regions, which are combined with the memory of earlier steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlattn_fast.lab.train.fit import fit
 
 WORDS, SIZE, STEPS = 7, 48, 3
 BATCH = 128
-RATES = (8e-4, 2e-3)  # of learning; which one a score has is chosen on validation scans
+RATES = (8e-4, 2e-3)  # learning rates; validation scans choose one for each score
 
 
 class Sizes(NamedTuple):
@@ -82,7 +82,7 @@ def asked(questions: Questions, net: nn.Sequential) -> Asked:
 
 
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Mac, Mac]:
-    """The model, and what it was before training."""
+    """The trained model and its copy from before training."""
     first, model = (seeded(seed, lambda: Mac(arm)) for _ in range(2))
     known, generator = (
         asked(questions_of(sizes.questions, 1000 + seed, sizes.learn), reader(seed, sizes.learn)),
@@ -98,43 +98,43 @@ def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Mac, Mac]:
 
 
 def aims(questions: Questions) -> Tensor:
-    """bool (B, R): the region that answers a question: of "what" the digit that is the answer, of "there" the digit, where
-    there is one. No region for other questions."""
-    wanted = []
+    """bool (B, R): the region that answers a question. "what" has the region of the answer's digit, "there" with a yes the
+    region of the digit asked for, and every remaining question no region."""
+    aimed = []
     for kind, question, answer in zip(questions.kinds, questions.questions, questions.answers, strict=True):
         word = answer if kind == "what" else question.split()[-1] if (kind, answer) == ("there", "yes") else ""
-        wanted.append(DIGIT_WORDS.index(word) if word else -1)
-    return questions.digits == torch.tensor(wanted)[:, None]
+        aimed.append(DIGIT_WORDS.index(word) if word else -1)
+    return questions.digits == torch.tensor(aimed)[:, None]
 
 
 def measure(model: Mac, seed: int, sizes: Sizes) -> dict[str, float]:
-    """On test questions, as many of each kind. accuracy: mean over the kinds."""
+    """Figures on test questions, equally many of each kind. accuracy: mean over the kinds."""
     net = reader(seed, sizes.learn)
     parts = {kind: questions_of(sizes.tested, seed, sizes.test, kind) for kind in QUESTIONS}
     every = [asked(questions, net) for questions in parts.values()]
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with torch.no_grad():
         for kind, part in zip(parts, every, strict=True):
-            found[kind] = float((model(part.images, part.ids).argmax(1) == part.answers).double().mean())
-    found["accuracy"] = sum(found[kind] for kind in QUESTIONS) / len(QUESTIONS)
+            figures[kind] = float((model(part.images, part.ids).argmax(1) == part.answers).double().mean())
+    figures["accuracy"] = sum(figures[kind] for kind in QUESTIONS) / len(QUESTIONS)
     whole = Asked(*map(torch.cat, zip(*every, strict=True)))
     calls = weights_and_relevancy(model.attend, lambda: _right_logit(model, whole))
     last = calls[-1][0][:, 0]
     target = torch.cat([aims(questions) for questions in parts.values()])
     aimed = target.any(1)
-    found["share"] = float(last[target].double().mean())
-    found["chance"] = 1 / REGIONS
-    found["pointing"] = float(target[aimed].gather(1, last[aimed].argmax(1, keepdim=True)).double().mean())
+    figures["share"] = float(last[target].double().mean())
+    figures["chance"] = 1 / REGIONS
+    figures["pointing"] = float(target[aimed].gather(1, last[aimed].argmax(1, keepdim=True)).double().mean())
     for number, (weights, _) in enumerate(calls, 1):
-        found[f"share_step_{number}"] = float(weights[:, 0][target].double().mean())
+        figures[f"share_step_{number}"] = float(weights[:, 0][target].double().mean())
     weights, relevancy = (torch.stack([call[i][:, 0] for call in calls]).mean(0) for i in (0, 1))
-    found["agreement"] = float(spearman(weights, relevancy).mean())
+    figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()
     def accuracy(mask: Tensor) -> float:
         return float((model(whole.images, whole.ids, mask).argmax(1) == whole.answers).double().mean())
 
-    return found | perturbation(weights, accuracy, seed)
+    return figures | perturbation(weights, accuracy, seed)
 
 
 def _right_logit(model: Mac, part: Asked) -> Tensor:
@@ -145,9 +145,9 @@ def _right_logit(model: Mac, part: Asked) -> Tensor:
 
 def blind(sizes: Sizes, seed: int) -> dict[str, float]:
     """Accuracy of the most frequent answer to each kind of question."""
-    found = {}
+    accuracy = {}
     for kind in QUESTIONS:
         known, test = (questions_of(sizes.tested, seed, split, kind).answers for split in (sizes.learn, sizes.test))
         frequent = max(sorted(set(known)), key=known.count)
-        found[kind] = test.count(frequent) / len(test)
-    return {**found, "accuracy": sum(found.values()) / len(found)}
+        accuracy[kind] = test.count(frequent) / len(test)
+    return {**accuracy, "accuracy": sum(accuracy.values()) / len(accuracy)}

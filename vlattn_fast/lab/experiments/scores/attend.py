@@ -1,6 +1,6 @@
-"""Attention whose score function alone changes, and what its weights say.
+"""Attention in which only the score function changes, and measures of its weights.
 
-Nothing is projected in front of the score: as in SCAN, AttnGAN and MAC, it sees the features themselves. There is one head.
+As in SCAN, AttnGAN and MAC, the score takes the features without a projection. There is one head.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Attend(nn.Module):
         score = self.score() if isinstance(self.score, nn.Module) else self.score
         query = torch.zeros_like(query) if self.uniform else query
         heads = (x[:, None] for x in (query, key, value))
-        found: Tensor = score_attention(*heads, score=score, key_mask=key_mask, backend=self.backend)[:, 0]
-        return found
+        attended: Tensor = score_attention(*heads, score=score, key_mask=key_mask, backend=self.backend)[:, 0]
+        return attended
 
 
 def weights_and_relevancy(attend: Attend, run: Callable[[], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """What `attend` does while `run` computes a score (B) of each row: of each call the weights A (B, N, M), and the relevancy
-    relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equation 5), dA = dO V^T being the score's gradient at the weights."""
+    """(weights A (B, N, M), relevancy relu(A * dA)) of each call of `attend` while `run` computes a score (B) of each row; dA =
+    dO V^T is the score's gradient at the weights (Chefer, Gur, Wolf, ICCV 2021, equation 5)."""
     attend.seen = []
     try:
         with torch.enable_grad():
@@ -100,11 +100,11 @@ def spearman(one: Tensor, two: Tensor) -> Tensor:
 
 
 def perturbation(values: Tensor, accuracy: Callable[[Tensor], float], seed: int) -> dict[str, float]:
-    """Areas under the accuracy while entries are removed one by one until none is left: those of the largest values first
-    ("auc_most"), of the least ("auc_least"), in any order ("auc_random").
+    """Areas under the accuracy while entries are removed one by one until none is left: largest values first ("auc_most"),
+    least values first ("auc_least"), random order ("auc_random").
 
     Args:
-        values: (B, M). accuracy: takes a mask, bool (B, M), True = still there.
+        values: (B, M). accuracy: takes a mask, bool (B, M), True = the entry is kept.
     """
     number = values.shape[1]
     random = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed))

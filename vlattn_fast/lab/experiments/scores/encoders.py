@@ -1,4 +1,4 @@
-"""The pair of encoders that texts and pictures are compared with, trained beforehand as DAMSM is (Xu et al., CVPR 2018)."""
+"""The pair of encoders that compares texts with pictures, trained as DAMSM is (Xu et al., CVPR 2018)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PairSizes(NamedTuple):
 
 
 class Pair(nn.Module):
-    """Encoders of pictures and of captions, and what the first sees in each cell."""
+    """Encoders of pictures and of captions, and the digit that the picture encoder sees in each cell."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,23 +48,23 @@ class Pair(nn.Module):
         self.place = nn.Parameter(0.1 * torch.randn(CELLS * CELLS, CHANNELS))
         self.cell = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(), nn.Linear(CHANNELS, SIZE))
         self.whole = nn.Sequential(nn.Linear(CHANNELS, 2 * SIZE), nn.ReLU(), nn.Linear(2 * SIZE, SIZE))
-        # what `patch_losses` knows them by
+        # the names that `patch_losses` reads
         self.norm, self.digit, self.centre = nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, BACKGROUND + 1), nn.Linear(CHANNELS, 2)
 
     def states(self, images: Tensor) -> Tensor:
         """(B, 32, 32) -> (B, cells, CHANNELS), row by row."""
-        found: Tensor = self.grid(images[:, None]).flatten(2).mT
-        return found
+        cells: Tensor = self.grid(images[:, None]).flatten(2).mT
+        return cells
 
     def picture(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Its cells (B, cells, SIZE) and the whole (B, SIZE)."""
+        """The cells (B, cells, SIZE) of a picture and the whole (B, SIZE)."""
         states = self.states(images) + self.place
         return self.cell(states), self.whole(self.cell[:2](states).amax(1))
 
     def digits(self, images: Tensor) -> Tensor:
         """int64 (B, cells): the digit in each cell, or BACKGROUND."""
-        found: Tensor = self.digit(self.norm(self.states(images))).argmax(-1)
-        return found
+        classes: Tensor = self.digit(self.norm(self.states(images))).argmax(-1)
+        return classes
 
 
 def caption_keys(ids: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def caption_keys(ids: Tensor) -> Tensor:
 
 
 def damsm_loss(cells: Tensor, whole: Tensor, words: Tensor, sentence: Tensor, keys: Tensor) -> Tensor:
-    """DAMSM's losses of words and of sentences; captions with equal keys are no wrong ones of each other."""
+    """DAMSM's losses of words and of sentences; captions with equal keys do not count as wrong for each other."""
     of_words: Tensor = DamsmLoss(GAMMA1, GAMMA2, GAMMA3)(cells, words, ids=keys)
     cosine = GAMMA3 * F.normalize(whole, dim=-1) @ F.normalize(sentence, dim=-1).T
     same = (keys[:, None] == keys) & ~torch.eye(len(keys), dtype=torch.bool)
@@ -81,14 +81,14 @@ def damsm_loss(cells: Tensor, whole: Tensor, words: Tensor, sentence: Tensor, ke
     return of_words + F.cross_entropy(cosine, true) + F.cross_entropy(cosine.T, true)
 
 
-@functools.lru_cache(maxsize=4)  # of one seed and its judge
+@functools.lru_cache(maxsize=4)  # those of one seed and its judge
 def captioned(count: int, seed: int, split: str, pairs: str | None = None) -> Scenes:
     return digit_scenes(count, split=split, seed=seed, pairs=pairs)
 
 
-@functools.lru_cache(maxsize=3)  # two are of one seed
+@functools.lru_cache(maxsize=3)  # two of them have one seed
 def pair(seed: int, sizes: PairSizes) -> Pair:
-    """Trained, and frozen. A process that asks again gets the same."""
+    """The trained, frozen pair of a seed; a process keeps it."""
     net, generator = seeded(seed, Pair), torch.Generator().manual_seed(seed)
     scenes = captioned(sizes.scenes, 1000 + seed, "train")
     ids = text_ids(scenes.captions, WORDS)
@@ -103,8 +103,8 @@ def pair(seed: int, sizes: PairSizes) -> Pair:
         images = noisy(scenes.images[rows], generator)[:, 0]
         cells, whole = net.picture(images)
         words, sentence = net.text(ids[rows])
-        found = {"match": damsm_loss(cells, whole, words, sentence, keys[rows])}
-        return found | _of_cells(net, images, scenes.digits[rows], scenes.boxes[rows])
+        losses = {"match": damsm_loss(cells, whole, words, sentence, keys[rows])}
+        return losses | _of_cells(net, images, scenes.digits[rows], scenes.boxes[rows])
 
     weights = {"match": 1.0, "digit": 2.0, "centre": 10.0}
     fit(list(net.parameters()), of_crowds, weights, sizes.first, learning_rate=LEARNING_RATE, log_every=0, warmup=0.1, fused=True)

@@ -1,5 +1,5 @@
 """Pictures from captions as in AttnGAN (Xu et al., CVPR 2018), without its discriminators: noise and the sentence make a coarse
-grid, each of its places attends to the words, and what comes of both is drawn. The loss is DAMSM's alone."""
+grid, each cell of the grid attends to the words, and a decoder draws the result. The loss is DAMSM's alone."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from vlattn_fast.lab.train.fit import fit
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity
 
 NOISE = 16
-RATES = (3e-3,)  # of learning, one for all
+RATES = (3e-3,)  # one learning rate for all scores
 WRONG = 29  # captions beside the right one
-SHOWN = 6  # pictures of the first seed that the rows keep
-DIGIT_PLACES = torch.tensor([0, 4])  # of a caption's words
+SHOWN = 6  # pictures that the rows of the first seed keep
+DIGIT_PLACES = torch.tensor([0, 4])  # among a caption's words
 
 
 class Sizes(NamedTuple):
@@ -64,8 +64,8 @@ class Generator(nn.Module):
         """Words (B, WORDS, SIZE), sentence (B, SIZE) and noise (B, NOISE) -> pictures (B, 32, 32) with ink in [0, 1]."""
         start = self.start(torch.cat([sentence, noise], dim=-1)).unflatten(1, (32, 4, 4)).relu()
         grid = self.coarse(F.interpolate(start, scale_factor=2)).relu()
-        found = self.attend(grid.flatten(2).mT, self.words(words), None, key_mask).mT.unflatten(2, (CELLS, CELLS))
-        grid = grid + self.joint(torch.cat([grid, found], dim=1)).relu()
+        attended = self.attend(grid.flatten(2).mT, self.words(words), None, key_mask).mT.unflatten(2, (CELLS, CELLS))
+        grid = grid + self.joint(torch.cat([grid, attended], dim=1)).relu()
         grid = self.fine(F.interpolate(grid, scale_factor=2)).relu()
         picture: Tensor = self.last(F.interpolate(grid, scale_factor=2))[:, 0]
         return (picture - 2).sigmoid()  # most of a scene is blank
@@ -78,7 +78,7 @@ def prepare(seed: int, sizes: Sizes) -> None:
 
 
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Generator, Generator]:
-    """The model, and what it was before training. Its encoders are those of the same seed."""
+    """The trained model and its copy from before training, with the encoders of the same seed."""
     first, model = (seeded(seed, lambda: Generator(arm)) for _ in range(2))
     net, generator = pair(seed, sizes.pair), torch.Generator().manual_seed(seed)
     ids = text_ids(captioned(sizes.pair.scenes, 1000 + seed, "train").captions, WORDS)
@@ -95,17 +95,17 @@ def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Generator, Ge
 
 
 class Captions(NamedTuple):
-    """T captions. wrong: int64 (T, WRONG), of each the captions that are not true of the scene that it was said of."""
+    """T captions. wrong: int64 (T, WRONG), captions that are not true of the scene of each."""
 
     ids: Tensor
     noise: Tensor
     wrong: Tensor
     images: Tensor
-    digits: Tensor  # int64 (T, 2), those that are named
+    digits: Tensor  # int64 (T, 2), the named digits
 
 
 def held_out(seed: int, count: int) -> Captions:
-    """Captions that no training says, and their scenes."""
+    """Captions that no training contains, and their scenes."""
     scenes, generator = captioned(count, seed, "test", "held_out"), torch.Generator().manual_seed(seed)
     ids = text_ids(scenes.captions, WORDS)
     false = caption_pixels(scenes, words_of(scenes)) <= 0
@@ -115,33 +115,33 @@ def held_out(seed: int, count: int) -> Captions:
 
 
 def precision(judge: Pair, images: Tensor, captions: Captions) -> float:
-    """R-precision: how often a picture's own caption fits it better than 29 others."""
+    """R-precision: how often the caption of a picture fits better than WRONG false captions."""
     fit_of = similarity(judge, images, captions.ids)
-    own = fit_of.diagonal()
-    return float((own > fit_of.gather(1, captions.wrong).amax(1)).double().mean())
+    true_fit = fit_of.diagonal()
+    return float((true_fit > fit_of.gather(1, captions.wrong).amax(1)).double().mean())
 
 
 def measure_real(seed: int, sizes: Sizes) -> dict[str, float]:
-    """The scenes that the captions were said of, in the place of the pictures."""
+    """R-precision of the captions' real scenes in the place of pictures."""
     captions = held_out(seed, sizes.tested)
-    found = {name: precision(pair(number, sizes.pair), captions.images, captions) for name, number in _judges(seed).items()}
-    return {**found, "ink": float(captions.images.mean())}
+    figures = {name: precision(pair(number, sizes.pair), captions.images, captions) for name, number in _judges(seed).items()}
+    return {**figures, "ink": float(captions.images.mean())}
 
 
 def _judges(seed: int) -> dict[str, int]:
-    """Seeds of the encoders: those that the generator never met, and its own."""
+    """Seeds of the judging encoders: encoders that the generator never met, and the encoders it trained with."""
     return {"accuracy": seed + 1, "own_encoders": seed}
 
 
 def measure(model: Generator, seed: int, sizes: Sizes) -> dict[str, float]:
-    """accuracy: R-precision on held-out captions, judged by encoders of another seed, which the generator never met."""
+    """Figures on held-out captions. accuracy: R-precision, judged by encoders that the generator never met."""
     judge, net = (pair(number, sizes.pair) for number in _judges(seed).values())
     captions = held_out(seed, sizes.tested)
     words, sentence = net.text(captions.ids)
     with torch.no_grad():
         images = model(words, sentence, captions.noise)
     seen = judge.digits(images)  # (T, cells)
-    found = {
+    figures = {
         "accuracy": precision(judge, images, captions),
         "own_encoders": precision(net, images, captions),
         "ink": float(images.mean()),
@@ -156,24 +156,23 @@ def measure(model: Generator, seed: int, sizes: Sizes) -> dict[str, float]:
     weights, relevancy = (x.mT[:, DIGIT_PLACES] for x in (each, relevancy))  # (T, 2, cells)
     inside = seen[:, None] == captions.digits[..., None]
     there, mass = inside.any(-1), (weights * inside).sum(-1) / weights.sum(-1)
-    found["drawn"] = float(there.double().mean())
-    found["share"] = _mean(mass[there])
-    found["chance"] = _mean(inside[there].double().mean(-1))
+    figures["drawn"] = float(there.double().mean())
+    figures["share"] = _mean(mass[there])
+    figures["chance"] = _mean(inside[there].double().mean(-1))
     top = inside.gather(2, weights.argmax(-1, keepdim=True))[..., 0]
-    found["pointing"] = _mean(top[there].double())
-    found["agreement"] = float(spearman(weights, relevancy).mean())
+    figures["pointing"] = _mean(top[there].double())
+    figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()
     def accuracy(mask: Tensor) -> float:
         return precision(judge, model(words, sentence, captions.noise, mask), captions)
 
-    return found | perturbation(each.mean(1), accuracy, seed)
+    return figures | perturbation(each.mean(1), accuracy, seed)
 
 
 @torch.no_grad()
 def samples(model: Generator | None, seed: int, sizes: Sizes) -> dict[str, list[str]]:
-    """The pictures of the first SHOWN captions as hexadecimal numbers, two digits a pixel, and the captions; of the scenes
-    themselves where there is no model."""
+    """The first SHOWN captions and their pictures as hexadecimal numbers, two digits a pixel; without a model the scenes."""
     captions = held_out(seed, sizes.tested)
     words, sentence = pair(seed, sizes.pair).text(captions.ids[:SHOWN])
     images = captions.images[:SHOWN] if model is None else model(words, sentence, captions.noise[:SHOWN])

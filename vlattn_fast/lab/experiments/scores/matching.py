@@ -1,5 +1,5 @@
 """Image-text matching as in SCAN (Lee et al., ECCV 2018), from texts to images: each word of a caption attends to the regions of
-an image; how well they belong together is the mean cosine of a word and what it found."""
+an image; the similarity is the mean cosine of a word and its attended regions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vlattn_fast.nn.matching_losses import triplet_loss
 WORDS, SIZE = 5, 32
 FIRST, SECOND = 0, 4  # the places of the two digits in a caption
 BATCH = 32
-RATES = (2.5e-3, 4e-3)  # of learning; which one a score has is chosen on validation scans
-GROUP = 100  # captions and images that are told apart when recall is measured
+RATES = (2.5e-3, 4e-3)  # learning rates; validation scans choose one for each score
+GROUP = 100  # captions and images that recall is measured among
 
 
 class Sizes(NamedTuple):
@@ -47,8 +47,8 @@ class Matcher(nn.Module):
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """Regions (Bi, R, FEATURES) and captions (Bc, WORDS) -> similarity (Bi, Bc), in one call of attention."""
         words = self.text(ids)[0].flatten(0, 1)
-        found = self.attend(words.expand(len(images), -1, -1), self.region(images))
-        return _cosine(words, found).unflatten(1, (len(ids), WORDS)).mean(-1)
+        attended = self.attend(words.expand(len(images), -1, -1), self.region(images))
+        return _cosine(words, attended).unflatten(1, (len(ids), WORDS)).mean(-1)
 
     def pairs(self, images: Tensor, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """As many images as captions -> similarity (B) of each pair."""
@@ -56,9 +56,9 @@ class Matcher(nn.Module):
         return _cosine(words, self.attend(words, self.region(images), key_mask=key_mask)).mean(-1)
 
 
-def _cosine(words: Tensor, found: Tensor) -> Tensor:
-    """Of vectors, words (..., D) being the same for all images. Nothing was found where all regions are masked: 0."""
-    return (found * F.normalize(words, dim=-1)).sum(-1) / torch.linalg.vector_norm(found, dim=-1).clamp(min=1e-8)
+def _cosine(words: Tensor, attended: Tensor) -> Tensor:
+    """The cosine of words (..., D), the same for all images, and attended regions; 0 where all regions are masked."""
+    return (attended * F.normalize(words, dim=-1)).sum(-1) / torch.linalg.vector_norm(attended, dim=-1).clamp(min=1e-8)
 
 
 @functools.lru_cache(maxsize=4)  # of one seed
@@ -68,7 +68,7 @@ def scenes_of(count: int, seed: int, split: str, negative: str | None = None) ->
 
 @functools.lru_cache(maxsize=1)
 def swapped_scenes(count: int, seed: int, split: str) -> Scenes:
-    """Training scenes, then the same with their two named digits exchanged: a caption of the one is false of the other."""
+    """Training scenes, then the same scenes with their two named digits exchanged, whose captions are false of the first."""
     parts = swapped_pairs(count, split=split, seed=seed)
     captions = tuple(caption for part in parts for caption in part.captions)
     tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "captions"}
@@ -76,7 +76,7 @@ def swapped_scenes(count: int, seed: int, split: str) -> Scenes:
 
 
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Matcher, Matcher]:
-    """The model, and what it was before training."""
+    """The trained model and its copy from before training."""
     first, model = (seeded(seed, lambda: Matcher(arm)) for _ in range(2))
     scenes, generator = swapped_scenes(sizes.scenes, 1000 + seed, sizes.learn), torch.Generator().manual_seed(seed)
     seen, ids, words = (
@@ -102,7 +102,7 @@ def part_of(scenes: Scenes, rows: Tensor) -> Scenes:
 
 
 def _holds(scenes: Scenes, words: Tensor, rows: Tensor) -> Tensor:
-    """bool (B, B): whether a caption of these rows is true of an image of them, or nearly so: no wrong one."""
+    """bool (B, B): whether a caption of these rows is true, or nearly true, of an image of these rows, and so not wrong."""
     return (caption_pixels(part_of(scenes, rows), words[rows]) > 0) | torch.eye(len(rows), dtype=torch.bool)
 
 
@@ -113,11 +113,11 @@ def said_regions(scenes: Scenes) -> Tensor:
 
 
 def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
-    """On test scenes. accuracy: how often the most similar of GROUP captions is true of an image, and the most similar of GROUP
-    images one of which a caption is true, the mean of both."""
+    """Figures on test scenes. accuracy: the mean of two shares: images whose most similar caption among GROUP is true of the
+    image, and captions that are true of their most similar image among GROUP."""
     net, scenes = reader(seed, sizes.learn), scenes_of(sizes.tested, seed, sizes.test)
     images, ids, words = regions(net, scenes.images, scenes.boxes), text_ids(scenes.captions, WORDS), words_of(scenes)
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     hits: dict[str, list[Tensor]] = {"caption": [], "image": [], "chance": []}
     with torch.no_grad():
         for start in range(0, sizes.tested, GROUP):
@@ -129,21 +129,21 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
             hits["image"].append(true[similarity.argmax(0), each])
             hits["chance"].append(true.double().mean(1))
         for name, hit in hits.items():
-            found[f"recall_{name}"] = float(torch.cat(hit).double().mean())
-        found["accuracy"] = (found["recall_caption"] + found["recall_image"]) / 2
-        own = model.pairs(images, ids)
+            figures[f"recall_{name}"] = float(torch.cat(hit).double().mean())
+        figures["accuracy"] = (figures["recall_caption"] + figures["recall_image"]) / 2
+        true_scores = model.pairs(images, ids)
         wrong = {}
         for negative in NEGATIVES:
             wrong[negative] = text_ids(scenes_of(sizes.tested, seed, sizes.test, negative).captions, WORDS)
-            found[negative] = float((own > model.pairs(images, wrong[negative])).double().mean())
+            figures[negative] = float((true_scores > model.pairs(images, wrong[negative])).double().mean())
 
     [(weights, relevancy)] = weights_and_relevancy(model.attend, lambda: model.pairs(images, ids))
     places, target = torch.tensor([FIRST, SECOND]), said_regions(scenes)
     weights, relevancy = weights[:, places], relevancy[:, places]
-    found["share"] = float(weights.gather(2, target[..., None]).mean())
-    found["chance"] = 1 / REGIONS
-    found["pointing"] = float((weights.argmax(-1) == target).double().mean())
-    found["agreement"] = float(spearman(weights, relevancy).mean())
+    figures["share"] = float(weights.gather(2, target[..., None]).mean())
+    figures["chance"] = 1 / REGIONS
+    figures["pointing"] = float((weights.argmax(-1) == target).double().mean())
+    figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()
     def accuracy(mask: Tensor) -> float:
@@ -151,4 +151,4 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
         one, two = (model.pairs(images, captions, mask) for captions in (ids, wrong["digit"]))
         return float((one > two).double().mean() + (one == two).double().mean() / 2)
 
-    return found | perturbation(weights.amax(1), accuracy, seed)
+    return figures | perturbation(weights.amax(1), accuracy, seed)

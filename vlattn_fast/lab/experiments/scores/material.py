@@ -1,4 +1,4 @@
-"""What the models of the three tasks share: regions read by a frozen network, an encoder of texts, how a model is made."""
+"""Parts that the models of the three tasks share: regions read by a frozen network, an encoder of texts, seeded models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlattn_fast.lab.texts import TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.train.fit import fit
 
 READ = 32  # features of a scan
-FEATURES = READ + POSITION_DIM  # of a region
+FEATURES = READ + POSITION_DIM  # features of a region
 READER_STEPS = 400
 NOISE = 0.2  # standard deviation added to the scans that the reader learns from
 
@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def seeded(seed: int, make: Callable[[], Model]) -> Model:
-    """A model whose initial weights hang on the seed alone. The score's come last, so that all others are the same for each."""
+    """A model whose initial weights depend on the seed alone. The score's weights are drawn last: all scores share the rest."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -32,8 +32,8 @@ def seeded(seed: int, make: Callable[[], Model]) -> Model:
 
 @functools.cache
 def reader(seed: int, split: str) -> nn.Sequential:
-    """A network that tells the digits of a split's scans apart; all but its last layer give features, as the detectors and
-    the convolutional networks in front of the published models do. It learns no more."""
+    """A frozen network that classifies the digits of a split's scans; all but its last layer give features, as the detectors
+    and convolutional networks in front of the published models do."""
 
     def make() -> nn.Sequential:
         return nn.Sequential(nn.Linear(REGION_DIM, 64), nn.ReLU(), nn.Linear(64, READ), nn.ReLU(), nn.Linear(READ, 10))
@@ -53,10 +53,10 @@ def reader(seed: int, split: str) -> nn.Sequential:
 
 @torch.no_grad()
 def regions(net: nn.Sequential, images: Tensor, boxes: Tensor) -> Tensor:
-    """(B, R, FEATURES): what the reader sees in each box, and where the box is."""
-    found = DigitProcessor().regions(images, boxes)
-    read = net[:-1](found["region_features"])
-    return torch.cat([F.normalize(read, dim=-1) * READ**0.5, found["region_positions"]], dim=-1)
+    """(B, R, FEATURES): the reader's features of each box, and the place of the box."""
+    boxed = DigitProcessor().regions(images, boxes)
+    read = net[:-1](boxed["region_features"])
+    return torch.cat([F.normalize(read, dim=-1) * READ**0.5, boxed["region_positions"]], dim=-1)
 
 
 def text_ids(texts: Sequence[str], length: int) -> Tensor:

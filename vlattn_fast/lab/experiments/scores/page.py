@@ -17,7 +17,7 @@ from vlattn_fast.lab.scenes import CANVAS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BASE = "scaled_dot"  # what the others are compared with
+BASE = "scaled_dot"  # the score that every arm is compared with
 INTERPRETABILITY = {"focus": "share / chance", "pointing": "pointing", "agreement": "agreement", "gap": "gap of areas"}
 MORE = {
     "matching": ("recall_caption", "recall_image", "recall_chance", "digit", "relation", "order"),
@@ -28,8 +28,8 @@ CONTROLS = {UNIFORM: "all words or regions alike", "frequent": "the most frequen
 
 
 def values(rows: Sequence[Row], task: str, arm: str, name: str, when: str = "trained") -> list[float]:
-    """Of each seed, in order; none where the arm has no such figure. focus: share / chance. gap: auc_least - auc_most."""
-    found = []
+    """A figure of each seed, in order; empty where the arm has none. focus: share / chance. gap: auc_least - auc_most."""
+    figures = []
     for row in sorted((row for row in rows if row.get("task") == task and row["arm"] == arm), key=lambda row: int(row["seed"])):
         part = row.get(when, {})  # a row of a choice has neither
         if name == "focus" and "share" in part:
@@ -37,8 +37,8 @@ def values(rows: Sequence[Row], task: str, arm: str, name: str, when: str = "tra
         elif name == "gap" and "auc_most" in part:
             part = {"gap": part["auc_least"] - part["auc_most"]}
         if name in part:
-            found.append(float(part[name]))
-    return found
+            figures.append(float(part[name]))
+    return figures
 
 
 def tasks(rows: Sequence[Row]) -> list[str]:
@@ -46,8 +46,8 @@ def tasks(rows: Sequence[Row]) -> list[str]:
 
 
 def correlation(rows: Sequence[Row], task: str, name: str) -> dict[str, float]:
-    """Rank correlation over SCORES between accuracy and a measure of interpretability: of the means over seeds, its 2.5th and
-    97.5th percentile over all samples of seeds with replacement, and mean and deviation of each seed's own."""
+    """Rank correlation over SCORES between accuracy and a measure of interpretability: of the means over seeds (rho), its 2.5th
+    and 97.5th percentile over all samples of seeds with replacement, and its mean and deviation over seeds."""
     accuracy, measure = (
         torch.tensor([values(rows, task, score, key) for score in SCORES], dtype=torch.float64) for key in ("accuracy", name)
     )
@@ -84,26 +84,26 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *lines))
 
 
-def _cell(found: Sequence[float], digits: int = 3) -> str:
-    if not found:
+def _cell(figures: Sequence[float], digits: int = 3) -> str:
+    if not figures:
         return ""
-    mean, deviation = mean_and_deviation(found)
+    mean, deviation = mean_and_deviation(figures)
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def main_table(rows: Sequence[Row], task: str) -> str:
-    """The scores, then what they are held against."""
+    """The scores, then the control and the references."""
     names = ("accuracy", "share", "focus", "pointing", "agreement", "auc_most", "auc_least", "gap")
     head = [task, *names[:1], "p", *names[1:]]
     head = [INTERPRETABILITY.get(name, name.replace("_", " ")) for name in head]
     base = values(rows, task, BASE, "accuracy")
     lines = []
     for arm in dict.fromkeys([*SCORES, *(row["arm"] for row in rows if row.get("task") == task)]):
-        found = {name: values(rows, task, arm, name) for name in names}
+        figures = {name: values(rows, task, arm, name) for name in names}
         compared = len(base) > 1 and arm in SCORES and arm != BASE
-        p = paired_test([x - y for x, y in zip(found["accuracy"], base, strict=True)])[1] if compared else None
+        p = paired_test([x - y for x, y in zip(figures["accuracy"], base, strict=True)])[1] if compared else None
         title = f"`{arm}`" if arm in SCORES else CONTROLS[arm]
-        cells = [_cell(found[name]) for name in names]
+        cells = [_cell(figures[name]) for name in names]
         lines.append([title, cells[0], "" if p is None else f"{p:.3f}", *cells[1:]])
     untrained = {name: _mean_of_scores(rows, task, name) for name in names}
     cells = [_cell(untrained[name]) for name in names]
@@ -112,9 +112,9 @@ def main_table(rows: Sequence[Row], task: str) -> str:
 
 
 def _mean_of_scores(rows: Sequence[Row], task: str, name: str) -> list[float]:
-    """Of each seed, untrained."""
-    found = [values(rows, task, score, name, "untrained") for score in SCORES]
-    return [sum(of_seed) / len(of_seed) for of_seed in zip(*found, strict=True)]
+    """The mean over SCORES of each seed's untrained models."""
+    by_score = [values(rows, task, score, name, "untrained") for score in SCORES]
+    return [sum(of_seed) / len(of_seed) for of_seed in zip(*by_score, strict=True)]
 
 
 def more_table(rows: Sequence[Row], task: str) -> str:
@@ -130,13 +130,13 @@ def correlation_table(rows: Sequence[Row]) -> str:
     lines = []
     for task in tasks(rows):
         for name, title in INTERPRETABILITY.items():
-            found = correlation(rows, task, name)
+            figures = correlation(rows, task, name)
             lines.append(
                 [
                     f"{task}: {title}",
-                    f"{found['rho']:+.2f}",
-                    f"{found['low']:+.2f} to {found['high']:+.2f}",
-                    f"{found['mean']:+.2f} ± {found['deviation']:.2f}",
+                    f"{figures['rho']:+.2f}",
+                    f"{figures['low']:+.2f} to {figures['high']:+.2f}",
+                    f"{figures['mean']:+.2f} ± {figures['deviation']:.2f}",
                     f"`{best(rows, task, 'accuracy')}`",
                     f"`{best(rows, task, name)}`",
                 ]
@@ -151,8 +151,8 @@ def choice_table(rows: Sequence[Row]) -> str:
     arms = list(dict.fromkeys(row["arm"] for row in tried))
     lines = []
     for task, rate in dict.fromkeys((row["task"], row["rate"]) for row in tried):
-        found = {row["arm"]: row["validation"]["accuracy"] for row in tried if (row["task"], row["rate"]) == (task, rate)}
-        lines.append([f"{task}: {rate:g}", *(f"{found[arm]:.3f}" for arm in arms)])
+        accuracy = {row["arm"]: row["validation"]["accuracy"] for row in tried if (row["task"], row["rate"]) == (task, rate)}
+        lines.append([f"{task}: {rate:g}", *(f"{accuracy[arm]:.3f}" for arm in arms)])
     return _table(["learning rate", *(f"`{arm}`" for arm in arms)], lines)
 
 
@@ -198,7 +198,7 @@ def accuracy_and_interpretability(rows: Sequence[Row]) -> Figure:
 
 
 def pictures(rows: Sequence[Row]) -> Figure:
-    """What the generators of the first seed draw, and the scenes that their captions were said of."""
+    """Pictures of the first seed's generators, and the scenes of their captions."""
     with extra("viz"):
         from matplotlib.figure import Figure
 

@@ -28,8 +28,8 @@ class Alone(nn.Module):
         self.attend = Attend(arm, WIDTH, backend)
 
     def forward(self) -> Tensor:
-        found: Tensor = self.attend(self.words.expand(IMAGES, -1, -1), self.regions)
-        return found
+        attended: Tensor = self.attend(self.words.expand(IMAGES, -1, -1), self.regions)
+        return attended
 
 
 def _ids(count: int, length: int) -> Tensor:
@@ -83,7 +83,7 @@ def step_of(what: str, arm: str, variant: str) -> Callable[[], None]:
 
 
 def measure(what: str, arm: str, *, rounds: int, least: float, variants: tuple[str, ...] = VARIANTS) -> dict[str, float]:
-    """Milliseconds of one thread: the least of some rounds, in which the variants take turns, `least` seconds each."""
+    """Milliseconds of one thread: the least of `rounds`, in which the variants take turns, `least` seconds each."""
     torch.set_num_threads(1)
     torch._dynamo.reset()  # after eight shapes of one function torch.compile runs it uncompiled
     steps = {variant: step_of(what, arm, variant) for variant in variants}
