@@ -122,10 +122,10 @@ def verify(
     for result in checks.verify(tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or checks.OPERATORS)):
         worst = result if result.checks and (worst is None or result.ratio > worst.ratio) else worst
         name = str(result.dtype).removeprefix("torch.")
-        found = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
+        outcome = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
         verdict = "" if result.passed else "  FAILED"
         failed += not result.passed
-        typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {found}{verdict}")
+        typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {outcome}{verdict}")
     if worst is not None:
         emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
         prefix = emulated.get(worst.backend, "") if device == "cpu" else ""
@@ -222,8 +222,8 @@ def explain(
         raise typer.BadParameter("--target must be given without --answer and --generate; got both")
     if device is not None:
         _check_device(device)
-    given = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
-    sizes = {name: size for name, size in given.items() if size is not None}
+    size_options = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
+    sizes = {name: size for name, size in size_options.items() if size is not None}
     if sizes and dataset is None:
         names = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")

@@ -141,13 +141,13 @@ def _unit_vectors_of_data(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return unit_vectors(x, eps)
 
 
-def _bounded(x: Tensor, other: Tensor, eps: float) -> Tensor:
+def _bounded(x: Tensor, partner: Tensor, eps: float) -> Tensor:
     """Vectors divided by powers of two where an entry is above a bound, so that no kernel's product of norms overflows.
 
-    A cosine does not depend on the lengths; only its clamp does. The bound is so large that the clamp acts on the same pairs as
-    before: in float16 no product with a vector of that length is below eps; in wider dtypes the other vector would have to be
-    shorter than eps / 2^50. Beside a zero vector in `other` the clamp always acts, and its gradient, sum x / eps, does depend on
-    the length. So float16, whose norms cannot overflow in float32, is left as it is there.
+    A cosine does not depend on the lengths; only its clamp does. The bound keeps the pairs on which the clamp acts: in float16 no
+    product with a vector of that length is below eps; in wider dtypes the vector in `partner` would have to be shorter than eps /
+    2^50. Where `partner` holds a zero vector, the clamp always acts, and its gradient, sum x / eps, depends on the length. So
+    float16 vectors keep their lengths there; their norms cannot overflow in float32.
     """
     if x.shape[-1] == 0:
         return x
@@ -155,8 +155,8 @@ def _bounded(x: Tensor, other: Tensor, eps: float) -> Tensor:
     bound = max(1.0, eps * 2.0**25) if x.dtype == torch.float16 else 2.0 ** int(0.4 * math.log2(torch.finfo(dtype).max))
     largest = x.detach().abs().amax(-1, keepdim=True).to(dtype)
     factor = torch.exp2(torch.log2(bound / largest).floor().clamp(max=0.0))
-    if x.dtype == torch.float16 and other.numel():
-        factor = torch.where((other.detach() == 0).all(-1).any(), 1.0, factor)
+    if x.dtype == torch.float16 and partner.numel():
+        factor = torch.where((partner.detach() == 0).all(-1).any(), 1.0, factor)
     return x * factor.to(x.dtype)
 
 

@@ -248,14 +248,17 @@ def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
 _SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}
 
 
-def check_attention(query: Any, key: Any, enable_gqa: Any, **others: Any) -> None:
-    """query (B, H, N, D), key (B, Hkv, M, Dk), and of `others` value (B, Hkv, M, Dv) and grad_output (B, H, N, Dv), the gradient
-    of the attention's output, are as `check_tensor` and `check_floating` want them, and their sizes fit."""
+def check_attention(query: Any, key: Any, enable_gqa: Any, **tensors: Any) -> None:
+    """The tensors of an attention call pass `check_tensor` and `check_floating`, and their sizes fit.
+
+    query: (B, H, N, D). key: (B, Hkv, M, Dk). tensors: value (B, Hkv, M, Dv) and grad_output (B, H, N, Dv), the gradient of the
+    attention's output; each may be absent.
+    """
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
-    for name, x in others.items():
+    for name, x in tensors.items():
         check_tensor(name, x, rank=4, shape=_SHAPES[name])
-    check_floating(query=query, key=key, **others)
+    check_floating(query=query, key=key, **tensors)
     check_bool(enable_gqa=enable_gqa)
     (batch, heads, queries, _), (key_batch, key_heads, keys, _) = query.shape, key.shape
     if key_batch != batch:
@@ -265,17 +268,17 @@ def check_attention(query: Any, key: Any, enable_gqa: Any, **others: Any) -> Non
             raise ValueError(f"key's number of heads must divide query's {heads} under enable_gqa; got {describe(key)}")
     elif key_heads != heads:
         raise ValueError(f"key must have query's {heads} heads (enable_gqa=True allows fewer); got {describe(key)}")
-    if "value" in others:
-        value_batch, value_heads, length, value_dim = others["value"].shape
+    if "value" in tensors:
+        value_batch, value_heads, length, value_dim = tensors["value"].shape
         if (value_batch, value_heads, length) != (batch, key_heads, keys):
             raise ValueError(
                 f"value must have key's batch, heads and length {(batch, key_heads, keys)} in its first three dimensions; "
-                f"got {describe(others['value'])}"
+                f"got {describe(tensors['value'])}"
             )
         shape = (batch, heads, queries, value_dim)
-        if "grad_output" in others and others["grad_output"].shape != shape:
+        if "grad_output" in tensors and tensors["grad_output"].shape != shape:
             raise ValueError(
-                f"grad_output must have the shape {shape} of the attention's output; got {describe(others['grad_output'])}"
+                f"grad_output must have the shape {shape} of the attention's output; got {describe(tensors['grad_output'])}"
             )
 
 

@@ -128,8 +128,8 @@ def _runs(draw: Draw, backend: str, dice: Dice, other_roundings: bool) -> Iterat
             raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
         if other_roundings:
             keeps_ties = dice.facts.get("kind") not in ("cacr", "iais_distributed")  # elsewhere comparisons decide: of a maximum
-            others = (OtherRoundings(f"{name} {n}", draw.dtype, keeps_ties) for n in range(ROUNDINGS))
-            formula = unluckiest([_rounded_otherwise(draw, tensors, cotangents, other) for other in others], exact)
+            modes = (OtherRoundings(f"{name} {n}", draw.dtype, keeps_ties) for n in range(ROUNDINGS))
+            formula = unluckiest([_rounded_otherwise(draw, tensors, cotangents, mode) for mode in modes], exact)
         else:
             formula = _results(draw, tensors, "", cotangents)
         if draw.dtype == torch.float16:
@@ -232,10 +232,10 @@ class Summary:
 
     def lines(self) -> list[str]:
         """The same for the screen."""
-        found = self.record()
-        counts = ", ".join(f"{name} {count}" for name, count in found["compared"].items())
+        record = self.record()
+        counts = ", ".join(f"{name} {count}" for name, count in record["compared"].items())
         return [
-            f"{found['configurations']} calls: {self.compared.total()} compared ({counts}), {self.refused.total()} refused, "
+            f"{record['configurations']} calls: {self.compared.total()} compared ({counts}), {self.refused.total()} refused, "
             f"{len(self.failures)} failed",
-            f"the worst error that passed is {found['worst_ratio']} of what is allowed: {found['worst']}",
+            f"the worst error that passed is {record['worst_ratio']} of what is allowed: {record['worst']}",
         ]

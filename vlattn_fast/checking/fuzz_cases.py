@@ -250,8 +250,8 @@ def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
     }
     chosen = {key: parameters[key].to(dtype) for key in used.get(name, ())}
 
-    def arguments(given: Tensors) -> dict[str, Any]:
-        of: dict[str, Any] = {key: given[key] for key in chosen}
+    def arguments(t: Tensors) -> dict[str, Any]:
+        of: dict[str, Any] = {key: t[key] for key in chosen}
         score: Any = name
         if name == "general":
             score = scores.General(**of, activation=activation, projects=projects)
@@ -259,7 +259,7 @@ def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
             score = scores.Additive(**of)
         elif name == "hadamard":
             score = scores.Hadamard(**of, activation=activation, projects=projects)
-        return {"query": given["query"], "key": given["key"], "value": given["value"], "score": score, **options}
+        return {"query": t["query"], "key": t["key"], "value": t["value"], "score": score, **options}
 
     return Draw("score_attention", dtype, {**tensors, **chosen}, arguments)
 

@@ -34,12 +34,12 @@ def lines() -> Iterator[str]:
 
 def _versions() -> Iterator[str]:
     """What is installed comes first."""
-    found = {name: _version(name) for name in ("vlattn_fast", *PACKAGES)}
-    for name, version in found.items():
+    versions = {name: _version(name) for name in ("vlattn_fast", *PACKAGES)}
+    for name, version in versions.items():
         if version is not None:
             yield f"{name:14}{version}"
     yield f"{'python':14}{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if missing := [name for name, version in found.items() if version is None]:
+    if missing := [name for name, version in versions.items() if version is None]:
         yield f"{'not installed':14}{', '.join(missing)}"
 
 

@@ -151,10 +151,10 @@ def _mismatch(got: Tensor, exact: Tensor) -> str:
         return f"shape must be {tuple(exact.shape)}; got {tuple(got.shape)}"
     pattern = exact.to(got.dtype)
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-        ours, wanted = kind(got), kind(pattern)
-        if not torch.equal(ours, wanted):
-            place = (ours != wanted).nonzero()[0].tolist()
-            return f"{kind.__name__} must hold in {int(wanted.sum())} places; got {int(ours.sum())}, first another at {place}"
+        ours, expected = kind(got), kind(pattern)
+        if not torch.equal(ours, expected):
+            place = (ours != expected).nonzero()[0].tolist()
+            return f"{kind.__name__} must hold in {int(expected.sum())} places; got {int(ours.sum())}, first another at {place}"
     return ""
 
 

@@ -103,14 +103,14 @@ def cases(seed: int = 0, sizes: Sizes = SMALL) -> list[Case]:
     shared = {"query": q, "key": k[:, :1], "value": v[:, :1]}
     made.append(_optioned("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
 
-    own = {"query": q, "key": k[:, :, :n], "value": v[:, :, :n], "carrier": randn(2, 3, n)}
+    square_qkv = {"query": q, "key": k[:, :, :n], "value": v[:, :, :n], "carrier": randn(2, 3, n)}
     weight = torch.rand(2, n, generator=g)
     options: dict[str, dict[str, Any]] = {
         "gradient": {},
         "rollout": {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask[:, :n]},
         "row-normalised": {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True},
     }
-    made += [_optioned("relevancy_attention", name, own, chosen) for name, chosen in options.items()]
+    made += [_optioned("relevancy_attention", name, square_qkv, chosen) for name, chosen in options.items()]
     made += [
         _optioned("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}, differentiable=False),
         _optioned(

@@ -81,12 +81,12 @@ class AttentionCapture:
         self._stack = None
 
     def __len__(self) -> int:
-        return len(self._found())
+        return len(self._layers_of_last_pass())
 
     def __getitem__(self, index: int) -> CapturedLayer:
-        return self._found()[index]
+        return self._layers_of_last_pass()[index]
 
-    def _found(self) -> list[CapturedLayer]:
+    def _layers_of_last_pass(self) -> list[CapturedLayer]:
         if self._captured is None:
             raise ValueError("model must have run within capture_attention; got no forward pass")
         return self._captured
@@ -96,7 +96,7 @@ class AttentionCapture:
         """The only layer that was asked for."""
         if not self._single:
             raise ValueError(f"layers must be one index where fields are read directly; got {len(self)}: read capture[i]")
-        return self._found()[0]
+        return self._layers_of_last_pass()[0]
 
     @property
     def text(self) -> QueryKey:
@@ -154,12 +154,12 @@ class AttentionCapture:
         return self.layer.split(num_text_tokens, text=text, image=image)
 
     def _finish(self, calls: Sequence[AttentionCall]) -> None:
-        own = {kinds: _in_order(c for c in calls if c.kinds == c.key_kinds == kinds) for kinds in (TEXT, IMAGE, TEXT | IMAGE)}
+        within = {kinds: _in_order(c for c in calls if c.kinds == c.key_kinds == kinds) for kinds in (TEXT, IMAGE, TEXT | IMAGE)}
         is_image = next((call.image for call in calls if call.image is not None), None)
         across = {
             kinds: _in_order(c for c in calls if (c.kinds, c.key_kinds) == kinds) for kinds in ((TEXT, IMAGE), (IMAGE, TEXT))
         }
-        lengths = {len(found) for found in own.values() if found}
+        lengths = {len(layers) for layers in within.values() if layers}
         if not lengths:
             raise ValueError(
                 "model must have self-attention over all tokens of text or image at once, which modality= tells apart where "
@@ -170,10 +170,10 @@ class AttentionCapture:
                 raise ValueError(f"layers must be among {min(lengths)} layers; got {index}")
         self._captured = [
             CapturedLayer(
-                text=_layer(own[TEXT], index),
-                image=_layer(own[IMAGE], index),
+                text=_layer(within[TEXT], index),
+                image=_layer(within[IMAGE], index),
                 cross=_both(across[TEXT, IMAGE], across[IMAGE, TEXT], index),
-                joint=_layer(own[TEXT | IMAGE], index),
+                joint=_layer(within[TEXT | IMAGE], index),
                 is_image=is_image,
             )
             for index in self._layers
@@ -184,11 +184,11 @@ def _layer(layers: Sequence[QueryKey], index: int) -> QueryKey | None:
     return layers[index] if layers else None
 
 
-def _both(one: Sequence[QueryKey], other: Sequence[QueryKey], index: int) -> tuple[QueryKey, QueryKey] | None:
+def _both(forth: Sequence[QueryKey], back: Sequence[QueryKey], index: int) -> tuple[QueryKey, QueryKey] | None:
     """Cross-attention both ways, in a layer that has it. Layers are counted from the end, where they meet."""
-    last = index if index < 0 else index - len(one)
-    fits = len(one) == len(other) and -len(one) <= last < 0
-    return (one[last], other[last]) if fits else None
+    last = index if index < 0 else index - len(forth)
+    fits = len(forth) == len(back) and -len(forth) <= last < 0
+    return (forth[last], back[last]) if fits else None
 
 
 def _in_order(calls: Iterable[AttentionCall]) -> list[QueryKey]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast._ground.tensors import scaled_dot_default
-from vlattn_fast.attach.written_scores import hidden, joined
+from vlattn_fast.attach.written_scores import is_masked, joined
 
 Positions = Tensor | Sequence[int]
 
@@ -47,7 +47,7 @@ class QueryKey(tuple[Tensor, Tensor]):
         if flag or mask is None or queries < 2 or mask.shape[-2:] != (queries, keys):
             return flag
         earlier = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
-        return bool((hidden(mask) | earlier).all())
+        return bool((is_masked(mask) | earlier).all())
 
     @property
     def key_mask(self) -> Tensor | None:
@@ -55,7 +55,7 @@ class QueryKey(tuple[Tensor, Tensor]):
         mask = self.attn_mask
         if mask is None:
             return None
-        visible = ~hidden(_with_four_dims(mask))
+        visible = ~is_masked(_with_four_dims(mask))
         return visible.any(2).any(1).expand(self[1].shape[0], self[1].shape[2])
 
     def _option(self, name: str) -> Any:

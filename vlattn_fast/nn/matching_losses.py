@@ -134,8 +134,8 @@ class DamsmLoss(nn.Module):
         same = _same(scores, ids)
         if not len(scores):
             return scores.sum()
-        others = same & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        scores = scores.masked_fill(others, -torch.inf)
+        twins = same & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(twins, -torch.inf)
         true = torch.arange(len(scores), device=scores.device)
         return nn.functional.cross_entropy(scores, true) + nn.functional.cross_entropy(scores.T, true)
 

@@ -68,24 +68,24 @@ def replace_attention(
     check_bool(per_head=per_head)
     check_choice("backend", backend, BACKEND_NAMES)
     inner = unwrapped(model)
-    found = dict(_attention_of(inner))
-    if not found:
+    attention = dict(_attention_of(inner))
+    if not attention:
         raise ValueError(
             "model must be of transformers, with attention by its interface, or LXMERT's, ViLT's, VisualBERT's or FLAVA's; got "
             f"{type(inner).__name__} without"
         )
-    chosen = [path for path in found if _is_chosen(path, found, layers)]
+    chosen = [path for path in attention if _is_chosen(path, attention, layers)]
     if not chosen:
-        raise ValueError(f"layers must choose some of {', '.join(found)}; got {layers!r}")
+        raise ValueError(f"layers must choose some of {', '.join(attention)}; got {layers!r}")
     for path in chosen:
-        if hasattr(found[path], REPLACED):
+        if hasattr(attention[path], REPLACED):
             raise ValueError(f"model must have its own attention; that of '{path}' is replaced already, restore it first")
-    made = {path: make_score(score, *_sizes(path, found[path]), per_head, score_options) for path in chosen}
+    made = {path: make_score(score, *_sizes(path, attention[path]), per_head, score_options) for path in chosen}
     replaced: dict[str, nn.Module] = {}
     try:
         for path, each in made.items():
-            _replace(found[path], each, backend)
-            replaced[path] = found[path]
+            _replace(attention[path], each, backend)
+            replaced[path] = attention[path]
     except BaseException:
         for module in replaced.values():
             _restore(module)
@@ -153,7 +153,7 @@ def _sizes(path: str, module: nn.Module) -> tuple[int, int]:
     return sizes
 
 
-def _is_chosen(path: str, found: dict[str, nn.Module], layers: Layers) -> bool:
+def _is_chosen(path: str, attention: dict[str, nn.Module], layers: Layers) -> bool:
     if layers is None:
         return True
     if callable(layers):
@@ -162,7 +162,7 @@ def _is_chosen(path: str, found: dict[str, nn.Module], layers: Layers) -> bool:
     if any(isinstance(i, bool) or not isinstance(i, int) for i in asked):
         raise TypeError(f"layers must be None, an int, several, or a function of a path; got {layers!r}")
     name, index = split_path(path)
-    count = 1 + max(i for n, i in map(split_path, found) if n == name)
+    count = 1 + max(i for n, i in map(split_path, attention) if n == name)
     for i in asked:
         if not -count <= i < count:
             raise ValueError(f"layers must be from {-count} to {count - 1} in '{name}'; got {i}")

@@ -178,7 +178,7 @@ class Batches:
         except Exception as error:
             if len(group) == 1:
                 return [(group[0], reason(error))]
-        return [found for one in group for found in self._explain([one])]
+        return [result for one in group for result in self._explain([one])]
 
     def _batch(self, group: list[Prepared]) -> list[tuple[Any, Explanation | str]]:
         first = group[0]
@@ -194,7 +194,7 @@ class Batches:
                 by_length: dict[int, list[Prepared]] = {}
                 for one, row in zip(group, answer, strict=True):
                     by_length.setdefault(len(row), []).append(replace(one, answer=row))
-                return [found for part in by_length.values() for found in self._explain(part)]
+                return [result for part in by_length.values() for result in self._explain(part)]
         paired = self.family.score == "pair"
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         options = self.options
@@ -202,12 +202,12 @@ class Batches:
             explanation = explain(
                 self.model, inputs, target=targets, method=options.method, start_layer=options.start_layer, answer=answer
             )
-        found: list[tuple[Any, Explanation | str]] = []
+        results: list[tuple[Any, Explanation | str]] = []
         for one, piece in zip(group, split(explanation, [one.rows for one in group]), strict=True):
             if paired:
                 piece = replace(piece, target=one.target)
-            found.append((one, piece if piece.token_ids is None else piece.with_tokens(self.processor)))
-        return found
+            results.append((one, piece if piece.token_ids is None else piece.with_tokens(self.processor)))
+        return results
 
 
 def _rows(group: list[Prepared]) -> int:

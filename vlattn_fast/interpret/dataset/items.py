@@ -123,8 +123,8 @@ def _csv(source: Path) -> list[dict[str, Any]]:
             _check_columns(names, source)
             for row in reader:
                 if None in row:  # a comma in a text without quotes
-                    wanted, got = f"{len(names)} fields, as the first one", len(names) + len(row[None])
-                    rows.append({"id": row.get("id"), "problem": f"line {reader.line_num} must have {wanted}; got {got}"})
+                    expected, got = f"{len(names)} fields, as the first one", len(names) + len(row[None])
+                    rows.append({"id": row.get("id"), "problem": f"line {reader.line_num} must have {expected}; got {got}"})
                 else:
                     rows.append({name: row.get(name) for name in COLUMNS})
         except csv.Error as error:

@@ -88,11 +88,11 @@ def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Gene
         if sample.regions is not None and regions is not None:
             values["image"] = _entries(name, regions[row], sample.regions)
         elif sample.grids is not None and image is not None:
-            own = [part for index, part in enumerate(image) if (index if owners is None else owners[index]) == row]
-            shapes = [tuple(part.shape) for part in own]
+            parts = [part for index, part in enumerate(image) if (index if owners is None else owners[index]) == row]
+            shapes = [tuple(part.shape) for part in parts]
             if shapes != sample.grids:
                 raise ValueError(f"methods must give maps on the grids {sample.grids}; got {shapes} of {name!r}")
-            values["image"] = torch.cat([part.flatten() for part in own])
+            values["image"] = torch.cat([part.flatten() for part in parts])
         if sample.entries is not None and text is not None:
             values["text"] = _entries(name, text[row], sample.entries)
         # In float64, since bytes cannot be negated, and means of 16 bits are rounded.

@@ -140,9 +140,9 @@ def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
         raise ValueError(f"weighting must be for methods 'weighted' that name none themselves; got {weighting!r} for {weighted}")
 
 
-def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: Mapping[str, Any], **given: Any) -> None:
+def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: Mapping[str, Any], **arguments: Any) -> None:
     """ValueError where none of the tests reads an argument, or none of the methods the options."""
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is not None and not set(_READERS[name]) & set(tests):
             readers = ", ".join(_READERS[name])
             raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")

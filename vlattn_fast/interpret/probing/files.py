@@ -25,11 +25,11 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
     """
     source = Path(source)
     if source.is_dir():
-        found = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES)
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
+        files = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES)
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
             raise ValueError(f"dataset must be a folder with one .jsonl file, or the file; got {names} in {source}")
-        source = found[0]
+        source = files[0]
     if source.suffix not in SUFFIXES or not source.is_file():
         raise ValueError(f"dataset must be a .jsonl file, or a folder with one; got {source}")
     filled = 0

@@ -76,12 +76,12 @@ class Gathered:
         random = self._random("coreference", number)
         for columns, regions in label.phrases if "coreference" in self.tests else ():
             tokens, named = tokens_of(layout, row, columns, number), regions_of(layout, row, regions, number)
-            others = [place for place in layout.regions[row] if place not in named and layout.parts[row, place] == IMAGE]
-            if len(others) < len(named):
+            unnamed = [place for place in layout.regions[row] if place not in named and layout.parts[row, place] == IMAGE]
+            if len(unnamed) < len(named):
                 self._left_out["coreference"] += 2  # samples: these, and no other regions to tell them apart from
                 continue
-            other = sorted(random.choice(others, len(named), replace=False).tolist())
-            asked += [("coreference", 1, (tokens, named)), ("coreference", 0, (tokens, other))]
+            drawn = sorted(random.choice(unnamed, len(named), replace=False).tolist())
+            asked += [("coreference", 1, (tokens, named)), ("coreference", 0, (tokens, drawn))]
         for one, two, relation in label.relations if "relation" in self.tests else ():
             first, second = (regions_of(layout, row, [region], number) for region in (one, two))
             asked.append(("relation", relation, (first, second)))
@@ -218,10 +218,10 @@ class Gathered:
         states = np.stack([text[0] for text in self._texts])  # (S, L, C)
         groups = range(len(states))
         rows = []
-        found = _middle_word([set(text[1]) for text in self._texts])
+        word = _middle_word([set(text[1]) for text in self._texts])
         tasks: dict[str, list[Any]] = {
             "length": _length_classes([len(text[1]) for text in self._texts]),
-            "word_content": [found in text[1] for text in self._texts],
+            "word_content": [word in text[1] for text in self._texts],
         }
         for task, classes in tasks.items():
             rows += self._of_task(task, states, classes, groups, left_out)

@@ -41,17 +41,17 @@ def read_item(item: Any) -> tuple[Mapping[str, Any], list[Labels]]:
     return inputs, [_labels(one) for one in listed]
 
 
-def _labels(given: Any) -> Labels:
-    if given is None:
+def _labels(raw: Any) -> Labels:
+    if raw is None:
         return Labels()
-    if dataclasses.is_dataclass(given) and not isinstance(given, type):
-        given = {name: getattr(given, name, None) for name in KEYS}
-    if not isinstance(given, Mapping):
-        raise TypeError(f"dataset must give labels as a dict, a dataclass or None; got {type(given).__name__}")
-    if unknown := [name for name in given if name not in KEYS]:
+    if dataclasses.is_dataclass(raw) and not isinstance(raw, type):
+        raw = {name: getattr(raw, name, None) for name in KEYS}
+    if not isinstance(raw, Mapping):
+        raise TypeError(f"dataset must give labels as a dict, a dataclass or None; got {type(raw).__name__}")
+    if unknown := [name for name in raw if name not in KEYS]:
         raise ValueError(f"labels must be among {', '.join(KEYS)}; got {unknown}")
     phrases, relations = [], []
-    for phrase in _entries("phrases", given):
+    for phrase in _entries("phrases", raw):
         if not isinstance(phrase, Sequence) or len(phrase) != 2:
             raise ValueError(f"phrases must be ((start, stop), region or regions) each; got {phrase!r}")
         span, regions = phrase
@@ -60,22 +60,22 @@ def _labels(given: Any) -> Labels:
         phrases.append((_span(span), list(dict.fromkeys(numbers))))
         if not phrases[-1][1]:
             raise ValueError(f"phrases must name a region each; got {phrase!r}")
-    for relation in _entries("relations", given):
+    for relation in _entries("relations", raw):
         if not isinstance(relation, Sequence) or len(relation) != 3 or relation[2] is None:
             raise ValueError(f"relations must be (region, region, class) each; got {relation!r}")
         one, two = (_number("relations", region, relation) for region in relation[:2])
         relations.append((one, two, relation[2]))
-    sentence = {} if given.get("sentence") is None else given["sentence"]
+    sentence = {} if raw.get("sentence") is None else raw["sentence"]
     if not isinstance(sentence, Mapping):
         raise TypeError(f"sentence must be a dict of task -> class; got {type(sentence).__name__}")
     for task in sentence:
         if not isinstance(task, str) or task in TASKS:
             raise ValueError(f"sentence must have tasks with names other than {', '.join(TASKS)}; got {task!r}")
-    return Labels(phrases, relations, {task: found for task, found in sentence.items() if found is not None})
+    return Labels(phrases, relations, {task: label for task, label in sentence.items() if label is not None})
 
 
-def _entries(name: str, given: Mapping[str, Any]) -> Iterable[Any]:
-    entries = given.get(name)
+def _entries(name: str, raw: Mapping[str, Any]) -> Iterable[Any]:
+    entries = raw.get(name)
     if entries is not None and (isinstance(entries, (str, Mapping)) or not isinstance(entries, Iterable)):
         raise TypeError(f"{name} must be a list; got {entries!r}")
     return () if entries is None else entries

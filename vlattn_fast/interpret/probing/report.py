@@ -34,11 +34,11 @@ class ProbeReport:
 
     def value(self, test: str, layer: int | None = None, head: int | None = None, kind: str | None = None) -> float | None:
         """The value of one row of the table. ValueError where there is no such row."""
-        wanted = (test, kind, layer, head)
+        key = (test, kind, layer, head)
         for row in self.table:
-            if tuple(row[name] for name in COLUMNS[:4]) == wanted:
+            if tuple(row[name] for name in COLUMNS[:4]) == key:
                 return row["value"]
-        raise ValueError(f"test, kind, layer and head must be those of a row of the table; got {wanted}")
+        raise ValueError(f"test, kind, layer and head must be those of a row of the table; got {key}")
 
     def to_pandas(self) -> pd.DataFrame:
         """The table as a data frame, with a column for each of a row's names."""

@@ -80,9 +80,9 @@ def _chosen(asked: list[list[Sets]], words: int, with_words: bool) -> tuple[list
     return chosen, places
 
 
-def _by_place(found: list[Tensor], places: list[list[int]]) -> dict[Place, Tensor]:
+def _by_place(maxima: list[Tensor], places: list[list[int]]) -> dict[Place, Tensor]:
     """Maxima (H, ...) by row and set."""
-    return {(row, place): found[row][:, i] for row, some in enumerate(places) for i, place in enumerate(some)}
+    return {(row, place): maxima[row][:, i] for row, some in enumerate(places) for i, place in enumerate(some)}
 
 
 def _stacked(layers: list[Tensor]) -> Tensor:

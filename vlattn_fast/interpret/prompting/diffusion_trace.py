@@ -143,7 +143,7 @@ class PromptTrace(TorchFunctionMode):
         self._counts = not (self._guided == "calls" and self._passes % 2)
         self._passes += 1
         self._text_first: dict[tuple[int, int], bool | None] = {}  # (L, N) -> the order of the last concatenation
-        self._before, self._others = self.maps, set[tuple[int, int]]()
+        self._before, self._other_sizes = self.maps, set[tuple[int, int]]()
         self._texts: list[int] = []  # the lengths of this pass: the model's text, and what blocks may have put before it
         self._packed: tuple[Grid | None, int] = None, 0  # the picture's grid, and how many image tokens there are
         if self._said_grid is not None:
@@ -174,7 +174,7 @@ class PromptTrace(TorchFunctionMode):
         if self.maps > self._before:
             self.steps += 1
             return
-        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._others)) or "none"
+        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._other_sizes)) or "none"
         hint = "" if self._said_grid is not None else "; grid=(h, w) says how image tokens lie where the model does not"
         hint += "" if self.layers is None else "; layers= says which of them count"
         raise ValueError(
@@ -221,7 +221,7 @@ class PromptTrace(TorchFunctionMode):
         part = self._part(run, query.shape[2], key.shape[2]) if query.ndim == 4 else None
         run.seen = True
         if part is None:
-            self._others.add((query.shape[-2], key.shape[-2]))
+            self._other_sizes.add((query.shape[-2], key.shape[-2]))
             return
         if not self._is_chosen(run.path) or (run.counted and hasattr(run.module, "processor")):
             return  # a processor has further calls for image prompts, behind that for the text
@@ -302,17 +302,17 @@ class PromptTrace(TorchFunctionMode):
             self._text_first[left, right], self._text_first[right, left] = True, False
 
     def _is_text_first(self, run: _Running, text: int, picture: int) -> bool:
-        found = self._said_text_first
-        if found is None and text != picture:
-            found = self._text_first.get((text, picture))
-        if found is None:
-            found = TEXT_FIRST.get(type(self.model).__name__)
-        if found is None:
+        text_first = self._said_text_first
+        if text_first is None and text != picture:
+            text_first = self._text_first.get((text, picture))
+        if text_first is None:
+            text_first = TEXT_FIRST.get(type(self.model).__name__)
+        if text_first is None:
             raise ValueError(
                 f"text_first must be True or False where the model does not show the order of {text} text and {picture} image "
                 f"tokens; got None for {type(self.model).__name__}, in '{run.path}'"
             )
-        return found
+        return text_first
 
 
 def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

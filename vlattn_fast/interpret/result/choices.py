@@ -86,7 +86,7 @@ class Choice:
         patches: maps and regions; `towers` may have other maps, by name.
         values: of `Row.words`, as many.
         rows: tower -> its raw row, 0 at the position that is read.
-        own: tower -> that position's entry, where it is known; the mean of several.
+        at_position: tower -> that position's entry, where it is known; the mean of several.
     """
 
     row: int
@@ -97,7 +97,7 @@ class Choice:
     towers: dict[str, list[Patch]]
     values: Array
     rows: dict[str, Array]
-    own: dict[str, float]
+    at_position: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def read_rows(explanation: Explained, labels: Sequence[Any] | None = None, numbe
         words = [] if explanation.text is None else [*prompt, *answer]
         said = None
         if explanation.each and end is not None:
-            said = join_tokens(end, marks) if tokens is None else _moved(answer, len(end) - len(tokens[number]))
+            said = join_tokens(end, marks) if tokens is None else _shifted(answer, len(end) - len(tokens[number]))
         rows.append(Row(number, label, prompt, answer, words, _choices(explanation, number, label, words, said)))
     return rows
 
@@ -158,12 +158,12 @@ def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[li
     if answer is None:
         return join_tokens(tokens, marks), []
     split = len(tokens) - len(answer)
-    behind = _moved(join_tokens(tokens[split:], marks), split)
+    behind = _shifted(join_tokens(tokens[split:], marks), split)
     behind[:1] = [replace(word, space=True) for word in behind[:1]]
     return join_tokens(tokens[:split], marks), behind
 
 
-def _moved(words: list[Word], by: int) -> list[Word]:
+def _shifted(words: list[Word], by: int) -> list[Word]:
     return [replace(word, tokens=range(word.tokens.start + by, word.tokens.stop + by)) for word in words]
 
 
@@ -197,7 +197,7 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
     count = 1 if ranges is None else len(ranges)
     rows = {name: pick(tower_row(explanation, name, number)) for name in explanation.relevancy}
     entries = {name: values for name, values in explanation.own.items() if len(values) == len(explanation)}
-    own = {name: _means(to_array(values[number]), ranges) for name, values in entries.items()}
+    at_position = {name: _means(to_array(values[number]), ranges) for name, values in entries.items()}
     values = _sums(pick(text_row(explanation, number)), [word.tokens for word in words], 1) if words else np.zeros((count, 0))
     scores = None if explanation.scores is None else pick(explanation.scores[number]).reshape(count, -1).sum(1)
     patches = _maps(explanation, explanation.image, number, pick) + _regions(explanation, number, pick)
@@ -216,7 +216,7 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
             towers={name: of(i, parts) for name, parts in towers.items()},
             values=values[i],
             rows={name: part[i] for name, part in rows.items()},
-            own={name: float(part[i]) for name, part in own.items()},
+            at_position={name: float(part[i]) for name, part in at_position.items()},
         )
         for i in range(count)
     ]

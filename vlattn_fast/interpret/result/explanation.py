@@ -139,8 +139,8 @@ class Explanation:
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         tensors |= {f"relevancy.{name}": value for name, value in self.relevancy.items()}
         tensors |= {f"position.{name}": value for name, value in (self.position or {}).items()}
-        others = {f"tower_images.{name}": maps for name, maps in (self.tower_images or {}).items()}
-        maps = {"image": self.image, **others} if self.image is not None else others
+        towers = {f"tower_images.{name}": maps for name, maps in (self.tower_images or {}).items()}
+        maps = {"image": self.image, **towers} if self.image is not None else towers
         for name, value in maps.items():
             tensors |= {f"{name}.{i}": part for i, part in enumerate(value if isinstance(value, tuple) else (value,))}
         facts = {
@@ -176,13 +176,13 @@ class Explanation:
             name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
             for name, count in facts["maps"].items()
         }
-        positions, others = facts["positions"], facts["tower_images"]
+        positions, towers = facts["positions"], facts["tower_images"]
         fields: dict[str, Any] = {**{name: tensors.get(name) for name in _TENSORS}, **{name: facts[name] for name in _FACTS}}
         return cls(
             relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
             image=maps.get("image"),
             position=None if positions is None else {name: tensors[f"position.{name}"] for name in positions},
-            tower_images=None if others is None else {name: maps[f"tower_images.{name}"] for name in others},
+            tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
             **fields,
         )
 

@@ -58,9 +58,9 @@ def draw(
     chosen = _chosen(rows, len(explanation))
     check_number("alpha", alpha, low=0, high=1)
     painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, cmap, alpha)
-    found = read_rows(explanation, labels, chosen)
-    with rc_context({"font.family": _fonts(found)}):
-        return _figure(found, explanation.each, painter)
+    rows = read_rows(explanation, labels, chosen)
+    with rc_context({"font.family": _fonts(rows)}):
+        return _figure(rows, explanation.each, painter)
 
 
 def _chosen(rows: Sequence[int] | None, count: int) -> list[int]:
@@ -75,30 +75,30 @@ def _chosen(rows: Sequence[int] | None, count: int) -> list[int]:
     return list(rows)
 
 
-def _fonts(found: list[Row]) -> list[str]:
+def _fonts(rows: list[Row]) -> list[str]:
     """matplotlib's fonts for the texts of rows: where its own lacks letters, those that are installed stand behind it."""
     from matplotlib import font_manager, rcParams
 
-    texts = [row.label for row in found] + [word.text for row in found for word in (*row.prompt, *row.answer)]
+    texts = [row.label for row in rows] + [word.text for row in rows for word in (*row.prompt, *row.answer)]
     if max("".join(texts), default="") < chr(_EAST_ASIAN):
         return rcParams["font.family"]
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return [*rcParams["font.family"], *(name for name in _FONTS if name in installed)]
 
 
-def _figure(found: list[Row], each: bool, painter: _Painter) -> Figure:
+def _figure(rows: list[Row], each: bool, painter: _Painter) -> Figure:
     from matplotlib.figure import Figure
 
     if each:
-        sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(row, painter))) for row in found]
+        sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(row, painter))) for row in rows]
     else:
-        sizes = [_row_size(row, painter) for row in found]
+        sizes = [_row_size(row, painter) for row in rows]
     width, height = max([_WIDTH, *(w for w, _ in sizes)]), sum(h for _, h in sizes)
     figure = Figure(figsize=(width, max(height, 1)), layout="constrained")
-    if not found:
+    if not rows:
         return figure
-    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=[h for _, h in sizes])[:, 0]
-    for part, row in zip(parts, found, strict=True):
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=[h for _, h in sizes])[:, 0]
+    for part, row in zip(parts, rows, strict=True):
         (_draw_answer if each else _draw_row)(part, row, painter)
     return figure
 

@@ -49,11 +49,11 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[Any] 
     listed = read_rows(first, labels)
     methods = []
     for explanation in explanations:
-        found = listed if explanation is first else read_rows(explanation, labels)
-        if _kinds(found) != _kinds(listed):
+        rows = listed if explanation is first else read_rows(explanation, labels)
+        if _kinds(rows) != _kinds(listed):
             raise ValueError(f"beside must explain the same rows, words, maps and towers; got {explanation!r} beside {first!r}")
         layers = f", layers from {explanation.start_layer}" if explanation.start_layer else ""
-        values = [_choice(c, crops, pictures, together=crop is not None) for row in found for c in row.choices]
+        values = [_choice(c, crops, pictures, together=crop is not None) for row in rows for c in row.choices]
         methods.append({"name": explanation.method + layers, "choices": values})
     data = {
         "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
@@ -110,7 +110,7 @@ def _choice(choice: Choice, crops: list[Box], pictures: list[Array] | None, toge
         "words": _numbers(choice.values),
         "views": {name: _figures(patches, crops, pictures, together) for name, patches in views.items()},
         "rows": {name: _values(values, *_range(values)) for name, values in choice.rows.items()},
-        "own": {name: _number(value) for name, value in choice.own.items()},
+        "own": {name: _number(value) for name, value in choice.at_position.items()},
     }
 
 
