@@ -1,4 +1,4 @@
-"""The formula with other roundings: what its error is where it is not exact by luck."""
+"""The formula with other roundings: its error where it is not exact by luck."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class OtherRoundings(TorchDispatchMode):
     """Moves half of the numbers that each operation of torch gives, forward and backward, to a neighbour in their dtype.
 
-    Plain formulas are exact by luck on round numbers: equal logits give P = 1 / M to the last bit, a single key P = 1, and what
-    cancels then cancels to 0. Another order of the same sums is not so lucky, and this mode gives the formula the same ill luck.
-    Where the formula had no luck, its error becomes two to three times as large. Zeros stay zero, and equal numbers equal, so
-    masks and ties are kept. Without `keeps_ties` equal numbers may become different: on some CPUs the columns at the edge of a
-    matrix product are summed otherwise than those within it, and equal keys get logits an ulp apart.
+    Plain formulas are exact by luck on round numbers: equal logits give P = 1 / M to the last bit, a single key gives P = 1, and
+        differences then cancel to 0. Another order of the same sums lacks this luck, and so does the formula under this mode.
+        Where the formula had no luck, the mode makes its error two to three times as large. Zeros stay zero and equal numbers
+        stay equal, so masks and ties are kept. Without `keeps_ties` equal numbers may become different: some CPUs sum the columns
+        at the edge of a matrix product in another order than the inner columns, and equal keys get logits an ulp apart.
 
-    A softmax and its logarithm are taken as every streaming kernel takes them, P = exp(logit - lse), with lse rounded to the
-    dtype of sums. Of calls in 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as
-    FlashAttention does.
+    A softmax and its logarithm are computed as in every streaming kernel, P = exp(logit - lse), with lse rounded to the dtype of
+    sums. In calls of 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as FlashAttention
+    does.
     """
 
     def __init__(self, seed: str, dtype: torch.dtype, keeps_ties: bool = True) -> None:
@@ -55,16 +55,17 @@ class OtherRoundings(TorchDispatchMode):
     def _error_of_lse(self, logits: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         exact = torch.logsumexp(logits.double(), dim, keepdim=True)
         off = self._to_neighbours(exact.to(dtype)).double() - exact
-        # beside finite masks of -1e9 lse keeps nothing of the logits, and no kernel may take it so
+        # Beside finite masks of -1e9, lse holds no digit of the logits; no kernel may use it so.
         return torch.where(exact.abs() < 1e4, off, 0.0)
 
     def _error_of_delta(self, grad_prob: Tensor, prob: Tensor, dim: int) -> Tensor:
-        """As it shows in the gradient of the logits, P (dP - delta)."""
+        """The error of delta in the gradient of the logits, P (dP - delta)."""
         summed = (grad_prob * prob).abs().sum(dim, keepdim=True).to(self.dtype)
         return (prob * (self._to_neighbours(summed) - summed)).to(grad_prob.dtype)
 
     def _to_neighbours(self, x: Tensor) -> Tensor:
-        """Which numbers move, and where to, jumps about with their magnitude, or with their place where ties need not be kept."""
+        """`x` with half of its numbers a step up or down, as their magnitude decides, or their place where ties need not be
+        kept."""
         if not x.is_floating_point() or x.numel() == 0:
             return x
         frequency, phase = self.chance.uniform(300.0, 3000.0), self.chance.uniform(0.0, 6.28)
@@ -76,7 +77,7 @@ class OtherRoundings(TorchDispatchMode):
 
 
 def unluckiest(formulas: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of each output the one with the largest error: a formula of few numbers has no error at all under some roundings."""
+    """The variant of each output with the largest error: a formula of few numbers has no error under some roundings."""
 
     def error(x: Tensor, truth: Tensor) -> float:
         return float((x.double() - truth).nan_to_num(0.0, 0.0, 0.0).square().sum())

@@ -1,8 +1,8 @@
 """Queries and keys of chosen layers of any model, as the congruence losses take them, while the model runs as it is.
 
-Nothing of the model is replaced: a mode of torch sees the attention calls, and the products in front of a softmax where a module
-writes attention out by hand. So dropout, autocast and gradients are those of the model. What torch.compile made of it runs as
-plain Python meanwhile, since compiled code shows no calls.
+The model stays as it is: a mode of torch sees the attention calls, and the products in front of a softmax where a module writes
+    attention out by hand. So dropout, autocast and gradients are those of the model. Meanwhile compiled code runs as plain
+    Python, since compiled code shows no calls.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from vlattn_fast.nn.captured_layer import CapturedLayer, Positions, QueryKey, pa
 def capture_attention(
     model: nn.Module, *, layers: int | Sequence[int] = -1, modality: Mapping[str, str] | None = None
 ) -> AttentionCapture:
-    """A context in which a forward pass of `model` leaves the queries and keys of some layers behind, with their gradients.
+    """A context that keeps the queries and keys of some layers of `model`'s forward pass, with their gradients.
 
-    The last forward pass within it counts, and what it left stays readable behind the context. DDP, FSDP, PEFT and torch.compile
-    are seen through; a compiled model runs uncompiled within.
+    The last forward pass inside the context counts; its layers stay readable after the context. Wrappers (DDP, FSDP, PEFT,
+    torch.compile) are allowed; a compiled model runs uncompiled inside.
 
     Args:
         model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention, this package's, or
             written out by hand as matmul, softmax, matmul.
-        layers: which ones, negative from the end; several give a sequence. They are counted for words, image and both
-            together by themselves.
-        modality: input name -> "text" or "image", for inputs that do not have the usual names (input_ids, pixel_values,
-            visual_feats, ...).
+        layers: an index, negative from the end; several give a sequence. Text, image and joint layers are counted apart.
+        modality: input name -> "text" or "image", for inputs without the usual names (input_ids, pixel_values, visual_feats,
+            ...).
 
     Raises:
-        ValueError: within, a forward pass without such attention, or with fewer layers; an input of unknown modality.
+        ValueError: a forward pass without such attention, or with fewer layers; an input of unknown modality.
 
     >>> import torch
     >>> from vlattn_fast.models import UNITER, UNITERConfig
@@ -52,14 +51,15 @@ def capture_attention(
 
 
 class AttentionCapture:
-    """What `capture_attention` gives: a context, and then the layers. With one layer, its fields are attributes of this."""
+    """The result of `capture_attention`: a context, then a sequence of layers. With one layer, the layer's fields are
+    attributes."""
 
     def __init__(self, model: nn.Module, layers: int | Sequence[int], modality: Mapping[str, str] | None) -> None:
         self.model = model
         self._single = isinstance(layers, int)
         asked: Any = tuple(layers) if isinstance(layers, Sequence) else (layers,)
         if not asked or any(isinstance(i, bool) or not isinstance(i, int) for i in asked):
-            raise ValueError(f"layers must be an int, or some; got {layers!r}")
+            raise ValueError(f"layers must be an int or several ints; got {layers!r}")
         self._layers: tuple[int, ...] = asked
         self._modality = check_modality(modality)
         self._captured: list[CapturedLayer] | None = None
@@ -93,7 +93,7 @@ class AttentionCapture:
 
     @property
     def layer(self) -> CapturedLayer:
-        """The only layer that was asked for."""
+        """The only captured layer."""
         if not self._single:
             raise ValueError(f"layers must be one index where fields are read directly; got {len(self)}: read capture[i]")
         return self._layers_of_last_pass()[0]
@@ -185,14 +185,14 @@ def _layer(layers: Sequence[QueryKey], index: int) -> QueryKey | None:
 
 
 def _both(forth: Sequence[QueryKey], back: Sequence[QueryKey], index: int) -> tuple[QueryKey, QueryKey] | None:
-    """Cross-attention both ways, in a layer that has it. Layers are counted from the end, where they meet."""
+    """The cross-attention of a layer both ways, or None. Layers are counted from the end, where both ways meet."""
     last = index if index < 0 else index - len(forth)
     fits = len(forth) == len(back) and -len(forth) <= last < 0
     return (forth[last], back[last]) if fits else None
 
 
 def _in_order(calls: Iterable[AttentionCall]) -> list[QueryKey]:
-    """The layers' queries and keys; none where a layer attends part by part, as Qwen-VL's vision tower does, image by image."""
+    """The layers' queries and keys; none where a layer attends part by part, as Qwen-VL's vision tower, image by image."""
     calls = list(calls)
     if any(call.again for call in calls):
         return []

@@ -58,9 +58,9 @@ def draw(
     chosen = _chosen(rows, len(explanation))
     check_number("alpha", alpha, low=0, high=1)
     painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, cmap, alpha)
-    rows = read_rows(explanation, labels, chosen)
-    with rc_context({"font.family": _fonts(rows)}):
-        return _figure(rows, explanation.each, painter)
+    drawn = read_rows(explanation, labels, chosen)
+    with rc_context({"font.family": _fonts(drawn)}):
+        return _figure(drawn, explanation.each, painter)
 
 
 def _chosen(rows: Sequence[int] | None, count: int) -> list[int]:
