@@ -3,8 +3,10 @@
 A score is an activation of a dot product of features, score(q, k) = act(phi(q) . psi(k)). Each class turns query and key into
 features and names its core score. The operator has these core scores:
 
-    dot               phi . psi                      plain attention on features cosine            q . k / max(|q| |k|, eps)
-    where the clamp acts, or may act dot_<activation>  act(phi . psi) additive          sum_a u_a tanh(q_a + k_a)
+    dot               phi . psi                      plain attention on features
+    cosine            q . k / max(|q| |k|, eps)      where the clamp acts, or may act
+    dot_<activation>  act(phi . psi)
+    additive          sum_a u_a tanh(q_a + k_a)
     hadamard_<activation>  sum_a u_a act(q_a k_a), for tanh and sigmoid (relu and leaky relu are exactly rank two)
 
 Shapes: query (B, H, N, Dq), key (B, Hkv, M, Dk). A parameter with a leading (H, ...) is per query head, otherwise shared.

@@ -16,10 +16,10 @@ class OtherRoundings(TorchDispatchMode):
     """Moves half of the numbers that each operation of torch gives, forward and backward, to a neighbour in their dtype.
 
     Plain formulas are exact by luck on round numbers: equal logits give P = 1 / M to the last bit, a single key gives P = 1, and
-        differences then cancel to 0. Another order of the same sums lacks this luck, and so does the formula under this mode.
-        Where the formula had no luck, the mode makes its error two to three times as large. Zeros stay zero and equal numbers
-        stay equal, so masks and ties are kept. Without `keeps_ties` equal numbers may become different: some CPUs sum the columns
-        at the edge of a matrix product in another order than the inner columns, and equal keys get logits an ulp apart.
+    differences then cancel to 0. Another order of the same sums lacks this luck, and so does the formula under this mode.
+    Where the formula had no luck, the mode makes its error two to three times as large. Zeros stay zero and equal numbers
+    stay equal, so masks and ties are kept. Without `keeps_ties` equal numbers may become different: some CPUs sum the columns
+    at the edge of a matrix product in another order than the inner columns, and equal keys get logits an ulp apart.
 
     A softmax and its logarithm are computed as in every streaming kernel, P = exp(logit - lse), with lse rounded to the dtype of
     sums. In calls of 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as FlashAttention

@@ -1,8 +1,8 @@
 """Queries and keys of chosen layers of any model, as the congruence losses take them, while the model runs as it is.
 
 The model stays as it is: a mode of torch sees the attention calls, and the products in front of a softmax where a module writes
-    attention out by hand. So dropout, autocast and gradients are those of the model. Meanwhile compiled code runs as plain
-    Python, since compiled code shows no calls.
+attention out by hand. So dropout, autocast and gradients are those of the model. Meanwhile compiled code runs as plain
+Python, since compiled code shows no calls.
 """
 
 from __future__ import annotations

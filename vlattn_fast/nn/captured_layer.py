@@ -72,8 +72,8 @@ class CapturedLayer:
     """One layer's queries and keys.
 
     text, image: self-attention over words alone, and over image tokens alone. cross: ((text query, image key), (image query, text
-        key)) where the model has cross-attention both ways. joint: self-attention over words and image tokens together. None
-        where the model has no such attention. Each pair is a `QueryKey`.
+    key)) where the model has cross-attention both ways. joint: self-attention over words and image tokens together. None
+    where the model has no such attention. Each pair is a `QueryKey`.
     is_image: bool (N) or (B, N), which tokens of `joint` are of the image; None where the model's run does not show it.
     """
 

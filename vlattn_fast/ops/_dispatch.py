@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why each of the others does not: one table per operator, read without a tensor or a GPU."""
+"""Which backend runs a call, and why each other backend does not: one table per operator, read without a tensor or a GPU."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cud
 
 
 class Call(NamedTuple):
-    """What the limits of backends read of a call. It holds no tensor, so a laptop can ask what a backend refuses on a GPU."""
+    """The facts of a call that backends' limits read. It holds no tensor, so a laptop can ask what a backend refuses on a GPU."""
 
     operator: str
     dtype: torch.dtype
     device_type: str
     sizes: dict[str, int]
     flags: dict[str, Any]
-    capability: tuple[int, int] | None = None  # of the CUDA device; None where it is another or not known
+    capability: tuple[int, int] | None = None  # of the CUDA device; None for other or unknown devices
 
     def __str__(self) -> str:
         device = (
@@ -50,10 +50,10 @@ def make_call(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[s
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device; None for other devices, and where it cannot be asked."""
+    """The compute capability of a CUDA device; None for other and absent devices."""
     if device.type != "cuda":
         return None
-    if not torch.compiler.is_compiling():  # traced code would get guards on the cache; the capability itself becomes a constant
+    if not torch.compiler.is_compiling():  # in traced code the capability is a constant, the cache needs guards
         if device.index not in _CAPABILITIES:
             _CAPABILITIES[device.index] = _capability(device)
         return _CAPABILITIES[device.index]
@@ -64,16 +64,16 @@ _CAPABILITIES: dict[int | None, tuple[int, int] | None] = {}
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    if not torch.cuda.is_available():  # tensors without memory may name a device that is not here
+    if not torch.cuda.is_available():  # tensors without memory may name an absent device
         return None
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 
 class Backend(NamedTuple):
-    """`refusals(call)` lists all reasons why the backend does not run it, in constant words: a size in the words would cost
-    torch.compile a graph per size. `module` is imported at first use. It has `forward` and `backward`, or the operator itself
-    where torch differentiates it (reference, sdpa)."""
+    """`refusals(call)` lists all reasons why the backend does not run the call, in constant words: a size in the words would cost
+    torch.compile a graph per size. `module`, imported at first use, has `forward` and `backward`, or the operator itself where
+    torch differentiates it (reference, sdpa)."""
 
     refusals: Callable[[Call], list[str]]
     module: str
@@ -160,9 +160,9 @@ def not_in_sdpa(call: Call) -> list[str]:
 def table(stem: str, *, sdpa: Limits | None = None, triton: Limits = no_limits, cuda: Limits | None = None) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
-    `sdpa`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where there is
-    no such kernel. On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's
-    comes first. CUDA C++ comes after Triton until it has been measured. "auto" never takes the reference.
+    `sdpa`, `triton` and `cuda` are limits of the operator's kernels, beside the limits of all operators; None = no such kernel.
+    On the CPU our kernels come before torch's attention, which is slower in stored rows; on a GPU torch's attention comes first.
+    CUDA C++ comes after Triton until it has been measured. "auto" never takes the reference.
     """
     return {
         "cpu": Backend(cpu_refusals, f"vlattn_fast.backends.cpu.{stem}"),
@@ -179,8 +179,8 @@ def table(stem: str, *, sdpa: Limits | None = None, triton: Limits = no_limits, 
 def select(backends: Table, call: Call, backend: Any) -> str:
     """The name of the backend that runs `call`: `backend`, or for "auto" the first without refusals.
 
-    On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ are there for tests, by name.
-    Raises ValueError with all reasons where the named backend refuses the call.
+    On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ serve tests, by name. Raises
+    ValueError with all reasons where the named backend refuses the call.
     """
     check_choice("backend", backend, BACKEND_NAMES)
     if backend == "auto":
@@ -196,9 +196,9 @@ def select(backends: Table, call: Call, backend: Any) -> str:
 def choose(
     describe: Callable[..., Call], backends: Table, backend: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]
 ) -> str:
-    """`select` with a cache. It gives select(backends, describe(*tensors, *options), backend), where `describe` checks the
-    arguments of the public call. Both are skipped where an earlier call had the same key: looking it up is faster. Errors are not
-    cached. stacked_cross_attention, whose checks read values, and congruence_loss, whose arguments nest, call `select` directly.
+    """select(backends, describe(*tensors, *options), backend) with a cache, where `describe` checks the arguments of the public
+    call. A call with the key of an earlier one skips both. Errors are not cached. stacked_cross_attention, whose checks read
+    values, and congruence_loss, whose arguments nest, call `select` directly.
     """
     key = None if torch.compiler.is_compiling() else _cache_key(describe, tensors, (*options, backend))
     chosen = None if key is None else _CHOSEN.get(key)
@@ -217,8 +217,8 @@ _SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.A
 
 
 def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Everything that checks and refusals read. They read no value of a tensor. None where they may read more, so that nothing is
-    cached: for subclasses of tensors, forward-mode tangents, and options that are neither plain values nor score functions."""
+    """All that checks and refusals read, which is no tensor's values. None, so that nothing is cached, where they may read more:
+    subclasses of tensors, forward-mode tangents, options that are neither plain values nor score functions."""
     kinds = tuple(map(type, options))  # since 1 is equal to True
     if not _PLAIN.issuperset(kinds):
         tensors, options = _unpack_scores(tensors, options)
@@ -249,12 +249,12 @@ def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options:
 
 
 def _unpack_scores(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Replaces a score function among the options by the name of its class and its fields. A field that is a tensor goes to the
-    tensors and leaves its name among the options."""
+    """Replaces a score function among the options by the name of its class and its fields. Fields that are tensors move to the
+    tensors; their names stay among the options."""
     parameters: list[Any] = []
     plain: list[Any] = []
     for x in options:
-        if type(x) not in _SCORES:  # a subclass may check what is not in its fields
+        if type(x) not in _SCORES:  # a subclass may check more than its fields
             plain.append(x)
             continue
         plain.append(type(x).__name__)
@@ -269,11 +269,11 @@ def _unpack_scores(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[
 
 def masks_padding(backend: str) -> bool:
     """Whether the backend's kernels keep padding of keys and values, which may be NaN, out of outputs and gradients. For other
-    backends the public call copies keys and values with zeros at padding."""
+    backends the public call copies keys and values with zeros at the padding."""
     return backend in ("cpu", "triton")
 
 
 def load(backends: Table, name: str) -> ModuleType:
-    """The backend's module. torch.compile cannot trace an import, so a module that is imported already comes from sys.modules."""
+    """The backend's module, from sys.modules where possible: torch.compile cannot trace an import."""
     module = sys.modules.get(backends[name].module)
     return importlib.import_module(backends[name].module) if module is None else module

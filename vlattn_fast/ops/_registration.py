@@ -1,7 +1,7 @@
 """Registration of the operators with torch.library under the namespace `vlattn`, and a fast path past torch's dispatcher.
 
 For an operator written in Python the dispatcher takes longer than a kernel on small tensors: 15 microseconds, 45 where autograd
-records the call, 20 in the backward pass. Where it would do nothing but autograd, the fast path calls the kernel, in an
+records the call, 20 in the backward pass. Where the dispatcher would only do autograd, the fast path calls the kernel, in an
 autograd.Function if a gradient is needed.
 """
 
@@ -25,8 +25,8 @@ _FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}  # of 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Registers `name(tensors, options) -> outputs`, the tensors first, for every device and returns the function that calls it.
 
-    torch.compile makes a graph for each value of a float that an operator takes. So an operator with floats gets a twin that
-    takes 0-dim tensors in their places: compiled code calls it where a float varies.
+    torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors in
+    their places, which compiled code calls where a float varies.
     """
     name = schema.split("(", 1)[0]
     operator = _register(schema, implementation, fake)
@@ -59,7 +59,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*tensors)):
             return kernel(*args)
         if returns_lists or _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
-            return operator(*args)  # an autograd.Function cannot return lists, and runs also where autograd is excluded
+            return operator(*args)  # an autograd.Function returns no lists, and runs also where autograd is excluded
         return recorded(*tensors, args)
 
     return call
@@ -74,10 +74,9 @@ def _keys(*names: str) -> Any:
 
 
 def _needs_only_autograd(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher would do nothing for an operator on these tensors but call autograd and the kernel.
-
-    It would do more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in modes (of
-    dispatch, of functions, vmap, tracing), and for a profiler, which shows operators by name.
+    """Whether the dispatcher would only call autograd and the kernel for an operator on these tensors. The dispatcher does more
+    for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in modes (of dispatch, of
+    functions, vmap, tracing), and for a profiler, which shows operators by name.
     """
     if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled():
         return False
@@ -91,7 +90,7 @@ def _needs_only_autograd(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel of the fast path: as in `_register` autocast is off, and no output is a view, since autograd tracks none."""
+    """The kernel of the fast path. As in `_register`, autocast is off and no output is a view, since autograd tracks none."""
 
     def kernel(*args: Any) -> Any:
         with _C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
@@ -102,8 +101,8 @@ def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 try:
     _ABOVE_KERNELS = _keys("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
-    _OTHER_TENSOR_KEYS = ~(_ABOVE_KERNELS | _keys("CPU", "CUDA")).raw_repr()  # all but those of an ordinary tensor
-    _OTHER_THREAD_KEYS = ~_keys("BackendSelect", "ADInplaceOrView").raw_repr()  # all but those that every thread has
+    _OTHER_TENSOR_KEYS = ~(_ABOVE_KERNELS | _keys("CPU", "CUDA")).raw_repr()  # all keys but an ordinary tensor's
+    _OTHER_THREAD_KEYS = ~_keys("BackendSelect", "ADInplaceOrView").raw_repr()  # all keys but every thread's
     _AUTOGRAD = _keys("AutogradCPU").raw_repr() & ~_keys("CPU").raw_repr()
     _C._any_requires_grad(torch.empty(0))
     _C._dispatch_tls_local_exclude_set().raw_repr()
@@ -114,8 +113,8 @@ except AttributeError:  # a torch whose private functions have other names
 
 
 def _autograd_function(name: str, kernel: Callable[..., Any], num_tensors: int, takes_lists: bool) -> Callable[..., Any]:
-    """Calls the kernel in an autograd.Function with the operator's backward formula. Its inputs are the operator's tensors, those
-    of lists one by one, and then all arguments as one tuple, into which autograd does not look."""
+    """Calls the kernel in an autograd.Function with the operator's backward formula. The function's inputs are the operator's
+    tensors, lists unpacked, and then all arguments as one tuple, which autograd ignores."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         outputs = kernel(*inputs[-1])
@@ -139,14 +138,14 @@ def _flat(args: Sequence[Any]) -> list[Any]:
 def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """The registered operator.
 
-    Autocast is off inside: the public calls cast their arguments, and it would round the float32 products of a tile. No output
-    is a view to autograd, whatever the backend made it from, so that a caller may edit it in place.
+    Autocast is off inside: the public calls cast their arguments, and autocast would round the float32 products of a tile. No
+    output is a view to autograd, so that a caller may edit every output in place.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     operator = getattr(torch.ops.vlattn, name)
     types = [str(x.type) for x in operator.default._schema.arguments]
-    first = next(i for i, x in enumerate(types) if x in ("Tensor", "List[Tensor]"))  # one that is never None
+    first = next(i for i, x in enumerate(types) if x in ("Tensor", "List[Tensor]"))  # an argument that is never None
     is_list = types[first] == "List[Tensor]"
 
     def kernel(*args: Any) -> Any:
@@ -159,7 +158,7 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
 
 
 def _without_views(outputs: Any) -> Any:
-    """The same memory in tensors that are no views; it copies nothing."""
+    """The same memory, without copies, in tensors that are no views."""
     if not isinstance(outputs, Tensor):
         return type(outputs)([_without_views(x) for x in outputs])
     if outputs._base is None:
@@ -176,7 +175,7 @@ def differentiable(name: str, backward: Callable[..., Any], setup_context: Calla
 
 
 def not_differentiable(name: str, why: str) -> None:
-    """Makes a backward pass through the operator an error that says why, where torch would give silence or jargon."""
+    """Makes a backward pass through the operator an error that says why; torch's own would be silent or jargon."""
 
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"vlattn::{name}: {why}")
@@ -188,6 +187,6 @@ def not_differentiable(name: str, why: str) -> None:
 
 
 def once_differentiable(name: str) -> None:
-    """For a backward operator: second derivatives are refused."""
+    """Refuses second derivatives, for a backward operator."""
     stem = name.removesuffix("_backward")
     not_differentiable(name, f"{stem} has no second derivative; it is once differentiable (create_graph=True asked for more)")

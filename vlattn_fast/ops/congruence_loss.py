@@ -47,7 +47,8 @@ def congruence_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """How far the attention within one modality is from what the other modality, through cross attention, says it should be.
+    """The distance of the attention within one modality from the attention that the other modality implies through cross
+    attention.
 
     With the blocks LL (L, L), VV (V, V), LV (L, V), VL (V, L), each a softmax over its own keys averaged over the heads, and
     sym(p, t) = KL(p || t) + KL(t || p) averaged over the rows, the text direction is (the image direction swaps L and V):
@@ -124,7 +125,7 @@ def describe_call(
     reduction: Any = "mean",
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
+    """Checks the arguments of the public call and returns the `Call` that describes them to backends. Ignores options that
     neither checks nor backends read."""
     check_choice("kind", kind, KINDS)
     check_choice("direction", direction, DIRECTIONS)
@@ -196,7 +197,7 @@ def _backward_fake(
 _INPUTS = (
     "Tensor[] queries, Tensor[] keys, Tensor? text_mask, Tensor? image_mask, str kind, str direction, float scale, str backend"
 )
-# `maps`: what the backend keeps of its forward pass for the backward pass, without a head axis; empty where it recomputes
+# `maps`: maps without a head axis that the backend keeps for its backward pass; empty where it recomputes them
 _forward_op = define(f"congruence_loss({_INPUTS}) -> (Tensor loss, Tensor maps)", _forward, _forward_fake)
 _backward_op = define(
     f"congruence_loss_backward(Tensor grad_loss, Tensor maps, {_INPUTS}) -> (Tensor[] grad_queries, Tensor[] grad_keys)",
@@ -214,7 +215,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    if grad_loss is None:  # the loss has no part in what is differentiated
+    if grad_loss is None:  # the differentiated value does not depend on the loss
         return [None] * 4, [None] * 4, *(None,) * 6
     *tensors, text_mask, image_mask, maps = ctx.saved_tensors
     inputs = maps, tensors[:4], tensors[4:], text_mask, image_mask
