@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def rank_correlation(one: Tensor, two: Tensor) -> float | None:
-    """Spearman's correlation of two maps (n,), equal values having their mean rank. None below three entries, and of a constant
+    """Spearman's correlation of two maps (n,); equal values have their mean rank. None below three entries, and for a constant
     map."""
     if len(one) < 3:
         return None
