@@ -1,4 +1,4 @@
-"""What the caller asks of `evaluate`: methods, tests and their options, checked before the model runs."""
+"""The arguments of `evaluate`: methods, tests and their options, checked before the model runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Plan:
 
     Args:
         model: without its wrappers.
-        methods: a name of `explain`'s, "random" or a callable, by its name in the table.
+        methods: name in the table -> a name of `explain`'s methods, "random" or a callable.
         steps: of each test with a curve over perturbed inputs.
         options: further arguments of `explain`.
     """
@@ -71,7 +71,7 @@ class Plan:
         _check_used(tests, chosen.values(), options, steps=steps, accuracy=accuracy, probability=probability)
         of_tests = {test: _checked_steps(steps, test) for test in tests if test in PERTURBED}
         check_callable(accuracy=accuracy, probability=probability, words=words)
-        check_integer("sanity_stages", sanity_stages, low=1, high=1000)  # each explains the whole data set anew
+        check_integer("sanity_stages", sanity_stages, low=1, high=1000)  # each stage explains the whole data set again
         check_integer("batch_size", batch_size, low=1)
         check_integer("seed", seed)
         rest = accuracy, probability, words, sanity_stages, batch_size, seed, options
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def x_axes(self) -> dict[str, Sequence[float]]:
-        """Of each test with a curve."""
+        """The x axis of each test with a curve."""
         return {**self.steps, "sanity": [(stage + 1) / self.sanity_stages for stage in range(self.sanity_stages)]}
 
     @property
@@ -127,14 +127,14 @@ def named_methods(methods: Any) -> dict[str, str | Rival]:
 
 
 def with_weighting(method: str) -> tuple[str, str]:
-    """`explain`'s method and its weighting, "" where the name says none: "weighted:norm:no_normalization" has both."""
+    """`explain`'s method and its weighting, "" for a name without one: "weighted:norm:no_normalization" has both."""
     rule, *parts = method.split(":")
     weighting = parts.pop(0) if parts and parts[0] in WEIGHTINGS else ""
     return ":".join([rule, *parts]), weighting
 
 
 def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
-    """ValueError where no method takes the weighting that is asked for, or one names another."""
+    """ValueError where no method takes `weighting`, or a method names another one."""
     weighted = [method for method in methods if isinstance(method, str) and method.startswith("weighted")]
     if not weighted or any(with_weighting(method)[1] for method in weighted):
         raise ValueError(f"weighting must be for methods 'weighted' that name none themselves; got {weighting!r} for {weighted}")

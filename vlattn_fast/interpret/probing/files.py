@@ -15,13 +15,13 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 
 def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """(inputs, labels) of each line: "text", "image" (a path that counts from the file's folder), and labels as `probe` has them.
+    """(inputs, labels) of each line, which has "text", "image" (a path relative to the file's folder), and labels as in `probe`.
 
     Args:
         source: the file, or a folder that holds one such file.
 
     Raises:
-        ValueError: `source` is none of these or has no line, or a line is not as said (it is named).
+        ValueError: `source` is neither or has no line, or a line has another form (the message names the line).
     """
     source = Path(source)
     if source.is_dir():

@@ -1,4 +1,4 @@
-"""What a data set for `probe` says of its inputs."""
+"""The labels of a data set for `probe`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ TASKS = ("length", "word_content", "word_order")  # of every text
 
 @dataclass(frozen=True)
 class Labels:
-    """Of one row: phrases as (columns of the input ids, regions), relations as (region, region, class), classes by task."""
+    """The labels of one row: phrases as (columns of the input ids, regions), relations as (region, region, class), classes by
+    task."""
 
     phrases: list[tuple[list[int], list[int]]] = field(default_factory=list)
     relations: list[tuple[int, int, Any]] = field(default_factory=list)
@@ -55,7 +56,7 @@ def _labels(raw: Any) -> Labels:
         if not isinstance(phrase, Sequence) or len(phrase) != 2:
             raise ValueError(f"phrases must be ((start, stop), region or regions) each; got {phrase!r}")
         span, regions = phrase
-        several = isinstance(regions, (list, tuple)) or getattr(regions, "ndim", 0) > 0  # also NumPy's and torch's
+        several = isinstance(regions, (list, tuple)) or getattr(regions, "ndim", 0) > 0  # NumPy's and torch's arrays, too
         numbers = [_number("phrases", one, phrase) for one in (regions if several else [regions])]
         phrases.append((_span(span), list(dict.fromkeys(numbers))))
         if not phrases[-1][1]:
@@ -82,7 +83,7 @@ def _entries(name: str, raw: Mapping[str, Any]) -> Iterable[Any]:
 
 
 def _number(name: str, region: Any, entry: Any) -> int:
-    """The number of a region, which may be NumPy's or torch's."""
+    """The number of a region, as an int, from NumPy's or torch's, too."""
     try:
         return operator.index(region)
     except TypeError:
@@ -100,7 +101,7 @@ def _span(span: Any) -> list[int]:
 
 
 def tokens_of(layout: Layout, row: int, columns: Sequence[int], number: int) -> list[int]:
-    """Positions in the sequence of columns of the input ids; `number` is the input's in the data set, for errors."""
+    """Positions in the sequence for columns of the input ids; errors name the input by its `number` in the data set."""
     tokens = [column + layout.offset for column in columns]
     parts = layout.parts[row]
     if tokens[-1] >= len(parts) or bool((parts[tokens] != 0).any()):
@@ -109,7 +110,7 @@ def tokens_of(layout: Layout, row: int, columns: Sequence[int], number: int) -> 
 
 
 def regions_of(layout: Layout, row: int, regions: Sequence[int], number: int) -> list[int]:
-    """Positions in the sequence of image tokens by their number; `number` as above."""
+    """Positions in the sequence for the numbers of image tokens; `number` as in `tokens_of`."""
     places = layout.regions[row]
     for region in regions:
         if not 0 <= region < len(places) or layout.parts[row, places[region]] != 1:
