@@ -174,8 +174,8 @@ def bench(
 ) -> None:
     """Time operators and whole tasks beside plain SDPA, the plain formula and the published procedures.
 
-    Prints and stores time, peak memory and the error against float64; progress goes to stderr. Ends with status 1 where one of
-    our backends failed.
+    Prints and stores time, peak memory and the error against float64; progress goes to stderr. Status 1: a backend of ours
+    failed.
     """
     from vlattn_fast.benchmarks._run import run
 

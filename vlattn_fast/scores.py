@@ -130,8 +130,7 @@ class Cosine(_Unscaled):
 
 def _unit_vectors_of_data(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`unit_vectors` in half as many passes over the data, where the values can be read and no square overflows or underflows.
-    The passes are most of a call with few queries. Vectors of one entry take unit_vectors, whose gradient is then exactly
-    zero."""
+    The passes are most of a call with few queries. Vectors of one entry take unit_vectors, with a gradient of exactly zero."""
     if x.shape[-1] == 1:
         return unit_vectors(x, eps)
     wide = x.to(compute_dtype(x))

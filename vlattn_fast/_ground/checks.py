@@ -78,7 +78,7 @@ def autocasts(x: Tensor) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of `x` can be read: not in traces, under vmap, while a CUDA graph is captured, or of meta and fake
+    """Whether the values of `x` can be read: not in traces, under vmap, during CUDA graph capture, or of meta and fake
     tensors."""
     if x.is_meta or is_traced_or_batched(x):
         return False
@@ -131,8 +131,7 @@ def varies(x: float) -> bool:
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """The tensors share one device and one floating dtype. Under autocast their dtypes may differ, but all or none are float64,
-    which autocast does not cast."""
+    """The tensors share a device and a floating dtype. Under autocast dtypes may differ, except float64, which is never cast."""
     items = iter(tensors.items())
     first_name, first = next(items)
     dtype, device = first.dtype, first.device

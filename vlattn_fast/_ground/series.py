@@ -86,8 +86,8 @@ def fit(radius: float, terms: int) -> tuple[np.ndarray, np.ndarray, float]:
     """tanh(x) on [-radius, radius] as sum_n c_n sin(w_n x): frequencies w, coefficients c, largest error.
 
     The frequencies are odd harmonics w_n = (2n + 1 + 2 bend n^2 / terms) pi / (2 stretch radius): their waves are flat near where
-    tanh is flat. Bending the frequencies upwards gains about a digit. The fit searches stretch and bend, and measures the error
-    on a finer grid.
+    tanh is flat. Bending the frequencies upwards gains about a digit. A search finds stretch and bend. A finer grid measures the
+    error.
     """
     n = np.arange(terms)
     candidates = [

@@ -76,8 +76,7 @@ def joined_mask_elements(query: Tensor, key: Tensor, attn_mask: Tensor | None, k
 
 
 def mask_is_small(elements: int, query_elements: int) -> bool:
-    """Whether a joined mask takes at most 16 MiB in float32, or no more memory than the query: memory must stay linear in the
-    length of the sequence."""
+    """Whether a joined mask takes at most 16 MiB in float32, or no more memory than the query, so that memory stays linear."""
     return elements <= max(1 << 22, query_elements)
 
 
@@ -188,8 +187,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def as_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """`lse` in `dtype`. A finite value stays finite, as under a float64 mask of -1e300: -inf would say that the row sees no
-    key."""
+    """`lse` in `dtype`. Finite values stay finite, as under a float64 mask of -1e300: -inf means that the row sees no key."""
     if lse.dtype == dtype or lse.dtype != torch.float64:
         return lse.to(dtype)
     largest = torch.finfo(dtype).max
@@ -197,8 +195,8 @@ def as_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def lse_dtype(query: Tensor, backend: str) -> torch.dtype:
-    """The dtype of the log-sum-exp that a backend's backward pass gets. The CPU kernels keep float64, since P = exp(logit - lse)
-    is no more exact than lse."""
+    """The dtype of lse in a backend's backward pass; float64 for the CPU kernels, since P = exp(logit - lse) is as exact as
+    lse."""
     return torch.float64 if backend == "cpu" else compute_dtype(query)
 
 

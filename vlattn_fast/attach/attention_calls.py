@@ -41,8 +41,7 @@ class AttentionCall:
 
     kinds, key_kinds: what the tokens of the queries and of the keys come from, as bits (TEXT, IMAGE).
     query, key: (B, H, N, D) and (B, H, M, D).
-    masks: options of `attention_statistics`; None where a hand-written attention does more to its scores than scale and mask
-        them.
+    masks: options of `attention_statistics`; None where hand-written attention does more than scale and mask its scores.
     score: the core score.
     again: the calling module has called attention with these kinds before in this run, as for one image after another.
     image: bool (N) or (B, N), which tokens of a joint sequence are of the image; None = not known.

@@ -54,8 +54,8 @@ def plain() -> Iterator[None]:
 
 
 def new_mark(name: str) -> str:
-    """The attribute by which a run marks tensors. No earlier run had the name, unlike an id(): a model may keep marked
-    tensors."""
+    """A new name of the attribute by which a run marks tensors, unlike an id(): models may keep tensors marked by earlier
+    runs."""
     return f"_vlattn_{name}_{next(_numbers)}"
 
 

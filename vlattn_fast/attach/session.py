@@ -72,8 +72,7 @@ def check_has_gradients(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def dispatched(model: nn.Module) -> Iterator[None]:
-    """A context in which `model` attends by calls of scaled_dot_product_attention or score_attention, which a mode of torch
-    sees."""
+    """A context in which `model` attends by calls of scaled_dot_product_attention or score_attention, for torch's modes."""
     with visible([model]), plain():
         yield
 
@@ -139,8 +138,7 @@ def _plainly() -> Iterator[tuple[Any, str, Any]]:
 class uncompiled(overridden):  # noqa: N801 (used as a function is)
     """A context in which a compiled model and its compiled parts run as plain Python; the last run puts everything back.
 
-    Inside a function that torch.compile compiles, this thread runs plain Python as well: Dynamo would trace the watching code,
-        and may repeat its sums.
+    Inside a compiled function this thread runs plain Python as well: Dynamo would trace the watching code, and may repeat sums.
     """
 
     def __init__(self, model: nn.Module) -> None:

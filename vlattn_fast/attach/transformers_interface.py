@@ -5,8 +5,7 @@ transformers looks its attention function up by the name in the config. Two name
 - "vlattn" gets the masks that SDPA gets (bool, or None where the pattern is causal or complete), for models that support SDPA;
 - "vlattn_additive" gets eager attention's float masks, for models that also add the mask by hand somewhere.
 
-A config may belong to several models, so the config stays unchanged; for the run each module holds a copy that names our
-function.
+A config may belong to several models, so each module holds, for the run, a copy that names our function.
 """
 
 from __future__ import annotations
@@ -123,8 +122,8 @@ def _register() -> None:
 def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """(module, attribute, copy of its config that names our function) for each module below `roots` that dispatches.
 
-    A module follows the innermost of transformers' models that it belongs to. A generator, since `overridden` runs the loop while
-    no other run changes configs.
+    A module follows the innermost transformers model around it. A generator: `overridden` runs it while no other run changes
+    configs.
     """
     names: dict[nn.Module, str] = {}
     parts: Iterator[Any] = (part for root in roots for part in root.modules())  # outermost first, so inner models decide

@@ -32,8 +32,7 @@ class WrittenScores:
         return {"attn_mask": self._mask, "is_causal": False, "scale": self._scale}
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Goes on from the scores to `result` where `func` scales, masks or casts the scores; another operation ends the
-        following."""
+        """Goes on from the scores to `result` where `func` scales, masks or casts them; stops after another operation."""
         scores = self._scores()
         if scores is None or all(x is not scores for x in args):
             return

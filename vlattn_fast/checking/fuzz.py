@@ -89,8 +89,7 @@ def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[st
 def drawn(
     seed: int, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS
 ) -> tuple[str, str, torch.dtype]:
-    """Operator, backend and dtype of a configuration. Each has a generator of its own, so a shorter list of one changes no
-    other."""
+    """Operator, backend and dtype of a configuration, each from its own generator: a shorter list of one changes no other."""
     operator = random.Random(f"operator {seed}").choice(operators)
     backend = random.Random(f"backend {seed}").choice(backends)
     return operator, backend, random.Random(f"dtype {seed}").choice(DTYPES)

@@ -136,7 +136,7 @@ class Dice:
 
 
 def lay_out(x: Tensor, layout: str, gap: float = torch.nan) -> Tensor:
-    """`x` (at least two dimensions) in another memory layout, with `gap` in the gaps; layouts of stride 0 repeat the first
+    """`x` (two dimensions or more) in another memory layout, with `gap` in the gaps; layouts of stride 0 repeat the first
     part."""
     rank, shape = x.dim(), list(x.shape)
     match layout:

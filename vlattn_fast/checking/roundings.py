@@ -21,9 +21,8 @@ class OtherRoundings(TorchDispatchMode):
     stay equal, so masks and ties are kept. Without `keeps_ties` equal numbers may become different: some CPUs sum the columns
     at the edge of a matrix product in another order than the inner columns, and equal keys get logits an ulp apart.
 
-    A softmax and its logarithm are computed as in every streaming kernel, P = exp(logit - lse), with lse rounded to the dtype of
-    sums. In calls of 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as FlashAttention
-    does.
+    A softmax and its logarithm are as in streaming kernels, P = exp(logit - lse), with lse rounded to the dtype of sums. In calls
+    of 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as in FlashAttention.
     """
 
     def __init__(self, seed: str, dtype: torch.dtype, keeps_ties: bool = True) -> None:
@@ -64,8 +63,7 @@ class OtherRoundings(TorchDispatchMode):
         return (prob * (self._to_neighbours(summed) - summed)).to(grad_prob.dtype)
 
     def _to_neighbours(self, x: Tensor) -> Tensor:
-        """`x` with half of its numbers a step up or down, as their magnitude decides, or their place where ties need not be
-        kept."""
+        """`x` with half of its numbers a step up or down, chosen by their magnitude, or by their place without `keeps_ties`."""
         if not x.is_floating_point() or x.numel() == 0:
             return x
         frequency, phase = self.chance.uniform(300.0, 3000.0), self.chance.uniform(0.0, 6.28)

@@ -38,8 +38,7 @@ FLOAT64 = 1e-10
 class Errors:
     """The errors of one output, ours and the formula's, pooled over draws.
 
-    `scale` is a lower bound for rms(exact) and largest(exact): the size of the summands where the result cancels (a gradient that
-    is zero in exact arithmetic).
+    `scale` is a lower bound for rms(exact) and largest(exact): the size of the summands where the exact result cancels to zero.
     """
 
     def __init__(self, scale: float = 0.0) -> None:

@@ -31,8 +31,7 @@ def capture_attention(
         model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention, this package's, or
             written out by hand as matmul, softmax, matmul.
         layers: an index, negative from the end; several give a sequence. Text, image and joint layers are counted apart.
-        modality: input name -> "text" or "image", for inputs without the usual names (input_ids, pixel_values, visual_feats,
-            ...).
+        modality: input name -> "text" or "image", for inputs with other names than input_ids, pixel_values, visual_feats, ...
 
     Raises:
         ValueError: a forward pass without such attention, or with fewer layers; an input of unknown modality.
@@ -51,8 +50,7 @@ def capture_attention(
 
 
 class AttentionCapture:
-    """The result of `capture_attention`: a context, then a sequence of layers. With one layer, the layer's fields are
-    attributes."""
+    """The result of `capture_attention`: a context, then a sequence of layers. A single layer's fields are attributes."""
 
     def __init__(self, model: nn.Module, layers: int | Sequence[int], modality: Mapping[str, str] | None) -> None:
         self.model = model

@@ -128,8 +128,7 @@ class CapturedLayer:
 
         Args:
             num_text_tokens: the number of words, which stand in front of all image tokens.
-            text, image: positions (int), or bool (N) or (B, N); where one is None, it has all other tokens. Parts keep the order
-                of the sequence.
+            text, image: positions (int), or bool (N) or (B, N); where one is None, it has all other tokens. The order stays.
 
         Without arguments, the tokens are parted by `is_image`, as the model joined them.
 

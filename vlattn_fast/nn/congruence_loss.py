@@ -21,9 +21,9 @@ class CongruenceLoss(nn.Module):
     """A congruence loss for a training loop: `vlattn_fast.congruence_loss` on tensors or on a capture, with a schedule.
 
     CACR is tiny for a fresh model, whose maps are close to uniform on both sides of the divergence: 3e-4 with 7 words and 5
-    regions, 2e-6 with 60 and 100. IAIS is then 0.01, and about 1 for sharp attention, where CACR is larger, too. The authors of
-    both add the loss times the schedule's weight, and sum the task's loss over a batch of one positive and 31 negatives, so
-    `weight` is worth a search.
+    regions, 2e-6 with 60 and 100. IAIS is then 0.01, and about 1 for sharp attention, where CACR is larger, too. The authors add
+    the loss times the schedule's weight to the task's loss, summed over one positive and 31 negatives, so `weight` is worth a
+    search.
 
     By definition each block is a softmax of its own over all words or all image tokens, also where the model's layer is causal or
     masks pairs of tokens. The blocks follow a layer's mask for padding alone.

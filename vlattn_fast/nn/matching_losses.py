@@ -94,8 +94,8 @@ class DamsmLoss(nn.Module):
     """AttnGAN's word-level matching loss over `damsm_similarity` (Xu et al., CVPR 2018, equations 10 to 12).
 
     With R_ij the score of image i and caption j: -log softmax_j(gamma3 R_ij) - log softmax_i(gamma3 R_ij) at j = i, averaged over
-    the batch. The sentence-level part of the paper's loss, a cosine of two vectors, is left out. R follows the authors' code:
-    gamma2 times the paper's R.
+    the batch. The paper's sentence-level loss, a cosine of two vectors, is left out. R is gamma2 times the paper's R, as in the
+    authors' code.
 
     Args:
         gamma1, gamma2: see `damsm_similarity`. gamma3: factor in the softmax over images and over captions.

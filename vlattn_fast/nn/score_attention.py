@@ -44,8 +44,7 @@ class LearnedScore(nn.Module):
     Args:
         kind: a key of LEARNED.
         num_heads, head_dim: sizes. per_head: separate parameters for each head.
-        options: of the class in vlattn_fast.scores, such as projects="query" or activation="tanh"; activated_general has
-            activation="sigmoid" by default.
+        options: of the class in vlattn_fast.scores, as projects="query"; activated_general has activation="sigmoid" by default.
     """
 
     def __init__(self, kind: str, num_heads: int, head_dim: int, *, per_head: bool = False, **options: Any) -> None:

@@ -70,8 +70,7 @@ def _normalized(rows: Tensor, x: Local, grad_output: Tensor | None, shards: Shar
 
 
 class _Normalized(torch.autograd.Function):
-    """The identity on the output of attention. The backward pass maps the carrier's cotangent r to this process's part of r * a +
-    (r * b) Abar."""
+    """The identity on the output of attention. Backward: the cotangent r becomes this process's part of r * a + (r * b) Abar."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, carrier: Tensor, x: Local, shards: Shards) -> tuple[Tensor, Tensor]:

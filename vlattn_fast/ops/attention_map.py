@@ -136,8 +136,7 @@ def describe_call(
     enable_gqa: Any = False,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and returns the `Call` that describes them to backends. Ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     check_choice("rule", rule, RULES)
     check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
     check_bool(row_normalize=row_normalize)

@@ -86,8 +86,8 @@ def attention_statistics(
     Returns:
         AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),
         received (B, H, M)); None for each that `statistics` does not name. A query without a visible key has mass, entropy and
-        maximum 0, argmax -1 and zero gradients. Do not edit mass and maximum in place before the backward pass: the Triton
-        kernels read them there.
+        maximum 0, argmax -1 and zero gradients. Do not edit mass and maximum in place: the backward pass of the Triton kernels
+        reads them.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
@@ -161,8 +161,7 @@ def describe_call(
     statistics: Any = None,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and returns the `Call` that describes them to backends. Ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     check_attention(query, key, enable_gqa)
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)

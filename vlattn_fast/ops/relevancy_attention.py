@@ -146,8 +146,7 @@ def relevancy_attention(
 def describe_call(
     query: Any, key: Any, value: Any, carrier: Any, attn_mask: Any = None, key_mask: Any = None, *options: Any, **named: Any
 ) -> Call:
-    """Checks the arguments of the public call and returns the `Call` that describes them to backends. Ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     if value is None:  # a value that only relevancy_step takes
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
     tensors = carrier, query, key, value, None, attn_mask, key_mask

@@ -1,7 +1,6 @@
 """A residual sum that weights relevancy by the contribution of each term (our reading of Huang et al. 2023).
 
-The formula, reference/relevancy_residual.py, reads each tensor once, and torch.compile fuses it with its surroundings, so there
-is no other backend.
+The formula, reference/relevancy_residual.py, reads each tensor once and fuses under torch.compile: the only backend.
 """
 
 from __future__ import annotations

@@ -222,8 +222,7 @@ def describe_call(
     return_lse: Any = False,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and returns the `Call` that describes them to backends. Ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     score = scores.resolve(score)
     check_attention(query, key, enable_gqa, value=value)
     check_bool(return_lse=return_lse)

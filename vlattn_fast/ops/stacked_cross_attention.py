@@ -47,8 +47,7 @@ def stacked_cross_attention(
     a_q = sum_c alpha_qc c;  r_q = cos(q, a_q), |q||a_q| clamped at 1e-8;  similarity = r aggregated over the queries.
 
     Args:
-        images: (Bi, R, D) region embeddings (SCAN normalises them first; this call does not): float16, bfloat16, float32,
-            float64.
+        images: (Bi, R, D) region embeddings, which SCAN normalises before the call; float16, bfloat16, float32, float64.
         captions: (Bc, T, D) word embeddings of the same dtype.
         caption_lengths, image_lengths: int64 (Bc) and (Bi), on the CPU or the inputs' device; the real rows come first.
             None = all are real. Padding (NaN included) has no influence and gradient 0. The values are checked, which waits for a
@@ -130,8 +129,8 @@ def damsm_similarity(
 
     The word e_t attends to the regions after two softmaxes, over words and then, times gamma1, over regions. Equal to gamma2 *
     stacked_cross_attention(direction="t2i", first_norm="softmax", smooth=gamma1, lambda_lse=gamma2), with the same arguments,
-    returns and errors. gamma2 > 0. A pair with an empty side gives 0. The score follows the authors' code; the paper's equation
-    10 divides by gamma2.
+    returns and errors. gamma2 > 0. A pair with an empty side gives 0. As in the authors' code, R is not divided by gamma2
+    (equation 10).
 
     >>> damsm_similarity(torch.randn(3, 289, 16), torch.randn(2, 7, 16), torch.tensor([7, 4])).shape
     torch.Size([3, 2])
@@ -166,8 +165,7 @@ def describe_call(
     lambda_lse: Any = 6.0,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and returns the `Call` that describes them to backends. Ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     check_options(direction, first_norm, smooth, aggregation, lambda_lse)
     check_tensor("images", images, rank=3, shape="(Bi, R, D)")
     check_tensor("captions", captions, rank=3, shape="(Bc, T, D)")

@@ -122,8 +122,8 @@ def _by_first(ranks: Ranks, act: Callable[[], Any]) -> Any:
 def _begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack) -> set[int]:
     """Makes or resumes the directory and locks it; returns the numbers of the finished items.
 
-    The first rank locks the directory for itself. The other ranks share a lock of the settings, so that no new run begins beside
-    ranks whose first rank has died.
+    The first rank locks the directory for itself. The other ranks share a lock of the settings, so no run begins if the first
+    rank dies.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -156,8 +156,7 @@ def _failure(number: int, item: Item, error: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _bar(ranks: Ranks, total: int, before: int) -> Any:
-    """A progress bar of all ranks' items on the first rank's terminal; returns the function that sets it to a count of this
-    run."""
+    """A progress bar of all ranks' items on the first rank's terminal; returns the function that sets its count."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:

@@ -69,8 +69,7 @@ def load_explanations(directory: str | Path) -> Explanations:
         directory: DIR.
 
     Returns:
-        A lazy sequence of `Explanation` in the order of the dataset. Inputs that failed are missing; `failures` lists them. `ids`
-        names the inputs.
+        A lazy sequence of `Explanation` in the order of the dataset, named by `ids`. `failures` lists the failed, missing inputs.
 
     Raises:
         ValueError: no such run wrote `directory`; one of its shards is truncated or missing.

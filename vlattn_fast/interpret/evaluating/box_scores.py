@@ -35,8 +35,8 @@ def intersection_over_union(values: Tensor, entries: Tensor, boxes: Tensor) -> f
 
 
 def mass(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
-    """Share of the positive mass inside the boxes. An entry counts by the share of its area inside, an entry without area by its
-    centre. 0 without positive mass."""
+    """Share of the positive mass inside the boxes, by the area of each entry inside, or by the centre of an entry without area. 0
+    without positive mass."""
     area, in_entries, in_boxes = _cut(entries, boxes)
     weights = in_entries * area
     covered, whole = (weights * in_boxes.any(0)).sum((1, 2)), weights.sum((1, 2))

@@ -79,15 +79,14 @@ def evaluate(
             published; for "insertion" and "deletion" 0, .05, ..., 1.
         accuracy: the measure of "positive" and "negative", a callable(outputs) -> (B,). None = 1 where the target has the largest
             logit, else 0; for a callable target, its score.
-        probability: the measure of "insertion" and "deletion", likewise. None = the softmax of the target's logit; for a callable
-            target, its score.
+        probability: the same for "insertion" and "deletion". None = the softmax of the target's logit, or a callable target's
+            score.
         words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; for a model without a
             record, all but padding and the first and last token.
         sanity_stages: randomised models of the cascade, the wholly randomised one included; 1000 at most.
         batch_size: rows of one forward pass over perturbed inputs.
         seed: of the random maps and weights.
-        options: further arguments of `explain` for the named methods, as `read` and `start_layer`; `weighting` is for weighted
-            methods alone.
+        options: further arguments of `explain` for named methods, as `read` and `start_layer`; `weighting` is for weighted ones.
 
     Returns:
         An `Evaluation`. A row leaves out samples without its part, or without boxes, and counts them.

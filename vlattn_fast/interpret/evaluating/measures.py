@@ -63,8 +63,7 @@ def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
 
 
 def randomise(plan: Plan, batches: list[Batch], tally: Tally, generator: torch.Generator) -> None:
-    """Correlations with the maps of ever more randomised models. Constant and non-finite maps, which have no correlation, are
-    left out."""
+    """Correlations with the maps of ever more randomised models, except for constant and non-finite maps, which have none."""
     changed = copy.deepcopy(plan.model)
     curves: dict[tuple[str, str, int, int], list[float | None]] = {}
     first = batches[0].question.inputs

@@ -18,8 +18,7 @@ TASKS = ("length", "word_content", "word_order")  # of every text
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of one row: phrases as (columns of the input ids, regions), relations as (region, region, class), classes by
-    task."""
+    """One row's labels: phrases as (columns of the input ids, regions), relations as (region, region, class), classes by task."""
 
     phrases: list[tuple[list[int], list[int]]] = field(default_factory=list)
     relations: list[tuple[int, int, Any]] = field(default_factory=list)

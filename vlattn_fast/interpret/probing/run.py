@@ -40,8 +40,7 @@ def probe(
 
     `probe` takes models with one stream of words and image tokens (UNITER, VisualBERT, ViLT, decoders that see images), or texts
     alone for "linguistic". Models with a stream of each (LXMERT) have "coreference" in the layers where both streams attend to
-    one another, "relation" in the image's layers, and "linguistic". `probe` keeps only `attention_statistics` of attention, layer
-    by layer.
+    one another, "relation" in the image's layers, and "linguistic". Only `attention_statistics` are kept, layer by layer.
 
     Tests of attention, for each layer and head:
 
@@ -55,14 +54,13 @@ def probe(
 
     Tests of the states behind each layer:
 
-    - "fusion": normalised mutual information (arithmetic mean) of two clusters (k-means) with text and image tokens; mean over
-      samples. Low = fused.
+    - "fusion": normalised mutual information (arithmetic mean) of two clusters (k-means) with the modality, averaged. Low =
+      fused.
     - "linguistic": accuracy of linear probes on the text, as SentEval's: "length" (number of words, in six classes at most),
       "word_content" (whether the text has the word that is in about half of the texts), "word_order" (whether two neighbours were
       exchanged; every text is run once more), and the tasks that the data set names.
 
-    Linear probes are logistic regressions on standardised features. Accuracy is held out, over five folds that keep an input's
-    samples together.
+    Linear probes are logistic regressions on standardised features. Accuracy is held out, over five folds that split no input.
 
     Args:
         model: as `explain` takes it.
@@ -83,8 +81,7 @@ def probe(
         A `ProbeReport`.
 
     Raises:
-        TypeError, ValueError: an argument is wrong (it is named), attention is not of one stream, the data set has no labels for
-            one of `tests`.
+        TypeError, ValueError: an argument is wrong (it is named), attention is not of one stream, a test has no labels.
     """
     names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
     if read not in READS:

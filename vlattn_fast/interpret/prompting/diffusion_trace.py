@@ -4,8 +4,7 @@ A call is one of torch's scaled_dot_product_attention within the model's forward
 
 - cross-attention: N image queries, L text keys (UNets, PixArt);
 - image queries with text and image keys together (UNets with added keys);
-- joint attention: N + L queries and keys, one part behind the other (SD3, Flux). The concatenation, which the trace sees too,
-  says which part is first.
+- joint attention: N + L queries and keys, one part behind the other (SD3, Flux). The concatenation shows the order.
 
 The trace ignores other calls (self-attention, keys of image prompts). The picture's rows of a call become one (N, L) head mean,
 which is added to the sum of its grid. No map per head, layer or step is kept.
@@ -356,8 +355,7 @@ def _grid_of(ids: Tensor) -> Grid | None:
 
 
 def _first_of(shapes: Any) -> tuple[Grid | None, int]:
-    """h, w of the first picture, the generated one, and the number of all tokens, from (frames, h, w) of each picture of each
-    row."""
+    """h, w of the first (generated) picture, and the number of all tokens, from (frames, h, w) of each picture of each row."""
     pictures = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
     frames, height, width = pictures[0]
     return ((height, width) if frames == 1 else None), sum(f * h * w for f, h, w in pictures)

@@ -52,8 +52,7 @@ def prompt_maps(
             leaves out the middle block: `lambda path: "mid_block" not in path`.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; a forward pass attends to no text, or not by scaled_dot_product_attention;
-            texts have several lengths.
+        ValueError, TypeError: an argument is wrong; a forward pass attends to no text, by other functions, or to several lengths.
 
     Example:
         >>> class Attends(torch.nn.Module):

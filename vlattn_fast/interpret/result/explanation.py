@@ -37,9 +37,8 @@ class Explanation:
             image at a time has (images, N) where prompts hold several; the first tower never has. A tower that sees tiles, or all
             images at once, has (B, N) with all tokens of a prompt, and zeros behind shorter prompts.
         image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several maps; a tuple of (h, w) where
-            the grids differ; None without an image. Maps come in the order of their tokens. An image in tiles has one map of all
-            tiles and one of its thumbnail where config and inputs give the places of the tiles, else a map per tile. A video has
-            a map per frame.
+            the grids differ; None without an image. Maps come in the order of their tokens. An image in tiles has a map of all
+            tiles and one of its thumbnail where the places of tiles are known, else a map per tile. A video has a map per frame.
         image_rows: the row of the batch that each map of `image` belongs to; default: one map per row.
         text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros.
         token_ids: the ids of the entries of `text`, row by row, without padding.
@@ -51,12 +50,10 @@ class Explanation:
         method, start_layer: the arguments of `explain`.
         position: tower -> (B,) int64, the token whose row is read. The entry of that token itself is about 1 for any input, so
             pictures and tables leave it out; `own` holds it. Towers without such a token (mean, pooling head) are missing.
-        places: the token of its tower for each entry of `text`, row by row; for the answer of an encoder-decoder, the decoder's
-            token.
-        answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`; None
-            otherwise.
-        tower_images: tower -> maps in the form of `image`, where several towers see the images. `image` is of the tower nearest
-            to the pixels.
+        places: the token of its tower for each entry of `text`, row by row; for an encoder-decoder's answer, the decoder's token.
+        answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
+        tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
+            pixels.
 
     With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
     and special tokens included: the relevancy of earlier words of the answer for later ones. Two forms:
@@ -208,8 +205,7 @@ class Explanation:
             return to_frame(self)
 
     def compare(self, other: Explanation) -> Comparison:
-        """The similarity of two explanations per tower and row: of two methods, of two models, or of an edited input. The entry
-        at `position` does not count.
+        """The similarity of two explanations (methods, models, edited inputs) per tower and row, without the entry at `position`.
 
         Example:
             >>> plain = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})

@@ -53,8 +53,7 @@ class Entry:
 class Comparison:
     """The similarity of two explanations per tower: tensors (B,), or (B, T) with a row per token of an answer.
 
-    Tokens that are 0 in both, such as padding, do not count. NaN where no token counts, where those that count have one value, or
-    where one of them is NaN.
+    Tokens that are 0 in both, such as padding, do not count. NaN where no token counts, all have one value, or one is NaN.
 
     Args:
         cosine: tower -> the cosine of the angle between the rows.
