@@ -40,7 +40,7 @@ DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
 
 def _command(run: Callable[..., None]) -> Callable[..., None]:
-    """A command whose help is broken into lines by the terminal alone; typer keeps the lines of all paragraphs but the first."""
+    """A command whose help the terminal alone breaks into lines; typer keeps the line breaks of all paragraphs but the first."""
     paragraphs = (inspect.getdoc(run) or "").split("\n\n")
     return app.command(help="\n\n".join(" ".join(each.split()) for each in paragraphs))(run)
 
@@ -54,14 +54,14 @@ def _check_device(device: str) -> None:
     try:
         placed = torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with advice
+        reason = str(error).splitlines()[0].partition(". ")[0]  # advice follows
         raise typer.BadParameter(f"--device {device}: {reason}") from None
     if placed.is_meta:
-        raise typer.BadParameter(f"--device {device}: its tensors have no numbers")
+        raise typer.BadParameter(f"--device {device}: its tensors have no values")
 
 
 def _check_file(out: Path | None) -> None:
-    """A command that takes long must not find at its end that its results can go nowhere."""
+    """Refuses an unwritable file before the work, which takes long."""
     if out is None:
         return
     if not out.parent.is_dir():
@@ -74,7 +74,7 @@ def _check_file(out: Path | None) -> None:
 
 @_command
 def info() -> None:
-    """Versions, devices, and which backend runs which operator, with the reasons for what it does not run."""
+    """Versions, devices, and which backend runs which operator, with the reasons for each refusal."""
     from vlattn_fast.checking.info import lines
 
     for line in lines():
@@ -93,13 +93,13 @@ def verify(
 ) -> None:
     """Run every operator on every backend and dtype and compare with its formula in float64.
 
-    Prints the worst error as a multiple of what is allowed, and the command that repeats it. Allowed are a root mean square of
-    the errors of twice the plain formula's in the same dtype, and a largest error of four times its, each plus an ulp or two.
-    Ends with status 1 where a multiple is above 1. TRITON_INTERPRET=1 in the environment runs the Triton kernels without a GPU,
-    in Triton's interpreter; VLATTN_CUDA_LIBRARY=build/host/libvlattn_host.so those in CUDA C++, built for the CPU.
+    Prints the worst error as a multiple of the allowed one, and the command that repeats it. Errors may have twice the root mean
+    square and four times the largest error of the plain formula in the same dtype, each plus an ulp or two. Ends with status 1
+    where a multiple is above 1. Without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels in Triton's
+    interpreter, and VLATTN_CUDA_LIBRARY=build/host/libvlattn_host.so runs the CUDA C++ kernels built for the CPU.
 
-    With --fuzz N it draws N calls: sizes, masks, memory layouts, numbers and options. Each must be right, or refused by name.
-    Every failure comes with the command that repeats it.
+    --fuzz N draws N calls: sizes, masks, memory layouts, numbers and options. Each call must be right, or refused by name. Every
+    failure comes with the command that repeats it.
     """
     from vlattn_fast.backends.cuda import _shared_library
 
@@ -122,10 +122,10 @@ def verify(
     for result in checks.verify(tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or checks.OPERATORS)):
         worst = result if result.checks and (worst is None or result.ratio > worst.ratio) else worst
         name = str(result.dtype).removeprefix("torch.")
-        found = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
+        outcome = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
         verdict = "" if result.passed else "  FAILED"
         failed += not result.passed
-        typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {found}{verdict}")
+        typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {outcome}{verdict}")
     if worst is not None:
         emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
         prefix = emulated.get(worst.backend, "") if device == "cpu" else ""
@@ -174,8 +174,8 @@ def bench(
 ) -> None:
     """Time operators and whole tasks beside plain SDPA, the plain formula and the published procedures.
 
-    Prints and stores time, peak memory and the error against float64, with the progress on stderr. Ends with status 1 where
-    one of our backends failed.
+    Prints and stores time, peak memory and the error against float64; progress goes to stderr. Status 1: a backend of ours
+    failed.
     """
     from vlattn_fast.benchmarks._run import run
 
@@ -208,9 +208,9 @@ def explain(
 ) -> None:
     """Explain which parts of a picture and a text a model's score rests on.
 
-    With --dataset it explains many inputs, whose columns are image, text, target, answer and id; --text, --target and --answer
-    then are for inputs without their own. It goes on where a killed run ended, and past inputs that fail, which failures.jsonl
-    lists. `torchrun -m vlattn_fast explain --dataset ...` shares the work among processes. Ends with status 1 where one failed.
+    --dataset explains many inputs, whose columns are image, text, target, answer and id; --text, --target and --answer are then
+    defaults. A run continues where a killed run ended, and skips inputs that fail, which failures.jsonl lists. `torchrun -m
+    vlattn_fast explain --dataset ...` shares the work among processes. Ends with status 1 where an input failed.
     """
     if method not in METHODS:
         raise typer.BadParameter(f"--method must be one of {', '.join(METHODS)}; got {method}")
@@ -222,8 +222,8 @@ def explain(
         raise typer.BadParameter("--target must be given without --answer and --generate; got both")
     if device is not None:
         _check_device(device)
-    given = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
-    sizes = {name: size for name, size in given.items() if size is not None}
+    size_options = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
+    sizes = {name: size for name, size in size_options.items() if size is not None}
     if sizes and dataset is None:
         names = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
@@ -304,9 +304,9 @@ def probe(
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU.")] = None,
 ) -> None:
-    """Probe what a model's heads attend to and what its states hold: modalities, phrases, relations, fusion, texts.
+    """Probe a model's heads and states over a data set: modalities, phrases, relations, fusion, texts.
 
-    Prints the table without single heads; --out has all of it.
+    Prints the table without single heads; --out holds the whole table.
     """
     from vlattn_fast.interpret.probing import probe as run
     from vlattn_fast.interpret.probing.files import samples
@@ -339,7 +339,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("demo"),
     costs: Annotated[bool, typer.Option(help="Also measure what one map costs (minutes).")] = True,
 ) -> None:
-    """Check every operator, explain pictures of DigitScenes, the benchmark inside the package, and compare what one map costs."""
+    """Check every operator, explain pictures of DigitScenes (the embedded benchmark), and compare the costs of one map."""
     from vlattn_fast.benchmarks.demo import run
 
     try:

@@ -1,9 +1,9 @@
-"""Attention score functions (Cao et al., COLING 2022, Table 1): their parameters, and the core score that computes each.
+"""Attention score functions (Cao et al., COLING 2022, Table 1): their parameters and core scores.
 
 A score is an activation of a dot product of features, score(q, k) = act(phi(q) . psi(k)). Each class turns query and key into
-features and names its core score. The operator knows only the core scores:
+features and names its core score. The operator has these core scores:
 
-    dot               phi . psi                      plain attention on features, which torch's own attention computes
+    dot               phi . psi                      plain attention on features
     cosine            q . k / max(|q| |k|, eps)      where the clamp acts, or may act
     dot_<activation>  act(phi . psi)
     additive          sum_a u_a tanh(q_a + k_a)
@@ -47,12 +47,12 @@ class Core(NamedTuple):
     key: Tensor
     vector: Tensor | None = None
     parameter: float = 0.0  # cosine: eps; leaky_relu: the slope
-    offset: float | Tensor = 0.0  # a number or (B, H, N), one per row: cancels in the softmax, not in the log-sum-exp
+    offset: float | Tensor = 0.0  # a number or (B, H, N): cancels in the softmax, not in the log-sum-exp
     keeps_dtype: bool = False  # features that autocast must not round
 
 
 class Score(Protocol):
-    """What score_attention needs of a score function. `masked_key` is the value it writes into the keys of padding."""
+    """The interface of a score function. score_attention writes `masked_key` into the keys of padding."""
 
     masked_key: ClassVar[float]
 
@@ -67,7 +67,7 @@ class Score(Protocol):
 
     @property
     def is_dot_product(self) -> bool:
-        """Whether the score is a dot product of features whatever the data are: torch's own attention computes it then."""
+        """Whether the score is a dot product of features for all data, so that torch's own attention can compute it."""
 
 
 class _Unscaled:
@@ -113,8 +113,8 @@ class Cosine(_Unscaled):
         check_head_dim(query, key)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
-        # A dot product of unit vectors is right only if no product of norms is below eps. That is read from the data where
-        # reading costs no device synchronisation and no graph break.
+        # A dot product of unit vectors is right only if no product of norms is below eps. The norms are read where reading costs
+        # no device synchronisation and no graph break.
         reads_data = query.device.type == "cpu" and readable(query) and readable(key)
         if not reads_data or query.numel() == 0 or key.numel() == 0:
             return self._with_clamp(query, key)
@@ -130,24 +130,24 @@ class Cosine(_Unscaled):
 
 def _unit_vectors_of_data(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`unit_vectors` in half as many passes over the data, where the values can be read and no square overflows or underflows.
-    With few queries that is most of a call. Vectors of one entry take unit_vectors, whose gradient is exactly zero there."""
+    The passes are most of a call with few queries. Vectors of one entry take unit_vectors, with a gradient of exactly zero."""
     if x.shape[-1] == 1:
         return unit_vectors(x, eps)
     wide = x.to(compute_dtype(x))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     smallest, largest = norm.detach().aminmax()
-    if smallest >= 2.0**-40 and largest <= 2.0**40:  # NaN is neither
+    if smallest >= 2.0**-40 and largest <= 2.0**40:  # False for NaN
         return wide / norm, norm.detach().squeeze(-1)
     return unit_vectors(x, eps)
 
 
-def _bounded(x: Tensor, other: Tensor, eps: float) -> Tensor:
+def _bounded(x: Tensor, partner: Tensor, eps: float) -> Tensor:
     """Vectors divided by powers of two where an entry is above a bound, so that no kernel's product of norms overflows.
 
-    A cosine does not depend on the lengths; only its clamp does. The bound is so large that the clamp acts on the same pairs as
-    before: in float16 no product with a vector of that length is below eps; in wider dtypes the other vector would have to be
-    shorter than eps / 2^50. Beside a zero vector in `other` the clamp always acts, and its gradient, sum x / eps, does depend on
-    the length. So float16, whose norms cannot overflow in float32, is left as it is there.
+    A cosine does not depend on the lengths; only its clamp does. The bound keeps the pairs on which the clamp acts: in float16 no
+    product with a vector of that length is below eps; in wider dtypes the vector in `partner` would have to be shorter than eps /
+    2^50. Where `partner` holds a zero vector, the clamp always acts, and its gradient, sum x / eps, depends on the length. So
+    float16 vectors keep their lengths there; their norms cannot overflow in float32.
     """
     if x.shape[-1] == 0:
         return x
@@ -155,8 +155,8 @@ def _bounded(x: Tensor, other: Tensor, eps: float) -> Tensor:
     bound = max(1.0, eps * 2.0**25) if x.dtype == torch.float16 else 2.0 ** int(0.4 * math.log2(torch.finfo(dtype).max))
     largest = x.detach().abs().amax(-1, keepdim=True).to(dtype)
     factor = torch.exp2(torch.log2(bound / largest).floor().clamp(max=0.0))
-    if x.dtype == torch.float16 and other.numel():
-        factor = torch.where((other.detach() == 0).all(-1).any(), 1.0, factor)
+    if x.dtype == torch.float16 and partner.numel():
+        factor = torch.where((partner.detach() == 0).all(-1).any(), 1.0, factor)
     return x * factor.to(x.dtype)
 
 
@@ -201,10 +201,10 @@ class General(_Unscaled):
 class Additive(_Unscaled):
     """s = u . tanh(Wq q + Wk k + b) (Bahdanau et al. 2015).
 
-    vector (A), query_weight (A, Dq), key_weight (A, Dk), bias (A), each also with a leading (H, ...). A weight of None says
-    that query or key already has size A. method="series" replaces tanh by a sine series, which makes the score a dot
-    product of features with an absolute error of at most `tolerance`. The range of Wq q + Wk k + b is read from the data. A
-    tolerance that no series of at most 64 terms reaches there raises ValueError, which names the smallest that one does.
+    vector (A), query_weight (A, Dq), key_weight (A, Dk), bias (A), each also with a leading (H, ...). A weight of None means that
+    query or key already has size A. method="series" replaces tanh by a sine series, which makes the score a dot product of
+    features with an absolute error of at most `tolerance`. The series reads the range of Wq q + Wk k + b from the data.
+    ValueError where no series of at most 64 terms reaches the tolerance; the message names the smallest possible one.
     """
 
     vector: Tensor
@@ -340,7 +340,7 @@ def _parts(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """
     if slope in (0.0, -1.0):  # relu has 0 there; |q k| has no derivative that two features could give
         return x.relu(), (-x).relu()
-    at_zero = torch.where(x == 0, x, 0.0) * (slope / (1.0 + slope))  # adds nothing but its derivative
+    at_zero = torch.where(x == 0, x, 0.0) * (slope / (1.0 + slope))  # zero, with a derivative
     return x.relu() + at_zero, (-x).relu() - at_zero
 
 
@@ -375,7 +375,7 @@ def _check_parameter(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -
 
 
 def _per_head(x: Tensor, num_heads: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The key with as many heads as the query, where key heads are shared and a parameter has one value per query head."""
+    """The key, with as many heads as the query where key heads are shared and a parameter is per query head."""
     per_head = (weight is not None and weight.dim() == 3) or (bias is not None and bias.dim() == 2)
     return x.repeat_interleave(num_heads // x.shape[1], dim=1) if per_head and x.shape[1] != num_heads else x
 
@@ -387,7 +387,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and any([size % 2 for size in weight.shape[-2:]]):
         y = _even_product(x, weight)
     elif bias is not None and weight.dim() == 2 and bias.dim() == 1:
-        return F.linear(x, weight, bias)  # on small tensors half the time of a product and a sum
+        return F.linear(x, weight, bias)  # half the time of a product and a sum on small tensors
     else:
         y = x @ weight.mT
     return y if bias is None else y + _for_rows(bias)
@@ -412,7 +412,7 @@ def _row_dot(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _project(weight: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, projects: str) -> tuple[Tensor, Tensor]:
-    """Query and key, of which the one that `projects` names became W x + b."""
+    """Query and key, with W x + b in the place of the one that `projects` names."""
     if weight is None and bias is None:
         return query, key
     if projects == "query":

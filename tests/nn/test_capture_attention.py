@@ -173,7 +173,7 @@ def test_modality_by_names() -> None:
 def test_refusals() -> None:
     model, inputs = visual_bert()
     for layers in ([], [True], "last", None, 1.5):
-        with pytest.raises(ValueError, match="layers must be an int, or some"):
+        with pytest.raises(ValueError, match="layers must be an int or several ints"):
             capture_attention(model, layers=layers)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layers must be among 2 layers; got 2"), capture_attention(model, layers=2):
         model(**inputs)

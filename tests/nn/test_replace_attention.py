@@ -95,7 +95,7 @@ def test_layers() -> None:
     model, _ = lxmert()
     cross = replace_attention(model, score="cosine", layers=lambda path: "visual_attention" in path)
     assert len(cross.scores) == 2 and all("visual_attention" in path for path in cross.scores)
-    with pytest.raises(ValueError, match="is replaced already, restore it first"):
+    with pytest.raises(ValueError, match="is replaced already: restore it first"):
         replace_attention(model, score="cosine")
     cross.restore()
     assert len(replace_attention(model, score="cosine", layers=[0]).scores) == 1 + 1 + 3
@@ -107,7 +107,7 @@ def test_layers() -> None:
     for several in (["0"], 1.5):
         with pytest.raises(TypeError, match="layers must be None"):
             replace_attention(other, score="cosine", layers=several)
-    with pytest.raises(ValueError, match="model must be of transformers"):
+    with pytest.raises(ValueError, match="model must be a transformers model"):
         replace_attention(nn.Linear(2, 2), score="cosine")
     with pytest.raises(ValueError, match="score must be one of"):
         replace_attention(other, score="cosinus")

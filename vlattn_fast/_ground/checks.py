@@ -1,6 +1,6 @@
-"""What every public call asks of its arguments. Each message names the argument and says "must be ...; got ...".
+"""The checks of the public calls. Each message names the argument and says "must be ...; got ...".
 
-Every call pays for its checks. So they read no property twice, and format text only when they raise.
+Every call pays for its checks, so a check reads no property twice and formats text only when it raises.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def describe(x: Any) -> str:
 
 
 def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str | tuple[int, ...] = "") -> None:
-    """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent. `shape` is only shown in the message: words, or
-    the sizes of a parameter that may also have a leading (H, ...)."""
+    """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent. The message shows `shape`: words, or the sizes
+    of a parameter that may also have a leading (H, ...)."""
     if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor{_legend(shape)}; got {describe(x)}")
@@ -42,7 +42,7 @@ def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str | tup
             raise TypeError(f"{name} must be a dense torch.Tensor{_legend(shape)}; got {describe(x)}")
     if rank is not None and x.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions{_legend(shape)}; got {describe(x)}")
-    if getattr(forward_ad, "_current_level", -1) >= 0 and not torch.compiler.is_compiling():  # private: may go away
+    if getattr(forward_ad, "_current_level", -1) >= 0 and not torch.compiler.is_compiling():  # a private name, which may vanish
         _check_no_tangent(name, x)
 
 
@@ -53,7 +53,7 @@ def _legend(shape: str | tuple[int, ...]) -> str:
 
 
 def _foreign(x: Tensor) -> str:
-    """What kind of tensor `x` is where its elements do not lie in one dense block of this device's memory."""
+    """The kind of a tensor whose elements do not lie in one dense block of this device's memory; "" for others."""
     if x.is_nested:
         return f"a nested {x.dtype} tensor"
     if x.layout is not torch.strided:
@@ -64,7 +64,7 @@ def _foreign(x: Tensor) -> str:
 
 
 def _check_no_tangent(name: str, x: Tensor) -> None:
-    """torch would give an operator without a forward-mode formula a tangent of zero, in silence."""
+    """`x` has no tangent: torch silently gives zero for an operator without a forward-mode formula."""
     if forward_ad.unpack_dual(x).tangent is not None:
         raise ValueError(
             f"{name} must not carry a forward-mode tangent, since there is only reverse mode here (vlattn_fast.reference has "
@@ -73,24 +73,23 @@ def _check_no_tangent(name: str, x: Tensor) -> None:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for tensors like `x`; there is none for meta tensors, and torch raises for them."""
+    """Whether autocast is on for tensors like `x`; never for meta tensors, for which torch raises."""
     return torch._C._is_any_autocast_enabled() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of `x` can be read: not in traces, not under vmap, not while a CUDA graph is captured, and not where
-    there are none (meta and fake tensors)."""
+    """Whether the values of `x` can be read: not in traces, under vmap, during CUDA graph capture, or of meta and fake
+    tensors."""
     if x.is_meta or is_traced_or_batched(x):
         return False
-    may_be_fake = type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0  # looking closer takes microseconds
+    may_be_fake = type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0  # a closer look takes microseconds
     if may_be_fake and detect_fake_mode(x) is not None:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_traced_or_batched(x: Tensor) -> bool:
-    """Whether `x` stands for other values as well: in code that is traced (torch.compile, torch.jit.trace, make_fx), and under
-    torch.func.vmap."""
+    """Whether `x` stands for many values: in traced code (torch.compile, torch.jit.trace, make_fx) and under torch.func.vmap."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     if torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
@@ -99,7 +98,7 @@ def is_traced_or_batched(x: Tensor) -> bool:
 
 
 def is_jit_traced() -> bool:
-    """Whether torch.jit.trace runs. It checks a trace by another one, without gradients, and both must have the same graph."""
+    """Whether torch.jit.trace runs. It checks a trace by a second one without gradients, and both must have the same graph."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
@@ -132,8 +131,7 @@ def varies(x: float) -> bool:
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """All share one device and one floating dtype. Under autocast each may have its own, except float64, which autocast leaves
-    as it is: all are float64 or none."""
+    """The tensors share a device and a floating dtype. Under autocast dtypes may differ, except float64, which is never cast."""
     items = iter(tensors.items())
     first_name, first = next(items)
     dtype, device = first.dtype, first.device
@@ -169,7 +167,7 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def check_names(name: str, value: Any, known: Iterable[str], legend: str = "a sequence of names") -> tuple[str, ...]:
-    """`value` names some of `known`; returns them without repeats. `legend`: what the message says that `value` must be."""
+    """`value` names some of `known`; returns the names without repeats. `legend`: the message's text for "must be"."""
     if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be {legend}; got {value!r:.80}")
     names = tuple(value)
@@ -198,7 +196,7 @@ def check_callable(**functions: Any) -> None:
 
 
 def check_items(name: str, value: Any, legend: str) -> None:
-    """`value` is iterable and no string; `legend` is what the message says that it must be."""
+    """`value` is iterable and no string; `legend` is the message's text for "must be"."""
     if isinstance(value, str) or not isinstance(value, Iterable) or (isinstance(value, Tensor) and value.ndim == 0):
         raise TypeError(f"{name} must be {legend}; got {describe(value)}")
 
@@ -230,7 +228,7 @@ def check_integer(name: str, value: Any, *, low: int = _INT64[0], high: int = _I
 
 
 def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
-    """`path` is a file that can be written, or a folder, which is made. Work of minutes asks before it starts."""
+    """`path` is a file that can be written, or a folder, which is made. Long work checks this before it starts."""
     try:
         if folder:
             path.mkdir(parents=True, exist_ok=True)
@@ -248,14 +246,17 @@ def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
 _SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}
 
 
-def check_attention(query: Any, key: Any, enable_gqa: Any, **others: Any) -> None:
-    """query (B, H, N, D), key (B, Hkv, M, Dk), and of `others` value (B, Hkv, M, Dv) and grad_output (B, H, N, Dv), the gradient
-    of the attention's output, are as `check_tensor` and `check_floating` want them, and their sizes fit."""
+def check_attention(query: Any, key: Any, enable_gqa: Any, **tensors: Any) -> None:
+    """The tensors of an attention call pass `check_tensor` and `check_floating`, and their sizes fit.
+
+    query: (B, H, N, D). key: (B, Hkv, M, Dk). tensors: value (B, Hkv, M, Dv) and grad_output (B, H, N, Dv), the gradient of the
+    attention's output; each may be absent.
+    """
     check_tensor("query", query, rank=4, shape="(B, H, N, D)")
     check_tensor("key", key, rank=4, shape="(B, Hkv, M, D)")
-    for name, x in others.items():
+    for name, x in tensors.items():
         check_tensor(name, x, rank=4, shape=_SHAPES[name])
-    check_floating(query=query, key=key, **others)
+    check_floating(query=query, key=key, **tensors)
     check_bool(enable_gqa=enable_gqa)
     (batch, heads, queries, _), (key_batch, key_heads, keys, _) = query.shape, key.shape
     if key_batch != batch:
@@ -265,17 +266,17 @@ def check_attention(query: Any, key: Any, enable_gqa: Any, **others: Any) -> Non
             raise ValueError(f"key's number of heads must divide query's {heads} under enable_gqa; got {describe(key)}")
     elif key_heads != heads:
         raise ValueError(f"key must have query's {heads} heads (enable_gqa=True allows fewer); got {describe(key)}")
-    if "value" in others:
-        value_batch, value_heads, length, value_dim = others["value"].shape
+    if "value" in tensors:
+        value_batch, value_heads, length, value_dim = tensors["value"].shape
         if (value_batch, value_heads, length) != (batch, key_heads, keys):
             raise ValueError(
                 f"value must have key's batch, heads and length {(batch, key_heads, keys)} in its first three dimensions; "
-                f"got {describe(others['value'])}"
+                f"got {describe(tensors['value'])}"
             )
         shape = (batch, heads, queries, value_dim)
-        if "grad_output" in others and others["grad_output"].shape != shape:
+        if "grad_output" in tensors and tensors["grad_output"].shape != shape:
             raise ValueError(
-                f"grad_output must have the shape {shape} of the attention's output; got {describe(others['grad_output'])}"
+                f"grad_output must have the shape {shape} of the attention's output; got {describe(tensors['grad_output'])}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Optional packages: what is missing, and which extra brings it."""
+"""Optional packages, and the extra that installs each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Within it, a package that is not installed is reported with the extra of vlattn_fast that has it.
+    """A context in which a missing package is reported with the extra of vlattn_fast that installs it.
 
     Raises:
         ModuleNotFoundError: naming the package and the command that installs it.

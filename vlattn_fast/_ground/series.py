@@ -17,13 +17,12 @@ TERMS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Features phi (B, H, N, 2AT) and psi (B, Hkv, M, 2AT) with |phi . psi - u . tanh(q + k)| <= tolerance.
 
-    query (B, H, N, A), key (B, Hkv, M, A), vector (H, A). float16 and bfloat16 inputs give float32 features: rounding
-    them to 16 bit would cost more accuracy than the series does. Meta and fake tensors, which have no range, give features of
-    the longest series.
+    query (B, H, N, A), key (B, Hkv, M, A), vector (H, A). float16 and bfloat16 inputs give float32 features: rounding to 16 bits
+    would cost more accuracy than the series. Meta and fake tensors, which have no range, give features of the longest series.
 
     Raises:
-        ValueError: no series reaches the tolerance on the range of the data (the message names the best), the data are not
-            finite, or they cannot be read: in code that is traced, under torch.func.vmap, while a CUDA graph is captured.
+        ValueError: no series reaches the tolerance on the range of the data (the message names the best); the data are not
+            finite, or cannot be read (traced code, torch.func.vmap, CUDA graph capture).
     """
     if any([is_traced_or_batched(x) for x in (query, key, vector)]):
         raise ValueError(
@@ -68,14 +67,14 @@ def _range(query: Tensor, key: Tensor) -> float:
 def _choose(radius: float, weight: float, tolerance: float, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """The shortest series that keeps weight * (its error + rounding) within the tolerance on [-radius, radius]."""
     attainable = math.inf
-    rounded = max(0.25, math.ceil(radius * 4) / 4)  # steps of 1/4, so that calls with like ranges share a fit
+    rounded = max(0.25, math.ceil(radius * 4) / 4)  # steps of 1/4: calls with similar ranges share a fit
     for terms in TERMS:
         frequencies, coefficients, error = fit(rounded, terms)
         reached = weight * (error + 4 * eps * float(np.abs(coefficients).sum()))
         if reached <= tolerance:
             return frequencies, coefficients
         attainable = min(attainable, reached)
-    # 6 % more, so that rounding to two digits never names an error that is out of reach
+    # 6 % more: rounding to two digits must not name an error out of reach
     raise ValueError(
         f"tolerance={tolerance:g} is out of reach for |Wq q + Wk k + b| up to {radius:.3g} and ||u||_1 = {weight:.3g}: "
         f"{1.06 * attainable:.2g} is attainable with up to {TERMS[-1]} sine terms; raise the tolerance or use method='exact'"
@@ -86,9 +85,9 @@ def _choose(radius: float, weight: float, tolerance: float, eps: float) -> tuple
 def fit(radius: float, terms: int) -> tuple[np.ndarray, np.ndarray, float]:
     """tanh(x) on [-radius, radius] as sum_n c_n sin(w_n x): frequencies w, coefficients c, largest error.
 
-    The frequencies are odd harmonics w_n = (2n + 1 + 2 bend n^2 / terms) pi / (2 stretch radius): their waves are flat near
-    where tanh is flat. Bending them upwards gains about a digit. stretch and bend are searched. The error is measured on a
-    finer grid than the one of the fit.
+    The frequencies are odd harmonics w_n = (2n + 1 + 2 bend n^2 / terms) pi / (2 stretch radius): their waves are flat near where
+    tanh is flat. Bending the frequencies upwards gains about a digit. A search finds stretch and bend. A finer grid measures the
+    error.
     """
     n = np.arange(terms)
     candidates = [
@@ -97,7 +96,7 @@ def fit(radius: float, terms: int) -> tuple[np.ndarray, np.ndarray, float]:
         for bend in (0.0, 0.15, 0.3, 0.4, 0.5, 0.65)
     ]
     x = radius * np.sin(np.linspace(0, np.pi / 2, 16 * terms + 100))
-    coarse = x[::4]  # ranks the candidates as well as x does; with x, long series took minutes
+    coarse = x[::4]  # ranks the candidates as well as x, and spares minutes for long series
     best = min(candidates, key=lambda frequencies: _minimax(coarse, frequencies, rounds=2)[1])
     coefficients, _ = _minimax(x, best, rounds=25)
     fine = np.linspace(0, radius, 400 * terms)

@@ -1,4 +1,4 @@
-"""What every operator does to its tensors before and after the arithmetic: masks, strides, heads, dtypes."""
+"""Helpers of all operators before and after the arithmetic: masks, strides, heads, dtypes."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
 
 
 def cast_float_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float mask in `dtype`, for kernels that read one dtype; a bool mask as it is. A finite value stays finite: where
-    `dtype` cannot hold it, it becomes the largest that `dtype` holds. Only -inf masks."""
+    """A float mask in `dtype`, for kernels that read one dtype; a bool mask unchanged. A finite value stays finite, at most the
+    largest of `dtype`: only -inf masks."""
     if mask.dtype in (torch.bool, dtype):
         return mask
     largest = torch.finfo(dtype).max
@@ -58,14 +58,14 @@ def cast_float_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_mask(score: Tensor, mask: Tensor) -> Tensor:
-    """score + a float mask, in the dtype of sums or the mask's, whichever is wider: in 16 bit a bias would lose its digits,
-    and finfo.min plus a negative score would be -inf, which masks."""
+    """score + a float mask, in the wider of the mask's dtype and the dtype of sums: in 16 bits a bias would lose digits, and
+    finfo.min plus a negative score would be -inf, which masks."""
     dtype = torch.promote_types(compute_dtype(score), mask.dtype)
     return score.to(dtype) + mask.to(dtype)
 
 
 def joined_mask_elements(query: Tensor, key: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool) -> int:
-    """How many elements the masks of a call have when they are joined to one; query (B, H, N, D), key (B, Hkv, M, D)."""
+    """The number of elements of a call's masks joined to one; query (B, H, N, D), key (B, Hkv, M, D)."""
     shape = () if attn_mask is None else tuple(attn_mask.shape)
     batch, heads, rows, _ = (1,) * (4 - len(shape)) + shape
     if key_mask is not None:
@@ -76,8 +76,7 @@ def joined_mask_elements(query: Tensor, key: Tensor, attn_mask: Tensor | None, k
 
 
 def mask_is_small(elements: int, query_elements: int) -> bool:
-    """Whether a joined mask may be made: it takes at most 16 MiB in float32, or no more memory than the query, so that memory
-    stays linear in the length of the sequence."""
+    """Whether a joined mask takes at most 16 MiB in float32, or no more memory than the query, so that memory stays linear."""
     return elements <= max(1 << 22, query_elements)
 
 
@@ -94,7 +93,7 @@ def has_short_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied where its last stride is not 1: no kernel takes a stride for the last dimension."""
+    """`x`, copied where its last stride is not 1, as every kernel assumes."""
     return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
@@ -104,9 +103,8 @@ def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def rows_first(x: Tensor) -> Tensor:
-    """(B, H, N, D) laid out as (B, N, H, D): the layout that fake implementations promise, whatever a backend returned.
-
-    It is SDPA's, so that heads merge without a copy; nothing is copied where `x` already has it.
+    """`x` (B, H, N, D) laid out as (B, N, H, D), without a copy where it already is. Fake implementations promise this layout for
+    every backend. SDPA has the same layout, so heads merge without a copy.
     """
     return _laid_out(x, _rows_first(*x.shape[1:]))
 
@@ -119,8 +117,8 @@ def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int) -> Te
 def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """`grad` in the layout of `rows_first`, or in that of `x` (B, H, N, D) where `x` is contiguous.
 
-    Torch would copy another layout into x.grad. Within `promised_layouts` it is always the first: the compiler may lay out an
-    intermediate result otherwise than its fake said.
+    Autograd copies gradients whose strides differ from x's. Within `promised_layouts` the layout is always that of `rows_first`:
+    an operator must return the strides that its fake declares.
     """
     return _laid_out(grad, _gradient_strides(x, x.shape[1]))
 
@@ -135,7 +133,7 @@ def empty_gradient(x: Tensor, num_heads: int | None = None) -> Tensor:
 
 @contextmanager
 def promised_layouts() -> Iterator[None]:
-    """Around a registered operator: this thread's gradients have the layout that the fake implementation promises."""
+    """A context around a registered operator: this thread's gradients have the layout that the fake implementation promises."""
     before, _LAYOUTS.promised = _LAYOUTS.promised, True
     try:
         yield
@@ -166,7 +164,7 @@ def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def weigh_rows(rows: Tensor, weight: Tensor | None) -> Tensor:
-    """(B, T, N) times a weight broadcastable to (B, N), where there is one."""
+    """`rows` (B, T, N) times a weight broadcastable to (B, N), if any."""
     return rows if weight is None else rows * weight[:, None]
 
 
@@ -179,7 +177,7 @@ def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float =
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype). Where there is nothing to do, the comparison saves most of a microsecond."""
+    """x.to(dtype); the comparison saves most of a microsecond where the dtype is right."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -189,8 +187,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def as_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """`lse` in `dtype`, where a finite one stays finite: -inf says that a row sees no key, and under a float64 mask of -1e300 it
-    sees some."""
+    """`lse` in `dtype`. Finite values stay finite, as under a float64 mask of -1e300: -inf means that the row sees no key."""
     if lse.dtype == dtype or lse.dtype != torch.float64:
         return lse.to(dtype)
     largest = torch.finfo(dtype).max
@@ -198,7 +195,7 @@ def as_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pad_head_dim(*tensors: Tensor) -> list[Tensor]:
-    """(B, H, *, D) tensors with zeros up to one D and a last stride of 1: what torch's fused CPU kernel asks for."""
+    """(B, H, *, D) tensors padded with zeros to one D, with a last stride of 1, as torch's fused CPU kernel requires."""
     size = max(x.shape[3] for x in tensors)
     padded = [x if x.shape[3] == size else F.pad(x, (0, size - x.shape[3])) for x in tensors]
     return [x if x.stride(3) == 1 else x.contiguous() for x in padded]

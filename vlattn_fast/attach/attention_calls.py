@@ -1,8 +1,8 @@
 """Sees the attention calls of a model while it runs, and whether their tokens come from text or from an image.
 
-A mode of torch sees the calls, and the products in front of a softmax where a module writes attention out by hand. Words and
-image are told apart by where tokens come from. Every tensor remembers whether it was computed from an input with text or with an
-image. A query's tokens are those that its own residual stream comes from; what cross-attention adds does not count.
+A mode of torch sees the calls, and the products in front of a softmax where a module writes attention out by hand. Every tensor
+carries a mark: whether it was computed from an input with text or with an image. A query's tokens are of the kind of their
+residual stream; the output of cross-attention does not change the kind.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ class AttentionCall:
 
     kinds, key_kinds: what the tokens of the queries and of the keys come from, as bits (TEXT, IMAGE).
     query, key: (B, H, N, D) and (B, H, M, D).
-    masks: the options that `attention_statistics` takes as well; None where a module writes attention out by hand, and does
-        more to its scores than to scale and to mask them.
+    masks: options of `attention_statistics`; None where hand-written attention does more than scale and mask its scores.
     score: the core score.
-    again: the module that calls has called attention with these kinds before in this run of it, as for one image after another.
-    image: bool (N) or (B, N), which tokens of a sequence of words and image tokens are of the image; None: not known.
+    again: the calling module has called attention with these kinds before in this run, as for one image after another.
+    image: bool (N) or (B, N), which tokens of a joint sequence are of the image; None = not known.
     """
 
     kinds: int
@@ -62,9 +61,9 @@ class AttentionCall:
 class _Running:
     """A module whose forward pass is under way.
 
-    product: the last matmul in it; written: the kinds of the queries of attention that
-    it writes out by hand; listed: whether it is one of a list of modules, as layers are; calls: the numbers of the calls within,
-    where no other of a list lies between; seen: the kinds of queries and keys of the calls that it made itself.
+    product: the module's last matmul. written: the kinds of the queries of its hand-written attention.
+    listed: whether the module is one of a list of modules, as layers are. seen: the kinds of queries and keys of its own calls.
+    calls: the numbers of the calls within, except those inside a listed module further in.
     """
 
     product: WrittenScores | None = None
@@ -90,12 +89,12 @@ _FAST_PATH = _FastPath()
 
 
 class Watch(TorchFunctionMode):
-    """Sees one model's forward passes, but for those that `explain` makes within it.
+    """Sees the forward passes of one model, except those that `explain` runs.
 
     Args:
         modality: input name -> "text" or "image", for inputs without the usual names.
         finish: called after a forward pass with its attention calls.
-        sees: called with the number of each attention call and the call, as it comes; then none is kept, and `finish` gets none.
+        sees: called with each attention call's number and the call; the calls are then not kept, and `finish` gets none.
         leaves: called with the number of a call and what the layer around it returned.
     """
 
@@ -120,11 +119,11 @@ class Watch(TorchFunctionMode):
         self._marked: list[Tensor] = []
 
     def __getstate__(self) -> None:
-        """A model that is copied or pickled meanwhile takes its hooks along. Those of a copy see nothing."""
+        """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks see nothing."""
 
     def __enter__(self) -> Watch:
         self._thread, self._around = threading.get_ident(), running_trace()
-        self._slow = overridden([(_FAST_PATH, "enabled", False)])  # it hides the attention of nn.MultiheadAttention in eval mode
+        self._slow = overridden([(_FAST_PATH, "enabled", False)])  # the fast path runs without calls of attention
         self._handles: list[Any] = []
         try:
             self._slow.__enter__()
@@ -153,7 +152,7 @@ class Watch(TorchFunctionMode):
         self._stack, self._calls, self._marked = [], [], []
 
     def _is_on(self) -> bool:
-        """Whether it is this thread, and no run of `explain` that began within, whose calls no other mode sees."""
+        """Whether this thread makes the call, outside of any run of `explain` that began within."""
         if threading.get_ident() != self._thread:
             return False
         running = running_trace()
@@ -162,7 +161,7 @@ class Watch(TorchFunctionMode):
     # --- modules ---
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._is_on() and (self._stack or module is self._model):  # a part of the model by itself is no forward pass of it
+        if self._is_on() and (self._stack or module is self._model):  # a part alone is no forward pass of the model
             self._stack.append(_Running(listed=module in self._listed))
 
     def _pop(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -180,11 +179,11 @@ class Watch(TorchFunctionMode):
             self._finish(calls)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The inputs of a forward pass get the kinds that their names tell."""
+        """Marks the inputs of a forward pass with the kinds that their names tell."""
         if not self._is_on():
             return
         self._calls, self._number, self._learns = [], 0, torch.is_grad_enabled()
-        self._image: dict[int, Tensor] = {}  # by the length of a sequence: which of its tokens are of the image
+        self._image: dict[int, Tensor] = {}  # length of a sequence -> which of its tokens are of the image
         named = list(kwargs.items())
         if args:
             inner: Any = module
@@ -230,7 +229,7 @@ class Watch(TorchFunctionMode):
         return result
 
     def _attends(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        """Keeps the call where `func` is attention, and gives the kinds of its queries; else None."""
+        """Keeps the call where `func` is attention and returns the kinds of its queries; else None."""
         if func is functional.scaled_dot_product_attention or func is SCORE_ATTENTION:
             query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
             kinds = self._kinds((query,)), self._kinds((key,))
@@ -242,29 +241,29 @@ class Watch(TorchFunctionMode):
             return self._multihead(bound.arguments)
         return None
 
-    def _multihead(self, given: Mapping[str, Any]) -> int:
-        """nn.MultiheadAttention splits into heads where no mode sees it. So query and key are projected here once more."""
-        query, key, size = given["query"], given["key"], given["embed_dim_to_check"] // given["num_heads"]
+    def _multihead(self, arguments: Mapping[str, Any]) -> int:
+        """Projects query and key once more: nn.MultiheadAttention splits into heads where no mode sees the tensors."""
+        query, key, size = arguments["query"], arguments["key"], arguments["embed_dim_to_check"] // arguments["num_heads"]
         kinds = self._kinds((query,)), self._kinds((key,))
-        if given["use_separate_proj_weight"]:
-            weights = given["q_proj_weight"], given["k_proj_weight"]
+        if arguments["use_separate_proj_weight"]:
+            weights = arguments["q_proj_weight"], arguments["k_proj_weight"]
         else:
-            weights = given["in_proj_weight"].chunk(3)[:2]
-        biases = (None, None) if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)[:2]
+            weights = arguments["in_proj_weight"].chunk(3)[:2]
+        biases = (None, None) if arguments["in_proj_bias"] is None else arguments["in_proj_bias"].chunk(3)[:2]
         states = (x[:, None] if x.ndim == 2 else x for x in (query, key))  # torch takes (N, C) as well as (N, B, C)
-        # torch.utils.checkpoint counts the saved tensors and runs the layer again unwatched: these must not go through its hooks
+        # torch.utils.checkpoint counts saved tensors and runs the layer again unwatched, so its hooks must not see these tensors.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             projected = [functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True)]
         query, key = (heads(x, size) for x in projected)
-        if given["bias_k"] is not None or given["add_zero_attn"]:  # there are more keys
+        if arguments["bias_k"] is not None or arguments["add_zero_attn"]:  # there are more keys
             return self._keep((query, key), kinds)
-        padding = given["key_padding_mask"]
+        padding = arguments["key_padding_mask"]
         padding = padding[None] if padding is not None and padding.ndim == 1 else padding
-        mask = joined_masks(query, 0, given["attn_mask"], padding)
+        mask = joined_masks(query, 0, arguments["attn_mask"], padding)
         return self._keep((query, key), kinds, {"attn_mask": mask, "is_causal": False, "scale": None})
 
     def _softmax(self, run: _Running, scores: Tensor) -> None:
-        """A module takes a softmax itself: its last product was of queries and keys, if it has the shape of the scores."""
+        """Keeps the call of a module that takes a softmax itself: its last product, if that has the shape of the scores."""
         product = run.product
         if product is None or product.shape != scores.shape:
             return
@@ -274,7 +273,7 @@ class Watch(TorchFunctionMode):
         run.product = None
 
     def _join(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Keeps which tokens are of the image in a sequence (B, N, C) that is joined of words and image tokens."""
+        """Notes which tokens of a joint sequence (B, N, C) are of the image."""
         if func in _SCATTERS:
             whole, where, source = (*args, *kwargs.values())
             if where.ndim == whole.ndim and self._kinds((whole,)) & TEXT and self._kinds((source,)) == IMAGE:
@@ -289,7 +288,7 @@ class Watch(TorchFunctionMode):
             self._image[result.shape[1]] = torch.cat(places).to(result.device)
 
     def _keep(self, pair: Pair, kinds: tuple[int, int], masks: Mapping[str, Any] | None = None, score: str = "dot") -> int:
-        """Keeps a call, and gives the kinds of its queries."""
+        """Keeps a call and returns the kinds of its queries."""
         if self._learns and not torch.is_grad_enabled():
             raise ValueError(
                 "model must keep the graph of its attention; got a call without gradients, as torch.utils.checkpoint makes with "
@@ -310,11 +309,11 @@ class Watch(TorchFunctionMode):
         return kinds[0]
 
     def _kinds(self, values: Iterable[Any]) -> int:
-        """What `values` were computed from: TEXT, IMAGE, both or neither."""
+        """The kinds that `values` were computed from: TEXT, IMAGE, both or neither."""
         return read_mark(values, self._mark)
 
     def _set(self, value: Any, kinds: int, add: bool = False) -> None:
-        """Sets the kinds of a tensor, or of those in a tuple, list or mapping; with `add`, beside those that they have."""
+        """Sets the kinds of a tensor, or of each in a tuple, list or mapping; `add` keeps the kinds that are set."""
         if isinstance(value, Tensor):
             setattr(value, self._mark, kinds | (getattr(value, self._mark, 0) if add else 0))
         elif isinstance(value, (tuple, list)):
@@ -351,9 +350,9 @@ def _masks(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     if func is SCORE_ATTENTION:
         _, _, _, _, attn_mask, key_mask, _, kind, _, scale, _, is_causal, _ = args
         return {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "scale": scale}, kind
-    given = {**dict(zip(_SDPA, args, strict=False)), **kwargs}
-    mask = given.get("attn_mask")
-    if mask is not None and mask.ndim == 3 and given["query"].ndim == 3:
+    arguments = {**dict(zip(_SDPA, args, strict=False)), **kwargs}
+    mask = arguments.get("attn_mask")
+    if mask is not None and mask.ndim == 3 and arguments["query"].ndim == 3:
         mask = mask.unsqueeze(1)
-    options = {name: given.get(name, False) for name in ("is_causal", "enable_gqa")}
-    return {"attn_mask": mask, "scale": given.get("scale"), **options}, "dot"
+    options = {name: arguments.get(name, False) for name in ("is_causal", "enable_gqa")}
+    return {"attn_mask": mask, "scale": arguments.get("scale"), **options}, "dot"

@@ -31,11 +31,11 @@ _overridden: dict[tuple[int, str], _Overridden] = {}
 class overridden:  # noqa: N801 (used as a function is)
     """A context in which each (object, attribute, value) of `changes` holds.
 
-    Where another run overrides the same attribute already, its value stays: all runs over a model ask for equal ones. What has
-    the value anyway is left alone, as most modules of a model in eval mode are.
+    Where another run overrides the attribute already, its value stays: all runs over a model ask for equal values. Attributes
+        that hold the value anyway are left alone, as in most modules of a model in eval mode.
 
-    Ctrl-C may come while attributes are set or put back. So this is no generator, which would stay suspended as long as anybody
-    holds the traceback. What is left to chance is Python's first step into `__exit__`, before any line of it.
+    Ctrl-C may come while attributes are set or put back. A generator would then stay suspended as long as anybody holds the
+    traceback, so the context is a class. Only Python's first step into `__exit__`, before its first line, is unprotected.
     """
 
     def __init__(self, changes: Iterable[tuple[Any, str, Any]]) -> None:
@@ -54,19 +54,19 @@ class overridden:  # noqa: N801 (used as a function is)
         try:
             _leave(self._entered)
         except KeyboardInterrupt:
-            _leave(self._entered)  # what was left
+            _leave(self._entered)  # the attributes that an interrupt left
             raise
 
 
 def _enter(target: Any, name: str, value: Any, entered: list[tuple[int, str]]) -> None:
-    """Sets the attribute; what is to be put back is noted in `entered` first."""
+    """Notes in `entered` that the attribute is to be put back, then sets it."""
     key = (id(target), name)
     held = _overridden.get(key)
     if held is not None:
         held.runs += 1
-        entered.append(key)  # Python looks for an interrupt behind a call, so none comes between these two lines
+        entered.append(key)  # no interrupt comes before the next line: Python looks for one after a call
         return
-    # What a module inherits from its class is absent from the instance, and must be so again afterwards.
+    # An attribute that a module inherits from its class must be absent from the instance again afterwards.
     before = vars(target).get(name, _ABSENT) if isinstance(target, nn.Module) else getattr(target, name)
     if before is not value:
         held = _Overridden(target, before, 1)
@@ -76,7 +76,7 @@ def _enter(target: Any, name: str, value: Any, entered: list[tuple[int, str]]) -
 
 
 def _leave(entered: list[tuple[int, str]]) -> None:
-    """Takes this run off each attribute of `entered`, from the end; may be called again after an interrupt."""
+    """Takes this run off each attribute of `entered`, last first; may be called again after an interrupt."""
     with _lock:
         while entered:
             key = entered[-1]
@@ -98,5 +98,5 @@ def _put_back(target: Any, name: str, before: Any) -> None:
 
 
 def is_entered(mode: TorchFunctionMode) -> bool:
-    """Whether torch still has the mode. Ctrl-C while torch hands a call to a mode may leave the mode taken off."""
+    """Whether torch still has the mode: Ctrl-C while torch hands a call to a mode may remove the mode."""
     return any(each is mode for each in _get_current_function_mode_stack())

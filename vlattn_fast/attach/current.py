@@ -1,4 +1,4 @@
-"""The run that sees the attention calls of this thread, and marks on the tensors of a run."""
+"""The run that sees this thread's attention calls, and the marks of a run on tensors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Plain:
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Within it, the calls of transformers' attention interface become calls of torch, which any mode sees."""
+    """A context in which calls of transformers' attention interface become calls of torch, which any mode sees."""
     token = RUNNING.set(_Plain())
     try:
         yield
@@ -54,13 +54,13 @@ def plain() -> Iterator[None]:
 
 
 def new_mark(name: str) -> str:
-    """The attribute by which a run marks tensors. No earlier run had it, as an id() might: tensors that a model keeps still bear
-    the marks of earlier runs."""
+    """A new name of the attribute by which a run marks tensors, unlike an id(): models may keep tensors marked by earlier
+    runs."""
     return f"_vlattn_{name}_{next(_numbers)}"
 
 
 def read_mark(values: Iterable[Any], mark: str) -> int:
-    """The bits that tensors among `values`, and in tuples and lists among them, have as `mark`."""
+    """The union of the bits that the tensors in `values`, also in nested tuples and lists, have as `mark`."""
     bits = 0
     for value in values:
         if isinstance(value, Tensor):

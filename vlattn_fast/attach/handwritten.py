@@ -1,8 +1,8 @@
 """Attention that a model writes out by hand, matmul, softmax, matmul, as calls of torch's scaled_dot_product_attention.
 
-Such a call shows to whoever watches torch's functions; the products of a hand-written one do not. A class is known by its name
-(transformers is not imported). Not here, since they are not softmax(scale * Q K^T + mask) V: GroundingDINO's bidirectional
-attention (two softmaxes of one score matrix), deformable and disentangled attention, LiLT's joint scores, GroupViT's assignment.
+A mode that watches torch's functions sees such a call, and no hand-written products. A class is known by its name (transformers
+is not imported). Left out, since they are not softmax(scale * Q K^T + mask) V: GroundingDINO's bidirectional attention (two
+softmaxes of one score matrix), deformable and disentangled attention, LiLT's joint scores, GroupViT's assignment.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from torch import Tensor, nn
 from vlattn_fast.attach.multihead import attend, heads, multihead_attention
 from vlattn_fast.attach.transformers_interface import REPLACED
 
-# of a module, its query, key and value (B, H, N, D) and the mask: the output (B, H, N, D)
+# (module, query, key, value (B, H, N, D), mask) -> output (B, H, N, D)
 Core = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """(module, "forward", function) for every module of `model` that computes attention by hand; for `overridden`.
 
-    Each function takes what the module's forward takes, returns what that returns in eval mode, and calls
-    scaled_dot_product_attention once. Where the forward returns an attention map beside its output, there is None.
+    Each function has the arguments and, in eval mode, the result of the module's forward, with None in the place of an attention
+    map. It calls scaled_dot_product_attention once.
 
     Raises:
-        ValueError: a module whose forward is replaced already, by somebody else.
+        ValueError: other code has replaced a module's forward.
     """
     for name, module in model.named_modules():
         function = _replacement(type(module))
-        if function is None or hasattr(module, REPLACED):  # a replaced score's operator shows by itself
+        if function is None or hasattr(module, REPLACED):  # the operator of a replaced score is seen anyway
             continue
-        # accelerate's hooks call what was the forward before.
+        # accelerate's hooks call the earlier forward.
         attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
         before = vars(module).get(attribute)
         of_class = attribute == "_old_forward" and getattr(before, "__func__", None) is type(module).forward
-        if before is not None and not of_class and getattr(before, "func", None) is not function:  # another run's equals ours
+        if before is not None and not of_class and getattr(before, "func", None) is not function:  # else by another run
             kind = type(module).__name__
             raise ValueError(f"model must have the forward of its class in '{name}' ({kind}); got one of its own, {before!r}")
         yield module, attribute, functools.partial(function, module)
@@ -52,7 +52,7 @@ def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
 
 
 def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]] | None:
-    """The forward of a class with query, key and value projections alone, around another core; None for other classes."""
+    """The forward, around `core`, of a class with query, key and value projections alone; None for other classes."""
 
     def of_itself(
         module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
@@ -68,7 +68,7 @@ def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]]
     return of_itself if function is _bert else of_context if function is _lxmert else None
 
 
-# --- what they share ---
+# --- shared parts ---
 
 
 def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | None:
@@ -96,7 +96,7 @@ def _refuse_maps(module: nn.Module, output_attentions: Any) -> None:
 def _keys_and_values(
     module: Any, key: nn.Module, value: nn.Module, size: int, states: Tensor, cache: Any, cross: bool
 ) -> tuple[Tensor, Tensor]:
-    """Key and value (B, H, M, D) of `states` by two projections, joined with those in a transformers cache."""
+    """Key and value (B, H, M, D) projected from `states` and joined with those in a transformers cache."""
     joint = hasattr(cache, "cross_attention_cache")  # an EncoderDecoderCache
     part = (cache.cross_attention_cache if cross else cache.self_attention_cache) if joint else cache
     if joint and cross and cache.is_updated.get(module.layer_idx):
@@ -175,7 +175,7 @@ def _layoutlm(
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, kwargs.get("output_attentions"))
     bias = None
-    if module.has_relative_attention_bias:  # without it the module leaves out the spatial bias, too
+    if module.has_relative_attention_bias:  # else the module leaves out the spatial bias, too
         total = rel_pos + rel_2d_pos if module.has_spatial_attention_bias else rel_pos
         bias = total * module.attention_head_size**-0.5
     return _plain(module, hidden_states, hidden_states, hidden_states, bias, attention_mask), None
@@ -184,7 +184,7 @@ def _layoutlm(
 def _swin(
     module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
 ) -> tuple[Tensor]:
-    """The batch holds every image's windows in turn, and the mask (windows, N, N) those of one image."""
+    """The batch holds the windows of every image in turn; the mask (windows, N, N) is that of one image."""
     _refuse_maps(module, output_attentions)
     size = hidden_states.shape[1]
     bias = (

@@ -1,4 +1,4 @@
-"""torch's nn.MultiheadAttention as one call of scaled_dot_product_attention, and that call for others that split into heads."""
+"""torch's nn.MultiheadAttention as one call of scaled_dot_product_attention, and helpers for modules that split into heads."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def multihead_attention(
             projected[index] = nn.functional.pad(projected[index], (0, 0, 0, 1))
     queries, keys, values = (heads(states, module.head_dim) for states in projected)
 
-    # As torch does: the hint stands for the mask where nothing else needs it.
+    # As in torch, the hint replaces the mask where nothing else needs the mask.
     is_causal = is_causal and key_padding_mask is None and not need_weights
     mask = None
     if not is_causal:

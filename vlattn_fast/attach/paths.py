@@ -18,5 +18,5 @@ def layers_of(path: str) -> str:
 
 
 def split_path(path: str) -> tuple[str, int]:
-    found = _INDEX.match(path)
-    return (path, 0) if found is None else (found[1] or "", int(found[2]))
+    numbered = _INDEX.match(path)
+    return (path, 0) if numbered is None else (numbered[1] or "", int(numbered[2]))

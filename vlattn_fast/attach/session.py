@@ -1,4 +1,4 @@
-"""A model during one run of `explain`: without its wrappers, at rest, and with its attention where a trace sees it."""
+"""A model during one run of `explain`: unwrapped, at rest, its attention visible to a trace."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ R = TypeVar("R")
 
 
 def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` runs as plain Python also where torch.compile meets it, which then parts its graph there."""
+    """`function`, run as plain Python also in code that torch.compile compiles (a graph break)."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():  # asked first, since `disable` imports Dynamo, which takes seconds
+        if torch.compiler.is_compiling():  # `disable` imports Dynamo, which takes seconds
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -36,11 +36,11 @@ def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The model inside of torch.compile's, DataParallel's, DDP's and PEFT's wrappers and of a pipeline.
+    """The model inside the wrappers of torch.compile, DataParallel, DDP and PEFT, or inside a pipeline.
 
     Raises:
-        TypeError: there is no module in it.
-        ValueError: PEFT prepends prompts, which the model inside does not do.
+        TypeError: `model` holds no module.
+        ValueError: PEFT prepends prompts, which the inner model lacks.
     """
     while True:
         if isinstance(model, nn.Module) and isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -72,7 +72,7 @@ def check_has_gradients(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def dispatched(model: nn.Module) -> Iterator[None]:
-    """Within it, `model` attends by calls of scaled_dot_product_attention or score_attention, which a mode of torch sees."""
+    """A context in which `model` attends by calls of scaled_dot_product_attention or score_attention, for torch's modes."""
     with visible([model]), plain():
         yield
 
@@ -83,7 +83,7 @@ def visible(roots: Sequence[nn.Module]) -> overridden:
 
 
 def _changes(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """What makes the attention below `roots` visible. A generator, see `configs`."""
+    """The changes that make the attention below `roots` visible. A generator, see `configs`."""
     modules = [module for root in roots for module in root.modules()]
     return chain(
         configs(roots), _functions(modules), _fused(modules), _in_order(modules), *(replacements(root) for root in roots)
@@ -91,22 +91,22 @@ def _changes(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]
 
 
 def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Our attention function for modules that hold their own as `attention_function`, as this package's models do."""
+    """Our attention function for modules with an attribute `attention_function`, as this package's models have."""
     for module in modules:
-        own = vars(module).get("attention_function") or getattr(type(module), "attention_function", None)
-        if callable(own):
+        attends = vars(module).get("attention_function") or getattr(type(module), "attention_function", None)
+        if callable(attends):
             yield module, "attention_function", sdpa_function
 
 
 def _fused(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere."""
     for module in modules:
-        if "fused_attn" in vars(module):  # also where another run has set it, which may end before this one
+        if "fused_attn" in vars(module):  # also where another run has set the flag: that run may end first
             yield module, "fused_attn", True
 
 
 def _in_order(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """ViLT shuffles the patches of an image, which changes nothing but their places in the sequence: those must be known."""
+    """Keeps ViLT's patches in order: it shuffles their places in the sequence, and a map needs the places."""
     for module in modules:
         if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
             yield module, "visual_embed", functools.partial(_visual_embed, module)
@@ -118,7 +118,7 @@ def _visual_embed(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _DrawsInOrder(TorchFunctionMode):
-    """Where all of n are drawn without replacement, they come in their order."""
+    """A draw of all n without replacement returns them in order."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -129,17 +129,16 @@ class _DrawsInOrder(TorchFunctionMode):
 
 
 def _plainly() -> Iterator[tuple[Any, str, Any]]:
-    """What torch.compile made runs as plain Python, in other threads as well: what is compiled shows no attention."""
+    """Runs compiled code as plain Python, in all threads: compiled code shows no attention."""
     frames: Any = sys.modules.get("torch._dynamo.eval_frame")
     if hasattr(frames, "_stance") and hasattr(frames, "DynamoStance"):
         yield frames, "_stance", frames.DynamoStance("force_eager")
 
 
 class uncompiled(overridden):  # noqa: N801 (used as a function is)
-    """What torch.compile made of the model and of its parts runs as plain Python; the last run over it puts everything back.
+    """A context in which a compiled model and its compiled parts run as plain Python; the last run puts everything back.
 
-    Within a function that torch.compile compiles, this thread runs plain Python as well: Dynamo would trace what sees the calls,
-    and may repeat what it adds up.
+    Inside a compiled function this thread runs plain Python as well: Dynamo would trace the watching code, and may repeat sums.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -161,10 +160,10 @@ def _compiled(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, An
 
 
 def at_rest(model: nn.Module) -> overridden:
-    """The model in eval mode, with frozen parameters and not compiled; the last run over it puts everything back."""
-    # A compiled module inside of the model holds the attributes of the module that it wraps, which is met as well.
+    """A context with the model in eval mode, frozen and not compiled; the last run over the model puts everything back."""
+    # A compiled module shares the attributes of the module that it wraps, and `modules` lists that module as well.
     modules = list(model.modules())
     modes = [(module, "training", False) for module in modules if "_orig_mod" not in module._modules]
-    # Tensors made under inference mode have no gradients, and torch does not let the flag be set again outside of it.
+    # Tensors made under inference mode have no gradients, and torch refuses to set their flag outside of that mode.
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters() if not parameter.is_inference()]
     return overridden([*modes, *frozen, *_compiled(modules), *_plainly()])

@@ -25,13 +25,13 @@ def has_dtensors(model: nn.Module) -> bool:
 
 
 def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
-    """The mesh of one dimension among whose processes the heads of query (B, H, N, D) and key are divided; None = all are here.
+    """The one-dimensional mesh that divides the heads of query (B, H, N, D) and key; None = this process has all heads.
 
     Args:
-        module: the one that calls attention.
+        module: the caller of attention.
 
     Raises:
-        ValueError: the placements of its parameters and the size of `query` do not go together.
+        ValueError: the placements of the module's parameters contradict the size of `query`.
     """
     of_queries = query.shape[1] * query.shape[3]
     fused = of_queries + 2 * key.shape[1] * key.shape[3]
@@ -54,9 +54,8 @@ def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
 
 
 def on_mesh(mesh: Any, heads: Sequence[Tensor | None], masks: Mapping[str, Any], *rows: Tensor | None) -> tuple[Any, ...]:
-    """Arguments of an operator as DTensors: this process's heads (B, H, N, D), the masks and what all processes have alike.
-
-    Without a mesh they stay as they are. Returns `heads`, `masks` and each of `rows`.
+    """Arguments of an operator as DTensors; without a mesh, unchanged. heads: (B, H, N, D), this process's part. rows: equal in
+    all processes. Returns `heads`, `masks` and each of `rows`.
     """
     if mesh is None:
         return heads, masks, *rows
@@ -84,7 +83,7 @@ def local(x: Any) -> Tensor:
 
 
 def mean_over(mesh: Any, mean: Tensor) -> Tensor:
-    """The mean over all heads from that over this process's heads, in place."""
+    """The mean over all heads, in place of `mean` over this process's heads."""
     if mesh is None:
         return mean
     import torch.distributed as dist

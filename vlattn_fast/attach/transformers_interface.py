@@ -1,11 +1,11 @@
-"""transformers' attention interface: the functions that it calls for us, and the configs that name them for one run.
+"""Our functions for transformers' attention interface, and the configs that name them for one run.
 
 transformers looks its attention function up by the name in the config. Two names are registered:
 
 - "vlattn" gets the masks that SDPA gets (bool, or None where the pattern is causal or complete), for models that support SDPA;
 - "vlattn_additive" gets eager attention's float masks, for models that also add the mask by hand somewhere.
 
-A config may belong to several models, so it stays as it is: for the run each module holds a copy that names our function.
+A config may belong to several models, so each module holds, for the run, a copy that names our function.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vlattn_fast.attach.current import running_trace
 
 SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
 CONFIG_NAME = "_attn_implementation_internal"  # where a config of transformers keeps the name
-# What nn.replace_attention puts on a module: its score, and whether `module.is_causal` decides without a mask.
+# nn.replace_attention sets on a module: the score, and whether `module.is_causal` decides without a mask.
 REPLACED, RULE = "attention_score", "_attention_causal_by_module"
-_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # its hooks, parameters and the like
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # hooks, parameters and the like
 
 
 def attention_function(
@@ -74,8 +74,8 @@ def masks_of(
 ) -> dict[str, Any]:
     """attn_mask, is_causal and enable_gqa of a call by transformers' interface, as SDPA takes them.
 
-    A mask already contains causality and windows. Without a mask `is_causal` decides, and where that is None too,
-    `module.is_causal` if `causal_by_module` is set (SDPA's rule).
+    A mask already contains causality and windows. Without a mask `is_causal` decides; where `is_causal` is None,
+    `module.is_causal` decides if `causal_by_module` is set (SDPA's rule).
 
     Raises:
         ValueError: softcap, attention sinks, paged or packed sequences; a window without a mask.
@@ -122,22 +122,22 @@ def _register() -> None:
 def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """(module, attribute, copy of its config that names our function) for each module below `roots` that dispatches.
 
-    A module follows the innermost of transformers' models that it belongs to. A generator, since `overridden` runs it while no
-    other run puts configs in or takes them out.
+    A module follows the innermost transformers model around it. A generator: `overridden` runs it while no other run changes
+    configs.
     """
     names: dict[nn.Module, str] = {}
-    parts: Iterator[Any] = (part for root in roots for part in root.modules())  # outermost first: inner models have the last word
+    parts: Iterator[Any] = (part for root in roots for part in root.modules())  # outermost first, so inner models decide
     for part in parts:
-        if hasattr(type(part), "_can_set_attn_implementation"):  # what a module lacks it looks for long
+        if hasattr(type(part), "_can_set_attn_implementation"):  # nn.Module is slow where an attribute is absent
             dispatches = part._can_set_attn_implementation()
             name = SDPA_NAME if getattr(part, "_supports_sdpa", False) else ADDITIVE_NAME
             for module in part.modules():
                 names.pop(module, None)
                 if dispatches:
                     names[module] = name
-    # A module may hold its config under other names as well. Where a score is replaced it stays.
-    own = [module for module in names if REPLACED not in vars(module) and REPLACED not in module._modules]
-    attributes = ((module, key, value) for module in own for key, value in vars(module).items() if key not in _OF_ANY_MODULE)
+    # A module may hold its config under several names. Where a score is replaced, the config stays.
+    named = [module for module in names if REPLACED not in vars(module) and REPLACED not in module._modules]
+    attributes = ((module, key, value) for module in named for key, value in vars(module).items() if key not in _OF_ANY_MODULE)
     held = [(module, key, value) for module, key, value in attributes if hasattr(value, CONFIG_NAME)]
     chosen = {id(config): names[module] for module, _, config in held}
     if chosen:
@@ -151,7 +151,7 @@ def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _naming_us(config: Any, name: str, chosen: dict[int, str], copies: dict[int, Any]) -> Any:
-    """A copy of `config` that names our function; models also read the configs inside it, so those are copied, too."""
+    """A copy of `config` that names our function, with copies of its sub-configs, which models read as well."""
     if id(config) not in copies:
         copies[id(config)] = copied = copy.copy(config)
         setattr(copied, CONFIG_NAME, chosen.get(id(config), name))  # the public setter would overwrite the sub-configs

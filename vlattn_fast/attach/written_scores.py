@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 _CASTS = ("float", "to", "type", "type_as", "contiguous")
-_HIDDEN = -1e4  # models write masks from here down, and no weight of a float is left there
+_MASKED = -1e4  # models mask with this or less, where every weight is 0
 
 
 class WrittenScores:
-    """One product of queries and keys, and the scale and the mask that the module gives it.
+    """One product of queries and keys, with the module's scale and mask.
 
     query: (B, H, N, D). transposed_key: (B, H, D, M). shape: of the scores.
     """
@@ -26,14 +26,13 @@ class WrittenScores:
         self._mask: Tensor | None = None
 
     def masks(self, scores: Tensor) -> Mapping[str, Any] | None:
-        """attn_mask, is_causal and scale of `scores` in front of the softmax; None where something else was done to them."""
+        """attn_mask, is_causal and scale of `scores` in front of the softmax; None where another operation changed the scores."""
         if self._scores() is not scores:
             return None
         return {"attn_mask": self._mask, "is_causal": False, "scale": self._scale}
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Goes on from the scores to `result` where `func` scales, masks or casts them, and loses them where it changes them
-        otherwise."""
+        """Goes on from the scores to `result` where `func` scales, masks or casts them; stops after another operation."""
         scores = self._scores()
         if scores is None or all(x is not scores for x in args):
             return
@@ -44,25 +43,25 @@ class WrittenScores:
         elif result is None or result is scores:
             self._scores = _lost
 
-    def _takes(self, name: str, args: Sequence[Any], other: Any, scores: Tensor) -> bool:
-        """Whether the operation is a scale or a mask, which is kept."""
+    def _takes(self, name: str, args: Sequence[Any], operand: Any, scores: Tensor) -> bool:
+        """Keeps a scale or a mask; whether the operation is one."""
         if name == "mul" or (name == "div" and args[0] is scores):
-            if self._mask is not None or not _is_number(other):
+            if self._mask is not None or not _is_number(operand):
                 return False
-            self._scale *= float(other) if name == "mul" else 1 / float(other)
+            self._scale *= float(operand) if name == "mul" else 1 / float(operand)
             return True
-        if name == "add" and isinstance(other, Tensor) and other.is_floating_point():
-            self._mask = joined(self._mask, other)
+        if name == "add" and isinstance(operand, Tensor) and operand.is_floating_point():
+            self._mask = joined(self._mask, operand)
             return True
-        if name == "masked_fill" and _is_number(args[2]) and float(args[2]) <= _HIDDEN:
+        if name == "masked_fill" and _is_number(args[2]) and float(args[2]) <= _MASKED:
             self._mask = joined(self._mask, ~args[1])
             return True
         return False
 
 
-def hidden(mask: Tensor) -> Tensor:
-    """bool, of the shape of an attn_mask: where a query does not see a key."""
-    return ~mask if mask.dtype == torch.bool else mask <= _HIDDEN
+def is_masked(mask: Tensor) -> Tensor:
+    """bool, of the mask's shape: True where a query does not see a key."""
+    return ~mask if mask.dtype == torch.bool else mask <= _MASKED
 
 
 def _lost() -> None:
@@ -73,13 +72,13 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad)
 
 
-def joined(one: Tensor | None, other: Tensor) -> Tensor:
-    """Two masks at once: bool where both are."""
-    if one is None:
-        return other
-    if one.dtype != torch.bool and other.dtype != torch.bool:
-        return one + other
-    if one.dtype == other.dtype:
-        return one & other
-    visible, added = (one, other) if one.dtype == torch.bool else (other, one)
+def joined(first: Tensor | None, second: Tensor) -> Tensor:
+    """Two masks as one: bool where both are bool."""
+    if first is None:
+        return second
+    if first.dtype != torch.bool and second.dtype != torch.bool:
+        return first + second
+    if first.dtype == second.dtype:
+        return first & second
+    visible, added = (first, second) if first.dtype == torch.bool else (second, first)
     return torch.where(visible, added, -torch.inf)

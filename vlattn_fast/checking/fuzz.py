@@ -1,7 +1,7 @@
-"""Random calls of every operator on every backend: right by the rule of _tolerance, or refused by name.
+"""Random calls of every operator on every backend: right by the tolerance rule, or refused by name.
 
-`vlattn verify --fuzz N --seed S` runs the configurations S, S + 1, ..., S + N - 1. Each is drawn from its number alone, and is
-repeated by its number with its operator and backend: `vlattn verify OPERATOR --backend BACKEND --fuzz 1 --seed NUMBER`.
+`vlattn verify --fuzz N --seed S` runs the configurations S, S + 1, ..., S + N - 1. A configuration is drawn from its number
+alone. `vlattn verify OPERATOR --backend BACKEND --fuzz 1 --seed NUMBER` repeats one.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from vlattn_fast.ops import OPERATORS as MODULES
 
 OPERATORS = tuple(DRAWS)
 PUBLIC = {name: getattr(module, name) for module in MODULES.values() for name in OPERATORS if hasattr(module, name)}
-# How often each is drawn. The Triton and CUDA C++ kernels are interpreted and emulated where there is no GPU, which is slow.
+# How often each backend is drawn. Without a GPU the Triton and CUDA C++ kernels are interpreted and emulated, which is slow.
 BACKENDS = ("streaming",) * 7 + ("cpu",) * 7 + ("auto",) * 2 + ("sdpa", "triton", "cuda", "reference")
-ROUNDINGS = 4  # of the formula, of which the unluckiest counts
+ROUNDINGS = 4  # of the formula; the unluckiest one counts
 DTYPES = (torch.float32,) * 4 + (torch.bfloat16, torch.float16) * 2 + (torch.float64,)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one configuration: `ratio` is the worst error over what is allowed, `failure` says what is wrong."""
+    """The result of one configuration: `ratio` is the worst error over the allowed one, `failure` says what is wrong."""
 
     seed: int
     operator: str
@@ -70,7 +70,7 @@ def fuzz(
 def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS) -> Outcome:
     """Draws configuration number `seed`, runs it and compares every output and gradient with the formula in float64."""
     operator, backend, dtype = drawn(seed, operators, backends)
-    # the formula as a backend gets these layouts, too, and torch's product in bfloat16 reads between rows on some CPUs
+    # As a backend, the formula also gets these layouts, and torch's product in bfloat16 reads between rows on some CPUs.
     nan = backend != "reference" or dtype.itemsize > 2
     dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS, nan)
     draw = DRAWS[operator](dice, dtype)
@@ -80,7 +80,7 @@ def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[st
         with np.errstate(all="ignore"):  # Triton's interpreter computes in NumPy, which warns where float16 overflows
             ratio, worst, refused = _judge(draw, backend, dice)
         failure = ""
-    except Exception as error:  # whatever it is, the configuration is to be named
+    except Exception as error:  # of any kind: the message must name the configuration
         ratio, worst, refused, failure = float("inf"), "", "", f"{type(error).__name__}: {error}"
     facts = ", ".join(f"{name}={value}" for name, value in dice.facts.items())
     return Outcome(seed, operator, backend, dtype, ratio, worst, refused, failure, facts)
@@ -89,17 +89,17 @@ def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[st
 def drawn(
     seed: int, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS
 ) -> tuple[str, str, torch.dtype]:
-    """Operator, backend and dtype of a configuration; each has a generator of its own, so fewer of one leave the others."""
+    """Operator, backend and dtype of a configuration, each from its own generator: a shorter list of one changes no other."""
     operator = random.Random(f"operator {seed}").choice(operators)
     backend = random.Random(f"backend {seed}").choice(backends)
     return operator, backend, random.Random(f"dtype {seed}").choice(DTYPES)
 
 
 def _judge(draw: Draw, backend: str, dice: Dice) -> tuple[float, str, str]:
-    """(ratio, what has it, why the backend refuses the call).
+    """(ratio, the output or gradient with that ratio, why the backend refuses the call).
 
-    A call that passes as it was drawn is right. One that does not is judged with as many draws as the rule takes, against the
-    formula with other roundings: as it stands, the formula may be exact by luck.
+    A call that passes with its first draw is right. Any other call is judged with as many draws as the rule takes, against the
+    formula with other roundings: the plain formula may be exact by luck.
     """
     try:
         errors = settle(islice(_runs(draw, backend, dice, other_roundings=False), 1))
@@ -127,9 +127,9 @@ def _runs(draw: Draw, backend: str, dice: Dice, other_roundings: bool) -> Iterat
         if got.keys() != exact.keys():
             raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
         if other_roundings:
-            keeps_ties = dice.facts.get("kind") not in ("cacr", "iais_distributed")  # elsewhere comparisons decide: of a maximum
-            others = (OtherRoundings(f"{name} {n}", draw.dtype, keeps_ties) for n in range(ROUNDINGS))
-            formula = unluckiest([_rounded_otherwise(draw, tensors, cotangents, other) for other in others], exact)
+            keeps_ties = dice.facts.get("kind") not in ("cacr", "iais_distributed")  # these two compare for a maximum
+            modes = (OtherRoundings(f"{name} {n}", draw.dtype, keeps_ties) for n in range(ROUNDINGS))
+            formula = unluckiest([_rounded_otherwise(draw, tensors, cotangents, mode) for mode in modes], exact)
         else:
             formula = _results(draw, tensors, "", cotangents)
         if draw.dtype == torch.float16:
@@ -146,9 +146,9 @@ def _rounded_otherwise(draw: Draw, tensors: Tensors, cotangents: _Cotangents, ro
 def _drop_doubtful_overflow(got: Tensors, exact: Tensors, in_float32: Callable[[], Tensors]) -> None:
     """Sets to 0, in both, the places where float16 overflows on one side and the formula in float32 does not say which is right.
 
-    Behind a zero vector cosine's gradients are sums times 1 / eps = 1e8. Where such a sum cancels, or float32 has lost the scores
-    beside a mask of -1e9, what is left is rounding, and it is above 65504 or not. A place stays where the formulas in float32 and
-    in float64 are both above twice that limit, of one sign, or both below half of it; NaN stays everywhere.
+    For a zero vector, cosine's gradients are sums times 1 / eps = 1e8. Where such a sum cancels, or float32 has lost the scores
+    beside a mask of -1e9, only rounding is left, above 65504 or not. A place stays where the formulas in float32 and in float64
+    are both above twice that limit, of one sign, or both below half of it; NaN stays everywhere.
     """
     limit = torch.finfo(torch.float16).max
     over = {name: x.isinf() | (exact[name].abs() > limit) for name, x in got.items() if x.dtype == torch.float16}
@@ -164,7 +164,7 @@ def _drop_doubtful_overflow(got: Tensors, exact: Tensors, in_float32: Callable[[
 
 
 class _Cotangents:
-    """The same random gradients for every backend and dtype, in layouts of their own; made once for each dtype of the outputs."""
+    """The same random gradients for every backend and dtype, each in a random layout; made once per dtype of the outputs."""
 
     def __init__(self, seed: str, gap: float) -> None:
         self.seed, self.gap = seed, gap
@@ -182,15 +182,14 @@ class _Cotangents:
 def _cotangent(dice: Dice, x: Tensor) -> Tensor:
     numbers = dice.randn(*x.shape).bfloat16().to(x.dtype)  # rounded once, so that every dtype gets the same
     if dice.chance(0.2):
-        return torch.ones((), dtype=x.dtype).expand(x.shape)  # what .sum() sends
+        return torch.ones((), dtype=x.dtype).expand(x.shape)  # the gradient of .sum()
     layout = dice.choice.choice(LAYOUTS)
     return lay_out(numbers, layout, dice.gap) if x.dim() >= 2 else numbers
 
 
 def _results(draw: Draw, tensors: Tensors, backend: str, cotangents: _Cotangents) -> Tensors:
-    """Floating outputs and gradients by name, on `backend` or, without one, of the formula, which gets contiguous tensors.
-
-    (torch's own product in bfloat16 reads what lies between rows of odd size on some CPUs: docs/bugs.md.)
+    """Floating outputs and gradients by name, on `backend`; without a backend, of the formula on contiguous tensors. (torch's
+    product in bfloat16 reads the gaps between rows of odd size on some CPUs: docs/bugs.md.)
     """
     if backend:
         call = partial(PUBLIC[draw.operator], backend=backend)
@@ -205,11 +204,11 @@ def _results(draw: Draw, tensors: Tensors, backend: str, cotangents: _Cotangents
 
 @dataclass
 class Summary:
-    """Counts of many outcomes, and the worst of those that passed."""
+    """Counts of many outcomes, and the worst outcome that passed."""
 
     compared: Counter[str] = field(default_factory=Counter)  # by backend
     refused: Counter[str] = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)  # the command that repeats each, and what is wrong
+    failures: list[str] = field(default_factory=list)  # the command that repeats the call, and what is wrong
     worst: Outcome | None = None
 
     def add(self, outcome: Outcome) -> None:
@@ -220,7 +219,7 @@ class Summary:
             self.worst = outcome
 
     def record(self) -> dict[str, Any]:
-        """What is stored of a run."""
+        """The stored record of a run."""
         return {
             "configurations": self.compared.total() + self.refused.total(),
             "compared": dict(sorted(self.compared.items())),
@@ -231,11 +230,11 @@ class Summary:
         }
 
     def lines(self) -> list[str]:
-        """The same for the screen."""
-        found = self.record()
-        counts = ", ".join(f"{name} {count}" for name, count in found["compared"].items())
+        """The record as lines for the screen."""
+        record = self.record()
+        counts = ", ".join(f"{name} {count}" for name, count in record["compared"].items())
         return [
-            f"{found['configurations']} calls: {self.compared.total()} compared ({counts}), {self.refused.total()} refused, "
+            f"{record['configurations']} calls: {self.compared.total()} compared ({counts}), {self.refused.total()} refused, "
             f"{len(self.failures)} failed",
-            f"the worst error that passed is {found['worst_ratio']} of what is allowed: {found['worst']}",
+            f"the worst error that passed is {record['worst_ratio']} of what is allowed: {record['worst']}",
         ]

@@ -17,7 +17,7 @@ from vlattn_fast.backends.reference.stacked_cross_attention import FIRST_NORMS
 
 Tensors = dict[str, Tensor]
 
-# 0, 1, odd sizes and both sides of the edges of tiles; small sizes come more often, so that a call takes milliseconds
+# 0, 1, odd sizes and both sides of tile edges; small sizes come more often, so that a call takes milliseconds
 LENGTHS = (0, 1, 1, 2, 3, 5, 7, 11, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 127, 129)
 DIMS = (1, 2, 3, 5, 8, 8, 16, 16, 24, 31, 32, 40, 64, 65)
 LAYOUTS = (
@@ -29,7 +29,7 @@ LAYOUTS = (
     "every second number",
     "offset by one",
     "part of a longer batch",
-    "fused",  # one of three tensors that lie in one, as after a joint projection
+    "fused",  # one of three tensors inside one, as after a joint projection
     "one batch for all",  # stride 0
     "one head for all",
     "one row for all",
@@ -58,7 +58,7 @@ FEW_PAIRS = 1 << 12  # where kernels are interpreted or emulated
 
 @dataclass
 class Draw:
-    """One call: its tensors, and how they become the keyword arguments of the public call.
+    """One call: its tensors, and a function from tensors to the keyword arguments of the public call.
 
     `tensors` are in the call's dtype.
     """
@@ -71,10 +71,10 @@ class Draw:
 
 
 class Dice:
-    """What one seed draws: Python's generator for choices, torch's for numbers."""
+    """The random choices of one seed: Python's generator draws options, torch's draws numbers."""
 
     def __init__(self, seed: str, pairs: int = PAIRS, nan: bool = True) -> None:
-        self.pairs, self.gap = pairs, torch.nan if nan else 0.0  # what stands between rows, and in masks of kind "float, NaN"
+        self.pairs, self.gap = pairs, torch.nan if nan else 0.0  # fills the gaps between rows, and masks of kind "float, NaN"
         self.choice = random.Random(seed)
         self.generator = torch.Generator().manual_seed(self.choice.getrandbits(60))
         self.facts: dict[str, Any] = {}
@@ -136,8 +136,8 @@ class Dice:
 
 
 def lay_out(x: Tensor, layout: str, gap: float = torch.nan) -> Tensor:
-    """`x` (at least two dimensions) with its numbers in another place in memory, and `gap` between them; layouts of stride 0
-    repeat its first part."""
+    """`x` (two dimensions or more) in another memory layout, with `gap` in the gaps; layouts of stride 0 repeat the first
+    part."""
     rank, shape = x.dim(), list(x.shape)
     match layout:
         case "heads last" if rank == 4:
@@ -224,7 +224,7 @@ def attention_inputs(
     }
     if value:
         tensors["value"] = poison(dice.randn(batch, key_heads, keys, value_dim), padding)
-    for name in ("key", "value") if value else ("key",):  # repeated rows would carry padding's NaN into real rows
+    for name in ("key", "value") if value else ("key",):  # a repeated row would carry the NaN of padding into real rows
         tensors[name] = dice.laid_out(name, tensors[name], dtype, repeated=padding is None)
     return tensors, options
 
@@ -250,8 +250,8 @@ def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
     }
     chosen = {key: parameters[key].to(dtype) for key in used.get(name, ())}
 
-    def arguments(given: Tensors) -> dict[str, Any]:
-        of: dict[str, Any] = {key: given[key] for key in chosen}
+    def arguments(t: Tensors) -> dict[str, Any]:
+        of: dict[str, Any] = {key: t[key] for key in chosen}
         score: Any = name
         if name == "general":
             score = scores.General(**of, activation=activation, projects=projects)
@@ -259,7 +259,7 @@ def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
             score = scores.Additive(**of)
         elif name == "hadamard":
             score = scores.Hadamard(**of, activation=activation, projects=projects)
-        return {"query": given["query"], "key": given["key"], "value": given["value"], "score": score, **options}
+        return {"query": t["query"], "key": t["key"], "value": t["value"], "score": score, **options}
 
     return Draw("score_attention", dtype, {**tensors, **chosen}, arguments)
 
@@ -277,7 +277,7 @@ def draw_relevancy_attention(dice: Dice, dtype: torch.dtype) -> Draw:
 
 
 def map_inputs(dice: Dice, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any]]:
-    """What relevancy_step and attention_map share: value and grad_output only where the rule takes them."""
+    """Arguments that relevancy_step and attention_map share; value and grad_output only where the rule takes them."""
     tensors, options = attention_inputs(dice, dtype)
     options |= {"rule": dice.pick("rule", ("gradient", "attention")), "row_normalize": dice.pick("row_normalize", (False, True))}
     value = tensors.pop("value")

@@ -1,4 +1,4 @@
-"""`vlattn info`: versions and devices, and which backend runs which operator, as tables with each reason said once."""
+"""`vlattn info`: versions, devices, and tables of which backend runs which operator, with each reason once."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def lines() -> Iterator[str]:
 
 
 def _versions() -> Iterator[str]:
-    """What is installed comes first."""
-    found = {name: _version(name) for name in ("vlattn_fast", *PACKAGES)}
-    for name, version in found.items():
+    """Installed packages come first."""
+    versions = {name: _version(name) for name in ("vlattn_fast", *PACKAGES)}
+    for name, version in versions.items():
         if version is not None:
             yield f"{name:14}{version}"
     yield f"{'python':14}{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if missing := [name for name, version in found.items() if version is None]:
+    if missing := [name for name, version in versions.items() if version is None]:
         yield f"{'not installed':14}{', '.join(missing)}"
 
 
@@ -101,7 +101,7 @@ def _automatic(table: Table, call: Call) -> str:
 
 
 def _cell(operator: str, calls: Calls, refusals: Mapping[tuple[str, str], list[str]], notes: dict[str, dict[str, None]]) -> str:
-    """The word "yes", or what is refused with the numbers of the reasons."""
+    """The word "yes", or the refused calls with the numbers of the reasons."""
     refused = {key: reasons for key, reasons in refusals.items() if reasons}
     if not refused:
         return "yes"
@@ -110,7 +110,7 @@ def _cell(operator: str, calls: Calls, refusals: Mapping[tuple[str, str], list[s
         for reason in reasons:
             by_reason.setdefault(reason, []).append(key)
     if len(refused) == len(calls):
-        # A reason that holds for every call says enough.
+        # A reason that holds for every call hides the reasons of single calls.
         by_reason = {reason: keys for reason, keys in by_reason.items() if len(keys) == len(calls)} or by_reason
         what = "no"
     else:

@@ -1,4 +1,4 @@
-"""The formula with other roundings: what its error is where it is not exact by luck."""
+"""The formula with other roundings: its error where it is not exact by luck."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class OtherRoundings(TorchDispatchMode):
     """Moves half of the numbers that each operation of torch gives, forward and backward, to a neighbour in their dtype.
 
-    Plain formulas are exact by luck on round numbers: equal logits give P = 1 / M to the last bit, a single key P = 1, and what
-    cancels then cancels to 0. Another order of the same sums is not so lucky, and this mode gives the formula the same ill luck.
-    Where the formula had no luck, its error becomes two to three times as large. Zeros stay zero, and equal numbers equal, so
-    masks and ties are kept. Without `keeps_ties` equal numbers may become different: on some CPUs the columns at the edge of a
-    matrix product are summed otherwise than those within it, and equal keys get logits an ulp apart.
+    Plain formulas are exact by luck on round numbers: equal logits give P = 1 / M to the last bit, a single key gives P = 1, and
+    differences then cancel to 0. Another order of the same sums lacks this luck, and so does the formula under this mode.
+    Where the formula had no luck, the mode makes its error two to three times as large. Zeros stay zero and equal numbers
+    stay equal, so masks and ties are kept. Without `keeps_ties` equal numbers may become different: some CPUs sum the columns
+    at the edge of a matrix product in another order than the inner columns, and equal keys get logits an ulp apart.
 
-    A softmax and its logarithm are taken as every streaming kernel takes them, P = exp(logit - lse), with lse rounded to the
-    dtype of sums. Of calls in 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as
-    FlashAttention does.
+    A softmax and its logarithm are as in streaming kernels, P = exp(logit - lse), with lse rounded to the dtype of sums. In calls
+    of 16 bits (`dtype`) the backward pass takes delta = sum(dO * O) from the rounded output, as in FlashAttention.
     """
 
     def __init__(self, seed: str, dtype: torch.dtype, keeps_ties: bool = True) -> None:
@@ -31,52 +30,52 @@ class OtherRoundings(TorchDispatchMode):
         self.chance, self.dtype, self.keeps_ties = random.Random(seed), dtype, keeps_ties
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if any(result.alias_info is not None for result in func._schema.returns):
-            return found  # a view, or an operation in place
+        result = func(*args, **(kwargs or {}))
+        if any(returned.alias_info is not None for returned in func._schema.returns):
+            return result  # a view, or an operation in place
         if func is torch.ops.aten.clone.default:
-            return found  # a copy is exact
+            return result  # a copy is exact
         if func is torch.ops.aten._softmax.default:
             sums = torch.promote_types(args[0].dtype, torch.float32)
-            found = (found * torch.exp(-self._error_of_lse(args[0], args[1], sums))).to(found.dtype)
+            result = (result * torch.exp(-self._error_of_lse(args[0], args[1], sums))).to(result.dtype)
         if func is torch.ops.aten._log_softmax.default:
-            found = (found - self._error_of_lse(args[0], args[1], found.dtype)).to(found.dtype)
+            result = (result - self._error_of_lse(args[0], args[1], result.dtype)).to(result.dtype)
         if func is torch.ops.aten._log_softmax_backward_data.default:  # grad - P sum grad, with P = exp(log P)
             prob = torch.exp(args[1])
-            found = found - (self._moved(prob) - prob) * args[0].sum(args[2], keepdim=True)
+            result = result - (self._to_neighbours(prob) - prob) * args[0].sum(args[2], keepdim=True)
         if func is torch.ops.aten._softmax_backward_data.default and self.dtype.itemsize == 2:
-            found = found + self._error_of_delta(args[0], args[1], args[2])
-        if isinstance(found, Tensor):
-            return self._moved(found)
-        if isinstance(found, (tuple, list)):
-            return type(found)(self._moved(x) if isinstance(x, Tensor) else x for x in found)
-        return found
+            result = result + self._error_of_delta(args[0], args[1], args[2])
+        if isinstance(result, Tensor):
+            return self._to_neighbours(result)
+        if isinstance(result, (tuple, list)):
+            return type(result)(self._to_neighbours(x) if isinstance(x, Tensor) else x for x in result)
+        return result
 
     def _error_of_lse(self, logits: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         exact = torch.logsumexp(logits.double(), dim, keepdim=True)
-        off = self._moved(exact.to(dtype)).double() - exact
-        # beside finite masks of -1e9 lse keeps nothing of the logits, and no kernel may take it so
+        off = self._to_neighbours(exact.to(dtype)).double() - exact
+        # Beside finite masks of -1e9, lse holds no digit of the logits; no kernel may use it so.
         return torch.where(exact.abs() < 1e4, off, 0.0)
 
     def _error_of_delta(self, grad_prob: Tensor, prob: Tensor, dim: int) -> Tensor:
-        """As it shows in the gradient of the logits, P (dP - delta)."""
+        """The error of delta in the gradient of the logits, P (dP - delta)."""
         summed = (grad_prob * prob).abs().sum(dim, keepdim=True).to(self.dtype)
-        return (prob * (self._moved(summed) - summed)).to(grad_prob.dtype)
+        return (prob * (self._to_neighbours(summed) - summed)).to(grad_prob.dtype)
 
-    def _moved(self, x: Tensor) -> Tensor:
-        """Which numbers move, and where to, jumps about with their magnitude, or with their place where ties need not be kept."""
+    def _to_neighbours(self, x: Tensor) -> Tensor:
+        """`x` with half of its numbers a step up or down, chosen by their magnitude, or by their place without `keeps_ties`."""
         if not x.is_floating_point() or x.numel() == 0:
             return x
         frequency, phase = self.chance.uniform(300.0, 3000.0), self.chance.uniform(0.0, 6.28)
         of = x.abs().double().log() if self.keeps_ties else torch.arange(x.numel(), device=x.device).view(x.shape)
         chance = torch.sin(frequency * of + phase)  # beyond +-0.707 for half of its period
         away = (chance > 0.707).double() - (chance < -0.707).double()
-        moved = x.double() * (1.0 + away * torch.finfo(x.dtype).eps)
-        return torch.where(x.isfinite() & (away != 0), moved.to(x.dtype), x)
+        neighbours = x.double() * (1.0 + away * torch.finfo(x.dtype).eps)
+        return torch.where(x.isfinite() & (away != 0), neighbours.to(x.dtype), x)
 
 
 def unluckiest(formulas: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of each output the one with the largest error: a formula of few numbers has no error at all under some roundings."""
+    """The variant of each output with the largest error: a formula of few numbers has no error under some roundings."""
 
     def error(x: Tensor, truth: Tensor) -> float:
         return float((x.double() - truth).nan_to_num(0.0, 0.0, 0.0).square().sum())

@@ -1,4 +1,4 @@
-"""How far a result may be from the float64 one: the one rule of the tests and of `vlattn verify`.
+"""How much a result may differ from the float64 one: the one rule of the tests and of `vlattn verify`.
 
 The rule compares two sets of errors against the float64 result, ours and those of the plain formula in the same dtype, pooled
 over draws of the inputs:
@@ -6,17 +6,17 @@ over draws of the inputs:
     rms(ours)     <= 2 * rms(formula) + eps * rms(exact)
     largest(ours) <= max(4 * largest(formula), 16 * rms(formula)) + 2 * eps * largest(exact)
 
-A sum taken in another order has other errors, number by number, but over a few thousand numbers their root mean square hardly
-moves. The largest error of few numbers does move, so its bound is wide: it is there for one wrong number among many right ones.
-An ulp stands for what any rounding of the result itself costs, where the formula has no error at all. For the root mean
-square it is eps * rms(exact): the number that an error of one ulp in every element would give.
+Another order of summation gives other errors, number by number, but over a few thousand numbers their root mean square hardly
+changes. The largest error of few numbers does change, so its bound is wide: the bound catches one wrong number among many right
+ones. An ulp stands for the rounding of the result itself, where the formula has no error. For the root mean square the ulp is eps
+* rms(exact), as if every element had an error of one ulp.
 
-Before pooling, the numbers of a draw are divided by its level of error, the root mean square of ours, the formula's and the
-ulp together. Where a draw nearly cancels (a norm of next to nothing, two logits that tie), one number in it can be off by more
-than all other draws, for us or for the formula, by luck; so divided it counts as one draw among many.
+Before pooling, the numbers of a draw are divided by its level of error: the root mean square of our errors, the formula's and the
+ulp together. Where a draw nearly cancels (a tiny norm, two logits that tie), one number in it can by luck be off by more than all
+other draws. After the division such a draw counts as one among many.
 
-A float64 result has no better formula to be held to; its largest error may be 1e-10 of the largest magnitude, and four times the
-error of the formula in float64 under other roundings, where those are given (_roundings.py).
+No better formula exists for a float64 result. Its largest error may be 1e-10 of the largest magnitude, and four times the error
+of the formula in float64 under other roundings, where a caller passes those (roundings.py).
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from itertools import count
 import torch
 from torch import Tensor
 
-NUMBERS = 3000  # so many errors on each side settle the rule where it holds
-ENOUGH = 16  # so do the draws of an output with few numbers
-MOST = 64  # draws, before a rule that does not hold is called broken
+NUMBERS = 3000  # as many errors on each side settle the rule
+ENOUGH = 16  # draws that settle it for an output with few numbers
+MOST = 64  # draws before the rule is called broken
 FLOAT64 = 1e-10
 
 
 class Errors:
     """The errors of one output, ours and the formula's, pooled over draws.
 
-    `scale` is the least that rms(exact) and largest(exact) are taken for: the size of what was summed, where the result cancels
-    (a gradient that is zero in exact arithmetic).
+    `scale` is a lower bound for rms(exact) and largest(exact): the size of the summands where the exact result cancels to zero.
     """
 
     def __init__(self, scale: float = 0.0) -> None:
@@ -57,7 +56,7 @@ class Errors:
         self.mismatch = self.mismatch or _mismatch(got, exact)
         if self.mismatch:
             return
-        finite = torch.isfinite(exact.to(got.dtype))  # what float16 cannot hold is Inf
+        finite = torch.isfinite(exact.to(got.dtype))  # a number beyond float16 is Inf
         exact = exact[finite]
         if exact.numel() == 0:
             return
@@ -74,7 +73,7 @@ class Errors:
         self._statistics.append((exact.numel(), *squares.tolist(), *largest.tolist()))
 
     def ratio(self) -> float:
-        """The worse of both errors over what is allowed: above 1 the rule is broken."""
+        """The worse of both errors over its bound: above 1 the rule is broken."""
         if self.mismatch:
             return math.inf
         if self.dtype is None or not self._statistics:
@@ -128,8 +127,8 @@ def settle(
 ) -> dict[str, Errors]:
     """The errors of each output by name, pooled over `runs`: ours, exact and the formula's results of one draw.
 
-    It draws until each output has NUMBERS errors, or for `enough()` draws. Where the rule does not hold by then it goes on for
-    MOST draws at the most. Results in float64 alone need one draw.
+    The loop draws until each output has NUMBERS errors, or for `enough()` draws. Where the rule does not hold by then, the loop
+    goes on to at most MOST draws. Results in float64 alone need one draw.
     """
     pools: dict[str, Errors] = {}
     for n, (ours, exact, formula) in enumerate(runs, 1):
@@ -151,19 +150,19 @@ def _mismatch(got: Tensor, exact: Tensor) -> str:
         return f"shape must be {tuple(exact.shape)}; got {tuple(got.shape)}"
     pattern = exact.to(got.dtype)
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-        ours, wanted = kind(got), kind(pattern)
-        if not torch.equal(ours, wanted):
-            place = (ours != wanted).nonzero()[0].tolist()
-            return f"{kind.__name__} must hold in {int(wanted.sum())} places; got {int(ours.sum())}, first another at {place}"
+        ours, expected = kind(got), kind(pattern)
+        if not torch.equal(ours, expected):
+            place = (ours != expected).nonzero()[0].tolist()
+            return f"{kind.__name__} must hold in {int(expected.sum())} places; got {int(ours.sum())}, first another at {place}"
     return ""
 
 
 def draws(*tensors: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], ...]]:
     """The tensors as they are, then again and again with other numbers, without end.
 
-    Each draw multiplies every floating number by a factor between 0.75 and 1 that jumps about with its magnitude, so equal
-    numbers stay equal: ties, constants, zeros, NaN, Inf, strides and what lies between the elements are kept, and errors are
-    drawn anew. The factors are the same in every run, and the global generators are not touched.
+    Each draw multiplies every floating number by a factor between 0.75 and 1 that varies wildly with its magnitude, so equal
+    numbers stay equal. Ties, constants, zeros, NaN, Inf, strides and the gaps between elements are kept, and errors are drawn
+    anew. The factors are the same in every run, and the global generators stay unchanged.
     """
     yield tuple(dict(x) for x in tensors)
     for n in count(1):
@@ -174,7 +173,7 @@ def draws(*tensors: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], .
 def _drawn(x: Tensor, frequency: float) -> Tensor:
     if not x.is_floating_point() or x.numel() == 0:
         return x
-    whole = x.detach().new_empty(0).set_(x.untyped_storage()).double()  # all of it: an element may stand in several places
+    whole = x.detach().new_empty(0).set_(x.untyped_storage()).double()  # the whole storage: elements may overlap
     factor = 0.875 + 0.125 * torch.sin(frequency * whole.abs().log())
     whole = torch.where(torch.isfinite(factor), factor * whole, whole).to(x.dtype)
     return whole.as_strided(x.shape, x.stride(), x.storage_offset())

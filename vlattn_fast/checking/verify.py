@@ -1,6 +1,6 @@
 """Every operator on every backend and dtype against its formula in float64: `vlattn verify`, and the demo's table of checks.
 
-An error counts in the unit that _tolerance.py allows, pooled over draws of the inputs. A ratio above 1 is a failure.
+Errors are multiples of what tolerance.py allows, pooled over draws of the inputs. A ratio above 1 is a failure.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def backends_of(operator: str) -> Table:
 
 
 def facts_of(operator: str, arguments: Mapping[str, Any]) -> Call:
-    """What the operator asks its backends about a call with these arguments."""
+    """The `Call` that the operator asks its backends about, from a call's arguments."""
     return ops.OPERATORS[operator].describe_call(**arguments)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call: its float64 tensors, and how they become the call's keyword arguments."""
+    """A call: its float64 tensors, and a function from tensors to the call's keyword arguments."""
 
     operator: str
     name: str
@@ -56,7 +56,7 @@ class Case:
 
 
 class Sizes(NamedTuple):
-    """Of the calls that are checked; two samples, two heads, at least as many keys as queries."""
+    """Sizes of the checked calls, which have two samples, two heads, and at least as many keys as queries."""
 
     queries: int = 33
     keys: int = 47
@@ -71,7 +71,7 @@ SMALL = Sizes()
 
 
 def cases(seed: int = 0, sizes: Sizes = SMALL) -> list[Case]:
-    """Calls of every operator that between them use each score, rule and mask. Small ones, unless `sizes` are given."""
+    """Calls of every operator that together use each score, rule and mask; small ones by default."""
     n, m, size, value_size, regions, words, features = sizes
     g = torch.Generator().manual_seed(seed)
 
@@ -103,14 +103,14 @@ def cases(seed: int = 0, sizes: Sizes = SMALL) -> list[Case]:
     shared = {"query": q, "key": k[:, :1], "value": v[:, :1]}
     made.append(_optioned("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
 
-    own = {"query": q, "key": k[:, :, :n], "value": v[:, :, :n], "carrier": randn(2, 3, n)}
+    square_qkv = {"query": q, "key": k[:, :, :n], "value": v[:, :, :n], "carrier": randn(2, 3, n)}
     weight = torch.rand(2, n, generator=g)
     options: dict[str, dict[str, Any]] = {
         "gradient": {},
         "rollout": {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask[:, :n]},
         "row-normalised": {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True},
     }
-    made += [_optioned("relevancy_attention", name, own, chosen) for name, chosen in options.items()]
+    made += [_optioned("relevancy_attention", name, square_qkv, chosen) for name, chosen in options.items()]
     made += [
         _optioned("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}, differentiable=False),
         _optioned(
@@ -178,8 +178,8 @@ def _congruence(kind: str, blocks: Tensors, masks: Tensors) -> Case:
 
 @dataclass(frozen=True)
 class Result:
-    """One operator on one backend in one dtype over all its cases: `ratio` is the worst error in units of what is allowed and
-    `worst` says where; or `reasons` why the backend runs none of them."""
+    """One operator on one backend in one dtype over all its cases. `ratio`: the worst error as a multiple of the allowed one;
+    `worst`: its place; `reasons`: why the backend runs no case."""
 
     operator: str
     backend: str
@@ -256,7 +256,7 @@ def _run(case: Case, tensors: Tensors, backend: str, dtype: torch.dtype | None =
 
     def cotangents(outputs: list[Tensor]) -> list[Tensor]:
         generator = torch.Generator().manual_seed(1)
-        # rounded once, to the coarsest dtype there is, so that every dtype gets the same cotangents
+        # rounded once, to the coarsest dtype, so that every dtype gets the same cotangents
         return [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in outputs]
 
     inputs = {name: x.to(dtype or x.dtype) for name, x in tensors.items()}

@@ -1,8 +1,8 @@
 """Queries and keys of chosen layers of any model, as the congruence losses take them, while the model runs as it is.
 
-Nothing of the model is replaced: a mode of torch sees the attention calls, and the products in front of a softmax where a module
-writes attention out by hand. So dropout, autocast and gradients are those of the model. What torch.compile made of it runs as
-plain Python meanwhile, since compiled code shows no calls.
+The model stays as it is: a mode of torch sees the attention calls, and the products in front of a softmax where a module writes
+attention out by hand. So dropout, autocast and gradients are those of the model. Meanwhile compiled code runs as plain
+Python, since compiled code shows no calls.
 """
 
 from __future__ import annotations
@@ -22,21 +22,19 @@ from vlattn_fast.nn.captured_layer import CapturedLayer, Positions, QueryKey, pa
 def capture_attention(
     model: nn.Module, *, layers: int | Sequence[int] = -1, modality: Mapping[str, str] | None = None
 ) -> AttentionCapture:
-    """A context in which a forward pass of `model` leaves the queries and keys of some layers behind, with their gradients.
+    """A context that keeps the queries and keys of some layers of `model`'s forward pass, with their gradients.
 
-    The last forward pass within it counts, and what it left stays readable behind the context. DDP, FSDP, PEFT and torch.compile
-    are seen through; a compiled model runs uncompiled within.
+    The last forward pass inside the context counts; its layers stay readable after the context. Wrappers (DDP, FSDP, PEFT,
+    torch.compile) are allowed; a compiled model runs uncompiled inside.
 
     Args:
         model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention, this package's, or
             written out by hand as matmul, softmax, matmul.
-        layers: which ones, negative from the end; several give a sequence. They are counted for words, image and both
-            together by themselves.
-        modality: input name -> "text" or "image", for inputs that do not have the usual names (input_ids, pixel_values,
-            visual_feats, ...).
+        layers: an index, negative from the end; several give a sequence. Text, image and joint layers are counted apart.
+        modality: input name -> "text" or "image", for inputs with other names than input_ids, pixel_values, visual_feats, ...
 
     Raises:
-        ValueError: within, a forward pass without such attention, or with fewer layers; an input of unknown modality.
+        ValueError: a forward pass without such attention, or with fewer layers; an input of unknown modality.
 
     >>> import torch
     >>> from vlattn_fast.models import UNITER, UNITERConfig
@@ -52,14 +50,14 @@ def capture_attention(
 
 
 class AttentionCapture:
-    """What `capture_attention` gives: a context, and then the layers. With one layer, its fields are attributes of this."""
+    """The result of `capture_attention`: a context, then a sequence of layers. A single layer's fields are attributes."""
 
     def __init__(self, model: nn.Module, layers: int | Sequence[int], modality: Mapping[str, str] | None) -> None:
         self.model = model
         self._single = isinstance(layers, int)
         asked: Any = tuple(layers) if isinstance(layers, Sequence) else (layers,)
         if not asked or any(isinstance(i, bool) or not isinstance(i, int) for i in asked):
-            raise ValueError(f"layers must be an int, or some; got {layers!r}")
+            raise ValueError(f"layers must be an int or several ints; got {layers!r}")
         self._layers: tuple[int, ...] = asked
         self._modality = check_modality(modality)
         self._captured: list[CapturedLayer] | None = None
@@ -81,22 +79,22 @@ class AttentionCapture:
         self._stack = None
 
     def __len__(self) -> int:
-        return len(self._found())
+        return len(self._layers_of_last_pass())
 
     def __getitem__(self, index: int) -> CapturedLayer:
-        return self._found()[index]
+        return self._layers_of_last_pass()[index]
 
-    def _found(self) -> list[CapturedLayer]:
+    def _layers_of_last_pass(self) -> list[CapturedLayer]:
         if self._captured is None:
             raise ValueError("model must have run within capture_attention; got no forward pass")
         return self._captured
 
     @property
     def layer(self) -> CapturedLayer:
-        """The only layer that was asked for."""
+        """The only captured layer."""
         if not self._single:
             raise ValueError(f"layers must be one index where fields are read directly; got {len(self)}: read capture[i]")
-        return self._found()[0]
+        return self._layers_of_last_pass()[0]
 
     @property
     def text(self) -> QueryKey:
@@ -154,12 +152,12 @@ class AttentionCapture:
         return self.layer.split(num_text_tokens, text=text, image=image)
 
     def _finish(self, calls: Sequence[AttentionCall]) -> None:
-        own = {kinds: _in_order(c for c in calls if c.kinds == c.key_kinds == kinds) for kinds in (TEXT, IMAGE, TEXT | IMAGE)}
+        within = {kinds: _in_order(c for c in calls if c.kinds == c.key_kinds == kinds) for kinds in (TEXT, IMAGE, TEXT | IMAGE)}
         is_image = next((call.image for call in calls if call.image is not None), None)
         across = {
             kinds: _in_order(c for c in calls if (c.kinds, c.key_kinds) == kinds) for kinds in ((TEXT, IMAGE), (IMAGE, TEXT))
         }
-        lengths = {len(found) for found in own.values() if found}
+        lengths = {len(layers) for layers in within.values() if layers}
         if not lengths:
             raise ValueError(
                 "model must have self-attention over all tokens of text or image at once, which modality= tells apart where "
@@ -170,10 +168,10 @@ class AttentionCapture:
                 raise ValueError(f"layers must be among {min(lengths)} layers; got {index}")
         self._captured = [
             CapturedLayer(
-                text=_layer(own[TEXT], index),
-                image=_layer(own[IMAGE], index),
+                text=_layer(within[TEXT], index),
+                image=_layer(within[IMAGE], index),
                 cross=_both(across[TEXT, IMAGE], across[IMAGE, TEXT], index),
-                joint=_layer(own[TEXT | IMAGE], index),
+                joint=_layer(within[TEXT | IMAGE], index),
                 is_image=is_image,
             )
             for index in self._layers
@@ -184,15 +182,15 @@ def _layer(layers: Sequence[QueryKey], index: int) -> QueryKey | None:
     return layers[index] if layers else None
 
 
-def _both(one: Sequence[QueryKey], other: Sequence[QueryKey], index: int) -> tuple[QueryKey, QueryKey] | None:
-    """Cross-attention both ways, in a layer that has it. Layers are counted from the end, where they meet."""
-    last = index if index < 0 else index - len(one)
-    fits = len(one) == len(other) and -len(one) <= last < 0
-    return (one[last], other[last]) if fits else None
+def _both(forth: Sequence[QueryKey], back: Sequence[QueryKey], index: int) -> tuple[QueryKey, QueryKey] | None:
+    """The cross-attention of a layer both ways, or None. Layers are counted from the end, where both ways meet."""
+    last = index if index < 0 else index - len(forth)
+    fits = len(forth) == len(back) and -len(forth) <= last < 0
+    return (forth[last], back[last]) if fits else None
 
 
 def _in_order(calls: Iterable[AttentionCall]) -> list[QueryKey]:
-    """The layers' queries and keys; none where a layer attends part by part, as Qwen-VL's vision tower does, image by image."""
+    """The layers' queries and keys; none where a layer attends part by part, as Qwen-VL's vision tower, image by image."""
     calls = list(calls)
     if any(call.again for call in calls):
         return []

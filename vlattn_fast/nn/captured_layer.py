@@ -1,4 +1,4 @@
-"""A layer that `capture_attention` has seen: its queries and keys, and the scale and mask that the model has beside them."""
+"""A layer that `capture_attention` has seen: its queries and keys, and the model's scale and mask."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast._ground.tensors import scaled_dot_default
-from vlattn_fast.attach.written_scores import hidden, joined
+from vlattn_fast.attach.written_scores import is_masked, joined
 
 Positions = Tensor | Sequence[int]
 
 
 class QueryKey(tuple[Tensor, Tensor]):
-    """The pair (query, key) of one attention of the model, (B, H, N, D) and (B, H, M, D), keys with as many heads as queries.
-
-    It also tells what else the attention is made of: softmax(scale * query key^T + attn_mask), causal where is_causal.
+    """The pair (query, key) of one attention of the model, (B, H, N, D) and (B, H, M, D), keys with as many heads as queries. Its
+    attributes complete the attention softmax(scale * query key^T + attn_mask), causal where is_causal.
 
     Raises:
-        ValueError: an attribute is read where the model does something else to the product, as a soft cap.
+        ValueError: an attribute is read where the model also changes the product otherwise, as by a soft cap.
     """
 
     _options: Mapping[str, Any] | None = None  # attn_mask, is_causal and scale; None = the model does something else
@@ -47,15 +46,15 @@ class QueryKey(tuple[Tensor, Tensor]):
         if flag or mask is None or queries < 2 or mask.shape[-2:] != (queries, keys):
             return flag
         earlier = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
-        return bool((hidden(mask) | earlier).all())
+        return bool((is_masked(mask) | earlier).all())
 
     @property
     def key_mask(self) -> Tensor | None:
-        """bool (B, M), False = a key that no query sees, as padding; None where the model has no mask."""
+        """bool (B, M), False = a key that no query sees, such as padding; None where the model has no mask."""
         mask = self.attn_mask
         if mask is None:
             return None
-        visible = ~hidden(_with_four_dims(mask))
+        visible = ~is_masked(_with_four_dims(mask))
         return visible.any(2).any(1).expand(self[1].shape[0], self[1].shape[2])
 
     def _option(self, name: str) -> Any:
@@ -72,8 +71,8 @@ class QueryKey(tuple[Tensor, Tensor]):
 class CapturedLayer:
     """One layer's queries and keys.
 
-    text, image: of self-attention over words alone, and over image tokens alone. cross: ((text query, image key), (image query,
-    text key)) where the model has cross-attention both ways. joint: of self-attention over words and image tokens together. None
+    text, image: self-attention over words alone, and over image tokens alone. cross: ((text query, image key), (image query, text
+    key)) where the model has cross-attention both ways. joint: self-attention over words and image tokens together. None
     where the model has no such attention. Each pair is a `QueryKey`.
     is_image: bool (N) or (B, N), which tokens of `joint` are of the image; None where the model's run does not show it.
     """
@@ -86,7 +85,7 @@ class CapturedLayer:
 
     @property
     def sequence(self) -> QueryKey:
-        """Of the sequence that words and image tokens share, or of the only one that there is. ValueError where there are two."""
+        """The pair of the joint sequence, or of the only sequence. ValueError where the layer has two sequences."""
         if self.joint is None and self.text is not None and self.image is not None:
             raise ValueError("model must have self-attention over joint tokens by themselves; got attention over text, image")
         pair = self.joint or self.text or self.image
@@ -125,19 +124,17 @@ class CapturedLayer:
     def split(
         self, num_text_tokens: int | None = None, *, text: Positions | None = None, image: Positions | None = None
     ) -> tuple[QueryKey, QueryKey, None]:
-        """(text, image, cross) of one sequence, as `congruence_loss` takes them; cross is None, since one attention serves for
-        all.
+        """(text, image, cross) of a joint sequence, as arguments of `congruence_loss`; cross is None: all share one attention.
 
         Args:
-            num_text_tokens: how many words stand first; all tokens behind them are of the image.
-            text, image: positions (int), or bool (N) or (B, N); one of them alone leaves the rest to the other. Parts keep the
-                order of the sequence.
+            num_text_tokens: the number of words, which stand in front of all image tokens.
+            text, image: positions (int), or bool (N) or (B, N); where one is None, it has all other tokens. The order stays.
 
-        Without arguments the tokens are parted as the model put them together (`is_image`).
+        Without arguments, the tokens are parted by `is_image`, as the model joined them.
 
         Raises:
-            ValueError: the model attends to words and image apart; the image does not stand behind `num_text_tokens` words;
-                rows of a batch that have different numbers of words.
+            ValueError: the model attends to words and image apart; the image does not stand behind `num_text_tokens` words; rows
+                of a batch differ in the number of words.
         """
         if self.joint is None:
             has = "attention over " + " and over ".join(x for x in ("text", "image") if getattr(self, x) is not None)
@@ -152,7 +149,7 @@ class CapturedLayer:
         if of_text is None and of_image is None:
             if self.is_image is None:
                 raise ValueError(
-                    "num_text_tokens, text or image must be given where the model's run does not show them; got None"
+                    "num_text_tokens, text or image must be given where the model's run does not show the image tokens; got None"
                 )
             of_image = self.is_image.cpu()
         if of_text is None:
@@ -164,7 +161,7 @@ class CapturedLayer:
         return _at(self.joint, of_text, "text"), _at(self.joint, of_image, "image"), None
 
     def _behind(self, num_text_tokens: int, size: int) -> Tensor:
-        """bool (N), the tokens behind so many words. ValueError where the image stands elsewhere."""
+        """bool (N), the tokens behind the words. ValueError where the image stands elsewhere."""
         if isinstance(num_text_tokens, bool) or not isinstance(num_text_tokens, int) or not 0 <= num_text_tokens <= size:
             raise ValueError(f"num_text_tokens must be from 0 to {size}, the tokens; got {num_text_tokens!r}")
         behind = torch.arange(size) >= num_text_tokens
@@ -207,7 +204,7 @@ def _chosen(name: str, positions: Any, shape: tuple[int, int]) -> Tensor | None:
 
 
 def _at(pair: QueryKey, chosen: Tensor, name: str) -> QueryKey:
-    """Of self-attention, the tokens that are chosen: bool (N) or (B, N)."""
+    """The chosen tokens, bool (N) or (B, N), of a self-attention."""
     counts = sorted(set(chosen.reshape(-1, chosen.shape[-1]).sum(1).tolist()))
     if len(counts) > 1:
         raise ValueError(f"{name} must be as many tokens in each row; got {counts[0]} to {counts[-1]}: pass rows by themselves")

@@ -1,4 +1,4 @@
-"""The congruence losses as a module for training loops, and the schedule that their authors weight them with."""
+"""The congruence losses as a module for training loops, and their authors' schedule."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ SCHEDULES = ("linear", "exp", "log", "const")
 
 
 class CongruenceLoss(nn.Module):
-    """A congruence loss for a training loop: `vlattn_fast.congruence_loss`, its schedule, and what `capture_attention` hands out.
+    """A congruence loss for a training loop: `vlattn_fast.congruence_loss` on tensors or on a capture, with a schedule.
 
     CACR is tiny for a fresh model, whose maps are close to uniform on both sides of the divergence: 3e-4 with 7 words and 5
-    regions, 2e-6 with 60 and 100. It is larger where attention is sharp. IAIS is 0.01 there, and about 1 where it is sharp. The
-    authors of both add the loss as it is times the schedule's weight, and sum the task's loss over a batch of one positive and
-    31 negatives, so `weight` is worth a search.
+    regions, 2e-6 with 60 and 100. IAIS is then 0.01, and about 1 for sharp attention, where CACR is larger, too. The authors add
+    the loss times the schedule's weight to the task's loss, summed over one positive and 31 negatives, so `weight` is worth a
+    search.
 
-    The blocks are softmaxes of their own, over all words or all image tokens, also where the model's layer is causal or masks
-    pairs of tokens: the losses are defined so. Of a layer's mask only padding has a part in them.
+    By definition each block is a softmax of its own over all words or all image tokens, also where the model's layer is causal or
+    masks pairs of tokens. The blocks follow a layer's mask for padding alone.
 
     Args:
         kind, direction, scale, reduction, backend: as in `vlattn_fast.congruence_loss`; direction also "alternate": "image" at
             the first call and every second one from there, "text" at the others, as the official training does.
         schedule: "linear", "exp", "log" or "const", see `training_signal_annealing`; needs num_steps unless "const".
-        num_steps: of the training; from there on the schedule's weight stays.
+        num_steps: steps of the training; the schedule's weight stays from there on.
         weight: multiplies the loss, beside the schedule.
 
-    Where the schedule or "alternate" asks for the step, the module counts its calls in training mode; the count is part of its
-    state. A call's `step` says otherwise, as where several calls make one step of the optimizer; such a call is not counted.
-    torch.compile would compile a module with a schedule anew for each step: leave it out there.
+    Where the schedule or "alternate" needs the step, the module counts its calls in training mode; the count is part of its
+    state. A call with `step` is not counted: pass `step` where several calls make one step of the optimizer. Do not compile a
+    module with a schedule: torch.compile would compile it anew for each step.
 
     >>> import torch
     >>> loss = CongruenceLoss("iais_singular", direction="text")
@@ -85,15 +85,14 @@ class CongruenceLoss(nn.Module):
         *,
         step: int | None = None,
     ) -> Tensor:
-        """The weighted loss of (query, key) of words and of image tokens, or of what `capture_attention` hands out.
+        """The weighted loss of (query, key) of words and of image tokens, or of a capture.
 
         Args:
-            text, image, cross, text_mask, image_mask: as in `vlattn_fast.congruence_loss`. A capture takes the place of text,
-                image and cross. Its layer's own scale holds unless the module has one, and its own mask says which words and
-                image tokens are padding unless text_mask or image_mask do. Where words and image are one sequence, it is parted
-                as the model put it together; where the model's run does not show that, text_mask (B, L) tells how many tokens
-                are words, which come first.
-            step: of the training, from 0; default: the calls in training mode so far that did not say it.
+            text, image, cross, text_mask, image_mask: as in `vlattn_fast.congruence_loss`. A capture replaces text, image and
+                cross. The captured layer's scale holds unless the module has one; its mask marks padding unless text_mask or
+                image_mask do. A joint sequence is parted as the model joined it; where the model's run does not show that, the
+                length L of text_mask (B, L) is the number of words, which come first.
+            step: of the training, from 0; default: the number of earlier calls in training mode without a step.
         """
         scale = self.scale
         if isinstance(text, AttentionCapture | CapturedLayer):

@@ -79,7 +79,7 @@ class ScanLoss(nn.Module):
 
 
 def triplet_loss(similarity: Tensor, same: Tensor, margin: float = 0.2, hardest: bool = True) -> Tensor:
-    """The sum of `ScanLoss` over similarities (B, B) of any origin; same: bool (B, B), pairs that are no false ones."""
+    """The sum of `ScanLoss` over any similarities (B, B); same: bool (B, B), the pairs that are not false."""
     true = similarity.diagonal()
     captions_of = (margin + similarity - true[:, None]).clamp(min=0).masked_fill(same, 0.0)
     images_of = (margin + similarity - true[None, :]).clamp(min=0).masked_fill(same, 0.0)
@@ -94,8 +94,8 @@ class DamsmLoss(nn.Module):
     """AttnGAN's word-level matching loss over `damsm_similarity` (Xu et al., CVPR 2018, equations 10 to 12).
 
     With R_ij the score of image i and caption j: -log softmax_j(gamma3 R_ij) - log softmax_i(gamma3 R_ij) at j = i, averaged over
-    the batch. The sentence-level part of the paper's loss is a cosine of two vectors and not here. R is that of the authors'
-    code, gamma2 times the paper's.
+    the batch. The paper's sentence-level loss, a cosine of two vectors, is left out. R is gamma2 times the paper's R, as in the
+    authors' code.
 
     Args:
         gamma1, gamma2: see `damsm_similarity`. gamma3: factor in the softmax over images and over captions.
@@ -134,8 +134,8 @@ class DamsmLoss(nn.Module):
         same = _same(scores, ids)
         if not len(scores):
             return scores.sum()
-        others = same & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        scores = scores.masked_fill(others, -torch.inf)
+        equal_ids = same & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(equal_ids, -torch.inf)
         true = torch.arange(len(scores), device=scores.device)
         return nn.functional.cross_entropy(scores, true) + nn.functional.cross_entropy(scores.T, true)
 
@@ -144,7 +144,7 @@ class DamsmLoss(nn.Module):
 
 
 def _same(similarity: Tensor, ids: Tensor | None) -> Tensor:
-    """bool (B, B): pairs that are true, or count as such."""
+    """bool (B, B): pairs that are true, or have equal ids."""
     pairs, captions = similarity.shape
     if pairs != captions:
         raise ValueError(f"captions must be as many as images, pair by pair; got {captions} for {pairs} images")

@@ -1,8 +1,8 @@
-"""Another score function in the attention of a model that exists already, in place, with its projections as they are.
+"""Puts another score function into the attention of an existing model, in place, with its projections unchanged.
 
-transformers' models look their attention function up by the name in a module's config: a replaced module gets a copy of it that
-names ours. Of models that write attention out by hand, the forward of the instance is replaced. The parameters of a learned score
-become a part of the attention module, `attention_score`, so that they are trained, moved and saved with the model.
+transformers' models look up their attention function by the name in a module's config: a replaced module gets a copy of the
+config that names our function. In models that write attention out by hand, the forward of the instance is replaced. The
+parameters of a learned score become a part of the attention module, `attention_score`, so the model trains, moves and saves them.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ def replace_attention(
     score_options: dict[str, Any] | None = None,
     backend: str = "auto",
 ) -> ReplacedAttention:
-    """Puts a score function into the attention of `model`, in place; gives the handle that puts everything back.
+    """Puts a score function into the attention of `model`, in place; returns a handle that puts everything back.
 
-    With "scaled_dot" the outputs stay what they are. A score with parameters has new ones, drawn as `ScoreAttention` draws them,
-    so the model wants training. Dropout of attention weights, masks, causality and grouped heads are those of the model. Replaced
-    models can be explained, exported and compiled; compile after replacing.
+    "scaled_dot" keeps the outputs. A score with parameters gets new ones, drawn as in `ScoreAttention`, so the model needs
+    training. Dropout of attention weights, masks, causality and grouped heads are those of the model. Replaced models can be
+    explained, exported and compiled; compile after replacing.
 
     Args:
-        model: a transformers model whose attention goes through its interface (BERT, ViT, CLIP, decoders, ...) or is that of
-            LXMERT, ViLT, VisualBERT, FLAVA. Wrappers are seen through. Attention of other kinds beside it, as T5's in a BLIP-2,
-            stays as it is: the handle's `scores` lists what is replaced.
+        model: a transformers model, or a wrapper around one, whose attention goes through transformers' interface (BERT, ViT,
+            CLIP, decoders, ...) or is that of LXMERT, ViLT, VisualBERT, FLAVA. Attention of other kinds, as T5's in a BLIP-2,
+            stays unchanged: the handle's `scores` lists the replaced modules.
         score, per_head, score_options, backend: as in `ScoreAttention`.
-        layers: None = all; an index or several, counted in each list of layers, negative from the end; or a function that says by
-            the path of an attention module whether it is replaced, as `lambda path: "visual_attention" in path`.
+        layers: None = all; an index or several, counted in each list of layers, negative from the end; or a function of an
+            attention module's path that returns whether to replace it, as `lambda path: "visual_attention" in path`.
 
     Returns:
-        A handle; `handle.restore()`, or leaving it as a context manager, puts the model's own attention back.
+        A handle; `handle.restore()`, or the end of a `with` block, puts the model's attention back.
 
     Raises:
-        ValueError, TypeError: a model without such attention, or whose attention is replaced already; layers that it lacks.
+        ValueError, TypeError: a model without such attention, or with replaced attention; layers that the model lacks.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -68,24 +68,24 @@ def replace_attention(
     check_bool(per_head=per_head)
     check_choice("backend", backend, BACKEND_NAMES)
     inner = unwrapped(model)
-    found = dict(_attention_of(inner))
-    if not found:
+    attention = dict(_attention_of(inner))
+    if not attention:
         raise ValueError(
-            "model must be of transformers, with attention by its interface, or LXMERT's, ViLT's, VisualBERT's or FLAVA's; got "
-            f"{type(inner).__name__} without"
+            "model must be a transformers model with attention by its interface, LXMERT, ViLT, VisualBERT or FLAVA; got "
+            f"{type(inner).__name__}"
         )
-    chosen = [path for path in found if _is_chosen(path, found, layers)]
+    chosen = [path for path in attention if _is_chosen(path, attention, layers)]
     if not chosen:
-        raise ValueError(f"layers must choose some of {', '.join(found)}; got {layers!r}")
+        raise ValueError(f"layers must choose some of {', '.join(attention)}; got {layers!r}")
     for path in chosen:
-        if hasattr(found[path], REPLACED):
-            raise ValueError(f"model must have its own attention; that of '{path}' is replaced already, restore it first")
-    made = {path: make_score(score, *_sizes(path, found[path]), per_head, score_options) for path in chosen}
+        if hasattr(attention[path], REPLACED):
+            raise ValueError(f"model must have its own attention; that of '{path}' is replaced already: restore it first")
+    made = {path: make_score(score, *_sizes(path, attention[path]), per_head, score_options) for path in chosen}
     replaced: dict[str, nn.Module] = {}
     try:
         for path, each in made.items():
-            _replace(found[path], each, backend)
-            replaced[path] = found[path]
+            _replace(attention[path], each, backend)
+            replaced[path] = attention[path]
     except BaseException:
         for module in replaced.values():
             _restore(module)
@@ -94,9 +94,9 @@ def replace_attention(
 
 
 class ReplacedAttention:
-    """What `replace_attention` has changed.
+    """The handle of `replace_attention`.
 
-    scores: path of each replaced attention -> its score, a module where it has parameters.
+    scores: path of each replaced attention -> its score, a module where the score has parameters.
     """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
@@ -104,7 +104,7 @@ class ReplacedAttention:
         self.scores: dict[str, nn.Module | str] = {path: getattr(module, REPLACED) for path, module in modules.items()}
 
     def restore(self) -> None:
-        """The model's own attention again, without the scores' parameters. A second call changes nothing."""
+        """Puts the model's attention back, without the scores' parameters. A second call changes nothing."""
         for module in self._modules.values():
             _restore(module)
         self._modules = {}
@@ -149,11 +149,11 @@ def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
 def _sizes(path: str, module: nn.Module) -> tuple[int, int]:
     sizes = _sizes_of(module)
     if sizes is None:
-        raise ValueError(f"model must tell the number and size of its heads; got '{path}' ({type(module).__name__}) without")
+        raise ValueError(f"model must have attention with a number and size of heads; got '{path}' ({type(module).__name__})")
     return sizes
 
 
-def _is_chosen(path: str, found: dict[str, nn.Module], layers: Layers) -> bool:
+def _is_chosen(path: str, attention: dict[str, nn.Module], layers: Layers) -> bool:
     if layers is None:
         return True
     if callable(layers):
@@ -162,7 +162,7 @@ def _is_chosen(path: str, found: dict[str, nn.Module], layers: Layers) -> bool:
     if any(isinstance(i, bool) or not isinstance(i, int) for i in asked):
         raise TypeError(f"layers must be None, an int, several, or a function of a path; got {layers!r}")
     name, index = split_path(path)
-    count = 1 + max(i for n, i in map(split_path, found) if n == name)
+    count = 1 + max(i for n, i in map(split_path, attention) if n == name)
     for i in asked:
         if not -count <= i < count:
             raise ValueError(f"layers must be from {-count} to {count - 1} in '{name}'; got {i}")
@@ -181,13 +181,13 @@ def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
     setattr(module, REPLACED, score)
     module._attention_backend = backend  # type: ignore[assignment]
     if with_core(type(module), _by_hand) is not None:
-        attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"  # which accelerate's hooks call
+        attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"  # accelerate's hooks call the former
         module._attention_forward = attribute, vars(module).get(attribute)  # type: ignore[assignment]
         setattr(module, attribute, functools.partial(_forward, module))
         return
     module._attention_registered = _Registered()  # type: ignore[assignment]
     config = module.config
-    setattr(module, RULE, None)  # as the model's own config says at each call
+    setattr(module, RULE, None)  # the model's config decides at each call
     module._attention_config = config
     named = copy.copy(config)
     setattr(named, CONFIG_NAME, _NAME)
@@ -211,7 +211,7 @@ def _restore(module: nn.Module) -> None:
 
 
 class _Registered:
-    """Makes our function known to transformers: also in another process, which reads a replaced module from a file."""
+    """Makes our function known to transformers, also in another process that reads a replaced module from a file."""
 
     def __init__(self) -> None:
         from transformers import AttentionInterface
@@ -223,7 +223,7 @@ class _Registered:
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-    """The forward of a module that writes attention out by hand. At the top of this file, where pickle finds it."""
+    """The forward of a module that writes attention out by hand; a module-level function, so that pickle finds it."""
     forward = with_core(type(module), _by_hand)
     assert forward is not None
     return forward(module, *args, **kwargs)
@@ -241,7 +241,7 @@ def _by_interface(
 ) -> tuple[Tensor, None]:
     """transformers' attention contract, with the score of the module."""
     key_mask = None
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:  # as flash attention gets it
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:  # the mask of flash attention
         attention_mask, key_mask = None, attention_mask.bool()
     elif attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Multi-head attention with any score function, as a layer that learns the score's parameters too."""
+"""A multi-head attention layer with any score function, whose parameters it learns."""
 
 from __future__ import annotations
 
@@ -39,13 +39,12 @@ ScoreFactory = Callable[[int, int], nn.Module]
 
 
 class LearnedScore(nn.Module):
-    """The parameters of one score function; calling it gives the object of vlattn_fast.scores made of them.
+    """The parameters of one score function; a call returns the object of vlattn_fast.scores with these parameters.
 
     Args:
         kind: a key of LEARNED.
-        num_heads, head_dim: sizes. per_head: parameters of its own for each head instead of shared ones.
-        options: of the class in vlattn_fast.scores, such as projects="query" or activation="tanh"; activated_general has
-            activation="sigmoid" unless told otherwise.
+        num_heads, head_dim: sizes. per_head: separate parameters for each head.
+        options: of the class in vlattn_fast.scores, as projects="query"; activated_general has activation="sigmoid" by default.
     """
 
     def __init__(self, kind: str, num_heads: int, head_dim: int, *, per_head: bool = False, **options: Any) -> None:
@@ -58,23 +57,23 @@ class LearnedScore(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(num_heads, *shape) if per_head else torch.empty(shape)))
         self.reset_parameters()
         token = next(self.parameters()).new_zeros(1, num_heads, 1, head_dim)
-        self().check(token, token)  # the class refuses options that it does not take
+        self().check(token, token)  # the class refuses wrong options
 
     def reset_parameters(self) -> None:
-        """Matrices and vector with variance 1/D, which keeps the size of what they are applied to; bias 0."""
+        """Matrices and vector with variance 1/D, which keeps the variance of their products; bias 0."""
         for name, parameter in self.named_parameters():
             bound = 0.0 if name == "bias" else math.sqrt(3.0 / parameter.shape[-1])
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self) -> scores.Score:
-        # by attribute, as pruning and parametrizations of torch put what they make of a parameter under its name
+        # by attribute: torch's pruning and parametrizations put the changed parameter under its name
         return self.make(**{name: getattr(self, name) for name in self.names}, **self.options)
 
 
 def make_score(
     score: str | ScoreFactory, num_heads: int, head_dim: int, per_head: bool, options: dict[str, Any] | None
 ) -> nn.Module | str:
-    """The score of a layer: a module where it has parameters, else its name. per_head says nothing of a score without any."""
+    """The score of a layer: a module where the score has parameters, else its name. per_head concerns parameters alone."""
     if options is not None and not isinstance(options, dict):
         raise TypeError(f"score_options must be a dict or None; got {describe(options)}")
     options = {} if options is None else options
@@ -100,9 +99,9 @@ class ScoreAttention(nn.Module):
         embed_dim: C of the query, and of key and value unless kdim and vdim say otherwise. num_heads: divides embed_dim.
         score: "dot", "scaled_dot", "cosine", "general", "biased_general", "activated_general", "additive", "hadamard"; or
             a function (num_heads, head_dim) -> module whose call without arguments gives an object of vlattn_fast.scores.
-        per_head: whether each head has score parameters of its own, where the score has any.
+        per_head: whether each head has its own score parameters.
         dropout: probability of dropping an attention weight while training.
-        bias: whether the four projections have one.
+        bias: whether the four projections have a bias.
         batch_first: inputs and output are (B, N, C); False: (N, B, C).
         scale, backend: as in vlattn_fast.score_attention.
         score_options: options of the score's class in vlattn_fast.scores.
@@ -169,7 +168,7 @@ class ScoreAttention(nn.Module):
 
         Args:
             key_padding_mask: as in nn.MultiheadAttention: bool (B, M), True = padding, or float (B, M), which is added.
-            key_mask: the same the other way round: bool (B, M), True = a real token. One of the two.
+            key_mask: bool (B, M), True = a real token; excludes key_padding_mask.
             need_weights: also return the attention's head mean (B, N, M), a constant, made without a map per head.
             attn_mask: bool, True = may attend (as SDPA has it, the opposite of nn.MultiheadAttention), or float (added);
                 broadcastable to (B, H, N, M).
@@ -238,7 +237,7 @@ class ScoreAttention(nn.Module):
 def _without_padding(
     padding: Tensor, attn_mask: Tensor | None, query: Tensor, key: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """key_mask and attn_mask that stand for nn.MultiheadAttention's key_padding_mask (B, M)."""
+    """key_mask and attn_mask equivalent to nn.MultiheadAttention's key_padding_mask (B, M)."""
     shape = key.shape[0], key.shape[2]
     check_tensor("key_padding_mask", padding, rank=2, shape="(B, M)")
     if padding.shape != shape:

@@ -1,8 +1,8 @@
-"""The operators: the one table of them, and what is asked of each by name.
+"""The operators, and the one table of them.
 
-Every module here has the operator's name. It holds the public call of that name, `BACKENDS` (name to `Backend`, in the order in
-which "auto" takes them) and `describe_call(**arguments)`, which checks the arguments of the public call and gives the `Call` that
-backends are asked about.
+Every module here has an operator's name. The module holds the public call of that name, `BACKENDS` (name to `Backend`, in the
+order in which "auto" takes them) and `describe_call(**arguments)`, which checks the arguments of the public call and returns the
+`Call` that describes them to backends.
 
 In: the arguments of a public call.
 Out: its result, differentiable.

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why each of the others does not: one table per operator, read without a tensor or a GPU."""
+"""Which backend runs a call, and why each other backend does not: one table per operator, read without a tensor or a GPU."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cud
 
 
 class Call(NamedTuple):
-    """What the limits of backends read of a call. It holds no tensor, so a laptop can ask what a backend refuses on a GPU."""
+    """The facts of a call that backends' limits read. It holds no tensor, so a laptop can ask what a backend refuses on a GPU."""
 
     operator: str
     dtype: torch.dtype
     device_type: str
     sizes: dict[str, int]
     flags: dict[str, Any]
-    capability: tuple[int, int] | None = None  # of the CUDA device; None where it is another or not known
+    capability: tuple[int, int] | None = None  # of the CUDA device; None for other or unknown devices
 
     def __str__(self) -> str:
         device = (
@@ -51,10 +51,10 @@ def make_call(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[s
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device; None for other devices, and where it cannot be asked."""
+    """The compute capability of a CUDA device; None for other and absent devices."""
     if device.type != "cuda":
         return None
-    if not torch.compiler.is_compiling():  # traced code would get guards on the cache; the capability itself becomes a constant
+    if not torch.compiler.is_compiling():  # in traced code the capability is a constant, the cache needs guards
         if device.index not in _CAPABILITIES:
             _CAPABILITIES[device.index] = _capability(device)
         return _CAPABILITIES[device.index]
@@ -65,7 +65,7 @@ _CAPABILITIES: dict[int | None, tuple[int, int] | None] = {}
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    if not torch.cuda.is_available():  # tensors without memory may name a device that is not here
+    if not torch.cuda.is_available():  # tensors without memory may name an absent device
         return None
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
@@ -227,9 +227,9 @@ def select(backends: Table, call: Call, backend: Any) -> str:
 def choose(
     describe: Callable[..., Call], backends: Table, backend: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]
 ) -> str:
-    """`select` with a cache. It gives select(backends, describe(*tensors, *options), backend), where `describe` checks the
-    arguments of the public call. Both are skipped where an earlier call had the same key: looking it up is faster. Errors are not
-    cached. stacked_cross_attention, whose checks read values, and congruence_loss, whose arguments nest, call `select` directly.
+    """select(backends, describe(*tensors, *options), backend) with a cache, where `describe` checks the arguments of the public
+    call. A call with the key of an earlier one skips both. Errors are not cached. stacked_cross_attention, whose checks read
+    values, and congruence_loss, whose arguments nest, call `select` directly.
     """
     key = None if torch.compiler.is_compiling() else _cache_key(describe, tensors, (*options, backend))
     chosen = None if key is None else _CHOSEN.get(key)
@@ -248,8 +248,8 @@ _SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.A
 
 
 def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Everything that checks and refusals read. They read no value of a tensor. None where they may read more, so that nothing is
-    cached: for subclasses of tensors, forward-mode tangents, and options that are neither plain values nor score functions."""
+    """All that checks and refusals read, which is no tensor's values. None, so that nothing is cached, where they may read more:
+    subclasses of tensors, forward-mode tangents, options that are neither plain values nor score functions."""
     kinds = tuple(map(type, options))  # since 1 is equal to True
     if not _PLAIN.issuperset(kinds):
         tensors, options = _unpack_scores(tensors, options)
@@ -280,12 +280,12 @@ def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options:
 
 
 def _unpack_scores(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Replaces a score function among the options by the name of its class and its fields. A field that is a tensor goes to the
-    tensors and leaves its name among the options."""
+    """Replaces a score function among the options by the name of its class and its fields. Fields that are tensors move to the
+    tensors; their names stay among the options."""
     parameters: list[Any] = []
     plain: list[Any] = []
     for x in options:
-        if type(x) not in _SCORES:  # a subclass may check what is not in its fields
+        if type(x) not in _SCORES:  # a subclass may check more than its fields
             plain.append(x)
             continue
         plain.append(type(x).__name__)
@@ -304,6 +304,6 @@ def lse_dtype(backend: Backend, query: Tensor) -> torch.dtype:
 
 
 def load(backends: Table, name: str) -> ModuleType:
-    """The backend's module. torch.compile cannot trace an import, so a module that is imported already comes from sys.modules."""
+    """The backend's module, from sys.modules where possible: torch.compile cannot trace an import."""
     module = sys.modules.get(backends[name].module)
     return importlib.import_module(backends[name].module) if module is None else module

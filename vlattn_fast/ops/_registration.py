@@ -1,7 +1,7 @@
 """Registration of the operators with torch.library under the namespace `vlattn`, and a fast path past torch's dispatcher.
 
 For an operator written in Python the dispatcher takes longer than a kernel on small tensors: 15 microseconds, 45 where autograd
-records the call, 20 in the backward pass. Where it would do nothing but autograd, the fast path calls the kernel, in an
+records the call, 20 in the backward pass. Where the dispatcher would only do autograd, the fast path calls the kernel, in an
 autograd.Function if a gradient is needed.
 """
 
@@ -40,8 +40,8 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
     `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The function that is
     returned, `implementation` and `fake` take one of it.
 
-    torch.compile makes a graph for each value of a float that an operator takes. So an operator with floats gets a twin that
-    takes 0-dim tensors in their places: compiled code calls it where a float varies.
+    torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors in
+    their places, which compiled code calls where a float varies.
     """
     types = {field: _TYPES[kind] for field, kind in get_type_hints(inputs_type).items()}
     _INPUTS[name] = inputs_type
@@ -90,10 +90,9 @@ def _keys(*names: str) -> Any:
 
 
 def _needs_only_autograd(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher would do nothing for an operator on these tensors but call autograd and the kernel.
-
-    It would do more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in modes (of
-    dispatch, of functions, vmap, tracing), and for a profiler, which shows operators by name.
+    """Whether the dispatcher would only call autograd and the kernel for an operator on these tensors. The dispatcher does more
+    for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in modes (of dispatch, of
+    functions, vmap, tracing), and for a profiler, which shows operators by name.
     """
     if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled():
         return False
@@ -107,7 +106,7 @@ def _needs_only_autograd(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel of the fast path: as in `_register` autocast is off, and no output is a view, since autograd tracks none."""
+    """The kernel of the fast path. As in `_register`, autocast is off and no output is a view, since autograd tracks none."""
 
     def kernel(inputs: Any) -> Any:
         with _C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
@@ -118,8 +117,8 @@ def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 try:
     _ABOVE_KERNELS = _keys("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
-    _OTHER_TENSOR_KEYS = ~(_ABOVE_KERNELS | _keys("CPU", "CUDA")).raw_repr()  # all but those of an ordinary tensor
-    _OTHER_THREAD_KEYS = ~_keys("BackendSelect", "ADInplaceOrView").raw_repr()  # all but those that every thread has
+    _OTHER_TENSOR_KEYS = ~(_ABOVE_KERNELS | _keys("CPU", "CUDA")).raw_repr()  # all keys but an ordinary tensor's
+    _OTHER_THREAD_KEYS = ~_keys("BackendSelect", "ADInplaceOrView").raw_repr()  # all keys but every thread's
     _AUTOGRAD = _keys("AutogradCPU").raw_repr() & ~_keys("CPU").raw_repr()
     _C._any_requires_grad(torch.empty(0))
     _C._dispatch_tls_local_exclude_set().raw_repr()
@@ -166,8 +165,8 @@ def _register(
 ) -> Any:
     """The registered operator; `types` of the schema by field.
 
-    Autocast is off inside: the public calls cast their arguments, and it would round the float32 products of a tile. No output
-    is a view to autograd, whatever the backend made it from, so that a caller may edit it in place.
+    Autocast is off inside: the public calls cast their arguments, and autocast would round the float32 products of a tile. No
+    output is a view to autograd, so that a caller may edit every output in place.
     """
     schema = f"{name}({', '.join(f'{kind} {field}' for field, kind in types.items())}) -> {returns}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -185,7 +184,7 @@ def _register(
 
 
 def _without_views(outputs: Any) -> Any:
-    """The same memory in tensors that are no views; it copies nothing."""
+    """The same memory, without copies, in tensors that are no views."""
     if not isinstance(outputs, Tensor):
         return type(outputs)([_without_views(x) for x in outputs])
     if outputs._base is None:
@@ -240,7 +239,7 @@ class Saved:
 
 
 def not_differentiable(name: str, why: str) -> None:
-    """Makes a backward pass through the operator an error that says why, where torch would give silence or jargon."""
+    """Makes a backward pass through the operator an error that says why; torch's own would be silent or jargon."""
 
     def backward(ctx: Any, *grads: Any) -> dict[str, Any]:
         raise RuntimeError(f"vlattn::{name}: {why}")
@@ -252,6 +251,6 @@ def not_differentiable(name: str, why: str) -> None:
 
 
 def once_differentiable(name: str) -> None:
-    """For a backward operator: second derivatives are refused."""
+    """Refuses second derivatives, for a backward operator."""
     stem = name.removesuffix("_backward")
     not_differentiable(name, f"{stem} has no second derivative; it is once differentiable (create_graph=True asked for more)")

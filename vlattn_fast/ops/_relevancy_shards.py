@@ -1,7 +1,7 @@
-"""Relevancy where several processes share the heads: Abar is a mean over all of them.
+"""Relevancy where several processes share the heads: Abar is a mean over all heads.
 
-r Abar is linear in Abar, so each process takes its heads' part of it and the parts are summed. Rows of Abar that are divided by
-their sums need the sums over all heads first: one more all-reduce, of (B, N).
+r Abar is linear in Abar, so each process computes its heads' part, and an all-reduce adds the parts. Normalised rows of Abar need
+their sums over all heads first: one more all-reduce, of (B, N).
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def _normalized(rows: Tensor, x: Local, grad_output: Tensor | None, shards: Shar
 
 
 class _Normalized(torch.autograd.Function):
-    """The identity on the output of attention. Its backward pass takes the carrier's cotangent r to this process's part of
-    r * a + (r * b) Abar."""
+    """The identity on the output of attention. Backward: the cotangent r becomes this process's part of r * a + (r * b) Abar."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, carrier: Tensor, x: Local, shards: Shards) -> tuple[Tensor, Tensor]:

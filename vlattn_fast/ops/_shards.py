@@ -1,7 +1,7 @@
 """Operators on DTensors that are sharded over the batch or the heads: each process runs the operator on its part.
 
-Only what is averaged over heads moves between processes: one all-reduce of the result. The placements of the first tensor say
-how a call is divided; the other tensors have the same, or are replicated and cut to it.
+Processes exchange only means over heads: one all-reduce of the result. The placements of the first tensor say how a call is
+divided; the other tensors have the same placements, or are replicated and cut.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlattn_fast._ground.checks import describe
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Dims = tuple[int, int | None]  # where a tensor has its batch and its heads, counted from the last dimension
+Dims = tuple[int, int | None]  # places of batch and heads, counted from the last dimension
 ATTENTION: Dims = (-4, -3)  # (B, H, N, D)
 ROWS: Dims = (-3, None)  # (B, T, N)
 TOKENS: Dims = (-2, None)  # (B, N), and (N) that has no batch
@@ -28,7 +28,7 @@ MASKS: dict[str, Dims] = {"attn_mask": ATTENTION, "key_mask": TOKENS}
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether `x` is a DTensor. Where nobody imported them there are none."""
+    """Whether `x` is a DTensor; never where DTensors are not imported."""
     distributed: Any = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(x, distributed.DTensor)
 
@@ -37,7 +37,7 @@ class Shards:
     """How a call is divided on the mesh of its first tensor.
 
     Args:
-        name, first, dims: what the call calls that tensor, the tensor, and where it has its batch and heads.
+        name, first, dims: that tensor's name in the call, the tensor, and the places of its batch and heads.
     """
 
     def __init__(self, name: str, first: Any, dims: Dims) -> None:
@@ -45,7 +45,7 @@ class Shards:
         self.kinds = [self._kind(placement) for placement in first.placements]
 
     def _kind(self, placement: Any) -> str:
-        """What one dimension of the mesh divides: "batch", "heads", or nothing ("whole")."""
+        """The part that one dimension of the mesh divides: "batch", "heads", or nothing ("whole")."""
         if placement.is_replicate():
             return "whole"
         if placement.is_shard():
@@ -56,7 +56,7 @@ class Shards:
         raise ValueError(f"{self.name} must be replicated or sharded over {where}; got {_shown(self.first)}")
 
     def _divided(self, kind: str, dims: Dims) -> tuple[int | None, int | None]:
-        """The dimension that `kind` divides, of a tensor with `dims` and of the first tensor; None where there is none."""
+        """The dimensions that `kind` divides in a tensor with `dims` and in the first tensor; None = absent."""
         return {"batch": (dims[0], self.dims[0]), "heads": (dims[1], self.dims[1])}.get(kind, (None, None))
 
     @property
@@ -70,10 +70,10 @@ class Shards:
         return 1.0 if dim is None else self.first.to_local().shape[dim] / self.first.shape[dim]
 
     def check_heads(self) -> None:
-        """Each process has a head: where maps are reduced over heads, one without would raise while the others wait for it."""
+        """Each process has a head: a process without heads would raise while the others wait for it in an all-reduce."""
         fewest = self.first.shape[self.dims[1]]
         for kind, processes in zip(self.kinds, self.mesh.shape, strict=True):
-            if kind == "heads":  # torch makes equal parts, of which the last have less
+            if kind == "heads":  # torch makes equal parts, and the last are smaller
                 fewest = max(0, fewest - (processes - 1) * -(-fewest // processes))
         if fewest == 0:
             raise ValueError(f"{self.name} must have heads for every process that shares them; got {_shown(self.first)}")
@@ -83,7 +83,7 @@ class Shards:
 
         Raises:
             TypeError: `x` is no DTensor.
-            ValueError: it lies on another mesh, or otherwise than the first tensor.
+            ValueError: `x` lies on another mesh, or has other placements than the first tensor.
         """
         from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -105,7 +105,7 @@ class Shards:
             placements.append(local)
             of_gradient.append(local if cut or kind == "whole" else Partial())
         summed = any(placement.is_partial() for placement in of_gradient)
-        if list(x.placements) == placements and not summed:  # else the backward pass of redistribute sums the gradient
+        if list(x.placements) == placements and not summed:  # the backward pass of redistribute sums the gradient
             return x.to_local(grad_placements=of_gradient)
         return Defined.apply(x.redistribute(placements=placements).to_local(grad_placements=of_gradient))
 
@@ -120,7 +120,7 @@ class Shards:
         return x
 
     def whole(self, x: Tensor, dims: Dims) -> Tensor:
-        """The DTensor whose part in this process is `x`; it is replicated among those that share heads where it has none."""
+        """The DTensor whose part in this process is `x`; without heads, replicated among processes that share heads."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         shape = list(x.shape)
@@ -165,8 +165,8 @@ def over_shards(
     """Lets a public call take DTensors, too.
 
     Args:
-        inputs: where each tensor argument has its batch and heads. The first one says how the call is divided.
-        outputs: where each output has them.
+        inputs: the places of batch and heads in each tensor argument. The first argument says how the call is divided.
+        outputs: the same places in each output.
         run: run(call, shards, arguments) computes the outputs of this process; default call(**arguments).
     """
 

@@ -60,7 +60,7 @@ def attention_map(
     """Abar_ij = reduce_h A_hij with A = softmax(scale * q k^T + mask), or reduce_h relu(A_hij dA_hij) with dA = dO V^T.
 
     The head mean of the second is Abar of eq. 5 of Chefer et al., "Generic Attention-Model Explainability", ICCV 2021.
-    To multiply by Abar use relevancy_step, which never stores it.
+    relevancy_step multiplies by Abar without storing it.
 
     Args:
         query: (B, H, N, D) float16, bfloat16, float32 or float64, H >= 1.
@@ -70,8 +70,8 @@ def attention_map(
         rule: "attention" (A) or "gradient" (relu(A * dA), clamped per head before the heads are reduced).
         head_reduction: "mean", "max" or "min" over the heads.
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
-        lse: (B, H, N) natural log-sum-exp of the attention's rows, where the attention that ran returned it; -inf or +inf
-            marks a row without visible keys. Recomputed where it is None, and by "reference", which does not read it.
+        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it; -inf or +inf marks a row
+            without visible keys. None = computed anew, as "reference" always does.
         attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
         key_mask: bool (B, M), True = a real token. Masked keys and values have no influence.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
@@ -150,8 +150,7 @@ def describe_call(
     enable_gqa: Any = False,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     check_choice("rule", rule, RULES)
     check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
     check_bool(row_normalize=row_normalize)

@@ -1,4 +1,4 @@
-"""What probes and losses read off A = softmax(scale * q k^T + mask) row by row, without the map (VALUE, ECCV 2020).
+"""Statistics of the rows of A = softmax(scale * q k^T + mask) for probes and losses, without the map (VALUE, ECCV 2020).
 
 Formula: reference/attention_statistics.py. O(N + M) memory: streaming/attention_statistics.py.
 """
@@ -32,7 +32,7 @@ from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Sh
 
 BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "rows")})
 STATISTICS = AttentionStatistics._fields
-OUTPUTS = (*STATISTICS, "rows")  # of the operator; rows (2, B, H, N): what else a backend keeps for its backward pass
+OUTPUTS = (*STATISTICS, "rows")  # of the operator; rows (2, B, H, N): more numbers for a backend's backward pass
 
 
 def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Local) -> AttentionStatistics:
@@ -71,12 +71,12 @@ def attention_statistics(
     Args:
         query: (B, H, N, D) float16, bfloat16, float32 or float64.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
-        statistics: names of those to compute, of "mass", "entropy", "maximum", "argmax" and "received"; default all. The others
-            are None in the result. "mass" needs key_groups, where it is named.
+        statistics: some of "mass", "entropy", "maximum", "argmax" and "received"; default all. The others are None in the result.
+            Naming "mass" requires key_groups.
         key_groups: int64 (M) or (B, M), the group of each key, -1 = none.
-        num_groups: G. On a GPU pass it: then no value of key_groups is read, the call does not wait for the device, and a
-            value out of range counts as none, as it does under torch.compile and CUDA graph capture. Elsewhere a value out
-            of range raises ValueError. Default: the largest value of key_groups + 1, which is read once; 0 without key_groups.
+        num_groups: G. Pass it on a GPU: the call then reads no value of key_groups and does not wait for the device, and a value
+            out of range counts as no group, as under torch.compile and CUDA graph capture. Elsewhere a value out of range raises
+            ValueError. Default: the largest value of key_groups + 1, which is read once; 0 without key_groups.
         row_weight: (N) or (B, N) floating point, the weight of each query in `received`; default 1.
         attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
         key_mask: bool (B, M), True = a real token. Masked keys have no influence and gradient 0.
@@ -86,9 +86,9 @@ def attention_statistics(
 
     Returns:
         AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),
-        received (B, H, M)), None for what `statistics` does not name.
-        A query without a visible key has mass, entropy and maximum 0, argmax -1 and zero gradients.
-        The backward pass of the Triton kernels needs mass and maximum as they were: they must not be edited in place before it.
+        received (B, H, M)); None for each that `statistics` does not name. A query without a visible key has mass, entropy and
+        maximum 0, argmax -1 and zero gradients. Do not edit mass and maximum in place: the backward pass of the Triton kernels
+        reads them.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
@@ -163,8 +163,7 @@ def describe_call(
     statistics: Any = None,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     check_attention(query, key, enable_gqa)
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
@@ -193,7 +192,7 @@ def describe_call(
 
 
 def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
-    """The names of the statistics that are asked for."""
+    """The names of the statistics to compute."""
     asked = check_names("statistics", statistics, STATISTICS)
     if "mass" in asked and key_groups is None and num_groups is None:
         raise ValueError("key_groups must be given where statistics names 'mass', which would be empty without; got None")
@@ -208,7 +207,7 @@ def _check_rows(name: str, x: Tensor, query: Tensor, full: tuple[int, int], lege
 
 
 def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
-    """The number of groups. Values of key_groups are read where that waits for no device, and where num_groups is None."""
+    """The number of groups. Reads values of key_groups where that waits for no device, and where num_groups is None."""
     if key_groups is None:
         return 0
     if not readable(key_groups):

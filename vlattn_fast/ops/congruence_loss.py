@@ -1,5 +1,4 @@
-"""Congruence of the attention within a modality with that between modalities: CACR (Pandey et al., ACL 2023) and IAIS (Ren et
-al., ACL 2021).
+"""Congruence of attention within and between modalities: CACR (Pandey et al., ACL 2023) and IAIS (Ren et al., ACL 2021).
 
 Formulas: reference/congruence_loss.py. Without per-head maps: streaming/congruence_loss.py.
 """
@@ -48,7 +47,7 @@ def congruence_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """How far the attention within one modality is from what the other modality, through cross attention, says it should be.
+    """The distance of a modality's attention from the attention that the other modality implies through cross attention.
 
     With the blocks LL (L, L), VV (V, V), LV (L, V), VL (V, L), each a softmax over its own keys averaged over the heads, and
     sym(p, t) = KL(p || t) + KL(t || p) averaged over the rows, the text direction is (the image direction swaps L and V):
@@ -65,8 +64,8 @@ def congruence_loss(
             projections of a separate cross attention. Default: those of text and image.
         kind: "cacr", "iais_singular" or "iais_distributed".
         direction: "text", "image", or "both" for their sum.
-        text_mask, image_mask: bool (B, L) and (B, V), True = a real token, in any pattern. Padding has no influence and its
-            gradient is 0.
+        text_mask, image_mask: bool (B, L) and (B, V), True = a real token, in any pattern. Padding has no influence and gradient
+            0.
         scale: multiplies the scores; default 1/sqrt(D).
         reduction: "mean" over the batch (0 for an empty one), or "none".
         backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
@@ -135,8 +134,7 @@ def describe_call(
     reduction: Any = "mean",
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     check_choice("kind", kind, KINDS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("reduction", reduction, REDUCTIONS)

@@ -86,15 +86,15 @@ def relevancy_attention(
 ) -> tuple[Tensor, Tensor]:
     """Self-attention that carries relevancy rows through its backward pass.
 
-    Forward: scaled_dot_product_attention, and the carrier unchanged. Backward: with r the cotangent of the returned carrier,
-    that of `carrier` is r * a + (r * b) @ Abar, where Abar = mean_h relu(A * dA) with dA = grad_out @ value^T
+    Forward: scaled_dot_product_attention, and the carrier unchanged. Backward: with r the cotangent of the returned carrier, the
+    cotangent of `carrier` is r * a + (r * b) @ Abar, where Abar = mean_h relu(A * dA) with dA = grad_out @ value^T
     (rule="gradient", eq. 5), or mean_h A (rule="attention"; rollout is a = b = 0.5). Threaded through every layer,
     `torch.autograd.grad([score, carrier_L], [carrier_0], [1, rows])` gives rows of (I + Abar_L) ... (I + Abar_1) (eq. 6).
 
     Args:
         query: (B, H, N, D). key: (B, Hkv, N, D). value: (B, Hkv, N, Dv). One floating dtype; Hkv divides H under enable_gqa.
         carrier: (B, T, N) float32 (float64 where query is float64).
-        rule: "gradient" or "attention", which Abar it is.
+        rule: which Abar, "gradient" or "attention".
         row_normalize: divide each row of Abar by its sum; zero rows stay zero.
         residual_weight, attention_weight: a and b, (B, N) or a number, default 1; constants without a gradient.
         attn_mask, key_mask, is_causal, scale, enable_gqa: as in score_attention; scale defaults to 1/sqrt(D).
@@ -160,9 +160,8 @@ def relevancy_attention(
 def describe_call(
     query: Any, key: Any, value: Any, carrier: Any, attn_mask: Any = None, key_mask: Any = None, *options: Any, **named: Any
 ) -> Call:
-    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
-    neither checks nor backends read."""
-    if value is None:  # which relevancy_step takes
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
+    if value is None:  # a value that only relevancy_step takes
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
     tensors = carrier, query, key, value, None, attn_mask, key_mask
     call = _describe("relevancy_attention", "carrier", *tensors, *options, **named)
@@ -200,12 +199,12 @@ def relevancy_step(
         relevancy: (B, T, N) floating point.
         query: (B, H, N, D). key: (B, Hkv, M, D).
         value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
-        lse: (B, H, N) natural log-sum-exp of the attention's rows, where the attention that ran returned it; -inf or +inf
-            marks a row without visible keys. Recomputed where it is None, and by "reference", which does not read it.
+        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it; -inf or +inf marks a row
+            without visible keys. None = computed anew, as "reference" always does.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, backend: as in relevancy_attention.
 
     Returns:
-        (B, T, M) in relevancy's dtype. It has no gradient: a backward pass through it raises.
+        (B, T, M) in relevancy's dtype. A backward pass through the result raises.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
@@ -269,7 +268,7 @@ def _describe(
     enable_gqa: Any = False,
     **_: Any,
 ) -> Call:
-    """What `describe_call` says, for both calls; `name` is what the call calls its carrier."""
+    """`describe_call` for both calls; `name` is the carrier's name in the call."""
     others = {}
     if value is not None:
         others["value"] = value
@@ -314,7 +313,7 @@ def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
         check_number(name, weight)
         if weight == 1:
             return None
-        # a product, since torch.compile makes a tensor of the factor where the weight varies
+        # a product: torch.compile makes the factor a tensor where the weight varies
         return torch.ones((1, 1), dtype=carrier.dtype, device=carrier.device) * float(weight)
     check_tensor(name, weight)
     check_device(name, weight, "carrier", carrier)

@@ -1,7 +1,6 @@
-"""A residual sum that weights relevancy by what each of its two terms brings (our reading of Huang et al. 2023).
+"""A residual sum that weights relevancy by the contribution of each term (our reading of Huang et al. 2023).
 
-The formula, reference/relevancy_residual.py, reads each tensor once, and torch.compile fuses it with its surroundings: there is
-no other backend.
+The formula, reference/relevancy_residual.py, reads each tensor once and fuses under torch.compile: the only backend.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def relevancy_residual(
     *,
     weighting: str | Weighting = "contribution",
 ) -> tuple[Tensor, Tensor]:
-    """The residual sum y = x + o with relevancy weighted by what each term brings (our reading of Huang et al. 2023).
+    """The residual sum y = x + o, with relevancy weighted by the contribution of each term (our reading of Huang et al. 2023).
 
     Forward: (residual + branch, residual_carrier). Backward: the cotangent g of the sum flows to both terms. The cotangent r
     of the carrier becomes r * a for residual_carrier and r * b for branch_carrier, with a, b (B, N) by `weighting`:

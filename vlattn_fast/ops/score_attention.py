@@ -130,14 +130,12 @@ def score_attention(
         key: (B, Hkv, M, Dk). value: (B, Hkv, M, Dv). Hkv = H, or a divisor of H with enable_gqa.
         score: "dot", "scaled_dot", "cosine", or an object of vlattn_fast.scores. Its tensors are differentiable.
         attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
-        key_mask: bool (B, M), True = a real token. Masked keys and values have no influence and
-            gradient 0, whatever stands there.
+        key_mask: bool (B, M), True = a real token. Masked keys and values have no influence and gradient 0, NaN included.
         dropout_p: probability in [0, 1) of dropping an attention weight; drawn from torch's generator at each call.
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the finished score, after an activation; default 1/sqrt(D) for scaled_dot, else 1.
         return_lse: also return the natural log-sum-exp of each row.
-        backend: "auto", "reference", "streaming", "sdpa" (torch's own, for what it takes), "cpu", "triton" or
-            "cuda".
+        backend: "auto", "reference", "streaming", "sdpa" (torch's own attention), "cpu", "triton" or "cuda".
 
     Returns:
         out (B, H, N, Dv), or (out, lse) with lse (B, H, N) float32 (float64 for float64 input). A row without a visible key gives
@@ -180,7 +178,7 @@ def score_attention(
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     if chosen == "sdpa":
-        with without_autocast(query):  # the casts are done, and a series' features stay float32
+        with without_autocast(query):  # casts are done, and features of a series stay float32
             out = sdpa.attention(query, key, value, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
@@ -207,7 +205,7 @@ def score_attention(
         out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
     if not return_lse:
         return out
-    is_wide = attn_mask is not None and attn_mask.dtype == torch.float64  # only then lse may be finite and beyond float32
+    is_wide = attn_mask is not None and attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
     lse = (as_lse if is_wide else as_dtype)(lse, compute_dtype(out))
     return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
 
@@ -226,8 +224,7 @@ def describe_call(
     return_lse: Any = False,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     score = scores.resolve(score)
     check_attention(query, key, enable_gqa, value=value)
     check_bool(return_lse=return_lse)

@@ -41,19 +41,18 @@ def stacked_cross_attention(
     lambda_lse: float = 6.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Similarity of every image with every caption: how well each word (region) is met by the regions (words) it attends to.
+    """Similarity of every image with every caption: the match of each word (region) with the regions (words) that it attends to.
 
     Per pair, queries q and contexts c (t2i: words ask regions; i2t: regions ask words), as in SCAN eq. 1-8:
     s_qc = q . c;  x = s, each context's column normalised over the queries;  alpha = softmax over contexts of smooth * x;
     a_q = sum_c alpha_qc c;  r_q = cos(q, a_q), |q||a_q| clamped at 1e-8;  similarity = r aggregated over the queries.
 
     Args:
-        images: (Bi, R, D) region embeddings, used as given (SCAN normalises them first): float16, bfloat16, float32, float64.
+        images: (Bi, R, D) region embeddings, which SCAN normalises before the call; float16, bfloat16, float32, float64.
         captions: (Bc, T, D) word embeddings of the same dtype.
         caption_lengths, image_lengths: int64 (Bc) and (Bi), on the CPU or the inputs' device; the real rows come first.
-            None = all are real. Padding is removed before anything is computed; what stands there (NaN included) reaches
-            nothing, its gradient is 0. Outside torch.compile and CUDA graphs the values are checked (lengths on a GPU are
-            read, which waits for it); inside, they are clamped to the valid range.
+            None = all are real. Padding (NaN included) has no influence and gradient 0. The values are checked, which waits for a
+            GPU that holds them; under torch.compile and in CUDA graphs they are clamped to the valid range instead.
         direction: "t2i" or "i2t".
         first_norm: "softmax"; "l2norm" x / (|x|_2 + 1e-8); "l1norm" x / (|x|_1 + 1e-8); "clipped" leaky_relu(x, 0.1);
             "clipped_l2norm", "clipped_l1norm" both in turn; None.
@@ -130,10 +129,10 @@ def damsm_similarity(
 ) -> Tensor:
     """AttnGAN's image-text matching score R(image, caption) = log sum_t exp(gamma2 cos(e_t, c_t)) (Xu et al., eq. 7-10).
 
-    The word e_t attends to the regions after two softmaxes, over words and then, times gamma1, over regions. Equal to
-    gamma2 * stacked_cross_attention(direction="t2i", first_norm="softmax", smooth=gamma1, lambda_lse=gamma2); the same
-    arguments, returns and errors. gamma2 > 0. A pair with an empty side gives 0. As in the authors' code; the paper's equation 10
-    divides by gamma2.
+    The word e_t attends to the regions after two softmaxes, over words and then, times gamma1, over regions. Equal to gamma2 *
+    stacked_cross_attention(direction="t2i", first_norm="softmax", smooth=gamma1, lambda_lse=gamma2), with the same arguments,
+    returns and errors. gamma2 > 0. A pair with an empty side gives 0. As in the authors' code, R is not divided by gamma2
+    (equation 10).
 
     >>> damsm_similarity(torch.randn(3, 289, 16), torch.randn(2, 7, 16), torch.tensor([7, 4])).shape
     torch.Size([3, 2])
@@ -168,8 +167,7 @@ def describe_call(
     lambda_lse: Any = 6.0,
     **_: Any,
 ) -> Call:
-    """Checks the arguments of the public call and makes the `Call` that its backends are asked about. It ignores options that
-    neither checks nor backends read."""
+    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
     check_options(direction, first_norm, smooth, aggregation, lambda_lse)
     check_tensor("images", images, rank=3, shape="(Bi, R, D)")
     check_tensor("captions", captions, rank=3, shape="(Bc, T, D)")
@@ -194,7 +192,7 @@ def describe_call(
 
 
 def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any) -> None:
-    """The options of `stacked_cross_attention` that are no tensors are what it documents."""
+    """The options of `stacked_cross_attention` that are no tensors have the documented types and values."""
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_number("smooth", smooth)
@@ -214,7 +212,7 @@ def _check_lengths(name: str, lengths: Any, of_name: str, of: Tensor) -> None:
         raise ValueError(f"{name} must be on the CPU or on the device of {of_name}, {of.device}; got {describe(lengths)}")
     if lengths.shape[0] != of.shape[0]:
         raise ValueError(f"{name} must have one entry for each of the {of.shape[0]} {of_name}; got {describe(lengths)}")
-    if lengths.numel() > 0 and readable(lengths):  # elsewhere _place clamps them
+    if lengths.numel() > 0 and readable(lengths):  # elsewhere _place clamps the values
         low, high = torch.stack(lengths.aminmax()).tolist()  # one transfer
         if low < 0 or high > of.shape[1]:
             raise ValueError(f"{name} must lie in [0, {of.shape[1]}], the rows {of_name} have; got values in [{low}, {high}]")
@@ -231,7 +229,7 @@ def _place(lengths: Tensor | None, of: Tensor) -> Tensor | None:
 
 
 def _mask_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """(B, L, D) with the rows of padding set to zero: what stands there reaches no output and no gradient."""
+    """(B, L, D) with the rows of padding set to zero, so that NaN there reaches no output and no gradient."""
     if lengths is None:
         return x
     visible = torch.arange(x.shape[1], device=x.device) < lengths[:, None]

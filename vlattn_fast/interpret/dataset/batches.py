@@ -1,4 +1,4 @@
-"""Inputs made ready one by one, put together by shape, and explained in batches."""
+"""Inputs prepared one by one, grouped by shape, and explained in batches."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _WINDOW = 32  # batches whose inputs may wait for others of their shape
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the results.
+    """The options that decide the results.
 
     Args:
         model: directory or id.
-        text, target, answer: for inputs without their own.
-        generate: explain the model's own answer, of so many tokens at most, where an input has none.
-        dtype: of the model; None = as it is stored.
+        text, target, answer: defaults for inputs without them.
+        generate: the most tokens of the model's own answer, which is explained where an input has none.
+        dtype: of the model; None = the stored dtype.
     """
 
     model: str
@@ -53,11 +53,11 @@ class Prepared:
     """One input as tensors.
 
     Args:
-        number: its place in the dataset.
-        rows: its rows in a batch.
-        target: of each row; for CLIP-like models the text of each row, which is paired with its image already.
+        number: the input's place in the dataset.
+        rows: the input's rows in a batch.
+        target: of each row; for CLIP-like models the text that each row's image is already paired with.
         answer: token ids.
-        shape: what the inputs of one batch have in common, so that none is padded for another.
+        shape: equal for all inputs of one batch, so that no input is padded for another.
     """
 
     number: int
@@ -71,7 +71,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Failed:
-    """An input that could not be explained, and why."""
+    """An input that could not be explained, and the reason."""
 
     number: int
     item: Item
@@ -84,7 +84,7 @@ def reason(error: Exception) -> str:
 
 
 def in_threads(make: Callable[[int], Any], numbers: Iterable[int], workers: int) -> Iterator[Any]:
-    """`make` of each number, in order, by threads that run a little ahead; 0 = in this thread."""
+    """`make` of each number, in order, by `workers` threads that run a little ahead; 0 = in this thread."""
     if workers == 0:
         yield from map(make, numbers)
         return
@@ -126,7 +126,7 @@ class Batches:
             return Failed(number, item, reason(error))
 
     def _prepared(self, number: int, item: Item) -> Prepared:
-        if not hasattr(self._of_thread, "processor"):  # fast tokenizers refuse two threads at once
+        if not hasattr(self._of_thread, "processor"):  # a fast tokenizer refuses two threads at once
             self._of_thread.processor = copy.deepcopy(self.processor)
         processor, options = self._of_thread.processor, self.options
         picture = item.image
@@ -138,7 +138,7 @@ class Batches:
         target = item.target if item.target is not None else options.target
         said = item.answer if item.answer is not None else options.answer
         if target is not None and (said is not None or options.generate is not None):
-            raise ValueError("answer must be given without target, which it takes the place of; got both")
+            raise ValueError("answer must be given without target, which the answer replaces; got both")
         answer = None if said is None else token_ids(said, processor, 1)[0]
         if self.record.scoring.pairs:
             inputs, targets = prepare_inputs(self.model, inputs, self.record, target)
@@ -151,7 +151,7 @@ class Batches:
         return Prepared(number, item, inputs, rows, targets, answer, shape)
 
     def explained(self, stream: Iterable[Prepared | Failed], batch_size: int) -> Iterator[list[tuple[Any, Explanation | str]]]:
-        """Batch by batch, each input with its explanation or the reason why it has none."""
+        """Batch by batch, each input with its explanation, or with the reason of the failure."""
         groups: dict[Any, list[Prepared]] = {}
         for one in stream:
             if isinstance(one, Failed):
@@ -170,15 +170,15 @@ class Batches:
             yield self._explain(group)
 
     def _explain(self, group: list[Prepared]) -> list[tuple[Any, Explanation | str]]:
-        """Of one batch; where that fails, of its inputs one by one, so that a bad one is found."""
+        """The results of one batch; where the batch fails, of its inputs one by one, so that only bad inputs fail."""
         try:
             return self._batch(group)
         except torch.AcceleratorError:
-            raise  # nothing runs on the device from here on
+            raise  # the device runs nothing after this error
         except Exception as error:
             if len(group) == 1:
                 return [(group[0], reason(error))]
-        return [found for one in group for found in self._explain([one])]
+        return [result for one in group for result in self._explain([one])]
 
     def _batch(self, group: list[Prepared]) -> list[tuple[Any, Explanation | str]]:
         first = group[0]
@@ -190,7 +190,7 @@ class Batches:
         answer: Any = None if first.answer is None else [one.answer for one in group]
         if answer is None and self.options.generate is not None:
             answer = generate(self.model, inputs, self.options.generate)
-            if len({len(row) for row in answer}) > 1:  # answers of one length are explained together
+            if len({len(row) for row in answer}) > 1:  # a batch has answers of one length
                 by_length: dict[int, list[Prepared]] = {}
                 for one, row in zip(group, answer, strict=True):
                     by_length.setdefault(len(row), []).append(replace(one, answer=row))
@@ -202,12 +202,12 @@ class Batches:
             explanation = explain(
                 self.model, inputs, target=targets, method=options.method, start_layer=options.start_layer, answer=answer
             )
-        found: list[tuple[Any, Explanation | str]] = []
+        results: list[tuple[Any, Explanation | str]] = []
         for one, piece in zip(group, split(explanation, [one.rows for one in group]), strict=True):
             if paired:
                 piece = replace(piece, target=one.target)
-            found.append((one, piece if piece.token_ids is None else piece.with_tokens(self.processor)))
-        return found
+            results.append((one, piece if piece.token_ids is None else piece.with_tokens(self.processor)))
+        return results
 
 
 def _rows(group: list[Prepared]) -> int:

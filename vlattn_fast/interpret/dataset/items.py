@@ -22,11 +22,11 @@ class Item:
     """One input.
 
     Args:
-        id: its name in the index.
+        id: the input's name in the index.
         image: a path; a picture, where a Hugging Face dataset holds it; or None.
-        texts: the texts beside it.
-        target, answer: as for `explain`; None = as the command says.
-        problem: why it cannot be read, where that is known already.
+        texts: the texts beside the image.
+        target, answer: as for `explain`; None = the command's default.
+        problem: why the input cannot be read, if known already.
     """
 
     id: str
@@ -41,8 +41,8 @@ class Items(Sequence[Item]):
     """The inputs of a dataset in its order. Pictures are not read.
 
     Args:
-        source: a .jsonl or .csv file, whose paths count from its folder; a folder of images, which is searched through; or a
-            folder that `datasets.Dataset.save_to_disk` wrote.
+        source: a .jsonl or .csv file, with paths relative to its folder; a folder of images, also in subfolders; or a folder that
+            `datasets.Dataset.save_to_disk` wrote.
 
     Raises:
         ValueError: `source` is none of these, has none of the columns, or two inputs have one id.
@@ -55,7 +55,7 @@ class Items(Sequence[Item]):
             saved = any((self.source / name).exists() for name in ("state.json", "dataset_dict.json"))
             self._rows = _saved(self.source) if saved else _folder(self.source)
         elif not self.source.exists():
-            raise ValueError(f"dataset must be a file or a folder; got {self.source}, which is not there")
+            raise ValueError(f"dataset must be a file or a folder; got {self.source}, which does not exist")
         elif self.source.suffix == ".csv":
             self._rows = _csv(self.source)
         elif self.source.suffix in (".jsonl", ".ndjson"):
@@ -117,14 +117,14 @@ def _check_columns(names: Sequence[str], source: Path) -> None:
 def _csv(source: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with open_lines(source) as lines:
-        reader = csv.DictReader(lines, strict=True)  # else a quote that is never closed swallows all rows behind it
+        reader = csv.DictReader(lines, strict=True)  # else an open quote swallows all later rows
         try:
             names = reader.fieldnames or []
             _check_columns(names, source)
             for row in reader:
-                if None in row:  # a comma in a text without quotes
-                    wanted, got = f"{len(names)} fields, as the first one", len(names) + len(row[None])
-                    rows.append({"id": row.get("id"), "problem": f"line {reader.line_num} must have {wanted}; got {got}"})
+                if None in row:  # a comma in an unquoted text
+                    expected, got = f"{len(names)} fields, as the first one", len(names) + len(row[None])
+                    rows.append({"id": row.get("id"), "problem": f"line {reader.line_num} must have {expected}; got {got}"})
                 else:
                     rows.append({name: row.get(name) for name in COLUMNS})
         except csv.Error as error:
@@ -159,7 +159,7 @@ def _folder(source: Path) -> list[dict[str, Any]]:
 
 
 class _Saved(Sequence[Mapping[str, Any]]):
-    """The rows of a Hugging Face dataset, read when they are asked for."""
+    """The rows of a Hugging Face dataset, read on access."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])

@@ -15,7 +15,7 @@ _TENSOR, _TUPLE = "$tensor", "$tuple"
 
 
 def split(explanation: Explanation, counts: Sequence[int]) -> list[Explanation]:
-    """The explanations of the inputs that lie one behind the other in a batch.
+    """The explanations of consecutive inputs of a batch.
 
     Args:
         counts: how many rows each input has.
@@ -30,7 +30,7 @@ def split(explanation: Explanation, counts: Sequence[int]) -> list[Explanation]:
 
 
 def _rows(explanation: Explanation, first: int, end: int) -> Explanation:
-    """What `explain` gives for these rows alone."""
+    """The part of an explanation that `explain` gives for these rows alone."""
     batch, map_rows = len(explanation), explanation.image_rows or []
     maps = [place for place, row in enumerate(map_rows) if first <= row < end]
 
@@ -63,12 +63,12 @@ def _rows(explanation: Explanation, first: int, end: int) -> Explanation:
         else:
             fields[field.name] = (images if field.name in ("image", "tower_images") else part)(value)
     if fields["text"] is not None and fields["token_ids"] is not None:
-        fields["text"] = fields["text"][..., : max(map(len, fields["token_ids"]))]  # zeros of longer texts in the batch
+        fields["text"] = fields["text"][..., : max(map(len, fields["token_ids"]))]  # without the batch's padding
     return Explanation(**fields)
 
 
 def pack(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Its tensors, on the CPU and by the place of each, and its other facts, as JSON can hold them."""
+    """(tensors on the CPU by place, other facts for JSON)."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, place: str) -> Any:
@@ -89,7 +89,7 @@ def pack(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack(facts: Mapping[str, Any], read: Callable[[str], Tensor]) -> Explanation:
-    """The explanation that `pack` took apart; `read` gives the tensor of a place."""
+    """The explanation from `pack`'s facts; `read` returns the tensor of a place."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):

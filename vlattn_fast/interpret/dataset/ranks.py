@@ -18,7 +18,7 @@ _MEETING, _FOREVER = timedelta(minutes=10), timedelta(days=365)  # ranks begin t
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`, with a counter that all share."""
+    """This process among `world` processes, with a shared counter."""
 
     rank: int
     world: int
@@ -26,14 +26,14 @@ class Ranks:
     store: Any = None
 
     def from_first(self, value: Any) -> Any:
-        """What the first rank has as `value`."""
+        """The first rank's `value`."""
         values = [value]
         if self.world > 1:
             distributed.broadcast_object_list(values)
         return values[0]
 
     def gather(self, value: list[Any]) -> list[Any]:
-        """All ranks' lists, joined, on the first rank; an empty one on the others."""
+        """On the first rank, the lists of all ranks, joined; elsewhere an empty list."""
         if self.world == 1:
             return value
         gathered: list[Any] | None = [None] * self.world if self.rank == 0 else None
@@ -41,11 +41,11 @@ class Ranks:
         return [one for part in gathered or [] for one in part]
 
     def count(self, more: int) -> int:
-        """Add to the shared counter, and return it; of one process, what was added."""
+        """Adds to the shared counter and returns the sum; without other processes, returns `more`."""
         return more if self.store is None else int(self.store.add("items", more))
 
     def wait(self, total: int, seen: Callable[[int], None]) -> None:
-        """On the first rank, watch the counter until it reaches `total`."""
+        """On the first rank, watches the counter until it reaches `total`."""
         while self.world > 1 and self.rank == 0:
             seen(count := self.count(0))
             if count >= total:
@@ -60,7 +60,7 @@ def joined() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, 0)
         return
-    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # torch does not list them
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in torch's __all__
 
     local = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"

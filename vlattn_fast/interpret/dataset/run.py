@@ -1,4 +1,4 @@
-"""A model's explanations of a whole dataset, by one process or many, which a killed run is resumed for."""
+"""A model's explanations of a whole dataset, by one process or many; a new run resumes a killed one."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from vlattn_fast.interpret.dataset.store import (
 from vlattn_fast.interpret.explaining.loading import load_model
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 
-_SECONDS = 60.0  # after which a shard is written, however small
+_SECONDS = 60.0  # between two shards at the most
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many inputs this run explained, how many failed, how many were done before, and whether this is the first rank."""
+    """The numbers of inputs that this run explained, that failed, and that were done before; whether this is the first rank."""
 
     done: int
     failed: int
@@ -54,19 +54,19 @@ def explain_dataset(
 ) -> Outcome:
     """Explain each input of `source` and write the explanations to the directory `out`.
 
-    Under torchrun each process takes its share. What `out` has already is skipped; what failed is tried again. `out` must be on
-    a file system that all processes share.
+    Under torchrun each process takes a share. Inputs that `out` already holds are skipped; failed inputs are tried again. `out`
+    must be on a file system that all processes share.
 
     Args:
         source: see `Items`.
-        batch_size: rows explained together, of inputs of one shape.
-        shard_size: explanations in a file. A shard is also written a minute after the last.
+        batch_size: rows of one batch, whose inputs have one shape.
+        shard_size: explanations in a file. A shard is also written a minute after the last one.
         workers: threads that read pictures ahead.
-        device: of the model; by default a GPU of its own for each process, or the CPU where there is none.
+        device: of the model; by default a GPU for each process, or the CPU.
 
     Raises:
-        ValueError: no such model or dataset; `out` was begun with other options, or is being written to.
-        OSError: a file of `out` cannot be written, as on a full disk. What was written before is kept.
+        ValueError: no such model or dataset; `out` was begun with other options, or another run writes to it.
+        OSError: a file of `out` cannot be written, as on a full disk. Finished shards are kept.
     """
     find_method(options.method)
     out = Path(out)
@@ -106,7 +106,7 @@ def explain_dataset(
 
 
 def _by_first(ranks: Ranks, act: Callable[[], Any]) -> Any:
-    """What the first rank's `act` returns, or its ValueError, on all ranks."""
+    """The result of the first rank's `act`, or its ValueError, on all ranks."""
     result, refusal = None, None
     if ranks.rank == 0:
         try:
@@ -120,15 +120,15 @@ def _by_first(ranks: Ranks, act: Callable[[], Any]) -> Any:
 
 
 def _begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack) -> set[int]:
-    """Make or take up the directory, and lock it; the numbers of the items that are done.
+    """Makes or resumes the directory and locks it; returns the numbers of the finished items.
 
-    The first rank holds the directory alone. The others share a lock of its settings, so that no run begins beside the ranks of
-    one whose first rank has died.
+    The first rank locks the directory for itself. The other ranks share a lock of the settings, so no run begins if the first
+    rank dies.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(out))
-        check_settings(out, settings)  # once more: another run may have begun while the model was loaded
+        check_settings(out, settings)  # again: another run may have begun while the model was loaded
         if not (out / SETTINGS).exists():
             write_text(out / SETTINGS, to_lines([settings]))
     except OSError as error:
@@ -156,7 +156,7 @@ def _failure(number: int, item: Item, error: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _bar(ranks: Ranks, total: int, before: int) -> Any:
-    """A bar of all ranks' items, on the first rank's terminal; gives what moves it to a count of this run."""
+    """A progress bar of all ranks' items on the first rank's terminal; returns the function that sets its count."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:

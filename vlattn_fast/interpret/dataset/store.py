@@ -1,7 +1,7 @@
-"""A directory of explanations: shards of safetensors, and beside each shard the lines that say what is finished.
+"""A directory of explanations: shards of safetensors, and beside each shard the lines of its finished inputs.
 
-A file is written under another name, synchronised and renamed. A shard counts once its lines are there, so what a killed run
-leaves half-written counts for nothing, and is written over. A shard that was cut or deleted later counts for nothing either.
+A file is written under another name, synchronised and renamed. A shard counts once its lines exist, so a later run writes over
+the half-written files of a killed one. A shard that was truncated or deleted later does not count either.
 
     settings.json           the options that decide the results, and a digest of the dataset
     shards/R-N.safetensors  the N-th shard of rank R: tensors "<item>/<place>", in the metadata the facts of each item
@@ -31,7 +31,7 @@ SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there as a whole, or not at all."""
+    """Writes a file as a whole, or not at all."""
     with _unfinished_removed(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
         _publish(unfinished, path)
@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _unfinished_removed(path: Path) -> Iterator[Path]:
-    """The name under which `path` is written. Where that fails nothing is left there, which would fill a full disk further."""
+    """The temporary name under which `path` is written. A failure removes the file, which would fill a full disk further."""
     unfinished = _unfinished(path)
     try:
         yield unfinished
@@ -75,13 +75,13 @@ def _line(entry: dict[str, Any]) -> str:
     line = json.dumps(entry, ensure_ascii=False)
     try:
         line.encode()
-    except UnicodeEncodeError:  # halves of characters, as names of files may have them: escaped they can be written
+    except UnicodeEncodeError:  # half characters, as in names of files, must be escaped
         return json.dumps(entry)
     return line
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
-    """The settings of a directory; None where there are none."""
+    """The settings of a directory, if any."""
     try:
         settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -97,21 +97,21 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """ValueError where `directory` was begun with other options, or holds something else."""
     there = read_settings(directory)
     if there is None:
-        # A run that was killed as it began may have left its settings half-written.
+        # A run that was killed early may have left half-written settings.
         begun = {_unfinished(directory / SETTINGS)}
         if directory.exists() and (not directory.is_dir() or set(directory.iterdir()) - begun):
-            raise ValueError(f"out must be a new or an empty directory, or one to go on with; got {directory}")
+            raise ValueError(f"out must be a new or an empty directory, or one of an earlier run; got {directory}")
         return
     for name in sorted({*there, *settings}):
         if there.get(name) != settings.get(name):
-            if name == "dataset":  # of which only a digest is known
+            if name == "dataset":  # the settings hold only its digest
                 raise ValueError(f"dataset must be the one with which {directory} was begun; got another or a changed one")
             was, now = (json.dumps(one.get(name), ensure_ascii=False) for one in (there, settings))
             raise ValueError(f"{name} must be {was}, with which {directory} was begun; got {now}")
 
 
 class Shard(NamedTuple):
-    """A shard whose lines are there: its name without an ending, its lines, and why it cannot be read (None: it can)."""
+    """A shard with lines: its name without an ending, its lines, and why it cannot be read (None = readable)."""
 
     name: str
     lines: list[dict[str, Any]]
@@ -119,10 +119,10 @@ class Shard(NamedTuple):
 
 
 def finished(directory: Path) -> Iterator[Shard]:
-    """The shards whose lines are there, in the order of their names."""
+    """The shards with lines, in the order of their names."""
     for path in sorted((directory / SHARDS).glob("*.jsonl")):
         try:
-            with path.open(encoding="utf-8") as text:  # splitlines() also parts at characters that stand in texts, as U+2028
+            with path.open(encoding="utf-8") as text:  # splitlines() also splits at characters of texts, as U+2028
                 lines = [json.loads(line) for line in text]
         except ValueError:
             yield Shard(path.stem, [], f"{path} is broken")
@@ -135,7 +135,7 @@ _END = re.compile(rb'"data_offsets":\[\d+,(\d+)\]')  # of a tensor in the header
 
 
 def _is_whole(shard: Path) -> bool:
-    """Whether a file of safetensors is as long as its header says. Opening thousands of them would take minutes."""
+    """Whether a file of safetensors is as long as its header says; opening thousands of files would take minutes."""
     try:
         with shard.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -146,7 +146,7 @@ def _is_whole(shard: Path) -> bool:
 
 
 def clean(directory: Path) -> list[Shard]:
-    """Remove what a killed run has left half-written, and shards that cannot be read; the shards that can."""
+    """Removes half-written files of a killed run and unreadable shards; returns the readable shards."""
     shards = list(finished(directory))
     for shard in shards:
         if shard.fault is not None:
@@ -160,13 +160,13 @@ def clean(directory: Path) -> list[Shard]:
 
 @contextlib.contextmanager
 def locked(path: Path, shared: bool = False) -> Iterator[None]:
-    """Hold a file or folder against other processes. The lock ends with the process, however that ends.
+    """A context that locks a file or folder against other processes. The lock ends with the process.
 
     Args:
-        shared: with others that ask so; wait until they may have it. Without: alone.
+        shared: share the lock with others that share it, and wait for it. False = exclusive.
 
     Raises:
-        ValueError: alone, and another process holds it.
+        ValueError: the lock is exclusive, and another process holds one.
     """
     try:
         import fcntl
@@ -189,7 +189,7 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
 
 
 class ShardWriter:
-    """The explanations and failures of one rank, which `flush` makes count."""
+    """The explanations and failures of one rank, which `flush` writes."""
 
     def __init__(self, directory: Path, rank: int) -> None:
         self.folder, self.rank = directory / SHARDS, rank
@@ -214,7 +214,7 @@ class ShardWriter:
         """Write the shard, then its lines.
 
         Raises:
-            OSError: one of them cannot be written, as on a full disk.
+            OSError: a file cannot be written, as on a full disk.
         """
         if not self._lines:
             return

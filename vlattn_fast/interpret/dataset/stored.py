@@ -1,4 +1,4 @@
-"""`load_explanations`: what a run over a dataset wrote, read item by item."""
+"""`load_explanations`: reads the results of a run over a dataset, item by item."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlattn_fast.interpret.result.explanation import Explanation
 
 
 class Explanations(Sequence[Explanation]):
-    """A lazy sequence: an explanation is read when it is asked for.
+    """A lazy sequence, which reads an explanation on access.
 
     Args:
         ids: the id of each explanation, in the order of the dataset.
@@ -37,7 +37,7 @@ class Explanations(Sequence[Explanation]):
         return len(self._entries)
 
     def __getitem__(self, index: Any) -> Any:
-        """The explanation at `index`; of a slice the lazy sequence of that part."""
+        """The explanation at `index`; for a slice, a lazy sequence."""
         if isinstance(index, slice):
             return Explanations(self.directory, self.settings, self._entries[index], self.failures)
         item, _, name = self._entries[index]
@@ -63,17 +63,16 @@ class Explanations(Sequence[Explanation]):
 
 
 def load_explanations(directory: str | Path) -> Explanations:
-    """The explanations that `vlattn explain --dataset FILE --out DIR` wrote, also while it runs.
+    """The explanations that `vlattn explain --dataset FILE --out DIR` wrote, also during the run.
 
     Args:
         directory: DIR.
 
     Returns:
-        A lazy sequence of `Explanation` in the order of the dataset. Inputs that failed are missing; `failures` lists them. `ids`
-        names the inputs.
+        A lazy sequence of `Explanation` in the order of the dataset, named by `ids`. `failures` lists the failed, missing inputs.
 
     Raises:
-        ValueError: no such run wrote `directory`; a shard of it is cut or missing.
+        ValueError: no such run wrote `directory`; one of its shards is truncated or missing.
     """
     directory = Path(directory)
     settings = read_settings(directory)

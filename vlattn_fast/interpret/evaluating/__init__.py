@@ -1,4 +1,4 @@
-"""`evaluate`: how good maps are.
+"""`evaluate`: the quality of maps.
 
 In: a model, and a data set of inputs, targets and boxes.
 Out: an `Evaluation`: rows and curves.

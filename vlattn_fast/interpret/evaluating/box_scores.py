@@ -1,4 +1,4 @@
-"""How well a map agrees with ground-truth boxes: pointing game, intersection over union, mass inside."""
+"""Agreement of a map with ground-truth boxes: pointing game, intersection over union, mass inside."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 def pointing(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
     """1 where the centre of the largest entry lies in a box, else 0 (Zhang et al., "Top-down neural attention", ECCV 2016,
-    without their margin of 15 pixels). A map that is constant points nowhere: 0.
+    without their margin of 15 pixels). A constant map points nowhere: 0.
 
     Args:
         values: (n,), the map's entries.
-        entries: (n, 4), where each lies: x1, y1, x2, y2 relative to the image.
+        entries: (n, 4), the place of each entry: x1, y1, x2, y2 relative to the image.
         boxes: (K, 4), the ground truth.
     """
     if bool((values == values[0]).all()):
@@ -24,9 +24,9 @@ def pointing(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
 
 
 def intersection_over_union(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
-    """Area that the entries above the map's mean share with the boxes, divided by the area of both together. Of a map that is
-    constant no entry is: 0."""
-    if bool((values == values[0]).all()):  # all of them may lie above a mean that was rounded
+    """Area that the entries above the map's mean share with the boxes, divided by the area of both together. 0 for a constant
+    map, which has no entry above its mean."""
+    if bool((values == values[0]).all()):  # a rounded mean may lie below all values
         return 0.0
     above = entries[values > values.mean()]
     area, in_entries, in_boxes = _cut(above, boxes)
@@ -35,8 +35,8 @@ def intersection_over_union(values: Tensor, entries: Tensor, boxes: Tensor) -> f
 
 
 def mass(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
-    """Share of the positive mass inside the boxes; an entry counts by the share of its area there, and one without area by its
-    centre. 0 without positive mass."""
+    """Share of the positive mass inside the boxes, by the area of each entry inside, or by the centre of an entry without area. 0
+    without positive mass."""
     area, in_entries, in_boxes = _cut(entries, boxes)
     weights = in_entries * area
     covered, whole = (weights * in_boxes.any(0)).sum((1, 2)), weights.sum((1, 2))
@@ -65,7 +65,7 @@ def check_boxes(boxes: Any, rows: int) -> list[Tensor | None]:
         boxes = [boxes]
     if not isinstance(boxes, Tensor) and rows == 1 and len(boxes) and _depth(boxes[0]) == 1 and len(boxes[0]):
         boxes = [boxes]
-    if rows == 1 and len(boxes) == 0:  # one row, of which there are no boxes
+    if rows == 1 and len(boxes) == 0:  # one row without boxes
         return [None]
     if len(boxes) != rows:
         raise ValueError(f"boxes must be None or one set of boxes for each of the {rows} rows; got {len(boxes)}")
@@ -97,8 +97,8 @@ def _centre_inside(entries: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _cut(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The plane cut along every edge: the pieces' areas (Y, X), and which piece lies in which box of `first` (n, Y, X) and
-    `second` (K, Y, X). So areas of unions are exact."""
+    """The plane cut along every edge, so that areas of unions are exact: the pieces' areas (Y, X), and which pieces lie in which
+    box of `first` (n, Y, X) and `second` (K, Y, X)."""
     boxes = torch.cat([first, second]).double()
     edges = [boxes[:, [axis, axis + 2]].flatten().unique() for axis in (0, 1)]
     inside = []

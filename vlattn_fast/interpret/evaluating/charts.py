@@ -1,4 +1,4 @@
-"""Charts of an Evaluation: matplotlib is imported where they are drawn."""
+"""Charts of an Evaluation; `draw` imports matplotlib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_AXES = {"sanity": "share of modules randomised", "insertion": "fraction put in"}  # what curves run over
+_AXES = {"sanity": "share of modules randomised", "insertion": "fraction put in"}  # x axes of curves
 
 
 def draw(table: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]]) -> Figure:
@@ -42,5 +42,5 @@ def draw(table: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]]) -> F
 
 
 def _plain(word: str) -> str:
-    """A word as matplotlib should draw it: the dollar sign would start a formula."""
+    """A word for matplotlib, where a bare dollar sign would start a formula."""
     return word.replace("$", r"\$")

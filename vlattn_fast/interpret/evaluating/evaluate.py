@@ -1,4 +1,4 @@
-"""`evaluate`: how well maps tell what a model's answer rests on, measured as the papers do it."""
+"""`evaluate`: measures as in the papers how well maps show the parts of an input that a model's answer rests on."""
 
 from __future__ import annotations
 
@@ -53,44 +53,43 @@ def evaluate(
     - "iou": intersection over union of the boxes and the entries above the map's mean. Areas are exact.
     - "mass": the share of positive mass inside the boxes.
 
-    A map that is constant points nowhere: 0 in the first two. Equal entries go by their position, here and above.
+    A constant map has 0 in the first two. Equal entries are ordered by position, here and above.
 
-    And of both parts:
+    A test of both parts:
 
     - "sanity": Spearman's correlation with the map of the same model with every weight randomised (Adebayo et al., NeurIPS
-      2018). A map that depends on what the model learned is near 0. The curve has the cascade from the output to the input.
-      Weights become normal numbers with the mean and standard deviation of the trained tensor. A correlation with a map that
-      is constant or not finite is undefined, and such a sample is left out.
+      2018). Near 0 for a map that depends on the learned weights. The curve has the cascade from the output to the input. Weights
+      become normal numbers with the mean and standard deviation of the trained tensor. Samples with a constant or non-finite map
+      have no correlation and are left out.
 
-    Removed patches become 0, the mean pixel of normalised images. Removed regions and words are dropped from the inputs; special
-    tokens stay, and so does the token that is read, of a decoder and of VisualBERT for questions.
+    Removed patches become 0, the mean pixel of normalised images. Removed regions and words are dropped from the inputs. Special
+    tokens stay, and so does the read token of decoders and of VisualBERT for questions.
 
     Args:
         model: as `explain` takes it. Any other model serves where `methods` are callables and the outputs have `logits`
             (B, classes) or `target` is a callable; its patches are those of the maps' grid.
-        dataset: (inputs, target, boxes) for each sample or batch. inputs and target as for `explain`. target None = what the
-            model answers to the whole input: the class, the token or, of an image with several texts, the text. boxes = ground
-            truth (K, 4), x1, y1, x2, y2 relative to the image; of a batch, one (K, 4) or None a row; or None.
+        dataset: (inputs, target, boxes) for each sample or batch. inputs and target as for `explain`. target None = the model's
+            answer to the whole input: the class, the token or, for an image with several texts, the text. boxes: ground truth (K,
+            4), x1, y1, x2, y2 relative to the image; for a batch, one (K, 4) or None per row; or None.
         methods: names of `explain`'s methods and ablations, "weighted:norm" and "weighted:equal" (and
-            "weighted:norm:no_normalization") with another weighting, "random", or callables (model, inputs, target) -> whatever
-            has `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has. A dict names them.
+            "weighted:norm:no_normalization") with another weighting, "random", or callables (model, inputs, target) -> an object
+            with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has. A dict names them.
         tests: some of "positive", "negative", "insertion", "deletion", "pointing", "iou", "mass", "sanity".
-        steps: increasing fractions removed (of "insertion": put in), from 0 to 1. None = 0, .25, .5, .75, .8, .85, .9, .95, 1 as
+        steps: increasing fractions removed ("insertion": put in), from 0 to 1. None = 0, .25, .5, .75, .8, .85, .9, .95, 1 as
             published; for "insertion" and "deletion" 0, .05, ..., 1.
-        accuracy: what "positive" and "negative" measure, a callable(outputs) -> (B,). None = 1 where the target has the largest
-            logit, else 0. Of a callable target: its score.
-        probability: what "insertion" and "deletion" measure, likewise. None = the softmax of the target's logit. Of a callable
-            target: its score.
-        words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; of a model without a
-            record all but padding and the first and last token.
+        accuracy: the measure of "positive" and "negative", a callable(outputs) -> (B,). None = 1 where the target has the largest
+            logit, else 0; for a callable target, its score.
+        probability: the same for "insertion" and "deletion". None = the softmax of the target's logit, or a callable target's
+            score.
+        words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; for a model without a
+            record, all but padding and the first and last token.
         sanity_stages: randomised models of the cascade, the wholly randomised one included; 1000 at most.
         batch_size: rows of one forward pass over perturbed inputs.
         seed: of the random maps and weights.
-        options: further arguments of `explain` for the methods given by name, as `read` and `start_layer`; `weighting` is for the
-            weighted ones alone.
+        options: further arguments of `explain` for named methods, as `read` and `start_layer`; `weighting` is for weighted ones.
 
     Returns:
-        An `Evaluation`. A sample without a part, or without boxes, is left out of that row and counted in it.
+        An `Evaluation`. A row leaves out samples without its part, or without boxes, and counts them.
 
     Raises:
         TypeError, ValueError: an unknown method or test, an argument that no chosen test or method reads, steps out of order, an

@@ -1,4 +1,4 @@
-"""`Evaluation`: what `evaluate` measured, as rows, curves and pictures."""
+"""`Evaluation`: the results of `evaluate` as rows, curves and pictures."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _FORMAT = "vlattn_fast.evaluation.1"
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate` measured.
+    """The results of `evaluate`.
 
     Args:
         table: a row for each method, test and part: "method", "test", "part" ("image" or "text"), "value" (the mean over
             samples; None without any), "sd" (their standard deviation; None below two), "samples", and "left_out": samples
-            that have no such part, no boxes, or too little of them.
+            without that part, without boxes, or with too little of them.
         curves: a row for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
-            a step), "samples". Of "sanity" the steps are the share of randomised modules, and samples have maps at each of them.
+            a step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
         facts: the arguments of the run.
     """
 

@@ -1,4 +1,4 @@
-"""The maps of a batch that each method gives: the numbers of each row's image and words."""
+"""The maps of each method for a batch: the numbers of each row's image and words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlattn_fast.interpret.evaluating.plan import PARTS, Plan, Rival, takes_weig
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.result.explanation import Explanation
 
-Maps = list[dict[str, Tensor | None]]  # of each row: part -> (n,)
+Maps = list[dict[str, Tensor | None]]  # per row: part -> (n,)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _triple(item: Any) -> tuple[Mapping[str, Any], Any, Any]:
 
 
 def _shown(judge: Judge, question: Question, results: Mapping[str, Any]) -> Any:
-    """The explanation that tells where patches and words are; of a model without a record whatever has `.image`."""
+    """The explanation that tells where patches and words are; without a record, any result with `.image`."""
     explanation = next((result for result in results.values() if isinstance(result, Explanation)), None)
     if explanation is None and judge.record is not None:
         return explain(judge.model, question.inputs, target=question.target, method="attention")
@@ -64,7 +64,7 @@ def _shown(judge: Judge, question: Question, results: Mapping[str, Any]) -> Any:
 
 
 def run_method(model: nn.Module, question: Question, method: str | Rival, options: Mapping[str, Any]) -> Any:
-    """What a method says; None = random."""
+    """The result of a method; None = random."""
     if callable(method):
         return method(model, question.inputs, question.target)
     if method == "random":
@@ -88,32 +88,32 @@ def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Gene
         if sample.regions is not None and regions is not None:
             values["image"] = _entries(name, regions[row], sample.regions)
         elif sample.grids is not None and image is not None:
-            own = [part for index, part in enumerate(image) if (index if owners is None else owners[index]) == row]
-            shapes = [tuple(part.shape) for part in own]
+            parts = [part for index, part in enumerate(image) if (index if owners is None else owners[index]) == row]
+            shapes = [tuple(part.shape) for part in parts]
             if shapes != sample.grids:
                 raise ValueError(f"methods must give maps on the grids {sample.grids}; got {shapes} of {name!r}")
-            values["image"] = torch.cat([part.flatten() for part in own])
+            values["image"] = torch.cat([part.flatten() for part in parts])
         if sample.entries is not None and text is not None:
             values["text"] = _entries(name, text[row], sample.entries)
-        # In float64, since bytes cannot be negated, and means of 16 bits are rounded.
+        # In float64, since bytes have no negative and means of 16 bits are rounded.
         rows.append({part: None if value is None else value.detach().cpu().double() for part, value in values.items()})
     return rows
 
 
 def _check_rows(name: str, result: Any, rows: int) -> None:
-    """That a method's maps are those of the batch: one a row, or as many as its `image_rows` says.
+    """A method gives a map for each row of the batch, or for each entry of its `image_rows`.
 
     Args:
-        result: whatever has `.image`, `.regions` or `.text`.
+        result: an object with `.image`, `.regions` or `.text`.
         rows: of the batch.
 
     Raises:
-        TypeError: `result` has none of them.
+        TypeError: `result` has none of these.
         ValueError: too few rows, or too many.
     """
     parts = ("image", "regions", "text")
     if not any(hasattr(result, part) for part in parts):
-        raise TypeError(f"methods must give what has .image, .regions or .text; got {type(result).__name__} of {name!r}")
+        raise TypeError(f"methods must give an object with .image, .regions or .text; got {type(result).__name__} of {name!r}")
     owners = getattr(result, "image_rows", None)
     for part in parts:
         if (values := getattr(result, part, None)) is None:

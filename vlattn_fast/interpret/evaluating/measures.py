@@ -24,7 +24,7 @@ from vlattn_fast.interpret.result.rank_correlation import rank_correlation
 
 
 def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
-    """How well each map falls into the boxes."""
+    """The agreement of each map with the boxes."""
     for name, rows in batch.maps.items():
         for sample, row, boxes in zip(batch.samples, rows, batch.boxes, strict=True):
             values = row["image"]
@@ -36,7 +36,7 @@ def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
 
 
 def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
-    """Curves of every method; inputs that several steps, tests or methods come to are run once."""
+    """Curves of every method. An input that several steps, tests or methods share is run once."""
     places_of: dict[tuple[int, str, tuple[int, ...]], int] = {}
     plans: list[tuple[tuple[str, str, str], Sequence[float], list[tuple[int, str, tuple[int, ...]]]]] = []
     for name, rows in batch.maps.items():
@@ -63,8 +63,7 @@ def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
 
 
 def randomise(plan: Plan, batches: list[Batch], tally: Tally, generator: torch.Generator) -> None:
-    """Correlations with the maps of ever more randomised models. They are undefined for maps that are constant or not finite,
-    which are left out."""
+    """Correlations with the maps of ever more randomised models, except for constant and non-finite maps, which have none."""
     changed = copy.deepcopy(plan.model)
     curves: dict[tuple[str, str, int, int], list[float | None]] = {}
     first = batches[0].question.inputs
@@ -74,7 +73,7 @@ def randomise(plan: Plan, batches: list[Batch], tally: Tally, generator: torch.G
                 try:
                     result = run_method(changed, batch.question, method, plan.options)
                     again = maps_of(name, result, batch.samples, generator)
-                except UndefinedRelevancy:  # of random weights it may be
+                except UndefinedRelevancy:  # as random weights may cause
                     again = [dict.fromkeys(PARTS) for _ in batch.samples]
                 for row, (before, after) in enumerate(zip(batch.maps[name], again, strict=True)):
                     for part in PARTS:

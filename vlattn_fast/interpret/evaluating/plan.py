@@ -1,4 +1,4 @@
-"""What the caller asks of `evaluate`: methods, tests and their options, checked before the model runs."""
+"""The arguments of `evaluate`: methods, tests and their options, checked before the model runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Plan:
 
     Args:
         model: without its wrappers.
-        methods: a name of `explain`'s, "random" or a callable, by its name in the table.
+        methods: name in the table -> a name of `explain`'s methods, "random" or a callable.
         steps: of each test with a curve over perturbed inputs.
         options: further arguments of `explain`.
     """
@@ -71,7 +71,7 @@ class Plan:
         _check_used(tests, chosen.values(), options, steps=steps, accuracy=accuracy, probability=probability)
         of_tests = {test: _checked_steps(steps, test) for test in tests if test in PERTURBED}
         check_callable(accuracy=accuracy, probability=probability, words=words)
-        check_integer("sanity_stages", sanity_stages, low=1, high=1000)  # each explains the whole data set anew
+        check_integer("sanity_stages", sanity_stages, low=1, high=1000)  # each stage explains the whole data set again
         check_integer("batch_size", batch_size, low=1)
         check_integer("seed", seed)
         rest = accuracy, probability, words, sanity_stages, batch_size, seed, options
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def x_axes(self) -> dict[str, Sequence[float]]:
-        """Of each test with a curve."""
+        """The x axis of each test with a curve."""
         return {**self.steps, "sanity": [(stage + 1) / self.sanity_stages for stage in range(self.sanity_stages)]}
 
     @property
@@ -145,9 +145,9 @@ def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
         raise ValueError(f"weighting must be for methods 'weighted' that name none themselves; got {weighting!r} for {weighted}")
 
 
-def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: Mapping[str, Any], **given: Any) -> None:
+def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: Mapping[str, Any], **arguments: Any) -> None:
     """ValueError where none of the tests reads an argument, or none of the methods the options."""
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is not None and not set(_READERS[name]) & set(tests):
             readers = ", ".join(_READERS[name])
             raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")

@@ -18,7 +18,7 @@ class Group:
 
     @torch.no_grad()
     def randomise(self, generator: torch.Generator) -> None:
-        """Every tensor becomes normal numbers with its own mean and standard deviation."""
+        """Replaces every tensor by normal numbers with the tensor's mean and standard deviation."""
         for parameter in self.parameters:
             if not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
@@ -30,7 +30,7 @@ class Group:
 def cascade(model: nn.Module, inputs: Mapping[str, Any], stages: int) -> list[Group]:
     """The model's parameters from its output to its input, in `stages` groups of as many modules.
 
-    The order is that in which modules are first called, backwards. A model without that many modules has empty groups.
+    The order is the reverse of the modules' first calls. A model with fewer modules has empty groups.
     """
     order: list[nn.Module] = []
 
@@ -45,7 +45,7 @@ def cascade(model: nn.Module, inputs: Mapping[str, Any], stages: int) -> list[Gr
     finally:
         for handle in handles:
             handle.remove()
-    never = [module for module in holders if module not in order]  # their parameters are read from outside
+    never = [module for module in holders if module not in order]  # other modules read their parameters
     groups: list[Group] = []
     done: set[int] = set()
     backwards = [*reversed(order), *never]

@@ -1,4 +1,4 @@
-"""What the samples of `evaluate` brought, gathered into rows of its table and of its curves."""
+"""The values of `evaluate`'s samples, gathered into rows of its table and curves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Tally:
-    """What each sample brought, by (method, test, part)."""
+    """The values of each sample by (method, test, part)."""
 
     def __init__(self, keys: list[tuple[str, str, str]]) -> None:
         self._values: dict[tuple[str, str, str], list[float]] = {key: [] for key in keys}
@@ -17,7 +17,7 @@ class Tally:
         self._left_out = dict.fromkeys(keys, 0)
 
     def add(self, key: tuple[str, str, str], value: float | None, curve: list[float] | None = None) -> None:
-        """A sample's value; None = it has none."""
+        """Adds a sample's value; None = left out."""
         if value is None:
             self._left_out[key] += 1
             return

@@ -1,4 +1,4 @@
-"""Heat maps of a ProbeReport and its page: matplotlib and jinja2 are imported where they are drawn."""
+"""Heat maps of a ProbeReport and its page; `draw` and `page` import matplotlib and jinja2."""
 
 from __future__ import annotations
 

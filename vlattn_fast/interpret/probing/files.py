@@ -15,21 +15,21 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 
 def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """(inputs, labels) of each line: "text", "image" (a path that counts from the file's folder), and labels as `probe` has them.
+    """(inputs, labels) of each line, which has "text", "image" (a path relative to the file's folder), and labels as in `probe`.
 
     Args:
         source: the file, or a folder that holds one such file.
 
     Raises:
-        ValueError: `source` is none of these or has no line, or a line is not as said (it is named).
+        ValueError: `source` is neither or has no line, or a line has another form (the message names the line).
     """
     source = Path(source)
     if source.is_dir():
-        found = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES)
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
+        files = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES)
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
             raise ValueError(f"dataset must be a folder with one .jsonl file, or the file; got {names} in {source}")
-        source = found[0]
+        source = files[0]
     if source.suffix not in SUFFIXES or not source.is_file():
         raise ValueError(f"dataset must be a .jsonl file, or a folder with one; got {source}")
     filled = 0

@@ -1,4 +1,4 @@
-"""What the tests gather from each forward pass, and the table that they make of it."""
+"""The numbers that the tests gather from each forward pass, and the table made of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched
 
 KINDS = {TEXT: "text", IMAGE: "image", SPECIAL: "special"}
 _NO_INPUTS = "no inputs in the data set"
-_CROSSING = 0.5  # attention on the text above which a head is cross-modal
+_CROSSING = 0.5  # a head with more attention on the text is cross-modal
 _CLASSES = 6  # of lengths
 _OF_TRACES = {"coreference": "phrases", "relation": "relations"}
 
@@ -36,23 +36,23 @@ class Gathered:
         self._two_streams = False
         self._mass: list[Array] = []  # (L, H, 3) each
         self._crossing: list[Array] = []  # (L, H)
-        # Of "coreference" and "relation": traces (L, H, 2), classes, inputs, and labels that could not be taken.
+        # For "coreference" and "relation": traces (L, H, 2), classes, inputs, and the number of unusable labels.
         self._traces: dict[str, list[tuple[Array, Any, int]]] = {name: [] for name in _OF_TRACES}
         self._left_out: Counter[str] = Counter()
-        self._fusion: list[list[tuple[float, float]]] = []  # of each input and layer
+        self._fusion: list[list[tuple[float, float]]] = []  # per input and layer
         self._texts: list[tuple[Array, list[int], dict[str, Any]]] = []  # states (L, C), ids of the words, classes by task
         self._orders: list[tuple[Array, int, int]] = []  # states (L, C), exchanged or not, input
 
     def _random(self, test: str, number: int) -> np.random.Generator:
-        """Of a test and an input its own, so that nothing depends on the batches, nor on the other tests."""
+        """A generator per test and input, so that no result depends on the batches or on other tests."""
         return np.random.default_rng([self.seed, *test.encode(), number])
 
     def add(self, watched: Watched, inputs: Mapping[str, Any], labels: Sequence[Labels]) -> None:
-        """Run the model over a batch and gather."""
+        """Runs the model over a batch and gathers the numbers."""
         asked: list[list[tuple[str, Any, Sets]]] = []
 
         def sets(layout: Layout) -> list[list[Sets]]:
-            if not asked:  # the same for all layers
+            if not asked:  # equal for all layers
                 asked.extend(self._asked(layout, row, label) for row, label in enumerate(labels))
             return [[one[2] for one in row] for row in asked]
 
@@ -70,18 +70,18 @@ class Gathered:
         self.count += batch
 
     def _asked(self, layout: Layout, row: int, label: Labels) -> list[tuple[str, Any, Sets]]:
-        """The sets of tokens that a row's labels are about: (test, class, sets)."""
+        """The sets of tokens that a row's labels name: (test, class, sets)."""
         asked: list[tuple[str, Any, Sets]] = []
         number = self.count + row
         random = self._random("coreference", number)
         for columns, regions in label.phrases if "coreference" in self.tests else ():
             tokens, named = tokens_of(layout, row, columns, number), regions_of(layout, row, regions, number)
-            others = [place for place in layout.regions[row] if place not in named and layout.parts[row, place] == IMAGE]
-            if len(others) < len(named):
-                self._left_out["coreference"] += 2  # samples: these, and no other regions to tell them apart from
+            unnamed = [place for place in layout.regions[row] if place not in named and layout.parts[row, place] == IMAGE]
+            if len(unnamed) < len(named):
+                self._left_out["coreference"] += 2  # samples: too few other regions to tell apart
                 continue
-            other = sorted(random.choice(others, len(named), replace=False).tolist())
-            asked += [("coreference", 1, (tokens, named)), ("coreference", 0, (tokens, other))]
+            drawn = sorted(random.choice(unnamed, len(named), replace=False).tolist())
+            asked += [("coreference", 1, (tokens, named)), ("coreference", 0, (tokens, drawn))]
         for one, two, relation in label.relations if "relation" in self.tests else ():
             first, second = (regions_of(layout, row, [region], number) for region in (one, two))
             asked.append(("relation", relation, (first, second)))
@@ -143,11 +143,11 @@ class Gathered:
                 self._orders += [(states[row], 0, self.count + row), (again[row], 1, self.count + row)]
 
     def _text_states(self, seen: Seen) -> list[Array]:
-        """Of each row (L, C)."""
+        """The state (L, C) of each row's text."""
         layout, rows = seen.layout, range(len(seen.layout.parts))
         if self.read == "cls":
             return [np.stack([_numbers(state[row, layout.row[row]]) for state in seen.states]) for row in rows]
-        weight = layout.words[:, : seen.states[0].shape[1]].double()  # of two streams the states of the text
+        weight = layout.words[:, : seen.states[0].shape[1]].double()  # with two streams, the states of the text
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
         means = [torch.einsum("bn,bnc->bc", weight, state.double().cpu()).numpy() for state in seen.states]
         return [np.stack([mean[row] for mean in means]) for row in rows]
@@ -218,15 +218,15 @@ class Gathered:
         states = np.stack([text[0] for text in self._texts])  # (S, L, C)
         groups = range(len(states))
         rows = []
-        found = _middle_word([set(text[1]) for text in self._texts])
+        word = _middle_word([set(text[1]) for text in self._texts])
         tasks: dict[str, list[Any]] = {
             "length": _length_classes([len(text[1]) for text in self._texts]),
-            "word_content": [found in text[1] for text in self._texts],
+            "word_content": [word in text[1] for text in self._texts],
         }
         for task, classes in tasks.items():
             rows += self._of_task(task, states, classes, groups, left_out)
         orders = [np.array([one[index] for one in self._orders]) for index in range(3)]
-        without = 2 * (left_out + self._left_out["word_order"])  # a text is a sample as it is, and one with its words exchanged
+        without = 2 * (left_out + self._left_out["word_order"])  # two samples per text: one with exchanged words
         rows += self._of_task("word_order", orders[0], orders[1], orders[2], without)
         for task in dict.fromkeys(name for text in self._texts for name in text[2]):
             having = [index for index, text in enumerate(self._texts) if task in text[2]]
@@ -248,13 +248,13 @@ def _numbers(states: Tensor) -> Array:
 
 
 def _middle_word(texts: Sequence[set[int]]) -> int:
-    """The id that is in the number of texts next to half of them; of several the smallest."""
+    """The id whose number of texts is nearest to half of them; the smallest of several."""
     counts = Counter(word for text in texts for word in text)
     return min(counts, key=lambda word: (abs(counts[word] - len(texts) / 2), word))
 
 
 def _length_classes(lengths: Sequence[int]) -> list[int]:
-    """Each length a class of its own, or where there are too many, classes of about equal size."""
+    """A class per length or, for too many lengths, classes of about equal size."""
     if len(set(lengths)) <= _CLASSES:
         return list(lengths)
     edges = np.quantile(lengths, np.linspace(0, 1, _CLASSES + 1)[1:-1])

@@ -1,4 +1,4 @@
-"""What a data set for `probe` says of its inputs."""
+"""The labels of a data set for `probe`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASKS = ("length", "word_content", "word_order")  # of every text
 
 @dataclass(frozen=True)
 class Labels:
-    """Of one row: phrases as (columns of the input ids, regions), relations as (region, region, class), classes by task."""
+    """One row's labels: phrases as (columns of the input ids, regions), relations as (region, region, class), classes by task."""
 
     phrases: list[tuple[list[int], list[int]]] = field(default_factory=list)
     relations: list[tuple[int, int, Any]] = field(default_factory=list)
@@ -41,48 +41,48 @@ def read_item(item: Any) -> tuple[Mapping[str, Any], list[Labels]]:
     return inputs, [_labels(one) for one in listed]
 
 
-def _labels(given: Any) -> Labels:
-    if given is None:
+def _labels(raw: Any) -> Labels:
+    if raw is None:
         return Labels()
-    if dataclasses.is_dataclass(given) and not isinstance(given, type):
-        given = {name: getattr(given, name, None) for name in KEYS}
-    if not isinstance(given, Mapping):
-        raise TypeError(f"dataset must give labels as a dict, a dataclass or None; got {type(given).__name__}")
-    if unknown := [name for name in given if name not in KEYS]:
+    if dataclasses.is_dataclass(raw) and not isinstance(raw, type):
+        raw = {name: getattr(raw, name, None) for name in KEYS}
+    if not isinstance(raw, Mapping):
+        raise TypeError(f"dataset must give labels as a dict, a dataclass or None; got {type(raw).__name__}")
+    if unknown := [name for name in raw if name not in KEYS]:
         raise ValueError(f"labels must be among {', '.join(KEYS)}; got {unknown}")
     phrases, relations = [], []
-    for phrase in _entries("phrases", given):
+    for phrase in _entries("phrases", raw):
         if not isinstance(phrase, Sequence) or len(phrase) != 2:
             raise ValueError(f"phrases must be ((start, stop), region or regions) each; got {phrase!r}")
         span, regions = phrase
-        several = isinstance(regions, (list, tuple)) or getattr(regions, "ndim", 0) > 0  # also NumPy's and torch's
+        several = isinstance(regions, (list, tuple)) or getattr(regions, "ndim", 0) > 0  # NumPy's and torch's arrays, too
         numbers = [_number("phrases", one, phrase) for one in (regions if several else [regions])]
         phrases.append((_span(span), list(dict.fromkeys(numbers))))
         if not phrases[-1][1]:
             raise ValueError(f"phrases must name a region each; got {phrase!r}")
-    for relation in _entries("relations", given):
+    for relation in _entries("relations", raw):
         if not isinstance(relation, Sequence) or len(relation) != 3 or relation[2] is None:
             raise ValueError(f"relations must be (region, region, class) each; got {relation!r}")
         one, two = (_number("relations", region, relation) for region in relation[:2])
         relations.append((one, two, relation[2]))
-    sentence = {} if given.get("sentence") is None else given["sentence"]
+    sentence = {} if raw.get("sentence") is None else raw["sentence"]
     if not isinstance(sentence, Mapping):
         raise TypeError(f"sentence must be a dict of task -> class; got {type(sentence).__name__}")
     for task in sentence:
         if not isinstance(task, str) or task in TASKS:
             raise ValueError(f"sentence must have tasks with names other than {', '.join(TASKS)}; got {task!r}")
-    return Labels(phrases, relations, {task: found for task, found in sentence.items() if found is not None})
+    return Labels(phrases, relations, {task: label for task, label in sentence.items() if label is not None})
 
 
-def _entries(name: str, given: Mapping[str, Any]) -> Iterable[Any]:
-    entries = given.get(name)
+def _entries(name: str, raw: Mapping[str, Any]) -> Iterable[Any]:
+    entries = raw.get(name)
     if entries is not None and (isinstance(entries, (str, Mapping)) or not isinstance(entries, Iterable)):
         raise TypeError(f"{name} must be a list; got {entries!r}")
     return () if entries is None else entries
 
 
 def _number(name: str, region: Any, entry: Any) -> int:
-    """The number of a region, which may be NumPy's or torch's."""
+    """The number of a region, as an int, from NumPy's or torch's, too."""
     try:
         return operator.index(region)
     except TypeError:
@@ -100,7 +100,7 @@ def _span(span: Any) -> list[int]:
 
 
 def tokens_of(layout: Layout, row: int, columns: Sequence[int], number: int) -> list[int]:
-    """Positions in the sequence of columns of the input ids; `number` is the input's in the data set, for errors."""
+    """Positions in the sequence for columns of the input ids; errors name the input by its `number` in the data set."""
     tokens = [column + layout.offset for column in columns]
     parts = layout.parts[row]
     if tokens[-1] >= len(parts) or bool((parts[tokens] != 0).any()):
@@ -109,7 +109,7 @@ def tokens_of(layout: Layout, row: int, columns: Sequence[int], number: int) -> 
 
 
 def regions_of(layout: Layout, row: int, regions: Sequence[int], number: int) -> list[int]:
-    """Positions in the sequence of image tokens by their number; `number` as above."""
+    """Positions in the sequence for the numbers of image tokens; `number` as in `tokens_of`."""
     places = layout.regions[row]
     for region in regions:
         if not 0 <= region < len(places) or layout.parts[row, places[region]] != 1:

@@ -1,4 +1,4 @@
-"""What a linear probe and a clustering can tell: held-out accuracy, and mutual information with labels. Needs scikit-learn."""
+"""Linear probes with held-out accuracy, and the mutual information of clusters with labels. Needs scikit-learn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Probed:
-    """Held-out accuracy, that of the largest class, and that on shuffled labels; None where `reason` says why there is none."""
+    """Held-out accuracy of the probe, of the largest class, and on shuffled labels; None where `reason` says why."""
 
     value: float | None
     chance: float | None
@@ -26,7 +26,7 @@ class Probed:
 
 
 def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], seed: int, control: bool = True) -> Probed:
-    """Accuracy of a logistic regression of labels (S) on features (S, F), over five folds that part no group."""
+    """Accuracy of a logistic regression of labels (S) on features (S, F), over five folds that keep groups together."""
     classes, coded = np.unique([str(label) for label in labels], return_inverse=True)
     samples, counts = len(coded), np.bincount(coded, minlength=1)
     chance = float(counts.max() / samples) if samples else None
@@ -35,7 +35,7 @@ def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], 
     folds = _folds(np.asarray(groups), seed)
     if len(np.unique(folds)) < FOLDS:
         return Probed(None, chance, None, samples, f"fewer than {FOLDS} inputs")
-    shuffled = coded[np.random.default_rng([seed, 1]).permutation(samples)]  # not the permutation that made the folds
+    shuffled = coded[np.random.default_rng([seed, 1]).permutation(samples)]  # another permutation than the folds'
     value = _held_out(features, coded, folds)
     return Probed(value, chance, _held_out(features, shuffled, folds) if control else None, samples)
 
@@ -74,6 +74,6 @@ def fusion(states: Array, image: Array, seed: int, shuffled: Array) -> tuple[flo
     from sklearn.metrics import normalized_mutual_info_score
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # equal states are one cluster
+        warnings.simplefilter("ignore", ConvergenceWarning)  # for equal states, one cluster
         clusters = KMeans(n_clusters=2, n_init=4, random_state=seed).fit_predict(states)
     return tuple(float(normalized_mutual_info_score(labels, clusters)) for labels in (image, shuffled))  # type: ignore[return-value]

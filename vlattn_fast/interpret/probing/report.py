@@ -1,4 +1,4 @@
-"""What `probe` found: a table, heat maps, a page."""
+"""The results of `probe`: a table, heat maps, a page."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FORMAT = "vlattn_fast.probe.1"
 
 @dataclass(frozen=True, eq=False)
 class ProbeReport:
-    """What `probe` measured.
+    """The results of `probe`.
 
     Args:
-        table: a row for each test, kind, layer and head. "test"; "kind": of "modality" whose mass, of "linguistic" the task, else
-            None; "layer" and "head", None where all of them are meant; "value", None where "note" says why there is none;
-            "chance": the share of the largest class; "control": the same test on shuffled labels; "samples", of which a phrase
-            and a text with its words exchanged give two each, and "left_out": how many could not be taken.
+        table: a row for each test, kind, layer and head. "test"; "kind": whose mass for "modality", the task for "linguistic",
+            else None; "layer" and "head", None = all; "value", None where "note" says why; "chance": the share of the largest
+            class; "control": the same test on shuffled labels; "samples": two for each phrase, and for each text with its words
+            exchanged; "left_out": the number of unusable samples.
         facts: the arguments of the run.
     """
 
@@ -34,14 +34,14 @@ class ProbeReport:
 
     def value(self, test: str, layer: int | None = None, head: int | None = None, kind: str | None = None) -> float | None:
         """The value of one row of the table. ValueError where there is no such row."""
-        wanted = (test, kind, layer, head)
+        key = (test, kind, layer, head)
         for row in self.table:
-            if tuple(row[name] for name in COLUMNS[:4]) == wanted:
+            if tuple(row[name] for name in COLUMNS[:4]) == key:
                 return row["value"]
-        raise ValueError(f"test, kind, layer and head must be those of a row of the table; got {wanted}")
+        raise ValueError(f"test, kind, layer and head must be those of a row of the table; got {key}")
 
     def to_pandas(self) -> pd.DataFrame:
-        """The table as a data frame, with a column for each of a row's names."""
+        """The table as a data frame with a column per key."""
         with extra("tables"):
             import pandas as pd
 
@@ -57,7 +57,7 @@ class ProbeReport:
             return draw(self.table)
 
     def save_html(self, path: str | Path) -> Path:
-        """Write the heat maps and the table to `path` as one page that needs no network."""
+        """Write the heat maps and the table to `path` as one page without network."""
         with extra("viz"):
             text = page(self.table, self.facts)
         Path(path).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`probe`: what heads attend to and what states hold, over a data set (VALUE: Cao et al., "Behind the Scene", ECCV 2020)."""
+"""`probe`: probes of heads and states over a data set (VALUE: Cao et al., "Behind the Scene", ECCV 2020)."""
 
 from __future__ import annotations
 
@@ -36,45 +36,44 @@ def probe(
     modality: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> ProbeReport:
-    """What the heads of a model attend to, and what its states hold, over a data set: the probes of VALUE.
+    """The probes of VALUE over a data set: the targets of a model's heads, and the information in its states.
 
-    One stream of words and image tokens is probed (UNITER, VisualBERT, ViLT, decoders that see images), or a text alone for
-    "linguistic". Models with a stream of each have "coreference" in the layers where both attend to one another (LXMERT),
-    "relation" in those of the image, and "linguistic". Of attention only statistics are kept, `attention_statistics` of one layer
-    at a time.
+    `probe` takes models with one stream of words and image tokens (UNITER, VisualBERT, ViLT, decoders that see images), or texts
+    alone for "linguistic". Models with a stream of each (LXMERT) have "coreference" in the layers where both streams attend to
+    one another, "relation" in the image's layers, and "linguistic". Only `attention_statistics` are kept, layer by layer.
 
-    Of attention, for each layer and head:
+    Tests of attention, for each layer and head:
 
-    - "modality": how much the row that is read attends to the text and to the image, the sum over its tokens; mean over samples.
-      The row is [CLS], and of a decoder the last token.
+    - "modality": the attention of the read row to the text and to the image, each a sum over tokens; mean over samples. The read
+      row is that of [CLS], in decoders of the last token.
     - "cross_modal": the share of samples in which some image token gives more than half of its attention to the text.
-    - "coreference": accuracy of a linear probe that tells a phrase's region from another of the same image. It reads the trace:
-      of every head the largest attention of the phrase's tokens on the region, and of the region on the phrase. Rows of one head
-      have the accuracy of that head's two numbers.
+    - "coreference": accuracy of a linear probe that tells a phrase's region from another of the same image. The probe reads the
+      trace: for every head, the largest attention of the phrase's tokens on the region, and of the region on the phrase. Rows of
+      one head have the accuracy with that head's two numbers.
     - "relation": accuracy of a linear probe that tells the class of a relation from the trace of its two regions.
 
-    Of the states behind each layer:
+    Tests of the states behind each layer:
 
-    - "fusion": how well two clusters (k-means) match text and image tokens, by normalised mutual information with the arithmetic
-      mean; mean over samples. Low = fused.
+    - "fusion": normalised mutual information (arithmetic mean) of two clusters (k-means) with the modality, averaged. Low =
+      fused.
     - "linguistic": accuracy of linear probes on the text, as SentEval's: "length" (number of words, in six classes at most),
-      "word_content" (whether it has the word that is in about half of the texts), "word_order" (whether two neighbours were
+      "word_content" (whether the text has the word that is in about half of the texts), "word_order" (whether two neighbours were
       exchanged; every text is run once more), and the tasks that the data set names.
 
-    Linear probes are logistic regressions on standardised features. Accuracy is held out, over five folds that part no input.
+    Linear probes are logistic regressions on standardised features. Accuracy is held out, over five folds that split no input.
 
     Args:
         model: as `explain` takes it.
-        dataset: (inputs, labels) for each sample or batch; labels a dict or dataclass, of a batch a list of one for each row,
-            or None. "phrases": ((start, stop), region or regions) each, columns of input_ids and the numbers of image tokens;
+        dataset: (inputs, labels) for each sample or batch; labels: a dict, a dataclass or None, in a list with one per row for a
+            batch. "phrases": ((start, stop), region or regions) each, columns of input_ids and the numbers of image tokens;
             "relations": (region, region, class) each; "sentence": a dict of further tasks -> the text's class.
-        tests: some of the names above. None = all; where one cannot be had, its row says why.
-        special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = they are a kind of
-            their own in "modality", and left out in "cross_modal" and "fusion".
-        read: "mean" = linguistic probes read the mean state of the words; "cls" = that of the row that is read.
+        tests: some of the names above. None = all; the row of an impossible test says why.
+        special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = special tokens are a
+            separate kind in "modality", and left out in "cross_modal" and "fusion".
+        read: "mean" = linguistic probes read the mean state of the words; "cls" = the state of the read row.
         parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither, for models without a record; spans of
-            phrases then count positions of the sequence, and the row that is read is the first. Linguistic probes need the text
-            first or last in the sequence.
+            phrases then count positions of the sequence, and the read row is the first. Linguistic probes need the text first or
+            last in the sequence.
         modality: input name -> "text" or "image", see `capture_attention`.
         seed: of folds, shuffled labels, k-means, the regions to tell apart and the words to exchange.
 
@@ -82,8 +81,7 @@ def probe(
         A `ProbeReport`.
 
     Raises:
-        TypeError, ValueError: an argument is wrong (it is named), attention that is not one stream's, a test of `tests` that the
-            data set has no labels for.
+        TypeError, ValueError: an argument is wrong (it is named), attention is not of one stream, a test has no labels.
     """
     names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
     if read not in READS:
@@ -95,7 +93,7 @@ def probe(
     check_callable(parts=parts)
     check_items("dataset", dataset, "(inputs, labels) for each sample or batch")
     with extra("probe"):
-        import sklearn  # noqa: F401 (probes without it would end after the forward passes)
+        import sklearn  # noqa: F401 (fails before the forward passes)
     inner = unwrapped(model)
     layouts = Layouts(inner, find_family(inner), parts)
     kind_of_model = Watched if layouts.pair is None else TwoStreams

@@ -12,14 +12,14 @@ from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall
 from vlattn_fast.interpret.probing.layout import Layout
 from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched, behind, both_ways, checked, one_way
 
-Place = tuple[int, int]  # a row, and the number of the sets that are asked for in it
+Place = tuple[int, int]  # a row, and the number of a pair of sets in it
 
 
 class TwoStreams(Watched):
     """Image tokens are counted behind the words.
 
-    A phrase and a region have maxima in the layers where words and image attend to one another both ways; two regions have them
-    in the layers of the image's own stream. What heads give to text and image in one softmax is not defined here.
+    A phrase and a region have maxima in the layers where words and image attend to one another both ways; two regions have maxima
+    in the layers of the image's own stream. No softmax here covers both text and image.
     """
 
     def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> Seen:
@@ -39,7 +39,7 @@ class TwoStreams(Watched):
                 numbers.append(number)
                 return
             if kinds not in of_words and kinds != (IMAGE, IMAGE):
-                return  # neither of the streams
+                return  # of neither stream
             with torch._C.DisableTorchFunction():
                 checked(call)
                 if layout is None:
@@ -71,7 +71,7 @@ class TwoStreams(Watched):
 
 
 def _chosen(asked: list[list[Sets]], words: int, with_words: bool) -> tuple[list[list[Sets]], list[list[int]]]:
-    """The sets that a call has maxima of, counted in its streams, and which they are."""
+    """The sets that a call has maxima of, as positions in its streams, and their numbers."""
     places = [[i for i, (one, _) in enumerate(row) if (one[0] < words) == with_words] for row in asked]
     chosen = []
     for row, some in zip(asked, places, strict=True):
@@ -80,11 +80,11 @@ def _chosen(asked: list[list[Sets]], words: int, with_words: bool) -> tuple[list
     return chosen, places
 
 
-def _by_place(found: list[Tensor], places: list[list[int]]) -> dict[Place, Tensor]:
+def _by_place(maxima: list[Tensor], places: list[list[int]]) -> dict[Place, Tensor]:
     """Maxima (H, ...) by row and set."""
-    return {(row, place): found[row][:, i] for row, some in enumerate(places) for i, place in enumerate(some)}
+    return {(row, place): maxima[row][:, i] for row, some in enumerate(places) for i, place in enumerate(some)}
 
 
 def _stacked(layers: list[Tensor]) -> Tensor:
-    """(L, H, 2); L = 0 where there is no such layer."""
+    """(L, H, 2); L = 0 without such a layer."""
     return torch.stack(layers) if layers else torch.zeros(0, 0, 2, dtype=torch.float64)

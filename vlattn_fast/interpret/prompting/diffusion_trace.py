@@ -1,14 +1,13 @@
-"""Sees the attention between picture and text in a diffusion model, call by call, and adds up what each text token gets.
+"""Sees the attention between picture and text in a diffusion model, call by call, and adds up the attention to each text token.
 
 A call is one of torch's scaled_dot_product_attention within the model's forward pass. Three kinds attend to text:
 
 - cross-attention: N image queries, L text keys (UNets, PixArt);
 - image queries with text and image keys together (UNets with added keys);
-- joint attention: N + L queries and keys, one part behind the other (SD3, Flux). The concatenation, which the trace sees too,
-  says which part is first.
+- joint attention: N + L queries and keys, one part behind the other (SD3, Flux). The concatenation shows the order.
 
-All others (self-attention, keys of image prompts) are left alone. The picture's rows of a call become one (N, L) head mean, which
-is added to the sum of its grid. No map per head, layer or step is kept.
+The trace ignores other calls (self-attention, keys of image prompts). The picture's rows of a call become one (N, L) head mean,
+which is added to the sum of its grid. No map per head, layer or step is kept.
 
 A trace sees the thread that entered it.
 """
@@ -32,7 +31,7 @@ from vlattn_fast.attach.attributes import is_entered
 from vlattn_fast.ops.attention_map import attention_map
 
 Grid = tuple[int, int]
-TEXT_FIRST = {"FluxTransformer2DModel": True, "SD3Transformer2DModel": False}  # where text and picture are of one length
+TEXT_FIRST = {"FluxTransformer2DModel": True, "SD3Transformer2DModel": False}  # for text and picture of one length
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ELEMENTS = 1 << 20  # of a head mean whose keys are not all text
 
@@ -42,12 +41,12 @@ class _Running:
     """A module whose forward pass is under way.
 
     Args:
-        path: its name in the model.
+        path: the module's name in the model.
         module: itself.
-        picture: h, w of the patches of the (B, C, H, W) tensor that it was given.
-        tokens: N of the (B, N, C) tensor that it was given.
+        picture: h, w of the patches of its (B, C, H, W) argument.
+        tokens: N of its (B, N, C) argument.
         text: L of its `encoder_hidden_states`.
-        seen, counted: whether it called torch's attention, and whether for the text.
+        seen, counted: whether the module called torch's attention, and whether for the text.
     """
 
     path: str
@@ -61,7 +60,7 @@ class _Running:
 
 @dataclass(frozen=True)
 class _Part:
-    """The part of an attention call that counts: the rows of the picture and the columns of the text."""
+    """The counted part of an attention call: the rows of the picture and the columns of the text."""
 
     grid: Grid
     rows: slice
@@ -69,11 +68,11 @@ class _Part:
 
 
 class PromptTrace(TorchFunctionMode):
-    """Adds up head means of attention to text while it is entered.
+    """A context that adds up head means of attention to text.
 
     Args:
         model: the denoising network, without wrappers.
-        guidance: says for each forward pass how classifier-free guidance runs, see `prompt_maps`.
+        guidance: returns for each forward pass how classifier-free guidance runs, see `prompt_maps`.
         text_first, grid, layers: see `prompt_maps`.
     """
 
@@ -99,7 +98,7 @@ class PromptTrace(TorchFunctionMode):
     # --- the run ---
 
     def __getstate__(self) -> None:
-        """A model that is copied or pickled meanwhile takes its hooks along. Those of a copy see nothing."""
+        """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks see nothing."""
 
     def __enter__(self) -> PromptTrace:
         self._thread = threading.get_ident()
@@ -127,7 +126,7 @@ class PromptTrace(TorchFunctionMode):
         if module is self.model:
             self._begin(args, kwargs)
         elif not self._running:
-            return  # a part of the model by itself
+            return  # a part of the model alone
         first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         shape = tuple(first.shape) if isinstance(first, Tensor) else ()
         text = _length(argument(module, "encoder_hidden_states", args, kwargs))
@@ -138,14 +137,14 @@ class PromptTrace(TorchFunctionMode):
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the whole model."""
-        self._running.clear()  # of a pass that an error broke off
+        self._running.clear()  # left by a pass that failed
         self._guided = self.guidance()
         self._counts = not (self._guided == "calls" and self._passes % 2)
         self._passes += 1
         self._text_first: dict[tuple[int, int], bool | None] = {}  # (L, N) -> the order of the last concatenation
-        self._before, self._others = self.maps, set[tuple[int, int]]()
-        self._texts: list[int] = []  # the lengths of this pass: the model's text, and what blocks may have put before it
-        self._packed: tuple[Grid | None, int] = None, 0  # the picture's grid, and how many image tokens there are
+        self._before, self._other_sizes = self.maps, set[tuple[int, int]]()
+        self._texts: list[int] = []  # lengths in this pass: the model's text, and texts that blocks extended
+        self._packed: tuple[Grid | None, int] = None, 0  # the picture's grid, and the number of image tokens
         if self._said_grid is not None:
             self._packed = self._said_grid, self._said_grid[0] * self._said_grid[1]
         elif self._counts:
@@ -158,7 +157,7 @@ class PromptTrace(TorchFunctionMode):
     def _pop(self, path: str, module: nn.Module, *_: Any) -> None:
         if threading.get_ident() != self._thread or not self._running:
             return
-        while self._running[-1].module is not module:  # those within it that an error left, which the model has caught
+        while self._running[-1].module is not module:  # modules inside that left with an error, which the model has caught
             self._running.pop()
         run = self._running[-1]
         if self._counts and not run.seen and self._should_attend(run):
@@ -174,7 +173,7 @@ class PromptTrace(TorchFunctionMode):
         if self.maps > self._before:
             self.steps += 1
             return
-        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._others)) or "none"
+        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._other_sizes)) or "none"
         hint = "" if self._said_grid is not None else "; grid=(h, w) says how image tokens lie where the model does not"
         hint += "" if self.layers is None else "; layers= says which of them count"
         raise ValueError(
@@ -221,17 +220,17 @@ class PromptTrace(TorchFunctionMode):
         part = self._part(run, query.shape[2], key.shape[2]) if query.ndim == 4 else None
         run.seen = True
         if part is None:
-            self._others.add((query.shape[-2], key.shape[-2]))
+            self._other_sizes.add((query.shape[-2], key.shape[-2]))
             return
         if not self._is_chosen(run.path) or (run.counted and hasattr(run.module, "processor")):
-            return  # a processor has further calls for image prompts, behind that for the text
+            return  # a processor's later calls are for image prompts
         run.counted = True
         if is_causal:
             raise ValueError(f"model must attend to the whole text; got causal attention in '{run.path}'")
         batch = self._conditional(query.shape[0])
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])[batch, :, part.rows]
-        # A mode is off while it handles a call. Sums outlive inference mode, in which they could not be added to elsewhere.
+        # A mode is off while it handles a call. Sums are made outside of inference mode, so that later calls can add to them.
         with torch.inference_mode(False), torch.no_grad():
             self._add(part, query[batch, :, part.rows], key[batch], attn_mask, scale, enable_gqa)
 
@@ -264,7 +263,7 @@ class PromptTrace(TorchFunctionMode):
             raise ValueError(f"guidance must be 'batch' only where the batch holds unconditional rows as well; got {batch} rows")
         return slice(batch // 2, batch)
 
-    # --- what is picture and what is text ---
+    # --- picture and text ---
 
     def _part(self, run: _Running, rows: int, columns: int) -> _Part | None:
         grid, text = self._grid(rows), run.text
@@ -282,7 +281,7 @@ class PromptTrace(TorchFunctionMode):
         return None
 
     def _grid(self, tokens: int) -> Grid | None:
-        """h, w of the picture that begins `tokens` image tokens."""
+        """h, w of the picture at the beginning of `tokens` image tokens."""
         grid, total = self._packed
         if grid is not None and tokens == total:
             return grid
@@ -290,7 +289,7 @@ class PromptTrace(TorchFunctionMode):
         return next((picture for picture in pictures if picture[0] * picture[1] == tokens > 0), None)
 
     def _concatenation(self, tensors: Any = (), dim: int = 0, **_: Any) -> None:
-        """Two parts of a sequence that are put behind one another: (B, N, C), (B, N, H, D) or (B, H, N, D)."""
+        """Notes the order of two concatenated parts of a sequence: (B, N, C), (B, N, H, D) or (B, H, N, D)."""
         if len(tensors) != 2 or tensors[0].ndim != tensors[1].ndim:
             return
         dims = tensors[0].ndim
@@ -302,21 +301,21 @@ class PromptTrace(TorchFunctionMode):
             self._text_first[left, right], self._text_first[right, left] = True, False
 
     def _is_text_first(self, run: _Running, text: int, picture: int) -> bool:
-        found = self._said_text_first
-        if found is None and text != picture:
-            found = self._text_first.get((text, picture))
-        if found is None:
-            found = TEXT_FIRST.get(type(self.model).__name__)
-        if found is None:
+        text_first = self._said_text_first
+        if text_first is None and text != picture:
+            text_first = self._text_first.get((text, picture))
+        if text_first is None:
+            text_first = TEXT_FIRST.get(type(self.model).__name__)
+        if text_first is None:
             raise ValueError(
                 f"text_first must be True or False where the model does not show the order of {text} text and {picture} image "
                 f"tokens; got None for {type(self.model).__name__}, in '{run.path}'"
             )
-        return found
+        return text_first
 
 
 def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An argument of a forward pass; None where it was not given."""
+    """An argument of a forward pass; None where it is absent."""
     if name in kwargs or not args:
         return kwargs.get(name)
     kind: Any = type(module)
@@ -330,7 +329,7 @@ def _parameters(kind: Any) -> list[str]:
 
 
 def _length(text: Any) -> int | None:
-    """L of (B, L, C); image prompts may stand behind the text in a tuple."""
+    """L of (B, L, C), or of the first of a tuple, whose rest may be image prompts."""
     if isinstance(text, (tuple, list)) and text:
         text = text[0]
     return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
@@ -344,9 +343,8 @@ def _patches(module: nn.Module, shape: tuple[int, ...]) -> Grid:
 
 
 def _grid_of(ids: Tensor) -> Grid | None:
-    """h, w of (N, 3) or (B, N, 3) ids: the picture, row and column of each token. The first picture is the one that is made.
-
-    A fourth id may count the tokens of the text.
+    """h, w of (N, 3) or (B, N, 3) ids: the picture, row and column of each token. The first picture is the generated one. A
+    fourth id may count the tokens of the text.
     """
     ids = ids[0] if ids.ndim == 3 else ids
     if ids.ndim != 2 or ids.shape[1] not in (3, 4) or not len(ids):
@@ -357,7 +355,7 @@ def _grid_of(ids: Tensor) -> Grid | None:
 
 
 def _first_of(shapes: Any) -> tuple[Grid | None, int]:
-    """h, w of the first picture, which is made, and the number of all tokens, from (frames, h, w) of each picture of each row."""
+    """h, w of the first (generated) picture, and the number of all tokens, from (frames, h, w) of each picture of each row."""
     pictures = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
     frames, height, width = pictures[0]
     return ((height, width) if frames == 1 else None), sum(f * h * w for f, h, w in pictures)
@@ -368,10 +366,10 @@ def _slice(start: int, grid: Grid) -> slice:
 
 
 def _computed_by(module: nn.Module) -> str:
-    """The class of a module's processor, and the backend of diffusers that it asks."""
+    """The class of a module's processor, and its backend of diffusers."""
     processor: Any = module.processor
     name, backend = type(processor).__name__, getattr(processor, "_attention_backend", "")
-    if backend is None:  # the one that is active for all
+    if backend is None:  # the active one of all modules
         registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
         backend = "" if registry is None else registry.get_active_backend()[0]
     return f"{name} (backend {getattr(backend, 'value', backend)!r})" if backend else name

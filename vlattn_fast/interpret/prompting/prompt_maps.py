@@ -1,4 +1,4 @@
-"""`prompt_maps`: which part of a picture attended to which word of the prompt while a diffusion model made it."""
+"""`prompt_maps`: the parts of a generated picture that attended to each word of the prompt."""
 
 from __future__ import annotations
 
@@ -30,31 +30,29 @@ def prompt_maps(
     grid: Grid | None = None,
     layers: Callable[[str], bool] | None = None,
 ) -> Iterator[PromptMaps]:
-    """Within it, every forward pass of a diffusion model adds to heat maps of its prompt's words.
+    """A context in which every forward pass of a diffusion model adds to heat maps of its prompt's words.
 
-    The maps are those of Tang et al., "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", ACL 2023: what each
-    place of the picture attends to each text token, enlarged to one size and averaged over heads, layers and denoising steps.
-    A call's map is streamed: per layer there is one map without heads, and what is kept is one sum per grid of the layers.
+    The maps are those of Tang et al., "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", ACL 2023: the
+    attention of each place of the picture to each text token, enlarged to one size and averaged over heads, layers and denoising
+    steps. A call's map is streamed into a head mean, and only one sum per grid of the layers is kept.
 
-    The model computes what it always does, with the attention processors that it has. Seen are calls of torch's
-    scaled_dot_product_attention by the thread that entered; a module that attends to the text otherwise (sliced, xformers,
-    flash) is an error.
+    The model computes as usual, with its own attention processors. The context sees calls of torch's scaled_dot_product_attention
+    by the thread that entered; a module that attends to the text otherwise (sliced, xformers, flash) raises an error.
 
     Args:
         model: a pipeline of diffusers, or its network (`pipe.unet`, `pipe.transformer`): UNets and transformers with
             cross-attention, and transformers that attend to text and picture jointly.
         guidance: how classifier-free guidance runs, whose unconditional part does not count. "batch": the first half of each
-            batch is unconditional (Stable Diffusion, SDXL, SD3, PixArt). "calls": every second forward pass is (Flux with a
-            negative prompt, Qwen-Image). "none": there is none, or the prompt of every row counts. None: what the pipeline says,
-            which is enough for those of Stable Diffusion and where nothing is guided.
-        text_first: whether text tokens stand before image tokens in joint attention; None: as the model concatenates them.
+            batch is unconditional (Stable Diffusion, SDXL, SD3, PixArt). "calls": every second forward pass is unconditional
+            (Flux with a negative prompt, Qwen-Image). "none": no guidance, or the prompt of every row counts. None: as the
+            pipeline says; enough for Stable Diffusion and without guidance.
+        text_first: whether text tokens stand before image tokens in joint attention; None = as the model concatenates them.
         grid: (h, w) of the image tokens, where the model gets neither latents (B, C, H, W) nor `img_ids`.
-        layers: says by the path of a module in the network whether its attention counts; None: all. DAAM's own code leaves out
-            the middle block: `lambda path: "mid_block" not in path`.
+        layers: a function of a module's path in the network that returns whether its attention counts; None = all. DAAM's code
+            leaves out the middle block: `lambda path: "mid_block" not in path`.
 
     Raises:
-        ValueError, TypeError: an argument is wrong. Within: a forward pass that attends to no text, or not by
-            scaled_dot_product_attention; texts of several lengths.
+        ValueError, TypeError: an argument is wrong; a forward pass attends to no text, by other functions, or to several lengths.
 
     Example:
         >>> class Attends(torch.nn.Module):
@@ -82,19 +80,19 @@ def prompt_maps(
 
 
 class PromptMaps:
-    """What `prompt_maps` has added up. All values are raw: mean attention, so a place's tokens add up to at most 1."""
+    """The maps of `prompt_maps`. All values are raw mean attention, so the tokens of a place add up to at most 1."""
 
     def __init__(self, trace: PromptTrace) -> None:
         self._trace = trace
 
     @property
     def steps(self) -> int:
-        """The forward passes that count."""
+        """The number of counted forward passes."""
         return self._trace.steps
 
     @property
     def grids(self) -> list[Grid]:
-        """(h, w) of the layers that count, the largest first."""
+        """(h, w) of the counted layers, the largest first."""
         return sorted(self._trace.sums, key=lambda grid: -grid[0] * grid[1])
 
     def token_maps(
@@ -103,18 +101,16 @@ class PromptMaps:
         """Heat maps (B, C, h, w) of text tokens; B counts conditional rows alone.
 
         Args:
-            columns: the tokens' places in the text that the network gets; an int gives (B, h, w); None: all.
+            columns: places of tokens in the network's text; an int gives (B, h, w); None = all.
             size: (h, w); default: the largest grid that attends.
-            mode: how smaller maps are enlarged, "bicubic" as in the paper, or "bilinear", which never falls below 0.
+            mode: "bicubic" enlarges smaller maps as in the paper; "bilinear" never falls below 0.
 
         Raises:
-            ValueError: nothing was seen; a column that is none; an argument is wrong.
+            ValueError: no forward pass was seen; a column is out of range; an argument is wrong.
         """
         check_choice("mode", mode, MODES)
         if not self._trace.sums:
-            raise ValueError(
-                "maps must have seen a forward pass; got none. Run the pipeline, or the network that was given, inside of `with`"
-            )
+            raise ValueError("maps must have seen a forward pass; got none. Run the pipeline or the network inside of `with`")
         size = self.grids[0] if size is None else _checked_size("size", size)
         batch, _, length = next(iter(self._trace.sums.values())).shape
         chosen = list(range(length)) if columns is None else [columns] if isinstance(columns, int) else list(columns)
@@ -146,7 +142,7 @@ class PromptMaps:
         """The heat map (B, h, w) of a word: the sum of its tokens' maps, over all its places in the prompt.
 
         Args:
-            word: as the prompt has it; upper and lower case do not matter.
+            word: as in the prompt; case does not matter.
             prompt, tokenizer, first: see `explanation`.
             size, mode: see `token_maps`.
 
@@ -167,13 +163,13 @@ class PromptMaps:
     def explanation(
         self, prompt: str | Sequence[str], tokenizer: Any, *, first: int = 0, size: Grid | None = None, mode: str = "bicubic"
     ) -> Explanation:
-        """The maps of a prompt's words as an Explanation, which draws them (`plot`, `save_html`) and writes tables.
+        """The maps of a prompt's words as an Explanation, for pictures (`plot`, `save_html`) and tables.
 
         Its `image` is (B, T, h, w), a map per token without special ones, and its `answer` the tokens. Padding has no map.
 
         Args:
-            prompt: what the pipeline was given; one for all rows, or a list, each for as many rows as there are pictures of it.
-            tokenizer: the pipeline's, of the text encoder whose output the network attends to.
+            prompt: the pipeline's prompt; one for all rows, or a list, each for an equal number of pictures.
+            tokenizer: the pipeline's tokenizer for the text encoder whose output the network attends to.
             first: the column of the prompt's first token. SD3's network gets 77 columns of CLIP, and T5's behind them.
             size, mode: see `token_maps`.
 
@@ -198,7 +194,7 @@ class PromptMaps:
         )
 
     def _tokens(self, prompt: str | Sequence[str], tokenizer: Any, first: int) -> list[tuple[list[int], list[int]]]:
-        """For each row, the ids of its prompt without special ones, and the columns where they stand."""
+        """For each row, the ids of its prompt without special ones, and their columns."""
         shape = self.token_maps(()).shape[0], next(iter(self._trace.sums.values())).shape[2]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(each, str) for each in prompts) or shape[0] % len(prompts):
@@ -225,19 +221,19 @@ def _named(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def _network(model: Any) -> nn.Module:
-    """The network of a pipeline that removes the noise, or the model itself."""
+    """The denoising network of a pipeline, or the model itself."""
     if isinstance(model, nn.Module):
         return unwrapped(model)
     parts = [part for name in ("unet", "transformer", "transformer_2") if (part := getattr(model, name, None)) is not None]
     if len(parts) > 1:
-        raise ValueError(f"model must have one network; got {type(model).__name__} with {len(parts)}: give the one to look into")
+        raise ValueError(f"model must have one network; got {type(model).__name__} with {len(parts)}: pass the one to look into")
     if not parts:
         raise TypeError(f"model must be a torch.nn.Module, or a pipeline with a unet or transformer; got {type(model).__name__}")
     return unwrapped(parts[0])
 
 
 def _guidance(model: Any, guidance: str | None) -> Callable[[], str]:
-    """What is asked before each forward pass, since a pipeline may stop to guide on the way."""
+    """A function that returns the guidance of the next forward pass: a pipeline may stop to guide on the way."""
     if guidance is not None:
         return lambda: guidance
     name = type(model).__name__

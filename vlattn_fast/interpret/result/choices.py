@@ -1,4 +1,4 @@
-"""What pictures and tables show of an Explanation: its rows, with one `Choice` each, or one per word of an answer."""
+"""The rows of an Explanation for pictures and tables, each with one `Choice`, or one per word of an answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 class Explained(Protocol):
-    """What is read of an Explanation; see there."""
+    """The attributes of an Explanation that this folder reads."""
 
     def __len__(self) -> int: ...
     @property
@@ -66,7 +66,7 @@ class Patch:
     Args:
         index: the number of the map among all maps, or of the row for regions.
         values: (h, w), evenly over `box`; (1, 1) for a region.
-        box: x1, y1, x2, y2 relative to the picture; None: where the caller says.
+        box: x1, y1, x2, y2 relative to the picture; None = the caller's crop.
     """
 
     index: int
@@ -76,17 +76,17 @@ class Patch:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one row of the batch rests on, or one word of its answer; the tokens of a word are added up.
+    """Relevancy for one row of the batch, or for one word of its answer; entries of a word are sums over its tokens.
 
     Args:
         row: of the batch.
         label: the row's text, class or the answer's word.
-        space: whether a space stands before it.
+        space: whether a space stands before the label.
         score: the explained score.
         patches: maps and regions; `towers` may have other maps, by name.
-        values: of `Row.words`, as many.
+        values: one per word of `Row.words`.
         rows: tower -> its raw row, 0 at the position that is read.
-        own: tower -> that position's entry, where it is known; the mean of several.
+        at_position: tower -> the entry at that position, if known; the mean of several.
     """
 
     row: int
@@ -97,7 +97,7 @@ class Choice:
     towers: dict[str, list[Patch]]
     values: Array
     rows: dict[str, Array]
-    own: dict[str, float]
+    at_position: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Row:
 
     Args:
         number: in the batch.
-        label: its name, text, class or number. An answer whose words are the choices is not repeated.
+        label: the row's name, text, class or number, without an answer whose words are the choices.
         prompt, answer: the words of its text.
-        words: those of them that have values.
-        choices: the row itself, or the words of its answer, where each token has a row of its own.
+        words: the words of `prompt` and `answer` that have values.
+        choices: the row itself, or the words of its answer where each token has a row.
     """
 
     number: int
@@ -121,7 +121,7 @@ class Row:
 
 
 def read_rows(explanation: Explained, labels: Sequence[Any] | None = None, numbers: Sequence[int] | None = None) -> list[Row]:
-    """The rows of an explanation. Tokens are joined to words once a row.
+    """The rows of an explanation; tokens are joined to words once per row.
 
     Args:
         labels: names of all rows of the batch, instead of their text or class.
@@ -136,7 +136,7 @@ def read_rows(explanation: Explained, labels: Sequence[Any] | None = None, numbe
         if len(labels) != len(explanation):
             raise ValueError(f"labels must be {len(explanation)}, one per row; got {len(labels)}")
     tokens, answers = explanation.tokens, explanation.answer_tokens
-    if tokens is None and explanation.text is not None and answers is None:  # nobody has named them
+    if tokens is None and explanation.text is not None and answers is None:  # the entries have no names
         tokens = [[str(place) for place in range(explanation.text.shape[-1])]] * len(explanation)
     marks = find_marks(token for row in tokens or [] for token in row)
     shown = explanation.text is not None or explanation.each
@@ -148,22 +148,22 @@ def read_rows(explanation: Explained, labels: Sequence[Any] | None = None, numbe
         words = [] if explanation.text is None else [*prompt, *answer]
         said = None
         if explanation.each and end is not None:
-            said = join_tokens(end, marks) if tokens is None else _moved(answer, len(end) - len(tokens[number]))
+            said = join_tokens(end, marks) if tokens is None else _shifted(answer, len(end) - len(tokens[number]))
         rows.append(Row(number, label, prompt, answer, words, _choices(explanation, number, label, words, said)))
     return rows
 
 
 def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[list[Word], list[Word]]:
-    """The words of a prompt, and those of the answer behind it."""
+    """The words of a prompt, and the words of the answer behind the prompt."""
     if answer is None:
         return join_tokens(tokens, marks), []
     split = len(tokens) - len(answer)
-    behind = _moved(join_tokens(tokens[split:], marks), split)
+    behind = _shifted(join_tokens(tokens[split:], marks), split)
     behind[:1] = [replace(word, space=True) for word in behind[:1]]
     return join_tokens(tokens[:split], marks), behind
 
 
-def _moved(words: list[Word], by: int) -> list[Word]:
+def _shifted(words: list[Word], by: int) -> list[Word]:
     return [replace(word, tokens=range(word.tokens.start + by, word.tokens.stop + by)) for word in words]
 
 
@@ -176,7 +176,7 @@ def _row_label(explanation: Explained, number: int, prompt: list[Word], answer: 
 
 
 def to_array(tensor: Tensor) -> Array:
-    """A tensor as NumPy's float32, or float64 where it is."""
+    """A tensor as NumPy's float32; a float64 tensor as float64."""
     tensor = tensor.detach().cpu()
     return (tensor if tensor.dtype.itemsize > 4 else tensor.float()).numpy()
 
@@ -185,19 +185,19 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
     """The choices of a row.
 
     Args:
-        words: what the entries of the row's text are added up to.
-        said: the words of its answer, with tokens counted from the answer's first; None: the row is one choice.
+        words: the words that the entries of the row's text are added up to.
+        said: the words of the row's answer, with tokens counted from the answer's first; None = the row is one choice.
     """
     ranges = None if said is None else [word.tokens for word in said]
 
     def pick(values: Tensor) -> Array:
-        """Values (T, ...) of the row's tokens added up to (choices, ...); of a row that is one choice (...) as (1, ...)."""
+        """Values (T, ...) of the row's tokens added up to (choices, ...); values (...) of a single choice as (1, ...)."""
         return to_array(values)[None] if ranges is None else _sums(to_array(values), ranges, 0)
 
     count = 1 if ranges is None else len(ranges)
     rows = {name: pick(tower_row(explanation, name, number)) for name in explanation.relevancy}
     entries = {name: values for name, values in explanation.own.items() if len(values) == len(explanation)}
-    own = {name: _means(to_array(values[number]), ranges) for name, values in entries.items()}
+    at_position = {name: _means(to_array(values[number]), ranges) for name, values in entries.items()}
     values = _sums(pick(text_row(explanation, number)), [word.tokens for word in words], 1) if words else np.zeros((count, 0))
     scores = None if explanation.scores is None else pick(explanation.scores[number]).reshape(count, -1).sum(1)
     patches = _maps(explanation, explanation.image, number, pick) + _regions(explanation, number, pick)
@@ -216,29 +216,29 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
             towers={name: of(i, parts) for name, parts in towers.items()},
             values=values[i],
             rows={name: part[i] for name, part in rows.items()},
-            own={name: float(part[i]) for name, part in own.items()},
+            at_position={name: float(part[i]) for name, part in at_position.items()},
         )
         for i in range(count)
     ]
 
 
 def _sums(values: Array, ranges: Sequence[range], axis: int) -> Array:
-    """Neighbouring entries along an axis added up over ranges that lie one behind the other."""
+    """Sums of the entries along an axis over consecutive ranges."""
     if not ranges:
         return np.zeros((*values.shape[:axis], 0, *values.shape[axis + 1 :]), values.dtype)
-    values = np.take(values, range(ranges[-1].stop), axis)  # behind it are the zeros of longer texts
+    values = np.take(values, range(ranges[-1].stop), axis)  # the rest is padding for longer texts
     return np.add.reduceat(values, [part.start for part in ranges], axis)
 
 
 def _means(values: Array, ranges: Sequence[range] | None) -> Array:
-    """The means (choices,) of entries of tokens (T,), or of one or several that belong to the row."""
+    """The means (choices,) of tokens' entries (T,); without ranges, the mean of the row's one or several entries."""
     if ranges is None or values.ndim == 0:
         return np.full(1 if ranges is None else len(ranges), values.mean())
     return _sums(values, ranges, 0) / [len(part) for part in ranges]
 
 
 def without_own(values: Tensor, position: Tensor | None) -> Tensor:
-    """Relevancy (..., N), 0 at the positions (...) that are read, or at several (..., T) of them."""
+    """Relevancy (..., N) with 0 at the read positions, (...) or (..., T)."""
     if position is None:
         return values
     index = position.to(values.device)
@@ -246,7 +246,7 @@ def without_own(values: Tensor, position: Tensor | None) -> Tensor:
 
 
 def tower_row(explanation: Explained, tower: str, row: int) -> Tensor:
-    """A tower's entries for one row of the batch, 0 at the position that is read; those of all its images in turn."""
+    """A tower's entries for one row of the batch, all its images in turn, with 0 at the read position."""
     values, position = explanation.relevancy[tower], (explanation.position or {}).get(tower)
     owners = [row] if len(values) == len(explanation) else [i for i, of in enumerate(explanation.image_rows or []) if of == row]
     parts = [without_own(values[i], None if position is None else position[i]) for i in owners]
@@ -254,18 +254,18 @@ def tower_row(explanation: Explained, tower: str, row: int) -> Tensor:
 
 
 def home(explanation: Explained, *names: str) -> str:
-    """The tower that a part was cut from: the first of the names that there is, or the first tower."""
+    """The tower of a part: the first of the names that the explanation has, or its first tower."""
     return next((name for name in names if name in explanation.relevancy), next(iter(explanation.relevancy)))
 
 
 def text_row(explanation: Explained, row: int) -> Tensor:
-    """The text's entries for one row of the batch, 0 at the position that is read."""
+    """The text's entries for one row of the batch, with 0 at the read position."""
     values = explanation.text[row] if explanation.text is not None else torch.zeros(0)
     tower = home(explanation, "text", "language")
     position = (explanation.position or {}).get(tower)
     if position is None or explanation.places is None or len(explanation.relevancy[tower]) != len(explanation):
         return values
-    # Between towers that entry is zero, and `text` may be of another tower.
+    # `text` may be of another tower than the read position; between towers the entry is zero anyway.
     carried = explanation.relevancy[tower][row]
     if not bool((carried - without_own(carried, position[row])).any()):
         return values
@@ -292,7 +292,7 @@ def _regions(explanation: Explained, row: int, pick: Any) -> list[Patch]:
 
 
 def limits(patches: Sequence[Patch]) -> tuple[float, float]:
-    """The smallest and the largest number on all of them; 0 and 0 for none."""
+    """The smallest and the largest number of all patches; 0 and 0 without patches."""
     values = np.concatenate([np.zeros(0), *(patch.values.ravel() for patch in patches)])
     values = values[np.isfinite(values)]
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
@@ -319,12 +319,12 @@ def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
 
 
 def to_rgb(picture: Any) -> Any:
-    """A PIL image in RGB. Of 16 bits the upper eight count; PIL takes all above 255 for white.
+    """A PIL image in RGB. 16-bit pictures keep their upper eight bits; PIL itself makes all above 255 white.
 
     Raises:
-        ValueError: 32 bits, of which nobody says what is white.
+        ValueError: a picture of 32 bits, which defines no white.
     """
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I": older versions of PIL
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I" in older versions of PIL
         from PIL import Image
 
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
@@ -334,7 +334,7 @@ def to_rgb(picture: Any) -> Any:
 
 
 def _picture(image: Any) -> Array:
-    if hasattr(image, "convert"):  # a PIL image, whose array may hold indices of a palette
+    if hasattr(image, "convert"):  # the array of a PIL image may hold indices of a palette
         image = to_rgb(image)
     array = to_array(image) if isinstance(image, Tensor) and image.is_floating_point() else np.asarray(image)
     if array.dtype.kind not in "biuf":

@@ -1,4 +1,4 @@
-"""The result of `explain`: raw values, what they belong to, and pictures of them."""
+"""The result of `explain`: raw values, the tokens they belong to, and pictures."""
 
 from __future__ import annotations
 
@@ -30,41 +30,37 @@ _FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer",
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Relevancy of the tokens of an input to a score. All values are raw; only pictures scale them.
+    """Relevancy of an input's tokens to a score. All values are raw; only pictures scale them.
 
     Args:
-        relevancy: tower -> (B, N), the read-out row over all of that tower's tokens, special ones included. (images, N) where a
-            tower sees one image at a time and prompts hold several; not the first tower. Where it sees tiles, or all images at
-            once, (B, N) holds all of a prompt, with zeros behind shorter ones.
+        relevancy: tower -> (B, N), the read-out row over all of that tower's tokens, special ones included. A tower that sees one
+            image at a time has (images, N) where prompts hold several; the first tower never has. A tower that sees tiles, or all
+            images at once, has (B, N) with all tokens of a prompt, and zeros behind shorter prompts.
         image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several maps; a tuple of (h, w) where
-            the grids differ; None without an image. Maps come in the order of their tokens. An image that is cut into tiles has
-            one map of all tiles, where config and inputs say how they lie, and one of its thumbnail; else each tile has its own.
-            A video has a map per frame.
-        image_rows: the row of the batch each map of `image` belongs to; by default one map is of each row.
+            the grids differ; None without an image. Maps come in the order of their tokens. An image in tiles has a map of all
+            tiles and one of its thumbnail where the places of tiles are known, else a map per tile. A video has a map per frame.
+        image_rows: the row of the batch that each map of `image` belongs to; default: one map per row.
         text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros.
-        token_ids: the ids of the entries of `text`, row by row, as long as each text is.
-        words: the same as strings, see `with_tokens`.
+        token_ids: the ids of the entries of `text`, row by row, without padding.
+        words: the tokens of `token_ids` as strings, see `with_tokens`.
         regions: (B, R), the entries of image regions, for models that see boxes instead of patches.
         boxes: (B, R, 4), x1, y1, x2, y2 of the regions relative to the image.
-        scores: (B,) the explained scores; None where a method has none.
+        scores: (B,) the explained scores; None for methods without scores.
         target: text, class or token index of each score; None for a callable.
         method, start_layer: the arguments of `explain`.
-        position: tower -> (B,) int64, the token whose row is read. Its own entry is about 1 whatever the input, so pictures and
-            tables leave it out; `own` tells it. Towers without one such token (mean, pooling head) are missing.
-        places: the token of its tower that each entry of `text` stands for, row by row; for the answer of an encoder-decoder the
-            token of its decoder.
-        answer: the ids of the answer's tokens, row by row, where an answer of a decoder is explained, or of the
-            prompt where `prompt_maps` made the maps; None otherwise.
-        tower_images: tower -> maps in the form of `image`, for the same images, where several towers see them. `image` is the
-            one of the tower nearest to the pixels.
+        position: tower -> (B,) int64, the token whose row is read. The entry of that token itself is about 1 for any input, so
+            pictures and tables leave it out; `own` holds it. Towers without such a token (mean, pooling head) are missing.
+        places: the token of its tower for each entry of `text`, row by row; for an encoder-decoder's answer, the decoder's token.
+        answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
+        tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
+            pixels.
 
     With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
-    and special tokens included: what earlier words of the answer count for later ones. Two forms:
+    and special tokens included: the relevancy of earlier words of the answer for later ones. Two forms:
 
     - `each` token by itself: `relevancy` holds (B, T, N), `scores` (B, T), `text` (B, T, L), `image` (images, T, h, w) or a tuple
       of (T, h, w), `position` (B, T). Row t explains token t. Shorter answers end in zeros.
-    - all tokens at once: shapes as without an answer, but `position` is (B, T), all of the rows that are read
-      (shorter answers repeat one).
+    - all tokens at once: shapes as without an answer, but `position` (B, T) lists all read rows (shorter answers repeat one).
     """
 
     relevancy: dict[str, Tensor]
@@ -91,7 +87,7 @@ class Explanation:
 
     @property
     def each(self) -> bool:
-        """Whether every token of an answer has a row of its own."""
+        """Whether each token of an answer has its own row."""
         return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
 
     @property
@@ -101,13 +97,13 @@ class Explanation:
         for name, index in (self.position or {}).items():
             values = self.relevancy[name]
             index = index.to(values.device)
-            alone = index.ndim < values.ndim  # one position per row, not several
+            alone = index.ndim < values.ndim  # one position per row
             entries[name] = values.gather(-1, index[..., None])[..., 0] if alone else values.gather(-1, index)
         return entries
 
     @property
     def tokens(self) -> list[list[str]] | None:
-        """The words that the entries of `text` belong to; the ids as strings until `with_tokens` has named them."""
+        """The tokens of the entries of `text` as strings: names after `with_tokens`, else ids."""
         if self.words is not None or self.token_ids is None:
             return self.words
         return [[str(index) for index in row] for row in self.token_ids]
@@ -122,9 +118,9 @@ class Explanation:
         return [row[len(row) - len(answer) :] for row, answer in zip(self.tokens, self.answer, strict=True)]
 
     def with_tokens(self, tokenizer: Any) -> Explanation:
-        """The same explanation with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
+        """A copy with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
         if self.token_ids is None:
-            raise ValueError("tokenizer must have text to name; got an explanation without text")
+            raise ValueError("tokenizer must be for an explanation with text; got one without")
         convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
         return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
 
@@ -139,8 +135,8 @@ class Explanation:
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         tensors |= {f"relevancy.{name}": value for name, value in self.relevancy.items()}
         tensors |= {f"position.{name}": value for name, value in (self.position or {}).items()}
-        others = {f"tower_images.{name}": maps for name, maps in (self.tower_images or {}).items()}
-        maps = {"image": self.image, **others} if self.image is not None else others
+        towers = {f"tower_images.{name}": maps for name, maps in (self.tower_images or {}).items()}
+        maps = {"image": self.image, **towers} if self.image is not None else towers
         for name, value in maps.items():
             tensors |= {f"{name}.{i}": part for i, part in enumerate(value if isinstance(value, tuple) else (value,))}
         facts = {
@@ -161,7 +157,7 @@ class Explanation:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: `path` holds something else, or a part of it.
+            ValueError: `path` holds something else, or a truncated file.
         """
         with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
@@ -176,21 +172,21 @@ class Explanation:
             name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
             for name, count in facts["maps"].items()
         }
-        positions, others = facts["positions"], facts["tower_images"]
+        positions, towers = facts["positions"], facts["tower_images"]
         fields: dict[str, Any] = {**{name: tensors.get(name) for name in _TENSORS}, **{name: facts[name] for name in _FACTS}}
         return cls(
             relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
             image=maps.get("image"),
             position=None if positions is None else {name: tensors[f"position.{name}"] for name in positions},
-            tower_images=None if others is None else {name: maps[f"tower_images.{name}"] for name in others},
+            tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
             **fields,
         )
 
     def top(self, k: int = 5) -> list[Entry]:
         """The `k` largest entries of each tower, per row and per token of an answer, largest first.
 
-        Where a tower's patches, words or regions are known, they are the entries; else all its tokens are. Entries of one tower
-        can be compared, those of different towers cannot.
+        The entries are a tower's patches, words or regions where these are known, else all its tokens. Entries of one tower can
+        be compared; entries of different towers cannot.
 
         Example:
             >>> explanation = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
@@ -209,9 +205,7 @@ class Explanation:
             return to_frame(self)
 
     def compare(self, other: Explanation) -> Comparison:
-        """How alike two explanations of the same input are, per tower and row: methods, models, or an edited input.
-
-        The entry at `position` is left out.
+        """The similarity of two explanations (methods, models, edited inputs) per tower and row, without the entry at `position`.
 
         Example:
             >>> plain = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
@@ -235,20 +229,20 @@ class Explanation:
     ) -> Figure:
         """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
 
-        The maps of a row are scaled together, from their smallest value (transparent over an image) to their largest. An answer
-        of more than 40 words has its maps on one sheet, scaled together, and a table with fewer names than words. A row without
-        maps and words shows the entries of its towers. Letters
-        that matplotlib's font lacks (Chinese, Japanese, Korean, emoji) are drawn in a font that has them, where one is installed.
+        The maps of a row share a scale, from their smallest value (transparent over an image) to their largest. An answer of more
+        than 40 words has its maps on one sheet with one scale, and a table with fewer names than words. A row without maps and
+        words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese, Japanese, Korean, emoji) are drawn
+        in an installed font that has them, if any.
 
         Args:
-            image: what the maps lie on: a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1] or bytes; or one
-                per map. None draws the maps alone.
+            image: the picture under the maps: a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1] or bytes; or
+                one per map. None draws the maps alone.
             rows: rows of the batch to draw; all by default.
             labels: names of the rows, such as classes or their numbers; by default their text.
-            crop: where the maps lie on the image, if they do not cover it: x1, y1, x2, y2 relative to it, or one box per map.
+            crop: the part of the image under the maps, if not all: x1, y1, x2, y2 relative to the image, or one box per map.
                 CLIP's processor, for example, shows the model the middle square.
             cmap: matplotlib's name of the colours.
-            alpha: how opaque the largest value is over an image.
+            alpha: opacity of the largest value over an image.
 
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
@@ -268,9 +262,9 @@ class Explanation:
         cmap: str = "inferno",
         beside: Sequence[Explanation] = (),
     ) -> Page:
-        """One self-contained page, which needs no network: choose a row, or a word of the answer, and see its map and words.
+        """One self-contained page without network: choose a row, or a word of the answer, and see its map and words.
 
-        The image is stored once, in its own resolution, or a smaller one where it would take more than 300 kB.
+        The page stores the image once, in its resolution or, above 300 kB, in a smaller one.
 
         Args:
             image, labels, crop, cmap: as for `plot`.
@@ -297,7 +291,7 @@ class Explanation:
         return Path(path)
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows; the plain text where a package for pages is missing."""
+        """The page for a notebook; None, for plain text, where a package for pages is missing."""
         try:
             return self.to_html()._repr_html_()
         except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Whether the fields of an Explanation fit together: those that users make by hand are checked as they are made."""
+"""Checks that the fields of an Explanation fit together, for those that users make by hand."""
 
 from __future__ import annotations
 

@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-_WIDTH, _SMALL = 3.4, 2.3  # of a row's panel and of an answer's, in inches
-_COLUMNS = 5  # of an answer's maps
-_MANY = 40  # words of an answer; more have their maps on one sheet, and a table with fewer names than lines
-_SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of each
-_NAMES = 80  # that a table has room for above its columns
-_POINTS = 72 * _WIDTH * 0.9  # that a line of words may take
-_SIZE, _LINE = 11, 19  # of words and of a line of them, in points
-_EAST_ASIAN = 0x2E80  # from here on Unicode has what matplotlib's own font lacks: Chinese, Japanese, Korean, emoji
-_FONTS = (  # that have it; of emoji not those of coloured bitmaps, which matplotlib cannot draw
+_WIDTH, _SMALL = 3.4, 2.3  # inches of a row's panel, and of an answer's
+_COLUMNS = 5  # for an answer's maps
+_MANY = 40  # words of an answer; a longer answer has one sheet of maps, and fewer names than lines in its table
+_SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of a map
+_NAMES = 80  # that fit above the columns of a table
+_POINTS = 72 * _WIDTH * 0.9  # of a line of words
+_SIZE, _LINE = 11, 19  # of letters and of a line, in points
+_EAST_ASIAN = 0x2E80  # matplotlib's font lacks Unicode from here on: Chinese, Japanese, Korean, emoji
+_FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot draw
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei"),
     *("WenQuanYi Micro Hei", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans"),
     *("Apple SD Gothic Neo", "Arial Unicode MS", "Noto Emoji", "Segoe UI Emoji", "Symbola"),
@@ -58,9 +58,9 @@ def draw(
     chosen = _chosen(rows, len(explanation))
     check_number("alpha", alpha, low=0, high=1)
     painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, cmap, alpha)
-    found = read_rows(explanation, labels, chosen)
-    with rc_context({"font.family": _fonts(found)}):
-        return _figure(found, explanation.each, painter)
+    drawn = read_rows(explanation, labels, chosen)
+    with rc_context({"font.family": _fonts(drawn)}):
+        return _figure(drawn, explanation.each, painter)
 
 
 def _chosen(rows: Sequence[int] | None, count: int) -> list[int]:
@@ -75,36 +75,36 @@ def _chosen(rows: Sequence[int] | None, count: int) -> list[int]:
     return list(rows)
 
 
-def _fonts(found: list[Row]) -> list[str]:
-    """matplotlib's fonts for the texts of rows: where its own lacks letters, those that are installed stand behind it."""
+def _fonts(rows: list[Row]) -> list[str]:
+    """matplotlib's fonts for the texts of rows: its own, then installed fonts with the missing letters."""
     from matplotlib import font_manager, rcParams
 
-    texts = [row.label for row in found] + [word.text for row in found for word in (*row.prompt, *row.answer)]
+    texts = [row.label for row in rows] + [word.text for row in rows for word in (*row.prompt, *row.answer)]
     if max("".join(texts), default="") < chr(_EAST_ASIAN):
         return rcParams["font.family"]
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return [*rcParams["font.family"], *(name for name in _FONTS if name in installed)]
 
 
-def _figure(found: list[Row], each: bool, painter: _Painter) -> Figure:
+def _figure(rows: list[Row], each: bool, painter: _Painter) -> Figure:
     from matplotlib.figure import Figure
 
     if each:
-        sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(row, painter))) for row in found]
+        sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(row, painter))) for row in rows]
     else:
-        sizes = [_row_size(row, painter) for row in found]
+        sizes = [_row_size(row, painter) for row in rows]
     width, height = max([_WIDTH, *(w for w, _ in sizes)]), sum(h for _, h in sizes)
     figure = Figure(figsize=(width, max(height, 1)), layout="constrained")
-    if not found:
+    if not rows:
         return figure
-    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=[h for _, h in sizes])[:, 0]
-    for part, row in zip(parts, found, strict=True):
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=[h for _, h in sizes])[:, 0]
+    for part, row in zip(parts, rows, strict=True):
         (_draw_answer if each else _draw_row)(part, row, painter)
     return figure
 
 
 def colors(cmap: str) -> ListedColormap:
-    """256 colours of matplotlib's map, without its last, which are so pale that the largest values would vanish on white."""
+    """256 colours of matplotlib's map, without its last ones, so pale that the largest values would vanish on white."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
@@ -128,7 +128,7 @@ class _Painter:
         return list(panels.values())
 
     def count(self, choice: Choice) -> int:
-        """Panels of a choice, photos beside their overlays included."""
+        """The number of panels of a choice, photos included."""
         return len(self.panels(choice)) * (1 if self.pictures is None else 2)
 
     def shape(self, patches: list[Patch]) -> float:
@@ -145,7 +145,7 @@ class _Painter:
             axis.imshow(picture)
 
     def overlay(self, axis: Any, patches: list[Patch], low: float, high: float) -> Any:
-        """Draws the maps of one panel; what a colour bar describes."""
+        """Draws the maps of one panel; returns the artist for a colour bar."""
         picture = self._picture(patches[0])
         height, width = (1, 1) if picture is None else picture.shape[:2]
         if picture is None and patches[0].box is None and len(patches) == 1:
@@ -171,7 +171,7 @@ class _Painter:
         return drawn
 
     def small(self) -> _Painter:
-        """The same with pictures that are no larger than they are on a sheet."""
+        """A copy with pictures in the size that they have on a sheet."""
         from PIL import Image
 
         if self.pictures is None:
@@ -212,7 +212,7 @@ class _Painter:
 
 
 def _cells(size: int, start: float, end: float, count: int) -> tuple[Array, Array]:
-    """The pixels, of `size`, that lie between `start` and `end` (relative): which of `count` cells each shows, and its number."""
+    """The pixels among `size` between `start` and `end` (relative): the one of `count` cells that each shows, and its number."""
     places = ((np.arange(size) + 0.5) / size - start) / (end - start)
     inside = (places >= 0) & (places < 1)
     return (places[inside] * count).astype(int), np.flatnonzero(inside)
@@ -226,12 +226,12 @@ def _row_size(row: Row, painter: _Painter) -> tuple[float, float]:
 
 
 def _columns(row: Row, painter: _Painter) -> int:
-    """Axes of a row: its panels and its words, or all its towers where it has neither."""
+    """The number of axes of a row: panels and words, or towers without these."""
     return painter.count(row.choices[0]) + bool(row.words) or len(row.choices[0].rows)
 
 
 def _draw_row(part: Any, row: Row, painter: _Painter) -> None:
-    """Photo, overlay and words of a row, under its label and score; the entries of its towers where it has neither."""
+    """Draws photo, overlay and words of a row, or its towers' entries without these, under its label and score."""
     (choice,), columns = row.choices, _columns(row, painter)
     axes = part.subplots(1, columns, squeeze=False)[0]
     low, high = limits(choice.patches)
@@ -257,7 +257,7 @@ def _draw_row(part: Any, row: Row, painter: _Painter) -> None:
 
 
 def _answer_heights(row: Row, painter: _Painter) -> list[float]:
-    """Inches of an answer's parts: its maps in lines, and the table of its words, or of each tower where it has neither."""
+    """Inches of an answer's parts: the lines of maps and the table of words, or a table per tower without these."""
     if not row.choices:
         return [0.3]
     table, (lines, columns) = 0.9 + 0.22 * min(len(row.choices), _MANY), _lines(row, painter)
@@ -267,21 +267,21 @@ def _answer_heights(row: Row, painter: _Painter) -> list[float]:
 
 
 def _lines(row: Row, painter: _Painter) -> tuple[int, int]:
-    """Lines of an answer's maps, and maps in each."""
+    """The number of lines of an answer's maps, and of maps in a line."""
     panels = sum(len(painter.panels(choice)) for choice in row.choices)
     columns = _COLUMNS if len(row.choices) <= _MANY else _SHEET
     return -(-(panels + (painter.pictures is not None)) // columns) if panels else 0, columns
 
 
 def _draw_answer(part: Any, row: Row, painter: _Painter) -> None:
-    """A map per word of the answer, and a table of what its words count for each other."""
+    """Draws a map per word of the answer, and a table of the relevancy of its words for each other."""
     heights, (lines, columns) = _answer_heights(row, painter), _lines(row, painter)
     parts = list(part.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     if lines:
         (_draw_maps if columns == _COLUMNS else _draw_sheet)(parts.pop(0), row, painter, lines)
     if row.words:
         values = np.array([choice.values for choice in row.choices], dtype=float)
-        values[np.triu_indices_from(values, len(row.prompt) + 1)] = np.nan  # words that were not there yet
+        values[np.triu_indices_from(values, len(row.prompt) + 1)] = np.nan  # later words
         axis = _draw_table(parts.pop(0), row, values, [word.text for word in row.words], painter.cmap)
         axis.axvline(len(row.prompt) - 0.5, color="white", linewidth=2)
     elif row.choices and not lines:
@@ -311,7 +311,7 @@ def _draw_maps(part: Any, row: Row, painter: _Painter, lines: int) -> None:
 
 
 def _draw_sheet(part: Any, row: Row, painter: _Painter, lines: int) -> None:
-    """The maps of many words as one image, scaled together, each under its word. An axis for each would take minutes."""
+    """Draws the maps of many words as one image with one scale, each under its word. An axis per map would take minutes."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -337,7 +337,7 @@ def _draw_sheet(part: Any, row: Row, painter: _Painter, lines: int) -> None:
 
 
 def _draw_table(part: Any, row: Row, values: Array, across: list[str], cmap: ListedColormap) -> Any:
-    """Words of the answer (down) by what they rest on (across); where there are too many, not each is named."""
+    """Draws words of the answer (down) by the tokens they rest on (across); names only some where there are many."""
     axis = part.subplots()
     drawn = axis.imshow(values, cmap=cmap, aspect="auto", interpolation="nearest")
     below, beside = -(-len(across) // _NAMES) or 1, -(-len(row.choices) // _MANY) or 1
@@ -363,7 +363,7 @@ def _bar(part: Any, drawn: Any, axes: Any, location: str = "right") -> None:
 
 
 def _title(text: Any, label: str, score: float | None, width: float) -> None:
-    """The label, as much of it as there is room for in `width` inches, and the score."""
+    """Sets the title: the score, and as much of the label as fits into `width` inches."""
     from matplotlib.textpath import TextToPath
 
     end, font, measure = "" if score is None else f"   score {score:.4g}", text.get_fontproperties(), TextToPath()
@@ -398,7 +398,7 @@ def _lines_of(words: list[Word], values: Array) -> list[list[tuple[str, bool, fl
 
 
 def _draw_words(axis: Any, words: list[Word], values: Array) -> None:
-    """Words in lines, coloured by their share of the largest magnitude: orange above zero, blue below."""
+    """Draws words in lines, coloured by their share of the largest magnitude: orange above zero, blue below."""
     from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
 
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0)) or 1.0

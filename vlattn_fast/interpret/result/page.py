@@ -27,7 +27,7 @@ from vlattn_fast.interpret.result.choices import (
 )
 from vlattn_fast.interpret.result.figure import colors
 
-_PHOTO_BYTES = 300_000  # of a JPEG; twenty-four maps beside it stay within a megabyte
+_PHOTO_BYTES = 300_000  # of a JPEG, so that a page of 24 maps stays within a megabyte
 _STEPS = 1000  # a map's values are stored as whole thousandths of their range
 
 
@@ -49,11 +49,11 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[Any] 
     listed = read_rows(first, labels)
     methods = []
     for explanation in explanations:
-        found = listed if explanation is first else read_rows(explanation, labels)
-        if _kinds(found) != _kinds(listed):
+        rows = listed if explanation is first else read_rows(explanation, labels)
+        if _kinds(rows) != _kinds(listed):
             raise ValueError(f"beside must explain the same rows, words, maps and towers; got {explanation!r} beside {first!r}")
         layers = f", layers from {explanation.start_layer}" if explanation.start_layer else ""
-        values = [_choice(c, crops, pictures, together=crop is not None) for row in found for c in row.choices]
+        values = [_choice(c, crops, pictures, together=crop is not None) for row in rows for c in row.choices]
         methods.append({"name": explanation.method + layers, "choices": values})
     data = {
         "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
@@ -73,13 +73,13 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[Any] 
 
 
 def _kinds(rows: list[Row]) -> list[tuple[Any, ...]]:
-    """What choices must have in common to be shown in each other's place."""
+    """The facts that choices must share to replace each other on the page."""
     chosen = (choice for row in rows for choice in row.choices)
     return [(c.row, c.label, len(c.values), len(c.patches), *c.rows, *c.towers) for c in chosen]
 
 
 def _words_are(explanation: Explained) -> str:
-    """What the page chooses among: rows, or words of an answer or of the prompt."""
+    """The kind of the page's choices: rows, or words of an answer or of the prompt."""
     if not explanation.each:
         return "Rows"
     return "Answer" if explanation.text is not None else "Prompt"
@@ -96,7 +96,7 @@ def _groups(rows: list[Row], each: bool, labelled: bool) -> list[dict[str, Any]]
 
 
 def _text(row: Row, each: bool) -> list[dict[str, Any]]:
-    """The words of a row's text; an answer's that have rows of their own are buttons instead."""
+    """The words of a row's text, without words of an answer that have rows: these are buttons."""
     return [{"text": word.text, "space": word.space} for word in (row.prompt if each else row.words)]
 
 
@@ -110,12 +110,12 @@ def _choice(choice: Choice, crops: list[Box], pictures: list[Array] | None, toge
         "words": _numbers(choice.values),
         "views": {name: _figures(patches, crops, pictures, together) for name, patches in views.items()},
         "rows": {name: _values(values, *_range(values)) for name, values in choice.rows.items()},
-        "own": {name: _number(value) for name, value in choice.own.items()},
+        "own": {name: _number(value) for name, value in choice.at_position.items()},
     }
 
 
 def _figures(patches: list[Patch], crops: list[Box], pictures: list[Array] | None, together: bool) -> dict[str, Any]:
-    """Maps by the figure that they are drawn into: regions of one picture share it, and so do maps with crops."""
+    """Maps by figure: regions of one picture share a figure, and so do maps with crops."""
     low, high = limits(patches)
     figures: dict[Any, dict[str, Any]] = {}
     for patch in patches:

@@ -1,4 +1,4 @@
-"""An Explanation as a list of its entries, as a data frame, and beside another one."""
+"""An Explanation as a list of entries, as a data frame, and in comparison with another Explanation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlattn_fast.interpret.result.rank_correlation import mean_ranks
 if TYPE_CHECKING:
     import pandas as pd
 
-_COLUMNS: dict[str, Any] = {  # of a data frame, with their types
+_COLUMNS: dict[str, Any] = {  # of a data frame, with types
     **{"row": int, "answer": int, "tower": object, "part": object, "position": int},
     **{"image": int, "y": int, "x": int, "word": object, "value": float},
 }
@@ -26,13 +26,13 @@ _COLUMNS: dict[str, Any] = {  # of a data frame, with their types
 
 @dataclass(frozen=True)
 class Entry:
-    """One number of an explanation, and what it belongs to.
+    """One number of an explanation, and the token it belongs to.
 
     Args:
         row: of the batch.
         answer: the answer's token that is explained; None where the row is one score.
         tower: the key in `Explanation.relevancy`.
-        part: what the entry belongs to; "token" where only its position in the tower is known.
+        part: the kind of the entry's token; "token" where only the position in the tower is known.
         position: among the row's words, patches, regions or tokens.
         place: (image, y, x) of a patch: which map, and where on its grid.
         word: the token of a word, as `Explanation.tokens` has it.
@@ -51,10 +51,9 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """How alike two explanations are, per tower: tensors (B,), or (B, T) with a row per token of an answer.
+    """The similarity of two explanations per tower: tensors (B,), or (B, T) with a row per token of an answer.
 
-    Tokens that are 0 in both, such as padding, do not count. NaN: nothing is left, all that is left has one value, or something
-    of it is NaN.
+    Tokens that are 0 in both, such as padding, do not count. NaN where no token counts, all have one value, or one is NaN.
 
     Args:
         cosine: tower -> the cosine of the angle between the rows.
@@ -90,7 +89,7 @@ class _Part(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What can be compared: the parts of a tower for a row, or for one line of its parts, which explains a token of an answer."""
+    """Comparable entries: the parts of a tower for a row, or for the one line of them that explains a token of an answer."""
 
     row: int
     answer: int | None
@@ -195,7 +194,7 @@ def _tower_parts(explanation: Explained, row: int, tower: str, tokens: list[str]
         _Part("patch", lines(part), image=index, width=part.shape[-1]) for index, part in _tower_maps(explanation, tower, row)
     ]
     if explanation.text is not None and tokens is not None and tower == home(explanation, "text", "language"):
-        values = lines(text_row(explanation, row))[:, : len(tokens)]  # behind shorter texts are zeros
+        values = lines(text_row(explanation, row))[:, : len(tokens)]  # shorter texts are padded with zeros
         parts.append(_Part("word", values, words=tokens))
     if explanation.regions is not None and tower == home(explanation, "vision", "joint"):
         parts.append(_Part("region", lines(explanation.regions[row])))

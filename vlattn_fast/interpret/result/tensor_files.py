@@ -1,4 +1,4 @@
-"""Files of tensors: written with the rights of other files, and read with errors that name them."""
+"""Files of tensors, written with the usual rights, and read with errors that name the file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vlattn_fast._ground.extras import extra
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write safetensors to `path`, which others may read where the umask lets them; safetensors keeps it for its owner alone.
+    """Write safetensors to `path` with the rights of the umask; safetensors itself gives rights to the owner alone.
 
     Raises:
-        OSError: the file cannot be written, as on a full disk. What `path` held before is still there.
+        OSError: the file cannot be written, as on a full disk. `path` keeps its earlier content.
     """
     with extra("explain"):
         from safetensors import SafetensorError
@@ -40,7 +40,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 @contextlib.contextmanager
 def open_tensors(path: Path, message: str) -> Iterator[Any]:
-    """The safetensors file at `path`. ValueError with `message` and the reason where it holds something else, or is cut.
+    """The safetensors file at `path`. ValueError with `message` and the reason where `path` is another or a truncated file.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,4 +1,4 @@
-"""Tokens of a tokenizer joined to the words that people read."""
+"""Tokens of a tokenizer, joined to words."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")  # <s>, <|im_start|>, [SEP]
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte that SentencePiece has no token for
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte without a token in SentencePiece
 _CLOSING = set(".,;:!?)]}%")
 _BROKEN = "\ufffd"  # stands for bytes that are no whole character
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word, and which tokens it is made of.
+    """A word and its tokens.
 
     Args:
-        text: as people write it.
+        text: as people write the word.
         tokens: the indices of its tokens.
-        space: whether a space stands before it.
+        space: whether a space stands before the word.
     """
 
     text: str
@@ -36,11 +36,11 @@ class Marks(NamedTuple):
     byte_level: bool  # "Ġgiraffe"; every character stands for a byte
     spaced: bool  # "▁giraffe"
     ends: bool  # "giraffe</w>"
-    of_bytes: bool  # every character stands for a byte, with a mark or without
+    of_bytes: bool  # every character stands for a byte, marked or not
 
 
 def find_marks(vocabulary: Iterable[str]) -> Marks:
-    """The marks in tokens of one tokenizer; the more tokens, the surer they are."""
+    """The marks in tokens of one tokenizer; more tokens make them surer."""
     tokens = list(vocabulary)
     byte_level = any(token.startswith("Ġ") or "Ċ" in token for token in tokens)  # ".Ċ" is a token, too
     spaced = any(token.startswith("▁") for token in tokens)
@@ -51,13 +51,12 @@ def find_marks(vocabulary: Iterable[str]) -> Marks:
 def join_tokens(tokens: Sequence[str], marks: Marks | None = None) -> list[Word]:
     """The words that tokens make up, without the tokenizer's marks.
 
-    Known are the marks of byte-level BPE ("Ġgiraffe"), SentencePiece ("▁giraffe"), CLIP ("giraffe</w>") and WordPiece
-    ("##affe"). Tokens without marks are words. Punctuation and special tokens are words of their own, and so is each token of a
-    script that writes no spaces.
+    The marks are those of byte-level BPE ("Ġgiraffe"), SentencePiece ("▁giraffe"), CLIP ("giraffe</w>") and WordPiece ("##affe").
+    Tokens without marks are words, and so are punctuation, special tokens and each token of a script without spaces.
 
     Args:
-        tokens: what `convert_ids_to_tokens` returned.
-        marks: of the tokenizer; by default those that `tokens` show.
+        tokens: the result of `convert_ids_to_tokens`.
+        marks: of the tokenizer; by default the marks in `tokens`.
 
     Example:
         >>> [word.text for word in join_tokens(["▁a", "▁gir", "affe", "."])]
@@ -77,7 +76,7 @@ def join_tokens(tokens: Sequence[str], marks: Marks | None = None) -> list[Word]
 
 
 def _whole_characters(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
-    """(start, stop) of pieces, those together that have one character between them."""
+    """(start, stop) of groups of pieces; pieces that share one character are one group."""
     units: list[tuple[int, int]] = []
     while (start := units[-1][1] if units else 0) < len(pieces):
         stop = start + 1
@@ -116,7 +115,7 @@ def _pieces(tokens: Sequence[str], marks: Marks) -> list[bytes]:
 
 
 def _are_bytes(tokens: Sequence[str]) -> bool:
-    """Whether the characters of tokens stand for bytes although no mark says so: then they make text that is not ASCII."""
+    """Whether the characters of unmarked tokens stand for bytes: then the bytes are text beyond ASCII."""
     spelt = (_bytes_of(token) for token in tokens if all(c in _byte_table() for c in token))
     text = b"".join(spelt).decode(errors="replace")
     return sum(c > "\x7f" for c in text) > 2 * text.count(_BROKEN)
@@ -130,7 +129,7 @@ def _bytes_of(token: str) -> bytes:
 
 @functools.cache
 def _byte_table() -> dict[str, int]:
-    """The byte that each character of a byte-level BPE stands for: GPT-2 shifts those that do not print behind 255."""
+    """The byte of each character of a byte-level BPE: GPT-2 shifts bytes that do not print behind 255."""
     prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
     shifted = [byte for byte in range(256) if byte not in prints]
     return {chr(byte): byte for byte in prints} | {chr(256 + i): byte for i, byte in enumerate(shifted)}
@@ -152,5 +151,5 @@ def _stands_alone(text: str) -> bool:
 
 
 def _shown(text: str) -> str:
-    """The text without spaces around it; what nobody could see as a sign."""
+    """The text without spaces around it; invisible text as a sign."""
     return text.strip() or ("⏎" if "\n" in text else "␣")
