@@ -74,6 +74,67 @@ def test_towers_that_attend_to_one_another(added):
     assert of_encoder.abs().max() > 1e-4 and of_decoder.abs().max() > 1e-4
 
 
+INTEGRATED = """
+import torch
+
+from vlattn_fast.interpret.relevancy.method import Method
+
+STEPS = 24
+
+
+class Integrated(Method):
+    name = "value_gradient"
+    share = 1.0
+
+    def hooks(self, model, towers, of_this_run):
+        self.inputs = {}
+
+        def scaled(module, args):
+            self.inputs[module] = (args[0].detach() * self.share).requires_grad_()
+            return (self.inputs[module], *args[1:])
+
+        for tower in towers:
+            yield model.get_submodule(f"{tower.lists[0]}.0").register_forward_pre_hook(of_this_run(scaled))
+
+    def carry(self, backward):
+        modules = [tower.model.get_submodule(f"{tower.lists[0]}.0") for tower in backward.towers]
+        inputs = [self.inputs[module].detach() for module in modules]
+        rows = [torch.zeros_like(x[..., 0]) for x in inputs]
+        for step in range(STEPS):
+            self.share = 0.5 + (step + 0.5) / STEPS / 2
+            score = backward.again()
+            grads = torch.autograd.grad(score.sum(), [self.inputs[module] for module in modules])
+            rows = [row + (x * grad).sum(-1) / STEPS / 2 for row, x, grad in zip(rows, inputs, grads)]
+        return [row[:, None] for row in rows]
+"""
+
+
+@pytest.mark.parametrize("target", [None, [2, 0, 3]])
+@pytest.mark.parametrize("case", ["bert"], indirect=True)
+def test_a_method_that_runs_the_model_again(case, target, tmp_path, monkeypatch):
+    """Integrated gradients add up to the difference of the score from that of half the input; the class is that of all of it."""
+    add_file(tmp_path, monkeypatch, INTEGRATED)
+    monkeypatch.setitem(registry.METHODS, NAME, registry.methods_in_folder()[NAME])
+    half = lambda module, args: (args[0] / 2, *args[1:])  # noqa: E731
+    first, model = case.model.bert.encoder.layer[0], case.model
+
+    def at_half():
+        with first.register_forward_pre_hook(half), torch.no_grad():
+            return model(**case.inputs).logits
+
+    with torch.no_grad():  # the largest class of the first text is another one at half the input
+        whole = model(**case.inputs).logits[0]
+        gained = (whole - at_half()[0]).argmax()
+        model.classifier.bias.sub_(whole)[gained] += 0.01
+    assert at_half()[0].argmax() != gained
+    got = explain(model, case.inputs, method=NAME, target=target)
+    assert got.target == target or got.target[0] == gained
+    base = at_half().gather(1, torch.tensor(got.target)[:, None])[:, 0]
+    gain = got.scores - base
+    assert gain.abs().max() > 0.1
+    torch.testing.assert_close(got.relevancy["text"].sum(-1), gain, rtol=0.01, atol=0.002)
+
+
 @pytest.mark.parametrize("case", ["siglip"], indirect=True)
 def test_what_a_method_does_not_define_is_refused(case, tmp_path, monkeypatch):
     """A class with a name alone."""

@@ -7,8 +7,10 @@ they know together becomes an `Explanation`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,6 +148,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
             start_layer=request.start_layer,
             arguments=prompt.arguments,
             keep=number + 1 < len(question.passes),
+            again=functools.partial(_score_again, request, prompt, question, number),
         )
         for of_tower, row in zip(rows, rows_of(request.method, backward), strict=True):
             of_tower.append(row)
@@ -156,6 +159,12 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
         _check_rows(request, question, joined)
     each = question.answer is not None and request.each
     return {tower.name: row.detach() if each else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
+
+
+def _score_again(request: Request, prompt: Prompt, question: Question, number: int) -> Tensor | None:
+    """The score (B,) of a pass from one more run of the model, whose inputs the method's hooks may change."""
+    same = request if question.target is None else replace(request, target=question.target)  # not the argmax of another run
+    return ask(same, prompt, run_traced(same, prompt)).passes[number][0]
 
 
 def _check_rows(request: Request, question: Question, rows: list[Tensor]) -> None:

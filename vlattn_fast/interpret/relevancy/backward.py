@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,8 @@ class BackwardPass:
         scores: (B,); None for methods without a gradient.
         arguments: of the model.
         keep: keep the graph for a further pass.
+        again: runs the model once more, with the method's hooks, and returns the score (B,) of the same question. It is for
+            methods that take gradients at changed inputs.
     """
 
     towers: Sequence[TowerTrace]
@@ -53,6 +55,7 @@ class BackwardPass:
     start_layer: int
     arguments: Mapping[str, Any]
     keep: bool
+    again: Callable[[], Tensor | None]
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of the score at each tensor; None where it does not depend on it."""
