@@ -215,14 +215,7 @@ def classes_that_share_a_tower():
         (t.ViTModel(t.ViTConfig(**VISION)), image, "vision", "layers", "layernorm_after", 0),
         (t.Dinov2Model(t.Dinov2Config(**VISION)), image, "vision", "encoder.layer", "norm2", 0),
         (t.Dinov2WithRegistersModel(registers), image, "vision", "encoder.layer", "norm2", 0),
-        (
-            t.Dinov2WithRegistersForImageClassification(registers),
-            image,
-            "vision",
-            "dinov2_with_registers.encoder.layer",
-            "norm2",
-            0,
-        ),
+        (t.Dinov2WithRegistersForImageClassification(registers), image, "vision", dinov2, "norm2", 0),
         (t.BertModel(bert), text, "text", "encoder.layer", sums, 0),
         (t.BertForNextSentencePrediction(bert), text, "text", "bert.encoder.layer", sums, 0),
     ]
