@@ -1,4 +1,4 @@
-"""A benchmark with each variant in a process of its own: no variant sees memory that another one left behind.
+"""A benchmark with each variant in a separate process: no variant sees memory that another variant left behind.
 
 The processes take turns, so that a busy moment of the machine affects all of them alike. The formula in float64 runs once, in a
 process that ends before the variants begin.
@@ -21,7 +21,7 @@ from vlattn_fast.benchmarks._measure import Measurement
 from vlattn_fast.benchmarks._workloads import Sizes
 
 _CPU = torch.device("cpu")
-_measurements: list[Measurement] = []  # in a worker, its only one
+_measurements: list[Measurement] = []  # a worker has one
 
 Truth = dict[str, np.ndarray]
 

@@ -80,7 +80,7 @@ class Benchmark:
     build: Callable[[Sizes, torch.device, torch.dtype], Problem]
     cuda_dtype: torch.dtype = torch.bfloat16
     compile_when_quick: bool = False
-    isolated: bool = False  # on a CPU each variant runs in a process of its own (_isolated.py)
+    isolated: bool = False  # on a CPU each variant runs in a separate process (_isolated.py)
 
     @property
     def name(self) -> str:
@@ -288,7 +288,7 @@ class Measurement:
         run, standing = functools.partial(self.problem.variants[name].run, self.problem.tensors), self.standing[name]
         standing.error = largest_error({n: self.problem.part(n, x) for n, x in run().items()}, self.truth)
         standing.peak, spent, host = _peak_of(run, self.device)
-        standing.peak = None if name.endswith(_gpu.GRAPH) else standing.peak  # a graph has memory of its own
+        standing.peak = None if name.endswith(_gpu.GRAPH) else standing.peak  # a graph has separate memory
         standing.backlog = min(1.5 * host + 5e-5, LONGEST_BACKLOG)
         affordable = max(LEAST_ROUNDS, int(SECONDS_A_VARIANT[self.device.type] / (10 if self.quick else 1) / spent))
         standing.stride = math.ceil(self.rounds / affordable)

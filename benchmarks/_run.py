@@ -27,7 +27,7 @@ def check_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda; got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch sees none")
+        raise ValueError("device is cuda, but torch sees no GPU")
     return torch.device(name)
 
 
@@ -41,7 +41,7 @@ def run(
     compiled: bool = True,
     command: str = "",
 ) -> bool:
-    """Measures, prints and stores; False where one of our backends failed.
+    """Measures, prints and stores; returns False where a backend of this package failed.
 
     Rows go to `out`, a JSON file or a folder for <device>.json, by default benchmarks/results. A quick run stores no rows by
     default, since its sizes differ from the report's. The progress goes to stderr.

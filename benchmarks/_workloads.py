@@ -1,4 +1,4 @@
-"""The sizes of every benchmark: those of published models on a GPU, and smaller ones that two CPU cores can run.
+"""The sizes of every benchmark: published models' on a GPU, and smaller sizes that two CPU cores can run.
 
 B batch, H heads, N tokens, D head_dim; L text tokens, V image tokens. On a CPU batch and heads are smaller (SCAN: the number of
 pairs; whole models: depth and width), and the longest sequence is shorter. A quick run on a CPU is smaller again, and ends in

@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SCAN": {"first_norm": "clipped_l2norm", "smooth": 9.0, "lambda_lse": 6.0},
     "DAMSM": {"first_norm": "softmax", "smooth": 4.0, "lambda_lse": 5.0},
 }
-MOST_PAIRS = 2048  # pairs at most for the formula, which takes one at a time in Python
+MOST_PAIRS = 2048  # most pairs for the formula, which takes a pair at a time in Python
 
 
 def inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[Tensors, Tensor]:

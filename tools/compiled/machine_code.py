@@ -64,8 +64,8 @@ def main_loop(loops: Sequence[Loop], tile: tuple[int, ...] = (), edge: int | Non
 
 
 def repeated(ttgir: str) -> int:
-    """How many warps compute the same part of a product: the rows and columns that the layout of its warps spans, over those of
-    the tile. 1 is right. Tensor memory (sm_100) has no such layout."""
+    """The number of warps that compute the same part of a product: the rows and columns that the layout of warps spans, over the
+    tile's rows and columns. 1 is right. Tensor memory (sm_100) has no such layout."""
     layout = r"^(#\w+) = #ttg\.nvidia_mma<\{.*?warpsPerCTA = \[(\d+), (\d+)\].*?instrShape = \[([\d, ]+)\]"
     spans = {}
     for name, down, across, shape in re.findall(layout, ttgir, re.M):

@@ -122,8 +122,8 @@ def retrieval(model: CLIPModel, *, count: int = 1000, seed: int = 0) -> dict[str
 
 @torch.no_grad()
 def caption_accuracy(model: CLIPModel, *, count: int = 1000, seed: int = 0, pairs: str | None = None) -> dict[str, float]:
-    """How often a test image is closer to its true caption than to a false one, for each kind of wrong caption; arguments as in
-    `digit_scenes`. Chance is 1/2."""
+    """Share of test images that are closer to their true caption than to a false caption, for each kind of wrong caption;
+    arguments as in `digit_scenes`. Chance is 1/2."""
     true = digit_scenes(count, seed=seed, pairs=pairs)
     image, said = embeddings(model, true, words_of(true))
     accuracy = {}

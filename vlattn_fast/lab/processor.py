@@ -55,7 +55,7 @@ class DigitProcessor:
         size = corners[..., 2:] - corners[..., :2]
         limit = torch.tensor([width, height], device=boxes.device)
         if bool((corners != boxes).any() | (size != 8).any() | (corners[..., :2] < 0).any() | (corners[..., 2:] > limit).any()):
-            raise ValueError(f"boxes must be 8 x 8 whole pixels inside {width} x {height}; got others")
+            raise ValueError(f"boxes must be 8 x 8 whole pixels inside {width} x {height}; got {boxes.tolist()!r:.80}")
         span = torch.arange(8, device=boxes.device)
         x, y = (corners[..., axis, None] + span for axis in (0, 1))
         rows = torch.arange(len(images), device=boxes.device)[:, None, None, None]

@@ -210,7 +210,7 @@ def clip_surgery(model: nn.Module, inputs: Inputs, target: Any, *, layers: int |
     chosen = _chosen(inputs, target)
     texts = _text_embeddings(model, inputs)
     if len(texts) < 2:
-        raise ValueError(f"inputs must have two texts or more, whose mean similarity is taken away; got {len(texts)}")
+        raise ValueError(f"inputs must have two texts or more, whose mean similarity is subtracted; got {len(texts)}")
     with at_rest(model):
         seen = vision_layers(model, inputs["pixel_values"])
         surgical = seen[-(len(seen) // 2 if layers is None else layers) :]

@@ -40,7 +40,7 @@ def load_uniter(directory: str | Path = DATA) -> tuple[UNITER, DigitProcessor]:
 
 @torch.no_grad()
 def matching_score(model: UNITER, scenes: Scenes, *, input_ids: Tensor | None = None) -> Tensor:
-    """(B): log odds that each scene's caption is true of it; input_ids (B, 7) replaces the captions."""
+    """(B): log odds that a caption is true of its scene; input_ids (B, 7) replaces the captions."""
     inputs = scenes.inputs()
     if input_ids is not None:
         inputs["input_ids"] = input_ids

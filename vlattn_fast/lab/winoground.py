@@ -61,7 +61,7 @@ def load_pairs(directory: str | Path) -> Iterator[Pair]:
     folder = Path(directory)
     lines = folder / "examples.jsonl"
     if not lines.is_file():
-        raise ValueError(f"directory must hold examples.jsonl and images/; got {directory} without")
+        raise ValueError(f"directory must hold examples.jsonl and images/; got {directory} without them")
     # splitlines() would also split at characters within texts, such as U+2028
     for number, line in enumerate(lines.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():

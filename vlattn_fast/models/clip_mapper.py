@@ -143,7 +143,7 @@ class CLIPMapper(nn.Module):
         _check_sizes(**{name: size for name, size in optional.items() if size is not None})
         known = getattr(text.config, "vocab_size", None)
         if vocab_size is not None and known is not None and vocab_size > known:
-            raise ValueError(f"vocab_size must be at most that of text, {known}, which reads what is generated; got {vocab_size}")
+            raise ValueError(f"vocab_size must be at most text's, {known}, since text reads generated tokens; got {vocab_size}")
         check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)
         self.vision, self.text = vision, text
         self.num_answers, self.vocab_size = num_answers, vocab_size
@@ -302,7 +302,7 @@ class CLIPMapper(nn.Module):
             return ids.argmax(1)
         ends = torch.isin(ids, torch.as_tensor(eos, dtype=ids.dtype, device=ids.device))
         if ids.device.type == "cpu" and readable(ids) and not bool(ends.any(1).all()):
-            raise ValueError(f"input_ids must have the end-of-text token {eos} in every row; got rows without")
+            raise ValueError(f"input_ids must have the end-of-text token {eos} in every row; got rows without it")
         return ends.int().argmax(1)
 
     def _check(
@@ -363,7 +363,7 @@ def _hidden_size(name: str, encoder: Any) -> int:
         raise TypeError(f"{name} must be a module; got {type(encoder).__name__}")
     size = getattr(getattr(encoder, "config", None), "hidden_size", None)
     if not isinstance(size, int):
-        raise ValueError(f"{name} must have config.hidden_size; got {type(encoder).__name__} without")
+        raise ValueError(f"{name} must have config.hidden_size; got {type(encoder).__name__} without it")
     return size
 
 

@@ -212,7 +212,7 @@ class UNITERWordTransform(nn.Module):
 
 
 class UNITERWordPredictions(nn.Module):
-    """The decoder's weight is that of the word embeddings."""
+    """The decoder shares the weight of the word embeddings."""
 
     def __init__(self, config: UNITERConfig, embeddings: nn.Embedding) -> None:
         super().__init__()

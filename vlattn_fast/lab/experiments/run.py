@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(chosen, option) < 1:
             parser.error(f"--{option} must be at least 1; got {getattr(chosen, option)}")
     if chosen.smoke and chosen.out is None:
-        parser.error("--out must be given with --smoke, so that rows of a real run stay")
+        parser.error("--smoke needs --out, so that it does not replace the rows of a real run")
     if chosen.models is not None and chosen.name != "value":
-        parser.error(f"--models must be given to value alone; got {chosen.name}")
+        parser.error(f"--models belongs to the experiment value alone; got {chosen.name}")
     out = chosen.out or RESULTS / f"experiment-{chosen.name}.json"
     figures = chosen.figures or (out.parent if chosen.smoke else FIGURES)
     settings = Settings(chosen.seeds, chosen.smoke, chosen.models)

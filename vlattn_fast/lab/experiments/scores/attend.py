@@ -87,7 +87,7 @@ def weights_and_relevancy(attend: Attend, run: Callable[[], Tensor]) -> list[tup
 
 
 def spearman(one: Tensor, two: Tensor) -> Tensor:
-    """Rank correlation along the last axis, ties sharing their mean rank; 0 where all entries of one are the same."""
+    """Rank correlation along the last axis, ties sharing their mean rank; 0 where one side is constant."""
     ranks = []
     for x in (one, two):
         below = (x[..., :, None] > x[..., None, :]).double().sum(-1)

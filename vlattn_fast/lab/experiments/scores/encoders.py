@@ -86,7 +86,7 @@ def captioned(count: int, seed: int, split: str, pairs: str | None = None) -> Sc
     return digit_scenes(count, split=split, seed=seed, pairs=pairs)
 
 
-@functools.lru_cache(maxsize=3)  # two of them have one seed
+@functools.lru_cache(maxsize=3)  # a seed has two
 def pair(seed: int, sizes: PairSizes) -> Pair:
     """The trained, frozen pair of a seed; a process keeps it."""
     net, generator = seeded(seed, Pair), torch.Generator().manual_seed(seed)

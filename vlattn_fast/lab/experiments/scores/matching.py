@@ -25,7 +25,7 @@ GROUP = 100  # captions and images that recall is measured among
 
 
 class Sizes(NamedTuple):
-    """steps: of the training. scenes: trained with, and as many swapped ones. tested: test scenes, a multiple of GROUP.
+    """steps: of the training. scenes: trained with, and as many swapped scenes. tested: test scenes, a multiple of GROUP.
     learn, test: splits."""
 
     steps: int = 2400

@@ -63,7 +63,7 @@ MADE: dict[str, Callable[[str, str], tuple[nn.Module, tuple[Tensor, ...]]]] = {
 
 
 def step_of(what: str, arm: str, variant: str) -> Callable[[], None]:
-    """A step of one of the models with random inputs, or of attention alone at a size near SCAN's."""
+    """A step of a model with random inputs, or of attention alone at a size near SCAN's."""
     inputs: tuple[Tensor, ...] = ()
 
     def make() -> nn.Module:
@@ -85,7 +85,7 @@ def step_of(what: str, arm: str, variant: str) -> Callable[[], None]:
 def measure(what: str, arm: str, *, rounds: int, least: float, variants: tuple[str, ...] = VARIANTS) -> dict[str, float]:
     """Milliseconds of one thread: the least of `rounds`, in which the variants take turns, `least` seconds each."""
     torch.set_num_threads(1)
-    torch._dynamo.reset()  # after eight shapes of one function torch.compile runs it uncompiled
+    torch._dynamo.reset()  # torch.compile stops compiling a function after eight shapes
     steps = {variant: step_of(what, arm, variant) for variant in variants}
     for step in steps.values():
         step()
