@@ -110,9 +110,7 @@ class PromptMaps:
         """
         check_choice("mode", mode, MODES)
         if not self._trace.sums:
-            raise ValueError(
-                "maps must have seen a forward pass; got none. Run the pipeline or the network inside of `with`"
-            )
+            raise ValueError("maps must have seen a forward pass; got none. Run the pipeline or the network inside of `with`")
         size = self.grids[0] if size is None else _checked_size("size", size)
         batch, _, length = next(iter(self._trace.sums.values())).shape
         chosen = list(range(length)) if columns is None else [columns] if isinstance(columns, int) else list(columns)
@@ -240,7 +238,7 @@ def _guidance(model: Any, guidance: str | None) -> Callable[[], str]:
         return lambda: guidance
     name = type(model).__name__
     says, known = hasattr(type(model), "do_classifier_free_guidance"), any(k.__name__ in _IN_BATCH for k in type(model).__mro__)
-    told = f"guidance must be 'none', 'batch' or 'calls' for a model that does not say how it is guided; got None and {name}"
+    told = f"guidance must be 'none', 'batch' or 'calls' for a model that does not show its guidance; got None and {name}"
     if isinstance(model, nn.Module) or not says:
         raise ValueError(told)
 
