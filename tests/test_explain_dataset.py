@@ -231,13 +231,13 @@ def test_what_is_refused(models, pictures, tmp_path):
         assert result.exit_code == 2, result.output
         return said(result)
 
-    assert f'--method must be "gradient", with which {out} was begun; got "rollout"' in refused(*run, "--method", "rollout")
+    assert f'--method must be "gradient", as in the earlier runs in {out}; got "rollout"' in refused(*run, "--method", "rollout")
     assert "--text must be [], with which" in refused(*run, "--text", "b")
     for held, shared in ((out, False), (out / store.SETTINGS, True)):  # by the first rank of a run, by another one
         with store.locked(held, shared=shared):
-            assert f"got {out}, which another run is writing to" in refused(*run)
+            assert f"another run is writing to {out}" in refused(*run)
     write_lines(dataset, [{"image": "x.png", "text": "a"}])
-    assert f"--dataset must be the one with which {out} was begun" in refused(*run)
+    assert f"--dataset must be that of the earlier runs in {out}" in refused(*run)
     below = dataset / "out"  # nobody may write here, root included
     assert f"--out must be a directory that can be written; got {below}" in refused(*run[:-1], below)
     for other in (tmp_path, dataset):

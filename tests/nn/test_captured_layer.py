@@ -129,7 +129,7 @@ def test_scale_and_mask_of_a_module_of_ones_own(way: str) -> None:
         out = captured.model(text, image, keep)
     if way in ("soft cap", "set"):
         for name in ("scale", "is_causal", "attn_mask"):
-            with pytest.raises(ValueError, match=f"{name} is known of layers that scale and mask"):
+            with pytest.raises(ValueError, match=f"{name} exists where a layer only scales and masks"):
                 getattr(captured, name)
         assert captured.split()[0][0].shape == (2, 1, 5, 8)
         return

@@ -67,7 +67,7 @@ def _check_no_tangent(name: str, x: Tensor) -> None:
     """`x` has no tangent: torch silently gives zero for an operator without a forward-mode formula."""
     if forward_ad.unpack_dual(x).tangent is not None:
         raise ValueError(
-            f"{name} must not carry a forward-mode tangent, since there is only reverse mode here (vlattn_fast.reference has "
+            f"{name} must not carry a forward-mode tangent: operators have reverse mode alone (vlattn_fast.reference has "
             f"both); got one with {describe(x)}"
         )
 
@@ -214,7 +214,7 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
         within = "" if low == -math.inf and high == math.inf else f" in [{low}, {high}{')' if open_high else ']'}"
         raise ValueError(f"{name} must be a finite number{within}; got {value!r:.80}")
     if isinstance(value, int) and not _INT64[0] <= value <= _INT64[1]:
-        raise ValueError(f"{name} must be a float where it is beyond integers of 64 bits; got {value!r:.80}")
+        raise ValueError(f"{name} must be a float or an int of at most 64 bits; got {value!r:.80}")
 
 
 def check_integer(name: str, value: Any, *, low: int = _INT64[0], high: int = _INT64[1]) -> None:

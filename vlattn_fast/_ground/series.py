@@ -50,7 +50,7 @@ def _fitted(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) -> tup
     """Frequencies and coefficients for the range of the data."""
     radius, weight = _range(query, key), float(vector.abs().sum(-1).max()) if vector.numel() else 0.0
     if not math.isfinite(radius * weight):
-        raise ValueError("query, key and vector must be finite for Additive(method='series'): it is fitted to their range")
+        raise ValueError("query, key and vector must be finite for Additive(method='series'), which fits a series to their range")
     return _choose(radius, weight, tolerance, torch.finfo(query.dtype).eps)
 
 

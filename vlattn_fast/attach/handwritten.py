@@ -79,7 +79,7 @@ def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | 
             continue
         if not mask.is_floating_point():
             raise ValueError(
-                f"model must give {type(module).__name__} float masks, which it adds to its scores; got one of {mask.dtype}"
+                f"model must give {type(module).__name__} float masks, since the module adds them to its scores; got {mask.dtype}"
             )
         mask = mask.to(query.device)
         total = mask if total is None else total + mask

@@ -65,7 +65,7 @@ def check_has_gradients(model: nn.Module) -> None:
     name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if name is not None:
         raise ValueError(
-            f"model must be made outside of torch.inference_mode, as within torch.inference_mode(False); got '{name}', which was "
+            f"model must be made outside of torch.inference_mode (or inside of torch.inference_mode(False)); got '{name}' "
             "made under it"
         )
 

@@ -83,7 +83,7 @@ def masks_of(
     refused = {"softcap": softcap, "s_aux": s_aux, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
     for name, option in refused.items():
         if option is not None:
-            raise ValueError(f"model must not use {name}, which attention here does not support; got {type(module).__name__}")
+            raise ValueError(f"model must not use {name}, which no attention operator supports; got {type(module).__name__}")
     if attention_mask is None and sliding_window is not None and sliding_window < key.shape[2]:
         raise ValueError(
             f"model must pass the mask of a sliding window; got {type(module).__name__} with {sliding_window} and none"

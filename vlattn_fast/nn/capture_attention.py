@@ -142,7 +142,7 @@ class AttentionCapture:
         if pair is None:
             has = ", ".join(field for field in ("text", "image", "joint") if getattr(layer, field) is not None)
             hint = "; split() parts one sequence of both" if name != "joint" and layer.joint is not None else ""
-            raise ValueError(f"model must have self-attention over {name} tokens by themselves; got attention over {has}{hint}")
+            raise ValueError(f"model must have self-attention over {name} tokens alone; got attention over {has}{hint}")
         return pair
 
     def split(
@@ -160,8 +160,8 @@ class AttentionCapture:
         lengths = {len(layers) for layers in within.values() if layers}
         if not lengths:
             raise ValueError(
-                "model must have self-attention over all tokens of text or image at once, which modality= tells apart where "
-                "inputs have other names; got none in its forward pass"
+                "model must have self-attention over all tokens of text or image at once; got none in its forward pass. "
+                "modality= names the kind of inputs with unusual names"
             )
         for index in self._layers:
             if any(not -n <= index < n for n in lengths):

@@ -61,7 +61,7 @@ class QueryKey(tuple[Tensor, Tensor]):
         if self._options is None or self._score != "dot":
             kind = "other scores, written out by hand" if self._options is None else f"the score {self._score!r}"
             raise ValueError(
-                f"{name} is known of layers that scale and mask the product of queries and keys alone; got {kind}: pass scale, "
+                f"{name} exists where a layer only scales and masks the product of queries and keys; got {kind}: pass scale, "
                 "text_mask and image_mask to the loss"
             )
         return self._options[name]
@@ -87,7 +87,7 @@ class CapturedLayer:
     def sequence(self) -> QueryKey:
         """The pair of the joint sequence, or of the only sequence. ValueError where the layer has two sequences."""
         if self.joint is None and self.text is not None and self.image is not None:
-            raise ValueError("model must have self-attention over joint tokens by themselves; got attention over text, image")
+            raise ValueError("model must have self-attention over joint tokens; got attention over text, image")
         pair = self.joint or self.text or self.image
         assert pair is not None
         return pair
@@ -207,7 +207,7 @@ def _at(pair: QueryKey, chosen: Tensor, name: str) -> QueryKey:
     """The chosen tokens, bool (N) or (B, N), of a self-attention."""
     counts = sorted(set(chosen.reshape(-1, chosen.shape[-1]).sum(1).tolist()))
     if len(counts) > 1:
-        raise ValueError(f"{name} must be as many tokens in each row; got {counts[0]} to {counts[-1]}: pass rows by themselves")
+        raise ValueError(f"{name} must have as many tokens in each row; got {counts[0]} to {counts[-1]}: pass rows one by one")
     index = chosen.nonzero()[:, -1].view(-1 if chosen.ndim == 2 else 1, counts[0] if counts else 0)
     places = index.to(pair[0].device)  # (B or 1, L)
     options = pair._options

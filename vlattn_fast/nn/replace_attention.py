@@ -176,7 +176,7 @@ def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
     if isinstance(score, nn.Module):
         like = next((each for each in module.parameters() if each.is_floating_point()), None)  # quantized weights are integers
         if like is None:
-            raise TypeError(f"model must have parameters of floating point in its attention; got {type(module).__name__} without")
+            raise TypeError(f"model must have floating-point parameters in its attention; got {type(module).__name__}")
         score = score.to(like.device, like.dtype).train(module.training)
     setattr(module, REPLACED, score)
     module._attention_backend = backend  # type: ignore[assignment]

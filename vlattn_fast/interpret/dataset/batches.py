@@ -138,7 +138,7 @@ class Batches:
         target = item.target if item.target is not None else options.target
         said = item.answer if item.answer is not None else options.answer
         if target is not None and (said is not None or options.generate is not None):
-            raise ValueError("answer must be given without target, which the answer replaces; got both")
+            raise ValueError("answer replaces target; got both: pass one of them")
         answer = None if said is None else token_ids(said, processor, 1)[0]
         if self.record.scoring.pairs:
             inputs, targets = prepare_inputs(self.model, inputs, self.record, target)

@@ -55,7 +55,7 @@ class Items(Sequence[Item]):
             saved = any((self.source / name).exists() for name in ("state.json", "dataset_dict.json"))
             self._rows = _saved(self.source) if saved else _folder(self.source)
         elif not self.source.exists():
-            raise ValueError(f"dataset must be a file or a folder; got {self.source}, which does not exist")
+            raise ValueError(f"dataset must be a file or a folder; got {self.source}, which is not there")
         elif self.source.suffix == ".csv":
             self._rows = _csv(self.source)
         elif self.source.suffix in (".jsonl", ".ndjson"):
@@ -67,7 +67,7 @@ class Items(Sequence[Item]):
         for number, row in enumerate(facts):
             identity = _id(row, number)
             if identity in seen:
-                raise ValueError(f"id must be of one input alone; got {identity!r} twice in {self.source}")
+                raise ValueError(f"id must be unique; got {identity!r} twice in {self.source}")
             seen.add(identity)
             digest.update(json.dumps([identity, *(str(row.get(name)) for name in COLUMNS)]).encode())
         if not seen:

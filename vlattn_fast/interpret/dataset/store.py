@@ -105,9 +105,9 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     for name in sorted({*there, *settings}):
         if there.get(name) != settings.get(name):
             if name == "dataset":  # the settings hold only its digest
-                raise ValueError(f"dataset must be the one with which {directory} was begun; got another or a changed one")
+                raise ValueError(f"dataset must be that of the earlier runs in {directory}; got another or a changed dataset")
             was, now = (json.dumps(one.get(name), ensure_ascii=False) for one in (there, settings))
-            raise ValueError(f"{name} must be {was}, with which {directory} was begun; got {now}")
+            raise ValueError(f"{name} must be {was}, as in the earlier runs in {directory}; got {now}")
 
 
 class Shard(NamedTuple):
@@ -179,7 +179,7 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
     except BlockingIOError:
         os.close(handle)
         folder = path if path.is_dir() else path.parent
-        raise ValueError(f"out must be of one run at a time; got {folder}, which another run is writing to") from None
+        raise ValueError(f"out must belong to one run at a time; another run is writing to {folder}") from None
     except OSError:  # a file system without locks
         pass
     try:

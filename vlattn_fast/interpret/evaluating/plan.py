@@ -142,7 +142,7 @@ def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
     """ValueError where no method takes the weighting that is asked for, or one names another."""
     weighted = [method for method in methods if isinstance(method, str) and takes_weighting(method)]
     if not weighted or any(with_weighting(method)[1] for method in weighted):
-        raise ValueError(f"weighting must be for methods 'weighted' that name none themselves; got {weighting!r} for {weighted}")
+        raise ValueError(f"weighting needs a method 'weighted' without a weighting in its name; got {weighting!r} for {weighted}")
 
 
 def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: Mapping[str, Any], **arguments: Any) -> None:

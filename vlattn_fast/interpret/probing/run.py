@@ -106,7 +106,7 @@ def probe(
     table = gathered.table()
     for row in table:
         if tests is not None and row["value"] is None and row["kind"] is None:
-            raise ValueError(f"tests must be those that the model and the data set have; got {row['test']!r}: {row['note']}")
+            raise ValueError(f"tests must be possible with the model and the data set; got {row['test']!r}: {row['note']}")
     facts = {
         "model": type(inner).__name__,
         "tests": list(names),

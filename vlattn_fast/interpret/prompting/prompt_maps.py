@@ -238,7 +238,7 @@ def _guidance(model: Any, guidance: str | None) -> Callable[[], str]:
         return lambda: guidance
     name = type(model).__name__
     says, known = hasattr(type(model), "do_classifier_free_guidance"), any(k.__name__ in _IN_BATCH for k in type(model).__mro__)
-    told = f"guidance must be 'none', 'batch' or 'calls' for a model that does not say how it is guided; got None and {name}"
+    told = f"guidance must be 'none', 'batch' or 'calls' for a model that does not show its guidance; got None and {name}"
     if isinstance(model, nn.Module) or not says:
         raise ValueError(told)
 
