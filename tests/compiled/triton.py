@@ -111,8 +111,8 @@ def narrow_offsets(ttir: str) -> list[str]:
     # of each name its definitions with their lines: regions beside one another use names anew, so the last above a line counts
     definitions: dict[str, list[tuple[int, str, list[str], str]]] = {}
     for number, line in enumerate(ttir.splitlines()):
-        if match := re.match(r"\s*(%[\w#]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
-            found = (number, match[2], re.findall(r"%[\w#]+", match[3]), match[4])
+        if match := re.match(r"\s*(%[\w#.]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
+            found = (number, match[2], re.findall(r"%[\w#.]+", match[3]), match[4])
             definitions.setdefault(match[1], []).append(found)
 
     def above(name: str, number: int) -> tuple[int, str, list[str], str] | None:
@@ -131,7 +131,7 @@ def narrow_offsets(ttir: str) -> list[str]:
             line_of, inner, of, _ = found_above
             seen.add(line_of)
             constants = [operand for operand in of if (one := above(operand, line_of)) and one[1] == "arith.constant"]
-            strides = [operand for operand in of if operand.startswith("%stride") and operand not in constants]
+            strides = [operand for operand in of if "stride" in operand and operand not in constants]
             if inner == "arith.muli" and (strides or not constants):
                 narrow.append(f"{name} = {' * '.join(of)}")
             ahead += [(x, line_of) for x in (of[:1] if inner in DIVISIONS else of[1:] if inner == "arith.select" else of)]
