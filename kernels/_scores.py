@@ -192,73 +192,49 @@ def _fast_tanh(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def activate(
-    b_x,
-    b_row,
-    b_column,
-    b_weight,
-    parameter,
-    SCORE: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def activate(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
     """The scores of a tile of dot products, and the slopes that their gradients are multiplied by.
 
     Cosine: the scores are divided by the rows' weights, and `times_slope` has the slopes.
     """
     b_s, b_slope = b_x, b_x
-    if SCORE == "cosine":
+    if C.SCORE == "cosine":
         b_s = times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED, False)
-    if SCORE == "dot_relu":
+    if C.SCORE == "dot_relu":
         b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         b_slope = tl.where(b_x > 0.0, 1.0, 0.0)
-    if SCORE == "dot_leaky_relu":
+    if C.SCORE == "dot_leaky_relu":
         b_s = tl.where(b_x >= 0.0, b_x, parameter * b_x)
         b_slope = tl.where(b_x > 0.0, 1.0, parameter)
-    if SCORE == "dot_tanh":
-        b_s, b_slope = _tanh(b_x, FAST, PRECISION)
-    if SCORE == "dot_sigmoid":
-        b_s, b_slope = _sigmoid(b_x, FAST, PRECISION)
+    if C.SCORE == "dot_tanh":
+        b_s, b_slope = _tanh(b_x, C.FAST, C.PRECISION)
+    if C.SCORE == "dot_sigmoid":
+        b_s, b_slope = _sigmoid(b_x, C.FAST, C.PRECISION)
     return b_s, b_slope
 
 
 @triton.jit
-def sum_units(
-    x, y, p_u, A, bound, largest, total, SCORE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr
-):
+def sum_units(x, y, p_u, bound, largest, total, C: tl.constexpr):
     """The scores [x,y] that are sums over hidden units. Either side may be the queries.
 
     A side is (its rows, what is precomputed for them, the tile's offsets, the stride of rows, how many there are). `bound` is the
     sum of both sides' `largest_magnitude`. It decides how additive scores combine their exponentials. `largest` and `total`: see
     `weights_summed`.
     """
-    if SCORE == "additive":
+    if C.SCORE == "additive":
         if bound <= 20.0:
-            b_s = _sum_pairs(x, y, p_u, A, largest, total, SCORE, "product", EXACT, FAST, PRECISION)
+            b_s = _sum_pairs(x, y, p_u, largest, total, "product", C)
         elif bound < float("inf"):
-            b_s = _sum_pairs(x, y, p_u, A, largest, total, SCORE, "clamped product", EXACT, FAST, PRECISION)
+            b_s = _sum_pairs(x, y, p_u, largest, total, "clamped product", C)
         else:
-            b_s = _sum_pairs(x, y, p_u, A, largest, total, SCORE, "sum", EXACT, FAST, PRECISION)
+            b_s = _sum_pairs(x, y, p_u, largest, total, "sum", C)
     else:
-        b_s = _sum_pairs(x, y, p_u, A, largest, total, SCORE, "", EXACT, FAST, PRECISION)
+        b_s = _sum_pairs(x, y, p_u, largest, total, "", C)
     return b_s
 
 
 @triton.jit
-def _sum_pairs(
-    x,
-    y,
-    p_u,
-    A,
-    largest,
-    total,
-    SCORE: tl.constexpr,
-    METHOD: tl.constexpr,
-    EXACT: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _sum_pairs(x, y, p_u, largest, total, METHOD: tl.constexpr, C: tl.constexpr):
     """The sum over pairs of hidden units with one reciprocal for both.
 
     w1/d1 + w2/d2 = (D w2 + d2) / (D d2) with D = d1/w1, which costs no more than d1. The weights are those over the largest, and
@@ -270,33 +246,33 @@ def _sum_pairs(
     # the tile stays in its threads
     b_s = tl.dot(tl.zeros([x[2].shape[0], 16], dtype=tl.float16), tl.zeros([16, y[2].shape[0]], dtype=tl.float16))
     shrink = 1.0 / largest
-    for a in tl.range(0, A, 2, loop_unroll_factor=1 if EXACT else 2):
+    for a in tl.range(0, C.A, 2, loop_unroll_factor=1 if C.EXACT else 2):
         w1 = tl.load(p_u + a).to(tl.float32)
-        w2 = tl.load(p_u + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
-        if FAST and SCORE != "additive":
-            b_t1 = _fast_tanh(_product(x, y, a, 1.0), PRECISION)
-            b_t2 = _fast_tanh(_product(x, y, a + 1, 1.0), PRECISION)
+        w2 = tl.load(p_u + a + 1, mask=a + 1 < C.A, other=0.0).to(tl.float32)
+        if C.FAST and C.SCORE != "additive":
+            b_t1 = _fast_tanh(_product(x, y, a, 1.0), C.PRECISION)
+            b_t2 = _fast_tanh(_product(x, y, a + 1, 1.0), C.PRECISION)
             b_s += w1 * b_t1
             b_s += w2 * b_t2
         else:
             inverse = 1.0
-            if not EXACT:
+            if not C.EXACT:
                 w1, w2 = w1 * shrink, w2 * shrink
-                inverse = _reciprocal(tl.where(tl.abs(w1) < 1e-10, 1e-10, w1), PRECISION)
-            b_d1 = _denominator(x, y, A, a, inverse, METHOD)
-            b_d2 = _denominator(x, y, A, a + 1, 1.0, METHOD)
-            b_r = _reciprocal(b_d1 * b_d2, PRECISION)
-            if not EXACT:
+                inverse = _reciprocal(tl.where(tl.abs(w1) < 1e-10, 1e-10, w1), C.PRECISION)
+            b_d1 = _denominator(x, y, C.A, a, inverse, METHOD)
+            b_d2 = _denominator(x, y, C.A, a + 1, 1.0, METHOD)
+            b_r = _reciprocal(b_d1 * b_d2, C.PRECISION)
+            if not C.EXACT:
                 b_s += (w2 * b_d1 + b_d2) * b_r
-            elif SCORE == "hadamard_sigmoid":
+            elif C.SCORE == "hadamard_sigmoid":
                 b_s += (w1 * b_d2 + w2 * b_d1) * b_r
             else:
                 b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
-    if FAST and SCORE == "hadamard_sigmoid":
+    if C.FAST and C.SCORE == "hadamard_sigmoid":
         b_s = 0.5 * (b_s + total)
-    elif not EXACT and SCORE == "hadamard_sigmoid":
+    elif not C.EXACT and C.SCORE == "hadamard_sigmoid":
         b_s *= largest
-    elif not EXACT and not (FAST and SCORE != "additive"):
+    elif not C.EXACT and not (C.FAST and C.SCORE != "additive"):
         b_s = (2.0 * largest) * b_s - total
     return b_s
 
@@ -352,168 +328,70 @@ def twice_exponential(b_x):
 
 
 @triton.jit
-def units_backward(
-    b_dk,
-    b_du,
-    p_k,
-    m_k,
-    p_ds,
-    p_q,
-    stride_q,
-    p_dq,
-    rows,
-    o_k,
-    o_g,
-    o_a,
-    bound,
-    A: tl.constexpr,
-    SCORE: tl.constexpr,
-    EXACT: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def units_backward(b_dk, b_du, keys, queries, p_ds, offsets, bound, BLOCK_KV: tl.constexpr, C: tl.constexpr):
     """The gradients of one tile of pairs by way of the hidden units, before the factors of `units_factors`: b_dk, b_du and p_dq.
 
-    p_k and m_k [k,gA] are where the keys lie and which are real, b_dk [k,g,A] and b_du [g,A] the gradients of keys and vector.
-    p_ds [q,kv] holds those of the scores, p_q and p_dq the first of `rows` queries and its gradient. `bound`: see `sum_units`.
+    keys: where they lie and which are real, [k,gA]. queries: the first, their stride, their gradient and how many there are.
+    b_dk [k,g,A] and b_du [g,A] are the gradients of keys and vector. p_ds [q,kv] holds those of the scores. offsets: o_k, o_g and
+    o_a. `bound`: see `sum_units`.
     """
-    if SCORE == "additive":
+    if C.SCORE == "additive":
         if bound <= 20.0:
-            b_dk, b_du = _backward_pairs(
-                b_dk,
-                b_du,
-                p_k,
-                m_k,
-                p_ds,
-                p_q,
-                stride_q,
-                p_dq,
-                rows,
-                o_k,
-                o_g,
-                o_a,
-                A,
-                SCORE,
-                "product",
-                EXACT,
-                FAST,
-                PRECISION,
-                BLOCK_KV,
-            )
+            b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "product", BLOCK_KV, C)
         elif bound < float("inf"):
-            b_dk, b_du = _backward_pairs(
-                b_dk,
-                b_du,
-                p_k,
-                m_k,
-                p_ds,
-                p_q,
-                stride_q,
-                p_dq,
-                rows,
-                o_k,
-                o_g,
-                o_a,
-                A,
-                SCORE,
-                "clamped product",
-                EXACT,
-                FAST,
-                PRECISION,
-                BLOCK_KV,
-            )
+            b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "clamped product", BLOCK_KV, C)
         else:
-            b_dk, b_du = _backward_pairs(
-                b_dk,
-                b_du,
-                p_k,
-                m_k,
-                p_ds,
-                p_q,
-                stride_q,
-                p_dq,
-                rows,
-                o_k,
-                o_g,
-                o_a,
-                A,
-                SCORE,
-                "sum",
-                EXACT,
-                FAST,
-                PRECISION,
-                BLOCK_KV,
-            )
+            b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "sum", BLOCK_KV, C)
     else:
-        b_dk, b_du = _backward_pairs(
-            b_dk, b_du, p_k, m_k, p_ds, p_q, stride_q, p_dq, rows, o_k, o_g, o_a, A, SCORE, "", EXACT, FAST, PRECISION, BLOCK_KV
-        )
+        b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "", BLOCK_KV, C)
     return b_dk, b_du
 
 
 @triton.jit
-def _backward_pairs(
-    b_dk,
-    b_du,
-    p_k,
-    m_k,
-    p_ds,
-    p_q,
-    stride_q,
-    p_dq,
-    rows,
-    o_k,
-    o_g,
-    o_a,
-    A: tl.constexpr,
-    SCORE: tl.constexpr,
-    METHOD: tl.constexpr,
-    EXACT: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, METHOD: tl.constexpr, BLOCK_KV: tl.constexpr, C: tl.constexpr):
     """Queries by twos, which share a reciprocal.
 
     A thread holds one hidden unit of a group of keys. The gradient of a query is thus summed over keys within threads and added
     in memory, which only this program writes. The groups take the queries in parts, each another one, and meet in between.
     """
+    p_k, m_k = keys
+    p_q, stride_q, p_dq, rows = queries
+    o_k, o_g, o_a = offsets
     GROUPS: tl.constexpr = b_dk.shape[1]
-    b_at_k = _key_term(tl.load(p_k, mask=m_k, other=0.0).to(tl.float32), SCORE, METHOD, EXACT, FAST)
+    b_at_k = _key_term(tl.load(p_k, mask=m_k, other=0.0).to(tl.float32), C.SCORE, METHOD, C.EXACT, C.FAST)
     b_at_k = tl.reshape(b_at_k, b_dk.shape)
-    m_a = (o_a < A)[None, :]
+    m_a = (o_a < C.A)[None, :]
     b_units = tl.zeros_like(b_dk)
     for part in range(0, GROUPS):
         tl.debug_barrier()  # the groups' sums of the last part are in memory
         o_1 = (o_g + part) % GROUPS * 2  # [g]
         p_q1 = p_q + o_1.to(tl.int64)[:, None] * stride_q + o_a[None, :]  # [g,A]
-        p_dq1 = p_dq + o_1[:, None] * A + o_a[None, :]
+        p_dq1 = p_dq + o_1[:, None] * C.A + o_a[None, :]
         p_ds1 = p_ds + o_1[None, :] * BLOCK_KV + o_g[None, :] * b_dk.shape[0] + o_k[:, None]  # [k,g]
         for _ in range(0, rows, 2 * GROUPS):
             m_1, m_2 = (o_1 < rows)[:, None] & m_a, (o_1 + 1 < rows)[:, None] & m_a
             b_q1 = tl.load(p_q1, mask=m_1, other=0.0).to(tl.float32)
             b_q2 = tl.load(p_q1 + stride_q, mask=m_2, other=0.0).to(tl.float32)
-            b_dq1, b_dq2 = tl.load(p_dq1, mask=m_a, other=0.0), tl.load(p_dq1 + A, mask=m_a, other=0.0)
+            b_dq1, b_dq2 = tl.load(p_dq1, mask=m_a, other=0.0), tl.load(p_dq1 + C.A, mask=m_a, other=0.0)
             b_ds1, b_ds2 = tl.load(p_ds1)[:, :, None], tl.load(p_ds1 + BLOCK_KV)[:, :, None]
-            b_at1, b_at2 = _query_term(b_q1, METHOD, EXACT)[None, :, :], _query_term(b_q2, METHOD, EXACT)[None, :, :]
-            if FAST and SCORE != "additive":
-                b_t1, b_t2 = _fast_tanh(b_at_k * b_at1, PRECISION), _fast_tanh(b_at_k * b_at2, PRECISION)
+            b_at1, b_at2 = _query_term(b_q1, METHOD, C.EXACT)[None, :, :], _query_term(b_q2, METHOD, C.EXACT)[None, :, :]
+            if C.FAST and C.SCORE != "additive":
+                b_t1, b_t2 = _fast_tanh(b_at_k * b_at1, C.PRECISION), _fast_tanh(b_at_k * b_at2, C.PRECISION)
                 b_slope1, b_slope2 = 1.0 - b_t1 * b_t1, 1.0 - b_t2 * b_t2
             else:
-                b_e1, b_e2 = _exponential(b_at_k, b_at1, SCORE, METHOD), _exponential(b_at_k, b_at2, SCORE, METHOD)
+                b_e1, b_e2 = _exponential(b_at_k, b_at1, C.SCORE, METHOD), _exponential(b_at_k, b_at2, C.SCORE, METHOD)
                 b_d1, b_d2 = 1.0 + b_e1, 1.0 + b_e2
-                b_r = _reciprocal(b_d1 * b_d2, PRECISION)
+                b_r = _reciprocal(b_d1 * b_d2, C.PRECISION)
                 b_t1, b_t2 = b_r * b_d2, b_r * b_d1  # the logistic function
-                if EXACT:
+                if C.EXACT:
                     b_slope1, b_slope2 = b_e1 * b_t1 * b_t1, b_e2 * b_t2 * b_t2
-                    if SCORE != "hadamard_sigmoid":
+                    if C.SCORE != "hadamard_sigmoid":
                         b_t1, b_t2 = (1.0 - b_e1) * b_t1, (1.0 - b_e2) * b_t2
                 else:
                     b_slope1, b_slope2 = b_t1 - b_t1 * b_t1, b_t2 - b_t2 * b_t2
             b_units += b_ds1 * b_t1
             b_units += b_ds2 * b_t2
-            if SCORE == "additive":
+            if C.SCORE == "additive":
                 b_dk += b_slope1 * b_ds1
                 b_dk += b_slope2 * b_ds2
                 b_sum1, b_sum2 = _sum_of_products(b_slope1, b_ds1), _sum_of_products(b_slope2, b_ds2)
@@ -524,10 +402,10 @@ def _backward_pairs(
                 b_dk += b_slope2 * b_q2[None, :, :]
                 b_sum1, b_sum2 = _sum_of_products(b_slope1, b_at_k), _sum_of_products(b_slope2, b_at_k)
             tl.store(p_dq1, b_dq1 + b_sum1, mask=m_a)
-            tl.store(p_dq1 + A, b_dq2 + b_sum2, mask=m_a)
+            tl.store(p_dq1 + C.A, b_dq2 + b_sum2, mask=m_a)
             o_1 += 2 * GROUPS
             p_q1 += tl.full([], 2 * GROUPS, tl.int64) * stride_q
-            p_dq1 += 2 * GROUPS * A
+            p_dq1 += 2 * GROUPS * C.A
             p_ds1 += 2 * GROUPS * BLOCK_KV
     return b_dk, b_du + tl.sum(b_units, axis=0)
 

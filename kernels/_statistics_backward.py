@@ -22,14 +22,16 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
+    head_at,
     key_range,
+    load_head,
     load_keys,
     load_rows,
     load_tile,
     mask_logits,
     mask_tile,
+    masks_at,
     query_range,
-    rows_at,
     store_tile,
     within,
 )
@@ -38,7 +40,7 @@ from vlattn_fast.kernels._tiles import (
 def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the query, and (B, H, N) float32 each head's gradient of row_weight, garbage without one of `received`. It
     also fills call["p_minus_delta"]."""
-    query = call["p_q"]
+    query = call["q"].p
     batch, heads, num_q, _ = query.shape
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(call["p_minus_delta"])
@@ -50,7 +52,7 @@ def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: T
             p_mean_x=mean_x,
             p_grad_weight=grad_weight,
             p_grad_q=grad_q,
-            BLOCK_EDGE=edge_block(call["M"], config["BLOCK_KV"], call["CAUSAL"]),
+            BLOCK_EDGE=edge_block(call["M"], config["BLOCK_KV"], call["C"].CAUSAL),
             **config,
         )
     return grad_q, grad_weight
@@ -58,12 +60,12 @@ def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: T
 
 def keys(call: dict[str, Any], facts: dict[str, Any]) -> Tensor:
     """The gradient of the key, after `queries`."""
-    key = call["p_k"]
+    key = call["k"].p
     batch, heads, num_kv, _ = key.shape
     grad_k = torch.empty_like(key, memory_format=torch.contiguous_format)
     if grad_k.numel() > 0:
         config = configuration("attention_statistics", "backward_kv", **facts)
-        edge = edge_block(call["N"], config["BLOCK_Q"], call["CAUSAL"])
+        edge = edge_block(call["N"], config["BLOCK_Q"], call["C"].CAUSAL)
         grid = (cdiv(num_kv, config["BLOCK_KV"]) * batch * heads,)
         _backward_kv_kernel[grid](**call, p_grad_k=grad_k, BLOCK_EDGE=edge, **config)
     return grad_k
@@ -71,16 +73,12 @@ def keys(call: dict[str, Any], facts: dict[str, Any]) -> Tensor:
 
 @triton.jit
 def _backward_q_kernel(
-    p_q,
-    p_k,
-    p_groups,
-    p_weight,
-    p_mask,
-    p_key_mask,
-    p_grad_mass,
-    p_grad_entropy,
-    p_grad_maximum,
-    p_grad_received,
+    q,
+    k,
+    groups,
+    weight,
+    masks,
+    p_grads,
     p_argmax,
     p_row_max,
     p_maximum,
@@ -93,35 +91,10 @@ def _backward_q_kernel(
     GROUP_K,
     N,
     M,
-    D: tl.constexpr,
     G,
     scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    stride_groups,
-    stride_weight,
     scale,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    RECEIVED: tl.constexpr,
-    FEW: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
@@ -132,59 +105,58 @@ def _backward_q_kernel(
     same order, so that a row with one key gets 0 exactly. grad_weight = sum_j P_ij grad_received_j.
     """
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
-    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
-    p_mask += i_b * stride_mb + i_h * stride_mh
-    p_key_mask += i_b * M
-    p_groups += i_b * stride_groups
-    p_weight += i_b * stride_weight
+    p_k = head_at(k, i_b, i_hk, C.D)
+    masks = masks_at(masks, i_b, i_h, M)
+    p_groups, p_weight = groups[0] + i_b * groups[1], weight[0] + i_b * weight[1]
+    p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received = p_grads
     p_grad_mass += i_bh * N * G
     p_grad_received += i_bh * M
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, C.BLOCK_D)
     o_row, m_row = i_bh * N + o_q, o_q < N
-    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_head(q, i_b, i_h, o_q, o_d, N, C.D)  # [q,D]
     b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
     p_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
-    rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, ENTROPY, MAXIMUM, RECEIVED, WEIGHT)
+    rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, C)
     b_maximum, b_ge, b_gm, b_w = rows
-    whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    if MAXIMUM:
+    if C.MAXIMUM:
         b_sum_terms = b_gm * b_maximum
-    if MASS:
+    if C.MASS:
         p_row_mass = p_mass + i_bh * N * G
-        b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, FEW, SPLIT, PRECISION)
-    if RECEIVED:
+        b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, C)
+    if C.RECEIVED:
         b_received = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for EDGE in tl.static_range(2):
             b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
             for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
                 o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-                b_k = load_rows(p_k, stride_kn, o_kv, o_d, M if EDGE else None, D)  # [kv,D]
-                b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-                if FOLDED:
+                b_k = load_rows(p_k, k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
+                b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+                if C.FOLDED:
                     b_s *= scale_log2
-                b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
-                b_e = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
+                b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
+                b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
                 b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
             b_received += tl.sum(b_sum, axis=1)
         b_received *= b_maximum
         b_sum_terms += b_w * b_received
-        if WEIGHT:
+        if C.WEIGHT:
             tl.store(p_grad_weight + o_row, b_received, mask=m_row)
     b_minus_delta = -b_sum_terms
-    if ENTROPY:
+    if C.ENTROPY:
         b_minus_delta += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
     tl.store(p_minus_delta + o_row, b_minus_delta, mask=m_row)
-    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    b_dq = tl.zeros([BLOCK_Q, C.BLOCK_D], dtype=tl.float32)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_d, M if EDGE else None, D, KEY_MASK)  # [kv,D]
-            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-            if FOLDED:
+            b_k = load_keys(p_k, k.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.D, C.KEY_MASK)  # [kv,D]
+            b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+            if C.FOLDED:
                 b_s *= scale_log2
-            b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
+            b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
             b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would take more instructions
             b_ds = _grad_score(
                 b_s,
@@ -196,31 +168,20 @@ def _backward_q_kernel(
                 (o_q, o_kv, N, M, G),
                 scale_log2,
                 EDGE == 1,
-                FOLDED,
-                MASS,
-                ENTROPY,
-                MAXIMUM,
-                RECEIVED,
-                FEW,
-                SPLIT,
-                PRECISION,
+                C,
             )
-            b_dq += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
-    store_tile(p_grad_q + i_bh * N * D, D, o_q, o_d, N, D, b_dq * scale)
+            b_dq += dot(b_ds.to(b_k.dtype), b_k, C.PRECISION)
+    store_tile(p_grad_q + i_bh * N * C.D, C.D, o_q, o_d, N, C.D, b_dq * scale)
 
 
 @triton.jit
 def _backward_kv_kernel(
-    p_q,
-    p_k,
-    p_groups,
-    p_weight,
-    p_mask,
-    p_key_mask,
-    p_grad_mass,
-    p_grad_entropy,
-    p_grad_maximum,
-    p_grad_received,
+    q,
+    k,
+    groups,
+    weight,
+    masks,
+    p_grads,
     p_argmax,
     p_row_max,
     p_maximum,
@@ -230,67 +191,38 @@ def _backward_kv_kernel(
     GROUP_K,
     N,
     M,
-    D: tl.constexpr,
     G,
     scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    stride_groups,
-    stride_weight,
     scale,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    RECEIVED: tl.constexpr,
-    FEW: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
     """The gradient of a block of keys, summed over the query heads that share it."""
     i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP_K, 1)
-    p_key_mask += i_b * M
-    p_groups += i_b * stride_groups
-    p_weight += i_b * stride_weight
+    p_groups, p_weight = groups[0] + i_b * groups[1], weight[0] + i_b * weight[1]
+    p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received = p_grads
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_d = tl.arange(0, BLOCK_D)
-    b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
-    b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
-    whole, end, edge, edge_end = query_range(i_kv, N, CAUSAL, BLOCK_Q, BLOCK_KV)
+    o_d = tl.arange(0, C.BLOCK_D)
+    b_k = load_head(k, i_b, i_hk, o_kv, o_d, M, C.D)  # [kv,D]
+    b_dk = tl.zeros([BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
+    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for head in range(0, GROUP_K):
         i_h = i_hk * GROUP_K + head
         i_bh = i_b * H + i_h
-        for EDGE in tl.static_range(1 if CAUSAL else 2):
-            for start in range(edge if EDGE or CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
+        for EDGE in tl.static_range(1 if C.CAUSAL else 2):
+            for start in range(edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
                 o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
-                o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or CAUSAL else None)
-                b_q = load_rows(
-                    rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N if EDGE or CAUSAL else None, D
-                )  # [q,D]
-                b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-                if FOLDED:
+                o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
+                b_q = load_head(q, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.D)  # [q,D]
+                b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+                if C.FOLDED:
                     b_s *= scale_log2
-                if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
-                    p_head = p_mask + i_b * stride_mb + i_h * stride_mh
-                    b_s = mask_logits(b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
+                if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
+                    b_s = mask_logits(b_s, masks_at(masks, i_b, i_h, M), o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
                 p_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
-                rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, ENTROPY, MAXIMUM, RECEIVED, WEIGHT)
+                rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, C)
                 b_ds = _grad_score(
                     b_s,
                     tl.load(p_row_max + o_row, mask=m_row, other=float("inf")),
@@ -298,29 +230,20 @@ def _backward_kv_kernel(
                     rows,
                     o_kv[None, :] == b_first[:, None],
                     (p_grad_mass + i_bh * N * G, p_grad_received + i_bh * M, p_groups),
-                    (o_q, o_kv, N if EDGE or CAUSAL else None, M, G),
+                    (o_q, o_kv, N if EDGE or C.CAUSAL else None, M, G),
                     scale_log2,
                     True,
-                    FOLDED,
-                    MASS,
-                    ENTROPY,
-                    MAXIMUM,
-                    RECEIVED,
-                    FEW,
-                    SPLIT,
-                    PRECISION,
+                    C,
                 )
-                b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, PRECISION)
+                b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, C.PRECISION)
     b_dk *= scale
-    if KEY_MASK:
-        b_dk = tl.where((tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
-    store_tile(p_grad_k + (i_b * (H // GROUP_K) + i_hk) * M * D, D, o_kv, o_d, M, D, b_dk)
+    if C.KEY_MASK:
+        b_dk = tl.where((tl.load(masks.p_keys + i_b * M + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
+    store_tile(p_grad_k + (i_b * (H // GROUP_K) + i_hk) * M * C.D, C.D, o_kv, o_d, M, C.D, b_dk)
 
 
 @triton.jit
-def _grad_rows(
-    p_rows, o_q, o_row, m_row, ENTROPY: tl.constexpr, MAXIMUM: tl.constexpr, RECEIVED: tl.constexpr, WEIGHT: tl.constexpr
-):
+def _grad_rows(p_rows, o_q, o_row, m_row, C: tl.constexpr):
     """(maximum, grad_entropy of entropies in base 2, grad_maximum, weight) and argmax of rows; zeros for what is absent.
 
     Gradients and weight come times `maximum`, which every probability of a row has as a factor.
@@ -329,38 +252,20 @@ def _grad_rows(
     b_maximum = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
     b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0
     b_first = o_q * 0 - 1
-    if ENTROPY:
+    if C.ENTROPY:
         b_ge = tl.load(p_grad_entropy + o_row, mask=m_row, other=0.0) * 0.6931471805599453 * b_maximum
-    if MAXIMUM:
+    if C.MAXIMUM:
         b_gm = tl.load(p_grad_maximum + o_row, mask=m_row, other=0.0) * b_maximum
         b_first = tl.load(p_argmax + o_row, mask=m_row, other=-1).to(tl.int32)
-    if RECEIVED:
+    if C.RECEIVED:
         b_w = b_maximum
-        if WEIGHT:
+        if C.WEIGHT:
             b_w = tl.load(p_weight + o_q, mask=m_row, other=0.0) * b_maximum
     return (b_maximum, b_ge, b_gm, b_w), b_first
 
 
 @triton.jit
-def _grad_score(
-    b_s,
-    b_max,
-    b_minus_delta,
-    rows,
-    b_here,
-    p_grads,
-    places,
-    scale_log2,
-    EDGE: tl.constexpr,
-    FOLDED: tl.constexpr,
-    MASS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    RECEIVED: tl.constexpr,
-    FEW: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _grad_score(b_s, b_max, b_minus_delta, rows, b_here, p_grads, places, scale_log2, EDGE: tl.constexpr, C: tl.constexpr):
     """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits. All that makes dP comes times `maximum`.
 
     rows: of `_grad_rows`. b_here [q,kv]: whether a key is the argmax. p_grads: of mass and received, and the groups. places: the
@@ -369,31 +274,29 @@ def _grad_score(
     b_maximum, b_ge, b_gm, b_w = rows
     p_grad_mass, p_grad_received, p_groups = p_grads
     o_q, o_kv, N, M, G = places
-    b_x = below_max(b_s, b_max, scale_log2, FOLDED)
-    if ENTROPY:  # else -inf gives 0
+    b_x = below_max(b_s, b_max, scale_log2, C.FOLDED)
+    if C.ENTROPY:  # else -inf gives 0
         b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_dp = b_minus_delta[:, None]
-    if MASS or MAXIMUM or RECEIVED:
+    if C.MASS or C.MAXIMUM or C.RECEIVED:
         b_terms = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
-        if MAXIMUM:
+        if C.MAXIMUM:
             b_terms = tl.where(b_here, b_gm[:, None], 0.0)
-        if MASS:
-            b_terms = _add_grad_mass(b_terms, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW, SPLIT, PRECISION)
-        if RECEIVED:
+        if C.MASS:
+            b_terms = _add_grad_mass(b_terms, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, C)
+        if C.RECEIVED:
             b_terms += b_w[:, None] * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
         b_dp = b_dp + b_terms
-    if ENTROPY:
+    if C.ENTROPY:
         b_dp = b_dp - b_ge[:, None] * b_x
     return tl.exp2(b_x) * b_dp
 
 
 @triton.jit
-def _add_grad_mass(
-    b_dp, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """b_dp [q,kv] and grad_mass of each query for the group of each key, 0 without a group. FEW groups are added one by one."""
-    if FEW > 0:
-        for g in tl.static_range(FEW):
+def _add_grad_mass(b_dp, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, C: tl.constexpr):
+    """b_dp [q,kv] and grad_mass of each query for the group of each key, 0 without a group. C.FEW groups are added one by one."""
+    if C.FEW > 0:
+        for g in tl.static_range(C.FEW):
             b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=within(o_q, N), other=0.0) * b_maximum
             b_dp += b_one[:, None] * member(p_groups, o_kv, M, g)[None, :]
     else:
@@ -402,18 +305,16 @@ def _add_grad_mass(
         for start in range(0, G, 16):
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
-            b_tile += dot_members(b_some, o_g[:, None] == b_group[None, :], tl.bfloat16, SPLIT, PRECISION)
+            b_tile += dot_members(b_some, o_g[:, None] == b_group[None, :], tl.bfloat16, C.SPLIT, C.PRECISION)
         b_dp += b_tile * b_maximum[:, None]
     return b_dp
 
 
 @triton.jit
-def _add_sum_mass(
-    b_sum, p_grad_mass, p_mass, b_maximum, o_q, N, G, FEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):
+def _add_sum_mass(b_sum, p_grad_mass, p_mass, b_maximum, o_q, N, G, C: tl.constexpr):
     """b_sum [q] and the sum of P times what `_add_grad_mass` adds, with gradients rounded as there."""
-    if FEW > 0:
-        for g in tl.static_range(FEW):
+    if C.FEW > 0:
+        for g in tl.static_range(C.FEW):
             b_one = tl.load(p_grad_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0) * b_maximum
             b_sum += b_one * tl.load(p_mass + o_q.to(tl.int64) * G + g, mask=o_q < N, other=0.0)
     else:
@@ -422,7 +323,7 @@ def _add_sum_mass(
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
             b_same = tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :]
-            b_some = dot_members(b_some, b_same, tl.bfloat16, SPLIT, PRECISION)
+            b_some = dot_members(b_some, b_same, tl.bfloat16, C.SPLIT, C.PRECISION)
             b_all += tl.sum(b_some * load_tile(p_mass, G, o_q, o_g, N, G), axis=1)
         b_sum += b_all * b_maximum
     return b_sum

@@ -4,12 +4,16 @@ Names: i_ is a program index (64 bits), o_ are offsets, m_ is a boolean mask, p_
 counts query rows, BLOCK_KV keys, BLOCK_D features; all are powers of two. N and M are the numbers of queries and keys. Strides
 count elements. The last stride is 1 (`aligned`). Logits are in base 2: scale * LOG2_E is multiplied in, so that exp2 gives the
 powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, one named `shift` is in base 2.
+
+What belongs together goes to a kernel as one NamedTuple: a tensor with its strides (`Heads`), the masks (`Masks`), and as C the
+constants of a call, of which a kernel is compiled for each. All C have MASK (0 without attn_mask, 1 for bool, 2 for float32),
+KEY_MASK and CAUSAL.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -87,27 +91,46 @@ def alignment(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 0 if any(n > 1 and step % 8 != 0 for n, step in zip(shape[:-1], stride[:-1], strict=True)) else 16
 
 
-def strides(letter: str, stride: tuple[int, ...]) -> dict[str, int]:
-    """The arguments stride_<letter>b, h and n of a tensor (B, H, N, D), in elements. The last stride is 1."""
-    b, h, n, _ = stride
-    return {f"stride_{letter}b": b, f"stride_{letter}h": h, f"stride_{letter}n": n}
+class Heads(NamedTuple):
+    """A tensor (B, H, N, D) with a last stride of 1. Strides count elements."""
+
+    p: Tensor
+    stride_b: int
+    stride_h: int
+    stride_n: int
 
 
-def mask_arguments(
-    attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two groups of arguments: the mask tensors with the strides of attn_mask (0 where it is broadcast), and the constants MASK
-    and KEY_MASK of `mask_logits`.
+def heads_of(x: Tensor) -> Heads:
+    return Heads(x, *x.stride()[:3])
 
-    `like` is the query (B, H, N, D). Its pointer takes the place of a mask that is absent; no kernel reads it there.
-    """
-    kind, mask, b, h, n, m = 0, like, 0, 0, 0, 0
-    if attn_mask is not None:
-        kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
-        b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
+
+class Masks(NamedTuple):
+    """attn_mask with its strides, 0 where it is broadcast, and the key padding mask (B, M). Any tensor stands in if absent."""
+
+    p: Tensor
+    stride_b: int
+    stride_h: int
+    stride_n: int
+    stride_m: int
+    p_keys: Tensor
+
+
+def masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int) -> tuple[Masks, int]:
+    """The masks, and the constant MASK. `like` is the query (B, H, N, D), which stands in for absent masks."""
     keys = like if key_mask is None else key_mask.contiguous()
-    tensors = {"p_mask": mask, "p_key_mask": keys, "stride_mb": b, "stride_mh": h, "stride_mn": n, "stride_mm": m}
-    return tensors, {"MASK": kind, "KEY_MASK": key_mask is not None}
+    if attn_mask is None:
+        return Masks(like, 0, 0, 0, 0, keys), 0
+    kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
+    b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
+    return Masks(mask, b, h, n, m, keys), kind
+
+
+class Dropout(NamedTuple):
+    """threshold = probability 2^32"""
+
+    p_seed: Tensor
+    probability: float
+    threshold: int
 
 
 @triton.jit
@@ -167,9 +190,26 @@ def rows_at(p, offset, SIZE: tl.constexpr):
 
 
 @triton.jit
+def head_at(x, i_b, i_h, SIZE: tl.constexpr):
+    """The rows of head i_h of sample i_b in `Heads` x."""
+    return rows_at(x.p, i_b * x.stride_b + i_h * x.stride_h, SIZE)
+
+
+@triton.jit
+def store_head(x, i_b, i_h, o_row, o_col, num_rows, num_cols, b):
+    store_tile(x.p + i_b * x.stride_b + i_h * x.stride_h, x.stride_n, o_row, o_col, num_rows, num_cols, b)
+
+
+@triton.jit
 def load_rows(p, stride_row, o_row, o_col, num_rows, SIZE: tl.constexpr):
     """[rows, SIZE] at `rows_at`, zeros outside; in vectors, where SIZE is a multiple of 8."""
     return load_tile(p, aligned_step(stride_row, SIZE), o_row, o_col, num_rows, SIZE)
+
+
+@triton.jit
+def load_head(x, i_b, i_h, o_row, o_col, num_rows, SIZE: tl.constexpr):
+    """Rows of a head of `Heads` x, as `load_rows` loads them."""
+    return load_rows(head_at(x, i_b, i_h, SIZE), x.stride_n, o_row, o_col, num_rows, SIZE)
 
 
 @triton.jit
@@ -198,15 +238,28 @@ def store_tile(p, stride_row, o_row, o_col, num_rows, num_cols, b):
 
 
 @triton.jit
-def add_mask(b_log2, p_mask, stride_q, stride_kv, o_q, o_kv, N, M, MASK: tl.constexpr):
+def masks_at(masks, i_b, i_h, M):
+    """The masks of head i_h of sample i_b."""
+    p = masks.p + (i_b * masks.stride_b + i_h * masks.stride_h)
+    return Masks(p, masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m, masks.p_keys + i_b * M)
+
+
+@triton.jit
+def transposed(masks):
+    """The masks for logits [kv,q]."""
+    return Masks(masks.p, masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n, masks.p_keys)
+
+
+@triton.jit
+def add_mask(b_log2, masks, o_q, o_kv, N, M, MASK: tl.constexpr):
     """Logits [q,kv] under attn_mask: -inf where it masks. Pairs beyond N x M have the mask of the last row or key.
 
-    MASK is 0 for none, 1 for bool, 2 for float32. A float mask is natural and is added, to logits in base 2. Only its -inf masks
-    a pair: a finite value is data, however large. Loads have no conditions of their own, which would cost as much as the loads.
+    A float mask is natural and is added, to logits in base 2. Only its -inf masks a pair: a finite value is data, however large.
+    Loads have no conditions of their own, which would cost as much as the loads.
     """
     if MASK != 0:
-        p_rows = p_mask + (tl.minimum(o_q, N - 1).to(tl.int64) * stride_q)[:, None]
-        b_mask = tl.load(p_rows + (tl.minimum(o_kv, M - 1).to(tl.int64) * stride_kv)[None, :])
+        p_rows = masks.p + (tl.minimum(o_q, N - 1).to(tl.int64) * masks.stride_n)[:, None]
+        b_mask = tl.load(p_rows + (tl.minimum(o_kv, M - 1).to(tl.int64) * masks.stride_m)[None, :])
         if MASK == 1:
             b_log2 = tl.where(b_mask != 0, b_log2, float("-inf"))
         else:
@@ -219,55 +272,25 @@ def add_mask(b_log2, p_mask, stride_q, stride_kv, o_q, o_kv, N, M, MASK: tl.cons
 
 
 @triton.jit
-def mask_logits(
-    b_log2,
-    p_mask,
-    stride_mask_q,
-    stride_mask_kv,
-    p_key_mask,
-    o_q,
-    o_kv,
-    N,
-    M,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """Logits [q,kv] with the masks applied (`add_mask`). Masked pairs and those outside of N x M become -inf.
-
-    Both mask pointers are already at their batch and head.
-    """
+def mask_logits(b_log2, masks, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Logits [q,kv] with the masks applied (`add_mask`). Masked pairs and those outside of N x M become -inf."""
     visible = (o_q < N)[:, None] & (o_kv < M)[None, :]
     if KEY_MASK:
-        visible = visible & (tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[None, :]
+        visible = visible & (tl.load(masks.p_keys + o_kv, mask=o_kv < M, other=0) != 0)[None, :]
     if CAUSAL:
         visible = visible & (o_kv[None, :] <= o_q[:, None])
-    b_log2 = add_mask(b_log2, p_mask, stride_mask_q, stride_mask_kv, o_q, o_kv, N, M, MASK)
+    b_log2 = add_mask(b_log2, masks, o_q, o_kv, N, M, MASK)
     return tl.where(visible, b_log2, float("-inf"))
 
 
 @triton.jit
-def mask_tile(
-    b_log2,
-    p_mask,
-    stride_mask_q,
-    stride_mask_kv,
-    p_key_mask,
-    o_q,
-    o_kv,
-    N,
-    M,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+def mask_tile(b_log2, masks, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
     """As `mask_logits`. Tiles that are not at the EDGE lie within the keys and below the diagonal."""
     if EDGE:
-        return mask_logits(b_log2, p_mask, stride_mask_q, stride_mask_kv, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL)
-    b_log2 = add_mask(b_log2, p_mask, stride_mask_q, stride_mask_kv, o_q, o_kv, N, M, MASK)
-    if KEY_MASK:
-        b_log2 = tl.where((tl.load(p_key_mask + o_kv) != 0)[None, :], b_log2, float("-inf"))
+        return mask_logits(b_log2, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+    b_log2 = add_mask(b_log2, masks, o_q, o_kv, N, M, C.MASK)
+    if C.KEY_MASK:
+        b_log2 = tl.where((tl.load(masks.p_keys + o_kv) != 0)[None, :], b_log2, float("-inf"))
     return b_log2
 
 
@@ -369,13 +392,13 @@ def _mix(x):
 
 
 @triton.jit
-def keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N):
-    """[q,kv]: 1 / (1 - p) for kept pairs, 0 for dropped ones. threshold = p 2^32. The hash is that of streaming/_dropout.py."""
-    seed = tl.load(p_seed)
+def keep_factor(dropout, i_bh, o_q, o_kv, N):
+    """[q,kv]: 1 / (1 - p) for kept pairs, 0 for dropped ones. The hash is that of streaming/_dropout.py."""
+    seed = tl.load(dropout.p_seed)
     row = i_bh * N + o_q
     low = _mix((row & 0xFFFFFFFF).to(tl.uint32))
     high = _mix(((row >> 32) + (seed & 0xFFFFFFFF)).to(tl.uint32))
     row_key = _mix(low ^ high ^ _mix(((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)))
     column = _mix(o_kv.to(tl.uint32) + 0x9E3779B9)
     word = _mix(row_key[:, None] ^ column[None, :])
-    return tl.where(word.to(tl.int64) >= threshold, 1.0 / (1.0 - dropout_p), 0.0)
+    return tl.where(word.to(tl.int64) >= dropout.threshold, 1.0 / (1.0 - dropout.probability), 0.0)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._products_backward import Rows, empty_key_gradients, heads_summed, new_rows
+from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     keep_layout,
     largest_magnitude,
@@ -41,18 +41,22 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
+    head_at,
+    heads_of,
     keep_factor,
     key_range,
+    load_head,
     load_keys,
     load_rows,
     load_tile,
     mask_logits,
+    masks_at,
     padded_rows,
     real_tokens,
     row_shift,
-    rows_at,
+    store_head,
     store_tile,
-    strides,
+    transposed,
 )
 
 PROGRAMS = 2  # for each multiprocessor, as many as their registers allow
@@ -66,7 +70,7 @@ def launch(
     vector: Tensor,
     lse: Tensor,
     out: Tensor,
-    coarse: Rows | None,
+    coarse: RowStats | None,
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and vector, the last in float32.
@@ -74,26 +78,22 @@ def launch(
     `config_q` is that of the rows, `config_kv` that of the pairs.
     """
     assert config_kv["num_stages"] == 1, "a tile's gradients are read back from memory: stages would read them ahead"
-    query, key, value = call["p_q"], call["p_k"], call["p_v"]
+    query, key, value, constants = call["q"].p, call["k"].p, call["v"].p, call["C"]
     (batch, heads, num_q, size), num_kv = query.shape, key.shape[2]
     grad_q = empty_gradient(query)
     grad_k, grad_v = empty_key_gradients(key, value)
     heads_kv = grad_k.shape[1]
     blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], cdiv(num_kv, config_kv["BLOCK_KV"])
-    shift, delta, total = new_rows(query), new_rows(query), new_rows(query)
-    if coarse is not None:
-        assert coarse.total is not None
-        shift, total = coarse.shift, coarse.total
-    rows = {"p_shift": shift, "p_delta": delta, "p_total": total}
+    coarse = RowStats(new_rows(query), new_rows(query)) if coarse is None else coarse
+    stats = coarse._replace(delta=new_rows(query))
     if lse.numel() > 0:
         _units_rows_kernel[(blocks_q * batch * heads,)](
             **call,
-            **rows,
             p_u=vector,
             p_lse=lse,
             p_out=out.transpose(1, 2).contiguous(),  # (B,N,H,Dv), as forward lays it out
-            p_grad_lse=lse if grad_lse is None else grad_lse,
-            LSE=grad_lse is not None,
+            p_grad_lse=grad_lse,
+            stats=stats,
             **config_q,
         )
     grad_u = vector.new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
@@ -106,24 +106,21 @@ def launch(
         edge = edge_block(num_kv, config_kv["BLOCK_KV"], False)  # also under a causal mask: a block of keys has its own tiles
         _units_backward_kernel[(programs,)](
             **call,
-            **rows,
             p_u=vector,
+            stats=stats,
             p_scratch=grad_u.new_empty(programs * config_kv["BLOCK_Q"] * config_kv["BLOCK_KV"]),
             p_sums=sums,
-            p_grad_q=grad_q,
-            p_grad_k=grad_k,
-            p_grad_v=grad_v,
+            grad_q=heads_of(grad_q),
+            grad_k=heads_of(grad_k),
+            grad_v=heads_of(grad_v),
             p_grad_u=grad_u,
-            **strides("dq", grad_q.stride()),
-            **strides("dk", grad_k.stride()),
-            **strides("dv", grad_v.stride()),
             HEADS_KV=heads_kv,
             GROUP=group,
             RANGES=ranges,
             RANGE=length,
             PARTS=batch * heads_kv * ranges,
             PARTIAL=ranges > 1,
-            GROUPS=_groups(call["BLOCK_A"], config_kv, edge),
+            GROUPS=_groups(constants.BLOCK_A, config_kv, edge),
             BLOCK_EDGE=edge,
             **config_kv,
         )
@@ -153,61 +150,25 @@ def _groups(units: int, config: Config, edge: int) -> int:
 
 @triton.jit
 def _units_rows_kernel(
-    p_q,
-    p_k,
-    p_v,
+    q,
+    k,
+    v,
+    p_pres,
+    masks,
+    dropout,
+    grad,
     p_u,
-    p_pre_q,
-    p_pre_k,
-    p_mask,
-    p_key_mask,
-    p_seed,
-    p_grad,
     p_lse,
-    p_shift,
-    p_delta,
-    p_total,
     p_out,
     p_grad_lse,
+    stats,
     H,
-    GROUP_K,
-    GROUP_V,
     N,
     M,
-    A: tl.constexpr,
-    DV: tl.constexpr,
     scale_log2,
     parameter,
-    dropout_p,
-    threshold,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    stride_gb,
-    stride_gh,
-    stride_gn,
     scale,
-    SCORE: tl.constexpr,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    LSE: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
@@ -216,148 +177,89 @@ def _units_rows_kernel(
     EXACT: sum(P dP) over sum(P) in place of sum(dO * O), and sum(P), the total.
     """
     NP = tl.cdiv(N, ROWS) * ROWS
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, GROUP_K)
-    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
-    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
-    p_v = rows_at(p_v, i_b * stride_vb + (i_h // GROUP_V) * stride_vh, DV)
-    p_mask += i_b * stride_mb + i_h * stride_mh
-    p_key_mask += i_b * M
-    p_u += i_h * A
-    p_pre_q, p_pre_k = (
-        precomputed_at(p_pre_q, i_bh, N, A, True),
-        precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, True),
-    )
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
+    p_q = head_at(q, i_b, i_h, C.A)
+    p_k = head_at(k, i_b, i_hk, C.A)
+    p_v = head_at(v, i_b, i_h // C.GROUP_V, C.DV)
+    masks = masks_at(masks, i_b, i_h, M)
+    p_u += i_h * C.A
+    p_pre_q = precomputed_at(p_pres[0], i_bh, N, C.A, True)
+    p_pre_k = precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, True)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_a = tl.arange(0, BLOCK_A)
-    o_d = tl.arange(0, BLOCK_DV)
-    b_do = load_rows(rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV), stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-    b_out = load_rows(p_out + (i_b * N * H + i_h) * DV, H * DV, o_q, o_d, N, DV)  # [q,Dv]
-    if MASK == 2:
-        b_shift = tl.load(p_shift + i_bh * NP + o_q)
+    o_a = tl.arange(0, C.BLOCK_A)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    b_do = load_head(grad, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
+    b_out = load_rows(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV)  # [q,Dv]
+    if C.MASK == 2:
+        b_shift = tl.load(stats.shift + i_bh * NP + o_q)
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
-        tl.store(p_shift + i_bh * NP + o_q, b_shift)
+        tl.store(stats.shift + i_bh * NP + o_q, b_shift)
     b_grad_lse = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    if LSE:
+    if p_grad_lse is not None:
         b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_grad_lse
-    if EXACT:
-        b_q = load_rows(p_q, stride_qn, o_q, o_a, N, A)  # [q,A]
-        bound_q = largest_magnitude(b_q, SCORE)
-        largest, total = weights_summed(p_u, o_a, A)
+    if C.EXACT:
+        b_q = load_rows(p_q, q.stride_n, o_q, o_a, N, C.A)  # [q,A]
+        bound_q = largest_magnitude(b_q, C.SCORE)
+        largest, total = weights_summed(p_u, o_a, C.A)
         b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        _, end = key_range(i_q, M, True, CAUSAL, BLOCK_Q, BLOCK_KV)
+        _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
         for start in range(0, end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_keys(p_k, stride_kn, p_key_mask, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
-            b_v = load_keys(p_v, stride_vn, p_key_mask, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
-            bound_k = largest_magnitude(b_k, SCORE)
-            of_q, of_k = (p_q, p_pre_q, o_q, stride_qn, N), (p_k, p_pre_k, o_kv, stride_kn, M)
-            b_s = sum_units(of_q, of_k, p_u, A, bound_q + bound_k, largest, total, SCORE, EXACT, FAST, PRECISION)
+            b_k = load_keys(p_k, k.stride_n, masks.p_keys, o_kv, o_a, M, C.A, C.KEY_MASK)  # [kv,A]
+            b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
+            bound_k = largest_magnitude(b_k, C.SCORE)
+            of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
+            b_s = sum_units(of_q, of_k, p_u, bound_q + bound_k, largest, total, C)
             b_logit = b_s * scale_log2
-            b_masked = mask_logits(
-                tl.zeros_like(b_logit) if MASK != 0 else b_logit,
-                p_mask,
-                stride_mn,
-                stride_mm,
-                p_key_mask,
-                o_q,
-                o_kv,
-                N,
-                M,
-                MASK,
-                KEY_MASK,
-                CAUSAL,
-            )
-            b_logit = b_logit + keep_layout(b_masked, True, PRECISION) if MASK != 0 else b_masked
+            b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
+            b_masked = mask_logits(b_masked, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+            b_logit = b_logit + keep_layout(b_masked, True, C.PRECISION) if C.MASK != 0 else b_masked
             b_p = tl.exp2(b_logit - b_shift[:, None])
-            b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [q,kv]
-            if DROPOUT:
-                b_dp *= keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N)
+            b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
+            if dropout is not None:
+                b_dp *= keep_factor(dropout, i_bh, o_q, o_kv, N)
             b_total += tl.sum(b_p, axis=1)
             b_mean += tl.sum(b_p * b_dp, axis=1)
         b_total = tl.where(b_total == 0.0, 1.0, b_total)
         b_delta = b_mean / b_total - b_grad_lse
-        tl.store(p_total + i_bh * NP + o_q, b_total)
-    tl.store(p_delta + i_bh * NP + o_q, b_delta)
+        tl.store(stats.total + i_bh * NP + o_q, b_total)
+    tl.store(stats.delta + i_bh * NP + o_q, b_delta)
 
 
 @triton.jit
 def _units_backward_kernel(
-    p_q,
-    p_k,
-    p_v,
+    q,
+    k,
+    v,
+    p_pres,
+    masks,
+    dropout,
+    grad,
     p_u,
-    p_pre_q,
-    p_pre_k,
-    p_mask,
-    p_key_mask,
-    p_seed,
-    p_grad,
-    p_shift,
-    p_delta,
-    p_total,
+    stats,
     p_scratch,
     p_sums,
-    p_grad_q,
-    p_grad_k,
-    p_grad_v,
+    grad_q,
+    grad_k,
+    grad_v,
     p_grad_u,
     H,
-    GROUP_K,
-    GROUP_V,
     N,
     M,
-    A: tl.constexpr,
-    DV: tl.constexpr,
     scale_log2,
     parameter,
-    dropout_p,
-    threshold,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_dqb,
-    stride_dqh,
-    stride_dqn,
-    stride_dkb,
-    stride_dkh,
-    stride_dkn,
-    stride_dvb,
-    stride_dvh,
-    stride_dvn,
     scale,
     HEADS_KV,
     GROUP,
     RANGES,
     RANGE,
     PARTS,
-    SCORE: tl.constexpr,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     PARTIAL: tl.constexpr,
     GROUPS: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
@@ -366,146 +268,115 @@ def _units_backward_kernel(
     NP = tl.cdiv(N, ROWS) * ROWS
     i_program = tl.program_id(0).to(tl.int64)
     p_scratch += i_program * (BLOCK_Q * BLOCK_KV)
-    o_a = tl.arange(0, BLOCK_A)
-    o_d = tl.arange(0, BLOCK_DV)
-    o_unit = one_a_thread(o_a, PRECISION)
-    o_ga = tl.arange(0, GROUPS * BLOCK_A)
-    o_unit_k = one_a_thread(o_ga % BLOCK_A, PRECISION)[None, :]
+    o_a = tl.arange(0, C.BLOCK_A)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    o_unit = one_a_thread(o_a, C.PRECISION)
+    o_ga = tl.arange(0, GROUPS * C.BLOCK_A)
+    o_unit_k = one_a_thread(o_ga % C.BLOCK_A, C.PRECISION)[None, :]
     o_g = tl.arange(0, GROUPS)
-    FACTOR_K, FACTOR_Q, FACTOR_U, FACTOR_SUM = units_factors(SCORE, EXACT, FAST)
+    FACTOR_K, FACTOR_Q, FACTOR_U, FACTOR_SUM = units_factors(C.SCORE, C.EXACT, C.FAST)
     for i_work in range(i_program, PARTS, tl.num_programs(0)):
         i_part = tl.full([], i_work, tl.int64)
         i_range = (i_part % RANGES).to(tl.int32)
         i_b, i_hkv = i_part // RANGES // HEADS_KV, i_part // RANGES % HEADS_KV
-        i_hk = i_hkv * GROUP // GROUP_K
-        p_k_h = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, A)
-        p_v_h = rows_at(p_v, i_b * stride_vb + (i_hkv * GROUP // GROUP_V) * stride_vh, DV)
-        p_key_mask_h = p_key_mask + i_b * M
-        p_pre_k_h = precomputed_at(p_pre_k, i_b * (H // GROUP_K) + i_hk, M, A, True)
+        i_hk = i_hkv * GROUP // C.GROUP_K
+        p_k_h = head_at(k, i_b, i_hk, C.A)
+        p_v_h = head_at(v, i_b, i_hkv * GROUP // C.GROUP_V, C.DV)
+        p_key_mask = masks.p_keys + i_b * M
+        p_pre_k_h = precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, True)
         # the sums of dQ, of all heads that share this one's keys
-        sums = NP.to(tl.int64) * A
+        sums = NP.to(tl.int64) * C.A
         step = sums * RANGES if PARTIAL else sums
         p_first = p_sums + (((i_b * H + i_hkv * GROUP) * RANGES + i_range) * sums if PARTIAL else i_program * GROUP * sums)
         tl.debug_barrier()  # the last head's sums have been read
         for i_g in range(0, GROUP):
             for start in range(0, N, BLOCK_Q):
-                store_tile(
-                    p_first + i_g * step,
-                    A,
-                    start + tl.arange(0, BLOCK_Q),
-                    o_a,
-                    NP,
-                    A,
-                    tl.zeros([BLOCK_Q, BLOCK_A], dtype=tl.float32),
-                )
+                b_zero = tl.zeros([BLOCK_Q, C.BLOCK_A], dtype=tl.float32)
+                store_tile(p_first + i_g * step, C.A, start + tl.arange(0, BLOCK_Q), o_a, NP, C.A, b_zero)
         first, last = i_range * RANGE, tl.minimum((i_range + 1) * RANGE, tl.cdiv(M, BLOCK_KV))
         whole = M // BLOCK_KV if BLOCK_EDGE < BLOCK_KV else last
         for EDGE in tl.static_range(2 if BLOCK_EDGE < BLOCK_KV else 1):
             for i_kv in range(tl.maximum(first, whole) if EDGE else first, last if EDGE else tl.minimum(last, whole)):
                 o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
                 o_k = tl.arange(0, o_kv.shape[0] // GROUPS)
-                b_k = load_keys(p_k_h, stride_kn, p_key_mask_h, o_kv, o_a, M, A, KEY_MASK)  # [kv,A]
-                b_v = load_keys(p_v_h, stride_vn, p_key_mask_h, o_kv, o_d, M, DV, KEY_MASK)  # [kv,Dv]
-                bound_k = largest_magnitude(b_k, SCORE)
-                o_kg = i_kv * BLOCK_KV + (o_ga // BLOCK_A)[None, :] * o_k.shape[0] + o_k[:, None]  # [k,gA]
-                p_unit_k = p_k_h + o_kg.to(tl.int64) * stride_kn + o_unit_k
-                b_dk = tl.zeros([o_k.shape[0], GROUPS, BLOCK_A], dtype=tl.float32)
-                b_dv = tl.zeros([o_kv.shape[0], BLOCK_DV], dtype=tl.float32)
-                begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
+                b_k = load_keys(p_k_h, k.stride_n, p_key_mask, o_kv, o_a, M, C.A, C.KEY_MASK)  # [kv,A]
+                b_v = load_keys(p_v_h, v.stride_n, p_key_mask, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
+                bound_k = largest_magnitude(b_k, C.SCORE)
+                o_kg = i_kv * BLOCK_KV + (o_ga // C.BLOCK_A)[None, :] * o_k.shape[0] + o_k[:, None]  # [k,gA]
+                p_unit_k = p_k_h + o_kg.to(tl.int64) * k.stride_n + o_unit_k
+                b_dk = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
+                b_dv = tl.zeros([o_kv.shape[0], C.BLOCK_DV], dtype=tl.float32)
+                begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0
                 for i_g in range(0, GROUP):
                     i_h = i_hkv * GROUP + i_g
                     i_bh = i_b * H + i_h
-                    p_q_h = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, A)
-                    p_grad_h = rows_at(p_grad, i_b * stride_gb + i_h * stride_gh, DV)
-                    p_mask_h = p_mask + i_b * stride_mb + i_h * stride_mh
-                    p_u_h = p_u + i_h * A
-                    largest, total = weights_summed(p_u_h, o_a, A)
-                    p_pre_q_h = precomputed_at(p_pre_q, i_bh, N, A, True)
-                    b_units = tl.zeros([o_k.shape[0], GROUPS, BLOCK_A], dtype=tl.float32)
-                    b_du = tl.zeros([GROUPS, BLOCK_A], dtype=tl.float32)
+                    p_q_h = head_at(q, i_b, i_h, C.A)
+                    p_grad_h = head_at(grad, i_b, i_h, C.DV)
+                    masks_h = transposed(masks_at(masks, i_b, i_h, M))
+                    p_u_h = p_u + i_h * C.A
+                    largest, total = weights_summed(p_u_h, o_a, C.A)
+                    p_pre_q_h = precomputed_at(p_pres[0], i_bh, N, C.A, True)
+                    b_units = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
+                    b_du = tl.zeros([GROUPS, C.BLOCK_A], dtype=tl.float32)
                     b_sum = tl.zeros([o_kv.shape[0]], dtype=tl.float32)
                     for start in range(begin, N, BLOCK_Q):
                         o_q = start + tl.arange(0, BLOCK_Q)
-                        b_q = load_rows(p_q_h, stride_qn, o_q, o_a, N, A)  # [q,A]
-                        b_do = load_rows(p_grad_h, stride_gn, o_q, o_d, N, DV)  # [q,Dv]
-                        bound_q = largest_magnitude(b_q, SCORE)
-                        of_k, of_q = (p_k_h, p_pre_k_h, o_kv, stride_kn, M), (p_q_h, p_pre_q_h, o_q, stride_qn, N)
-                        b_s = sum_units(of_k, of_q, p_u_h, A, bound_q + bound_k, largest, total, SCORE, EXACT, FAST, PRECISION)
+                        b_q = load_rows(p_q_h, q.stride_n, o_q, o_a, N, C.A)  # [q,A]
+                        b_do = load_rows(p_grad_h, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
+                        bound_q = largest_magnitude(b_q, C.SCORE)
+                        of_k, of_q = (p_k_h, p_pre_k_h, o_kv, k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
+                        b_s = sum_units(of_k, of_q, p_u_h, bound_q + bound_k, largest, total, C)
                         b_logit = b_s * scale_log2
-                        b_masked = mask_logits(
-                            tl.zeros_like(b_logit) if MASK != 0 else b_logit,
-                            p_mask_h,
-                            stride_mm,
-                            stride_mn,
-                            p_key_mask_h,
-                            o_kv,
-                            o_q,
-                            M,
-                            N,
-                            MASK,
-                            False,
-                            False,
-                        )
-                        if CAUSAL:
+                        b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
+                        b_masked = mask_logits(b_masked, masks_h, o_kv, o_q, M, N, C.MASK, False, False)
+                        if C.CAUSAL:
                             b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-                        b_logit = b_logit + keep_layout(b_masked, True, PRECISION) if MASK != 0 else b_masked
-                        b_p = tl.exp2(b_logit - tl.load(p_shift + i_bh * NP + o_q)[None, :])
-                        if EXACT or MASK == 2:
-                            b_p /= tl.load(p_total + i_bh * NP + o_q)[None, :]
-                        b_dp = dot(b_v, tl.trans(b_do), PRECISION)  # [kv,q]
+                        b_logit = b_logit + keep_layout(b_masked, True, C.PRECISION) if C.MASK != 0 else b_masked
+                        b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
+                        if C.EXACT or C.MASK == 2:
+                            b_p /= tl.load(stats.total + i_bh * NP + o_q)[None, :]
+                        b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
                         b_kept = b_p
-                        if DROPOUT:
-                            b_factor = tl.trans(keep_factor(p_seed, dropout_p, threshold, i_bh, o_q, o_kv, N))
+                        if dropout is not None:
+                            b_factor = tl.trans(keep_factor(dropout, i_bh, o_q, o_kv, N))
                             b_kept = b_p * b_factor
                             b_dp *= b_factor
-                        b_dv += dot(keep_layout(b_kept, True, PRECISION).to(b_do.dtype), b_do, PRECISION)
-                        b_ds = b_p * (b_dp - tl.load(p_delta + i_bh * NP + o_q)[None, :]) * scale
-                        if KEY_MASK:
-                            b_ds = tl.where(real_tokens(p_key_mask_h, o_kv, M, True)[:, None], b_ds, 0.0)
+                        b_dv += dot(keep_layout(b_kept, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
+                        b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :]) * scale
+                        if C.KEY_MASK:
+                            b_ds = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_ds, 0.0)
                         b_sum += tl.sum(b_ds, axis=1)
                         tl.debug_barrier()  # the last tile has been read
                         o_ds = tl.arange(0, BLOCK_Q)[None, :] * BLOCK_KV + tl.arange(0, o_kv.shape[0])[:, None]
                         tl.store(p_scratch + o_ds, b_ds)
                         tl.debug_barrier()
+                        p_dq = p_first + i_g * step + tl.full([], start, tl.int64) * C.A
+                        p_q_tile = p_q_h + tl.full([], start, tl.int64) * q.stride_n
+                        queries = p_q_tile, q.stride_n, p_dq, tl.minimum(BLOCK_Q, N - start)
+                        m_unit = real_tokens(p_key_mask, o_kg, M, C.KEY_MASK) & (o_unit_k < C.A)
+                        offsets = o_k, o_g, o_unit
                         b_units, b_du = units_backward(
-                            b_units,
-                            b_du,
-                            p_unit_k,
-                            real_tokens(p_key_mask_h, o_kg, M, KEY_MASK) & (o_unit_k < A),
-                            p_scratch,
-                            p_q_h + tl.full([], start, tl.int64) * stride_qn,
-                            stride_qn,
-                            p_first + i_g * step + tl.full([], start, tl.int64) * A,
-                            tl.minimum(BLOCK_Q, N - start),
-                            o_k,
-                            o_g,
-                            o_unit,
-                            bound_q + bound_k,
-                            A,
-                            SCORE,
-                            EXACT,
-                            FAST,
-                            PRECISION,
-                            BLOCK_KV,
+                            b_units, b_du, (p_unit_k, m_unit), queries, p_scratch, offsets, bound_q + bound_k, BLOCK_KV, C
                         )
-                    b_u = tl.load(p_u_h + o_a, mask=o_a < A, other=0.0).to(tl.float32)
+                    b_u = tl.load(p_u_h + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
                     b_dk += b_units * (b_u * FACTOR_K)[None, None, :]
                     b_grad_u = tl.sum(b_du, axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
-                    tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + i_kv) * A + o_a, b_grad_u, mask=o_a < A)
-                if KEY_MASK:
-                    b_dv = tl.where(real_tokens(p_key_mask_h, o_kv, M, True)[:, None], b_dv, 0.0)
-                p_unit_k = p_grad_k + i_b * stride_dkb + i_hkv * stride_dkh + o_kg.to(tl.int64) * stride_dkn + o_unit_k
-                b_dk = tl.reshape(b_dk, [o_k.shape[0], GROUPS * BLOCK_A])
-                tl.store(p_unit_k, b_dk.to(p_grad_k.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < A))
-                store_tile(p_grad_v + i_b * stride_dvb + i_hkv * stride_dvh, stride_dvn, o_kv, o_d, M, DV, b_dv)
+                    tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + i_kv) * C.A + o_a, b_grad_u, mask=o_a < C.A)
+                if C.KEY_MASK:
+                    b_dv = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_dv, 0.0)
+                p_grad_k = grad_k.p + i_b * grad_k.stride_b + i_hkv * grad_k.stride_h
+                p_unit_k = p_grad_k + o_kg.to(tl.int64) * grad_k.stride_n + o_unit_k
+                b_dk = tl.reshape(b_dk, [o_k.shape[0], GROUPS * C.BLOCK_A])
+                tl.store(p_unit_k, b_dk.to(grad_k.p.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < C.A))
+                store_head(grad_v, i_b, i_hkv, o_kv, o_d, M, C.DV, b_dv)
         tl.debug_barrier()  # the sums are in memory
         for i_g in range(0, GROUP):
             i_h = i_hkv * GROUP + i_g
-            b_u = tl.load(p_u + i_h * A + o_a, mask=o_a < A, other=0.0).to(tl.float32)
+            b_u = tl.load(p_u + i_h * C.A + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
             for start in range(0, N, BLOCK_Q):
                 o_q = start + tl.arange(0, BLOCK_Q)
-                b_dq = load_tile(p_first + i_g * step, A, o_q, o_a, N, A) * (b_u * FACTOR_Q)[None, :]
+                b_dq = load_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A) * (b_u * FACTOR_Q)[None, :]
                 if PARTIAL:
-                    store_tile(p_first + i_g * step, A, o_q, o_a, N, A, b_dq)
+                    store_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A, b_dq)
                 else:
-                    store_tile(p_grad_q + i_b * stride_dqb + i_h * stride_dqh, stride_dqn, o_q, o_a, N, A, b_dq)
+                    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, b_dq)

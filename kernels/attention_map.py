@@ -13,6 +13,8 @@ exp2(s - max) is 0 without a test. Not yet measured on a GPU.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,18 +34,33 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
+    head_at,
+    heads_of,
     input_precision,
     key_range,
+    load_head,
     load_rows,
-    mask_arguments,
     mask_logits,
     mask_tile,
+    masks_and_kind,
+    masks_at,
     relu,
     row_shift,
     rows_at,
     store_tile,
-    strides,
 )
+
+
+class Constants(NamedTuple):
+    """FOLDED: see `below_max`."""
+
+    D: int
+    BLOCK_D: int
+    MASK: int
+    KEY_MASK: bool
+    CAUSAL: bool
+    FOLDED: bool
+    PRECISION: str
 
 
 @on_device
@@ -65,29 +82,31 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     value = aligned(value) if gradient and value is not None else key
     grad_output = aligned(grad_output) if gradient and grad_output is not None else query
     size_v = value.shape[3] if gradient else 0
-    masks, mask_constants = mask_arguments(inputs.attn_mask, inputs.key_mask, query, num_kv)
+    masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, num_kv)
+    constants = Constants(
+        D=size,
+        BLOCK_D=block_size(size),
+        MASK=kind,
+        KEY_MASK=inputs.key_mask is not None,
+        CAUSAL=inputs.is_causal,
+        FOLDED=scale <= 0.0 or kind == 2,
+        PRECISION=input_precision(),
+    )
     call = {
-        "p_q": query,
-        "p_k": key,
-        **masks,
+        "q": heads_of(query),
+        "k": heads_of(key),
+        "masks": masks,
         "H": heads,
         "GROUP_K": heads // key.shape[1],
         "N": num_q,
         "M": num_kv,
-        "D": size,
         "scale_log2": scale * LOG2_E,
-        **strides("q", query.stride()),
-        **strides("k", key.stride()),
-        **mask_constants,
-        "CAUSAL": is_causal,
-        "PRECISION": input_precision(),
-        "BLOCK_D": block_size(size),
-        "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
+        "C": constants,
     }
     facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
     masked = inputs.attn_mask is not None
     config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
-    one_tile, float_mask = num_kv <= config["BLOCK_KV"], call["MASK"] == 2
+    one_tile, float_mask = num_kv <= config["BLOCK_KV"], kind == 2
     if lse is None:
         rows = "tile" if one_tile else "statistics"
     else:  # float32 maps and float masks would show the rounding of the lse
@@ -105,20 +124,18 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
         )
     if rows == "statistics" and lse is not None:
         known = (row_max, row_inverse) if float_mask else None
-        row_max, row_inverse = _rows_by_lse(lse, 1.0 / LOG2_E if call["FOLDED"] else scale, known)
+        row_max, row_inverse = _rows_by_lse(lse, 1.0 / LOG2_E if constants.FOLDED else scale, known)
     lse = lse.to(torch.float32).contiguous() if rows == "lse" and lse is not None else abar
     grid = (cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)
     _map_kernel[grid](
         **call,
-        p_v=value,
-        p_grad=grad_output,
+        v=heads_of(value),
+        grad=heads_of(grad_output),
         p_lse=lse,
         p_max=row_max,
         p_inverse=row_inverse,
         p_map=abar,
         DV=size_v,
-        **strides("v", value.stride()),
-        **strides("g", grad_output.stride()),
         GRADIENT=gradient,
         REDUCTION=inputs.head_reduction,
         NORMALIZE=inputs.row_normalize,
@@ -151,61 +168,43 @@ def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) 
 
 @triton.jit
 def _rows_kernel(
-    p_q,
-    p_k,
-    p_mask,
-    p_key_mask,
+    q,
+    k,
+    masks,
     p_max,
     p_inverse,
     H,
     GROUP_K,
     N,
     M,
-    D: tl.constexpr,
     scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
     """For each row of a head: the largest logit (+inf for a fully masked row) and 1 / sum exp2(base-2 logit - largest)."""
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
-    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
-    p_mask += i_b * stride_mb + i_h * stride_mh
-    p_key_mask += i_b * M
+    p_k = head_at(k, i_b, i_hk, C.D)
+    masks = masks_at(masks, i_b, i_h, M)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, BLOCK_D)
-    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
+    o_d = tl.arange(0, C.BLOCK_D)
+    b_q = load_head(q, i_b, i_h, o_q, o_d, N, C.D)  # [q,D]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M if EDGE else None, D)  # [kv,D]
-            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-            if FOLDED:
+            b_k = load_rows(p_k, k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
+            b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+            if C.FOLDED:
                 b_s *= scale_log2
-            b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
+            b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_alpha = tl.exp2(b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2)
-            b_sum = b_sum * b_alpha + tl.sum(tl.exp2(below_max(b_s, b_safe, scale_log2, FOLDED)), axis=1)
+            b_alpha = tl.exp2(b_max - b_safe if C.FOLDED else (b_max - b_safe) * scale_log2)
+            b_sum = b_sum * b_alpha + tl.sum(tl.exp2(below_max(b_s, b_safe, scale_log2, C.FOLDED)), axis=1)
             b_max = b_new
     empty = b_sum == 0.0
     o_row = i_bh * N + o_q
@@ -215,12 +214,11 @@ def _rows_kernel(
 
 @triton.jit
 def _map_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_grad,
-    p_mask,
-    p_key_mask,
+    q,
+    k,
+    v,
+    grad,
+    masks,
     p_lse,
     p_max,
     p_inverse,
@@ -229,31 +227,9 @@ def _map_kernel(
     GROUP_K,
     N,
     M,
-    D: tl.constexpr,
-    DV: tl.constexpr,
     scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    C: tl.constexpr,
+    DV: tl.constexpr,
     GRADIENT: tl.constexpr,
     REDUCTION: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -275,50 +251,46 @@ def _map_kernel(
     i_b = i // (num_q * num_kv)
     i_q = ((i // num_kv) % num_q).to(tl.int32)
     i_kv = (i % num_kv).to(tl.int32)
-    p_q, step_q = rows_at(p_q, i_b * stride_qb, D), aligned_step(stride_qh, D)
-    p_k, step_k = rows_at(p_k, i_b * stride_kb, D), aligned_step(stride_kh, D)
-    p_v, step_v = rows_at(p_v, i_b * stride_vb, DV), aligned_step(stride_vh, DV)
-    p_grad, step_g = rows_at(p_grad, i_b * stride_gb, DV), aligned_step(stride_gh, DV)
-    p_mask += i_b * stride_mb
-    p_key_mask += i_b * M
+    p_q, step_q = rows_at(q.p, i_b * q.stride_b, C.D), aligned_step(q.stride_h, C.D)
+    p_k, step_k = rows_at(k.p, i_b * k.stride_b, C.D), aligned_step(k.stride_h, C.D)
+    p_v, step_v = rows_at(v.p, i_b * v.stride_b, DV), aligned_step(v.stride_h, DV)
+    p_grad, step_g = rows_at(grad.p, i_b * grad.stride_b, DV), aligned_step(grad.stride_h, DV)
+    masks = masks_at(masks, i_b, 0, M)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, C.BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     b_map = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if REDUCTION == "min" else 0.0, dtype=tl.float32)
     KEYS: tl.constexpr = ROWS == "tile"  # else masks that are the same in all heads are applied after the loop
     # no head has anything above the diagonal
-    heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if CAUSAL else H
+    heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if C.CAUSAL else H
     for h in range(0, heads):
         i_h = tl.full([], 0, dtype=tl.int64) + h
         i_hk = i_h // GROUP_K
-        b_q = load_rows(p_q + i_h * step_q, stride_qn, o_q, o_d, N, D)  # [q,D]
-        b_k = load_rows(p_k + i_hk * step_k, stride_kn, o_kv, o_d, M, D)  # [kv,D]
-        b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-        if FOLDED or ROWS == "lse":
+        b_q = load_rows(p_q + i_h * step_q, q.stride_n, o_q, o_d, N, C.D)  # [q,D]
+        b_k = load_rows(p_k + i_hk * step_k, k.stride_n, o_kv, o_d, M, C.D)  # [kv,D]
+        b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+        if C.FOLDED or ROWS == "lse":
             b_s *= scale_log2
-        if MASK != 0 or KEYS:
-            p_head = p_mask + i_h * stride_mh
-            b_s = mask_logits(
-                b_s, p_head, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK and KEYS, CAUSAL and KEYS
-            )
+        if C.MASK != 0 or KEYS:
+            b_s = mask_logits(b_s, masks_at(masks, 0, i_h, 0), o_q, o_kv, N, M, C.MASK, C.KEY_MASK and KEYS, C.CAUSAL and KEYS)
         o_row = (i_b * H + i_h) * N + o_q
         if ROWS == "lse":
             b_p = tl.exp2(b_s - row_shift(p_lse + (i_b * H + i_h) * N, o_q, N)[:, None])
         elif ROWS == "tile":
             b_max = tl.max(b_s, axis=1)
             b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
-            b_p = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
+            b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
             b_sum = tl.sum(b_p, axis=1)
             b_inverse = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
         else:
             b_max = tl.load(p_max + o_row, mask=o_q < N, other=float("inf"))
-            b_p = tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED))
+            b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
             b_inverse = tl.load(p_inverse + o_row, mask=o_q < N, other=0.0)
         if GRADIENT:
-            b_do = load_rows(p_grad + i_h * step_g, stride_gn, o_q, o_dv, N, DV)  # [q,Dv]
-            b_v = load_rows(p_v + i_hk * step_v, stride_vn, o_kv, o_dv, M, DV)  # [kv,Dv]
-            b_p = relu(b_p * dot(b_do, tl.trans(b_v), PRECISION))
+            b_do = load_rows(p_grad + i_h * step_g, grad.stride_n, o_q, o_dv, N, DV)  # [q,Dv]
+            b_v = load_rows(p_v + i_hk * step_v, v.stride_n, o_kv, o_dv, M, DV)  # [kv,Dv]
+            b_p = relu(b_p * dot(b_do, tl.trans(b_v), C.PRECISION))
         b_share = b_p if ROWS == "lse" else b_p * b_inverse[:, None]
         if REDUCTION == "mean":
             b_map += b_share
@@ -326,9 +298,9 @@ def _map_kernel(
             b_map = tl.maximum(b_map, b_share, propagate_nan=tl.PropagateNan.ALL)
         else:
             b_map = tl.minimum(b_map, b_share, propagate_nan=tl.PropagateNan.ALL)
-    if KEY_MASK:
-        b_map = tl.where((tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0)[None, :], b_map, 0.0)
-    if CAUSAL:
+    if C.KEY_MASK:
+        b_map = tl.where((tl.load(masks.p_keys + o_kv, mask=o_kv < M, other=0) != 0)[None, :], b_map, 0.0)
+    if C.CAUSAL:
         b_map = tl.where(o_kv[None, :] <= o_q[:, None], b_map, 0.0)
     if NORMALIZE and ONE_TILE:
         b_map = tl.where((o_kv < M)[None, :], b_map, 0.0)  # an infinite gradient times the zeros beyond M is NaN

@@ -13,7 +13,7 @@ key-major, without atomics, and has the same bits each time. Not yet measured on
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,18 +35,40 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
+    head_at,
+    heads_of,
     input_precision,
     key_range,
+    load_head,
     load_rows,
-    mask_arguments,
     mask_logits,
     mask_tile,
+    masks_and_kind,
+    masks_at,
     query_range,
-    rows_at,
     store_tile,
-    strides,
     within,
 )
+
+
+class Constants(NamedTuple):
+    """D: features. WEIGHT: rows are weighted. SPLIT: see `dot_members`. FOLDED: see `below_max`. MASS to RECEIVED: gradients of
+    the backward pass. FEW: see `few`."""
+
+    D: int
+    BLOCK_D: int
+    MASK: int
+    KEY_MASK: bool
+    CAUSAL: bool
+    WEIGHT: bool
+    SPLIT: bool
+    FOLDED: bool
+    PRECISION: str
+    MASS: bool = False
+    ENTROPY: bool = False
+    MAXIMUM: bool = False
+    RECEIVED: bool = False
+    FEW: int = 0
 
 
 @on_device
@@ -105,16 +127,15 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
         grad_mass = None
     grads = {"mass": grad_mass, "entropy": inputs.grad_entropy, "maximum": inputs.grad_maximum, "received": inputs.grad_received}
     facts = {**_facts(query, inputs.key, num_groups, inputs.attn_mask), "product": grad_mass is not None and few(num_groups) == 0}
-    call = {
-        **_arguments(inputs),
-        **{f"p_grad_{name}": query if x is None else x.contiguous() for name, x in grads.items()},
+    call = _arguments(inputs)
+    call |= {
+        "p_grads": tuple(query if x is None else x.contiguous() for x in grads.values()),
         "p_argmax": inputs.argmax.contiguous(),
         "p_row_max": row_max,
         "p_maximum": maximum.contiguous(),
         "p_minus_delta": torch.empty_like(row_max),
         "scale": inputs.scale,
-        **{name.upper(): x is not None for name, x in grads.items()},
-        "FEW": few(num_groups),
+        "C": call["C"]._replace(**{name.upper(): x is not None for name, x in grads.items()}, FEW=few(num_groups)),
     }
     grad_q, grad_weight = _statistics_backward.queries(call, facts, mass.contiguous(), mean_x)
     grad_k = _statistics_backward.keys(call, facts)
@@ -126,37 +147,36 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
 def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> dict[str, Any]:
     """The named arguments that all kernels here share. The query stands in for tensors that are absent."""
     key_groups, num_groups, row_weight = inputs.key_groups, inputs.num_groups, inputs.row_weight
-    scale, is_causal = inputs.scale, inputs.is_causal
+    scale, is_causal, key_mask = inputs.scale, inputs.is_causal, inputs.key_mask
     query, key = aligned(inputs.query), aligned(inputs.key)
-    masks, mask_constants = mask_arguments(inputs.attn_mask, inputs.key_mask, query, key.shape[2])
+    masks, kind = masks_and_kind(inputs.attn_mask, key_mask, query, key.shape[2])
     groups = query if key_groups is None else aligned(key_groups)
     if few(num_groups) > 0:
         groups = as_members(groups, num_groups)
     weight = query if row_weight is None else aligned(row_weight)
     return {
-        "p_q": query,
-        "p_k": key,
-        "p_groups": groups,
-        "p_weight": weight,
-        **masks,
+        "q": heads_of(query),
+        "k": heads_of(key),
+        "groups": (groups, groups.stride(0)),
+        "weight": (weight, weight.stride(0)),
+        "masks": masks,
         "H": query.shape[1],
         "GROUP_K": query.shape[1] // max(1, key.shape[1]),
         "N": query.shape[2],
         "M": key.shape[2],
-        "D": query.shape[3],
         "G": num_groups,
         "scale_log2": scale * LOG2_E,
-        **strides("q", query.stride()),
-        **strides("k", key.stride()),
-        "stride_groups": groups.stride(0),
-        "stride_weight": weight.stride(0),
-        **mask_constants,
-        "CAUSAL": is_causal,
-        "WEIGHT": row_weight is not None,
-        "PRECISION": input_precision(),
-        "SPLIT": query.dtype != torch.float32,
-        "BLOCK_D": block_size(query.shape[3]),
-        "FOLDED": scale <= 0.0 or mask_constants["MASK"] == 2,
+        "C": Constants(
+            D=query.shape[3],
+            BLOCK_D=block_size(query.shape[3]),
+            MASK=kind,
+            KEY_MASK=key_mask is not None,
+            CAUSAL=is_causal,
+            WEIGHT=row_weight is not None,
+            SPLIT=query.dtype != torch.float32,
+            FOLDED=scale <= 0.0 or kind == 2,
+            PRECISION=input_precision(),
+        ),
     }
 
 
@@ -176,12 +196,11 @@ def _width():
 
 @triton.jit
 def _rows_kernel(
-    p_q,
-    p_k,
-    p_groups,
-    p_weight,
-    p_mask,
-    p_key_mask,
+    q,
+    k,
+    groups,
+    weight,
+    masks,
     p_mass,
     p_entropy,
     p_maximum,
@@ -192,29 +211,9 @@ def _rows_kernel(
     GROUP_K,
     N,
     M,
-    D: tl.constexpr,
     G,
     scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    stride_groups,
-    stride_weight,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    C: tl.constexpr,
     ENTROPY: tl.constexpr,
     ARGMAX: tl.constexpr,
     FEW: tl.constexpr,
@@ -231,14 +230,13 @@ def _rows_kernel(
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
     i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP_K)
     i_q, i_g = i // blocks_g, i % blocks_g
-    p_k = rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D)
-    p_mask += i_b * stride_mb + i_h * stride_mh
-    p_key_mask += i_b * M
-    p_groups += i_b * stride_groups
+    p_k = head_at(k, i_b, i_hk, C.D)
+    masks = masks_at(masks, i_b, i_h, M)
+    p_groups = groups[0] + i_b * groups[1]
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, C.BLOCK_D)
     o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
-    b_q = load_rows(rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D), stride_qn, o_q, o_d, N, D)  # [q,D]
+    b_q = load_head(q, i_b, i_h, o_q, o_d, N, C.D)  # [q,D]
     # WIDTH numbers a row, of every WIDTH-th key each: a thread has some of them, and threads exchange them only after the loop
     WIDTH: tl.constexpr = _width()
     b_best = tl.full([BLOCK_Q, WIDTH], float("-inf"), dtype=tl.float32)
@@ -247,22 +245,22 @@ def _rows_kernel(
     b_log, b_mass_0, b_mass_1, b_mass_2, b_mass_3 = b_sum, b_sum, b_sum, b_sum, b_sum
     b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    whole, end = key_range(i_q, M, False, CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, stride_kn, o_kv, o_d, M if EDGE else None, D)  # [kv,D]
-            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-            if FOLDED:
+            b_k = load_rows(p_k, k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
+            b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+            if C.FOLDED:
                 b_s *= scale_log2
-            b_s = mask_tile(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, KEY_MASK, CAUSAL, EDGE)
+            b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
             for part in tl.static_range((BLOCK_EDGE if EDGE else BLOCK_KV) // WIDTH):
                 b_part = _columns(b_s, part, WIDTH)
                 if ARGMAX:
                     b_first = tl.where(b_part > b_best, start + part * WIDTH, b_first)
                 b_best = tl.maximum(b_best, b_part)
             b_new = tl.max(b_best, axis=1)
-            b_x, b_change = _below_new_max(b_s, b_max, b_new, scale_log2, FOLDED, ENTROPY)
+            b_x, b_change = _below_new_max(b_s, b_max, b_new, scale_log2, C.FOLDED, ENTROPY)
             b_max = b_new
             b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)[:, None]
             b_sum_e, b_sum_log, b_sum_0, b_sum_1, b_sum_2, b_sum_3 = _sums(b_e, b_x, p_groups, start, M, WIDTH, ENTROPY, FEW)
@@ -279,7 +277,7 @@ def _rows_kernel(
                 b_mass_3 = b_mass_3 * b_alpha + b_sum_3
             if MANY:
                 b_member = groups_of(p_groups, o_kv, M, G)[:, None] == o_g[None, :]  # [kv,G]
-                b_mass = b_mass * b_alpha + dot_members(b_e, b_member, tl.float16, SPLIT, PRECISION)
+                b_mass = b_mass * b_alpha + dot_members(b_e, b_member, tl.float16, C.SPLIT, C.PRECISION)
     b_sum, b_log = tl.sum(b_sum, axis=1), tl.sum(b_log, axis=1)
     b_empty = b_sum == 0.0
     b_total = tl.where(b_empty, 1.0, b_sum)
@@ -313,12 +311,11 @@ def _rows_kernel(
 
 @triton.jit
 def _received_kernel(
-    p_q,
-    p_k,
-    p_groups,
-    p_weight,
-    p_mask,
-    p_key_mask,
+    q,
+    k,
+    groups,
+    weight,
+    masks,
     p_maximum,
     p_row_max,
     p_received,
@@ -326,62 +323,41 @@ def _received_kernel(
     GROUP_K,
     N,
     M,
-    D: tl.constexpr,
     G,
     scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mm,
-    stride_groups,
-    stride_weight,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FOLDED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
     """sum_i w_i P_ij of a block of keys. The `maximum` of a row is 1 / sum exp2(logit - row_max)."""
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP_K)
-    p_q = rows_at(p_q, i_b * stride_qb + i_h * stride_qh, D)
-    p_mask += i_b * stride_mb + i_h * stride_mh
-    p_key_mask += i_b * M
+    p_q = head_at(q, i_b, i_h, C.D)
+    masks = masks_at(masks, i_b, i_h, M)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_d = tl.arange(0, BLOCK_D)
-    b_k = load_rows(rows_at(p_k, i_b * stride_kb + i_hk * stride_kh, D), stride_kn, o_kv, o_d, M, D)  # [kv,D]
+    o_d = tl.arange(0, C.BLOCK_D)
+    b_k = load_head(k, i_b, i_hk, o_kv, o_d, M, C.D)  # [kv,D]
     b_received = tl.zeros([BLOCK_KV], dtype=tl.float32)
-    whole, end, edge, edge_end = query_range(i_kv, N, CAUSAL, BLOCK_Q, BLOCK_KV)
-    for EDGE in tl.static_range(1 if CAUSAL else 2):
+    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(1 if C.CAUSAL else 2):
         b_sum = tl.zeros([BLOCK_EDGE if EDGE else BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over its rows once, at the end
-        for start in range(edge if EDGE or CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
+        for start in range(edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
             o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
-            o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or CAUSAL else None)
-            b_q = load_rows(p_q, stride_qn, o_q, o_d, N if EDGE or CAUSAL else None, D)  # [q,D]
-            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [q,kv]
-            if FOLDED:
+            o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
+            b_q = load_rows(p_q, q.stride_n, o_q, o_d, N if EDGE or C.CAUSAL else None, C.D)  # [q,D]
+            b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+            if C.FOLDED:
                 b_s *= scale_log2
-            if MASK != 0 or CAUSAL:  # the key padding mask is applied after the loop
-                b_s = mask_logits(b_s, p_mask, stride_mn, stride_mm, p_key_mask, o_q, o_kv, N, M, MASK, False, CAUSAL)
+            if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
+                b_s = mask_logits(b_s, masks, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
             b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
             b_weight = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
-            if WEIGHT:
-                b_weight *= tl.load(p_weight + i_b * stride_weight + o_q, mask=m_row, other=0.0)
-            b_sum += tl.exp2(below_max(b_s, b_max, scale_log2, FOLDED)) * b_weight[:, None]
+            if C.WEIGHT:
+                b_weight *= tl.load(weight[0] + i_b * weight[1] + o_q, mask=m_row, other=0.0)
+            b_sum += tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED)) * b_weight[:, None]
         b_received += tl.sum(b_sum, axis=0)
-    if KEY_MASK:
-        b_received = tl.where(tl.load(p_key_mask + o_kv, mask=o_kv < M, other=0) != 0, b_received, 0.0)
+    if C.KEY_MASK:
+        b_received = tl.where(tl.load(masks.p_keys + o_kv, mask=o_kv < M, other=0) != 0, b_received, 0.0)
     tl.store(p_received + i_bh * M + o_kv, b_received, mask=o_kv < M)
 
 

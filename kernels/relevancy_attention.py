@@ -28,7 +28,7 @@ from vlattn_fast.backends.inputs import (
 from vlattn_fast.kernels import attention_map, score_attention
 from vlattn_fast.kernels._configurations import Config, configuration
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._products_backward import Rows, keys, queries
+from vlattn_fast.kernels._products_backward import RowStats, keys, queries
 from vlattn_fast.kernels._tiles import CALLER_LSE, LOG2_E, OWN_LSE, aligned, block_size, pad_rows
 
 MAX_T = 64  # rows of r in one program
@@ -96,7 +96,7 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
     if lse is None or inputs.row_normalize or launch.float_mask:
         rows = _statistics(launch, lse, inputs.row_normalize)
     else:
-        rows = Rows(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf))
+        rows = RowStats(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf))
     r_abar = _keys(launch, rows, relevancy)[2]
     assert r_abar is not None  # since relevancy is not
     return r_abar.to(relevancy.dtype)
@@ -141,7 +141,7 @@ class _Launch(NamedTuple):
 
     @property
     def float_mask(self) -> bool:
-        return self.call["MASK"] == 2
+        return self.call["C"].MASK == 2
 
 
 def _describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None) -> _Launch:
@@ -149,17 +149,17 @@ def _describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule:
     return _Launch(score_attention.with_gradient(call, grad_out, inputs.scale), rule == "gradient")
 
 
-def _statistics(launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.constexpr = CALLER_LSE) -> Rows:
+def _statistics(launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.constexpr = CALLER_LSE) -> RowStats:
     """Statistics of each row; with `summed` also the row sums of each head's part of Abar."""
-    pair = launch.float_mask or (lse is None and launch.call["EXACT"])
+    pair = launch.float_mask or (lse is None and launch.call["C"].EXACT)
     config = _config("statistics", launch)
     return score_attention.row_statistics(launch.call, config, lse, limit, pair, by_gradient=launch.by_gradient, summed=summed)
 
 
-def _keys(launch: _Launch, rows: Rows, relevancy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _keys(launch: _Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The kernel that takes keys block by block: gradients of key and value, and r Abar, each None where it is not computed. r is
     divided by the number of heads, or by the row sums of Abar."""
-    query, key = launch.call["p_q"], launch.call["p_k"]
+    query, key = launch.call["q"].p, launch.call["k"].p
     num_t = 0 if relevancy is None else relevancy.shape[1]
     block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
     factor, weighted_r = 1.0 / query.shape[1] if query.shape[1] > 0 else 1.0, None
@@ -176,7 +176,7 @@ def _keys(launch: _Launch, rows: Rows, relevancy: Tensor | None) -> tuple[Tensor
 
 
 def _config(kernel: str, launch: _Launch, block_t: int = 0) -> Config:
-    query, key, value = (launch.call[name] for name in ("p_q", "p_k", "p_v"))
+    query, key, value = (launch.call[name].p for name in "qkv")
     return configuration(
         "relevancy_attention",
         kernel,
@@ -185,5 +185,5 @@ def _config(kernel: str, launch: _Launch, block_t: int = 0) -> Config:
         M=key.shape[2],
         size=max(query.shape[3], value.shape[3]),
         block_t=block_t,
-        masked=launch.call["MASK"] != 0,
+        masked=launch.call["C"].MASK != 0,
     )

@@ -95,7 +95,8 @@ def facts(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
     loops, warps = innermost_loops(disassembled(kernel.asm["cubin"])), kernel.metadata.num_warps
     rows, keys, edge = (options.get(name) for name in ("BLOCK_Q", "BLOCK_KV", "BLOCK_EDGE"))
     # scores that are sums over units have loops within the tile, and no product of queries and keys
-    loop = None if options.get("SCORE") in UNIT_KINDS or not (rows and keys) else main_loop(loops, (rows, keys), edge)
+    score = getattr(options.get("C"), "SCORE", None)
+    loop = None if score in UNIT_KINDS or not (rows and keys) else main_loop(loops, (rows, keys), edge)
     return {
         "tile": f"{rows}x{keys}" if rows and keys else None,
         "edge": edge,

@@ -110,8 +110,8 @@ def narrow_offsets(ttir: str) -> list[str]:
     # a name's definitions with their lines: regions side by side reuse names, so the last definition above a line counts
     definitions: dict[str, list[tuple[int, str, list[str], str]]] = {}
     for number, line in enumerate(ttir.splitlines()):
-        if match := re.match(r"\s*(%[\w#]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
-            definition = (number, match[2], re.findall(r"%[\w#]+", match[3]), match[4])
+        if match := re.match(r"\s*(%[\w#.]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
+            definition = (number, match[2], re.findall(r"%[\w#.]+", match[3]), match[4])
             definitions.setdefault(match[1], []).append(definition)
 
     def above(name: str, number: int) -> tuple[int, str, list[str], str] | None:
@@ -130,7 +130,7 @@ def narrow_offsets(ttir: str) -> list[str]:
             line_of, inner, of, _ = found_above
             seen.add(line_of)
             constants = [operand for operand in of if (one := above(operand, line_of)) and one[1] == "arith.constant"]
-            strides = [operand for operand in of if operand.startswith("%stride") and operand not in constants]
+            strides = [operand for operand in of if "stride" in operand and operand not in constants]
             if inner == "arith.muli" and (strides or not constants):
                 narrow.append(f"{name} = {' * '.join(of)}")
             ahead += [(x, line_of) for x in (of[:1] if inner in DIVISIONS else of[1:] if inner == "arith.select" else of)]
