@@ -11,11 +11,12 @@ namespace {
 // Where a single tile writes the sums of a key head (`once`), they lie in the gradient tensor itself, if it is float32 in whole
 // vectors. Where several tiles add to them, they lie together: rows far apart would drive one another out of the cache. Rows from
 // `filled` on start at 0.
-static void start_sums(const Attention& a, const Rows& grad, Size size, bool once, Size b, Size head, Size filled, Sums& sums) {
+static void start_sums(const Attention& a, const StridedTensor& grad, Size size, bool once, Size b, Size head, Size filled,
+                       Sums& sums) {
     if (once && a.dtype == FLOAT32 && size == sums.stride) sums = {(float*)grad.data + grad.at(b, head, 0), grad.stride_n};
     for (Size j = filled; j < a.M; ++j) memset(sums.row(j), 0, round_up(size, VL) * sizeof(float));
 }
-static void write_keys(const Attention& a, const Rows& to, const Sums& from, Size size, Size b, Size head, Size first,
+static void write_keys(const Attention& a, const StridedTensor& to, const Sums& from, Size size, Size b, Size head, Size first,
                        Size last) {
     for (Size j = first; j < last; ++j) store_key(a, b, head, j, from.row(j), size, to);
 }

@@ -25,11 +25,11 @@ struct Backward {
     Attention a;
     Score score;
     Dropout dropout;
-    Rows grad_out, out;  // grad_out may be null for Abar = mean P
+    StridedTensor grad_out, out;  // grad_out may be null for Abar = mean P
     const double* lse;  // (B, H, N) natural log-sum-exp
     Size lse_source;  // LseSource
     const float* grad_lse;  // (B, H, N) or null
-    Rows grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
+    StridedTensor grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
     float* grad_vector;  // (H, D) or null
     Relevancy relevancy;
 };
