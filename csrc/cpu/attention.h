@@ -30,7 +30,7 @@ struct Attention {
     Size dtype;  // of query, key, value and their gradients
     Size B, H, Hkv, N, M, D, Dv;
     double scale;
-    Rows query, key, value;
+    StridedTensor query, key, value;
     Masks masks;
     // of the rows from n on; null where the mask is not float64
     const double* mask_shifts(Size b, Size h, Size n) const {
@@ -63,7 +63,7 @@ static Size visible_keys(const Attention& a, Size b) {
 }
 
 // The gradient of a key or a value: zero at padding, also where a query or a cotangent is NaN.
-static void store_key(const Attention& a, Size b, Size head, Size j, const float* gradient, Size size, const Rows& to) {
+static void store_key(const Attention& a, Size b, Size head, Size j, const float* gradient, Size size, const StridedTensor& to) {
     void* row = (void*)element(to.data, a.dtype, to.at(b, head, j));
     if (a.masks.keys && !a.masks.keys[b * a.M + j])
         memset(row, 0, size * (a.dtype == FLOAT32 ? 4 : 2));
@@ -72,14 +72,14 @@ static void store_key(const Attention& a, Size b, Size head, Size j, const float
 }
 
 // Prefetches a row.
-static void fetch_row(const Rows& x, Size dtype, Size b, Size head, Size row, Size size) {
+static void fetch_row(const StridedTensor& x, Size dtype, Size b, Size head, Size row, Size size) {
     const Size line = dtype == FLOAT32 ? 16 : 32;
     for (Size d = 0; d < size; d += line) __builtin_prefetch(element(x.data, dtype, x.at(b, head, row) + d), 0, 2);
 }
 
 // The keys' or values' rows [first, first + count) as float32: in place where possible, else in `copy`, with zeros at padding, so
 // that a NaN there reaches no product.
-static const float* load_rows(const Attention& a, const Rows& x, Size size, Size b, Size head, Size first, Size count,
+static const float* load_rows(const Attention& a, const StridedTensor& x, Size size, Size b, Size head, Size first, Size count,
                               float* copy, Size& stride) {
     const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
     bool whole = true;
@@ -99,7 +99,8 @@ static const float* load_rows(const Attention& a, const Rows& x, Size size, Size
     return copy;
 }
 
-static void load_keys(const Attention& a, const Rows& x, Size size, Keys& keys, Size b, Size head, Size first, Size count) {
+static void load_keys(const Attention& a, const StridedTensor& x, Size size, Keys& keys, Size b, Size head, Size first,
+                      Size count) {
     // under the causal mask a later tile sees more keys of the same block
     if (keys.b == b && keys.head == head && keys.first == first && keys.count >= count) return;
     keys.rows = load_rows(a, x, size, b, head, first, count, keys.copy, keys.stride);
@@ -145,13 +146,13 @@ static void tile_product(const Tile& t, Size rows, Size depth, const float* A, S
 }
 
 // Prefetches as many rows as the tile has, from `first`.
-static void fetch_rows(const Rows& x, Size dtype, const Tile& t, Size first, Size size) {
+static void fetch_rows(const StridedTensor& x, Size dtype, const Tile& t, Size first, Size size) {
     for (Size i = 0; i < t.rows; ++i) fetch_row(x, dtype, t.b, t.h, first + i, size);
 }
 
 // Rows of a tile times `factor`, into rows_at as (width, stride) with zeros beyond the rows and beyond `size`; and transposed as
 // (size, width), where `transposed` is not null.
-static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float factor, float* rows_at, Size stride,
+static void load_tile(const StridedTensor& x, Size dtype, const Tile& t, Size size, float factor, float* rows_at, Size stride,
                       float* transposed) {
     for (Size i = 0; i < t.rows; ++i) {
         float* row = rows_at + i * stride;
@@ -165,7 +166,7 @@ static void load_tile(const Rows& x, Size dtype, const Tile& t, Size size, float
     if (transposed) transpose(rows_at, stride, t.width, size, transposed, t.width);
 }
 // The rows of a tile from (size, width), times `factor`; `scratch` holds LANES * size.
-static void store_tile(const float* transposed, const Tile& t, Size size, float factor, const Rows& x, Size dtype,
+static void store_tile(const float* transposed, const Tile& t, Size size, float factor, const StridedTensor& x, Size dtype,
                        float* scratch) {
     transpose(transposed, t.width, size, t.width, scratch, size);
     for (Size i = 0; i < t.rows; ++i) {

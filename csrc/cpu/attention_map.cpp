@@ -17,7 +17,7 @@ static const Size CHUNK = 64;  // keys of a tile that are reduced and written to
 
 struct MapCall {
     Attention a;  // with value for the rule "gradient"
-    Rows grad_output;
+    StridedTensor grad_output;
     Size gradient, reduction, row_normalize;
     const double* lse;  // (B, H, N) natural log-sum-exp of the caller, or null; it may count keys that are not here
     float* map;  // (B, N, M)

@@ -338,7 +338,7 @@ struct StatisticsBackward {
     RowWeight weight;
     const int64_t* argmax;  // (B, H, N)
     const float *d_mass, *d_entropy, *d_maximum, *d_received;  // as the outputs; null for none
-    Rows d_query, d_key;
+    StridedTensor d_query, d_key;
     float* d_weight;  // (B, H, N); null for none
 
     struct Space {

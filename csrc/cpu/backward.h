@@ -11,11 +11,12 @@ namespace {
 // Where a single tile writes the sums of a key head (`once`), they lie in the gradient tensor itself, if it is float32 in whole
 // vectors. Where several tiles add to them, they lie together: rows far apart would drive one another out of the cache. Rows from
 // `filled` on start at 0.
-static void start_sums(const Attention& a, const Rows& grad, Size size, bool once, Size b, Size head, Size filled, Sums& sums) {
+static void start_sums(const Attention& a, const StridedTensor& grad, Size size, bool once, Size b, Size head, Size filled,
+                       Sums& sums) {
     if (once && a.dtype == FLOAT32 && size == sums.stride) sums = {(float*)grad.data + grad.at(b, head, 0), grad.stride_n};
     for (Size j = filled; j < a.M; ++j) memset(sums.row(j), 0, round_up(size, VL) * sizeof(float));
 }
-static void write_keys(const Attention& a, const Rows& to, const Sums& from, Size size, Size b, Size head, Size first,
+static void write_keys(const Attention& a, const StridedTensor& to, const Sums& from, Size size, Size b, Size head, Size first,
                        Size last) {
     for (Size j = first; j < last; ++j) store_key(a, b, head, j, from.row(j), size, to);
 }
@@ -36,8 +37,8 @@ static void finish_cosine_keys(const BackwardCall& call, Gradients& g, Size b, S
         load_keys(a, a.key, a.D, g.logits.keys, b, head, j0, count);
         for (Size j = 0; j < count; ++j) {
             const float* k = g.logits.keys.rows + j * g.logits.keys.stride;
-            const float length = norm(k, a.D), by = g.cosine_key[j0 + j];
-            for (Size d = 0; by != 0 && d < a.D; ++d) g.key.row(j0 + j)[d] -= k[d] / length * by / length;
+            const float length = norm(k, a.D), by = g.by_key_norm[j0 + j];
+            for (Size d = 0; by != 0 && d < a.D; ++d) g.grad_key.row(j0 + j)[d] -= k[d] / length * by / length;
         }
     }
 }
@@ -58,7 +59,7 @@ static void backward_task(BackwardCall& call, Size task) {
     if (inputs && c.score.sums_units()) {
         memset(g.logits.units.by_key, 0, UnitTile::padded(a.D) * round_up(a.key_block(), VL) * sizeof(float));
         memset(g.logits.units.by_weight, 0, UnitTile::padded(a.D) * sizeof(float));
-        memset(g.vector, 0, a.H * a.D * sizeof(float));
+        memset(g.grad_vector, 0, a.H * a.D * sizeof(float));
     }
     for (Size item = first; item < last;) {
         const Size unit = item / call.keys.unit, b = unit / a.Hkv, head = unit % a.Hkv;
@@ -68,14 +69,15 @@ static void backward_task(BackwardCall& call, Size task) {
             g.fresh = !a.masks.is_causal && !c.score.sums_units();
             const Size filled = g.fresh ? visible_keys(a, b) : 0;
             const bool once = g.fresh && call.keys.unit == 1;
-            g.key = {call.keys.at(task, unit), call.key_stride}, g.value = {call.values.at(task, unit), call.value_stride};
-            start_sums(a, c.grad_key, a.D, once, b, head, filled, g.key);
-            start_sums(a, c.grad_value, a.Dv, once, b, head, filled, g.value);
-            memset(g.cosine_key, 0, a.M * sizeof(float));
+            g.grad_key = {call.keys.at(task, unit), call.key_stride},
+            g.grad_value = {call.values.at(task, unit), call.value_stride};
+            start_sums(a, c.grad_key, a.D, once, b, head, filled, g.grad_key);
+            start_sums(a, c.grad_value, a.Dv, once, b, head, filled, g.grad_value);
+            memset(g.by_key_norm, 0, a.M * sizeof(float));
         }
         if (carries) {
-            g.result = call.carried.at(task, b);
-            if (item == first || item == b * call.carried.unit) memset(g.result, 0, call.carried.floats * sizeof(float));
+            g.carried_out = call.carried.at(task, b);
+            if (item == first || item == b * call.carried.unit) memset(g.carried_out, 0, call.carried.floats * sizeof(float));
         }
         for (; item < end;) {  // the query heads of the key head
             const Size from = item % tiles, to = least(tiles, from + end - item);
@@ -84,13 +86,13 @@ static void backward_task(BackwardCall& call, Size task) {
         }
         if (inputs && c.score.kind == COSINE) finish_cosine_keys(call, g, b, head);
         if (inputs && call.keys.alone(task, unit)) {
-            write_keys(a, c.grad_key, g.key, a.D, b, head, 0, a.M);
-            write_keys(a, c.grad_value, g.value, a.Dv, b, head, 0, a.M);
+            write_keys(a, c.grad_key, g.grad_key, a.D, b, head, 0, a.M);
+            write_keys(a, c.grad_value, g.grad_value, a.Dv, b, head, 0, a.M);
         }
         if (carries && item == (b + 1) * call.carried.unit && call.carried.alone(task, b))
-            write_result(c.relevancy, a, g.result, b, 0, a.M);
+            write_result(c.relevancy, a, g.carried_out, b, 0, a.M);
     }
-    if (call.vector_parts) memcpy(call.vector_parts + task * a.H * a.D, g.vector, a.H * a.D * sizeof(float));
+    if (call.vector_parts) memcpy(call.vector_parts + task * a.H * a.D, g.grad_vector, a.H * a.D * sizeof(float));
     memory.release();
 }
 

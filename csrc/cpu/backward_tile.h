@@ -25,11 +25,11 @@ struct Backward {
     Attention a;
     Score score;
     Dropout dropout;
-    Rows grad_out, out;  // grad_out may be null for Abar = mean P
+    StridedTensor grad_out, out;  // grad_out may be null for Abar = mean P
     const double* lse;  // (B, H, N) natural log-sum-exp
     Size lse_source;  // LseSource
     const float* grad_lse;  // (B, H, N) or null
-    Rows grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
+    StridedTensor grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
     float* grad_vector;  // (H, D) or null
     Relevancy relevancy;
 };
@@ -64,42 +64,54 @@ struct Sums {
 
 struct Gradients {
     Logits logits;
-    float *out_rows, *out_transposed;  // cotangents of a tile: (LANES, value_stride), (Dv, width)
-    float *S, *dP, *kept, *dropped;  // tiles: P; dP, then dS; what scores.h keeps; P after dropout
-    float* query;  // gradient: (tiles, D, LANES) or one tile
-    Sums key, value;  // gradients of the key head that is at work
-    float* result;  // r Abar of the sample that is at work, (M, T rounded up)
-    bool fresh = false;  // whether `key` and `value` hold nothing yet
-    float *exponentials, *shifts;  // of one tile, or null: (M, GROUP) e^(logit - shift), the shift of each block (blocks, GROUP)
-    float *shift, *factor, *delta, *cosine_query, *cosine_key, *rows, *scaled_rows, *scratch, *vector;
+    float *grad_out, *grad_out_transposed;  // of a tile: (LANES, value_stride), (Dv, width)
+    float *grad_p, *dropped, *kept;  // of a tile: gradients of P; P after dropout; what scores.h keeps
+    // (tiles, *) or one tile's: statistics of the rows, sum_j P dP, the gradient (D, LANES) of the query and that of its norm
+    float *shift, *factor, *delta, *grad_query, *by_query_norm;
+    Sums grad_key, grad_value;  // of the key head that is at work
+    bool fresh = false;  // whether these two hold nothing yet
+    float *by_key_norm, *grad_vector;  // (M), (H, D)
+    float *carried_in,
+        *carried_by_factor;  // r of a tile's rows as load_carried has it, and times `factor`: (LANES, T rounded up)
+    float* carried_out;  // r Abar of the sample that is at work, (M, T rounded up)
+    float *exponentials,
+        *block_shifts;  // of one tile, or null: (M, GROUP) e^(logit - shift), the shift of each block (blocks, GROUP)
+    float* scratch;
 
     void plan(const BackwardCall& call, Memory& memory) {
         const Backward& c = call.c;
         const Attention& a = c.a;
         const bool inputs = call.inputs();
-        const Size block = a.key_block(), tiles = call.at_once() ? 1 : tiles_of(a);
+        const Size block = a.key_block(), lanes = (call.at_once() ? 1 : tiles_of(a)) * LANES;
+        const Size carried = c.relevancy.rows ? LANES * round_up(c.relevancy.T, VL) : 0;
         logits.plan(a, c.score, memory, inputs);
-        S = logits.S, exponentials = shifts = nullptr;
-        if (call.keeps_exponentials())
-            exponentials = memory.take(a.M * GROUP), shifts = memory.take((a.M + block - 1) / block * GROUP);
-        out_rows = memory.take(LANES * call.value_stride), out_transposed = memory.take(LANES * a.Dv);
-        dP = memory.take(block * LANES);
+        exponentials = call.keeps_exponentials() ? memory.take(a.M * GROUP) : nullptr;
+        block_shifts = exponentials ? memory.take((a.M + block - 1) / block * GROUP) : nullptr;
+        grad_out = memory.take(LANES * call.value_stride), grad_out_transposed = memory.take(LANES * a.Dv);
+        grad_p = memory.take(block * LANES);
         kept = c.score.bends() && !c.score.sums_units() ? memory.take(block * LANES) : nullptr;
         dropped = c.dropout.probability > 0 ? memory.take(block * LANES) : nullptr;
-        query = inputs ? memory.take(tiles * LANES * a.D) : nullptr;
-        shift = memory.take(tiles * LANES), factor = memory.take(tiles * LANES), delta = memory.take(tiles * LANES);
-        cosine_query = memory.take(tiles * LANES), cosine_key = memory.take(a.M);
-        const Size carried = c.relevancy.rows ? LANES * round_up(c.relevancy.T, VL) : 0;
-        rows = memory.take(carried), scaled_rows = memory.take(carried);
-        scratch = memory.take(LANES * most(a.D, a.Dv) + 6 * LANES), vector = memory.take(a.H * a.D);
+        shift = memory.take(lanes), factor = memory.take(lanes), delta = memory.take(lanes);
+        grad_query = inputs ? memory.take(lanes * a.D) : nullptr, by_query_norm = memory.take(lanes);
+        by_key_norm = memory.take(a.M), grad_vector = memory.take(a.H * a.D);
+        carried_in = memory.take(carried), carried_by_factor = memory.take(carried);
+        scratch = memory.take(LANES * most(a.D, a.Dv) + 6 * LANES);
     }
+};
+
+// A tile of query rows and the keys [first, first + count). `loaded` keys are read: later tiles of the block see more of them.
+struct Block {
+    const Tile& t;
+    Size first, count, loaded;
+    float *shift, *factor, *delta, *grad_query, *by_query_norm;  // of the tile's rows: see Gradients
+    Size size() const { return count * t.width; }
 };
 
 // ---- statistics of rows
 
-// The largest logit and the sum over all keys of a tile, block by block. `exponentials` and `shifts` as in Gradients.
+// The largest logit and the sum over all keys of a tile, block by block. `exponentials` and `block_shifts` as in Gradients.
 static void statistics_by_blocks(const Attention& a, const Score& score, Logits& logits, const Tile& t, Size visible,
-                                 float* shift, float* factor, float* scratch, float* exponentials, float* shifts) {
+                                 float* shift, float* factor, float* scratch, float* exponentials, float* block_shifts) {
     float *largest = scratch, *rescale = scratch + LANES;
     double* total = (double*)(scratch + 2 * LANES);
     const Size keys = t.keys(a, visible), w = t.width;
@@ -110,7 +122,7 @@ static void statistics_by_blocks(const Attention& a, const Score& score, Logits&
         if (exponentials) logits.S = exponentials + j0 * w;
         logits.compute(a, score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
         online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
-        if (shifts) memcpy(shifts + j0 / a.key_block() * w, largest, w * sizeof(float));
+        if (block_shifts) memcpy(block_shifts + j0 / a.key_block() * w, largest, w * sizeof(float));
     }
     logits.S = S;
     finish_rows(largest, total, w, {shift, factor});
@@ -120,7 +132,7 @@ static const double LARGEST_OWN_LSE = 16777216.;
 
 // Statistics of a tile where its keys come in blocks; `scratch` holds 6 * LANES
 static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,
-                            float* scratch, float* exponentials, float* shifts) {
+                            float* scratch, float* exponentials, float* block_shifts) {
     const double* lse = c.lse_source == NO_LSE ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
     const double* mask_shifts = c.a.mask_shifts(t.b, t.h, t.first);
     const double bound = c.lse_source == CALLER_LSE ? LARGEST_CALLER_LSE : LARGEST_OWN_LSE;
@@ -137,7 +149,7 @@ static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Si
     if (!any) return;
     float *own_shift = scratch + 4 * LANES, *own_factor = scratch + 5 * LANES;
     logits.load_queries(c.a, c.score, t);
-    statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch, exponentials, shifts);
+    statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch, exponentials, block_shifts);
     for (Size i = 0; i < t.width; ++i)
         if (lost[i]) shift[i] = own_shift[i], factor[i] = own_factor[i];
 }
@@ -175,207 +187,268 @@ static void load_carried(const Relevancy& v, const Attention& a, const Tile& t, 
     }
 }
 
-// ---- the tile
+// ---- phase 1: weights. Those of a tile are P, or exponentials that `factor` makes P of.
 
-// P and dP become max(P dP, 0), or P
+struct Weights {
+    float* data;  // (count, width)
+    const float* factor;  // (LANES) by which each row is still to be multiplied; null for P itself
+};
+
+// The exponentials that find_statistics has left behind
+static Weights kept_weights(const BackwardCall& call, Gradients& g, const Block& x) {
+    const Size w = x.t.width;
+    const float* shift = g.block_shifts + x.first / call.c.a.key_block() * w;
+    for (Size i = 0; i < w; ++i) g.scratch[i] = x.factor[i] * (shift[i] == -INFINITY ? 0.f : expf(shift[i] - x.shift[i]));
+    return {g.exponentials + x.first * w, g.scratch};
+}
+// From the logits of all keys: the statistics are found on the way.
+static Weights whole_weights(Gradients& g, const Block& x) {
+    float *largest = g.scratch, *rescale = g.scratch + LANES;
+    double* total = (double*)(g.scratch + 2 * LANES);
+    online_softmax(g.logits.S, x.count, x.t.width, true, g.logits.top, largest, total, rescale);
+    finish_rows(largest, total, x.t.width, {x.shift, x.factor});
+    return {g.logits.S, x.factor};
+}
+static Weights weights_of(const BackwardCall& call, Gradients& g, const Block& x) {
+    if (g.exponentials) return kept_weights(call, g, x);
+    g.logits.compute(call.c.a, call.c.score, x.t, x.first, x.count, x.loaded, g.kept);
+    if (call.at_once()) return whole_weights(g, x);
+    probabilities(g.logits.S, x.count, x.t.width, {x.shift, x.factor});
+    return {g.logits.S, nullptr};
+}
+
+// ---- phase 2: gradients of P
+
+// grad_p = V grad_out^T, with its dropout
+static void probability_gradients(const BackwardCall& call, Gradients& g, const Block& x) {
+    const Backward& c = call.c;
+    const Keys& values = g.logits.values;
+    if (!c.grad_out.data)
+        memset(g.grad_p, 0, x.size() * sizeof(float));
+    else
+        tile_product<false>(x.t, x.count, c.a.Dv, values.rows, values.stride, g.grad_out_transposed, g.grad_p, false);
+    if (c.dropout.probability > 0) drop(c.a, c.dropout, x.t, x.first, x.count, g.grad_p);
+}
+// Exponentials become P, times `factor` or as they are without one; delta = sum_j P dP of each row.
+static void finish_probabilities(float* P, const float* factor, const float* grad_p, const Block& x) {
+    const Size w = x.t.width;
+    for (Size i = 0; i < w; i += GROUP) {
+        Vector total[PARTS], by[PARTS];
+        for (int p = 0; p < PARTS; ++p) total[p] = Vector{}, by[p] = factor ? load(factor + i + p * VL) : splat(1.f);
+        for (Size chunk = 0; chunk < x.count; chunk += SHORT_SUM) {
+            Vector part[PARTS];
+            for (int p = 0; p < PARTS; ++p) part[p] = Vector{};
+            for (Size j = chunk; j < least(chunk + SHORT_SUM, x.count); ++j)
+                for (int p = 0; p < PARTS; ++p) {
+                    const Size at = j * w + i + p * VL;
+                    const Vector probability = load(P + at) * by[p];
+                    store(P + at, probability);
+                    part[p] += probability * load(grad_p + at);
+                }
+            for (int p = 0; p < PARTS; ++p) total[p] += part[p];
+        }
+        for (int p = 0; p < PARTS; ++p) store(x.delta + i + p * VL, total[p]);
+    }
+}
+// P after dropout, with which the values are summed; the weights become P.
+static const float* finish_weights(const BackwardCall& call, Gradients& g, const Block& x, const Weights& weights) {
+    const Backward& c = call.c;
+    const bool drops = c.dropout.probability > 0;
+    if (drops && weights.factor) scale_rows(weights.data, x.count, x.t.width, weights.factor);
+    if (drops) {
+        memcpy(g.dropped, weights.data, x.size() * sizeof(float));
+        drop(c.a, c.dropout, x.t, x.first, x.count, g.dropped);
+    }
+    if (weights.factor) finish_probabilities(weights.data, drops ? nullptr : weights.factor, g.grad_p, x);
+    return drops ? g.dropped : weights.data;
+}
+
+// ---- phase 3: r Abar
+
+// What a pair brings to Abar: max(P dP, 0), or P
 INLINE Vector contribution(bool is_gradient, Vector p, Vector dp) { return is_gradient ? maximum(Vector{}, p * dp) : p; }
 
-static void sum_rows(const float* P, const float* dP, bool is_gradient, Size count, const Tile& t, float* sums) {
-    for (Size i = 0; i < t.width; i += VL) {
+// Abar's rows are summed up for row_normalize.
+static void sum_rows(const float* P, const float* grad_p, bool is_gradient, const Block& x, float* sums) {
+    for (Size i = 0; i < x.t.width; i += VL) {
         Vector total = Vector{};
-        for (Size chunk = 0; chunk < count; chunk += SHORT_SUM) {
+        for (Size chunk = 0; chunk < x.count; chunk += SHORT_SUM) {
             Vector part = Vector{};
-            for (Size j = chunk; j < least(chunk + SHORT_SUM, count); ++j)
-                part += contribution(is_gradient, load(P + j * t.width + i), load(dP + j * t.width + i));
+            for (Size j = chunk; j < least(chunk + SHORT_SUM, x.count); ++j)
+                part += contribution(is_gradient, load(P + j * x.t.width + i), load(grad_p + j * x.t.width + i));
             total += part;
         }
-        for (Size n = 0; n < VL && i + n < t.rows; ++n) sums[i + n] += total[n];
+        for (Size n = 0; n < VL && i + n < x.t.rows; ++n) sums[i + n] += total[n];
     }
+}
+// r Abar alone, from exponentials: each row's factor is taken into r, and gradients of P are not stored.
+static void carry_alone(const BackwardCall& call, Gradients& g, const Block& x, const Weights& weights) {
+    const Backward& c = call.c;
+    const Keys& values = g.logits.values;
+    const Size T = c.relevancy.T, stride = round_up(T, VL), w = x.t.width;
+    float* contributions = weights.data;
+    if (c.relevancy.is_gradient)
+        tile_product<false>(x.t, x.count, c.a.Dv, values.rows, values.stride, g.grad_out_transposed, g.grad_p, false,
+                            TakeGradient{contributions, w});
+    for (Size i = 0; i < w; ++i)
+        for (Size n = 0; n < stride; n += VL)
+            store(g.carried_by_factor + i * stride + n, load(g.carried_in + i * stride + n) * splat(weights.factor[i]));
+    carry(contributions, x.count, x.t, g.carried_by_factor, T, g.carried_out + x.first * stride);
 }
 
-// Everything that a tile and a block of keys give
-static void backward_tile(const BackwardCall& call, Gradients& g, const Tile& t, Size j0, Size count, Size loaded, Size index) {
-    const Backward& c = call.c;
-    const Attention& a = c.a;
-    const Size w = t.width, n = count * w;
-    const bool inputs = call.inputs(), is_gradient = c.relevancy.is_gradient;
-    const bool unscaled = call.at_once() || g.exponentials;  // P is still to be multiplied by `factor`
-    float *P = g.S, *dP = g.dP, *shift = g.shift + index * LANES, *factor = g.factor + index * LANES,
-          *delta = g.delta + index * LANES;
-    if (!g.exponentials) g.logits.compute(a, c.score, t, j0, count, loaded, g.kept);
-    if (g.exponentials) {
-        P = g.exponentials + j0 * w;
-        const float *whole = factor, *here = g.shifts + j0 / a.key_block() * w;
-        factor = g.scratch;
-        for (Size i = 0; i < w; ++i) factor[i] = whole[i] * (here[i] == -INFINITY ? 0.f : expf(here[i] - shift[i]));
-    } else if (unscaled) {
-        float *largest = g.scratch, *rescale = g.scratch + LANES;
-        double* total = (double*)(g.scratch + 2 * LANES);
-        online_softmax(P, count, w, true, g.logits.top, largest, total, rescale);
-        finish_rows(largest, total, w, {shift, factor});
-    } else {
-        const Statistics s = {shift, factor};
-        probabilities(P, count, w, s);
-    }
-    if (c.grad_out.data) load_keys(a, a.value, a.Dv, g.logits.values, t.b, t.h / a.group(), j0, loaded);
-    const bool carries = c.relevancy.rows && !call.sums_rows;
-    if (carries && unscaled && !inputs && !(c.dropout.probability > 0) && (c.grad_out.data || !is_gradient)) {
-        // r Abar alone: each row's factor is taken into r, and dP is not kept
-        if (is_gradient)
-            tile_product<false>(
-                t, count, a.Dv, g.logits.values.rows, g.logits.values.stride, g.out_transposed, dP, false, TakeGradient{P, w});
-        const Size stride = round_up(c.relevancy.T, VL);
-        for (Size i = 0; i < w; ++i)
-            for (Size r = 0; r < stride; r += VL)
-                store(g.scaled_rows + i * stride + r, load(g.rows + i * stride + r) * splat(factor[i]));
-        return carry(P, count, t, g.scaled_rows, c.relevancy.T, g.result + j0 * stride);
-    }
-    if (c.grad_out.data)
-        tile_product<false>(t, count, a.Dv, g.logits.values.rows, g.logits.values.stride, g.out_transposed, dP, false);
-    else
-        memset(dP, 0, n * sizeof(float));
-    float* weights = P;  // what the values are summed with
-    if (c.dropout.probability > 0) {
-        if (unscaled) scale_rows(P, count, w, factor);
-        memcpy(g.dropped, P, n * sizeof(float));
-        drop(a, c.dropout, t, j0, count, g.dropped);
-        drop(a, c.dropout, t, j0, count, dP);
-        weights = g.dropped;
-    }
-    if (unscaled) {
-        const bool scaled = c.dropout.probability > 0;
-        for (Size i = 0; i < w; i += GROUP) {
-            Vector total[PARTS], by[PARTS];
-            for (int p = 0; p < PARTS; ++p) total[p] = Vector{}, by[p] = scaled ? splat(1.f) : load(factor + i + p * VL);
-            for (Size chunk = 0; chunk < count; chunk += SHORT_SUM) {
-                Vector part[PARTS];
-                for (int p = 0; p < PARTS; ++p) part[p] = Vector{};
-                for (Size j = chunk; j < least(chunk + SHORT_SUM, count); ++j)
-                    for (int p = 0; p < PARTS; ++p) {
-                        const Size at = j * w + i + p * VL;
-                        const Vector x = load(P + at) * by[p];
-                        store(P + at, x);
-                        part[p] += x * load(dP + at);
-                    }
-                for (int p = 0; p < PARTS; ++p) total[p] += part[p];
-            }
-            for (int p = 0; p < PARTS; ++p) store(delta + i + p * VL, total[p]);
+// ---- phase 4: gradients of the logits, of keys and of queries
+
+// In the place of grad_p: P (dP - delta + grad_lse). CARRIES: in the place of P what each pair brings to Abar.
+template <bool CARRIES>
+static void logit_gradients(const Backward& c, const Block& x, float* P, float* grad_p) {
+    float *contributions = P, *grad_logits = grad_p;
+    float by_lse[LANES] = {};  // added after dP - delta, so that P = 1 keeps exactly this value
+    const Size first = (x.t.b * c.a.H + x.t.h) * c.a.N + x.t.first;
+    for (Size i = 0; c.grad_lse && i < x.t.rows; ++i) by_lse[i] = c.grad_lse[first + i];
+    for (Size j = 0; j < x.count; ++j)
+        for (Size i = 0; i < x.t.width; i += VL) {
+            const Size at = j * x.t.width + i;
+            const Vector p = load(P + at), dp = load(grad_p + at);
+            if (CARRIES) store(contributions + at, contribution(c.relevancy.is_gradient, p, dp));
+            store(grad_logits + at, p * ((dp - load(x.delta + i)) + load(by_lse + i)));
         }
-    }
-    if (call.sums_rows) {
-        sum_rows(P, dP, is_gradient, count, t, call.row_sums + (t.b * a.H + t.h) * a.N + t.first);
-        return;
-    }
-    if (inputs)
-        product<false>(count, call.value_stride, t.rows, weights, w, g.out_rows, call.value_stride, g.value.row(j0),
-                       g.value.stride, !g.fresh);
-    float by_lse[LANES] = {};  // beside delta, not in it: P = 1 leaves it as it is
-    for (Size i = 0; c.grad_lse && i < t.rows; ++i) by_lse[i] = c.grad_lse[(t.b * a.H + t.h) * a.N + t.first + i];
-    for (Size j = 0; j < count; ++j)
-        for (Size i = 0; i < w; i += VL) {
-            const Size at = j * w + i;
-            const Vector p = load(P + at), dp = load(dP + at);
-            if (carries) store(P + at, contribution(is_gradient, p, dp));
-            store(dP + at, p * ((dp - load(delta + i)) + load(by_lse + i)));
-        }
-    if (carries) carry(P, count, t, g.rows, c.relevancy.T, g.result + j0 * round_up(c.relevancy.T, VL));
-    if (!inputs) return;
-    float* query = g.query + index * LANES * a.D;
-    if (c.score.sums_units()) {
-        UnitTile& u = g.logits.units;
-        u.backward((float)a.scale, count, w, dP);
-        for (Size n = 0; n < a.D; ++n) {
-            g.vector[t.h * a.D + n] += u.by_weight[n];
-            for (Size i = 0; i < w; ++i) query[n * w + i] += u.by_query[i * u.units.count + n] * u.weight[n];
-        }
-        memset(u.by_weight, 0, u.units.count * sizeof(float));
-        return;
-    }
-    if (c.score.kind == COSINE)
-        cosine_gradient(c.score, (float)a.scale, dP, count, t, g.logits.query_norm, g.logits.key_norm, g.kept,
-                        g.cosine_query + index * LANES, g.cosine_key + j0);
-    else if (c.score.bends())
-        bend(c.score, (float)a.scale, dP, n, g.kept);
-    product<false>(count, call.key_stride, t.rows, dP, w, g.logits.rows, g.logits.stride, g.key.row(j0), g.key.stride, !g.fresh);
-    tile_product<true>(t, a.D, count, g.logits.keys.rows, g.logits.keys.stride, dP, query, true);
 }
+static void unit_input_gradients(const Backward& c, Gradients& g, const Block& x, const float* grad_logits) {
+    UnitTile& u = g.logits.units;
+    u.backward((float)c.a.scale, x.count, x.t.width, grad_logits);
+    for (Size n = 0; n < c.a.D; ++n) {
+        g.grad_vector[x.t.h * c.a.D + n] += u.by_weight[n];
+        for (Size i = 0; i < x.t.width; ++i) x.grad_query[n * x.t.width + i] += u.by_query[i * u.units.count + n] * u.weight[n];
+    }
+    memset(u.by_weight, 0, u.units.count * sizeof(float));
+}
+// Of scores that are made of dot products, whose gradients take the place of those of the logits
+static void dot_input_gradients(const BackwardCall& call, Gradients& g, const Block& x, float* grad_logits) {
+    const Backward& c = call.c;
+    const Logits& l = g.logits;
+    float* grad_products = grad_logits;
+    if (c.score.kind == COSINE)
+        cosine_gradient(c.score, (float)c.a.scale, grad_products, x.count, x.t, l.query_norm, l.key_norm, g.kept, x.by_query_norm,
+                        g.by_key_norm + x.first);
+    else if (c.score.bends())
+        bend(c.score, (float)c.a.scale, grad_products, x.size(), g.kept);
+    product<false>(x.count, call.key_stride, x.t.rows, grad_products, x.t.width, l.rows, l.stride, g.grad_key.row(x.first),
+                   g.grad_key.stride, !g.fresh);
+    tile_product<true>(x.t, c.a.D, x.count, l.keys.rows, l.keys.stride, grad_products, x.grad_query, true);
+}
+
+// The phases. The buffer of P and that of its gradients are each used for what the next phase makes of them.
+static void backward_block(const BackwardCall& call, Gradients& g, const Block& x) {
+    const Backward& c = call.c;
+    const Relevancy& v = c.relevancy;
+    const bool inputs = call.inputs(), carries = v.rows && !call.sums_rows, drops = c.dropout.probability > 0;
+    const Weights weights = weights_of(call, g, x);
+    if (c.grad_out.data) load_keys(c.a, c.a.value, c.a.Dv, g.logits.values, x.t.b, x.t.h / c.a.group(), x.first, x.loaded);
+    if (carries && weights.factor && !inputs && !drops && (c.grad_out.data || !v.is_gradient))
+        return carry_alone(call, g, x, weights);
+    probability_gradients(call, g, x);
+    const float* summed = finish_weights(call, g, x, weights);
+    float* P = weights.data;
+    if (call.sums_rows)
+        return sum_rows(P, g.grad_p, v.is_gradient, x, call.row_sums + (x.t.b * c.a.H + x.t.h) * c.a.N + x.t.first);
+    if (inputs)
+        product<false>(x.count, call.value_stride, x.t.rows, summed, x.t.width, g.grad_out, call.value_stride,
+                       g.grad_value.row(x.first), g.grad_value.stride, !g.fresh);
+    if (carries) {
+        logit_gradients<true>(c, x, P, g.grad_p);
+        carry(P, x.count, x.t, g.carried_in, v.T, g.carried_out + x.first * round_up(v.T, VL));
+    } else {
+        logit_gradients<false>(c, x, P, g.grad_p);
+    }
+    if (!inputs) return;
+    if (c.score.sums_units()) return unit_input_gradients(c, g, x, g.grad_p);
+    dot_input_gradients(call, g, x, g.grad_p);
+}
+
+// ---- the tiles of a query head
 
 // What a tile needs before its first block
 static void start_tile(const BackwardCall& call, Gradients& g, const Tile& t) {
     const Backward& c = call.c;
     g.logits.load_queries(c.a, c.score, t);
-    if (c.grad_out.data)
-        load_tile(c.grad_out, c.a.dtype, t, c.a.Dv, 1.f, g.out_rows, call.value_stride, g.out_transposed);
-    else
-        memset(g.out_transposed, 0, c.a.Dv * t.width * sizeof(float)),
-            memset(g.out_rows, 0, t.width * call.value_stride * sizeof(float));
+    if (c.grad_out.data) {
+        load_tile(c.grad_out, c.a.dtype, t, c.a.Dv, 1.f, g.grad_out, call.value_stride, g.grad_out_transposed);
+    } else {
+        memset(g.grad_out_transposed, 0, c.a.Dv * t.width * sizeof(float));
+        memset(g.grad_out, 0, t.width * call.value_stride * sizeof(float));
+    }
     if (c.grad_query.data) fetch_rows(c.grad_query, c.a.dtype, t, t.first, c.a.D);
-    if (c.relevancy.rows && !call.sums_rows) load_carried(c.relevancy, c.a, t, call.row_sums, g.rows);
+    if (c.relevancy.rows && !call.sums_rows) load_carried(c.relevancy, c.a, t, call.row_sums, g.carried_in);
 }
 
+// After a tile's last block: the gradient of its queries, from that of tile number `index` of those at work
 static void finish_tile(const BackwardCall& call, Gradients& g, const Tile& t, Size index) {
     const Backward& c = call.c;
-    const Attention& a = c.a;
-    float* query = g.query + index * LANES * a.D;
-    if (c.score.kind == COSINE) {  // the part of |q|
-        const float* by = g.cosine_query + index * LANES;
-        for (Size i = 0; i < t.rows; ++i) {
-            const float length = g.logits.query_norm[i];
-            for (Size d = 0; by[i] != 0 && d < a.D; ++d)
-                query[d * t.width + i] -= g.logits.rows[i * g.logits.stride + d] / length * by[i] / length;
-        }
+    const Size D = c.a.D;
+    float* grad_query = g.grad_query + index * LANES * D;
+    const float* by_norm = g.by_query_norm + index * LANES;
+    for (Size i = 0; c.score.kind == COSINE && i < t.rows; ++i) {
+        const float length = g.logits.query_norm[i];
+        for (Size d = 0; by_norm[i] != 0 && d < D; ++d)
+            grad_query[d * t.width + i] -= g.logits.rows[i * g.logits.stride + d] / length * by_norm[i] / length;
     }
-    store_tile(query, t, a.D, Logits::query_factor(c.score, a.scale), c.grad_query, a.dtype, g.scratch);
+    store_tile(grad_query, t, D, Logits::query_factor(c.score, c.a.scale), c.grad_query, c.a.dtype, g.scratch);
 }
 
 // After the tiles of one query head: the units' gradient of a block of keys
 static void add_unit_keys(const BackwardCall& call, Gradients& g, Size j0, Size count) {
     UnitTile& u = g.logits.units;
     for (Size n = 0; n < call.c.a.D; ++n)
-        for (Size j = 0; j < count; ++j) g.key.row(j0 + j)[n] += u.by_key[n * u.ld + j] * u.weight[n];
+        for (Size j = 0; j < count; ++j) g.grad_key.row(j0 + j)[n] += u.by_key[n * u.ld + j] * u.weight[n];
     memset(u.by_key, 0, u.units.count * u.ld * sizeof(float));
 }
 
-// The tiles [first, last) of one query head. The first of them fills `key` and `value` where they are fresh.
+// Where the keys come in blocks: statistics and delta of a tile's rows, before the first block. delta is out grad_out^T.
+static void prepare_tile(const BackwardCall& call, Gradients& g, const Tile& t, Size visible, Size index) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    const Size at = index * LANES;
+    float *delta = g.delta + at, *out = g.scratch;
+    find_statistics(c, g.logits, t, visible, g.shift + at, g.factor + at, g.scratch, g.exponentials, g.block_shifts);
+    for (Size i = 0; i < t.width; ++i) delta[i] = 0;
+    if (!call.inputs()) return;
+    load_tile(c.out, a.dtype, t, a.Dv, 1.f, out, a.Dv, nullptr);
+    load_tile(c.grad_out, a.dtype, t, a.Dv, 1.f, g.grad_out, call.value_stride, nullptr);
+    for (Size i = 0; i < t.rows; ++i) {
+        double total = 0;  // the rounding of `out` is error enough
+        for (Size d = 0; d < a.Dv; ++d) total += (double)out[i * a.Dv + d] * g.grad_out[i * call.value_stride + d];
+        delta[i] = (float)total;
+    }
+}
+
+// The tiles [first, last) of one query head. The first of them fills grad_key and grad_value where they are fresh.
 static void backward_head(const BackwardCall& call, Gradients& g, Size b, Size h, Size first, Size last) {
     const Backward& c = call.c;
     const Attention& a = c.a;
-    const Size visible = visible_keys(a, b), block = a.key_block();
+    const Size visible = visible_keys(a, b), most_keys = a.key_block();
     const bool at_once = call.at_once(), inputs = call.inputs(), fresh = g.fresh;
-    if (inputs && !at_once) {
-        memset(g.query, 0, (last - first) * LANES * a.D * sizeof(float));
-        memset(g.cosine_query, 0, (last - first) * LANES * sizeof(float));
-    }
-    for (Size n = first; !at_once && n < last; ++n) {
-        const Tile t = tile_at(a, b, h, n);
-        const Size at = (n - first) * LANES;
-        float* delta = g.delta + at;
-        find_statistics(c, g.logits, t, visible, g.shift + at, g.factor + at, g.scratch, g.exponentials, g.shifts);
-        for (Size i = 0; i < t.width; ++i) delta[i] = 0;
-        if (!inputs) continue;
-        float* out = g.scratch;
-        load_tile(c.out, a.dtype, t, a.Dv, 1.f, out, a.Dv, nullptr);
-        load_tile(c.grad_out, a.dtype, t, a.Dv, 1.f, g.out_rows, call.value_stride, nullptr);
-        for (Size i = 0; i < t.rows; ++i) {
-            double total = 0;  // the rounding of `out` is error enough
-            for (Size d = 0; d < a.Dv; ++d) total += (double)out[i * a.Dv + d] * g.out_rows[i * call.value_stride + d];
-            delta[i] = (float)total;
-        }
-    }
-    for (Size j0 = 0; j0 < most(visible, 1); j0 += block) {  // a sample without a key, too, has gradients to write
+    const auto clear_queries = [&](Size tiles) {
+        memset(g.grad_query, 0, tiles * LANES * a.D * sizeof(float));
+        memset(g.by_query_norm, 0, tiles * LANES * sizeof(float));
+    };
+    if (inputs && !at_once) clear_queries(last - first);
+    for (Size n = first; !at_once && n < last; ++n) prepare_tile(call, g, tile_at(a, b, h, n), visible, n - first);
+    for (Size j0 = 0; j0 < most(visible, 1); j0 += most_keys) {  // a sample without a key, too, has gradients to write
+        const Size loaded = least(most_keys, visible - j0);
         for (Size n = first; n < last; ++n) {
             const Tile t = tile_at(a, b, h, n);
-            const Size index = at_once ? 0 : n - first, count = least(block, t.keys(a, visible) - j0);
+            const Size at = at_once ? 0 : (n - first) * LANES, count = least(most_keys, t.keys(a, visible) - j0);
             g.fresh = fresh && n == first;
-            if (at_once && inputs)
-                memset(g.query, 0, LANES * a.D * sizeof(float)), memset(g.cosine_query, 0, LANES * sizeof(float));
+            if (inputs && at_once) clear_queries(1);
             if (count > 0) {
                 if (j0 == 0 || last - first > 1) start_tile(call, g, t);
-                backward_tile(call, g, t, j0, count, least(block, visible - j0), index);
+                backward_block(call, g,
+                               {t, j0, count, loaded, g.shift + at, g.factor + at, g.delta + at,
+                                inputs ? g.grad_query + at * a.D : nullptr, g.by_query_norm + at});
             }
-            if (at_once && inputs) finish_tile(call, g, t, 0);
+            if (inputs && at_once) finish_tile(call, g, t, 0);
         }
-        if (inputs && c.score.sums_units() && visible > 0) add_unit_keys(call, g, j0, least(block, visible - j0));
+        if (inputs && c.score.sums_units() && visible > 0) add_unit_keys(call, g, j0, loaded);
     }
     g.fresh = false;
     for (Size n = first; inputs && !at_once && n < last; ++n) {

@@ -15,7 +15,7 @@ static const Size SPAN = 64;              // so many numbers are added in a row;
 struct CongruenceLoss {
     Size dtype, B, H, D, lengths[2], kind, directions[2];  // of text and image; whether their directions count
     double scale;
-    Rows queries[4], keys[4];  // of the four blocks
+    StridedTensor queries[4], keys[4];  // of the four blocks
     const uint8_t* masks[2];   // (B, L), (B, V), 0 = padding; null for none
     float* maps;               // (B, (L + V) (L' + V')), lengths with a dash rounded up to odd multiples of GROUP
     float* loss;               // (B)
@@ -112,7 +112,7 @@ static void list_tokens(Job& job) {
 
 static const float* load_keys(const Job& job, int block, Size b, Size h, float* copy, Size& stride) {
     const CongruenceLoss& c = job.c;
-    const Rows& x = c.keys[block];
+    const StridedTensor& x = c.keys[block];
     const Tokens tokens = job.of(b, KEY_SIDE[block]);
     if (!tokens.at && c.dtype == FLOAT32) {
         stride = x.stride_n;
@@ -126,7 +126,7 @@ static const float* load_keys(const Job& job, int block, Size b, Size h, float* 
 // S: the scores (keys, width) of a tile of rows. The scaled queries stay in `rows` (width, stride) with zeros around them.
 static void scores(const Job& job, int block, Size b, Size h, const RowTile& t, const float* K, Size stride, Workspace& w) {
     const CongruenceLoss& c = job.c;
-    const Rows& x = c.queries[block];
+    const StridedTensor& x = c.queries[block];
     const Tokens tokens = job.of(b, ROW_SIDE[block]);
     const Size padded = round_up(c.D, GROUP);
     const float scale = (float)c.scale;

@@ -101,7 +101,7 @@ struct Forward {
     Attention a;
     Score score;
     Dropout dropout;
-    Rows out;
+    StridedTensor out;
     double* lse;  // (B, H, N); rounded to float32 it would not give P = e^(logit - lse) as exactly as a softmax
 };
 

@@ -8,7 +8,7 @@ namespace {
 enum Dtype : Size { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3, FLOAT64 = 4 };  // the last two of masks alone
 
 // (B, H, N, *) with a last stride of 1; strides count elements.
-struct Rows {
+struct StridedTensor {
     void* data;
     Size stride_b, stride_h, stride_n;
     Size at(Size b, Size h, Size n) const { return b * stride_b + h * stride_h + n * stride_n; }

@@ -8,7 +8,7 @@ namespace vlattn {
 constexpr float LARGEST_LOGIT = 3.4028234e38f;
 
 // A tensor (B,H,rows,columns), strides in elements, columns contiguous; data is null where the tensor is absent.
-struct Rows {
+struct StridedTensor {
     void* data;
     int64_t batch, head, row;
 

@@ -100,7 +100,7 @@ struct Sample {
     }
 
     // Copies a head's rows to the tile, padded with zeros to a multiple of STRIP.
-    __device__ void fill_tile(const Rows& x, int64_t h, int rows) {
+    __device__ void fill_tile(const StridedTensor& x, int64_t h, int rows) {
         __syncthreads();
         stage<T, K>(tile, x.at<T>(b, h), x.row, 0, round_up(rows, STRIP), rows, call.D);
         __syncthreads();
@@ -156,7 +156,7 @@ struct Sample {
     // A block's attention averaged over the heads.
     __device__ void make_map(int r, int c) {
         const int N = size(r), M = size(c), first = warp_index() * STRIP;
-        const Rows &query = call.query[2 * r + c], &key = call.key[2 * r + c];
+        const StridedTensor &query = call.query[2 * r + c], &key = call.key[2 * r + c];
         const uint32_t keys = seen(c);
         float mean[GROUPS][2][4] = {};
         for (int64_t h = 0; h < call.H; ++h) {
@@ -211,7 +211,7 @@ struct Sample {
     // both of them, and the logits, there are no registers.
     __device__ void make_log_map(int a) {
         const int N = size(a), first = warp_index() * STRIP;
-        const Rows &query = call.query[3 * a], &key = call.key[3 * a];
+        const StridedTensor &query = call.query[3 * a], &key = call.key[3 * a];
         const uint32_t keys = seen(a);
         const Matrix map = part(MAP, a, a), log_map = part(LOG, a, a);
         for (int64_t h = 0; h < call.H; ++h) {
@@ -316,7 +316,7 @@ struct Sample {
 
     __device__ void query_gradients(int r, int c, int64_t h, bool at_map, bool at_log) {
         const int N = size(r), M = size(c), first = warp_index() * STRIP;
-        const Rows &query = call.query[2 * r + c], &grad = call.grad_query[2 * r + c];
+        const StridedTensor &query = call.query[2 * r + c], &grad = call.grad_query[2 * r + c];
         const Gradients from = gradients(r, c, at_map, at_log);
         const uint32_t keys = seen(c);
         Rows16<T, K> rows;
@@ -383,7 +383,7 @@ struct Sample {
 
     __device__ void key_gradients(int r, int c, int64_t h, bool at_map, bool at_log) {
         const int N = size(r), M = size(c), first = warp_index() * STRIP;
-        const Rows &key = call.key[2 * r + c], &grad = call.grad_key[2 * r + c];
+        const StridedTensor &key = call.key[2 * r + c], &grad = call.grad_key[2 * r + c];
         const Gradients from = gradients(r, c, at_map, at_log);
         float most = 0.0f;
         for (int i = lane_index(); i < N; i += WARP) most = fmaxf(most, shared.most[i]);
@@ -413,7 +413,7 @@ struct Sample {
         write(out, power, grad, h, first, M);
     }
 
-    __device__ void write(const float (&out)[K / 8][4], const float (&power)[2], const Rows& grad, int64_t h, int first,
+    __device__ void write(const float (&out)[K / 8][4], const float (&power)[2], const StridedTensor& grad, int64_t h, int first,
                           int num_rows) {
         const float times = call.scale * call.grad_loss[b], back[2] = {1.0f / power[0], 1.0f / power[1]};
         T* to = grad.at<T>(b, h);
@@ -428,7 +428,7 @@ struct Sample {
         }
     }
 
-    __device__ void clear(const Rows& grad, int rows) {
+    __device__ void clear(const StridedTensor& grad, int rows) {
         for (int64_t h = 0; h < call.H; ++h) {
             T* to = grad.at<T>(b, h);
             for (int i = threadIdx.x; i < rows * call.D; i += blockDim.x)

@@ -12,13 +12,13 @@ struct Congruence {
     int D, regions;  // regions: of Sample::Region, those that this kind and pass keep
     Kind kind;
     bool text, image;                   // the directions
-    Rows query[4], key[4];              // of the blocks LL, LV, VL, VV: (B,H,L or V,D)
+    StridedTensor query[4], key[4];              // of the blocks LL, LV, VL, VV: (B,H,L or V,D)
     const uint8_t *text_mask, *image_mask;  // (B,L), (B,V), contiguous; null: every token is real
     float scale;
     float* loss;  // (B); forward only
     // backward
     const float* grad_loss;       // (B)
-    Rows grad_query[4], grad_key[4];  // absent: a block without a gradient
+    StridedTensor grad_query[4], grad_key[4];  // absent: a block without a gradient
     float* maps;                      // (B,regions,L+V,L+V), for the kernel alone
 };
 

@@ -54,8 +54,8 @@ struct Tiles {
 
     // Begins to copy a head's rows, padded with zeros to whole slabs, by all threads; without `both` only those of x. The caller
     // has the barrier before it.
-    __device__ __forceinline__ void copy(const Rows& x, int x_columns, const Rows& y, int y_columns, bool both, int b, int h,
-                                         int64_t num_rows) {
+    __device__ __forceinline__ void copy(const StridedTensor& x, int x_columns, const StridedTensor& y, int y_columns, bool both,
+                                         int b, int h, int64_t num_rows) {
         rows = round_up(static_cast<int>(num_rows), SLAB);
         arrived = 0;
         for (int at = 0; at < rows; at += CHUNK<T, WIDTH>) {
@@ -130,8 +130,8 @@ __device__ __forceinline__ int whole_keys(const uint32_t* bits) {
 // Products are made for a scale of at least 0, so that the greatest product is the greatest logit: one operand takes the sign.
 __device__ __forceinline__ float log2_scale(const Relevancy& call) { return fabsf(call.scale) * LOG2_E; }
 template <class T, int WIDTH>
-__device__ __forceinline__ void load_signed(Rows16<T, WIDTH>& x, const Rows& from, const Relevancy& call, int b, int h, int first,
-                                            int64_t num_rows) {
+__device__ __forceinline__ void load_signed(Rows16<T, WIDTH>& x, const StridedTensor& from, const Relevancy& call, int b, int h,
+                                            int first, int64_t num_rows) {
     x.load(from.at<const T>(b, h), from.row, first, num_rows, call.D);
     if (call.scale < 0.0f) x.negate();
 }
@@ -202,8 +202,8 @@ struct Softmax {
 
 // Stores rows first .. first+15 of a head, each times its factor. A factor of 0 gives zeros even for NaN.
 template <class T, int WIDTH>
-__device__ __forceinline__ void store(const float (&x)[WIDTH / 8][4], const float (&factor)[2], const Rows& to, int b, int h,
-                                      int first, int64_t num_rows, int num_cols) {
+__device__ __forceinline__ void store(const float (&x)[WIDTH / 8][4], const float (&factor)[2], const StridedTensor& to, int b,
+                                      int h, int first, int64_t num_rows, int num_cols) {
     T* p = to.at<T>(b, h);
     const bool pairs = num_cols % 2 == 0 && to.row % 2 == 0 && reinterpret_cast<uintptr_t>(p) % (2 * sizeof(T)) == 0;
 #pragma unroll

@@ -16,15 +16,15 @@ struct Relevancy {
     DType dtype;
     int64_t B, H, key_heads, N, M, T;
     int D, DV, parts;        // parts: ranges of key heads into which a backward pass cuts a sample
-    Rows query, key, value;  // (B,H,N,D), (B,key_heads,M,D), (B,key_heads,M,DV); value absent where nothing needs it
+    StridedTensor query, key, value;  // (B,H,N,D), (B,key_heads,M,D), (B,key_heads,M,DV); value absent where nothing needs it
     Masks masks;
     float scale;
-    Rows out;    // (B,H,N,DV)
+    StridedTensor out;    // (B,H,N,DV)
     float* lse;  // (B,H,N), natural; null in a backward pass: recomputed
     // backward
     bool by_gradient, row_normalize;
-    Rows grad_out;                                // (B,H,N,DV)
-    Rows grad_query, grad_key, grad_value;        // absent: not needed
+    StridedTensor grad_out;                                // (B,H,N,DV)
+    StridedTensor grad_query, grad_key, grad_value;        // absent: not needed
     const float* relevancy;                       // r (B,T,N), contiguous; null: only gradients are needed
     RowWeight residual_weight, attention_weight;  // a, b
     bool residual;                                // r_abar = r * a + (r * b) Abar, or without the first term

@@ -43,7 +43,7 @@ __device__ __forceinline__ void mask(Tile<MT>& x, float factor, const ScoreAtten
 }
 
 template <class T>
-__device__ __forceinline__ Side<T> side(const Rows& x, int64_t b, int64_t h, int64_t count) {
+__device__ __forceinline__ Side<T> side(const StridedTensor& x, int64_t b, int64_t h, int64_t count) {
     return {x.at<const T>(b, h), x.row, count};
 }
 
@@ -153,7 +153,7 @@ __host__ __device__ __forceinline__ int64_t shared_heads(const ScoreAttention& c
 }
 
 template <class T>
-__device__ __forceinline__ void write(const Rows& to, bool wide, int64_t b, int64_t h, int64_t row, int col, float x) {
+__device__ __forceinline__ void write(const StridedTensor& to, bool wide, int64_t b, int64_t h, int64_t row, int col, float x) {
     if (wide) {
         to.at<float>(b, h)[row * to.row + col] = x;
     } else {

@@ -9,16 +9,16 @@ struct ScoreAttention {
     DType dtype;
     int64_t B, H, key_heads, value_heads, N, M;
     int A, DV;               // hidden units, value size
-    Rows query, key, value;  // x (B,H,N,A), y (B,key_heads,M,A), (B,value_heads,M,DV)
+    StridedTensor query, key, value;  // x (B,H,N,A), y (B,key_heads,M,A), (B,value_heads,M,DV)
     const void* vector;      // u (H,A), contiguous
     Masks masks;
     float scale;
-    Rows out;    // (B,H,N,DV)
+    StridedTensor out;    // (B,H,N,DV)
     float* lse;  // (B,H,N), natural
     // backward
-    Rows grad_out;                          // (B,H,N,DV)
+    StridedTensor grad_out;                          // (B,H,N,DV)
     const float* grad_lse;                  // (B,H,N), contiguous; null: zero
-    Rows grad_query, grad_key, grad_value;  // heads: H, and as many key heads as max(key_heads, value_heads) for both
+    StridedTensor grad_query, grad_key, grad_value;  // heads: H, and as many key heads as max(key_heads, value_heads) for both
     bool wide_grad_key, wide_grad_value;    // grad_key, grad_value in float32, to be summed over heads outside
     int64_t ranges;                         // into how many the keys of a head are divided
     float* grad_vector;                     // (B,H,ceil(M / 16),A), to be summed over the first and third

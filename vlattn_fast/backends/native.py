@@ -137,7 +137,7 @@ def pointer(x: Tensor | None) -> int:
 
 
 def rows(x: Tensor | None) -> tuple[int, int, int, int]:
-    """Rows of csrc/cpu/rows.h and csrc/cuda/attention.h: a tensor (B, H, N, *) with a last stride of 1, or none."""
+    """StridedTensor of csrc/cpu/rows.h and csrc/cuda/attention.h: (B, H, N, *) with a last stride of 1, or none."""
     if x is None:
         return 0, 0, 0, 0
     b, h, n, _ = x.stride()

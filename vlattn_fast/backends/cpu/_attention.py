@@ -46,5 +46,13 @@ def fields(query: Tensor, key: Tensor, value: Tensor | None, masks: Masks, scale
     mask = (0, 0, 0, 0, 0, 0) if attn_mask is None else (attn_mask.data_ptr(), _MASK_DTYPES[attn_mask.dtype], *attn_mask.stride())
     return (
         *(DTYPES[query.dtype], batch, heads, key_heads, queries, keys, head_dim, value_dim, scale),
-        *(*rows(query), *rows(key), *rows(value), *mask, pointer(key_mask), is_causal, pointer(shifts)),
+        *(
+            *rows(query),
+            *rows(key),
+            *rows(value),
+            *mask,
+            pointer(key_mask),
+            is_causal,
+            0 if shifts is None else shifts.data_ptr(),
+        ),
     )

@@ -23,7 +23,7 @@ from vlattn_fast._ground.tensors import cast_float_mask
 from vlattn_fast.backends.native import DTYPES, Library, described, pointer
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
-ROWS, MASKS = "4q", "i?7q"  # Rows, Masks of csrc/cuda/attention.h
+ROWS, MASKS = "4q", "i?7q"  # StridedTensor, Masks of csrc/cuda/attention.h
 _NO_MASK, _BOOL, _ADDED = range(3)  # Masks::Kind
 
 

@@ -69,5 +69,5 @@ def _call(
 
 
 def _rows(blocks: Any) -> tuple[int, ...]:
-    """Rows[4]; those that are not in the list are absent."""
+    """StridedTensor[4]; those that are not in the list are absent."""
     return sum((rows(blocks[n] if n < len(blocks) else None) for n in _BLOCKS), ())
