@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ops.backends import on
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.helpers.ops.backends import on
 
 F64 = torch.float64
 SIZES = ((33, 47), (33, 800), (5, 1100))  # one block of keys, several, and few rows over several

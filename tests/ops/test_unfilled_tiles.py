@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ops.backends import on
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.helpers.ops.backends import on
 
 INF, NAN = float("inf"), float("nan")
 SIZES = ((1, 18), (2, 20), (5, 17), (17, 19), (33, 15), (3, 800))
