@@ -397,7 +397,9 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _:
     inputs = _saved.inputs(ctx, grad_out, grad_carrier, need_inputs)
     grad_q, grad_k, grad_v, carrier_cotangent = _backward_op(inputs)
     grads = {"query": grad_q, "key": grad_k, "value": grad_v} if need_inputs else {}
-    return grads if grad_carrier is None else {**grads, "carrier": carrier_cotangent}
+    if grad_carrier is not None:
+        grads["carrier"] = carrier_cotangent
+    return grads
 
 
 differentiable("relevancy_attention", _autograd, _setup_context)

@@ -29,7 +29,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     entropy = query.new_empty(batch, heads, queries, dtype=torch.float32)
     maximum = torch.empty_like(entropy)
     argmax = query.new_empty(batch, heads, queries, dtype=torch.int64)
-    receives = "received" in inputs.statistics.split()
+    receives = "received" in inputs.statistics  # no name is part of another
     received = query.new_empty(batch, heads, key.shape[2] if receives else 0, dtype=torch.float32)
     _forward(
         *fields(query, key, None, seen, scale),
