@@ -64,23 +64,21 @@ def error(row: torch.Tensor, expected: torch.Tensor, inputs: dict[str, Any]) -> 
     return float((row - expected).abs().max() / expected.masked_fill(own, 0.0).abs().max())
 
 
-@pytest.mark.parametrize("token", [None, 7])
-@pytest.mark.parametrize("side", ["right", "left"])
 @every
-def test_equals_stored_maps(decoder, side, token):
-    inputs = decoder.inputs(side)
-    got = explain(decoder.model, inputs, target=token)
+def test_equals_stored_maps(decoder):
+    inputs = decoder.inputs("left")
+    got = explain(decoder.model, inputs)
     assert list(got.relevancy) == ["language"]
-    assert error(got.relevancy["language"], stored_maps(decoder, inputs, token), inputs) < 1e-5
+    assert error(got.relevancy["language"], stored_maps(decoder, inputs), inputs) < 1e-5
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(("side", "token"), [("right", None), ("left", 7)])
 @every
-def test_in_double_precision(decoder, side):
+def test_in_double_precision(decoder, side, token):
     inputs = in_double(decoder.case(decoder.inputs(side)))
-    got = explain(decoder.model, inputs).relevancy["language"]
+    got = explain(decoder.model, inputs, target=token).relevancy["language"]
     assert got.dtype == torch.float64
-    assert error(got, stored_maps(decoder, inputs, form="literal"), inputs) < 1e-10
+    assert error(got, stored_maps(decoder, inputs, token, form="literal"), inputs) < 1e-10
 
 
 @every
