@@ -121,7 +121,8 @@ def masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tens
     if attn_mask is None:
         return Masks(like, 0, 0, 0, 0, keys), 0
     kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
-    return Masks(mask, *mask.expand(*like.shape[:3], num_keys).stride(), keys), kind
+    b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
+    return Masks(mask, b, h, n, m, keys), kind
 
 
 class Dropout(NamedTuple):
