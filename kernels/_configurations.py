@@ -1,6 +1,6 @@
 """Tiles, warps and stages of the launches: a table with a reason a line.
 
-Of a kernel's lines the first holds whose conditions the launch meets. None of them was measured. They are the largest tiles of
+A launch takes the first of its kernel's lines whose conditions it meets. No line was measured. The tiles are the largest of
 those tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, and without register spills: no
 forward pass spills, and tests/compiled/triton.json says which backward passes do. A reason says what else decided. `make gpu
 PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come before the
@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 
 Config = dict[str, int]
-# of each architecture, as "sm_90"
+# by architecture, as "sm_90"
 MEASURED: dict[str, dict[str, Config]] = json.loads(Path(__file__).with_name("configurations.json").read_text())
-OVERRIDES: dict[str, Config] = {}  # what `make gpu PARTS=sweep` tries
+OVERRIDES: dict[str, Config] = {}  # `make gpu PARTS=sweep` tries these
 
 
 class Line(NamedTuple):

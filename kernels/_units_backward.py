@@ -144,7 +144,7 @@ def _key_ranges(heads: int, blocks: int, sums: int, programs: int) -> tuple[int,
 
 
 def _groups(units: int, config: Config, edge: int) -> int:
-    """Of keys: as many as there are threads for each unit. Each group takes two of a tile's queries at a time."""
+    """The number of groups of keys: one for each thread that a unit has. Each group takes two of a tile's queries at a time."""
     return max(1, min(32 * config["num_warps"] // units, edge, config["BLOCK_Q"] // 2))
 
 

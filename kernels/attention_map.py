@@ -151,8 +151,8 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
 
 
 def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """What the map needs of each row for probabilities exp(logit - lse): a maximum, in the unit that logits have in the tile,
-    and the factor of exp(logit - maximum).
+    """The maximum of each row, in the unit that logits have in the tile, and the factor of exp(logit - maximum), from which the
+    map computes probabilities exp(logit - lse).
 
     The maximum is `known` from the keys, with the factor of rows whose lse `is_coarse`. Otherwise it is the lse in float32, and
     the factor holds what was rounded away: logits and maximum cancel, and float32 maps would show it.

@@ -181,7 +181,7 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
 
 
 def _facts(query: Tensor, key: Tensor, num_groups: int, attn_mask: Tensor | None) -> dict[str, Any]:
-    """Of a launch, for its configuration."""
+    """The facts of a launch that choose its configuration."""
     (_, _, num_q, size), num_kv = query.shape, key.shape[2]
     return {"dtype": query.dtype, "N": num_q, "M": num_kv, "size": size, "groups": num_groups, "masked": attn_mask is not None}
 
@@ -379,7 +379,7 @@ def _below_new_max(b_s, b_max, b_new, scale_log2, FOLDED: tl.constexpr, LOG: tl.
 
 @triton.jit
 def _sums(b_e, b_x, p_members, start, M, WIDTH: tl.constexpr, LOG: tl.constexpr, FEW: tl.constexpr):
-    """Of a tile [q,kv], sums [q,WIDTH] over every WIDTH-th key: of e, of e x with LOG, and of e in each of FEW groups.
+    """Sums [q,WIDTH] of a tile [q,kv] over every WIDTH-th key: of e, of e x with LOG, and of e in each of FEW groups.
 
     Products are added one after another, by multiply-adds, where `tl.sum` would add them two by two.
     """

@@ -123,7 +123,7 @@ def _map_inputs(inputs: RelevancyStepInputs, b: slice) -> AttentionMapInputs:
 
 
 def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
-    """Of how many samples `step` stores Abar (N, M) at once; 0 for few rows, and where a single map is too large.
+    """The number of samples whose Abar (N, M) `step` stores at once; 0 for few rows, and where a single map is too large.
 
     Together the maps have at most as many elements as the queries or the result, or 2^22: memory stays linear in the length.
     """
