@@ -149,7 +149,7 @@ def test_the_part_that_the_model_saw_is_known(vit, picture):
         (["--out", "x.png", "--image", __file__], "is no picture"),
         (["--out", "x.png", "--image", "missing.png"], "missing.png"),
         (["--out", "x.png", "--image", "PICTURE", "--start-layer", "9"], "--start-layer must be from -1"),
-        (["--out", "x.png", "--image", "PICTURE", "--device", "meta"], "--device meta: its tensors have no numbers"),
+        (["--out", "x.png", "--image", "PICTURE", "--device", "meta"], "--device meta: its tensors have no values"),
     ],
 )
 def test_explain_refuses(vit, picture, tmp_path, monkeypatch, options, words):

@@ -232,7 +232,7 @@ def test_what_is_refused(models, pictures, tmp_path):
         return said(result)
 
     assert f'--method must be "gradient", as in the earlier runs in {out}; got "rollout"' in refused(*run, "--method", "rollout")
-    assert "--text must be [], with which" in refused(*run, "--text", "b")
+    assert "--text must be [], as in" in refused(*run, "--text", "b")
     for held, shared in ((out, False), (out / store.SETTINGS, True)):  # by the first rank of a run, by another one
         with store.locked(held, shared=shared):
             assert f"another run is writing to {out}" in refused(*run)

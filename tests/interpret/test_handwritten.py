@@ -134,7 +134,7 @@ def test_options_are_refused() -> None:
 def test_a_bool_mask_is_refused_where_it_would_be_added() -> None:
     model = transformers.MPNetModel(transformers.MPNetConfig(**TEXT, **POSITIONS)).eval()
     attention = model.encoder.layer[0].attention.attn
-    with replaced(model), pytest.raises(ValueError, match="must give MPNetSelfAttention float masks.*; got one of torch.bool"):
+    with replaced(model), pytest.raises(ValueError, match="must give MPNetSelfAttention float masks.*; got torch.bool"):
         attention(torch.randn(2, 7, 32), torch.ones(2, 1, 1, 7, dtype=torch.bool))
 
 

@@ -85,7 +85,7 @@ def test_digit_scenes() -> None:
         ({"modality": "image"}, "modality must be a mapping of input names to 'text' or 'image'; got 'image'"),
         ({"special": "no"}, "special must be True or False; got str 'no'"),
         ({"seed": 1.5}, r"seed must be an int from 0 to 2\*\*32 - 1; got 1.5"),
-        ({"tests": ["relation"]}, "tests must be those that the model and the data set have; got 'relation': no relations"),
+        ({"tests": ["relation"]}, "tests must be possible with the model and the data set; got 'relation': no relations"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

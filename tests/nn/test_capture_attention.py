@@ -58,7 +58,7 @@ def test_one_sequence(name: str) -> None:
         torch.autograd.grad(x.square().sum(), weight, retain_graph=True)[0] for x in (captured.query, seen["query"][0])
     )
     assert torch.equal(ours, hooked) and bool(ours.any())
-    with pytest.raises(ValueError, match="text tokens by themselves; got attention over joint; split"):
+    with pytest.raises(ValueError, match="text tokens alone; got attention over joint; split"):
         _ = captured.text
 
 

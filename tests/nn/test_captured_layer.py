@@ -145,7 +145,7 @@ def test_a_score_that_is_no_dot_product_has_no_scale() -> None:
     layer = va.nn.ScoreAttention(16, 2, "additive")
     with capture_attention(layer, modality={"query": "text"}) as captured:
         layer(torch.randn(2, 5, 16))
-    with pytest.raises(ValueError, match="scale is known of layers .* got the score 'additive'"):
+    with pytest.raises(ValueError, match="scale exists where a layer .* got the score 'additive'"):
         _ = captured.scale
 
 
@@ -240,7 +240,7 @@ def test_bad_parts() -> None:
         ({"text": [0, 3], "image": [3, 4]}, "text and image must have no token in common"),
         ({"num_text_tokens": 3, "text": [0]}, "text and image must be None beside num_text_tokens"),
         ({"num_text_tokens": 2.5}, "num_text_tokens must be from 0 to 23"),
-        ({"text": torch.arange(46).view(2, 23) < 25}, "must be as many tokens in each row; got 2 to 23"),
+        ({"text": torch.arange(46).view(2, 23) < 25}, "must have as many tokens in each row; got 2 to 23"),
     ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -169,7 +169,7 @@ def test_quantized_weights(bias: bool) -> None:
         assert {parameter.dtype for parameter in attention.attention_score.parameters()} == {torch.bfloat16}
         return
     before = [dict(vars(module)) for module in model.modules()]
-    with pytest.raises(TypeError, match="model must have parameters of floating point in its attention; got BertSelfAttention"):
+    with pytest.raises(TypeError, match="model must have floating-point parameters in its attention; got BertSelfAttention"):
         replace_attention(model, score="additive")
     assert [dict(vars(module)) for module in model.modules()] == before
     assert not any("attention_score" in name for name, _ in model.named_modules())
