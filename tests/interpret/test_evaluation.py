@@ -360,7 +360,11 @@ BAD_RIVALS = [
     (rival(regions=torch.rand(1, 8)), ValueError, "one regions for each of 2 rows of a batch; got 1 of 'bad'"),
     (rival(image=ONE, image_rows=[0, 1]), ValueError, r"image_rows, from 0 to 1, for each map; got \[0, 1\] for 1 maps"),
     (rival(image=ONE, image_rows=[2]), ValueError, r"image_rows, from 0 to 1, for each map; got \[2\] for 1 maps of 'bad'"),
-    (lambda model, inputs, target: torch.rand(2, 4, 4), TypeError, r"an object with .image, .regions or .text; got Tensor of 'bad'"),
+    (
+        lambda model, inputs, target: torch.rand(2, 4, 4),
+        TypeError,
+        r"an object with .image, .regions or .text; got Tensor of 'bad'",
+    ),
 ]
 
 
