@@ -39,6 +39,7 @@ from vlattn_fast.kernels._tiles import (
     heads_of,
     keep_factor,
     key_range,
+    launched,
     load_head,
     load_keys,
     mask_tile,
@@ -107,7 +108,7 @@ def queries(
     stats = RowStats(shift, total, new_rows(query), new_rows(query) if summed else None)
     if shift.numel() > 0:
         _backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
-            **call,
+            **launched(call),
             out=heads_of(out),
             p_lse=lse,
             p_grad_lse=grad_lse,
@@ -153,7 +154,7 @@ def keys(
         precision_t = precision if query.dtype == torch.float32 or precision == "widen" else "tf32"
         blocks = cdiv(num_kv, config["BLOCK_KV"]) * (cdiv(num_t, config["BLOCK_T"]) if num_t > 0 else 1)
         _backward_kv_kernel[(blocks * batch * parts,)](
-            **call,
+            **launched(call),
             stats=rows._replace(sums=None),
             p_r=relevancy,
             grad_k=None if grad_k is None else heads_of(grad_k),

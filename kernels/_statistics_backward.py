@@ -24,6 +24,7 @@ from vlattn_fast.kernels._tiles import (
     edge_block,
     head_at,
     key_range,
+    launched,
     load_head,
     load_keys,
     load_rows,
@@ -47,7 +48,7 @@ def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: T
     if grad_weight.numel() > 0:
         config = configuration("attention_statistics", "backward_q", **facts)
         _backward_q_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
-            **call,
+            **launched(call),
             p_mass=mass,
             p_mean_x=mean_x,
             p_grad_weight=grad_weight,
@@ -67,7 +68,7 @@ def keys(call: dict[str, Any], facts: dict[str, Any]) -> Tensor:
         config = configuration("attention_statistics", "backward_kv", **facts)
         edge = edge_block(call["N"], config["BLOCK_Q"], call["C"].CAUSAL)
         grid = (cdiv(num_kv, config["BLOCK_KV"]) * batch * heads,)
-        _backward_kv_kernel[grid](**call, p_grad_k=grad_k, BLOCK_EDGE=edge, **config)
+        _backward_kv_kernel[grid](**launched(call), p_grad_k=grad_k, BLOCK_EDGE=edge, **config)
     return grad_k
 
 

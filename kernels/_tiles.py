@@ -13,7 +13,7 @@ KEY_MASK and CAUSAL.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -123,6 +123,16 @@ def masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tens
     kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
     b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
     return Masks(mask, b, h, n, m, keys), kind
+
+
+def launched(call: dict[str, Any]) -> dict[str, Any]:
+    """The named arguments of a launch, whose constants `C` are wrapped one by one: Triton 3.6 knows those of a tuple by that."""
+    return {**call, "C": _wrapped(call["C"])}
+
+
+@functools.lru_cache(maxsize=1024)
+def _wrapped(constants: Any) -> Any:
+    return type(constants)(*(tl.constexpr(constant) for constant in constants))
 
 
 class Dropout(NamedTuple):

@@ -45,6 +45,7 @@ from vlattn_fast.kernels._tiles import (
     heads_of,
     keep_factor,
     key_range,
+    launched,
     load_head,
     load_keys,
     load_rows,
@@ -88,7 +89,7 @@ def launch(
     stats = coarse._replace(delta=new_rows(query))
     if lse.numel() > 0:
         _units_rows_kernel[(blocks_q * batch * heads,)](
-            **call,
+            **launched(call),
             p_u=vector,
             p_lse=lse,
             p_out=out.transpose(1, 2).contiguous(),  # (B,N,H,Dv), as forward lays it out
@@ -105,7 +106,7 @@ def launch(
         sums = grad_u.new_empty((*of_ranges, padded_rows(num_q), size))
         edge = edge_block(num_kv, config_kv["BLOCK_KV"], False)  # also under a causal mask: a block of keys has its own tiles
         _units_backward_kernel[(programs,)](
-            **call,
+            **launched(call),
             p_u=vector,
             stats=stats,
             p_scratch=grad_u.new_empty(programs * config_kv["BLOCK_Q"] * config_kv["BLOCK_KV"]),

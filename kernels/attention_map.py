@@ -38,6 +38,7 @@ from vlattn_fast.kernels._tiles import (
     heads_of,
     input_precision,
     key_range,
+    launched,
     load_head,
     load_rows,
     mask_logits,
@@ -116,7 +117,7 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
         row_max, row_inverse = (query.new_empty((batch, heads, num_q), dtype=torch.float32) for _ in range(2))
         rows_config = configuration("attention_map", "rows", **facts, size=size, masked=masked)
         _rows_kernel[(cdiv(num_q, rows_config["BLOCK_Q"]) * batch * heads,)](
-            **call,
+            **launched(call),
             p_max=row_max,
             p_inverse=row_inverse,
             BLOCK_EDGE=edge_block(num_kv, rows_config["BLOCK_KV"], is_causal),
@@ -128,7 +129,7 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     lse = lse.to(torch.float32).contiguous() if rows == "lse" and lse is not None else abar
     grid = (cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)
     _map_kernel[grid](
-        **call,
+        **launched(call),
         v=heads_of(value),
         grad=heads_of(grad_output),
         p_lse=lse,

@@ -39,6 +39,7 @@ from vlattn_fast.kernels._tiles import (
     heads_of,
     input_precision,
     key_range,
+    launched,
     load_head,
     load_rows,
     mask_logits,
@@ -93,7 +94,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         block_g = min(32 if query.shape[3] > 128 else 64, block_size(num_groups))
         grid = (cdiv(rows[2], config["BLOCK_Q"]) * max(1, cdiv(num_groups, block_g)) * rows[0] * rows[1],)
         _rows_kernel[grid](
-            **call,
+            **launched(call),
             p_mass=mass,
             p_entropy=entropy,
             p_maximum=maximum,
@@ -112,7 +113,9 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         config = configuration("attention_statistics", "received", **facts)
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
         edge = edge_block(rows[2], config["BLOCK_Q"], is_causal)
-        _received_kernel[grid](**call, p_maximum=maximum, p_row_max=row_max, p_received=received, BLOCK_EDGE=edge, **config)
+        _received_kernel[grid](
+            **launched(call), p_maximum=maximum, p_row_max=row_max, p_received=received, BLOCK_EDGE=edge, **config
+        )
     return mass, entropy, maximum, argmax, received, of_rows
 
 

@@ -57,6 +57,7 @@ from vlattn_fast.kernels._tiles import (
     is_coarse,
     keep_factor,
     key_range,
+    launched,
     load_head,
     load_keys,
     load_rows,
@@ -103,7 +104,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     call = arguments(inputs)
     config = _config("forward", call)
     _forward_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
-        **call,
+        **launched(call),
         p_u=None if vector is None else vector.contiguous(),
         p_out=out,
         p_lse=lse,
@@ -226,7 +227,7 @@ def row_statistics(
     config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], ROWS.value)}  # which a forward pass may exceed
     if shift.numel() > 0:
         _rows_kernel[(shift.shape[2] // config["BLOCK_Q"] * shift.shape[0] * shift.shape[1],)](
-            **call,
+            **launched(call),
             p_u=None if vector is None else vector.contiguous(),
             p_lse=lse,
             stats=stats,
