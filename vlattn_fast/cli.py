@@ -23,7 +23,7 @@ from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
 from vlattn_fast.interpret.explaining.answer import token_ids
-from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, moved, open_image, seen_part
+from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, on_device, open_image, seen_part
 from vlattn_fast.interpret.explaining.loading import generate as generate_answer
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
@@ -263,7 +263,7 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
     if device is not None:
         model = model.to(device)
     picture = None if image is None else open_image(image)
-    inputs = moved(build_inputs(model, processor, picture, texts), model)
+    inputs = on_device(build_inputs(model, processor, picture, texts), model)
     answer: Any = options.answer
     if options.generate is not None:
         answer = generate_answer(model, inputs, options.generate)

@@ -1,4 +1,4 @@
-"""What backends take: a NamedTuple for each operator that is registered, which goes whole to the backend that it names.
+"""The inputs of backends: a NamedTuple for each operator that is registered, which goes whole to the backend that it names.
 
 The fields stand in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first.
 B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_dim, Dv value_dim, T carried rows.

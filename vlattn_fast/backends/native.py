@@ -106,10 +106,10 @@ def _available() -> list[str]:
 def instruction_set() -> str:
     """The one whose kernels run: the widest that the processor has, or the one that VLATTN_CPU_ISA names."""
     available = _available()
-    wanted = os.environ.get("VLATTN_CPU_ISA") or available[0]
-    if wanted not in available:
-        raise ValueError(f"VLATTN_CPU_ISA must be one of {', '.join(available)}, which this processor runs; got {wanted!r}")
-    return wanted
+    chosen = os.environ.get("VLATTN_CPU_ISA") or available[0]
+    if chosen not in available:
+        raise ValueError(f"VLATTN_CPU_ISA must be one of {', '.join(available)}, which this processor runs; got {chosen!r}")
+    return chosen
 
 
 def kernel(name: str, fields: str) -> Callable[..., None]:

@@ -93,7 +93,7 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
 
 
 def _automatic(table: Table, call: Call) -> str:
-    """What "auto" takes. It is an error where a variable names a library that is not there; the line of the library says so."""
+    """The choice of "auto"; "error" where a variable names a library that is not there, as the line of the library says."""
     try:
         return select(table, call, "auto")
     except ValueError:

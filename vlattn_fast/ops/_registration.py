@@ -83,8 +83,8 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
 
 def _keys(*names: str) -> Any:
     """The set of these dispatch keys."""
-    first, *others = [_C.DispatchKeySet(getattr(_C.DispatchKey, name)) for name in names]
-    for keys in others:
+    first, *rest = [_C.DispatchKeySet(getattr(_C.DispatchKey, name)) for name in names]
+    for keys in rest:
         first = first | keys
     return first
 
@@ -211,8 +211,8 @@ def differentiable(name: str, backward: Callable[..., dict[str, Any]], setup_con
 
 
 class Saved:
-    """What an operator saves for its backward operator: the inputs that both have, and the `outputs` of these names. `grads` are
-    the fields of the backward operator that come with its call.
+    """The tensors that an operator saves for its backward operator: the inputs that both have, and the named `outputs`. `grads`
+    are the fields of the backward operator that come with its call.
 
     Tensors are saved where autograd watches them. Names are looked up here once: a backward pass waits for Python.
     """

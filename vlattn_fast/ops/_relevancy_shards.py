@@ -77,12 +77,12 @@ class _Normalized(torch.autograd.Function):
         names = [name for name, value in x.items() if isinstance(value, Tensor)]
         ctx.save_for_backward(*(x[name].detach() for name in names))
         ctx.names, ctx.shards = names, shards
-        ctx.others = {name: value for name, value in x.items() if name not in names}
+        ctx.constants = {name: value for name, value in x.items() if name not in names}
         return out.view_as(out), carrier.view_as(carrier)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, r: Tensor) -> tuple[Tensor | None, ...]:
-        x = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors, strict=True))}
+        x = {**ctx.constants, **dict(zip(ctx.names, ctx.saved_tensors, strict=True))}
         a, b = (_weight(x[name]) for name in ("residual_weight", "attention_weight"))
         attended = _normalized(r * b, x, grad, ctx.shards).to(r.dtype)
         return grad, r * a * ctx.shards.share + attended, None, None

@@ -269,14 +269,14 @@ def _describe(
     **_: Any,
 ) -> Call:
     """`describe_call` for both calls; `name` is the carrier's name in the call."""
-    others = {}
+    optional = {}
     if value is not None:
-        others["value"] = value
+        optional["value"] = value
     if grad_output is not None:
         if value is None:
             raise ValueError("value must be given with grad_output; got None")
-        others["grad_output"] = grad_output
-    check_attention(query, key, enable_gqa, **others)
+        optional["grad_output"] = grad_output
+    check_attention(query, key, enable_gqa, **optional)
     check_bool(row_normalize=row_normalize)
     check_choice("rule", rule, RULES)
     check_head_dim(query, key)

@@ -80,15 +80,15 @@ def _function(of: Library, name: str) -> Any:
 
 
 def _versions(of: Library) -> tuple[int, int]:
-    """Of CUDA: what the library is built with, and what the driver runs; as 1000 major + 10 minor, 0 for none."""
+    """The versions of CUDA that the library is built with and that the driver runs; as 1000 major + 10 minor, 0 for none."""
     built, driver = ctypes.c_int(), ctypes.c_int()
     of.function("vlattn_cuda_versions", None, *[ctypes.POINTER(ctypes.c_int)] * 2)(built, driver)
     return built.value, driver.value
 
 
 def check_versions(built: int, driver: int) -> None:
-    """A driver runs what is built with its own major version of CUDA or an older one; else every launch would fail. What torch is
-    built with is of no account: the library has a runtime of its own, and both use the device's one context."""
+    """A driver runs what is built with its own major version of CUDA or an older one; else every launch would fail. Torch's own
+    version does not matter: the library has a runtime of its own, and both use the device's one context."""
     if driver // 1000 < built // 1000:
         raise RuntimeError(
             f"the CUDA C++ kernels are built with CUDA {built // 1000}, and the driver runs CUDA {driver // 1000}: update the "

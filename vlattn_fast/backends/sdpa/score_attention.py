@@ -35,8 +35,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
         query, key, value = pad_head_dim(query, key, value)  # the kernel wants one head_dim
     else:
         query, key, value = _aligned(query), _aligned(key), _aligned(value)
-        # Of torch's fused GPU kernels flash attention alone shares heads, on some GPUs up to a head_dim of 192. What none of them
-        # takes runs with whole maps.
+        # Among torch's fused GPU kernels flash attention alone shares heads, on some GPUs up to a head_dim of 192. A call that no
+        # fused kernel takes runs with whole maps.
         flash = mask is None and dtype != torch.float32 and value.shape[3] == key.shape[3] <= 192
         shares_heads = flash and key.shape[1] == value.shape[1] and not (is_causal and query.shape[2] != key.shape[2])
     if not shares_heads:

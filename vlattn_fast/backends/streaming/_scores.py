@@ -1,6 +1,6 @@
 """The core scores of one tile and their gradients: q (b, h, i, A), k (b, h, M, A) -> (b, h, i, M).
 
-Scores that are sums over hidden units (additive, Hadamard) run unit by unit, so that no (i, M, A) block exists. What they take
+Scores that are sums over hidden units (additive, Hadamard) run unit by unit, so that no (i, M, A) block exists. Their cost
 is memory traffic: each step of a unit is one pass over the tile, in place, with the keys of the unit side by side.
 """
 

@@ -19,7 +19,7 @@ from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.answer import token_ids
 from vlattn_fast.interpret.explaining.explain import explain, without_progress
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
-from vlattn_fast.interpret.explaining.loading import build_inputs, generate, moved, open_image
+from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device, open_image
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.result.choices import to_rgb
 from vlattn_fast.interpret.result.explanation import Explanation
@@ -186,7 +186,7 @@ class Batches:
             name: torch.cat([one.inputs[name] for one in group]) if isinstance(value, Tensor) else value
             for name, value in first.inputs.items()
         }
-        inputs = moved(joined, self.model)
+        inputs = on_device(joined, self.model)
         answer: Any = None if first.answer is None else [one.answer for one in group]
         if answer is None and self.options.generate is not None:
             answer = generate(self.model, inputs, self.options.generate)
@@ -194,7 +194,7 @@ class Batches:
                 by_length: dict[int, list[Prepared]] = {}
                 for one, row in zip(group, answer, strict=True):
                     by_length.setdefault(len(row), []).append(replace(one, answer=row))
-                return [found for part in by_length.values() for found in self._explain(part)]
+                return [result for part in by_length.values() for result in self._explain(part)]
         paired = self.record.scoring.pairs
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         options = self.options

@@ -1,4 +1,4 @@
-"""What a model says to whole and to perturbed inputs: whether the target comes first, and its probability."""
+"""A model's answers to whole and to perturbed inputs: whether the target comes first, and its probability."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Judge:
     def _choice(
         self, question: Question, row: int, part: str, parts: list[dict[str, Any]], whole: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Of images that are matched with texts: one row's target among all texts of the batch.
+        """One row's target among all texts of the batch, where images are matched with texts.
 
         A perturbed image meets all texts. A perturbed text takes the place of the whole one. Where nothing is taken away, `whole`
         (B,), all logits are those of the batch: of the target alone another rounding would decide between equal texts.
@@ -158,7 +158,7 @@ class Judge:
         elif self._recorded.scoring.pairs:
             arguments = {**inputs, "return_dict": True}
         else:
-            # Of a decoder the logits of one position are computed, unless a measure may read others.
+            # A decoder computes the logits of one position, unless a measure may read other positions.
             measures = [measure for measure in (target, self._accuracy, self._probability) if callable(measure)]
             arguments, _ = prepare_inputs(self.model, inputs, self.record, measures[0] if measures else None)
         with torch.no_grad(), at_rest(self.model):

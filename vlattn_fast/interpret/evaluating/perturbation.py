@@ -160,7 +160,7 @@ def split(record: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
 
     Args:
         rows: how many.
-        shown: an explanation of it, which tells grids and towers. Of a model without a record: whatever has `.image`.
+        shown: an explanation of it, which tells grids and towers. For a model without a record: any object with `.image`.
         words: see `evaluate`.
     """
     image, owners = getattr(shown, "image", None), getattr(shown, "image_rows", None)
@@ -181,12 +181,12 @@ def split(record: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
     for row in range(rows):
         images = [index for index, owner in enumerate(owners) if owner == row] if grids else None
         regions = _real_regions(inputs, row)
-        own = [grids[index] for index in images] if images else None
+        row_grids = [grids[index] for index in images] if images else None
         boxes = None
         if regions is not None and region_boxes is not None:
             boxes = region_boxes[row].cpu().double()[regions]
-        elif own is not None and len(own) == 1:
-            boxes = grid_entries(*own[0])
+        elif row_grids is not None and len(row_grids) == 1:
+            boxes = grid_entries(*row_grids[0])
         columns = entries = None
         if text is not None and removable is not None:
             columns = removable[row].nonzero()[:, 0]
@@ -197,7 +197,7 @@ def split(record: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
                 "inputs must be of one row where nothing tells which pixel_values, such as tiles of images, belong to which row; "
                 f"got {rows} rows and pixel_values {tuple(pixels.shape)}. Let the data set give them one by one"
             )
-        samples.append(Sample(_one_row(inputs, row, rows, images), columns, entries, own, regions, boxes, problem))
+        samples.append(Sample(_one_row(inputs, row, rows, images), columns, entries, row_grids, regions, boxes, problem))
     return samples
 
 
@@ -211,11 +211,11 @@ def _asking(record: Family, inputs: Mapping[str, Any], removable: Tensor) -> Ten
 
 def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tensor:
     """The words that the caller allows to go, among those of `text`."""
-    ids, found = inputs["input_ids"], words(inputs)
-    if not isinstance(found, Tensor) or found.shape != ids.shape or found.dtype != torch.bool:
-        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    ids, removable = inputs["input_ids"], words(inputs)
+    if not isinstance(removable, Tensor) or removable.shape != ids.shape or removable.dtype != torch.bool:
+        got = f"{removable.dtype} {tuple(removable.shape)}" if isinstance(removable, Tensor) else type(removable).__name__
         raise ValueError(f"words must return bool (B, N) = {tuple(ids.shape)}; got {got}")
-    return found.cpu() if text is None else found.cpu() & text
+    return removable.cpu() if text is None else removable.cpu() & text
 
 
 def _words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:

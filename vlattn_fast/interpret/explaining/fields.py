@@ -59,8 +59,8 @@ def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str,
     joined = nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(1, -1) if rows else row[..., :0]
     return {
         "text": joined,
-        "places": [[*one, *other] for one, other in zip(fields.get("places", before), places, strict=True)],
-        "token_ids": [[*one, *other] for one, other in zip(before, answer.ids, strict=True)],
+        "places": [[*before_answer, *spots] for before_answer, spots in zip(fields.get("places", before), places, strict=True)],
+        "token_ids": [[*prompt_ids, *ids] for prompt_ids, ids in zip(before, answer.ids, strict=True)],
     }
 
 
@@ -95,8 +95,8 @@ def vision_maps(
 
 
 def _each(rows: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
-    """`read` of rows (B, N), which gives tensors (or a tuple of them) and facts. Of rows (B, T, N) its tensors have a dimension T
-    behind the first (in a tuple: in front)."""
+    """`read` of rows (B, N), which gives tensors (or a tuple of them) and facts. With rows (B, T, N) the tensors have a dimension
+    T behind the first (in a tuple: in front)."""
     if rows.ndim == 2:
         return read(rows)
     single = [read(one) for one in rows.unbind(1)]

@@ -57,8 +57,8 @@ def prepare_inputs(
     if hasattr(model, "config") and hasattr(model.config, "return_dict"):
         arguments["return_dict"] = True
     scoring = record.scoring
-    others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    if "use_cache" in accepted or (scoring.predicts and others):
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    if "use_cache" in accepted or (scoring.predicts and takes_any):
         arguments["use_cache"] = False
     follows = not record.towers or record.towers[0].kind.follows_ids  # logits are counted as the prompt's tokens are
     if scoring.predicts and not callable(target) and "logits_to_keep" in accepted and follows:

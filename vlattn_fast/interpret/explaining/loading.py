@@ -69,7 +69,7 @@ def open_image(path: str | Path) -> Any:
 
 
 def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """What the processor makes of one picture (or None) and its texts, in the form that the model's kind asks for.
+    """One picture (or None) and its texts as the processor makes them, in the form that the model's kind asks for.
 
     Raises:
         ValueError: a picture or text too many or too few, or too long a text; or a model without a record.
@@ -149,7 +149,7 @@ def seen_part(processor: Any, inputs: Mapping[str, Any], picture: Any) -> tuple[
     return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
 
-def moved(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """The inputs on the model's device, pixels and other floats in its dtype."""
     placed = {}
     for name, value in inputs.items():

@@ -13,7 +13,7 @@ from vlattn_fast.interpret.explaining.request import Request
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is called with.
+    """The arguments of the model's call.
 
     Args:
         arguments: its keyword arguments.

@@ -26,7 +26,7 @@ Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a run.
+    """A question about a run: scores, and the rows that are read.
 
     Args:
         scores: (B,), or (B, T) of the tokens of an answer; None for a method without a gradient and a model without logits.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast.interpret.explaining.loading import build_inputs, moved, open_image, open_lines
+from vlattn_fast.interpret.explaining.loading import build_inputs, on_device, open_image, open_lines
 from vlattn_fast.interpret.probing.labels import KEYS, read_item
 
 _COLUMNS = ("image", "text", *KEYS)
@@ -41,7 +41,7 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
                 labels = {name: row[name] for name in KEYS if row.get(name) is not None}
                 try:
                     picture = None if row.get("image") is None else open_image(source.parent / row["image"])
-                    inputs = moved(build_inputs(model, processor, picture, [row["text"]]), model)
+                    inputs = on_device(build_inputs(model, processor, picture, [row["text"]]), model)
                     read_item((inputs, labels))
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{error}, in line {number} of the dataset") from error

@@ -76,7 +76,7 @@ class Layouts:
     def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of a sequence of tokens (B, N)."""
         if self.parts is not None:
-            return self._given(self.parts(inputs), shape)
+            return self._told(self.parts(inputs), shape)
         if self.tower is None:
             raise ValueError(
                 "parts must be a callable that tells text from image tokens where a model has no record of one stream; got None "
@@ -100,7 +100,7 @@ class Layouts:
         regions = [list(range(start + image.prefix, start + shape[1]))] * shape[0]
         return Layout(torch.cat([words.parts, parts], 1), torch.cat([words.special, special], 1), words.row, 0, regions)
 
-    def _given(self, told: Any, shape: tuple[int, int]) -> Layout:
+    def _told(self, told: Any, shape: tuple[int, int]) -> Layout:
         parts = torch.as_tensor(told).long().cpu()
         if tuple(parts.shape) not in (shape, shape[1:]):
             raise ValueError(f"parts must give (N) or (B, N) = {shape}; got {tuple(parts.shape)}")

@@ -25,7 +25,7 @@ Sets = tuple[list[int], list[int]]  # two sets of positions in a row's sequence
 
 @dataclass
 class Seen:
-    """What a pass over B rows showed of L layers with H heads.
+    """A pass over B rows, as L layers with H heads showed it.
 
     mass: (L, B, H, 3), the attention of the row that is read on text, image and special tokens; None of two streams. crossing:
     (L, B, H), the largest attention of an image token on all text; likewise. maxima: of each row and two sets of tokens
@@ -72,18 +72,18 @@ class Watched:
         Raises:
             ValueError: attention of another score than the dot product, or of two streams.
         """
-        wanted = 0
+        kinds = 0
         for name, value in inputs.items():
-            wanted |= kind_of(name, self.modality) if isinstance(value, Tensor) else 0
+            kinds |= kind_of(name, self.modality) if isinstance(value, Tensor) else 0
         # Queries that look at the image are learnt: image tokens of these come from no input.
         learnt = (tower := self.layouts.tower) is not None and tower.kind.image_ids and tower.grid is None
-        stream, others = _Stream(), list[int]()
+        stream, beside = _Stream(), list[int]()
         states: dict[int, Tensor] = {}
 
         def sees(number: int, call: AttentionCall) -> None:
-            of_stream = call.kinds == wanted or (learnt and call.kinds == FROM_TEXT)
+            of_stream = call.kinds == kinds or (learnt and call.kinds == FROM_TEXT)
             if call.kinds != call.key_kinds or not of_stream:
-                others.append(number)  # of a tower in front of the one stream, or cross-attention
+                beside.append(number)  # of a tower in front of the one stream, or cross-attention
                 return
             stream.numbers.append(number)
             with torch._C.DisableTorchFunction():
@@ -91,8 +91,8 @@ class Watched:
 
         self.forward(inputs, sees, states)
         if not stream.numbers:
-            kind = "words" if wanted == FROM_TEXT else "words and image tokens in one stream"
-            got = f"{len(others)} calls of other attention in {type(self.model).__name__}"
+            kind = "words" if kinds == FROM_TEXT else "words and image tokens in one stream"
+            got = f"{len(beside)} calls of other attention in {type(self.model).__name__}"
             raise ValueError(f"model must attend to {kind}; got {got}")
         return self._seen(stream, states)
 
@@ -153,8 +153,8 @@ def checked(call: AttentionCall) -> Mapping[str, Any]:
 
 def behind(model: nn.Module, numbers: Sequence[int], states: Mapping[int, Tensor], size: int) -> list[Tensor]:
     """The states (B, size, C) behind the layers of some calls."""
-    found = [states.get(number) for number in numbers]
-    whole = [state for state in found if state is not None and state.shape[1] == size]
+    behind_calls = [states.get(number) for number in numbers]
+    whole = [state for state in behind_calls if state is not None and state.shape[1] == size]
     if len(whole) != len(numbers):
         got = f"others in {type(model).__name__}"
         raise ValueError(f"model must hold its layers in a list and give (B, {size}, C) behind each; got {got}")
@@ -162,13 +162,13 @@ def behind(model: nn.Module, numbers: Sequence[int], states: Mapping[int, Tensor
 
 
 def both_ways(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
-    """Of each row (H, sets, 2)."""
+    """(H, sets, 2) for each row: both directions."""
     there, back = one_way(call, sets), one_way(call, [[(two, one) for one, two in row] for row in sets])
     return [torch.stack(both, -1) for both in zip(there, back, strict=True)]
 
 
 def one_way(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
-    """Of each row (H, sets): the largest attention of the first set on the second.
+    """(H, sets) for each row: the largest attention of the first set on the second.
 
     A group of keys that is one key has its weight as mass: so single weights are read, and no map.
     """
@@ -188,12 +188,12 @@ def one_way(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]
         mass = attention_statistics(call.query, call.key, key_groups=groups.to(device), num_groups=count, **fixed).mass
         for row, some in enumerate(chosen):
             weights[row][:, :, start : start + len(some)] = mass[row][:, queries[row], : len(some)].double().cpu()
-    found = []
+    largest_of_rows = []
     for row, pairs in enumerate(sets):
         of_key, of_query = ({token: index for index, token in enumerate(some[row])} for some in (keys, queries))
         largest = torch.zeros(heads, len(pairs), dtype=torch.float64)
         for index, (one, two) in enumerate(pairs):
             rows, columns = [of_query[token] for token in one], [of_key[token] for token in two]
             largest[:, index] = weights[row][:, rows][:, :, columns].amax((1, 2))
-        found.append(largest)
-    return found
+        largest_of_rows.append(largest)
+    return largest_of_rows

@@ -233,7 +233,7 @@ def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
 
 def anyres_tiles(config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, Tensor | None]]:
-    """Of each image how many tiles it has, and the indices (h, w) of their features without padding, counted tile by tile."""
+    """The number of tiles of each image, and the indices (h, w) of their features without padding, counted tile by tile."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     size = config.vision_config.image_size
@@ -241,14 +241,14 @@ def anyres_tiles(config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, Tens
     counts = inputs.get("batch_num_images")
     shapes = inputs["image_sizes"] if inputs.get("pixel_values") is not None else []
     tiled = [True] * len(shapes) if counts is None else [int(n) == 1 for n in counts for _ in range(n)]
-    found: list[tuple[int, Tensor | None]] = []
+    images: list[tuple[int, Tensor | None]] = []
     for shape, of_tiles in zip(shapes, tiled, strict=True):
         if not of_tiles:
-            found.append((0, None))
+            images.append((0, None))
             continue
         grid = get_anyres_image_grid_shape(shape, config.image_grid_pinpoints, size)
-        found.append((math.prod(grid), unpad_image(_tiled(grid, (side, side))[None], shape)[0]))
-    return found
+        images.append((math.prod(grid), unpad_image(_tiled(grid, (side, side))[None], shape)[0]))
+    return images
 
 
 def anyres_shape(config: Any, shape: Sequence[int]) -> Shape:

@@ -298,7 +298,7 @@ class Regions(_TextAndImage, name="regions"):
     """BERT's text, then image regions."""
 
     def _named(self) -> tuple[str, str]:
-        """What the features of regions and their mask are called: UNITER's names here, VisualBERT's in transformers."""
+        """The names of the features of regions and of their mask: UNITER's names here, VisualBERT's in transformers."""
         of_bert = "visual_embeds" in self.inputs
         return ("visual_embeds", "visual_attention_mask") if of_bert else ("region_features", "region_mask")
 
@@ -361,7 +361,7 @@ def real_words(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def decoder_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the decoder of an encoder-decoder gets, under the names of a decoder's inputs; `inputs` themselves of other models."""
+    """The inputs of the decoder of an encoder-decoder, under a decoder's names; `inputs` themselves of other models."""
     return {name.removeprefix("decoder_"): inputs[name] for name in inputs if name.startswith("decoder_")} or inputs
 
 

@@ -1,4 +1,4 @@
-"""What is refused: modules that no published rule covers, by their names where towers are found, and undefined relevancy."""
+"""Refusals: modules that no published rule covers, by their names where towers are found, and undefined relevancy."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class UndefinedRelevancy(ValueError):
 
 def check_rules(model: nn.Module) -> None:
     """ValueError, naming the modules, if the rules for relevancy do not cover `model`."""
-    found: dict[str, str] = {}
+    uncovered: dict[str, str] = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
         for ending, reason in _REASONS.items():
             if kind.endswith(ending):
-                found.setdefault(ending, f"'{name}' ({kind}), {reason}")
-    if found:
-        raise ValueError(f"model must have no modules in its towers that no rule covers; got {'; '.join(found.values())}")
+                uncovered.setdefault(ending, f"'{name}' ({kind}), {reason}")
+    if uncovered:
+        raise ValueError(f"model must have no modules in its towers that no rule covers; got {'; '.join(uncovered.values())}")

@@ -34,7 +34,7 @@ class LinkedCall:
 
 @dataclass(frozen=True, eq=False)
 class BackwardPass:
-    """What relevancy is carried back from, and through.
+    """The towers, scores and calls of one backward pass.
 
     Args:
         towers: those whose own rows are read; `starts` (B, 1, N) has the weights of their rows.

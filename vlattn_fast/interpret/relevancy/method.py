@@ -1,4 +1,4 @@
-"""What a method is. Each file of `methods/` holds one, and nothing else names it."""
+"""The base of all methods. Each file of `methods/` holds one, and nothing else names it."""
 
 from __future__ import annotations
 

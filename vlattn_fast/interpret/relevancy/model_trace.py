@@ -57,7 +57,7 @@ class Trace(TorchFunctionMode):
         self._names: dict[nn.Module, str | None] = {
             module: path for path, module in model.named_modules() if f"{path}.".startswith(within)
         }
-        # Of the modules that run now, the outermost first; None = of another model, or a part that is not explained.
+        # Paths of the modules that run now, the outermost first; None = of another model, or a part that is not explained.
         self._paths: list[str | None] = [""]
         self._ran: set[str] = set()
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
@@ -136,7 +136,7 @@ class Trace(TorchFunctionMode):
         self.method.follow(func, args, result)
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
         if calls:
-            # What is written into a tensor in place is in it from now on.
+            # A tensor keeps what is written into it in place.
             self._note(args[0] if result is None and args else result, calls)
         return result
 

@@ -99,7 +99,7 @@ class TowerTrace:
         layers, last = layers_of(path), self.lists[-1]
         if layers in self.lists:
             return True
-        # Of models whose layers lie in several lists beside one another, or are lists themselves.
+        # Layers may lie in several lists beside one another, or be lists themselves.
         return self.keeps and (_parent(layers) == _parent(last) or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
 
     # --- attention calls ---

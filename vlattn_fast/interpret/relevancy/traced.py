@@ -28,7 +28,7 @@ class traced:  # noqa: N801 (used as a function is)
 
     def __enter__(self) -> Trace:
         try:
-            # What is entered is pushed first, since Ctrl-C may come in between.
+            # A context is pushed before it is entered, since Ctrl-C may come in between.
             contexts: tuple[contextlib.AbstractContextManager[Any], ...] = (visible(self._roots), self._trace)
             for context in contexts:
                 self._stack.push(context)

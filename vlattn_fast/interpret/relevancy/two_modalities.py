@@ -27,7 +27,7 @@ class Equations:
     """Equations 6 to 11. A method that differs in one of them overrides its part."""
 
     def begin(self, relevancies: Relevancies, calls: Sequence[LinkedCall]) -> None:
-        """What stands in `relevancies` beside the identities before the first call: nothing counts yet."""
+        """The entries of `relevancies` beside the identities before the first call: none, since nothing counts yet."""
 
     def mean_map(self, call: LinkedCall, grad: Tensor, like: Tensor) -> Tensor:
         """Equation 5: Abar (B, N, M), on the device and in the dtype of `like`: layers may have several."""
@@ -82,7 +82,7 @@ def _additions(
     grad: Tensor,
     equations: Equations,
 ) -> list[tuple[tuple[TowerTrace, TowerTrace], Tensor]]:
-    """What a call adds to the relevancies."""
+    """The additions of a call to the relevancies."""
     s, q = call.tower, call.source
     abar = equations.mean_map(call, grad, state[s, s])
     if s is q:

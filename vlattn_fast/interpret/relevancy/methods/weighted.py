@@ -23,7 +23,7 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, matching, su
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, divided_by_sums
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 
-# Of torch's functions, without underscores: what adds, and what leaves the numbers as they are.
+# Names of torch's functions, without underscores: those that add, and those that leave the numbers as they are.
 _SUMS, _UNCHANGED = ("add", "radd", "iadd"), ("dropout", "to", "float", "type_as", "contiguous")
 
 
