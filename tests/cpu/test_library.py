@@ -21,7 +21,7 @@ PROGRAM = """
 import json, os, sys
 import torch, vlattn_fast as va
 from typer.testing import CliRunner
-from vlattn_fast import native
+from vlattn_fast.backends import native
 from vlattn_fast.cli import app
 
 def computed():
