@@ -86,26 +86,23 @@ class Integrated(Method):
     name = "value_gradient"
     share = 1.0
 
-    def hooks(self, model, towers, of_this_run):
-        self.inputs = {}
+    def carry(self, backward):
+        (tower,) = backward.towers
 
         def scaled(module, args):
-            self.inputs[module] = (args[0].detach() * self.share).requires_grad_()
-            return (self.inputs[module], *args[1:])
+            self.inputs = (args[0].detach() * self.share).requires_grad_()
+            return (self.inputs, *args[1:])
 
-        for tower in towers:
-            yield model.get_submodule(f"{tower.lists[0]}.0").register_forward_pre_hook(of_this_run(scaled))
-
-    def carry(self, backward):
-        modules = [tower.model.get_submodule(f"{tower.lists[0]}.0") for tower in backward.towers]
-        inputs = [self.inputs[module].detach() for module in modules]
-        rows = [torch.zeros_like(x[..., 0]) for x in inputs]
-        for step in range(STEPS):
-            self.share = 0.5 + (step + 0.5) / STEPS / 2
-            score = backward.again()
-            grads = torch.autograd.grad(score.sum(), [self.inputs[module] for module in modules])
-            rows = [row + (x * grad).sum(-1) / STEPS / 2 for row, x, grad in zip(rows, inputs, grads)]
-        return [row[:, None] for row in rows]
+        with tower.model.get_submodule(f"{tower.lists[0]}.0").register_forward_pre_hook(scaled):
+            whole = tower.model(**backward.arguments).logits
+            chosen = (whole - backward.scores[:, None]).abs().argmin(-1, keepdim=True)  # the class whose logit is the score
+            inputs, row = self.inputs.detach(), 0
+            for step in range(STEPS):
+                self.share = 0.5 + (step + 0.5) / STEPS / 2
+                score = tower.model(**backward.arguments).logits.gather(1, chosen)
+                (grad,) = torch.autograd.grad(score.sum(), self.inputs)
+                row = row + (inputs * grad).sum(-1) / STEPS / 2
+        return [row[:, None]]
 """
 
 

@@ -18,9 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.attach.attributes import is_entered, overridden
-from vlattn_fast.attach.current import SCORE_ATTENTION, SOFTMAX, first_argument, new_mark, read_mark, running_trace
+from vlattn_fast.attach.current import (
+    SCORE_ATTENTION,
+    SOFTMAX,
+    add_mark,
+    first_argument,
+    is_entered,
+    new_mark,
+    read_mark,
+    running_trace,
+)
 from vlattn_fast.attach.multihead import heads, joined_masks
+from vlattn_fast.attach.session import overridden
 from vlattn_fast.attach.written_scores import WrittenScores
 
 Pair = tuple[Tensor, Tensor]  # query (B, H, N, D), key (B, H, M, D)
@@ -169,7 +178,7 @@ class Watch(TorchFunctionMode):
             return
         run = self._stack.pop()
         if run.written:
-            self._set(result, run.written)
+            add_mark(result, self._mark, run.written, keep=False)
         if self._leaves is not None and result is not None:
             for number in run.calls:
                 self._leaves(number, result)
@@ -212,7 +221,7 @@ class Watch(TorchFunctionMode):
         attends = self._attends(func, args, kwargs)
         result = func(*args, **kwargs)
         if attends is not None:
-            self._set(result, attends)
+            add_mark(result, self._mark, attends, keep=False)
             return result
         if func in _PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
             right = args[1] if len(args) > 1 else kwargs["other" if "other" in kwargs else "mat2"]
@@ -225,7 +234,7 @@ class Watch(TorchFunctionMode):
             self._join(func, args, kwargs, result)
         kinds = self._kinds(args) | self._kinds(kwargs.values())
         if kinds:
-            self._set(args[0] if result is None and args else result, kinds, add=True)
+            add_mark(args[0] if result is None and args else result, self._mark, kinds)
         return result
 
     def _attends(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -311,16 +320,6 @@ class Watch(TorchFunctionMode):
     def _kinds(self, values: Iterable[Any]) -> int:
         """The kinds that `values` were computed from: TEXT, IMAGE, both or neither."""
         return read_mark(values, self._mark)
-
-    def _set(self, value: Any, kinds: int, add: bool = False) -> None:
-        """Sets the kinds of a tensor, or of each in a tuple, list or mapping; `add` keeps the kinds that are set."""
-        if isinstance(value, Tensor):
-            setattr(value, self._mark, kinds | (getattr(value, self._mark, 0) if add else 0))
-        elif isinstance(value, (tuple, list)):
-            for part in value:
-                self._set(part, kinds, add)
-        elif isinstance(value, Mapping):
-            self._set(list(value.values()), kinds, add)
 
 
 def check_modality(modality: Mapping[str, str] | None) -> dict[str, str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
 
@@ -54,8 +55,7 @@ def plain() -> Iterator[None]:
 
 
 def new_mark(name: str) -> str:
-    """A new name of the attribute by which a run marks tensors, unlike an id(): models may keep tensors marked by earlier
-    runs."""
+    """A new name for the marks of a run on tensors; an id() would not do: models may keep tensors that earlier runs marked."""
     return f"_vlattn_{name}_{next(_numbers)}"
 
 
@@ -68,6 +68,20 @@ def read_mark(values: Iterable[Any], mark: str) -> int:
         elif isinstance(value, (tuple, list)):
             bits |= read_mark(value, mark)
     return bits
+
+
+def add_mark(value: Any, mark: str, bits: int, keep: bool = True) -> None:
+    """Marks a tensor, or each in a tuple, list or mapping, with `bits`, beside those that it has if they are to be kept."""
+    if isinstance(value, Tensor):
+        setattr(value, mark, bits | (getattr(value, mark, 0) if keep else 0))
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            add_mark(part, mark, bits, keep)
+
+
+def is_entered(mode: TorchFunctionMode) -> bool:
+    """Whether torch still has the mode: Ctrl-C while torch hands a call to a mode may remove the mode."""
+    return any(each is mode for each in _get_current_function_mode_stack())
 
 
 def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -1,11 +1,14 @@
-"""A model during one run of `explain`: unwrapped, at rest, its attention visible to a trace."""
+"""A model during one run of `explain`: unwrapped, at rest, its attention visible to a trace; where its modules lie."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,13 +17,96 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.attach.attributes import overridden
 from vlattn_fast.attach.current import plain
 from vlattn_fast.attach.handwritten import replacements
 from vlattn_fast.attach.transformers_interface import configs, sdpa_function
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_INDEX = re.compile(r"^(?:(.*)\.)?(\d+)(?:\.|$)")
+
+# --- attributes ---
+
+_ABSENT = object()
+
+
+@dataclass
+class _Overridden:
+    target: Any  # held, so that no new object takes its id
+    before: Any
+    runs: int = 0
+
+
+_lock = threading.Lock()
+_overridden: dict[tuple[int, str], _Overridden] = {}
+
+
+class overridden:  # noqa: N801 (used as a function is)
+    """A context in which each (object, attribute, value) of `changes` holds.
+
+    Several threads may explain one model, and a hook may explain the model that it belongs to: the first run over an attribute
+    saves it, and the last one puts it back. All runs over a model ask for equal values. Attributes that hold the value anyway are
+    left alone, as in most modules of a model in eval mode.
+
+    Ctrl-C may come while attributes are set or put back. A generator would then stay suspended as long as anybody holds the
+    traceback, so the context is a class. Only Python's first step into `__exit__`, before its first line, is unprotected.
+    """
+
+    def __init__(self, changes: Iterable[tuple[Any, str, Any]]) -> None:
+        self._changes, self._entered = changes, list[tuple[int, str]]()
+
+    def __enter__(self) -> None:
+        try:
+            with _lock:
+                for target, name, value in self._changes:
+                    _enter(target, name, value, self._entered)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            _leave(self._entered)
+        except KeyboardInterrupt:
+            _leave(self._entered)  # the attributes that an interrupt left
+            raise
+
+
+def _enter(target: Any, name: str, value: Any, entered: list[tuple[int, str]]) -> None:
+    """Notes in `entered` that the attribute is to be put back, then sets it."""
+    key = (id(target), name)
+    held = _overridden.get(key)
+    if held is not None:
+        held.runs += 1
+        entered.append(key)  # no interrupt comes before the next line: Python looks for one after a call
+        return
+    # An attribute that a module inherits from its class must be absent from the instance again afterwards.
+    before = vars(target).get(name, _ABSENT) if isinstance(target, nn.Module) else getattr(target, name)
+    if before is not value:
+        held = _Overridden(target, before, 1)
+        _overridden[key] = held
+        entered.append(key)
+        setattr(target, name, value)
+
+
+def _leave(entered: list[tuple[int, str]]) -> None:
+    """Takes this run off each attribute of `entered`, last first; may be called again after an interrupt."""
+    with _lock:
+        while entered:
+            key = entered[-1]
+            held = _overridden[key]
+            if held.runs > 1:
+                held.runs -= 1
+            else:
+                if held.before is _ABSENT:
+                    vars(held.target).pop(key[1], None)
+                elif getattr(held.target, key[1]) is not held.before:
+                    setattr(held.target, key[1], held.before)
+                del _overridden[key]
+            entered.pop()
+
+
+# --- the model ---
 
 
 def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
@@ -167,3 +253,21 @@ def at_rest(model: nn.Module) -> overridden:
     # Tensors made under inference mode have no gradients, and torch refuses to set their flag outside of that mode.
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters() if not parameter.is_inference()]
     return overridden([*modes, *frozen, *_compiled(modules), *_plainly()])
+
+
+# --- where a module lies ---
+
+
+def in_layers(path: str) -> bool:
+    """Whether a module's path goes through a list of layers."""
+    return _INDEX.match(path) is not None
+
+
+def layers_of(path: str) -> str:
+    """The innermost list of layers on a module's path: "encoder.layers" for "encoder.layers.3.attn". Else the path itself."""
+    return split_path(path)[0]
+
+
+def split_path(path: str) -> tuple[str, int]:
+    numbered = _INDEX.match(path)
+    return (path, 0) if numbered is None else (numbered[1] or "", int(numbered[2]))

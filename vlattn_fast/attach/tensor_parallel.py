@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from vlattn_fast.ops._shards import Defined, is_dtensor
 
@@ -19,8 +19,6 @@ _FUSED = re.compile(r"kv|key_value|in_proj")  # of query, key and value
 
 
 def has_dtensors(model: nn.Module) -> bool:
-    if not (distributed.is_available() and distributed.is_initialized()):  # a model has hundreds of parameters
-        return False
     return any(is_dtensor(parameter) for parameter in model.parameters())
 
 

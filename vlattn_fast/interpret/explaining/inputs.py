@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.scores import indices, prompt_shape
+from vlattn_fast.interpret.records.record import Family, indices, prompt_shape
 
 _IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "pixel_mask")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")

@@ -13,9 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.records.image_grids import Grid, Shape, image_tokens, patch_shape
-from vlattn_fast.interpret.records.named import Named
 
 Maps = tuple[Tensor | tuple[Tensor, ...], list[int]]
+
+
+class Named:
+    """A base whose subclasses have names by which records know them. The last class of a name counts."""
+
+    name: ClassVar[str]
+    named: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name is not None:
+            cls.name = name
+            cls.named[name] = cls
+
+    @classmethod
+    def check_name(cls, argument: str, name: str) -> None:
+        """ValueError, in which the caller's argument stands, unless a subclass has this name."""
+        if name not in tuple(cls.named):
+            raise ValueError(f"{argument} must be one of {tuple(cls.named)}; got {name!r}")
 
 
 @dataclass(frozen=True, eq=False)

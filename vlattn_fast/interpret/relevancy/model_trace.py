@@ -1,8 +1,8 @@
 """Sees every attention call of a model in one forward pass, and finds out which calls belong to one tower.
 
-A call reaches a `Trace` in one of two ways: transformers' attention interface hands it over (dispatch.py), or the model calls
+A call reaches a `Trace` in one of two ways: transformers' attention interface hands it over, or the model calls
 `torch.nn.functional.scaled_dot_product_attention` or this package's operator `score_attention`, which the trace sees as a mode of
-torch. Attention that a module writes out by hand is replaced for the run (handwritten.py), so that it takes the second way.
+torch. Attention that a module writes out by hand is replaced for the run (`attach.handwritten`), so that it takes the second way.
 
 A tower is the calls over the same tokens. Every tensor remembers the attention calls it was computed from, as bits of an int: a
 query continues the tower whose calls it came through. Where its keys came through other calls, the call is cross-attention.
@@ -12,8 +12,10 @@ A trace is active in the thread and context that entered it; other threads may r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,19 +25,26 @@ from torch.overrides import TorchFunctionMode
 
 import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
-from vlattn_fast.attach.attributes import is_entered
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, first_argument, new_mark, read_mark
-from vlattn_fast.attach.paths import in_layers, layers_of
+from vlattn_fast.attach.current import (
+    RUNNING,
+    SCORE_ATTENTION,
+    SOFTMAX,
+    add_mark,
+    first_argument,
+    is_entered,
+    new_mark,
+    read_mark,
+)
+from vlattn_fast.attach.session import in_layers, layers_of, visible
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.relevancy.attention_call import Attended, AttentionCall
-from vlattn_fast.interpret.relevancy.backward import LinkedCall
-from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.through_call import Scored
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.relevancy.attention_call import AttentionCall, Scored
+from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 
 
 class Trace(TorchFunctionMode):
-    """One run of a model.
+    """A context with one run of a model in it; everything is put back on leaving, also by an exception.
 
     Args:
         model: the model, without wrappers.
@@ -65,21 +74,41 @@ class Trace(TorchFunctionMode):
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = new_mark("calls")
         self._around, self._is_over = RUNNING.get(), False
+        self._follows = type(method).follow is not Method.follow
+        self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
+        if self.finds_towers:
+            self._roots = [model.get_submodule(family.within)]
+            check_rules(self._roots[0])
+        self._stack = contextlib.ExitStack()
 
     # --- the run ---
 
     def __enter__(self) -> Trace:
-        RUNNING.set(self)
-        return super().__enter__()
+        try:
+            # What takes a step back is pushed before the step, since Ctrl-C may come in between.
+            self._stack.push(attention := visible(self._roots))
+            attention.__enter__()
+            self._stack.callback(self._leave)
+            RUNNING.set(self)
+            super().__enter__()
+            for handle in self._install():
+                self._stack.callback(handle.remove)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
 
     def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _leave(self) -> None:
         """As if it had not been entered; also where Ctrl-C broke off `__enter__`."""
         if is_entered(self):
-            super().__exit__(*error)
+            super().__exit__(None, None, None)
         RUNNING.set(self._around)
         self._is_over = True
 
-    def install(self) -> Iterator[Any]:
+    def _install(self) -> Iterator[Any]:
         """Register the hooks of this run; yields their handles.
 
         Those that follow the modules are torch's global ones: they also see modules of other models, which a hook may run.
@@ -133,11 +162,14 @@ class Trace(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
         result = func(*args, **kwargs)
-        self.method.follow(func, args, result)
+        if self._follows:
+            self.method.follow(func, args, result)
+        if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
+            return result  # a shape, a dtype, a number: many of the calls
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
         if calls:
             # A tensor keeps what is written into it in place.
-            self._note(args[0] if result is None and args else result, calls)
+            add_mark(args[0] if result is None and args else result, self._mark, calls)
         return result
 
     def _explains(self, path: str | None) -> bool:
@@ -154,14 +186,6 @@ class Trace(TorchFunctionMode):
     def _calls_of(self, values: Iterable[Any]) -> int:
         """The calls that `values` were computed from, as bits."""
         return read_mark(values, self._mark)
-
-    def _note(self, value: Any, calls: int) -> None:
-        """Adds `calls` to those that a tensor, or those in a tuple or list, were computed from."""
-        if isinstance(value, Tensor):
-            setattr(value, self._mark, getattr(value, self._mark, 0) | calls)
-        elif isinstance(value, (tuple, list)):
-            for part in value:
-                self._note(part, calls)
 
     # --- attention calls ---
 
@@ -192,9 +216,7 @@ class Trace(TorchFunctionMode):
             masks["attn_mask"] = attn_mask.unsqueeze(1)
         query, key, value = (self._marked_as(x.unsqueeze(1), x) for x in (query, key, value))  # (B, N, D) is one head
         output = self.attend(query, key, value, masks)
-        result = output.squeeze(1)
-        self._note(result, self._calls_of((output,)))
-        return result
+        return self._marked_as(output.squeeze(1), output)
 
     def _score_attention(
         self,
@@ -221,15 +243,15 @@ class Trace(TorchFunctionMode):
             keys, values = (expand_heads(x.detach(), heads) for x in mask_padding(key_mask, key, value))
             tensors = query.detach(), keys, values
         for tensor, each in zip(tensors, calls, strict=True):
-            self._note(tensor, each)
+            add_mark(tensor, self._mark, each)
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "scale": scale}
         result = self.attend(*tensors, {**masks, "score": Scored(kind, vector, parameter, output)})
-        self._note(lse, calls[0] | calls[1])
+        add_mark(lse, self._mark, calls[0] | calls[1])
         return result, lse
 
     def _marked_as(self, view: Tensor, tensor: Tensor) -> Tensor:
         """A view of `tensor` with its calls, which are copied by hand: the trace does not see what it computes itself."""
-        self._note(view, self._calls_of((tensor,)))
+        add_mark(view, self._mark, self._calls_of((tensor,)))
         return view
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
@@ -238,12 +260,12 @@ class Trace(TorchFunctionMode):
             path = self._paths[-1]
             call = AttentionCall("" if path is None else path, query, key, value, masks)
             calls = self._calls_of((query,))
-            output, owner = (call.output(), None) if path is None else self._attend(call, calls)
+            output, owner = (call.computed(), None) if path is None else self._attend(call, calls)
             if owner is not None:
                 calls |= 1 << len(self._owners)
                 self._owners.append(owner)
             if calls:
-                self._note(output, calls)
+                add_mark(output, self._mark, calls)
         return output
 
     def _attend(self, call: AttentionCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
@@ -267,12 +289,12 @@ class Trace(TorchFunctionMode):
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
             if same:
                 self._refuse_foreign(path)
-            return call.output(), None
+            return call.computed(), None
         tower = self._new_tower() if owner is None else owner
         if same:
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls))
             output = self.method.attend(tower, call)
-            self._record(tower, tower, call.attended(output), path, key_calls)
+            self._keep(tower, tower, call, output, key_calls)
             return output, tower
         if not self.finds_towers:
             raise ValueError(
@@ -282,7 +304,7 @@ class Trace(TorchFunctionMode):
         call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
         source = self._source_of(key_calls, call.key)
         output = self.method.cross(tower, call)
-        self._record(tower, source, call.attended(output), path, key_calls)
+        self._keep(tower, source, call, output, key_calls)
         return output, tower
 
     def _is_chunk(self, tower: TowerTrace, call: AttentionCall, calls: int) -> bool:
@@ -301,12 +323,12 @@ class Trace(TorchFunctionMode):
         tower.last_run, tower.queries = run, queries
         return again and beside
 
-    def _record(self, tower: TowerTrace, source: TowerTrace, attended: Attended, path: str, key_calls: int) -> None:
+    def _keep(self, tower: TowerTrace, source: TowerTrace, call: AttentionCall, output: Tensor, key_calls: int) -> None:
         """Appends to `calls`, with the source's last call that the keys came through."""
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
-            self.calls.append(LinkedCall(path, tower, source, attended, len(self._owners), seen))
+            self.calls.append(LinkedCall(tower, source, replace(call, output=output), len(self._owners), seen))
 
     # --- towers ---
 

@@ -1,28 +1,82 @@
-"""One tower during a run: which attention calls are its own, and what is known of its tokens."""
+"""One tower during a run: which attention calls are its own, what is known of its tokens, and the carrier through its layers."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.paths import layers_of, split_path
+from vlattn_fast.attach.session import layers_of, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.records.tokens import Tokens
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall
-from vlattn_fast.interpret.relevancy.carriers import Carriers
+from vlattn_fast.interpret.relevancy.attention_call import AttentionCall, Recursion, Through
 
 _NUMBER = re.compile(r"\b\d+\b")
 
 
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
+class Carriers:
+    """The carriers of one tower, in front of its layers and behind the last call.
+
+    A carrier (B, 1, N) is handed from call to call. In the backward pass its cotangent is the relevancy that is carried back from
+    the end of the tower, where it is the row that is read.
+    """
+
+    def __init__(self) -> None:
+        self.entering: list[list[Tensor]] = []  # in front of each layer; one tensor a chunk in front of the first
+        self.behind: list[Tensor] = []  # behind the last call, one a chunk
+        self._before: Tensor | None = None  # in front of the call that runs; None = the first
+        self.dtype = torch.float32
+        self.without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
+        self.below: Callable[[Tensor], Tensor] | None = None  # what a vision tower brings into the first carrier
+
+    def through(self, call: AttentionCall, recursion: Recursion) -> Tensor:
+        """The output (B, H, N, Dv) of a self-attention call, through which the carrier goes, too."""
+        if not call.chunk:
+            self._before = self.leaving() if self.behind else None
+            self.behind = []
+            if call.begins_layer or not self.entering:
+                self.entering.append([] if self._before is None else [self._before])
+        output, carrier = call.through(self._of_tokens(call.query), recursion)
+        carrier = carrier.to(self.dtype)
+        if not carrier.requires_grad and self.without_gradients is None:
+            self.without_gradients = call.path
+        self.behind.append(carrier)
+        return output
+
+    def into_probes(self, call: AttentionCall, output: Tensor, recursion: Recursion) -> Tensor:
+        """`output` of a pooling head's call. The carrier is that of its queries, which are learnt: there is no residual term."""
+        before = self.behind[-1].to(call.query.device, compute_dtype(call.query))
+        alone = recursion._replace(residual_weight=0.0, attention_weight=1.0)
+        output, carrier = Through.apply(output, before, call, alone)
+        self.behind = [carrier]
+        return output
+
+    def _of_tokens(self, query: Tensor) -> Tensor:
+        """The carrier of the query's tokens, in front of the attention."""
+        size = query.shape[2]
+        if self._before is None:
+            carrier = torch.zeros(query.shape[0], 1, size, dtype=self.dtype, device=query.device, requires_grad=True)
+            self.entering[0].append(carrier)
+            return carrier if self.below is None else carrier + self.below(carrier)
+        carrier = self._before
+        if carrier.shape[2] != size:
+            carrier = carrier.narrow(2, sum(out.shape[2] for out in self.behind), size)
+        return carrier.to(query.device, compute_dtype(query))  # layers of a model may have several devices and dtypes
+
+    @property
+    def before(self) -> Tensor:
+        """The carrier in front of the last call."""
+        return self.entering[0][0] if self._before is None else self._before
+
+    def leaving(self) -> Tensor:
+        """The carrier (B, 1, N) behind the last layer that ran."""
+        return torch.cat(self.behind, 2) if len(self.behind) > 1 else self.behind[0]
 
 
 class TowerTrace:
@@ -53,11 +107,9 @@ class TowerTrace:
         self.chunked = False  # some call takes a further part of a sequence
         self.pooling_path: str | None = None
         self.probes: int | None = None  # queries of the pooling head; None before it ran
-        self.config: Any = getattr(model, "config", None)
-        self._has_dtensors = has_dtensors(model)
+        self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
         if record is not None:
             root = submodule(model, record.path, record)
-            self.config = getattr(root, "config", self.config)
             if record.layers:
                 self.lists += [_joined(record.path, layers) for layers in matching(root, record)]
             for further in record.further:
@@ -100,17 +152,13 @@ class TowerTrace:
         if layers in self.lists:
             return True
         # Layers may lie in several lists beside one another, or be lists themselves.
-        return self.keeps and (_parent(layers) == _parent(last) or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
+        beside = layers.rpartition(".")[0] == last.rpartition(".")[0]
+        return self.keeps and (beside or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
 
     # --- attention calls ---
 
     def enter(self, call: AttentionCall, number: int, chunk: bool = False) -> AttentionCall:
-        """Take a call of this tower's tokens in; returns it with what the tower knows of it.
-
-        Args:
-            number: of the call in the run.
-            chunk: it takes a further part of the sequence through the module of the last call.
-        """
+        """Take a call of this tower's tokens in, the run's number `number`; returns it with what the tower knows of it."""
         path, query = call.path, call.query
         if layers_of(path) not in self.lists:
             self.lists.append(layers_of(path))
@@ -159,8 +207,8 @@ class TowerTrace:
                 left_out = bool(self.paths) and self.record is not None and self.keeps and _joined(layers, index) not in ran
                 if of_kind and not left_out and not _calls(_joined(layers, index), called):
                     raise ValueError(
-                        f"model must call the attention of every layer of tower '{self.name}' where explain can see it; got "
-                        f"'{_joined(layers, index)}' ({type(layer).__name__}), whose attention was not called"
+                        f"explain saw no attention call in layer '{_joined(layers, index)}' ({type(layer).__name__}) of tower "
+                        f"'{self.name}'. Use scaled_dot_product_attention or transformers' attention interface there"
                     )
         if self.pooling_path is not None and not self.pooled:
             raise ValueError(
@@ -184,10 +232,6 @@ class TowerTrace:
         """Where gradients enter the attention of layer `start_layer` (-1 = the last) and later ones."""
         first = self.depth - 1 if start_layer == -1 else start_layer
         return [edge for depth, edge in self._edges if depth > first]
-
-    def rows_at_end(self) -> int:
-        """Rows of the relevancy that is read: the tokens, or a pooling head's queries."""
-        return self.size if self.probes is None else self.probes
 
 
 def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:

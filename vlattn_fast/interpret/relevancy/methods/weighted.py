@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
 from vlattn_fast.interpret.records.record import Tower
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall
-from vlattn_fast.interpret.relevancy.backward import BackwardPass, LinkedCall
-from vlattn_fast.interpret.relevancy.carriers import Recursion
-from vlattn_fast.interpret.relevancy.method import Hook
+from vlattn_fast.interpret.relevancy.attention_call import AttentionCall, Recursion
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, LinkedCall
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient, rows_by_equations
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, matching, submodule
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, divided_by_sums
@@ -162,7 +160,7 @@ class Weighted(Gradient):
         calls = backward.reaching_calls()
         terms = {tower: iter(sums.terms) for tower, sums in self.kept.items()}
         of_calls = [next(terms[call.tower]) for call in calls]
-        outputs = [*(call.attended.output for call in calls), *(branch for _, branch in of_calls)]
+        outputs = [*(call.attention.output for call in calls), *(branch for _, branch in of_calls)]
         grads = backward.gradients(outputs)
         weights: dict[int, tuple[Tensor, Tensor]] = {}  # none where the score does not depend on the sum
         for call, (stream, branch), grad in zip(calls, of_calls, grads[len(calls) :], strict=True):
