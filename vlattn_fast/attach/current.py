@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
 
@@ -26,15 +25,11 @@ class Attends(Protocol):
     ) -> Tensor: ...
 
 
+# The innermost run of this thread.
 RUNNING: contextvars.ContextVar[Attends | None] = contextvars.ContextVar("vlattn_trace", default=None)
 _numbers = itertools.count()
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
-
-
-def running_trace() -> Attends | None:
-    """The innermost trace of this thread."""
-    return RUNNING.get()
 
 
 class _Plain:
@@ -77,11 +72,6 @@ def add_mark(value: Any, mark: str, bits: int, keep: bool = True) -> None:
     elif isinstance(value, (tuple, list, Mapping)):
         for part in value.values() if isinstance(value, Mapping) else value:
             add_mark(part, mark, bits, keep)
-
-
-def is_entered(mode: TorchFunctionMode) -> bool:
-    """Whether torch still has the mode: Ctrl-C while torch hands a call to a mode may remove the mode."""
-    return any(each is mode for each in _get_current_function_mode_stack())
 
 
 def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -263,9 +263,8 @@ def _decoder(
     """The attention (B, N, H * D) of a BERT-like decoder layer, to its own sequence or to an encoder's."""
     cross = encoder_hidden_states is not None
     states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    size = module.attention_head_size
-    query = heads(module.query(hidden_states), size)
-    key, value = _keys_and_values(module, module.key, module.value, size, states, past_key_values, cross)
+    query = heads(module.query(hidden_states), module.attention_head_size)
+    key, value = _keys_and_values(module, module.key, module.value, module.attention_head_size, states, past_key_values, cross)
     return attend(query, key, value, _added(module, query, mask))
 
 
@@ -312,8 +311,7 @@ def _tapas(
     output_attentions: Any = False,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    _refuse_maps(module, output_attentions)
-    output = _decoder(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values)
+    output, _ = _rembert(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values, output_attentions)
     return (output, past_key_values) if module.is_decoder else (output,)
 
 
@@ -321,11 +319,9 @@ def _bart(
     module: Any, hidden_states: Tensor, states: Tensor | None, mask: Tensor | None, past_key_values: Any, scale: float
 ) -> Tensor:
     """The output of an attention with projections q_proj, k_proj, v_proj and out_proj, to its own sequence or to `states`."""
-    query = heads(module.q_proj(hidden_states), module.head_dim)
+    query, cross = heads(module.q_proj(hidden_states), module.head_dim), states is not None
     source = hidden_states if states is None else states
-    key, value = _keys_and_values(
-        module, module.k_proj, module.v_proj, module.head_dim, source, past_key_values, states is not None
-    )
+    key, value = _keys_and_values(module, module.k_proj, module.v_proj, module.head_dim, source, past_key_values, cross)
     return module.out_proj(attend(query, key, value, _added(module, query, mask), scale=scale))
 
 

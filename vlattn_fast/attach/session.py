@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from vlattn_fast.attach.current import plain
 from vlattn_fast.attach.handwritten import replacements
@@ -122,12 +122,8 @@ def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The model inside the wrappers of torch.compile, DataParallel, DDP and PEFT, or inside a pipeline.
-
-    Raises:
-        TypeError: `model` holds no module.
-        ValueError: PEFT prepends prompts, which the inner model lacks.
-    """
+    """The model inside the wrappers of torch.compile, DataParallel, DDP and PEFT, or inside a pipeline. TypeError where there is
+    no module, ValueError where PEFT prepends prompts, which the inner model lacks."""
     while True:
         if isinstance(model, nn.Module) and isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
@@ -165,35 +161,19 @@ def dispatched(model: nn.Module) -> Iterator[None]:
 
 def visible(roots: Sequence[nn.Module]) -> overridden:
     """A context in which the attention below `roots` goes where a run sees it."""
-    return overridden(_changes(roots))
+    return overridden(chain(configs(roots), *(chain(replacements(root), _switches(root)) for root in roots)))
 
 
-def _changes(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """The changes that make the attention below `roots` visible. A generator, see `configs`."""
-    modules = [module for root in roots for module in root.modules()]
-    return chain(
-        configs(roots), _functions(modules), _fused(modules), _in_order(modules), *(replacements(root) for root in roots)
-    )
-
-
-def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Our attention function for modules with an attribute `attention_function`, as this package's models have."""
-    for module in modules:
+def _switches(root: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for module in root.modules():
+        # This package's models have an attribute `attention_function`.
         attends = vars(module).get("attention_function") or getattr(type(module), "attention_function", None)
         if callable(attends):
             yield module, "attention_function", sdpa_function
-
-
-def _fused(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere."""
-    for module in modules:
+        # timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere.
         if "fused_attn" in vars(module):  # also where another run has set the flag: that run may end first
             yield module, "fused_attn", True
-
-
-def _in_order(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Keeps ViLT's patches in order: it shuffles their places in the sequence, and a map needs the places."""
-    for module in modules:
+        # ViLT shuffles the places of its patches in the sequence, and a map needs the places.
         if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
             yield module, "visual_embed", functools.partial(_visual_embed, module)
 
@@ -214,8 +194,11 @@ class _DrawsInOrder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _plainly() -> Iterator[tuple[Any, str, Any]]:
-    """Runs compiled code as plain Python, in all threads: compiled code shows no attention."""
+def _plainly(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
+    """Runs compiled modules and functions as plain Python, in all threads: compiled code shows no attention."""
+    for module in modules:
+        if "_compiled_call_impl" in vars(module):
+            yield module, "_compiled_call_impl", None
     frames: Any = sys.modules.get("torch._dynamo.eval_frame")
     if hasattr(frames, "_stance") and hasattr(frames, "DynamoStance"):
         yield frames, "_stance", frames.DynamoStance("force_eager")
@@ -228,7 +211,7 @@ class uncompiled(overridden):  # noqa: N801 (used as a function is)
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__([*_compiled(model.modules()), *_plainly()])
+        super().__init__([*_plainly(model.modules())])
 
     def __enter__(self) -> None:
         self._tracer = set_eval_frame(None)
@@ -239,12 +222,6 @@ class uncompiled(overridden):  # noqa: N801 (used as a function is)
         set_eval_frame(self._tracer)
 
 
-def _compiled(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    for module in modules:
-        if "_compiled_call_impl" in vars(module):
-            yield module, "_compiled_call_impl", None
-
-
 def at_rest(model: nn.Module) -> overridden:
     """A context with the model in eval mode, frozen and not compiled; the last run over the model puts everything back."""
     # A compiled module shares the attributes of the module that it wraps, and `modules` lists that module as well.
@@ -252,7 +229,12 @@ def at_rest(model: nn.Module) -> overridden:
     modes = [(module, "training", False) for module in modules if "_orig_mod" not in module._modules]
     # Tensors made under inference mode have no gradients, and torch refuses to set their flag outside of that mode.
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters() if not parameter.is_inference()]
-    return overridden([*modes, *frozen, *_compiled(modules), *_plainly()])
+    return overridden([*modes, *frozen, *_plainly(modules)])
+
+
+def is_entered(mode: TorchFunctionMode) -> bool:
+    """Whether torch still has the mode: Ctrl-C while torch hands a call to a mode may remove the mode."""
+    return any(each is mode for each in _get_current_function_mode_stack())
 
 
 # --- where a module lies ---

@@ -26,22 +26,14 @@ Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a run: scores, and the rows that are read.
+    """A question about a run: scores, and the rows that are read."""
 
-    Args:
-        scores: (B,), or (B, T) of the tokens of an answer; None for a method without a gradient and a model without logits.
-        passes: the backward passes; none for an empty batch.
-        target: the index of the text, class, token or object query of each row; None for a callable and for an answer.
-        start_positions: of each tower, int64 (B,), or (B, T) of an answer: the token whose row is read, where it is one token
-            alone; None for an empty batch.
-        answer: the answer, as it stands among the tokens of the tower that is read; None where a target is explained.
-    """
-
-    scores: Tensor | None
-    passes: list[Pass] = field(default_factory=list)
-    target: list[int] | None = None
+    scores: Tensor | None  # (B,), or (B, T) of an answer's tokens; None for a method and a model that give none
+    passes: list[Pass] = field(default_factory=list)  # the backward passes; none for an empty batch
+    target: list[int] | None = None  # index of each row's text, class, token or query; None for a callable and for an answer
+    # Of each tower, int64 (B,), or (B, T) of an answer: the token whose row is read, where it is one; None for an empty batch.
     start_positions: dict[str, Tensor] | None = None
-    answer: Answer | None = None
+    answer: Answer | None = None  # as it stands among the tokens of the tower that is read; None where a target is explained
 
 
 def ask(request: Request, prompt: Prompt, run: Run) -> Question:
@@ -97,10 +89,8 @@ def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) ->
 
 
 def _choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
-    """Scores (B,) and the index each belongs to (text, class, token or object query; None for a callable).
-
-    Methods without a gradient run without a score where the outputs have no logits.
-    """
+    """Scores (B,) and the index each belongs to (text, class, token or object query; None for a callable); no scores for a method
+    without a gradient where the outputs have no logits."""
     record, target = request.record, request.target
     if callable(target):
         scores = target(outputs)
@@ -115,11 +105,8 @@ def _choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) ->
 
 
 def _check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None) -> None:
-    """UndefinedRelevancy for a score that is NaN, and ValueError for scores that do not depend on the explained layers.
-
-    Args:
-        edges: where gradients enter the explained layers; None if the method takes no gradient.
-    """
+    """UndefinedRelevancy for a score that is NaN, and ValueError for scores that do not depend on the explained layers, which
+    gradients enter at `edges`; None if the method takes no gradient."""
     if bool(scores.isnan().any()):
         rows = scores.isnan().nonzero()[:, 0].tolist()
         raise UndefinedRelevancy(f"target must give scores that are numbers; got nan in rows {rows} of the batch")
@@ -148,10 +135,8 @@ def _depends_on(scores: Tensor, edges: Sequence[GradientEdge]) -> bool:
 
 
 def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
-    """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others.
-
-    Behind a pooling head N is its number of probes.
-    """
+    """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others. Behind a pooling head N
+    is its number of probes."""
     count = tower.size if tower.probes is None else tower.probes
     like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
     asked: Read | None = read[tower.name] if isinstance(read, Mapping) else read

@@ -27,26 +27,18 @@ NAMED_ROWS = {"cls": READOUTS["cls"], "last": READOUTS["target"], "mean": READOU
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of one `explain`, checked.
+    """The arguments of one `explain`, checked."""
 
-    Args:
-        model: without its wrappers.
-        record: the model's, or one without towers, where they are found.
-        method: of this call alone.
-        answer, each, tokenizer: as the caller gave them; `answer` None = a target is explained.
-        vision: the tower that relevancy is carried on into through the model's connector; None = it ends in the decoder.
-    """
-
-    model: nn.Module
-    record: Family
+    model: nn.Module  # without its wrappers
+    record: Family  # the model's, or one without towers, where they are found
     target: Target
-    method: Method
+    method: Method  # of this call alone
     start_layer: int
     read: None | Read | Mapping[str, Read]
-    answer: Any
+    answer: Any  # None = a target is explained
     each: bool
     tokenizer: Any
-    vision: Tower | None
+    vision: Tower | None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
 
     @classmethod
     def check(
@@ -93,21 +85,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The arguments of the model's call.
-
-    Args:
-        arguments: its keyword arguments.
-        pairs: where images are compared with texts, the text of each row.
-        answer: the answer among the tokens; None where a target is explained.
-    """
+    """What the model is called with."""
 
     arguments: dict[str, Any]
-    pairs: list[int] | None
-    answer: Answer | None
+    pairs: list[int] | None  # where images are compared with texts, the text of each row
+    answer: Answer | None  # the answer among the tokens; None where a target is explained
 
     @property
     def empty(self) -> bool:
-        """Whether the batch has no row."""
         return is_empty(self.arguments)
 
 

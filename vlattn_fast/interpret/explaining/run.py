@@ -19,20 +19,13 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 @dataclass(frozen=True)
 class Run:
-    """A forward pass that ran.
+    """A forward pass that ran."""
 
-    Args:
-        outputs: the model's; of an empty batch, those of one made-up row.
-        read: the towers whose own rows are read.
-        vision: the tower behind the connector, whose row comes from that of the decoder; None without.
-        attended: the towers that those of `read` attend to, whose part of these rows is read as well.
-    """
-
-    outputs: Any
+    outputs: Any  # the model's; of an empty batch, those of one made-up row
     trace: Trace
-    read: list[TowerTrace]
-    vision: TowerTrace | None
-    attended: list[TowerTrace]
+    read: list[TowerTrace]  # whose own rows are read
+    vision: TowerTrace | None  # the tower behind the connector, whose row comes from that of the decoder; None without
+    attended: list[TowerTrace]  # that those of `read` attend to, whose part of these rows is read as well
 
     @property
     def carrying(self) -> list[TowerTrace]:
@@ -98,12 +91,12 @@ def _check_pictures(config: Any, arguments: Mapping[str, Any]) -> None:
     layers = getattr(config, name, None) if arguments.get(name) is None else arguments[name]
     if isinstance(layers, (list, tuple)) and len(layers) > 1:
         raise ValueError(
-            f"through_connector must be off where image tokens are made of several layers' patches; got {name} {list(layers)}"
+            f"through_connector=True supports image tokens that are made of one layer's patches only; got {name} {list(layers)}"
         )
     if arguments.get("pixel_values_videos") is not None:
-        raise ValueError("through_connector must be off for videos; got 'pixel_values_videos'")
+        raise ValueError("through_connector=True supports images only; got 'pixel_values_videos'")
     if arguments.get("pixel_values") is None:
-        raise ValueError("inputs must contain 'pixel_values' where through_connector is set; got none")
+        raise ValueError("through_connector=True needs 'pixel_values' in inputs; got none")
 
 
 def _connect(vision: TowerTrace, language: TowerTrace, connector: Connector, config: Any, arguments: Mapping[str, Any]) -> None:

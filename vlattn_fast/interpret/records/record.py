@@ -7,7 +7,7 @@ read, which score is explained, what the tokens stand for, and where the residua
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -33,9 +33,9 @@ class Tower:
             object query that the target names.
         tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
             `.text` are cut: "patches", "packed_patches", "text", "clip_text", "bert_text", "image_text" (text with image tokens
-            in it), "image" (image tokens alone, as `grid` has them), "regions" and "text_patches" (BERT's text, then regions or
-            patches), "patches_text", "boxes" (regions alone), "features" (a backbone's), "queries" (of objects) or "decoded" (a
-            decoder's text, whose prompt an encoder reads).
+            in it), "image" (image tokens alone), "regions" and "text_patches" (BERT's text, then regions or patches),
+            "patches_text", "boxes" (regions alone), "features" (a backbone's), "queries" (of objects) or "decoded" (a decoder's
+            text, whose prompt an encoder reads).
         branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
@@ -135,19 +135,12 @@ class Family:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """Which row of the relevancy matrix is read at the end of a tower: that of one token, or a mean of rows.
+    """Which row of the relevancy matrix is read at the end of a tower: that of one token, or a mean of rows."""
 
-    Args:
-        position: gives the token (B,) whose row is read; None = a mean.
-        skipped: gives how many tokens in front are left out of the mean; None = there is no mean, and the weights are ones.
-        predicts: the token predicts the next one.
-        asks: the token is one of the prompt's, without which another question would be asked.
-    """
-
-    position: Callable[[Tokens], Tensor] | None = None
-    skipped: Callable[[Tokens], int] | None = None
-    predicts: bool = False
-    asks: bool = False
+    position: Callable[[Tokens], Tensor] | None = None  # gives the token (B,) whose row is read; None = a mean
+    skipped: Callable[[Tokens], int] | None = None  # gives how many tokens in front are left out of the mean; None = all ones
+    predicts: bool = False  # the token predicts the next one
+    asks: bool = False  # the token is one of the prompt's, without which another question would be asked
 
     def weights(self, tokens: Tokens, like: Tensor) -> Tensor:
         """The weights (B, 1, N) of the rows, as `like` (behind a pooling head N is its number of probes)."""
@@ -182,17 +175,11 @@ READOUTS = {
 
 @dataclass(frozen=True)
 class Score(Named):
-    """Which number of the outputs is explained: `logits[b, class]`. Each subclass with a name is another kind, a `Family.score`.
+    """Which number of the outputs is explained: `logits[b, class]`. Subclasses with a name are other kinds."""
 
-    Args:
-        field: of the outputs, which holds the logits.
-        kind: of the tokens of the first tower.
-        background: of object queries: the last logit is that of no object.
-    """
-
-    field: str
-    kind: type[Tokens]
-    background: bool
+    field: str  # of the outputs, which holds the logits
+    kind: type[Tokens]  # of the tokens of the first tower
+    background: bool  # of object queries: the last logit is that of no object
 
     named: ClassVar[dict[str, type[Any]]] = {}
     among: ClassVar[str] = "classes"  # what a target's index counts
@@ -302,8 +289,3 @@ def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
 
 
 UNRECORDED = Family((), "class")  # of a model without a record: every tower is found
-
-
-def alone(tower: Tower) -> Family:
-    """The family of a model that is this tower alone."""
-    return Family((replace(tower, path=""),), "class")

@@ -14,49 +14,35 @@ from torch.autograd.graph import GradientEdge
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.records.tokens import decoder_inputs
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall, Recursion
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
 Hook = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
 class LinkedCall:
-    """An attention call whose queries are tokens of `tower` and whose keys are tokens of `source`, often the same.
-
-    Args:
-        number: of the call in the run.
-        seen: of cross-attention, the number of the last call of `source` that the keys came through; None without one.
-    """
+    """An attention call whose queries are tokens of `tower` and whose keys are tokens of `source`, often the same."""
 
     tower: TowerTrace
     source: TowerTrace
-    attention: AttentionCall
-    number: int
-    seen: int | None
+    attention: TracedCall
+    number: int  # of the call in the run
+    seen: int | None  # of cross-attention, the last call of `source` that the keys came through; None without one
 
 
 @dataclass(frozen=True, eq=False)
 class BackwardPass:
-    """What one backward pass of a run starts from.
+    """What one backward pass of a run starts from."""
 
-    Args:
-        towers: those whose own rows are read; `starts` (B, 1, N) has the weights of their rows.
-        attended: those that they attend to.
-        calls: attention calls in the order in which they ran, where towers may attend to one another; else none.
-        scores: (B,); None for methods without a gradient.
-        arguments: of the model.
-        keep: keep the graph for a further pass.
-    """
-
-    towers: Sequence[TowerTrace]
-    attended: Sequence[TowerTrace]
-    calls: Sequence[LinkedCall]
-    starts: Sequence[Tensor]
-    scores: Tensor | None
+    towers: Sequence[TowerTrace]  # whose own rows are read
+    attended: Sequence[TowerTrace]  # that they attend to
+    calls: Sequence[LinkedCall]  # in the order in which they ran, where towers may attend to one another; else none
+    starts: Sequence[Tensor]  # (B, 1, N), the weights of the rows that are read of `towers`
+    scores: Tensor | None  # (B,); None for methods without a gradient
     start_layer: int
-    arguments: Mapping[str, Any]
-    keep: bool
+    arguments: Mapping[str, Any]  # of the model
+    keep: bool  # keep the graph for a further pass
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of the score at each tensor; None where it does not depend on it."""
@@ -110,11 +96,8 @@ class Method:
     # --- what it can explain ---
 
     def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
-        """ValueError where it cannot explain towers that attend to one another, or not from this layer.
-
-        Args:
-            records: of the towers; None = a tower that is found.
-        """
+        """ValueError where it cannot explain towers that attend to one another, or not from this layer. `records` are those of
+        the towers; None = a tower that is found."""
         if start_layer != 0:
             raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {start_layer}")
 
@@ -124,23 +107,19 @@ class Method:
     # --- the forward pass ---
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        """Registers the hooks that it needs beside the attention calls; yields their handles.
-
-        Args:
-            towers: those with a record; others are found while the model runs.
-            of_this_run: makes a hook that is silent in other runs of the same model.
-        """
+        """Registers the hooks that it needs beside the attention calls; yields their handles. `towers` are those with a record:
+        others are found while the model runs. `of_this_run` makes a hook that is silent in other runs of the same model."""
         yield from ()
 
-    def attend(self, tower: TowerTrace, call: AttentionCall) -> Tensor:
+    def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output (B, H, N, Dv) of self-attention."""
         return self.watched(tower, call.computed())
 
-    def pool(self, tower: TowerTrace, call: AttentionCall) -> Tensor:
+    def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output of an attention-pooling head, whose queries are learnt and no tokens."""
         return self.watched(tower, call.computed())
 
-    def cross(self, tower: TowerTrace, call: AttentionCall) -> Tensor:
+    def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output of cross-attention, from the tokens of `tower` to others."""
         return self.watched(tower, call.computed())
 
@@ -166,11 +145,11 @@ class Method:
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of towers that do not attend to one another."""
-        raise ValueError(f"method must be another one for towers that do not attend to one another; got {self.name!r}")
+        raise ValueError(f"method={self.name!r} has no rule for towers that do not attend to one another. Pass another method=")
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of towers that attend to others, and of those others; see `two_modalities.rows_between`."""
-        raise ValueError(f"method must be another one for towers that attend to one another; got {self.name!r}")
+        raise ValueError(f"method={self.name!r} has no rule for towers that attend to one another. Pass another method=")
 
     def rows(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of `backward.towers` and of `backward.attended`."""
@@ -181,18 +160,14 @@ class Method:
 
 
 class CarriedMethod(Method):
-    """A method that carries one row through all layers (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row).
+    """A method that carries one row through all layers (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row)."""
 
-    Attributes:
-        recursion: what an attention call does to the row that is carried back.
-    """
+    recursion: ClassVar[Recursion]  # what an attention call does to the row that is carried back
 
-    recursion: ClassVar[Recursion]
-
-    def attend(self, tower: TowerTrace, call: AttentionCall) -> Tensor:
+    def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         return self._of_carrier(tower, tower.carriers.through(call, self.recursion))
 
-    def pool(self, tower: TowerTrace, call: AttentionCall) -> Tensor:
+    def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         output = self._of_carrier(tower, call.computed())
         output = tower.carriers.into_probes(call, output, self.recursion)
         return output if self.needs_score else output.detach()

@@ -25,22 +25,14 @@ from torch.overrides import TorchFunctionMode
 
 import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
-from vlattn_fast.attach.current import (
-    RUNNING,
-    SCORE_ATTENTION,
-    SOFTMAX,
-    add_mark,
-    first_argument,
-    is_entered,
-    new_mark,
-    read_mark,
-)
-from vlattn_fast.attach.session import in_layers, layers_of, visible
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, add_mark, first_argument, new_mark, read_mark
+from vlattn_fast.attach.session import in_layers, is_entered, layers_of, visible
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_rules
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall, Scored
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
+from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 
 
 class Trace(TorchFunctionMode):
@@ -72,9 +64,9 @@ class Trace(TorchFunctionMode):
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
-        self._mark = new_mark("calls")
+        self._mark = new_mark("calls")  # of a tensor: the calls that it was computed from, as bits
         self._around, self._is_over = RUNNING.get(), False
-        self._follows = type(method).follow is not Method.follow
+        self._follows = type(method).follow is not Method.follow  # most methods do not
         self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
         if self.finds_towers:
             self._roots = [model.get_submodule(family.within)]
@@ -149,13 +141,14 @@ class Trace(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
         if func is SCORE_ATTENTION:
-            return self._score_attention(*args)
+            return self._score_attention(ScoreAttentionInputs(*args))
         path = self._paths[-1]
-        if func is functional.multi_head_attention_forward and self._explains(path):
-            raise ValueError(
-                "model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
-                f"'{path}', which calls multi_head_attention_forward"
-            )
+        if func is functional.multi_head_attention_forward and path is not None:
+            if self.finds_towers or self._around_of(path) is not None:
+                raise ValueError(
+                    "model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
+                    f"'{path}', which calls multi_head_attention_forward"
+                )
         if getattr(func, "__name__", None) == "flex_attention" and path is not None and self._concerns(path):
             raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
         if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
@@ -172,19 +165,12 @@ class Trace(TorchFunctionMode):
             add_mark(args[0] if result is None and args else result, self._mark, calls)
         return result
 
-    def _explains(self, path: str | None) -> bool:
-        """Whether the module at `path` belongs to what is explained: all of a model whose towers are found, else the towers."""
-        return path is not None and (self.finds_towers or self._tower_around(path) is not None)
-
-    def _tower_around(self, path: str) -> TowerTrace | None:
+    def _around_of(self, path: str) -> TowerTrace | None:
         """The recorded tower that the module at `path` lies in, if any."""
-        for tower in self.towers:
-            if tower.record is not None and (not tower.record.path or f"{path}.".startswith(f"{tower.record.path}.")):
-                return tower
-        return None
+        towers = (tower for tower in self.towers if tower.record is not None)
+        return next((t for t in towers if not t.record.path or f"{path}.".startswith(f"{t.record.path}.")), None)
 
     def _calls_of(self, values: Iterable[Any]) -> int:
-        """The calls that `values` were computed from, as bits."""
         return read_mark(values, self._mark)
 
     # --- attention calls ---
@@ -218,34 +204,19 @@ class Trace(TorchFunctionMode):
         output = self.attend(query, key, value, masks)
         return self._marked_as(output.squeeze(1), output)
 
-    def _score_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        vector: Tensor | None,
-        attn_mask: Tensor | None,
-        key_mask: Tensor | None,
-        seed: Tensor | None,
-        kind: str,
-        parameter: float,
-        scale: float,
-        dropout_p: float,
-        is_causal: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    def _score_attention(self, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp; dropout is off, as everywhere in a run."""
-        calls = [self._calls_of((tensor,)) for tensor in (query, key, value)]
+        calls = [self._calls_of((tensor,)) for tensor in (inputs.query, inputs.key, inputs.value)]
         with torch._C.DisableTorchFunction():
-            options = None, kind, parameter, scale, 0.0, is_causal, backend
-            output, lse = SCORE_ATTENTION(query, key, value, vector, attn_mask, key_mask, *options)
-            heads = query.shape[1]
-            keys, values = (expand_heads(x.detach(), heads) for x in mask_padding(key_mask, key, value))
-            tensors = query.detach(), keys, values
+            output, lse = SCORE_ATTENTION(*inputs._replace(seed=None, dropout_p=0.0))
+            padded = mask_padding(inputs.key_mask, inputs.key, inputs.value)
+            keys, values = (expand_heads(x.detach(), inputs.query.shape[1]) for x in padded)
+            tensors = inputs.query.detach(), keys, values
         for tensor, each in zip(tensors, calls, strict=True):
             add_mark(tensor, self._mark, each)
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "scale": scale}
-        result = self.attend(*tensors, {**masks, "score": Scored(kind, vector, parameter, output)})
+        masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
+        score = Scored(inputs.score, inputs.vector, inputs.parameter, output)
+        result = self.attend(*tensors, {**masks, "score": score})
         add_mark(lse, self._mark, calls[0] | calls[1])
         return result, lse
 
@@ -257,9 +228,8 @@ class Trace(TorchFunctionMode):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
         with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
-            path = self._paths[-1]
-            call = AttentionCall("" if path is None else path, query, key, value, masks)
-            calls = self._calls_of((query,))
+            path, calls = self._paths[-1], self._calls_of((query,))
+            call = TracedCall(path or "", query, key, value, masks)
             output, owner = (call.computed(), None) if path is None else self._attend(call, calls)
             if owner is not None:
                 calls |= 1 << len(self._owners)
@@ -268,12 +238,9 @@ class Trace(TorchFunctionMode):
                 add_mark(output, self._mark, calls)
         return output
 
-    def _attend(self, call: AttentionCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
-        """The output, and the tower that it belongs to, None where it is not explained.
-
-        Args:
-            calls: those that the queries came through, as bits.
-        """
+    def _attend(self, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
+        """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
+        through, as bits."""
         path, batch, rows, columns = call.path, call.query.shape[0], call.query.shape[2], call.key.shape[2]
         if _is_checkpointed():
             raise ValueError(
@@ -287,8 +254,11 @@ class Trace(TorchFunctionMode):
         owner = self._tower_of(path, calls, batch, rows)
         same = rows == columns and self._same_tokens(calls, key_calls)
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
-            if same:
-                self._refuse_foreign(path)
+            if same and (around := self._around_of(path)) is not None:  # the map would leave it out
+                raise ValueError(
+                    f"model must call only the attention of its layers in tower '{around.name}'; got a call of '{path}', which "
+                    "is in none of them"
+                )
             return call.computed(), None
         tower = self._new_tower() if owner is None else owner
         if same:
@@ -307,7 +277,7 @@ class Trace(TorchFunctionMode):
         self._keep(tower, source, call, output, key_calls)
         return output, tower
 
-    def _is_chunk(self, tower: TowerTrace, call: AttentionCall, calls: int) -> bool:
+    def _is_chunk(self, tower: TowerTrace, call: TracedCall, calls: int) -> bool:
         """Whether a call takes a further part of the tower's sequence: a module may attend to a long one in chunks. One run of it
         calls again then, with queries that did not come through the last call."""
         run, queries = self._runs[-1], call.query.shape[0] * call.query.shape[2]
@@ -323,7 +293,7 @@ class Trace(TorchFunctionMode):
         tower.last_run, tower.queries = run, queries
         return again and beside
 
-    def _keep(self, tower: TowerTrace, source: TowerTrace, call: AttentionCall, output: Tensor, key_calls: int) -> None:
+    def _keep(self, tower: TowerTrace, source: TowerTrace, call: TracedCall, output: Tensor, key_calls: int) -> None:
         """Appends to `calls`, with the source's last call that the keys came through."""
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
@@ -366,35 +336,31 @@ class Trace(TorchFunctionMode):
     def _source_of(self, calls: int, key: Tensor) -> TowerTrace:
         """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
         batch, size = key.shape[0], key.shape[2]
-        for tower in self._reached(calls):
+        for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.paths)):
             if (tower.batch, tower.size) == (batch, size):
-                return tower
-        for tower in self.towers:
-            if not tower.paths and (tower.batch, tower.size) == (batch, size):
                 return tower
         tower = next((tower for tower in self.towers if not tower.lists and tower.batch is None), None) or self._new_tower()
         tower.batch, tower.size, tower.dtype, tower.device = batch, size, compute_dtype(key), key.device
         return tower
 
-    def _refuse_foreign(self, path: str) -> None:
-        """ValueError for a call inside of a recorded tower that is none of its layers: the map would leave it out."""
-        if (tower := self._tower_around(path)) is not None:
-            raise ValueError(
-                f"model must call only the attention of its layers in tower '{tower.name}'; got a call of '{path}', which is "
-                "in none of them"
-            )
-
     # --- after the forward pass ---
 
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
-        self._check_by_hand()
-        if not any(tower.paths for tower in self.towers):
+        called = {path for tower in self.towers for path in tower.paths}
+        for path, is_map in self.by_hand.items():
+            kind = type(self.model.get_submodule(path)).__name__
+            seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
+            if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
+                raise ValueError(
+                    "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
+                    f"'{path}' ({kind}), which takes a softmax itself"
+                )
+        if not called:
             raise ValueError(
                 "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a "
                 f"forward pass of {type(self.model).__name__} without a call"
             )
-        called = {path for tower in self.towers for path in tower.paths}
         number = 0
         for tower in self.towers:
             if not tower.name:
@@ -405,18 +371,6 @@ class Trace(TorchFunctionMode):
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""
         return self.finds_towers or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
-
-    def _check_by_hand(self) -> None:
-        """ValueError for a module that takes a softmax itself and calls no attention that the trace sees."""
-        called = {path for tower in self.towers for path in tower.paths}
-        for path, is_map in self.by_hand.items():
-            kind = type(self.model.get_submodule(path)).__name__
-            seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
-            if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
-                raise ValueError(
-                    "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
-                    f"'{path}' ({kind}), which takes a softmax itself"
-                )
 
 
 def _is_checkpointed() -> bool:

@@ -15,7 +15,7 @@ from vlattn_fast.attach.session import layers_of, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.records.tokens import Tokens
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall, Recursion, Through
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 
 _NUMBER = re.compile(r"\b\d+\b")
 
@@ -35,7 +35,7 @@ class Carriers:
         self.without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
         self.below: Callable[[Tensor], Tensor] | None = None  # what a vision tower brings into the first carrier
 
-    def through(self, call: AttentionCall, recursion: Recursion) -> Tensor:
+    def through(self, call: TracedCall, recursion: Recursion) -> Tensor:
         """The output (B, H, N, Dv) of a self-attention call, through which the carrier goes, too."""
         if not call.chunk:
             self._before = self.leaving() if self.behind else None
@@ -49,11 +49,10 @@ class Carriers:
         self.behind.append(carrier)
         return output
 
-    def into_probes(self, call: AttentionCall, output: Tensor, recursion: Recursion) -> Tensor:
+    def into_probes(self, call: TracedCall, output: Tensor, recursion: Recursion) -> Tensor:
         """`output` of a pooling head's call. The carrier is that of its queries, which are learnt: there is no residual term."""
         before = self.behind[-1].to(call.query.device, compute_dtype(call.query))
-        alone = recursion._replace(residual_weight=0.0, attention_weight=1.0)
-        output, carrier = Through.apply(output, before, call, alone)
+        output, carrier = Through.apply(output, before, call, recursion._replace(residual_weight=0.0, attention_weight=1.0))
         self.behind = [carrier]
         return output
 
@@ -80,19 +79,14 @@ class Carriers:
 
 
 class TowerTrace:
-    """The state of one tower during a run.
-
-    Args:
-        record: what a family says about it; None for a tower that is found.
-        model: the whole model.
-        keeps: every call is kept, for rules that read them after the backward pass.
-    """
+    """The state of one tower during a run of `model`."""
 
     def __init__(self, record: Tower | None, model: nn.Module, keeps: bool) -> None:
-        self.record, self.model, self.keeps = record, model, keeps
+        self.record, self.model = record, model  # no record: a tower that is found
+        self.keeps = keeps  # every call is kept, for rules that read them after the backward pass
         self.name = "" if record is None else record.name
         self.batch: int | None = None
-        self.size = 0  # tokens
+        self.size = 0
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
         self.lists: list[str] = []  # lists of layers, in the order in which they ran
         self.paths: list[str] = []  # modules that called attention, in this order, too
@@ -126,7 +120,6 @@ class TowerTrace:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, N)"""
         return self.batch or 0, self.size
 
     def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
@@ -157,7 +150,7 @@ class TowerTrace:
 
     # --- attention calls ---
 
-    def enter(self, call: AttentionCall, number: int, chunk: bool = False) -> AttentionCall:
+    def enter(self, call: TracedCall, number: int, chunk: bool = False) -> TracedCall:
         """Take a call of this tower's tokens in, the run's number `number`; returns it with what the tower knows of it."""
         path, query = call.path, call.query
         if layers_of(path) not in self.lists:
@@ -175,14 +168,14 @@ class TowerTrace:
         self.last_call = number
         return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk)
 
-    def enter_pooling(self, call: AttentionCall) -> AttentionCall:
+    def enter_pooling(self, call: TracedCall) -> TracedCall:
         """Take the call of the attention-pooling head in, whose queries are learnt and no tokens."""
         if self.pooled:
             raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
         self.probes = call.query.shape[2]
         return dataclasses.replace(call, mesh=self._mesh(call))
 
-    def _mesh(self, call: AttentionCall) -> Any:
+    def _mesh(self, call: TracedCall) -> Any:
         return heads_mesh(self.model.get_submodule(call.path), call.query, call.key) if self._has_dtensors else None
 
     def enters_gradient(self, output: Tensor) -> None:
@@ -193,22 +186,18 @@ class TowerTrace:
     # --- after the forward pass ---
 
     def check(self, called: set[str], ran: set[str]) -> None:
-        """ValueError, naming the module, if a layer has called no attention.
-
-        Args:
-            called, ran: the modules that called attention in this run, and all that ran.
-        """
+        """ValueError if a layer is not among the modules that `called` attention in this run; `ran` are all that ran."""
         for layers in self.lists:
             children = dict(self.model.get_submodule(layers).named_children())
             kinds = {type(children[i]) for i in children if _calls(f"{layers}.{i}", called)} if self.paths else set()
             for index, layer in children.items():
-                of_kind = type(layer) in kinds or self.record is not None
+                path, recorded = _joined(layers, index), self.record is not None
                 # Layers of cross-attention alone do not run in prompts without an image.
-                left_out = bool(self.paths) and self.record is not None and self.keeps and _joined(layers, index) not in ran
-                if of_kind and not left_out and not _calls(_joined(layers, index), called):
+                left_out = bool(self.paths) and recorded and self.keeps and path not in ran
+                if (recorded or type(layer) in kinds) and not left_out and not _calls(path, called):
                     raise ValueError(
-                        f"explain saw no attention call in layer '{_joined(layers, index)}' ({type(layer).__name__}) of tower "
-                        f"'{self.name}'. Use scaled_dot_product_attention or transformers' attention interface there"
+                        f"explain saw no attention call in layer '{path}' ({type(layer).__name__}) of tower '{self.name}'. Use "
+                        "scaled_dot_product_attention or transformers' attention interface there"
                     )
         if self.pooling_path is not None and not self.pooled:
             raise ValueError(

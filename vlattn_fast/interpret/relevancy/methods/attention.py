@@ -8,15 +8,15 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.tensor_parallel import mean_over
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall
 from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, Real, times_map
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 class RawAttention(LastAttentionMethod):
     name = "attention"
     needs_score = False
 
-    def read(self, start: Tensor, call: AttentionCall, grad: Tensor | None, real: Real) -> Tensor:
+    def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         key = expand_heads(call.key.to(start.dtype), call.query.shape[1])
         call = replace(call, query=call.query.to(start.dtype), key=key)
         return times_map(start, call, lambda attention: mean_over(call.mesh, attention.mean(1)))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.tensor_parallel import mean_over
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall
 from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, Real, times_map
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 class GradCam(LastAttentionMethod):
@@ -18,14 +18,14 @@ class GradCam(LastAttentionMethod):
 
     name = "gradcam"
 
-    def read(self, start: Tensor, call: AttentionCall, grad: Tensor | None, real: Real) -> Tensor:
+    def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         """The mean leaves padding out. It includes pairs that a causal mask masks, as in the published code."""
         real_queries, real_keys = real()
         dtype, heads = start.dtype, call.query.shape[1]
         grad = (torch.zeros_like(call.output) if grad is None else grad).to(dtype)
         key, value = (expand_heads(tensor.to(dtype), heads) for tensor in (call.key, call.value))
-        queries = torch.ones_like(start[:, 0]) if real_queries is None else real_queries.to(dtype)
-        keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else real_keys.to(dtype)
+        queries = torch.ones_like(start[:, 0]) if real_queries is None else real_queries.to(grad)
+        keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else real_keys.to(grad)
         gradient_sum = torch.einsum("bhnd,bn->bhd", grad, queries)
         value_sum = torch.einsum("bhmd,bm->bhd", value, keys)
         pairs = (queries.sum(-1) * keys.sum(-1)).clamp(min=1)

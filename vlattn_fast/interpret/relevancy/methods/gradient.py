@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.attention_call import Recursion
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, LinkedCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancies, relevancies, rows_between
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.attention_call import Recursion
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, LinkedCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_between
 
 

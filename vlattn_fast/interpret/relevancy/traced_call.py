@@ -21,18 +21,12 @@ from vlattn_fast.scores import Core
 
 
 class Recursion(NamedTuple):
-    """carried <- carried * a + (carried * b) Abar through one attention call, as `relevancy_attention` takes it.
+    """carried <- carried * a + (carried * b) Abar through one attention call, as `relevancy_attention` takes it."""
 
-    Args:
-        rule: Abar is mean_h relu(A * dA) ("gradient") or mean_h A ("attention").
-        row_normalize: each row of Abar is divided by its sum.
-        residual_weight, attention_weight: a and b.
-    """
-
-    rule: str
-    row_normalize: bool = False
-    residual_weight: float = 1.0
-    attention_weight: float = 1.0
+    rule: str  # Abar is mean_h relu(A * dA) ("gradient") or mean_h A ("attention")
+    row_normalize: bool = False  # each row of Abar is divided by its sum
+    residual_weight: float = 1.0  # a
+    attention_weight: float = 1.0  # b
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,28 +40,18 @@ class Scored:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """One attention call of a model.
+class TracedCall:
+    """One attention call of a model."""
 
-    Args:
-        path: of the module that calls.
-        query, key, value: (B, H, N, D) as the operators take them; keys of grouped-query attention have fewer heads.
-        masks: the options of the call.
-        mesh: the processes that share its heads; None = all heads are here.
-        begins_layer: it is the first self-attention call of its layer.
-        chunk: it takes a further part of the sequence through the module of the last call.
-        output: (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass.
-    """
-
-    path: str
-    query: Tensor
+    path: str  # of the module that calls
+    query: Tensor  # (B, H, N, D), as the operators take it; keys and values of grouped-query attention have fewer heads
     key: Tensor
     value: Tensor
-    masks: dict[str, Any]
-    mesh: Any = None
-    begins_layer: bool = False
-    chunk: bool = False
-    output: Any = None
+    masks: dict[str, Any]  # the options of the call
+    mesh: Any = None  # the processes that share its heads; None = all heads are here
+    begins_layer: bool = False  # it is the first self-attention call of its layer
+    chunk: bool = False  # it takes a further part of the sequence through the module of the last call
+    output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
 
     def computed(self) -> Tensor:
         """(B, H, N, Dv), as the model asked for it."""
@@ -129,7 +113,7 @@ class Through(torch.autograd.Function):
     of the keys, r * a + (r * b) Abar; a is 0 where they are different tokens."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, carrier: Tensor, call: AttentionCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, output: Tensor, carrier: Tensor, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(call.query, call.key, call.value, call.masks["attn_mask"])
         ctx.masks, ctx.mesh, ctx.recursion = call.masks, call.mesh, recursion
         # A copy, since the model may write into it.
@@ -138,7 +122,7 @@ class Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        call = AttentionCall("", query, key, value, {**ctx.masks, "attn_mask": mask}, ctx.mesh)
+        call = TracedCall("", query, key, value, {**ctx.masks, "attn_mask": mask}, ctx.mesh)
         recursion: Recursion = ctx.recursion
         grad_output = grad if recursion.rule == "gradient" else None
         rows = call.step(relevancy * recursion.attention_weight, grad_output, recursion)
