@@ -18,8 +18,8 @@ from vlattn_fast.interpret.explaining.request import NAMED_ROWS, Prompt, Read, R
 from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
+from vlattn_fast.interpret.relevancy.method import read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.two_modalities import read_tokens
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
 
@@ -31,7 +31,7 @@ class Question:
     scores: Tensor | None  # (B,), or (B, T) of an answer's tokens; None for a method and a model that give none
     passes: list[Pass] = field(default_factory=list)  # the backward passes; none for an empty batch
     target: list[int] | None = None  # index of each row's text, class, token or query; None for a callable and for an answer
-    # Of each tower, int64 (B,), or (B, T) of an answer: the token whose row is read, where it is one; None for an empty batch.
+    # The token of each tower whose row is read, where it is one: int64 (B,), or (B, T) of an answer; None for an empty batch.
     start_positions: dict[str, Tensor] | None = None
     answer: Answer | None = None  # as it stands among the tokens of the tower that is read; None where a target is explained
 

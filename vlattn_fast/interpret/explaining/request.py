@@ -85,7 +85,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is called with."""
+    """The model's arguments."""
 
     arguments: dict[str, Any]
     pairs: list[int] | None  # where images are compared with texts, the text of each row

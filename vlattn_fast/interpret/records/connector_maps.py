@@ -31,7 +31,8 @@ Connector = Callable[[Any, Mapping[str, Any], Shape, int], Merged]
 def _check(fits: bool, name: str, shape: Shape, count: int) -> None:
     if not fits:
         raise ValueError(
-            f"through_connector=True needs {name} to tell the patches of each image token; got {count} tokens for a tower of {shape}"
+            f"through_connector=True needs {name} to tell the patches of each image token; got {count} tokens for a tower of "
+            f"{shape}"
         )
 
 

@@ -158,7 +158,7 @@ def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 def _prompts_of_tiles(
     config: Any, inputs: Mapping[str, Any], shape: Shape
 ) -> Iterator[tuple[list[int], list[Shape], list[Layout] | None]]:
-    """Of each prompt its ids, the stretches of its image tokens, and the layouts where these are no tiles with tokens between."""
+    """The ids of each prompt, the stretches of its image tokens, and the layouts where these are no tiles with tokens between."""
     for ids, of_image in zip(inputs["input_ids"].tolist(), image_tokens(config, inputs).tolist(), strict=True):
         edges = [i for i in range(len(ids) + 1) if (i < len(ids) and of_image[i]) != (i > 0 and of_image[i - 1])]
         runs = list(zip(edges[::2], edges[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""What a method is, and the base of those that carry one row through the layers. Each file of `methods/` holds a method, and no
+"""The bases of all methods, and of those that carry one row through the layers. Each file of `methods/` holds a method, and no
 other file names it."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LinkedCall:
 
 @dataclass(frozen=True, eq=False)
 class BackwardPass:
-    """What one backward pass of a run starts from."""
+    """The start of one backward pass of a run."""
 
     towers: Sequence[TowerTrace]  # whose own rows are read
     attended: Sequence[TowerTrace]  # that they attend to
@@ -63,6 +63,11 @@ class BackwardPass:
         """bool (B, N), False = padding; None = no padding."""
         decodes = bool(self.attended) and tower.record is None and tower in self.towers
         return tower.tokens_in(decoder_inputs(self.arguments) if decodes else self.arguments).real()
+
+
+def read_tokens(start: Tensor) -> Tensor:
+    """bool (B, T, N), True = a token that is read by itself: weights that leave no token out name none."""
+    return (start == 1) & (start == 0).any(-1, keepdim=True)
 
 
 class Method:

@@ -77,7 +77,7 @@ class Trace(TorchFunctionMode):
 
     def __enter__(self) -> Trace:
         try:
-            # What takes a step back is pushed before the step, since Ctrl-C may come in between.
+            # The way back of a step is pushed before the step, since Ctrl-C may come in between.
             self._stack.push(attention := visible(self._roots))
             attention.__enter__()
             self._stack.callback(self._leave)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.method import BackwardPass, LinkedCall
+from vlattn_fast.interpret.relevancy.method import BackwardPass, LinkedCall, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]
@@ -93,11 +93,6 @@ def divided_by_sums(rows: Tensor) -> Tensor:
     """Each row divided by its sum; rows without a sum stay as they are."""
     total = rows.sum(-1, keepdim=True)
     return rows / total.masked_fill(total == 0, 1.0)
-
-
-def read_tokens(start: Tensor) -> Tensor:
-    """bool (B, T, N), True = a token that is read by itself: weights that leave no token out name none."""
-    return (start == 1) & (start == 0).any(-1, keepdim=True)
 
 
 @torch.no_grad()
