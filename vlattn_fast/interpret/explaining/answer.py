@@ -128,8 +128,10 @@ class _Places:
         """
         if name == "position_ids":
             return self._positions(value, beside)
-        new = {"input_ids": self.tokens, "attention_mask": self.real, "mm_token_type_ids": 0, "token_type_ids": self.answer_type}
-        if (filling := new.get(name)) is None:
+        new = {"input_ids": self.tokens, "attention_mask": self.real}
+        types = {"mm_token_type_ids": 0, "token_type_ids": self.answer_type}  # 0 = text
+        filling = new.get(name, types.get(name))
+        if filling is None:
             return self._repeated(value)  # also of cross_attention_mask: words see what the last one sees (Mllama)
         return self._filled(value, filling)
 

@@ -30,7 +30,7 @@ def prepare_inputs(
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
     for name in ("pixel_values", "input_ids", "attention_mask") if record.towers else ():
-        value = inputs.get(name)
+        value: Any = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
             value = value[0]
         if value is not None and not isinstance(value, Tensor):

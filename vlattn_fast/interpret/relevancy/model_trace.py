@@ -167,8 +167,10 @@ class Trace(TorchFunctionMode):
 
     def _around_of(self, path: str) -> TowerTrace | None:
         """The recorded tower that the module at `path` lies in, if any."""
-        towers = (tower for tower in self.towers if tower.record is not None)
-        return next((t for t in towers if not t.record.path or f"{path}.".startswith(f"{t.record.path}.")), None)
+        for tower in self.towers:
+            if tower.record is not None and (not tower.record.path or f"{path}.".startswith(f"{tower.record.path}.")):
+                return tower
+        return None
 
     def _calls_of(self, values: Iterable[Any]) -> int:
         return read_mark(values, self._mark)

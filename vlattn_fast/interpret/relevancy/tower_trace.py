@@ -236,10 +236,10 @@ def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
 def matching(root: nn.Module, tower: Tower) -> list[str]:
     """The lists of layers in a tower's module `root` that its record names; ValueError if there is none."""
     pattern = re.escape(tower.layers).replace(r"\*", r"\d+")
-    layers = [name for name, _ in root.named_modules() if re.fullmatch(pattern, name)]
-    if not layers:
-        submodule(root, tower.layers, tower)  # raises
-    return layers
+    several = [name for name, _ in root.named_modules() if re.fullmatch(pattern, name)] if "*" in tower.layers else []
+    if not several:
+        submodule(root, tower.layers, tower)
+    return several or [tower.layers]
 
 
 def _calls(path: str, called: set[str]) -> bool:

@@ -70,12 +70,11 @@ class TracedCall:
         """The output and the carrier (B, T, N), whose cotangent r becomes r * a + (r * b) Abar; see `relevancy_attention`."""
         if "score" in self.masks:
             return Through.apply(self.computed(), carrier, self, recursion)
-        tensors, masks = (self.query, self.key, self.value), self.masks
-        if self.mesh is None:
-            return relevancy_attention(*tensors, carrier, **recursion._asdict(), **masks)
-        tensors, masks, carrier = on_mesh(self.mesh, tensors, masks, carrier)
-        output, carrier = relevancy_attention(*tensors, carrier, **recursion._asdict(), **masks)
-        return local(output), local(carrier)
+        query, key, value, masks = self.query, self.key, self.value, self.masks
+        if self.mesh is not None:
+            (query, key, value), masks, carrier = on_mesh(self.mesh, (query, key, value), masks, carrier)
+        output, carrier = relevancy_attention(query, key, value, carrier, **recursion._asdict(), **masks)
+        return (output, carrier) if self.mesh is None else (local(output), local(carrier))
 
     def mean_map(self, grad_output: Tensor) -> Tensor:
         """Abar = mean_h relu(A * dA), (B, N, M)."""
@@ -86,11 +85,11 @@ class TracedCall:
 
     def step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
         """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
-        rules = {"rule": recursion.rule, "row_normalize": recursion.row_normalize}
+        rules: dict[str, Any] = {"rule": recursion.rule, "row_normalize": recursion.row_normalize}
         if (core := self._core()) is None:
             tensors = self.query, self.key, self.value, grad_output
-            tensors, options, relevancy = on_mesh(self.mesh, tensors, self._options(), relevancy)
-            return local(relevancy_step(relevancy, *tensors, **rules, **options))
+            placed, options, relevancy = on_mesh(self.mesh, tensors, self._options(), relevancy)
+            return local(relevancy_step(relevancy, *placed, **rules, **options))
         if self.mesh is not None and recursion.row_normalize:
             raise ValueError(
                 f"method must be one without normalized rows where processes share heads of {core.kind} scores; got 'weighted'"
