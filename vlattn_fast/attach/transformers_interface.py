@@ -49,7 +49,8 @@ def attention_function(
         raise ValueError(
             f"model must be run by explain while its attention is '{SDPA_NAME}'; got {type(module).__name__} outside of it"
         )
-    masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
+    with torch._C.DisableTorchFunction():  # a run's mode would see each x.shape
+        masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
     output = trace.attend(query, key, value, {**masks, "scale": scaling}, module)
     return output.transpose(1, 2).contiguous(), None
 

@@ -298,15 +298,15 @@ class _TextAndImage(BertText):
 class Regions(_TextAndImage, name="regions"):
     """BERT's text, then image regions."""
 
-    def _given(self, of_uniter: str, of_visual_bert: str) -> Any:
+    def _input(self, of_uniter: str, of_visual_bert: str) -> Any:
         return self.inputs.get(of_visual_bert if "visual_embeds" in self.inputs else of_uniter)
 
     def real_image(self, shape: Shape) -> Tensor:
-        mask = self._given("region_mask", "visual_attention_mask")
+        mask = self._input("region_mask", "visual_attention_mask")
         return super().real_image(shape) if mask is None else mask.bool()
 
     def fields(self, row: Tensor) -> dict[str, Any]:
-        features = self._given("region_features", "visual_embeds")
+        features = self._input("region_features", "visual_embeds")
         if features is None:
             return {}
         fields = {"regions": row[:, row.shape[1] - features.shape[1] :]}
