@@ -84,28 +84,25 @@ STEPS = 24
 
 class Integrated(Method):
     name = "value_gradient"
-    share = 1.0
-
-    def hooks(self, model, towers, of_this_run):
-        self.inputs = {}
-
-        def scaled(module, args):
-            self.inputs[module] = (args[0].detach() * self.share).requires_grad_()
-            return (self.inputs[module], *args[1:])
-
-        for tower in towers:
-            yield model.get_submodule(f"{tower.lists[0]}.0").register_forward_pre_hook(of_this_run(scaled))
+    share, target = 1.0, None
 
     def carry(self, backward):
-        modules = [tower.model.get_submodule(f"{tower.lists[0]}.0") for tower in backward.towers]
-        inputs = [self.inputs[module].detach() for module in modules]
-        rows = [torch.zeros_like(x[..., 0]) for x in inputs]
-        for step in range(STEPS):
-            self.share = 0.5 + (step + 0.5) / STEPS / 2
-            score = backward.again()
-            grads = torch.autograd.grad(score.sum(), [self.inputs[module] for module in modules])
-            rows = [row + (x * grad).sum(-1) / STEPS / 2 for row, x, grad in zip(rows, inputs, grads)]
-        return [row[:, None] for row in rows]
+        (tower,) = backward.towers
+
+        def scaled(module, args):
+            self.inputs = (args[0].detach() * self.share).requires_grad_()
+            return (self.inputs, *args[1:])
+
+        with tower.model.get_submodule(f"{tower.lists[0]}.0").register_forward_pre_hook(scaled):
+            whole = tower.model(**backward.arguments).logits
+            chosen = whole.argmax(-1) if self.target is None else torch.tensor(self.target)
+            inputs, row = self.inputs.detach(), 0
+            for step in range(STEPS):
+                self.share = 0.5 + (step + 0.5) / STEPS / 2
+                score = tower.model(**backward.arguments).logits.gather(1, chosen[:, None])
+                (grad,) = torch.autograd.grad(score.sum(), self.inputs)
+                row = row + (inputs * grad).sum(-1) / STEPS / 2
+        return [row[:, None]]
 """
 
 
@@ -115,6 +112,7 @@ def test_a_method_that_runs_the_model_again(case, target, tmp_path, monkeypatch)
     """Integrated gradients add up to the difference of the score from that of half the input; the class is that of all of it."""
     add_file(tmp_path, monkeypatch, INTEGRATED)
     monkeypatch.setitem(registry.METHODS, NAME, registry.methods_in_folder()[NAME])
+    monkeypatch.setattr(registry.METHODS[NAME], "target", target)
     half = lambda module, args: (args[0] / 2, *args[1:])  # noqa: E731
     first, model = case.model.bert.encoder.layer[0], case.model
 
@@ -141,7 +139,7 @@ def test_what_a_method_does_not_define_is_refused(case, tmp_path, monkeypatch):
     base = "from vlattn_fast.interpret.relevancy.method import Method\n"
     add_file(tmp_path, monkeypatch, f'{base}class Nothing(Method):\n    name = "{NAME}"\n')
     monkeypatch.setitem(registry.METHODS, NAME, registry.methods_in_folder()[NAME])
-    with pytest.raises(ValueError, match=f"method must be another one for towers that do not attend .*; got '{NAME}'"):
+    with pytest.raises(ValueError, match=f"method='{NAME}' has no rule for towers that do not attend"):
         explain(case.model, case.inputs, method=NAME)
     with pytest.raises(ValueError, match=f"weighting must be left out .*; got 'norm' for '{NAME}'"):
         explain(case.model, case.inputs, method=NAME, weighting="norm")

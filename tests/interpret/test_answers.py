@@ -164,7 +164,7 @@ def test_bad_answers(monkeypatch):
 def test_a_row_that_the_score_does_not_come_from():
     model, inputs = decoder(), {"input_ids": PROMPTS[:1], "attention_mask": REAL[:1]}
     score = lambda o: o.logits[:, 2, 7]  # noqa: E731
-    with pytest.raises(ValueError, match=r"relevancy that is this row alone. Name the row by read="):
+    with pytest.raises(ValueError, match=r"score does not depend on the row that was read. Pass read= with the position"):
         explain(model, inputs, target=score)
     named = explain(model, inputs, target=score, read=2).relevancy["language"]
     assert (named[0, :3] > 0).all() and (named[0, 3:] == 0).all()

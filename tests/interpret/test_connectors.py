@@ -159,7 +159,7 @@ def test_what_is_refused():
     for options in ({"method": "rollout"}, {"method": "weighted"}, {"start_layer": 1}):
         with pytest.raises(ValueError, match="through_connector=True supports method='gradient' with start_layer=0 only"):
             explain(model, inputs, through_connector=True, **options)
-    words = r"must be off where image tokens are made of several layers' patches; got vision_feature_layer \[-1, -2\]"
+    words = r"supports image tokens that are made of one layer's patches only; got vision_feature_layer \[-1, -2\]"
     many = transformers.LlavaConfig(
         vision_config=dict(VISION, model_type="clip_vision_model"),
         text_config=TEXT,
@@ -336,7 +336,7 @@ def test_images_that_the_connector_scales_or_does_not_tile(decoder):
     config.vision_aspect_ratio = "anyres_max_1"
     ids = torch.tensor([[1, *image(16 + 4 * 5), 7]])
     inputs = {"input_ids": ids, **pixels(1, 5), "image_sizes": torch.tensor([[128, 128]])}
-    with pytest.raises(ValueError, match=r"off for images that the model scales down; got \(8, 8\) patches"):
+    with pytest.raises(ValueError, match=r"supports no images that the model scales down; got \(8, 8\) patches"):
         explain(model, inputs, through_connector=True)
 
 
@@ -344,7 +344,7 @@ def test_images_that_the_connector_scales_or_does_not_tile(decoder):
 def test_videos_are_refused(decoder):
     ids = torch.tensor([[1, 95, *[97] * 8, 96, 6]])
     clip = {"pixel_values_videos": torch.randn(32, 96), "video_grid_thw": torch.tensor([[2, 4, 4]])}
-    with pytest.raises(ValueError, match="through_connector must be off for videos"):
+    with pytest.raises(ValueError, match="through_connector=True supports images only"):
         explain(decoder.model, {"input_ids": ids, "mm_token_type_ids": 2 * (ids == 97).int(), **clip}, through_connector=True)
 
 
@@ -379,7 +379,7 @@ def test_prompts_without_pictures_and_empty_batches(decoder):
     empty = {name: x[:0] for name, x in decoder.inputs().items()}
     got = explain(decoder.model, empty, through_connector=True)
     assert got.relevancy["language"].shape == (0, empty["input_ids"].shape[1]) and got.relevancy["vision"].shape == (0, 0)
-    with pytest.raises(ValueError, match="inputs must contain 'pixel_values' where through_connector is set; got none"):
+    with pytest.raises(ValueError, match="through_connector=True needs 'pixel_values' in inputs; got none"):
         explain(decoder.model, {"input_ids": torch.tensor([[1, 5, 6, 7]])}, through_connector=True)
 
 
@@ -387,7 +387,9 @@ def test_prompts_without_pictures_and_empty_batches(decoder):
 def test_images_in_one_row_must_have_their_sizes(decoder):
     wrong = {**decoder.inputs(), "image_sizes": torch.tensor([[32, 32], [32, 32]])}
     family = find_family(decoder.model)
-    with pytest.raises(ValueError, match="off where image_sizes do not tell the patches; got 5 tokens for a tower of"):
+    with pytest.raises(
+        ValueError, match="needs image_sizes to tell the patches of each image token; got 5 tokens for a tower of"
+    ):
         family.connector(decoder.model.config, wrong, (1, 20), 5)
 
 

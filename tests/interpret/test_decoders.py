@@ -211,7 +211,7 @@ def test_prompts_without_images_leave_out_cross_attention(decoder):
 
 @pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
 def test_cross_attention_has_no_weighted_rule(decoder):
-    with pytest.raises(ValueError, match="method must be another one for towers that attend to one another; got 'weighted'"):
+    with pytest.raises(ValueError, match="method='weighted' needs a record of the residual sums"):
         explain(decoder.model, decoder.inputs(), method="weighted")
 
 

@@ -35,8 +35,8 @@ from tests.helpers.interpret.handwritten_cases import (  # noqa: E402
     trocr,
     visual_bert,
 )
-from vlattn_fast.attach.attributes import overridden  # noqa: E402
 from vlattn_fast.attach.handwritten import _TRANSFORMERS, replacements  # noqa: E402
+from vlattn_fast.attach.session import overridden  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

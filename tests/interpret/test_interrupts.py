@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from tests.helpers.interpret.cases import lively
-from vlattn_fast.attach.attributes import _overridden, overridden
+from vlattn_fast.attach.session import _overridden, overridden
 from vlattn_fast.interpret import explain, probe
 from vlattn_fast.nn import capture_attention
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlattn_fast.interpret import FAMILIES, Family, Tower, explain, register_family
-from vlattn_fast.interpret.records.readouts import READOUTS
+from vlattn_fast.interpret.records.record import READOUTS
 from vlattn_fast.interpret.records.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parent.parent.parent

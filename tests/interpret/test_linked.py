@@ -216,7 +216,7 @@ def test_what_is_refused_between_towers():
     torch.manual_seed(0)
     model = transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))
     inputs = {"input_ids": torch.randint(3, 60, (1, 4)), "visual_feats": torch.randn(1, 5, 10), "visual_pos": torch.rand(1, 5, 4)}
-    with pytest.raises(ValueError, match="method must be another one for towers that attend to one another; got 'weighted'"):
+    with pytest.raises(ValueError, match="method='weighted' needs a record of the residual sums"):
         explain(model, inputs, method="weighted")
     for method in ("gradient", "rollout"):
         with pytest.raises(ValueError, match="start_layer must be 0 for towers that attend to one another; got -1"):

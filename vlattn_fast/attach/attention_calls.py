@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.attach.attributes import is_entered, overridden
-from vlattn_fast.attach.current import SCORE_ATTENTION, SOFTMAX, first_argument, new_mark, read_mark, running_trace
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, add_mark, first_argument, new_mark, read_mark
 from vlattn_fast.attach.multihead import heads, joined_masks
+from vlattn_fast.attach.session import is_entered, overridden
 from vlattn_fast.attach.written_scores import WrittenScores
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
 
 Pair = tuple[Tensor, Tensor]  # query (B, H, N, D), key (B, H, M, D)
-MODALITIES = ("text", "image")
 TEXT, IMAGE = 1, 2  # as bits: what a tensor was computed from
 _KINDS = {"text": TEXT, "image": IMAGE}
 _TEXT_INPUTS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "text")
@@ -37,52 +37,36 @@ _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of attention.
+    """One call of attention."""
 
-    kinds, key_kinds: what the tokens of the queries and of the keys come from, as bits (TEXT, IMAGE).
-    query, key: (B, H, N, D) and (B, H, M, D).
-    masks: options of `attention_statistics`; None where hand-written attention does more than scale and mask its scores.
-    score: the core score.
-    again: the calling module has called attention with these kinds before in this run, as for one image after another.
-    image: bool (N) or (B, N), which tokens of a joint sequence are of the image; None = not known.
-    """
-
-    kinds: int
-    key_kinds: int
-    query: Tensor
-    key: Tensor
+    kinds: int  # what the tokens of the queries come from, as bits (TEXT, IMAGE)
+    key_kinds: int  # and those of the keys
+    query: Tensor  # (B, H, N, D)
+    key: Tensor  # (B, H, M, D)
+    # Options of `attention_statistics`; None where hand-written attention does more than scale and mask its scores.
     masks: Mapping[str, Any] | None = None
-    score: str = "dot"
-    again: bool = False
-    image: Tensor | None = None
+    score: str = "dot"  # the core score
+    again: bool = False  # the module has called attention with these kinds before in this run, as for one image after another
+    image: Tensor | None = None  # bool (N) or (B, N), which tokens of a joint sequence are of the image; None = not known
 
 
 @dataclass
 class _Running:
-    """A module whose forward pass is under way.
+    """A module whose forward pass is under way."""
 
-    product: the module's last matmul. written: the kinds of the queries of its hand-written attention.
-    listed: whether the module is one of a list of modules, as layers are. seen: the kinds of queries and keys of its own calls.
-    calls: the numbers of the calls within, except those inside a listed module further in.
-    """
-
-    product: WrittenScores | None = None
-    written: int = 0
-    listed: bool = False
-    calls: list[int] = field(default_factory=list)
-    seen: set[tuple[int, int]] = field(default_factory=set)
+    product: WrittenScores | None = None  # the module's last matmul
+    written: int = 0  # the kinds of the queries of its hand-written attention
+    listed: bool = False  # the module is one of a list of modules, as layers are
+    calls: list[int] = field(default_factory=list)  # the numbers of the calls within, but not inside a listed module further in
+    seen: set[tuple[int, int]] = field(default_factory=set)  # the kinds of queries and keys of its own calls
 
 
 class _FastPath:
     """torch's process-wide switch for the fast path of nn.MultiheadAttention, as an attribute that `overridden` can set."""
 
-    @property
-    def enabled(self) -> bool:
-        return torch.backends.mha.get_fastpath_enabled()
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        torch.backends.mha.set_fastpath_enabled(value)
+    enabled = property(
+        lambda _: torch.backends.mha.get_fastpath_enabled(), lambda _, value: torch.backends.mha.set_fastpath_enabled(value)
+    )
 
 
 _FAST_PATH = _FastPath()
@@ -122,7 +106,7 @@ class Watch(TorchFunctionMode):
         """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks see nothing."""
 
     def __enter__(self) -> Watch:
-        self._thread, self._around = threading.get_ident(), running_trace()
+        self._thread, self._around = threading.get_ident(), RUNNING.get()
         self._slow = overridden([(_FAST_PATH, "enabled", False)])  # the fast path runs without calls of attention
         self._handles: list[Any] = []
         try:
@@ -155,7 +139,7 @@ class Watch(TorchFunctionMode):
         """Whether this thread makes the call, outside of any run of `explain` that began within."""
         if threading.get_ident() != self._thread:
             return False
-        running = running_trace()
+        running = RUNNING.get()
         return running is None or running is self._around or not running.explains
 
     # --- modules ---
@@ -169,7 +153,7 @@ class Watch(TorchFunctionMode):
             return
         run = self._stack.pop()
         if run.written:
-            self._set(result, run.written)
+            add_mark(result, self._mark, run.written, keep=False)
         if self._leaves is not None and result is not None:
             for number in run.calls:
                 self._leaves(number, result)
@@ -212,7 +196,7 @@ class Watch(TorchFunctionMode):
         attends = self._attends(func, args, kwargs)
         result = func(*args, **kwargs)
         if attends is not None:
-            self._set(result, attends)
+            add_mark(result, self._mark, attends, keep=False)
             return result
         if func in _PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
             right = args[1] if len(args) > 1 else kwargs["other" if "other" in kwargs else "mat2"]
@@ -225,7 +209,7 @@ class Watch(TorchFunctionMode):
             self._join(func, args, kwargs, result)
         kinds = self._kinds(args) | self._kinds(kwargs.values())
         if kinds:
-            self._set(args[0] if result is None and args else result, kinds, add=True)
+            add_mark(args[0] if result is None and args else result, self._mark, kinds)
         return result
 
     def _attends(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -252,7 +236,7 @@ class Watch(TorchFunctionMode):
         biases = (None, None) if arguments["in_proj_bias"] is None else arguments["in_proj_bias"].chunk(3)[:2]
         states = (x[:, None] if x.ndim == 2 else x for x in (query, key))  # torch takes (N, C) as well as (N, B, C)
         # torch.utils.checkpoint counts saved tensors and runs the layer again unwatched, so its hooks must not see these tensors.
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             projected = [functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True)]
         query, key = (heads(x, size) for x in projected)
         if arguments["bias_k"] is not None or arguments["add_zero_attn"]:  # there are more keys
@@ -309,26 +293,15 @@ class Watch(TorchFunctionMode):
         return kinds[0]
 
     def _kinds(self, values: Iterable[Any]) -> int:
-        """The kinds that `values` were computed from: TEXT, IMAGE, both or neither."""
         return read_mark(values, self._mark)
-
-    def _set(self, value: Any, kinds: int, add: bool = False) -> None:
-        """Sets the kinds of a tensor, or of each in a tuple, list or mapping; `add` keeps the kinds that are set."""
-        if isinstance(value, Tensor):
-            setattr(value, self._mark, kinds | (getattr(value, self._mark, 0) if add else 0))
-        elif isinstance(value, (tuple, list)):
-            for part in value:
-                self._set(part, kinds, add)
-        elif isinstance(value, Mapping):
-            self._set(list(value.values()), kinds, add)
 
 
 def check_modality(modality: Mapping[str, str] | None) -> dict[str, str]:
     if modality is not None and not isinstance(modality, Mapping):
         raise TypeError(f"modality must be a mapping of input names to 'text' or 'image'; got {modality!r}")
     for name, kind in (modality or {}).items():
-        if kind not in MODALITIES:
-            raise ValueError(f"modality must be one of {MODALITIES}; got {kind!r} for {name!r}")
+        if kind not in tuple(_KINDS):
+            raise ValueError(f"modality must be one of {tuple(_KINDS)}; got {kind!r} for {name!r}")
     return dict(modality or {})
 
 
@@ -341,15 +314,11 @@ def kind_of(name: str, modality: Mapping[str, str]) -> int:
     return IMAGE if name in _IMAGE_INPUTS or name.startswith("pixel_values") else 0
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _masks(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """Which keys a call lets its queries see, and its core score."""
     if func is SCORE_ATTENTION:
-        _, _, _, _, attn_mask, key_mask, _, kind, _, scale, _, is_causal, _ = args
-        return {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "scale": scale}, kind
+        inputs = ScoreAttentionInputs(*args)
+        return {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}, inputs.score
     arguments = {**dict(zip(_SDPA, args, strict=False)), **kwargs}
     mask = arguments.get("attn_mask")
     if mask is not None and mask.ndim == 3 and arguments["query"].ndim == 3:

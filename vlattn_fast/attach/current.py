@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,15 +25,11 @@ class Attends(Protocol):
     ) -> Tensor: ...
 
 
+# The innermost run of this thread.
 RUNNING: contextvars.ContextVar[Attends | None] = contextvars.ContextVar("vlattn_trace", default=None)
 _numbers = itertools.count()
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
-
-
-def running_trace() -> Attends | None:
-    """The innermost trace of this thread."""
-    return RUNNING.get()
 
 
 class _Plain:
@@ -54,8 +50,7 @@ def plain() -> Iterator[None]:
 
 
 def new_mark(name: str) -> str:
-    """A new name of the attribute by which a run marks tensors, unlike an id(): models may keep tensors marked by earlier
-    runs."""
+    """A new name for the marks of a run on tensors; an id() would not do: models may keep tensors that earlier runs marked."""
     return f"_vlattn_{name}_{next(_numbers)}"
 
 
@@ -68,6 +63,15 @@ def read_mark(values: Iterable[Any], mark: str) -> int:
         elif isinstance(value, (tuple, list)):
             bits |= read_mark(value, mark)
     return bits
+
+
+def add_mark(value: Any, mark: str, bits: int, keep: bool = True) -> None:
+    """Marks a tensor, or each in a tuple, list or mapping, with `bits`, beside those that it has if they are to be kept."""
+    if isinstance(value, Tensor):
+        setattr(value, mark, bits | (getattr(value, mark, 0) if keep else 0))
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            add_mark(part, mark, bits, keep)
 
 
 def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

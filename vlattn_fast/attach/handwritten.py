@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.multihead import attend, heads, multihead_attention
 from vlattn_fast.attach.transformers_interface import REPLACED
+from vlattn_fast.attach.written_scores import joined
 
 # (module, query, key, value (B, H, N, D), mask) -> output (B, H, N, D)
 Core = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -74,15 +75,12 @@ def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]]
 def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | None:
     """The sum of the masks that a module adds to its scores."""
     total: Tensor | None = None
-    for mask in masks:
-        if mask is None:
-            continue
+    for mask in (mask for mask in masks if mask is not None):
         if not mask.is_floating_point():
             raise ValueError(
                 f"model must give {type(module).__name__} float masks, since the module adds them to its scores; got {mask.dtype}"
             )
-        mask = mask.to(query.device)
-        total = mask if total is None else total + mask
+        total = joined(total, mask.to(query.device))
     return total
 
 
@@ -187,9 +185,8 @@ def _swin(
     """The batch holds the windows of every image in turn; the mask (windows, N, N) is that of one image."""
     _refuse_maps(module, output_attentions)
     size = hidden_states.shape[1]
-    bias = (
-        module.relative_position_bias_table[module.relative_position_index.view(-1)].view(1, size, size, -1).permute(0, 3, 1, 2)
-    )
+    bias = module.relative_position_bias_table[module.relative_position_index.view(-1)]
+    bias = bias.view(1, size, size, -1).permute(0, 3, 1, 2)
     if attention_mask is not None:
         images = hidden_states.shape[0] // attention_mask.shape[0]
         attention_mask = attention_mask[:, None].repeat(images, 1, 1, 1)
@@ -266,9 +263,8 @@ def _decoder(
     """The attention (B, N, H * D) of a BERT-like decoder layer, to its own sequence or to an encoder's."""
     cross = encoder_hidden_states is not None
     states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    size = module.attention_head_size
-    query = heads(module.query(hidden_states), size)
-    key, value = _keys_and_values(module, module.key, module.value, size, states, past_key_values, cross)
+    query = heads(module.query(hidden_states), module.attention_head_size)
+    key, value = _keys_and_values(module, module.key, module.value, module.attention_head_size, states, past_key_values, cross)
     return attend(query, key, value, _added(module, query, mask))
 
 
@@ -315,8 +311,7 @@ def _tapas(
     output_attentions: Any = False,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    _refuse_maps(module, output_attentions)
-    output = _decoder(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values)
+    output, _ = _rembert(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values, output_attentions)
     return (output, past_key_values) if module.is_decoder else (output,)
 
 
@@ -324,11 +319,9 @@ def _bart(
     module: Any, hidden_states: Tensor, states: Tensor | None, mask: Tensor | None, past_key_values: Any, scale: float
 ) -> Tensor:
     """The output of an attention with projections q_proj, k_proj, v_proj and out_proj, to its own sequence or to `states`."""
-    query = heads(module.q_proj(hidden_states), module.head_dim)
+    query, cross = heads(module.q_proj(hidden_states), module.head_dim), states is not None
     source = hidden_states if states is None else states
-    key, value = _keys_and_values(
-        module, module.k_proj, module.v_proj, module.head_dim, source, past_key_values, states is not None
-    )
+    key, value = _keys_and_values(module, module.k_proj, module.v_proj, module.head_dim, source, past_key_values, cross)
     return module.out_proj(attend(query, key, value, _added(module, query, mask), scale=scale))
 
 

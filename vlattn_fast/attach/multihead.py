@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.attach.written_scores import joined
 from vlattn_fast.ops.attention_map import attention_map
 
 
@@ -87,17 +88,5 @@ def joined_masks(query: Tensor, extra: int, attn_mask: Tensor | None, key_paddin
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"masks of nn.MultiheadAttention must be bool or float; got {mask.dtype}")
         mask = nn.functional.pad(mask, (0, extra))
-        mask = ~mask if mask.dtype == torch.bool else mask
-        if total is None:
-            total = mask
-        elif total.dtype == mask.dtype == torch.bool:
-            total = total & mask
-        else:
-            total = _as_float(total, query) + _as_float(mask, query)
+        total = joined(total, ~mask if mask.dtype == torch.bool else mask.to(query.dtype))
     return total
-
-
-def _as_float(mask: Tensor, query: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)

@@ -1,26 +1,112 @@
-"""A model during one run of `explain`: unwrapped, at rest, its attention visible to a trace."""
+"""A model during one run of `explain`: unwrapped, at rest, its attention visible to a trace; where its modules lie."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from vlattn_fast.attach.attributes import overridden
 from vlattn_fast.attach.current import plain
 from vlattn_fast.attach.handwritten import replacements
 from vlattn_fast.attach.transformers_interface import configs, sdpa_function
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_INDEX = re.compile(r"^(?:(.*)\.)?(\d+)(?:\.|$)")
+
+# --- attributes ---
+
+_ABSENT = object()
+
+
+@dataclass
+class _Overridden:
+    target: Any  # held, so that no new object takes its id
+    before: Any
+    runs: int = 0
+
+
+_lock = threading.Lock()
+_overridden: dict[tuple[int, str], _Overridden] = {}
+
+
+class overridden:  # noqa: N801 (used as a function is)
+    """A context in which each (object, attribute, value) of `changes` holds.
+
+    Several threads may explain one model, and a hook may explain the model that it belongs to: the first run over an attribute
+    saves it, and the last one puts it back. All runs over a model ask for equal values. Attributes that hold the value anyway are
+    left alone, as in most modules of a model in eval mode.
+
+    Ctrl-C may come while attributes are set or put back. A generator would then stay suspended as long as anybody holds the
+    traceback, so the context is a class. Only Python's first step into `__exit__`, before its first line, is unprotected.
+    """
+
+    def __init__(self, changes: Iterable[tuple[Any, str, Any]]) -> None:
+        self._changes, self._entered = changes, list[tuple[int, str]]()
+
+    def __enter__(self) -> None:
+        try:
+            with _lock:
+                for target, name, value in self._changes:
+                    _enter(target, name, value, self._entered)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            _leave(self._entered)
+        except KeyboardInterrupt:
+            _leave(self._entered)  # the attributes that an interrupt left
+            raise
+
+
+def _enter(target: Any, name: str, value: Any, entered: list[tuple[int, str]]) -> None:
+    """Notes in `entered` that the attribute is to be put back, then sets it."""
+    key = (id(target), name)
+    held = _overridden.get(key)
+    if held is not None:
+        held.runs += 1
+        entered.append(key)  # no interrupt comes before the next line: Python looks for one after a call
+        return
+    # An attribute that a module inherits from its class must be absent from the instance again afterwards.
+    before = vars(target).get(name, _ABSENT) if isinstance(target, nn.Module) else getattr(target, name)
+    if before is not value:
+        held = _Overridden(target, before, 1)
+        _overridden[key] = held
+        entered.append(key)
+        setattr(target, name, value)
+
+
+def _leave(entered: list[tuple[int, str]]) -> None:
+    """Takes this run off each attribute of `entered`, last first; may be called again after an interrupt."""
+    with _lock:
+        while entered:
+            key = entered[-1]
+            held = _overridden[key]
+            if held.runs > 1:
+                held.runs -= 1
+            else:
+                if held.before is _ABSENT:
+                    vars(held.target).pop(key[1], None)
+                elif getattr(held.target, key[1]) is not held.before:
+                    setattr(held.target, key[1], held.before)
+                del _overridden[key]
+            entered.pop()
+
+
+# --- the model ---
 
 
 def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
@@ -36,12 +122,8 @@ def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The model inside the wrappers of torch.compile, DataParallel, DDP and PEFT, or inside a pipeline.
-
-    Raises:
-        TypeError: `model` holds no module.
-        ValueError: PEFT prepends prompts, which the inner model lacks.
-    """
+    """The model inside the wrappers of torch.compile, DataParallel, DDP and PEFT, or inside a pipeline. TypeError where there is
+    no module, ValueError where PEFT prepends prompts, which the inner model lacks."""
     while True:
         if isinstance(model, nn.Module) and isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
@@ -79,35 +161,19 @@ def dispatched(model: nn.Module) -> Iterator[None]:
 
 def visible(roots: Sequence[nn.Module]) -> overridden:
     """A context in which the attention below `roots` goes where a run sees it."""
-    return overridden(_changes(roots))
+    return overridden(chain(configs(roots), *(chain(replacements(root), _switches(root)) for root in roots)))
 
 
-def _changes(roots: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """The changes that make the attention below `roots` visible. A generator, see `configs`."""
-    modules = [module for root in roots for module in root.modules()]
-    return chain(
-        configs(roots), _functions(modules), _fused(modules), _in_order(modules), *(replacements(root) for root in roots)
-    )
-
-
-def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Our attention function for modules with an attribute `attention_function`, as this package's models have."""
-    for module in modules:
+def _switches(root: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for module in root.modules():
+        # This package's models have an attribute `attention_function`.
         attends = vars(module).get("attention_function") or getattr(type(module), "attention_function", None)
         if callable(attends):
             yield module, "attention_function", sdpa_function
-
-
-def _fused(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere."""
-    for module in modules:
+        # timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere.
         if "fused_attn" in vars(module):  # also where another run has set the flag: that run may end first
             yield module, "fused_attn", True
-
-
-def _in_order(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Keeps ViLT's patches in order: it shuffles their places in the sequence, and a map needs the places."""
-    for module in modules:
+        # ViLT shuffles the places of its patches in the sequence, and a map needs the places.
         if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
             yield module, "visual_embed", functools.partial(_visual_embed, module)
 
@@ -128,8 +194,11 @@ class _DrawsInOrder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _plainly() -> Iterator[tuple[Any, str, Any]]:
-    """Runs compiled code as plain Python, in all threads: compiled code shows no attention."""
+def _plainly(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
+    """Runs compiled modules and functions as plain Python, in all threads: compiled code shows no attention."""
+    for module in modules:
+        if "_compiled_call_impl" in vars(module):
+            yield module, "_compiled_call_impl", None
     frames: Any = sys.modules.get("torch._dynamo.eval_frame")
     if hasattr(frames, "_stance") and hasattr(frames, "DynamoStance"):
         yield frames, "_stance", frames.DynamoStance("force_eager")
@@ -142,7 +211,7 @@ class uncompiled(overridden):  # noqa: N801 (used as a function is)
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__([*_compiled(model.modules()), *_plainly()])
+        super().__init__([*_plainly(model.modules())])
 
     def __enter__(self) -> None:
         self._tracer = set_eval_frame(None)
@@ -153,12 +222,6 @@ class uncompiled(overridden):  # noqa: N801 (used as a function is)
         set_eval_frame(self._tracer)
 
 
-def _compiled(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    for module in modules:
-        if "_compiled_call_impl" in vars(module):
-            yield module, "_compiled_call_impl", None
-
-
 def at_rest(model: nn.Module) -> overridden:
     """A context with the model in eval mode, frozen and not compiled; the last run over the model puts everything back."""
     # A compiled module shares the attributes of the module that it wraps, and `modules` lists that module as well.
@@ -166,4 +229,27 @@ def at_rest(model: nn.Module) -> overridden:
     modes = [(module, "training", False) for module in modules if "_orig_mod" not in module._modules]
     # Tensors made under inference mode have no gradients, and torch refuses to set their flag outside of that mode.
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters() if not parameter.is_inference()]
-    return overridden([*modes, *frozen, *_compiled(modules), *_plainly()])
+    return overridden([*modes, *frozen, *_plainly(modules)])
+
+
+def is_entered(mode: TorchFunctionMode) -> bool:
+    """Whether torch still has the mode: Ctrl-C while torch hands a call to a mode may remove the mode."""
+    return any(each is mode for each in _get_current_function_mode_stack())
+
+
+# --- where a module lies ---
+
+
+def in_layers(path: str) -> bool:
+    """Whether a module's path goes through a list of layers."""
+    return _INDEX.match(path) is not None
+
+
+def layers_of(path: str) -> str:
+    """The innermost list of layers on a module's path: "encoder.layers" for "encoder.layers.3.attn". Else the path itself."""
+    return split_path(path)[0]
+
+
+def split_path(path: str) -> tuple[str, int]:
+    numbered = _INDEX.match(path)
+    return (path, 0) if numbered is None else (numbered[1] or "", int(numbered[2]))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from vlattn_fast.ops._shards import Defined, is_dtensor
 
@@ -19,20 +19,12 @@ _FUSED = re.compile(r"kv|key_value|in_proj")  # of query, key and value
 
 
 def has_dtensors(model: nn.Module) -> bool:
-    if not (distributed.is_available() and distributed.is_initialized()):  # a model has hundreds of parameters
-        return False
     return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
-    """The one-dimensional mesh that divides the heads of query (B, H, N, D) and key; None = this process has all heads.
-
-    Args:
-        module: the caller of attention.
-
-    Raises:
-        ValueError: the placements of the module's parameters contradict the size of `query`.
-    """
+    """The one-dimensional mesh that divides the heads of query (B, H, N, D) and key, which `module` attends with; None = this
+    process has all heads. ValueError where the placements of the module's parameters contradict the size of `query`."""
     of_queries = query.shape[1] * query.shape[3]
     fused = of_queries + 2 * key.shape[1] * key.shape[3]
     for name, parameter in module.named_parameters():
@@ -54,9 +46,8 @@ def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
 
 
 def on_mesh(mesh: Any, heads: Sequence[Tensor | None], masks: Mapping[str, Any], *rows: Tensor | None) -> tuple[Any, ...]:
-    """Arguments of an operator as DTensors; without a mesh, unchanged. heads: (B, H, N, D), this process's part. rows: equal in
-    all processes. Returns `heads`, `masks` and each of `rows`.
-    """
+    """`heads`, `masks` and each of `rows` as DTensors; without a mesh, unchanged. heads: (B, H, N, D), this process's part. rows:
+    equal in all processes."""
     if mesh is None:
         return heads, masks, *rows
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -64,17 +55,15 @@ def on_mesh(mesh: Any, heads: Sequence[Tensor | None], masks: Mapping[str, Any],
     def placed(x: Any, placement: Any) -> Any:
         return DTensor.from_local(x, mesh, [placement], run_check=False) if isinstance(x, Tensor) else x
 
-    divided = {name: _divided(mask, heads[0]) for name, mask in masks.items()}
+    def divided(mask: Any) -> bool:
+        """Whether a mask has an entry for each head of this process."""
+        return isinstance(mask, Tensor) and mask.ndim > 2 and heads[0] is not None and mask.shape[-3] == heads[0].shape[1] > 1
+
     return (
         tuple(placed(x if x is None else Defined.apply(x), Shard(1)) for x in heads),
-        {name: placed(x, Shard(x.ndim - 3) if divided[name] else Replicate()) for name, x in masks.items()},
+        {name: placed(x, Shard(x.ndim - 3) if divided(x) else Replicate()) for name, x in masks.items()},
         *(placed(x, Replicate()) for x in rows),
     )
-
-
-def _divided(mask: Any, query: Tensor | None) -> bool:
-    """Whether a mask has an entry for each head of this process."""
-    return isinstance(mask, Tensor) and mask.ndim > 2 and query is not None and mask.shape[-3] == query.shape[1] > 1
 
 
 def local(x: Any) -> Tensor:

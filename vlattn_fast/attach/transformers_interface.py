@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.current import running_trace
+from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.attach.written_scores import joined
 
 SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
 CONFIG_NAME = "_attn_implementation_internal"  # where a config of transformers keeps the name
@@ -40,18 +41,16 @@ def attention_function(
 ) -> tuple[Tensor, None]:
     """transformers' attention contract: query, key, value (B, H, N, D) in, (output (B, N, H, D), None) out.
 
-    Dropout is off, since explained models run in eval mode. `causal_by_module` and `options` are those of `masks_of`.
-
-    Raises:
-        ValueError: an option that the operator does not support (softcap, attention sinks, paged or packed sequences) in an
-            explained tower, or a call outside of `explain`.
+    Dropout is off, since explained models run in eval mode. `causal_by_module` and `options` are those of `masks_of`. ValueError
+    for a call outside of `explain`.
     """
-    trace = running_trace()
+    trace = RUNNING.get()
     if trace is None:
         raise ValueError(
             f"model must be run by explain while its attention is '{SDPA_NAME}'; got {type(module).__name__} outside of it"
         )
-    masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
+    with torch._C.DisableTorchFunction():  # a run's mode would see each x.shape
+        masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
     output = trace.attend(query, key, value, {**masks, "scale": scaling}, module)
     return output.transpose(1, 2).contiguous(), None
 
@@ -93,16 +92,10 @@ def masks_of(
     if causal:
         causal = getattr(module, "is_causal", True) if is_causal is None and causal_by_module else bool(is_causal)
     if position_bias is not None:
-        attention_mask, causal = _with_bias(position_bias, attention_mask, causal), False
+        if causal:
+            attention_mask = torch.ones(position_bias.shape[-2:], dtype=torch.bool, device=position_bias.device).tril()
+        attention_mask, causal = joined(attention_mask, position_bias), False
     return {"attn_mask": attention_mask, "is_causal": causal, "enable_gqa": key.shape[1] != query.shape[1]}
-
-
-def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    if causal:
-        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
-    if mask is None:
-        return bias
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def sdpa_function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -41,7 +41,7 @@ class WrittenScores:
         if name in _CASTS or (plain and self._takes(name, args, args[1] if args[0] is scores else args[0], scores)):
             self._scores = weakref.ref(result)
         elif result is None or result is scores:
-            self._scores = _lost
+            self._scores = lambda: None
 
     def _takes(self, name: str, args: Sequence[Any], operand: Any, scores: Tensor) -> bool:
         """Keeps a scale or a mask; whether the operation is one."""
@@ -62,10 +62,6 @@ class WrittenScores:
 def is_masked(mask: Tensor) -> Tensor:
     """bool, of the mask's shape: True where a query does not see a key."""
     return ~mask if mask.dtype == torch.bool else mask <= _MASKED
-
-
-def _lost() -> None:
-    return None
 
 
 def _is_number(x: Any) -> bool:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tests.helpers.interpret.cases import TEXT, VISION
-from vlattn_fast.attach.attributes import overridden
 from vlattn_fast.attach.handwritten import replacements
+from vlattn_fast.attach.session import overridden
 
 SDPA = nn.functional.scaled_dot_product_attention
 POSITIONS = dict(max_position_embeddings=32)

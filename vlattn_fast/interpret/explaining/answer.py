@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +16,16 @@ from vlattn_fast.interpret.records.tokens import Text
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of T tokens (shorter ones are padded) to prompts of N tokens.
+    """An answer of T tokens (shorter ones are padded) to prompts of N tokens."""
 
-    Args:
-        ids: each row's tokens.
-        arguments: the model's inputs with the answer behind the last real token of each prompt, N + T tokens in all.
-        answer_positions: int64 (B, T), where each token of the answer is predicted: the place in front of its own.
-    """
+    ids: list[list[int]]  # each row's tokens
+    arguments: dict[str, Any]  # the model's inputs with the answer behind the last real token of each prompt, N + T in all
+    answer_positions: Tensor  # int64 (B, T), where each token of the answer is predicted: the place in front of its own
 
-    ids: list[list[int]]
-    arguments: dict[str, Any]
-    answer_positions: Tensor
-
-    @property
+    @functools.cached_property
     def real(self) -> Tensor:
         """bool (B, T), False = padding of a shorter answer."""
-        lengths = torch.tensor([len(row) for row in self.ids])
-        return torch.arange(self.answer_positions.shape[1]) < lengths[:, None]
+        return _padded(self.ids)[1]
 
     @property
     def start_positions(self) -> Tensor:
@@ -44,10 +38,7 @@ class Answer:
         """The log-probabilities (B, T) of the answer's tokens, 0 for padding.
 
         Args:
-            logits: (B, N + T, vocabulary), or of the positions `kept` alone.
-
-        Raises:
-            ValueError: other logits, or none.
+            logits: (B, N + T, vocabulary), or of the positions `kept` alone; ValueError for others, or none.
         """
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
@@ -56,18 +47,15 @@ class Answer:
         if kept is not None:
             logit_positions = torch.searchsorted(kept.to(logits.device), logit_positions)
         rows = torch.arange(len(logit_positions), device=logits.device)[:, None]
-        ids = torch.zeros_like(logit_positions)
-        for row, tokens in enumerate(self.ids):
-            ids[row, : len(tokens)] = torch.tensor(tokens, device=ids.device)
+        ids, real = (part.to(logits.device) for part in _padded(self.ids))
         log_probabilities = logits[rows, logit_positions].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return log_probabilities.gather(2, ids[..., None])[..., 0].masked_fill(~self.real.to(ids.device), 0.0)
+        return log_probabilities.gather(2, ids[..., None])[..., 0].masked_fill(~real, 0.0)
 
     def start(self, like: Tensor, token: int | None) -> Tensor:
         """The weights (B, 1, N + T) of the row that predicts `token`, or of all such rows together; `like` has their shape."""
-        real = self.real if token is None else self.real[:, token : token + 1]
-        answer_positions = self.answer_positions if token is None else self.answer_positions[:, token : token + 1]
-        weights = real.to(device=like.device, dtype=like.dtype)
-        return torch.zeros_like(like[:, 0]).scatter_add_(1, answer_positions.to(like.device), weights)[:, None]
+        some = slice(None) if token is None else slice(token, token + 1)
+        weights = self.real[:, some].to(device=like.device, dtype=like.dtype)
+        return torch.zeros_like(like[:, 0]).scatter_add_(1, self.answer_positions[:, some].to(like.device), weights)[:, None]
 
 
 def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], record: Family, model: nn.Module) -> Answer:
@@ -77,7 +65,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
     Raises:
         TypeError: neither token ids nor texts.
         ValueError: no tokenizer for texts; no tokens; nothing to put them behind; an input with an entry for each token that the
-            answer cannot make longer.
+            answer cannot make longer; labels of an encoder-decoder.
     """
     if record.answers not in inputs and record.answers != "input_ids":
         inputs = {**inputs, record.answers: _start_tokens(model, inputs)}
@@ -87,97 +75,95 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
     ids = token_ids(answer, tokenizer, len(prompts))
     shape = (prompts.shape[0], prompts.shape[1])
     prefix = record.answers.removesuffix("input_ids")
-    arguments = _without_labels(inputs, prefix)
-    _check_types(arguments, record)
+    if prefix and inputs.get("labels") is not None:
+        raise ValueError(
+            "inputs must not contain 'labels' beside answer, since an encoder-decoder takes them for the answer; got both. "
+            "Leave one of them out"
+        )
+    if record.answer_type and inputs.get("token_type_ids") is None:  # they tell the answer from the prompt
+        raise ValueError(
+            "inputs must contain 'token_type_ids' (B, N) beside answer, as the model's processor makes them: they say which "
+            "tokens see one another both ways; got none"
+        )
+    arguments = {name: value for name, value in inputs.items() if name != "labels"}  # a decoder computes a loss alone of them
     beside = {name.removeprefix(prefix): value for name, value in arguments.items() if name.startswith(prefix)}
     beside = {name: value for name, value in beside.items() if _follows_tokens(name, value, shape, prefix)}
     if beside.get("attention_mask") is None and len({len(row) for row in ids}) > 1:
         beside["attention_mask"] = torch.ones_like(prompts)
     kind = Text if prefix else record.towers[0].kind
-    places = _places(ids, kind(beside, shape).last_real(), shape, record.answer_type)
+    places = _Places(ids, kind(beside, shape).last_real(), shape[1], record.answer_type)
     for name, value in beside.items():
-        arguments[f"{prefix}{name}"] = _LONGER[name](places, value, beside)
+        arguments[f"{prefix}{name}"] = places.longer(name, value, beside)
     return Answer(ids, arguments, places.answer_positions)
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where answers of at most T tokens stand among the N + T columns of B prompts.
+def _padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) with zeros behind shorter answers, and bool (B, T), False = those zeros."""
+    length = max((len(row) for row in ids), default=0)
+    tokens = torch.tensor([[*row, *[0] * (length - len(row))] for row in ids], dtype=torch.long).view(len(ids), length)
+    lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
+    return tokens, torch.arange(length) < lengths[:, None]
 
-    source: int64 (B, N + T), the column of the prompt that each column repeats; the answer's repeat the last real token.
-    answered: bool (B, N + T), True = a column of the answer.
-    tokens: int64 (B, T), 0 for padding of a shorter answer; real: bool (B, T), False = that padding.
-    answer_positions: int64 (B, T), where each token of the answer is predicted.
-    type: the `token_type_ids` of an answer; None = as the last real token of the prompt has.
+
+class _Places:
+    """Where answers `ids` of at most T tokens stand, behind the tokens `last` (B,) of prompts of N = `size` tokens.
+
+    Args:
+        answer_type: the `token_type_ids` of an answer; None = as the last real token of the prompt has.
     """
 
-    source: Tensor
-    answered: Tensor
-    tokens: Tensor
-    real: Tensor
-    answer_positions: Tensor
-    type: int | None
+    def __init__(self, ids: list[list[int]], last: Tensor, size: int, answer_type: int | None) -> None:
+        self.tokens, self.real = _padded(ids)
+        length, self.answer_type = self.tokens.shape[1], answer_type
+        column, last = torch.arange(size + length), last[:, None]
+        self.answered = (column > last) & (column <= last + length)  # bool (B, N + T)
+        # The column of the prompt that each one repeats: the answer's repeat the last real token, what stood behind it follows.
+        self.source = torch.where(column > last + length, column - length, torch.minimum(column, last))
+        self.answer_positions = last + torch.arange(length)
 
-    def repeated(self, value: Tensor) -> Tensor:
+    def longer(self, name: str, value: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+        """An input with an entry for each token of the prompts, with those of the answer.
+
+        transformers' `generate` does the same, but for `token_type_ids`, whose meaning the record says.
+        """
+        if name == "position_ids":
+            return self._positions(value, beside)
+        new = {"input_ids": self.tokens, "attention_mask": self.real}
+        types = {"mm_token_type_ids": 0, "token_type_ids": self.answer_type}  # 0 = text
+        filling = new.get(name, types.get(name))
+        if filling is None:
+            return self._repeated(value)  # also of cross_attention_mask: words see what the last one sees (Mllama)
+        return self._filled(value, filling)
+
+    def _repeated(self, value: Tensor) -> Tensor:
         """(B, N, ...) as (B, N + T, ...), where the answer has what the last real token of its prompt has."""
         rows = torch.arange(len(value), device=value.device)[:, None]
         return value[rows, self.source.to(value.device)]
 
-    def filled(self, value: Tensor, new: Tensor | int) -> Tensor:
+    def _filled(self, value: Tensor, new: Tensor | int) -> Tensor:
         """(B, N) as (B, N + T), where the answer has `new` (B, T), or one number for all."""
         new = torch.as_tensor(new).expand(self.tokens.shape)
-        return self.repeated(value).masked_scatter(self.answered.to(value.device), new.to(value))
+        return self._repeated(value).masked_scatter(self.answered.to(value.device), new.to(value))
+
+    def _positions(self, positions: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+        """Positions (B, N) count on from the last real token's, as (1, N) of all prompts do. Those of Qwen-VL (3, B, N) are all
+        three one more than the largest of the prompt: an image's last token has not the largest in each of them."""
+        prompts = beside["input_ids"]
+        steps = torch.arange(1, self.tokens.shape[1] + 1, device=positions.device)
+        if positions.ndim == 2:
+            positions = positions.expand(prompts.shape)
+            last = positions.gather(1, self.answer_positions[:, :1].to(positions.device)) if len(prompts) else positions[:, :1]
+            return self._filled(positions, last + steps)
+        mask = beside.get("attention_mask")
+        real = torch.ones_like(prompts, dtype=torch.bool) if mask is None else mask.bool()
+        lowest = torch.iinfo(positions.dtype).min
+        largest = positions.masked_fill(~real.to(positions.device), lowest).amax((0, 2))
+        return torch.stack([self._filled(axis, largest[:, None] + steps) for axis in positions])
 
 
-def _places(ids: list[list[int]], last: Tensor, shape: tuple[int, int], answer_type: int | None) -> _Places:
-    """The places of answers `ids` behind the tokens `last` (B,) of prompts (B, N)."""
-    length = max((len(row) for row in ids), default=0)
-    column = torch.arange(shape[1] + length)
-    answered = (column > last[:, None]) & (column <= last[:, None] + length)
-    # Each column is of the prompt, of the answer, or what stood behind the prompt's last real token.
-    source = torch.where(column > last[:, None] + length, column - length, torch.minimum(column, last[:, None]))
-    tokens = torch.zeros(shape[0], length, dtype=torch.long)
-    for row, row_ids in enumerate(ids):
-        tokens[row, : len(row_ids)] = torch.tensor(row_ids)
-    real = torch.arange(length) < torch.tensor([len(row) for row in ids])[:, None]
-    return _Places(source, answered, tokens, real, last[:, None] + torch.arange(length), answer_type)
-
-
-# --- inputs that have an entry for each token ---
-
-
-def _longer_types(places: _Places, types: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-    return places.repeated(types) if places.type is None else places.filled(types, places.type)
-
-
-def _longer_positions(places: _Places, positions: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-    """Positions (B, N) count on from the last real token's, as (1, N) of all prompts do. Those of Qwen-VL (3, B, N) are all three
-    one more than the largest of the prompt: an image's last token has not the largest in each of them."""
-    prompts = beside["input_ids"]
-    steps = torch.arange(1, places.tokens.shape[1] + 1, device=positions.device)
-    if positions.ndim == 2:
-        positions = positions.expand(prompts.shape)
-        last = positions.gather(1, places.answer_positions[:, :1].to(positions.device)) if len(prompts) else positions[:, :1]
-        return places.filled(positions, last + steps)
-    mask = beside.get("attention_mask")
-    real = torch.ones_like(prompts, dtype=torch.bool) if mask is None else mask.bool()
-    lowest = torch.iinfo(positions.dtype).min
-    largest = positions.masked_fill(~real.to(positions.device), lowest).amax((0, 2))
-    return torch.stack([places.filled(axis, largest[:, None] + steps) for axis in positions])
-
-
-# By the name of an input that has an entry for each token: how an answer makes it longer. transformers' `generate` does the same,
-# but for `token_type_ids`, whose meaning the record says.
-_LONGER: dict[str, Callable[[_Places, Tensor, Mapping[str, Tensor]], Tensor]] = {
-    "input_ids": lambda places, value, _: places.filled(value, places.tokens),
-    "attention_mask": lambda places, value, _: places.filled(value, places.real),
-    "token_type_ids": _longer_types,
-    "mm_token_type_ids": lambda places, value, _: places.filled(value, 0),  # text
-    "position_ids": _longer_positions,
-    "cross_attention_mask": lambda places, value, _: places.repeated(value),  # words see what the last one sees (Mllama)
-}
-# Their shapes; None = any further axes.
-_SHAPES = {"position_ids": "(B, N), (1, N) or (3, B, N)", "cross_attention_mask": "(B, N, images, tiles)"}
+# Inputs that have an entry for each token, and their shapes.
+_SHAPES = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"), "(B, N)")
+_SHAPES |= {"position_ids": "(B, N), (1, N) or (3, B, N)", "cross_attention_mask": "(B, N, images, tiles)"}
 # Inputs about pictures, whose sizes may equal those of the prompts.
 _OF_PICTURES = (
     *("pixel_", "aspect_ratio_", "image_sizes", "image_grid_", "video_grid_"),
@@ -186,15 +172,12 @@ _OF_PICTURES = (
 
 
 def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) -> bool:
-    """Whether an input has an entry for each token of the prompts, and an answer makes it longer.
-
-    Raises:
-        ValueError: it has, but nobody says what the answer's tokens have, or its shape is another one.
-    """
+    """Whether an input has an entry for each token of the prompts, and an answer makes it longer. ValueError where it has, and
+    nobody says what the answer's tokens have, or its shape is another one."""
     if value is None:
         return False
     sizes = tuple(value.shape) if isinstance(value, Tensor) else None
-    if name not in _LONGER:
+    if name not in _SHAPES:
         alike = sizes is not None and shape in (sizes[:2], sizes[-2:]) and not name.startswith(_OF_PICTURES)
         if alike or (prefix and sizes is not None):
             raise ValueError(
@@ -210,31 +193,8 @@ def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) 
         fits = sizes == shape
     if not fits:
         got = type(value).__name__ if sizes is None else sizes
-        raise ValueError(f"{prefix}{name} must have shape {_SHAPES.get(name, '(B, N)')} with (B, N) = {shape}; got {got}")
+        raise ValueError(f"{prefix}{name} must have shape {_SHAPES[name]} with (B, N) = {shape}; got {got}")
     return True
-
-
-def _without_labels(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The inputs without labels, of which a decoder computes a loss alone, which is not read.
-
-    Raises:
-        ValueError: labels of an encoder-decoder, which are an answer themselves.
-    """
-    if prefix and inputs.get("labels") is not None:
-        raise ValueError(
-            "inputs must not contain 'labels' beside answer, since an encoder-decoder takes them for the answer; got both. "
-            "Leave one of them out"
-        )
-    return {name: value for name, value in inputs.items() if name != "labels"}
-
-
-def _check_types(inputs: Mapping[str, Any], record: Family) -> None:
-    """ValueError where types tell the answer from the prompt, which sees itself both ways, and there are none."""
-    if record.answer_type and inputs.get("token_type_ids") is None:
-        raise ValueError(
-            "inputs must contain 'token_type_ids' (B, N) beside answer, as the model's processor makes them: they say which "
-            "tokens see one another both ways; got none"
-        )
 
 
 def encoder_decoder(model: nn.Module) -> Family | None:

@@ -1,16 +1,14 @@
 """`explain`: one forward pass with a carrier through the layers, one backward pass, one relevancy row per tower.
 
-Five stages, each of which takes what the one before gives: `Request.check`, `lay_out`, `run_traced`, `ask`, `carry_back`. What
-they know together becomes an `Explanation`.
+Six stages, each of which takes what those before it give: `Request.check` and `lay_out` in request.py, `run_traced` in run.py,
+`ask` in question.py, `carry_back` and `assemble` here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +18,10 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
-from vlattn_fast.interpret.explaining.prompt import Prompt, lay_out
-from vlattn_fast.interpret.explaining.question import Pass, Question, ask
-from vlattn_fast.interpret.explaining.request import Request, Target
+from vlattn_fast.interpret.explaining.question import Question, ask, check_rows
+from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
-from vlattn_fast.interpret.explaining.start_rows import Read
-from vlattn_fast.interpret.relevancy.backward import BackwardPass, check_rows
-from vlattn_fast.interpret.relevancy.method import rows_of
+from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.result.explanation import Explanation
 
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
@@ -113,17 +108,7 @@ def explain(
             nothing but itself counts for.
     """
     request = Request.check(
-        model,
-        inputs,
-        target=target,
-        method=method,
-        start_layer=start_layer,
-        weighting=weighting,
-        read=read,
-        answer=answer,
-        each=each,
-        tokenizer=tokenizer,
-        through_connector=through_connector,
+        model, inputs, target, method, start_layer, weighting, read, answer, each, tokenizer, through_connector
     )
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)
@@ -136,7 +121,9 @@ def explain(
 def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
     """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer has one, from a backward pass each."""
     rows: list[list[Tensor]] = [[] for _ in run.towers]
-    for number, (score, starts) in enumerate(_with_progress(question.passes)):
+    several = len(question.passes) > 1 and _progress.get()
+    passes = with_progress(question.passes, "explaining", unit="token") if several else question.passes
+    for number, (score, starts) in enumerate(passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
             starts = [*starts, torch.zeros_like(run.vision.carriers.leaving())]
         backward = BackwardPass(
@@ -148,32 +135,16 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
             start_layer=request.start_layer,
             arguments=prompt.arguments,
             keep=number + 1 < len(question.passes),
-            again=functools.partial(_score_again, request, prompt, question, number),
         )
-        for of_tower, row in zip(rows, rows_of(request.method, backward), strict=True):
+        for of_tower, row in zip(rows, request.method.rows(backward), strict=True):
             of_tower.append(row)
     if not question.passes:
         joined = [torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device) for tower in run.towers]
     else:
         joined = [torch.cat(of_tower, 1) for of_tower in rows]
-        _check_rows(request, question, joined)
+        check_rows(request, question, joined)
     each = question.answer is not None and request.each
     return {tower.name: row.detach() if each else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
-
-
-def _score_again(request: Request, prompt: Prompt, question: Question, number: int) -> Tensor | None:
-    """The score (B,) of a pass from one more run of the model, whose inputs the method's hooks may change."""
-    same = request if question.target is None else replace(request, target=question.target)  # not the argmax of another run
-    return ask(same, prompt, run_traced(same, prompt)).passes[number][0]
-
-
-def _check_rows(request: Request, question: Question, rows: list[Tensor]) -> None:
-    """UndefinedRelevancy for rows (B, T, N) that hold nothing beside the token that is read, where that tells of a wrong row."""
-    # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
-    predicts = request.record.scoring.predicts and request.read is None and not callable(request.target)
-    if not predicts and request.method.holds_start:
-        starts = zip(*(starts for _, starts in question.passes), strict=True)
-        check_rows(rows, [torch.cat(of_tower, 1) for of_tower in starts])
 
 
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: dict[str, Tensor]) -> Explanation:
@@ -204,8 +175,3 @@ def without_progress() -> Iterator[None]:
         yield
     finally:
         _progress.reset(token)
-
-
-def _with_progress(passes: list[Pass]) -> Iterable[Pass]:
-    """`passes`, with a progress bar where there are several."""
-    return with_progress(passes, "explaining", unit="token") if len(passes) > 1 and _progress.get() else passes

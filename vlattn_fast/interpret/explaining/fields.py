@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.records.connector_maps import Connector
 from vlattn_fast.interpret.records.image_grids import image_tokens
+from vlattn_fast.interpret.records.tokens import stacked
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
@@ -40,25 +41,25 @@ def parts(
 
 def gather_words(relevancy: Tensor, words: Tensor) -> Tensor:
     """The entries (B, ..., N) of the words (B, N) alone, left-aligned in (B, ..., L) with zeros behind shorter texts."""
-    rows = [row[..., mask.to(row.device)].movedim(-1, 0) for row, mask in zip(relevancy, words, strict=True)]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(1, -1) if rows else relevancy[..., :0]
+    rows = [row[..., mask.to(row.device)] for row, mask in zip(relevancy, words, strict=True)]
+    return _padded(rows) if rows else relevancy[..., :0]
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """Rows (..., n) as (B, ..., L), with zeros behind shorter ones."""
+    return nn.utils.rnn.pad_sequence([row.movedim(-1, 0) for row in rows], batch_first=True).movedim(1, -1)
 
 
 def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str, Any]:
-    """Fields of text with the answer behind that of the encoder, if there is one.
-
-    Args:
-        row: (B, N) or (B, T, N), of the decoder.
-    """
+    """Fields of text with the answer behind that of the encoder, if there is one; `row` (B, N) or (B, T, N) is the decoder's."""
     places = [spots[: len(ids)] for spots, ids in zip((answer.answer_positions + 1).tolist(), answer.ids, strict=True)]
     text, before = fields.get("text"), fields.get("token_ids", [[] for _ in places])
     rows = []
     for number, (spots, ids) in enumerate(zip(places, before, strict=True)):
         prompt = [] if text is None else [text[number][..., : len(ids)].to(row)]
-        rows.append(torch.cat([*prompt, row[number][..., spots]], -1).movedim(-1, 0))
-    joined = nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(1, -1) if rows else row[..., :0]
+        rows.append(torch.cat([*prompt, row[number][..., spots]], -1))
     return {
-        "text": joined,
+        "text": _padded(rows) if rows else row[..., :0],
         "places": [[*before_answer, *spots] for before_answer, spots in zip(fields.get("places", before), places, strict=True)],
         "token_ids": [[*prompt_ids, *ids] for prompt_ids, ids in zip(before, answer.ids, strict=True)],
     }
@@ -67,30 +68,21 @@ def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str,
 def vision_maps(
     row: Tensor, connector: Connector, config: Any, arguments: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The rows of the vision tower behind a connector, and fields with its maps.
-
-    Args:
-        row: (images, N) or (images, T, N), as the tower ran.
-        fields: those that `parts` gave.
-
-    Returns:
-        The rows, where there is one for each map; else (B, [T,] n), all that the tower saw of a prompt in its order, with zeros
-        behind shorter ones.
-    """
+    """The rows of the vision tower behind a connector, where there is one for each map; else (B, [T,] n), all that the tower saw
+    of a prompt in its order, with zeros behind shorter ones. And `fields`, those of `parts`, with its maps. `row` (images, N) or
+    (images, T, N) is as the tower ran."""
     of_token = image_tokens(config, arguments)
     prompts = of_token.nonzero()[:, 0].cpu()
     merged = connector(config, arguments, (row.shape[0], row.shape[-1]), len(prompts))
     flat = row.movedim(0, -2).flatten(-2)  # ([T,] images * N)
-    maps = tuple(flat[..., index.to(flat.device)] for index in merged.maps)
-    alike = len({index.shape for index in merged.maps}) == 1
+    maps = stacked([flat[..., index.to(flat.device)] for index in merged.maps])
     rows = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
-    of_vision: dict[str, Any] = {"image": torch.stack(maps) if alike else maps, "image_rows": rows}
+    of_vision: dict[str, Any] = {"image": maps, "image_rows": rows}
     if fields.get("image_rows") == rows:
         of_vision["tower_images"] = {"language": fields["image"]}
     if len(row) != len(rows):
         owners = torch.tensor(rows)[merged.owners].to(flat.device)
-        parts = [flat[..., owners == prompt].movedim(-1, 0) for prompt in range(len(of_token))]
-        row = nn.utils.rnn.pad_sequence(parts, batch_first=True).movedim(1, -1)
+        row = _padded([flat[..., owners == prompt] for prompt in range(len(of_token))])
     return row, of_vision
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.scores import indices, prompt_shape
+from vlattn_fast.interpret.records.record import Family, indices, prompt_shape
 
 _IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "pixel_mask")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -22,9 +21,7 @@ def prepare_inputs(
     """Keyword arguments for the model, and for scores of pairs the text that each row stands for.
 
     One image with T texts becomes T pairs, as in the notebook of Chefer et al.; a target picks the text of each image.
-
-    Args:
-        logit_positions: where a decoder's logits are read; None = at the last real token.
+    `logit_positions` says where a decoder's logits are read; None = at the last real token.
 
     Raises:
         TypeError: `inputs` is no mapping, or holds pictures or words that no processor made tensors of.
@@ -33,15 +30,13 @@ def prepare_inputs(
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
     for name in ("pixel_values", "input_ids", "attention_mask") if record.towers else ():
-        value = inputs.get(name)
+        value: Any = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
             value = value[0]
         if value is not None and not isinstance(value, Tensor):
             made = "tensors, as the model's processor makes them with return_tensors='pt'"
             raise TypeError(f"inputs must hold {made}; got {type(value).__name__} in '{name}'")
-    for name in ("input_ids", "attention_mask") if record.towers else ():
-        value = inputs.get(name)
-        if isinstance(value, Tensor) and value.ndim < 2:
+        if name != "pixel_values" and isinstance(inputs.get(name), Tensor) and value.ndim < 2:
             raise ValueError(f"inputs must hold '{name}' (B, N), also of one text; got {tuple(value.shape)}")
     if inputs.get("output_attentions"):
         raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
@@ -85,11 +80,7 @@ def is_empty(arguments: Mapping[str, Any]) -> bool:
 
 def with_one_row(model: nn.Module, arguments: Mapping[str, Any], record: Family) -> dict[str, Any]:
     """The arguments of an empty batch with one row of zeros (masks: of ones), and prompts without images, unless the model needs
-    them.
-
-    Most models cannot run an empty batch, since they leave a size for `view` to infer. A run over one row tells how many
-    tokens each tower has.
-    """
+    them. Most models cannot run an empty batch; a run over one row tells how many tokens each tower has."""
     pixels = inspect.signature(model.forward).parameters.get("pixel_values")
     needed = record.bimodal or (pixels is not None and pixels.default is inspect.Parameter.empty)
     prompts = not needed and any(tower.kind.image_ids for tower in record.towers)
@@ -116,9 +107,9 @@ def _paired(arguments: dict[str, Any], target: Any) -> tuple[dict[str, Any], lis
         rows = list(range(count)) if images == count else [0] * count
         chosen = list(range(count)) if texts == count else [0] * count
     else:
-        counts = f"{images} images and {texts} texts"
         raise ValueError(
-            f"inputs must be as many images as texts, one image, or one text, unless target pairs them; got {counts}"
+            f"inputs must be as many images as texts, one image, or one text, unless target pairs them; got {images} images and "
+            f"{texts} texts"
         )
     for names, picked, size in ((_IMAGE_INPUTS, rows, images), (_TEXT_INPUTS, chosen, texts)):
         if picked == list(range(size)):

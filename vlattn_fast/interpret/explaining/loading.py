@@ -20,11 +20,7 @@ _ENDS_PROMPTS = ("GitForCausalLM",)  # its tokenizer closes a text, and the mode
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """The model, of the class its configuration names, and its processor, tokenizer or image processor.
-
-    Raises:
-        ValueError: there is no such model.
-    """
+    """The model, of the class its configuration names, and its processor, tokenizer or image processor; ValueError without."""
     with extra("explain"):
         import transformers
 
@@ -44,7 +40,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def open_lines(path: Path) -> Iterator[TextIO]:
-    """The lines of a data set's file. ValueError where it is no UTF-8."""
+    """The lines of a data set's file; ValueError where it is no UTF-8."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             yield lines
@@ -69,19 +65,15 @@ def open_image(path: str | Path) -> Any:
 
 
 def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """One picture (or None) and its texts as the processor makes them, in the form that the model's kind asks for.
-
-    Raises:
-        ValueError: a picture or text too many or too few, or too long a text; or a model without a record.
-    """
+    """One picture (or None) and its texts as the processor makes them, in the form that the model's kind asks for. ValueError for
+    a picture or text too many or too few, too long a text, or a model without a record."""
     name = type(model).__name__
     takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
     takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
     for part, present, taken in (("image", picture is not None, takes_image), ("text", bool(texts), takes_text)):
         if present != taken:
-            raise ValueError(
-                f"{part} must be {'given to' if taken else 'left out for'} {name}; got {'one' if present else 'none'}"
-            )
+            form = "given to" if taken else "left out for"
+            raise ValueError(f"{part} must be {form} {name}; got {'one' if present else 'none'}")
     for text in texts:
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a pair, as from a command line that is no UTF-8
             raise ValueError(f"text must be Unicode; got {text!r}")
@@ -106,10 +98,9 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
     if name in _ENDS_PROMPTS:
         inputs |= {part: inputs[part][:, :-1] for part in ("input_ids", "attention_mask", "token_type_ids") if part in inputs}
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if (
-        not decoder and most is not None and inputs["input_ids"].shape[1] > most
-    ):  # on a GPU the model's own error ends the process
-        raise ValueError(f"text must have at most {most} tokens for {name}; got {inputs['input_ids'].shape[1]}")
+    size = inputs["input_ids"].shape[1]
+    if not decoder and most is not None and size > most:  # on a GPU the model's own error ends the process
+        raise ValueError(f"text must have at most {most} tokens for {name}; got {size}")
     return inputs
 
 
@@ -151,27 +142,21 @@ def seen_part(processor: Any, inputs: Mapping[str, Any], picture: Any) -> tuple[
 
 def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """The inputs on the model's device, pixels and other floats in its dtype."""
-    placed = {}
+    placed = dict(inputs)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            value = value.to(model.device, model.dtype if value.is_floating_point() else None)
-        placed[name] = value
+            placed[name] = value.to(model.device, model.dtype if value.is_floating_point() else None)
     return placed
 
 
 def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int]]:
     """At most `count` tokens behind each prompt, the most likely one each time; the token that ends an answer is left out.
-
-    Raises:
-        ValueError: the model is no decoder with a record; an answer has no token.
-    """
+    ValueError where the model is no decoder with a record, or an answer has no token."""
     record = find_family(model)
     if record is None or not record.scoring.predicts:
         raise ValueError(f"generate must be asked of a decoder with a record; got {type(model).__name__}")
-    images = [
-        getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")
-    ]  # they stand for pixels, no words
-    never = [*(model.generation_config.suppress_tokens or []), *(token for token in images if token is not None)]
+    pictures = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))  # no words
+    never = [*(model.generation_config.suppress_tokens or []), *(token for token in pictures if token is not None)]
     with torch.no_grad():
         made = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1, suppress_tokens=never or None)
     ends = model.generation_config.eos_token_id

@@ -5,20 +5,20 @@ A question is about a target, about an answer, or about nothing, where the batch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast.interpret.explaining.answer import Answer
-from vlattn_fast.interpret.explaining.prompt import Prompt
-from vlattn_fast.interpret.explaining.request import Request
+from vlattn_fast.interpret.explaining.request import NAMED_ROWS, Prompt, Read, Request
 from vlattn_fast.interpret.explaining.run import Run
-from vlattn_fast.interpret.explaining.score import check_scores, choose_score
-from vlattn_fast.interpret.explaining.start_rows import start_rows
 from vlattn_fast.interpret.records.tokens import decoder_inputs
+from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
+from vlattn_fast.interpret.relevancy.method import read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
@@ -26,49 +26,46 @@ Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a run: scores, and the rows that are read.
+    """A question about a run: scores, and the rows that are read."""
 
-    Args:
-        scores: (B,), or (B, T) of the tokens of an answer; None for a method without a gradient and a model without logits.
-        passes: the backward passes; none for an empty batch.
-        target: the index of the text, class, token or object query of each row; None for a callable and for an answer.
-        start_positions: of each tower, int64 (B,), or (B, T) of an answer: the token whose row is read, where it is one token
-            alone; None for an empty batch.
-        answer: the answer, as it stands among the tokens of the tower that is read; None where a target is explained.
-    """
-
-    scores: Tensor | None
-    passes: list[Pass] = field(default_factory=list)
-    target: list[int] | None = None
+    scores: Tensor | None  # (B,), or (B, T) of an answer's tokens; None for a method and a model that give none
+    passes: list[Pass] = field(default_factory=list)  # the backward passes; none for an empty batch
+    target: list[int] | None = None  # index of each row's text, class, token or query; None for a callable and for an answer
+    # The token of each tower whose row is read, where it is one: int64 (B,), or (B, T) of an answer; None for an empty batch.
     start_positions: dict[str, Tensor] | None = None
-    answer: Answer | None = None
+    answer: Answer | None = None  # as it stands among the tokens of the tower that is read; None where a target is explained
 
 
 def ask(request: Request, prompt: Prompt, run: Run) -> Question:
     if prompt.empty:
         return _about_nothing(request, prompt, run)
-    question = (
-        _about_target(request, prompt, run) if prompt.answer is None else _about_answer(request, prompt, run, prompt.answer)
-    )
+    if prompt.answer is not None:
+        question = _about_answer(request, prompt, run, prompt.answer)
+    else:
+        question = _about_target(request, prompt, run)
     if question.scores is not None:
         edges = [edge for tower in run.carrying for edge in request.method.edges(tower, request.start_layer)]
-        check_scores(question.scores, edges if request.method.needs_score else None)
-        _check_batches(run.read, len(question.scores))
+        _check_scores(question.scores, edges if request.method.needs_score else None)
+        for tower in run.read:
+            if tower.batch != len(question.scores):
+                raise ValueError(
+                    f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} for "
+                    f"{len(question.scores)} scores, as attention in windows or chunks has. Read other towers by read={{...}}"
+                )
     return question
 
 
 def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
     if request.record.scoring.logits(run.outputs) is None and not callable(request.target):
         return Question(None, answer=prompt.answer)
-    tower = run.towers[0]
-    scores = torch.zeros(0, dtype=tower.dtype, device=tower.device)
+    scores = torch.zeros(0, dtype=run.towers[0].dtype, device=run.towers[0].device)
     return Question(scores, target=None if callable(request.target) else [], answer=prompt.answer)
 
 
 def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
-    first, record, read = run.read[0], request.record, request.read
-    scores, target = choose_score(request, prompt, run.outputs, first.shape[0])
-    if record.scoring.names_row and target is not None:
+    first, read = run.read[0], request.read
+    scores, target = _choose_score(request, prompt, run.outputs, first.shape[0])
+    if request.record.scoring.names_row and target is not None:
         read = torch.eye(first.size)[target]
     starts = [_start(tower, read, prompt.arguments, bool(run.attended)) for tower in run.read]
     places = ((tower.name, _single_position(start)) for tower, start in zip(run.read, starts, strict=True))
@@ -88,11 +85,81 @@ def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) ->
     return Question(scores, passes, None, {tower.name: answer.start_positions for tower in run.read}, answer)
 
 
+# --- scores ---
+
+
+def _choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
+    """Scores (B,) and the index each belongs to (text, class, token or object query; None for a callable); no scores for a method
+    without a gradient where the outputs have no logits."""
+    record, target = request.record, request.target
+    if callable(target):
+        scores = target(outputs)
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
+        if scores.ndim != 1 or (record.towers and scores.shape != (batch,)):
+            raise ValueError(f"target must return scores of shape (B,) = ({batch},); got {tuple(scores.shape)}")
+        return scores, None
+    if not request.method.needs_score and target is None and record.scoring.logits(outputs) is None:
+        return None, None
+    return record.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
+
+
+def _check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None) -> None:
+    """UndefinedRelevancy for a score that is NaN, and ValueError for scores that do not depend on the explained layers, which
+    gradients enter at `edges`; None if the method takes no gradient."""
+    if bool(scores.isnan().any()):
+        rows = scores.isnan().nonzero()[:, 0].tolist()
+        raise UndefinedRelevancy(f"target must give scores that are numbers; got nan in rows {rows} of the batch")
+    if edges is not None and not _depends_on(scores, edges):
+        raise ValueError("target must give scores that depend on the explained layers; got scores without a gradient there")
+
+
+def _depends_on(scores: Tensor, edges: Sequence[GradientEdge]) -> bool:
+    """Whether a path in the autograd graph leads from the scores to one of the edges; no gradient is computed."""
+    if not scores.requires_grad:
+        return False
+    aims = {edge.node for edge in edges}
+    seen = {get_gradient_edge(scores).node}
+    waiting = list(seen)
+    while waiting:
+        node = waiting.pop()
+        if node in aims:
+            return True
+        following = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= following
+        waiting.extend(following)
+    return False
+
+
+# --- rows that are read ---
+
+
 def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
-    """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others."""
-    arguments = decoder_inputs(arguments) if attends and tower.record is None else arguments
-    like = torch.zeros(tower.batch or 0, 1, tower.rows_at_end(), dtype=tower.dtype, device=tower.device)
-    return start_rows(tower, read[tower.name] if isinstance(read, Mapping) else read, arguments, like)
+    """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others. Behind a pooling head N
+    is its number of probes."""
+    count = tower.size if tower.probes is None else tower.probes
+    like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
+    asked: Read | None = read[tower.name] if isinstance(read, Mapping) else read
+    if asked is None:
+        if tower.record is None:
+            raise ValueError(f"read must say which row of tower '{tower.name}' is read; got None")
+        return tower.record.row.weights(tower.tokens_in(arguments), like)
+    if tower.pooled:
+        raise ValueError(f"read must not name a row of tower '{tower.name}', which its pooling head reads; got {asked!r}")
+    if isinstance(asked, str):
+        decodes = attends and tower.record is None
+        return NAMED_ROWS[asked].weights(tower.tokens_in(decoder_inputs(arguments) if decodes else arguments), like)
+    if isinstance(asked, int):
+        if not -count <= asked < count:
+            raise ValueError(f"read must be from {-count} to {count - 1} in tower '{tower.name}'; got {asked}")
+        like[:, :, asked] = 1.0
+        return like
+    weights = torch.as_tensor(asked, dtype=like.dtype, device=like.device)
+    if tuple(weights.shape) not in ((count,), (len(like), count), (1, count)):
+        raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(weights.shape)}")
+    if not bool(weights.isfinite().all()):
+        raise ValueError(f"read must be finite weights; got {weights[~weights.isfinite()][0].item()}")
+    return like + weights.reshape(-1, 1, count)
 
 
 def _single_position(start: Tensor) -> Tensor | None:
@@ -102,11 +169,20 @@ def _single_position(start: Tensor) -> Tensor | None:
     return weights.argmax(-1).cpu() if single else None
 
 
-def _check_batches(towers: list[TowerTrace], scores: int) -> None:
-    """ValueError for a tower that does not run once over each input."""
-    for tower in towers:
-        if tower.batch != scores:
-            raise ValueError(
-                f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} for "
-                f"{scores} scores, as attention in windows or chunks has. Read other towers by read={{...}}"
-            )
+def check_rows(request: Request, question: Question, rows: list[Tensor]) -> None:
+    """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row."""
+    # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
+    predicts = request.record.scoring.predicts and request.read is None and not callable(request.target)
+    if predicts or not request.method.holds_start:
+        return
+    starts = [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in question.passes), strict=True)]
+    if any(bool((row != 0).any()) for row in rows[len(starts) :]):  # of towers that are read through others
+        return
+    for row, start in zip(rows, starts, strict=False):
+        alone = read_tokens(start)
+        beside = row.masked_fill(alone, 0.0) if bool(alone.any()) else row - start
+        if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):
+            return
+    raise UndefinedRelevancy(
+        "The score does not depend on the row that was read. Pass read= with the position it is computed from."
+    )

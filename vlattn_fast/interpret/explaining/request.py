@@ -1,8 +1,8 @@
-"""The first stage of `explain`: what the caller asks, with every refusal that needs no run."""
+"""The first two stages of `explain`: what the caller asks, with all refusals that need no run, and the model's arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,47 +12,39 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
-from vlattn_fast.interpret.explaining.answer import encoder_decoder
-from vlattn_fast.interpret.explaining.inputs import prepare_inputs
-from vlattn_fast.interpret.explaining.start_rows import Read, check_read
-from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
+from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer
+from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
+from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
-from vlattn_fast.interpret.relevancy.traced import traced
+from vlattn_fast.interpret.relevancy.model_trace import Trace
 
 Target = None | int | Tensor | list[int] | Callable[[Any], Tensor]
+Read = str | int | Tensor | Sequence[float]
+NAMED_ROWS = {"cls": READOUTS["cls"], "last": READOUTS["target"], "mean": READOUTS["mean"]}
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of one `explain`, checked.
+    """The arguments of one `explain`, checked."""
 
-    Args:
-        model: without its wrappers.
-        record: the model's, or one without towers, where they are found.
-        method: of this call alone.
-        answer, each, tokenizer: as the caller gave them; `answer` None = a target is explained.
-        vision: the tower that relevancy is carried on into through the model's connector; None = it ends in the decoder.
-    """
-
-    model: nn.Module
-    record: Family
+    model: nn.Module  # without its wrappers
+    record: Family  # the model's, or one without towers, where they are found
     target: Target
-    method: Method
+    method: Method  # of this call alone
     start_layer: int
     read: None | Read | Mapping[str, Read]
-    answer: Any
+    answer: Any  # None = a target is explained
     each: bool
     tokenizer: Any
-    vision: Tower | None
+    vision: Tower | None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
 
     @classmethod
     def check(
         cls,
         model: nn.Module,
         inputs: Mapping[str, Any],
-        *,
         target: Target,
         method: str,
         start_layer: int,
@@ -65,7 +57,7 @@ class Request:
     ) -> Request:
         """The request, with the errors of `explain`."""
         chosen = find_method(method)(weighting)
-        check_read(read)
+        _check_read(read)
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
         check_bool(each=each, through_connector=through_connector)
@@ -73,10 +65,12 @@ class Request:
         check_has_gradients(model)
         if answer is None:
             if not each:
-                raise ValueError("each=False needs answer=: it asks for the sum over an answer's tokens")
+                raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
             if tokenizer is not None:
                 raise ValueError(f"tokenizer needs answer=, whose text it encodes; got {type(tokenizer).__name__} alone")
-            record = _record_of(model, inputs, read)
+            if (known := find_family(model)) is None and read is None:
+                raise ValueError(_how_to_read(model, inputs))
+            record = UNRECORDED if known is None else known
         else:
             if target is not None or read is not None:
                 raise ValueError("answer must be given without target and read, which it takes the place of; got both")
@@ -89,11 +83,39 @@ class Request:
         return cls(model, record, target, chosen, start_layer, read, answer, each, tokenizer, vision)
 
 
-def _record_of(model: nn.Module, inputs: Mapping[str, Any], read: Any) -> Family:
-    record = find_family(model)
-    if record is None and read is None:
-        raise ValueError(_how_to_read(model, inputs))
-    return UNRECORDED if record is None else record
+@dataclass(frozen=True)
+class Prompt:
+    """The model's arguments."""
+
+    arguments: dict[str, Any]
+    pairs: list[int] | None  # where images are compared with texts, the text of each row
+    answer: Answer | None  # the answer among the tokens; None where a target is explained
+
+    @property
+    def empty(self) -> bool:
+        return is_empty(self.arguments)
+
+
+def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
+    if request.answer is None:
+        return Prompt(*prepare_inputs(request.model, inputs, request.record, request.target), None)
+    answer = prepare_answer(request.answer, request.tokenizer, inputs, request.record, request.model)
+    arguments, pairs = prepare_inputs(request.model, answer.arguments, request.record, None, answer.answer_positions)
+    return Prompt(arguments, pairs, answer)
+
+
+# --- refusals ---
+
+
+def _check_read(read: Any) -> None:
+    """TypeError or ValueError unless `read` is None, or one way to read a row, or a dict of them."""
+    if isinstance(read, Mapping) and not read:
+        raise ValueError("read must name at least one tower; got an empty mapping")
+    for value in read.values() if isinstance(read, Mapping) else [] if read is None else [read]:
+        if isinstance(value, str) and value not in NAMED_ROWS:
+            raise ValueError(f"read must be one of {', '.join(NAMED_ROWS)}, an index or weights; got {value!r}")
+        if isinstance(value, bool) or not (isinstance(value, (str, int, Sequence)) or hasattr(value, "tolist")):
+            raise TypeError(f"read must be a name, an index or weights; got {type(value).__name__}")
 
 
 def _record_of_answers(model: nn.Module) -> Family:
@@ -126,7 +148,7 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     problem = f"model must be of a known family where read is None; got {type(model).__name__}"
     method = find_method("attention")()
     try:
-        with torch.inference_mode(False), torch.no_grad(), at_rest(model), traced(model, UNRECORDED, method) as trace:
+        with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, UNRECORDED, method) as trace:
             model(**prepare_inputs(model, inputs, UNRECORDED, None)[0])
         trace.check()
     except Exception as error:

@@ -6,31 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vlattn_fast.interpret.explaining.inputs import with_one_row
-from vlattn_fast.interpret.explaining.prompt import Prompt
-from vlattn_fast.interpret.explaining.request import Request
+from vlattn_fast.interpret.explaining.request import Prompt, Request
+from vlattn_fast.interpret.records.connector_maps import Connector
+from vlattn_fast.interpret.records.image_grids import image_tokens
 from vlattn_fast.interpret.relevancy.model_trace import Trace
-from vlattn_fast.interpret.relevancy.through_connector import check_pictures, connect
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.traced import traced
 
 
 @dataclass(frozen=True)
 class Run:
-    """A forward pass that ran.
+    """A forward pass that ran."""
 
-    Args:
-        outputs: the model's; of an empty batch, those of one made-up row.
-        read: the towers whose own rows are read.
-        vision: the tower behind the connector, whose row comes from that of the decoder; None without.
-        attended: the towers that those of `read` attend to, whose part of these rows is read as well.
-    """
-
-    outputs: Any
+    outputs: Any  # the model's; of an empty batch, those of one made-up row
     trace: Trace
-    read: list[TowerTrace]
-    vision: TowerTrace | None
-    attended: list[TowerTrace]
+    read: list[TowerTrace]  # whose own rows are read
+    vision: TowerTrace | None  # the tower behind the connector, whose row comes from that of the decoder; None without
+    attended: list[TowerTrace]  # that those of `read` attend to, whose part of these rows is read as well
 
     @property
     def carrying(self) -> list[TowerTrace]:
@@ -45,16 +40,16 @@ class Run:
 
 def run_traced(request: Request, prompt: Prompt) -> Run:
     model, record, arguments = request.model, request.record, prompt.arguments
-    connects = request.vision is not None and not prompt.empty
-    if request.vision is not None and connects:
-        check_pictures(model.config, arguments)
-        record = replace(record, towers=(*record.towers, request.vision))
-    with traced(model, record, request.method) as trace:
-        if connects:
-            connect(trace.towers[-1], trace.towers[0], record.connector, model.config, arguments)
+    behind = None if prompt.empty else request.vision
+    if behind is not None:
+        _check_pictures(model.config, arguments)
+        record = replace(record, towers=(*record.towers, behind))
+    with Trace(model, record, request.method) as trace:
+        vision = None if behind is None else trace.towers[-1]
+        if vision is not None:
+            _connect(vision, trace.towers[0], record.connector, model.config, arguments)
         outputs = model(**(with_one_row(model, arguments, record) if prompt.empty else arguments))
     trace.check()
-    vision = trace.towers[-1] if connects else None
     read, attended = _towers_of(trace, request, prompt, vision)
     run = Run(outputs, trace, read, vision, attended)
     for tower in run.carrying:
@@ -85,3 +80,39 @@ def _towers_of(
             answered = tuple(prompt.arguments[request.record.answers].shape)
             read = [tower for tower in read if tower.shape == answered][-1:]
     return read, [tower for tower in towers if tower not in read and any((t, tower) in links for t in read)]
+
+
+# --- the connector ---
+
+
+def _check_pictures(config: Any, arguments: Mapping[str, Any]) -> None:
+    """ValueError for prompts with videos, or without images, and for image tokens that are made of several layers' patches."""
+    name = "vision_feature_layer"
+    layers = getattr(config, name, None) if arguments.get(name) is None else arguments[name]
+    if isinstance(layers, (list, tuple)) and len(layers) > 1:
+        raise ValueError(
+            f"through_connector=True supports image tokens that are made of one layer's patches only; got {name} {list(layers)}"
+        )
+    if arguments.get("pixel_values_videos") is not None:
+        raise ValueError("through_connector=True supports images only; got 'pixel_values_videos'")
+    if arguments.get("pixel_values") is None:
+        raise ValueError("through_connector=True needs 'pixel_values' in inputs; got none")
+
+
+def _connect(vision: TowerTrace, language: TowerTrace, connector: Connector, config: Any, arguments: Mapping[str, Any]) -> None:
+    """Let the relevancy of `language`'s image tokens go on into `vision`, which runs before it.
+
+    A connector makes an image token of one patch, or of a square of neighbouring ones. The relevancy of an image token is divided
+    equally among the patches it was made of, so that its sum stays. The backward pass then goes on through the vision tower.
+    """
+
+    def below(like: Tensor) -> Tensor:
+        leaving = vision.carriers.leaving()
+        fed = connector(config, arguments, vision.shape, int(image_tokens(config, arguments).sum())).tokens
+        real, places = fed >= 0, image_tokens(config, arguments).flatten().nonzero()[:, 0]
+        tokens = fed[real].to(leaving.device)
+        shares = 1 / tokens.bincount(minlength=len(places)).clamp(min=1).to(leaving)
+        brought = leaving.new_zeros(len(places)).index_add(0, tokens, leaving.flatten()[real.to(leaving.device)]) * shares
+        return torch.zeros_like(like).flatten().index_copy(0, places.to(like.device), brought.to(like)).view_as(like)
+
+    language.carriers.below = below

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.attach.attributes import is_entered
+from vlattn_fast.attach.session import is_entered
 from vlattn_fast.ops.attention_map import attention_map
 
 Grid = tuple[int, int]

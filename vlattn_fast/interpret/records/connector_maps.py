@@ -18,20 +18,22 @@ from vlattn_fast.interpret.records.image_grids import Shape, anyres, anyres_shap
 
 @dataclass(frozen=True)
 class Merged:
-    """The tokens of a vision tower, counted through all its images.
+    """The tokens of a vision tower, counted through all its images."""
 
-    Args:
-        tokens: int64 (images * N,), the image token, counted through all prompts, that each is part of; -1 = none.
-        maps: index tensors (h, w), which of them lies where in each picture.
-        owners: int64 (images * N,), the map of the picture that each belongs to.
-    """
-
-    tokens: Tensor
-    maps: tuple[Tensor, ...]
-    owners: Tensor
+    tokens: Tensor  # int64 (images * N,), the image token, counted through all prompts, that each is part of; -1 = none
+    maps: tuple[Tensor, ...]  # index tensors (h, w), which of them lies where in each picture
+    owners: Tensor  # int64 (images * N,), the map of the picture that each belongs to
 
 
 Connector = Callable[[Any, Mapping[str, Any], Shape, int], Merged]
+
+
+def _check(fits: bool, name: str, shape: Shape, count: int) -> None:
+    if not fits:
+        raise ValueError(
+            f"through_connector=True needs {name} to tell the patches of each image token; got {count} tokens for a tower of "
+            f"{shape}"
+        )
 
 
 def squares(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> Merged:
@@ -46,8 +48,8 @@ def squares(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) ->
     alike = each * images == count and before >= 0
     if not alike or height % side or width % side or each * side**2 != height * width:
         raise ValueError(
-            f"through_connector must be off where image tokens are no squares of patches; got {count} tokens for {images} "
-            f"images of {height} x {width} patches"
+            f"through_connector=True needs image tokens that are squares of patches; got {count} tokens for {images} images of "
+            f"{height} x {width} patches"
         )
     rows, columns = torch.arange(height) // side, torch.arange(width) // side
     square = rows[:, None] * (width // side) + columns
@@ -71,11 +73,7 @@ def packed(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> 
         square = patches.view(frames, rows, columns, side, side).transpose(2, 3)
         maps += list(square.reshape(frames, height, width))
     order = torch.cat(places)  # the square at each place of the tower's sequence
-    if shape != (1, len(order) * side**2) or count != len(order):
-        raise ValueError(
-            f"through_connector must be off where image_grid_thw does not tell the patches; got {count} tokens for a tower of "
-            f"{shape}"
-        )
+    _check(shape == (1, len(order) * side**2) and count == len(order), "image_grid_thw", shape, count)
     where = (order.argsort()[:, None] * side**2 + torch.arange(side**2)).flatten()  # of each patch in the tower's sequence
     maps = [where[index] for index in maps]
     owners = torch.empty_like(where)
@@ -105,10 +103,7 @@ def in_one_row(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int)
         maps.append(patch + torch.arange(height * width).view(height, width))
         owners.append(torch.full((height * width,), number))
         patch, token = patch + height * width, token + (height // side) * (width // side)
-    if shape != (1, patch) or count != token:
-        raise ValueError(
-            f"through_connector must be off where image_sizes do not tell the patches; got {count} tokens for a tower of {shape}"
-        )
+    _check(shape == (1, patch) and count == token, "image_sizes", shape, count)
     return Merged(torch.cat(numbers), tuple(maps), torch.cat(owners))
 
 
@@ -120,19 +115,14 @@ def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> M
     before = size - area  # CLS
     parts = list(zip(anyres(config, inputs), anyres_tiles(config, inputs), strict=True))
     tokens, rows = sum(layout.size for layout, _ in parts), sum(1 + tiles for _, (tiles, _) in parts)
-    if before < 0 or rows != images or tokens != count:
-        raise ValueError(
-            f"through_connector must be off where image_sizes do not tell the tiles; got {count} tokens for a tower of {shape}"
-        )
+    _check(before >= 0 and rows == images and tokens == count, "image_sizes", shape, count)
     numbers, maps, owners = torch.full((images * size,), -1), list[Tensor](), list[Tensor]()
     tile = token = 0
     for layout, (tiles_of_image, index) in parts:
         places = [tile * size + before + torch.arange(area).view(side, side)]
         if index is not None:
-            if tuple(index.shape) != anyres_shape(config, index.shape):
-                raise ValueError(
-                    f"through_connector must be off for images that the model scales down; got {tuple(index.shape)} patches"
-                )
+            if (patches := tuple(index.shape)) != anyres_shape(config, index.shape):
+                raise ValueError(f"through_connector=True supports no images that the model scales down; got {patches} patches")
             places.append((tile + 1 + index // area) * size + before + index % area)
         for place, of_map in zip(places, layout.maps, strict=True):
             numbers[place] = token + of_map

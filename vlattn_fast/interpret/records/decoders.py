@@ -19,6 +19,7 @@ _Q_FORMER = Family((_OVER_OPT,), "token", others=(Family((_OVER_LLAMA,), "token"
 _STATES = Tower("vision", "model.vision_model", "", "mean", "image", branch="", grid=image_grids.tiled_states)
 
 _TEXT = replace(_QUERIES, path="model", tokens="text")
+_LLAMAS = ("Llama", "Llama4", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi")
 _GEMMA_TEXT = replace(_TEXT, branch="post_attention_layernorm")
 _GPT2 = replace(_TEXT, path="transformer", layers="h", branch="attn")
 _OPT = replace(_TEXT, path="model.decoder")
@@ -27,6 +28,8 @@ _NEOX = replace(_TEXT, path="gpt_neox", branch="attention")
 _VISION = Tower("vision", "model.vision_tower", "encoder.layers", "mean", "patches")
 _PACKED = replace(_VISION, path="model.visual", layers="blocks")
 _PIXTRAL = replace(_VISION, layers="transformer.layers")
+_QWEN_VL = Family((_QWEN,), "token", vision=_PACKED, connector=connector_maps.packed)
+_IDEFICS3 = Family((_TILES,), "token", vision=replace(_VISION, path="model.vision_model"))
 _ANYRES = Family((replace(_QUERIES, grid=image_grids.anyres),), "token", vision=_VISION, connector=connector_maps.tiles)
 
 DECODERS: dict[str, Family] = {
@@ -45,12 +48,12 @@ DECODERS: dict[str, Family] = {
     "Mistral3ForConditionalGeneration": Family(
         (replace(_QUERIES, grid=image_grids.merged_sizes),), "token", vision=_PIXTRAL, connector=connector_maps.in_one_row
     ),
-    "Qwen2VLForConditionalGeneration": Family((_QWEN,), "token", vision=_PACKED, connector=connector_maps.packed),
-    "Qwen2_5_VLForConditionalGeneration": Family((_QWEN,), "token", vision=_PACKED, connector=connector_maps.packed),
+    "Qwen2VLForConditionalGeneration": _QWEN_VL,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN_VL,
     "Qwen3VLForConditionalGeneration": Family((_QWEN,), "token"),  # its image tokens are made of several layers' patches
     # Tiles and thumbnails.
-    "Idefics3ForConditionalGeneration": Family((_TILES,), "token", vision=replace(_VISION, path="model.vision_model")),
-    "SmolVLMForConditionalGeneration": Family((_TILES,), "token", vision=replace(_VISION, path="model.vision_model")),
+    "Idefics3ForConditionalGeneration": _IDEFICS3,
+    "SmolVLMForConditionalGeneration": _IDEFICS3,
     "InternVLForConditionalGeneration": Family(
         (replace(_QUERIES, grid=image_grids.shuffled),), "token", vision=replace(_VISION, layers="encoder.layer")
     ),
@@ -64,15 +67,8 @@ DECODERS: dict[str, Family] = {
     # Cross-attention to what the vision tower gives.
     "MllamaForConditionalGeneration": Family((replace(_QUERIES, tokens="image_text"), _STATES), "token", bimodal=True),
     # Text alone.
-    "LlamaForCausalLM": Family((_TEXT,), "token"),
-    "Llama4ForCausalLM": Family((_TEXT,), "token"),
-    "MistralForCausalLM": Family((_TEXT,), "token"),
-    "Qwen2ForCausalLM": Family((_TEXT,), "token"),
-    "Qwen3ForCausalLM": Family((_TEXT,), "token"),
-    "GemmaForCausalLM": Family((_TEXT,), "token"),
-    "Gemma2ForCausalLM": Family((_GEMMA_TEXT,), "token"),
-    "Gemma3ForCausalLM": Family((_GEMMA_TEXT,), "token"),
-    "PhiForCausalLM": Family((_TEXT,), "token"),
+    **{f"{stem}ForCausalLM": Family((_TEXT,), "token") for stem in _LLAMAS},
+    **{f"{stem}ForCausalLM": Family((_GEMMA_TEXT,), "token") for stem in ("Gemma2", "Gemma3")},
     "GPT2LMHeadModel": Family((_GPT2,), "token"),
     "OPTForCausalLM": Family((_OPT,), "token"),
     "GPTNeoXForCausalLM": Family((_NEOX,), "token"),

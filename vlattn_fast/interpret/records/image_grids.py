@@ -1,14 +1,13 @@
 """Grids: how the image tokens of a prompt lie in the pictures that they stand for.
 
-A grid is a function of the config of a model and of its inputs. It gives one `Layout` per image, in the order of the prompts. All
-that it says comes from the config, the sizes of the inputs and the ids of the prompt; where the image tokens do not add up to
-what it says, `image_maps` raises.
+A grid is a function of the config of a model and of its inputs. It gives one `Layout` per image, in the order of the prompts.
+Where the image tokens do not add up to what it says, `Tokens.maps` raises.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +19,10 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """The tokens of one image.
+    """The tokens of one image."""
 
-    Args:
-        size: how many image tokens of the prompt are this image's.
-        maps: index tensors (h, w), for each map of the image: which of its tokens lies where. Tokens in no map (CLS, the ends of
-            rows) have no place in the image.
-    """
-
-    size: int
-    maps: tuple[Tensor, ...]
+    size: int  # how many image tokens of the prompt are this image's
+    maps: tuple[Tensor, ...]  # (h, w): which token lies where in each map. Tokens in no map (CLS, ends of rows) have no place.
 
 
 Grid = Callable[[Any, Mapping[str, Any]], list[Layout]]
@@ -50,7 +43,8 @@ def frames(count: int, shape: Shape, after: int = 0) -> Layout:
 def patch_shape(config: Any, size: Sequence[int]) -> Shape:
     """(h, w) of the patches of an image of `size` (height, width) pixels, by the config or by that of its image part."""
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "image_config"))]
-    height, width = _pair(next(part.patch_size for part in parts if getattr(part, "patch_size", None) is not None))
+    patch = next(part.patch_size for part in parts if getattr(part, "patch_size", None) is not None)
+    height, width = (patch, patch) if isinstance(patch, int) else patch
     return int(size[0]) // height, int(size[1]) // width
 
 
@@ -67,8 +61,7 @@ def image_tokens(config: Any, inputs: Mapping[str, Any]) -> Tensor:
 def patches(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """One token a patch (LLaVA, PaliGemma). Some vision towers put their CLS token in front."""
     shapes = merged_shapes(config, inputs, 1)
-    tokens = int(image_tokens(config, inputs).sum())
-    before = int(tokens == sum(height * width + 1 for height, width in shapes))
+    before = int(int(image_tokens(config, inputs).sum()) == sum(height * width + 1 for height, width in shapes))
     return [whole(shape, before) for shape in shapes]
 
 
@@ -80,11 +73,8 @@ def merged_sizes(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 def merged_frames(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """One token for a square of patches, by `image_grid_thw` and `video_grid_thw` (Qwen-VL). A map for each frame."""
     merge = config.vision_config.spatial_merge_size
-    kinds = (inputs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
-    images, videos = (
-        [] if kind is None else [frames(t, (h // merge, w // merge)) for t, h, w in kind.tolist()] for kind in kinds
-    )
-    return _in_order(config, inputs, images, videos)
+    sizes = ([] if (grid := inputs.get(name)) is None else grid.tolist() for name in ("image_grid_thw", "video_grid_thw"))
+    return _in_order(config, inputs, *([frames(t, (h // merge, w // merge)) for t, h, w in kind] for kind in sizes))
 
 
 def pooled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
@@ -107,8 +97,8 @@ def behind_mean(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
 
 def shuffled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """Tiles, then a thumbnail, with pixels shuffled into channels (InternVL). The inputs do not say how the tiles of an image lie
-    beside one another, so each is a map of its own."""
+    """Tiles, then a thumbnail, with pixels shuffled into channels (InternVL). Each is a map of its own: the inputs do not say how
+    the tiles lie."""
     height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
     ratio = config.downsample_ratio
     return [whole((int(height * ratio), int(width * ratio)))] * len(inputs["pixel_values"])
@@ -122,11 +112,10 @@ def labelled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """
     height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
     shape = height // config.scale_factor, width // config.scale_factor
-    layouts = []
-    for ids, of_image in zip(inputs["input_ids"].tolist(), image_tokens(config, inputs).tolist(), strict=True):
-        runs = _runs(of_image)
-        if not _are_tiles(runs, shape):
-            layouts += _unnamed(of_image, shape)
+    layouts: list[Layout] = []
+    for ids, runs, untiled in _prompts_of_tiles(config, inputs, shape):
+        if untiled is not None:
+            layouts += untiled
             continue
         labels = [ids[start - 1] if start else None for start, _ in runs]
         rows: list[int] = []  # how many tiles are in each row of the image whose thumbnail is yet to come
@@ -149,11 +138,10 @@ def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
     ratio = config.vision_config.pixel_shuffle_ratio
     shape = int(height * ratio), int(width * ratio)
-    layouts = []
-    for ids, of_image in zip(inputs["input_ids"].tolist(), image_tokens(config, inputs).tolist(), strict=True):
-        runs = _runs(of_image)
-        if not _are_tiles(runs, shape):
-            layouts += _unnamed(of_image, shape)
+    layouts: list[Layout] = []
+    for ids, runs, untiled in _prompts_of_tiles(config, inputs, shape):
+        if untiled is not None:
+            layouts += untiled
             continue
         labels: list[int] = []  # in front of the tiles of the image whose thumbnail is yet to come
         for start, _ in runs:
@@ -167,13 +155,15 @@ def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     return layouts
 
 
-def _are_tiles(runs: Sequence[Shape], shape: Shape) -> bool:
-    return all(stop - start == math.prod(shape) for start, stop in runs)
-
-
-def _unnamed(of_image: Sequence[bool], shape: Shape) -> list[Layout]:
-    """Tiles of `shape` with no tokens between them."""
-    return [whole(shape)] * -(-sum(of_image) // math.prod(shape))
+def _prompts_of_tiles(
+    config: Any, inputs: Mapping[str, Any], shape: Shape
+) -> Iterator[tuple[list[int], list[Shape], list[Layout] | None]]:
+    """The ids of each prompt, the stretches of its image tokens, and the layouts where these are no tiles with tokens between."""
+    for ids, of_image in zip(inputs["input_ids"].tolist(), image_tokens(config, inputs).tolist(), strict=True):
+        edges = [i for i in range(len(ids) + 1) if (i < len(ids) and of_image[i]) != (i > 0 and of_image[i - 1])]
+        runs = list(zip(edges[::2], edges[1::2], strict=True))
+        tiles = all(stop - start == math.prod(shape) for start, stop in runs)
+        yield ids, runs, None if tiles else [whole(shape)] * -(-sum(of_image) // math.prod(shape))
 
 
 def _joined(rows: Sequence[int], shape: Shape) -> list[Layout]:
@@ -233,7 +223,7 @@ def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
 
 def anyres_tiles(config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, Tensor | None]]:
-    """The number of tiles of each image, and the indices (h, w) of their features without padding, counted tile by tile."""
+    """The tiles of each image, and the indices (h, w) of their features without padding; 0 and None of one that is not tiled."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     size = config.vision_config.image_size
@@ -256,11 +246,8 @@ def anyres_shape(config: Any, shape: Sequence[int]) -> Shape:
     side = config.vision_config.image_size // config.vision_config.patch_size
     limit = getattr(config, "vision_aspect_ratio", None)  # the model reads no other, though its forward takes one
     height, width = int(shape[0]), int(shape[1])
-    if limit is not None:
-        ratio = math.sqrt(height * width / (int(limit.removeprefix("anyres_max_")) * side**2))
-        if ratio > 1.1:
-            return int(height // ratio), int(width // ratio)
-    return height, width
+    ratio = 0.0 if limit is None else math.sqrt(height * width / (int(limit.removeprefix("anyres_max_")) * side**2))
+    return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)
 
 
 def merged_shapes(config: Any, inputs: Mapping[str, Any], merge: int) -> list[Shape]:
@@ -285,19 +272,9 @@ def _in_order(config: Any, inputs: Mapping[str, Any], images: list[Layout], vide
     while position < len(of_image) and waiting[of_image[position]]:
         layouts.append(waiting[of_image[position]].pop(0))
         position += layouts[-1].size
-    return layouts + waiting[True] + waiting[False]  # what is left has no tokens, as `image_maps` finds out
-
-
-def _pair(size: int | Sequence[int]) -> Shape:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return layouts + waiting[True] + waiting[False]  # what is left has no tokens, as `Tokens.maps` finds out
 
 
 def _after(count: int, shape: Shape) -> Tensor:
     """Indices (h, w) of tokens behind `count` others."""
     return count + torch.arange(math.prod(shape)).view(shape)
-
-
-def _runs(flags: Sequence[bool]) -> list[Shape]:
-    """(start, stop) of the stretches of True."""
-    edges = [i for i in range(len(flags) + 1) if (i < len(flags) and flags[i]) != (i > 0 and flags[i - 1])]
-    return list(zip(edges[::2], edges[1::2], strict=True))

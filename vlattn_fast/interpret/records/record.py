@@ -1,22 +1,21 @@
 """Records: what `explain` cannot see in a model's forward pass.
 
 It sees every attention call and finds the towers. A record says how towers are called, which row of the relevancy matrix is
-read, what the tokens stand for, and where the residual sum is.
+read, which score is explained, what the tokens stand for, and where the residual sum is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vlattn_fast.interpret.records.connector_maps import Connector, squares
 from vlattn_fast.interpret.records.image_grids import Grid
-from vlattn_fast.interpret.records.readouts import READOUTS, ReadOut
-from vlattn_fast.interpret.records.scores import Score
-from vlattn_fast.interpret.records.tokens import Tokens
+from vlattn_fast.interpret.records.tokens import Named, Tokens, real_words
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,21 @@ class Tower:
         path: the tower inside the model, "" for the model itself.
         layers: the list of layers inside the tower, first to last, where "*" stands for any number (lists that run one after the
             other); "" for tokens without, which others only attend to.
-        readout: the row that is read: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last position,
-            "target" the position that predicts the target token, "before_sep" the token before the text's last real one,
-            "mean" and "patch_mean" 1/N over all (patch) tokens,
-            "pool" the row of an attention-pooling head, "query" the object query that the target names.
+        readout: the row that is read, a key of `READOUTS`: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last
+            position, "target" the position that predicts the target token, "before_sep" the token before the text's last real
+            one, "mean" and "patch_mean" 1/N over all (patch) tokens, "pool" the row of an attention-pooling head, "query" the
+            object query that the target names.
         tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
             `.text` are cut: "patches", "packed_patches", "text", "clip_text", "bert_text", "image_text" (text with image tokens
-            in it), "image" (image tokens alone, as `grid` has them), "regions" and "text_patches" (BERT's text, then regions or
-            patches), "patches_text", "boxes" (regions alone), "features" (a backbone's), "queries" (of objects) or "decoded" (a
-            decoder's text, whose prompt an encoder reads).
+            in it), "image" (image tokens alone), "regions" and "text_patches" (BERT's text, then regions or patches),
+            "patches_text", "boxes" (regions alone), "features" (a backbone's), "queries" (of objects) or "decoded" (a decoder's
+            text, whose prompt an encoder reads).
         branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
-        grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see `grids`;
-            None where they have no place in it, as the queries of a Q-Former.
+        grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see
+            `image_grids`; None where they have no place in it, as the queries of a Q-Former.
         further: lists of layers, by their path in the model, that the tokens go on through behind `layers`.
         sums: inside a layer of `further`, modules called with x and o that return x + o, one behind each attention. Method
             "weighted" needs them.
@@ -64,18 +63,16 @@ class Tower:
     def __post_init__(self) -> None:
         if self.readout not in tuple(READOUTS):
             raise ValueError(f"readout must be one of {tuple(READOUTS)}; got {self.readout!r}")
-        Tokens.called(self.tokens, "tokens")
+        Tokens.check_name("tokens", self.tokens)
         if (self.readout == "pool") != (self.pooling is not None):
             raise ValueError(f"pooling must be set if, and only if, readout is 'pool'; got {self.pooling!r} and {self.readout!r}")
 
     @property
     def kind(self) -> type[Tokens]:
-        """The kind of its tokens."""
-        return Tokens.called(self.tokens, "tokens")
+        return Tokens.named[self.tokens]
 
     @property
     def row(self) -> ReadOut:
-        """Which row is read."""
         return READOUTS[self.readout]
 
     def tokens_in(self, model: nn.Module, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tokens:
@@ -100,7 +97,7 @@ class Family:
             equations 5 to 11). The row of the first tower is read.
         logits: the field of the outputs that holds the logits.
         vision: the tower whose tokens a connector makes the image tokens of; explained where the caller asks for it.
-        connector: what it makes of them, see `merging`.
+        connector: what it makes of them, see `connector_maps`.
         within: the part of a bimodal model where attention is explained; other parts run as they are.
         background: of "query" scores: the last logit is that of no object. Without, all are objects.
         answers: the input that an answer is put into, behind the prompt; "decoder_input_ids" of encoder-decoders.
@@ -125,18 +122,170 @@ class Family:
     others: tuple[Family, ...] = ()
 
     def __post_init__(self) -> None:
-        Score.called(self.score, "score")
+        Score.check_name("score", self.score)
 
     @property
     def scoring(self) -> Score:
         """How the default score is read."""
-        kind = self.towers[0].kind if self.towers else Tokens
-        return Score.called(self.score, "score")(self.logits, kind, self.background)
+        return Score.named[self.score](self.logits, self.towers[0].kind if self.towers else Tokens, self.background)
+
+
+# --- rows that are read ---
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """Which row of the relevancy matrix is read at the end of a tower: that of one token, or a mean of rows."""
+
+    position: Callable[[Tokens], Tensor] | None = None  # gives the token (B,) whose row is read; None = a mean
+    skipped: Callable[[Tokens], int] | None = None  # gives how many tokens in front are left out of the mean; None = all ones
+    predicts: bool = False  # the token predicts the next one
+    asks: bool = False  # the token is one of the prompt's, without which another question would be asked
+
+    def weights(self, tokens: Tokens, like: Tensor) -> Tensor:
+        """The weights (B, 1, N) of the rows, as `like` (behind a pooling head N is its number of probes)."""
+        if self.position is not None:
+            return torch.zeros_like(like).scatter_(2, self.position(tokens).to(like.device)[:, None, None], 1.0)
+        if self.skipped is None:
+            return torch.ones_like(like)
+        start, rows = self.skipped(tokens), torch.zeros_like(like)
+        rows[:, :, start:] = 1.0 / (like.shape[2] - start)
+        return rows
+
+
+def _query(tokens: Tokens) -> Tensor:
+    raise ValueError("read must say which object query a callable target scores; got None")
+
+
+READOUTS = {
+    "cls": ReadOut(lambda tokens: torch.zeros(tokens.shape[0], dtype=torch.long)),
+    "eot": ReadOut(lambda tokens: tokens.end_of_text()),
+    "last": ReadOut(lambda tokens: torch.full((tokens.shape[0],), tokens.shape[1] - 1)),  # of padding or not
+    "target": ReadOut(lambda tokens: tokens.last_real(), predicts=True, asks=True),
+    "before_sep": ReadOut(lambda tokens: (real_words(tokens.inputs).sum(-1) - 2).clamp(min=0), asks=True),
+    "mean": ReadOut(skipped=lambda tokens: 0),
+    "patch_mean": ReadOut(skipped=lambda tokens: tokens.prefix),
+    "pool": ReadOut(),  # of the probes of a pooling head
+    "query": ReadOut(_query),
+}
+
+
+# --- scores ---
+
+
+@dataclass(frozen=True)
+class Score(Named):
+    """Which number of the outputs is explained: `logits[b, class]`. Subclasses with a name are other kinds."""
+
+    field: str  # of the outputs, which holds the logits
+    kind: type[Tokens]  # of the tokens of the first tower
+    background: bool  # of object queries: the last logit is that of no object
+
+    named: ClassVar[dict[str, type[Any]]] = {}
+    among: ClassVar[str] = "classes"  # what a target's index counts
+    pairs: ClassVar[bool] = False  # a row is an image with a text
+    predicts: ClassVar[bool] = False  # the next token is scored, so that an answer may be
+    names_row: ClassVar[bool] = False  # a target names the row that is read
+
+    def logits(self, outputs: Any) -> Tensor | None:
+        """The logits as the model gives them; None where it gives none."""
+        return getattr(outputs, self.field, None)
+
+    def per_row(self, logits: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """The logits (B, classes) that a target chooses from, of a model called with `arguments`."""
+        if not isinstance(logits, Tensor):
+            raise ValueError("target must be a callable(outputs) -> (B,) scores where the outputs have no logits; got none")
+        if logits.ndim != 2:
+            raise ValueError(f"target must be a callable where logits are not (B, classes); got logits {tuple(logits.shape)}")
+        return logits
+
+    def pick(self, logits: Tensor, target: Any) -> list[int]:
+        """The index of each row of logits (B, classes): `target`, by default the largest."""
+        return logits.argmax(-1).tolist() if target is None else indices(target, len(logits), logits.shape[1], self.among)
+
+    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+        """Scores (B,) and the index each belongs to."""
+        logits = self.per_row(self.logits(outputs), arguments)
+        chosen = self.pick(logits, target)
+        return logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0], chosen
+
+
+class Class(Score, name="class"):
+    pass
+
+
+class Token(Score, name="token"):
+    """The next token behind a prompt: `logits[b, position, token]`."""
+
+    among = "tokens"
+    predicts = True
+
+    def per_row(self, logits: Any, arguments: Mapping[str, Any]) -> Tensor:
+        if isinstance(logits, Tensor) and logits.ndim == 3:
+            # All logits have the length of the sequence, which may begin with patches, or be a decoder's behind an encoder.
+            kept = arguments.get("logits_to_keep")
+            shape = prompt_shape(arguments) if isinstance(kept, Tensor) else (logits.shape[0], logits.shape[1])
+            position = self.kind(arguments, shape).last_real().to(logits.device)
+            if isinstance(kept, Tensor):
+                position = torch.searchsorted(kept.to(logits.device), position)
+            logits = logits[torch.arange(len(logits), device=logits.device), position]
+        return super().per_row(logits, arguments)
+
+
+class Pair(Score, name="pair"):
+    """The similarity of an image and a text: `logits_per_image[i, i]`."""
+
+    among = "texts"
+    pairs = True
+
+    def logits(self, outputs: Any) -> Tensor:
+        return outputs.logits_per_image
+
+    def pick(self, logits: Tensor, target: Any) -> list[int]:
+        """The text of each image of logits (images, texts): its own, where they are as many."""
+        images, texts = logits.shape
+        return list(range(images)) if target is None and images == texts else super().pick(logits, target)
+
+    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+        """Images and texts are paired already: a target is the text of each row."""
+        return self.logits(outputs).diagonal(), target
+
+
+class Query(Score, name="query"):
+    """The largest class logit of an object query: `max logits[b, query, :-1]`."""
+
+    among = "object queries"
+    names_row = True
+
+    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+        """By default the query that is surest of its class."""
+        logits = getattr(outputs, self.field)
+        objects = logits[..., :-1] if self.background else logits
+        # Where a logit stands for no object, the others are sure relative to it; else each is sure by itself.
+        sure = logits.softmax(-1)[..., :-1] if self.background else logits
+        chosen = self.pick(sure.amax(-1), target)
+        return objects[torch.arange(len(chosen), device=logits.device), chosen].max(-1).values, chosen
+
+
+def prompt_shape(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """(B, N) of the prompts, which are ids or embeddings."""
+    prompts = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+    return prompts.shape[0], prompts.shape[1]
+
+
+def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
+    """`target` as one index per row: an int for all, or (B,) ints. TypeError or ValueError where it is not."""
+    if hasattr(target, "tolist"):  # torch's and NumPy's tensors and scalars
+        target = target.tolist()
+    chosen = [target] * batch if isinstance(target, int) else target
+    if not isinstance(chosen, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
+        raise TypeError(f"target must be None, an int, (B,) ints or a callable; got {target!r}")
+    if len(chosen) != batch:
+        raise ValueError(f"target must be one index or {batch} indices (one per row); got {len(chosen)}")
+    for index in chosen:
+        if not 0 <= index < size:
+            raise ValueError(f"target must be from 0 to {size - 1} ({what}); got {index}")
+    return list(chosen)
 
 
 UNRECORDED = Family((), "class")  # of a model without a record: every tower is found
-
-
-def alone(tower: Tower) -> Family:
-    """The family of a model that is this tower alone."""
-    return Family((replace(tower, path=""),), "class")

@@ -5,7 +5,7 @@ A kind is one subclass of `Tokens` with a name, which a `Tower` has as `tokens`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,32 +13,40 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.records.image_grids import Grid, Shape, image_tokens, patch_shape
-from vlattn_fast.interpret.records.named import Named
 
 Maps = tuple[Tensor | tuple[Tensor, ...], list[int]]
 
 
+class Named:
+    """A base whose subclasses have names by which records know them. The last class of a name counts."""
+
+    name: ClassVar[str]
+    named: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name is not None:
+            cls.name = name
+            cls.named[name] = cls
+
+    @classmethod
+    def check_name(cls, argument: str, name: str) -> None:
+        """ValueError, in which the caller's argument stands, unless a subclass has this name."""
+        if name not in tuple(cls.named):
+            raise ValueError(f"{argument} must be one of {tuple(cls.named)}; got {name!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens(Named):
-    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without a record, of which only a mask may tell.
+    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without a record: only a mask may tell."""
 
-    Args:
-        inputs: the model's.
-        shape: (B, N).
-        config: the tower's; the model's where text and image share a sequence, or a grid is given. It tells the sizes of patches.
-        prefix: tokens of the image before its patches, which are CLS and registers.
-        grid: see `Tower`.
-        predicts: whether the tower predicts tokens. Its texts then do not end with [SEP].
-        end: the ids of end-of-text tokens; None where neither model nor config names one.
-    """
-
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, Any]  # the model's
     shape: tuple[int, int]
-    config: Any = None
-    prefix: int = 0
-    grid: Grid | None = None
-    predicts: bool = False
-    end: Any = None
+    config: Any = None  # the tower's; the model's where text and image share a sequence, or a grid is given
+    prefix: int = 0  # tokens of the image before its patches, which are CLS and registers
+    grid: Grid | None = None  # see `Tower`
+    predicts: bool = False  # whether the tower predicts tokens. Its texts then do not end with [SEP].
+    end: Any = None  # the ids of end-of-text tokens; None where neither model nor config names one
 
     named: ClassVar[dict[str, type[Any]]] = {}
     text: ClassVar[bool] = False  # it has words of `input_ids`
@@ -71,12 +79,8 @@ class Tokens(Named):
         return torch.ones(self.shape, dtype=torch.bool)
 
     def maps(self, relevancy: Tensor) -> Maps | None:
-        """The image's entries of relevancy (B, N) on their grids, and the row each grid belongs to.
-
-        Returns:
-            Maps (B, h, w); with several maps in a prompt (images, h, w) in the order of the prompts; a tuple of (h, w) where
-            grids differ. None where the tower has no image, or its tokens have no place in it.
-        """
+        """The image's entries of relevancy (B, N) on their grids (images, h, w), a tuple of (h, w) where grids differ, and the
+        row that each belongs to. None without an image, or where tokens have no place in it."""
         seen = any(self.inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
         if self.grid is None or self.ids is None or not seen:
             return None
@@ -91,13 +95,10 @@ class Tokens(Named):
         maps, of_rows = [], []
         for layout, part, row in zip(layouts, flat.split(sizes), rows, strict=True):
             if len(row) != 1:
-                raise ValueError(
-                    f"inputs must have all tokens of an image in one prompt; got {layout.size} tokens in prompts {row}"
-                )
+                raise ValueError(f"inputs must have all tokens of an image in one prompt; got {layout.size} in prompts {row}")
             maps += [part[index.to(part.device)] for index in layout.maps]
             of_rows += row * len(layout.maps)
-        alike = len({image.shape for image in maps}) == 1
-        return torch.stack(maps) if alike else tuple(maps), of_rows
+        return stacked(maps), of_rows
 
     def fields(self, row: Tensor) -> dict[str, Any]:
         """Further fields of an `Explanation` from the tower's row (B, N)."""
@@ -113,8 +114,8 @@ class Tokens(Named):
         return self.shape[1] - 1 - real.flip(-1).int().argmax(-1)
 
     def end_of_text(self) -> Tensor:
-        """(B,) the token that CLIP pools: the first end-of-text token, which old configs (eos_token_id 2) take as the largest
-        id; the last real token where neither model nor config names it."""
+        """(B,) the token that CLIP pools: the first end-of-text token, in old configs (eos_token_id 2) the largest id; the last
+        real token where neither model nor config names it."""
         ids = self.ids
         if ids is None:
             raise ValueError("inputs must contain 'input_ids', where CLIP's end-of-text token is searched; got none")
@@ -240,8 +241,8 @@ class Features(_WithoutPadding, name="features"):
         if shape is None:
             raise ValueError(f"pixel_values must have {count} features in steps of a power of two; got images of {tuple(size)}")
         grids = _real_grids(self.inputs, shape)
-        maps = tuple(row.view(shape)[:height, :width] for row, (height, width) in zip(relevancy, grids, strict=True))
-        return torch.stack(maps) if len(set(grids)) == 1 else maps, list(range(len(maps)))
+        maps = [row.view(shape)[:height, :width] for row, (height, width) in zip(relevancy, grids, strict=True)]
+        return stacked(maps), list(range(len(maps)))
 
 
 class Image(_WithoutPadding, name="image"):
@@ -297,17 +298,15 @@ class _TextAndImage(BertText):
 class Regions(_TextAndImage, name="regions"):
     """BERT's text, then image regions."""
 
-    def _named(self) -> tuple[str, str]:
-        """The names of the features of regions and of their mask: UNITER's names here, VisualBERT's in transformers."""
-        of_bert = "visual_embeds" in self.inputs
-        return ("visual_embeds", "visual_attention_mask") if of_bert else ("region_features", "region_mask")
+    def _input(self, of_uniter: str, of_visual_bert: str) -> Any:
+        return self.inputs.get(of_visual_bert if "visual_embeds" in self.inputs else of_uniter)
 
     def real_image(self, shape: Shape) -> Tensor:
-        mask = self.inputs.get(self._named()[1])
+        mask = self._input("region_mask", "visual_attention_mask")
         return super().real_image(shape) if mask is None else mask.bool()
 
     def fields(self, row: Tensor) -> dict[str, Any]:
-        features = self.inputs.get(self._named()[0])
+        features = self._input("region_features", "visual_embeds")
         if features is None:
             return {}
         fields = {"regions": row[:, row.shape[1] - features.shape[1] :]}
@@ -322,10 +321,9 @@ class TextPatches(_TextAndImage, name="text_patches"):
     def real_image(self, shape: Shape) -> Tensor:
         real = super().real_image(shape)  # tokens before the patches are
         if self.config is not None and self.inputs.get("pixel_mask") is not None:
-            grids = self._grids()
-            padding = max((height * width for height, width in grids), default=0)
-            for row, (height, width) in zip(real, grids, strict=True):
-                row[shape[1] - padding + height * width :] = False
+            sizes = [height * width for height, width in self._grids()]
+            for row, size in zip(real, sizes, strict=True):
+                row[shape[1] - max(sizes) + size :] = False
         return real
 
     def maps(self, relevancy: Tensor) -> Maps | None:
@@ -355,7 +353,7 @@ class PatchesText(TextPatches, name="patches_text"):
 
 
 def real_words(inputs: Mapping[str, Any]) -> Tensor:
-    """bool (B, T), True = a real token of the text; CLIP-like inputs may have several texts an image."""
+    """bool (B, T), True = a real token of the text."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
@@ -369,10 +367,8 @@ def _special_ids(config: Any) -> set[int]:
     names = ["bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id"]
     names += ["vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id"]
     ids: set[int] = set()
-    for part in (config, getattr(config, "text_config", None)):
-        for name in names:
-            value = getattr(part, name, None)
-            ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    for value in (getattr(part, name, None) for part in (config, getattr(config, "text_config", None)) for name in names):
+        ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return ids
 
 
@@ -389,5 +385,10 @@ def _cut(patches: Tensor, grids: list[Shape]) -> Maps | None:
     """Maps of images whose patches are padded; None without an image, or of a model that draws some of the patches."""
     if not grids or patches.shape[1] < max(height * width for height, width in grids):
         return None
-    maps = tuple(row[: h * w].reshape(h, w) for row, (h, w) in zip(patches, grids, strict=True))
-    return torch.stack(maps) if len(set(grids)) == 1 else maps, list(range(len(maps)))
+    maps = [row[: h * w].reshape(h, w) for row, (h, w) in zip(patches, grids, strict=True)]
+    return stacked(maps), list(range(len(maps)))
+
+
+def stacked(maps: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Maps (h, w) as one tensor, unless their shapes differ."""
+    return torch.stack(list(maps)) if len({one.shape for one in maps}) == 1 else tuple(maps)

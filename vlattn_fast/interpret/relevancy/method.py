@@ -1,20 +1,73 @@
-"""The base of all methods. Each file of `methods/` holds one, and nothing else names it."""
+"""The bases of all methods, and of those that carry one row through the layers. Each file of `methods/` holds a method, and no
+other file names it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting
 from vlattn_fast.interpret.records.record import Tower
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall
-from vlattn_fast.interpret.relevancy.backward import BackwardPass
+from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
 Hook = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class LinkedCall:
+    """An attention call whose queries are tokens of `tower` and whose keys are tokens of `source`, often the same."""
+
+    tower: TowerTrace
+    source: TowerTrace
+    attention: TracedCall
+    number: int  # of the call in the run
+    seen: int | None  # of cross-attention, the last call of `source` that the keys came through; None without one
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardPass:
+    """The start of one backward pass of a run."""
+
+    towers: Sequence[TowerTrace]  # whose own rows are read
+    attended: Sequence[TowerTrace]  # that they attend to
+    calls: Sequence[LinkedCall]  # in the order in which they ran, where towers may attend to one another; else none
+    starts: Sequence[Tensor]  # (B, 1, N), the weights of the rows that are read of `towers`
+    scores: Tensor | None  # (B,); None for methods without a gradient
+    start_layer: int
+    arguments: Mapping[str, Any]  # of the model
+    keep: bool  # keep the graph for a further pass
+
+    def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradient of the score at each tensor; None where it does not depend on it."""
+        if self.scores is None:
+            raise ValueError("scores must be given to a method that takes gradients; got None")
+        used = [tensor for tensor in tensors if tensor.requires_grad]
+        of_used = iter(torch.autograd.grad(self.scores.sum(), used, retain_graph=self.keep, allow_unused=True))
+        return [next(of_used) if tensor.requires_grad else None for tensor in tensors]
+
+    def reaching_calls(self) -> list[LinkedCall]:
+        """The calls through which something counts for `towers`: calls of other towers cost time, and bring nothing."""
+        reached = set(self.towers)
+        while more := {call.source for call in self.calls if call.tower in reached} - reached:
+            reached |= more
+        return [call for call in self.calls if call.tower in reached]
+
+    def real(self, tower: TowerTrace) -> Tensor | None:
+        """bool (B, N), False = padding; None = no padding."""
+        decodes = bool(self.attended) and tower.record is None and tower in self.towers
+        return tower.tokens_in(decoder_inputs(self.arguments) if decodes else self.arguments).real()
+
+
+def read_tokens(start: Tensor) -> Tensor:
+    """bool (B, T, N), True = a token that is read by itself: weights that leave no token out name none."""
+    return (start == 1) & (start == 0).any(-1, keepdim=True)
 
 
 class Method:
@@ -38,7 +91,8 @@ class Method:
     holds_start: ClassVar[bool] = False
 
     def __init__(self, weighting: str | Weighting = "contribution") -> None:
-        check_weighting(weighting)
+        if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
+            raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
         if weighting != "contribution" and not self.takes_weighting:
             raise ValueError(f"weighting must be left out for a method without weights; got {weighting!r} for {self.name!r}")
         self.weighting = weighting
@@ -47,11 +101,8 @@ class Method:
     # --- what it can explain ---
 
     def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
-        """ValueError where it cannot explain towers that attend to one another, or not from this layer.
-
-        Args:
-            records: of the towers; None = a tower that is found.
-        """
+        """ValueError where it cannot explain towers that attend to one another, or not from this layer. `records` are those of
+        the towers; None = a tower that is found."""
         if start_layer != 0:
             raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {start_layer}")
 
@@ -61,25 +112,21 @@ class Method:
     # --- the forward pass ---
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        """Registers the hooks that it needs beside the attention calls; yields their handles.
-
-        Args:
-            towers: those with a record; others are found while the model runs.
-            of_this_run: makes a hook that is silent in other runs of the same model.
-        """
+        """Registers the hooks that it needs beside the attention calls; yields their handles. `towers` are those with a record:
+        others are found while the model runs. `of_this_run` makes a hook that is silent in other runs of the same model."""
         yield from ()
 
-    def attend(self, tower: TowerTrace, call: AttentionCall) -> Tensor:
+    def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output (B, H, N, Dv) of self-attention."""
-        return self.watched(tower, call.output())
+        return self.watched(tower, call.computed())
 
-    def pool(self, tower: TowerTrace, call: AttentionCall) -> Tensor:
+    def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output of an attention-pooling head, whose queries are learnt and no tokens."""
-        return self.watched(tower, call.output())
+        return self.watched(tower, call.computed())
 
-    def cross(self, tower: TowerTrace, call: AttentionCall) -> Tensor:
+    def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output of cross-attention, from the tokens of `tower` to others."""
-        return self.watched(tower, call.output())
+        return self.watched(tower, call.computed())
 
     def watched(self, tower: TowerTrace, output: Tensor) -> Tensor:
         """`output`, at which the score has a gradient, where the method takes one."""
@@ -103,22 +150,48 @@ class Method:
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of towers that do not attend to one another."""
-        raise ValueError(f"method must be another one for towers that do not attend to one another; got {self.name!r}")
+        raise ValueError(f"method={self.name!r} has no rule for towers that do not attend to one another. Pass another method=")
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of towers that attend to others, and of those others; see `two_modalities.rows_between`."""
-        raise ValueError(f"method must be another one for towers that attend to one another; got {self.name!r}")
+        raise ValueError(f"method={self.name!r} has no rule for towers that attend to one another. Pass another method=")
+
+    def rows(self, backward: BackwardPass) -> list[Tensor]:
+        """The rows (B, 1, N) of `backward.towers` and of `backward.attended`."""
+        if not backward.attended:
+            return self.carry(backward)
+        self.check_between(backward.start_layer, [tower.record for tower in [*backward.towers, *backward.attended]])
+        return self.between(backward)
 
 
-def rows_of(method: Method, backward: BackwardPass) -> list[Tensor]:
-    """The rows (B, 1, N) of `backward.towers` and of `backward.attended`."""
-    if not backward.attended:
-        return method.carry(backward)
-    method.check_between(backward.start_layer, [tower.record for tower in [*backward.towers, *backward.attended]])
-    return method.between(backward)
+class CarriedMethod(Method):
+    """A method that carries one row through all layers (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row)."""
 
+    recursion: ClassVar[Recursion]  # what an attention call does to the row that is carried back
 
-def check_weighting(weighting: str | Weighting) -> None:
-    """ValueError unless `weighting` is a known name or a callable."""
-    if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
-        raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
+    def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        return self._of_carrier(tower, tower.carriers.through(call, self.recursion))
+
+    def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        output = self._of_carrier(tower, call.computed())
+        output = tower.carriers.into_probes(call, output, self.recursion)
+        return output if self.needs_score else output.detach()
+
+    def _of_carrier(self, tower: TowerTrace, output: Tensor) -> Tensor:
+        if not self.needs_score:
+            return output.detach()  # only the carrier needs a graph between the layers
+        tower.enters_gradient(output)
+        return output
+
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        """One backward pass starts at the score and at the carrier that leaves each tower."""
+        carriers = [tower.carriers for tower in backward.towers]
+        outputs = [one.leaving() for one in carriers]
+        carried = [start.to(output.device) for start, output in zip(backward.starts, outputs, strict=True)]
+        if backward.scores is not None:
+            score = backward.scores.sum()
+            outputs, carried = [score, *outputs], [torch.ones_like(score), *carried]
+        entering = [one.entering[backward.start_layer] for one in carriers]
+        parts = [part for of_tower in entering for part in of_tower]
+        grads = iter(torch.autograd.grad(outputs, parts, carried, retain_graph=backward.keep))
+        return [torch.cat([next(grads) for _ in of_tower], 2) for of_tower in entering]

@@ -1,8 +1,8 @@
 """Sees every attention call of a model in one forward pass, and finds out which calls belong to one tower.
 
-A call reaches a `Trace` in one of two ways: transformers' attention interface hands it over (dispatch.py), or the model calls
+A call reaches a `Trace` in one of two ways: transformers' attention interface hands it over, or the model calls
 `torch.nn.functional.scaled_dot_product_attention` or this package's operator `score_attention`, which the trace sees as a mode of
-torch. Attention that a module writes out by hand is replaced for the run (handwritten.py), so that it takes the second way.
+torch. Attention that a module writes out by hand is replaced for the run (`attach.handwritten`), so that it takes the second way.
 
 A tower is the calls over the same tokens. Every tensor remembers the attention calls it was computed from, as bits of an int: a
 query continues the tower whose calls it came through. Where its keys came through other calls, the call is cross-attention.
@@ -12,8 +12,10 @@ A trace is active in the thread and context that entered it; other threads may r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,19 +25,18 @@ from torch.overrides import TorchFunctionMode
 
 import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
-from vlattn_fast.attach.attributes import is_entered
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, first_argument, new_mark, read_mark
-from vlattn_fast.attach.paths import in_layers, layers_of
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, add_mark, first_argument, new_mark, read_mark
+from vlattn_fast.attach.session import in_layers, is_entered, layers_of, visible
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.relevancy.attention_call import Attended, AttentionCall
-from vlattn_fast.interpret.relevancy.backward import LinkedCall
-from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.through_call import Scored
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
+from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 
 
 class Trace(TorchFunctionMode):
-    """One run of a model.
+    """A context with one run of a model in it; everything is put back on leaving, also by an exception.
 
     Args:
         model: the model, without wrappers.
@@ -63,23 +64,43 @@ class Trace(TorchFunctionMode):
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
-        self._mark = new_mark("calls")
+        self._mark = new_mark("calls")  # of a tensor: the calls that it was computed from, as bits
         self._around, self._is_over = RUNNING.get(), False
+        self._follows = type(method).follow is not Method.follow  # most methods do not
+        self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
+        if self.finds_towers:
+            self._roots = [model.get_submodule(family.within)]
+            check_rules(self._roots[0])
+        self._stack = contextlib.ExitStack()
 
     # --- the run ---
 
     def __enter__(self) -> Trace:
-        RUNNING.set(self)
-        return super().__enter__()
+        try:
+            # The way back of a step is pushed before the step, since Ctrl-C may come in between.
+            self._stack.push(attention := visible(self._roots))
+            attention.__enter__()
+            self._stack.callback(self._leave)
+            RUNNING.set(self)
+            super().__enter__()
+            for handle in self._install():
+                self._stack.callback(handle.remove)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
 
     def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _leave(self) -> None:
         """As if it had not been entered; also where Ctrl-C broke off `__enter__`."""
         if is_entered(self):
-            super().__exit__(*error)
+            super().__exit__(None, None, None)
         RUNNING.set(self._around)
         self._is_over = True
 
-    def install(self) -> Iterator[Any]:
+    def _install(self) -> Iterator[Any]:
         """Register the hooks of this run; yields their handles.
 
         Those that follow the modules are torch's global ones: they also see modules of other models, which a hook may run.
@@ -120,31 +141,31 @@ class Trace(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
         if func is SCORE_ATTENTION:
-            return self._score_attention(*args)
+            return self._score_attention(ScoreAttentionInputs(*args))
         path = self._paths[-1]
-        if func is functional.multi_head_attention_forward and self._explains(path):
-            raise ValueError(
-                "model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
-                f"'{path}', which calls multi_head_attention_forward"
-            )
+        if func is functional.multi_head_attention_forward and path is not None:
+            if self.finds_towers or self._around_of(path) is not None:
+                raise ValueError(
+                    "model must call attention through nn.MultiheadAttention or scaled_dot_product_attention; got "
+                    f"'{path}', which calls multi_head_attention_forward"
+                )
         if getattr(func, "__name__", None) == "flex_attention" and path is not None and self._concerns(path):
             raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
         if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
         result = func(*args, **kwargs)
-        self.method.follow(func, args, result)
+        if self._follows:
+            self.method.follow(func, args, result)
+        if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
+            return result  # a shape, a dtype, a number: many of the calls
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
         if calls:
             # A tensor keeps what is written into it in place.
-            self._note(args[0] if result is None and args else result, calls)
+            add_mark(args[0] if result is None and args else result, self._mark, calls)
         return result
 
-    def _explains(self, path: str | None) -> bool:
-        """Whether the module at `path` belongs to what is explained: all of a model whose towers are found, else the towers."""
-        return path is not None and (self.finds_towers or self._tower_around(path) is not None)
-
-    def _tower_around(self, path: str) -> TowerTrace | None:
+    def _around_of(self, path: str) -> TowerTrace | None:
         """The recorded tower that the module at `path` lies in, if any."""
         for tower in self.towers:
             if tower.record is not None and (not tower.record.path or f"{path}.".startswith(f"{tower.record.path}.")):
@@ -152,16 +173,7 @@ class Trace(TorchFunctionMode):
         return None
 
     def _calls_of(self, values: Iterable[Any]) -> int:
-        """The calls that `values` were computed from, as bits."""
         return read_mark(values, self._mark)
-
-    def _note(self, value: Any, calls: int) -> None:
-        """Adds `calls` to those that a tensor, or those in a tuple or list, were computed from."""
-        if isinstance(value, Tensor):
-            setattr(value, self._mark, getattr(value, self._mark, 0) | calls)
-        elif isinstance(value, (tuple, list)):
-            for part in value:
-                self._note(part, calls)
 
     # --- attention calls ---
 
@@ -192,66 +204,45 @@ class Trace(TorchFunctionMode):
             masks["attn_mask"] = attn_mask.unsqueeze(1)
         query, key, value = (self._marked_as(x.unsqueeze(1), x) for x in (query, key, value))  # (B, N, D) is one head
         output = self.attend(query, key, value, masks)
-        result = output.squeeze(1)
-        self._note(result, self._calls_of((output,)))
-        return result
+        return self._marked_as(output.squeeze(1), output)
 
-    def _score_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        vector: Tensor | None,
-        attn_mask: Tensor | None,
-        key_mask: Tensor | None,
-        seed: Tensor | None,
-        kind: str,
-        parameter: float,
-        scale: float,
-        dropout_p: float,
-        is_causal: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    def _score_attention(self, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp; dropout is off, as everywhere in a run."""
-        calls = [self._calls_of((tensor,)) for tensor in (query, key, value)]
+        calls = [self._calls_of((tensor,)) for tensor in (inputs.query, inputs.key, inputs.value)]
         with torch._C.DisableTorchFunction():
-            options = None, kind, parameter, scale, 0.0, is_causal, backend
-            output, lse = SCORE_ATTENTION(query, key, value, vector, attn_mask, key_mask, *options)
-            heads = query.shape[1]
-            keys, values = (expand_heads(x.detach(), heads) for x in mask_padding(key_mask, key, value))
-            tensors = query.detach(), keys, values
+            output, lse = SCORE_ATTENTION(*inputs._replace(seed=None, dropout_p=0.0))
+            padded = mask_padding(inputs.key_mask, inputs.key, inputs.value)
+            keys, values = (expand_heads(x.detach(), inputs.query.shape[1]) for x in padded)
+            tensors = inputs.query.detach(), keys, values
         for tensor, each in zip(tensors, calls, strict=True):
-            self._note(tensor, each)
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "scale": scale}
-        result = self.attend(*tensors, {**masks, "score": Scored(kind, vector, parameter, output)})
-        self._note(lse, calls[0] | calls[1])
+            add_mark(tensor, self._mark, each)
+        masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
+        score = Scored(inputs.score, inputs.vector, inputs.parameter, output)
+        result = self.attend(*tensors, {**masks, "score": score})
+        add_mark(lse, self._mark, calls[0] | calls[1])
         return result, lse
 
     def _marked_as(self, view: Tensor, tensor: Tensor) -> Tensor:
         """A view of `tensor` with its calls, which are copied by hand: the trace does not see what it computes itself."""
-        self._note(view, self._calls_of((tensor,)))
+        add_mark(view, self._mark, self._calls_of((tensor,)))
         return view
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
         with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
-            path = self._paths[-1]
-            call = AttentionCall("" if path is None else path, query, key, value, masks)
-            calls = self._calls_of((query,))
-            output, owner = (call.output(), None) if path is None else self._attend(call, calls)
+            path, calls = self._paths[-1], self._calls_of((query,))
+            call = TracedCall(path or "", query, key, value, masks)
+            output, owner = (call.computed(), None) if path is None else self._attend(call, calls)
             if owner is not None:
                 calls |= 1 << len(self._owners)
                 self._owners.append(owner)
             if calls:
-                self._note(output, calls)
+                add_mark(output, self._mark, calls)
         return output
 
-    def _attend(self, call: AttentionCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
-        """The output, and the tower that it belongs to, None where it is not explained.
-
-        Args:
-            calls: those that the queries came through, as bits.
-        """
+    def _attend(self, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
+        """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
+        through, as bits."""
         path, batch, rows, columns = call.path, call.query.shape[0], call.query.shape[2], call.key.shape[2]
         if _is_checkpointed():
             raise ValueError(
@@ -265,14 +256,17 @@ class Trace(TorchFunctionMode):
         owner = self._tower_of(path, calls, batch, rows)
         same = rows == columns and self._same_tokens(calls, key_calls)
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
-            if same:
-                self._refuse_foreign(path)
-            return call.output(), None
+            if same and (around := self._around_of(path)) is not None:  # the map would leave it out
+                raise ValueError(
+                    f"model must call only the attention of its layers in tower '{around.name}'; got a call of '{path}', which "
+                    "is in none of them"
+                )
+            return call.computed(), None
         tower = self._new_tower() if owner is None else owner
         if same:
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls))
             output = self.method.attend(tower, call)
-            self._record(tower, tower, call.attended(output), path, key_calls)
+            self._keep(tower, tower, call, output, key_calls)
             return output, tower
         if not self.finds_towers:
             raise ValueError(
@@ -282,10 +276,10 @@ class Trace(TorchFunctionMode):
         call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
         source = self._source_of(key_calls, call.key)
         output = self.method.cross(tower, call)
-        self._record(tower, source, call.attended(output), path, key_calls)
+        self._keep(tower, source, call, output, key_calls)
         return output, tower
 
-    def _is_chunk(self, tower: TowerTrace, call: AttentionCall, calls: int) -> bool:
+    def _is_chunk(self, tower: TowerTrace, call: TracedCall, calls: int) -> bool:
         """Whether a call takes a further part of the tower's sequence: a module may attend to a long one in chunks. One run of it
         calls again then, with queries that did not come through the last call."""
         run, queries = self._runs[-1], call.query.shape[0] * call.query.shape[2]
@@ -301,12 +295,12 @@ class Trace(TorchFunctionMode):
         tower.last_run, tower.queries = run, queries
         return again and beside
 
-    def _record(self, tower: TowerTrace, source: TowerTrace, attended: Attended, path: str, key_calls: int) -> None:
+    def _keep(self, tower: TowerTrace, source: TowerTrace, call: TracedCall, output: Tensor, key_calls: int) -> None:
         """Appends to `calls`, with the source's last call that the keys came through."""
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
-            self.calls.append(LinkedCall(path, tower, source, attended, len(self._owners), seen))
+            self.calls.append(LinkedCall(tower, source, replace(call, output=output), len(self._owners), seen))
 
     # --- towers ---
 
@@ -344,35 +338,31 @@ class Trace(TorchFunctionMode):
     def _source_of(self, calls: int, key: Tensor) -> TowerTrace:
         """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
         batch, size = key.shape[0], key.shape[2]
-        for tower in self._reached(calls):
+        for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.paths)):
             if (tower.batch, tower.size) == (batch, size):
-                return tower
-        for tower in self.towers:
-            if not tower.paths and (tower.batch, tower.size) == (batch, size):
                 return tower
         tower = next((tower for tower in self.towers if not tower.lists and tower.batch is None), None) or self._new_tower()
         tower.batch, tower.size, tower.dtype, tower.device = batch, size, compute_dtype(key), key.device
         return tower
 
-    def _refuse_foreign(self, path: str) -> None:
-        """ValueError for a call inside of a recorded tower that is none of its layers: the map would leave it out."""
-        if (tower := self._tower_around(path)) is not None:
-            raise ValueError(
-                f"model must call only the attention of its layers in tower '{tower.name}'; got a call of '{path}', which is "
-                "in none of them"
-            )
-
     # --- after the forward pass ---
 
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
-        self._check_by_hand()
-        if not any(tower.paths for tower in self.towers):
+        called = {path for tower in self.towers for path in tower.paths}
+        for path, is_map in self.by_hand.items():
+            kind = type(self.model.get_submodule(path)).__name__
+            seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
+            if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
+                raise ValueError(
+                    "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
+                    f"'{path}' ({kind}), which takes a softmax itself"
+                )
+        if not called:
             raise ValueError(
                 "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a "
                 f"forward pass of {type(self.model).__name__} without a call"
             )
-        called = {path for tower in self.towers for path in tower.paths}
         number = 0
         for tower in self.towers:
             if not tower.name:
@@ -383,18 +373,6 @@ class Trace(TorchFunctionMode):
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""
         return self.finds_towers or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
-
-    def _check_by_hand(self) -> None:
-        """ValueError for a module that takes a softmax itself and calls no attention that the trace sees."""
-        called = {path for tower in self.towers for path in tower.paths}
-        for path, is_map in self.by_hand.items():
-            kind = type(self.model.get_submodule(path)).__name__
-            seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
-            if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
-                raise ValueError(
-                    "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
-                    f"'{path}' ({kind}), which takes a softmax itself"
-                )
 
 
 def _is_checkpointed() -> bool:

@@ -1,44 +1,92 @@
-"""One tower during a run: which attention calls are its own, and what is known of its tokens."""
+"""One tower during a run: which attention calls are its own, what is known of its tokens, and the carrier through its layers."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.paths import layers_of, split_path
+from vlattn_fast.attach.session import layers_of, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.records.tokens import Tokens
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall
-from vlattn_fast.interpret.relevancy.carriers import Carriers
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 
 _NUMBER = re.compile(r"\b\d+\b")
 
 
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
+class Carriers:
+    """The carriers of one tower, in front of its layers and behind the last call.
+
+    A carrier (B, 1, N) is handed from call to call. In the backward pass its cotangent is the relevancy that is carried back from
+    the end of the tower, where it is the row that is read.
+    """
+
+    def __init__(self) -> None:
+        self.entering: list[list[Tensor]] = []  # in front of each layer; one tensor a chunk in front of the first
+        self.behind: list[Tensor] = []  # behind the last call, one a chunk
+        self._before: Tensor | None = None  # in front of the call that runs; None = the first
+        self.dtype = torch.float32
+        self.without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
+        self.below: Callable[[Tensor], Tensor] | None = None  # what a vision tower brings into the first carrier
+
+    def through(self, call: TracedCall, recursion: Recursion) -> Tensor:
+        """The output (B, H, N, Dv) of a self-attention call, through which the carrier goes, too."""
+        if not call.chunk:
+            self._before = self.leaving() if self.behind else None
+            self.behind = []
+            if call.begins_layer or not self.entering:
+                self.entering.append([] if self._before is None else [self._before])
+        output, carrier = call.through(self._of_tokens(call.query), recursion)
+        carrier = carrier.to(self.dtype)
+        if not carrier.requires_grad and self.without_gradients is None:
+            self.without_gradients = call.path
+        self.behind.append(carrier)
+        return output
+
+    def into_probes(self, call: TracedCall, output: Tensor, recursion: Recursion) -> Tensor:
+        """`output` of a pooling head's call. The carrier is that of its queries, which are learnt: there is no residual term."""
+        before = self.behind[-1].to(call.query.device, compute_dtype(call.query))
+        output, carrier = Through.apply(output, before, call, recursion._replace(residual_weight=0.0, attention_weight=1.0))
+        self.behind = [carrier]
+        return output
+
+    def _of_tokens(self, query: Tensor) -> Tensor:
+        """The carrier of the query's tokens, in front of the attention."""
+        size = query.shape[2]
+        if self._before is None:
+            carrier = torch.zeros(query.shape[0], 1, size, dtype=self.dtype, device=query.device, requires_grad=True)
+            self.entering[0].append(carrier)
+            return carrier if self.below is None else carrier + self.below(carrier)
+        carrier = self._before
+        if carrier.shape[2] != size:
+            carrier = carrier.narrow(2, sum(out.shape[2] for out in self.behind), size)
+        return carrier.to(query.device, compute_dtype(query))  # layers of a model may have several devices and dtypes
+
+    @property
+    def before(self) -> Tensor:
+        """The carrier in front of the last call."""
+        return self.entering[0][0] if self._before is None else self._before
+
+    def leaving(self) -> Tensor:
+        """The carrier (B, 1, N) behind the last layer that ran."""
+        return torch.cat(self.behind, 2) if len(self.behind) > 1 else self.behind[0]
 
 
 class TowerTrace:
-    """The state of one tower during a run.
-
-    Args:
-        record: what a family says about it; None for a tower that is found.
-        model: the whole model.
-        keeps: every call is kept, for rules that read them after the backward pass.
-    """
+    """The state of one tower during a run of `model`."""
 
     def __init__(self, record: Tower | None, model: nn.Module, keeps: bool) -> None:
-        self.record, self.model, self.keeps = record, model, keeps
+        self.record, self.model = record, model  # no record: a tower that is found
+        self.keeps = keeps  # every call is kept, for rules that read them after the backward pass
         self.name = "" if record is None else record.name
         self.batch: int | None = None
-        self.size = 0  # tokens
+        self.size = 0
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
         self.lists: list[str] = []  # lists of layers, in the order in which they ran
         self.paths: list[str] = []  # modules that called attention, in this order, too
@@ -53,11 +101,9 @@ class TowerTrace:
         self.chunked = False  # some call takes a further part of a sequence
         self.pooling_path: str | None = None
         self.probes: int | None = None  # queries of the pooling head; None before it ran
-        self.config: Any = getattr(model, "config", None)
-        self._has_dtensors = has_dtensors(model)
+        self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
         if record is not None:
             root = submodule(model, record.path, record)
-            self.config = getattr(root, "config", self.config)
             if record.layers:
                 self.lists += [_joined(record.path, layers) for layers in matching(root, record)]
             for further in record.further:
@@ -74,7 +120,6 @@ class TowerTrace:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, N)"""
         return self.batch or 0, self.size
 
     def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
@@ -100,17 +145,13 @@ class TowerTrace:
         if layers in self.lists:
             return True
         # Layers may lie in several lists beside one another, or be lists themselves.
-        return self.keeps and (_parent(layers) == _parent(last) or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
+        beside = layers.rpartition(".")[0] == last.rpartition(".")[0]
+        return self.keeps and (beside or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
 
     # --- attention calls ---
 
-    def enter(self, call: AttentionCall, number: int, chunk: bool = False) -> AttentionCall:
-        """Take a call of this tower's tokens in; returns it with what the tower knows of it.
-
-        Args:
-            number: of the call in the run.
-            chunk: it takes a further part of the sequence through the module of the last call.
-        """
+    def enter(self, call: TracedCall, number: int, chunk: bool = False) -> TracedCall:
+        """Take a call of this tower's tokens in, the run's number `number`; returns it with what the tower knows of it."""
         path, query = call.path, call.query
         if layers_of(path) not in self.lists:
             self.lists.append(layers_of(path))
@@ -127,14 +168,14 @@ class TowerTrace:
         self.last_call = number
         return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk)
 
-    def enter_pooling(self, call: AttentionCall) -> AttentionCall:
+    def enter_pooling(self, call: TracedCall) -> TracedCall:
         """Take the call of the attention-pooling head in, whose queries are learnt and no tokens."""
         if self.pooled:
             raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
         self.probes = call.query.shape[2]
         return dataclasses.replace(call, mesh=self._mesh(call))
 
-    def _mesh(self, call: AttentionCall) -> Any:
+    def _mesh(self, call: TracedCall) -> Any:
         return heads_mesh(self.model.get_submodule(call.path), call.query, call.key) if self._has_dtensors else None
 
     def enters_gradient(self, output: Tensor) -> None:
@@ -145,22 +186,18 @@ class TowerTrace:
     # --- after the forward pass ---
 
     def check(self, called: set[str], ran: set[str]) -> None:
-        """ValueError, naming the module, if a layer has called no attention.
-
-        Args:
-            called, ran: the modules that called attention in this run, and all that ran.
-        """
+        """ValueError if a layer is not among the modules that `called` attention in this run; `ran` are all that ran."""
         for layers in self.lists:
             children = dict(self.model.get_submodule(layers).named_children())
             kinds = {type(children[i]) for i in children if _calls(f"{layers}.{i}", called)} if self.paths else set()
             for index, layer in children.items():
-                of_kind = type(layer) in kinds or self.record is not None
+                path, recorded = _joined(layers, index), self.record is not None
                 # Layers of cross-attention alone do not run in prompts without an image.
-                left_out = bool(self.paths) and self.record is not None and self.keeps and _joined(layers, index) not in ran
-                if of_kind and not left_out and not _calls(_joined(layers, index), called):
+                left_out = bool(self.paths) and recorded and self.keeps and path not in ran
+                if (recorded or type(layer) in kinds) and not left_out and not _calls(path, called):
                     raise ValueError(
-                        f"model must call the attention of every layer of tower '{self.name}' where explain can see it; got "
-                        f"'{_joined(layers, index)}' ({type(layer).__name__}), whose attention was not called"
+                        f"explain saw no attention call in layer '{path}' ({type(layer).__name__}) of tower '{self.name}'. Use "
+                        "scaled_dot_product_attention or transformers' attention interface there"
                     )
         if self.pooling_path is not None and not self.pooled:
             raise ValueError(
@@ -185,10 +222,6 @@ class TowerTrace:
         first = self.depth - 1 if start_layer == -1 else start_layer
         return [edge for depth, edge in self._edges if depth > first]
 
-    def rows_at_end(self) -> int:
-        """Rows of the relevancy that is read: the tokens, or a pooling head's queries."""
-        return self.size if self.probes is None else self.probes
-
 
 def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
     """The module at `path`; ValueError if there is none."""
@@ -203,10 +236,10 @@ def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
 def matching(root: nn.Module, tower: Tower) -> list[str]:
     """The lists of layers in a tower's module `root` that its record names; ValueError if there is none."""
     pattern = re.escape(tower.layers).replace(r"\*", r"\d+")
-    layers = [name for name, _ in root.named_modules() if re.fullmatch(pattern, name)]
-    if not layers:
-        submodule(root, tower.layers, tower)  # raises
-    return layers
+    several = [name for name, _ in root.named_modules() if re.fullmatch(pattern, name)] if "*" in tower.layers else []
+    if not several:
+        submodule(root, tower.layers, tower)
+    return several or [tower.layers]
 
 
 def _calls(path: str, called: set[str]) -> bool:

@@ -11,13 +11,12 @@ the other adds. So a call takes R of its keys as it was behind the last call tha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.backward import BackwardPass, LinkedCall, read_tokens
-from vlattn_fast.interpret.relevancy.through_call import mean_map
+from vlattn_fast.interpret.relevancy.method import BackwardPass, LinkedCall, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]
@@ -31,16 +30,16 @@ class Equations:
 
     def mean_map(self, call: LinkedCall, grad: Tensor, like: Tensor) -> Tensor:
         """Equation 5: Abar (B, N, M), on the device and in the dtype of `like`: layers may have several."""
-        attended = call.attended
-        return mean_map(attended.query, attended.key, attended.value, grad, attended.masks, attended.mesh).to(like)
+        return call.attention.mean_map(grad).to(like)
 
     def within(self, abar: Tensor, relevancy: Tensor) -> Tensor:
         """Equations 6, 7 and 11: what a call adds to the relevancy of its queries' tower from that of its keys' tower."""
         return abar @ relevancy
 
     def normalized(self, call: LinkedCall, relevancy: Tensor) -> Tensor:
-        """Equations 8 and 9, which keep what is added to the identity in bounds."""
-        return normalized(relevancy)
+        """Equations 8 and 9: what lies beside the identity, each row divided by its sum, plus the identity. Zero rows stay."""
+        eye = torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
+        return divided_by_sums(relevancy - eye) + eye
 
     def across(self, of_queries: Tensor, abar: Tensor, of_keys: Tensor) -> Tensor:
         """Equation 10: what cross-attention adds between its two towers, from the relevancies within each."""
@@ -76,11 +75,7 @@ def relevancies(calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equ
 
 
 def _additions(
-    state: Relevancies,
-    of_keys: Mapping[tuple[TowerTrace, TowerTrace], Tensor],
-    call: LinkedCall,
-    grad: Tensor,
-    equations: Equations,
+    state: Relevancies, of_keys: Relevancies, call: LinkedCall, grad: Tensor, equations: Equations
 ) -> list[tuple[tuple[TowerTrace, TowerTrace], Tensor]]:
     """The additions of a call to the relevancies."""
     s, q = call.tower, call.source
@@ -94,13 +89,6 @@ def _additions(
     return additions
 
 
-def normalized(relevancy: Tensor) -> Tensor:
-    """Equations 8 and 9: what lies beside the identity, each row divided by its sum, plus the identity. Zero rows stay zero."""
-    eye = torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
-    beside = relevancy - eye
-    return divided_by_sums(beside) + eye
-
-
 def divided_by_sums(rows: Tensor) -> Tensor:
     """Each row divided by its sum; rows without a sum stay as they are."""
     total = rows.sum(-1, keepdim=True)
@@ -110,12 +98,8 @@ def divided_by_sums(rows: Tensor) -> Tensor:
 @torch.no_grad()
 def rows_between(backward: BackwardPass, read: Callable[[TowerTrace, TowerTrace, Tensor], Tensor]) -> list[Tensor]:
     """The rows (B, 1, N) of the towers, the entries of the tokens that are read set to zero, and those of the towers that they
-    attend to.
-
-    Args:
-        read: takes a tower, one that it attends to (or itself) and the weights (B, 1, N) of the rows that are read of the
-            first; returns how much the tokens of the second count for them, (B, 1, M).
-    """
+    attend to. `read` takes a tower, one that it attends to (or itself) and the weights (B, 1, N) of the rows that are read of the
+    first; it returns how much the tokens of the second count for them, (B, 1, M)."""
     linked = {(call.tower, call.source) for call in backward.calls}
     pairs = list(zip(backward.towers, backward.starts, strict=True))
     carried = [read(tower, tower, start).masked_fill(read_tokens(start), 0.0) for tower, start in pairs]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.tensor_parallel import mean_over
-from vlattn_fast.interpret.relevancy.attention_call import Attended
-from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, times_map
+from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, Real, times_map
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 class GradCam(LastAttentionMethod):
@@ -18,17 +18,14 @@ class GradCam(LastAttentionMethod):
 
     name = "gradcam"
 
-    def read(
-        self, start: Tensor, attended: Attended, grad: Tensor | None, real: Callable[[], tuple[Tensor | None, Tensor | None]]
-    ) -> Tensor:
+    def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         """The mean leaves padding out. It includes pairs that a causal mask masks, as in the published code."""
         real_queries, real_keys = real()
-        dtype, heads = start.dtype, attended.query.shape[1]
-        grad = torch.zeros_like(attended.output) if grad is None else grad
-        query, grad = attended.query.to(dtype), grad.to(dtype)
-        key, value = (expand_heads(tensor.to(dtype), heads) for tensor in (attended.key, attended.value))
-        queries = torch.ones_like(start[:, 0]) if real_queries is None else real_queries.to(dtype)
-        keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else real_keys.to(dtype)
+        dtype, heads = start.dtype, call.query.shape[1]
+        grad = (torch.zeros_like(call.output) if grad is None else grad).to(dtype)
+        key, value = (expand_heads(tensor.to(dtype), heads) for tensor in (call.key, call.value))
+        queries = torch.ones_like(start[:, 0]) if real_queries is None else real_queries.to(grad)
+        keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else real_keys.to(grad)
         gradient_sum = torch.einsum("bhnd,bn->bhd", grad, queries)
         value_sum = torch.einsum("bhmd,bm->bhd", value, keys)
         pairs = (queries.sum(-1) * keys.sum(-1)).clamp(min=1)
@@ -36,6 +33,6 @@ class GradCam(LastAttentionMethod):
 
         def combine(attention: Tensor) -> Tensor:
             mean = torch.einsum("bh,bhnm->bnm", weights, attention).div(heads)
-            return mean_over(attended.mesh, mean).relu()
+            return mean_over(call.mesh, mean).relu()
 
-        return times_map(start, query, key, attended.masks, combine)
+        return times_map(start, replace(call, query=call.query.to(dtype), key=key), combine)

@@ -10,10 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.backward import BackwardPass, LinkedCall
-from vlattn_fast.interpret.relevancy.carried import CarriedMethod
-from vlattn_fast.interpret.relevancy.carriers import Recursion
+from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, LinkedCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancies, relevancies, rows_between
 
 
@@ -25,7 +24,7 @@ class Gradient(CarriedMethod):
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         calls = backward.reaching_calls()
-        grads = backward.gradients([call.attended.output for call in calls])
+        grads = backward.gradients([call.attention.output for call in calls])
         return rows_by_equations(backward, calls, grads, self.equations)
 
 

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.backward import BackwardPass, LinkedCall
-from vlattn_fast.interpret.relevancy.carried import CarriedMethod
-from vlattn_fast.interpret.relevancy.carriers import Recursion
-from vlattn_fast.interpret.relevancy.through_call import step
+from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, LinkedCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_between
 
 
@@ -54,6 +52,5 @@ def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> Tens
 
 def _mean_attention(rows: Tensor, call: LinkedCall) -> Tensor:
     """rows (B, T, N) @ mean_h A, (B, T, M)."""
-    seen = call.attended
-    result = step(rows.to(seen.query.device), seen.query, seen.key, seen.value, None, seen.masks, "attention", False, seen.mesh)
-    return result.to(rows)  # layers may have several devices
+    step = call.attention.step(rows.to(call.attention.query.device), None, Recursion("attention"))
+    return step.to(rows)  # layers may have several devices

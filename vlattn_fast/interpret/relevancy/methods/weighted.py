@@ -6,6 +6,7 @@ attention operator returns carried Abar alone; the residual sum adds carried its
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,10 @@ from torch import Tensor, nn
 
 from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
 from vlattn_fast.interpret.records.record import Tower
-from vlattn_fast.interpret.relevancy.attention_call import AttentionCall
-from vlattn_fast.interpret.relevancy.backward import BackwardPass, LinkedCall
-from vlattn_fast.interpret.relevancy.carriers import Recursion
-from vlattn_fast.interpret.relevancy.method import Hook
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, LinkedCall
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient, rows_by_equations
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, matching, submodule
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, divided_by_sums
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 
@@ -29,19 +28,12 @@ _SUMS, _UNCHANGED = ("add", "radd", "iadd"), ("dropout", "to", "float", "type_as
 
 @dataclass
 class _Sums:
-    """The residual sums of one tower.
+    """The residual sums of one tower."""
 
-    Args:
-        stream: x in front of the attention that runs.
-        carrier: behind that attention, in front of its sum.
-        unadded: the branch that the model has yet to add to its residual stream.
-        terms: x and o behind each attention, where every call is kept.
-    """
-
-    stream: Tensor | None = None
-    carrier: Tensor | None = None
-    unadded: Tensor | None = None
-    terms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stream: Tensor | None = None  # x in front of the attention that runs
+    carrier: Tensor | None = None  # behind that attention, in front of its sum
+    unadded: Tensor | None = None  # the branch that the model has yet to add to its residual stream
+    terms: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # x and o behind each attention, where every call is kept
 
 
 class Weighted(Gradient):
@@ -55,7 +47,8 @@ class Weighted(Gradient):
 
     def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
         if not all(record is not None and record.branch and (record.sums or not record.further) for record in records):
-            raise ValueError(f"method must be another one for towers that attend to one another; got {self.name!r}")
+            problem = f"method={self.name!r} needs a record of the residual sums of towers that attend to one another"
+            raise ValueError(f"{problem}. Pass another method=")
         super().check_between(start_layer, records)
 
     def check_unrecorded(self, path: str) -> None:
@@ -70,38 +63,34 @@ class Weighted(Gradient):
         for tower in towers:
             record = tower.record
             if record is None or record.branch is None:
-                raise ValueError(
-                    f"method must be one that needs no residual branch, which tower '{tower.name}' has no record of; got "
-                    "'weighted'"
-                )
+                missing = f"which tower '{tower.name}' has no record of"
+                raise ValueError(f"method must be one that needs no residual branch, {missing}; got 'weighted'")
             self.kept[tower] = _Sums()
-            yield from self._hooks_at_branches(tower, record, record.branch, of_this_run)
-            for layers in record.further:
-                for layer in tower.model.get_submodule(layers).children():
-                    for path in record.sums:
-                        hook = of_this_run(lambda _, terms, tower=tower: self._add_sum(tower, *terms))
-                        yield submodule(layer, path, record).register_forward_pre_hook(hook)
+            root = submodule(tower.model, record.path, record)
+            keep_stream, at_branch = (
+                of_this_run(functools.partial(hook, tower)) for hook in (self._keep_stream, self._at_branch)
+            )
+            for layer in (layer for layers in matching(root, record) for layer in root.get_submodule(layers).children()):
+                yield submodule(layer, record.stream, record).register_forward_pre_hook(keep_stream, with_kwargs=True)
+                yield submodule(layer, record.branch, record).register_forward_hook(at_branch)
+            for layer in (layer for layers in record.further for layer in tower.model.get_submodule(layers).children()):
+                for path in record.sums:
+                    hook = of_this_run(lambda _, terms, tower=tower: self._add_sum(tower, *terms))
+                    yield submodule(layer, path, record).register_forward_pre_hook(hook)
 
-    def _hooks_at_branches(
-        self, tower: TowerTrace, record: Tower, branch: str, of_this_run: Callable[[Hook], Hook]
-    ) -> Iterator[Any]:
-        root = submodule(tower.model, record.path, record)
+    def _keep_stream(self, tower: TowerTrace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs.get("hidden_states")
+        self.kept[tower].stream = None if stream is None else stream.detach()
 
-        def keep_stream(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stream = args[0] if args else kwargs.get("hidden_states")
-            self.kept[tower].stream = None if stream is None else stream.detach()
+    def _at_branch(self, tower: TowerTrace, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        branch = output[0] if isinstance(output, tuple) else output
+        if tower.keeps:
+            self._add_sum(tower, self.kept[tower].stream, branch)
+            return output
+        branch = self._weigh(tower, branch)
+        return (branch, *output[1:]) if isinstance(output, tuple) else branch
 
-        def keep_sum(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._add_sum(tower, self.kept[tower].stream, output[0] if isinstance(output, tuple) else output)
-
-        def weigh_sum(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return self._weigh(tower, branch, output)
-
-        for layer in (layer for layers in matching(root, record) for layer in root.get_submodule(layers).children()):
-            yield submodule(layer, record.stream, record).register_forward_pre_hook(of_this_run(keep_stream), with_kwargs=True)
-            yield submodule(layer, branch, record).register_forward_hook(of_this_run(keep_sum if tower.keeps else weigh_sum))
-
-    def attend(self, tower: TowerTrace, call: AttentionCall) -> Tensor:
+    def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         output = super().attend(tower, call)
         if not tower.keeps:
             self.kept[tower].carrier = tower.carriers.behind[-1]
@@ -117,9 +106,8 @@ class Weighted(Gradient):
             )
         terms.append((stream.detach(), branch))
 
-    def _weigh(self, tower: TowerTrace, path: str, output: Any) -> Any:
-        sums, carriers = self.kept[tower], tower.carriers
-        branch = output[0] if isinstance(output, tuple) else output
+    def _weigh(self, tower: TowerTrace, branch: Tensor) -> Tensor:
+        sums, carriers, path = self.kept[tower], tower.carriers, "" if tower.record is None else tower.record.branch
         if sums.carrier is None or sums.stream is None or sums.stream.shape != branch.shape:
             raise ValueError(
                 f"model must add the output of '{path}' to its residual stream behind attention '{tower.path}'; got "
@@ -129,7 +117,7 @@ class Weighted(Gradient):
         branch, carriers.behind[-1] = weigh(sums.stream, branch, around, sums.carrier, self.weighting)
         sums.carrier = sums.stream = None
         sums.unadded = branch
-        return (branch, *output[1:]) if isinstance(output, tuple) else branch
+        return branch
 
     def follow(self, func: Any, args: Sequence[Any], result: Any) -> None:
         """ValueError for a branch that `func` changes before it is added: the weights would be those of another sum."""
@@ -162,7 +150,7 @@ class Weighted(Gradient):
         calls = backward.reaching_calls()
         terms = {tower: iter(sums.terms) for tower, sums in self.kept.items()}
         of_calls = [next(terms[call.tower]) for call in calls]
-        outputs = [*(call.attended.output for call in calls), *(branch for _, branch in of_calls)]
+        outputs = [*(call.attention.output for call in calls), *(branch for _, branch in of_calls)]
         grads = backward.gradients(outputs)
         weights: dict[int, tuple[Tensor, Tensor]] = {}  # none where the score does not depend on the sum
         for call, (stream, branch), grad in zip(calls, of_calls, grads[len(calls) :], strict=True):
@@ -180,9 +168,7 @@ class WithoutNormalization(Weighted):
 
 
 class _WeightedEquations(Equations):
-    """Args:
-    weights: a and b (B, N) of each call that has them, by its number.
-    """
+    """With `weights`, a and b (B, N) of each call that has them, by its number."""
 
     def __init__(self, weights: Mapping[int, tuple[Tensor, Tensor]], weighting: str | Weighting, row_normalize: bool) -> None:
         self.weights, self.weighting, self.row_normalize = weights, weighting, row_normalize
@@ -213,12 +199,8 @@ def weigh(
     backward pass that goes through `relevancy_residual`. The carrier takes the same node of the graph, so autograd runs the
     attention's backward pass only after the weights a and b are known.
 
-    Args:
-        stream, branch: the two terms (B, N, C); `stream` is detached.
-        carrier, branch_carrier: (B, T, N), around the attention and through it.
-
-    Returns:
-        The branch (B, N, C) with unchanged values, and the carrier (B, T, N) behind the sum.
+    `carrier` and `branch_carrier` (B, T, N) go around the attention and through it. Returns the branch (B, N, C) with unchanged
+    values, and the carrier behind the sum.
     """
     total, carrier = relevancy_residual(stream, branch, carrier, branch_carrier, weighting=weighting)
     return branch.detach() + (total - total.detach()).to(branch.dtype), carrier

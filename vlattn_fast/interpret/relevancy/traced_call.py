@@ -1,0 +1,130 @@
+"""One attention call: its output, rows of its map, and relevancy through it.
+
+A call is torch's scaled_dot_product_attention, with its options as `masks`. Or it is this package's score_attention, with any
+score function: then `masks` also holds a `Scored`, and query and key are the features that the core score takes. Relevancy
+through a dot product takes the operators; through any other core score the map is made again, one tile at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.attach.tensor_parallel import local, mean_over, on_mesh
+from vlattn_fast.ops.attention_map import attention_map
+from vlattn_fast.ops.core_scores import core_logits, core_map, core_step
+from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.scores import Core
+
+
+class Recursion(NamedTuple):
+    """carried <- carried * a + (carried * b) Abar through one attention call, as `relevancy_attention` takes it."""
+
+    rule: str  # Abar is mean_h relu(A * dA) ("gradient") or mean_h A ("attention")
+    row_normalize: bool = False  # each row of Abar is divided by its sum
+    residual_weight: float = 1.0  # a
+    attention_weight: float = 1.0  # b
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A call of score_attention that ran: its core score (see vlattn_fast.scores) and its output (B, H, N, Dv)."""
+
+    kind: str
+    vector: Tensor | None
+    parameter: float
+    output: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TracedCall:
+    """One attention call of a model."""
+
+    path: str  # of the module that calls
+    query: Tensor  # (B, H, N, D), as the operators take it; keys and values of grouped-query attention have fewer heads
+    key: Tensor
+    value: Tensor
+    masks: dict[str, Any]  # the options of the call
+    mesh: Any = None  # the processes that share its heads; None = all heads are here
+    begins_layer: bool = False  # it is the first self-attention call of its layer
+    chunk: bool = False  # it takes a further part of the sequence through the module of the last call
+    output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
+
+    def computed(self) -> Tensor:
+        """(B, H, N, Dv), as the model asked for it."""
+        score: Scored | None = self.masks.get("score")
+        if score is not None:
+            return score.output
+        return nn.functional.scaled_dot_product_attention(self.query, self.key, self.value, **self.masks)
+
+    def logits(self, query: Tensor) -> Tensor:
+        """The scores (B, H, R, M) of some queries (B, H, R, D) with all keys, in front of the masks."""
+        scale = query.shape[-1] ** -0.5 if self.masks["scale"] is None else self.masks["scale"]
+        core = self._core() or Core("dot", query, self.key)
+        return core_logits(core._replace(query=query), scale)
+
+    def through(self, carrier: Tensor, recursion: Recursion) -> tuple[Tensor, Tensor]:
+        """The output and the carrier (B, T, N), whose cotangent r becomes r * a + (r * b) Abar; see `relevancy_attention`."""
+        if "score" in self.masks:
+            return Through.apply(self.computed(), carrier, self, recursion)
+        query, key, value, masks = self.query, self.key, self.value, self.masks
+        if self.mesh is not None:
+            (query, key, value), masks, carrier = on_mesh(self.mesh, (query, key, value), masks, carrier)
+        output, carrier = relevancy_attention(query, key, value, carrier, **recursion._asdict(), **masks)
+        return (output, carrier) if self.mesh is None else (local(output), local(carrier))
+
+    def mean_map(self, grad_output: Tensor) -> Tensor:
+        """Abar = mean_h relu(A * dA), (B, N, M)."""
+        if (core := self._core()) is None:
+            tensors, options = on_mesh(self.mesh, (self.query, self.key, self.value, grad_output), self._options())
+            return local(attention_map(*tensors, rule="gradient", **options))
+        return mean_over(self.mesh, core_map(core, self.value, grad_output, rule="gradient", **self._options()))
+
+    def step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
+        """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
+        rules: dict[str, Any] = {"rule": recursion.rule, "row_normalize": recursion.row_normalize}
+        if (core := self._core()) is None:
+            tensors = self.query, self.key, self.value, grad_output
+            placed, options, relevancy = on_mesh(self.mesh, tensors, self._options(), relevancy)
+            return local(relevancy_step(relevancy, *placed, **rules, **options))
+        if self.mesh is not None and recursion.row_normalize:
+            raise ValueError(
+                f"method must be one without normalized rows where processes share heads of {core.kind} scores; got 'weighted'"
+            )
+        return mean_over(self.mesh, core_step(relevancy, core, self.value, grad_output, **rules, **self._options()))
+
+    def _core(self) -> Core | None:
+        """The core score; None = a dot product."""
+        score: Scored | None = self.masks.get("score")
+        if score is None or score.kind == "dot":
+            return None
+        return Core(score.kind, self.query, self.key, score.vector, score.parameter)
+
+    def _options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.masks.items() if name != "score"}
+
+
+class Through(torch.autograd.Function):
+    """The identity on the output of an attention call that ran. Its backward pass turns the relevancy r of the queries into that
+    of the keys, r * a + (r * b) Abar; a is 0 where they are different tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, carrier: Tensor, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(call.query, call.key, call.value, call.masks["attn_mask"])
+        ctx.masks, ctx.mesh, ctx.recursion = call.masks, call.mesh, recursion
+        # A copy, since the model may write into it.
+        return output.clone(), carrier.new_zeros(carrier.shape[0], carrier.shape[1], call.query.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        call = TracedCall("", query, key, value, {**ctx.masks, "attn_mask": mask}, ctx.mesh)
+        recursion: Recursion = ctx.recursion
+        grad_output = grad if recursion.rule == "gradient" else None
+        rows = call.step(relevancy * recursion.attention_weight, grad_output, recursion)
+        if recursion.residual_weight:
+            rows = rows + relevancy * recursion.residual_weight
+        return grad, rows, None, None
